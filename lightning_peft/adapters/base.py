@@ -1,0 +1,157 @@
+"""What every adapter method is: a frozen layer with a small trainable change around it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.quantization.weights import dense_weight, write_weight
+
+
+class NotMergeableError(ValueError):
+    """The adapter cannot be written into its base weight."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to be adapted, as the matcher found it."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    alpha: float | None
+    depth: int | None
+    """Index of the transformer block, None outside the blocks."""
+
+
+@dataclass
+class AdapterConfig:
+    """What all methods share: where the adapters go and how large they are."""
+
+    method: str = ""
+    """A key of `METHODS`; set by the option file."""
+    target_modules: Any = "all_linear"
+    """A preset (all_linear, attention, mlp, query_value), or a list of names, globs and `re:` patterns."""
+    exclude_modules: list[str] = field(default_factory=list)
+    """Names, globs and `re:` patterns never adapted."""
+    layers: str | None = None
+    """Transformer blocks to adapt, as in "0-3,7,10-"; all when null."""
+    rank: int | None = 16
+    """Inner dimension; null for methods without one."""
+    alpha: float | None = None
+    """Numerator of the scaling; 2 x rank when null."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank per pattern; the last pattern that matches a layer wins."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alpha per pattern, likewise."""
+    rank_last: int | None = None
+    """Rank of the last block when ranks are tapered linearly by depth from `rank`; null: one rank for all."""
+    trainable_modules: list[str] = field(default_factory=list)
+    """Modules trained in full beside the adapters, such as embed_tokens, lm_head or norms."""
+    init_from: str | None = None
+    """An adapter folder whose weights are the start (a warm start)."""
+
+    uses_rank: ClassVar[bool] = True
+    uses_alpha: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for key, rank in [("rank", self.rank), ("rank_last", self.rank_last), *self.rank_pattern.items()]:
+            if rank is not None and rank < 1:
+                raise ValueError(f"adapter.{key}={rank}: a rank is at least 1 (rank=none for methods without one)")
+        if self.uses_rank and self.rank is None:
+            raise ValueError(f"adapter.rank=null: method {self.method!r} needs a rank, for example rank=r16")
+        if not self.uses_rank and self.rank is not None:
+            raise ValueError(f"adapter.rank={self.rank}: method {self.method!r} has no rank; use rank=none")
+        if not self.uses_rank and (self.rank_pattern or self.rank_last):
+            raise ValueError(f"adapter.rank_pattern and rank_last: method {self.method!r} has no rank")
+        if not self.uses_alpha and (self.alpha is not None or self.alpha_pattern):
+            raise ValueError(f"adapter.alpha={self.alpha}: method {self.method!r} has no scaling; leave it null")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"adapter.alpha={self.alpha}: must be above 0, or null for 2 x rank")
+
+    @property
+    def rank_within_layer(self) -> bool:
+        """Whether a rank above a layer's smaller side is an error rather than a waste."""
+        return False
+
+    def layer_options(self, target: Target) -> dict[str, Any]:
+        """Keyword arguments of the method's layer class for one target."""
+        return {}
+
+
+class StepSchedule(Protocol):
+    """What changes adapters between optimiser steps, with a state that a checkpoint keeps."""
+
+    def after_step(self, step: int) -> None:
+        """Called after optimiser step `step` (from 1), on every rank, while the gradients are there."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Adapter(nn.Module, ABC):
+    """A frozen layer with a small trainable change around it.
+
+    `forward` calls the base once and hands its output to `adapt`, so that several adapters can share one base forward.
+    """
+
+    mergeable: ClassVar[bool] = True
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.enabled = True
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features); ids (...) -> (..., dim) around an embedding."""
+        if not self.enabled or self.merged:
+            return self.base_layer(x)
+        return self.adapt(x, self.base_layer(self.base_input(x)))
+
+    def base_input(self, x: Tensor) -> Tensor:
+        """What the base layer is fed; a method that scales its inputs overrides this."""
+        return x
+
+    @abstractmethod
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """Adapted output (..., out_features) from the input and the base's output, which may be overwritten."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """Merged minus base weight, fp32, in the shape `dense_weight(base_layer)` has."""
+
+    def delta_bias(self) -> Tensor | None:
+        """Merged minus base bias, fp32, or None."""
+        return None
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Fresh initial values. May read `base_layer`, so it is also called once meta tensors hold real weights."""
+
+    def regularization(self) -> Tensor | None:
+        """Extra loss of this layer, or None; the model's is the mean over its layers."""
+        return None
+
+    def check_mergeable(self) -> None:
+        """NotMergeableError when the change cannot be written into the base weight."""
+        if not self.mergeable:
+            raise NotMergeableError(f"{type(self).__name__} cannot be merged into a weight: serve it unmerged")
+
+    def merge(self) -> None:
+        """Add the change to the base weight, in fp32 and cast once. A second call does nothing."""
+        if self.merged:
+            return
+        self.check_mergeable()
+        with torch.no_grad():
+            delta_bias = self.delta_bias()
+            if delta_bias is not None:
+                bias = self.base_layer.bias
+                assert isinstance(bias, Tensor), "a method that changes the bias wraps layers that have one"
+                bias.copy_(bias.float() + delta_bias)
+            write_weight(self.base_layer, dense_weight(self.base_layer).float() + self.delta_weight())
+        self.merged = True

@@ -1,0 +1,63 @@
+"""IA3: activations rescaled by trained vectors (Liu et al. 2022, arXiv:2205.05638)."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.targets import FEED_FORWARD_OUT, matches
+from lightning_peft.quantization.weights import dense_weight, linear_shape
+
+
+@dataclass
+class IA3Config(AdapterConfig):
+    method: str = "ia3"
+    target_modules: Any = "key_value_down"
+    """Layers rescaled; the paper takes keys, values and the inner activation of the feed-forward."""
+    rank: int | None = None
+    feed_forward: list[str] = field(default_factory=lambda: list(FEED_FORWARD_OUT))
+    """Layers rescaled at their input instead of their output: names, globs and `re:` patterns."""
+
+    uses_rank: ClassVar[bool] = False
+    uses_alpha: ClassVar[bool] = False
+
+    def layer_options(self, target: Target) -> dict[str, Any]:
+        return {"scales_input": any(matches(pattern, target.name) for pattern in self.feed_forward)}
+
+
+class IA3Linear(Adapter):
+    """y = l * (W x + bias), or y = W (l * x) + bias around a feed-forward output layer (section 3.3).
+
+    `ia3_l` is fp32 and starts at one: (out_features, 1), or (1, in_features) on inputs.
+    """
+
+    def __init__(self, base_layer: nn.Module, scales_input: bool = False):
+        super().__init__(base_layer)
+        out_features, in_features = linear_shape(base_layer)
+        shape = (1, in_features) if scales_input else (out_features, 1)
+        self.scales_input = scales_input
+        self.ia3_l = nn.Parameter(torch.empty(shape, device=next(base_layer.parameters()).device, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.ia3_l)
+
+    def base_input(self, x: Tensor) -> Tensor:
+        return self._rescale(x) if self.scales_input else x
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        return base_output if self.scales_input else self._rescale(base_output)
+
+    def _rescale(self, x: Tensor) -> Tensor:
+        # l is near one: l - 1 keeps the digits that bf16 would drop from l.
+        return torch.addcmul(x, x, (self.ia3_l.flatten() - 1).to(x.dtype))
+
+    def delta_weight(self) -> Tensor:
+        return dense_weight(self.base_layer).float() * (self.ia3_l.float() - 1)
+
+    def delta_bias(self) -> Tensor | None:
+        if self.scales_input or self.base_layer.bias is None:
+            return None
+        return self.base_layer.bias.float() * (self.ia3_l.float().flatten() - 1)

@@ -1,0 +1,209 @@
+"""Puts adapters into a model and takes them out again."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.targets import expert_share, find_targets, is_tied, matches, nearest_names
+from lightning_peft.quantization.convert import dequantized_linear
+from lightning_peft.quantization.weights import is_quantized, linear_shape
+
+SHARED = "adapter_shared"
+"""Attribute of the model that holds state shared by its adapters, such as VeRA's pair.
+
+A key `adapter_shared.vera_A` of the state dict is `base_model.vera_A` in a PEFT file.
+"""
+
+
+def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Freeze `model`, wrap the layers `config` selects, and return their names. Works on the meta device.
+
+    Method "full" wraps nothing and leaves every weight trainable. RuntimeError when there are adapters already.
+    """
+    if next(adapters(model), None) is not None:
+        raise RuntimeError("this model has adapters already: inject into a fresh one, or merge_adapters first")
+    method = METHODS[config.method]
+    if not method.layers:
+        _train_everything(model)
+        return []
+    targets = find_targets(model, config, tuple(method.layers))
+    trained = _find_trainable(model, config.trainable_modules, {target.name for target in targets})
+    model.requires_grad_(False)
+    shared: dict[str, nn.Module] = {}
+    if method.shared is not None:
+        shared["shared"] = method.shared(config, targets)
+        setattr(model, SHARED, shared["shared"].to(next(model.parameters()).device))
+    for target in targets:
+        base_layer = model.get_submodule(target.name)
+        layer_class = next(adapter for kind, adapter in method.layers.items() if isinstance(base_layer, kind))
+        layer = layer_class(base_layer, **config.layer_options(target), **shared)
+        model.set_submodule(target.name, layer)
+    _train_in_fp32(trained)
+    return [target.name for target in targets]
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Adapters of the model with the names their base layers had."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
+
+
+def reset_adapters(model: nn.Module) -> None:
+    """Fresh initial values for every adapter, once tensors built on the meta device hold real weights."""
+    shared: Any = getattr(model, SHARED, None)
+    if shared is not None:
+        shared.reset_parameters()
+    for _, adapter in adapters(model):
+        adapter.reset_parameters()
+
+
+def regularization(model: nn.Module) -> Tensor | None:
+    """Extra loss of the adapters: the mean over the layers that have one, None when no layer has."""
+    losses = [loss for _, adapter in adapters(model) if (loss := adapter.regularization()) is not None]
+    return torch.stack(losses).mean() if losses else None
+
+
+def step_schedule(model: nn.Module, config: AdapterConfig, total_steps: int) -> StepSchedule | None:
+    """What must be called after every optimiser step; None for methods that change nothing between steps."""
+    build = METHODS[config.method].schedule
+    return None if build is None else build(dict(adapters(model)), config, total_steps)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base. Modules trained in full keep their trained weights."""
+    before = [(adapter, adapter.enabled) for _, adapter in adapters(model)]
+    for adapter, _ in before:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter, enabled in before:
+            adapter.enabled = enabled
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add every change to its base weight and put the base layer back in the adapter's place.
+
+    A quantised base becomes a dense layer first, holding the weights the adapter was trained on.
+    NotMergeableError, with the model untouched, when a method cannot be merged.
+    """
+    found = list(adapters(model))
+    for _, adapter in found:
+        adapter.check_mergeable()
+    for name, adapter in found:
+        if is_quantized(adapter.base_layer):
+            adapter.base_layer = dequantized_linear(adapter.base_layer)
+        adapter.merge()
+        model.set_submodule(name, adapter.base_layer)
+    if hasattr(model, SHARED):
+        delattr(model, SHARED)
+
+
+def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters. A quantised layer counts its weights, not its codes; a tied weight counts once."""
+    trainable = total = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        if is_quantized(module):
+            rows, columns = linear_shape(module)
+            total += rows * columns
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or (is_quantized(module) and name != "bias"):
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            trainable += parameter.numel() * parameter.requires_grad
+    return trainable, total
+
+
+def describe_targets(targets: list[Target], model: nn.Module) -> Table:
+    """Table of the layers wrapped in an injected model: shape, rank, alpha, trainable parameters, totals below."""
+    found = dict(adapters(model))
+    trainable, total = trainable_parameter_counts(model)
+    table = Table(
+        "module", "shape", "rank", "alpha", "parameters", caption=f"{trainable:,} of {total:,} parameters train"
+    )
+    for target in targets:
+        table.add_row(
+            target.name,
+            f"{target.out_features} x {target.in_features}",
+            *("-" if value is None else f"{value:g}" for value in (target.rank, target.alpha)),
+            f"{sum(p.numel() for p in found[target.name].parameters() if p.requires_grad):,}",
+        )
+    share = expert_share(model)
+    if share > 0:
+        table.add_section()
+        table.add_row("3-D experts (not covered)", f"{share:.1%} of linear weights", "-", "-", "0")
+    return table
+
+
+def _train_everything(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if is_quantized(module):
+            raise ValueError(f"method=full cannot train the quantised weight of {name}: use quantization=none")
+    model.requires_grad_(True)
+
+
+def _find_trainable(model: nn.Module, patterns: list[str], adapted: set[str]) -> list[nn.Module]:
+    """Modules to be trained in full beside the adapters."""
+    names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        hits = [name for name in names if matches(pattern, name)]
+        if not hits:
+            raise ValueError(
+                f"adapter.trainable_modules: {pattern} matches no module; nearest: {nearest_names([pattern], names)}"
+            )
+        found.update({name: model.get_submodule(name) for name in hits})
+    for name, module in found.items():
+        if any(target == name or target.startswith(f"{name}.") for target in adapted):
+            raise ValueError(
+                f"adapter.trainable_modules: {name} is among adapter.target_modules too: name it in one of them"
+            )
+        if any(is_quantized(part) for part in module.modules()):
+            raise ValueError(f"adapter.trainable_modules: {name} is quantised and cannot be trained in full")
+    if is_tied(model):
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        inside = [any(end in module.modules() for module in found.values()) for end in ends]
+        if any(inside) and not all(inside):
+            both = [name for name, module in model.named_modules() if module in ends]
+            raise ValueError(
+                f"adapter.trainable_modules={patterns}: this model ties {both[0]} and {both[1]}; name both or neither"
+            )
+    return list(found.values())
+
+
+def _train_in_fp32(modules: list[nn.Module]) -> None:
+    """Make every weight below trainable and fp32, while activations keep the dtype the model computes in."""
+    parts = {part: own[0].dtype for module in modules for part in module.modules() if (own := _own(part))}
+    for part, compute_dtype in parts.items():
+        for parameter in _own(part):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        if compute_dtype != torch.float32:
+            part.register_forward_pre_hook(_to_fp32)
+            part.register_forward_hook(_To(compute_dtype))
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
+
+
+def _to_fp32(module: nn.Module, inputs: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+class _To:
+    """Forward hook that casts a module's output."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.to(self.dtype)

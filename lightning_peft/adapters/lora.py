@@ -1,0 +1,187 @@
+"""LoRA: a low-rank change beside a frozen layer (Hu et al. 2021, arXiv:2106.09685)."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.init import INITS, NEED_RANK_WITHIN_LAYER
+from lightning_peft.quantization.weights import linear_shape
+
+Init = Enum("Init", {name: name for name in INITS})  # type: ignore[misc]
+"""Names of the initialisations; an Enum so that Hydra checks them."""
+
+
+@dataclass
+class LoRAConfig(AdapterConfig):
+    method: str = "lora"
+    dropout: float = 0.0
+    """Probability of dropping an input of A."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
+    init: Init = Init.kaiming  # type: ignore[attr-defined]
+    """How A and B start."""
+    eva_rho: float = 2.0
+    """With init=eva, the most a layer's rank may grow when ranks go where they explain most; 1 keeps them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout={self.dropout}: must be in [0, 1)")
+        if self.eva_rho < 1:
+            raise ValueError(f"adapter.eva_rho={self.eva_rho}: must be at least 1")
+
+    @property
+    def rank_within_layer(self) -> bool:
+        return self.init.name in NEED_RANK_WITHIN_LAYER
+
+    def layer_options(self, target: Target) -> dict[str, Any]:
+        return {
+            "rank": target.rank,
+            "alpha": target.alpha,
+            "dropout": self.dropout,
+            "rank_stabilized": self.rank_stabilized,
+            "init": self.init.name,
+        }
+
+
+def add_product(ctx: Any, base_output: Tensor, inner: Tensor, matrix: Tensor, scaling: float = 1.0) -> Tensor:
+    """base_output + scaling * inner matrix, written over base_output inside the forward of an autograd function."""
+    rows = base_output.view(-1, base_output.shape[-1])
+    if torch.compiler.is_compiling():
+        # The compiler cannot follow mark_dirty, and finds by itself what it can overwrite.
+        return torch.addmm(rows, inner, matrix, alpha=scaling).view(base_output.shape)
+    rows.addmm_(inner, matrix, alpha=scaling)
+    ctx.mark_dirty(base_output)
+    return base_output
+
+
+class LowRankProduct(torch.autograd.Function):
+    """base_output + scaling * x A^T B^T, written over base_output.
+
+    Saves the (N, R) product and, when A trains, x once in the dtype it came in; the gradients of A and B come out in
+    their own dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        dtype = base_output.dtype
+        x_rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        inner = x_rows @ A.to(dtype).t()
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, inner, A, B)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.scaling = scaling
+        return add_product(ctx, base_output, inner, B.to(dtype).t(), scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, inner, A, B = ctx.saved_tensors
+        dtype = grad.dtype
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_inner = (grad_rows @ B.to(dtype)).mul_(ctx.scaling)
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[1]:
+            grad_x = (grad_inner @ A.to(dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_A = (grad_inner.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_B = (grad_rows.t() @ inner).to(B.dtype).mul_(ctx.scaling)
+        return grad, grad_x, grad_A, grad_B, None
+
+
+class LoRALinear(Adapter):
+    """y = W x + scaling * B A x, scaling = alpha / rank   (eq. 3 and section 4.1).
+
+    A is (rank, in_features), B is (out_features, rank), both fp32 whatever the base computes in. With the default
+    init A is Kaiming-uniform and B zero, so the layer starts as its base. Wraps nn.Linear, its 4-bit counterpart and
+    GPT-2's Conv1D.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        init: str = "kaiming",
+    ):
+        super().__init__(base_layer)
+        out_features, in_features = linear_shape(base_layer)
+        device = next(base_layer.parameters()).device
+        self.rank = rank
+        self.scaling = alpha / rank**0.5 if rank_stabilized else alpha / rank
+        self.dropout = dropout
+        self.init = init
+        self.lora_A = nn.Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
+        self.register_buffer("initial_A", None, persistent=False)
+        self.register_buffer("initial_B", None, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if not self.lora_A.weight.is_meta:
+            INITS[self.init](self)
+
+    @torch.no_grad()
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Take these values of A (rank, in_features) and B (out_features, rank); another rank keeps the scaling."""
+        if A.shape[0] != self.rank:
+            self.rank = self.lora_A.out_features = self.lora_B.in_features = A.shape[0]
+            self.lora_A.weight = nn.Parameter(torch.empty(A.shape, device=A.device))
+            self.lora_B.weight = nn.Parameter(torch.empty(B.shape, device=B.device))
+        self.lora_A.weight.copy_(A)
+        self.lora_B.weight.copy_(B)
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return LowRankProduct.apply(base_output, x, self.lora_A.weight, self.lora_B.weight, self.scaling)
+
+    def delta_weight(self) -> Tensor:
+        return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+
+class LoRAEmbedding(Adapter):
+    """y = W[id] + scaling * B A[:, id]   around an embedding (reference code of the paper).
+
+    lora_embedding_A is (rank, num_embeddings), zero; lora_embedding_B is (dim, rank), standard normal.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Embedding,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        init: str = "kaiming",
+    ):
+        super().__init__(base_layer)
+        if init not in ("kaiming", "gaussian"):
+            raise ValueError(f"adapter.init={init} is not defined for embeddings: use kaiming or exclude the embedding")
+        device = base_layer.weight.device
+        self.rank = rank
+        self.scaling = alpha / rank**0.5 if rank_stabilized else alpha / rank
+        self.lora_embedding_A = nn.Parameter(
+            torch.empty(rank, base_layer.num_embeddings, device=device, dtype=torch.float32)
+        )
+        self.lora_embedding_B = nn.Parameter(
+            torch.empty(base_layer.embedding_dim, rank, device=device, dtype=torch.float32)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        inner = F.embedding(x, self.lora_embedding_A.t()).to(base_output.dtype)
+        return base_output + self.scaling * (inner @ self.lora_embedding_B.t().to(base_output.dtype))
+
+    def delta_weight(self) -> Tensor:
+        return self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).t()

@@ -1,0 +1,133 @@
+"""VeRA: trained vectors around one random pair that all layers share (Kopiczko et al. 2024, arXiv:2310.11454)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.lora import add_product
+from lightning_peft.quantization.weights import linear_shape
+
+
+@dataclass
+class VeRAConfig(AdapterConfig):
+    method: str = "vera"
+    rank: int | None = 256
+    dropout: float = 0.0
+    """Probability of dropping an input of A."""
+    initial_d: float = 0.1
+    """Start of every element of d; the paper takes at most 0.1."""
+    projection_seed: int = 0
+    """Seed of the shared pair."""
+    save_projection: bool = True
+    """Store the pair with the adapter; without, a load depends on PyTorch drawing the same numbers for the seed."""
+
+    uses_alpha: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout={self.dropout}: must be in [0, 1)")
+        if self.rank_pattern or self.rank_last is not None:
+            raise ValueError("adapter.rank_pattern and rank_last: the layers of VeRA share one pair, so one rank")
+
+    def layer_options(self, target: Target) -> dict[str, Any]:
+        return {"dropout": self.dropout, "initial_d": self.initial_d}
+
+
+class SharedProjection(nn.Module):
+    """The frozen random pair of all layers, at the largest sizes among them; a layer uses the leading rows and columns.
+
+    vera_A (rank, max in_features) and vera_B (max out_features, rank), fp32, Kaiming-uniform with gain sqrt(2): drawn
+    on the CPU from a seed of their own, A first, so that every rank and HF PEFT have the same numbers.
+    """
+
+    def __init__(self, config: VeRAConfig, targets: list[Target]):
+        super().__init__()
+        assert config.rank is not None
+        self.seed = config.projection_seed
+        self.register_buffer(
+            "vera_A", torch.empty(config.rank, max(t.in_features for t in targets)), config.save_projection
+        )
+        self.register_buffer(
+            "vera_B", torch.empty(max(t.out_features for t in targets), config.rank), config.save_projection
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for matrix in (self.vera_A, self.vera_B):
+            if not matrix.is_meta:
+                bound = math.sqrt(6 / matrix.shape[1])
+                matrix.copy_(torch.empty(matrix.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+class VectorProduct(torch.autograd.Function):
+    """base_output + b * (B (d * (A x))), written over base_output. Keeps (N, rank) of activations, not x."""
+
+    @staticmethod
+    def forward(ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        dtype = base_output.dtype
+        inner = x.reshape(-1, x.shape[-1]).to(dtype) @ A.to(dtype).t()
+        ctx.save_for_backward(inner, A, B, d, b)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        return add_product(ctx, base_output, inner, (b[:, None] * B * d).to(dtype).t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        inner, A, B, d, b = ctx.saved_tensors
+        dtype = grad.dtype
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_scaled = grad_rows @ (b[:, None] * B).to(dtype)
+        grad_x = grad_d = grad_b = None
+        if ctx.needs_input_grad[1]:
+            grad_x = ((grad_scaled * d.to(dtype)) @ A.to(dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+        if ctx.needs_input_grad[4]:
+            grad_d = (grad_scaled * inner).sum(0, dtype=d.dtype)
+        if ctx.needs_input_grad[5]:
+            grad_b = ((grad_rows.t() @ inner).to(b.dtype) * (B * d)).sum(1)
+        return grad, grad_x, None, None, grad_d, grad_b
+
+
+class VeRALinear(Adapter):
+    """y = W x + b * (B (d * (A x)))   (eq. 2).
+
+    Trained: `vera_lambda_d` (rank,), constant at the start, and `vera_lambda_b` (out_features,), zero. There is no
+    scaling.
+    """
+
+    def __init__(self, base_layer: nn.Module, shared: SharedProjection, dropout: float = 0.0, initial_d: float = 0.1):
+        super().__init__(base_layer)
+        self.out_features, self.in_features = linear_shape(base_layer)
+        device = next(base_layer.parameters()).device
+        self.dropout = dropout
+        self.initial_d = initial_d
+        # In a tuple, so that the pair is no submodule of each layer: the model registers it once.
+        self._shared = (shared,)
+        rank = shared.vera_A.shape[0]
+        self.vera_lambda_b = nn.Parameter(torch.empty(self.out_features, device=device, dtype=torch.float32))
+        self.vera_lambda_d = nn.Parameter(torch.empty(rank, device=device, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.vera_lambda_b)
+        nn.init.constant_(self.vera_lambda_d, self.initial_d)
+
+    def projection(self) -> tuple[Tensor, Tensor]:
+        """This layer's part of the pair: A (rank, in_features), B (out_features, rank)."""
+        (shared,) = self._shared
+        return shared.vera_A[:, : self.in_features], shared.vera_B[: self.out_features]
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return VectorProduct.apply(base_output, x, *self.projection(), self.vera_lambda_d, self.vera_lambda_b)
+
+    def delta_weight(self) -> Tensor:
+        A, B = self.projection()
+        return (self.vera_lambda_b[:, None] * B.float()) @ (self.vera_lambda_d[:, None] * A.float())

@@ -1,0 +1,106 @@
+"""Files and folders that are either the old one or the new one, whatever happens while they are written."""
+
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class SaveError(OSError):
+    """Something could not be written; what stood there before still does."""
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written before it is renamed; a leftover of a killed process is overwritten by the next one."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends without an exception.
+
+    Raises SaveError on any OSError, a full disk among them.
+    """
+    partial = partial_path(path)
+    with _save_errors(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to write to, which becomes `path` when the block ends without an exception.
+
+    Raises SaveError on any OSError, a full disk among them.
+    """
+    partial = partial_path(path)
+    with _save_errors(path, partial):
+        _remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        for child in partial.rglob("*"):
+            _sync(child)
+        _sync(partial)
+        _replace_folder(partial, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def _save_errors(path: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        _remove(partial)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SaveError(f"{path}: cannot be saved ({reason}); what was there before is unchanged") from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(new, path)
+        return
+    if not _exchange(new, path):
+        # Two renames, on file systems and kernels without an exchange: a crash between them leaves `.NAME.previous`.
+        previous = path.with_name(f".{path.name}.previous")
+        _remove(previous)
+        os.rename(path, previous)
+        os.rename(new, path)
+        new = previous
+    _remove(new)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths in one step (Linux's renameat2); False where that does not exist."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,99 @@
+"""Where an adapter comes from: which base, which config, which data, which versions."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "lineage.json"
+PACKAGES = ("lightning-peft", "torch", "lightning", "transformers", "bitsandbytes", "safetensors")
+
+
+class LineageError(ValueError):
+    """An adapter that belongs to another base, or a lineage file that cannot be read."""
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers; absent ones are left out."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass
+class Lineage:
+    """What is written beside an adapter as `lineage.json`."""
+
+    base_fingerprint: str
+    """`source_fingerprint` of the weights as published, before any quantisation."""
+    base_name: str | None
+    """Name, path or hub id of the base."""
+    method: str = "lora"
+    """Key of `METHODS`; HF's file does not tell LoRA-FA from LoRA, and has no word for some methods."""
+    quantization: str = "none"
+    """How the base was quantised while the adapter was trained."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved config of the run, plain values only."""
+    data_fingerprint: str | None = None
+    """Fingerprint of the training rows."""
+    versions: dict[str, str] = field(default_factory=installed_versions)
+    """Package versions."""
+    adapter_sha256: str | None = None
+    """Checksum of the weight file; set when it is saved, compared when it is loaded."""
+    created_by: str = "lightning-peft train"
+    """The command that wrote the adapter."""
+
+
+def write_lineage(lineage: Lineage, folder: Path) -> None:
+    (folder / FILE_NAME).write_text(json.dumps(asdict(lineage), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_lineage(folder: Path) -> Lineage | None:
+    """The lineage of an adapter folder; None if it has none, as folders of HF PEFT do. Raises LineageError."""
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LineageError(f"{path}: not JSON ({error}); delete it to load the adapter without its lineage") from error
+    known = {f.name for f in fields(Lineage)}
+    missing = {"base_fingerprint", "base_name"} - (values.keys() if isinstance(values, dict) else set())
+    if missing:
+        raise LineageError(f"{path}: lacks {', '.join(sorted(missing))}; delete it to load without lineage")
+    return Lineage(**{key: value for key, value in values.items() if key in known})
+
+
+def check_lineage(
+    folder: Path, base_fingerprint: str, quantization: str = "none", base_name: str | None = None
+) -> Lineage | None:
+    """Raise LineageError if the adapter was trained on another base than the one fingerprinted.
+
+    Another quantisation of the same base, and a folder with no lineage, are logged and accepted.
+    """
+    lineage = read_lineage(folder)
+    if lineage is None:
+        logger.info("%s has no %s: cannot tell whether it was trained on this base", folder, FILE_NAME)
+        return None
+    if lineage.base_fingerprint != base_fingerprint:
+        raise LineageError(
+            f"{folder}: this adapter was trained on {lineage.base_name} (weights {lineage.base_fingerprint[:12]}), "
+            f"the model loaded is {base_name or 'another'} (weights {base_fingerprint[:12]}): load its own base"
+        )
+    if lineage.quantization != quantization:
+        logger.info(
+            "%s was trained on a base with quantization.kind=%s, this one has %s: outputs differ slightly",
+            folder,
+            lineage.quantization,
+            quantization,
+        )
+    return lineage

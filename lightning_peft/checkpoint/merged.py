@@ -1,0 +1,274 @@
+"""An adapter written into its base: a plain model folder, and a receipt of what the rounding cost."""
+
+import logging
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_peft.adapters.inject import SHARED, adapters, disable_adapters
+from lightning_peft.checkpoint.atomic import atomic_folder
+from lightning_peft.quantization.convert import dequantized_linear
+from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.weights import dense_weight, write_weight
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MergeError(ValueError):
+    """The merged model is not the adapted one, or cannot be written where it should go."""
+
+
+class MergeBase(Enum):
+    """Which weights the change is added to when the base is quantised."""
+
+    dequantised = "dequantised"
+    """Those the adapter was trained on, made dense: the merged model is the adapted one but for one rounding."""
+    original = "original"
+    """The weights before quantisation: a third model, neither the base nor what was trained."""
+    requantised = "requantised"
+    """The sum in 4 bits again, in the format of bitsandbytes: small, and most of a small change is rounded away."""
+
+
+@dataclass
+class MergeConfig:
+    """How base and adapter become one model, and how far it may be from the two."""
+
+    max_kl: float = 0.01
+    """Largest mean KL(adapter || merged) accepted, nats per token."""
+    min_recovered: float | None = None
+    """Smallest share of the adapter's effect on the logits that must remain; null only warns below a half."""
+    base: MergeBase = MergeBase.dequantised
+    """Weights of a quantised base to add to: dequantised, original or requantised."""
+    dtype: str | None = None
+    """fp32, bf16 or fp16; null keeps the dtype the model was loaded in."""
+
+    def __post_init__(self) -> None:
+        if self.max_kl <= 0:
+            raise ValueError(f"merge.max_kl={self.max_kl}: must be above 0")
+        if self.min_recovered is not None and not self.min_recovered <= 1:
+            raise ValueError(f"merge.min_recovered={self.min_recovered}: must be at most 1")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"merge.dtype={self.dtype}: must be one of {', '.join(DTYPES)}, or null")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The saved model, read back, against the adapted one on sample text."""
+
+    max_logit_difference: float
+    mean_logit_difference: float
+    """Mean of the absolute differences."""
+    mean_kl: float
+    """KL(adapter || merged), nats per token."""
+    top1_agreement: float
+    """Share of tokens for which both predict the same next one."""
+    recovered: float
+    """1 - ||merged - adapter|| / ||adapter - base|| over all logits; nan for an adapter without effect."""
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"merged against adapter on {self.tokens} tokens: logits differ by {self.mean_logit_difference:.2e} "
+            f"(at most {self.max_logit_difference:.2e}), KL {self.mean_kl:.2e} nats, same first choice for "
+            f"{self.top1_agreement:.2%}, {self.recovered:.2%} of the adapter's effect kept"
+        )
+
+
+def merge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    samples: Iterable[Tensor],
+    config: MergeConfig | None = None,
+    original: PreTrainedModel | None = None,
+) -> Receipt:
+    """Write `model` with its adapters merged to `output`, a folder `AutoModelForCausalLM.from_pretrained` loads.
+
+    `samples` are token ids (B, T) without padding, on which the saved model is compared with the adapted one; their
+    logits are kept in memory. `original` is the base before quantisation, for `MergeBase.original`. Uses `model` and
+    `original` up. Raises NotMergeableError, and MergeError, with nothing left at `output`, when they differ too much.
+    """
+    config = config or MergeConfig()
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise MergeError(f"output={output}: exists already; give a new folder")
+    if (config.base is MergeBase.original) != (original is not None):
+        raise MergeError("merge.base=original needs the base before quantisation, and only it does")
+    for _, layer in adapters(model):
+        layer.check_mergeable()
+    device = model.device
+    comparison = Comparison(model, samples)
+    dtype = DTYPES[config.dtype] if config.dtype is not None else model.dtype
+    requantise = config.base is MergeBase.requantised
+    merged = _merged(model, original, dtype, requantise)
+    with atomic_folder(output) as partial:
+        if requantise:
+            # transformers reads 4-bit layers only with accelerate installed, so the codes are tried before saving.
+            receipt = comparison.receipt(merged)
+            save_model(merged, tokenizer, partial, dtype)
+        else:
+            save_model(merged, tokenizer, partial, dtype)
+            merged.to_empty(device="meta")
+            saved: nn.Module = type(model).from_pretrained(partial, dtype=dtype)
+            receipt = comparison.receipt(saved.to(device))
+        logger.info("%s", receipt)
+        _check(receipt, config, output)
+    return receipt
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model without adapters and its tokenizer; 4-bit layers as bitsandbytes stores them.
+
+    Casts the model in place when it is not in `dtype` already.
+    """
+    plain: nn.Module = model
+    plain.to(dtype)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    coded = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    if coded:
+        _save_coded(model, coded, folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Comparison:
+    """Logits of an adapted model on sample text, kept to compare another model with."""
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, samples: Iterable[Tensor]):
+        model.eval()
+        self.samples = [sample.to(model.device) for sample in samples]
+        if not self.samples:
+            raise MergeError("merge: no sample text to compare the merged model on")
+        self.adapted: list[Tensor] = []
+        self.effect = 0.0
+        for sample in self.samples:
+            logits = model(input_ids=sample).logits.float().cpu()
+            with disable_adapters(model) if next(adapters(model), None) is not None else nullcontext():
+                base = model(input_ids=sample).logits.float().cpu()
+            self.effect += float((logits - base).double().square().sum())
+            self.adapted.append(logits)
+
+    @torch.inference_mode()
+    def receipt(self, merged: nn.Module) -> Receipt:
+        merged.eval()
+        tokens = agreeing = 0
+        largest = absolute = squared = kl = 0.0
+        for sample, adapted in zip(self.samples, self.adapted, strict=True):
+            logits = merged(input_ids=sample).logits.float().cpu()
+            difference = (logits - adapted).abs()
+            tokens += sample.numel()
+            largest = max(largest, float(difference.max()))
+            absolute += float(difference.double().mean(-1).sum())
+            squared += float(difference.double().square().sum())
+            kl += sum(_kl_divergence(*rows) for rows in zip(adapted, logits, strict=True))
+            agreeing += int((logits.argmax(-1) == adapted.argmax(-1)).sum())
+        recovered = 1 - math.sqrt(squared / self.effect) if self.effect > 0 else math.nan
+        return Receipt(largest, absolute / tokens, kl / tokens, agreeing / tokens, recovered, tokens)
+
+
+def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
+    """Sum over tokens of KL(adapted || merged) from logits (T, V). In fp64: fp32 would add about 1e-8 a token."""
+    logs = merged.double().log_softmax(-1), adapted.double().log_softmax(-1)
+    return float(F.kl_div(*logs, reduction="sum", log_target=True))
+
+
+@torch.no_grad()
+def _merged(
+    model: PreTrainedModel, original: PreTrainedModel | None, dtype: torch.dtype, requantise: bool
+) -> PreTrainedModel:
+    """The model without adapters, its weights the sum, dense unless `requantise`."""
+    found = dict(adapters(model))
+    if original is not None and any(getattr(layer, "initial_A", None) is not None for layer in found.values()):
+        raise MergeError("merge.base=original: adapter.init rewrote the base; save the adapter, load it and merge that")
+    result = model if original is None else original
+    inside = (*(f"{name}." for name in found), f"{SHARED}.")
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
+    for name, layer in found.items():
+        delta, delta_bias = layer.delta_weight(), layer.delta_bias()
+        target = layer.base_layer if original is None else original.get_submodule(name)
+        target = _writable(target, dtype, requantise)
+        write_weight(target, (dense_weight(target).float() + delta).to(_stored_dtype(target)), requantize=True)
+        if delta_bias is not None:
+            bias: Any = target.bias
+            bias.copy_(bias.float() + delta_bias)
+        result.set_submodule(name, target)
+    for name, layer in list(result.named_modules()):
+        if isinstance(layer, NF4Linear) and not requantise:
+            result.set_submodule(name, dequantized_linear(layer))
+    if original is not None:
+        for name, parameter in trained.items():
+            original.get_parameter(name).copy_(parameter)
+    if hasattr(result, SHARED):
+        delattr(result, SHARED)
+    return result
+
+
+def _writable(layer: nn.Module, dtype: torch.dtype, requantise: bool) -> nn.Module:
+    """A layer that holds the sum with no rounding but the one to `dtype`, or to codes."""
+    if isinstance(layer, NF4Linear):
+        if requantise:
+            return layer
+        layer = dequantized_linear(layer)
+    return layer.to(torch.promote_types(_stored_dtype(layer), dtype))
+
+
+def _stored_dtype(layer: nn.Module) -> torch.dtype:
+    dtype: Any = layer.dtype if isinstance(layer, NF4Linear) else layer.weight.dtype
+    return dtype
+
+
+def _save_coded(model: PreTrainedModel, coded: dict[str, NF4Linear], folder: Path) -> None:
+    # Slow import: bitsandbytes.
+    from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
+
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(f"{name}." for name in coded))}
+    for name, layer in coded.items():
+        state.update({f"{name}.{key}": tensor for key, tensor in to_bitsandbytes_state(layer).items()})
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    first = next(iter(coded.values()))
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=first.kind,
+        bnb_4bit_use_double_quant=first.double_quantization,
+        bnb_4bit_compute_dtype=first.dtype,
+        llm_int8_skip_modules=[name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+    ).to_dict()
+    model.config.dtype = first.dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, max_shard_size="5GB")
+
+
+def _check(receipt: Receipt, config: MergeConfig, output: Path) -> None:
+    if not receipt.mean_kl <= config.max_kl:
+        raise MergeError(
+            f"output={output}: not written, KL {receipt.mean_kl:.3g} nats to the adapter is above "
+            f"merge.max_kl={config.max_kl}; {receipt}"
+        )
+    if config.min_recovered is not None and not receipt.recovered >= config.min_recovered:
+        raise MergeError(
+            f"output={output}: not written, {receipt.recovered:.1%} of the adapter's effect is below "
+            f"merge.min_recovered={config.min_recovered}; {receipt}"
+        )
+    if receipt.recovered < 0.5:
+        logger.warning(
+            "%.1f %% of the adapter's effect is left after rounding: merge.dtype=fp32 keeps it", 100 * receipt.recovered
+        )

@@ -1,0 +1,214 @@
+"""Adapter folders in the format of HF PEFT, both ways."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig
+from lightning_peft.adapters.inject import SHARED, adapters
+from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.atomic import atomic_folder
+from lightning_peft.checkpoint.lineage import Lineage, read_lineage, write_lineage
+from lightning_peft.checkpoint.peft_methods import PEFT_METHODS, REWRITES_BASE
+from lightning_peft.checkpoint.peft_words import (
+    CONFIG_NAME,
+    PREFIX,
+    AdapterFileError,
+    Words,
+    layer_shapes,
+    method_of,
+    read_config,
+    read_words,
+    stored_scaling,
+    write_words,
+)
+from lightning_peft.checkpoint.resume import assign, check_names_and_shapes, gather
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+SHARED_PREFIX = "base_model."
+
+
+def save_adapter(
+    model: nn.Module,
+    config: AdapterConfig,
+    folder: Path,
+    base_model_name: str | None = None,
+    lineage: Lineage | None = None,
+) -> None:
+    """Write the adapters of `model`, and the modules trained in full, as a folder that HF PEFT loads.
+
+    Layers whose initialisation rewrote the base become a LoRA of twice the rank on the untouched one. Replaces `folder`
+    in one step; SaveError leaves it as it was. With several ranks every one must call this, as sharded tensors are
+    gathered; rank zero writes.
+    """
+    if not METHODS[config.method].layers:
+        raise ValueError(f"{folder}: method {config.method} has no adapter to save, only a whole model")
+    row = PEFT_METHODS[config.method]
+    tensors = _on_untouched_base(model, _gathered(file_tensors(model)))
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    words = write_words(model, config, tensors, base_model_name)
+    if not row.in_peft:
+        logger.info("%s: HF PEFT has no method %s; lightning-peft reads this folder", folder, config.method)
+    with atomic_folder(Path(folder)) as partial:
+        (partial / CONFIG_NAME).write_text(json.dumps(words, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        if lineage is not None:
+            write_lineage(replace(lineage, adapter_sha256=_sha256(partial / WEIGHTS_NAME)), partial)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Copy the tensors of an adapter folder into a model that `inject_adapters` has prepared for them.
+
+    Embeddings and biases of the base that the folder carries are replaced too. Raises AdapterFileError when the file is
+    missing or damaged, or its names or shapes are not those of the model.
+    """
+    folder = Path(folder)
+    words = read_words(folder)
+    _check_base(model, words, folder)
+    got = _read_tensors(folder)
+    expected = file_tensors(model)
+    expected |= _base_tensors(model, words, got.keys() - expected.keys())
+    check_names_and_shapes(str(folder / WEIGHTS_NAME), expected, got, AdapterFileError)
+    _warn_of_other_scaling(model, words, got, folder)
+    for name, target in expected.items():
+        assign(target, got[name])
+
+
+def adapter_config_from_peft(folder: str | Path) -> AdapterConfig:
+    """The config with which `inject_adapters` makes a place for every tensor of an adapter folder, ours or HF's.
+
+    Layers and ranks are read off the tensors, so that any spelling of HF's patterns will do. Raises AdapterFileError
+    for features we do not have.
+    """
+    folder = Path(folder)
+    return read_config(folder, read_words(folder), _read_shapes(folder))
+
+
+def file_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the weight file by HF's names, not copied; both names of a trained tied weight."""
+    found: dict[str, Tensor] = {}
+    for layer_name, layer in adapters(model):
+        for name, parameter in layer.named_parameters():
+            if not name.startswith("base_layer."):
+                found[f"{PREFIX}{layer_name}.{name}"] = parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad and not name.startswith(f"{SHARED}."):
+            found[PREFIX + name] = parameter
+    shared = getattr(model, SHARED, None)
+    if shared is not None:
+        found |= {SHARED_PREFIX + name: tensor for name, tensor in shared.state_dict(keep_vars=True).items()}
+    return found
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, no two of which share memory."""
+    result: dict[str, Tensor] = {}
+    pointers: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = gather(tensor).cpu().contiguous()
+        result[name] = whole.clone() if whole.data_ptr() in pointers else whole
+        pointers.add(whole.data_ptr())
+    return result
+
+
+def _on_untouched_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A = [A_t; A_0] and B = [B_t, -B_0] where the base is W - scaling * B_0 A_0, so that it may be W."""
+    for name, layer in adapters(model):
+        if _rewrote_base(layer):
+            A, B = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+            initial_A, initial_B = (gather(getattr(layer, f"initial_{side}")).cpu() for side in "AB")
+            tensors[A] = torch.cat([tensors[A], initial_A])
+            tensors[B] = torch.cat([tensors[B], -initial_B], dim=1)
+    return tensors
+
+
+def _rewrote_base(layer: Adapter) -> bool:
+    return isinstance(layer, LoRALinear) and layer.initial_A is not None
+
+
+def _check_base(model: nn.Module, words: Words, folder: Path) -> None:
+    """The base of the file and of the model must both be rewritten by an initialisation, or neither."""
+    rewritten = any(_rewrote_base(layer) for _, layer in adapters(model))
+    if rewritten != (words.get("init_lora_weights") in REWRITES_BASE):
+        raise AdapterFileError(
+            f"{folder}: is for {'an untouched' if rewritten else 'a rewritten'} base, and this model's is not: "
+            f"inject with adapter.init={'kaiming' if rewritten else words['init_lora_weights']}"
+        )
+
+
+def _open(folder: Path) -> Any:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickled = " (adapter_model.bin is a pickle, which may run code: convert it)"
+        hint = pickled if (folder / "adapter_model.bin").is_file() else ""
+        raise AdapterFileError(f"{folder}: has no {WEIGHTS_NAME}{hint}")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path}: truncated or damaged ({error})") from error
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    with _open(folder) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    lineage = read_lineage(folder)
+    with _open(folder) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if lineage is not None and lineage.adapter_sha256 not in (None, _sha256(folder / WEIGHTS_NAME)):
+        raise AdapterFileError(
+            f"{folder / WEIGHTS_NAME}: damaged, it is not the file that lineage.json describes; "
+            "if it was changed on purpose, delete lineage.json"
+        )
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _base_tensors(model: nn.Module, words: Words, names: Iterable[str]) -> dict[str, Tensor]:
+    """Frozen tensors of the base that HF stores with an adapter: resized or adapted embeddings, trained biases."""
+    ends = {id(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")}
+    embeddings = {name for name, module in model.named_modules() if id(module) in ends}
+    endings = tuple(f"{name}{inner}.weight" for name in embeddings for inner in ("", ".base_layer"))
+    if words.get("bias", "none") != "none":
+        endings = (*endings, ".bias")
+    own = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = {
+        name: own[name.removeprefix(PREFIX)]
+        for name in names
+        if name.removeprefix(PREFIX) in own and name.endswith(endings)
+    }
+    if found:
+        logger.info("%d tensors of the base come with the adapter: %s", len(found), ", ".join(sorted(found)[:3]))
+    return found
+
+
+def _warn_of_other_scaling(model: nn.Module, words: Words, got: Mapping[str, Tensor], folder: Path) -> None:
+    row = PEFT_METHODS[method_of(folder, words)]
+    if row.alpha_word is None:
+        return
+    layers = dict(adapters(model))
+    for name, shape in layer_shapes({name: tuple(tensor.shape) for name, tensor in got.items()}, row).items():
+        here: Any = layers[name].scaling
+        stored = stored_scaling(words, row, name, shape[0])
+        if abs(stored - here) > 1e-6 * stored:
+            logger.warning("%s: %s was scaled by %g, here it is by %g", folder, name, stored, here)
+            return

@@ -1,0 +1,242 @@
+"""The content of adapter_config.json: written for a model with adapters, and read as a config of ours."""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig
+from lightning_peft.adapters.inject import SHARED, adapters
+from lightning_peft.adapters.lora import Init
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.peft_methods import (
+    KEEPS_BASE,
+    PEFT_METHODS,
+    READ_HERE,
+    REWRITES_BASE,
+    SWITCHED_OFF,
+    WITHOUT_EFFECT,
+    PeftMethod,
+    Shapes,
+)
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "adapter_config.json"
+PREFIX = "base_model.model."
+
+Words = Mapping[str, Any]
+"""HF's configuration: word -> value."""
+
+
+class AdapterFileError(ValueError):
+    """An adapter folder that cannot be read, or that does not fit the model."""
+
+
+def write_words(
+    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], base_model_name: str | None
+) -> dict[str, Any]:
+    """HF's words for the adapters in `model`, whose tensors in the file are `tensors`."""
+    row = PEFT_METHODS[config.method]
+    layers = dict(adapters(model))
+    words: dict[str, Any] = {
+        "peft_type": row.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "target_modules": _target_words(model, list(layers)),
+        "modules_to_save": _modules_to_save(model, layers) or None,
+        **row.constants,
+        **row.flags,
+        **{theirs: getattr(config, ours) for ours, theirs in row.options.items()},
+    }
+    if any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()):
+        words["fan_in_fan_out"] = True
+    shapes = layer_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, row)
+    if row.rank_word is not None:
+        _write_per_layer(words, row, row.rank_word, "rank_pattern", {name: shape[0] for name, shape in shapes.items()})
+    if row.alpha_word is not None:
+        alphas = {name: _alpha(_scaling_of(layers[name]), shape[0], words, row) for name, shape in shapes.items()}
+        _write_per_layer(words, row, row.alpha_word, "alpha_pattern", alphas)
+    return words | (row.write_more(layers, words) if row.write_more is not None else {})
+
+
+def _write_per_layer(
+    words: dict[str, Any], row: PeftMethod, word: str, pattern_word: str, values: Mapping[str, float]
+) -> None:
+    words[word], exceptions = _common(values)
+    if pattern_word in row.patterns:
+        words[pattern_word] = {_pattern_key(name, values): value for name, value in exceptions.items()}
+    elif exceptions:
+        logger.warning("HF PEFT has no %s for %s: lightning-peft reads this folder", pattern_word, row.peft_type)
+
+
+def _scaling_of(layer: Any) -> float:
+    return layer.scaling
+
+
+def _target_words(model: nn.Module, targets: list[str]) -> list[str] | str:
+    """Last parts of the names where these select the adapted layers and no others, else full names, else a regex."""
+    inside = tuple(f"{name}." for name in targets)
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    for choice in ({name.rpartition(".")[2] for name in targets}, set(targets)):
+        if {name for name in names if not choice.isdisjoint(_ends(name))} == set(targets):
+            return sorted(choice)
+    return "|".join(re.escape(name) for name in sorted(targets))
+
+
+def _modules_to_save(model: nn.Module, layers: Mapping[str, Adapter]) -> list[str]:
+    """Full names of the modules outside the adapters that hold trained parameters."""
+    inside = (*(f"{name}." for name in layers), f"{SHARED}.")
+    trained = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    return sorted({name.rpartition(".")[0] for name in trained if not name.startswith(inside)})
+
+
+def _pattern_key(name: str, names: Iterable[str]) -> str:
+    """HF matches a key against the end of a name; `^` keeps it from matching a longer one."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
+def _ends(name: str) -> list[str]:
+    """a.b.c -> a.b.c, b.c, c"""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and the entries that differ from it."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {name: value for name, value in values.items() if value != common}
+
+
+def read_words(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json. Raises AdapterFileError."""
+    path = folder / CONFIG_NAME
+    if not folder.is_dir():
+        raise AdapterFileError(f"{folder}: no such adapter folder")
+    if not path.is_file():
+        raise AdapterFileError(f"{folder}: not an adapter folder, it has no {CONFIG_NAME}")
+    try:
+        words = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFileError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(words, dict) or "peft_type" not in words:
+        raise AdapterFileError(f"{path}: names no peft_type, so it is not the config of an adapter")
+    return words
+
+
+def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
+    """Our config for HF's words and the shapes of the tensors in the file. Raises AdapterFileError."""
+    method = method_of(folder, words)
+    row = PEFT_METHODS[method]
+    _check_words(folder, words, row)
+    layers = layer_shapes(shapes, row)
+    if row.tensors and not layers:
+        raise AdapterFileError(f"{folder}: holds no tensor of method {method}, such as {row.tensors[0]}")
+    options = {ours: words[theirs] for ours, theirs in row.options.items() if theirs in words}
+    if row.rank_word is not None:
+        options["rank"], options["rank_pattern"] = _common({name: shape[0] for name, shape in layers.items()})
+    if row.alpha_word is not None:
+        options["alpha"], options["alpha_pattern"] = _common(
+            {
+                name: _alpha(stored_scaling(words, row, name, shape[0]), shape[0], words, row)
+                for name, shape in layers.items()
+            }
+        )
+    if row.read_more is not None:
+        options |= row.read_more(words, layers)
+    if words.get("init_lora_weights") in REWRITES_BASE:
+        options["init"] = Init[words["init_lora_weights"]]
+    return METHODS[method].config(
+        target_modules=sorted(layers) or _targets_by_words(words),
+        trainable_modules=_trained_modules(words, row, shapes),
+        **options,
+    )
+
+
+def method_of(folder: Path, words: Words) -> str:
+    """The method an adapter folder holds; lineage tells those apart that HF writes alike."""
+    fitting = [
+        method
+        for method, row in PEFT_METHODS.items()
+        if row.peft_type == words["peft_type"] and all(bool(words.get(k)) == v for k, v in row.flags.items())
+    ]
+    if not fitting:
+        known = ", ".join(sorted({row.peft_type for row in PEFT_METHODS.values()}))
+        raise AdapterFileError(f"{folder}: peft_type={words['peft_type']} is not supported; these are: {known}")
+    lineage = read_lineage(folder)
+    return lineage.method if lineage is not None and lineage.method in fitting else fitting[0]
+
+
+def _check_words(folder: Path, words: Words, row: PeftMethod) -> None:
+    """Raise for HF features we do not have, log the words we do not know."""
+    for word, off in SWITCHED_OFF.items():
+        if word in words and words[word] not in off:
+            raise AdapterFileError(f"{folder}: uses {word}={words[word]!r}, a feature of HF PEFT not supported here")
+    init = str(words.get("init_lora_weights", True)).lower()
+    if init not in (*KEEPS_BASE, *REWRITES_BASE):
+        raise AdapterFileError(
+            f"{folder}: init_lora_weights={init!r} changed the base weights, so the file alone is not enough; "
+            "save it in HF PEFT with path_initial_model_for_weight_conversion"
+        )
+    known = {*SWITCHED_OFF, *WITHOUT_EFFECT, *READ_HERE, *row.flags, *row.constants, *row.options.values()}
+    unknown = sorted(words.keys() - known - {row.rank_word, row.alpha_word})
+    if unknown:
+        logger.warning("%s: ignored, not known: %s", folder / CONFIG_NAME, ", ".join(unknown))
+
+
+def layer_shapes(shapes: Shapes, row: PeftMethod) -> dict[str, tuple[int, ...]]:
+    """Adapted layer -> shape of its first tensor, whose dimension 0 is the rank."""
+    found: dict[str, tuple[int, ...]] = {}
+    for ending in row.tensors:
+        for name, shape in shapes.items():
+            if name.startswith(PREFIX) and name.endswith(f".{ending}"):
+                found.setdefault(name.removeprefix(PREFIX).removesuffix(f".{ending}"), shape)
+    return found
+
+
+def _targets_by_words(words: Words) -> list[str]:
+    targets = words.get("target_modules") or []
+    return [f"re:{targets}"] if isinstance(targets, str) else list(targets)
+
+
+def stored_scaling(words: Words, row: PeftMethod, name: str, rank: int) -> float:
+    """Of one layer, by HF's rules: the first key of alpha_pattern that matches the end of the name counts.
+
+    AdaLoRA, the method with an offset, keeps dividing by its first rank when ranks are cut.
+    """
+    assert row.alpha_word is not None and row.rank_word is not None
+    patterns = (words.get("alpha_pattern") or {}).items()
+    alpha = next((v for key, v in patterns if re.match(rf"(.*\.)?({key})$", name)), words.get(row.alpha_word, 8))
+    if row.rank_offset:
+        rank = words.get(row.rank_word, rank)
+    return alpha / _divisor(rank, words, row)
+
+
+def _alpha(scaling: float, rank: int, words: Words, row: PeftMethod) -> float:
+    """The alpha that gives this scaling at this rank."""
+    alpha = scaling * _divisor(rank, words, row)
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha
+
+
+def _divisor(rank: int, words: Words, row: PeftMethod) -> float:
+    return rank**0.5 if words.get("use_rslora") else rank + row.rank_offset
+
+
+def _trained_modules(words: Words, row: PeftMethod, names: Iterable[str]) -> list[str]:
+    """Full names of the modules that the file holds whole because they were trained."""
+    endings = tuple(f".{ending}" for ending in row.tensors)
+    holders = {
+        name.removeprefix(PREFIX).rpartition(".")[0]
+        for name in names
+        if name.startswith(PREFIX) and not name.endswith(endings)
+    }
+    saved = words.get("modules_to_save") or []
+    return sorted(m for m in holders if any(m.endswith(s) or f".{s}." in f".{m}." for s in saved))

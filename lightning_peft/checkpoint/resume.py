@@ -1,0 +1,264 @@
+"""Checkpoints a run resumes from: trainable state only, written so that a kill at any moment leaves a good one."""
+
+import logging
+import pickle
+import random
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.checkpoint.atomic import atomic_file
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+FREE_TO_CHANGE = ("trainer.max_steps", "trainer.max_epochs")
+"""Options that a resumed run may change."""
+
+
+class CheckpointFileError(ValueError):
+    """A checkpoint that cannot be read, or that does not fit the model."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimiser steps is kept."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. Files still being written are not among them."""
+    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None when there is none. Damaged ones are skipped with a logged line."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+            return path
+        except CheckpointFileError as error:
+            logger.warning("%s; trying the one before it", error)
+    return None
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Read the whole file and compare its checksums. Raises CheckpointFileError if it is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointFileError(f"{path}: no such checkpoint file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointFileError(f"{path}: truncated or not a checkpoint ({error})") from error
+    if damaged is not None:
+        raise CheckpointFileError(f"{path}: damaged, the checksum of {damaged} does not match")
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """A Trainer plugin that writes beside the file, reads it back, and only then renames it.
+
+    Of the files named by `checkpoint_path` it keeps the newest `keep_last`, all when None. Checkpoints are loaded with
+    `weights_only=True`: tensors and plain Python values, never code.
+
+    What a LightningModule must override so that only trainable state is saved (Lightning 2.6: `dump_checkpoint` calls
+    `state_dict()`, and `restore_model` calls `load_state_dict(state, strict=self.strict_loading)`):
+
+        def state_dict(self, *args, **kwargs):
+            return trainable_state_dict(self.model)
+
+        def load_state_dict(self, state_dict, strict=True, assign=False):
+            load_trainable_state(self.model, state_dict)
+
+    `strict_loading` stays True: False would hide missing names. `fit(ckpt_path=...)` passes `weights_only=None`, which
+    torch reads as True, so hyperparameters must not hold objects and callbacks must return plain values.
+    ModelParallelStrategy bypasses this plugin unless `save_distributed_checkpoint=False`, and always when loading.
+    """
+
+    def __init__(self, keep_last: int | None = None):
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last={keep_last}: must be at least 1, or null to keep all")
+        self.keep_last = keep_last
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Raises SaveError, with the previous checkpoints untouched, when the disk is full."""
+        if storage_options is not None:
+            raise TypeError(f"storage_options={storage_options!r}: AtomicCheckpointIO has none")
+        path = Path(path)
+        with atomic_file(path) as partial:
+            with partial.open("wb") as file:
+                _save(checkpoint, file)
+            verify_checkpoint(partial)
+        if self.keep_last is not None:
+            for old in checkpoints(path.parent)[: -self.keep_last]:
+                old.unlink()
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Tensors on the CPU unless `map_location` says otherwise. Raises CheckpointFileError."""
+        verify_checkpoint(Path(path))
+        try:
+            return torch.load(
+                path, map_location=map_location or "cpu", weights_only=True if weights_only is None else weights_only
+            )
+        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointFileError(f"{path}: not a checkpoint of this program ({reason})") from error
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _save(checkpoint: dict[str, Any], file: Any) -> None:
+    """`torch.save`, whose errors on a full disk are RuntimeErrors of its zip writer."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        cause = error.__context__
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise
+
+
+def trainable_state(model: nn.Module) -> dict[str, nn.Parameter | Tensor]:
+    """What distinguishes a tuned model from its base, by name and not copied: every parameter that trains, and all
+    that adapters hold beside their base layer (frozen factors and persistent buffers included)."""
+    state: dict[str, nn.Parameter | Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, Adapter):
+            for name, tensor in layer.state_dict(keep_vars=True).items():
+                if not name.startswith("base_layer."):
+                    state[f"{layer_name}.{name}"] = tensor
+    return state
+
+
+def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """`trainable_state`, detached and gathered from shards. With sharded parameters every rank must call it."""
+    return {name: gather(tensor) for name, tensor in trainable_state(model).items()}
+
+
+def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into the model, in the model's dtypes and shards.
+
+    Raises CheckpointFileError unless names and shapes are those of `trainable_state_dict(model)`.
+    """
+    _take_ranks_found_by_eva(model, state)
+    own = trainable_state(model)
+    check_names_and_shapes("checkpoint", own, state)
+    for name, tensor in own.items():
+        assign(tensor, state[name])
+
+
+def _take_ranks_found_by_eva(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """EVA spreads ranks after injection, so those of a fresh model may differ from the checkpoint's."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear) and layer.init == "eva":
+            A, B = (state.get(f"{name}.lora_{side}.weight") for side in "AB")
+            if A is not None and B is not None and A.shape[0] != layer.rank:
+                device = layer.lora_A.weight.device
+                layer.set_factors(A.to(device), B.to(device))
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor, detached; on every rank if it is sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    assert not target.is_meta, "weights arrive before adapters are loaded"
+    if isinstance(target, DTensor):
+        # Every rank holds the whole value, so each cuts its own shard and nothing is sent.
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+def check_names_and_shapes(
+    what: str,
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    error: type[ValueError] = CheckpointFileError,
+) -> None:
+    """Raise one line naming up to three differences."""
+    for problem, names in (
+        ("lacks", [n for n in expected if n not in got]),
+        ("has, and this model does not,", [n for n in got if n not in expected]),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise error(f"{what}: {problem} {', '.join(names[:3])}{more}: was it made with another adapter config?")
+    for name, tensor in expected.items():
+        if got[name].shape != tensor.shape:
+            raise error(
+                f"{what}: {name} has shape {tuple(got[name].shape)}, this model needs {tuple(tensor.shape)}: "
+                "another rank or another base model?"
+            )
+
+
+def capture_rng() -> dict[str, Any]:
+    """States of the random generators of Python, numpy, torch and every CUDA device, as tensors and plain values."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Undo what was drawn since `capture_rng`. CUDA states are restored where the number of devices is the same."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def check_same_config(checkpoint_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise ValueError naming every option that differs between two resolved configs (nested plain mappings).
+
+    Options in `FREE_TO_CHANGE` may differ.
+    """
+    before, now = _flatten(checkpoint_config), _flatten(config)
+    absent = object()
+    changed = [
+        f"{key} (was {_show(before, key)}, is {_show(now, key)})"
+        for key in sorted(before.keys() | now.keys())
+        if key not in FREE_TO_CHANGE and before.get(key, absent) != now.get(key, absent)
+    ]
+    if changed:
+        raise ValueError(
+            f"resume: the checkpoint was made with another config: {', '.join(changed)}; "
+            "restore these, or start afresh in a new run_dir"
+        )
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not set"

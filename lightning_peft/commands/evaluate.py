@@ -1,0 +1,120 @@
+"""`lightning-peft evaluate`: loss, perplexity and the data set's own metric, base against adapter in one table."""
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+
+from lightning_peft.adapters.inject import disable_adapters
+from lightning_peft.commands.adapted import load_for_inference, saved_config
+from lightning_peft.config import EvaluateConfig, Scored
+from lightning_peft.data.config import DataConfig
+from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.formats import Message, read_rows
+from lightning_peft.data.sources import load_rows
+from lightning_peft.evaluation.runner import Scores, score, with_shots
+from lightning_peft.evaluation.tasks import TASKS, Row, Task
+from lightning_peft.inference.load import adapter_folder
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score base and adapter on the first `max_rows` test rows; returns and writes {"base": ..., "adapter": ...}."""
+    saved = saved_config(config.adapter_path)
+    data_config = config.data or (saved.data if saved is not None else None)
+    if data_config is None:
+        raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
+    if config.adapter_path is None and config.models is not Scored.base:
+        raise ValueError("adapter_path=null: without an adapter only models=base can be scored")
+    data_config = replace(data_config, max_validation_rows=config.max_rows, streaming=False)
+    task = TASKS[data_config.task]
+    rows = load_rows(data_config, "test")
+    if not rows:
+        raise ValueError("data has no validation rows: give data.validation_path or data.validation_fraction above 0")
+    model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    conversations = read_rows(rows, data_config)
+    questions = [messages[:-1] for messages in conversations]
+    rows = [row | named(messages) for row, messages in zip(rows, conversations, strict=True)]
+
+    results: dict[str, Scores] = {}
+    seconds: dict[str, float] = {}
+    if config.models in (Scored.both, Scored.base):
+        shots = shot_conversations(task, data_config)
+        with disable_adapters(model):
+            started = time.perf_counter()
+            base_questions = with_shots(questions, shots)
+            results["base"] = score(
+                model, tokenizer, batches(data_config, tokenizer), rows, base_questions, task, config.batch_size
+            )
+            seconds["base"] = time.perf_counter() - started
+    if config.models in (Scored.both, Scored.adapter):
+        started = time.perf_counter()
+        results["adapter"] = score(
+            model, tokenizer, batches(data_config, tokenizer), rows, questions, task, config.batch_size
+        )
+        seconds["adapter"] = time.perf_counter() - started
+    show(results, task, len(rows))
+    show_samples(results, task, rows, config.samples)
+    report = {
+        name: {key: value for key, value in asdict(scores).items() if key != "answers"} | {"seconds": seconds[name]}
+        for name, scores in results.items()
+    } | {"rows": len(rows), "task": task.name, "base_shots": task.num_shots}
+    write_report(report, config)
+    return report
+
+
+def named(messages: list[Message]) -> dict[str, str]:
+    """The last question and its answer under the names that tasks read."""
+    return {"prompt": messages[-2].content if len(messages) > 1 else "", "completion": messages[-1].content}
+
+
+def shot_conversations(task: Task, config: DataConfig) -> list[list[Message]]:
+    """Solved training examples the base is shown; the adapter has seen its own in training."""
+    if task.num_shots == 0:
+        return []
+    train_rows = load_rows(replace(config, max_rows=64), "train")
+    return read_rows(task.few_shot(train_rows), config)
+
+
+def batches(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
+    module = SFTDataModule(config, tokenizer, seed=0)
+    module.setup("validate")
+    return module.val_dataloader()
+
+
+def show(results: dict[str, Scores], task: Task, rows: int) -> None:
+    table = Table("", *results, title=f"{rows} rows never seen in training")
+    table.add_row("loss per token", *(f"{s.loss:.4f}" for s in results.values()))
+    table.add_row("perplexity", *(f"{s.perplexity:,.2f}" for s in results.values()))
+    for metric in next(iter(results.values())).metrics:
+        table.add_row(metric.replace("_", " "), *(f"{s.metrics[metric]:.1%}" for s in results.values()))
+    if "base" in results and task.num_shots:
+        table.caption = f"the base answers with {task.num_shots} solved examples before each question"
+    Console().print(table)
+
+
+def show_samples(results: dict[str, Scores], task: Task, rows: list[Row], count: int) -> None:
+    answers = {name: scores.answers for name, scores in results.items() if scores.answers}
+    if not answers or count == 0:
+        return
+    table = Table("question", "expected", *answers, show_lines=True)
+    marks = {True: "[green]right[/green]", False: "[red]wrong[/red]", None: ""}
+    for sample in task.samples(rows, answers, count):
+        given = [f"{marks[right]} {escape(answer)}" for answer, right in sample.answers.values()]
+        table.add_row(escape(sample.prompt), escape(sample.expected), *given)
+    Console().print(table)
+
+
+def write_report(report: dict[str, Any], config: EvaluateConfig) -> None:
+    if config.output is not None:
+        path = Path(config.output)
+    elif config.adapter_path is not None:
+        path = adapter_folder(config.adapter_path).parent / "evaluation.json"
+    else:
+        return
+    path.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,54 @@
+"""`lightning-peft merge`: base and adapter as one plain model folder, with a receipt of the difference."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from lightning_peft.checkpoint.merged import MergeBase, MergeError, Receipt
+from lightning_peft.checkpoint.merged import merge as write_merged
+from lightning_peft.commands.adapted import base_of, inference_device, load_for_inference, saved_config
+from lightning_peft.config import MergeCommandConfig, TrainConfig
+from lightning_peft.data.chat import encode
+from lightning_peft.data.formats import Message, read_rows
+from lightning_peft.data.sources import load_rows
+from lightning_peft.models.loading import load_model
+
+SAMPLES = 16
+"""Conversations the merged model is compared on."""
+SAMPLE_TOKENS = 256
+"""Longest of them; their logits are kept in memory."""
+GENERAL_TEXT = (
+    "Write a short letter to a friend about a day in the mountains.",
+    "What is the capital of France, and how many people live there?",
+    "List three uses of a binary search tree.",
+)
+"""Compared on when the adapter does not say its data set."""
+
+
+def merge(config: MergeCommandConfig) -> Receipt:
+    """Merge the adapter into its base, in fp32 and rounded once; prints the receipt.
+
+    Raises MergeError, with nothing left at `output`, when the merged model is too far from the adapted one.
+    """
+    output = Path(config.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise MergeError(f"output={output}: exists already; give a new folder")
+    model, tokenizer = load_for_inference(config.adapter_path, config.model, "auto")
+    samples = sample_ids(saved_config(config.adapter_path), tokenizer)
+    original = None
+    if config.merge.base is MergeBase.original:
+        base, _ = base_of(config.adapter_path, config.model)
+        original = load_model(base, model.dtype, device=inference_device())
+    receipt = write_merged(model, tokenizer, output, samples, config.merge, original)
+    print(f"{output}: {receipt}")
+    return receipt
+
+
+def sample_ids(saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast) -> list[Tensor]:
+    """Token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`."""
+    conversations = [[Message("user", text), Message("assistant", "Of course.")] for text in GENERAL_TEXT]
+    if saved is not None:
+        conversations = read_rows(load_rows(saved.data, "validation")[:SAMPLES], saved.data) or conversations
+    return [torch.tensor([encode(messages, tokenizer).input_ids[:SAMPLE_TOKENS]]) for messages in conversations]

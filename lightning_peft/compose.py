@@ -1,0 +1,95 @@
+"""From the words on the command line to a typed config, with errors of one line."""
+
+import difflib
+import re
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lightning_peft.config import CONF_DIR, register_schemas
+
+VERBATIM = re.compile(r"^\+{0,2}(?:prompt|run_dir|output|init_from|(?:\w+\.)*(?:\w+_path|init_from|path))=(?!['\"\[])")
+"""Keys whose values are ordinary text: everything after the first = belongs to them."""
+
+
+def quote_text_values(overrides: list[str]) -> list[str]:
+    """Quote the values of text keys for Hydra's grammar, so that , ' " = ( { need no escaping in the shell."""
+    quoted = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if VERBATIM.match(override) and value not in ("", "null"):
+            escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value)
+            escaped = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, escaped)
+            override = f"{key}='{escaped}'"
+        quoted.append(override)
+    return quoted
+
+
+def compose_config(command: str, overrides: list[str]) -> Any:
+    """The typed root config of a command.
+
+    Raises ValueError with one line that names the key, the value and what would be right.
+    """
+    register_schemas()
+    try:
+        with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+            config = compose(command, quote_text_values(overrides))
+        return typed(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error, command)) from error
+
+
+def typed(config: DictConfig) -> Any:
+    """The dataclass behind a composed config; runs every `__post_init__`."""
+    OmegaConf.resolve(config)
+    return OmegaConf.to_object(config)
+
+
+def explain(error: Exception, command: str) -> str:
+    """Hydra's or OmegaConf's message as one line in the words of the command line."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and (missing := re.search(r"Could not find '([\w/.-]+)'", text)):
+        group, _, option = missing.group(1).rpartition("/")
+        options = re.findall(r"^\t([\w/.-]+)$", text.split("Config search path")[0], re.MULTILINE)
+        return f"{group}={option}: no such option; {group} is one of {', '.join(o for o in options if o != 'schema')}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value (quote text with special characters)"
+    if isinstance(error, ConfigCompositionException):
+        if unknown := re.search(r"Could not override '([\w./@]+)'", text):
+            return f"{unknown.group(1)}: no such option{nearest(unknown.group(1), command)}"
+        if merging := re.search(r"Error merging override (.*)", text):
+            return f"{merging.group(1)}: {first_line(error.__cause__ or error)}"
+        if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
+            return f"{ambiguous.group(1)}: several values; add -m for a sweep, or write a list as key=[a,b]"
+    if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
+        return f"{key}=...: has to be given"
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first_line(error)}" if key else first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def nearest(key: str, command: str) -> str:
+    """The options of the command that look like a mistyped one."""
+    with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+        config = compose(command, return_hydra_config=True)
+    groups = [str(g) for g in config.hydra.runtime.choices if not str(g).startswith("hydra")]
+    del config["hydra"]
+    matches = difflib.get_close_matches(key, groups + leaf_keys(config), n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(matches)}?" if matches else ""
+
+
+def leaf_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in map(str, config):
+        node = config._get_node(key)
+        name = f"{prefix}{key}"
+        keys.append(name)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            keys += leaf_keys(node, f"{name}.")
+    return keys

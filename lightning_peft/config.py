@@ -1,0 +1,225 @@
+"""The root config of every command, and the table of schemas that its option files start from."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.merged import MergeConfig
+from lightning_peft.data.config import DataConfig
+from lightning_peft.evaluation.tasks import TASKS
+from lightning_peft.inference.generate import SamplingConfig
+from lightning_peft.models.loading import ModelConfig
+from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
+from lightning_peft.optim.schedules import ScheduleConfig
+from lightning_peft.quantization.convert import QuantizationConfig
+from lightning_peft.training.activation_checkpointing import ActivationCheckpointing
+from lightning_peft.training.callbacks.adapter_checkpoint import CheckpointConfig
+from lightning_peft.training.strategies import StrategyConfig
+
+CONF_DIR = next(
+    folder for parent in (Path(__file__).parent, Path(__file__).parent.parent) if (folder := parent / "conf").is_dir()
+)
+"""Inside the package in a wheel, beside it in a checkout."""
+
+
+@dataclass
+class ValidationConfig:
+    """When the validation loss is taken during training. It is always taken at the end."""
+
+    every_n_steps: int | None = None
+    """Optimiser steps between validations; null for the end only."""
+    samples: int = 2
+    """Answers written to samples.jsonl at each validation during training."""
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ValueError(f"validation.every_n_steps={self.every_n_steps}: must be at least 1, or null")
+        if self.samples < 0:
+            raise ValueError(f"validation.samples={self.samples}: must be 0 or more")
+
+
+def check_task(data: DataConfig) -> None:
+    if data.task not in TASKS:
+        raise ValueError(f"data.task={data.task}: must be one of {', '.join(TASKS)}")
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train` does, resolved."""
+
+    run_dir: str | None = None
+    """Folder of the run; null takes runs/<time>-<method>-<model>."""
+    seed: int = 0
+    """Seed of adapter init, data order and dropout."""
+    resume: str = "never"
+    """never: a used run_dir is an error; auto: continue from its latest checkpoint; or a checkpoint's path."""
+    dry_run: bool = False
+    """Show what would be trained, then stop."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """What is recomputed in the backward pass instead of kept."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of lightning.pytorch.Trainer."""
+    logger: dict[str, Any] = field(default_factory=dict)
+    """Lightning loggers by name, each a `_target_` node."""
+    claim: dict[str, Any] = field(default_factory=dict)
+    """What a recipe says it reaches; kept with the run, read by nobody else."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be 0 or more")
+        check_task(self.data)
+        if self.adapter.method == "full" and self.quantization.is_on:
+            raise ValueError(
+                f"method=full quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "
+                "use quantization=none, or method=qlora"
+            )
+
+
+class Scored(Enum):
+    """What `evaluate` runs the rows through."""
+
+    both = "both"
+    base = "base"
+    adapter = "adapter"
+
+
+@dataclass
+class EvaluateConfig:
+    """Scores a base model and its adapter on held-out rows."""
+
+    adapter_path: str | None = None
+    """Run folder or adapter folder, ours or HF PEFT's."""
+    models: Scored = Scored.both
+    """Score the base, the adapter, or both."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    data: DataConfig | None = None
+    """Rows to score on; null takes the data set the adapter was trained on."""
+    max_rows: int = 200
+    """Rows scored."""
+    batch_size: int = 32
+    """Prompts generated for at once."""
+    samples: int = 4
+    """Answers shown side by side."""
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+    output: str | None = None
+    """JSON file of the scores; null writes evaluation.json beside the adapter."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_rows", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.data is not None:
+            check_task(self.data)
+        if self.adapter_path is None and (self.model is None or self.data is None):
+            raise ValueError("adapter_path=null: give a run or adapter folder, or both model= and data=")
+
+
+@dataclass
+class GenerateConfig:
+    """Answers one prompt, a file of prompts, or an interactive chat."""
+
+    adapter_path: str | None = None
+    """Run folder or adapter folder; null generates with the base model."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    prompt: str | None = None
+    """The user's message; null with no prompt_path starts a chat."""
+    prompt_path: str | None = None
+    """Text file with one prompt a line; answers go to `output` as JSONL, or to the terminal."""
+    output: str | None = None
+    """File for the answers of prompt_path."""
+    system_prompt: str | None = None
+    """System message; null takes the one the adapter was trained with."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompt_path is not None:
+            raise ValueError(f"prompt and prompt_path={self.prompt_path} are both given: use one")
+        if self.adapter_path is None and self.model is None:
+            raise ValueError("adapter_path=null: give a run or adapter folder, or model= for the base alone")
+
+
+@dataclass
+class MergeCommandConfig:
+    """Writes base and adapter as one plain model."""
+
+    adapter_path: str = "???"
+    """Run folder or adapter folder."""
+    output: str = "???"
+    """Folder to write; must not exist."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    merge: MergeConfig = field(default_factory=MergeConfig)
+
+
+ROOTS: dict[str, type] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "merge": MergeCommandConfig,
+}
+
+
+def register_schemas() -> None:
+    """Put every schema where the option files under `conf/` look for it."""
+    OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
+    store = ConfigStore.instance()
+    for command, root in ROOTS.items():
+        store.store(name=f"{command}_schema", node=root)
+    for name, method in METHODS.items():
+        store.store(group="adapter", name=f"{name}_schema", node=method.config)
+    for name, optimizer in OPTIMIZERS.items():
+        store.store(group="optimizer", name=f"{name}_schema", node=optimizer.config)
+    singles = {
+        "model": ModelConfig, "quantization": QuantizationConfig, "schedule": ScheduleConfig, "data": DataConfig,
+        "strategy": StrategyConfig,
+    }  # fmt: skip
+    for group, node in singles.items():
+        store.store(group=group, name="schema", node=node)
+
+
+def trial_name(overrides: str) -> str:
+    """Folder of a sweep's trial: "adapter.rank=4,adapter.alpha=16" -> "rank4_alpha16"; no = and no , in it."""
+    words = [override.partition("=") for override in overrides.split(",") if override]
+    name = "_".join(key.rpartition(".")[2] + value for key, _, value in words)
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "trial"
+
+
+def train_config(saved: dict[str, Any]) -> TrainConfig:
+    """The typed config from the plain dictionary that `config.yaml` and `lineage.json` hold."""
+    schema = OmegaConf.structured(
+        TrainConfig(
+            adapter=METHODS[saved["adapter"]["method"]].config(),
+            optimizer=OPTIMIZERS[saved["optimizer"]["name"]].config(),
+        )
+    )
+    config = OmegaConf.to_object(OmegaConf.merge(schema, saved))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested dictionaries of numbers and strings, fit for YAML and JSON."""
+    node = OmegaConf.structured(config) if not isinstance(config, DictConfig) else config
+    container = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}

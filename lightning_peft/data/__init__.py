@@ -1,0 +1,1 @@
+"""Rows to batches: sources, formats, chat templates, packing, audit."""

@@ -1,0 +1,117 @@
+"""What is checked and counted before the first step, so that a run does not train on nothing for hours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from lightning_peft.data.batch import IGNORED_LABEL
+from lightning_peft.data.chat import Encoded
+from lightning_peft.data.formats import BadRow
+
+SHOWN_BAD_ROWS = 3
+
+
+class DuplicateBosError(ValueError):
+    """A sample starts with two BOS tokens: the chat template and the tokenizer, or the text, each bring one."""
+
+
+@dataclass
+class Audit:
+    """Counts over the samples of a split."""
+
+    rows: int = 0
+    bad_rows: int = 0
+    bad_row_messages: list[str] = field(default_factory=list)
+    """What is wrong with the first few of them."""
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    """Tokens with a label."""
+    truncated: int = 0
+    """Answers cut at `data.max_length`."""
+    skipped_long: int = 0
+    split_long: int = 0
+    ended: int = 0
+    """Samples whose end token is trained."""
+    packing_fill: float | None = None
+    """Share of tokens that are not padding, without packing None."""
+
+    def count_bad_row(self, error: BadRow) -> None:
+        self.bad_rows += 1
+        if len(self.bad_row_messages) < SHOWN_BAD_ROWS:
+            self.bad_row_messages.append(str(error))
+
+    def count_sample(self, sample: Encoded) -> None:
+        self.samples += 1
+        self.tokens += len(sample.input_ids)
+        self.supervised += len(sample.labels) - sample.labels.count(IGNORED_LABEL)
+        self.truncated += sample.truncated
+        self.ended += sample.ends
+
+    def lines(self) -> list[str]:
+        """The counts in words."""
+        share = self.supervised / self.tokens if self.tokens else 0.0
+        lines = [
+            f"{self.samples:,} samples of {self.rows:,} rows, {self.tokens:,} tokens, "
+            f"{self.supervised:,} of them trained ({share:.1%})"
+        ]
+        if self.packing_fill is not None:
+            lines.append(f"packed rows are {self.packing_fill:.1%} full")
+        return lines
+
+    def warnings(self) -> list[str]:
+        """What is left out, cut, or likely to be a mistake; one line each with its number and remedy."""
+        lines = []
+        if self.bad_rows:
+            first = "; ".join(self.bad_row_messages)
+            lines.append(f"{self.bad_rows:,} of {self.rows:,} rows are skipped (data.on_bad_row=skip): {first}")
+        if self.truncated:
+            lines.append(f"{self.truncated:,} answers are cut at data.max_length, their end is not trained")
+        if self.skipped_long:
+            lines.append(f"{self.skipped_long:,} rows over data.max_length are skipped (data.on_too_long=skip)")
+        if self.split_long:
+            lines.append(f"{self.split_long:,} rows over data.max_length are split into several samples")
+        if self.samples and not self.ended:
+            reason = (
+                "every answer is cut at data.max_length"
+                if self.truncated == self.samples
+                else "the chat template puts no special token after an answer, or the tokenizer has no EOS"
+            )
+            lines.append(f"no end token is trained, so generation will not learn to stop: {reason}")
+        return lines
+
+
+def check_sample(sample: Encoded, origin: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `BadRow` for a sample with nothing to train, `DuplicateBosError` for one that starts with two BOS."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and sample.input_ids[:2] == [bos, bos]:
+        raise DuplicateBosError(
+            f"{origin}: the sample starts with two BOS tokens {tokenizer.bos_token!r}, it must be one; "
+            "look at the chat template and the tokenizer's post-processor, or take BOS out of the text"
+        )
+    if all(label == IGNORED_LABEL for label in sample.labels):
+        if sample.truncated:
+            raise BadRow(
+                origin,
+                "an answer that begins before data.max_length",
+                f"a prompt of {len(sample.input_ids)} tokens or more (raise data.max_length, or data.on_too_long=skip)",
+            )
+        raise BadRow(origin, "at least one token to train", tokenizer.decode(sample.input_ids))
+
+
+def preview(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """A sample as text, trained parts on green, the rest dim; special tokens are shown."""
+    text = Text()
+    for start, stop in _runs(sample.labels):
+        trained = sample.labels[start] != IGNORED_LABEL
+        part = tokenizer.decode(sample.input_ids[start:stop], skip_special_tokens=False)
+        text.append(str(part), style="black on green" if trained else "dim")
+    return text
+
+
+def _runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    trained = [label != IGNORED_LABEL for label in labels]
+    starts = [i for i in range(len(trained)) if i == 0 or trained[i] != trained[i - 1]]
+    return list(zip(starts, [*starts[1:], len(trained)], strict=True))

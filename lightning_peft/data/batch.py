@@ -1,0 +1,33 @@
+"""What a training step receives."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Batch:
+    """One micro batch: B rows of T tokens, each row one sample or several packed ones, padded on the right.
+
+    There is no attention mask. Attention is causal inside each sample; padding continues the last sample of its row,
+    where nothing real can see it and its label is -100. Lightning moves the tensors of a dataclass to the device.
+    """
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    labels: Tensor
+    """(B, T) int64, not shifted: the token itself where it is trained, else -100. The first token of each sample is
+    -100, so a loss that predicts position t from t - 1 never predicts across two samples."""
+    position_ids: Tensor
+    """(B, T) int64, restarting at 0 for each sample."""
+    cu_seqlens: Tensor
+    """(S + 1,) int32 in host memory when collated: where the S samples begin in the flattened B*T tokens, then B*T.
+    Each row begins a sample."""
+    max_seqlen: int
+    """Longest sample in tokens, its padding included."""
+    num_tokens: int
+    """Tokens that are not padding."""
+    num_supervised: int
+    """Labels that are not -100."""

@@ -1,0 +1,49 @@
+"""From samples to a batch of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lightning_peft.data.batch import IGNORED_LABEL, Batch
+from lightning_peft.data.chat import Encoded
+
+LENGTH_MULTIPLE = 8
+"""Unpacked rows are padded to a multiple of this: tensor cores want it, and fewer lengths mean fewer compilations."""
+
+
+def collate(
+    rows: Sequence[Sequence[Encoded]], pad_token_id: int, max_length: int, packing: bool, filler: bool = False
+) -> Batch:
+    """The batch of these rows, each the samples packed into it.
+
+    Rows are padded to `max_length` with packing, else to the longest row rounded up to a multiple of 8. A filler has
+    no labels and counts no tokens: it keeps a rank in step that has no micro batch left.
+    """
+    longest = max(sum(len(sample.input_ids) for sample in row) for row in rows)
+    width = max_length if packing else min(max_length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORED_LABEL, dtype=torch.int64)
+    position_ids = torch.empty((len(rows), width), dtype=torch.int64)
+    starts: list[int] = []
+    num_tokens = 0
+    for number, row in enumerate(rows):
+        end = 0
+        for place, sample in enumerate(row):
+            start, end = end, end + len(sample.input_ids)
+            stop = width if place == len(row) - 1 else end
+            input_ids[number, start:end] = torch.tensor(sample.input_ids)
+            if not filler:
+                labels[number, start + 1 : end] = torch.tensor(sample.labels[1:], dtype=torch.int64)
+            position_ids[number, start:stop] = torch.arange(stop - start)
+            starts.append(number * width + start)
+        num_tokens += end
+    cu_seqlens = torch.tensor([*starts, len(rows) * width], dtype=torch.int32)
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(cu_seqlens.diff().max()),
+        num_tokens=0 if filler else num_tokens,
+        num_supervised=int((labels != IGNORED_LABEL).sum()),
+    )

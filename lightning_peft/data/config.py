@@ -1,0 +1,105 @@
+"""The `data.*` options."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Format(Enum):
+    """Shape of a row; `auto` goes by the columns of the first row."""
+
+    auto = "auto"
+    messages = "messages"
+    instruction = "instruction"
+    prompt_completion = "prompt_completion"
+    text = "text"
+
+
+class OnBadRow(Enum):
+    """A row that cannot be read or does not have its format's columns: stop, or leave it out and count it."""
+
+    error = "error"
+    skip = "skip"
+
+
+class OnTooLong(Enum):
+    """A sample over `max_length`: cut its end, cut it into several (plain text only), leave it out, or stop."""
+
+    truncate = "truncate"
+    split = "split"
+    skip = "skip"
+    error = "error"
+
+
+@dataclass
+class DataConfig:
+    source: str = "files"
+    """Where rows come from: a name in `lightning_peft.data.sources.SOURCES`."""
+    train_path: str | None = None
+    """For `source=files`: a JSONL, JSON, CSV or parquet file, or a pattern of several, read by name."""
+    validation_path: str | None = None
+    """For `source=files`: rows to validate on; without it `validation_fraction` of the training rows are held out."""
+    hub_name: str | None = None
+    """For `source=hub`: data set on the Hugging Face hub, or a local folder that `datasets.load_dataset` reads."""
+    hub_config: str | None = None
+    """Configuration name of the hub data set."""
+    hub_split: str = "train"
+    """Split of the hub data set to train on."""
+    hub_validation_split: str | None = None
+    """Split to validate on; without it `validation_fraction` of the training rows are held out."""
+    task: str = "none"
+    """How `evaluate` scores the answers: a name in `lightning_peft.evaluation.tasks.TASKS`; none for the loss only."""
+    format: Format = Format.auto
+    """Shape of the rows."""
+    prompt_column: str | None = None
+    """Column of the prompt in prompt/completion rows, usually `prompt`."""
+    completion_column: str | None = None
+    """Column of the answer in prompt/completion rows, usually `completion`."""
+    text_column: str | None = None
+    """Column of plain text rows, usually `text`."""
+    messages_column: str | None = None
+    """Column of chat rows, usually `messages` or `conversations`."""
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+    max_length: int = 512
+    """Longest sample in tokens, and with packing the length of every row of a batch."""
+    on_too_long: OnTooLong = OnTooLong.truncate
+    """What happens to samples over `max_length`; always counted and reported."""
+    on_bad_row: OnBadRow = OnBadRow.error
+    """What happens to rows that cannot be used; skipped ones are counted and reported."""
+    max_rows: int | None = None
+    """Train on the first so many rows; null takes all (generated sources: their own default)."""
+    max_validation_rows: int | None = 200
+    """Validate on the first so many rows; null takes all."""
+    validation_fraction: float = 0.05
+    """Share of the training rows held out when the source has no validation rows of its own; 0 turns validation off."""
+    split_seed: int = 0
+    """Seed of the held-out share and of generated rows. Not the run's seed, so that runs with different seeds, and
+    `evaluate` after them, use the same validation rows."""
+    packing: bool = True
+    """Several samples to a row of `max_length` tokens; without it, samples of similar length share a micro batch."""
+    micro_batch_size: int = 4
+    """Rows in a micro batch."""
+    streaming: bool = False
+    """Read, tokenise and pack during training instead of before it."""
+    shuffle_window: int = 1000
+    """Rows that are shuffled and packed together when streaming."""
+    num_workers: int = 0
+    """Processes that prepare batches beside the training process."""
+    preview: bool = False
+    """Show one sample before training, trained tokens highlighted."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "micro_batch_size", "shuffle_window", "max_rows", "max_validation_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}={value}: must be at least 1")
+        if self.max_length < 2:
+            raise ValueError(
+                f"data.max_length={self.max_length}: must be at least 2, a token is predicted from another"
+            )
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers={self.num_workers}: must be 0 or more")
+        if self.streaming and self.num_workers:
+            raise ValueError(f"data.num_workers={self.num_workers}: must be 0 with data.streaming=true")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction={self.validation_fraction}: must be at least 0 and below 1")

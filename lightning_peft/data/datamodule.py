@@ -1,0 +1,209 @@
+"""The data of a run as Lightning takes them."""
+
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lightning_peft.data.audit import Audit
+from lightning_peft.data.batch import Batch
+from lightning_peft.data.chat import Encoded
+from lightning_peft.data.collate import collate
+from lightning_peft.data.config import DataConfig
+from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
+from lightning_peft.data.sampler import MicroBatchSampler, Request
+from lightning_peft.data.samples import Samples, encode_rows
+from lightning_peft.data.sources import iterate_rows
+from lightning_peft.data.streaming import StreamedBatches
+
+log = logging.getLogger(__name__)
+
+
+class CollatedBatches(Dataset[Batch]):
+    """The batch of each request."""
+
+    def __init__(self, samples: Samples, config: DataConfig, pad_token_id: int) -> None:
+        self._samples = samples
+        self._config = config
+        self._pad_token_id = pad_token_id
+
+    def __getitem__(self, request: Request) -> Batch:
+        rows = [[self._samples[index] for index in row] for row in request.rows]
+        return collate(rows, self._pad_token_id, self._config.max_length, self._config.packing, request.filler)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def _loader(batches: Dataset[Batch], **options: Any) -> StatefulDataLoader:
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls a function that torch 2.13 deprecates.
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        return StatefulDataLoader(batches, batch_size=None, collate_fn=_unchanged, **options)
+
+
+class SFTDataModule(LightningDataModule):
+    """Batches to fine-tune on, in an order that depends on seed and epoch and not on the number of ranks.
+
+    `setup` reads, tokenises and checks everything it can before a model is loaded: it raises ValueError (`BadRow`,
+    `ChatTemplateError`, `DuplicateBosError` are some) for what is wrong with the data or the options. Loaders are
+    stateful: Lightning saves their position and goes on exactly there. The Trainer needs
+    `use_distributed_sampler=False`; the ranks share the batches here.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        model_context: int | None = None,
+        accumulate_grad_batches: int = 1,
+    ) -> None:
+        super().__init__()
+        if model_context is not None and config.max_length > model_context:
+            raise ValueError(
+                f"data.max_length={config.max_length}: must be at most {model_context}, the model's context"
+            )
+        self._config = config
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._accumulate_grad_batches = accumulate_grad_batches
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._pad_token_id: int = next(token for token in ids if token is not None)
+        self._train: Samples | None = None
+        self._validation: Samples | None = None
+        self.train_audit = Audit()
+        """Counts of the training samples; when streaming, of the first window."""
+        self.validation_audit = Audit()
+        self.example: Encoded | None = None
+        """The first training sample, for `audit.preview`."""
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._validation is not None:
+            return
+        rows = iterate_rows(self._config, "train")
+        if self._config.streaming:
+            rows = islice(rows, self._config.shuffle_window)
+        self._train = Samples(self._keep_example(encode_rows(rows, self._config, self._tokenizer, self.train_audit)))
+        if len(self._train) == 0:
+            reasons = "; ".join(self.train_audit.warnings())
+            found = f"nothing to train on in {self.train_audit.rows} rows. {reasons}".strip()
+            raise ValueError(f"data.source={self._config.source}: {found}")
+        rows = iterate_rows(self._config, "validation")
+        self._validation = Samples(encode_rows(rows, self._config, self._tokenizer, self.validation_audit))
+        for samples, audit in ((self._train, self.train_audit), (self._validation, self.validation_audit)):
+            if self._config.packing and len(samples):
+                packs = [pack for micro_batch in self._plan(samples) for pack in micro_batch]
+                audit.packing_fill = fill_ratio(packs, samples.lengths, self._config.max_length)
+        if self._rank_and_world_size()[0] == 0:
+            self._report()
+
+    def _keep_example(self, samples: Iterator[Encoded]) -> Iterator[Encoded]:
+        for sample in samples:
+            self.example = self.example or sample
+            yield sample
+
+    def _report(self) -> None:
+        for split, audit in (("training", self.train_audit), ("validation", self.validation_audit)):
+            for line in audit.lines():
+                log.info("%s data: %s", split, line)
+            for line in audit.warnings():
+                log.warning("%s data: %s", split, line)
+        if not self._config.streaming:
+            log.info("an epoch is %d optimiser steps", self.steps_per_epoch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any training token; of the first window when streaming. Needs `setup`."""
+        return self._training_samples().fingerprint()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch, the last one of a part of a window included. Needs `setup`; not streaming."""
+        micro_batches = len(self._plan(self._training_samples()))
+        return -(-micro_batches // (self._rank_and_world_size()[1] * self._accumulate_grad_batches))
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        rank, world_size = self._rank_and_world_size()
+        if self._config.streaming:
+            stream = StreamedBatches(
+                self._config,
+                self._tokenizer,
+                self._pad_token_id,
+                self._seed,
+                rank,
+                world_size,
+                lookahead=self.trainer is not None,
+            )
+            return _loader(stream)
+        samples = self._training_samples()
+
+        def plan(epoch: int) -> list[MicroBatch]:
+            return self._plan(samples, random.Random(f"{self._seed} {epoch}"))
+
+        return self._sampled_loader(samples, MicroBatchSampler(plan, rank, world_size, samples.fingerprint()))
+
+    def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+        """The validation rows in the same batches each time; no loader where there are none."""
+        samples = self._validation
+        if samples is None:
+            raise RuntimeError("call SFTDataModule.setup first")
+        if len(samples) == 0:
+            return []
+        fixed_plan = self._plan(samples)
+        sampler = MicroBatchSampler(lambda epoch: fixed_plan, *self._rank_and_world_size(), samples.fingerprint())
+        return self._sampled_loader(samples, sampler)
+
+    def _sampled_loader(self, samples: Samples, sampler: MicroBatchSampler) -> StatefulDataLoader:
+        batches = CollatedBatches(samples, self._config, self._pad_token_id)
+        return _loader(batches, sampler=sampler, num_workers=self._config.num_workers)
+
+    def _plan(self, samples: Samples, rng: random.Random | None = None) -> list[MicroBatch]:
+        config = self._config
+        return plan_micro_batches(samples.lengths, config.max_length, config.micro_batch_size, config.packing, rng)
+
+    def _training_samples(self) -> Samples:
+        if self._train is None:
+            raise RuntimeError("call SFTDataModule.setup first")
+        return self._train
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"world_size": self._rank_and_world_size()[1]}
+
+
+def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
+    """Make Lightning's count of batches in a loaded checkpoint right for this number of ranks.
+
+    Lightning counts the batches of one rank and ends the epoch, and an accumulation window, by that count. It also
+    fails to start again from 0 where the checkpoint is of the last batch of a stream. For
+    `LightningModule.on_load_checkpoint`, which runs before the loops are restored. Raises ValueError where the
+    position cannot be divided among the ranks.
+    """
+    saved_world_size = checkpoint[SFTDataModule.__qualname__]["world_size"]
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    current = progress["current"]
+    taken = 0 if progress["is_last_batch"] else current["ready"] * saved_world_size
+    if taken % world_size:
+        raise ValueError(
+            f"the checkpoint was saved after {taken} micro batches on {saved_world_size} ranks; it can go on with a "
+            f"number of ranks that divides {taken}, not {world_size}"
+        )
+    behind = current["ready"] - current["completed"]
+    ready = taken // world_size
+    current.update(ready=ready, started=ready, processed=ready, completed=ready - behind)

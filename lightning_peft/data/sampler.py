@@ -1,0 +1,82 @@
+"""Which micro batch comes next, on which rank, and where to go on after an interruption."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch.utils.data import Sampler
+
+from lightning_peft.data.packing import MicroBatch
+
+
+class Request(NamedTuple):
+    """A micro batch to collate."""
+
+    rows: MicroBatch
+    filler: bool
+    """Only keeps a rank in step: no labels, no tokens."""
+
+
+class MicroBatchSampler(Sampler[Request]):
+    """Rank r of w takes the micro batches r, r + w, r + 2w ... of an epoch's plan.
+
+    The plan is a function of the epoch, so the data of a step do not depend on how many ranks share it. Where the plan
+    is not a multiple of w, the last round is filled up with a micro batch that has no labels: all ranks make equally
+    many steps, no sample is left out or counted twice. The state is the number of micro batches all ranks together
+    have taken; it can be loaded at another world size.
+    """
+
+    def __init__(self, plan: Callable[[int], list[MicroBatch]], rank: int, world_size: int, fingerprint: str) -> None:
+        self._plan = plan
+        self._rank = rank
+        self._world_size = world_size
+        self._fingerprint = fingerprint
+        self._epoch = 0
+        self._taken = 0
+        self._resume_at = 0
+        self._planned: tuple[int, list[MicroBatch]] = (-1, [])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch; a loaded position stays if it is of this epoch."""
+        if epoch != self._epoch:
+            self._epoch, self._taken = epoch, 0
+
+    def __len__(self) -> int:
+        """Micro batches of one rank in a whole epoch."""
+        return -(-len(self._epoch_plan()) // self._world_size)
+
+    def __iter__(self) -> Iterator[Request]:
+        start, self._resume_at = (self._epoch, self._resume_at), 0
+        return self._requests(*start)
+
+    def _requests(self, loaded_epoch: int, start: int) -> Iterator[Request]:
+        # Runs at the first `next`: Lightning makes the iterator first and sets the epoch after.
+        start = start if self._epoch == loaded_epoch else 0
+        plan = self._epoch_plan()
+        for first in range(start, len(plan), self._world_size):
+            self._taken = first + self._world_size
+            index = first + self._rank
+            yield Request(plan[index], False) if index < len(plan) else Request(plan[0][:1], True)
+        self._epoch, self._taken = self._epoch + 1, 0
+
+    def _epoch_plan(self) -> list[MicroBatch]:
+        if self._planned[0] != self._epoch:
+            self._planned = (self._epoch, self._plan(self._epoch))
+        return self._planned[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        finished = self._taken > 0 and self._taken >= len(self._epoch_plan())
+        return {
+            "epoch": self._epoch + finished,
+            "taken": 0 if finished else self._taken,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state was saved with other data."""
+        if state["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                f"the training data are not those of the checkpoint (fingerprint {self._fingerprint}, then "
+                f"{state['fingerprint']}): go on with the same files and data options, or start a new run"
+            )
+        self._epoch = state["epoch"]
+        self._taken = self._resume_at = state["taken"]

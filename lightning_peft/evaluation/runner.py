@@ -1,0 +1,77 @@
+"""Runs a model over held-out rows: loss per supervised token, and the data set's own metric on generated answers."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lightning_peft.data.batch import Batch
+from lightning_peft.data.chat import encode_prompt
+from lightning_peft.data.formats import Message
+from lightning_peft.evaluation.tasks import Row, Task
+from lightning_peft.inference.generate import SamplingConfig, generate_batch
+from lightning_peft.objectives.sft import SupervisedLoss
+
+
+@dataclass
+class Scores:
+    """What one model reached."""
+
+    loss: float
+    perplexity: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """Cross entropy per supervised token, in nats."""
+    objective = SupervisedLoss(model)
+    total, tokens = 0.0, 0
+    for batch in batches:
+        total += float(objective(batch))
+        tokens += batch.num_supervised
+    return total / max(tokens, 1)
+
+
+def answer_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: list[list[Message]],
+    task: Task,
+    batch_size: int,
+) -> list[str]:
+    """Greedy answers to conversations that end with a user turn."""
+    prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
+    return generate_batch(
+        model, tokenizer, prompts, SamplingConfig(max_new_tokens=task.max_new_tokens), batch_size=batch_size
+    )
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Iterable[Batch],
+    rows: list[Row],
+    conversations: list[list[Message]],
+    task: Task,
+    batch_size: int,
+) -> Scores:
+    """Loss over `batches`, and `task`'s metrics of the answers to `conversations`, one for each of `rows`."""
+    loss = mean_loss(model, batches)
+    if task.max_new_tokens == 0:
+        return Scores(loss, math.exp(min(loss, 700.0)))
+    answers = answer_rows(model, tokenizer, conversations, task, batch_size)
+    return Scores(loss, math.exp(min(loss, 700.0)), task.score(rows, answers), answers)
+
+
+def with_shots(conversations: list[list[Message]], shots: list[list[Message]]) -> list[list[Message]]:
+    """Conversations that begin with solved examples, after the system message if there is one."""
+    turns = [message for shot in shots for message in shot if message.role != "system"]
+    started = []
+    for messages in conversations:
+        system = [message for message in messages if message.role == "system"]
+        started.append([*system, *turns, *messages[len(system) :]])
+    return started

@@ -1,0 +1,107 @@
+"""Text from a causal language model: batches of prompts, or one streamed token by token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Thread
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
+
+from lightning_peft.data.chat import end_token_ids
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 takes the most likely token; above, tokens are drawn."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that holds this probability."""
+    seed: int = 0
+    """Seed of the drawing."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p={self.top_p}: must be above 0 and at most 1")
+
+
+def generation_config(sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    draws = sampling.temperature > 0
+    options = {"temperature": sampling.temperature, "top_p": sampling.top_p} if draws else {}
+    ends = sorted(end_token_ids(tokenizer))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=draws,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        **options,
+    )
+
+
+def pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """input_ids and attention_mask, (B, T) int64, prompts at the right edge."""
+    width = max(map(len, prompts))
+    input_ids = [[pad_id] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    sampling: SamplingConfig,
+    batch_size: int = 32,
+) -> list[str]:
+    """The answer to each prompt (token ids), in the order given. Prompts of similar length run together."""
+    config = generation_config(sampling, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    torch.manual_seed(sampling.seed)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        inputs = pad_left([prompts[i] for i in rows], config.pad_token_id, model.device)
+        output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
+    return answers
+
+
+def generate_stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
+) -> Iterator[str]:
+    """Pieces of the answer to one prompt (token ids) as they come."""
+    config = generation_config(sampling, tokenizer)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            torch.manual_seed(sampling.seed)
+            with torch.inference_mode():
+                inputs = pad_left([prompt], config.pad_token_id, model.device)
+                model.generate(**inputs, generation_config=config, streamer=streamer)  # type: ignore[operator]
+        except BaseException as error:  # handed to the caller's thread below
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failure:
+        raise failure[0]

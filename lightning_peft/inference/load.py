@@ -1,0 +1,44 @@
+"""A base model with a trained adapter in it, from the adapter's folder."""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.checkpoint.peft_format import CONFIG_NAME, adapter_config_from_peft, load_adapter
+from lightning_peft.models.loading import ModelConfig, load_model, model_name, source_fingerprint
+from lightning_peft.quantization.convert import QuantizationConfig
+
+logger = logging.getLogger(__name__)
+
+
+def adapter_folder(path: str) -> Path:
+    """The adapter folder named by a path: the folder itself, or `adapter/` of a run."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    if not Path(path).exists():
+        raise ValueError(f"adapter_path={path}: no such folder")
+    raise ValueError(f"adapter_path={path}: neither a run nor an adapter folder, {CONFIG_NAME} is missing")
+
+
+def load_adapted(
+    folder: Path,
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The model of `model` with the adapter of `folder`, in eval mode.
+
+    Raises LineageError when the adapter was trained on another base, AdapterFileError when its file does not fit.
+    """
+    check_lineage(folder, source_fingerprint(model), quantization.kind.name, model_name(model))
+    adapter = adapter_config_from_peft(folder)
+    loaded = load_model(model, dtype, quantization, device=device)
+    inject_adapters(loaded, adapter)
+    load_adapter(loaded, folder)
+    return loaded.eval()

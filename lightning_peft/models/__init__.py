@@ -1,0 +1,1 @@
+"""Causal language models from folders, hubs and GGUF files."""

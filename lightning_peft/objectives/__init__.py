@@ -1,0 +1,1 @@
+"""What is minimised: model and batch to a summed loss."""

@@ -1,0 +1,131 @@
+"""The optimisers there are. A new one is a function that builds it and a row in `OPTIMIZERS`."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from lightning_peft.optim.param_groups import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+MIN_8BIT_ELEMENTS = 4096
+"""Smaller tensors keep fp32 states in bitsandbytes' 8-bit optimisers: `Optimizer2State(min_8bit_size=4096)`."""
+MIN_PAGED_ELEMENTS = 100_000
+"""The states of smaller tensors are never paged: `Optimizer8bit.get_state_buffer`."""
+STATE_BLOCK = 256
+"""Values that share an fp32 scale in an 8-bit state."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Options of every optimiser; `name` picks which."""
+
+    name: str = "adamw"
+    """A key of `OPTIMIZERS`; set by the option file."""
+    lr: float = 2e-4
+    """Peak learning rate; 2e-4 is QLoRA's for 7B and 13B."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; biases, norms and magnitude vectors are never decayed."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    lora_plus_ratio: float | None = None
+    """Learning rate of lora_B over that of lora_A (LoRA+, arXiv:2402.12354); null trains both at `lr`."""
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer.name={self.name}: unknown, choose one of {', '.join(OPTIMIZERS)}")
+        for name, value in [("lr", self.lr), ("eps", self.eps)]:
+            if value <= 0:
+                raise ValueError(f"optimizer.{name}={value}: must be above 0")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay}: must be at least 0")
+        for name, value in [("beta1", self.beta1), ("beta2", self.beta2)]:
+            if not 0 <= value < 1:
+                raise ValueError(f"optimizer.{name}={value}: must be at least 0 and below 1")
+        if self.lora_plus_ratio is not None and self.lora_plus_ratio < 1:
+            raise ValueError(f"optimizer.lora_plus_ratio={self.lora_plus_ratio}: must be at least 1, or null")
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def _bitsandbytes_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    # bitsandbytes takes seconds to import and three rows of the table need it.
+    from lightning_peft.optim.bitsandbytes_adamw import BitsandbytesAdamW
+
+    choice = OPTIMIZERS[config.name]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    is_paged = choice.is_paged and all(parameter.is_cuda for parameter in parameters)
+    if is_paged:
+        paged, resident = optimizer_state_bytes([parameter.numel() for parameter in parameters], config.name)
+        logger.info(
+            "optimizer=%s: %.1f MiB of state is paged, %.1f MiB is not (tensors below %s elements never are)",
+            config.name, paged / 2**20, resident / 2**20, f"{MIN_PAGED_ELEMENTS:,}",
+        )  # fmt: skip
+    elif choice.is_paged:
+        logger.info("optimizer=%s: there is no paging without CUDA, the states stay in ordinary memory", config.name)
+    return BitsandbytesAdamW(
+        "adam",  # with decoupled decay: bitsandbytes' AdamW classes pass the same name
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        optim_bits=choice.state_bits,
+        min_8bit_size=MIN_8BIT_ELEMENTS,
+        is_paged=is_paged,
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """A row of `OPTIMIZERS`."""
+
+    build: Callable[[list[dict[str, Any]], OptimizerConfig], Optimizer]
+    state_bits: int = 32
+    """Bits of each of the two states of a parameter."""
+    is_paged: bool = False
+    """Whether large states live in memory the driver moves between device and host (QLoRA, section 3)."""
+    config: type[OptimizerConfig] = OptimizerConfig
+
+
+OPTIMIZERS: dict[str, OptimizerChoice] = {
+    "adamw": OptimizerChoice(_adamw),
+    "adamw_8bit": OptimizerChoice(_bitsandbytes_adamw, state_bits=8),
+    "paged_adamw_32bit": OptimizerChoice(_bitsandbytes_adamw, is_paged=True),
+    "paged_adamw_8bit": OptimizerChoice(_bitsandbytes_adamw, state_bits=8, is_paged=True),
+}
+
+
+def build_optimizer(named_parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> Optimizer:
+    """The configured optimiser over those of the parameters that train, in named groups (see `parameter_groups`)."""
+    groups = parameter_groups(named_parameters, config.lr, config.weight_decay, config.lora_plus_ratio)
+    if not groups:
+        raise ValueError("no parameter requires gradients: there is nothing to train")
+    return OPTIMIZERS[config.name].build(groups, config)
+
+
+def optimizer_state_bytes(sizes: Iterable[int], name: str) -> tuple[int, int]:
+    """(paged, resident) bytes of state on CUDA for tensors of these numbers of elements."""
+    choice = OPTIMIZERS[name]
+    paged = resident = 0
+    for size in sizes:
+        if choice.state_bits == 8 and size >= MIN_8BIT_ELEMENTS:
+            states, scales = 2 * size, 2 * 4 * math.ceil(size / STATE_BLOCK)
+        else:
+            states, scales = 2 * 4 * size, 0
+        resident += scales
+        if choice.is_paged and size >= MIN_PAGED_ELEMENTS:
+            paged += states
+        else:
+            resident += states
+    return paged, resident

@@ -1,0 +1,225 @@
+"""Turning the linear layers of a model into 4-bit ones, at once or while their weights stream in, and back."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.quantization.nf4 import Codes, NF4Linear, check_blocks, dequantize
+
+logger = logging.getLogger(__name__)
+
+WRAPPERS = ("base_layer", "_checkpoint_wrapped_module", "_orig_mod")
+"""Parts of a module's name that adapters, activation checkpointing and the compiler add."""
+
+
+class Kind(Enum):
+    """Storage of the frozen linear weights."""
+
+    none = "none"
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
+@dataclass
+class QuantizationConfig:
+    """How the frozen base is stored. Embeddings, norms and the output head always keep the compute dtype."""
+
+    kind: Kind = Kind.none
+    """nf4 suits normally distributed weights (QLoRA, section 3); fp4 is kept for comparison."""
+    block_size: int = 64
+    """Weights that share one scale, a power of two from 32 to 4096; the paper's is 64."""
+    double_quantization: bool = True
+    """Quantise the scales too: 4.127 bits a weight instead of 4.5 (QLoRA, section 3)."""
+    exclude: list[str] = field(default_factory=list)
+    """Names or globs of linear layers to keep dense, such as "model.layers.0.*" or "gate_proj"."""
+    verify: bool = False
+    """Log a hash of every dequantised weight after loading, sharding and each checkpoint, and fail if it changes."""
+
+    def __post_init__(self) -> None:
+        if self.kind is Kind.int8:
+            raise ValueError(
+                "quantization.kind=int8: bitsandbytes' LLM.int8 rounds activations to fp16, whatever they are, and is "
+                "many times slower than dense weights on a CPU; use nf4, fp4 or none"
+            )
+        if self.block_size not in {2**power for power in range(5, 13)}:
+            raise ValueError(f"quantization.block_size={self.block_size}: must be a power of two from 32 to 4096")
+
+    @property
+    def is_on(self) -> bool:
+        return self.kind is not Kind.none
+
+
+def quantize_linears(model: nn.Module, config: QuantizationConfig) -> list[str]:
+    """Replace the model's linear layers by 4-bit ones, one at a time, each dense weight freed at once; their names.
+
+    ValueError names the layers that cannot be quantised, before any is touched.
+    """
+
+    def convert(layer: nn.Linear) -> NF4Linear:
+        return NF4Linear.from_weight(
+            layer.weight, layer.bias, config.kind.name, config.block_size, config.double_quantization
+        )
+
+    return _replace_linears(model, config, convert)
+
+
+def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]:
+    """Replace the linear layers of a model on the meta device by 4-bit ones without values; their names.
+
+    Each weight is then handed to `load_weight` as it is read, so that no more than one is dense at a time.
+    """
+
+    def convert(layer: nn.Linear) -> NF4Linear:
+        empty = NF4Linear(
+            layer.in_features, layer.out_features, False, config.kind.name, config.block_size,
+            config.double_quantization, dtype=layer.weight.dtype, device=layer.weight.device,
+        )  # fmt: skip
+        empty.bias = layer.bias
+        return empty
+
+    return _replace_linears(model, config, convert)
+
+
+def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
+    """Quantise a dense weight into the layer whose "<module>.weight" it is; False when that is no 4-bit layer.
+
+    The codes stay on the weight's device.
+    """
+    module_name, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(module_name)
+    if leaf != "weight" or not isinstance(layer, NF4Linear):
+        return False
+    layer.load_dense_(weight)
+    return True
+
+
+def dequantized_linear(layer: nn.Module) -> nn.Linear:
+    """A frozen nn.Linear with a 4-bit layer's dequantised weight, in the dtype it computes in, and its bias."""
+    if not isinstance(layer, NF4Linear):
+        raise TypeError(f"{type(layer).__name__} is not quantised")
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear.train(layer.training)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of every dequantised weight, by layer name: the same before and after adapting, sharding and saving.
+
+    Sharded weights are gathered one at a time, so every rank must call it.
+    """
+    digest = hashlib.sha256()
+    named = {_plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    for name, layer in sorted(named.items()):
+        codes = Codes(*(t.full_tensor() if isinstance(t, DTensor) else t for t in layer.codes))  # type: ignore[arg-type]
+        weight = dequantize(codes, layer.kind, layer.block_size, torch.float32)
+        digest.update(name.encode())
+        digest.update(weight.cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def memory_by_group(model: nn.Module) -> dict[str, int]:
+    """Bytes of the model's tensors on this rank: codes, scales, embeddings (and head), trainable, other.
+
+    A tied tensor counts once, a sharded one with its local part; the state of the optimiser is no part of it.
+    """
+    groups = dict.fromkeys(("codes", "scales", "embeddings", "trainable", "other"), 0)
+    seen: set[int] = set()
+    head = _output_head(model)
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if tensor.requires_grad:
+                group = "trainable"
+            elif isinstance(module, NF4Linear) and name != "bias":
+                group = "codes" if name == "weight" else "scales"
+            else:
+                group = "embeddings" if isinstance(module, nn.Embedding) or module is head else "other"
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            groups[group] += local.nbytes
+    return groups
+
+
+def bits_per_parameter(model: nn.Module) -> float:
+    """Stored bits for each weight of the model's 4-bit layers, codes and scales; 0 when it has none."""
+    layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
+    stored = sum(tensor.nbytes for layer in layers for tensor in layer.codes if tensor is not None)
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return 8 * stored / weights if weights else 0.0
+
+
+def _replace_linears(
+    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Linear], NF4Linear]
+) -> list[str]:
+    names = _names_to_quantize(model, config)
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(name, convert(layer).train(layer.training))
+    logger.info(
+        "%d linear layers stored as %s, block size %d, %.3f bits a weight",
+        len(names), config.kind.name, config.block_size, bits_per_parameter(model),
+    )  # fmt: skip
+    return names
+
+
+def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> list[str]:
+    if not config.is_on:
+        raise ValueError("quantization.kind=none: there is nothing to quantise to; use nf4 or fp4")
+    unused = set(config.exclude)
+    head = _output_head(model)
+    names: list[str] = []
+    for name, module in model.named_modules():
+        hits = {pattern for pattern in config.exclude if _matches(pattern, name)}
+        unused -= hits
+        if hits or module is head or name.rpartition(".")[2] == "lm_head":
+            continue
+        if problem := _refusal(module, config):
+            raise ValueError(
+                f"quantization.kind={config.kind.name}: {name} {problem}; quantization.exclude keeps a layer dense"
+            )
+        if type(module) is nn.Linear:  # a subclass has a forward of its own, such as a router's
+            names.append(name)
+    if unused:
+        raise ValueError(f"quantization.exclude={sorted(unused)}: matches no module of the model")
+    if not names:
+        raise ValueError(f"quantization.kind={config.kind.name}: the model has no linear layer to quantise")
+    return names
+
+
+def _refusal(module: nn.Module, config: QuantizationConfig) -> str | None:
+    """Why a module that holds linear weights cannot be quantised; None when it can or holds none."""
+    if isinstance(module, Conv1D):
+        return "is GPT-2's Conv1D, whose transposed weight cannot be stored as 4-bit rows: use quantization=none"
+    if type(module) is nn.Linear:
+        return check_blocks(module.in_features, config.block_size)
+    if isinstance(module, nn.Conv1d):
+        return None
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == 3:
+            return f"holds its experts in one 3-D parameter ({name}), which cannot be stored in 4 bits"
+    return None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    return get_head() if get_head is not None else None
+
+
+def _plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -1,0 +1,287 @@
+"""Frozen linear layers stored as 4-bit codes (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes' kernels.
+
+Importing bitsandbytes takes about four seconds, most of it torch's compiler, so it waits until a layer is quantised.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ABSMAX_BLOCK = 256
+"""Block size of the second quantisation, fixed in bitsandbytes; the paper's section 3 also uses 256."""
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Codes(NamedTuple):
+    """A 4-bit weight of shape (out, in): what is stored of it."""
+
+    weight: Tensor
+    """(out, in / 2) uint8: two codes a byte, the even column in the high half."""
+    absmax: Tensor
+    """(out, in / block_size): fp32, or uint8 codes of it when quantised twice."""
+    absmax_scale: Tensor | None
+    """(ceil(absmax.numel() / 256),) fp32: absolute maxima of the absmax blocks; None unless quantised twice."""
+    absmax_offset: Tensor | None
+    """() fp32: mean of the absmax, taken off before it is quantised; None unless quantised twice."""
+
+
+@cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """The 256 levels of bitsandbytes' signed dynamic 8-bit type, (256,) fp32: one tensor per device for all layers."""
+    from bitsandbytes.functional import create_dynamic_map  # slow import, see the module docstring
+
+    return create_dynamic_map(signed=True).to(device)
+
+
+def check_blocks(in_features: int, block_size: int) -> str | None:
+    """Why rows of `in_features` cannot be quantised, or None. No block may straddle rows: ranks hold whole rows."""
+    if in_features % block_size == 0:
+        return None
+    fitting = [size for size in (32, 64, 128, 256) if in_features % size == 0]
+    return f"in_features {in_features} is no multiple of block size {block_size}" + (
+        f" (block size {max(fitting)} would fit)" if fitting else ""
+    )
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, kind: str = "nf4", block_size: int = 64, double_quantization: bool = True) -> Codes:
+    """Codes of a dense (out, in) float weight, bit for bit those of `bitsandbytes.functional.quantize_4bit`."""
+    import bitsandbytes  # noqa: F401  registers the kernels; slow import, see the module docstring
+
+    rows, columns = weight.shape
+    if problem := check_blocks(columns, block_size):
+        raise ValueError(f"quantization.block_size={block_size}: {problem}")
+    weight = weight.detach().contiguous()
+    if weight.dtype not in KERNEL_DTYPES:
+        weight = weight.float()
+    codes, absmax = torch.ops.bitsandbytes.quantize_4bit(weight, block_size, kind, torch.uint8)
+    codes = codes.view(rows, columns // 2)
+    if not double_quantization:
+        return Codes(codes, absmax.view(rows, -1), None, None)
+    offset = absmax.mean()
+    absmax, scale = torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, dynamic_map(weight.device), ABSMAX_BLOCK)
+    return Codes(codes, absmax.view(rows, -1), scale, offset)
+
+
+@torch.no_grad()
+def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> Tensor:
+    """The dense (out, in) weight: level times absmax in fp32, rounded once to `dtype`."""
+    weight, absmax, scale, offset = codes
+    if scale is not None and offset is not None:
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+            absmax, scale, dynamic_map(absmax.device), ABSMAX_BLOCK, torch.float32
+        ).add_(offset)
+    kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
+    shape = (weight.shape[0], weight.shape[1] * 2)
+    # Flat codes and maxima: what the kernels of every backend take, (1, n) would read as a transposed weight.
+    dense = torch.ops.bitsandbytes.dequantize_4bit(
+        weight.view(-1, 1), absmax.view(-1), block_size, kind, shape, kernel_dtype
+    )
+    return dense.to(dtype)
+
+
+# One opaque operator for the compiler: if it saw the two dequantisations, forward's and backward's, it would merge them
+# into one and keep the dense weight of every layer alive in between.
+_library = torch.library.Library("lightning_peft", "DEF")
+_library.define(
+    "matmul_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor? bias, "
+    "str kind, int block_size, bool transpose) -> Tensor"
+)
+
+
+@torch.library.impl("lightning_peft::matmul_4bit", "CompositeExplicitAutograd", lib=_library)
+def _matmul_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    block_size: int,
+    transpose: bool,
+) -> Tensor:
+    dense = dequantize(Codes(weight, absmax, absmax_scale, absmax_offset), kind, block_size, x.dtype)
+    # Into a tensor of its own: a view made in here could not be written over by an adapter.
+    output = x.new_empty(*x.shape[:-1], dense.shape[0 if transpose else 1])
+    rows, matrix = x.reshape(-1, x.shape[-1]), dense.t() if transpose else dense
+    if bias is None:
+        torch.mm(rows, matrix, out=output.view(-1, output.shape[-1]))
+    else:
+        torch.addmm(bias.to(x.dtype), rows, matrix, out=output.view(-1, output.shape[-1]))
+    return output
+
+
+@torch.library.register_fake("lightning_peft::matmul_4bit", lib=_library)
+def _matmul_4bit_fake(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    block_size: int,
+    transpose: bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] if transpose else weight.shape[1] * 2)
+
+
+class Matmul4Bit(torch.autograd.Function):
+    """x W^T + bias for coded W. Forward and backward dequantise once each; the dense weight is never saved.
+
+    Gradients: x and bias. x may have any float dtype; W is dequantised to it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        absmax: Tensor,
+        absmax_scale: Tensor | None,
+        absmax_offset: Tensor | None,
+        bias: Tensor | None,
+        kind: str,
+        block_size: int,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, absmax, absmax_scale, absmax_offset, bias)
+        ctx.kind, ctx.block_size = kind, block_size
+        return torch.ops.lightning_peft.matmul_4bit(
+            x, weight, absmax, absmax_scale, absmax_offset, bias, kind, block_size, True
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        *codes, bias = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.lightning_peft.matmul_4bit(grad, *codes, None, ctx.kind, ctx.block_size, False)
+        if ctx.needs_input_grad[5]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
+        return grad_x, None, None, None, None, grad_bias, None, None
+
+
+class NF4Linear(nn.Module):
+    """y = x dequantised(W)^T + bias with W in 4-bit codes, kind "nf4" or "fp4"   (eq. 5 and 6).
+
+    The codes and their absmax are frozen uint8 (absmax: fp32 unless quantised twice) parameters whose rows are the rows
+    of W, so FSDP2 shards them like any weight; the small rest are buffers every rank keeps. A layer starts without
+    values, on the meta device by default: `load_dense_` or `load_codes_` fills it.
+    """
+
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        kind: str = "nf4",
+        block_size: int = 64,
+        double_quantization: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = "meta",
+    ):
+        import bitsandbytes  # noqa: F401  registers the kernels; slow import, see the module docstring
+
+        super().__init__()
+        if problem := check_blocks(in_features, block_size):
+            raise ValueError(f"quantization.block_size={block_size}: {problem}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kind = kind
+        self.block_size = block_size
+        self.double_quantization = double_quantization
+        self.dtype = dtype or torch.get_default_dtype()
+        """What the weight was before; follows `.to(dtype)`. The dtype of `dequantize`, while the forward has x's."""
+        blocks = in_features // block_size
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device), requires_grad=False
+        )
+        self.absmax = nn.Parameter(
+            torch.empty(
+                out_features, blocks, dtype=torch.uint8 if double_quantization else torch.float32, device=device
+            ),
+            requires_grad=False,
+        )
+        scales = math.ceil(out_features * blocks / ABSMAX_BLOCK)
+        self.register_buffer("absmax_scale", torch.empty(scales, device=device) if double_quantization else None)
+        self.register_buffer("absmax_offset", torch.empty((), device=device) if double_quantization else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
+        )
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: nn.Parameter | None = None,
+        kind: str = "nf4",
+        block_size: int = 64,
+        double_quantization: bool = True,
+    ) -> "NF4Linear":
+        """A layer holding the codes of a dense (out, in) weight, on its device; the bias is taken over as it is."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, False, kind, block_size, double_quantization)
+        layer.load_dense_(weight)
+        layer.bias = bias
+        return layer
+
+    def load_dense_(self, weight: Tensor) -> None:
+        """Hold the codes of a dense (out, in) weight, on the weight's device, and its dtype. Works on a meta layer."""
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"weight of shape {tuple(weight.shape)} for a layer of shape {(self.out_features, self.in_features)}"
+            )
+        self.load_codes_(quantize(weight, self.kind, self.block_size, self.double_quantization))
+        self.dtype = weight.dtype
+
+    def load_codes_(self, codes: Codes) -> None:
+        """Hold these codes, on their device."""
+        self.weight = nn.Parameter(codes.weight, requires_grad=False)
+        self.absmax = nn.Parameter(codes.absmax, requires_grad=False)
+        self.absmax_scale = codes.absmax_scale
+        self.absmax_offset = codes.absmax_offset
+
+    @property
+    def codes(self) -> Codes:
+        """What is stored, without copies."""
+        return Codes(self.weight, self.absmax, self.absmax_scale, self.absmax_offset)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A new dense (out, in) weight in `dtype`, by default the one the layer computes in."""
+        return dequantize(self.codes, self.kind, self.block_size, dtype or self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features) in x's dtype, or autocast's where that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return Matmul4Bit.apply(x, *self.codes, self.bias, self.kind, self.block_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        """As for every module, but a change of dtype leaves the fp32 statistics alone: they decide the weight."""
+        statistics = [tensor for tensor in self.codes[1:] if tensor is not None]
+
+        def keep_statistics(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype != tensor.dtype and any(tensor is kept for kept in statistics):
+                return tensor.to(applied.device)
+            return applied
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(keep_statistics, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"kind={self.kind}, block_size={self.block_size}, double_quantization={self.double_quantization}"
+        )

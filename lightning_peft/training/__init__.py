@@ -1,0 +1,1 @@
+"""The Lightning module, its precision, strategies and callbacks."""

@@ -1,0 +1,62 @@
+"""Trading a second forward pass for activation memory, block by block."""
+
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from lightning_peft.models.blocks import transformer_blocks
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    blocks = "blocks"
+    """Keep each block's input, recompute the rest."""
+    selective = "selective"
+    """Keep the outputs of attention, whose cost grows with the square of the length, and recompute the rest."""
+    offload = "offload"
+    """Like blocks, with the kept inputs in host memory."""
+
+
+SAVED_OPERATORS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # Products are not kept: an adapter writes its own over the base's in place, which a kept output must not see.
+    return CheckpointPolicy.MUST_SAVE if operator in SAVED_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_blocks(model: PreTrainedModel, mode: ActivationCheckpointing) -> None:
+    """Switch recomputation on for every block of the model; it acts in training mode only."""
+    if mode is ActivationCheckpointing.none:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode is ActivationCheckpointing.selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
+    for block in transformer_blocks(model):
+        # On the instance, so that names in the state dict stay what they are.
+        block.forward = _checkpointed(block, block.forward, mode, options)  # type: ignore[method-assign]
+
+
+def _checkpointed(
+    block: nn.Module, forward: Callable[..., Any], mode: ActivationCheckpointing, options: dict[str, Any]
+) -> Callable[..., Any]:
+    def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        if mode is ActivationCheckpointing.offload:
+            with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+                return checkpoint(forward, *args, **options, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputing_forward

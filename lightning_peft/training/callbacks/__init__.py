@@ -1,0 +1,1 @@
+"""Lightning callbacks: adapter checkpoints, throughput, samples, progress."""

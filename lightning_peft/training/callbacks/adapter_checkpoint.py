@@ -1,0 +1,63 @@
+"""Resumable checkpoints every few steps, and the best adapter by validation loss in a folder of its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+@dataclass
+class CheckpointConfig:
+    """When resumable state is written."""
+
+    every_n_steps: int | None = 25
+    """Optimiser steps between checkpoints; null writes none."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are removed once a newer one has been verified."""
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1, or null for none")
+        if self.keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+
+
+class AdapterCheckpoint(Callback):
+    """Writes `checkpoints/step-XXXXXXXX.ckpt` between optimiser steps, and `adapter_best/` after a better validation.
+
+    The files hold adapters, optimiser, schedule and loader state only. `save_adapter` writes an adapter folder.
+    """
+
+    def __init__(self, config: CheckpointConfig, run_dir: Path, save_adapter: Callable[[LightningModule, Path], None]):
+        self.config = config
+        self.run_dir = run_dir
+        self.save_adapter = save_adapter
+        self.best_loss = float("inf")
+        self.saved_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.config.every_n_steps is None or step == self.saved_step or step % self.config.every_n_steps:
+            return
+        self.saved_step = step
+        trainer.save_checkpoint(self.run_dir / "checkpoints" / f"step-{step:08d}.ckpt")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = trainer.callback_metrics.get("validation_loss")
+        if trainer.sanity_checking or trainer.state.fn != "fit" or loss is None or float(loss) >= self.best_loss:
+            return
+        self.best_loss = float(loss)
+        self.save_adapter(pl_module, self.run_dir / "adapter_best")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_loss = state_dict["best_loss"]

@@ -1,0 +1,107 @@
+"""What each optimiser step cost and achieved, sent to every logger without waiting for the device at each step."""
+
+import resource
+import statistics
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_peft.data.batch import Batch
+from lightning_peft.training.token_scaling import reduce_sums
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "A6000": 155e12}
+"""Dense bf16 peak per second of known devices, from the vendors' data sheets."""
+WARM_UP_STEPS = 2
+"""Steps whose time is not counted: first calls allocate and compile."""
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak allocated on CUDA; on a CPU the peak resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class StepMetrics(Callback):
+    """Logs loss, grad_norm, lr, tokens and step_seconds per optimiser step and keeps what `result.json` needs.
+
+    Values stay on the device until `trainer.log_every_n_steps` of them have come together.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[int, dict[str, Any]]] = []
+        self.step_tokens = 0
+        self.step_started = time.perf_counter()
+        self.durations: list[tuple[float, int]] = []
+        self.steps_seen = 0
+        self.last_loss: float | None = None
+        self.flops_per_token = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        # Forward and input gradients for all weights, weight gradients for the trained ones: 2 operations each.
+        self.flops_per_token = 4.0 * frozen + 6.0 * trained
+        self.step_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.step_tokens += batch.num_tokens
+        if trainer.fit_loop._should_accumulate():
+            return
+        now = time.perf_counter()
+        seconds, tokens = now - self.step_started, self.step_tokens
+        self.step_started, self.step_tokens = now, 0
+        self.steps_seen += 1
+        if self.steps_seen > WARM_UP_STEPS:
+            self.durations.append((seconds, tokens))
+        row = dict(pl_module.step_metrics)  # type: ignore[arg-type]
+        for group in trainer.optimizers[0].param_groups:
+            key = "lr" if "lr" not in row else f"lr/{group.get('name', len(row))}"
+            row[key] = group["lr"]
+        row |= {"tokens": tokens, "step_seconds": seconds}
+        self.pending.append((trainer.global_step, row))
+        if len(self.pending) >= trainer.log_every_n_steps:
+            self.flush(trainer)
+
+    def flush(self, trainer: Trainer) -> None:
+        """Read the pending values back from the device and hand them to the loggers."""
+        for step, row in self.pending:
+            values = {k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()}
+            values["tokens_per_second"] = values["tokens"] / values["step_seconds"]
+            values["supervised_tokens_per_second"] = values["supervised_tokens"] / values["step_seconds"]
+            if mfu := self.model_flops_utilization(values["tokens_per_second"]):
+                values["mfu"] = mfu
+            values["peak_memory_gib"] = peak_memory_gib(trainer.strategy.root_device)
+            self.last_loss = values["loss"]
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
+        self.pending.clear()
+
+    def model_flops_utilization(self, tokens_per_second: float) -> float | None:
+        """Share of the device's bf16 peak, or None on a device whose peak is not in `PEAK_FLOPS`."""
+        if not torch.cuda.is_available():
+            return None
+        name = torch.cuda.get_device_name()
+        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+        return self.flops_per_token * tokens_per_second / peak if peak else None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.flush(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.flush(trainer)
+
+    def tokens_per_second(self) -> float | None:
+        """Median over the steps after the warm-up, real tokens over all ranks; None when there were none."""
+        if not self.durations:
+            return None
+        rate = statistics.median(tokens / seconds for seconds, tokens in self.durations)
+        return float(reduce_sums(torch.tensor(rate)))

@@ -1,0 +1,155 @@
+"""The Lightning module: a causal language model with adapters, its loss, its optimiser."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig
+from lightning_peft.adapters.inject import adapters, inject_adapters
+from lightning_peft.checkpoint.peft_format import load_adapter
+from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
+from lightning_peft.data.batch import Batch
+from lightning_peft.data.datamodule import adjust_progress
+from lightning_peft.models.loading import ModelConfig, load_model
+from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
+from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
+from lightning_peft.quantization.convert import QuantizationConfig
+from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
+from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
+
+GRADIENT_UNIT = 1024.0
+"""Tokens the summed loss is divided by during accumulation: a constant that keeps fp16 gradients in range."""
+
+
+class FinetuneModule(LightningModule):
+    """Fine-tunes a causal language model with adapters on a base that may be quantised.
+
+    Loss and gradients are means per supervised token over the whole accumulation window and all ranks. Only trainable
+    parameters are in its state dict. Use it with a Trainer that has `plugins=[ComputePrecision("bf16-true")]` or runs
+    in fp32: Lightning's own half precision would cast the fp32 adapters.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        adapter: AdapterConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        quantization: QuantizationConfig | None = None,
+        activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model_config = model
+        self.adapter_config = adapter
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.quantization_config = quantization or QuantizationConfig()
+        self.activation_checkpointing = activation_checkpointing
+        self.weight_dtype = dtype
+        self.seed = seed
+        self.adapted_layers: list[str] = []
+        self.objective: SupervisedLoss | None = None
+        self.window = TokenWindow()
+        self.validation_window = TokenWindow()
+        self.step_metrics: dict[str, Tensor] = {}
+        """Device scalars of the last optimiser step: loss, tokens (supervised), grad_norm."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        assert self.objective is not None, "the model exists after configure_model()"
+        model = self.objective.model
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def configure_model(self) -> None:
+        """Load, quantise and adapt the model. Lightning calls this once the ranks exist; a second call does nothing."""
+        if self.objective is not None:
+            return
+        device = torch.device("cpu")
+        if self._trainer is not None:
+            if isinstance(self.trainer.precision_plugin, HalfPrecision):
+                raise ValueError(
+                    f"Trainer(precision={self.trainer.precision!r}) would cast the fp32 adapters: "
+                    'use plugins=[ComputePrecision("bf16-true")] instead'
+                )
+            device = self.trainer.strategy.root_device
+        model = load_model(self.model_config, self.weight_dtype, self.quantization_config, device=device)
+        torch.manual_seed(self.seed)
+        self.adapted_layers = inject_adapters(model, self.adapter_config)
+        if self.adapter_config.init_from is not None:
+            load_adapter(model, self.adapter_config.init_from)
+        checkpoint_blocks(model, self.activation_checkpointing)
+        self.objective = SupervisedLoss(model).train()
+
+    def adapter_layers(self) -> list[Adapter]:
+        return [layer for _, layer in adapters(self.model)]
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Random numbers are a function of the position, so a resumed run draws what an uninterrupted one would.
+        position = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.trainer.global_rank
+        torch.manual_seed((self.seed << 32) + position)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.objective is not None
+        loss = self.objective(batch)
+        self.window.add(loss, batch.num_supervised)
+        penalties = [p for layer in self.adapter_layers() if (p := layer.regularization()) is not None]
+        if penalties:
+            loss = loss + torch.stack(penalties).sum() * batch.num_supervised
+        # Undo Lightning's division; the true divisor, the window's token count, is known when the window closes.
+        return loss * (self.trainer.accumulate_grad_batches / GRADIENT_UNIT)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        mean_loss, tokens = self.window.close()
+        # DDP and FSDP average gradients over ranks, so the sum needs the world size back.
+        factor = GRADIENT_UNIT * self.trainer.world_size / tokens.clamp(min=1)
+        scale_gradients(self.trainable_parameters(), factor)
+        self.step_metrics = {"loss": mean_loss, "supervised_tokens": tokens}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), limit)
+        self.step_metrics["grad_norm"] = norm
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self.objective is not None
+        self.validation_window.add(self.objective(batch), batch.num_supervised)
+
+    def on_validation_epoch_end(self) -> None:
+        loss, _ = self.validation_window.close()
+        self.log("validation_loss", loss.float(), prog_bar=True, batch_size=1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        optimizer = build_optimizer(named, self.optimizer_config)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_schedule(optimizer, self.schedule_config, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return trainable_state_dict(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        adjust_progress(checkpoint, self.trainer.world_size)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        load_trainable_state(self.model, state_dict)

