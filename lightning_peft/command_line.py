@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from lightning_peft.compose import compose_config, typed
+from lightning_peft.compose import compose_config, groups_and_defaults, typed
 from lightning_peft.config import CONF_DIR, register_schemas
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -73,16 +73,11 @@ def set_up_logging() -> None:
 
 def command_help(command: str) -> str:
     """Groups with their options, and the keys of the command with their defaults."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
     register_schemas()
-    with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
-        config = compose(command, return_hydra_config=True)
-        choices = {str(k): v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra")}
-        del config["hydra"]
+    choices, config = groups_and_defaults(command)
     lines = [f"usage: lightning-peft {command} [group=option] [key=value] ...", "", "groups (default first):"]
     for group, default in choices.items():
-        options = sorted(path.stem for path in (CONF_DIR / group).rglob("*.yaml"))
-        lines.append(f"  {group:<16} {', '.join(dict.fromkeys([str(default), *options]))}")
+        paths = [path.relative_to(CONF_DIR / group).with_suffix("") for path in (CONF_DIR / group).glob("**/*.yaml")]
+        options = sorted(map(str, paths))
+        lines.append(f"  {group:<16} {', '.join(dict.fromkeys([default, *options]))}")
     return "\n".join([*lines, "", "keys and defaults:", OmegaConf.to_yaml(config)])

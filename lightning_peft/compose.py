@@ -76,12 +76,19 @@ def first_line(error: BaseException) -> str:
 
 def nearest(key: str, command: str) -> str:
     """The options of the command that look like a mistyped one."""
+    choices, config = groups_and_defaults(command)
+    matches = difflib.get_close_matches(key, [*choices, *leaf_keys(config)], n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(matches)}?" if matches else ""
+
+
+def groups_and_defaults(command: str) -> tuple[dict[str, str], DictConfig]:
+    """The command's config groups with their default options, and its config when nothing is overridden."""
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
         config = compose(command, return_hydra_config=True)
-    groups = [str(g) for g in config.hydra.runtime.choices if not str(g).startswith("hydra")]
+    chosen = {str(group): str(option) for group, option in config.hydra.runtime.choices.items()}
+    OmegaConf.set_struct(config, False)
     del config["hydra"]
-    matches = difflib.get_close_matches(key, groups + leaf_keys(config), n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(matches)}?" if matches else ""
+    return {group: option for group, option in chosen.items() if not group.startswith("hydra")}, config
 
 
 def leaf_keys(config: DictConfig, prefix: str = "") -> list[str]:

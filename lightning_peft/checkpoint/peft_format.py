@@ -33,6 +33,7 @@ from lightning_peft.checkpoint.peft_words import (
     write_words,
 )
 from lightning_peft.checkpoint.resume import assign, check_names_and_shapes, gather
+from lightning_peft.quantization.weights import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -126,12 +127,17 @@ def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _on_untouched_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A = [A_t; A_0] and B = [B_t, -B_0] where the base is W - scaling * B_0 A_0, so that it may be W."""
-    for name, layer in adapters(model):
-        if _rewrote_base(layer):
-            A, B = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
-            initial_A, initial_B = (gather(getattr(layer, f"initial_{side}")).cpu() for side in "AB")
-            tensors[A] = torch.cat([tensors[A], initial_A])
-            tensors[B] = torch.cat([tensors[B], -initial_B], dim=1)
+    rewritten = {name: layer for name, layer in adapters(model) if _rewrote_base(layer)}
+    if any(is_quantized(layer.base_layer) for layer in rewritten.values()):
+        logger.warning(
+            "adapter.init rewrote a quantised base: elsewhere the saved adapter is off by the rounding of the rest, "
+            "least on the dense base"
+        )
+    for name, layer in rewritten.items():
+        A, B = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+        initial_A, initial_B = (gather(getattr(layer, f"initial_{side}")).cpu() for side in "AB")
+        tensors[A] = torch.cat([tensors[A], initial_A])
+        tensors[B] = torch.cat([tensors[B], -initial_B], dim=1)
     return tensors
 
 

@@ -31,9 +31,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
     if config.adapter_path is None and config.models is not Scored.base:
         raise ValueError("adapter_path=null: without an adapter only models=base can be scored")
-    data_config = replace(data_config, max_validation_rows=config.max_rows, streaming=False)
+    data_config = replace(data_config, streaming=False)
     task = TASKS[data_config.task]
-    rows = load_rows(data_config, "test")
+    rows = load_rows(replace(data_config, max_validation_rows=config.max_rows), "test")
     if not rows:
         raise ValueError("data has no validation rows: give data.validation_path or data.validation_fraction above 0")
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)

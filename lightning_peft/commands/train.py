@@ -21,7 +21,7 @@ from lightning_peft.adapters.inject import describe_targets, inject_adapters, tr
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.lineage import Lineage, installed_versions
-from lightning_peft.checkpoint.peft_format import save_adapter
+from lightning_peft.checkpoint.peft_format import CONFIG_NAME, save_adapter
 from lightning_peft.checkpoint.resume import AtomicCheckpointIO, check_same_config, latest_checkpoint
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import preview
@@ -56,6 +56,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         logger.info("%s is finished: nothing left to do", run_dir)
         return json.loads((run_dir / "result.json").read_text())
 
+    if config.adapter.init_from is not None and not (Path(config.adapter.init_from) / CONFIG_NAME).is_file():
+        raise ValueError(f"adapter.init_from={config.adapter.init_from}: no adapter folder, it has no {CONFIG_NAME}")
     show_targets(config)
     tokenizer = load_tokenizer(config.model)
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
@@ -147,6 +149,10 @@ def check_trainer_options(options: dict[str, Any]) -> None:
         raise ValueError(f"trainer.max_epochs={epochs}: must be at least 1")
     if steps == -1 and epochs in (None, -1):
         raise ValueError("trainer.max_steps=-1 trainer.max_epochs=null: training would never end; give one of them")
+    if (algorithm := options.get("gradient_clip_algorithm", "norm")) not in (None, "norm"):
+        raise ValueError(f"trainer.gradient_clip_algorithm={algorithm!r}: only norm is supported")
+    if (devices := options.get("devices", 1)) not in (1, "1", "auto"):
+        raise ValueError(f"trainer.devices={devices}: strategy=single runs on one device")
     accumulate = options.get("accumulate_grad_batches", 1)
     if accumulate < 1:
         raise ValueError(f"trainer.accumulate_grad_batches={accumulate}: must be at least 1")

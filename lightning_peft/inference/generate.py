@@ -1,12 +1,20 @@
 """Text from a causal language model: batches of prompts, or one streamed token by token."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+)
 
 from lightning_peft.data.chat import end_token_ids
 
@@ -47,15 +55,20 @@ def generation_config(sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFa
     )
 
 
-def pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """input_ids and attention_mask, (B, T) int64, prompts at the right edge."""
+def pad_inside(prompts: list[list[int]], prefix: int, pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """input_ids and attention_mask, (B, T) int64: the common prefix, then padding, then the rest at the right edge."""
     width = max(map(len, prompts))
-    input_ids = [[pad_id] * (width - len(p)) + p for p in prompts]
-    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    return {
-        "input_ids": torch.tensor(input_ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
+    gaps = [width - len(prompt) for prompt in prompts]
+    ids = [p[:prefix] + [pad_id] * gap + p[prefix:] for p, gap in zip(prompts, gaps, strict=True)]
+    mask = [[1] * prefix + [0] * gap + [1] * (width - prefix - gap) for gap in gaps]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def common_prefix(prompts: list[list[int]]) -> int:
+    """Number of leading tokens all prompts share, at least one token of each prompt left out."""
+    first, last = min(prompts), max(prompts)
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(shared, min(map(len, prompts)) - 1)
 
 
 @torch.inference_mode()
@@ -66,14 +79,26 @@ def generate_batch(
     sampling: SamplingConfig,
     batch_size: int = 32,
 ) -> list[str]:
-    """The answer to each prompt (token ids), in the order given. Prompts of similar length run together."""
+    """The answer to each prompt (token ids), in the order given.
+
+    What all prompts begin with - a system prompt, solved examples - runs through the model once.
+    """
+    if not prompts:
+        return []
     config = generation_config(sampling, tokenizer)
+    prefix = common_prefix(prompts)
+    prefix_cache = DynamicCache(config=model.config)
+    if prefix:
+        model(input_ids=torch.tensor([prompts[0][:prefix]], device=model.device), past_key_values=prefix_cache)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     torch.manual_seed(sampling.seed)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        inputs = pad_left([prompts[i] for i in rows], config.pad_token_id, model.device)
+        inputs: dict[str, Any] = pad_inside([prompts[i] for i in rows], prefix, config.pad_token_id, model.device)
+        if prefix:
+            inputs["past_key_values"] = copy.deepcopy(prefix_cache)
+            inputs["past_key_values"].batch_repeat_interleave(len(rows))
         output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
@@ -93,7 +118,7 @@ def generate_stream(
         try:
             torch.manual_seed(sampling.seed)
             with torch.inference_mode():
-                inputs = pad_left([prompt], config.pad_token_id, model.device)
+                inputs = pad_inside([prompt], 0, config.pad_token_id, model.device)
                 model.generate(**inputs, generation_config=config, streamer=streamer)  # type: ignore[operator]
         except BaseException as error:  # handed to the caller's thread below
             failure.append(error)

@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_peft.data.batch import Batch
 from lightning_peft.objectives.linear_cross_entropy import LogitTransform, linear_cross_entropy
 
 
-def logit_transform(model: nn.Module) -> LogitTransform | None:
+def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
     """What a model family does to its logits after the head: Gemma's softcap, Cohere's and Granite's scales."""
     config = model.config.get_text_config()
     if cap := getattr(config, "final_logit_softcapping", None):
@@ -23,7 +24,9 @@ def logit_transform(model: nn.Module) -> LogitTransform | None:
 class SupervisedLoss(nn.Module):
     """Model and loss in one forward, so that a sharded model's head is gathered when the loss reads it."""
 
-    def __init__(self, model: nn.Module):
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         self.transform = logit_transform(model)

@@ -125,7 +125,7 @@ class FinetuneModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
+            raise ValueError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), limit)
         self.step_metrics["grad_norm"] = norm

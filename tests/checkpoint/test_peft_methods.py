@@ -23,6 +23,7 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.dora import DoRAConfig
 from lightning_peft.adapters.hira import HiRAConfig
 from lightning_peft.adapters.ia3 import IA3Config as OurIA3Config
+from lightning_peft.adapters.init import initialize_from_weights
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.intrinsic import IntrinsicConfig
 from lightning_peft.adapters.lora import Init, LoRAConfig
@@ -39,6 +40,7 @@ from lightning_peft.checkpoint.peft_format import (
 )
 from lightning_peft.checkpoint.peft_methods import PEFT_METHODS
 from lightning_peft.models.tiny import tiny_model
+from lightning_peft.quantization.convert import Kind, QuantizationConfig, quantize_linears
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers 5.23 deprecates what peft 0.21 calls.
@@ -220,6 +222,22 @@ def test_warm_start_of_a_rewritten_base_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterFileError, match="is for an untouched base, .* adapter.init=kaiming"):
         load_adapter(model, tmp_path / "a")
+
+
+def test_rewritten_quantised_base_is_nearest_to_the_dense_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = LoRAConfig(rank=16, init=Init["pissa"])
+    dense, model = fresh_model(), fresh_model()
+    quantize_linears(model, QuantizationConfig(kind=Kind.nf4))
+    inject_adapters(model, config)
+    initialize_from_weights(dict(adapters(model)), lambda name: dense.get_submodule(name).weight.float())
+    move(model)
+    save_adapter(model, config, tmp_path / "a")
+
+    error = (logits(reload(tmp_path / "a")) - logits(model)).norm()
+    effect = (logits(model) - logits(dense)).norm()
+
+    assert "rewrote a quantised base" in caplog.text
+    assert error < 0.1 * effect
 
 
 def test_randomised_pissa_of_hf_is_refused(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class StepMetrics(Callback):
             row[key] = group["lr"]
         row |= {"tokens": tokens, "step_seconds": seconds}
         self.pending.append((trainer.global_step, row))
-        if len(self.pending) >= trainer.log_every_n_steps:
+        if len(self.pending) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self.flush(trainer)
 
     def flush(self, trainer: Trainer) -> None:

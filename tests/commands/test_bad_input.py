@@ -1,0 +1,127 @@
+"""What wrong input gets: exit status 2 and one line that names the key or file, before a model is loaded."""
+
+import json
+
+import pytest
+
+from lightning_peft.__main__ import main
+
+TINY = ["train", "model=tiny", "data.max_rows=8", "data.max_validation_rows=4", "trainer.max_steps=1"]
+
+TRAIN_CASES = {
+    "unknown option of a group": (["method=nope"], r"method=nope: no such option; method is one of .*lora"),
+    "unknown rank option": (["rank=r3"], r"rank=r3: no such option; rank is one of .*r16"),
+    "unknown key": (["foo=1"], r"foo: no such option"),
+    "mistyped key": (["adapter.rnk=3"], r"adapter.rnk: no such option; did you mean .*adapter.rank"),
+    "mistyped group": (["metod=lora"], r"metod: no such option; did you mean method"),
+    "text for a number": (["adapter.rank=x"], r"adapter.rank=x: .*'x'.*Integer"),
+    "text for a rate": (["optimizer.lr=fast"], r"optimizer.lr=fast: .*Float"),
+    "unknown enum value": (["adapter.init=zeros"], r"adapter.init=zeros: .*kaiming"),
+    "word without =": (["fast"], r"fast: not of the form key=value"),
+    "several values without -m": (["adapter.rank=4,8"], r"adapter.rank=4,8: several values; add -m"),
+    "rank 0": (["adapter.rank=0"], r"adapter.rank=0: a rank is at least 1"),
+    "negative rank": (["adapter.rank=-2"], r"adapter.rank=-2: a rank is at least 1"),
+    "rank of a rankless method": (["method=ia3", "rank=r4"], r"adapter.rank=4: method 'ia3' has no rank; use rank=none"),
+    "no rank for LoRA": (["rank=none"], r"adapter.rank=null: method 'lora' needs a rank"),
+    "rank above the SVD": (["method=pissa", "adapter.rank=48"], r"rank.*48.*32"),
+    "negative alpha": (["adapter.alpha=-1"], r"adapter.alpha=-1.0: must be above 0"),
+    "dropout above 1": (["adapter.dropout=1.5"], r"adapter.dropout=1.5: must be in \[0, 1\)"),
+    "no matching target": (["adapter.target_modules=[q_prj]"], r"target_modules.*q_prj.*q_proj"),
+    "one of two targets matches nothing": (["adapter.target_modules=[q_proj,w_proj]"], r"target_modules.*w_proj"),
+    "tied head": (["model.name=tiny_tied", "adapter.target_modules=[lm_head]"], r"lm_head shares its weight"),
+    "malformed layer range": (["adapter.layers=x"], r"adapter.layers='x'"),
+    "warm start from nowhere": (["adapter.init_from=/nowhere"], r"adapter.init_from=/nowhere"),
+    "4-bit full fine-tuning": (["method=full", "quantization=nf4"], r"method=full quantization.kind=nf4"),
+    "block size": (["quantization=nf4", "quantization.block_size=48"], r"quantization.block_size=48"),
+    "learning rate 0": (["optimizer.lr=0"], r"optimizer.lr=0.0: must be above 0"),
+    "LoRA+ ratio below 1": (["optimizer.lora_plus_ratio=0.5"], r"optimizer.lora_plus_ratio=0.5: must be at least 1"),
+    "negative warm-up": (["schedule.warmup_steps=-1"], r"schedule.warmup_steps=-1"),
+    "no rows file": (["data=jsonl"], r"data.train_path=null: give a JSONL"),
+    "missing rows file": (["data=jsonl", "data.train_path=/no/rows.jsonl"], r"data.train_path=/no/rows.jsonl"),
+    "sequence beyond the context": (["data.max_length=99999"], r"data.max_length=99999: must be at most 2048, the model's context"),
+    "length 1": (["data.max_length=1"], r"data.max_length=1: must be at least 2"),
+    "micro batch 0": (["data.micro_batch_size=0"], r"data.micro_batch_size=0: must be at least 1"),
+    "no rows": (["data.max_rows=0"], r"data.max_rows=0: must be at least 1"),
+    "held-out share": (["data.validation_fraction=1"], r"data.validation_fraction=1.0"),
+    "unknown task": (["data.task=poetry"], r"data.task=poetry: must be one of text_to_sql"),
+    "unknown source": (["data.source=tape"], r"data.source=tape: must be one of"),
+    "no steps": (["trainer.max_steps=0"], r"trainer.max_steps=0: must be at least 1"),
+    "no end": (["trainer.max_steps=-1", "trainer.max_epochs=null"], r"training would never end"),
+    "accumulation 0": (["trainer.accumulate_grad_batches=0"], r"trainer.accumulate_grad_batches=0: must be at least 1"),
+    "unknown Trainer argument": (["+trainer.speed=9"], r"trainer.speed: lightning.pytorch.Trainer has no such argument"),
+    "clipping by value": (["+trainer.gradient_clip_algorithm=value"], r"gradient_clip_algorithm='value': only norm"),
+    "unknown precision": (["trainer.precision=bf8"], r"trainer.precision='bf8': must be auto"),
+    "fp16 on a CPU": (["trainer.accelerator=cpu", "trainer.precision=16-mixed"], r"16-mixed needs a CUDA device"),
+    "unknown accelerator": (["trainer.accelerator=abacus"], r"trainer.accelerator='abacus': must be auto"),
+    "several devices": (["trainer.devices=2"], r"trainer.devices=2"),
+    "model without a path": (["model=hf"], r"model.path=null: model=hf needs"),
+    "missing model folder": (["model=hf", "model.path=/no/model"], r"model.path=/no/model"),
+    "missing checkpoint": (["resume=/no/step.ckpt"], r"resume=/no/step.ckpt: no such checkpoint"),
+    "checkpoint interval 0": (["checkpoint.every_n_steps=0"], r"checkpoint.every_n_steps=0: must be at least 1"),
+    "validation interval 0": (["validation.every_n_steps=0"], r"validation.every_n_steps=0: must be at least 1"),
+    "negative seed": (["seed=-1"], r"seed=-1: must be 0 or more"),
+}  # fmt: skip
+
+OTHER_CASES = {
+    "unknown command": (["tarin"], r"tarin: no such command; choose one of train"),
+    "evaluate nothing": (["evaluate"], r"adapter_path=null: give a run or adapter folder"),
+    "evaluate a missing folder": (["evaluate", "adapter_path=/no/run"], r"adapter_path=/no/run: no such folder"),
+    "evaluate no rows": (["evaluate", "adapter_path=x", "max_rows=0"], r"max_rows=0: must be at least 1"),
+    "generate nothing": (["generate"], r"adapter_path=null: give a run or adapter folder, or model="),
+    "two kinds of prompt": (["generate", "model=tiny", "prompt=a", "prompt_path=b"], r"prompt and prompt_path=b"),
+    "missing prompts": (["generate", "model=tiny", "prompt_path=/no/p.txt"], r"prompt_path=/no/p.txt: no such file"),
+    "temperature": (["generate", "model=tiny", "sampling.temperature=-1"], r"sampling.temperature=-1.0"),
+    "merge without output": (["merge", "adapter_path=x"], r"output"),
+    "merge threshold": (["merge", "adapter_path=x", "output=y", "merge.max_kl=0"], r"merge.max_kl=0.0: must be above 0"),
+}
+
+
+def error_line(capsys, words):
+    """The only line on stderr that is an error; the exit status must be 2."""
+    assert main(words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("case", TRAIN_CASES)
+def test_train_names_what_is_wrong(case, capsys, tmp_path):
+    words, expected = TRAIN_CASES[case]
+    assert_matches(expected, error_line(capsys, [*TINY, f"run_dir={tmp_path}/run", *words]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", OTHER_CASES)
+def test_commands_name_what_is_wrong(case, capsys):
+    words, expected = OTHER_CASES[case]
+    assert_matches(expected, error_line(capsys, words))
+
+
+def assert_matches(expected, line):
+    import re
+
+    assert re.search(expected, line), line
+
+
+ROWS = {
+    "not JSON": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', r"rows.jsonl line 2: expected a JSON object"),
+    "missing column": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', r"rows.jsonl line 2.*'completion'"),
+    "empty answer": ('{"prompt": "a", "completion": ""}\n', r"rows.jsonl line 1, column 'completion': .*non-empty"),
+    "number for text": ('{"prompt": "a", "completion": 3}\n', r"rows.jsonl line 1, column 'completion'"),
+    "empty file": ("", r"rows.jsonl is empty"),
+    "unknown shape": ('{"a": 1}\n', r"no known shape of row, the columns are a"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_bad_rows_are_named(case, capsys, tmp_path):
+    content, expected = ROWS[case]
+    (tmp_path / "rows.jsonl").write_text(content)
+    words = [*TINY[:2], "data=jsonl", f"data.train_path={tmp_path}/rows.jsonl", f"run_dir={tmp_path}/run"]
+    assert_matches(expected, error_line(capsys, words))
+
+
+def test_missing_column_option_lists_the_columns(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    words = [*TINY[:2], "data=jsonl", f"data.train_path={tmp_path}/rows.jsonl", "data.prompt_column=ask"]
+    assert_matches(r"data.prompt_column=ask: the rows have no such column, only question, answer", error_line(capsys, words))
