@@ -11,7 +11,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_peft.config import CONF_DIR, register_schemas
 
-VERBATIM = re.compile(r"^\+{0,2}(?:prompt|run_dir|output|init_from|(?:\w+\.)*(?:\w+_path|init_from|path))=(?!['\"\[])")
+VERBATIM = re.compile(r"^\+{0,2}(?:prompt|run_dir|output|init_from|(?:\w+\.)*(?:\w+_path|init_from|path))=")
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
 
 
@@ -20,7 +20,8 @@ def quote_text_values(overrides: list[str]) -> list[str]:
     quoted = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if VERBATIM.match(override) and value not in ("", "null"):
+        is_quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
+        if VERBATIM.match(override) and value not in ("", "null") and not is_quoted:
             escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value)
             escaped = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, escaped)
             override = f"{key}='{escaped}'"

@@ -99,6 +99,9 @@ def column_dots(left: Tensor, right: Tensor) -> Tensor:
 class Magnitude(nn.Module):
     """What DoRA adds to LoRA: a trained magnitude per output feature, and the norms it is measured against."""
 
+    base_squared_norms: Tensor
+    scaling: float
+
     def add_magnitude(self, out_features: int, device: torch.device) -> None:
         self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features, device=device, dtype=torch.float32))
         squared_norms = torch.empty(out_features, device=device, dtype=torch.float32)

@@ -58,6 +58,7 @@ class IA3Linear(Adapter):
         return dense_weight(self.base_layer).float() * (self.ia3_l.float() - 1)
 
     def delta_bias(self) -> Tensor | None:
-        if self.scales_input or self.base_layer.bias is None:
+        bias = self.base_layer.bias
+        if self.scales_input or not isinstance(bias, Tensor):
             return None
-        return self.base_layer.bias.float() * (self.ia3_l.float().flatten() - 1)
+        return bias.float() * (self.ia3_l.float().flatten() - 1)

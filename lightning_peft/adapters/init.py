@@ -90,7 +90,7 @@ def principal_factors(matrix: Tensor, rank: int, scaling: float, fast: bool = Fa
 def untouched_weight(layer: "LoRALinear") -> Tensor:
     """The base weight before an initialisation rewrote it, fp32."""
     weight = dense_weight(layer.base_layer).float()
-    if layer.initial_A is not None:
+    if layer.initial_A is not None and layer.initial_B is not None:
         weight = weight + layer.scaling * (layer.initial_B @ layer.initial_A)
     return weight
 
@@ -112,7 +112,7 @@ def plain_factors(layer: "LoRALinear") -> tuple[Tensor, Tensor, int]:
     The layer's own when its base was never rewritten; else [A_t; A_0], [B_t, -B_0] and twice the rank.
     """
     A, B = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
-    if layer.initial_A is None:
+    if layer.initial_A is None or layer.initial_B is None:
         return A, B, layer.rank
     return torch.cat([A, layer.initial_A]), torch.cat([B, -layer.initial_B], dim=1), 2 * layer.rank
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import expert_share, find_targets, is_tied, matches, nearest_names
+from lightning_peft.adapters.targets import ends, expert_share, find_targets, is_tied, matches, nearest_names
 from lightning_peft.quantization.convert import dequantized_linear
 from lightning_peft.quantization.weights import is_quantized, linear_shape
 
@@ -169,10 +169,9 @@ def _find_trainable(model: nn.Module, patterns: list[str], adapted: set[str]) ->
         if any(is_quantized(part) for part in module.modules()):
             raise ValueError(f"adapter.trainable_modules: {name} is quantised and cannot be trained in full")
     if is_tied(model):
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-        inside = [any(end in module.modules() for module in found.values()) for end in ends]
+        inside = [any(end in module.modules() for module in found.values()) for end in ends(model)]
         if any(inside) and not all(inside):
-            both = [name for name, module in model.named_modules() if module in ends]
+            both = [name for name, module in model.named_modules() if module in ends(model)]
             raise ValueError(
                 f"adapter.trainable_modules={patterns}: this model ties {both[0]} and {both[1]}; name both or neither"
             )

@@ -102,6 +102,10 @@ class LoRALinear(Adapter):
     GPT-2's Conv1D.
     """
 
+    initial_A: Tensor | None
+    initial_B: Tensor | None
+    """A and B at the start, when the initialisation took them out of the base weight."""
+
     def __init__(
         self,
         base_layer: nn.Module,

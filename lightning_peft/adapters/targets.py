@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -117,11 +118,17 @@ def is_tied(model: nn.Module) -> bool:
     """Whether the output head shares its weight with the input embedding."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return False
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = ends(model)
     if embedding is None or head is None:
         return False
     # A model on the meta device may not be tied yet.
     return embedding.weight is head.weight or head.weight.is_meta
+
+
+def ends(model: nn.Module) -> tuple[Any, Any]:
+    """Input embedding and output head; None where a model has none."""
+    getters: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output")]
+    return getters[0](), getters[1]()
 
 
 def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
@@ -137,9 +144,9 @@ def _select(model: nn.Module, config: AdapterConfig, candidates: dict[str, nn.Mo
     if given is None or len(given) == 0:
         raise ValueError(f"adapter.target_modules={given}: method {config.method!r} needs layers, such as all_linear")
     entries: list[str] = [given] if isinstance(given, str) else [str(entry) for entry in given]
-    heads = {id(getattr(model, f"get_{end}_embeddings", lambda: None)()) for end in ("input", "output")}
+    outside = ends(model)
     inner = [
-        name for name, module in candidates.items() if not isinstance(module, nn.Embedding) and id(module) not in heads
+        name for name, module in candidates.items() if not isinstance(module, nn.Embedding) and module not in outside
     ]
     # A model with no numbered blocks (a toy) counts as one block.
     inner = [name for name in inner if block_depth(name) is not None] or inner
@@ -176,9 +183,8 @@ def _matching(entry: str, names: list[str], inner: list[str]) -> set[str]:
 def _refuse_tied(model: nn.Module, selected: Iterable[str], option: str) -> None:
     if not is_tied(model):
         return
-    tied = (model.get_input_embeddings(), model.get_output_embeddings())
     for name in selected:
-        if model.get_submodule(name) in tied:
+        if model.get_submodule(name) in ends(model):
             raise ValueError(
                 f"{option}: {name} shares its weight with the model's other embedding (tie_word_embeddings), so "
                 "adapting it would untie them: exclude it, or train both in full with adapter.trainable_modules"

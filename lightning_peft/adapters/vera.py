@@ -46,6 +46,9 @@ class SharedProjection(nn.Module):
     on the CPU from a seed of their own, A first, so that every rank and HF PEFT have the same numbers.
     """
 
+    vera_A: Tensor
+    vera_B: Tensor
+
     def __init__(self, config: VeRAConfig, targets: list[Target]):
         super().__init__()
         assert config.rank is not None

@@ -2,14 +2,12 @@
 
 import logging
 import pickle
-import random
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor, nn
@@ -206,29 +204,6 @@ def check_names_and_shapes(
                 f"{what}: {name} has shape {tuple(got[name].shape)}, this model needs {tuple(tensor.shape)}: "
                 "another rank or another base model?"
             )
-
-
-def capture_rng() -> dict[str, Any]:
-    """States of the random generators of Python, numpy, torch and every CUDA device, as tensors and plain values."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """Undo what was drawn since `capture_rng`. CUDA states are restored where the number of devices is the same."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
 def check_same_config(checkpoint_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.config import TrainConfig, train_config
-from lightning_peft.inference.load import adapter_folder, load_adapted
+from lightning_peft.inference.load import is_whole_model, load_adapted, tuned_folder
 from lightning_peft.models.loading import ModelConfig, load_model, load_tokenizer
 from lightning_peft.quantization.convert import QuantizationConfig
 from lightning_peft.training.precision import resolve_precision, weight_dtype
@@ -19,7 +19,7 @@ def saved_config(adapter_path: str | None) -> TrainConfig | None:
     """The config an adapter was trained with; None without an adapter, or for a folder of HF PEFT."""
     if adapter_path is None:
         return None
-    lineage = read_lineage(adapter_folder(adapter_path))
+    lineage = read_lineage(tuned_folder(adapter_path))
     return train_config(lineage.config) if lineage is not None and lineage.config else None
 
 
@@ -43,7 +43,10 @@ def load_for_inference(
     base, quantization = base_of(adapter_path, model)
     device = inference_device()
     dtype = weight_dtype(resolve_precision(precision, device.type, trains_all=False), trains_all=False)
+    folder = None if adapter_path is None else tuned_folder(adapter_path)
+    if folder is not None and is_whole_model(folder):
+        base = ModelConfig(name="hf", path=str(folder))
     tokenizer = load_tokenizer(base)
-    if adapter_path is None:
+    if folder is None or is_whole_model(folder):
         return load_model(base, dtype, quantization, device=device).eval(), tokenizer
-    return load_adapted(adapter_folder(adapter_path), base, quantization, dtype, device), tokenizer
+    return load_adapted(folder, base, quantization, dtype, device), tokenizer

@@ -20,7 +20,7 @@ from lightning_peft.data.formats import Message, read_rows
 from lightning_peft.data.sources import load_rows
 from lightning_peft.evaluation.runner import Scores, score, with_shots
 from lightning_peft.evaluation.tasks import TASKS, Row, Task
-from lightning_peft.inference.load import adapter_folder
+from lightning_peft.inference.load import is_whole_model, tuned_folder
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -36,7 +36,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rows = load_rows(replace(data_config, max_validation_rows=config.max_rows), "test")
     if not rows:
         raise ValueError("data has no validation rows: give data.validation_path or data.validation_fraction above 0")
-    model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    tuned, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    base = tuned
+    if config.adapter_path is not None and is_whole_model(tuned_folder(config.adapter_path)):
+        assert saved is not None, "a run of full fine-tuning has its config"
+        base, _ = load_for_inference(None, saved.model, config.precision)
     conversations = read_rows(rows, data_config)
     questions = [messages[:-1] for messages in conversations]
     rows = [row | named(messages) for row, messages in zip(rows, conversations, strict=True)]
@@ -45,17 +49,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):
         shots = shot_conversations(task, data_config)
-        with disable_adapters(model):
+        with disable_adapters(base):
             started = time.perf_counter()
             base_questions = with_shots(questions, shots)
             results["base"] = score(
-                model, tokenizer, batches(data_config, tokenizer), rows, base_questions, task, config.batch_size
+                base, tokenizer, batches(data_config, tokenizer), rows, base_questions, task, config.batch_size
             )
             seconds["base"] = time.perf_counter() - started
     if config.models in (Scored.both, Scored.adapter):
         started = time.perf_counter()
         results["adapter"] = score(
-            model, tokenizer, batches(data_config, tokenizer), rows, questions, task, config.batch_size
+            tuned, tokenizer, batches(data_config, tokenizer), rows, questions, task, config.batch_size
         )
         seconds["adapter"] = time.perf_counter() - started
     show(results, task, len(rows))
@@ -114,7 +118,7 @@ def write_report(report: dict[str, Any], config: EvaluateConfig) -> None:
     if config.output is not None:
         path = Path(config.output)
     elif config.adapter_path is not None:
-        path = adapter_folder(config.adapter_path).parent / "evaluation.json"
+        path = tuned_folder(config.adapter_path).parent / "evaluation.json"
     else:
         return
     path.write_text(json.dumps(report, indent=2) + "\n")

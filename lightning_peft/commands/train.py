@@ -20,7 +20,9 @@ from rich.table import Table
 from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
-from lightning_peft.checkpoint.lineage import Lineage, installed_versions
+from lightning_peft.checkpoint.atomic import atomic_folder
+from lightning_peft.checkpoint.lineage import Lineage, installed_versions, write_lineage
+from lightning_peft.checkpoint.merged import save_model
 from lightning_peft.checkpoint.peft_format import CONFIG_NAME, save_adapter
 from lightning_peft.checkpoint.resume import AtomicCheckpointIO, check_same_config, latest_checkpoint
 from lightning_peft.config import TrainConfig, plain
@@ -28,6 +30,8 @@ from lightning_peft.data.audit import preview
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.formats import read_rows
 from lightning_peft.data.sources import load_rows
+from lightning_peft.inference.load import MODEL_FOLDER
+from lightning_peft.models.attention import supports_packing
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, source_fingerprint
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.progress import PlainProgress
@@ -76,6 +80,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )  # fmt: skip
 
     def save(module: LightningModule, folder: Path) -> None:
+        if trains_all(config):
+            with atomic_folder(folder.with_name(folder.name.replace("adapter", MODEL_FOLDER))) as partial:
+                save_model(module.model, tokenizer, partial, module.model.dtype)  # type: ignore[arg-type, union-attr]
+                write_lineage(lineage_of(config, data.fingerprint), partial)
+            return
         save_adapter(
             module.model,  # type: ignore[arg-type]
             config.adapter,
@@ -204,6 +213,10 @@ def show_targets(config: TrainConfig) -> None:
     model = empty_model(config.model)
     method = METHODS[config.adapter.method]
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
+    if config.data.packing and not supports_packing(model):
+        raise ValueError(
+            f"data.packing=true: packed samples would see each other in {type(model).__name__}; use data.packing=false"
+        )
     if config.dry_run:
         inject_adapters(model, config.adapter)
         Console().print(describe_targets(targets, model))

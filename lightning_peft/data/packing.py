@@ -36,8 +36,8 @@ def _best_fit(indices: list[int], lengths: Sequence[int], capacity: int) -> list
     for index in indices:
         place = bisect_left(spaces, lengths[index])
         if place == len(spaces):
-            space, chosen = capacity, []
-            packs.append(chosen)
+            space = capacity
+            packs.append(chosen := [])
         else:
             space = spaces[place]
             chosen = open_packs[space].pop()

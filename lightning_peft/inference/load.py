@@ -12,17 +12,27 @@ from lightning_peft.checkpoint.peft_format import CONFIG_NAME, adapter_config_fr
 from lightning_peft.models.loading import ModelConfig, load_model, model_name, source_fingerprint
 from lightning_peft.quantization.convert import QuantizationConfig
 
+MODEL_FOLDER = "model"
+"""Where a run of full fine-tuning writes its model; other runs write `adapter/`."""
+
 logger = logging.getLogger(__name__)
 
 
-def adapter_folder(path: str) -> Path:
-    """The adapter folder named by a path: the folder itself, or `adapter/` of a run."""
+def tuned_folder(path: str) -> Path:
+    """The folder with the result of a run: an adapter folder itself, or `adapter/`, or `model/` of full fine-tuning."""
     for folder in (Path(path), Path(path) / "adapter"):
         if (folder / CONFIG_NAME).is_file():
             return folder
+    if (Path(path) / MODEL_FOLDER / "config.json").is_file():
+        return Path(path) / MODEL_FOLDER
     if not Path(path).exists():
         raise ValueError(f"adapter_path={path}: no such folder")
     raise ValueError(f"adapter_path={path}: neither a run nor an adapter folder, {CONFIG_NAME} is missing")
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether a tuned folder holds all weights, and no adapter."""
+    return not (folder / CONFIG_NAME).is_file()
 
 
 def load_adapted(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from lightning_peft.models import attention  # noqa: F401  registers attend_samples
 from lightning_peft.models.blocks import transformer_blocks
 
 
@@ -24,6 +25,7 @@ class ActivationCheckpointing(Enum):
 
 
 SAVED_OPERATORS = {
+    torch.ops.lightning_peft.attend_samples.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

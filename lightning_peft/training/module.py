@@ -1,17 +1,19 @@
 """The Lightning module: a causal language model with adapters, its loss, its optimiser."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lightning_peft.adapters.base import Adapter, AdapterConfig
-from lightning_peft.adapters.inject import adapters, inject_adapters
+from lightning_peft.adapters.base import AdapterConfig, StepSchedule
+from lightning_peft.adapters.inject import inject_adapters, regularization, step_schedule
 from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.data.batch import Batch
@@ -57,6 +59,9 @@ class FinetuneModule(LightningModule):
         self.weight_dtype = dtype
         self.seed = seed
         self.adapted_layers: list[str] = []
+        self.step_schedule: StepSchedule | None = None
+        """What changes the adapters between steps; AdaLoRA's ranks."""
+        self.saved_schedule: dict[str, Any] | None = None
         self.objective: SupervisedLoss | None = None
         self.window = TokenWindow()
         self.validation_window = TokenWindow()
@@ -90,9 +95,6 @@ class FinetuneModule(LightningModule):
         checkpoint_blocks(model, self.activation_checkpointing)
         self.objective = SupervisedLoss(model).train()
 
-    def adapter_layers(self) -> list[Adapter]:
-        return [layer for _, layer in adapters(self.model)]
-
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
@@ -105,11 +107,22 @@ class FinetuneModule(LightningModule):
         assert self.objective is not None
         loss = self.objective(batch)
         self.window.add(loss, batch.num_supervised)
-        penalties = [p for layer in self.adapter_layers() if (p := layer.regularization()) is not None]
-        if penalties:
-            loss = loss + torch.stack(penalties).sum() * batch.num_supervised
+        penalty = regularization(self.model)
+        if penalty is not None:
+            loss = loss + penalty * batch.num_supervised
         # Undo Lightning's division; the true divisor, the window's token count, is known when the window closes.
         return loss * (self.trainer.accumulate_grad_batches / GRADIENT_UNIT)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.step_schedule is not None:
+            self.step_schedule.after_step(self.trainer.global_step + 1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         mean_loss, tokens = self.window.close()
@@ -143,6 +156,9 @@ class FinetuneModule(LightningModule):
         optimizer = build_optimizer(named, self.optimizer_config)
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_schedule(optimizer, self.schedule_config, total_steps)
+        self.step_schedule = step_schedule(self.model, self.adapter_config, total_steps)
+        if self.step_schedule is not None and self.saved_schedule is not None:
+            self.step_schedule.load_state_dict(self.saved_schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -150,6 +166,13 @@ class FinetuneModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         adjust_progress(checkpoint, self.trainer.world_size)
+        self.saved_schedule = checkpoint.get("step_schedule")
+        if self.step_schedule is not None and self.saved_schedule is not None:
+            self.step_schedule.load_state_dict(self.saved_schedule)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.step_schedule is not None:
+            checkpoint["step_schedule"] = self.step_schedule.state_dict()
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         load_trainable_state(self.model, state_dict)

@@ -1,7 +1,6 @@
 """The target matcher over several architectures; no weights are needed."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from lightning_peft.adapters.base import AdapterConfig, Target
 from lightning_peft.adapters.inject import describe_targets, inject_adapters
 from lightning_peft.adapters.lora import Init, LoRAConfig
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import PRESETS, expert_share, find_targets, matches, parse_layers
+from lightning_peft.adapters.targets import expert_share, find_targets, matches, parse_layers
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 128}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
@@ -233,9 +232,3 @@ def test_table_has_a_row_per_layer_and_the_totals() -> None:
     assert cells[0][:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
     assert [column[1] for column in cells[1:]] == ["32 x 64", "4", "8", f"{4 * (32 + 64):,}"]
     assert str(table.caption).startswith(f"{3 * 4 * (128 + 96):,} of ")
-
-
-def test_every_preset_is_an_option() -> None:
-    options = {path.stem for path in (Path(__file__).parents[2] / "conf" / "target_modules").glob("*.yaml")}
-
-    assert options == set(PRESETS) | {"none"}

@@ -21,13 +21,11 @@ from lightning_peft.checkpoint.atomic import SaveError
 from lightning_peft.checkpoint.resume import (
     AtomicCheckpointIO,
     CheckpointFileError,
-    capture_rng,
     check_same_config,
     checkpoint_path,
     checkpoints,
     latest_checkpoint,
     load_trainable_state,
-    restore_rng,
     trainable_state_dict,
 )
 from lightning_peft.models.tiny import tiny_model
@@ -299,16 +297,6 @@ def test_missing_and_unexpected_names_are_listed() -> None:
         load_trainable_state(model, state)
     with pytest.raises(CheckpointFileError, match="has, and this model does not, extra"):
         load_trainable_state(model, {**state, "model.layers.0.mlp.up_proj.lora_A.weight": gone, "extra": gone})
-
-
-def test_random_states_return(tmp_path: Path) -> None:
-    IO.save_checkpoint({"rng": capture_rng()}, tmp_path / "a.ckpt")
-    expected = random.random(), np.random.rand(), torch.rand(3), random.gauss(0, 1), np.random.randn()
-
-    restore_rng(IO.load_checkpoint(tmp_path / "a.ckpt")["rng"])
-
-    got = random.random(), np.random.rand(), torch.rand(3), random.gauss(0, 1), np.random.randn()
-    assert got[:2] == expected[:2] and got[3:] == expected[3:] and torch.equal(got[2], expected[2])
 
 
 CONFIG = {"seed": 1, "trainer": {"max_steps": 10, "precision": "auto"}, "adapter": {"rank": 4, "exclude_modules": []}}

@@ -72,7 +72,10 @@ OTHER_CASES = {
     "missing prompts": (["generate", "model=tiny", "prompt_path=/no/p.txt"], r"prompt_path=/no/p.txt: no such file"),
     "temperature": (["generate", "model=tiny", "sampling.temperature=-1"], r"sampling.temperature=-1.0"),
     "merge without output": (["merge", "adapter_path=x"], r"output"),
-    "merge threshold": (["merge", "adapter_path=x", "output=y", "merge.max_kl=0"], r"merge.max_kl=0.0: must be above 0"),
+    "merge threshold": (
+        ["merge", "adapter_path=x", "output=y", "merge.max_kl=0"],
+        r"merge.max_kl=0.0: must be above 0",
+    ),
 }
 
 
@@ -104,7 +107,10 @@ def assert_matches(expected, line):
 
 
 ROWS = {
-    "not JSON": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', r"rows.jsonl line 2: expected a JSON object"),
+    "not JSON": (
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n',
+        r"rows.jsonl line 2: expected a JSON object",
+    ),
     "missing column": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', r"rows.jsonl line 2.*'completion'"),
     "empty answer": ('{"prompt": "a", "completion": ""}\n', r"rows.jsonl line 1, column 'completion': .*non-empty"),
     "number for text": ('{"prompt": "a", "completion": 3}\n', r"rows.jsonl line 1, column 'completion'"),
@@ -124,4 +130,6 @@ def test_bad_rows_are_named(case, capsys, tmp_path):
 def test_missing_column_option_lists_the_columns(capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
     words = [*TINY[:2], "data=jsonl", f"data.train_path={tmp_path}/rows.jsonl", "data.prompt_column=ask"]
-    assert_matches(r"data.prompt_column=ask: the rows have no such column, only question, answer", error_line(capsys, words))
+    assert_matches(
+        r"data.prompt_column=ask: the rows have no such column, only question, answer", error_line(capsys, words)
+    )

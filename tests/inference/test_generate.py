@@ -47,9 +47,10 @@ def test_batch_without_a_common_prefix_equals_each_prompt_alone(model, tokenizer
 def test_stream_gives_the_answer_of_the_batch(model, tokenizer):
     prompt = tokenizer("the cat sat")["input_ids"]
     sampling = SamplingConfig(max_new_tokens=12)
-    assert "".join(generate_stream(model, tokenizer, prompt, sampling)) == generate_batch(
-        model, tokenizer, [prompt], sampling
-    )[0]
+    assert (
+        "".join(generate_stream(model, tokenizer, prompt, sampling))
+        == generate_batch(model, tokenizer, [prompt], sampling)[0]
+    )
 
 
 def test_stream_hands_on_the_error_of_its_thread(model, tokenizer):
