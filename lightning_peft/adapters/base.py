@@ -56,6 +56,8 @@ class AdapterConfig:
 
     uses_rank: ClassVar[bool] = True
     uses_alpha: ClassVar[bool] = True
+    rank_costs_parameters: ClassVar[bool] = True
+    """Whether a rank above a layer's smaller side is a waste worth a warning."""
 
     def __post_init__(self) -> None:
         for key, rank in [("rank", self.rank), ("rank_last", self.rank_last), *self.rank_pattern.items()]:

@@ -226,4 +226,5 @@ def _check_ranks(targets: list[Target], config: AdapterConfig) -> None:
     )
     if config.rank_within_layer:
         raise ValueError(f"adapter.rank={config.rank}: {told}; this method or init needs a rank no layer is below")
-    logger.warning("%s: it works, at more parameters than the layer's own", told)
+    if config.rank_costs_parameters:
+        logger.warning("%s: it works, at more parameters than the layer's own", told)

@@ -27,6 +27,7 @@ class VeRAConfig(AdapterConfig):
     """Store the pair with the adapter; without, a load depends on PyTorch drawing the same numbers for the seed."""
 
     uses_alpha: ClassVar[bool] = False
+    rank_costs_parameters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,6 +45,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     questions = [messages[:-1] for messages in conversations]
     rows = [row | named(messages) for row, messages in zip(rows, conversations, strict=True)]
 
+    loader = validation_loader(data_config, tokenizer)
     results: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):
@@ -53,13 +54,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             started = time.perf_counter()
             base_questions = with_shots(questions, shots)
             results["base"] = score(
-                base, tokenizer, batches(data_config, tokenizer), rows, base_questions, task, config.batch_size
+                base, tokenizer, loader, rows, base_questions, task, config.batch_size
             )
             seconds["base"] = time.perf_counter() - started
     if config.models in (Scored.both, Scored.adapter):
         started = time.perf_counter()
         results["adapter"] = score(
-            tuned, tokenizer, batches(data_config, tokenizer), rows, questions, task, config.batch_size
+            tuned, tokenizer, loader, rows, questions, task, config.batch_size
         )
         seconds["adapter"] = time.perf_counter() - started
     show(results, task, len(rows))
@@ -85,7 +86,8 @@ def shot_conversations(task: Task, config: DataConfig) -> list[list[Message]]:
     return read_rows(task.few_shot(train_rows), config)
 
 
-def batches(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
+def validation_loader(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Batches of the rows the run was validated on, so that losses compare."""
     module = SFTDataModule(config, tokenizer, seed=0)
     module.setup("validate")
     return module.val_dataloader()

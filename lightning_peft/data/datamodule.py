@@ -88,38 +88,42 @@ class SFTDataModule(LightningDataModule):
         """The first training sample, for `audit.preview`."""
 
     def setup(self, stage: str | None = None) -> None:
-        if self._validation is not None:
-            return
+        """Prepare the rows a stage needs: validation rows for "validate", else training rows as well."""
+        if self._train is None and stage != "validate":
+            self._setup_training_rows()
+        if self._validation is None:
+            rows = iterate_rows(self._config, "validation")
+            self._validation = Samples(encode_rows(rows, self._config, self._tokenizer, self.validation_audit))
+            self._report("validation", self._validation, self.validation_audit)
+
+    def _setup_training_rows(self) -> None:
         rows = iterate_rows(self._config, "train")
         if self._config.streaming:
             rows = islice(rows, self._config.shuffle_window)
-        self._train = Samples(self._keep_example(encode_rows(rows, self._config, self._tokenizer, self.train_audit)))
-        if len(self._train) == 0:
+        train = Samples(self._keep_example(encode_rows(rows, self._config, self._tokenizer, self.train_audit)))
+        if len(train) == 0:
             reasons = "; ".join(self.train_audit.warnings())
             found = f"nothing to train on in {self.train_audit.rows} rows. {reasons}".strip()
             raise ValueError(f"data.source={self._config.source}: {found}")
-        rows = iterate_rows(self._config, "validation")
-        self._validation = Samples(encode_rows(rows, self._config, self._tokenizer, self.validation_audit))
-        for samples, audit in ((self._train, self.train_audit), (self._validation, self.validation_audit)):
-            if self._config.packing and len(samples):
-                packs = [pack for micro_batch in self._plan(samples) for pack in micro_batch]
-                audit.packing_fill = fill_ratio(packs, samples.lengths, self._config.max_length)
-        if self._rank_and_world_size()[0] == 0:
-            self._report()
+        self._train = train
+        self._report("training", train, self.train_audit)
+        if not self._config.streaming and self._rank_and_world_size()[0] == 0:
+            log.info("an epoch is %d optimiser steps", self.steps_per_epoch)
 
     def _keep_example(self, samples: Iterator[Encoded]) -> Iterator[Encoded]:
         for sample in samples:
             self.example = self.example or sample
             yield sample
 
-    def _report(self) -> None:
-        for split, audit in (("training", self.train_audit), ("validation", self.validation_audit)):
+    def _report(self, split: str, samples: Samples, audit: Audit) -> None:
+        if self._config.packing and len(samples):
+            packs = [pack for micro_batch in self._plan(samples) for pack in micro_batch]
+            audit.packing_fill = fill_ratio(packs, samples.lengths, self._config.max_length)
+        if self._rank_and_world_size()[0] == 0:
             for line in audit.lines():
                 log.info("%s data: %s", split, line)
             for line in audit.warnings():
                 log.warning("%s data: %s", split, line)
-        if not self._config.streaming:
-            log.info("an epoch is %d optimiser steps", self.steps_per_epoch)
 
     @property
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from lightning_peft.adapters.inject import describe_targets, inject_adapters
 from lightning_peft.adapters.lora import Init, LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import expert_share, find_targets, matches, parse_layers
+from lightning_peft.adapters.vera import VeRAConfig
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 128}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
@@ -195,6 +196,13 @@ def test_rank_above_a_layer_is_one_warning(caplog: pytest.LogCaptureFixture) -> 
         "rank 48 is above the smaller side of model.layers.0.self_attn.k_proj (32 x 64) and of 5 more layers: "
         "it works, at more parameters than the layer's own"
     ]
+
+
+def test_rank_of_vera_above_a_layer_is_usual(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        find_targets(meta_model(), VeRAConfig(rank=256), tuple(METHODS["vera"].layers))
+
+    assert not caplog.records
 
 
 def test_rank_above_a_layer_is_an_error_for_spectral_starts() -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import random
 import resource
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from training import SaveEachStep, TinyFinetune, batches, trainer
