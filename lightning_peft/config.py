@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.merged import MergeConfig
 from lightning_peft.data.config import DataConfig
@@ -83,6 +84,13 @@ class TrainConfig:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
         check_task(self.data)
+        if self.model.new_tokens and not self.adapter.trainable_modules and self.adapter.method != "full":
+            raise ValueError(
+                f"model.new_tokens={self.model.new_tokens}: their embeddings would never be trained; "
+                "add adapter.trainable_modules=[embed_tokens,lm_head]"
+            )
+        if isinstance(self.adapter, LoRAConfig) and self.adapter.init.name == "loftq" and not self.quantization.is_on:
+            raise ValueError("adapter.init=loftq makes up for what quantisation lost: use quantization=nf4 with it")
         if self.adapter.method == "full" and self.quantization.is_on:
             raise ValueError(
                 f"method=full quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "

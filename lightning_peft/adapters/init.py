@@ -70,7 +70,8 @@ INITS: dict[str, Callable[["LoRALinear"], None]] = {
 `initialize_from_weights` is called on the model."""
 
 NEED_ACTIVATIONS = frozenset({"eva"})
-NEED_WEIGHTS = frozenset({"loftq"})
+NEED_WEIGHTS = frozenset({"loftq", "pissa", "pissa_fast", "olora"})
+"""On a quantised base these start from the weights before quantisation."""
 NEED_RANK_WITHIN_LAYER = frozenset({"pissa", "pissa_fast", "olora", "eva", "loftq"})
 
 

@@ -53,15 +53,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         with disable_adapters(base):
             started = time.perf_counter()
             base_questions = with_shots(questions, shots)
-            results["base"] = score(
-                base, tokenizer, loader, rows, base_questions, task, config.batch_size
-            )
+            results["base"] = score(base, tokenizer, loader, rows, base_questions, task, config.batch_size)
             seconds["base"] = time.perf_counter() - started
     if config.models in (Scored.both, Scored.adapter):
         started = time.perf_counter()
-        results["adapter"] = score(
-            tuned, tokenizer, loader, rows, questions, task, config.batch_size
-        )
+        results["adapter"] = score(tuned, tokenizer, loader, rows, questions, task, config.batch_size)
         seconds["adapter"] = time.perf_counter() - started
     show(results, task, len(rows))
     show_samples(results, task, rows, config.samples)

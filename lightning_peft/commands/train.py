@@ -12,7 +12,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -123,6 +123,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         }
         if trainer.is_global_zero:
             (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    for run_logger in trainer.loggers:
+        if isinstance(run_logger, WandbLogger):
+            run_logger.experiment.finish()  # writes what it still holds; until then up to 15 s are in memory only
     if trainer.is_global_zero:
         show_result(result, run_dir)
     return result

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: the summed next-token cross entropy of a batch under a causal language model."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,19 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
     return None
 
 
+def decoder_inputs(batch: Batch) -> dict[str, Any]:
+    """Keyword arguments with which a decoder keeps the packed samples of a batch apart."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+    }
+
+
 class SupervisedLoss(nn.Module):
     """Model and loss in one forward, so that a sharded model's head is gathered when the loss reads it."""
 
@@ -36,15 +51,7 @@ class SupervisedLoss(nn.Module):
 
         Position t is scored on the label at t + 1; a packed sample's first label is -100, so none predicts the next.
         """
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
-        ).last_hidden_state
+        hidden = self.model.base_model(**decoder_inputs(batch)).last_hidden_state
         next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100).reshape(-1)
         # The count is known from the collation, so the device is not asked for it.
         positions = torch.nonzero_static(next_labels != -100, size=batch.num_supervised).squeeze(1)

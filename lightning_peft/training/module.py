@@ -1,9 +1,12 @@
 """The Lightning module: a causal language model with adapters, its loss, its optimiser."""
 
+import logging
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision
@@ -13,21 +16,31 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import AdapterConfig, StepSchedule
-from lightning_peft.adapters.inject import inject_adapters, regularization, step_schedule
+from lightning_peft.adapters.eva import initialize_from_activations
+from lightning_peft.adapters.init import NEED_ACTIVATIONS, NEED_WEIGHTS, initialize_from_weights
+from lightning_peft.adapters.inject import adapters, inject_adapters, regularization, step_schedule
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
 from lightning_peft.models.loading import ModelConfig, load_model
-from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
 from lightning_peft.quantization.convert import QuantizationConfig
+from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
 from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
 
 GRADIENT_UNIT = 1024.0
 """Tokens the summed loss is divided by during accumulation: a constant that keeps fp16 gradients in range."""
+
+
+EVA_BATCHES = 4
+"""Micro batches whose activations the EVA init looks at."""
+
+logger = logging.getLogger(__name__)
 
 
 class FinetuneModule(LightningModule):
@@ -90,10 +103,28 @@ class FinetuneModule(LightningModule):
         model = load_model(self.model_config, self.weight_dtype, self.quantization_config, device=device)
         torch.manual_seed(self.seed)
         self.adapted_layers = inject_adapters(model, self.adapter_config)
+        self.start_adapters(model)
         if self.adapter_config.init_from is not None:
             load_adapter(model, self.adapter_config.init_from)
         checkpoint_blocks(model, self.activation_checkpointing)
         self.objective = SupervisedLoss(model).train()
+
+    def start_adapters(self, model: PreTrainedModel) -> None:
+        """Initialisations that read more than the layer: weights before quantisation, or activations of the data."""
+        if not isinstance(self.adapter_config, LoRAConfig):
+            return
+        init = self.adapter_config.init.name
+        if init in NEED_WEIGHTS and self.quantization_config.is_on:
+            logger.info("adapter.init=%s: reading the weights before quantisation as well", init)
+            dense = load_model(self.model_config, self.weight_dtype)
+            initialize_from_weights(dict(adapters(model)), lambda name: dense_weight(dense.get_submodule(name)))
+        if init in NEED_ACTIVATIONS:
+            data = getattr(self._trainer, "datamodule", None)
+            if data is None:
+                raise ValueError(f"adapter.init={init} looks at activations: call trainer.fit with datamodule=")
+            batches = [move_data_to_device(b, model.device) for b in islice(data.train_dataloader(), EVA_BATCHES)]
+            ranks = initialize_from_activations(model, map(decoder_inputs, batches), self.adapter_config.eva_rho)
+            logger.info("adapter.init=%s: ranks %d to %d", init, min(ranks.values()), max(ranks.values()))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]

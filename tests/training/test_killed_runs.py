@@ -22,7 +22,7 @@ RUN = [
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
     path = run_dir / "metrics.csv"
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def start_and_kill(run_dir: Path, after_steps: int, *overrides: str) -> None:

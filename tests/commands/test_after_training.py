@@ -1,0 +1,175 @@
+"""evaluate, generate and merge on a small trained run, and what they say of damaged or foreign adapters."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lightning_peft.__main__ import main
+from lightning_peft.models.loading import ModelConfig, load_model, load_tokenizer
+
+RUN = [
+    "train", "model=tiny", "data.max_rows=40", "data.max_validation_rows=6", "data.micro_batch_size=2",
+    "trainer.max_steps=12", "trainer.accelerator=cpu", "trainer.precision=32-true", "validation.every_n_steps=6",
+]  # fmt: skip
+
+
+def run(words, capsys=None):
+    assert main(words) == 0
+    return capsys.readouterr() if capsys else None
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "lora"
+    run([*RUN, "optimizer.lr=0.01", f"run_dir={folder}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "full"
+    run([*RUN, "method=full", "optimizer.lr=0.01", f"run_dir={folder}"])
+    return folder
+
+
+def test_run_folder_holds_what_the_design_says(run_dir):
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= {"config.yaml", "adapter", "adapter_best", "metrics.csv", "result.json", "samples.jsonl"}
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "finished" and result["steps"] == 12
+    assert result["trainable_parameters"] == 32768 and result["tokens_per_second"] > 0
+    assert {"torch", "lightning"} <= result["versions"].keys()
+
+
+def test_validation_during_training_equals_the_one_at_the_end(run_dir):
+    """The last validation inside fit and the final one see the same weights."""
+    rows = [line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines()]
+    column = rows[0].index("validation_loss")
+    losses = [row[column] for row in rows[1:] if row[column]]
+    assert len(losses) == 3 and losses[1] == losses[2]
+
+
+def test_hf_peft_loads_the_adapter_with_equal_logits(run_dir):
+    """HF PEFT on a fresh base against our own reload; fp32, another order of summation."""
+    from lightning_peft.commands.adapted import load_for_inference
+
+    ours, _ = load_for_inference(str(run_dir), None, "32-true")
+    theirs = PeftModel.from_pretrained(load_model(ModelConfig(name="tiny"), torch.float32), run_dir / "adapter").eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-5, atol=2e-5)
+
+
+def test_evaluate_scores_base_and_adapter(run_dir, capsys):
+    run(["evaluate", f"adapter_path={run_dir}", "max_rows=6", "samples=1", "precision=32-true"], capsys)
+    report = json.loads((run_dir / "evaluation.json").read_text())
+    assert report["adapter"]["loss"] < report["base"]["loss"]
+    result = json.loads((run_dir / "result.json").read_text())
+    assert report["adapter"]["loss"] == pytest.approx(result["validation_loss"], rel=1e-5)
+    assert 0 <= report["base"]["metrics"]["execution_accuracy"] <= 1
+
+
+def test_generate_answers_one_prompt_and_a_file(run_dir, tmp_path, capsys):
+    words = ["generate", f"adapter_path={run_dir}", "sampling.max_new_tokens=4"]
+    run([*words, 'prompt=What\'s 1 + 1, "x" = (y'], capsys)
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    run([*words, f"prompt_path={tmp_path}/prompts.txt", f"output={tmp_path}/answers.jsonl"])
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["one", "two"]
+
+
+def test_chat_ends_at_an_empty_line(run_dir, monkeypatch, capsys):
+    lines = iter(["hello", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    run(["generate", f"adapter_path={run_dir}", "sampling.max_new_tokens=4"], capsys)
+    assert next(lines, None) is None
+
+
+def test_merge_writes_a_plain_model_and_a_receipt(run_dir, tmp_path, capsys):
+    printed = run(["merge", f"adapter_path={run_dir}", f"output={tmp_path}/merged"], capsys).out
+    assert "merged against adapter" in printed and "same first choice for 100.00%" in printed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    weights = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    base = load_model(ModelConfig(name="tiny"), torch.float32)
+    name = "model.layers.0.mlp.up_proj"
+    A, B = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    expected = base.get_submodule(name).weight + 2.0 * B @ A
+    torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_merge_above_the_threshold_leaves_nothing(run_dir, tmp_path, capsys):
+    words = ["merge", f"adapter_path={run_dir}", f"output={tmp_path}/m", "merge.dtype=fp16", "merge.max_kl=1e-15"]
+    assert main(words) == 2
+    assert "above merge.max_kl=1e-15" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_refuses_a_used_folder(run_dir, capsys):
+    assert main(["merge", f"adapter_path={run_dir}", f"output={run_dir}"]) == 2
+    assert "exists already; give a new folder" in capsys.readouterr().err
+
+
+def test_full_fine_tuning_is_evaluated_against_its_base(full_run_dir, capsys):
+    assert (full_run_dir / "model" / "config.json").exists() and not (full_run_dir / "adapter").exists()
+    run(["evaluate", f"adapter_path={full_run_dir}", "max_rows=4", "samples=0", "precision=32-true"], capsys)
+    report = json.loads((full_run_dir / "evaluation.json").read_text())
+    assert report["adapter"]["loss"] < report["base"]["loss"]
+
+
+def test_adapter_of_another_base_is_refused(run_dir, capsys):
+    assert main(["evaluate", f"adapter_path={run_dir}", "model=tiny", "model.name=tiny_tied", "max_rows=4"]) == 2
+    assert "this adapter was trained on tiny" in capsys.readouterr().err
+
+
+def damaged(run_dir, tmp_path):
+    shutil.copytree(run_dir / "adapter", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_truncated_adapter_is_named(run_dir, tmp_path, capsys):
+    folder = damaged(run_dir, tmp_path)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert main(["evaluate", f"adapter_path={folder}", "max_rows=4"]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_adapter_without_weights_is_named(run_dir, tmp_path, capsys):
+    folder = damaged(run_dir, tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    assert main(["generate", f"adapter_path={folder}", "prompt=a"]) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_damaged_lineage_is_named(run_dir, tmp_path, capsys):
+    folder = damaged(run_dir, tmp_path)
+    (folder / "lineage.json").write_text("{")
+    assert main(["generate", f"adapter_path={folder}", "prompt=a"]) == 2
+    assert "lineage.json: not JSON" in capsys.readouterr().err
+
+
+def test_folder_without_an_adapter_is_named(tmp_path, capsys):
+    assert main(["evaluate", f"adapter_path={tmp_path}"]) == 2
+    assert "neither a run nor an adapter folder" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_is_named(run_dir, tmp_path, capsys):
+    (tmp_path / "step.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    words = [*RUN, f"resume={tmp_path}/step.ckpt", f"run_dir={tmp_path}/run"]
+    assert main(words) == 2
+    assert f"{tmp_path}/step.ckpt: truncated or not a checkpoint" in " ".join(capsys.readouterr().err.split())
+
+
+def test_trained_tokens_reach_hf_peft(tmp_path):
+    """New tokens with trained embeddings: the rows PEFT loads are the rows we trained."""
+    words = ["model.new_tokens=['<sql>']", "adapter.trainable_modules=[embed_tokens,lm_head]"]
+    run([*RUN, *words, f"run_dir={tmp_path}/run"])
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    tokenizer = load_tokenizer(ModelConfig(name="tiny", new_tokens=["<sql>"]))
+    embeddings = next(value for key, value in weights.items() if "embed_tokens" in key)
+    assert embeddings.shape[0] > tokenizer.convert_tokens_to_ids("<sql>")
