@@ -3,7 +3,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 RUN := .venv/bin/lightning-peft
-PYTEST := .venv/bin/python -m pytest
+# A file a worker, a thread each: the models of the tests are too small to share.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
 .PHONY: demo test test-all lint bench clean
 

@@ -6,9 +6,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.compose import compose_config, groups_and_defaults, typed
@@ -33,6 +36,8 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
         else:
             function(compose_config(command, overrides))
     except (ValueError, OSError) as error:
+        if not is_input_error(error):
+            raise
         if os.environ.get("LIGHTNING_PEFT_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -43,23 +48,59 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
     return DONE
 
 
+def is_input_error(error: ValueError | OSError) -> bool:
+    """Whether an exception speaks to the user: a failed file operation, or a ValueError raised by our own code.
+
+    A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
+    """
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, OSError) or Path(innermost).is_relative_to(Path(__file__).parent)
+
+
 def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]) -> None:
-    """Hand the sweep to Hydra's sweeper and launcher; `run_dir=X` names the sweep's folder."""
-    register_schemas()
-    words = []
-    for word in overrides:
-        words.append(word.replace("run_dir=", "hydra.sweep.dir=", 1) if word.startswith("run_dir=") else word)
+    """Hand the sweep to Hydra's sweeper and launcher; `run_dir=X` names the sweep's folder.
+
+    The first trial is composed beforehand, so that a wrong word is found before anything starts.
+    """
+    folder = [word.partition("=")[2] for word in overrides if word.startswith("run_dir=")]
+    words = [word for word in overrides if not word.startswith("run_dir=")]
+    compose_config(command, first_trial(words))
+    fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
+    words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
+    words += [f"hydra.sweep.dir={name}" for name in folder]
 
     @hydra.main(config_path=str(CONF_DIR.resolve()), config_name=command, version_base="1.3")
     def job(config: DictConfig) -> Any:
         return function(typed(config))
 
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
     arguments = sys.argv
     sys.argv = [arguments[0], "--multirun", *words, "run_dir=${hydra:runtime.output_dir}"]
     try:
         job()
     finally:
         sys.argv = arguments
+
+
+def is_swept(word: str) -> bool:
+    return OverridesParser.create().parse_override(word).is_sweep_override()
+
+
+def first_trial(words: list[str]) -> list[str]:
+    """The overrides of a sweep's first trial; Hydra's own and what cannot be enumerated left out."""
+    singles = []
+    for word in words:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except OverrideParseException as error:
+            raise ValueError(f"{word}: not of the form key=value (quote text with special characters)") from error
+        if override.is_hydra_override():
+            continue
+        if not override.is_sweep_override():
+            singles.append(word)
+        elif override.is_discrete_sweep():
+            singles.append(f"{override.get_key_element()}={next(override.sweep_string_iterator())}")
+    return singles
 
 
 def set_up_logging() -> None:

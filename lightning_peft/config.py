@@ -77,6 +77,8 @@ class TrainConfig:
     """Arguments of lightning.pytorch.Trainer."""
     logger: dict[str, Any] = field(default_factory=dict)
     """Lightning loggers by name, each a `_target_` node."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Further Lightning callbacks by name, each a `_target_` node."""
     claim: dict[str, Any] = field(default_factory=dict)
     """What a recipe says it reaches; kept with the run, read by nobody else."""
 
@@ -84,6 +86,14 @@ class TrainConfig:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
         check_task(self.data)
+        if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
+            raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
+        if self.adapter.init_from is not None and isinstance(self.adapter, LoRAConfig):
+            if self.adapter.init.name not in ("kaiming", "gaussian"):
+                raise ValueError(
+                    f"adapter.init={self.adapter.init.name} adapter.init_from={self.adapter.init_from}: "
+                    "a warm start brings its own values; use adapter.init=kaiming"
+                )
         if self.model.new_tokens and not self.adapter.trainable_modules and self.adapter.method != "full":
             raise ValueError(
                 f"model.new_tokens={self.model.new_tokens}: their embeddings would never be trained; "
@@ -120,7 +130,7 @@ class EvaluateConfig:
     """Rows to score on; null takes the data set the adapter was trained on."""
     max_rows: int = 200
     """Rows scored."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Prompts generated for at once."""
     samples: int = 4
     """Answers shown side by side."""

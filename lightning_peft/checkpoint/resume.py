@@ -98,7 +98,8 @@ class AtomicCheckpointIO(CheckpointIO):
                 _save(checkpoint, file)
             verify_checkpoint(partial)
         if self.keep_last is not None:
-            for old in checkpoints(path.parent)[: -self.keep_last]:
+            others = [other for other in checkpoints(path.parent) if other != path]
+            for old in others[: max(0, len(others) - self.keep_last + 1)]:
                 old.unlink()
 
     def load_checkpoint(

@@ -16,8 +16,8 @@ from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.config import EvaluateConfig, Scored
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.datamodule import SFTDataModule
-from lightning_peft.data.formats import Message, read_rows
-from lightning_peft.data.sources import load_rows
+from lightning_peft.data.formats import Message
+from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.runner import Scores, score, with_shots
 from lightning_peft.evaluation.tasks import TASKS, Row, Task
 from lightning_peft.inference.load import is_whole_model, tuned_folder
@@ -33,17 +33,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError("adapter_path=null: without an adapter only models=base can be scored")
     data_config = replace(data_config, streaming=False)
     task = TASKS[data_config.task]
-    rows = load_rows(replace(data_config, max_validation_rows=config.max_rows), "test")
-    if not rows:
+    found = read_conversations(replace(data_config, max_validation_rows=config.max_rows), "test")
+    if not found:
         raise ValueError("data has no validation rows: give data.validation_path or data.validation_fraction above 0")
     tuned, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     base = tuned
     if config.adapter_path is not None and is_whole_model(tuned_folder(config.adapter_path)):
         assert saved is not None, "a run of full fine-tuning has its config"
         base, _ = load_for_inference(None, saved.model, config.precision)
-    conversations = read_rows(rows, data_config)
-    questions = [messages[:-1] for messages in conversations]
-    rows = [row | named(messages) for row, messages in zip(rows, conversations, strict=True)]
+    questions = [messages[:-1] for _, messages in found]
+    rows = [row | named(messages) for row, messages in found]
 
     loader = validation_loader(data_config, tokenizer)
     results: dict[str, Scores] = {}
@@ -78,8 +77,9 @@ def shot_conversations(task: Task, config: DataConfig) -> list[list[Message]]:
     """Solved training examples the base is shown; the adapter has seen its own in training."""
     if task.num_shots == 0:
         return []
-    train_rows = load_rows(replace(config, max_rows=64), "train")
-    return read_rows(task.few_shot(train_rows), config)
+    found = read_conversations(replace(config, max_rows=64), "train")
+    shots = task.few_shot([row for row, _ in found])
+    return [messages for row, messages in found if row in shots]
 
 
 def validation_loader(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -17,6 +17,8 @@ from lightning_peft.inference.generate import generate_batch, generate_stream
 def generate(config: GenerateConfig) -> None:
     """Stream the answer to `prompt`, write those to the lines of `prompt_path`, or chat until an empty line."""
     prompts = read_prompts(config.prompt_path)
+    if config.output is not None and prompts is None:
+        raise ValueError(f"output={config.output}: only the answers to prompt_path go to a file")
     saved = saved_config(config.adapter_path)
     system = config.system_prompt
     if system is None and saved is not None:

@@ -11,8 +11,8 @@ from lightning_peft.checkpoint.merged import merge as write_merged
 from lightning_peft.commands.adapted import base_of, inference_device, load_for_inference, saved_config
 from lightning_peft.config import MergeCommandConfig, TrainConfig
 from lightning_peft.data.chat import encode
-from lightning_peft.data.formats import Message, read_rows
-from lightning_peft.data.sources import load_rows
+from lightning_peft.data.formats import Message
+from lightning_peft.data.samples import read_conversations
 from lightning_peft.models.loading import load_model
 
 SAMPLES = 16
@@ -50,5 +50,6 @@ def sample_ids(saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast) ->
     """Token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`."""
     conversations = [[Message("user", text), Message("assistant", "Of course.")] for text in GENERAL_TEXT]
     if saved is not None:
-        conversations = read_rows(load_rows(saved.data, "validation")[:SAMPLES], saved.data) or conversations
+        rows = read_conversations(saved.data, "validation", SAMPLES)
+        conversations = [messages for _, messages in rows] or conversations
     return [torch.tensor([encode(messages, tokenizer).input_ids[:SAMPLE_TOKENS]]) for messages in conversations]

@@ -126,6 +126,11 @@ class SFTDataModule(LightningDataModule):
                 log.warning("%s data: %s", split, line)
 
     @property
+    def is_streaming(self) -> bool:
+        """Whether rows are read during training, so that their number is not known."""
+        return self._config.streaming
+
+    @property
     def fingerprint(self) -> str:
         """Changes with any training token; of the first window when streaming. Needs `setup`."""
         return self._training_samples().fingerprint()

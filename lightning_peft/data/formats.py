@@ -180,11 +180,3 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
         "name two with data.prompt_column and data.completion_column, "
         "or one with data.text_column or data.messages_column"
     )
-
-
-def read_rows(rows: list[dict[str, Any]], config: DataConfig) -> list[list[Message]]:
-    """The conversations of rows of one source. Raises `BadRow`, numbered from 1."""
-    if not rows:
-        return []
-    read = row_reader(rows[0], config)
-    return [read(Row(values, f"{config.source} row {number}")) for number, values in enumerate(rows, start=1)]

@@ -4,6 +4,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +12,8 @@ from lightning_peft.data.audit import Audit, check_sample
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded, encode_all
 from lightning_peft.data.config import DataConfig, Format, OnBadRow, OnTooLong
-from lightning_peft.data.formats import BadRow, Row, RowReader, row_reader
+from lightning_peft.data.formats import BadRow, Message, Row, RowReader, row_reader
+from lightning_peft.data.sources import iterate_rows
 
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores."""
@@ -74,6 +76,29 @@ def encode_rows(
             yield from _encode(conversations, origins, config, tokenizer, audit)
             conversations, origins = [], []
     yield from _encode(conversations, origins, config, tokenizer, audit)
+
+
+def read_conversations(
+    config: DataConfig, split: str, limit: int | None = None
+) -> list[tuple[dict[str, Any], list[Message]]]:
+    """The first usable rows of a split, each with its messages; bad rows as `data.on_bad_row` says.
+
+    Raises `BadRow`, ValueError for options that do not fit the rows.
+    """
+    reader: RowReader | None = None
+    found: list[tuple[dict[str, Any], list[Message]]] = []
+    for row in iterate_rows(config, split):
+        if limit is not None and len(found) >= limit:
+            break
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            reader = reader or _reader(row, config)
+            found.append((row.values, reader(row)))
+        except BadRow:
+            if config.on_bad_row is OnBadRow.error:
+                raise
+    return found
 
 
 def _reader(row: Row, config: DataConfig) -> RowReader:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.data.batch import Batch
@@ -31,7 +32,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     objective = SupervisedLoss(model)
     total, tokens = 0.0, 0
     for batch in batches:
-        total += float(objective(batch))
+        total += float(objective(move_data_to_device(batch, model.device)))
         tokens += batch.num_supervised
     return total / max(tokens, 1)
 

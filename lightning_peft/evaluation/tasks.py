@@ -117,7 +117,7 @@ TASKS = {
         "text_to_sql",
         score_text_to_sql,
         headline="execution_accuracy",
-        max_new_tokens=96,
+        max_new_tokens=64,
         num_shots=3,
         spread_shots_by="level",
         shown=extract_sql,

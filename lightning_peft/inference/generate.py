@@ -39,6 +39,10 @@ class SamplingConfig:
             raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p}: must be above 0 and at most 1")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError(
+                f"sampling.top_p={self.top_p}: at temperature 0 nothing is drawn; set sampling.temperature"
+            )
 
 
 def generation_config(sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:

@@ -19,15 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 def tuned_folder(path: str) -> Path:
-    """The folder with the result of a run: an adapter folder itself, or `adapter/`, or `model/` of full fine-tuning."""
+    """The folder with the result of a run: an adapter folder, or `adapter/`, or `model/` of full fine-tuning."""
+    if (Path(path) / MODEL_FOLDER / "config.json").is_file():
+        return Path(path) / MODEL_FOLDER
+    return adapter_folder(path)
+
+
+def adapter_folder(path: str, option: str = "adapter_path") -> Path:
+    """The adapter folder named by a path: the folder itself, or `adapter/` of a run. ValueError if there is none."""
     for folder in (Path(path), Path(path) / "adapter"):
         if (folder / CONFIG_NAME).is_file():
             return folder
-    if (Path(path) / MODEL_FOLDER / "config.json").is_file():
-        return Path(path) / MODEL_FOLDER
     if not Path(path).exists():
-        raise ValueError(f"adapter_path={path}: no such folder")
-    raise ValueError(f"adapter_path={path}: neither a run nor an adapter folder, {CONFIG_NAME} is missing")
+        raise ValueError(f"{option}={path}: no such folder")
+    raise ValueError(f"{option}={path}: neither a run nor an adapter folder, {CONFIG_NAME} is missing")
 
 
 def is_whole_model(folder: Path) -> bool:

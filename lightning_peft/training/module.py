@@ -24,6 +24,7 @@ from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
+from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.loading import ModelConfig, load_model
 from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
@@ -105,7 +106,7 @@ class FinetuneModule(LightningModule):
         self.adapted_layers = inject_adapters(model, self.adapter_config)
         self.start_adapters(model)
         if self.adapter_config.init_from is not None:
-            load_adapter(model, self.adapter_config.init_from)
+            load_adapter(model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
         checkpoint_blocks(model, self.activation_checkpointing)
         self.objective = SupervisedLoss(model).train()
 
@@ -170,7 +171,7 @@ class FinetuneModule(LightningModule):
     ) -> None:
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
-        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        limit = gradient_clip_val or float("inf")
         norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), limit)
         self.step_metrics["grad_norm"] = norm
 
@@ -180,11 +181,15 @@ class FinetuneModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         loss, _ = self.validation_window.close()
+        # Lightning would log under a step count that it advances only after the validation.
+        self.log("step", float(self.trainer.global_step), batch_size=1)
         self.log("validation_loss", loss.float(), prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(named, self.optimizer_config)
+        # A fused optimiser would take gradients as fp16 scaled them, and clipping comes before it.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_schedule(optimizer, self.schedule_config, total_steps)
         self.step_schedule = step_schedule(self.model, self.adapter_config, total_steps)

@@ -53,7 +53,7 @@ KINDS = {
     "except": Kind("hard", one_table.set_difference, "except"),
     "grandparent_filter": Kind("hard", several_tables.grandparent_filter, "grandparent_filter"),
 }
-LEVEL_SHARES = {"easy": 0.40, "medium": 0.35, "hard": 0.25}
+LEVEL_SHARES = {"easy": 0.45, "medium": 0.35, "hard": 0.20}
 
 
 def draw_kind(rng: random.Random) -> str:

@@ -1,11 +1,14 @@
 """Resumable checkpoints every few steps, and the best adapter by validation loss in a folder of its own."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_peft.checkpoint.atomic import atomic_file
 
 
 @dataclass
@@ -55,9 +58,17 @@ class AdapterCheckpoint(Callback):
             return
         self.best_loss = float(loss)
         self.save_adapter(pl_module, self.run_dir / "adapter_best")
+        with atomic_file(self.best_path) as path:
+            path.write_text(json.dumps({"validation_loss": self.best_loss, "step": trainer.global_step}) + "\n")
+
+    @property
+    def best_path(self) -> Path:
+        return self.run_dir / "checkpoints" / "best.json"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_loss = state_dict["best_loss"]
+        # A validation at the checkpoint's own step came after it; its result stands in the file only.
+        written = json.loads(self.best_path.read_text())["validation_loss"] if self.best_path.exists() else float("inf")
+        self.best_loss = min(state_dict["best_loss"], written)

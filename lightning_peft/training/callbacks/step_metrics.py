@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_peft.adapters.inject import trainable_parameter_counts
 from lightning_peft.data.batch import Batch
+from lightning_peft.training.metrics_csv import MetricsCSV
 from lightning_peft.training.token_scaling import reduce_sums
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "A6000": 155e12}
@@ -37,14 +39,16 @@ class StepMetrics(Callback):
         self.step_started = time.perf_counter()
         self.durations: list[tuple[float, int]] = []
         self.steps_seen = 0
-        self.last_loss: float | None = None
+        self.last_loss: Tensor | float | None = None
         self.flops_per_token = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.cut_after(trainer.global_step)
+        trained, total = trainable_parameter_counts(pl_module)
         # Forward and input gradients for all weights, weight gradients for the trained ones: 2 operations each.
-        self.flops_per_token = 4.0 * frozen + 6.0 * trained
+        self.flops_per_token = 4.0 * total + 2.0 * trained
         self.step_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,6 +71,7 @@ class StepMetrics(Callback):
             key = "lr" if "lr" not in row else f"lr/{group.get('name', len(row))}"
             row[key] = group["lr"]
         row |= {"tokens": tokens, "step_seconds": seconds}
+        self.last_loss = row["loss"]
         self.pending.append((trainer.global_step, row))
         if len(self.pending) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self.flush(trainer)
@@ -80,7 +85,6 @@ class StepMetrics(Callback):
             if mfu := self.model_flops_utilization(values["tokens_per_second"]):
                 values["mfu"] = mfu
             values["peak_memory_gib"] = peak_memory_gib(trainer.strategy.root_device)
-            self.last_loss = values["loss"]
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
         self.pending.clear()
@@ -98,6 +102,17 @@ class StepMetrics(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.flush(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_loss = state_dict["loss"]
+
+    @property
+    def loss(self) -> float | None:
+        """Loss of the last optimiser step, per supervised token over all ranks."""
+        return None if self.last_loss is None else float(self.last_loss)
 
     def tokens_per_second(self) -> float | None:
         """Median over the steps after the warm-up, real tokens over all ranks; None when there were none."""

@@ -1,0 +1,72 @@
+"""What a run folder says about the run in it: unused, to be resumed from a checkpoint, or finished."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lightning_peft.checkpoint.resume import check_same_config, latest_checkpoint
+from lightning_peft.config import TrainConfig, plain
+
+NOT_COMPARED = ("resume", "dry_run", "run_dir", "logger", "callbacks")
+"""What may differ between the starts of one run."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins."""
+
+    checkpoint: Path | None = None
+    """What to resume from; None starts at step 0."""
+    result: dict[str, Any] | None = None
+    """The result of a run that is finished already."""
+
+
+def find_start(config: TrainConfig, run_dir: Path) -> Start:
+    """Raises ValueError for a used folder that is not to be resumed, or a config that changed since."""
+    used = (run_dir / "config.yaml").exists()
+    if config.resume not in ("never", "auto"):
+        path = Path(config.resume)
+        if not path.is_file():
+            raise ValueError(f"resume={config.resume}: no such checkpoint; use auto, never or a .ckpt file")
+        origin = path.resolve().parent.parent
+        if used and origin != run_dir.resolve():
+            raise ValueError(f"run_dir={run_dir} holds another run than resume={config.resume}: name a new folder")
+        check_saved_config(config, origin)
+        return Start(path)
+    if not used:
+        return Start()
+    if config.resume == "never":
+        raise ValueError(f"run_dir={run_dir} holds a run already: resume=auto continues it, or name another folder")
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    result = finished_result(config, run_dir)
+    if checkpoint is None and result is None:
+        return Start()
+    check_saved_config(config, run_dir)
+    return Start(checkpoint, result)
+
+
+def finished_result(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+    """`result.json` of a run that reached the end it was given, if that is the end it is given now."""
+    path = run_dir / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    saved = OmegaConf.load(run_dir / "config.yaml").trainer
+    same_end = all(saved.get(key) == config.trainer.get(key) for key in ("max_steps", "max_epochs"))
+    return result if result["status"] == "finished" and same_end else None
+
+
+def check_saved_config(config: TrainConfig, run_dir: Path) -> None:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"{path}: missing, so the checkpoint's options cannot be compared with these")
+    saved = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(saved, dict)
+    check_same_config(compared(saved), compared(plain(config)))
+
+
+def compared(config: dict[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in config.items() if key not in NOT_COMPARED}

@@ -1,0 +1,124 @@
+"""Lightning's Trainer from the `trainer.*` options, with the parts that `train` decides itself."""
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+
+from lightning_peft.checkpoint.resume import AtomicCheckpointIO
+from lightning_peft.config import TrainConfig
+from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.training.callbacks.progress import PlainProgress
+from lightning_peft.training.precision import precision_plugin
+from lightning_peft.training.strategies import build_strategy
+
+logger = logging.getLogger(__name__)
+
+OWNED = {
+    "strategy": "strategy=single",
+    "callbacks": "callbacks.NAME._target_",
+    "logger": "logger=csv, wandb, tensorboard or none",
+    "plugins": "trainer.precision",
+    "val_check_interval": "validation.every_n_steps",
+    "check_val_every_n_epoch": "validation.every_n_steps",
+    "limit_val_batches": "data.max_validation_rows",
+    "enable_checkpointing": "checkpoint.every_n_steps",
+    "default_root_dir": "run_dir",
+    **dict.fromkeys(("use_distributed_sampler", "enable_model_summary", "num_sanity_val_steps"), "no option"),
+}
+"""Trainer arguments that `train` sets, and what to use instead."""
+
+AT_LEAST_ONE = ("accumulate_grad_batches", "log_every_n_steps")
+
+
+def check_trainer_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for an argument the Trainer lacks, one `train` sets itself, or a value that cannot be."""
+    known = set(inspect.signature(Trainer).parameters)
+    for key in options:
+        if key != "_target_" and key not in known:
+            raise ValueError(f"trainer.{key}: lightning.pytorch.Trainer has no such argument")
+        if key in OWNED:
+            raise ValueError(f"trainer.{key}: set by train itself; use {OWNED[key]}")
+    for key in ("max_steps", "max_epochs", *AT_LEAST_ONE):
+        value = options.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"trainer.{key}={value}: must be a whole number")
+    for key in ("max_steps", "max_epochs"):
+        value = options.get(key)
+        if value not in (None, -1) and value < 1:
+            raise ValueError(f"trainer.{key}={value}: must be at least 1, or -1 for no limit")
+    for key in AT_LEAST_ONE:
+        if options.get(key, 1) < 1:
+            raise ValueError(f"trainer.{key}={options[key]}: must be at least 1")
+    clip = options.get("gradient_clip_val")
+    if clip is not None and not (isinstance(clip, int | float) and clip >= 0):
+        raise ValueError(f"trainer.gradient_clip_val={clip}: must be at least 0; 0 or null does not clip")
+    if (algorithm := options.get("gradient_clip_algorithm", "norm")) not in (None, "norm"):
+        raise ValueError(f"trainer.gradient_clip_algorithm={algorithm!r}: only norm is supported")
+    for key in ("devices", "num_nodes"):
+        if (value := options.get(key, 1)) not in (1, "1", "auto"):
+            raise ValueError(f"trainer.{key}={value}: strategy=single runs on one device of one node")
+
+
+def resolve_accelerator(name: str) -> str:
+    """cpu or cuda, from `trainer.accelerator`."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "gpu"):
+        raise ValueError(f"trainer.accelerator={name!r}: must be auto, cpu or gpu")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"trainer.accelerator={name}: this machine has no CUDA device; use cpu or auto")
+    return "cpu" if name == "cpu" else "cuda"
+
+
+def count_steps(options: dict[str, Any], data: SFTDataModule) -> int:
+    """Optimiser steps of the run: `max_steps`, or `max_epochs` (1) passes over the rows, whichever ends first."""
+    max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")
+    if max_steps in (None, -1):
+        return data.steps_per_epoch * (1 if max_epochs in (None, -1) else max_epochs)
+    if max_epochs in (None, -1) or data.is_streaming:
+        return max_steps
+    by_epochs = data.steps_per_epoch * max_epochs
+    if by_epochs < max_steps:
+        logger.info("trainer.max_epochs=%d ends the run at step %d of trainer.max_steps", max_epochs, by_epochs)
+    return min(max_steps, by_epochs)
+
+
+def build_trainer(
+    config: TrainConfig, steps: int, accelerator: str, precision: str, callbacks: list[Callback]
+) -> Trainer:
+    """The Trainer of a run of so many optimiser steps. Raises ValueError for options Lightning refuses."""
+    options = {key: value for key, value in config.trainer.items() if key != "precision"}
+    # The end is a number of steps in any case: Lightning resumes a run that ends by epochs differently.
+    options |= {"max_steps": steps, "max_epochs": -1, "accelerator": "gpu" if accelerator == "cuda" else "cpu"}
+    if config.validation.every_n_steps is not None:
+        accumulate = config.trainer.get("accumulate_grad_batches", 1)
+        options |= {
+            "val_check_interval": config.validation.every_n_steps * accumulate,
+            "check_val_every_n_epoch": None,
+        }
+    else:
+        options["limit_val_batches"] = 0
+    progress = RichProgressBar(leave=True) if Console().is_terminal else PlainProgress()
+    try:
+        return instantiate(
+            options,
+            _convert_="all",
+            callbacks=[*callbacks, *(instantiate(node) for node in config.callbacks.values()), progress],
+            logger=[instantiate(node) for node in config.logger.values()],
+            strategy=build_strategy(config.strategy, accelerator),
+            plugins=[precision_plugin(precision, accelerator), AtomicCheckpointIO(config.checkpoint.keep_last)],
+            default_root_dir=config.run_dir,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+    except (TypeError, MisconfigurationException) as error:
+        raise ValueError(f"trainer: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,27 @@
+"""`train -m`: one folder a trial, named by what was swept, inside the sweep's folder."""
+
+import json
+
+import pytest
+import yaml
+
+from lightning_peft.__main__ import main
+
+
+@pytest.mark.slow
+def test_sweep_trains_every_trial_in_its_own_folder(tmp_path):
+    words = [
+        "train", "-m", "model=tiny", "data.max_rows=8", "data.max_validation_rows=2", "trainer.max_steps=1",
+        "trainer.accelerator=cpu", f"run_dir={tmp_path}/sweep", "adapter.rank=2,4", "adapter.alpha=8,16",
+    ]  # fmt: skip
+    assert main(words) == 0
+    trials = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")}
+    assert set(trials) == {"alpha8_rank2", "alpha16_rank2", "alpha8_rank4", "alpha16_rank4"}
+    assert all(trial["status"] == "finished" for trial in trials.values())
+    config = yaml.safe_load((tmp_path / "sweep" / "alpha16_rank4" / "config.yaml").read_text())
+    assert (config["adapter"]["rank"], config["adapter"]["alpha"]) == (4, 16)
+
+
+@pytest.mark.slow
+def test_sweep_over_an_unknown_option_is_wrong_input(tmp_path, capsys):
+    assert main(["train", "-m", "model=tiny", f"run_dir={tmp_path}", "adapter.rnk=2,4"]) == 2
