@@ -7,6 +7,7 @@ from lightning_peft.data.sql_grammar import phrasings
 from lightning_peft.data.sql_grammar.database import Database, QueryError, same_result
 from lightning_peft.data.sql_grammar.kinds import KINDS, LEVEL_SHARES
 from lightning_peft.data.sql_grammar.phrasings import Wording
+from lightning_peft.data.sql_grammar.questions import QUESTIONS
 from lightning_peft.data.sql_grammar.schema import DOMAINS, fill, parse_schema
 from lightning_peft.data.text_to_sql import generate_rows
 
@@ -104,7 +105,7 @@ def test_evaluation_domains_are_unseen(split):
 
 
 def test_no_wording_is_both_trained_and_held_out():
-    for table in (phrasings.QUESTIONS, phrasings.CONDITIONS, phrasings.ORDERS):
+    for table in (QUESTIONS, phrasings.CONDITIONS, phrasings.ORDERS):
         trained = {phrase for wording in table.values() for phrase in wording.train}
         assert not trained & {phrase for wording in table.values() for phrase in wording.held_out}
         assert all(isinstance(wording, Wording) and wording.held_out for wording in table.values())
@@ -115,7 +116,7 @@ def as_pattern(template):
 
 
 def test_no_evaluation_question_fits_a_training_template(rows):
-    templates = [as_pattern(phrase) for wording in phrasings.QUESTIONS.values() for phrase in wording.train]
+    templates = [as_pattern(phrase) for wording in QUESTIONS.values() for phrase in wording.train]
     trained = {table.name for tables in DOMAINS["train"] for table in tables}
     for row in rows:
         question = row["prompt"].split("\n")[1]

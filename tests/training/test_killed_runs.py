@@ -28,10 +28,12 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 def start_and_kill(run_dir: Path, after_steps: int, *overrides: str) -> None:
     """Start the command line and SIGKILL it once it has logged so many steps."""
     command = [sys.executable, "-m", "lightning_peft", "train", *TINY, *RUN, f"run_dir={run_dir}", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    messages = run_dir.with_name("messages.txt")
+    with messages.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
     deadline = time.monotonic() + 120
     while len(rows(run_dir)) < after_steps:
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, messages.read_text()
         assert time.monotonic() < deadline, "the run did not reach the step in two minutes"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

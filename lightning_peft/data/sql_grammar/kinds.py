@@ -4,13 +4,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_peft.data.sql_grammar import one_table, phrasings, several_tables
+from lightning_peft.data.sql_grammar import one_table, several_tables
 from lightning_peft.data.sql_grammar.draw import Draw, Query
+from lightning_peft.data.sql_grammar.questions import QUESTIONS
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of query: how hard it is, how it is drawn, the key of its wordings in `phrasings.QUESTIONS`."""
+    """One kind of query: how hard it is, how it is drawn, the key of its wordings in `QUESTIONS`."""
 
     level: str
     draw: Callable[[Draw], Query]
@@ -64,4 +65,4 @@ def draw_kind(rng: random.Random) -> str:
 
 def ask(draw: Draw, query: Query, kind: Kind) -> str:
     """The question in words."""
-    return draw.phrase(phrasings.QUESTIONS[kind.phrasing]).format(**query.words)
+    return draw.phrase(QUESTIONS[kind.phrasing]).format(**query.words)
