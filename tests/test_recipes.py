@@ -27,6 +27,6 @@ def test_recipe_says_paper_hardware_and_command(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_trains_two_steps_on_the_tiny_model(recipe, tmp_path):
     generated = compose_config("train", [f"recipe={recipe}"]).data.source == "text_to_sql"
-    data = [] if generated else ["data=text_to_sql"]
+    data = [] if generated else ["data=text_to_sql", "data.prompt_column=null", "data.completion_column=null"]
     config = compose_config("train", [f"recipe={recipe}", *data, *SMALL, f"run_dir={tmp_path}/run"])
     assert train(config)["steps"] == 2

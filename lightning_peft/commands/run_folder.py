@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lightning_peft.checkpoint.resume import check_same_config, latest_checkpoint
+from lightning_peft.checkpoint.resume import check_same_config, latest_checkpoint, verify_checkpoint
 from lightning_peft.config import TrainConfig, plain
 
 NOT_COMPARED = ("resume", "dry_run", "run_dir", "logger", "callbacks")
@@ -31,6 +31,7 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
         path = Path(config.resume)
         if not path.is_file():
             raise ValueError(f"resume={config.resume}: no such checkpoint; use auto, never or a .ckpt file")
+        verify_checkpoint(path)
         origin = path.resolve().parent.parent
         if used and origin != run_dir.resolve():
             raise ValueError(f"run_dir={run_dir} holds another run than resume={config.resume}: name a new folder")
