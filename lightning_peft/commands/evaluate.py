@@ -97,19 +97,29 @@ def show(results: dict[str, Scores], task: Task, rows: int) -> None:
         table.add_row(metric.replace("_", " "), *(f"{s.metrics[metric]:.1%}" for s in results.values()))
     if "base" in results and task.num_shots:
         table.caption = f"the base answers with {task.num_shots} solved examples before each question"
-    Console().print(table)
+    console().print(table)
 
 
 def show_samples(results: dict[str, Scores], task: Task, rows: list[Row], count: int) -> None:
+    """A few questions, each with the right answer and what every model said."""
     answers = {name: scores.answers for name, scores in results.items() if scores.answers}
     if not answers or count == 0:
         return
-    table = Table("question", "expected", *answers, show_lines=True)
+    table = Table(show_header=False, title="answers")
     marks = {True: "[green]right[/green]", False: "[red]wrong[/red]", None: ""}
     for sample in task.samples(rows, answers, count):
-        given = [f"{marks[right]} {escape(answer)}" for answer, right in sample.answers.values()]
-        table.add_row(escape(sample.prompt), escape(sample.expected), *given)
-    Console().print(table)
+        table.add_row("question", escape(sample.prompt))
+        table.add_row("expected", escape(sample.expected))
+        for name, (answer, right) in sample.answers.items():
+            table.add_row(f"{name} {marks[right]}", escape(answer))
+        table.add_section()
+    console().print(table)
+
+
+def console() -> Console:
+    """The terminal; a file or pipe gets lines of 120 characters."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=120)
 
 
 def write_report(report: dict[str, Any], config: EvaluateConfig) -> None:
