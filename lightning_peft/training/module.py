@@ -29,7 +29,12 @@ from lightning_peft.models.loading import ModelConfig, load_model
 from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
-from lightning_peft.quantization.convert import QuantizationConfig
+from lightning_peft.quantization.convert import (
+    QuantizationConfig,
+    bits_per_parameter,
+    memory_by_group,
+    weights_fingerprint,
+)
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
 from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
@@ -77,6 +82,8 @@ class FinetuneModule(LightningModule):
         """What changes the adapters between steps; AdaLoRA's ranks."""
         self.saved_schedule: dict[str, Any] | None = None
         self.objective: SupervisedLoss | None = None
+        self.base_fingerprint: str | None = None
+        """Hash of the quantised base as loaded, with quantization.verify."""
         self.window = TokenWindow()
         self.validation_window = TokenWindow()
         self.step_metrics: dict[str, Tensor] = {}
@@ -102,11 +109,17 @@ class FinetuneModule(LightningModule):
                 )
             device = self.trainer.strategy.root_device
         model = load_model(self.model_config, self.weight_dtype, self.quantization_config, device=device)
+        if self.quantization_config.verify:
+            self.base_fingerprint = weights_fingerprint(model)
+            logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
         torch.manual_seed(self.seed)
         self.adapted_layers = inject_adapters(model, self.adapter_config)
         self.start_adapters(model)
         if self.adapter_config.init_from is not None:
             load_adapter(model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
+        if self.quantization_config.is_on:
+            groups = [f"{name} {size / 2**20:.1f} MiB" for name, size in memory_by_group(model).items() if size]
+            logger.info("weights: %s; %.3f bits a quantised parameter", ", ".join(groups), bits_per_parameter(model))
         checkpoint_blocks(model, self.activation_checkpointing)
         self.objective = SupervisedLoss(model).train()
 
@@ -174,6 +187,10 @@ class FinetuneModule(LightningModule):
         limit = gradient_clip_val or float("inf")
         norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), limit)
         self.step_metrics["grad_norm"] = norm
+
+    def on_train_end(self) -> None:
+        if self.base_fingerprint is not None and weights_fingerprint(self.model) != self.base_fingerprint:
+            raise RuntimeError("quantization.verify: the dequantised weights are not those that were loaded")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.objective is not None
