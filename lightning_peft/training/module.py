@@ -77,7 +77,6 @@ class FinetuneModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.weight_dtype = dtype
         self.seed = seed
-        self.adapted_layers: list[str] = []
         self.step_schedule: StepSchedule | None = None
         """What changes the adapters between steps; AdaLoRA's ranks."""
         self.saved_schedule: dict[str, Any] | None = None
@@ -113,7 +112,7 @@ class FinetuneModule(LightningModule):
             self.base_fingerprint = weights_fingerprint(model)
             logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
         torch.manual_seed(self.seed)
-        self.adapted_layers = inject_adapters(model, self.adapter_config)
+        inject_adapters(model, self.adapter_config)
         self.start_adapters(model)
         if self.adapter_config.init_from is not None:
             load_adapter(model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.checkpoint.resume import checkpoint_path
 
 
 @dataclass
@@ -50,7 +51,7 @@ class AdapterCheckpoint(Callback):
         if self.config.every_n_steps is None or step == self.saved_step or step % self.config.every_n_steps:
             return
         self.saved_step = step
-        trainer.save_checkpoint(self.run_dir / "checkpoints" / f"step-{step:08d}.ckpt")
+        trainer.save_checkpoint(checkpoint_path(self.run_dir / "checkpoints", step))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("validation_loss")
