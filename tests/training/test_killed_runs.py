@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tiny_runs import TINY, tiny_config
 
 from lightning_peft.commands.train import train
-from runs import TINY, tiny_config
 
 RUN = [
     "trainer.max_epochs=2", "checkpoint.every_n_steps=2", "adapter.dropout=0.1", "trainer.max_steps=12",

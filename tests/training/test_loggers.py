@@ -3,10 +3,10 @@
 import csv
 
 import pytest
+from tiny_runs import tiny_config
 
 from lightning_peft.commands.train import train
 from lightning_peft.training.loggers import wandb_logger
-from runs import tiny_config
 
 
 def metrics(run_dir):

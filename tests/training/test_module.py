@@ -3,10 +3,10 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tiny_runs import plain_trainer, tiny_config, tiny_parts
 
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.checkpoint.resume import trainable_state_dict
-from runs import plain_trainer, tiny_config, tiny_parts
 
 
 def weights_after(tmp_path, steps, accumulate, micro_batch_size, **options):

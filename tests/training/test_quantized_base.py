@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
+from tiny_runs import plain_trainer, tiny_config, tiny_parts
 
 from lightning_peft.quantization.convert import weights_fingerprint
-from runs import plain_trainer, tiny_config, tiny_parts
 
 VERIFIED = ["method=qlora", "quantization.verify=true"]
 
