@@ -1,0 +1,125 @@
+"""Every method on one task: what it learns, and what a step costs beside LoRA's.
+
+    python benchmarks/methods.py                 # trains and scores all methods, about four minutes each
+    python benchmarks/methods.py --part time     # step time and peak memory beside LoRA's
+
+Both parts go on where they were stopped: a method in the result file is not run again.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import FOLDER, Results
+from lightning_peft.compose import compose_config
+
+METHODS = (
+    "lora", "qlora", "dora", "qdora", "rslora", "lora_plus", "vera", "pissa", "olora", "eva", "loftq", "lora_fa",
+    "adalora", "ia3", "intrinsic", "full",
+)  # fmt: skip
+
+LEARNING_RATE_FACTOR = 7.5
+"""Times the learning rate of each method's option file. Those are the papers' rates for billions of weights and
+thousands of steps; 7.5 is what recipe=lora/text_to_sql, tuned on this model and data, has over method=lora."""
+
+HUNG_AFTER = 1800
+"""Seconds after which a method is given up."""
+
+
+def run_lightning_peft(log: Path, *words: str) -> None:
+    """One command in a process of its own. Raises RuntimeError with the end of its output when it fails."""
+    with log.open("a") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_peft", *words], stdout=output, stderr=output, timeout=HUNG_AFTER
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"lightning-peft {' '.join(words)}:\n{log.read_text()[-2000:]}")
+
+
+def learning_rate(method: str) -> float:
+    return float(f"{compose_config('train', [f'method={method}']).optimizer.lr * LEARNING_RATE_FACTOR:.3g}")
+
+
+def train_and_score(method: str, steps: int, rows: int, model: str, folder: Path) -> dict[str, Any]:
+    """Train `method` for so many steps of 512 tokens and score it on so many unseen rows."""
+    started = time.perf_counter()
+    lr = learning_rate(method)
+    run_lightning_peft(
+        folder / "log.txt",
+        "train", f"method={method}", f"model={model}", "data=text_to_sql", "schedule=linear", f"optimizer.lr={lr}",
+        "schedule.warmup_steps=5", f"trainer.max_steps={steps}", "data.max_length=512", "data.micro_batch_size=1",
+        f"data.max_rows={steps * 8}", f"data.max_validation_rows={min(rows, 64)}", "validation.samples=0",
+        f"run_dir={folder}/run",
+    )  # fmt: skip
+    trained = time.perf_counter()
+    run_lightning_peft(
+        folder / "log.txt", "evaluate", f"adapter_path={folder}/run", f"max_rows={rows}", "models=adapter", "samples=0"
+    )
+    result = json.loads((folder / "run" / "result.json").read_text())
+    scores = json.loads((folder / "run" / "evaluation.json").read_text())["adapter"]
+    return {
+        "trainable_parameters": result["trainable_parameters"],
+        "learning_rate": lr,
+        "train_loss": result["train_loss"],
+        "validation_loss": scores["loss"],
+        "execution_accuracy": scores["metrics"]["execution_accuracy"],
+        "train_seconds": round(trained - started, 1),
+        "evaluate_seconds": round(time.perf_counter() - trained, 1),
+    }
+
+
+def score_base(rows: int, adapter: Path) -> dict[str, Any]:
+    """The model before training, which is shown three solved examples."""
+    run_lightning_peft(
+        adapter / "log.txt", "evaluate", f"adapter_path={adapter}/run", f"max_rows={rows}", "models=base", "samples=0"
+    )
+    scores = json.loads((adapter / "run" / "evaluation.json").read_text())["base"]
+    return {"validation_loss": scores["loss"], "execution_accuracy": scores["metrics"]["execution_accuracy"]}
+
+
+def measure_quality(methods: list[str], results: Results, steps: int, rows: int, model: str) -> list[str]:
+    """Fill `results` with the methods it lacks; returns the names of those that failed."""
+    failed = []
+    for method in methods:
+        if method in results.rows and (method != "lora" or "base" in results.rows):
+            print(f"{method}: measured before", flush=True)
+            continue
+        folder = Path(tempfile.mkdtemp(prefix=f"{method}-"))
+        try:
+            row = train_and_score(method, steps, rows, model, folder)
+            if method == "lora":
+                results.add("base", score_base(rows, folder))
+            results.add(method, row)
+            print(f"{method}: {json.dumps(row)}", flush=True)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            failed.append(method)
+            print(f"{method}: failed\n{error}", file=sys.stderr, flush=True)
+        finally:
+            shutil.rmtree(folder)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of 512 tokens")
+    parser.add_argument("--rows", type=int, default=100, help="unseen rows to score on")
+    parser.add_argument("--model", default="smollm2_135m", help="an option of the group model")
+    parser.add_argument("--output", type=Path, default=FOLDER / "methods.json")
+    options = parser.parse_args(arguments)
+    settings = {"model": options.model, "steps": options.steps, "tokens_per_step": 512, "rows": options.rows, "seed": 0}
+    results = Results(options.output, settings)
+    failed = measure_quality(options.methods, results, options.steps, options.rows, options.model)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
