@@ -15,6 +15,7 @@ from lightning_peft.checkpoint.resume import AtomicCheckpointIO
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.training.callbacks.progress import PlainProgress
+from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
 from lightning_peft.training.precision import precision_plugin
 from lightning_peft.training.strategies import build_strategy
 
@@ -98,11 +99,8 @@ def build_trainer(
     # The end is a number of steps in any case: Lightning resumes a run that ends by epochs differently.
     options |= {"max_steps": steps, "max_epochs": -1, "accelerator": "gpu" if accelerator == "cuda" else "cpu"}
     if config.validation.every_n_steps is not None:
-        accumulate = config.trainer.get("accumulate_grad_batches", 1)
-        options |= {
-            "val_check_interval": config.validation.every_n_steps * accumulate,
-            "check_val_every_n_epoch": None,
-        }
+        options |= {"val_check_interval": NEVER, "check_val_every_n_epoch": None}
+        callbacks = [*callbacks, StepValidation(config.validation.every_n_steps)]
     else:
         options["limit_val_batches"] = 0
     progress = RichProgressBar(leave=True) if Console().is_terminal else PlainProgress()
