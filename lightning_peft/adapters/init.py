@@ -107,15 +107,14 @@ def rewrite_base(layer: "LoRALinear", weight: Tensor, A: Tensor, B: Tensor) -> N
     layer.set_factors(A, B)
 
 
-def plain_factors(layer: "LoRALinear") -> tuple[Tensor, Tensor, int]:
-    """A, B and the rank of a LoRA with the layer's scaling on the untouched base.
+def plain_factors(layer: "LoRALinear", A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """What A and B of the layer, whole as they are now, are as a LoRA with its scaling on the untouched base.
 
-    The layer's own when its base was never rewritten; else [A_t; A_0], [B_t, -B_0] and twice the rank.
+    Themselves when the base was never rewritten; else [A; A_0] and [B, -B_0], of twice the rank.
     """
-    A, B = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
     if layer.initial_A is None or layer.initial_B is None:
-        return A, B, layer.rank
-    return torch.cat([A, layer.initial_A]), torch.cat([B, -layer.initial_B], dim=1), 2 * layer.rank
+        return A, B
+    return torch.cat([A, layer.initial_A.to(A.device)]), torch.cat([B, -layer.initial_B.to(B.device)], dim=1)
 
 
 @torch.no_grad()

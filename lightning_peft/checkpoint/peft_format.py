@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig
+from lightning_peft.adapters.init import plain_factors
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.adapters.registry import METHODS
@@ -126,8 +127,10 @@ def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _on_untouched_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A = [A_t; A_0] and B = [B_t, -B_0] where the base is W - scaling * B_0 A_0, so that it may be W."""
-    rewritten = {name: layer for name, layer in adapters(model) if _rewrote_base(layer)}
+    """The tensors with A and B as `plain_factors` has them, where an initialisation rewrote the base."""
+    rewritten = {
+        name: layer for name, layer in adapters(model) if isinstance(layer, LoRALinear) and _rewrote_base(layer)
+    }
     if any(is_quantized(layer.base_layer) for layer in rewritten.values()):
         logger.warning(
             "adapter.init rewrote a quantised base: elsewhere the saved adapter is off by the rounding of the rest, "
@@ -135,9 +138,7 @@ def _on_untouched_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str
         )
     for name, layer in rewritten.items():
         A, B = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
-        initial_A, initial_B = (gather(getattr(layer, f"initial_{side}")).cpu() for side in "AB")
-        tensors[A] = torch.cat([tensors[A], initial_A])
-        tensors[B] = torch.cat([tensors[B], -initial_B], dim=1)
+        tensors[A], tensors[B] = plain_factors(layer, tensors[A], tensors[B])
     return tensors
 
 

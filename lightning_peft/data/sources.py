@@ -3,7 +3,6 @@
 import csv
 import glob
 import json
-import logging
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,10 +13,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.config import DataConfig, OnBadRow
+from lightning_peft.data.config import DataConfig
 from lightning_peft.data.formats import BadRow, Row
-
-log = logging.getLogger(__name__)
 
 GENERATED_ROWS = 4000
 """Training rows of a generated source when `data.max_rows` is null."""
@@ -227,21 +224,3 @@ def _is_held_out(index: int, shard: int, config: DataConfig) -> bool:
 def _held_out_index(block: int, shard: int, fraction: float, seed: int) -> int:
     begin, end = ceil(block / fraction), ceil((block + 1) / fraction)
     return random.Random(f"{seed} {shard} {block}").randrange(begin, end)
-
-
-def load_rows(config: DataConfig, split: str) -> list[dict[str, Any]]:
-    """Rows of a split with all their columns, under `data.on_bad_row`; empty where validation is turned off.
-
-    Raises `BadRow`, and ValueError for a missing or empty file or data set.
-    """
-    rows, bad = [], 0
-    for row in iterate_rows(config, split):
-        if isinstance(row, Row):
-            rows.append(row.values)
-        elif config.on_bad_row is OnBadRow.error:
-            raise row
-        else:
-            bad += 1
-    if bad:
-        log.warning("%s rows: %d cannot be read and are skipped.", split, bad)
-    return rows

@@ -7,9 +7,20 @@ import pytest
 
 from lightning_peft.data.config import DataConfig, OnBadRow
 from lightning_peft.data.formats import BadRow
-from lightning_peft.data.sources import iterate_rows, load_rows
+from lightning_peft.data.samples import read_conversations
+from lightning_peft.data.sources import iterate_rows
 
 ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}", "level": number} for number in range(300)]
+
+
+def read(config: DataConfig, split: str) -> list[dict]:
+    """All rows of a split; raises the first that cannot be read."""
+    values = []
+    for row in iterate_rows(config, split):
+        if isinstance(row, BadRow):
+            raise row
+        values.append(row.values)
+    return values
 
 
 def write(path: Path, suffix: str) -> None:
@@ -27,7 +38,7 @@ def write(path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_file_gives_its_rows_with_all_columns(tmp_path, suffix):
     write(path := tmp_path / f"rows.{suffix}", suffix)
-    assert load_rows(DataConfig(train_path=str(path), validation_fraction=0), "train") == ROWS[:5]
+    assert read(DataConfig(train_path=str(path), validation_fraction=0), "train") == ROWS[:5]
 
 
 def test_csv_gives_text_and_the_line_of_a_row(tmp_path):
@@ -42,14 +53,14 @@ def test_csv_gives_text_and_the_line_of_a_row(tmp_path):
 
 def test_json_lines_named_json_are_read(tmp_path):
     write(path := tmp_path / "rows.json", "jsonl")
-    assert load_rows(DataConfig(train_path=str(path), validation_fraction=0), "train") == ROWS[:5]
+    assert read(DataConfig(train_path=str(path), validation_fraction=0), "train") == ROWS[:5]
 
 
 def test_home_and_pattern_are_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("b", "a"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
-    rows = load_rows(DataConfig(train_path="~/*.jsonl", validation_fraction=0), "train")
+    rows = read(DataConfig(train_path="~/*.jsonl", validation_fraction=0), "train")
     assert rows == [{"text": "a"}, {"text": "b"}]
 
 
@@ -70,14 +81,13 @@ def test_malformed_row_is_named(tmp_path, name):
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     config = DataConfig(train_path=str(tmp_path / file), validation_fraction=0)
     with pytest.raises(BadRow, match=message):
-        load_rows(config, "train")
+        read(config, "train")
 
 
-def test_malformed_rows_are_skipped_and_reported_on_request(write_jsonl, caplog):
+def test_malformed_rows_are_skipped_on_request(write_jsonl):
     path = write_jsonl([ROWS[0], "{oops", ROWS[1], "[]"])
     config = DataConfig(train_path=path, validation_fraction=0, on_bad_row=OnBadRow.skip)
-    assert load_rows(config, "train") == ROWS[:2]
-    assert "train rows: 2 cannot be read and are skipped." in caplog.messages
+    assert [values for values, _ in read_conversations(config, "train")] == ROWS[:2]
 
 
 UNREADABLE = {
@@ -97,12 +107,12 @@ def test_unreadable_file_is_named(tmp_path, name):
     if content is not None:
         (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_rows(DataConfig(train_path=str(tmp_path / file)), "train")
+        read(DataConfig(train_path=str(tmp_path / file)), "train")
 
 
 def test_folder_as_path_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a folder; give a file or a pattern such as"):
-        load_rows(DataConfig(train_path=str(tmp_path)), "train")
+        read(DataConfig(train_path=str(tmp_path)), "train")
 
 
 @pytest.mark.parametrize(
@@ -115,39 +125,39 @@ def test_folder_as_path_is_refused(tmp_path):
 )
 def test_missing_option_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        load_rows(DataConfig(**options), "train")
+        read(DataConfig(**options), "train")
 
 
 def test_held_out_rows_are_a_share_and_never_trained(write_jsonl):
     path = write_jsonl(ROWS)
     for seed in range(3):
         options = {"train_path": path, "validation_fraction": 0.1, "split_seed": seed}
-        train = load_rows(DataConfig(**options), "train")
-        validation = load_rows(DataConfig(**options), "validation")
+        train = read(DataConfig(**options), "train")
+        validation = read(DataConfig(**options), "validation")
         assert len(validation) == 30
         assert sorted(row["level"] for row in train + validation) == list(range(300))
-        assert load_rows(DataConfig(**options), "test") == validation
+        assert read(DataConfig(**options), "test") == validation
 
 
 def test_limits_move_no_row_from_training_to_validation(write_jsonl):
     path = write_jsonl(ROWS)
-    everything = load_rows(DataConfig(train_path=path), "train")
+    everything = read(DataConfig(train_path=path), "train")
     limited = DataConfig(train_path=path, max_rows=50, max_validation_rows=3)
-    assert load_rows(limited, "train") == everything[:50]
-    assert len(load_rows(limited, "validation")) == 3
-    assert not [row for row in load_rows(limited, "validation") if row in everything]
+    assert read(limited, "train") == everything[:50]
+    assert len(read(limited, "validation")) == 3
+    assert not [row for row in read(limited, "validation") if row in everything]
 
 
 def test_own_validation_file_leaves_all_rows_to_training(write_jsonl):
     config = DataConfig(train_path=write_jsonl(ROWS[:40]), validation_path=write_jsonl(ROWS[40:50], "v.jsonl"))
-    assert load_rows(config, "train") == ROWS[:40]
-    assert load_rows(config, "validation") == ROWS[40:50]
+    assert read(config, "train") == ROWS[:40]
+    assert read(config, "validation") == ROWS[40:50]
 
 
 def test_fraction_zero_turns_validation_off(write_jsonl):
     config = DataConfig(train_path=write_jsonl(ROWS[:40]), validation_fraction=0)
-    assert load_rows(config, "train") == ROWS[:40]
-    assert load_rows(config, "validation") == []
+    assert read(config, "train") == ROWS[:40]
+    assert read(config, "validation") == []
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -158,11 +168,11 @@ def test_hub_reads_splits_of_a_local_folder(tmp_path, streaming, monkeypatch):
     datasets.Dataset.from_list(ROWS[:7]).to_json(folder / "train.jsonl")
     datasets.Dataset.from_list(ROWS[7:9]).to_json(folder / "test.jsonl")
     config = DataConfig(source="hub", hub_name=str(folder), hub_validation_split="test", streaming=streaming)
-    assert load_rows(config, "train") == ROWS[:7]
-    assert load_rows(config, "validation") == ROWS[7:9]
+    assert read(config, "train") == ROWS[:7]
+    assert read(config, "validation") == ROWS[7:9]
     config.hub_split = "nope"
     with pytest.raises(ValueError, match=r"data.hub_config=None split nope: .*[Ss]plit"):
-        load_rows(config, "train")
+        read(config, "train")
 
 
 def test_hub_out_of_reach_says_what_to_give_instead(monkeypatch):
@@ -170,7 +180,7 @@ def test_hub_out_of_reach_says_what_to_give_instead(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     config = DataConfig(source="hub", hub_name="nobody/nothing")
     with pytest.raises(ValueError, match="^data.hub_name=nobody/nothing: not found .* give data=jsonl data.train_path"):
-        load_rows(config, "train")
+        read(config, "train")
 
 
 def test_gsm8k_rows_are_found():
@@ -178,5 +188,5 @@ def test_gsm8k_rows_are_found():
     if not folder.exists():
         pytest.skip(f"{folder} is not here")
     config = DataConfig(train_path=str(folder / "train.jsonl"), validation_path=str(folder / "test.jsonl"))
-    assert len(load_rows(config, "train")) == 7473
-    assert len(load_rows(config, "validation")) == 200
+    assert len(read(config, "train")) == 7473
+    assert len(read(config, "validation")) == 200
