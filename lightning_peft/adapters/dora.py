@@ -71,7 +71,7 @@ class MagnitudeProduct(torch.autograd.Function):
         x, inner, A, B, gain, bias, output = ctx.saved_tensors
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_A = grad_B = grad_gain = None
+        grad_x = grad_A = grad_B = grad_gain = grad_bias = None
         scaled_B = (ctx.scaling * gain)[:, None] * B
         grad_inner = grad_rows @ scaled_B.to(dtype)
         if ctx.needs_input_grad[1]:
@@ -86,8 +86,11 @@ class MagnitudeProduct(torch.autograd.Function):
             if bias is not None:
                 sums -= bias.to(sums.dtype) * grad_rows.sum(0, dtype=sums.dtype)
             grad_gain = torch.where(gain == 0, 0, sums / gain).to(gain.dtype)
+        if ctx.needs_input_grad[5]:
+            # The rest of a trained bias' gradient comes through base_output.
+            grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(bias.dtype)
         grad_base = (grad_rows * gain.to(dtype)).view(grad.shape) if ctx.needs_input_grad[0] else None
-        return grad_base, grad_x, grad_A, grad_B, grad_gain, None, None
+        return grad_base, grad_x, grad_A, grad_B, grad_gain, grad_bias, None
 
 
 def column_dots(left: Tensor, right: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
+from lightning_peft.adapters.bias import train_biases
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import ends, expert_share, find_targets, is_tied, matches, nearest_names
 from lightning_peft.quantization.convert import dequantized_linear
@@ -45,6 +47,8 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
         layer = layer_class(base_layer, **config.layer_options(target), **shared)
         model.set_submodule(target.name, layer)
     _train_in_fp32(trained)
+    if isinstance(config, LoRAConfig):
+        train_biases(model, [target.name for target in targets], config.bias)
     return [target.name for target in targets]
 
 
@@ -76,7 +80,7 @@ def step_schedule(model: nn.Module, config: AdapterConfig, total_steps: int) -> 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base. Modules trained in full keep their trained weights."""
+    """Inside, the model is its base. Modules trained in full, and trained biases, keep their values."""
     before = [(adapter, adapter.enabled) for _, adapter in adapters(model)]
     for adapter, _ in before:
         adapter.enabled = False

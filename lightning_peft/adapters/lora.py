@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, NEED_RANK_WITHIN_LAYER
 from lightning_peft.quantization.weights import linear_shape
 
@@ -25,6 +26,8 @@ class LoRAConfig(AdapterConfig):
     """Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
     init: Init = Init.kaiming  # type: ignore[attr-defined]
     """How A and B start."""
+    bias: Bias = Bias.none
+    """Biases of the base trained as well: none, all, or lora_only for those of the adapted layers."""
     eva_rho: float = 2.0
     """With init=eva, the most a layer's rank may grow when ranks go where they explain most; 1 keeps them."""
 

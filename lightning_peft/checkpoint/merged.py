@@ -203,8 +203,10 @@ def _merged(
         target = layer.base_layer if original is None else original.get_submodule(name)
         target = _writable(target, dtype, requantise)
         write_weight(target, (dense_weight(target).float() + delta).to(_stored_dtype(target)), requantize=True)
+        bias: Any = target.bias if hasattr(target, "bias") else None
+        if bias is not None and original is not None:
+            bias.copy_(layer.base_layer.bias)
         if delta_bias is not None:
-            bias: Any = target.bias
             bias.copy_(bias.float() + delta_bias)
         result.set_submodule(name, target)
     for name, layer in list(result.named_modules()):

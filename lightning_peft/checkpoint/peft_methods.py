@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.bias import Bias
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -56,9 +57,14 @@ def read_rank_budget(words: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]
     return {"target_rank": min(words.get("target_r", 8), max(set(ranks), key=ranks.count))}
 
 
+def read_bias(words: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """LoRA and its variants: which biases were trained."""
+    return {"bias": Bias[words.get("bias", "none")]}
+
+
 # True means "start A and B as usual": any other initialisation could change the base while PEFT loads.
-LORA_CONSTANTS = {"bias": "none", "init_lora_weights": True}
-LORA_OPTIONS = {"dropout": "lora_dropout", "rank_stabilized": "use_rslora"}
+LORA_CONSTANTS = {"init_lora_weights": True}
+LORA_OPTIONS = {"dropout": "lora_dropout", "rank_stabilized": "use_rslora", "bias": "bias"}
 LORA_TENSORS = ("lora_A.weight", "lora_embedding_A", "lora_B.weight", "lora_embedding_B")
 LORA_PATTERNS = ("rank_pattern", "alpha_pattern")
 LORA = PeftMethod(
@@ -69,6 +75,7 @@ LORA = PeftMethod(
     LORA_CONSTANTS,
     alpha_word="lora_alpha",
     patterns=LORA_PATTERNS,
+    read_more=read_bias,
 )
 
 PEFT_METHODS: dict[str, PeftMethod] = {
@@ -82,6 +89,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         LORA_CONSTANTS,
         alpha_word="lora_alpha",
         patterns=LORA_PATTERNS,
+        read_more=read_bias,
     ),
     "adalora": PeftMethod(
         "ADALORA",
@@ -95,7 +103,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
             "target_rank": "target_r",
         },
         # PEFT refuses to load a config without a number of steps; it means nothing once training is over.
-        constants={**LORA_CONSTANTS, "total_step": 1, "tinit": 0, "tfinal": 0},
+        constants={**LORA_CONSTANTS, "bias": "none", "total_step": 1, "tinit": 0, "tfinal": 0},
         rank_word="init_r",
         alpha_word="lora_alpha",
         rank_offset=1e-5,

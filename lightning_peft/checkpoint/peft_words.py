@@ -5,6 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig
+from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.lora import Init
 from lightning_peft.adapters.registry import METHODS
@@ -52,10 +54,10 @@ def write_words(
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "target_modules": _target_words(model, list(layers)),
-        "modules_to_save": _modules_to_save(model, layers) or None,
+        "modules_to_save": _modules_to_save(model, layers, getattr(config, "bias", Bias.none)) or None,
         **row.constants,
         **row.flags,
-        **{theirs: getattr(config, ours) for ours, theirs in row.options.items()},
+        **{theirs: _plain(getattr(config, ours)) for ours, theirs in row.options.items()},
     }
     if any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()):
         words["fan_in_fan_out"] = True
@@ -92,10 +94,18 @@ def _target_words(model: nn.Module, targets: list[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in sorted(targets))
 
 
-def _modules_to_save(model: nn.Module, layers: Mapping[str, Adapter]) -> list[str]:
-    """Full names of the modules outside the adapters that hold trained parameters."""
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, Enum) else value
+
+
+def _modules_to_save(model: nn.Module, layers: Mapping[str, Adapter], bias: Bias) -> list[str]:
+    """Full names of the modules outside the adapters that hold trained parameters, biases of `bias=all` aside."""
     inside = (*(f"{name}." for name in layers), f"{SHARED}.")
-    trained = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    trained = [
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p.requires_grad and not (bias is Bias.all and name.endswith(".bias"))
+    ]
     return sorted({name.rpartition(".")[0] for name in trained if not name.startswith(inside)})
 
 
