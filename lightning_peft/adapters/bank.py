@@ -1,0 +1,109 @@
+"""Several adapters on one frozen base: each row of a batch goes through its own, the base's product is taken once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig
+from lightning_peft.adapters.bias import Bias
+from lightning_peft.adapters.inject import adapters, inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.adapters.registry import METHODS
+
+
+class AdapterBank(nn.Module):
+    """A base layer and the adapters around it, of any methods and ranks; an absent one (None) leaves the base alone.
+
+    Row i of the input, its dimension 0, goes through adapter `routes[i]`; -1 is the base. ValueError for adapters
+    around different layers, or one that changes what the base is fed, which the others would see.
+    """
+
+    def __init__(self, members: Sequence[Adapter | None]):
+        super().__init__()
+        present = [member for member in members if member is not None]
+        self.base_layer = present[0].base_layer
+        for member in present:
+            if type(member).base_input is not Adapter.base_input:
+                raise ValueError(f"{type(member).__name__} rescales the base's input: it cannot share a base layer")
+            if member.base_layer is not self.base_layer:
+                raise ValueError("the adapters of a bank are around one base layer; these are around several")
+        self.members = nn.ModuleDict({str(i): member for i, member in enumerate(members) if member is not None})
+        self.routes: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, ..., in_features) -> (rows, ..., out_features)."""
+        if self.routes is None or len(self.routes) != len(x):
+            raise RuntimeError(f"a batch of {len(x)} rows needs as many routes: call the model inside `routed`")
+        base_output = self.base_layer(x)
+        routes = self.routes.to(x.device)
+        rows, outputs = [], []
+        for route in self.routes.unique().tolist():
+            chosen = (routes == route).nonzero().flatten()
+            part = base_output.index_select(0, chosen)
+            if str(route) in self.members:
+                member = self.members[str(route)]
+                assert isinstance(member, Adapter)
+                part = member.adapt(x.index_select(0, chosen), part)
+            rows.append(chosen)
+            outputs.append(part)
+        return torch.cat(outputs).index_select(0, torch.cat(rows).argsort())
+
+
+def inject_bank(
+    model: nn.Module, configs: Sequence[AdapterConfig], fill: Callable[[nn.Module, int], None] | None = None
+) -> list[str]:
+    """Put one adapter for each config into `model`, side by side in a bank a layer; the names of the layers.
+
+    `fill(model, i)` is called while adapter i alone is in the model, for example to load its file. ValueError for a
+    method that keeps state beside its layers, or a config that changes the base all would share.
+    """
+    for number, config in enumerate(configs):
+        _check_private(number, config)
+    found: list[dict[str, Adapter]] = []
+    for number, config in enumerate(configs):
+        inject_adapters(model, config)
+        if fill is not None:
+            fill(model, number)
+        found.append(dict(adapters(model)))
+        for name, adapter in found[-1].items():
+            model.set_submodule(name, adapter.base_layer)
+    names = list(dict.fromkeys(name for layers in found for name in layers))
+    for name in names:
+        model.set_submodule(name, AdapterBank([layers.get(name) for layers in found]))
+    return names
+
+
+@contextmanager
+def routed(model: nn.Module, routes: Sequence[int]) -> Iterator[None]:
+    """Inside, row i of a batch goes through adapter `routes[i]` of the model's banks, in the order of `inject_bank`."""
+    banks = [module for module in model.modules() if isinstance(module, AdapterBank)]
+    known = {int(key) for bank in banks for key in bank.members}
+    if unknown := sorted(set(routes) - known - {-1}):
+        raise ValueError(f"routes {unknown}: the banks hold adapters {sorted(known)}; -1 is the base")
+    for bank in banks:
+        bank.routes = torch.tensor(routes)
+    try:
+        yield
+    finally:
+        for bank in banks:
+            bank.routes = None
+
+
+def _check_private(number: int, config: AdapterConfig) -> None:
+    """What an adapter of a bank changes must be its own."""
+    method = METHODS[config.method]
+    reason = None
+    if not method.layers:
+        reason = "trains the base itself"
+    elif method.shared is not None:
+        reason = "keeps state beside its layers, one a model"
+    elif config.trainable_modules:
+        reason = f"trains {config.trainable_modules} of the base"
+    elif isinstance(config, LoRAConfig) and config.bias is not Bias.none:
+        reason = "trains biases of the base"
+    elif isinstance(config, LoRAConfig) and config.init.name in ("pissa", "pissa_fast", "olora"):
+        reason = f"starts by rewriting the base (adapter.init={config.init.name})"
+    if reason is not None:
+        raise ValueError(f"adapter {number} of the bank, method {config.method}, {reason}: run it alone")

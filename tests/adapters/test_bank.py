@@ -1,0 +1,169 @@
+"""Several adapters on one base: every row is what its adapter alone gives, gradients included."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_models import adapted, config_for, llama, logits, perturb, tokens
+from torch import Tensor, nn
+
+from lightning_peft.adapters.bank import AdapterBank, inject_bank, routed
+from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.bias import Bias
+from lightning_peft.adapters.inject import adapters, inject_adapters, trainable_parameter_counts
+from lightning_peft.adapters.lora import Init, LoRAConfig
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
+
+CONFIGS: list[AdapterConfig] = [
+    LoRAConfig(rank=4),
+    config_for("dora", rank=8, target_modules=["q_proj", "v_proj"]),
+    LoRAConfig(rank=2, alpha=16, rank_stabilized=True),
+    config_for("hira"),
+]
+EPSILON = 1.2e-7
+"""fp32's: the base's product of more rows may add in another order."""
+
+
+def assert_within_epsilon(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
+    difference = (actual - expected).detach().abs().max()
+    assert difference <= factor * EPSILON * expected.detach().abs().max()
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.layers and name != "ia3"])
+def test_layer_equals_each_adapter_alone(method: str, quantized: bool) -> None:
+    models = [perturb(adapted(method, quantized=quantized), scale) for scale in (0.05, 0.02)]
+    layers = [model.get_submodule("model.layers.1.self_attn.v_proj") for model in models]
+    layers[1].base_layer = layers[0].base_layer
+    wanted = [[p for p in model.parameters() if p.requires_grad] for model in models]
+    bank = AdapterBank(layers)
+    bank.routes = torch.tensor([1, 0, -1, 1])
+    x = torch.randn(4, 5, 64, requires_grad=True)
+    direction = torch.randn(4, 5, 32)
+
+    output = bank(x)
+    together = torch.autograd.grad((output * direction).sum(), [x, *wanted[0], *wanted[1]], allow_unused=True)
+
+    rows = {0: [1], 1: [0, 3]}
+    for number, layer in enumerate(layers):
+        own = x[rows[number]].detach().requires_grad_()
+        alone = layer(own)
+        expected = torch.autograd.grad(
+            (alone * direction[rows[number]]).sum(), [own, *wanted[number]], allow_unused=True
+        )
+        assert_within_epsilon(output[rows[number]], alone)
+        start = 1 + number * len(wanted[0])
+        actual = [together[0][rows[number]], *together[start : start + len(wanted[number])]]
+        for left, right in zip(actual, expected, strict=True):
+            assert (left is None) == (right is None)
+            if right is not None:
+                assert_within_epsilon(left, right, factor=4)  # sums over up to ten rows
+    assert torch.equal(output[2], layers[0].base_layer(x)[2])
+
+
+def alone(config: AdapterConfig, quantized: bool) -> nn.Module:
+    model = llama(quantized=quantized)
+    torch.manual_seed(1)
+    inject_adapters(model, config)
+    return perturb(model)
+
+
+def bank_of(configs: Sequence[AdapterConfig], quantized: bool) -> nn.Module:
+    model = llama(quantized=quantized)
+    inject_bank(model, configs, lambda model, number: copy_values(model, alone(configs[number], quantized)))
+    return model
+
+
+@torch.no_grad()
+def copy_values(model: nn.Module, source: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(source.get_parameter(name))
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+def test_model_with_mixed_methods_and_ranks_equals_each_alone(quantized: bool) -> None:
+    bank = bank_of(CONFIGS, quantized)
+    ids = tokens(5)
+    with routed(bank, [3, 0, -1, 1, 2]):
+        bank_logits = bank(ids, use_cache=False).logits
+        bank_logits.square().mean((1, 2)).sum().backward()
+
+    for row, number in enumerate([3, 0, None, 1, 2]):
+        model = llama(quantized=quantized) if number is None else alone(CONFIGS[number], quantized)
+        own = model(ids[row : row + 1], use_cache=False).logits
+        # Two blocks of fp32 sums in another order.
+        torch.testing.assert_close(bank_logits[row], own[0], atol=2e-5, rtol=1e-5)
+        if number is None:
+            continue
+        own.square().mean((1, 2)).sum().backward()
+        for name, layer in adapters(model):
+            member = bank.get_submodule(name).members[str(number)]
+            for key, parameter in layer.named_parameters():
+                if parameter.requires_grad:
+                    torch.testing.assert_close(member.get_parameter(key).grad, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_saved_adapters_are_served_together(tmp_path: Path) -> None:
+    expected = []
+    for number, config in enumerate(CONFIGS):
+        model = alone(config, False)
+        save_adapter(model, config, tmp_path / str(number))
+        expected.append(logits(model)[0])
+
+    folders = [tmp_path / str(number) for number in range(len(CONFIGS))]
+    bank = llama()
+    inject_bank(
+        bank, [adapter_config_from_peft(f) for f in folders], lambda m, number: load_adapter(m, folders[number])
+    )
+
+    with torch.no_grad(), routed(bank, [0, 1, 2, 3]):
+        together = bank(tokens()[:1].expand(4, -1), use_cache=False).logits
+    torch.testing.assert_close(together, torch.stack(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_only_the_adapters_of_a_bank_train() -> None:
+    counts = [trainable_parameter_counts(alone(config, False))[0] for config in CONFIGS]
+
+    assert trainable_parameter_counts(bank_of(CONFIGS, False))[0] == sum(counts)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (config_for("vera"), "keeps state beside its layers"),
+        (config_for("full", rank=None), "trains the base itself"),
+        (LoRAConfig(trainable_modules=["norm"]), "trains .'norm'. of the base"),
+        (LoRAConfig(bias=Bias.all), "trains biases of the base"),
+        (LoRAConfig(init=Init["olora"]), "starts by rewriting the base"),
+    ],
+)
+def test_adapter_that_changes_what_others_see_is_refused(config: AdapterConfig, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"adapter 1 of the bank, method {config.method}, {reason}.*: run it alone"):
+        inject_bank(llama(), [LoRAConfig(), config])
+
+
+def test_adapter_that_rescales_inputs_is_refused() -> None:
+    with pytest.raises(ValueError, match="IA3Linear rescales the base's input"):
+        inject_bank(llama(), [config_for("ia3")])
+
+
+def test_adapters_around_different_layers_are_refused() -> None:
+    layers = [layer for _, layer in adapters(adapted("lora"))][:2]
+
+    with pytest.raises(ValueError, match="around one base layer"):
+        AdapterBank(layers)
+
+
+def test_rows_need_routes() -> None:
+    bank = bank_of(CONFIGS[:2], False)
+
+    with pytest.raises(RuntimeError, match="a batch of 2 rows needs as many routes"):
+        bank(tokens(), use_cache=False)
+    with pytest.raises(RuntimeError, match="a batch of 2 rows needs as many routes"), routed(bank, [0, 1, 1]):
+        bank(tokens(), use_cache=False)
+    with pytest.raises(ValueError, match=r"routes \[7\]: the banks hold adapters \[0, 1\]; -1 is the base"):
+        with routed(bank, [0, 7]):
+            pass
