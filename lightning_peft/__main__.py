@@ -8,6 +8,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
     "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
     "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),
+    "d90": (
+        "lightning_peft.commands.d90:d90",
+        "how few trained numbers a task takes, from a sweep of method=intrinsic",
+    ),
 }
 
 

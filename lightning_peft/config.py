@@ -189,11 +189,30 @@ class MergeCommandConfig:
     merge: MergeConfig = field(default_factory=MergeConfig)
 
 
+@dataclass
+class D90Config:
+    """Reads the intrinsic dimension of a task off a sweep over `adapter.dimension`."""
+
+    sweep_path: str = "???"
+    """Folder of the sweep: one run folder a dimension."""
+    reference_path: str = "???"
+    """Run folder of full fine-tuning or LoRA on the same data, after `evaluate`."""
+    metric: str = "loss"
+    """loss: how far the validation loss falls below the base's; or a metric in every run's evaluation.json."""
+    share: float = 0.9
+    """Share of the reference's score to be reached; d90 takes 0.9."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share}: must be above 0 and at most 1")
+
+
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "merge": MergeCommandConfig,
+    "d90": D90Config,
 }
 
 

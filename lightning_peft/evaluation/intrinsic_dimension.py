@@ -1,0 +1,90 @@
+"""d90: how few trained numbers reach 90 % of a reference run (Li et al. 2018, arXiv:1804.08838)."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+logger = logging.getLogger(__name__)
+
+LOSS = "loss"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep over the dimension."""
+
+    dimension: int
+    score: float
+    """Higher is better: the metric, or by how much the validation loss lies below the base's."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What a sweep says about the intrinsic dimension of its task."""
+
+    trials: list[Trial]
+    """By rising dimension."""
+    reference: float
+    share: float
+
+    @property
+    def d90(self) -> int | None:
+        """The smallest dimension swept that reaches `share` of the reference; None when none does."""
+        return next((t.dimension for t in self.trials if t.score >= self.share * self.reference), None)
+
+
+def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> Dimensions:
+    """Scores of the finished runs in the folders of `sweep`, and of the run folder `reference`.
+
+    metric: "loss" takes the validation losses of `result.json`, below that of the base in the reference's
+    `evaluation.json`; any other name is a metric in the `evaluation.json` of every run. Raises ValueError for a folder
+    that lacks them, or a reference no better than its base.
+    """
+    base = _evaluation(reference)["base"]["loss"] if metric == LOSS else 0.0
+    trials = []
+    for folder in sorted(path.parent for path in sweep.glob("*/config.yaml")):
+        adapter = yaml.safe_load((folder / "config.yaml").read_text())["adapter"]
+        if adapter["method"] != "intrinsic":
+            raise ValueError(f"sweep_path={sweep}: {folder.name} trained method {adapter['method']}, not intrinsic")
+        if not _is_finished(folder):
+            logger.info("%s is not finished: left out", folder)
+            continue
+        trials.append(Trial(adapter["dimension"], _score(folder, metric, base)))
+    if not trials:
+        raise ValueError(f"sweep_path={sweep}: holds no finished run; train -m adapter.dimension=... run_dir={sweep}")
+    score = _score(reference, metric, base)
+    if score <= 0:
+        raise ValueError(f"reference_path={reference}: its {metric} is no better than the base's, {score:.4g}")
+    return Dimensions(sorted(trials, key=lambda trial: trial.dimension), score, share)
+
+
+def _score(folder: Path, metric: str, base: float) -> float:
+    if metric == LOSS:
+        loss = _json(folder, "result.json")["validation_loss"]
+        if loss is None:
+            raise ValueError(f"{folder}: trained without validation rows, so it has no validation loss")
+        return base - loss
+    metrics = _evaluation(folder)["adapter"]["metrics"]
+    if metric not in metrics:
+        raise ValueError(f"metric={metric}: {folder} has {', '.join([LOSS, *metrics])}")
+    return metrics[metric]
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "result.json").is_file() and _json(folder, "result.json")["status"] == "finished"
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    if not (folder / "evaluation.json").is_file():
+        raise ValueError(f"{folder}: has no evaluation.json; run lightning-peft evaluate adapter_path={folder}")
+    return _json(folder, "evaluation.json")
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder}: not a finished run, it has no {name}")
+    return json.loads((folder / name).read_text())
