@@ -22,6 +22,7 @@ from transformers import (
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_conversion import GGUFSource, gguf_config, gguf_tokenizer, is_known
+from lightning_peft.models.random_weights import RandomWeights
 from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files
 from lightning_peft.models.streaming import (
     SafetensorsSource,
@@ -112,7 +113,11 @@ def load_model(
             quantize_linears(model, quantization)
     else:
         with readable_errors(config):
-            model = _load_weights(config, locate(config, weights=True), dtype, quantization, device)
+            if config.random_weights:
+                model = _build(config, model_config(config), dtype)
+                stream_weights(model, RandomWeights(model, device), dtype, device, quantization)
+            else:
+                model = _load_weights(config, locate(config, weights=True), dtype, quantization, device)
     if config.new_tokens:
         add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
     accept_packed_batches(model)
@@ -204,6 +209,11 @@ def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], m
     if config.is_tiny:
         tensors = tiny_model(tied=config.name == "tiny_tied").state_dict()
         yield from ((name, tensor.shape, memoryview(tensor.numpy()).cast("B")) for name, tensor in tensors.items())
+        return
+    if config.random_weights:
+        yield from (
+            (name, tensor.shape, memoryview(b"random")) for name, tensor in empty_model(config).state_dict().items()
+        )
         return
     with readable_errors(config):
         location = locate(config, weights=True)

@@ -35,6 +35,8 @@ class ModelConfig:
     """Whether Python files beside the weights may run."""
     allow_pickle: bool = False
     """Whether .bin weights may be read: unpickling can run code of whoever wrote them."""
+    random_weights: bool = False
+    """Draw the weights instead of reading them: only config.json and the tokenizer are needed. For measuring."""
     new_tokens: list[str] = field(default_factory=list)
     """Tokens added to the tokenizer; their embeddings start at the mean of the others."""
 
@@ -45,6 +47,8 @@ class ModelConfig:
             raise ValueError("model.path=null: model=hf needs a local folder, a hub id or a .gguf file")
         if self.name != "hf" and self.path:
             raise ValueError(f"model.path={self.path}: model={self.name} has its own weights; use model=hf with a path")
+        if self.random_weights and self.is_tiny:
+            raise ValueError(f"model.random_weights=true: the weights of model={self.name} are random without it")
 
     @property
     def is_tiny(self) -> bool:
