@@ -1,0 +1,108 @@
+"""`lightning-peft train` beside the other trainers: same model, rows, order, dtype, optimiser, rank, targets and start.
+
+    python benchmarks/compare.py                              # all workloads, all rivals that run here
+    python benchmarks/compare.py --workload 4x512 --rivals peft
+
+Each side is a process of its own; they take their steps in turn (`turns.py`). A rate is a median over the steps
+after the first two, a ratio the median of the ratios of neighbouring steps.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ours import train_command
+from benchmarks.results import FOLDER, Results
+from benchmarks.rivals import RIVALS, rival_command, why_not
+from benchmarks.turns import run_in_turns
+from benchmarks.workloads import WORKLOADS, Workload, write_model, write_steps
+from lightning_peft.training.precision import has_fast_bf16
+
+WARM_UP_STEPS = 2
+LEARNING_RATE = 2e-4
+
+
+def compare(workload: Workload, rival: str, steps: int, model: str, rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    """One rival on one workload, and ours beside it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_model(model, folder, rank)
+        overrides = [
+            "model=hf", f"model.path={folder}/model", "method=lora", f"adapter.rank={rank}",
+            f"adapter.alpha={2 * rank}", "target_modules=all_linear", f"adapter.init_from={folder}/start",
+            f"optimizer.lr={LEARNING_RATE}", "optimizer.weight_decay=0", "schedule=constant", "schedule.warmup_steps=0",
+            f"trainer.precision={'bf16-true' if dtype is torch.bfloat16 else '32-true'}",
+            *workload.write_rows(folder, steps),
+        ]  # fmt: skip
+        tokens = write_steps(overrides, folder, steps)
+        sides = run_in_turns(
+            {
+                rival: rival_command(rival, folder, LEARNING_RATE, dtype),
+                "ours": train_command(overrides, steps, folder / "run"),
+            },
+            steps,
+            folder,
+        )
+    return summarise(sides, rival, tokens / steps)
+
+
+def summarise(sides: dict[str, dict[str, Any]], rival: str, tokens_per_step: float) -> dict[str, Any]:
+    """Rates, peaks and what ours has over the rival, with every step's seconds and loss."""
+    for side in sides.values():
+        side["tokens_per_second"] = tokens_per_step / statistics.median(side["seconds"][WARM_UP_STEPS:])
+    ours, other = sides["ours"], sides[rival]
+    neighbours = list(zip(other["seconds"], ours["seconds"], strict=True))[WARM_UP_STEPS:]
+    memory = "device_gib" if "device_gib" in ours["peak"] else "anonymous_gib"
+    return {
+        "tokens_per_step": tokens_per_step,
+        "speedup": statistics.median(theirs / mine for theirs, mine in neighbours),
+        "memory_ratio": ours["peak"][memory] / other["peak"][memory],
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], other["losses"], strict=True)),
+        **sides,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--model", default="smollm2_135m", help="an option of the group model that needs no path")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--again", action="store_true", help="measure rows that are in the result file as well")
+    parser.add_argument("--output", type=Path, default=FOLDER / "compare.json")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    settings = {
+        "model": options.model, "rank": options.rank, "target_modules": "all_linear", "steps": options.steps,
+        "dtype": str(dtype).removeprefix("torch."), "device": device, "lr": LEARNING_RATE,
+        "workloads": {name: asdict(workload) for name, workload in WORKLOADS.items()},
+    }  # fmt: skip
+    results = Results(options.output, settings)
+    for name in options.workload:
+        for rival in options.rivals:
+            key = f"{name}, {rival}"
+            if reason := why_not(rival):
+                print(f"{key}: skipped, {reason}", flush=True)
+            elif key in results.rows and not options.again:
+                print(f"{key}: measured before", flush=True)
+            else:
+                row = compare(WORKLOADS[name], rival, options.steps, options.model, options.rank, dtype)
+                results.add(key, row)
+                print(
+                    f"{key}: {row['speedup']:.2f}x the tokens/s, {row['memory_ratio']:.2f}x the memory, "
+                    f"losses within {row['largest_loss_difference']:.1e}",
+                    flush=True,
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The most memory a process has held at once."""
+
+import resource
+import threading
+from typing import Any
+
+import torch
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that no file backs: mapped weights do not count."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def synchronize() -> None:
+    """Wait until the device, if this process uses one, has done all it was told."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Watches this process from its creation on; create it after the imports and before the model is loaded."""
+
+    def __init__(self, interval: float = 0.01):
+        self.before = self.peak = anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(interval,), daemon=True)
+        self._thread.start()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def _watch(self, interval: float) -> None:
+        while not self._stop.wait(interval):
+            self.peak = max(self.peak, anonymous_bytes())
+
+    def stop(self) -> dict[str, Any]:
+        """Peaks in GiB: anonymous memory above the start, resident set as a whole, allocated on the device."""
+        self._stop.set()
+        self._thread.join()
+        peaks = {
+            "anonymous_gib": (self.peak - self.before) / 2**30,
+            "resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            peaks["device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return peaks

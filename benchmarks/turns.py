@@ -1,0 +1,137 @@
+"""Training processes that take their steps in turn, so that a ratio compares neighbours in time.
+
+Each side is a process of its own with a loop of its own. Before every step it asks for its turn and sleeps until it
+has it; its clock runs from then to its next request, so whatever its loop does between two steps is in the time.
+"""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PIPES = "BENCHMARK_PIPES"
+"""Environment variable with the two file descriptors a training process talks over."""
+ROOT = Path(__file__).parent.parent
+END_OF_OUTPUT = 3000
+"""Characters of a failed process's output that are shown."""
+
+
+class Turns:
+    """The training process's end: call `begin` before each step and `end` after the last one.
+
+    `synchronize` waits for the device, so that a step's time holds all of its work.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+        self._synchronize = synchronize
+        read, write = os.environ[PIPES].split(",")
+        self._go = os.fdopen(int(read), "r")
+        self._reports = os.fdopen(int(write), "w")
+        self._started: float | None = None
+        self.loss: float | None = None
+        """Set by the loop after its step: mean over the step's supervised tokens."""
+
+    def begin(self) -> None:
+        self._report_step()
+        self._go.readline()
+        self._started = time.perf_counter()
+
+    def end(self, **summary: Any) -> None:
+        self._report_step()
+        self._send(summary)
+
+    def _report_step(self) -> None:
+        if self._started is None:
+            self._send({"ready": True})
+            return
+        if self._synchronize is not None:
+            self._synchronize()
+        self._send({"seconds": time.perf_counter() - self._started, "loss": self.loss})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._reports.write(json.dumps(message) + "\n")
+        self._reports.flush()
+
+
+class Side:
+    """The benchmark's end: starts a training process and gives it its turns."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path):
+        self.name, self.log = name, log
+        read_go, go = os.pipe()
+        reports, write_reports = os.pipe()
+        self._go, self._reports = os.fdopen(go, "w"), os.fdopen(reports, "r")
+        environment = os.environ | {
+            PIPES: f"{read_go},{write_reports}",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        }
+        started = time.perf_counter()
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, pass_fds=(read_go, write_reports)
+            )
+        os.close(read_go)
+        os.close(write_reports)
+        try:
+            self._receive()
+        except RuntimeError:
+            self.kill()
+            raise
+        self.start_seconds = time.perf_counter() - started
+        """From the start of the process to its first request for a turn: imports, data, model."""
+        self.steps: list[dict[str, Any]] = []
+
+    def step(self) -> None:
+        self._go.write("\n")
+        self._go.flush()
+        self.steps.append(self._receive())
+
+    def summary(self) -> dict[str, Any]:
+        """What the process says at its end; call it after its last step."""
+        summary = self._receive()
+        self._process.wait(timeout=300)
+        return summary
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._go.close()
+        self._reports.close()
+
+    def _receive(self) -> dict[str, Any]:
+        line = self._reports.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended early:\n{self.log.read_text()[-END_OF_OUTPUT:]}")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+def run_in_turns(commands: Mapping[str, Sequence[str]], steps: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Start each command, one after the other, and let them take `steps` steps in turn.
+
+    Returns, by name: start_seconds, first_step_seconds (start included), seconds and losses of every step, and the
+    process's own summary. Raises RuntimeError, with the end of its output, when a process ends early.
+    """
+    sides: list[Side] = []
+    try:
+        for name, command in commands.items():
+            sides.append(Side(name, command, folder / f"{name}.log"))
+        for _ in range(steps):
+            for side in sides:
+                side.step()
+        return {
+            side.name: {
+                "start_seconds": side.start_seconds,
+                "first_step_seconds": side.start_seconds + side.steps[0]["seconds"],
+                "seconds": [step["seconds"] for step in side.steps],
+                "losses": [step["loss"] for step in side.steps],
+            }
+            | side.summary()
+            for side in sides
+        }
+    finally:
+        for side in sides:
+            side.kill()

@@ -1,0 +1,81 @@
+"""Every trainer gets the same rows in the same order, and reaches the same losses."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.compare import main, summarise
+from benchmarks.machine import describe_machine
+from benchmarks.memory import PeakMemory
+from benchmarks.rivals import pad, training_arguments
+from benchmarks.workloads import Workload, write_steps
+from lightning_peft.compose import compose_config
+from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
+from lightning_peft.objectives.sft import SupervisedLoss
+
+
+@pytest.mark.parametrize("workload", [Workload("long", 2, 64), Workload("short", 1, 512, packed=True)])
+def test_token_rows_are_those_that_train_reads(workload, tmp_path):
+    overrides = ["model=tiny", *workload.write_rows(tmp_path, 2)]
+    tokens = write_steps(overrides, tmp_path, 2)
+    steps = json.loads((tmp_path / "steps.json").read_text())
+    rows = [row for step in steps for row in step]
+    assert len(steps) == 2 and sum(len(row["input_ids"]) for row in rows) == tokens
+    assert all(row["labels"][0] == -100 for row in rows)
+    assert all(label in (-100, token) for row in rows for token, label in zip(*row.values(), strict=True))
+    if not workload.packed:
+        assert [len(row["input_ids"]) for row in rows] == [64] * 4
+
+
+def test_padded_rows_give_the_loss_of_packed_ones(tmp_path):
+    """HF's loss over the padded rows of a step is ours over the packed ones."""
+    overrides = ["model=tiny", *Workload("short", 1, 1024, packed=True).write_rows(tmp_path, 1)]
+    write_steps(overrides, tmp_path, 1)
+    (step,) = json.loads((tmp_path / "steps.json").read_text())
+    padded = pad([{key: [row[key] for row in step] for key in ("input_ids", "labels")}])
+    config = compose_config("train", overrides)
+    data = SFTDataModule(config.data, tiny_tokenizer(), config.seed)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    model = tiny_model()
+    assert len(step) > 1
+    expected = SupervisedLoss(model)(batch) / batch.num_supervised
+    torch.testing.assert_close(model(**padded).loss, expected)
+
+
+def test_rates_and_ratios_are_medians_of_neighbours_after_the_warm_up():
+    side = {"losses": [1.0] * 5, "peak": {"anonymous_gib": 2.0}}
+    ours = side | {"seconds": [9.0, 9.0, 1.0, 2.0, 4.0], "peak": {"anonymous_gib": 1.0}, "losses": [1.0] * 4 + [1.5]}
+    row = summarise({"ours": ours, "peft": side | {"seconds": [9.0, 9.0, 2.0, 6.0, 20.0]}}, "peft", 100.0)
+    assert row["ours"]["tokens_per_second"] == 50.0 and row["peft"]["tokens_per_second"] == 100 / 6
+    assert (row["speedup"], row["memory_ratio"], row["largest_loss_difference"]) == (3.0, 0.5, 0.5)
+
+
+def test_peak_memory_sees_what_is_gone_again():
+    memory = PeakMemory(interval=0.001)
+    held = torch.ones(64 * 2**20)
+    total = held.sum()
+    del held
+    peak = memory.stop()["anonymous_gib"]
+    assert total == 64 * 2**20 and 0.24 < peak < 0.3
+
+
+def test_machine_is_described_without_its_name():
+    assert set(describe_machine()) >= {"cpu", "cores", "memory_gib", "cpu_has_bf16"}
+
+
+def test_rivals_clip_and_keep_the_order():
+    arguments = training_arguments(2, 1e-3, torch.float32, "out")
+    assert arguments["max_grad_norm"] == 1.0 and arguments["train_sampling_strategy"] == "sequential"
+    assert arguments["use_cache"] is False
+
+
+@pytest.mark.slow
+def test_losses_agree_with_every_rival(tmp_path):
+    assert main(["--model", "tiny", "--steps", "3", "--output", f"{tmp_path}/compare.json"]) == 0
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert set(rows) == {"4x512, peft", "4x512, trl", "short rows, peft", "short rows, trl"}
+    for row in rows.values():
+        assert row["largest_loss_difference"] < 2e-6 and row["ours"]["losses"][2] < row["ours"]["losses"][0]
