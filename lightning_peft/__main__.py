@@ -2,6 +2,9 @@
 
 import importlib
 import sys
+from contextlib import nullcontext
+
+from lightning_peft.training.preemption import PREEMPTED, Preempted, nothing_to_lose
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
@@ -32,7 +35,10 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 wrong input (one line on stderr says what), 130 interrupted."""
+    """Exit status: 0 done, 1 failed, 2 wrong input (one line on stderr says what), 130 interrupted.
+
+    75 from `train`: asked to leave, to be resumed (`training/preemption.py`).
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -41,11 +47,17 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: {command}: no such command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    # Slow imports happen only now, so that --help answers at once.
-    from lightning_peft.command_line import run_command
-
     module, function = COMMANDS[command][0].split(":")
-    return run_command(command, lambda config: getattr(importlib.import_module(module), function)(config), overrides)
+    try:
+        with nothing_to_lose() if command == "train" else nullcontext():
+            # Slow imports happen only now, so that --help answers at once and a signal during them is no crash.
+            from lightning_peft.command_line import run_command
+
+            return run_command(
+                command, lambda config: getattr(importlib.import_module(module), function)(config), overrides
+            )
+    except Preempted:
+        return PREEMPTED
 
 
 if __name__ == "__main__":

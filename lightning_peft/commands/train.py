@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -33,22 +32,21 @@ from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
 from lightning_peft.models.attention import supports_packing
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, source_fingerprint
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.precision import resolve_precision, weight_dtype
+from lightning_peft.training.preemption import Preempted, PreemptionSignals
 
 logger = logging.getLogger(__name__)
-
-PREEMPTED = 128 + 15
-"""Exit status after SIGTERM, as a shell gives it."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Run a training to its end, or on from its last checkpoint. Returns what `result.json` holds.
 
     Raises ValueError, before a weight is read, for anything wrong with the config, the data or the run folder;
-    KeyboardInterrupt and SystemExit after the same signals, with `result.json` written.
+    KeyboardInterrupt after Ctrl-C and Preempted after the signals of `training/preemption.py`, `result.json` written.
     """
     started = time.perf_counter()
     check_trainer_options(config.trainer)
@@ -83,10 +81,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     metrics = StepMetrics()
     samples = read_conversations(config.data, "validation", config.validation.samples)
+    signals = PreemptionSignals()
+    checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save)
     callbacks: list[Callback] = [
         metrics,
         Samples([conversation for _, conversation in samples], tokenizer, run_dir),
-        AdapterCheckpoint(config.checkpoint, run_dir, save),
+        checkpoint,
+        Preemption(signals, checkpoint),
     ]
     trainer = build_trainer(config, count_steps(config.trainer, data), accelerator, precision, callbacks)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"status": "failed"}
     try:
-        fit(trainer, module, data, start.checkpoint)
+        fit(trainer, module, data, start.checkpoint, signals)
         save(module, run_dir / "adapter")
         trainable, total = trainable_parameter_counts(module.model)
         result = {
@@ -109,7 +110,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "total_parameters": total,
             "tokens_per_second": metrics.tokens_per_second(),
         }
-    except SystemExit:
+    except Preempted:
         result["status"] = "preempted"
         raise
     finally:
@@ -122,20 +123,29 @@ def train(config: TrainConfig) -> dict[str, Any]:
         for run_logger in trainer.loggers:
             if isinstance(run_logger, WandbLogger):
                 run_logger.experiment.finish()  # writes what it still holds; until then up to 15 s are in memory only
+        signals.stop()
     show_result(result, run_dir)
     return result
 
 
-def fit(trainer: Trainer, module: FinetuneModule, data: SFTDataModule, checkpoint: Path | None) -> None:
-    """`trainer.fit`, with the signals that Lightning turns into exits told apart."""
+def fit(
+    trainer: Trainer, module: FinetuneModule, data: SFTDataModule, checkpoint: Path | None, signals: PreemptionSignals
+) -> None:
+    """`trainer.fit`, with the ways it can be ended from outside told apart."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    except SIGTERMException as signal:
-        raise SystemExit(PREEMPTED) from signal
+    except Preempted:
+        raise
     except SystemExit as stop:
         if trainer.interrupted:
             raise KeyboardInterrupt from stop
         raise
+    except Exception as error:
+        if signals.received is None:
+            raise
+        # The signal also went to other ranks and to services that this one talks to. A defect shows again next time.
+        logger.warning("%s, then an error taken for its consequence", signals.received.name, exc_info=True)
+        raise Preempted from error
 
 
 def trains_all(config: TrainConfig) -> bool:

@@ -100,7 +100,7 @@ def build_trainer(
     options |= {"max_steps": steps, "max_epochs": -1, "accelerator": "gpu" if accelerator == "cuda" else "cpu"}
     if config.validation.every_n_steps is not None:
         options |= {"val_check_interval": NEVER, "check_val_every_n_epoch": None}
-        callbacks = [*callbacks, StepValidation(config.validation.every_n_steps)]
+        callbacks = [StepValidation(config.validation.every_n_steps), *callbacks]  # the others ask what it decided
     else:
         options["limit_val_batches"] = 0
     progress = RichProgressBar(leave=True) if Console().is_terminal else PlainProgress()
@@ -112,7 +112,8 @@ def build_trainer(
             logger=[instantiate(node) for node in config.logger.values()],
             strategy=build_strategy(config.strategy, accelerator),
             plugins=[precision_plugin(precision, accelerator), AtomicCheckpointIO(config.checkpoint.keep_last)],
-            default_root_dir=config.run_dir,
+            # Under SLURM Lightning loads any hpc_ckpt file it finds there, unasked.
+            default_root_dir=f"{config.run_dir}/checkpoints",
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

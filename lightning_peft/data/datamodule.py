@@ -2,6 +2,7 @@
 
 import logging
 import random
+import signal
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -24,6 +25,9 @@ from lightning_peft.data.samples import Samples, encode_rows
 from lightning_peft.data.sources import iterate_rows
 from lightning_peft.data.streaming import StreamedBatches
 
+SECONDS_AFTER_SIGTERM = 60
+"""What a worker process lives on for after SIGTERM; a training process usually ends it sooner."""
+
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +46,13 @@ class CollatedBatches(Dataset[Batch]):
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """SLURM signals every process of a job; a worker that died of it would take the step being finished with it."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
 
 
 def _loader(batches: Dataset[Batch], **options: Any) -> StatefulDataLoader:
@@ -174,7 +185,7 @@ class SFTDataModule(LightningDataModule):
 
     def _sampled_loader(self, samples: Samples, sampler: MicroBatchSampler) -> StatefulDataLoader:
         batches = CollatedBatches(samples, self._config, self._pad_token_id)
-        return _loader(batches, sampler=sampler, num_workers=self._config.num_workers)
+        return _loader(batches, sampler=sampler, num_workers=self._config.num_workers, worker_init_fn=_outlive_signals)
 
     def _plan(self, samples: Samples, rng: random.Random | None = None) -> list[MicroBatch]:
         config = self._config

@@ -28,10 +28,23 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
 
 
+def between_steps(trainer: Trainer) -> bool:
+    """Whether the batch that ends was the last of its accumulation window: no gradients are held."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the training batch that ends."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
 class AdapterCheckpoint(Callback):
     """Writes `checkpoints/step-XXXXXXXX.ckpt` between optimiser steps, and `adapter_best/` after a better validation.
 
-    The files hold adapters, optimiser, schedule and loader state only. `save_adapter` writes an adapter folder.
+    Where a validation follows the step, the checkpoint is written after it: a resumed run starts behind both. The files
+    hold adapters, optimiser, schedule and loader state only. `save_adapter` writes an adapter folder.
     """
 
     def __init__(self, config: CheckpointConfig, run_dir: Path, save_adapter: Callable[[LightningModule, Path], None]):
@@ -47,15 +60,30 @@ class AdapterCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if self.config.every_n_steps is None or step == self.saved_step or step % self.config.every_n_steps:
-            return
-        self.saved_step = step
-        trainer.save_checkpoint(checkpoint_path(self.run_dir / "checkpoints", step))
+        if between_steps(trainer) and not validation_follows(trainer):
+            self.save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self.keep_best(trainer, pl_module)
+        if between_steps(trainer):
+            self.save_if_due(trainer)
+
+    def save_if_due(self, trainer: Trainer) -> None:
+        if self.config.every_n_steps is not None and trainer.global_step % self.config.every_n_steps == 0:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the checkpoint of this step, once. All ranks call it together."""
+        if trainer.global_step == self.saved_step:
+            return
+        self.saved_step = trainer.global_step
+        trainer.save_checkpoint(checkpoint_path(self.run_dir / "checkpoints", self.saved_step))
+
+    def keep_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("validation_loss")
-        if trainer.sanity_checking or trainer.state.fn != "fit" or loss is None or float(loss) >= self.best_loss:
+        if loss is None or float(loss) >= self.best_loss:
             return
         self.best_loss = float(loss)
         self.save_adapter(pl_module, self.run_dir / "adapter_best")

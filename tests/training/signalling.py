@@ -1,0 +1,55 @@
+"""Callbacks that disturb a run at a chosen moment, so that a test need not guess the time."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class SignalAt(Callback):
+    """Sends `name` before the micro batch, counted over the run, with index `micro_batch`, once its gradients exist."""
+
+    def __init__(self, name: str, micro_batch: int):
+        self.number = signal.Signals[name]
+        self.micro_batch = micro_batch
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.total_batch_idx == self.micro_batch:
+            os.kill(os.getpid(), self.number)
+
+
+class SignalInValidation(Callback):
+    """Sends SIGTERM in the first validation of one kind: fit for those during training, validate for the last one."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.state.fn == self.stage:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class FailAt(Callback):
+    """Raises at a micro batch."""
+
+    def __init__(self, micro_batch: int):
+        self.micro_batch = micro_batch
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.total_batch_idx == self.micro_batch:
+            raise RuntimeError(f"micro batch {self.micro_batch}")
+
+
+class SleepAt(Callback):
+    """Stays in a micro batch for a minute, and says so by a file `asleep` in the run folder."""
+
+    def __init__(self, micro_batch: int):
+        self.micro_batch = micro_batch
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.total_batch_idx == self.micro_batch:
+            Path(trainer.default_root_dir).with_name("asleep").touch()
+            time.sleep(60)
