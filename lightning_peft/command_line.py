@@ -14,6 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_peft import distributed
+from lightning_peft.commands.ranks import leave_last_words
 from lightning_peft.compose import compose_config, groups_and_defaults, typed
 from lightning_peft.config import CONF_DIR, register_schemas
 
@@ -40,7 +42,12 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             raise
         if os.environ.get("LIGHTNING_PEFT_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        rank = distributed.rank()
+        if rank == 0:
+            print(f"error: {line}", file=sys.stderr)
+        elif not leave_last_words(line):
+            print(f"error: rank {rank}: {line}", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -104,9 +111,9 @@ def first_trial(words: list[str]) -> list[str]:
 
 
 def set_up_logging() -> None:
-    """One line a message, on stderr, ours from INFO and others' from WARNING."""
+    """One line a message, on stderr, ours from INFO (of rank zero) and others' from WARNING."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("lightning_peft").setLevel(logging.INFO)
+    logging.getLogger("lightning_peft").setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", message)

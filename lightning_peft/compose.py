@@ -2,14 +2,17 @@
 
 import difflib
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
-from lightning_peft.config import CONF_DIR, register_schemas
+from lightning_peft import distributed
+from lightning_peft.config import CONF_DIR, TrainConfig, register_schemas, train_config
 
 VERBATIM = re.compile(r"^\+{0,2}(?:prompt|run_dir|output|init_from|(?:\w+\.)*(?:\w+_path|init_from|path))=")
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
@@ -35,12 +38,32 @@ def compose_config(command: str, overrides: list[str]) -> Any:
     Raises ValueError with one line that names the key, the value and what would be right.
     """
     register_schemas()
+    if any(word.startswith("config_path=") for word in overrides):
+        return saved_config(command, overrides)
+    if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
+        raise ValueError("run_dir: give one, or config_path=, where several ranks are started: each would name its own")
     try:
         with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
             config = compose(command, quote_text_values(overrides))
         return typed(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error, command)) from error
+
+
+def saved_config(command: str, overrides: list[str]) -> TrainConfig:
+    """The config of `train config_path=RUN/config.yaml`, which every rank of a run is started from."""
+    path = Path(next(word for word in overrides if word.startswith("config_path=")).partition("=")[2].strip("'\""))
+    if command != "train" or len(overrides) > 1:
+        raise ValueError(f"config_path={path}: only train takes it, with nothing beside it, as it is the whole config")
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(saved, dict) or not saved.keys() >= {"adapter", "optimizer"}:
+            raise ValueError(f"config_path={path}: not the config.yaml of a run")
+        return train_config({str(key): value for key, value in saved.items()})
+    except FileNotFoundError as error:
+        raise ValueError(f"config_path={path}: no such file") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"config_path={path}: {explain(error, command)}") from error
 
 
 def typed(config: DictConfig) -> Any:

@@ -128,10 +128,16 @@ def merge(
     return receipt
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write a model without adapters and its tokenizer; 4-bit layers as bitsandbytes stores them.
 
-    Casts the model in place when it is not in `dtype` already.
+    Casts the model in place when it is not in `dtype` already. `state` holds its tensors where it is sharded itself.
     """
     plain: nn.Module = model
     plain.to(dtype)
@@ -141,7 +147,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     if coded:
         _save_coded(model, coded, folder)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,8 +21,11 @@ from lightning_peft.checkpoint.atomic import atomic_file
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
-FREE_TO_CHANGE = ("trainer.max_steps", "trainer.max_epochs")
-"""Options that a resumed run may change."""
+FREE_TO_CHANGE = (
+    "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.num_nodes",
+    "trainer.accumulate_grad_batches", "strategy.kind", "strategy.cpu_offload",
+)  # fmt: skip
+"""Options that a resumed run may change; the global batch they make together must stay."""
 
 
 class CheckpointFileError(ValueError):
@@ -80,7 +84,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     `strict_loading` stays True: False would hide missing names. `fit(ckpt_path=...)` passes `weights_only=None`, which
     torch reads as True, so hyperparameters must not hold objects and callbacks must return plain values.
-    ModelParallelStrategy bypasses this plugin unless `save_distributed_checkpoint=False`, and always when loading.
+    Lightning's ModelParallelStrategy bypasses this plugin when loading; `training.strategies.ShardedModel` does not.
     """
 
     def __init__(self, keep_last: int | None = None):
@@ -145,6 +149,22 @@ def trainable_state(model: nn.Module) -> dict[str, nn.Parameter | Tensor]:
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """`trainable_state`, detached and gathered from shards. With sharded parameters every rank must call it."""
     return {name: gather(tensor) for name, tensor in trainable_state(model).items()}
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state dict of a sharded model gathered on the host of rank zero; None where nothing is sharded.
+
+    Every rank must call it.
+    """
+    state = model.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return None
+    whole = {}
+    for name, tensor in state.items():
+        gathered = gather(tensor)  # one at a time, by all ranks
+        if dist.get_rank() == 0:
+            whole[name] = gathered.cpu()
+    return whole
 
 
 def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

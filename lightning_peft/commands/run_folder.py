@@ -1,6 +1,7 @@
 """What a run folder says about the run in it: unused, to be resumed from a checkpoint, or finished."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from omegaconf import OmegaConf
 from lightning_peft.checkpoint.resume import check_same_config, latest_checkpoint, verify_checkpoint
 from lightning_peft.config import TrainConfig, plain
 
+LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model")
+"""What a run folder holds once something happened in it."""
 NOT_COMPARED = ("resume", "dry_run", "run_dir", "logger", "callbacks")
 """What may differ between the starts of one run."""
 
@@ -25,8 +28,11 @@ class Start:
 
 
 def find_start(config: TrainConfig, run_dir: Path) -> Start:
-    """Raises ValueError for a used folder that is not to be resumed, or a config that changed since."""
-    used = (run_dir / "config.yaml").exists()
+    """Raises ValueError for a used folder that is not to be resumed, or a config that changed since.
+
+    A folder with nothing but `config.yaml` is one whose ranks have not begun.
+    """
+    used = any((run_dir / name).exists() for name in LEFT_BY_A_RUN)
     if config.resume not in ("never", "auto"):
         path = Path(config.resume)
         if not path.is_file():
@@ -67,6 +73,18 @@ def check_saved_config(config: TrainConfig, run_dir: Path) -> None:
     saved = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(saved, dict)
     check_same_config(compared(saved), compared(plain(config)))
+    before, now = global_batch(saved["trainer"]), global_batch(config.trainer)
+    if before != now:
+        raise ValueError(
+            f"resume: an optimiser step was {before} micro batches over all ranks (devices x num_nodes x "
+            f"accumulate_grad_batches), is {now}: set trainer.accumulate_grad_batches so that it stays {before}"
+        )
+
+
+def global_batch(trainer: dict[str, Any]) -> int | None:
+    """Micro batches in an optimiser step over all ranks; None where `trainer.devices` is left to the machine."""
+    counts = [trainer.get(key, 1) for key in ("devices", "num_nodes", "accumulate_grad_batches")]
+    return math.prod(counts) if all(isinstance(count, int) and count > 0 for count in counts) else None
 
 
 def compared(config: dict[Any, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,24 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
+from lightning_peft import distributed
 from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
-from lightning_peft.checkpoint.atomic import atomic_folder
+from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_versions, write_lineage
 from lightning_peft.checkpoint.merged import save_model
 from lightning_peft.checkpoint.peft_format import save_adapter
+from lightning_peft.checkpoint.resume import whole_state
+from lightning_peft.commands.ranks import run_ranks
 from lightning_peft.commands.run_folder import find_start
-from lightning_peft.commands.trainer import build_trainer, check_trainer_options, count_steps, resolve_accelerator
+from lightning_peft.commands.trainer import (
+    build_trainer,
+    check_trainer_options,
+    count_ranks,
+    count_steps,
+    resolve_accelerator,
+)
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import preview
 from lightning_peft.data.datamodule import SFTDataModule
@@ -38,6 +49,7 @@ from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_mem
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.precision import resolve_precision, weight_dtype
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
+from lightning_peft.training.strategies import StrategyKind
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +59,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises ValueError, before a weight is read, for anything wrong with the config, the data or the run folder;
     KeyboardInterrupt after Ctrl-C and Preempted after the signals of `training/preemption.py`, `result.json` written.
+    With strategy=ddp or fsdp the ranks are started from here, once everything is checked, unless this process is one.
     """
     started = time.perf_counter()
     check_trainer_options(config.trainer)
     accelerator = resolve_accelerator(str(config.trainer.get("accelerator", "auto")))
     precision = resolve_precision(str(config.trainer.get("precision", "auto")), accelerator, trains_all(config))
+    devices, nodes = count_ranks(config.trainer, config.strategy.kind, accelerator)
+    starts_ranks = config.strategy.kind is not StrategyKind.single and not distributed.are_ranks_started()
+    check_ranks(config, precision, nodes if starts_ranks else 1)
+    if config.strategy.kind is not StrategyKind.single and not starts_ranks:
+        distributed.connect(accelerator)
     assert config.run_dir is not None, "the config composes a run_dir"
     run_dir = Path(config.run_dir)
-    start = find_start(config, run_dir)
+    start = distributed.on_rank_zero(lambda: find_start(config, run_dir))
     if start.result is not None and not config.dry_run:
         logger.info("%s is finished: nothing left to do", run_dir)
         return start.result
@@ -63,8 +81,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
     data = SFTDataModule(config.data, tokenizer, config.seed, model_context(config.model), accumulate)
-    data.setup()
-    if config.data.preview and data.example is not None:
+    with logging_left_to_ranks(starts_ranks and not config.dry_run):
+        data.setup()
+    if starts_ranks and not config.dry_run:
+        prepare_folder(config, run_dir)
+        run_ranks(run_dir / "config.yaml", devices)
+        return json.loads((run_dir / "result.json").read_text())
+    if config.data.preview and data.example is not None and distributed.rank() == 0:
         Console().print(preview(data.example, tokenizer))
     if config.dry_run:
         return {"status": "dry run"}
@@ -90,9 +113,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         Preemption(signals, checkpoint),
     ]
     trainer = build_trainer(config, count_steps(config.trainer, data), accelerator, precision, callbacks)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "result.json").unlink(missing_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
+    distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
     if accelerator == "cuda":
         torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"status": "failed"}
@@ -109,23 +130,55 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "trainable_parameters": trainable,
             "total_parameters": total,
             "tokens_per_second": metrics.tokens_per_second(),
+            "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
         }
     except Preempted:
         result["status"] = "preempted"
         raise
     finally:
-        result |= {
-            "peak_memory_gib": peak_memory_gib(trainer.strategy.root_device),
-            "seconds": time.perf_counter() - started,
-            "versions": installed_versions(),
-        }
-        (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        for run_logger in trainer.loggers:
-            if isinstance(run_logger, WandbLogger):
-                run_logger.experiment.finish()  # writes what it still holds; until then up to 15 s are in memory only
+        result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
+        result |= {"seconds": time.perf_counter() - started, "versions": installed_versions()}
+        if distributed.rank() == 0:
+            (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+            for run_logger in trainer.loggers:
+                if isinstance(run_logger, WandbLogger):
+                    run_logger.experiment.finish()  # writes what it holds; until then up to 15 s are in memory only
         signals.stop()
-    show_result(result, run_dir)
+    if distributed.rank() == 0:
+        show_result(result, run_dir)
+    distributed.disconnect()
     return result
+
+
+def check_ranks(config: TrainConfig, precision: str, nodes: int) -> None:
+    """Raises ValueError for what several processes cannot do; `nodes` is how many ranks are to be started on."""
+    if nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={nodes}: ranks on other nodes are started by srun or torchrun, as in "
+            "srun python -m lightning_peft train config_path=RUN/config.yaml"
+        )
+    if config.strategy.kind is StrategyKind.fsdp and precision == "16-mixed":
+        raise ValueError("trainer.precision=16-mixed strategy=fsdp: use bf16-true, bf16-mixed or 32-true")
+
+
+def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
+    """Leave the resolved config in the run's folder, from which ranks start, and no result of an earlier start."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "result.json").unlink(missing_ok=True)
+    with atomic_file(run_dir / "config.yaml") as path:
+        OmegaConf.save(OmegaConf.create(plain(config)), path)
+
+
+@contextmanager
+def logging_left_to_ranks(left: bool) -> Iterator[None]:
+    """Inside, nothing below an error is logged: the ranks check the same again, and rank zero says it."""
+    package = logging.getLogger("lightning_peft")
+    level = package.level
+    package.setLevel(logging.ERROR if left else level)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def fit(
@@ -185,8 +238,11 @@ def save_tuned(module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folde
     if METHODS[module.adapter_config.method].layers:
         save_adapter(module.model, module.adapter_config, folder, lineage.base_name, lineage)
         return
+    state = whole_state(module.model)
+    if distributed.rank() != 0:
+        return
     with atomic_folder(folder.with_name(folder.name.replace("adapter", MODEL_FOLDER))) as partial:
-        save_model(module.model, tokenizer, partial, module.model.dtype)
+        save_model(module.model, tokenizer, partial, module.model.dtype, state)
         write_lineage(lineage, partial)
 
 

@@ -11,18 +11,19 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
+from lightning_peft import distributed
 from lightning_peft.checkpoint.resume import AtomicCheckpointIO
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.training.callbacks.progress import PlainProgress
 from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
 from lightning_peft.training.precision import precision_plugin
-from lightning_peft.training.strategies import build_strategy
+from lightning_peft.training.strategies import StrategyKind, build_strategy
 
 logger = logging.getLogger(__name__)
 
 OWNED = {
-    "strategy": "strategy=single",
+    "strategy": "strategy=single, ddp or fsdp",
     "callbacks": "callbacks.NAME._target_",
     "logger": "logger=csv, wandb, tensorboard or none",
     "plugins": "trainer.precision",
@@ -62,9 +63,6 @@ def check_trainer_options(options: dict[str, Any]) -> None:
         raise ValueError(f"trainer.gradient_clip_val={clip}: must be at least 0; 0 or null does not clip")
     if (algorithm := options.get("gradient_clip_algorithm", "norm")) not in (None, "norm"):
         raise ValueError(f"trainer.gradient_clip_algorithm={algorithm!r}: only norm is supported")
-    for key in ("devices", "num_nodes"):
-        if (value := options.get(key, 1)) not in (1, "1", "auto"):
-            raise ValueError(f"trainer.{key}={value}: strategy=single runs on one device of one node")
 
 
 def resolve_accelerator(name: str) -> str:
@@ -76,6 +74,27 @@ def resolve_accelerator(name: str) -> str:
     if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"trainer.accelerator={name}: this machine has no CUDA device; use cpu or auto")
     return "cpu" if name == "cpu" else "cuda"
+
+
+def count_ranks(options: dict[str, Any], strategy: StrategyKind, accelerator: str) -> tuple[int, int]:
+    """(ranks on a node, nodes). Raises ValueError where the options, or the ranks that were started, do not agree."""
+    devices, nodes = options.get("devices", 1), options.get("num_nodes", 1)
+    if devices in ("auto", -1):
+        devices = torch.cuda.device_count() if accelerator == "cuda" and strategy is not StrategyKind.single else 1
+    for key, value in (("devices", devices), ("num_nodes", nodes)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            hint = " or auto; CUDA_VISIBLE_DEVICES picks which" if key == "devices" else ""
+            raise ValueError(f"trainer.{key}={value}: must be a whole number of at least 1{hint}")
+        if value > 1 and strategy is StrategyKind.single:
+            raise ValueError(f"trainer.{key}={value} strategy=single: one process; use strategy=ddp or strategy=fsdp")
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(f"trainer.devices={devices}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if distributed.are_ranks_started() and distributed.world_size() != devices * nodes:
+        raise ValueError(
+            f"trainer.devices={devices} trainer.num_nodes={nodes}: {devices * nodes} ranks, but "
+            f"{distributed.world_size()} were started (by torchrun or srun)"
+        )
+    return devices, nodes
 
 
 def count_steps(options: dict[str, Any], data: SFTDataModule) -> int:
@@ -98,6 +117,10 @@ def build_trainer(
     options = {key: value for key, value in config.trainer.items() if key != "precision"}
     # The end is a number of steps in any case: Lightning resumes a run that ends by epochs differently.
     options |= {"max_steps": steps, "max_epochs": -1, "accelerator": "gpu" if accelerator == "cuda" else "cpu"}
+    devices, nodes = count_ranks(config.trainer, config.strategy.kind, accelerator)
+    options |= {"devices": devices, "num_nodes": nodes}
+    if config.strategy.kind is StrategyKind.fsdp:
+        options["inference_mode"] = False  # what is gathered for a validation is gathered into again for training
     if config.validation.every_n_steps is not None:
         options |= {"val_check_interval": NEVER, "check_val_every_n_epoch": None}
         callbacks = [StepValidation(config.validation.every_n_steps), *callbacks]  # the others ask what it decided
@@ -110,8 +133,12 @@ def build_trainer(
             _convert_="all",
             callbacks=[*callbacks, *(instantiate(node) for node in config.callbacks.values()), progress],
             logger=[instantiate(node) for node in config.logger.values()],
-            strategy=build_strategy(config.strategy, accelerator),
-            plugins=[precision_plugin(precision, accelerator), AtomicCheckpointIO(config.checkpoint.keep_last)],
+            strategy=build_strategy(config.strategy, accelerator, devices * nodes),
+            plugins=[
+                precision_plugin(precision, accelerator),
+                AtomicCheckpointIO(config.checkpoint.keep_last),
+                distributed.rank_environment(),
+            ],
             # Under SLURM Lightning loads any hpc_ckpt file it finds there, unasked.
             default_root_dir=f"{config.run_dir}/checkpoints",
             enable_checkpointing=False,

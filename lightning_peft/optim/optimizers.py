@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_peft.optim.param_groups import parameter_groups
+from lightning_peft.optim.sharded import STATE_BLOCK, local_rows
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +18,6 @@ MIN_8BIT_ELEMENTS = 4096
 """Smaller tensors keep fp32 states in bitsandbytes' 8-bit optimisers: `Optimizer2State(min_8bit_size=4096)`."""
 MIN_PAGED_ELEMENTS = 100_000
 """The states of smaller tensors are never paged: `Optimizer8bit.get_state_buffer`."""
-STATE_BLOCK = 256
-"""Values that share an fp32 scale in an 8-bit state."""
 
 
 @dataclass
@@ -106,12 +105,20 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
 }
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, Tensor]], config: OptimizerConfig) -> Optimizer:
-    """The configured optimiser over those of the parameters that train, in named groups (see `parameter_groups`)."""
-    groups = parameter_groups(named_parameters, config.lr, config.weight_decay, config.lora_plus_ratio)
+def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> Optimizer:
+    """The configured optimiser over those of the parameters that train, in named groups (see `parameter_groups`).
+
+    Sharded parameters are stepped through `local_rows`: call `hand_over_gradients` before each step.
+    """
+    rows = {name: local_rows(parameter) for name, parameter in named_parameters if parameter.requires_grad}
+    groups = parameter_groups(rows.items(), config.lr, config.weight_decay, config.lora_plus_ratio)
     if not groups:
         raise ValueError("no parameter requires gradients: there is nothing to train")
-    return OPTIMIZERS[config.name].build(groups, config)
+    optimizer = OPTIMIZERS[config.name].build(groups, config)
+    names = {parameter: name for name, parameter in rows.items()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+    return optimizer
 
 
 def optimizer_state_bytes(sizes: Iterable[int], name: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -29,6 +30,7 @@ from lightning_peft.models.loading import ModelConfig, load_model
 from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
+from lightning_peft.optim.sharded import hand_over_gradients
 from lightning_peft.quantization.convert import (
     QuantizationConfig,
     bits_per_parameter,
@@ -37,6 +39,7 @@ from lightning_peft.quantization.convert import (
 )
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
+from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
 
 GRADIENT_UNIT = 1024.0
@@ -121,6 +124,8 @@ class FinetuneModule(LightningModule):
             logger.info("weights: %s; %.3f bits a quantised parameter", ", ".join(groups), bits_per_parameter(model))
         checkpoint_blocks(model, self.activation_checkpointing)
         self.objective = SupervisedLoss(model).train()
+        if self._trainer is not None and isinstance(self.trainer.strategy, ShardedModel):
+            self.trainer.strategy.shard(model, self.objective)
 
     def start_adapters(self, model: PreTrainedModel) -> None:
         """Initialisations that read more than the layer: weights before quantisation, or activations of the data."""
@@ -185,7 +190,13 @@ class FinetuneModule(LightningModule):
             raise ValueError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: only norm is supported")
         limit = gradient_clip_val or float("inf")
         norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), limit)
-        self.step_metrics["grad_norm"] = norm
+        self.step_metrics["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        hand_over_gradients(optimizer)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        optimizer.zero_grad()
+        for parameter in self.trainable_parameters():
+            parameter.grad = None  # where sharded, not the one the optimiser knows
 
     def on_train_end(self) -> None:
         if self.base_fingerprint is not None and weights_fingerprint(self.model) != self.base_fingerprint:
@@ -198,8 +209,8 @@ class FinetuneModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         loss, _ = self.validation_window.close()
         # Lightning would log under a step count that it advances only after the validation.
-        self.log("step", float(self.trainer.global_step), batch_size=1)
-        self.log("validation_loss", loss.float(), prog_bar=True, batch_size=1)
+        self.log("step", float(self.trainer.global_step), batch_size=1, sync_dist=True)
+        self.log("validation_loss", loss.float(), prog_bar=True, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

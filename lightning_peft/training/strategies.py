@@ -1,22 +1,139 @@
 """How the ranks of a run share the work."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lightning_peft.distributed import TIMEOUT
+from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.optim.sharded import load_named_state, named_state
 
 
 class StrategyKind(Enum):
     single = "single"
     """One process, one device."""
+    ddp = "ddp"
+    """Every rank holds the model; the gradients of what trains are averaged."""
+    fsdp = "fsdp"
+    """Every rank holds a slice of each block and gathers one block at a time (FSDP2)."""
 
 
 @dataclass
 class StrategyConfig:
     kind: StrategyKind = StrategyKind.single
-    """How ranks share the work."""
+    """How ranks share the work: single, ddp or fsdp."""
+    cpu_offload: bool = False
+    """With fsdp, keep the slices, their gradients and the optimiser in host memory."""
+    tensor_parallel: int = 1
+    """Ranks that share each matrix product; only 1 is supported, all ranks share the data."""
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel != 1:
+            raise ValueError(
+                f"strategy.tensor_parallel={self.tensor_parallel}: adapters and 4-bit codes are not cut along a "
+                "product; use 1, and strategy=fsdp for a model that no single device holds"
+            )
+        if self.cpu_offload and self.kind is not StrategyKind.fsdp:
+            raise ValueError(f"strategy.cpu_offload=true strategy={self.kind.name}: only fsdp offloads")
 
 
-def build_strategy(config: StrategyConfig, accelerator: str) -> Strategy:
-    """The Lightning strategy; `accelerator` is cpu or cuda."""
-    return SingleDeviceStrategy(device="cuda:0" if accelerator == "cuda" else "cpu")
+class NamedOptimizerState(Strategy):
+    """Saves the optimiser by the names of its parameters, whole: any strategy and number of ranks can go on from it."""
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return named_state(getattr(optimizer, "_optimizer", optimizer))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_named_state(optimizer, state)
+
+
+class OneDevice(NamedOptimizerState, SingleDeviceStrategy):
+    """One process on one device."""
+
+
+class ReplicatedModel(NamedOptimizerState, DDPStrategy):
+    """DDP that neither sends nor checks the frozen weights: every rank has read them itself."""
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.model is not None
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        every = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+        frozen = [name for name, _ in every if name not in trained]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+        super().setup(trainer)
+
+
+class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
+    """FSDP2 with whole checkpoints through the Trainer's CheckpointIO; `configure_model` loads and shards."""
+
+    def __init__(self, ranks: int, cpu_offload: bool = False):
+        super().__init__(
+            data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=TIMEOUT
+        )
+        self.cpu_offload = cpu_offload
+
+    def shard(self, model: PreTrainedModel, root: nn.Module) -> None:
+        """Shard every transformer block by itself and the rest of `root`, which holds the model, as one group.
+
+        The rest are the embeddings, the last norm and the head, tied or not. They stay gathered between the forward and
+        the backward pass: the loss reads the head in both.
+        """
+        mesh = self.device_mesh["data_parallel"]
+        policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
+        for block in transformer_blocks(model):
+            fully_shard(block, mesh=mesh, offload_policy=policy)
+        self.root = fully_shard(root, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
+
+    @contextmanager
+    def root_gathered(self) -> Iterator[None]:
+        """Inside, the model's own forward works, blocks gathering themselves, as the root's does all the time."""
+        self.root.unshard()
+        try:
+            yield
+        finally:
+            self.root.reshard()
+
+    def model_to_device(self) -> None:
+        """Nothing: `configure_model` put every slice where it belongs, which with offload is not the device."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return Strategy.lightning_module_state_dict(self)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, Path(checkpoint_path), weights_only)
+
+
+def build_strategy(config: StrategyConfig, accelerator: str, ranks: int) -> Strategy:
+    """The Lightning strategy for so many ranks; `accelerator` is cpu or cuda."""
+    if config.kind is StrategyKind.fsdp:
+        return ShardedModel(ranks, config.cpu_offload)
+    if config.kind is StrategyKind.ddp:
+        return ReplicatedModel(gradient_as_bucket_view=True, timeout=TIMEOUT)
+    return OneDevice(device="cuda:0" if accelerator == "cuda" else "cpu")

@@ -7,8 +7,10 @@ window over all ranks does not, and is the same for any split (huggingface/trans
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from lightning_peft.distributed import reduce_sums
+from lightning_peft.optim.sharded import local
 
 
 class TokenWindow:
@@ -32,16 +34,9 @@ class TokenWindow:
         return loss / tokens.clamp(min=1), tokens
 
 
-def reduce_sums(sums: Tensor) -> Tensor:
-    """Element-wise sum over all ranks."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums
-
-
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply every gradient by one scalar tensor, in place, without asking the device for its value."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if gradients:
         factors = factor.to(gradients[0].device, torch.float32)
         torch._foreach_mul_(gradients, factors)

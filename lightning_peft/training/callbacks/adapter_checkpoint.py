@@ -87,6 +87,8 @@ class AdapterCheckpoint(Callback):
             return
         self.best_loss = float(loss)
         self.save_adapter(pl_module, self.run_dir / "adapter_best")
+        if not trainer.is_global_zero:
+            return
         with atomic_file(self.best_path) as path:
             path.write_text(json.dumps({"validation_loss": self.best_loss, "step": trainer.global_step}) + "\n")
 

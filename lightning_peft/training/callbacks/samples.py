@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.data.chat import encode_prompt
 from lightning_peft.data.formats import Message
 from lightning_peft.inference.generate import SamplingConfig, generate_batch
+from lightning_peft.training.strategies import ShardedModel
 
 
 class Samples(Callback):
@@ -29,11 +29,15 @@ class Samples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.prompts:
             return
-        if trainer.world_size == 1 or trainer.is_global_zero:
-            self.write(trainer, pl_module)
+        if isinstance(trainer.strategy, ShardedModel):
+            with trainer.strategy.root_gathered():  # every rank generates, as each holds a part of every block
+                answers = self.answers(pl_module)
+        elif trainer.is_global_zero:
+            answers = self.answers(pl_module)
+        if trainer.is_global_zero:
+            self.write(trainer, answers)
 
-    @rank_zero_only
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def answers(self, pl_module: LightningModule) -> list[str]:
         training = pl_module.training
         pl_module.eval()
         with torch.random.fork_rng(devices=[]):
@@ -44,6 +48,9 @@ class Samples(Callback):
                 SamplingConfig(max_new_tokens=96),
             )
         pl_module.train(training)
+        return answers
+
+    def write(self, trainer: Trainer, answers: list[str]) -> None:
         rows = [
             [trainer.global_step, self.tokenizer.decode(prompt), answer, reference]
             for prompt, answer, reference in zip(self.prompts, answers, self.references, strict=True)

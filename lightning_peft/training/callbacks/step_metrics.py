@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_peft.adapters.inject import trainable_parameter_counts
 from lightning_peft.data.batch import Batch
+from lightning_peft.distributed import reduce_sums, worst
 from lightning_peft.training.metrics_csv import MetricsCSV
-from lightning_peft.training.token_scaling import reduce_sums
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "A6000": 155e12}
 """Dense bf16 peak per second of known devices, from the vendors' data sheets."""
@@ -30,11 +30,13 @@ def peak_memory_gib(device: torch.device) -> float:
 class StepMetrics(Callback):
     """Logs loss, grad_norm, lr, tokens and step_seconds per optimiser step and keeps what `result.json` needs.
 
+    Tokens are those of all ranks, memory is that of the rank that took most.
     Values stay on the device until `trainer.log_every_n_steps` of them have come together.
     """
 
     def __init__(self) -> None:
         self.pending: list[tuple[int, dict[str, Any]]] = []
+        """Step and row; tokens are this rank's."""
         self.step_tokens = 0
         self.step_started = time.perf_counter()
         self.durations: list[tuple[float, int]] = []
@@ -63,9 +65,6 @@ class StepMetrics(Callback):
         now = time.perf_counter()
         seconds, tokens = now - self.step_started, self.step_tokens
         self.step_started, self.step_tokens = now, 0
-        self.steps_seen += 1
-        if self.steps_seen > WARM_UP_STEPS:
-            self.durations.append((seconds, tokens))
         row = dict(pl_module.step_metrics)  # type: ignore[arg-type]
         for group in trainer.optimizers[0].param_groups:
             key = "lr" if "lr" not in row else f"lr/{group.get('name', len(row))}"
@@ -78,13 +77,20 @@ class StepMetrics(Callback):
 
     def flush(self, trainer: Trainer) -> None:
         """Read the pending values back from the device and hand them to the loggers."""
-        for step, row in self.pending:
+        device = trainer.strategy.root_device
+        counts = torch.tensor([row["tokens"] for _, row in self.pending], dtype=torch.float64, device=device)
+        peak = worst(peak_memory_gib(device))
+        for (step, row), tokens in zip(self.pending, reduce_sums(counts).tolist(), strict=True):
+            row["tokens"] = int(tokens)
+            self.steps_seen += 1
+            if self.steps_seen > WARM_UP_STEPS:
+                self.durations.append((row["step_seconds"], row["tokens"]))
             values = {k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()}
             values["tokens_per_second"] = values["tokens"] / values["step_seconds"]
             values["supervised_tokens_per_second"] = values["supervised_tokens"] / values["step_seconds"]
             if mfu := self.model_flops_utilization(values["tokens_per_second"]):
                 values["mfu"] = mfu
-            values["peak_memory_gib"] = peak_memory_gib(trainer.strategy.root_device)
+            values["peak_memory_gib"] = peak
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
         self.pending.clear()
@@ -118,5 +124,4 @@ class StepMetrics(Callback):
         """Median over the steps after the warm-up, real tokens over all ranks; None when there were none."""
         if not self.durations:
             return None
-        rate = statistics.median(tokens / seconds for seconds, tokens in self.durations)
-        return float(reduce_sums(torch.tensor(rate)))
+        return statistics.median(tokens / seconds for seconds, tokens in self.durations)
