@@ -54,10 +54,13 @@ def is_connected() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def connect(accelerator: str) -> None:
-    """Join the process group of the ranks that were started: gloo for the host, NCCL for CUDA devices."""
+def connect(accelerator: str) -> bool:
+    """Join the process group of the ranks that were started: gloo for the host, NCCL for CUDA devices.
+
+    False where this process had joined before, and whoever did that leaves it.
+    """
     if is_connected():
-        return
+        return False
     environment = rank_environment()
     os.environ["MASTER_ADDR"] = environment.main_address
     os.environ["MASTER_PORT"] = str(environment.main_port)
@@ -69,13 +72,13 @@ def connect(accelerator: str) -> None:
     dist.init_process_group(
         backend, rank=environment.global_rank(), world_size=environment.world_size(), timeout=TIMEOUT, device_id=device
     )
+    return True
 
 
 def disconnect() -> None:
     """Leave the process group once every rank is here."""
-    if is_connected():
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def on_rank_zero(function: Callable[[], Answer]) -> Answer:

@@ -68,8 +68,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     devices, nodes = count_ranks(config.trainer, config.strategy.kind, accelerator)
     starts_ranks = config.strategy.kind is not StrategyKind.single and not distributed.are_ranks_started()
     check_ranks(config, precision, nodes if starts_ranks else 1)
-    if config.strategy.kind is not StrategyKind.single and not starts_ranks:
-        distributed.connect(accelerator)
+    is_rank = config.strategy.kind is not StrategyKind.single and not starts_ranks
+    leaves_ranks = is_rank and distributed.connect(accelerator)
     assert config.run_dir is not None, "the config composes a run_dir"
     run_dir = Path(config.run_dir)
     start = distributed.on_rank_zero(lambda: find_start(config, run_dir))
@@ -146,7 +146,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         signals.stop()
     if distributed.rank() == 0:
         show_result(result, run_dir)
-    distributed.disconnect()
+    if leaves_ranks:
+        distributed.disconnect()
     return result
 
 

@@ -1,0 +1,52 @@
+"""Any number of processes computes what one process computes on the same global batch."""
+
+import pytest
+import torch
+from rank_runs import adapter, column, result, train_on_ranks
+
+BASES = {"dense": ["method=lora"], "nf4": ["method=qlora"]}
+STEPS = ["trainer.max_steps=5", "data.packing=true", "data.max_length=512", "data.on_too_long=skip"]
+FP32_NOISE = {"rtol": 2e-5, "atol": 2e-6}
+"""Sums over the ranks are taken in another order."""
+
+
+def global_batch_of_4(ranks: int) -> list[str]:
+    """micro_batch_size x accumulate_grad_batches x ranks: 1 x 4 x 1, 1 x 2 x 2 or 1 x 1 x 4 packed rows."""
+    return [*STEPS, f"trainer.accumulate_grad_batches={4 // ranks}"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("losses")
+    train_on_ranks(1, folder, {f"single1_{b}": [*words, *global_batch_of_4(1)] for b, words in BASES.items()})
+    for ranks in (2, 4):
+        several = {
+            f"{kind}{ranks}_{base}": [*words, f"strategy={kind}", *global_batch_of_4(ranks)]
+            for kind in ("ddp", "fsdp")
+            for base, words in BASES.items()
+        }
+        train_on_ranks(ranks, folder, several)
+    return folder
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", ["ddp2", "fsdp2", "ddp4", "fsdp4"])
+def test_steps_equal_those_of_one_process(runs, kind, base):
+    one, several = runs / f"single1_{base}", runs / f"{kind}_{base}"
+    assert len(column(one, "loss")) == 5
+    for name in ("loss", "grad_norm", "supervised_tokens", "tokens", "lr"):
+        torch.testing.assert_close(column(several, name), column(one, name), **FP32_NOISE)
+    assert result(several)["validation_loss"] == pytest.approx(result(one)["validation_loss"], rel=2e-5)
+    trained, expected = adapter(several), adapter(one)
+    assert trained.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(trained[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.multi_process
+def test_losses_fall_and_differ_between_bases(runs):
+    # So that equal losses above are not equal for want of training.
+    losses = column(runs / "single1_dense", "loss")
+    assert losses[-1] < losses[0] - 0.1
+    assert column(runs / "single1_nf4", "loss") != losses
