@@ -19,6 +19,8 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
+from lightning_peft.training.preemption import PREEMPTED, Preempted
+
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """Signals to this process that go to every rank, which decides what they mean."""
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -29,8 +31,8 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 def run_ranks(config_path: Path, count: int) -> None:
     """Train with `count` processes and wait for them. Raises SystemExit with the exit status of the first that fails.
 
-    A rank that fails ends the others. The command is the one a cluster's `srun` uses,
-    `python -m lightning_peft train config_path=...`: the words of a sweep never reach a rank.
+    Preempted where they were asked to leave. A rank that fails ends the others. The command is the one a cluster's
+    `srun` uses, `python -m lightning_peft train config_path=...`: the words of a sweep never reach a rank.
     """
     # The ranks meet in a store of this process: a port found free would be someone else's a moment later.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -59,6 +61,8 @@ def run_ranks(config_path: Path, count: int) -> None:
             failed = first_failures(ranks)
         finally:
             ranks.close()
+        if PREEMPTED in failed.values():
+            raise Preempted
         if failed:
             raise SystemExit(report(failed, ranks.error_files))
 
@@ -68,9 +72,11 @@ def first_failures(ranks: SubprocessContext) -> dict[int, int]:
     while True:
         try:
             status = {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}
-            failed = {rank: code for rank, code in status.items() if code}
-            if failed or None not in status.values():
+            failed = {rank: code for rank, code in status.items() if code and code != PREEMPTED}
+            if failed:
                 return failed
+            if None not in status.values():  # ranks asked to leave are waited for: one may still be flushing its logger
+                return {rank: code for rank, code in status.items() if code}
             time.sleep(SECONDS_BETWEEN_LOOKS)
         except SignalException as received:
             for handler in ranks.subprocess_handlers.values():

@@ -172,6 +172,13 @@ class SFTDataModule(LightningDataModule):
 
         return self._sampled_loader(samples, MicroBatchSampler(plan, rank, world_size, samples.fingerprint()))
 
+    def first_batches(self, count: int) -> list[Batch]:
+        """The first micro batches of the first epoch, or window when streaming, alike on every rank. Needs `setup`."""
+        samples = self._training_samples()
+        batches = CollatedBatches(samples, self._config, self._pad_token_id)
+        plan = self._plan(samples, random.Random(f"{self._seed} 0"))
+        return [batches[Request(rows, filler=False)] for rows in plan[:count]]
+
     def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """The validation rows in the same batches each time; no loader where there are none."""
         samples = self._validation

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -140,7 +139,7 @@ class FinetuneModule(LightningModule):
             data = getattr(self._trainer, "datamodule", None)
             if data is None:
                 raise ValueError(f"adapter.init={init} looks at activations: call trainer.fit with datamodule=")
-            batches = [move_data_to_device(b, model.device) for b in islice(data.train_dataloader(), EVA_BATCHES)]
+            batches = [move_data_to_device(b, model.device) for b in data.first_batches(EVA_BATCHES)]
             ranks = initialize_from_activations(model, map(decoder_inputs, batches), self.adapter_config.eva_rho)
             logger.info("adapter.init=%s: ranks %d to %d", init, min(ranks.values()), max(ranks.values()))
 
