@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.ours import train_command
+from benchmarks.ours import WARM_UP_STEPS, peak_gib, train_command
 from benchmarks.results import FOLDER, Results
 from benchmarks.rivals import RIVALS, rival_command, why_not
 from benchmarks.turns import run_in_turns
 from benchmarks.workloads import WORKLOADS, Workload, write_model, write_steps
 from lightning_peft.training.precision import has_fast_bf16
 
-WARM_UP_STEPS = 2
 LEARNING_RATE = 2e-4
 
 
@@ -58,11 +57,10 @@ def summarise(sides: dict[str, dict[str, Any]], rival: str, tokens_per_step: flo
         side["tokens_per_second"] = tokens_per_step / statistics.median(side["seconds"][WARM_UP_STEPS:])
     ours, other = sides["ours"], sides[rival]
     neighbours = list(zip(other["seconds"], ours["seconds"], strict=True))[WARM_UP_STEPS:]
-    memory = "device_gib" if "device_gib" in ours["peak"] else "anonymous_gib"
     return {
         "tokens_per_step": tokens_per_step,
         "speedup": statistics.median(theirs / mine for theirs, mine in neighbours),
-        "memory_ratio": ours["peak"][memory] / other["peak"][memory],
+        "memory_ratio": peak_gib(ours) / peak_gib(other),
         "largest_loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], other["losses"], strict=True)),
         **sides,
     }

@@ -6,6 +6,7 @@ Run by `compare.py`: `python rivals.py NAME FOLDER --lr 2e-4 --dtype float32`, F
 import argparse
 import importlib.util
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
@@ -26,8 +28,10 @@ from transformers import (
 )
 
 from benchmarks.memory import PeakMemory, synchronize
-from benchmarks.turns import Turns
-from benchmarks.workloads import TokenRow
+from benchmarks.ours import WARM_UP_STEPS
+from benchmarks.turns import Turns, run_in_turns
+from benchmarks.workloads import TokenRow, write_steps
+from lightning_peft.training.precision import has_fast_bf16
 
 
 class TakeTurns(TrainerCallback):
@@ -64,19 +68,27 @@ def pad(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def training_arguments(steps: int, lr: float, dtype: torch.dtype, folder: str) -> dict[str, Any]:
+def training_arguments(
+    steps: int, lr: float, dtype: torch.dtype, folder: str, checkpointing: bool = False
+) -> dict[str, Any]:
     """What `train` does by default, in the words of `transformers`: AdamW, gradients clipped at 1, rows in order."""
     return {
         "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": 1, "learning_rate": lr,
         "lr_scheduler_type": "constant", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "remove_unused_columns": False,
         "train_sampling_strategy": "sequential", "dataloader_pin_memory": False, "use_cache": False,
-        "bf16": dtype is torch.bfloat16, "fp16": False, "gradient_checkpointing": False, "disable_tqdm": True,
+        "bf16": dtype is torch.bfloat16, "fp16": False, "gradient_checkpointing": checkpointing, "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
 
 
 def load(folder: Path, dtype: torch.dtype) -> PeftModel:
+    """The model in `folder` with its starting adapter; a shape without weights is drawn, with a fresh one."""
+    if not (folder / "start").is_dir():
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model"), dtype=dtype)
+        fresh = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, fresh)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     model.config.use_cache = False
     return PeftModel.from_pretrained(model, folder / "start", is_trainable=True)
@@ -119,9 +131,19 @@ def why_not(name: str) -> str | None:
     return None
 
 
-def rival_command(name: str, folder: Path, lr: float, dtype: torch.dtype) -> list[str]:
+def rival_command(name: str, folder: Path, lr: float, dtype: torch.dtype, checkpointing: bool = False) -> list[str]:
     words = [name, str(folder), "--lr", str(lr), "--dtype", str(dtype).removeprefix("torch.")]
-    return [sys.executable, "-m", "benchmarks.rivals", *words]
+    return [sys.executable, "-m", "benchmarks.rivals", *words, *(["--checkpointing"] if checkpointing else [])]
+
+
+def measure_rival(name: str, overrides: list[str], steps: int, folder: Path, timeout: float) -> dict[str, Any]:
+    """A rival alone, recomputing activations, on the rows that `train` with these overrides reads."""
+    tokens = write_steps(overrides, folder, steps) / steps
+    dtype = torch.bfloat16 if has_fast_bf16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
+    command = rival_command(name, folder, 2e-4, dtype, checkpointing=True)
+    side = run_in_turns({name: command}, steps, folder, timeout)[name]
+    side["step_seconds"] = statistics.median(side["seconds"][WARM_UP_STEPS:])
+    return side | {"tokens_per_second": tokens / side["step_seconds"]}
 
 
 def main() -> None:
@@ -130,13 +152,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--dtype", required=True)
+    parser.add_argument("--checkpointing", action="store_true")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     steps: list[list[TokenRow]] = json.loads((options.folder / "steps.json").read_text())
     rows = Dataset.from_list([{key: [row[key] for row in step] for key in ("input_ids", "labels")} for step in steps])
     turns, memory = Turns(synchronize), PeakMemory()
     with tempfile.TemporaryDirectory() as output:
-        arguments = training_arguments(len(steps), options.lr, dtype, output)
+        arguments = training_arguments(len(steps), options.lr, dtype, output, options.checkpointing)
         trainer = RIVALS[options.name](
             options.folder, dtype, arguments, train_dataset=rows, data_collator=pad, callbacks=[TakeTurns(turns)]
         )

@@ -7,6 +7,7 @@ has it; its clock runs from then to its next request, so whatever its loop does 
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ class Turns:
         self._started: float | None = None
         self.loss: float | None = None
         """Set by the loop after its step: mean over the step's supervised tokens."""
+        self.tokens: int | None = None
+        """Tokens of the step that are not padding, from a loop that knows them."""
 
     def begin(self) -> None:
         self._report_step()
@@ -49,7 +52,7 @@ class Turns:
             return
         if self._synchronize is not None:
             self._synchronize()
-        self._send({"seconds": time.perf_counter() - self._started, "loss": self.loss})
+        self._send({"seconds": time.perf_counter() - self._started, "loss": self.loss, "tokens": self.tokens})
 
     def _send(self, message: dict[str, Any]) -> None:
         self._reports.write(json.dumps(message) + "\n")
@@ -59,7 +62,7 @@ class Turns:
 class Side:
     """The benchmark's end: starts a training process and gives it its turns."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path):
+    def __init__(self, name: str, command: Sequence[str], log: Path, timeout: float):
         self.name, self.log = name, log
         read_go, go = os.pipe()
         reports, write_reports = os.pipe()
@@ -75,6 +78,8 @@ class Side:
             )
         os.close(read_go)
         os.close(write_reports)
+        self._deadline = threading.Timer(timeout, self._process.kill)
+        self._deadline.start()
         try:
             self._receive()
         except RuntimeError:
@@ -96,6 +101,7 @@ class Side:
         return summary
 
     def kill(self) -> None:
+        self._deadline.cancel()
         self._process.kill()
         self._process.wait()
         self._go.close()
@@ -109,16 +115,19 @@ class Side:
         return message
 
 
-def run_in_turns(commands: Mapping[str, Sequence[str]], steps: int, folder: Path) -> dict[str, dict[str, Any]]:
+def run_in_turns(
+    commands: Mapping[str, Sequence[str]], steps: int, folder: Path, timeout: float = 1800
+) -> dict[str, dict[str, Any]]:
     """Start each command, one after the other, and let them take `steps` steps in turn.
 
-    Returns, by name: start_seconds, first_step_seconds (start included), seconds and losses of every step, and the
-    process's own summary. Raises RuntimeError, with the end of its output, when a process ends early.
+    Returns, by name: start_seconds, first_step_seconds (start included), seconds, losses and tokens of every step, and
+    the process's own summary. Raises RuntimeError, with the end of its output, when a process ends early; after
+    `timeout` seconds it is made to.
     """
     sides: list[Side] = []
     try:
         for name, command in commands.items():
-            sides.append(Side(name, command, folder / f"{name}.log"))
+            sides.append(Side(name, command, folder / f"{name}.log", timeout))
         for _ in range(steps):
             for side in sides:
                 side.step()
@@ -128,6 +137,7 @@ def run_in_turns(commands: Mapping[str, Sequence[str]], steps: int, folder: Path
                 "first_step_seconds": side.start_seconds + side.steps[0]["seconds"],
                 "seconds": [step["seconds"] for step in side.steps],
                 "losses": [step["loss"] for step in side.steps],
+                "tokens": [step["tokens"] for step in side.steps],
             }
             | side.summary()
             for side in sides

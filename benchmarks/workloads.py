@@ -25,29 +25,30 @@ class Workload:
 
     name: str
     rows: int
-    """Rows in a step, where they are not packed."""
+    """Rows in a step."""
     tokens: int
-    """Length of a row, or of a packed one."""
+    """Length of a row in tokens."""
     packed: bool = False
-    """Short rows of a real task: ours packs them, a rival pads the same ones to the longest of the step."""
+    """Each row is several short ones of a real task; a rival pads the same ones to the longest of the step."""
 
     def write_rows(self, folder: Path, steps: int) -> list[str]:
         """Write `rows.jsonl`; returns the overrides for it."""
         path = folder / "rows.jsonl"
-        # Every token of a byte tokenizer counts one character, so this many are enough for any tokenizer.
-        found = generate_rows(max(64, steps * self.tokens // 40 if self.packed else 64), seed=0, split="train")
+        # No tokenizer makes fewer than 40 tokens of a row.
+        needed = steps * self.rows * self.tokens // 40 if self.packed else 64
+        found = generate_rows(max(64, needed), seed=0, split="train")
         if self.packed:
             lines = [json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) for row in found]
             columns = ["data.prompt_column=prompt", "data.completion_column=completion"]
-            shape = ["data.packing=true", "data.micro_batch_size=1"]
+            shape = ["data.packing=true"]
         else:
             lines = [json.dumps({"text": text}) for text in self._long_texts(found, steps * self.rows)]
             columns = ["data.text_column=text"]
-            shape = ["data.packing=false", f"data.micro_batch_size={self.rows}"]
+            shape = ["data.packing=false"]
         path.write_text("\n".join(lines) + "\n")
         return [
             "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", f"data.max_length={self.tokens}",
-            *columns, *shape,
+            f"data.micro_batch_size={self.rows}", *columns, *shape,
         ]  # fmt: skip
 
     def _long_texts(self, rows: list[dict[str, str]], count: int) -> list[str]:
@@ -56,7 +57,7 @@ class Workload:
         texts = []
         for _ in range(count):
             text = ""
-            while len(text) < 8 * self.tokens:
+            while len(text) < 6 * self.tokens:
                 row = draw.choice(rows)
                 text += f"{row['prompt']}\n{row['completion']}\n\n"
             texts.append(text)
