@@ -25,6 +25,16 @@ lint: .venv/.installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# Every result file and the README's tables; an hour and a half on two CPU cores, and it goes on where it was stopped.
+BENCH := .venv/bin/python benchmarks
+bench: .venv/.installed-test
+	$(BENCH)/compare.py
+	$(BENCH)/scaling.py
+	$(BENCH)/methods.py
+	$(BENCH)/methods.py --part time
+	$(BENCH)/gpu.py
+	$(BENCH)/tables.py
+
 # Without a GPU a plain torch would bring gigabytes of CUDA: the pinned build is installed first.
 .venv/.installed: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -9,6 +9,7 @@ Both parts go on where they were stopped: a method in the result file is not run
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ours import WARM_UP_STEPS, measure_runs, peak_gib
 from benchmarks.results import FOLDER, Results
+from benchmarks.workloads import Workload
 from lightning_peft.compose import compose_config
 
 METHODS = (
@@ -105,17 +108,55 @@ def measure_quality(methods: list[str], results: Results, steps: int, rows: int,
     return failed
 
 
+def measure_cost(methods: list[str], results: Results, workload: Workload, steps: int, model: str) -> list[str]:
+    """Fill `results` with each method's step time and peak memory beside LoRA's, in turn with LoRA's steps."""
+    failed = []
+    for method in methods:
+        if method == "lora" or method in results.rows:
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = workload.write_rows(Path(temporary), steps)
+            common = [f"model={model}", "schedule=constant", *rows]
+            try:
+                sides = measure_runs({name: [f"method={name}", *common] for name in ("lora", method)}, steps)
+            except RuntimeError as error:
+                failed.append(method)
+                print(f"{method}: {error}", file=sys.stderr, flush=True)
+                continue
+        lora, other = sides["lora"], sides[method]
+        neighbours = list(zip(lora["seconds"], other["seconds"], strict=True))[WARM_UP_STEPS:]
+        row = {
+            "time_to_lora": statistics.median(theirs / mine for mine, theirs in neighbours),
+            "memory_to_lora": peak_gib(other) / peak_gib(lora),
+            "seconds": other["seconds"],
+            "lora_seconds": lora["seconds"],
+            "peak_gib": peak_gib(other),
+            "lora_peak_gib": peak_gib(lora),
+        }
+        results.add(method, row)
+        print(f"{method}: {row['time_to_lora']:.2f}x LoRA's time, {row['memory_to_lora']:.2f}x its memory", flush=True)
+    return failed
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of 512 tokens")
-    parser.add_argument("--rows", type=int, default=100, help="unseen rows to score on")
+    parser.add_argument("--part", choices=("quality", "time"), default="quality")
+    parser.add_argument("--steps", type=int, help="optimiser steps, 40 for quality and 7 for time")
+    parser.add_argument("--rows", type=int, help="unseen rows to score on (100); for time, rows of a step (1)")
     parser.add_argument("--model", default="smollm2_135m", help="an option of the group model")
-    parser.add_argument("--output", type=Path, default=FOLDER / "methods.json")
+    parser.add_argument("--output", type=Path, help="methods.json, or methods_time.json")
     options = parser.parse_args(arguments)
-    settings = {"model": options.model, "steps": options.steps, "tokens_per_step": 512, "rows": options.rows, "seed": 0}
-    results = Results(options.output, settings)
-    failed = measure_quality(options.methods, results, options.steps, options.rows, options.model)
+    if options.part == "quality":
+        steps, rows = options.steps or 40, options.rows or 100
+        settings = {"model": options.model, "steps": steps, "tokens_per_step": 512, "rows": rows, "seed": 0}
+        results = Results(options.output or FOLDER / "methods.json", settings)
+        failed = measure_quality(options.methods, results, steps, rows, options.model)
+    else:
+        steps, rows = options.steps or 7, options.rows or 1
+        settings = {"model": options.model, "steps": steps, "rows": rows, "tokens": 512}
+        results = Results(options.output or FOLDER / "methods_time.json", settings)
+        failed = measure_cost(options.methods, results, Workload("", rows, 512), steps, options.model)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

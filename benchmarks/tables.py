@@ -1,0 +1,98 @@
+"""The README's tables of results, made from the JSON files; `python benchmarks/tables.py` writes them anew."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import FOLDER
+
+README = Path(__file__).parent.parent / "README.md"
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""A table in the README between two comments."""
+
+Row = dict[str, Any]
+
+
+def read(name: str) -> dict[str, Row]:
+    """The rows of a result file; none when it is not there."""
+    path = FOLDER / f"{name}.json"
+    rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    return rows
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def show(row: Row, key: str, form: str) -> str:
+    """The value in this format; a dash when the row lacks it."""
+    return format(row[key], form) if key in row else "-"
+
+
+def compare_table() -> str:
+    rows = []
+    for name, row in read("compare").items():
+        workload, _, rival = name.partition(", ")
+        ours, other = row["ours"], row[rival]
+        memory = "device_gib" if "device_gib" in ours["peak"] else "anonymous_gib"
+        rows.append([
+            workload, rival, f"{other['tokens_per_second']:,.0f}", f"{ours['tokens_per_second']:,.0f}",
+            f"{row['speedup']:.2f}x", f"{other['peak'][memory]:.2f}", f"{ours['peak'][memory]:.2f}",
+            f"{row['memory_ratio']:.2f}x", f"{other['first_step_seconds']:.0f} / {ours['first_step_seconds']:.0f}",
+            f"{row['largest_loss_difference']:.0e}",
+        ])  # fmt: skip
+    header = [
+        "workload", "beside", "its tokens/s", "ours", "speed", "its peak GiB", "ours", "memory",
+        "seconds to first step, its / ours", "losses differ by at most",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def methods_table() -> str:
+    rows, costs = [], {"lora": {"time_to_lora": 1.0, "memory_to_lora": 1.0}} | read("methods_time")
+    for name, row in read("methods").items():
+        cost = costs.get(name, {})
+        rows.append([
+            f"`{name}`" if name != "base" else "no training", show(row, "trainable_parameters", ","),
+            show(row, "learning_rate", "g"), show(row, "validation_loss", ".3f"),
+            show(row, "execution_accuracy", ".0%"), show(cost, "time_to_lora", ".2f"),
+            show(cost, "memory_to_lora", ".2f"),
+        ])  # fmt: skip
+    header = [
+        "method", "trained", "learning rate", "validation loss", "execution accuracy", "step time / LoRA's",
+        "peak memory / LoRA's",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def scaling_table() -> str:
+    rows = [
+        [name, f"{row['tokens_per_second']:,.0f}", f"{row['step_seconds']:.2f}", f"{row['peak_gib']:.2f}"]
+        for name, row in read("scaling").items()
+    ]
+    return markdown(["step", "tokens/s", "seconds", "peak GiB"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "compare": compare_table,
+    "methods": methods_table,
+    "scaling": scaling_table,
+}
+
+
+def with_tables(text: str) -> str:
+    """The text with every marked table as the result files have it."""
+    return MARKED.sub(lambda found: found.group(1) + TABLES[found.group(2)]() + found.group(3), text)
+
+
+def main() -> int:
+    README.write_text(with_tables(README.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The README shows what the result files hold."""
+
+import json
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.tables import MARKED, README, TABLES, with_tables
+
+
+def test_tables_of_the_readme_are_those_of_the_result_files():
+    text = README.read_text()
+    assert text == with_tables(text), "python benchmarks/tables.py writes the tables anew"
+
+
+def test_every_result_file_of_a_table_is_shown():
+    shown = {name for _, name, _ in MARKED.findall(README.read_text())}
+    assert {name for name in TABLES if tables.read(name)} <= shown
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+
+    def write(name, rows):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+
+    return write
+
+
+def test_methods_table_joins_quality_and_cost(results):
+    results("methods", {
+        "base": {"validation_loss": 1.9, "execution_accuracy": 0.0},
+        "dora": {
+            "trainable_parameters": 5000, "learning_rate": 0.001, "validation_loss": 0.5, "execution_accuracy": 0.25,
+        },
+    })  # fmt: skip
+    results("methods_time", {"dora": {"time_to_lora": 1.075, "memory_to_lora": 1.2}})
+    lines = with_tables("<!-- table methods -->\nold\n<!-- end -->").splitlines()
+    assert lines[3] == "| no training | - | - | 1.900 | 0% | - | - |"
+    assert lines[4] == "| `dora` | 5,000 | 0.001 | 0.500 | 25% | 1.07 | 1.20 |"
+
+
+def test_compare_table_shows_both_sides(results):
+    side = {"tokens_per_second": 200.0, "peak": {"anonymous_gib": 2.0}, "first_step_seconds": 10.4}
+    other = {"tokens_per_second": 100.0, "peak": {"anonymous_gib": 4.0}, "first_step_seconds": 20.0}
+    row = {"speedup": 2.0, "memory_ratio": 0.5, "largest_loss_difference": 1e-6, "ours": side, "peft": other}
+    results("compare", {"4x512, peft": row})
+    assert TABLES["compare"]().splitlines()[2] == (
+        "| 4x512 | peft | 100 | 200 | 2.00x | 4.00 | 2.00 | 0.50x | 20 / 10 | 1e-06 |"
+    )
