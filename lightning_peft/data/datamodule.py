@@ -234,3 +234,6 @@ def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
     behind = current["ready"] - current["completed"]
     ready = taken // world_size
     current.update(ready=ready, started=ready, processed=ready, completed=ready - behind)
+    # Over all epochs: what the validations and the random numbers of a batch go by.
+    ready = progress["total"]["ready"] * saved_world_size // world_size
+    progress["total"].update(ready=ready, started=ready, processed=ready, completed=ready - behind)

@@ -24,6 +24,7 @@ from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
+from lightning_peft.distributed import worst
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.loading import ModelConfig, load_model
 from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
@@ -38,6 +39,7 @@ from lightning_peft.quantization.convert import (
 )
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
+from lightning_peft.training.callbacks.step_metrics import peak_memory_gib
 from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
 
@@ -101,14 +103,16 @@ class FinetuneModule(LightningModule):
         """Load, quantise and adapt the model. Lightning calls this once the ranks exist; a second call does nothing."""
         if self.objective is not None:
             return
-        device = torch.device("cpu")
+        device, strategy = torch.device("cpu"), None
         if self._trainer is not None:
+            strategy = self.trainer.strategy
             if isinstance(self.trainer.precision_plugin, HalfPrecision):
                 raise ValueError(
                     f"Trainer(precision={self.trainer.precision!r}) would cast the fp32 adapters: "
                     'use plugins=[ComputePrecision("bf16-true")] instead'
                 )
-            device = self.trainer.strategy.root_device
+            # Before it is sharded the model may be larger than a device: blocks move there one at a time.
+            device = torch.device("cpu") if isinstance(strategy, ShardedModel) else strategy.root_device
         model = load_model(self.model_config, self.weight_dtype, self.quantization_config, device=device)
         if self.quantization_config.verify:
             self.base_fingerprint = weights_fingerprint(model)
@@ -123,8 +127,14 @@ class FinetuneModule(LightningModule):
             logger.info("weights: %s; %.3f bits a quantised parameter", ", ".join(groups), bits_per_parameter(model))
         checkpoint_blocks(model, self.activation_checkpointing)
         self.objective = SupervisedLoss(model).train()
-        if self._trainer is not None and isinstance(self.trainer.strategy, ShardedModel):
-            self.trainer.strategy.shard(model, self.objective)
+        if isinstance(strategy, ShardedModel):
+            strategy.shard(model, self.objective)
+            logger.info(
+                "sharded over %d ranks: %.1f MiB on each; host memory at its peak while loading: %.2f GiB",
+                strategy.world_size,
+                sum(memory_by_group(model).values()) / 2**20,
+                worst(peak_memory_gib(torch.device("cpu"))),
+            )
 
     def start_adapters(self, model: PreTrainedModel) -> None:
         """Initialisations that read more than the layer: weights before quantisation, or activations of the data."""

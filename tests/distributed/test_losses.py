@@ -4,7 +4,7 @@ import pytest
 import torch
 from rank_runs import adapter, column, result, train_on_ranks
 
-BASES = {"dense": ["method=lora"], "nf4": ["method=qlora"]}
+BASES = {"dense": ["method=lora"], "nf4": ["method=qlora", "quantization.verify=true"]}
 STEPS = ["trainer.max_steps=5", "data.packing=true", "data.max_length=512", "data.on_too_long=skip"]
 FP32_NOISE = {"rtol": 2e-5, "atol": 2e-6}
 """Sums over the ranks are taken in another order."""

@@ -1,0 +1,43 @@
+"""What a sharded step sends between ranks and keeps for gradients."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    file = tmp_path_factory.mktemp("traffic") / "measured.json"
+    program = Path(__file__).with_name("count_traffic.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*launcher, str(program), str(file)],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(file.read_text())
+
+
+@pytest.mark.multi_process
+def test_4bit_blocks_move_a_quarter_of_the_bytes(measured):
+    # The first gather is the root's: embeddings, norm and head, which stay dense. Adapters and norms are in both.
+    dense, coded = (sum(measured[base]["gathered"][1:]) for base in ("bf16", "nf4"))
+    assert len(measured["nf4"]["gathered"]) == len(measured["bf16"]["gathered"]) > 2
+    assert 0.25 < coded / dense < 0.30
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_gradients_are_those_of_the_adapters_alone(measured, base):
+    trained = measured[base]["trained"]
+    assert trained <= sum(measured[base]["reduced"]) <= 1.02 * trained  # rows are padded to the number of ranks
+    assert measured[base]["gradients"] * 2 == trained
+
+
+@pytest.mark.multi_process
+def test_dequantised_weights_are_the_same_after_sharding_and_a_step(measured):
+    assert measured["nf4"]["same_weights"]
