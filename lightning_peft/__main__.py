@@ -8,6 +8,10 @@ from lightning_peft.training.preemption import PREEMPTED, Preempted, nothing_to_
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
+    "submit": (
+        "lightning_peft.commands.submit:submit",
+        "hand a training to SLURM: cluster.partition=... cluster.nodes=2",
+    ),
     "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
     "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
     "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),

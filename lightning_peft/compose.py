@@ -68,6 +68,9 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
 
 def typed(config: DictConfig) -> Any:
     """The dataclass behind a composed config; runs every `__post_init__`."""
+    if "run_dir" in config:
+        # First, and once: it may hold a digest of the config, which resolving changes, and other values refer to it.
+        config.run_dir = config.run_dir
     OmegaConf.resolve(config)
     return OmegaConf.to_object(config)
 

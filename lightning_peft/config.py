@@ -1,5 +1,7 @@
 """The root config of every command, and the table of schemas that its option files start from."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -12,6 +14,7 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.merged import MergeConfig
+from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.data.config import DataConfig
 from lightning_peft.evaluation.tasks import TASKS
 from lightning_peft.inference.generate import SamplingConfig
@@ -79,6 +82,8 @@ class TrainConfig:
     """Lightning loggers by name, each a `_target_` node."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Further Lightning callbacks by name, each a `_target_` node."""
+    cluster: ClusterConfig | None = None
+    """Where `submit` runs it; null under `train`, which runs it here."""
     claim: dict[str, Any] = field(default_factory=dict)
     """What a recipe says it reaches; kept with the run, read by nobody else."""
 
@@ -209,6 +214,7 @@ class D90Config:
 
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
+    "submit": TrainConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "merge": MergeCommandConfig,
@@ -219,6 +225,7 @@ ROOTS: dict[str, type] = {
 def register_schemas() -> None:
     """Put every schema where the option files under `conf/` look for it."""
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
+    OmegaConf.register_new_resolver("config_digest", config_digest, replace=True)
     store = ConfigStore.instance()
     for command, root in ROOTS.items():
         store.store(name=f"{command}_schema", node=root)
@@ -228,7 +235,7 @@ def register_schemas() -> None:
         store.store(group="optimizer", name=f"{name}_schema", node=optimizer.config)
     singles = {
         "model": ModelConfig, "quantization": QuantizationConfig, "schedule": ScheduleConfig, "data": DataConfig,
-        "strategy": StrategyConfig,
+        "strategy": StrategyConfig, "cluster": ClusterConfig,
     }  # fmt: skip
     for group, node in singles.items():
         store.store(group=group, name="schema", node=node)
@@ -239,6 +246,14 @@ def trial_name(overrides: str) -> str:
     words = [override.partition("=") for override in overrides.split(",") if override]
     name = "_".join(key.rpartition(".")[2] + value for key, _, value in words)
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "trial"
+
+
+def config_digest(*, _root_: DictConfig) -> str:
+    """Eight letters that tell configs apart; where a run stands and on which cluster does not count."""
+    config = OmegaConf.to_container(_root_, resolve=False, enum_to_str=True)
+    assert isinstance(config, dict)
+    counted = {key: value for key, value in config.items() if key not in ("run_dir", "cluster", "resume", "dry_run")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def train_config(saved: dict[str, Any]) -> TrainConfig:

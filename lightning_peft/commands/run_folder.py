@@ -13,7 +13,7 @@ from lightning_peft.config import TrainConfig, plain
 
 LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model")
 """What a run folder holds once something happened in it."""
-NOT_COMPARED = ("resume", "dry_run", "run_dir", "logger", "callbacks")
+NOT_COMPARED = ("resume", "dry_run", "run_dir", "logger", "callbacks", "cluster")
 """What may differ between the starts of one run."""
 
 

@@ -62,6 +62,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     With strategy=ddp or fsdp the ranks are started from here, once everything is checked, unless this process is one.
     """
     started = time.perf_counter()
+    if config.cluster is not None:
+        raise ValueError("cluster: train runs here; submit takes the same words and hands them to the cluster")
     check_trainer_options(config.trainer)
     accelerator = resolve_accelerator(str(config.trainer.get("accelerator", "auto")))
     precision = resolve_precision(str(config.trainer.get("precision", "auto")), accelerator, trains_all(config))

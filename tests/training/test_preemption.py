@@ -1,6 +1,5 @@
 """A signalled run leaves with status 75 and, started again, ends as one that was never disturbed."""
 
-import csv
 import json
 import os
 import signal
@@ -10,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from equal_runs import assert_equal_runs
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
-from safetensors.torch import load_file
 from tiny_runs import TINY, tiny_config
 
 from lightning_peft.commands.train import train
@@ -22,27 +21,6 @@ RUN = [
     "trainer.accumulate_grad_batches=2", "validation.every_n_steps=3", "checkpoint.every_n_steps=4", "resume=auto",
 ]  # fmt: skip
 """15 micro batches an epoch, so its last window is a half one."""
-COMPARED = ("step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "validation_loss")
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
-
-
-def compared_rows(run_dir: Path) -> list[dict[str, str]]:
-    return [{key: row[key] for key in COMPARED} for row in rows(run_dir)]
-
-
-def assert_equal_runs(disturbed: Path, undisturbed: Path) -> None:
-    for name in ("adapter/adapter_model.safetensors", "adapter_best/adapter_model.safetensors"):
-        ours, expected = load_file(disturbed / name), load_file(undisturbed / name)
-        assert ours.keys() == expected.keys()
-        assert all((ours[key] == expected[key]).all() for key in expected), name
-    assert compared_rows(disturbed) == compared_rows(undisturbed)
-    ours, expected = (json.loads((run / "result.json").read_text()) for run in (disturbed, undisturbed))
-    assert [ours[key] for key in ("status", "steps", "train_loss", "validation_loss")] == [
-        expected[key] for key in ("status", "steps", "train_loss", "validation_loss")
-    ]
 
 
 def train_preempted(run_dir: Path, *overrides: str) -> None:

@@ -1,0 +1,233 @@
+"""SLURM: what a job asks for, its batch script, and the commands that submit, watch, cancel and requeue it."""
+
+import logging
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 60
+"""What a SLURM command may take; a controller that is away makes it wait for about as long."""
+
+
+@dataclass
+class ClusterConfig:
+    """Where `submit` runs a training, and what it asks for there."""
+
+    partition: str | None = None
+    """SLURM partition; null takes the cluster's default."""
+    nodes: int = 1
+    """Nodes of a run."""
+    gpus_per_node: int = 0
+    """GPUs on each node; 0 runs on CPUs."""
+    tasks_per_node: int | None = None
+    """Ranks on each node; null takes one for each GPU, else one."""
+    cpus_per_task: int | None = None
+    """CPU cores of a rank; null leaves it to the cluster."""
+    time: int | None = None
+    """Minutes until SLURM ends the job; null takes the partition's limit."""
+    grace: int = 120
+    """Seconds before the end of `time` at which the run is told to save and make way for its continuation."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of bash before the ranks start: modules, a virtual environment, variables."""
+    container: str | None = None
+    """Command that runs the ranks in a container, as "apptainer exec --nv image.sif"."""
+    python: str | None = None
+    """Python that runs the ranks; null takes the one that submits."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further options of sbatch, as [--account physics, --exclusive]."""
+    dry_run: bool = False
+    """Print the batch script; write and submit nothing."""
+
+    def __post_init__(self) -> None:
+        minimums = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "time": 1, "grace": 1}
+        for key, minimum in minimums.items():
+            value = getattr(self, key)
+            if value is not None and value < minimum:
+                raise ValueError(f"cluster.{key}={value}: must be at least {minimum}")
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"cluster.tasks_per_node={self.tasks_per_node} cluster.gpus_per_node={self.gpus_per_node}: "
+                "a rank takes one GPU, so leave tasks_per_node out"
+            )
+        if self.time is not None and self.grace >= self.time * 60:
+            raise ValueError(f"cluster.grace={self.grace} cluster.time={self.time}: seconds before the end of minutes")
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+
+BODY = """\
+{setup}
+# Where the ranks meet.
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))
+{wandb}
+# The signals are for the ranks; this shell outlives them.
+trap : TERM USR1 USR2
+
+srun --kill-on-bad-exit=1 {python} -m lightning_peft train {train}
+status=$?
+
+# 75: a signal came and the run is saved, so the same job goes on from there, unless it was cancelled.
+# Any other status is the run's own: a crash shows as FAILED.
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
+if [ "$status" -eq 75 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+  scontrol requeue "$job"
+fi
+exit "$status"
+"""
+
+WANDB = """
+# Started here, Weights & Biases' service outlives the signals that end the ranks, and finishes writing.
+export WANDB_SERVICE=$({wandb} beta core start --idle-timeout 5m 2>&1 | grep -oE '^3-[0-9]+-[a-z]+-.*')
+"""
+
+
+def batch_script(
+    cluster: ClusterConfig, name: str, log: str, train: str, array: str | None = None, wandb: bool = False
+) -> str:
+    """A batch script of one run, or of an array of runs with `array` as sbatch takes it ("0-7%4").
+
+    `log` may hold sbatch's %j, %A and %a. `train` is bash: the words after `lightning-peft train`, every rank's own.
+    """
+    needs = [
+        f"--job-name={name}",
+        f"--output={log}",
+        *([f"--array={array}"] if array else []),
+        *([f"--partition={cluster.partition}"] if cluster.partition else []),
+        f"--nodes={cluster.nodes}",
+        f"--ntasks-per-node={cluster.ranks_per_node}",
+        *([f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []),
+        *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
+        *([f"--time={cluster.time}"] if cluster.time else []),
+        *cluster.sbatch,
+    ]
+    resumes = [f"--signal=USR1@{cluster.grace}", "--requeue", "--open-mode=append"]
+    head = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in needs),
+        f"# The ranks are told {cluster.grace} s before the time limit; then the job is requeued, its log continued.",
+        *(f"#SBATCH {option}" for option in resumes),
+    ]
+    python = " ".join([*([cluster.container] if cluster.container else []), shlex.quote(cluster.python or "python")])
+    setup = "\n".join(["", "# The environment of the ranks.", *cluster.setup, ""]) if cluster.setup else ""
+    service = WANDB.format(wandb=f"{python} -m wandb") if wandb else ""
+    return "\n".join([*head, BODY.format(setup=setup, wandb=service, python=python, train=train)])
+
+
+def train_words(config_path: Path) -> str:
+    """`train` of `batch_script` for one run."""
+    return f"config_path={shlex.quote(str(config_path.resolve()))}"
+
+
+def array_train_words(run_dirs: Path) -> str:
+    """`train` of `batch_script` for an array: task i runs what stands in line i (from 0) of a file of run folders.
+
+    A relative path counts from where sbatch is called.
+    """
+    line = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(run_dirs))})'
+    return f'config_path="{line}/config.yaml"'
+
+
+@dataclass(frozen=True)
+class Job:
+    """What SLURM says about a job, or about one task of an array."""
+
+    id: str
+    """As 71, or 71_4 for task 4 of array 71."""
+    state: str
+    """As PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, PREEMPTED."""
+    exit_code: int
+    restarts: int
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it runs or will run."""
+        return self.state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING")
+
+
+def submit_script(script: Path) -> str:
+    """Hand a batch script to SLURM. Returns the job's id; raises RuntimeError with what sbatch said."""
+    return _slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+
+def find_jobs(job_ids: Iterable[str]) -> dict[str, Job]:
+    """The jobs by id, an array by its tasks (71_0, 71_1 ...). What SLURM has forgotten is absent.
+
+    slurmctld forgets finished jobs after minutes (MinJobAge); sacct, where there is accounting, remembers them.
+    """
+    found: dict[str, Job] = {}
+    for job_id in job_ids:
+        jobs = _from_slurmctld(job_id) or _from_accounting(job_id)
+        found |= {job.id: job for job in jobs}
+    return found
+
+
+def cancel_jobs(job_ids: Iterable[str]) -> None:
+    _slurm("scancel", *job_ids)
+
+
+def requeue_job(job_id: str) -> None:
+    """Start a job again; its ranks are signalled first and resume where they were."""
+    _slurm("scontrol", "requeue", job_id)
+
+
+def _slurm(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"{command[0]}: not found; SLURM's commands have to be on PATH here") from error
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    return done.stdout
+
+
+def _from_slurmctld(job_id: str) -> list[Job]:
+    try:
+        lines = _slurm("scontrol", "--oneliner", "show", "job", job_id).splitlines()
+    except RuntimeError as error:
+        if "Invalid job id" in str(error):
+            return []
+        raise
+    jobs: list[Job] = []
+    for line in lines:
+        fields = dict(word.partition("=")[::2] for word in line.split(" ") if "=" in word)
+        state, exit_code = fields["JobState"], int(fields["ExitCode"].partition(":")[0])
+        ids = [fields["JobId"]]
+        if "ArrayJobId" in fields:
+            ids = [f"{fields['ArrayJobId']}_{task}" for task in array_tasks(fields["ArrayTaskId"])]
+        jobs += [Job(one, state, exit_code, int(fields["Restarts"])) for one in ids]
+    return [job for job in jobs if job_id in (job.id, job.id.partition("_")[0])]
+
+
+def _from_accounting(job_id: str) -> list[Job]:
+    fields = "JobID,State,ExitCode"
+    try:
+        table = _slurm("sacct", "--noheader", "--parsable2", "--allocations", f"--format={fields}", f"--jobs={job_id}")
+    except RuntimeError as error:
+        logger.info("no accounting to ask about job %s: %s", job_id, error)
+        return []
+    jobs = []
+    for line in table.splitlines():
+        one, state, exit_code = line.split("|")
+        array, _, tasks = one.partition("_")
+        ids = [f"{array}_{task}" for task in array_tasks(tasks.strip("[]"))] if tasks else [array]
+        # "CANCELLED by 0" names who; restarts are not kept by job but by record.
+        jobs += [Job(each, state.split(" ")[0], int(exit_code.partition(":")[0]), 0) for each in ids]
+    return jobs
+
+
+def array_tasks(text: str) -> list[int]:
+    """The tasks that SLURM writes as "0-3,7%2"."""
+    tasks: list[int] = []
+    for part in re.sub(r"%\d+$", "", text).split(","):
+        first, _, last = part.partition("-")
+        tasks += range(int(first), int(last or first) + 1)
+    return tasks

@@ -1,0 +1,89 @@
+"""`lightning-peft submit`: a training handed to SLURM, to be requeued and resumed until it is finished."""
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.cluster.slurm import ClusterConfig, batch_script, find_jobs, submit_script, train_words
+from lightning_peft.commands.run_folder import find_start
+from lightning_peft.commands.trainer import check_trainer_options, count_ranks
+from lightning_peft.config import TrainConfig, plain
+
+logger = logging.getLogger(__name__)
+
+JOB = "job.json"
+"""In a run folder: the job that runs it."""
+
+
+def submit(config: TrainConfig) -> None:
+    """Write config and batch script into the run folder, submit, print the job's id, and return without waiting.
+
+    Raises ValueError for options that contradict each other, and for a run folder that a job has already.
+    """
+    cluster = config.cluster
+    if cluster is None:
+        raise ValueError("cluster=null: submit needs a cluster, as cluster=slurm")
+    config = for_cluster(config, cluster)
+    assert config.run_dir is not None, "the config composes a run_dir"
+    run_dir = Path(config.run_dir)
+    script = run_script(config, cluster, run_dir)
+    if cluster.dry_run:
+        print(script, end="")
+        return
+    if find_start(config, run_dir).result is not None:
+        logger.info("%s is finished: nothing left to do", run_dir)
+        return
+    if (job_id := active_job(run_dir)) is not None:
+        raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; scancel {job_id} ends it")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
+    (run_dir / "job.sbatch").write_text(script)
+    job_id = submit_script(run_dir / "job.sbatch")
+    with atomic_file(run_dir / JOB) as path:
+        path.write_text(json.dumps({"job_id": job_id}) + "\n")
+    print(f"job {job_id}: {run_dir}")
+
+
+def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
+    """The config its ranks run: nodes and devices from the cluster, the run folder absolute.
+
+    Raises ValueError where trainer.num_nodes or trainer.devices say something else, or the run could not resume.
+    """
+    if config.resume == "never":
+        raise ValueError("resume=never: a job that SLURM requeues has to go on where it was; leave it out")
+    derived: dict[str, Any] = {"num_nodes": cluster.nodes, "devices": cluster.ranks_per_node}
+    for key, value in derived.items():
+        if (given := config.trainer.get(key, 1)) not in (1, "auto", value):
+            source = "cluster.nodes" if key == "num_nodes" else "cluster.tasks_per_node"
+            raise ValueError(f"trainer.{key}={given} {source}={value}: leave trainer.{key} out, it follows the cluster")
+    config = replace(config, trainer=config.trainer | derived, cluster=None)
+    check_trainer_options(config.trainer)
+    count_ranks(config.trainer, config.strategy.kind, "cpu")
+    return config
+
+
+def run_script(config: TrainConfig, cluster: ClusterConfig, run_dir: Path) -> str:
+    """The batch script of one run, which stands in its folder beside the log."""
+    cluster = replace(cluster, python=cluster.python or ("python" if cluster.container else sys.executable))
+    return batch_script(
+        cluster,
+        name=run_dir.name,
+        log=str(run_dir.resolve() / "slurm-%j.log"),
+        train=train_words(run_dir / "config.yaml"),
+        wandb="wandb" in config.logger,
+    )
+
+
+def active_job(run_dir: Path) -> str | None:
+    """The id of the job that has this run folder and is not over."""
+    path = run_dir / JOB
+    if not path.exists():
+        return None
+    job_id = json.loads(path.read_text())["job_id"]
+    return job_id if any(job.is_active for job in find_jobs([job_id]).values()) else None
