@@ -31,7 +31,7 @@ class Turns:
         read, write = os.environ[PIPES].split(",")
         self._go = os.fdopen(int(read), "r")
         self._reports = os.fdopen(int(write), "w")
-        self._started: float | None = None
+        self._started: tuple[float, float] | None = None
         self.loss: float | None = None
         """Set by the loop after its step: mean over the step's supervised tokens."""
         self.tokens: int | None = None
@@ -40,7 +40,7 @@ class Turns:
     def begin(self) -> None:
         self._report_step()
         self._go.readline()
-        self._started = time.perf_counter()
+        self._started = time.perf_counter(), time.process_time()
 
     def end(self, **summary: Any) -> None:
         self._report_step()
@@ -52,7 +52,8 @@ class Turns:
             return
         if self._synchronize is not None:
             self._synchronize()
-        self._send({"seconds": time.perf_counter() - self._started, "loss": self.loss, "tokens": self.tokens})
+        seconds, cpu_seconds = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+        self._send({"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": self.loss, "tokens": self.tokens})
 
     def _send(self, message: dict[str, Any]) -> None:
         self._reports.write(json.dumps(message) + "\n")
@@ -120,9 +121,9 @@ def run_in_turns(
 ) -> dict[str, dict[str, Any]]:
     """Start each command, one after the other, and let them take `steps` steps in turn.
 
-    Returns, by name: start_seconds, first_step_seconds (start included), seconds, losses and tokens of every step, and
-    the process's own summary. Raises RuntimeError, with the end of its output, when a process ends early; after
-    `timeout` seconds it is made to.
+    Returns, by name: start_seconds, first_step_seconds (start included), seconds, cpu_seconds (the processor's own, of
+    all threads), losses and tokens of every step, and the process's own summary. Raises RuntimeError, with the end of
+    its output, when a process ends early; after `timeout` seconds it is made to.
     """
     sides: list[Side] = []
     try:
@@ -136,6 +137,7 @@ def run_in_turns(
                 "start_seconds": side.start_seconds,
                 "first_step_seconds": side.start_seconds + side.steps[0]["seconds"],
                 "seconds": [step["seconds"] for step in side.steps],
+                "cpu_seconds": [step["cpu_seconds"] for step in side.steps],
                 "losses": [step["loss"] for step in side.steps],
                 "tokens": [step["tokens"] for step in side.steps],
             }

@@ -46,7 +46,7 @@ def test_padded_rows_give_the_loss_of_packed_ones(tmp_path):
 
 
 def test_rates_and_ratios_are_medians_of_neighbours_after_the_warm_up():
-    side = {"losses": [1.0] * 5, "peak": {"anonymous_gib": 2.0}}
+    side = {"losses": [1.0] * 5, "cpu_seconds": [1.0] * 5, "peak": {"anonymous_gib": 2.0}}
     ours = side | {"seconds": [9.0, 9.0, 1.0, 2.0, 4.0], "peak": {"anonymous_gib": 1.0}, "losses": [1.0] * 4 + [1.5]}
     row = summarise({"ours": ours, "peft": side | {"seconds": [9.0, 9.0, 2.0, 6.0, 20.0]}}, "peft", 100.0)
     assert row["ours"]["tokens_per_second"] == 50.0 and row["peft"]["tokens_per_second"] == 100 / 6
