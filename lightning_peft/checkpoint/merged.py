@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from lightning_peft.adapters.inject import SHARED, adapters, disable_adapters
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.quantization.convert import dequantized_linear
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.nf4 import INT8, NF4Linear
 from lightning_peft.quantization.weights import dense_weight, write_weight
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ def merge(
         raise MergeError(f"output={output}: exists already; give a new folder")
     if (config.base is MergeBase.original) != (original is not None):
         raise MergeError("merge.base=original needs the base before quantisation, and only it does")
+    if config.base is MergeBase.requantised and any(getattr(m, "kind", None) == INT8 for m in model.modules()):
+        raise MergeError("merge.base=requantised writes 4-bit layers, this base is int8; use merge.base=dequantised")
     for _, layer in adapters(model):
         layer.check_mergeable()
     device = model.device

@@ -1,4 +1,5 @@
-"""Frozen linear layers stored as 4-bit codes (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes' kernels.
+"""Frozen linear layers stored as 4-bit codes (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes' kernels,
+or as 8-bit ones with a scale a row, the weights of LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339).
 
 Importing bitsandbytes takes about four seconds, most of it torch's compiler, so it waits until a layer is quantised.
 """
@@ -17,13 +18,16 @@ ABSMAX_BLOCK = 256
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+INT8 = "int8"
+
+
 class Codes(NamedTuple):
-    """A 4-bit weight of shape (out, in): what is stored of it."""
+    """A quantised weight of shape (out, in): what is stored of it."""
 
     weight: Tensor
-    """(out, in / 2) uint8: two codes a byte, the even column in the high half."""
+    """(out, in / 2) uint8: two codes a byte, the even column in the high half. Of int8 (out, in), its bytes."""
     absmax: Tensor
-    """(out, in / block_size): fp32, or uint8 codes of it when quantised twice."""
+    """(out, in / block_size): fp32, or uint8 codes of it when quantised twice. Of int8 (out, 1)."""
     absmax_scale: Tensor | None
     """(ceil(absmax.numel() / 256),) fp32: absolute maxima of the absmax blocks; None unless quantised twice."""
     absmax_offset: Tensor | None
@@ -54,10 +58,17 @@ CHUNK_WEIGHTS = 2**18
 
 @torch.no_grad()
 def quantize(weight: Tensor, kind: str = "nf4", block_size: int = 64, double_quantization: bool = True) -> Codes:
-    """Codes of a dense (out, in) float weight, bit for bit those of `bitsandbytes.functional.quantize_4bit`."""
+    """Codes of a dense (out, in) float weight, bit for bit those of bitsandbytes' `quantize_4bit`.
+
+    Those of int8 are `int8_vectorwise_quant`'s; block size and double quantisation mean nothing to it.
+    """
     import bitsandbytes  # noqa: F401  registers the kernels; slow import, see the module docstring
 
     rows, columns = weight.shape
+    if kind == INT8:
+        absmax = weight.detach().float().abs().amax(1, keepdim=True)
+        levels = (weight.detach().float() * (127 / absmax.clamp_min(torch.finfo(torch.float32).tiny))).round_()
+        return Codes(levels.to(torch.int8).view(torch.uint8), absmax, None, None)
     if problem := check_blocks(columns, block_size):
         raise ValueError(f"quantization.block_size={block_size}: {problem}")
     weight = weight.detach().contiguous()
@@ -81,6 +92,8 @@ def quantize(weight: Tensor, kind: str = "nf4", block_size: int = 64, double_qua
 def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> Tensor:
     """The dense (out, in) weight: level times absmax in fp32, rounded once to `dtype`."""
     weight, absmax, scale, offset = codes
+    if kind == INT8:
+        return weight.view(torch.int8).float().mul_(absmax / 127).to(dtype)
     if scale is not None and offset is not None:
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(
             absmax, scale, dynamic_map(absmax.device), ABSMAX_BLOCK, torch.float32
@@ -138,7 +151,8 @@ def _matmul_4bit_fake(
     block_size: int,
     transpose: bool,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0] if transpose else weight.shape[1] * 2)
+    in_features = weight.shape[1] * (1 if kind == INT8 else 2)
+    return x.new_empty(*x.shape[:-1], weight.shape[0] if transpose else in_features)
 
 
 class Matmul4Bit(torch.autograd.Function):
@@ -178,7 +192,7 @@ class Matmul4Bit(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """y = x dequantised(W)^T + bias with W in 4-bit codes, kind "nf4" or "fp4"   (eq. 5 and 6).
+    """y = x dequantised(W)^T + bias with W in 4-bit codes, kind "nf4" or "fp4"   (eq. 5 and 6), or 8-bit ones, "int8".
 
     The codes and their absmax are frozen uint8 (absmax: fp32 unless quantised twice) parameters whose rows are the rows
     of W, so FSDP2 shards them like any weight; the small rest are buffers every rank keeps. A layer starts without
@@ -203,6 +217,8 @@ class NF4Linear(nn.Module):
         import bitsandbytes  # noqa: F401  registers the kernels; slow import, see the module docstring
 
         super().__init__()
+        if kind == INT8:
+            block_size, double_quantization = in_features, False
         if problem := check_blocks(in_features, block_size):
             raise ValueError(f"quantization.block_size={block_size}: {problem}")
         self.in_features = in_features
@@ -214,7 +230,8 @@ class NF4Linear(nn.Module):
         """What the weight was before; follows `.to(dtype)`. The dtype of `dequantize`, while the forward has x's."""
         blocks = in_features // block_size
         self.weight = nn.Parameter(
-            torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device), requires_grad=False
+            torch.empty(out_features, in_features // (1 if kind == INT8 else 2), dtype=torch.uint8, device=device),
+            requires_grad=False,
         )
         self.absmax = nn.Parameter(
             torch.empty(

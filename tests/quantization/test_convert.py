@@ -158,7 +158,7 @@ def test_tied_embeddings_count_once():
     ("options", "message"),
     [
         ({"block_size": 48}, "quantization.block_size=48: must be a power of two from 32 to 4096"),
-        ({"kind": Kind.int8}, "quantization.kind=int8: bitsandbytes' LLM.int8 rounds activations"),
+        ({"kind": Kind.int8}, "quantization.block_size=64 double_quantization=True: kind=int8 has one fp32 scale"),
     ],
 )
 def test_config_refuses(options, message):
