@@ -3,14 +3,45 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
+from lightning_peft.adapters.base import Target
+from lightning_peft.adapters.lora import LoRAConfig, LoRALinear, LowRankProduct
 
 
 @dataclass
 class LoRAFAConfig(LoRAConfig):
     method: str = "lora_fa"
+    gradient_correction: bool = False
+    """Give B the gradient whose step is nearest to full fine-tuning's, grad (A A^T)^-1 / scaling^2, as HF PEFT's
+    LoRA-FA optimiser does; the first version of the paper takes the plain gradient."""
+
+    def layer_options(self, target: Target) -> dict[str, Any]:
+        if self.gradient_correction and target.rank is not None and target.rank > target.in_features:
+            raise ValueError(
+                f"adapter.gradient_correction=true adapter.rank={target.rank}: A A^T has no inverse above the "
+                f"{target.in_features} inputs of {target.name}"
+            )
+        return {**super().layer_options(target), "gradient_correction": self.gradient_correction}
+
+
+class CorrectedGradient(torch.autograd.Function):
+    """B, whose gradient g comes out as g (A A^T)^-1 / scaling^2: then scaling * g A is the part of the full gradient
+    that lies in the rows of A."""
+
+    @staticmethod
+    def forward(ctx: Any, B: Tensor, A: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(A)
+        ctx.scaling = scaling
+        return B.view_as(B)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (A,) = ctx.saved_tensors
+        return torch.linalg.solve(A @ A.t(), grad, left=False) / ctx.scaling**2, None, None
 
 
 class LoRAFALinear(LoRALinear):
@@ -19,6 +50,14 @@ class LoRAFALinear(LoRALinear):
     A is part of the adapter all the same and is stored with it.
     """
 
-    def __init__(self, base_layer: nn.Module, *args: Any, **options: Any):
+    def __init__(self, base_layer: nn.Module, *args: Any, gradient_correction: bool = False, **options: Any):
         super().__init__(base_layer, *args, **options)
+        self.gradient_correction = gradient_correction
         self.lora_A.weight.requires_grad_(False)
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        if not self.gradient_correction:
+            return super().adapt(x, base_output)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        B = CorrectedGradient.apply(self.lora_B.weight, self.lora_A.weight, self.scaling)
+        return LowRankProduct.apply(base_output, x, self.lora_A.weight, B, self.scaling)
