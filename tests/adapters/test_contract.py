@@ -216,17 +216,47 @@ def test_several_adapters_share_one_base_output(method: str, quantized: bool) ->
     assert not torch.equal(*together)
 
 
+@every_base
+@every_method
+def test_bf16_gradients_are_those_of_fp32_but_for_rounding(method: str, quantized: bool) -> None:
+    """The same layer and input, computed in bf16 and in fp32: gradients differ by bf16's 2^-8 a value."""
+    model = perturb(adapted(method, torch.bfloat16, quantized))
+    shared = list(getattr(model, "adapter_shared", nn.Module()).parameters())
+    for name in ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"):
+        layer = model.get_submodule(name)
+        if not isinstance(layer, Adapter):
+            continue
+        weight = dense_weight(layer.base_layer).float()
+        bias = None if layer.base_layer.bias is None else layer.base_layer.bias.float()
+        x = torch.randn(3, 5, weight.shape[1]).bfloat16().requires_grad_()
+        direction = torch.randn(3, 5, weight.shape[0]).bfloat16()
+        wanted = [x, *(p for p in [*layer.parameters(), *shared] if p.requires_grad)]
+
+        delta_bias = layer.delta_bias()
+        dense_bias = bias if delta_bias is None else bias + delta_bias
+        dense = F.linear(x.float(), weight + layer.delta_weight(), dense_bias)
+        expected = torch.autograd.grad((dense * direction.float()).sum(), wanted, allow_unused=True)
+        actual = torch.autograd.grad((layer(x) * direction).sum(), wanted, allow_unused=True)
+
+        for left, right in zip(actual, expected, strict=True):
+            if right is not None:
+                assert (left.float() - right.float()).norm() <= 2**-6 * right.float().norm()
+
+
 # PyTorch's own: its compiler instantiates every autograd function it meets.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@every_base
 @every_method
-def test_compiled_layer_gives_the_same_gradients(method: str) -> None:
-    model = perturb(adapted(method))
+def test_compiled_layer_gives_the_same_gradients(method: str, quantized: bool, backend: str) -> None:
+    model = perturb(adapted(method, quantized=quantized))
     layer = model.get_submodule("model.layers.0.self_attn.v_proj")
     x = torch.randn(2, 3, 64, requires_grad=True)
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     expected = torch.autograd.grad(layer(x).square().sum(), wanted, allow_unused=True)
 
-    compiled = torch.compile(layer, backend="aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend=backend)
 
     actual = torch.autograd.grad(compiled(x).square().sum(), wanted, allow_unused=True)
     torch.testing.assert_close(actual, expected)
