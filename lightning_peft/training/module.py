@@ -28,7 +28,7 @@ from lightning_peft.distributed import worst
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.loading import ModelConfig, load_model
 from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
-from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
+from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
 from lightning_peft.optim.sharded import hand_over_gradients
 from lightning_peft.quantization.convert import (
@@ -122,9 +122,7 @@ class FinetuneModule(LightningModule):
         self.start_adapters(model)
         if self.adapter_config.init_from is not None:
             load_adapter(model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
-        if self.quantization_config.is_on:
-            groups = [f"{name} {size / 2**20:.1f} MiB" for name, size in memory_by_group(model).items() if size]
-            logger.info("weights: %s; %.3f bits a quantised parameter", ", ".join(groups), bits_per_parameter(model))
+        self.log_memory(model)
         checkpoint_blocks(model, self.activation_checkpointing)
         self.objective = SupervisedLoss(model).train()
         if isinstance(strategy, ShardedModel):
@@ -135,6 +133,15 @@ class FinetuneModule(LightningModule):
                 sum(memory_by_group(model).values()) / 2**20,
                 worst(peak_memory_gib(torch.device("cpu"))),
             )
+
+    def log_memory(self, model: PreTrainedModel) -> None:
+        """Bytes of weights by group and of the optimiser's state, and the bits of a quantised parameter."""
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        groups = memory_by_group(model)
+        groups["optimiser"] = sum(optimizer_state_bytes(trained, self.optimizer_config.name))
+        sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in groups.items() if size)
+        bits = f"; {bits_per_parameter(model):.3f} bits a quantised parameter" if self.quantization_config.is_on else ""
+        logger.info("memory: %s%s", sizes, bits)
 
     def start_adapters(self, model: PreTrainedModel) -> None:
         """Initialisations that read more than the layer: weights before quantisation, or activations of the data."""

@@ -1,12 +1,14 @@
 """Training on a 4-bit base: what the log says of it, and that it does not change."""
 
 import logging
+import math
 
 import pytest
 import torch
 from tiny_runs import plain_trainer, tiny_config, tiny_parts
 
 from lightning_peft.quantization.convert import weights_fingerprint
+from lightning_peft.quantization.nf4 import NF4Linear
 
 VERIFIED = ["method=qlora", "quantization.verify=true"]
 
@@ -15,7 +17,15 @@ def test_start_states_bytes_bits_and_fingerprint(tmp_path, caplog):
     module, data = tiny_parts(tiny_config(tmp_path, *VERIFIED))
     with caplog.at_level(logging.INFO, logger="lightning_peft"):
         plain_trainer(max_steps=1).fit(module, datamodule=data)
-    assert "4.1" in caplog.text and "bits a quantised parameter" in caplog.text and "codes" in caplog.text
+    layers = [layer for layer in module.model.modules() if isinstance(layer, NF4Linear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    trained = sum(p.numel() for p in module.trainable_parameters())
+    # Four bits a weight and eight a block of 64; fp32 a 256 of these and one mean a layer; AdamW keeps two fp32 states.
+    stored = sum(32 * (math.ceil(layer.in_features * layer.out_features / 64 / 256) + 1) for layer in layers)
+    line = next(message for message in caplog.messages if message.startswith("memory: "))
+    assert f"codes {weights / 2 / 2**20:.1f} MiB" in line and "scales " in line and "embeddings " in line
+    assert f"trainable {4 * trained / 2**20:.1f} MiB" in line and f"optimiser {8 * trained / 2**20:.1f} MiB" in line
+    assert line.endswith(f"; {4 + 8 / 64 + stored / weights:.3f} bits a quantised parameter")
     assert module.base_fingerprint == weights_fingerprint(module.model)
     assert module.base_fingerprint in caplog.text
 
