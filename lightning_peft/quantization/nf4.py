@@ -107,13 +107,48 @@ def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> 
     return dense.to(dtype)
 
 
-# One opaque operator for the compiler: if it saw the two dequantisations, forward's and backward's, it would merge them
+# Opaque operators for the compiler: if it saw the two dequantisations, forward's and backward's, it would merge them
 # into one and keep the dense weight of every layer alive in between.
 _library = torch.library.Library("lightning_peft", "DEF")
 _library.define(
     "matmul_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor? bias, "
     "str kind, int block_size, bool transpose) -> Tensor"
 )
+_library.define(
+    "dequantize(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, str kind, int block_size, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+@torch.library.impl("lightning_peft::dequantize", "CompositeExplicitAutograd", lib=_library)
+def _dequantize(
+    weight: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    kind: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return dequantize(Codes(weight, absmax, absmax_scale, absmax_offset), kind, block_size, dtype)
+
+
+@torch.library.register_fake("lightning_peft::dequantize", lib=_library)
+def _dequantize_fake(
+    weight: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    kind: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return weight.new_empty(weight.shape[0], in_features_of(weight, kind), dtype=dtype)
+
+
+def in_features_of(weight: Tensor, kind: str) -> int:
+    """Columns of the weight that codes (out, columns of codes) stand for."""
+    return weight.shape[1] * (1 if kind == INT8 else 2)
 
 
 @torch.library.impl("lightning_peft::matmul_4bit", "CompositeExplicitAutograd", lib=_library)
@@ -151,8 +186,7 @@ def _matmul_4bit_fake(
     block_size: int,
     transpose: bool,
 ) -> Tensor:
-    in_features = weight.shape[1] * (1 if kind == INT8 else 2)
-    return x.new_empty(*x.shape[:-1], weight.shape[0] if transpose else in_features)
+    return x.new_empty(*x.shape[:-1], weight.shape[0] if transpose else in_features_of(weight, kind))
 
 
 class Matmul4Bit(torch.autograd.Function):
@@ -285,7 +319,7 @@ class NF4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """A new dense (out, in) weight in `dtype`, by default the one the layer computes in."""
-        return dequantize(self.codes, self.kind, self.block_size, dtype or self.dtype)
+        return torch.ops.lightning_peft.dequantize(*self.codes, self.kind, self.block_size, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or autocast's where that is on."""
