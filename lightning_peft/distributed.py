@@ -105,6 +105,15 @@ def reduce_sums(sums: Tensor) -> Tensor:
     return sums
 
 
+def any_rank(fact: bool) -> bool:
+    """Whether it holds on any rank. Goes by way of the host, so that no device has to be waited for."""
+    if not is_connected():
+        return fact
+    found = torch.tensor(int(fact))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def worst(value: float) -> float:
     """The largest of the ranks' values."""
     if not is_connected():

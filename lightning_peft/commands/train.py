@@ -134,8 +134,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "tokens_per_second": metrics.tokens_per_second(),
             "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
         }
-    except Preempted:
+    except Preempted as left:
         result["status"] = "preempted"
+        leaves_ranks = leaves_ranks and left.__cause__ is None
         raise
     finally:
         result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
@@ -145,6 +146,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             for run_logger in trainer.loggers:
                 if isinstance(run_logger, WandbLogger):
                     run_logger.experiment.finish()  # writes what it holds; until then up to 15 s are in memory only
+        if leaves_ranks and result["status"] == "preempted":
+            distributed.disconnect()  # one that leaves alone has srun end the others, which may still be writing
         signals.stop()
     if distributed.rank() == 0:
         show_result(result, run_dir)

@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_peft.training.callbacks.preemption import Preemption
+
 
 class SignalAt(Callback):
     """Sends `name` before the micro batch, counted over the run, with index `micro_batch`, once its gradients exist."""
@@ -53,3 +55,19 @@ class SleepAt(Callback):
         if trainer.fit_loop.total_batch_idx == self.micro_batch:
             Path(trainer.default_root_dir).with_name("asleep").touch()
             time.sleep(60)
+
+
+class PauseFirstStart(Callback):
+    """Waits before the step after `step` until a signal comes, in a SLURM job that was not requeued yet."""
+
+    def __init__(self, step: int, seconds: float):
+        self.step = step
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step != self.step or "SLURM_RESTART_COUNT" in os.environ:
+            return
+        signals = next(c.signals for c in trainer.callbacks if isinstance(c, Preemption))
+        deadline = time.monotonic() + self.seconds
+        while signals.received is None and time.monotonic() < deadline:
+            time.sleep(0.05)

@@ -91,7 +91,9 @@ def test_error_without_a_signal_is_a_failure(tmp_path):
 
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "lightning_peft", "train", *TINY, *RUN, f"run_dir={run_dir}", *overrides]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True)
 
 
 def test_signal_during_the_imports_is_no_crash(tmp_path):

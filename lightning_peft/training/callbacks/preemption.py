@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from lightning_peft import distributed
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint, between_steps, validation_follows
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 
@@ -47,11 +48,11 @@ class Preemption(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         # The validation after the last step is not worth waiting for: the run resumes from its last checkpoint.
-        if trainer.state.fn == "validate" and self.any_rank_signalled(trainer):
+        if trainer.state.fn == "validate" and self.any_rank_signalled():
             raise Preempted
 
     def leave_if_signalled(self, trainer: Trainer) -> None:
-        if not self.any_rank_signalled(trainer):
+        if not self.any_rank_signalled():
             return
         self.checkpoint.save(trainer)
         for run_logger in trainer.loggers:
@@ -61,8 +62,5 @@ class Preemption(Callback):
             logger.info("%s: saved after step %d; resume=auto goes on from there", name, trainer.global_step)
         raise Preempted
 
-    def any_rank_signalled(self, trainer: Trainer) -> bool:
-        signalled = self.signals.received is not None
-        if trainer.world_size == 1:
-            return signalled
-        return trainer.strategy.reduce_boolean_decision(signalled, all=False)
+    def any_rank_signalled(self) -> bool:
+        return distributed.any_rank(self.signals.received is not None)
