@@ -63,21 +63,39 @@ def add_product(ctx: Any, base_output: Tensor, inner: Tensor, matrix: Tensor, sc
     return base_output
 
 
-class LowRankProduct(torch.autograd.Function):
-    """base_output + scaling * x A^T B^T, written over base_output.
+def random_state(device: torch.device) -> torch.Generator:
+    """The generator that dropout on this device draws from."""
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
-    Saves the (N, R) product and, when A trains, x once in the dtype it came in; the gradients of A and B come out in
-    their own dtype.
+
+def dropout_mask(shape: torch.Size, dropout: float, like: Tensor, state: Tensor) -> Tensor:
+    """What `F.dropout` multiplied by when the generator was in this state; the generator is left as it is."""
+    generator = random_state(like.device)
+    now = generator.get_state()
+    generator.set_state(state)
+    mask = F.dropout(like.new_ones(shape), dropout)
+    generator.set_state(now)
+    return mask
+
+
+class LowRankProduct(torch.autograd.Function):
+    """base_output + scaling * dropout(x) A^T B^T, written over base_output.
+
+    Saves the (N, R) product and, when A trains, x once in the dtype it came in: the same tensor for all layers that it
+    is fed to. Dropout is drawn again in the backward pass. The gradients of A and B come out in their own dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0
+    ) -> Tensor:
         dtype = base_output.dtype
-        x_rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        inner = x_rows @ A.to(dtype).t()
+        ctx.dropout_state = random_state(x.device).get_state() if dropout else None
+        dropped = F.dropout(x, dropout) if dropout else x
+        inner = dropped.reshape(-1, x.shape[-1]).to(dtype) @ A.to(dtype).t()
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, inner, A, B)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.scaling = scaling
+        ctx.scaling, ctx.dropout = scaling, dropout
         return add_product(ctx, base_output, inner, B.to(dtype).t(), scaling)
 
     @staticmethod
@@ -87,14 +105,19 @@ class LowRankProduct(torch.autograd.Function):
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_inner = (grad_rows @ B.to(dtype)).mul_(ctx.scaling)
-        grad_x = grad_A = grad_B = None
+        grad_x = grad_A = grad_B = mask = None
+        if ctx.dropout and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            mask = dropout_mask(ctx.x_shape, ctx.dropout, grad.new_empty(0, dtype=ctx.x_dtype), ctx.dropout_state)
         if ctx.needs_input_grad[1]:
             grad_x = (grad_inner @ A.to(dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+            if mask is not None:
+                grad_x.mul_(mask)
         if ctx.needs_input_grad[2]:
-            grad_A = (grad_inner.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype)
+            dropped = x if mask is None else mask.mul_(x)
+            grad_A = (grad_inner.t() @ dropped.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype)
         if ctx.needs_input_grad[3]:
             grad_B = (grad_rows.t() @ inner).to(B.dtype).mul_(ctx.scaling)
-        return grad, grad_x, grad_A, grad_B, None
+        return grad, grad_x, grad_A, grad_B, None, None
 
 
 class LoRALinear(Adapter):
@@ -146,8 +169,11 @@ class LoRALinear(Adapter):
         self.lora_B.weight.copy_(B)
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return LowRankProduct.apply(base_output, x, self.lora_A.weight, self.lora_B.weight, self.scaling)
+        dropout = self.dropout if self.training else 0.0
+        if dropout and (torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda")):
+            # The compiler does not follow generators, and decides by itself what it draws again.
+            x, dropout = F.dropout(x, dropout), 0.0
+        return LowRankProduct.apply(base_output, x, self.lora_A.weight, self.lora_B.weight, self.scaling, dropout)
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
