@@ -39,7 +39,6 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 ReturnToService=2
-KillWait=5
 MinJobAge=3600
 FirstJobId={first_job}
 MailProg=/bin/true
@@ -98,7 +97,7 @@ class SlurmCluster:
 
     def stop(self) -> None:
         self.ask("scancel", "--user=root")
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 40
         while self.ask("squeue", "--noheader") and time.monotonic() < deadline:
             time.sleep(0.2)
         for name in ("slurmctld", *(f"slurmd-{node}" for node in NODES), "munge"):
