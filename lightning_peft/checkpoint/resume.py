@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 FREE_TO_CHANGE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.num_nodes",
-    "trainer.accumulate_grad_batches", "strategy.kind", "strategy.cpu_offload",
+    "trainer.accumulate_grad_batches", "strategy.kind",
 )  # fmt: skip
 """Options that a resumed run may change; the global batch they make together must stay."""
 

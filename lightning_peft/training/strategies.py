@@ -7,12 +7,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -35,8 +34,6 @@ class StrategyKind(Enum):
 class StrategyConfig:
     kind: StrategyKind = StrategyKind.single
     """How ranks share the work: single, ddp or fsdp."""
-    cpu_offload: bool = False
-    """With fsdp, keep the slices, their gradients and the optimiser in host memory."""
     tensor_parallel: int = 1
     """Ranks that share each matrix product; only 1 is supported, all ranks share the data."""
 
@@ -46,8 +43,6 @@ class StrategyConfig:
                 f"strategy.tensor_parallel={self.tensor_parallel}: adapters and 4-bit codes are not cut along a "
                 "product; use 1, and strategy=fsdp for a model that no single device holds"
             )
-        if self.cpu_offload and self.kind is not StrategyKind.fsdp:
-            raise ValueError(f"strategy.cpu_offload=true strategy={self.kind.name}: only fsdp offloads")
 
 
 class NamedOptimizerState(Strategy):
@@ -87,11 +82,10 @@ class ReplicatedModel(NamedOptimizerState, DDPStrategy):
 class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
     """FSDP2 with whole checkpoints through the Trainer's CheckpointIO; `configure_model` loads and shards."""
 
-    def __init__(self, ranks: int, cpu_offload: bool = False):
+    def __init__(self, ranks: int):
         super().__init__(
             data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=TIMEOUT
         )
-        self.cpu_offload = cpu_offload
 
     def shard(self, model: PreTrainedModel, root: nn.Module) -> None:
         """Shard every transformer block by itself and the rest of `root`, which holds the model, as one group.
@@ -100,10 +94,9 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
         the backward pass: the loss reads the head in both.
         """
         mesh = self.device_mesh["data_parallel"]
-        policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
         for block in transformer_blocks(model):
-            fully_shard(block, mesh=mesh, offload_policy=policy)
-        self.root = fully_shard(root, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
+            fully_shard(block, mesh=mesh)
+        self.root = fully_shard(root, mesh=mesh, reshard_after_forward=False)
 
     @contextmanager
     def root_gathered(self) -> Iterator[None]:
@@ -115,7 +108,7 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
             self.root.reshard()
 
     def model_to_device(self) -> None:
-        """Nothing: `configure_model` put every slice where it belongs, which with offload is not the device."""
+        """Nothing: `configure_model` put every slice where it belongs."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return Strategy.lightning_module_state_dict(self)
@@ -133,7 +126,7 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
 def build_strategy(config: StrategyConfig, accelerator: str, ranks: int) -> Strategy:
     """The Lightning strategy for so many ranks; `accelerator` is cpu or cuda."""
     if config.kind is StrategyKind.fsdp:
-        return ShardedModel(ranks, config.cpu_offload)
+        return ShardedModel(ranks)
     if config.kind is StrategyKind.ddp:
         return ReplicatedModel(gradient_as_bucket_view=True, timeout=TIMEOUT)
     return OneDevice(device="cuda:0" if accelerator == "cuda" else "cpu")

@@ -25,7 +25,7 @@ def command(*words: str, seconds: int = 150) -> subprocess.CompletedProcess[str]
 @pytest.mark.multi_process
 @pytest.mark.slow
 def test_sweep_starts_the_ranks_of_each_trial_once(tmp_path):
-    run = command("-m", "adapter.rank=2,4", "trainer.max_steps=1", f"run_dir={tmp_path}/sweep")
+    run = command("-m", "adapter.rank=2,4", "trainer.max_steps=1", f"run_dir={tmp_path}/sweep", seconds=280)
     assert run.returncode == 0, run.stderr[-3000:]
     trials = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")}
     assert {name: trial["status"] for name, trial in trials.items()} == {"rank2": "finished", "rank4": "finished"}
@@ -68,7 +68,6 @@ def test_config_path_is_the_whole_config(tmp_path):
         (["config_path=/no/config.yaml"], "config_path=/no/config.yaml: no such file"),
         (["config_path=x", "seed=1"], "config_path=x: only train takes it, with nothing beside it"),
         (["strategy.tensor_parallel=2"], "strategy.tensor_parallel=2: .* use 1, and strategy=fsdp"),
-        (["strategy=ddp", "strategy.cpu_offload=true"], "strategy.cpu_offload=true strategy=ddp: only fsdp offloads"),
     ],
 )
 def test_wrong_options_are_named(words, message):
