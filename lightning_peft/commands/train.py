@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -44,8 +43,10 @@ from lightning_peft.models.attention import supports_packing
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, source_fingerprint
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.preemption import Preemption
+from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
+from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.precision import resolve_precision, weight_dtype
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
@@ -109,6 +110,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     signals = PreemptionSignals()
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save)
     callbacks: list[Callback] = [
+        RunRecord(plain(config)),
         metrics,
         Samples([conversation for _, conversation in samples], tokenizer, run_dir),
         checkpoint,
@@ -144,8 +146,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if distributed.rank() == 0:
             (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
             for run_logger in trainer.loggers:
-                if isinstance(run_logger, WandbLogger):
-                    run_logger.experiment.finish()  # writes what it holds; until then up to 15 s are in memory only
+                if isinstance(run_logger, RunLogger):
+                    run_logger.close(result["status"], run_dir / "adapter")
         if leaves_ranks and result["status"] == "preempted":
             distributed.disconnect()  # one that leaves alone has srun end the others, which may still be writing
         signals.stop()

@@ -1,33 +1,132 @@
-"""Loggers that need a decision Lightning's own do not make."""
+"""What every logger of a run shares: one folder, one rank, and failures that never reach the training."""
 
 import logging
-import os
+from abc import abstractmethod
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
+import yaml
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 logger = logging.getLogger(__name__)
 
 
-def has_wandb_key() -> bool:
-    """Whether a run could log in without asking: a key in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return netrc.is_file() and "wandb" in netrc.read_text()
+class RunLogger(Logger):
+    """A Lightning logger on rank zero. The first thing that fails is logged and is the last thing tried.
 
-
-def wandb_logger(run_dir: str, project: str, mode: str = "auto", **options: Any) -> WandbLogger:
-    """Weights & Biases, online where there is a key, else into `<run_dir>/wandb` for a later `wandb sync`.
-
-    `options` go to `wandb.init` by way of Lightning's WandbLogger, which names an unknown one.
+    A subclass overrides the `write_*` methods it has a place for.
     """
-    if mode not in ("auto", "online", "offline"):
-        raise ValueError(f"logger.wandb.mode={mode!r}: must be auto, online or offline")
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "online" if has_wandb_key() else "offline")
-        if mode == "offline":
-            logger.info("wandb: no key found, logging offline to %s/wandb (wandb sync uploads it)", run_dir)
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    return WandbLogger(project=project, save_dir=run_dir, offline=mode == "offline", **options)
+
+    def __init__(self, run_dir: str):
+        super().__init__()
+        self.run_dir = Path(run_dir)
+        self.failed = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The resolved config of the run, nested plain values."""
+        self._try(self.write_config, dict(vars(params) if isinstance(params, Namespace) else params))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Scalars after `step` optimiser steps."""
+        self._try(self.write_metrics, metrics, step or 0)
+
+    @rank_zero_only
+    def log_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """Prompts and answers, a row each."""
+        self._try(self.write_samples, columns, rows, step)
+
+    @rank_zero_only
+    def start_at(self, step: int) -> None:
+        """The run starts, or goes on, after so many optimiser steps."""
+        self._try(self.begin, step)
+
+    @rank_zero_only
+    def close(self, status: str, adapter: Path) -> None:
+        """The run ended as `status` (finished, preempted, failed); `adapter` is its adapter folder if it finished."""
+        self._try(self.end, status, adapter)
+
+    def write_config(self, config: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def write_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def write_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None: ...
+
+    def begin(self, step: int) -> None: ...
+
+    def end(self, status: str, adapter: Path) -> None: ...
+
+    def abandon(self) -> None:
+        """Free what a logger that failed still holds."""
+
+    def _try(self, write: Callable[..., None], *arguments: Any) -> None:
+        if self.failed:
+            return
+        try:
+            write(*arguments)
+        except Exception as error:
+            self.failed = True
+            reason = " ".join(str(error).split()) or "no message"
+            logger.warning(
+                "%s: %s (%s); nothing more is logged there, training goes on", self.name, type(error).__name__, reason
+            )
+            with suppress(Exception):
+                self.abandon()
+
+
+class TensorBoard(RunLogger):
+    """Event files under `<run_dir>/tensorboard`."""
+
+    def __init__(self, run_dir: str):
+        super().__init__(run_dir)
+        try:
+            # An optional extra.
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("logger=tensorboard: not installed; pip install 'lightning-peft[tensorboard]'") from error
+        self._writer_class = SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    @property
+    def name(self) -> str:
+        return "tensorboard"
+
+    @property
+    def writer(self) -> Any:
+        """Made at the first use: only rank zero may write the file."""
+        if self._writer is None:
+            self._writer = self._writer_class(str(self.run_dir / "tensorboard"))
+        return self._writer
+
+    def begin(self, step: int) -> None:
+        if step:
+            # Events past the checkpoint are hidden; the run writes them again.
+            self._writer = self._writer_class(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        self.writer.add_text("config", "    " + yaml.safe_dump(config, sort_keys=False).replace("\n", "\n    "))
+
+    def write_metrics(self, metrics: dict[str, float], step: int) -> None:
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, step)
+
+    def write_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        text = "\n\n".join("\n".join(f"{c}: {v}" for c, v in zip(columns, row, strict=True)) for row in rows)
+        self.writer.add_text("samples", text, step)
+
+    def end(self, status: str, adapter: Path) -> None:
+        self.writer.close()

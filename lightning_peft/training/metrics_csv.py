@@ -1,59 +1,57 @@
 """The run's own log: metrics.csv, one row an optimiser step, continuous over resumes."""
 
 import csv
-from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_peft.training.loggers import RunLogger
 
 COLUMNS = [
     "step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "step_seconds", "tokens_per_second",
     "peak_memory_gib", "validation_loss",
 ]  # fmt: skip
+"""The first columns; scalars of other names get columns after these."""
 
 
-class MetricsCSV(Logger):
+class MetricsCSV(RunLogger):
     """Appends rows to `<run_dir>/metrics.csv`; a resumed run first cuts the rows past its checkpoint."""
 
     def __init__(self, run_dir: str):
-        super().__init__()
-        self.path = Path(run_dir) / "metrics.csv"
+        super().__init__(run_dir)
+        self.path = self.run_dir / "metrics.csv"
+        self.columns: list[str] = []
 
     @property
     def name(self) -> str:
         return "metrics.csv"
 
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The resolved config stands in config.yaml beside the file."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        known = {key: value for key, value in metrics.items() if key in COLUMNS}
-        if not known:
-            return
-        new = not self.path.exists()
+    def write_metrics(self, metrics: dict[str, float], step: int) -> None:
+        if not self.columns or not metrics.keys() <= set(self.columns):
+            self.columns, rows = self.read()
+            self.columns += [key for key in metrics if key not in self.columns]
+            self.rewrite(rows)
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow({"step": step} | known)
+            csv.DictWriter(file, self.columns).writerow({"step": step} | metrics)
 
-    @rank_zero_only
-    def cut_after(self, step: int) -> None:
+    def begin(self, step: int) -> None:
         """Drop the rows of steps that the checkpoint at `step` does not contain."""
+        if self.path.exists():
+            self.columns, rows = self.read()
+            self.rewrite([row for row in rows if row["step"].isdigit() and int(row["step"]) <= step])
+
+    def read(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """(columns, rows) of the file as it stands."""
         if not self.path.exists():
-            return
+            return list(COLUMNS), []
         with self.path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        return list(reader.fieldnames or COLUMNS), rows
+
+    def rewrite(self, rows: list[dict[str, Any]]) -> None:
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            # A row that a kill cut short has fewer fields, never more.
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
         temporary.replace(self.path)

@@ -6,7 +6,6 @@ import pytest
 from tiny_runs import tiny_config
 
 from lightning_peft.commands.train import train
-from lightning_peft.training.loggers import wandb_logger
 
 
 def metrics(run_dir):
@@ -34,20 +33,3 @@ def test_tensorboard_gets_the_same_loss(tmp_path):
 def test_no_logger_writes_no_metrics(tmp_path):
     train(tiny_config(tmp_path / "run", "trainer.max_steps=1", "logger=none"))
     assert not (tmp_path / "run" / "metrics.csv").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_wandb_offline_needs_no_network_and_no_key(tmp_path, monkeypatch):
-    for key in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(key, raising=False)
-    for key in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME"):
-        monkeypatch.setenv(key, str(tmp_path))
-    train(tiny_config(tmp_path / "run", "trainer.max_steps=2", "logger=wandb"))
-    (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert record.stat().st_size > 0 and b"grad_norm" in record.read_bytes()
-
-
-def test_unknown_wandb_mode_is_named(tmp_path):
-    with pytest.raises(ValueError, match="logger.wandb.mode='cloud': must be auto, online or offline"):
-        wandb_logger(str(tmp_path), "p", "cloud")

@@ -1,21 +1,23 @@
 """Answers to a few validation prompts, so that a reader sees what the loss means."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lightning_peft.adapters.inject import adapters, disable_adapters
 from lightning_peft.data.chat import encode_prompt
 from lightning_peft.data.formats import Message
 from lightning_peft.inference.generate import SamplingConfig, generate_batch
+from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.strategies import ShardedModel
 
 
 class Samples(Callback):
-    """After each validation during training, writes the model's greedy answers to `<run_dir>/samples.jsonl`.
+    """After each validation during training, writes what base and adapter answer to `<run_dir>/samples.jsonl`.
 
     Each conversation ends with the answer the data gives, which is written beside the model's.
     """
@@ -25,43 +27,46 @@ class Samples(Callback):
         self.references = [messages[-1].content for messages in conversations if len(messages) > 1]
         self.tokenizer = tokenizer
         self.path = run_dir / "samples.jsonl"
+        self.base_answers: list[str] | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.prompts:
             return
         if isinstance(trainer.strategy, ShardedModel):
             with trainer.strategy.root_gathered():  # every rank generates, as each holds a part of every block
-                answers = self.answers(pl_module)
+                base, answers = self.generate(pl_module)
         elif trainer.is_global_zero:
-            answers = self.answers(pl_module)
+            base, answers = self.generate(pl_module)
         if trainer.is_global_zero:
-            self.write(trainer, answers)
+            self.write(trainer, base, answers)
 
-    def answers(self, pl_module: LightningModule) -> list[str]:
-        training = pl_module.training
-        pl_module.eval()
-        with torch.random.fork_rng(devices=[]):
-            answers = generate_batch(
-                pl_module.model,  # type: ignore[arg-type]
-                self.tokenizer,
-                self.prompts,
-                SamplingConfig(max_new_tokens=96),
-            )
-        pl_module.train(training)
-        return answers
+    def generate(self, pl_module: LightningModule) -> tuple[Sequence[str | None], list[str]]:
+        """(what the base answers, None where it is trained itself; what the model answers now)."""
+        model = pl_module.model
+        assert isinstance(model, PreTrainedModel)
+        if self.base_answers is None and next(adapters(model), None) is not None:
+            with disable_adapters(model):
+                self.base_answers = self.answers(model)
+        return self.base_answers or [None] * len(self.prompts), self.answers(model)
 
-    def write(self, trainer: Trainer, answers: list[str]) -> None:
+    def write(self, trainer: Trainer, base: Sequence[str | None], answers: list[str]) -> None:
+        step = trainer.global_step
         rows = [
-            [trainer.global_step, self.tokenizer.decode(prompt), answer, reference]
-            for prompt, answer, reference in zip(self.prompts, answers, self.references, strict=True)
+            [step, self.tokenizer.decode(prompt), *texts]
+            for prompt, *texts in zip(self.prompts, base, answers, self.references, strict=True)
         ]
-        columns = ["step", "prompt", "answer", "reference"]
+        columns = ["step", "prompt", "base", "answer", "reference"]
         with self.path.open("a") as file:
             for row in rows:
                 file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table("samples", columns=columns, data=rows, step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                text = "\n\n".join(f"{prompt}\n{answer}" for _, prompt, answer, _ in rows)
-                logger.experiment.add_text("samples", text, trainer.global_step)
+            if isinstance(logger, RunLogger):
+                logger.log_samples(columns, rows, step)
+
+    def answers(self, model: PreTrainedModel) -> list[str]:
+        training = model.training
+        model.eval()
+        with torch.random.fork_rng(devices=[]):
+            texts = generate_batch(model, self.tokenizer, self.prompts, SamplingConfig(max_new_tokens=96))
+        model.train(training)
+        return texts

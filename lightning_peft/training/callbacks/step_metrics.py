@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.inject import trainable_parameter_counts
 from lightning_peft.data.batch import Batch
 from lightning_peft.distributed import reduce_sums, worst
-from lightning_peft.training.metrics_csv import MetricsCSV
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "A6000": 155e12}
 """Dense bf16 peak per second of known devices, from the vendors' data sheets."""
@@ -25,6 +25,16 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def rank_and_alpha(module: LightningModule) -> dict[str, float]:
+    """What a sweep plots the loss against; empty for methods without a rank."""
+    config = module.adapter_config
+    if not isinstance(config, AdapterConfig) or config.rank is None:
+        return {}
+    if not config.uses_alpha:
+        return {"rank": config.rank}
+    return {"rank": config.rank, "alpha": 2.0 * config.rank if config.alpha is None else config.alpha}
 
 
 class StepMetrics(Callback):
@@ -43,14 +53,13 @@ class StepMetrics(Callback):
         self.steps_seen = 0
         self.last_loss: Tensor | float | None = None
         self.flops_per_token = 0.0
+        self.constants: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.cut_after(trainer.global_step)
         trained, total = trainable_parameter_counts(pl_module)
         # Forward and input gradients for all weights, weight gradients for the trained ones: 2 operations each.
         self.flops_per_token = 4.0 * total + 2.0 * trained
+        self.constants = {"trainable_parameters": trained} | rank_and_alpha(pl_module)
         self.step_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,10 +75,11 @@ class StepMetrics(Callback):
         seconds, tokens = now - self.step_started, self.step_tokens
         self.step_started, self.step_tokens = now, 0
         row = dict(pl_module.step_metrics)  # type: ignore[arg-type]
-        for group in trainer.optimizers[0].param_groups:
-            key = "lr" if "lr" not in row else f"lr/{group.get('name', len(row))}"
-            row[key] = group["lr"]
-        row |= {"tokens": tokens, "step_seconds": seconds}
+        groups = trainer.optimizers[0].param_groups
+        row["lr"] = groups[0]["lr"]
+        if len(groups) > 1:
+            row |= {f"lr/{group['name']}": group["lr"] for group in groups}
+        row |= {"tokens": tokens, "step_seconds": seconds} | self.constants
         self.last_loss = row["loss"]
         self.pending.append((trainer.global_step, row))
         if len(self.pending) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]

@@ -1,0 +1,176 @@
+"""Weights & Biases: one run for a run folder, over every start of it."""
+
+import inspect
+import json
+import logging
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.checkpoint.lineage import FILE_NAME as LINEAGE
+from lightning_peft.training.loggers import RunLogger
+
+logger = logging.getLogger(__name__)
+
+MODES = ("online", "offline", "disabled")
+SERVER_SECONDS = 30
+"""How long the start and the end of a run wait for a server."""
+STEP = "trainer/global_step"
+"""The x axis of every plot."""
+SWEEP_FILES = ("sweep.json", "multirun.yaml")
+"""What marks the folder above a run folder as that of a sweep: ours, and Hydra's."""
+
+
+def has_wandb_key() -> bool:
+    """Whether a run could log in without asking: a key in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and "wandb" in netrc.read_text()
+
+
+def record_path(run_dir: Path) -> Path:
+    return run_dir / "wandb_run.json"
+
+
+def wandb_record(run_dir: Path) -> dict[str, Any]:
+    """{"id", "step"}: the W&B run of a folder, drawn the first time it is asked for, and the last step known to be
+    written."""
+    path = record_path(run_dir)
+    if not path.exists():
+        write_record(run_dir, {"id": uuid.uuid4().hex[:12], "step": 0})
+    record = json.loads(path.read_text())
+    assert isinstance(record, dict)
+    return record
+
+
+def write_record(run_dir: Path, record: dict[str, Any]) -> None:
+    with atomic_file(record_path(run_dir)) as path:
+        path.write_text(json.dumps(record) + "\n")
+
+
+def forget_steps(run_dir: Path) -> None:
+    """For a folder that is trained in from step 0 again: nothing of it is written yet."""
+    if record_path(run_dir).exists():
+        write_record(run_dir, wandb_record(run_dir) | {"step": 0})
+
+
+def sweep_name(run_dir: Path) -> str | None:
+    """Name of the sweep folder a run folder stands in; None outside a sweep."""
+    parent = run_dir.resolve().parent
+    return parent.name if any((parent / name).exists() for name in SWEEP_FILES) else None
+
+
+class WandbRun(RunLogger):
+    """Online where there is a key and a server that answers, else into `<run_dir>/wandb` for a later `wandb sync`.
+
+    The run's id stands in `<run_dir>/wandb_run.json`, so every start of a folder continues one run. `group` is the
+    sweep's name when null. `options` go to `wandb.init`.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        project: str,
+        mode: str = "auto",
+        group: str | None = None,
+        job_type: str = "train",
+        tags: list[str] | None = None,
+        **options: Any,
+    ):
+        super().__init__(run_dir)
+        if mode not in ("auto", *MODES):
+            raise ValueError(f"logger.wandb.mode={mode!r}: must be auto, online, offline or disabled")
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE", "online" if has_wandb_key() else "offline")
+            if mode == "offline":
+                logger.info("wandb: logging offline to %s/wandb (wandb sync uploads it)", run_dir)
+        self.mode: Any = mode  # wandb names a Literal
+        self.options = {"project": project, "group": group, "job_type": job_type, "tags": tags or [], **options}
+        self.check_options()
+        self.run: Any = None
+        self.written_step = 0
+
+    @property
+    def name(self) -> str:
+        return "wandb"
+
+    def check_options(self) -> None:
+        # wandb takes a second to import.
+        import wandb
+
+        known = inspect.signature(wandb.init).parameters
+        unknown = [key for key in self.options if key not in known]
+        if unknown:
+            raise ValueError(f"logger.wandb.{unknown[0]}: wandb.init has no such argument")
+        if "id" in self.options or "dir" in self.options or "resume" in self.options:
+            raise ValueError("logger.wandb: id, dir and resume follow from run_dir")
+
+    def begin(self, step: int) -> None:
+        import wandb
+
+        record = wandb_record(self.run_dir)
+        self.written_step = record["step"]
+        options = self.options | {
+            "id": record["id"],
+            "dir": str(self.run_dir),
+            "name": self.options.get("name") or self.run_dir.resolve().name,
+            "group": self.options["group"] or sweep_name(self.run_dir),
+            # A wrapped console takes down every print with it when its service is gone or the disk is full.
+            "settings": wandb.Settings(
+                init_timeout=SERVER_SECONDS, finish_timeout=SERVER_SECONDS, console="off", quiet=True
+            ),
+        }
+        try:
+            self.run = wandb.init(**options, mode=self.mode, resume="allow" if self.mode == "online" else None)
+        except wandb.errors.CommError as error:
+            reason = " ".join(str(error).split())
+            logger.warning("wandb: no server (%s); logging offline to %s/wandb", reason, self.run_dir)
+            wandb.teardown()
+            self.run = wandb.init(**options, mode="offline")
+        self.run.define_metric(STEP)
+        self.run.define_metric("*", step_metric=STEP, step_sync=True)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        self.run.config.update(config, allow_val_change=True)
+
+    def write_metrics(self, metrics: dict[str, float], step: int) -> None:
+        # A run that failed after its last checkpoint repeats steps; those that are written stay as they are.
+        if step > self.written_step:
+            self.run.log({**metrics, STEP: step})
+
+    def write_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        import wandb
+
+        if step > self.written_step:
+            self.run.log({"samples": wandb.Table(columns=[*columns], data=rows), STEP: step})
+
+    def end(self, status: str, adapter: Path) -> None:
+        if self.run is None:
+            return
+        step = int(self.run.summary.get(STEP) or 0)
+        if status == "finished" and (adapter / LINEAGE).exists():
+            self.save_adapter(adapter, step)
+        if status == "preempted":
+            self.run.mark_preempting()
+        # Until it finishes, up to 15 seconds of it are in the memory of another process.
+        self.run.finish(exit_code=0 if status == "finished" else 1)
+        if not self.failed:
+            write_record(self.run_dir, {"id": self.run.id, "step": max(step, self.written_step)})
+
+    def abandon(self) -> None:
+        import wandb
+
+        # A service that is dead would be asked again by the next run of this process.
+        wandb.teardown()
+
+    def save_adapter(self, adapter: Path, step: int) -> None:
+        """The adapter folder as an artifact whose metadata is its lineage; the files are not copied."""
+        import wandb
+
+        lineage = json.loads((adapter / LINEAGE).read_text())
+        artifact = wandb.Artifact(f"adapter-{self.run.id}", type="adapter", metadata=lineage)
+        artifact.add_dir(str(adapter), policy="immutable")
+        self.run.log_artifact(artifact, aliases=["latest", f"step-{step}"])

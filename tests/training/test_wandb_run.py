@@ -1,0 +1,185 @@
+"""Weights & Biases: everything a run logs, read back from its offline files; and training that goes on without it."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch import Callback
+from tiny_runs import tiny_config
+from wandb_records import offline_runs
+
+from lightning_peft.commands.train import train
+from lightning_peft.training.wandb_run import WandbRun, sweep_name, wandb_record
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # wandb's own
+
+
+@pytest.fixture(autouse=True)
+def no_key_and_no_home(monkeypatch, tmp_path):
+    for key in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def wandb_config(run_dir: Path, *overrides: str):
+    return tiny_config(run_dir, "logger=wandb", "trainer.max_steps=3", *overrides)
+
+
+def csv_rows(run_dir: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run inside a sweep's folder, and what W&B has of it."""
+    sweep = tmp_path_factory.mktemp("sweeps") / "ranks"
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text("{}")
+    words = ["adapter.rank=4", "optimizer.lora_plus_ratio=4", "validation.every_n_steps=2", "data.max_rows=6"]
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("WANDB_API_KEY", "WANDB_MODE"):
+            patch.delenv(key, raising=False)
+        patch.setenv("HOME", str(sweep.parent / "home"))
+        result = train(wandb_config(sweep / "rank4", *words))
+    (run,) = offline_runs(sweep / "rank4")
+    return sweep / "rank4", run, result
+
+
+def test_run_says_what_it_is(finished):
+    run_dir, run, result = finished
+    assert (run.id, run.group, run.job_type) == (wandb_record(run_dir)["id"], "ranks", "train")
+    assert set(run.tags) == {"lora", "tiny"} and run.exit_code == 0
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert {key: run.config[key] for key in saved} == saved
+    assert run.config["trainable_parameters"] == result["trainable_parameters"]
+
+
+def test_wandb_csv_and_tensorboard_get_the_same_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = tmp_path / "run"
+    tensorboard = "+logger.tensorboard={_target_: lightning_peft.training.loggers.TensorBoard, run_dir: '${run_dir}'}"
+    train(wandb_config(run_dir, tensorboard, "optimizer.lora_plus_ratio=4"))
+    (run,) = offline_runs(run_dir)
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    rows = csv_rows(run_dir)
+    wanted = {"loss", "grad_norm", "lr", "lr/A", "lr/B", "tokens_per_second", "peak_memory_gib", "rank", "alpha"}
+    assert wanted | {"trainable_parameters", "validation_loss"} <= set(rows[0])
+    for key in set(rows[0]) - {"step"}:
+        ours = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
+        theirs = run.scalars(key), [(event.step, event.value) for event in events.Scalars(key)]
+        for points in theirs:
+            assert [step for step, _ in points] == [step for step, _ in ours], key
+            # TensorBoard keeps fp32.
+            assert [v for _, v in points] == pytest.approx([v for _, v in ours], rel=1e-6, abs=1e-12), key
+
+
+def test_learning_rates_of_lora_plus_differ_by_the_ratio(finished):
+    run_dir, run, _ = finished
+    for (_, rate_A), (_, rate_B) in zip(run.scalars("lr/A"), run.scalars("lr/B"), strict=True):
+        assert rate_B == pytest.approx(4 * rate_A)
+
+
+def test_adapter_is_an_artifact_with_its_lineage(finished):
+    run_dir, run, _ = finished
+    (artifact,) = [artifact for artifact in run.artifacts if artifact.type == "adapter"]
+    assert json.loads(artifact.metadata) == json.loads((run_dir / "adapter" / "lineage.json").read_text())
+    files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    assert set(files) == {path.name for path in (run_dir / "adapter").iterdir()}
+    assert set(artifact.aliases) == {"latest", "step-3"}
+
+
+def test_samples_are_a_table_of_base_and_adapter(finished):
+    run_dir, run, _ = finished
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    (row,) = [row for row in run.rows if "samples/path" in row]
+    table = json.loads((folder / "files" / row["samples/path"]).read_text())
+    assert table["columns"] == ["step", "prompt", "base", "answer", "reference"]
+    lines = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert table["data"] == [list(line.values()) for line in lines]
+    assert row["trainer/global_step"] == 2 and len(lines) == 2
+
+
+class Fail(Callback):
+    """Ends the training with an error after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise RuntimeError("stopped")
+
+
+def test_resumed_run_keeps_its_id_and_repeats_no_step(tmp_path):
+    words = ["checkpoint.every_n_steps=2", "resume=auto", "trainer.max_steps=5"]
+    fail = "+callbacks.fail={_target_: test_wandb_run.Fail, step: 3}"
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(wandb_config(tmp_path / "run", *words, fail))
+    train(wandb_config(tmp_path / "run", *words))
+    first, second = offline_runs(tmp_path / "run")
+    assert first.id == second.id and (first.exit_code, second.exit_code) == (1, 0)
+    steps = [[step for step, _ in run.scalars("loss")] for run in (first, second)]
+    # The failed start logged steps up to the checkpoint's flush and the error; what is written is not written again.
+    assert steps[0] + steps[1] == [1, 2, 3, 4, 5]
+
+
+def test_preempted_run_is_marked(tmp_path):
+    run = WandbRun(str(tmp_path), "p", mode="offline")
+    run.start_at(0)
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.close("preempted", tmp_path / "adapter")
+    (written,) = offline_runs(tmp_path)
+    assert written.preempting and written.exit_code == 1 and written.scalars("loss") == [(1, 1.0)]
+
+
+class KillCore(Callback):
+    """SIGKILLs wandb's service after the first step, as a cluster does with all processes of a step."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 1:
+            found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True)
+            (pid,) = found.stdout.split()
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def test_training_outlives_a_killed_wandb_core(tmp_path, caplog):
+    kill = "+callbacks.kill={_target_: test_wandb_run.KillCore}"
+    result = train(wandb_config(tmp_path / "run", kill))
+    assert result["status"] == "finished" and len(csv_rows(tmp_path / "run")) == 4
+    assert [r.message for r in caplog.records if "training goes on" in r.message and r.message.startswith("wandb")]
+
+
+def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("lightning_peft.training.wandb_run.SERVER_SECONDS", 2)
+    result = train(wandb_config(tmp_path / "run"))
+    (run,) = offline_runs(tmp_path / "run")
+    assert result["status"] == "finished" and [step for step, _ in run.scalars("loss")] == [1, 2, 3]
+    assert sum("wandb: no server" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "cloud"}, "logger.wandb.mode='cloud': must be auto, online, offline or disabled"),
+        ({"projekt": "p"}, "logger.wandb.projekt: wandb.init has no such argument"),
+        ({"id": "x"}, "id, dir and resume follow from run_dir"),
+    ],
+)
+def test_wrong_option_is_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        WandbRun(str(tmp_path), "p", **options)
+
+
+def test_run_outside_a_sweep_has_no_group(tmp_path):
+    assert sweep_name(tmp_path / "run") is None
+    (tmp_path / "multirun.yaml").touch()
+    assert sweep_name(tmp_path / "run") == tmp_path.name
