@@ -29,6 +29,7 @@ lint: .venv/.installed-test
 BENCH := .venv/bin/python benchmarks
 bench: .venv/.installed-test
 	$(BENCH)/compare.py
+	$(BENCH)/floor.py
 	$(BENCH)/scaling.py
 	$(BENCH)/methods.py
 	$(BENCH)/methods.py --part time

@@ -2,11 +2,13 @@
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.floor import ratio
 from benchmarks.results import FOLDER
 
 README = Path(__file__).parent.parent / "README.md"
@@ -77,8 +79,18 @@ def scaling_table() -> str:
     return markdown(["step", "tokens/s", "seconds", "peak GiB"], rows)
 
 
+def floor_table() -> str:
+    rows, found = [], read("floor")
+    for name, row in found.items():
+        to_floor, to_lora = (ratio(row["seconds"], found[other]["seconds"]) for other in ("frozen", "lora"))
+        seconds = statistics.median(row["seconds"])
+        rows.append([name, f"{seconds:.2f}", f"{to_floor:.2f}x", f"{to_lora:.2f}x", f"{row['peak_mib']:,.0f}"])
+    return markdown(["step", "seconds", "to the frozen floor", "to LoRA", "MiB above weights and states"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare_table,
+    "floor": floor_table,
     "methods": methods_table,
     "scaling": scaling_table,
 }

@@ -49,3 +49,11 @@ def test_compare_table_shows_both_sides(results):
     assert TABLES["compare"]().splitlines()[2] == (
         "| 4x512 | peft | 100 | 200 | 2.00x | 4.00 | 2.00 | 0.50x | 20 / 10 | 1e-06 |"
     )
+
+
+def test_floor_table_has_ratios_of_neighbours(results):
+    results("floor", {
+        "frozen": {"seconds": [1.0, 2.0, 1.0], "peak_mib": 100.0},
+        "lora": {"seconds": [1.5, 3.0, 4.0], "peak_mib": 1500.0},
+    })  # fmt: skip
+    assert TABLES["floor"]().splitlines()[3] == "| lora | 3.00 | 1.50x | 1.00x | 1,500 |"
