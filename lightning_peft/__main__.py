@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lightning_peft.commands.submit:submit",
         "hand a training to SLURM: cluster.partition=... cluster.nodes=2",
     ),
+    "estimate": ("lightning_peft.commands.estimate:estimate", "memory and work that train would need; no weights read"),
     "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
     "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
     "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),

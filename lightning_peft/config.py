@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class TrainConfig:
     """Show what would be trained, then stop."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """What is recomputed in the backward pass instead of kept."""
+    device_memory_gib: float | None = None
+    """Memory of the device a hardware profile is for; `estimate` compares with it, null takes this machine's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -90,6 +92,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
+        if self.device_memory_gib is not None and self.device_memory_gib <= 0:
+            raise ValueError(f"device_memory_gib={self.device_memory_gib}: must be above 0")
         check_task(self.data)
         if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
             raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
@@ -111,6 +115,14 @@ class TrainConfig:
                 f"method=full quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "
                 "use quantization=none, or method=qlora"
             )
+
+
+@dataclass
+class EstimateConfig(TrainConfig):
+    """What `train` would need with the same overrides."""
+
+    output: str | None = None
+    """JSON file for the estimate; null prints it only."""
 
 
 class Scored(Enum):
@@ -215,6 +227,7 @@ class D90Config:
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
     "submit": TrainConfig,
+    "estimate": EstimateConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "merge": MergeCommandConfig,
@@ -228,7 +241,7 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver("config_digest", config_digest, replace=True)
     store = ConfigStore.instance()
     for command, root in ROOTS.items():
-        store.store(name=f"{command}_schema", node=root)
+        store.store(name=f"{command}_schema", node=beyond_train(root) if issubclass(root, TrainConfig) else root)
     for name, method in METHODS.items():
         store.store(group="adapter", name=f"{name}_schema", node=method.config)
     for name, optimizer in OPTIMIZERS.items():
@@ -239,6 +252,17 @@ def register_schemas() -> None:
     }  # fmt: skip
     for group, node in singles.items():
         store.store(group=group, name="schema", node=node)
+
+
+def beyond_train(root: type[TrainConfig]) -> DictConfig:
+    """The schema of a command whose option file starts from train's: what the command has beyond it."""
+    schema = OmegaConf.structured(root)
+    if root is not TrainConfig:
+        OmegaConf.set_struct(schema, False)
+        for inherited in fields(TrainConfig):
+            del schema[inherited.name]
+        OmegaConf.set_struct(schema, None)
+    return schema
 
 
 def trial_name(overrides: str) -> str:

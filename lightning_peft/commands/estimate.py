@@ -1,0 +1,234 @@
+"""`lightning-peft estimate`: what `train` would need with the same overrides, and what to change if it is too much."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.commands.trainer import check_trainer_options, count_ranks
+from lightning_peft.config import EstimateConfig, TrainConfig
+from lightning_peft.estimation.advice import smallest_change
+from lightning_peft.estimation.hardware import GIB, usable_memory
+from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
+from lightning_peft.models.attention import accept_packed_batches
+from lightning_peft.models.loading import empty_model, model_context, model_name
+from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.optim.optimizers import OPTIMIZERS
+from lightning_peft.quantization.convert import Kind, prepare_quantized
+from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
+from lightning_peft.training.precision import DTYPES, resolve_precision, weight_dtype
+from lightning_peft.training.strategies import StrategyKind
+
+
+def estimate(config: EstimateConfig) -> dict[str, Any]:
+    """Print the estimate and return what `output` holds. Reads no weights, no tokenizer and no data."""
+    check_trainer_options(config.trainer)
+    context = model_context(config.model)
+    if context is not None and config.data.max_length > context:
+        raise ValueError(f"data.max_length={config.data.max_length}: must be at most {context}, the model's context")
+    found = estimate_of(config)
+    limit = usable_memory(accelerator_of(config), config.device_memory_gib)
+    report: dict[str, Any] = {
+        "model": model_name(config.model),
+        "peak": found.peak,
+        "phase": found.phase,
+        **asdict(found),
+        "usable": limit,
+        "fits": None if limit is None else found.peak <= limit,
+    }
+    show(found, config)
+    if limit is None:
+        print("fits: not known, there is no GPU here; device_memory_gib=... names one")
+    elif found.peak <= limit:
+        print(f"fits: yes, {found.peak / GIB:.2f} of {limit / GIB:.2f} GiB usable")
+    else:
+        print(f"fits: no, {found.peak / GIB:.2f} of {limit / GIB:.2f} GiB usable")
+        report |= advise(config, limit)
+    if config.output is not None:
+        with open(config.output, "w") as file:
+            json.dump(report, file, indent=2)
+    return report
+
+
+def advise(config: EstimateConfig, limit: float) -> dict[str, Any]:
+    """Find and print the smallest change with which the run fits."""
+    peaks: dict[str, int] = {}
+
+    def peak(config: EstimateConfig) -> int:
+        key = repr(config)
+        if key not in peaks:
+            peaks[key] = estimate_of(config).peak
+        return peaks[key]
+
+    changed = smallest_change(config, changes(config), peak, limit)
+    if changed is None:
+        print("no change of micro batch, checkpointing, optimiser, quantisation or up to 8 ranks makes it fit")
+        return {"change": None}
+    words = difference(config, changed)
+    print(f"fits with {' '.join(words)}: {peak(changed) / GIB:.2f} GiB")
+    return {"change": words, "peak_after_change": peak(changed)}
+
+
+def accelerator_of(config: EstimateConfig) -> str:
+    """cpu or cuda; a GPU that is asked for by name need not be here."""
+    name = str(config.trainer.get("accelerator", "auto"))
+    if name not in ("auto", "cpu", "gpu", "cuda"):
+        raise ValueError(f"trainer.accelerator={name!r}: must be auto, cpu or gpu")
+    return "cuda" if name in ("gpu", "cuda") or name == "auto" and torch.cuda.is_available() else "cpu"
+
+
+def precision_of(config: EstimateConfig) -> str:
+    """The concrete precision; of a GPU that is not here bf16 is assumed."""
+    accelerator, trains_all = accelerator_of(config), not METHODS[config.adapter.method].layers
+    name = str(config.trainer.get("precision", "auto"))
+    if name == "auto" and accelerator == "cuda" and not torch.cuda.is_available():
+        return "bf16-mixed" if trains_all else "bf16-true"
+    return resolve_precision(name, accelerator, trains_all)
+
+
+def ranks_of(config: EstimateConfig) -> int:
+    """Processes that share the run; GPUs that are asked for by number need not be here."""
+    kind, options = config.strategy.kind, config.trainer
+    if options.get("devices", 1) in ("auto", -1) and accelerator_of(config) == "cuda" and kind.name != "single":
+        options = options | {"devices": max(1, torch.cuda.device_count())}
+    devices, nodes = count_ranks(options, kind, "cpu")
+    return devices * nodes
+
+
+def estimate_of(config: EstimateConfig) -> Estimate:
+    """The estimate of one run."""
+    precision, accelerator = precision_of(config), accelerator_of(config)
+    trains_all = not METHODS[config.adapter.method].layers
+    options = StepOptions(
+        rows=config.data.micro_batch_size,
+        length=config.data.max_length,
+        optimizer=config.optimizer.name,
+        accumulate=config.trainer.get("accumulate_grad_batches", 1),
+        autocast=DTYPES[precision] if precision.endswith("-mixed") else None,
+        offloads_activations=config.activation_checkpointing is ActivationCheckpointing.offload,
+        accelerator=accelerator,
+        strategy=config.strategy.kind.name,
+        ranks=ranks_of(config),
+        adapter_rank=config.adapter.rank,
+    )
+    return estimate_step(empty_objective(config, weight_dtype(precision, trains_all)), options)
+
+
+def empty_objective(config: TrainConfig, dtype: torch.dtype) -> SupervisedLoss:
+    """Model and loss as `train` makes them, on the meta device."""
+    model = empty_model(config.model, dtype)
+    stored_kind = getattr(model.config, "quantization_config", None)
+    if stored_kind is not None and not config.quantization.is_on:
+        raise ValueError(
+            "quantization.kind=none: the checkpoint holds 4-bit codes; estimate it with quantization=nf4 or fp4"
+        )
+    if (kept := fp32_pattern(model, dtype)) is not None:
+        for name, parameter in model.named_parameters():
+            if kept.search(name):
+                parameter.data = parameter.data.float()
+    if config.quantization.is_on:
+        prepare_quantized(model, config.quantization)
+    accept_packed_batches(model)
+    inject_adapters(model, config.adapter)
+    checkpoint_blocks(model, config.activation_checkpointing)
+    return SupervisedLoss(model)
+
+
+def changes(config: EstimateConfig) -> list[Callable[[EstimateConfig], EstimateConfig | None]]:
+    """What may be changed for memory, least costly first: the same gradients in smaller pieces, recomputation, 8-bit
+    optimiser states, 4-bit weights, more devices."""
+    rows = config.data.micro_batch_size
+    halves = [rows // 2**power for power in range(1, rows.bit_length()) if rows % 2**power == 0]
+    return [
+        *(partial(with_rows, rows=half) for half in halves),
+        *(partial(with_checkpointing, mode=mode) for mode in ("selective", "blocks")),
+        with_8bit_optimizer,
+        with_nf4,
+        *(partial(with_ranks, ranks=ranks) for ranks in (2, 4, 8)),
+    ]
+
+
+def with_rows(config: EstimateConfig, rows: int) -> EstimateConfig | None:
+    """Fewer rows at once, as many in a step."""
+    before = config.data.micro_batch_size
+    if rows >= before:
+        return None
+    accumulate = config.trainer.get("accumulate_grad_batches", 1) * (before // rows)
+    return replace(
+        config,
+        data=replace(config.data, micro_batch_size=rows),
+        trainer=config.trainer | {"accumulate_grad_batches": accumulate},
+    )
+
+
+def with_checkpointing(config: EstimateConfig, mode: str) -> EstimateConfig | None:
+    order = [ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.blocks]
+    wanted = ActivationCheckpointing[mode]
+    if config.activation_checkpointing not in order or order.index(wanted) <= order.index(
+        config.activation_checkpointing
+    ):
+        return None
+    return replace(config, activation_checkpointing=wanted)
+
+
+def with_8bit_optimizer(config: EstimateConfig) -> EstimateConfig | None:
+    if OPTIMIZERS[config.optimizer.name].state_bits == 8:
+        return None
+    return replace(config, optimizer=replace(config.optimizer, name="adamw_8bit"))
+
+
+def with_nf4(config: EstimateConfig) -> EstimateConfig | None:
+    if config.quantization.is_on or not METHODS[config.adapter.method].layers:
+        return None
+    return replace(config, quantization=replace(config.quantization, kind=Kind.nf4))
+
+
+def with_ranks(config: EstimateConfig, ranks: int) -> EstimateConfig | None:
+    if ranks_of(config) >= ranks:
+        return None
+    sharded = replace(config.strategy, kind=StrategyKind.fsdp)
+    return replace(config, strategy=sharded, trainer=config.trainer | {"devices": ranks, "num_nodes": 1})
+
+
+def difference(before: EstimateConfig, after: EstimateConfig) -> list[str]:
+    """The overrides that lead from one config to the other."""
+    settings: dict[str, Callable[[EstimateConfig], Any]] = {
+        "data.micro_batch_size": lambda c: c.data.micro_batch_size,
+        "trainer.accumulate_grad_batches": lambda c: c.trainer.get("accumulate_grad_batches", 1),
+        "activation_checkpointing": lambda c: c.activation_checkpointing.name,
+        "optimizer": lambda c: c.optimizer.name,
+        "quantization": lambda c: c.quantization.kind.name,
+        "strategy": lambda c: c.strategy.kind.name,
+        "trainer.devices": lambda c: c.trainer.get("devices", 1),
+    }
+    return [f"{key}={value(after)}" for key, value in settings.items() if value(after) != value(before)]
+
+
+def show(found: Estimate, config: EstimateConfig) -> None:
+    """Print the table of components and the work of a step."""
+    ranks = ranks_of(config)
+    title = f"{found.peak / GIB:.2f} GiB at the peak of {'each rank' if ranks > 1 else 'the run'} ({found.phase})"
+    table = Table(title=title, caption=found.legend, caption_justify="left", title_justify="left")
+    for heading in ("", "at the peak", "largest"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    table.add_column("bytes", overflow="fold")
+    for component in found.components:
+        sizes = (f"{size / 2**20:,.1f} MiB" for size in (component.at_peak, component.largest))
+        table.add_row(component.name, *sizes, component.formula)
+    Console().print(table)
+    phases = ", ".join(f"{phase} {size / GIB:.2f}" for phase, size in found.phases.items())
+    print(f"peak of each phase in GiB: {phases}")
+    print(
+        f"a step of {found.tokens:,} tokens a rank: {found.flops / 1e12:,.3f} TFLOP, "
+        f"{found.bytes_moved / GIB:,.1f} GiB read and written"
+    )
+    if found.host:
+        print(f"in host memory: {found.host / GIB:.2f} GiB")

@@ -1,0 +1,1 @@
+"""What a training step needs, found by running it on tensors without memory: bytes by component, FLOPs, traffic."""

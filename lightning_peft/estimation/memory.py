@@ -1,0 +1,169 @@
+"""Peak memory and work of one training step on one rank, by component and with the formula of each."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from lightning_peft.estimation.recorder import Array, Held, held_bytes
+from lightning_peft.estimation.symbols import Symbols
+from lightning_peft.estimation.trace import ACTIVATIONS, BLOCK_INPUTS, GRADIENTS, LOGITS, WORKSPACE, trace_step
+from lightning_peft.estimation.weights import (
+    ADAPTERS,
+    BASE,
+    EMBEDDINGS,
+    GATHERED,
+    OPTIMIZER,
+    SCALES,
+    gathered_weights,
+    loading_scratch,
+    optimizer_scratch,
+    optimizer_states,
+    shard,
+    stored_weights,
+)
+from lightning_peft.objectives.sft import SupervisedLoss
+
+PROCESS = "process"
+PROCESS_BYTES = {"cpu": 24 * 2**20, "cuda": 32 * 2**20}
+"""CPU: tokenizer, rows, the Trainer and the matrix library's buffers, measured on Linux; CUDA: cuBLAS' workspace."""
+COMPONENTS = (
+    BASE, SCALES, EMBEDDINGS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE, GATHERED, PROCESS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What decides the memory of a step beside the model."""
+
+    rows: int
+    length: int
+    optimizer: str
+    accumulate: int = 1
+    autocast: torch.dtype | None = None
+    offloads_activations: bool = False
+    accelerator: str = "cpu"
+    strategy: str = "single"
+    ranks: int = 1
+    adapter_rank: int | None = None
+    """For the formulas only."""
+
+    @property
+    def shards(self) -> int:
+        return self.ranks if self.strategy == "fsdp" else 1
+
+    @property
+    def offloads_to_host(self) -> bool:
+        """Whether block inputs wait in host memory; on a CPU they stay where they are."""
+        return self.offloads_activations and self.accelerator == "cuda"
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the last step's gradients are there in the backward pass; DDP's buckets always hold them."""
+        return self.accumulate > 1 or self.strategy == "ddp"
+
+
+@dataclass(frozen=True)
+class Component:
+    """One line of an estimate."""
+
+    name: str
+    at_peak: int
+    """Bytes at the moment when all components together hold most."""
+    largest: int
+    """Bytes when this one holds most."""
+    formula: str
+    """Of `at_peak`, or of `largest` where that is nothing."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and work of one rank."""
+
+    components: list[Component]
+    phases: dict[str, int]
+    """Peak bytes of loading, forward, loss, backward and optimiser."""
+    host: int
+    """Bytes that a CUDA run keeps in host memory instead: offloaded activations, paged optimiser states."""
+    legend: str
+    """The letters of the formulas."""
+    flops: int
+    """Of an optimiser step."""
+    bytes_moved: int
+    """Read and written in an optimiser step, each operator by itself."""
+    tokens: int
+    """Of an optimiser step."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes: max_memory_allocated on CUDA; on a CPU the process's anonymous memory above that after imports."""
+        return max(self.phases.values())
+
+    @property
+    def phase(self) -> str:
+        """The phase in which the peak is reached."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
+    """The estimate for a model on the meta device, quantised, adapted and checkpointed as for training.
+
+    The model is used up. Every token counts as supervised, every row as full.
+    """
+    model, shards = objective.model, options.shards
+    symbols = Symbols(model.config, options.rows, options.length, options.adapter_rank)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    process: Held = Counter({(PROCESS, Array((PROCESS_BYTES[options.accelerator],), torch.uint8)): 1})
+    states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
+    always = stored_weights(model, shards) + states + process
+    gathered = gathered_weights(model) if shards > 1 else Counter()
+    moments = {"loading": stored_weights(model) + loading_scratch(model) + process}
+    scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
+
+    trace = trace_step(objective, options.rows, options.length, options.keeps_gradients, options.autocast)
+
+    def settled(held: Held) -> Held:
+        """Gradients as this rank's slices, block inputs where they wait."""
+        own: Held = Counter()
+        for (name, array), count in held.items():
+            if name == BLOCK_INPUTS:
+                if options.offloads_to_host:
+                    continue
+                name = ACTIVATIONS
+            own[(name, shard(array, shards) if name == GRADIENTS else array)] += count
+        return own
+
+    for moment in trace.moments:
+        moments[moment.phase] = always + gathered + settled(moment.held)
+    moments["optimiser"] = always + settled(trace.gradients) + scratch
+    largest = {name: settled(held) for name, held in trace.largest.items()} | {ACTIVATIONS: settled(trace.kept)}
+    host = paged + (held_bytes(only(trace.kept, BLOCK_INPUTS)) if options.offloads_to_host else 0)
+    parameter_bytes = held_bytes(settled(trace.gradients))
+    return Estimate(
+        components=list_components(moments, largest, symbols),
+        phases={phase: held_bytes(held) for phase, held in moments.items()},
+        host=host,
+        legend=symbols.legend(),
+        flops=trace.flops * options.accumulate,
+        # AdamW reads parameter, gradient and two states and writes all but the gradient.
+        bytes_moved=trace.bytes_moved * options.accumulate + 7 * parameter_bytes,
+        tokens=options.rows * options.length * options.accumulate,
+    )
+
+
+def list_components(moments: dict[str, Held], largest: dict[str, Held], symbols: Symbols) -> list[Component]:
+    """The components there are, with what they hold at the peak of all moments."""
+    peak = max(moments.values(), key=held_bytes)
+    components = []
+    for name in COMPONENTS:
+        candidates = [largest.get(name, Counter()), *(only(held, name) for held in moments.values())]
+        most = max(candidates, key=held_bytes)
+        if most:
+            at_peak = only(peak, name)
+            formula = symbols.formula(at_peak or most)
+            components.append(Component(name, held_bytes(at_peak), held_bytes(most), formula))
+    return components
+
+
+def only(held: Held, component: str) -> Held:
+    return Counter({key: count for key, count in held.items() if key[0] == component})

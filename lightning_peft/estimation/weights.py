@@ -1,0 +1,120 @@
+"""What a model and its optimiser store, by component: exact, read from the modules and never from their values."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.inject import SHARED
+from lightning_peft.estimation.recorder import Array, Held, held_bytes
+from lightning_peft.estimation.trace import WORKSPACE
+from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.optim.optimizers import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS, OPTIMIZERS, STATE_BLOCK
+from lightning_peft.quantization.nf4 import NF4Linear
+
+BASE, SCALES, EMBEDDINGS, ADAPTERS = "base", "quantisation scales", "embeddings", "adapters"
+OPTIMIZER, GATHERED = "optimiser states", "gathered weights"
+
+
+def array_of(tensor: Tensor) -> Array:
+    return Array(tuple(tensor.shape), tensor.dtype)
+
+
+def stored_weights(model: PreTrainedModel, shards: int = 1) -> Held:
+    """Every parameter and buffer of the model on one of so many ranks that share it; a tied tensor counts once.
+
+    base: the frozen part with norms and rotary tables, or every weight where all train; embeddings: the output head
+    too; adapters: everything they hold, frozen factors included.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    adapted = {id(t) for part in adapter_parts(model) for t in tensors_of(part)}
+    adapted -= {id(t) for m in model.modules() if isinstance(m, Adapter) for t in tensors_of(m.base_layer)}
+    held: Held = Counter()
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if id(tensor) in adapted:
+                component = ADAPTERS
+            elif isinstance(module, NF4Linear) and name.startswith("absmax"):
+                component = SCALES
+            else:
+                component = EMBEDDINGS if module in ends else BASE
+            is_sharded = isinstance(tensor, nn.Parameter)
+            held[(component, shard(array_of(tensor), shards if is_sharded else 1))] += 1
+    return held
+
+
+def adapter_parts(model: nn.Module) -> list[nn.Module]:
+    parts: list[nn.Module] = [module for module in model.modules() if isinstance(module, Adapter)]
+    shared = getattr(model, SHARED, None)
+    return [*parts, shared] if isinstance(shared, nn.Module) else parts
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def shard(array: Array, shards: int) -> Array:
+    """The largest slice of a tensor that FSDP2 cuts along its rows."""
+    if shards == 1 or not array.shape:
+        return array
+    return Array((math.ceil(array.shape[0] / shards), *array.shape[1:]), array.dtype)
+
+
+def optimizer_states(trained: Iterable[Tensor], name: str, shards: int, pages: bool) -> tuple[Held, int]:
+    """What the optimiser keeps on the device, and with `pages` the bytes that live in host memory instead."""
+    choice = OPTIMIZERS[name]
+    held: Held = Counter()
+    paged = 0
+    for tensor in trained:
+        array = shard(array_of(tensor), shards)
+        size = torch.Size(array.shape).numel()
+        is_8bit = choice.state_bits == 8 and size >= MIN_8BIT_ELEMENTS
+        state = Array(array.shape, torch.uint8 if is_8bit else torch.float32)
+        if is_8bit:
+            held[(OPTIMIZER, Array((math.ceil(size / STATE_BLOCK),), torch.float32))] += 2
+        if pages and choice.is_paged and size >= MIN_PAGED_ELEMENTS:
+            paged += 2 * state.nbytes
+        else:
+            held[(OPTIMIZER, state)] += 2
+    return held, paged
+
+
+def optimizer_scratch(trained: Iterable[Tensor], name: str, shards: int, accelerator: str) -> Held:
+    """What a step of the optimiser needs for a moment: bitsandbytes on a CPU computes in fp32 copies."""
+    if OPTIMIZERS[name].state_bits != 8 or accelerator != "cpu":
+        return Counter()
+    largest = max((shard(array_of(t), shards) for t in trained), key=lambda array: array.nbytes)
+    # Both states, the scaled gradient and two steps of the denominator.
+    return Counter({(WORKSPACE, largest): 5})
+
+
+def gathered_weights(model: PreTrainedModel) -> Held:
+    """What an FSDP2 rank holds beyond its slices: the root group, gathered through the whole step, and the largest
+    block, gathered once for the computation and once as it came from the other ranks."""
+    blocks = transformer_blocks(model)
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    root = Counter((GATHERED, array_of(p)) for p in model.parameters() if id(p) not in inside)
+    groups = [Counter((GATHERED, array_of(p)) for p in block.parameters()) for block in blocks]
+    largest = max(groups, key=held_bytes)
+    return root + largest + largest
+
+
+def loading_scratch(model: PreTrainedModel) -> Held:
+    """What reading the largest weight needs beside the finished model: quantising holds it dense, and its codes twice.
+
+    Dense weights are read into the memory they stay in.
+    """
+    coded = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    if not coded:
+        return Counter()
+    layer = max(coded, key=lambda layer: layer.in_features * layer.out_features)
+    shape = (layer.out_features, layer.in_features)
+    return Counter({(WORKSPACE, Array(shape, layer.dtype)): 1, (WORKSPACE, array_of(layer.weight)): 1})

@@ -1,0 +1,35 @@
+"""Objectives on the meta device, as `estimate` makes them, for the tests."""
+
+import json
+from pathlib import Path
+
+from lightning_peft.commands.estimate import empty_objective, estimate_of
+from lightning_peft.compose import compose_config
+from lightning_peft.config import EstimateConfig
+from lightning_peft.estimation.memory import Estimate
+from lightning_peft.models.tiny import tiny_config
+from lightning_peft.objectives.sft import SupervisedLoss
+
+TINY = ["model=tiny", "data.micro_batch_size=2", "data.max_length=64", "trainer.precision=32-true", "hardware=cpu"]
+
+
+def config_of(*overrides: str) -> EstimateConfig:
+    return compose_config("estimate", [*TINY, *overrides])
+
+
+def empty(*overrides: str) -> SupervisedLoss:
+    import torch
+
+    return empty_objective(config_of(*overrides), torch.float32)
+
+
+def tiny_estimate(*overrides: str) -> Estimate:
+    return estimate_of(config_of(*overrides))
+
+
+def config_folder(folder: Path, **changes: int) -> Path:
+    """A model folder that holds a config.json and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = tiny_config().to_dict() | {"architectures": ["LlamaForCausalLM"]} | changes
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder

@@ -1,0 +1,72 @@
+"""The estimate as a whole: sums, formulas, phases, ranks."""
+
+import re
+
+import pytest
+from empty_models import tiny_estimate
+
+from lightning_peft.estimation.memory import Estimate
+
+CASES = [(), ("method=qlora", "activation_checkpointing=blocks"), ("method=full",), ("method=dora", "rank=r4")]
+
+
+def value_of(formula: str, legend: str) -> int:
+    """A printed formula, worked out with the printed sizes."""
+    sizes = {name: int(size.replace(",", "")) for name, size in re.findall(r"(\w) = ([\d,]+)", legend)}
+    total = 0
+    for itemsize, terms in re.findall(r"(\d+) x \(([^)]*)\)", formula):
+        for term in terms.split(" + "):
+            product = int(itemsize)
+            for factor in term.split():
+                product *= sizes[factor] if factor in sizes else int(factor.replace(",", ""))
+            total += product
+    return total
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_components_add_up_to_the_peak(words):
+    estimate = tiny_estimate(*words)
+    assert sum(component.at_peak for component in estimate.components) == estimate.peak
+    assert all(component.at_peak <= component.largest for component in estimate.components)
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_printed_formulas_give_the_bytes(words):
+    estimate = tiny_estimate(*words)
+    for component in estimate.components:
+        assert value_of(component.formula, estimate.legend) == (component.at_peak or component.largest), component
+
+
+def size(estimate: Estimate, name: str) -> int:
+    return sum(component.largest for component in estimate.components if component.name == name)
+
+
+def test_accumulation_and_ddp_keep_gradients_through_the_backward_pass():
+    plain, accumulated = tiny_estimate("rank=r64"), tiny_estimate("rank=r64", "trainer.accumulate_grad_batches=4")
+    assert accumulated.phases["backward"] > plain.phases["backward"]
+    assert accumulated.flops == 4 * plain.flops
+    assert accumulated.tokens == 4 * plain.tokens
+
+
+def test_offloaded_block_inputs_leave_a_cuda_device_and_stay_on_a_cpu():
+    words = ("trainer.accelerator=gpu", "activation_checkpointing=offload")
+    offloaded, kept = tiny_estimate(*words), tiny_estimate(words[0], "activation_checkpointing=blocks")
+    block_inputs = 2 * 2 * 64 * 64 * 4  # blocks, rows, tokens, width, fp32
+    assert offloaded.host == block_inputs
+    assert size(kept, "activations") - size(offloaded, "activations") == block_inputs
+    assert tiny_estimate("activation_checkpointing=offload").host == 0
+
+
+def test_fsdp_shards_what_is_stored_and_loads_the_whole():
+    words = ("rank=r64", "data.max_length=8", "strategy=fsdp", "trainer.devices=2")
+    alone, sharded = tiny_estimate(*words[:2]), tiny_estimate(*words)
+    for name in ("gradients", "optimiser states"):
+        assert size(sharded, name) * 2 == size(alone, name)
+    assert sharded.phases["loading"] == alone.phases["loading"]
+    assert size(sharded, "gathered weights") > 0
+
+
+def test_bf16_halves_the_base_and_not_the_adapters():
+    fp32, bf16 = tiny_estimate(), tiny_estimate("trainer.precision=bf16-true")
+    assert size(bf16, "embeddings") * 2 == size(fp32, "embeddings")
+    assert size(bf16, "adapters") == size(fp32, "adapters")
