@@ -29,7 +29,7 @@ RUN = [
     "model=tiny", "data.max_rows=24", "data.max_validation_rows=4", "data.packing=true", "data.max_length=512",
     "data.micro_batch_size=1", "adapter.dropout=0.1", "optimizer.lr=0.01", "trainer.max_epochs=3",
     "trainer.accumulate_grad_batches=2", "trainer.precision=32-true", "trainer.accelerator=cpu",
-    "validation.every_n_steps=5", "validation.samples=0", "checkpoint.every_n_steps=3", "logger=csv", "resume=auto",
+    "validation.every_n_steps=4", "validation.samples=0", "checkpoint.every_n_steps=3", "logger=csv", "resume=auto",
 ]  # fmt: skip
 TIMES = ("step_seconds", "tokens_per_second", "peak_memory_gib")
 RESULT = Path(__file__).parent / "results" / "interruptions.json"

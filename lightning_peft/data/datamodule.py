@@ -232,6 +232,11 @@ def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
             f"number of ranks that divides {taken}, not {world_size}"
         )
     behind = current["ready"] - current["completed"]
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]
+    if epochs["processed"] < epochs["started"]:
+        # Written within an epoch. One written after a validation counts its last batch as completed, and behind an
+        # epoch's last batch Lightning would then begin the same epoch again.
+        behind = 1
     ready = taken // world_size
     current.update(ready=ready, started=ready, processed=ready, completed=ready - behind)
     # Over all epochs: what the validations and the random numbers of a batch go by.

@@ -18,7 +18,7 @@ from lightning_peft.training.preemption import PREEMPTED, REPEAT_SECONDS, SIGNAL
 
 RUN = [
     "data.packing=true", "data.max_length=512", "adapter.dropout=0.1", "trainer.max_steps=11", "trainer.max_epochs=4",
-    "trainer.accumulate_grad_batches=2", "validation.every_n_steps=3", "checkpoint.every_n_steps=4", "resume=auto",
+    "trainer.accumulate_grad_batches=2", "validation.every_n_steps=4", "checkpoint.every_n_steps=3", "resume=auto",
 ]  # fmt: skip
 """15 micro batches an epoch, so its last window is a half one."""
 
@@ -45,9 +45,9 @@ def undisturbed(tmp_path_factory):
     ("name", "micro_batch", "step"),
     [
         ("SIGTERM", 2, 2),  # first micro batch of a window: the window is finished
-        pytest.param("SIGUSR1", 5, 3, marks=pytest.mark.slow),  # a validation follows the step
-        pytest.param("SIGUSR2", 7, 4, marks=pytest.mark.slow),  # a checkpoint is due anyway
-        pytest.param("SIGTERM", 14, 8, marks=pytest.mark.slow),  # the half window that ends the epoch
+        pytest.param("SIGUSR1", 7, 4, marks=pytest.mark.slow),  # a validation follows the step
+        pytest.param("SIGUSR2", 5, 3, marks=pytest.mark.slow),  # a checkpoint is due anyway
+        ("SIGTERM", 14, 8),  # the half window that ends the epoch, with a validation behind it
         pytest.param("SIGUSR1", 20, 11, marks=pytest.mark.slow),  # the last step
     ],
 )
