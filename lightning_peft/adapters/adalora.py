@@ -120,7 +120,7 @@ class RankSchedule:
         self.config = config
         self.total_steps = total_steps
         self.first_cut = round(config.warmup_share * total_steps)
-        self.last_cut = total_steps - round(config.final_share * total_steps)
+        self.last_cut = max(1, total_steps - round(config.final_share * total_steps))
         self.initial_budget = sum(layer.rank for layer in layers.values())
         self.final_budget = config.target_rank * len(layers)
         self.sensitivity: dict[str, Tensor] = {}
@@ -129,17 +129,17 @@ class RankSchedule:
 
     def budget(self, step: int) -> int:
         """Entries of E left over all layers after `step` optimiser steps   (eq. 12)."""
-        if step <= self.first_cut:
-            return self.initial_budget
         if step >= self.last_cut:
             return self.final_budget
+        if step <= self.first_cut:
+            return self.initial_budget
         left = 1 - (step - self.first_cut) / (self.last_cut - self.first_cut)
         return int(self.final_budget + (self.initial_budget - self.final_budget) * left**3)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Follow the gradients of optimiser step `step` (from 1) and cut when it is time."""
-        if step < self.last_cut:
+        if step < self.last_cut or (step == self.last_cut and not self.sensitivity):  # the very first step may cut
             self._measure()
         if step == self.last_cut or (self.first_cut < step < self.last_cut and step % self.config.every_n_steps == 0):
             self._cut(self.budget(step))

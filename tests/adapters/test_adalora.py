@@ -51,6 +51,19 @@ def test_ranks_end_at_the_target_and_stay() -> None:
     assert entries(model) == at_the_cut
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("shares", [(0.1, 0.3), (0.4, 0.3), (0.1, 0.6)])
+def test_shortest_runs_end_at_the_target(steps: int, shares: tuple[float, float]) -> None:
+    options = OPTIONS | {"warmup_share": shares[0], "final_share": shares[1]}
+    model = perturb(adapted("adalora", **options))
+    schedule = step_schedule(model, config_for("adalora", **options), steps)
+    assert isinstance(schedule, RankSchedule)
+
+    train(model, schedule, range(1, steps + 1))
+
+    assert sum(entries(model)) == 14 * 2
+
+
 def test_scaling_is_of_the_first_rank() -> None:
     model = perturb(adapted("adalora", **OPTIONS))
     before = {layer.scaling for _, layer in adapters(model)}
