@@ -24,6 +24,8 @@ from lightning_peft.training.preemption import PREEMPTED, Preempted
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """Signals to this process that go to every rank, which decides what they mean."""
 SECONDS_BETWEEN_LOOKS = 0.1
+LAUNCHER = "LIGHTNING_PEFT_LAUNCHER"
+"""Environment variable of a rank with the number of the process that started it, where that is this program."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable with the file a rank writes its last words to; torchrun sets it as well."""
 
@@ -45,6 +47,7 @@ def run_ranks(config_path: Path, count: int) -> None:
         "TORCHELASTIC_RUN_ID": str(os.getpid()),
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        LAUNCHER: str(os.getpid()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
     }
     arguments = ("-m", "lightning_peft", "train", f"config_path={config_path}")
@@ -93,6 +96,21 @@ def report(failed: dict[int, int], error_files: dict[int, str]) -> int:
     if rank != 0 and (last_words := Path(error_files[rank])).exists():
         print(f"error: rank {rank}: {json.loads(last_words.read_text())['message']['message']}", file=sys.stderr)
     return code
+
+
+def leave_with_launcher() -> None:
+    """For a rank: end when the process that started it was killed, and so could not end the ranks itself."""
+    if LAUNCHER not in os.environ:
+        return
+    launcher = int(os.environ[LAUNCHER])
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.write(2, b"what started this rank is gone: leaving; resume=auto goes on from the last checkpoint\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_last_words(line: str) -> bool:

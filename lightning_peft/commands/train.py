@@ -25,7 +25,7 @@ from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_
 from lightning_peft.checkpoint.merged import save_model
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.checkpoint.resume import whole_state
-from lightning_peft.commands.ranks import run_ranks
+from lightning_peft.commands.ranks import leave_with_launcher, run_ranks
 from lightning_peft.commands.run_folder import find_start
 from lightning_peft.commands.trainer import (
     build_trainer,
@@ -72,6 +72,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     starts_ranks = config.strategy.kind is not StrategyKind.single and not distributed.are_ranks_started()
     check_ranks(config, precision, nodes if starts_ranks else 1)
     is_rank = config.strategy.kind is not StrategyKind.single and not starts_ranks
+    if is_rank:
+        leave_with_launcher()
     leaves_ranks = is_rank and distributed.connect(accelerator)
     assert config.run_dir is not None, "the config composes a run_dir"
     run_dir = Path(config.run_dir)

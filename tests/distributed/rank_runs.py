@@ -16,8 +16,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def train_on_ranks(count: int, folder: Path, runs: dict[str, list[str]], seconds: int = 240) -> None:
-    """Train every run, named by its folder in `folder`, on so many processes."""
+def train_on_ranks(count: int, folder: Path, runs: dict[str, list[str]], seconds: int = 600) -> None:
+    """Train every run, named by its folder in `folder`, on so many processes. The limit is a busy machine's."""
     configs = [[*TINY, f"trainer.devices={count}", f"run_dir={folder}/{name}", *words] for name, words in runs.items()]
     file = folder / f"runs{count}.json"
     file.write_text(json.dumps(configs))

@@ -14,7 +14,7 @@ from lightning_peft.commands.train import prepare_folder
 from lightning_peft.compose import compose_config
 
 
-def command(*words: str, seconds: int = 150) -> subprocess.CompletedProcess[str]:
+def command(*words: str, seconds: int = 400) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "lightning_peft", "train", *words, *TINY, "strategy=ddp", "trainer.devices=2"],
@@ -25,7 +25,7 @@ def command(*words: str, seconds: int = 150) -> subprocess.CompletedProcess[str]
 @pytest.mark.multi_process
 @pytest.mark.slow
 def test_sweep_starts_the_ranks_of_each_trial_once(tmp_path):
-    run = command("-m", "adapter.rank=2,4", "trainer.max_steps=1", f"run_dir={tmp_path}/sweep", seconds=280)
+    run = command("-m", "adapter.rank=2,4", "trainer.max_steps=1", f"run_dir={tmp_path}/sweep")
     assert run.returncode == 0, run.stderr[-3000:]
     trials = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")}
     assert {name: trial["status"] for name, trial in trials.items()} == {"rank2": "finished", "rank4": "finished"}
@@ -54,6 +54,28 @@ def test_signal_to_the_launcher_saves_on_the_ranks_and_resumes(tmp_path):
     resumed = command(*words)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+LAUNCH = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=os.environ | {"LIGHTNING_PEFT_LAUNCHER": str(os.getpid())})
+time.sleep(300)
+"""
+RANK = """
+import time
+from lightning_peft.commands.ranks import leave_with_launcher
+leave_with_launcher()
+print("started", flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.multi_process
+def test_rank_does_not_outlive_a_killed_launcher():
+    with subprocess.Popen([sys.executable, "-c", LAUNCH, RANK], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == "started\n"
+        launcher.kill()
+        assert launcher.communicate(timeout=60) == ("", None)  # the pipe closes when the rank, which has it too, ends
 
 
 def test_config_path_is_the_whole_config(tmp_path):

@@ -35,8 +35,8 @@ def runs(tmp_path_factory):
         return runs
 
     train_on_ranks(1, folder, several("single", 2) | {"one": [*RUN, *SETTINGS["single"], *steps(4)]})
-    train_on_ranks(2, folder, several("ddp2", 2) | several("fsdp2", 2), seconds=400)
-    train_on_ranks(2, folder, several("ddp2", 4) | several("fsdp2", 4), seconds=400)
+    train_on_ranks(2, folder, several("ddp2", 2) | several("fsdp2", 2))
+    train_on_ranks(2, folder, several("ddp2", 4) | several("fsdp2", 4))
     train_on_ranks(1, folder, several("single", 4))
     return folder
 
