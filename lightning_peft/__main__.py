@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "hand a training to SLURM: cluster.partition=... cluster.nodes=2",
     ),
     "estimate": ("lightning_peft.commands.estimate:estimate", "memory and work that train would need; no weights read"),
+    "sweep": ("lightning_peft.commands.sweep:sweep", "status, retry, cancel or table of a sweep"),
     "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
     "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
     "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),

@@ -15,6 +15,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft import distributed
+from lightning_peft.commands.plan_sweep import submit_sweep
 from lightning_peft.commands.ranks import leave_last_words
 from lightning_peft.compose import compose_config, groups_and_defaults, typed
 from lightning_peft.config import CONF_DIR, register_schemas
@@ -33,7 +34,11 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
         return DONE
     sweep = [word for word in overrides if word in ("-m", "--multirun")]
     try:
-        if sweep:
+        if command == "sweep":  # its words belong to two configs
+            function(overrides)
+        elif command == "submit" and sweep:
+            submit_sweep([word for word in overrides if word not in sweep])
+        elif sweep:
             run_sweep(command, function, [word for word in overrides if word not in sweep])
         else:
             function(compose_config(command, overrides))
@@ -71,7 +76,9 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     """
     folder = [word.partition("=")[2] for word in overrides if word.startswith("run_dir=")]
     words = [word for word in overrides if not word.startswith("run_dir=")]
-    compose_config(command, first_trial(words))
+    if distributed.world_size() > 1:
+        raise ValueError("-m under torchrun or srun: every rank would run a sweep of its own; use submit -m")
+    check_one_sweeper(words, compose_config(command, first_trial(words)))
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [f"hydra.sweep.dir={name}" for name in folder]
@@ -87,6 +94,18 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
         job()
     finally:
         sys.argv = arguments
+
+
+def check_one_sweeper(words: list[str], config: Any) -> None:
+    """Raises ValueError for a sweeper that chooses as it goes, in one process with trials of several ranks."""
+    hydra_options = dict(word.partition("=")[::2] for word in words)
+    sweeper, launcher = (hydra_options.get(f"hydra/{part}", "basic") for part in ("sweeper", "launcher"))
+    ranks = [f"trainer.{key}={count}" for key in ("devices", "num_nodes") if (count := config.trainer.get(key, 1)) != 1]
+    if sweeper != "basic" and launcher == "basic" and ranks:
+        raise ValueError(
+            f"hydra/sweeper={sweeper} {' '.join(ranks)}: in one process the ranks could be given different trials; "
+            "use submit -m sweep.search=optuna, or hydra/launcher=submitit_slurm"
+        )
 
 
 def is_swept(word: str) -> bool:

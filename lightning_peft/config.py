@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.merged import MergeConfig
+from lightning_peft.cluster.search import SweepConfig
 from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.data.config import DataConfig
 from lightning_peft.evaluation.tasks import TASKS
@@ -224,10 +225,49 @@ class D90Config:
             raise ValueError(f"share={self.share}: must be above 0 and at most 1")
 
 
+@dataclass
+class SubmitSweepConfig:
+    """What `submit -m` takes beside the words of a single run."""
+
+    sweep_dir: str | None = None
+    """Folder of the sweep; null takes sweeps/<time>."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+class SweepVerb(Enum):
+    """What to do with a sweep."""
+
+    status = "status"
+    retry = "retry"
+    cancel = "cancel"
+    table = "table"
+    ask = "ask"
+
+
+@dataclass
+class SweepCommandConfig:
+    """Looks at a sweep that `submit -m` started, or changes its course."""
+
+    verb: SweepVerb = MISSING
+    """status, retry, cancel, table; ask draws Optuna's next trial, for the workers."""
+    sweep_dir: str = MISSING
+    """Folder of the sweep."""
+    failed: bool = False
+    """retry: every trial that failed, was lost, preempted or cancelled."""
+    trials: list[str] = field(default_factory=list)
+    """retry, cancel: these trials, by name; cancel without names takes all."""
+    sort: str | None = None
+    """table: column to sort by, -column for the largest first; null takes the sweep's metric."""
+    output_path: str | None = None
+    """table: also a .csv, .json, .html or .svg (the heat map) file."""
+
+
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
     "submit": TrainConfig,
     "estimate": EstimateConfig,
+    "submit_sweep": SubmitSweepConfig,
+    "sweep": SweepCommandConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "merge": MergeCommandConfig,
@@ -237,7 +277,6 @@ ROOTS: dict[str, type] = {
 
 def register_schemas() -> None:
     """Put every schema where the option files under `conf/` look for it."""
-    OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
     OmegaConf.register_new_resolver("config_digest", config_digest, replace=True)
     store = ConfigStore.instance()
     for command, root in ROOTS.items():
@@ -278,6 +317,10 @@ def config_digest(*, _root_: DictConfig) -> str:
     assert isinstance(config, dict)
     counted = {key: value for key, value in config.items() if key not in ("run_dir", "cluster", "resume", "dry_run")}
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+# At the import: processes that a Hydra launcher starts get the schemas from it, but no resolvers.
+OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
 
 
 def train_config(saved: dict[str, Any]) -> TrainConfig:

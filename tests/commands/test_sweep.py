@@ -25,3 +25,22 @@ def test_sweep_trains_every_trial_in_its_own_folder(tmp_path):
 @pytest.mark.slow
 def test_sweep_over_an_unknown_option_is_wrong_input(tmp_path, capsys):
     assert main(["train", "-m", "model=tiny", f"run_dir={tmp_path}", "adapter.rnk=2,4"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "message"),
+    [
+        (["adapter.rank=2,4"], "2", "-m under torchrun or srun: every rank would run a sweep of its own"),
+        (
+            ["adapter.rank=2,4", "hydra/sweeper=optuna", "strategy=ddp", "trainer.devices=2"],
+            "1",
+            "hydra/sweeper=optuna trainer.devices=2: in one process the ranks could be given different trials",
+        ),
+    ],
+)
+def test_sweep_that_would_differ_between_ranks_is_refused(monkeypatch, capsys, tmp_path, words, ranks, message):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert main(["train", "-m", "model=tiny", f"run_dir={tmp_path}/sweep", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()

@@ -1,0 +1,142 @@
+"""Runs the trials of a sweep on this machine, one after the other, beside other workers of the same sweep.
+
+    python -m lightning_peft.cluster.local_worker SWEEP_DIR SLOT
+
+A worker and each of its trials have a session of their own, so a closed terminal ends neither, and a trial outlives its
+worker.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.cluster.process import process, this_process
+from lightning_peft.cluster.sweep import Sweep, Trial, begin, changed_sweep, read_sweep
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.txt"
+"""What a trial prints, in its folder."""
+GRACE_SECONDS = 30.0
+"""From asking a trial to leave until it is killed: time for a checkpoint."""
+
+
+def start_workers(folder: Path) -> None:
+    """Start as many workers as there is work for and leave them to themselves."""
+    with changed_sweep(folder) as sweep:
+        sweep.workers = [worker for worker in sweep.workers if worker.is_alive]
+        work = sum(trial.is_waiting for trial in sweep.trials) + sweep.count - len(sweep.trials)
+        for slot in range(len(sweep.workers), min(sweep.parallel or 1, work)):
+            command = [sys.executable, "-m", "lightning_peft.cluster.local_worker", str(folder), str(slot)]
+            # Not subprocess, which takes a child that is left alone for a mistake.
+            worker = os.posix_spawn(sys.executable, command, os.environ, file_actions=to_log(folder), setsid=True)
+            sweep.workers.append(process(worker))
+
+
+def to_log(folder: Path) -> list[tuple[Any, ...]]:
+    """Nothing to read, and all that is printed at the end of the sweep's workers.txt."""
+    append = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(folder / "workers.txt"), append, 0o644),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+
+
+def work(folder: Path, slot: int) -> None:
+    """Run trials until none is left to begin."""
+    os.chdir(read_sweep(folder).directory)
+    while True:
+        trial = claim(folder)
+        if trial is not None:
+            run(trial, folder, slot)
+        elif not drew_another(folder):
+            return
+
+
+def claim(folder: Path) -> Trial | None:
+    """The next trial nobody has begun, now begun by this process; without one, and none to be drawn, it signs off."""
+    with changed_sweep(folder) as sweep:
+        for trial in sweep.trials:
+            if trial.is_waiting:
+                begin(trial, folder)
+                trial.process = this_process()
+                return trial
+        if len(sweep.trials) >= sweep.count:
+            sweep.workers.remove(this_process())
+    return None
+
+
+def drew_another(folder: Path) -> bool:
+    """Have Optuna draw the next trial; False when the sweep is complete. In a process of its own: it needs Hydra."""
+    sweep = read_sweep(folder)
+    if len(sweep.trials) >= sweep.count:
+        return False
+    asked = subprocess.run(
+        [sys.executable, "-m", "lightning_peft", "sweep", "ask", str(folder)], stdin=subprocess.DEVNULL
+    )
+    if asked.returncode:
+        logger.error("sweep ask ended with status %d; this worker leaves", asked.returncode)
+    return asked.returncode == 0
+
+
+def run(trial: Trial, folder: Path, slot: int) -> None:
+    run_dir = folder / trial.name
+    command = [sys.executable, "-m", "lightning_peft", "train", f"config_path={run_dir / 'config.yaml'}"]
+    with (run_dir / LOG).open("a") as log:
+        training = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | share_of_machine(read_sweep(folder), slot),
+        )
+        with changed_sweep(folder) as sweep:
+            sweep.trial(trial.name).process = process(training.pid)
+        exit_code = training.wait()
+    with changed_sweep(folder) as sweep:
+        sweep.trial(trial.name).exit_code = exit_code
+    logger.info("%s: exit status %d", trial.name, exit_code)
+
+
+def share_of_machine(sweep: Sweep, slot: int) -> dict[str, str]:
+    """Environment that keeps a worker's trials to its part of the cores and GPUs."""
+    parallel = sweep.parallel or 1
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))}
+    devices = visible_devices()
+    if devices:
+        own = devices[slot * len(devices) // parallel : (slot + 1) * len(devices) // parallel]
+        share["CUDA_VISIBLE_DEVICES"] = ",".join(own or [devices[slot % len(devices)]])
+    return share
+
+
+def visible_devices() -> list[str]:
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return visible.split(",")
+    # torch takes seconds to import and only this needs it.
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def end(trial: Trial) -> None:
+    """Ask a running trial to leave, and make it leave after GRACE_SECONDS; its ranks are in its process group."""
+    if trial.process is None or not trial.process.is_alive:
+        return
+    os.killpg(trial.process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while trial.process.is_alive:
+        if time.monotonic() > deadline:
+            os.killpg(trial.process.pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,165 @@
+"""Which trials a sweep has: all combinations, random draws, or what Optuna asks for."""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override
+
+JOURNAL = "optuna.log"
+
+
+class Search(Enum):
+    """How a sweep chooses its trials."""
+
+    grid = "grid"
+    """Every combination."""
+    random = "random"
+    """`sweep.trials` draws."""
+    optuna = "optuna"
+    """`sweep.trials` draws, each made when it starts, from what the ones before have shown (TPE)."""
+
+
+class SweepPlace(Enum):
+    """Where the trials of a sweep run."""
+
+    slurm = "slurm"
+    """A job array."""
+    local = "local"
+    """Processes of this machine."""
+
+
+@dataclass
+class SweepConfig:
+    """Which trials a sweep has and how many run at once."""
+
+    search: Search = Search.grid
+    """grid, random or optuna."""
+    trials: int | None = None
+    """How many to draw; null for grid."""
+    metric: str = "validation_loss"
+    """A number of result.json, or of its metrics, that is to be small; with a minus sign before it, large."""
+    cluster: SweepPlace = SweepPlace.slurm
+    """slurm or local; written cluster=local on the command line."""
+    seed: int = 0
+    """Of the draws; the training's is `seed`."""
+    parallel: int | None = None
+    """Trials at once; null takes one on this machine, and on a cluster as many as it will run."""
+
+    def __post_init__(self) -> None:
+        if self.parallel is not None and self.parallel < 1:
+            raise ValueError(f"sweep.parallel={self.parallel}: must be at least 1")
+        if self.search is Search.grid and self.trials is not None:
+            raise ValueError(f"sweep.trials={self.trials}: a grid has all its combinations; add sweep.search=random")
+        if self.search is not Search.grid and (self.trials is None or self.trials < 1):
+            raise ValueError(f"sweep.search={self.search.name}: needs sweep.trials, at least 1")
+        if not self.metric.removeprefix("-"):
+            raise ValueError(f"sweep.metric={self.metric!r}: name a number of result.json")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """The values that one swept key may take."""
+
+    key: str
+    choices: list[str]
+    """As typed; empty for an interval."""
+    low: float = 0.0
+    high: float = 0.0
+    is_log: bool = False
+    is_int: bool = False
+
+    def draw(self, generator: random.Random) -> str:
+        if self.choices:
+            return generator.choice(self.choices)
+        if self.is_int:
+            return str(generator.randint(int(self.low), int(self.high)))
+        if self.is_log:
+            return number(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
+        return number(generator.uniform(self.low, self.high))
+
+
+def number(value: float) -> str:
+    """Six digits are finer than any effect and keep folder names short."""
+    return f"{value:.6g}"
+
+
+def dimension(override: Override) -> Dimension:
+    """Of one swept word, in Hydra's grammar. Raises ValueError for an interval that cannot be drawn from."""
+    key = override.get_key_element()
+    sweep = override.value()
+    if not isinstance(sweep, IntervalSweep):
+        return Dimension(key, list(override.sweep_string_iterator()))
+    low, high = sweep.start, sweep.end
+    assert low is not None and high is not None
+    is_log = "log" in sweep.tags
+    if low >= high or (is_log and low <= 0):
+        raise ValueError(f"{override.input_line}: an interval goes from a smaller to a larger number, above 0 if log")
+    return Dimension(key, [], low, high, is_log, isinstance(low, int) and isinstance(high, int))
+
+
+def random_trials(dimensions: list[Dimension], count: int, seed: int) -> list[list[str]]:
+    """`count` draws, different from one another where there are as many."""
+    generator = random.Random(seed)
+    combinations = math.prod(len(d.choices) for d in dimensions) if all(d.choices for d in dimensions) else math.inf
+    drawn: dict[tuple[str, ...], None] = {}
+    while len(drawn) < min(count, combinations):
+        drawn[tuple(f"{d.key}={d.draw(generator)}" for d in dimensions)] = None
+    return [list(words) for words in drawn]
+
+
+class OptunaStudy:
+    """A study in a journal file of the sweep's folder, asked and told by one process at a time."""
+
+    def __init__(self, folder: Path, dimensions: list[Dimension], seed: int):
+        optuna = import_optuna()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
+        self.optuna = optuna
+        self.study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            study_name=folder.resolve().name,
+            load_if_exists=True,
+        )
+        # Each process draws with its own seed, else all would draw the same start.
+        drawn = len(self.study.trials)
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed + drawn, constant_liar=True)
+        self.dimensions = dimensions
+
+    def ask(self) -> tuple[int, list[str]]:
+        """(number, overrides) of the next trial."""
+        trial = self.study.ask({d.key: self.distribution(d) for d in self.dimensions})
+        return trial.number, [f"{d.key}={self.text(trial.params[d.key])}" for d in self.dimensions]
+
+    def tell(self, values: Mapping[int, float | None]) -> None:
+        """Score (smaller is better) per number of a trial that ended, None where it has none; told once only."""
+        running = {trial.number for trial in self.study.trials if trial.state == self.optuna.trial.TrialState.RUNNING}
+        for trial, value in values.items():
+            if trial in running:
+                state = None if value is not None and math.isfinite(value) else self.optuna.trial.TrialState.FAIL
+                self.study.tell(trial, value if state is None else None, state=state)
+
+    def distribution(self, dimension: Dimension) -> Any:
+        distributions = self.optuna.distributions
+        if dimension.choices:
+            return distributions.CategoricalDistribution(dimension.choices)
+        if dimension.is_int:
+            return distributions.IntDistribution(int(dimension.low), int(dimension.high), log=dimension.is_log)
+        return distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.is_log)
+
+    @staticmethod
+    def text(value: Any) -> str:
+        return number(value) if isinstance(value, float) else str(value)
+
+
+def import_optuna() -> Any:
+    try:
+        # An optional extra.
+        import optuna
+    except ImportError as error:
+        raise ValueError("sweep.search=optuna: not installed; pip install 'lightning-peft[optuna]'") from error
+    return optuna

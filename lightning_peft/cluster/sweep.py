@@ -1,0 +1,193 @@
+"""A sweep on disk: its trials, how each stands, and the one file that says so.
+
+`sweep.json` is read and written under a lock by whoever works on the sweep. A state follows from the run folder,
+the process and the queue, each time anew; the file keeps what was seen last.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.cluster.process import Process
+from lightning_peft.cluster.slurm import Job
+
+MANIFEST = "sweep.json"
+
+WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, CANCELLED = (
+    "waiting", "running", "finished", "failed", "lost", "preempted", "cancelled",
+)  # fmt: skip
+QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
+"""SLURM's words for a job that does not run yet."""
+TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, CANCELLED)
+ENDED = (FINISHED, *TO_BE_RETRIED)
+
+
+@dataclass
+class Trial:
+    """One choice of the swept values."""
+
+    name: str
+    """Its folder inside the sweep's."""
+    overrides: list[str]
+    """The swept words, as in key=value."""
+    state: str = WAITING
+    attempts: int = 0
+    """Starts by a worker, or submissions to the queue."""
+    is_waiting: bool = True
+    """Whether no worker has begun it since it was submitted or retried."""
+    exit_code: int | None = None
+    """Of the last attempt; null while it runs and where nobody was left to see it."""
+    result: dict[str, Any] | None = None
+    """Its result.json."""
+    process: Process | None = None
+    job: str | None = None
+    """SLURM's number, as in 123_4."""
+    number: int | None = None
+    """Optuna's number of the trial."""
+    is_cancelled: bool = False
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Swept key to value."""
+        pairs = (word.partition("=") for word in self.overrides)
+        return {key.lstrip("+"): value for key, _, value in pairs}
+
+
+@dataclass
+class Sweep:
+    """What `sweep.json` holds."""
+
+    words: list[str]
+    """The overrides that all trials share."""
+    swept: list[str]
+    """The words that say what is swept."""
+    cluster: str
+    """local or slurm."""
+    metric: str
+    """A number of result.json that is to be small, or large with a minus sign before its name."""
+    search: str = "grid"
+    count: int = 0
+    """Trials in all, of which optuna's are not drawn yet."""
+    seed: int = 0
+    parallel: int | None = None
+    directory: str = "."
+    """Where the sweep was submitted: relative paths of its words start there."""
+    trials: list[Trial] = field(default_factory=list)
+    workers: list[Process] = field(default_factory=list)
+    """On this machine."""
+    arrays: list[str] = field(default_factory=list)
+    """SLURM's numbers of the job arrays."""
+
+    def trial(self, name: str) -> Trial:
+        for trial in self.trials:
+            if trial.name == name:
+                return trial
+        raise ValueError(f"trials={name}: no such trial; the sweep has {', '.join(t.name for t in self.trials)}")
+
+    @property
+    def swept_keys(self) -> list[str]:
+        return [word.partition("=")[0].lstrip("+") for word in self.swept]
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Raises ValueError when there is no sweep."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder}: holds no {MANIFEST}; name the folder given as sweep_dir to submit -m")
+    values = json.loads(path.read_text())
+    trials = [Trial(**(t | {"process": Process(**t["process"]) if t["process"] else None})) for t in values["trials"]]
+    return Sweep(**(values | {"trials": trials, "workers": [Process(**worker) for worker in values["workers"]]}))
+
+
+def write_sweep(sweep: Sweep, folder: Path) -> None:
+    with atomic_file(folder / MANIFEST) as path:
+        path.write_text(json.dumps(asdict(sweep), indent=1) + "\n")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, nobody else changes the sweep. The lock goes with the process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def changed_sweep(folder: Path) -> Iterator[Sweep]:
+    """The sweep, to be changed; written when the block ends without an exception."""
+    if not (folder / MANIFEST).is_file():
+        read_sweep(folder)
+    with locked(folder):
+        sweep = read_sweep(folder)
+        yield sweep
+        write_sweep(sweep, folder)
+
+
+def begin(trial: Trial, folder: Path) -> None:
+    """Count an attempt and drop what the last one left behind as its end."""
+    trial.attempts += 1
+    trial.is_waiting = False
+    trial.exit_code = None
+    (folder / trial.name / "result.json").unlink(missing_ok=True)
+
+
+def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:
+    """Look at run folders, processes and the queue (job number to job), and set every trial's state by what is seen."""
+    has_worker = any(worker.is_alive for worker in sweep.workers)
+    for trial in sweep.trials:
+        job = queue.get(trial.job) if trial.job is not None else None
+        if job is not None and not job.is_active:
+            trial.exit_code = job.exit_code
+        trial.result = read_result(folder / trial.name)
+        trial.state = state_of(trial, job, has_worker)
+
+
+def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:
+    status = trial.result["status"] if trial.result is not None else None
+    if status == FINISHED:
+        return FINISHED
+    is_queued = job is not None and job.is_active and job.state in QUEUED
+    if (job is not None and job.is_active and not is_queued) or (trial.process is not None and trial.process.is_alive):
+        return RUNNING
+    if trial.is_cancelled or (job is not None and job.state.startswith("CANCELLED")):
+        return CANCELLED
+    if is_queued:
+        return WAITING
+    if status is not None:
+        return str(status)
+    if trial.is_waiting and has_worker:
+        return WAITING
+    # No result: a batch script may end well all the same, so COMPLETED and an exit status of 0 say nothing.
+    return FAILED if trial.exit_code or (job is not None and job.state != "COMPLETED") else LOST
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """What `result.json` holds; None when the run has not ended by itself."""
+    try:
+        result = json.loads((run_dir / "result.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # a kill while it was written leaves half of it
+        return None
+    assert isinstance(result, dict)
+    return result
+
+
+def score(sweep: Sweep, trial: Trial) -> float | None:
+    """The sweep's metric so that smaller is better; None for a trial that did not finish or has no such number."""
+    if trial.state != FINISHED:
+        return None
+    value = metric_value(trial.result, sweep.metric.removeprefix("-"))
+    return -value if value is not None and sweep.metric.startswith("-") else value
+
+
+def metric_value(result: Mapping[str, Any] | None, metric: str) -> float | None:
+    """A number of a result, of its `metrics` where it is not found beside them; None where there is none."""
+    if result is None:
+        return None
+    value = result.get(metric, result.get("metrics", {}).get(metric))
+    return float(value) if isinstance(value, int | float) else None

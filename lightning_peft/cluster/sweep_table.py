@@ -1,0 +1,168 @@
+"""A sweep's results: rows to sort, the best by a metric, and the metric over two swept keys as a heat map."""
+
+import csv
+import html
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_peft.cluster.sweep import Sweep, score
+
+RESULT_COLUMNS = (
+    "steps", "train_loss", "validation_loss", "trainable_parameters", "tokens_per_second", "peak_memory_gib", "seconds",
+)  # fmt: skip
+CELL_WIDTH, CELL_HEIGHT, MARGIN = 92, 40, 96
+LIGHT, DARK = (253, 231, 37), (59, 82, 139)
+"""Colours of the worst and the best value."""
+
+
+def short_name(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
+    """A row a trial: name, swept values, state, attempts, exit code, results. `sort` is a column, -column descends.
+
+    Trials that have nothing in that column come last.
+    """
+    rows = [
+        {"trial": trial.name}
+        | {short_name(key): number_or_text(value) for key, value in trial.values.items()}
+        | {"state": trial.state, "attempts": trial.attempts, "exit_code": trial.exit_code}
+        | {column: (trial.result or {}).get(column) for column in RESULT_COLUMNS}
+        | (trial.result or {}).get("metrics", {})
+        for trial in sweep.trials
+    ]
+    column = sort.removeprefix("-")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if rows and column not in columns:
+        raise ValueError(f"sort={sort}: no such column; choose one of {', '.join(columns)}")
+    known = [row for row in rows if row.get(column) is not None]
+    known.sort(key=lambda row: sort_key(row[column]), reverse=sort.startswith("-"))
+    return known + [row for row in rows if row.get(column) is None]
+
+
+def number_or_text(value: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def sort_key(value: Any) -> tuple[bool, Any]:
+    return (True, str(value)) if not isinstance(value, int | float) else (False, value)
+
+
+def best_trial(sweep: Sweep) -> tuple[str, float] | None:
+    """(name, value) of the finished trial whose metric is best; None while there is none."""
+    scores = [(value, trial.name) for trial in sweep.trials if (value := score(sweep, trial)) is not None]
+    if not scores:
+        return None
+    value, name = min(scores)
+    return name, -value if sweep.metric.startswith("-") else value
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def json_text(rows: Sequence[dict[str, Any]]) -> str:
+    return json.dumps(rows, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The best value of a metric at each pair of values of two swept keys."""
+
+    metric: str
+    larger_is_better: bool
+    row_key: str
+    column_key: str
+    rows: list[int | float | str]
+    columns: list[int | float | str]
+    cells: dict[tuple[Any, Any], float]
+
+
+def heat_map(sweep: Sweep) -> HeatMap | None:
+    """Over rank and alpha where both are swept, else over the first two keys; None with fewer than two."""
+    keys = sorted(sweep.swept_keys, key=lambda key: key not in ("adapter.rank", "adapter.alpha"))[:2]
+    if len(keys) < 2:
+        return None
+    sign = -1.0 if sweep.metric.startswith("-") else 1.0
+    axes: list[list[Any]] = [
+        sorted({number_or_text(trial.values[key]) for trial in sweep.trials}, key=sort_key) for key in keys
+    ]
+    cells: dict[tuple[Any, Any], float] = {}
+    for trial in sweep.trials:
+        if (value := score(sweep, trial)) is not None:
+            at = number_or_text(trial.values[keys[0]]), number_or_text(trial.values[keys[1]])
+            cells[at] = min(cells.get(at, value), value)
+    values = {at: sign * value for at, value in cells.items()}
+    metric = sweep.metric.removeprefix("-")
+    return HeatMap(metric, sign < 0, short_name(keys[0]), short_name(keys[1]), axes[0], axes[1], values)
+
+
+def svg_text(map: HeatMap) -> str:
+    """A picture for a browser or a README: rows and columns labelled, every cell with its value."""
+    values = map.cells.values()
+    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    width = MARGIN + CELL_WIDTH * len(map.columns) + 12
+    height = 64 + CELL_HEIGHT * len(map.rows) + 12
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="14" text-anchor="middle">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{width / 2}" y="20">{html.escape(map.metric)}</text>',
+        label(MARGIN / 2, 52, f"{map.row_key} \\ {map.column_key}"),
+    ]
+    parts += [label(MARGIN + CELL_WIDTH * (x + 0.5), 52, value) for x, value in enumerate(map.columns)]
+    for y, row in enumerate(map.rows):
+        top = 64 + CELL_HEIGHT * y
+        parts.append(label(MARGIN / 2, top + 25, row))
+        for x, column in enumerate(map.columns):
+            value = map.cells.get((row, column))
+            share = 0.0 if value is None or high == low else (value - low) / (high - low)
+            goodness = share if map.larger_is_better else 1 - share
+            fill, ink = ("#eeeeee", "black") if value is None else colours(goodness)
+            left = MARGIN + CELL_WIDTH * x
+            parts.append(
+                f'<rect x="{left}" y="{top}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" fill="{fill}"/>'
+            )
+            parts.append(label(left + CELL_WIDTH / 2, top + 25, "-" if value is None else f"{value:.4g}", ink))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def label(x: float, y: float, text: Any, ink: str = "black") -> str:
+    return f'<text x="{x:g}" y="{y:g}" fill="{ink}">{html.escape(str(text))}</text>'
+
+
+def colours(goodness: float) -> tuple[str, str]:
+    """(fill, ink) between LIGHT at 0 and DARK at 1."""
+    mixed = [round(a + (b - a) * goodness) for a, b in zip(LIGHT, DARK, strict=True)]
+    return "#{:02x}{:02x}{:02x}".format(*mixed), "white" if goodness > 0.5 else "black"
+
+
+def html_text(rows: Sequence[dict[str, Any]], picture: str | None) -> str:
+    """A page with the table and, where there is one, the heat map."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(shown(row.get(column)))}</td>" for column in columns) + "</tr>\n"
+        for row in rows
+    )
+    style = "<style>td,th{padding:2px 10px;text-align:right;font-family:sans-serif}</style>"
+    return f"<!doctype html>\n<meta charset=utf-8>{style}\n{picture or ''}<table><tr>{head}</tr>\n{body}</table>\n"
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

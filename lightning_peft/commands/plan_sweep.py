@@ -1,0 +1,195 @@
+"""`submit -m`: the words of a sweep become trials with resolved configs in one folder, and that is started."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+
+from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.cluster.local_worker import start_workers
+from lightning_peft.cluster.search import Dimension, OptunaStudy, Search, dimension, import_optuna, random_trials
+from lightning_peft.cluster.sweep import ENDED, MANIFEST, Sweep, Trial, begin, locked, score, write_sweep
+from lightning_peft.commands.submit import for_cluster
+from lightning_peft.commands.sweep_array import array_script, submit_array
+from lightning_peft.compose import compose_config
+from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
+from lightning_peft.training.wandb_run import WandbRun, wandb_record
+
+logger = logging.getLogger(__name__)
+
+OWN_KEYS = ("sweep", "sweep_dir")
+"""First part of the words that speak to the sweep; the others are those of a single `submit` or `train`."""
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """(the sweep's own words, those of a run); `run_dir` names the sweep's folder, as it does under train -m."""
+    # `cluster` is a group of submit, so no config can have it as a plain key.
+    renamed = {"run_dir": "sweep_dir", "cluster": "sweep.cluster"}
+    parts = [word.partition("=") for word in words]
+    words = [renamed.get(key, key) + sign + value for key, sign, value in parts]
+    own = [word for word in words if word.partition("=")[0].partition(".")[0] in OWN_KEYS]
+    return own, [word for word in words if word not in own]
+
+
+def submit_sweep(words: list[str]) -> None:
+    """Plan and start a sweep. Raises ValueError, with nothing written, if any trial's config is wrong."""
+    own, run_words = split_words(words)
+    config: SubmitSweepConfig = compose_config("submit_sweep", own)
+    folder = Path(config.sweep_dir or f"sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}").resolve()
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"sweep_dir={folder}: holds a sweep already: `sweep retry` goes on with it, or name another")
+    sweep = plan(config, run_words)
+    # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
+    runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
+    if runs[0].cluster is not None and runs[0].cluster.dry_run:
+        print(array_script(sweep, sweep.count, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
+        return
+    with locked(folder):
+        for run, _ in zip(runs, sweep.trials, strict=False):
+            write_run(run)
+        write_sweep(sweep, folder)
+    logger.info("%s: %d trials", folder, sweep.count)
+    start(folder, [trial.name for trial in sweep.trials], runs[0])
+
+
+def start(folder: Path, names: list[str], run: TrainConfig) -> None:
+    """Have the trials that wait run, and Optuna's that are to be drawn; `run` says on which cluster."""
+    if run.cluster is None:
+        start_workers(folder)
+    else:
+        submit_array(folder, names, run.cluster, run)
+
+
+def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
+    """The sweep of these words, with every trial that is known now."""
+    overrides = parse(words)
+    swept = [override for override in overrides if override.is_sweep_override()]
+    if not swept:
+        raise ValueError("-m: no word sweeps; give several values, as in adapter.rank=4,8, or leave -m out")
+    sweep = Sweep(
+        words=[str(override.input_line) for override in overrides if not override.is_sweep_override()],
+        swept=[str(override.input_line) for override in swept],
+        cluster=config.sweep.cluster.name,
+        metric=config.sweep.metric,
+        search=config.sweep.search.name,
+        seed=config.sweep.seed,
+        parallel=config.sweep.parallel,
+        directory=str(Path.cwd()),
+    )
+    if config.sweep.search is Search.grid:
+        add_trials(sweep, grid(swept))
+        sweep.count = len(sweep.trials)
+        return sweep
+    assert config.sweep.trials is not None, "SweepConfig checks it"
+    drawn_from = [dimension(override) for override in swept]
+    if config.sweep.search is Search.random:
+        add_trials(sweep, random_trials(drawn_from, config.sweep.trials, config.sweep.seed))
+        sweep.count = len(sweep.trials)
+    else:
+        import_optuna()
+        sweep.count = config.sweep.trials
+    return sweep
+
+
+def parse(words: list[str]) -> list[Override]:
+    """Hydra's reading of the words, globs over option files included."""
+    register_schemas()
+    with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        try:
+            overrides = parser.parse_overrides(words)
+        except OverrideParseException as error:
+            raise ValueError(f"{error.override}: not of the form key=value (quote special characters)") from error
+    for override in overrides:
+        if override.is_hydra_override():
+            raise ValueError(f"{override.input_line}: submit starts its trials itself; Hydra's launchers and sweepers "
+                             "are for train -m")  # fmt: skip
+        if override.get_key_element().lstrip("+") in ("resume", "dry_run", "config_path"):
+            raise ValueError(f"{override.input_line}: not for a sweep; its trials are resumed by `sweep retry`")
+    return overrides
+
+
+def grid(swept: list[Override]) -> list[list[str]]:
+    for override in swept:
+        if not override.is_discrete_sweep():
+            raise ValueError(f"{override.input_line}: an interval has no end of values; add sweep.search=random "
+                             "sweep.trials=N, or use range()")  # fmt: skip
+    (trials,) = BasicSweeper.split_arguments(swept, None)
+    return trials
+
+
+def dimensions(sweep: Sweep) -> list[Dimension]:
+    return [dimension(override) for override in parse(sweep.swept)]
+
+
+def add_trials(sweep: Sweep, trials: list[list[str]]) -> list[Trial]:
+    """Trials with folder names of their own, also where two choices differ in special characters only."""
+    taken = {trial.name for trial in sweep.trials}
+    added = []
+    for overrides in trials:
+        name = base = trial_name(",".join(overrides))
+        copies = 1
+        while name in taken:
+            copies += 1
+            name = f"{base}-{copies}"
+        taken.add(name)
+        added.append(Trial(name, overrides))
+    sweep.trials += added
+    return added
+
+
+def any_draw(sweep: Sweep) -> Trial:
+    (overrides,) = random_trials(dimensions(sweep), 1, sweep.seed)
+    return Trial("draw", overrides)
+
+
+def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] = ()) -> TrainConfig:
+    """The config of a trial, which continues where an earlier attempt left a checkpoint."""
+    words = [*sweep.words, *trial.overrides, *more, f"run_dir={folder / trial.name}", "resume=auto"]
+    if sweep.cluster == "local" and (typed := [word for word in words if word.startswith("cluster.")]):
+        raise ValueError(f"{typed[0]}: cluster=local has no such option")
+    config = compose_config("train" if sweep.cluster == "local" else "submit", words)
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def write_run(config: TrainConfig) -> None:
+    """Leave `config.yaml` in the run folder, and the id of its W&B run where it has one."""
+    if config.cluster is not None:
+        config = for_cluster(config, config.cluster)
+    assert config.run_dir is not None
+    run_dir = Path(config.run_dir)
+    with atomic_file(run_dir / "config.yaml") as path:
+        OmegaConf.save(OmegaConf.create(plain(config)), path)
+    if any(node.get("_target_", "").endswith(f".{WandbRun.__name__}") for node in config.logger.values()):
+        wandb_record(run_dir)
+
+
+def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
+    """Optuna's next trial, added to the sweep, after it was told of those that ended.
+
+    `job` is the task of the job array that asks; one that asks again, requeued, gets the trial it had.
+    """
+    for trial in sweep.trials:
+        if job is not None and trial.job == job:
+            return trial
+    if len(sweep.trials) >= sweep.count:
+        raise ValueError(f"{folder}: all {sweep.count} trials are drawn")
+    study = OptunaStudy(folder, dimensions(sweep), sweep.seed)
+    study.tell({t.number: score(sweep, t) for t in sweep.trials if t.number is not None and t.state in ENDED})
+    number, overrides = study.ask()
+    (trial,) = add_trials(sweep, [overrides])
+    trial.number = number
+    write_run(trial_config(sweep, trial, folder))
+    if job is not None:
+        begin(trial, folder)
+        trial.job = job
+    return trial

@@ -1,0 +1,200 @@
+"""`lightning-peft sweep status|retry|cancel|table DIR`: a look at a sweep, or a change of its course."""
+
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_peft.cluster.local_worker import end
+from lightning_peft.cluster.slurm import cancel_jobs, find_jobs
+from lightning_peft.cluster.sweep import (
+    RUNNING,
+    TO_BE_RETRIED,
+    WAITING,
+    Sweep,
+    Trial,
+    changed_sweep,
+    metric_value,
+    refresh,
+)
+from lightning_peft.cluster.sweep_table import (
+    best_trial,
+    csv_text,
+    heat_map,
+    html_text,
+    json_text,
+    shown,
+    svg_text,
+    table_rows,
+)
+from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
+from lightning_peft.commands.run_folder import LEFT_BY_A_RUN, check_saved_config
+from lightning_peft.compose import compose_config
+from lightning_peft.config import SweepCommandConfig, SweepVerb, TrainConfig
+from lightning_peft.training.wandb_run import forget_steps
+
+logger = logging.getLogger(__name__)
+
+SHOWN_COLUMNS = ("trial", "state", "attempts", "steps", "train_loss", "validation_loss", "tokens_per_second", "seconds")
+"""What fits a terminal; files have every column."""
+TABLE_WIDTH = 120
+OWN_KEYS = tuple(SweepCommandConfig.__dataclass_fields__)
+
+
+def sweep(words: list[str]) -> None:
+    """Words: the verb, the folder, keys of this command; for retry also overrides of train."""
+    named = [word for word in words if "=" not in word]
+    keyed = [word for word in words if "=" in word]
+    own = [word for word in keyed if word.partition("=")[0] in OWN_KEYS]
+    overrides = [word for word in keyed if word not in own]
+    own += [f"{key}={word}" for key, word in zip(("verb", "sweep_dir"), named, strict=False)]
+    if len(named) > 2:
+        raise ValueError(f"{named[2]}: not of the form key=value; sweep takes a verb and a folder")
+    config: SweepCommandConfig = compose_config("sweep", own if own else ["verb=???"])
+    if overrides and config.verb is not SweepVerb.retry:
+        raise ValueError(f"{overrides[0]}: overrides are for sweep retry")
+    if config.verb is SweepVerb.retry:
+        retry(config, overrides)
+    else:
+        VERBS[config.verb](config)
+
+
+def look(sweep: Sweep, folder: Path) -> None:
+    """Bring the states up to date."""
+    refresh(sweep, folder, find_jobs(sweep.arrays))
+
+
+def status(config: SweepCommandConfig) -> None:
+    folder = Path(config.sweep_dir)
+    with changed_sweep(folder) as sweep:
+        look(sweep, folder)
+    metric = sweep.metric.removeprefix("-")
+    table = Table("trial", "state", "attempts", "exit code", metric)
+    for trial in sweep.trials:
+        value = metric_value(trial.result, metric)
+        table.add_row(trial.name, trial.state, str(trial.attempts), shown(trial.exit_code), shown(value))
+    Console().print(table)
+    print(summary(sweep))
+
+
+def summary(sweep: Sweep) -> str:
+    """As in "8 trials: 6 finished, 2 running"."""
+    counts = Counter(trial.state for trial in sweep.trials)
+    if undrawn := sweep.count - len(sweep.trials):
+        counts["to be drawn"] = undrawn
+    return f"{sweep.count} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
+    """Run trials again: from their checkpoints, or afresh where the overrides change what is trained."""
+    folder = Path(config.sweep_dir).resolve()
+    if config.failed == bool(config.trials):
+        raise ValueError("sweep retry: say which, failed=true or trials=[NAME,...]")
+    own, run_words = split_words(overrides)
+    if own:
+        raise ValueError(f"{own[0]}: of the sweep as it was submitted; a retry changes those of its runs")
+    with changed_sweep(folder) as sweep:
+        look(sweep, folder)
+        chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
+        again = [trial for trial in chosen if trial.state in TO_BE_RETRIED]
+        is_drawing = any(worker.is_alive for worker in sweep.workers) or has_active_array(sweep)
+        undrawn = 0 if is_drawing else sweep.count - len(sweep.trials)
+        if not again and not undrawn:
+            states = [f"{trial.name} is {trial.state}" for trial in chosen] if config.trials else [summary(sweep)]
+            raise ValueError(f"sweep retry: nothing to run again: {', '.join(states)}")
+        runs = [trial_config(sweep, trial, folder, run_words) for trial in again]
+        for trial, run in zip(again, runs, strict=True):
+            prepare_again(trial, run, folder / trial.name)
+    logger.info("%s: %d trials run again", folder, len(again) + undrawn)
+    if again:
+        start(folder, [trial.name for trial in again], runs[0])
+    if undrawn:
+        start(folder, [], trial_config(sweep, any_draw(sweep), folder, run_words))
+
+
+def has_active_array(sweep: Sweep) -> bool:
+    return any(job.is_active for job in find_jobs(sweep.arrays).values())
+
+
+def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path) -> None:
+    """Make a trial one that nobody has begun; drop its checkpoints if they are of another config."""
+    try:
+        check_saved_config(run, run_dir)
+    except ValueError as change:
+        logger.info("%s: starts afresh: %s", trial.name, change)
+        for name in LEFT_BY_A_RUN:
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        forget_steps(run_dir)
+    (run_dir / "result.json").unlink(missing_ok=True)
+    write_run(run)
+    trial.state, trial.is_waiting, trial.is_cancelled = WAITING, True, False
+    trial.process = trial.result = trial.exit_code = trial.job = None
+
+
+def cancel(config: SweepCommandConfig) -> None:
+    """Stop running trials, which save a checkpoint, and take the waiting ones out."""
+    folder = Path(config.sweep_dir)
+    with changed_sweep(folder) as sweep:
+        look(sweep, folder)
+        chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
+        stopped = [trial for trial in chosen if trial.state in (WAITING, RUNNING)]
+        for trial in stopped:
+            trial.is_cancelled, trial.is_waiting = True, False
+        if not config.trials:
+            sweep.count = len(sweep.trials)
+    if sweep.arrays:
+        cancel_jobs([trial.job for trial in stopped if trial.job is not None] if config.trials else sweep.arrays)
+    for trial in stopped:
+        end(trial)
+    logger.info("%s: %d trials cancelled", folder, len(stopped))
+
+
+def table(config: SweepCommandConfig) -> None:
+    """Print the results, the best first; write them to a file of the kind its name says."""
+    folder = Path(config.sweep_dir)
+    output = Path(config.output_path) if config.output_path is not None else None
+    if output is not None and output.suffix not in (".csv", ".json", ".html", ".svg"):
+        raise ValueError(f"output_path={output}: must end in .csv, .json, .html or .svg")
+    with changed_sweep(folder) as sweep:
+        look(sweep, folder)
+    rows = table_rows(sweep, config.sort or sweep.metric)
+    shown_table = Table(*SHOWN_COLUMNS)
+    for row in rows:
+        shown_table.add_row(*(shown(row[column]) for column in SHOWN_COLUMNS))
+    # A narrow terminal wraps the lines; rich would cut names and numbers short.
+    Console(width=max(Console().width, TABLE_WIDTH)).print(shown_table)
+    if (best := best_trial(sweep)) is not None:
+        print(f"best {sweep.metric.removeprefix('-')}: {best[1]:.6g} of {best[0]}")
+    if output is None:
+        return
+    cells = heat_map(sweep)
+    picture = svg_text(cells) if cells is not None else None
+    if output.suffix == ".svg" and picture is None:
+        raise ValueError(f"output_path={output}: a heat map needs two swept keys; use .csv, .json or .html")
+    texts = {".csv": csv_text, ".json": json_text, ".html": lambda rows: html_text(rows, picture)}
+    output.write_text(str(picture) if output.suffix == ".svg" else texts[output.suffix](rows))
+    logger.info("wrote %s", output)
+
+
+def ask_for_trial(config: SweepCommandConfig) -> None:
+    """Draw the next trial and print its folder."""
+    folder = Path(config.sweep_dir).resolve()
+    with changed_sweep(folder) as sweep:
+        look(sweep, folder)
+        array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+        trial = ask(sweep, folder, None if array is None else f"{array}_{task}")
+    print(folder / trial.name)
+
+
+VERBS: dict[SweepVerb, Callable[[SweepCommandConfig], None]] = {
+    SweepVerb.status: status,
+    SweepVerb.cancel: cancel,
+    SweepVerb.table: table,
+    SweepVerb.ask: ask_for_trial,
+}

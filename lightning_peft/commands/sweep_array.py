@@ -1,0 +1,51 @@
+"""A sweep's trials as the tasks of one SLURM job array."""
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_peft.cluster.slurm import ClusterConfig, array_train_words, batch_script, submit_script
+from lightning_peft.cluster.sweep import Sweep, begin, changed_sweep
+from lightning_peft.config import TrainConfig
+
+
+def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: TrainConfig) -> None:
+    """Submit these trials, or with no names as many tasks as Optuna has trials to draw. Prints the job's number."""
+    with changed_sweep(folder) as sweep:
+        tasks = len(names) or sweep.count - len(sweep.trials)
+        run_dirs = list_path(sweep, folder)
+        run_dirs.write_text("".join(f"{folder / name}\n" for name in names))
+        script = run_dirs.with_suffix(".sbatch")
+        script.write_text(array_script(sweep, tasks, folder, cluster, run, bool(names)))
+        job = submit_script(script)
+        sweep.arrays.append(job)
+        for task, name in enumerate(names):
+            trial = sweep.trial(name)
+            begin(trial, folder)
+            trial.job = f"{job}_{task}"
+    print(f"job {job}: {tasks} trials in {folder}")
+
+
+def list_path(sweep: Sweep, folder: Path) -> Path:
+    """The run folders of the next array, a line each."""
+    return folder / f"array-{len(sweep.arrays) + 1}.txt"
+
+
+def array_script(
+    sweep: Sweep, tasks: int, folder: Path, cluster: ClusterConfig, run: TrainConfig, are_drawn: bool = True
+) -> str:
+    """The batch script of the next array; its tasks draw their own trials unless they `are_drawn`."""
+    python = cluster.python or ("python" if cluster.container else sys.executable)
+    train = array_train_words(list_path(sweep, folder))
+    if not are_drawn:
+        asked = f"{shlex.quote(python)} -m lightning_peft sweep ask {shlex.quote(str(folder))}"
+        train = f'config_path="$({asked})/config.yaml"'
+    return batch_script(
+        replace(cluster, python=python, sbatch=[f"--chdir={sweep.directory}", *cluster.sbatch]),
+        name=folder.name,
+        log=str(folder / "slurm-%A_%a.log"),
+        train=train,
+        array=f"0-{tasks - 1}" + (f"%{sweep.parallel}" if sweep.parallel else ""),
+        wandb="wandb" in run.logger,
+    )

@@ -1,0 +1,54 @@
+"""A sweep as a job array of a real SLURM: states, a trial that fails, a retry, a cancelled rest."""
+
+import json
+from pathlib import Path
+
+import pytest
+from slurm_cluster import wait_for
+from test_local_sweep import TINY, has_ended
+
+from lightning_peft.__main__ import main
+from lightning_peft.cluster.slurm import find_jobs
+from lightning_peft.cluster.sweep import Sweep, changed_sweep, refresh
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).parent.parent.parent
+SETUP = f"cluster.setup=['export OMP_NUM_THREADS=1 PYTHONPATH={REPOSITORY}']"
+SECONDS = 400
+
+
+def seen(folder: Path) -> Sweep:
+    with changed_sweep(folder) as sweep:
+        refresh(sweep, folder, find_jobs(sweep.arrays))
+    return sweep
+
+
+def is_over(sweep: Sweep) -> bool:
+    """Whether SLURM too has done with every trial: the result stands before the job ends."""
+    return has_ended(sweep) and all(trial.exit_code is not None for trial in sweep.trials)
+
+
+def test_array_with_a_failing_trial_and_its_retry(slurm, tmp_path, capsys):
+    folder, rows = tmp_path / "sweep", tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n} + 1 =", "completion": str(n + 1)}) + "\n" for n in range(12)))
+    words = ["data=jsonl", f"sweep_dir={folder}", f"data.train_path={rows},{tmp_path}/missing.jsonl", SETUP]
+    assert main(["submit", "-m", *TINY, *words]) == 0
+    (array,) = seen(folder).arrays
+    assert f"job {array}: 2 trials" in capsys.readouterr().out
+    wait_for("the end of the array", SECONDS, lambda: is_over(seen(folder)))
+    assert [(trial.state, trial.exit_code) for trial in seen(folder).trials] == [("finished", 0), ("failed", 2)]
+    assert main(["sweep", "retry", str(folder), "failed=true", f"data.train_path={rows}"]) == 0
+    wait_for("the end of the retry", SECONDS, lambda: is_over(seen(folder)))
+    assert [(trial.state, trial.attempts) for trial in seen(folder).trials] == [("finished", 1), ("finished", 2)]
+
+
+def test_cancel_ends_running_and_queued_trials(slurm, tmp_path):
+    folder = tmp_path / "sweep"
+    words = ["trainer.max_steps=100000", "adapter.rank=2,4", f"sweep_dir={folder}", "sweep.parallel=1", SETUP]
+    assert main(["submit", "-m", *TINY, *words]) == 0
+    wait_for("the first trial's start", SECONDS, lambda: seen(folder).trials[0].state == "running")
+    assert seen(folder).trials[1].state == "waiting"
+    assert main(["sweep", "cancel", str(folder)]) == 0
+    wait_for("the end of both", SECONDS, lambda: has_ended(seen(folder)))
+    assert [trial.state for trial in seen(folder).trials] == ["cancelled", "cancelled"]

@@ -1,0 +1,196 @@
+"""What a sweep's file and folders say: states, processes, draws, tables."""
+
+import csv
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lightning_peft.cluster.process import Process, process, this_process
+from lightning_peft.cluster.search import Dimension, SweepConfig, dimension, random_trials
+from lightning_peft.cluster.slurm import Job
+from lightning_peft.cluster.sweep import Sweep, Trial, changed_sweep, read_sweep, refresh, state_of, write_sweep
+from lightning_peft.cluster.sweep_table import (
+    best_trial,
+    csv_text,
+    heat_map,
+    html_text,
+    json_text,
+    svg_text,
+    table_rows,
+)
+
+DEAD = Process(2**22 + 1, 0, socket.gethostname())
+FINISHED, PREEMPTED, FAILED = ({"status": status} for status in ("finished", "preempted", "failed"))
+
+
+def job(state: str) -> Job:
+    return Job("7_0", state, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("trial", "job", "has_worker", "state"),
+    [
+        (Trial("t", []), None, True, "waiting"),
+        (Trial("t", []), None, False, "lost"),
+        (Trial("t", [], is_waiting=False, process=this_process()), None, True, "running"),
+        (Trial("t", [], is_waiting=False, process=this_process()), None, False, "running"),
+        (Trial("t", [], is_waiting=False, process=DEAD), None, True, "lost"),
+        (Trial("t", [], is_waiting=False, process=DEAD, exit_code=0), None, True, "lost"),
+        (Trial("t", [], is_waiting=False, process=DEAD, exit_code=-9), None, True, "failed"),
+        (Trial("t", [], is_waiting=False, exit_code=2), None, True, "failed"),
+        (Trial("t", [], is_waiting=False, result=FINISHED, process=DEAD), None, False, "finished"),
+        (Trial("t", [], is_waiting=False, result=FAILED, exit_code=0), None, False, "failed"),
+        (Trial("t", [], is_waiting=False, result=PREEMPTED, exit_code=75), None, False, "preempted"),
+        (Trial("t", [], is_waiting=False, result=PREEMPTED, is_cancelled=True), None, False, "cancelled"),
+        (Trial("t", [], is_waiting=False, is_cancelled=True, result=FINISHED), None, False, "finished"),
+        (Trial("t", [], is_waiting=False), job("PENDING"), False, "waiting"),
+        (Trial("t", [], is_waiting=False, result=PREEMPTED), job("PENDING"), False, "waiting"),
+        (Trial("t", [], is_waiting=False), job("RUNNING"), False, "running"),
+        (Trial("t", [], is_waiting=False, result=FAILED), job("COMPLETED"), False, "failed"),
+        (Trial("t", [], is_waiting=False, exit_code=0), job("COMPLETED"), False, "lost"),
+        (Trial("t", [], is_waiting=False), job("OUT_OF_MEMORY"), False, "failed"),
+        (Trial("t", [], is_waiting=False), job("CANCELLED"), False, "cancelled"),
+    ],
+)
+def test_state_follows_from_what_is_seen(trial, job, has_worker, state):
+    assert state_of(trial, job, has_worker) == state
+
+
+def test_process_that_ended_is_not_alive_even_before_it_is_waited_for():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    seen = process(child.pid)
+    assert seen.is_alive
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not seen.is_alive
+    child.wait()
+    assert not Process(os.getpid(), seen.started, seen.host).is_alive, "another process with the same number"
+
+
+def test_process_of_another_machine_is_not_guessed_at():
+    with pytest.raises(RuntimeError, match="runs on elsewhere: ask there"):
+        assert Process(1, 1, "elsewhere").is_alive
+
+
+def test_half_written_result_is_none(tmp_path):
+    sweep = Sweep(["a=1"], ["b=1,2"], "local", "loss", trials=[Trial("t", ["b=1"], is_waiting=False)])
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "result.json").write_text('{"status": "fini')
+    refresh(sweep, tmp_path, {})
+    assert (sweep.trials[0].state, sweep.trials[0].result) == ("lost", None)
+
+
+def test_file_reads_back_equal_and_is_kept_when_a_change_fails(tmp_path):
+    sweep = Sweep(["a=1"], ["b=1,2"], "local", "loss", trials=[Trial("t", ["b=1"], process=DEAD)], workers=[DEAD])
+    write_sweep(sweep, tmp_path)
+    assert read_sweep(tmp_path) == sweep
+    with pytest.raises(KeyError), changed_sweep(tmp_path) as changed:
+        changed.trials.clear()
+        raise KeyError
+    assert read_sweep(tmp_path) == sweep
+
+
+def test_folder_without_a_sweep_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no sweep.json"), changed_sweep(tmp_path / "none"):
+        pass
+    assert not (tmp_path / "none").exists()
+
+
+def of(word: str) -> Dimension:
+    return dimension(OverridesParser.create().parse_override(word))
+
+
+def test_swept_words_become_dimensions():
+    assert of("adapter.rank=4,8").choices == ["4", "8"]
+    assert of("adapter.rank=range(4,17,4)").choices == ["4", "8", "12", "16"]
+    assert of("adapter.dropout=shuffle(choice(0.1,0.2))").key == "adapter.dropout"
+    assert of("optimizer.lr=tag(log,interval(1e-5,1e-2))") == Dimension("optimizer.lr", [], 1e-5, 1e-2, is_log=True)
+    assert of("adapter.rank=int(interval(2,64))") == Dimension("adapter.rank", [], 2, 64, is_int=True)
+
+
+@pytest.mark.parametrize("word", ["optimizer.lr=interval(2,1)", "optimizer.lr=tag(log,interval(0,1))"])
+def test_interval_that_cannot_be_drawn_from_is_named(word):
+    with pytest.raises(ValueError, match="an interval goes from a smaller to a larger number, above 0 if log"):
+        of(word)
+
+
+def test_random_trials_differ_stay_inside_and_repeat_with_the_seed():
+    dimensions = [of("optimizer.lr=tag(log,interval(1e-5,1e-2))"), of("adapter.rank=4,8")]
+    drawn = random_trials(dimensions, 50, seed=3)
+    assert drawn == random_trials(dimensions, 50, seed=3) != random_trials(dimensions, 50, seed=4)
+    rates = [float(words[0].partition("=")[2]) for words in drawn]
+    assert all(1e-5 <= rate <= 1e-2 for rate in rates) and len({tuple(words) for words in drawn}) == 50
+    # Of a log interval over three decades a third of the draws falls into each.
+    assert 8 <= sum(rate < 1e-4 for rate in rates) <= 27
+    assert len(random_trials([of("adapter.rank=4,8,16")], 10, seed=0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel": 0}, "sweep.parallel=0"),
+        ({"trials": 3}, "sweep.trials=3: a grid has all its combinations"),
+        ({"search": "random"}, "sweep.search=random: needs sweep.trials"),
+    ],
+)
+def test_wrong_sweep_option_is_named(options, message):
+    from omegaconf import OmegaConf
+
+    with pytest.raises(ValueError, match=message):
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), options))
+
+
+@pytest.fixture
+def rank_by_alpha():
+    """Four trials, of which the last failed; the loss is rank x alpha."""
+    trials = []
+    for rank in (4, 16):
+        for alpha in (8, 32):
+            result = {"status": "finished", "validation_loss": float(rank * alpha), "steps": 2, "metrics": {}}
+            words = [f"adapter.rank={rank}", f"adapter.alpha={alpha}"]
+            trials.append(Trial(f"rank{rank}_alpha{alpha}", words, "finished", 1, result=result))
+    trials[3].state, trials[3].result, trials[3].exit_code = "failed", {"status": "failed"}, 1
+    return Sweep([], ["adapter.rank=4,16", "adapter.alpha=8,32"], "local", "validation_loss", trials=trials)
+
+
+def test_table_is_sorted_and_trials_without_the_number_come_last(rank_by_alpha):
+    assert [row["validation_loss"] for row in table_rows(rank_by_alpha, "validation_loss")] == [32, 128, 128, None]
+    assert [row["alpha"] for row in table_rows(rank_by_alpha, "-alpha")] == [32, 32, 8, 8]
+    with pytest.raises(ValueError, match="sort=loss: no such column; choose one of trial, rank, alpha"):
+        table_rows(rank_by_alpha, "loss")
+
+
+def test_best_is_of_the_finished_and_by_the_sign_of_the_metric(rank_by_alpha):
+    assert best_trial(rank_by_alpha) == ("rank4_alpha8", 32)
+    rank_by_alpha.metric = "-validation_loss"
+    assert best_trial(rank_by_alpha)[1] == 128
+    rank_by_alpha.metric = "accuracy"
+    assert best_trial(rank_by_alpha) is None
+
+
+def test_csv_json_and_html_hold_the_table(rank_by_alpha):
+    rows = table_rows(rank_by_alpha, "validation_loss")
+    assert json.loads(json_text(rows)) == rows
+    read = list(csv.DictReader(io.StringIO(csv_text(rows))))
+    assert [(r["trial"], r["rank"], r["validation_loss"]) for r in read[:1]] == [("rank4_alpha8", "4", "32.0")]
+    assert all(f"<td>{row['trial']}</td>" in html_text(rows, None) for row in rows)
+
+
+def test_heat_map_has_a_cell_a_pair_and_shows_the_values(rank_by_alpha):
+    cells = heat_map(rank_by_alpha)
+    assert cells.cells == {(4, 8): 32, (4, 32): 128, (16, 8): 128}
+    picture = ElementTree.fromstring(svg_text(cells))
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts == ["validation_loss", "rank \\ alpha", "8", "32", "4", "32", "128", "16", "128", "-"]
+    fills = [element.get("fill") for element in picture.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    best, worst, tied, missing = fills
+    assert worst == tied and len({best, worst, missing}) == 3
+    rank_by_alpha.swept = ["adapter.rank=4,16"]
+    assert heat_map(rank_by_alpha) is None
