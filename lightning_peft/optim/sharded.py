@@ -43,6 +43,19 @@ def hand_over_gradients(optimizer: Optimizer) -> None:
                 rows.grad = None if whole.grad is None else local(whole.grad)
 
 
+def drop_gradients(optimizer: Optimizer) -> None:
+    """Free the gradients of the optimiser's rows and of the sharded parameters they belong to.
+
+    By the rows' own note of them: the model's parameters are, between a forward and its backward pass, the gathered ones
+    for every group that stays gathered, and their shards' gradients would be added to for ever.
+    """
+    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        for rows in group["params"]:
+            if hasattr(rows, "whole"):
+                rows.whole.grad = None
+
+
 def row_counts(parameter: Tensor) -> list[int]:
     """Rows of the parameter on each rank, as FSDP2 cuts them: one entry where it is not sharded."""
     whole = getattr(parameter, "whole", None)

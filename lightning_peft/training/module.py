@@ -30,7 +30,7 @@ from lightning_peft.models.loading import ModelConfig, load_model
 from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
-from lightning_peft.optim.sharded import hand_over_gradients
+from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients
 from lightning_peft.quantization.convert import (
     QuantizationConfig,
     bits_per_parameter,
@@ -210,9 +210,7 @@ class FinetuneModule(LightningModule):
         hand_over_gradients(optimizer)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        optimizer.zero_grad()
-        for parameter in self.trainable_parameters():
-            parameter.grad = None  # where sharded, not the one the optimiser knows
+        drop_gradients(optimizer)
 
     def on_train_end(self) -> None:
         if self.base_fingerprint is not None and weights_fingerprint(self.model) != self.base_fingerprint:

@@ -1,11 +1,14 @@
 """Any number of processes computes what one process computes on the same global batch."""
 
+import json
+
 import pytest
 import torch
 from rank_runs import adapter, column, result, train_on_ranks
 
 BASES = {"dense": ["method=lora"], "nf4": ["method=qlora", "quantization.verify=true"]}
 STEPS = ["trainer.max_steps=5", "data.packing=true", "data.max_length=512", "data.on_too_long=skip"]
+SAMPLES = ["method=qlora", "trainer.max_steps=1", "validation.every_n_steps=1", "validation.samples=2"]
 FP32_NOISE = {"rtol": 2e-5, "atol": 2e-6}
 """Sums over the ranks are taken in another order."""
 
@@ -18,14 +21,15 @@ def global_batch_of_4(ranks: int) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("losses")
-    train_on_ranks(1, folder, {f"single1_{b}": [*words, *global_batch_of_4(1)] for b, words in BASES.items()})
+    one = {f"single1_{base}": [*words, *global_batch_of_4(1)] for base, words in BASES.items()}
+    train_on_ranks(1, folder, one | {"samples1": SAMPLES})
     for ranks in (2, 4):
         several = {
             f"{kind}{ranks}_{base}": [*words, f"strategy={kind}", *global_batch_of_4(ranks)]
             for kind in ("ddp", "fsdp")
             for base, words in BASES.items()
         }
-        train_on_ranks(ranks, folder, several)
+        train_on_ranks(ranks, folder, several | ({"samples2": [*SAMPLES, "strategy=fsdp"]} if ranks == 2 else {}))
     return folder
 
 
@@ -50,3 +54,15 @@ def test_losses_fall_and_differ_between_bases(runs):
     losses = column(runs / "single1_dense", "loss")
     assert losses[-1] < losses[0] - 0.1
     assert column(runs / "single1_nf4", "loss") != losses
+
+
+@pytest.mark.multi_process
+def test_sharded_model_writes_the_samples_of_a_whole_one(runs):
+    whole, sharded = (
+        [json.loads(line) for line in (runs / name / "samples.jsonl").read_text().splitlines()]
+        for name in ("samples1", "samples2")
+    )
+    assert len(whole) == 2 and all(row["answer"] for row in whole)
+    for key in ("prompt", "base", "reference"):  # the adapters after a step differ: another global batch
+        assert [row[key] for row in sharded] == [row[key] for row in whole]
+    assert all(row["answer"] for row in sharded)
