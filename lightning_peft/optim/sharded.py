@@ -46,8 +46,8 @@ def hand_over_gradients(optimizer: Optimizer) -> None:
 def drop_gradients(optimizer: Optimizer) -> None:
     """Free the gradients of the optimiser's rows and of the sharded parameters they belong to.
 
-    By the rows' own note of them: the model's parameters are, between a forward and its backward pass, the gathered ones
-    for every group that stays gathered, and their shards' gradients would be added to for ever.
+    Not those of the model's parameters: between a forward and its backward pass these are the gathered ones for every
+    group that stays gathered, and its shards would add up the gradients of all steps.
     """
     optimizer.zero_grad()
     for group in optimizer.param_groups:
