@@ -1,12 +1,15 @@
 """Checkpoints a run resumes from: trainable state only, written so that a kill at any moment leaves a good one."""
 
+import io
 import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -70,8 +73,9 @@ def verify_checkpoint(path: Path) -> None:
 class AtomicCheckpointIO(CheckpointIO):
     """A Trainer plugin that writes beside the file, reads it back, and only then renames it.
 
-    Of the files named by `checkpoint_path` it keeps the newest `keep_last`, all when None. Checkpoints are loaded with
-    `weights_only=True`: tensors and plain Python values, never code.
+    With `asynchronous` a thread does so from a copy in host memory; what it meets is raised by the next save or by
+    `teardown`, which both wait for it. Of the files named by `checkpoint_path` it keeps the newest `keep_last`, all
+    when None. Checkpoints are loaded with `weights_only=True`: tensors and plain Python values, never code.
 
     What a LightningModule must override so that only trainable state is saved (Lightning 2.6: `dump_checkpoint` calls
     `state_dict()`, and `restore_model` calls `load_state_dict(state, strict=self.strict_loading)`):
@@ -87,20 +91,36 @@ class AtomicCheckpointIO(CheckpointIO):
     Lightning's ModelParallelStrategy bypasses this plugin when loading; `training.strategies.ShardedModel` does not.
     """
 
-    def __init__(self, keep_last: int | None = None):
+    def __init__(self, keep_last: int | None = None, asynchronous: bool = False):
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={keep_last}: must be at least 1, or null to keep all")
         self.keep_last = keep_last
+        self.writer = ThreadPoolExecutor(1) if asynchronous else None
+        self.writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Raises SaveError, with the previous checkpoints untouched, when the disk is full."""
         if storage_options is not None:
             raise TypeError(f"storage_options={storage_options!r}: AtomicCheckpointIO has none")
-        path = Path(path)
-        with atomic_file(path) as partial:
-            with partial.open("wb") as file:
-                _save(checkpoint, file)
-            verify_checkpoint(partial)
+        self.teardown()
+        if self.writer is None:
+            self._write(partial(_save, checkpoint), Path(path))
+            return
+        memory = io.BytesIO()
+        _save(checkpoint, memory)
+        self.writing = self.writer.submit(self._write, lambda file: file.write(memory.getbuffer()), Path(path))
+
+    def teardown(self) -> None:
+        """Wait until the last checkpoint is on disk; raises what prevented it. Lightning calls this at a run's end."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, write: Callable[[IO[bytes]], Any], path: Path) -> None:
+        with atomic_file(path) as unfinished:
+            with unfinished.open("wb") as file:
+                write(file)
+            verify_checkpoint(unfinished)
         if self.keep_last is not None:
             others = [other for other in checkpoints(path.parent) if other != path]
             for old in others[: max(0, len(others) - self.keep_last + 1)]:

@@ -136,7 +136,7 @@ def build_trainer(
             strategy=build_strategy(config.strategy, accelerator, devices * nodes),
             plugins=[
                 precision_plugin(precision, accelerator),
-                AtomicCheckpointIO(config.checkpoint.keep_last),
+                AtomicCheckpointIO(config.checkpoint.keep_last, config.checkpoint.asynchronous),
                 distributed.rank_environment(),
             ],
             # Under SLURM Lightning loads any hpc_ckpt file it finds there, unasked.

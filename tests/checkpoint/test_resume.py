@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from training import SaveEachStep, TinyFinetune, batches, trainer
 
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import Init, LoRAConfig
-from lightning_peft.checkpoint.atomic import SaveError
+from lightning_peft.checkpoint.atomic import SaveError, partial_path
 from lightning_peft.checkpoint.resume import (
     AtomicCheckpointIO,
     CheckpointFileError,
@@ -56,6 +57,30 @@ def test_keep_last_counts_only_checkpoints(tmp_path: Path) -> None:
 
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000015.ckpt", "step-00000100.ckpt"]
     assert (tmp_path / "step-notes.ckpt").exists() and (tmp_path / "best.ckpt").exists()
+
+
+def test_asynchronous_save_keeps_what_was_given(tmp_path: Path) -> None:
+    background = AtomicCheckpointIO(keep_last=1, asynchronous=True)
+    weights = torch.zeros(1000)
+    for step in (1, 2):
+        background.save_checkpoint({"weights": weights}, checkpoint_path(tmp_path, step))
+        weights.add_(1)
+    background.teardown()
+
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002.ckpt"]
+    assert torch.equal(IO.load_checkpoint(checkpoint_path(tmp_path, 2))["weights"], torch.ones(1000))
+
+
+def test_asynchronous_save_returns_at_once_and_its_error_comes_with_the_next(tmp_path: Path) -> None:
+    background = AtomicCheckpointIO(asynchronous=True)
+    first = checkpoint_path(tmp_path, 1)
+    os.mkfifo(partial_path(first))  # opened for writing it blocks until somebody reads
+    background.save_checkpoint({"step": 1}, first)
+    assert background.writing is not None and not background.writing.done()
+    assert partial_path(first).read_bytes()[:2] == b"PK"
+
+    with pytest.raises(CheckpointFileError, match="step-00000001.ckpt.partial: no such checkpoint file"):
+        background.save_checkpoint({"step": 2}, checkpoint_path(tmp_path, 2))
 
 
 def test_keep_last_zero_is_refused() -> None:

@@ -13,6 +13,7 @@ from equal_runs import assert_equal_runs
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from tiny_runs import TINY, tiny_config
 
+from lightning_peft.checkpoint.atomic import SaveError
 from lightning_peft.commands.train import train
 from lightning_peft.training.preemption import PREEMPTED, REPEAT_SECONDS, SIGNALS, Preempted
 
@@ -66,6 +67,22 @@ def test_signal_in_a_validation_loses_nothing(tmp_path, undisturbed, stage):
     train_preempted(tmp_path, f"+callbacks.signal={{_target_: signalling.SignalInValidation, stage: {stage}}}")
     train(tiny_config(tmp_path, *RUN))
     assert_equal_runs(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_checkpoints_written_in_the_background_resume_bit_equal(tmp_path, undisturbed):
+    run = [*RUN, "checkpoint.asynchronous=true"]
+    train_preempted(tmp_path, "checkpoint.asynchronous=true", *signal_at("SIGTERM", 14))
+    train(tiny_config(tmp_path, *run))
+    assert_equal_runs(tmp_path, undisturbed)
+
+
+def test_checkpoint_that_the_background_cannot_write_fails_the_run(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000002.ckpt").mkdir(parents=True)
+    words = ["trainer.max_steps=2", "checkpoint.every_n_steps=2", "checkpoint.asynchronous=true"]
+    with pytest.raises(SaveError, match="step-00000002.ckpt"):
+        train(tiny_config(tmp_path, *words, "resume=auto"))
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
 
 
 def test_lightning_saves_nothing_and_installs_no_handler(tmp_path, monkeypatch):

@@ -21,6 +21,9 @@ class CheckpointConfig:
     keep_last: int = 2
     """Checkpoints kept; older ones are removed once a newer one has been verified."""
 
+    asynchronous: bool = False
+    """Train on while a thread writes, from a copy in host memory."""
+
     def __post_init__(self) -> None:
         if self.every_n_steps is not None and self.every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1, or null for none")

@@ -55,6 +55,7 @@ class Preemption(Callback):
         if not self.any_rank_signalled():
             return
         self.checkpoint.save(trainer)
+        trainer.strategy.checkpoint_io.teardown()  # what is written in the background is on disk before we say so
         for run_logger in trainer.loggers:
             run_logger.save()
         if trainer.is_global_zero:
