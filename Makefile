@@ -6,7 +6,7 @@ RUN := .venv/bin/lightning-peft
 # A file a worker, a thread each: the models of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-long test-all lint bench clean
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
@@ -16,9 +16,11 @@ demo: .venv/.installed
 test: .venv/.installed-test lint
 	$(PYTEST)
 
-# Everything that needs no GPU: the slow tests, several processes, SLURM.
-test-all: .venv/.installed-test lint
-	$(PYTEST) -m "not gpu"
+# What make test leaves out and needs no GPU: the slow tests, several processes, SLURM.
+test-long: .venv/.installed-test
+	$(PYTEST) -m "slow or multi_process or slurm"
+
+test-all: test test-long
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
