@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -69,6 +70,8 @@ CASES: dict[str, list[str]] = {
         "qlora 4x128", "qlora 4x128 blocks", "qlora 4x128 selective", "qlora 2x128 quantization=fp4", "dora 2x128",
         "qdora 2x128", "vera 2x128", "lora_fa 2x128", "ia3 2x128", "miss 2x128", "hira 1x128", "adalora 1x128",
         "full 1x128", "full 2x64 blocks", "full 1x64 optimizer=adamw_8bit",
+        "lora 1x128 strategy=ddp trainer.devices=2", "lora 1x128 strategy=fsdp trainer.devices=2",
+        "qlora 2x128 strategy=fsdp trainer.devices=2", "full 1x64 strategy=fsdp trainer.devices=2",
     ],
     "llama_2_7b_2_layers": [
         "qlora 1x64", "qlora 2x64", "qlora 2x64 blocks", "qlora 1x64 rank=r128", "qdora 1x64", "lora 1x64", "dora 1x64",
@@ -168,12 +171,25 @@ def measure(overrides: list[str]) -> int:
     with os.fdopen(read_end) as said:
         baseline, peak = int(said.readline()), 0
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            peak = max(peak, anonymous_memory(pid))
+            peak = max(peak, *map(anonymous_memory, [pid, *children(pid)]))
             time.sleep(SECONDS_BETWEEN_LOOKS)
         last_words = said.read().split()
     if not last_words:
         raise SystemExit(f"training failed: {' '.join(overrides)}")
+    if any(word.startswith("trainer.devices=") for word in overrides):
+        baseline = rank_baseline(overrides)
     return int(last_words[0]) or peak - baseline
+
+
+def rank_baseline(overrides: list[str]) -> int:
+    """RssAnon after the imports of a rank, which is no fork; bitsandbytes, 42 MiB, only where it is used."""
+    config = compose_config("train", overrides)
+    modules = ["lightning_peft.commands.train", "transformers.models.llama.modeling_llama"]
+    if config.quantization.is_on or config.optimizer.name.endswith("8bit"):
+        modules.append("bitsandbytes")
+    program = f"import {', '.join(modules)}; print(open('/proc/self/status').read())"
+    status = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def child(overrides: list[str], answers: int) -> None:
@@ -187,6 +203,14 @@ def child(overrides: list[str], answers: int) -> None:
         status = 0
     finally:
         os._exit(status)
+
+
+def children(pid: int) -> list[int]:
+    """The processes it started: the ranks of a run that has several."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def anonymous_memory(pid: int) -> int:

@@ -117,7 +117,10 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
     always = stored_weights(model, shards) + states + process
     gathered = gathered_weights(model) if shards > 1 else Counter()
-    moments = {"loading": stored_weights(model) + loading_scratch(model) + process}
+    # FSDP's ranks read the whole model in host memory and move it to the device block by block.
+    lands_in_slices = shards > 1 and options.accelerator == "cuda"
+    loaded = stored_weights(model, shards) + gathered if lands_in_slices else stored_weights(model)
+    moments = {"loading": loaded + loading_scratch(model) + process}
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 
     trace = trace_step(objective, options.rows, options.length, options.keeps_gradients, options.autocast)

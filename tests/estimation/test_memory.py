@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from empty_models import tiny_estimate
+from empty_models import config_folder, tiny_estimate
 
 from lightning_peft.estimation.memory import Estimate
 
@@ -64,6 +64,13 @@ def test_fsdp_shards_what_is_stored_and_loads_the_whole():
         assert size(sharded, name) * 2 == size(alone, name)
     assert sharded.phases["loading"] == alone.phases["loading"]
     assert size(sharded, "gathered weights") > 0
+
+
+def test_fsdp_on_gpus_never_loads_the_whole(tmp_path):
+    folder = config_folder(tmp_path / "deep", num_hidden_layers=12)
+    words = ("model=hf", f"model.path={folder}", "trainer.accelerator=gpu")
+    alone, sharded = tiny_estimate(*words), tiny_estimate(*words, "strategy=fsdp", "trainer.devices=4")
+    assert sharded.phases["loading"] < alone.phases["loading"]
 
 
 def test_bf16_halves_the_base_and_not_the_adapters():
