@@ -109,7 +109,7 @@ def main() -> int:
         "after_the_first_checkpoint": seen["after the first checkpoint"],
         "runs": runs,
         "runs_equal_to_the_undisturbed": identical,
-        "steps_of_a_run": len(expected[1]),
+        "rows_of_metrics_csv": len(expected[1]),
         "seed": seed,
     }
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
