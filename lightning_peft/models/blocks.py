@@ -4,10 +4,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+def block_names(model: PreTrainedModel) -> list[str]:
+    """Names of the decoder layers in order, by the class names transformers keeps on one device; [] if it has none."""
+    classes = set(model._no_split_modules or ())
+    return [name for name, module in model.named_modules() if type(module).__name__ in classes]
+
+
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers in order, by the class names transformers keeps on one device. Raises ValueError if none."""
-    names = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    """The decoder layers in order, before they are sharded. Raises ValueError if there are none."""
+    blocks = [model.get_submodule(name) for name in block_names(model)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} does not say which of its modules are the transformer blocks")
     return blocks

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
+from lightning_peft.models.blocks import block_names
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_conversion import GGUFSource, gguf_config, gguf_tokenizer, is_known
 from lightning_peft.models.random_weights import RandomWeights
@@ -102,7 +103,34 @@ def load_model(
 
     Raises ValueError when there is no such model, or its files do not fit together.
     """
-    device = torch.device(device)
+    model, blocks = load_by_block(config, dtype, quantization, device)
+    for _ in blocks:
+        pass
+    model.to(device)  # type: ignore[arg-type]  # a wrapper of transformers hides the signature
+    return model.eval()
+
+
+def load_by_block(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    quantization: QuantizationConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, Iterator[str]]:
+    """The model `load_model` gives, its transformer blocks on the meta device, and what fills them in order, one each
+    time it is asked for its name.
+
+    A model that cannot be streamed, a tiny one or one that transformers reads, is on the host with all its blocks.
+    """
+    model, blocks = _load_parts(config, dtype, quantization, torch.device(device))
+    if config.new_tokens:
+        add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
+    accept_packed_batches(model)
+    return model.eval(), blocks
+
+
+def _load_parts(
+    config: ModelConfig, dtype: torch.dtype, quantization: QuantizationConfig | None, device: torch.device
+) -> tuple[PreTrainedModel, Iterator[str]]:
     if config.is_tiny:
         model: PreTrainedModel = tiny_model(tied=config.name == "tiny_tied")
         for parameter in model.parameters():
@@ -111,39 +139,37 @@ def load_model(
             model.set_attn_implementation(attention)
         if quantization is not None and quantization.is_on:
             quantize_linears(model, quantization)
-    else:
-        with readable_errors(config):
-            if config.random_weights:
-                model = _build(config, model_config(config), dtype)
-                stream_weights(model, RandomWeights(model, device), dtype, device, quantization)
-            else:
-                model = _load_weights(config, locate(config, weights=True), dtype, quantization, device)
-    if config.new_tokens:
-        add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
-    accept_packed_batches(model)
-    model.to(device)  # type: ignore[arg-type]  # a wrapper of transformers hides the signature
-    return model.eval()
+        return model, iter(block_names(model))
+    with readable_errors(config):
+        source: WeightSource | None
+        if config.random_weights:
+            model = _build(config, model_config(config), dtype)
+            source = RandomWeights(model, device)
+        else:
+            location = locate(config, weights=True)
+            source = _weight_source(location)
+            if source is None:
+                model = _load_by_transformers(config, location, dtype, quantization)
+                return model, iter(block_names(model))
+            model = _build(config, model_config(config), dtype)
+            if (location / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(location)
+        parts = stream_weights(model, source, dtype, device, quantization)
+        next(parts)
+    return model, _readable(config, parts)
 
 
-def _load_weights(
-    config: ModelConfig,
-    location: Path,
-    dtype: torch.dtype,
-    quantization: QuantizationConfig | None,
-    device: torch.device,
-) -> PreTrainedModel:
+def _readable(config: ModelConfig, parts: Iterator[str]) -> Iterator[str]:
+    with readable_errors(config):
+        yield from parts
+
+
+def _weight_source(location: Path) -> WeightSource | None:
+    """None for weights that cannot be streamed."""
     if location.suffix == ".gguf":
         file = GGUFFile(location)
-        source: WeightSource | None = GGUFSource(file) if is_known(file) else None
-    else:
-        source = SafetensorsSource(weight_files(location)) if weight_files(location) else None
-    if source is None:
-        return _load_by_transformers(config, location, dtype, quantization)
-    model = _build(config, model_config(config), dtype)
-    stream_weights(model, source, dtype, device, quantization)
-    if (location / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(location)
-    return model
+        return GGUFSource(file) if is_known(file) else None
+    return SafetensorsSource(weight_files(location)) if weight_files(location) else None
 
 
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

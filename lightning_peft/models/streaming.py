@@ -1,14 +1,15 @@
 """Weights read one tensor at a time into a model that has none, quantised on the way where asked.
 
-Host memory stays under the finished model plus its largest tensor: safetensors and GGUF files are mapped, and nothing
-dense outlives its own step.
+Host memory stays under the filled part of the model plus its largest tensor: safetensors and GGUF files are mapped, and
+nothing dense outlives its own step. The transformer blocks come last, one after another, so that each can be sharded
+before the next is read.
 """
 
 import json
 import logging
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -22,7 +23,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from lightning_peft.models.blocks import block_names
 from lightning_peft.quantization.convert import QuantizationConfig, load_weight, prepare_quantized
+from lightning_peft.quantization.nf4 import NF4Linear
 
 logger = logging.getLogger(__name__)
 
@@ -102,21 +105,28 @@ def stream_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantization: QuantizationConfig | None = None,
-) -> None:
-    """Fill a model built under `parameters_on_meta`, in `dtype` on `device`, tied weights tied.
+) -> Iterator[str]:
+    """Fill a model built under `parameters_on_meta`, in `dtype` on `device`, part by part.
 
-    Renames and fused parameters follow transformers' conversion rules; layers that bitsandbytes has quantised in the
-    checkpoint keep their codes. Raises ValueError where the checkpoint lacks a weight or has one of another shape.
+    Yields "" once all outside the transformer blocks is filled and tied weights are tied, then the name of each block
+    once it is filled; a part is read when it is asked for. Renames and fused parameters follow transformers' conversion
+    rules; layers that bitsandbytes has quantised in the checkpoint keep their codes. Raises ValueError where the
+    checkpoint lacks a weight or has one of another shape.
     """
     targets = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing = set(targets)
     codes = bitsandbytes_layers(source)
     direct, fused, unexpected = plan_loading(model, source, set(targets), skip=set().union(*codes.values()))
+    known = model._keys_to_ignore_on_load_unexpected or []
+    if unused := [key for key in unexpected if not any(re.search(p, key) for p in [*known, r"rotary_emb\.inv_freq"])]:
+        logger.warning("%d weights of the checkpoint are not in the model: %s", len(unused), _some(unused))
     if codes:
         check_quantization(codes, quantization)
+        prepare_bitsandbytes_layers(model, source, codes)
     elif quantization is not None and quantization.is_on:
         prepare_quantized(model, quantization)
     fp32_names = fp32_pattern(model, dtype)
+    optional = model._keys_to_ignore_on_load_missing or []
 
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if fp32_names is not None and fp32_names.search(name) else dtype
@@ -130,25 +140,44 @@ def stream_weights(
         put_tensor(model, name, tensor.to(device))
         missing.discard(name)
 
-    for name, key in direct.items():
+    def read(name: str, key: str) -> None:
         place(name, source.read(key, dtype_of(name)))
-    for converter in fused:
+
+    def convert(converter: Converter) -> None:
         for name, tensor in converter():
             place(name, tensor.to(dtype_of(name)) if tensor.is_floating_point() else tensor)
-    for name, keys in codes.items():
-        put_bitsandbytes_layer(model, name, {key: source.read(key, None) for key in keys}, dtype, device)
-        missing -= {f"{name}.weight", f"{name}.bias"}
 
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    optional = model._keys_to_ignore_on_load_missing or []
-    if lacking := sorted(name for name in missing if not any(re.search(pattern, name) for pattern in optional)):
-        raise ValueError(f"the checkpoint lacks {len(lacking)} weights of {type(model).__name__}: {_some(lacking)}")
-    known = model._keys_to_ignore_on_load_unexpected or []
-    if unused := [key for key in unexpected if not any(re.search(p, key) for p in [*known, r"rotary_emb\.inv_freq"])]:
-        logger.warning("%d weights of the checkpoint are not in the model: %s", len(unused), _some(unused))
-    for buffer_name, buffer in model.named_buffers():
-        if buffer.device != device:
-            put_tensor(model, buffer_name, buffer.to(device))
+    def read_codes(name: str, keys: set[str]) -> None:
+        put_bitsandbytes_layer(model, name, {key: source.read(key, None) for key in keys}, dtype, device)
+        missing.difference_update({f"{name}.weight", *keys})
+
+    steps: dict[str, list[Callable[[], None]]] = {part: [] for part in ("", *block_names(model))}
+    for name, key in direct.items():
+        steps[part_of(name, steps)].append(partial(read, name, key))
+    for name, converter in fused.items():
+        steps[part_of(name, steps)].append(partial(convert, converter))
+    for name, keys in codes.items():
+        steps[part_of(name, steps)].append(partial(read_codes, name, keys))
+
+    for part in steps:
+        for step in steps[part]:
+            step()
+        steps[part].clear()  # a converter holds what it has made
+        if not part:
+            model.tie_weights(missing_keys=missing, recompute_mapping=False)
+            for buffer_name, buffer in model.named_buffers():
+                if not buffer.is_meta and buffer.device != device:
+                    put_tensor(model, buffer_name, buffer.to(device))
+        lacking = [name for name in missing if part_of(name, steps) == part]
+        if lacking := sorted(name for name in lacking if not any(re.search(pattern, name) for pattern in optional)):
+            raise ValueError(f"the checkpoint lacks {len(lacking)} weights of {type(model).__name__}: {_some(lacking)}")
+        yield part
+
+
+def part_of(name: str, parts: Container[str]) -> str:
+    """The part that a parameter's name lies in; "" where that is none of them."""
+    words = name.split(".")
+    return next((part for end in range(1, len(words)) if (part := ".".join(words[:end])) in parts), "")
 
 
 Converter = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -157,8 +186,9 @@ Converter = Callable[[], Iterator[tuple[str, Tensor]]]
 
 def plan_loading(
     model: PreTrainedModel, source: WeightSource, targets: set[str], skip: set[str]
-) -> tuple[dict[str, str], list[Converter], list[str]]:
-    """Parameter name to checkpoint key; the rules that fuse or split tensors; the keys that have no place."""
+) -> tuple[dict[str, str], dict[str, Converter], list[str]]:
+    """Parameter name to checkpoint key; the rules that fuse or split tensors, by one of the parameters they make; the
+    keys that have no place."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -188,7 +218,7 @@ def plan_loading(
         for target, value in made.items():
             yield target, value[0] if isinstance(value, list) else value
 
-    return direct, [partial(run, name, converter) for name, converter in fused.items()], unexpected
+    return direct, {name: partial(run, name, converter) for name, converter in fused.items()}, unexpected
 
 
 def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -238,15 +268,32 @@ def check_quantization(layers: dict[str, set[str]], quantization: QuantizationCo
         )
 
 
+def prepare_bitsandbytes_layers(model: nn.Module, source: WeightSource, layers: dict[str, set[str]]) -> None:
+    """Replace the linear layers the checkpoint holds as codes by 4-bit ones without values."""
+    # Imports bitsandbytes, four seconds that only such a checkpoint needs.
+    from lightning_peft.quantization.bitsandbytes_format import PACKED, layer_without_codes
+
+    for name, keys in layers.items():
+        (packed,) = (key for key in keys if key.startswith(f"{name}.{PACKED}"))
+        layer = layer_without_codes(source.read(packed, None))
+        layer.bias = model.get_submodule(name).bias  # type: ignore[assignment]
+        model.set_submodule(name, layer)
+
+
 def put_bitsandbytes_layer(
     model: nn.Module, name: str, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Replace a linear layer by the 4-bit one bitsandbytes stored, computing in `dtype`."""
-    # Imports bitsandbytes, four seconds that only such a checkpoint needs.
-    from lightning_peft.quantization.bitsandbytes_format import from_bitsandbytes_state
+    """Fill a layer with the codes bitsandbytes stored, computing in `dtype`."""
+    from lightning_peft.quantization.bitsandbytes_format import from_bitsandbytes_state  # as slow as above
 
-    layer = from_bitsandbytes_state({key[len(name) + 1 :]: tensor for key, tensor in tensors.items()})
-    model.set_submodule(name, layer.to(device=device, dtype=dtype))
+    stored = from_bitsandbytes_state({key[len(name) + 1 :]: tensor for key, tensor in tensors.items()})
+    stored = stored.to(device=device, dtype=dtype)
+    layer = model.get_submodule(name)
+    assert isinstance(layer, NF4Linear)
+    layer.load_codes_(stored.codes)
+    layer.dtype = dtype
+    if stored.bias is not None:
+        put_tensor(model, f"{name}.bias", stored.bias.detach())
 
 
 def _some(names: list[str]) -> str:

@@ -48,28 +48,35 @@ def from_bitsandbytes_state(state: Mapping[str, Tensor]) -> NF4Linear:
         raise ValueError(
             f"no 4-bit layer of bitsandbytes: needs one key {PACKED}nf4 or {PACKED}fp4, got {sorted(state)}"
         )
-    numbers = unpack_tensor_to_dict(state[packed[0]])
-    kind, shape = numbers["quant_type"], tuple(numbers["shape"])
-    double = "weight.nested_absmax" in state
-    if double and numbers["nested_blocksize"] != ABSMAX_BLOCK:
-        raise ValueError(f"nested_blocksize={numbers['nested_blocksize']}: scales must be quantised in blocks of 256")
+    layer = layer_without_codes(state[packed[0]])
+    double, rows = layer.double_quantization, layer.out_features
     levels = state["weight.quant_map"]
-    if not torch.equal(levels.cpu(), get_4bit_type(kind, device="cpu")):
-        raise ValueError(f"quant_map of the layer is not bitsandbytes' {kind} levels")
-    layer = NF4Linear(
-        shape[1], shape[0], kind=kind, block_size=numbers["blocksize"], double_quantization=double,
-        dtype=getattr(torch, numbers["dtype"]),
-    )  # fmt: skip
+    if not torch.equal(levels.cpu(), get_4bit_type(layer.kind, device="cpu")):
+        raise ValueError(f"quant_map of the layer is not bitsandbytes' {layer.kind} levels")
+    offset = unpack_tensor_to_dict(state[packed[0]]).get("nested_offset")
     codes = state["weight"].view(torch.uint8)  # bytes may be stored under a floating dtype (quant_storage)
     device = codes.device
     layer.load_codes_(
         Codes(
-            codes.view(shape[0], shape[1] // 2),
-            state["weight.absmax"].view(shape[0], -1),
+            codes.view(rows, -1),
+            state["weight.absmax"].view(rows, -1),
             state["weight.nested_absmax"] if double else None,
-            torch.tensor(numbers["nested_offset"], device=device) if double else None,
+            torch.tensor(offset, device=device) if double else None,
         )
     )
     if "bias" in state:
         layer.bias = nn.Parameter(state["bias"])
     return layer
+
+
+def layer_without_codes(packed: Tensor) -> NF4Linear:
+    """The layer, without values and bias, that the `PACKED` tensor of a state dict describes. ValueError as above."""
+    numbers = unpack_tensor_to_dict(packed)
+    nested_block_size = numbers.get("nested_blocksize")
+    if nested_block_size not in (None, ABSMAX_BLOCK):
+        raise ValueError(f"nested_blocksize={nested_block_size}: scales must be quantised in blocks of 256")
+    out_features, in_features = numbers["shape"]
+    return NF4Linear(
+        in_features, out_features, kind=numbers["quant_type"], block_size=numbers["blocksize"],
+        double_quantization=nested_block_size is not None, dtype=getattr(torch, numbers["dtype"]),
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -114,18 +114,27 @@ def dequantized_linear(layer: nn.Module) -> nn.Linear:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of every dequantised weight, by layer name: the same before and after adapting, sharding and saving.
+    """SHA-256 over every dequantised weight: the same before and after adapting, sharding and saving.
 
     Sharded weights are gathered one at a time, so every rank must call it.
     """
-    digest = hashlib.sha256()
-    named = {_plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
-    for name, layer in sorted(named.items()):
-        codes = Codes(*(t.full_tensor() if isinstance(t, DTensor) else t for t in layer.codes))  # type: ignore[arg-type]
-        weight = dequantize(codes, layer.kind, layer.block_size, torch.float32)
-        digest.update(name.encode())
-        digest.update(weight.cpu().numpy().data)
-    return digest.hexdigest()
+    return combined_fingerprint(layer_fingerprints(model))
+
+
+def layer_fingerprints(module: nn.Module, name: str = "") -> dict[str, str]:
+    """SHA-256 of the dequantised weight of each 4-bit layer in `module`, by its name below `name`, the module's."""
+    found = {}
+    for path, layer in module.named_modules(prefix=name):
+        if isinstance(layer, NF4Linear):
+            codes = Codes(*(t.full_tensor() if isinstance(t, DTensor) else t for t in layer.codes))  # type: ignore[arg-type]
+            weight = dequantize(codes, layer.kind, layer.block_size, torch.float32)
+            found[_plain_name(path)] = hashlib.sha256(weight.cpu().numpy().data).hexdigest()
+    return found
+
+
+def combined_fingerprint(layers: Mapping[str, str]) -> str:
+    """The fingerprint of a model from those of its layers, in any order."""
+    return hashlib.sha256("".join(f"{name} {layers[name]} " for name in sorted(layers)).encode()).hexdigest()
 
 
 def memory_by_group(model: nn.Module) -> dict[str, int]:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from lightning_peft.models.loading import (
     ModelConfig,
     empty_model,
+    load_by_block,
     load_model,
     load_tokenizer,
     model_config,
@@ -92,6 +93,34 @@ def test_quantised_while_streaming_equals_quantised_after(tmp_path: Path) -> Non
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
 
 
+def filled(model: torch.nn.Module) -> list[bool]:
+    """Which blocks hold weights."""
+    return [not any(parameter.is_meta for parameter in block.parameters()) for block in model.model.layers]
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_blocks_are_read_when_they_are_asked_for(model_type: str, kind: str, tmp_path: Path) -> None:
+    config = save_small(tmp_path, model_type, intermediate_size=128, num_hidden_layers=3)
+    exclude = ["experts"] if model_type == "mixtral" else []
+    quantization = QuantizationConfig(Kind[kind], exclude=exclude if kind == "nf4" else [])
+    model, blocks = load_by_block(config, torch.float32, quantization)
+    assert not any(p.is_meta for name, p in model.named_parameters() if ".layers." not in name)
+    seen = [(name, filled(model)) for name in blocks]
+    assert seen == [(f"model.layers.{n}", [True] * (n + 1) + [False] * (2 - n)) for n in range(3)]
+    assert torch.equal(model(IDS).logits, load_model(config, torch.float32, quantization)(IDS).logits)
+
+
+def test_new_tokens_come_before_the_blocks(tmp_path: Path) -> None:
+    config = save_small(tmp_path, vocab_size=320)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config.new_tokens = [f"<{n}>" for n in range(80)]
+    model, blocks = load_by_block(config, torch.float32)
+    assert filled(model) == [False, False] and model.lm_head.weight.shape[0] == 259 + 80
+    assert list(blocks) == ["model.layers.0", "model.layers.1"]
+    assert torch.equal(model(IDS).logits, load_model(config, torch.float32)(IDS).logits)
+
+
 def test_bitsandbytes_checkpoint_keeps_its_codes(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
 
@@ -105,6 +134,10 @@ def test_bitsandbytes_checkpoint_keeps_its_codes(tmp_path: Path) -> None:
     stored = load_model(ModelConfig("hf", str(tmp_path / "dense")), torch.float32, QuantizationConfig(Kind.nf4))
     assert torch.equal(dequantized_linear(layer).weight, stored.model.layers[1].mlp.down_proj.dequantize())
     torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+    by_block, blocks = load_by_block(config, torch.float32)
+    assert isinstance(by_block.model.layers[1].mlp.down_proj, NF4Linear) and filled(by_block) == [False, False]
+    assert list(blocks) == ["model.layers.0", "model.layers.1"]
+    assert torch.equal(by_block(IDS).logits, model(IDS).logits)
     with pytest.raises(ValueError, match="quantization.kind=fp4: the checkpoint holds nf4 codes"):
         load_model(config, torch.float32, QuantizationConfig(Kind.fp4))
 
