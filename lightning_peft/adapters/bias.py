@@ -1,6 +1,7 @@
 """Biases of the base trained beside the adapters, as HF PEFT's `bias` has it."""
 
 import logging
+from collections.abc import Container, Iterable
 from enum import Enum
 
 import torch
@@ -28,35 +29,40 @@ class MixedLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias.to(x.dtype))
 
 
-def train_biases(model: nn.Module, adapted: list[str], which: Bias) -> None:
-    """Make the biases trainable, those of linear layers in fp32. ValueError when there are none.
-
-    `adapted` are the names of the wrapped layers, whose biases stand in their `base_layer`.
-    """
+def layers_with_bias(model: nn.Module, adapted: Container[str], which: Bias) -> list[str]:
+    """Names of the layers whose biases are chosen; `adapted` are those to wrap. ValueError when there are none."""
     if which is Bias.none:
-        return
-    wrapped = {f"{name}.base_layer" for name in adapted}
+        return []
     found = [
-        module
+        name
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "bias", None), nn.Parameter) and (which is Bias.all or name in wrapped)
+        if isinstance(getattr(module, "bias", None), nn.Parameter) and (which is Bias.all or name in adapted)
     ]
     if not found:
         whose = "this model" if which is Bias.all else "none of the adapted layers"
         raise ValueError(f"adapter.bias={which.name}: {whose} has a bias; use adapter.bias=none")
+    return found
+
+
+def train_biases(layers: Iterable[nn.Module]) -> int:
+    """Make the biases trainable, those of linear layers in fp32; how many train in a smaller dtype."""
     rounded = 0
-    for module in found:
-        bias = module.bias
+    for layer in layers:
+        bias = layer.bias
         assert isinstance(bias, nn.Parameter)
         bias.requires_grad_(True)
         if bias.dtype == torch.float32:
             continue
-        if type(module) is nn.Linear:
-            module.__class__ = MixedLinear
-        if isinstance(module, MixedLinear) or is_quantized(module):
+        if type(layer) is nn.Linear:
+            layer.__class__ = MixedLinear
+        if isinstance(layer, MixedLinear) or is_quantized(layer):
             bias.data = bias.data.float()
         else:
             rounded += 1
+    return rounded
+
+
+def warn_of_rounding(which: Bias, rounded: int) -> None:
     if rounded:
         logger.warning(
             "adapter.bias=%s: %d biases outside linear layers train in the dtype of the model, which rounds small "

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
-from lightning_peft.adapters.bias import train_biases
+from lightning_peft.adapters.bias import layers_with_bias, train_biases, warn_of_rounding
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import ends, expert_share, find_targets, is_tied, matches, nearest_names
@@ -28,28 +28,70 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
 
     Method "full" wraps nothing and leaves every weight trainable. RuntimeError when there are adapters already.
     """
-    if next(adapters(model), None) is not None:
-        raise RuntimeError("this model has adapters already: inject into a fresh one, or merge_adapters first")
-    method = METHODS[config.method]
-    if not method.layers:
-        _train_everything(model)
-        return []
-    targets = find_targets(model, config, tuple(method.layers))
-    trained = _find_trainable(model, config.trainable_modules, {target.name for target in targets})
-    model.requires_grad_(False)
-    shared: dict[str, nn.Module] = {}
-    if method.shared is not None:
-        shared["shared"] = method.shared(config, targets)
-        setattr(model, SHARED, shared["shared"].to(next(model.parameters()).device))
-    for target in targets:
-        base_layer = model.get_submodule(target.name)
-        layer_class = next(adapter for kind, adapter in method.layers.items() if isinstance(base_layer, kind))
-        layer = layer_class(base_layer, **config.layer_options(target), **shared)
-        model.set_submodule(target.name, layer)
-    _train_in_fp32(trained)
-    if isinstance(config, LoRAConfig):
-        train_biases(model, [target.name for target in targets], config.bias)
-    return [target.name for target in targets]
+    injection = Injection(model, config)
+    injection.finish()
+    return [target.name for target in injection.targets]
+
+
+class Injection:
+    """`inject_adapters` for a model whose transformer blocks are filled one after another.
+
+    The checks, and the freezing, come first, when blocks may still be on the meta device. `adapt` follows each block
+    once it is filled, in their order, and `finish` the last: random numbers are drawn as for a model filled at once.
+    """
+
+    def __init__(self, model: nn.Module, config: AdapterConfig):
+        if next(adapters(model), None) is not None:
+            raise RuntimeError("this model has adapters already: inject into a fresh one, or merge_adapters first")
+        self.model, self.config, self.method = model, config, METHODS[config.method]
+        self.targets: list[Target] = []
+        self.shared: dict[str, nn.Module] = {}
+        self.wrapped = 0
+        """Targets that are wrapped already."""
+        self.trained: dict[str, nn.Module] = {}
+        """Modules trained in full that still wait for their weights, by name."""
+        self.biased: list[str] = []
+        """Layers that still wait for their weights and whose bias trains."""
+        self.rounded_biases = 0
+        if not self.method.layers:
+            _train_everything(model)
+            return
+        self.targets = find_targets(model, config, tuple(self.method.layers))
+        names = {target.name for target in self.targets}
+        self.trained = _find_trainable(model, config.trainable_modules, names)
+        if isinstance(config, LoRAConfig):
+            self.biased = layers_with_bias(model, names, config.bias)
+        model.requires_grad_(False)
+        if self.method.shared is not None:
+            self.shared["shared"] = self.method.shared(config, self.targets)
+            first = next(model.parameters())
+            filled = next((parameter for parameter in model.parameters() if not parameter.is_meta), first)
+            setattr(model, SHARED, self.shared["shared"].to(filled.device))
+
+    def adapt(self, block: str) -> None:
+        """Wrap the targets up to the last one in the block of that name, and train what trains in it."""
+        self._adapt(f"{block}.")
+
+    def finish(self) -> None:
+        """Adapt what is left."""
+        self._adapt("")
+        if isinstance(self.config, LoRAConfig):
+            warn_of_rounding(self.config.bias, self.rounded_biases)
+
+    def _adapt(self, prefix: str) -> None:
+        inside = [index for index, target in enumerate(self.targets, 1) if target.name.startswith(prefix)]
+        for target in self.targets[self.wrapped : max(inside, default=0)]:
+            base_layer = self.model.get_submodule(target.name)
+            layer_class = next(layer for kind, layer in self.method.layers.items() if isinstance(base_layer, kind))
+            layer = layer_class(base_layer, **self.config.layer_options(target), **self.shared)
+            self.model.set_submodule(target.name, layer)
+        self.wrapped = max([self.wrapped, *inside])
+        ready = [name for name in self.trained if name.startswith(prefix)]
+        _train_in_fp32([self.trained.pop(name) for name in ready])
+        ready = [name for name in self.biased if name.startswith(prefix)]
+        self.biased = [name for name in self.biased if name not in ready]
+        found = [self.model.get_submodule(name) for name in ready]
+        self.rounded_biases += train_biases(m.base_layer if isinstance(m, Adapter) else m for m in found)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -154,8 +196,8 @@ def _train_everything(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
-def _find_trainable(model: nn.Module, patterns: list[str], adapted: set[str]) -> list[nn.Module]:
-    """Modules to be trained in full beside the adapters."""
+def _find_trainable(model: nn.Module, patterns: list[str], adapted: set[str]) -> dict[str, nn.Module]:
+    """Modules to be trained in full beside the adapters, each with parameters of its own, by name."""
     names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
@@ -179,12 +221,13 @@ def _find_trainable(model: nn.Module, patterns: list[str], adapted: set[str]) ->
             raise ValueError(
                 f"adapter.trainable_modules={patterns}: this model ties {both[0]} and {both[1]}; name both or neither"
             )
-    return list(found.values())
+    parts = {part: path for name, module in found.items() for path, part in module.named_modules(prefix=name)}
+    return {path: part for part, path in parts.items() if _own(part)}
 
 
 def _train_in_fp32(modules: list[nn.Module]) -> None:
-    """Make every weight below trainable and fp32, while activations keep the dtype the model computes in."""
-    parts = {part: own[0].dtype for module in modules for part in module.modules() if (own := _own(part))}
+    """Make every weight of theirs trainable and fp32, while activations keep the dtype the model computes in."""
+    parts = {module: _own(module)[0].dtype for module in modules}
     for part, compute_dtype in parts.items():
         for parameter in _own(part):
             parameter.data = parameter.data.float()

@@ -24,6 +24,7 @@ from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.quantization.convert import Kind, prepare_quantized
 from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
+from lightning_peft.training.module import reads_whole_model
 from lightning_peft.training.precision import DTYPES, resolve_precision, weight_dtype
 from lightning_peft.training.strategies import StrategyKind
 
@@ -117,6 +118,8 @@ def estimate_of(config: EstimateConfig) -> Estimate:
         accelerator=accelerator,
         strategy=config.strategy.kind.name,
         ranks=ranks_of(config),
+        # On a GPU such a model is read by the host, and reaches the device block by block.
+        loads_whole=accelerator == "cpu" and reads_whole_model(config.adapter, config.quantization),
         adapter_rank=config.adapter.rank,
     )
     return estimate_step(empty_objective(config, weight_dtype(precision, trains_all)), options)

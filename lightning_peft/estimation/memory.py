@@ -16,6 +16,7 @@ from lightning_peft.estimation.weights import (
     OPTIMIZER,
     SCALES,
     gathered_weights,
+    loaded_weights,
     loading_scratch,
     optimizer_scratch,
     optimizer_states,
@@ -45,6 +46,8 @@ class StepOptions:
     accelerator: str = "cpu"
     strategy: str = "single"
     ranks: int = 1
+    loads_whole: bool = False
+    """Whether FSDP's ranks read the whole model before they shard it, as some inits need."""
     adapter_rank: int | None = None
     """For the formulas only."""
 
@@ -117,9 +120,7 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
     always = stored_weights(model, shards) + states + process
     gathered = gathered_weights(model) if shards > 1 else Counter()
-    # FSDP's ranks read the whole model in host memory and move it to the device block by block.
-    lands_in_slices = shards > 1 and options.accelerator == "cuda"
-    loaded = stored_weights(model, shards) + gathered if lands_in_slices else stored_weights(model)
+    loaded = stored_weights(model) if options.loads_whole else loaded_weights(model, shards)
     moments = {"loading": loaded + loading_scratch(model) + process}
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ def array_of(tensor: Tensor) -> Array:
     return Array(tuple(tensor.shape), tensor.dtype)
 
 
-def stored_weights(model: PreTrainedModel, shards: int = 1) -> Held:
+def stored_weights(model: PreTrainedModel, shards: int = 1, whole: Container[int] = ()) -> Held:
     """Every parameter and buffer of the model on one of so many ranks that share it; a tied tensor counts once.
+
+    `whole` are ids of parameters that are not sharded yet.
 
     base: the frozen part with norms and rotary tables, or every weight where all train; embeddings: the output head
     too; adapters: everything they hold, frozen factors included.
@@ -46,9 +48,15 @@ def stored_weights(model: PreTrainedModel, shards: int = 1) -> Held:
                 component = SCALES
             else:
                 component = EMBEDDINGS if module in ends else BASE
-            is_sharded = isinstance(tensor, nn.Parameter)
+            is_sharded = isinstance(tensor, nn.Parameter) and id(tensor) not in whole
             held[(component, shard(array_of(tensor), shards if is_sharded else 1))] += 1
     return held
+
+
+def loaded_weights(model: PreTrainedModel, shards: int) -> Held:
+    """What a rank holds when the last block is filled and not sharded yet, the root group neither."""
+    sharded = {id(p) for block in transformer_blocks(model)[:-1] for p in block.parameters()}
+    return stored_weights(model, shards, {id(p) for p in model.parameters()} - sharded)
 
 
 def adapter_parts(model: nn.Module) -> list[nn.Module]:

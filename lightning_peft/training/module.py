@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lightning_peft.adapters.base import AdapterConfig, StepSchedule
 from lightning_peft.adapters.eva import initialize_from_activations
 from lightning_peft.adapters.init import NEED_ACTIVATIONS, NEED_WEIGHTS, initialize_from_weights
-from lightning_peft.adapters.inject import adapters, inject_adapters, regularization, step_schedule
+from lightning_peft.adapters.inject import Injection, adapters, inject_adapters, regularization, step_schedule
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
@@ -26,20 +26,23 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
 from lightning_peft.distributed import worst
 from lightning_peft.inference.load import adapter_folder
-from lightning_peft.models.loading import ModelConfig, load_model
+from lightning_peft.models.blocks import block_names, transformer_blocks
+from lightning_peft.models.loading import ModelConfig, load_by_block, load_model
 from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
-from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients
+from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients, local
 from lightning_peft.quantization.convert import (
     QuantizationConfig,
     bits_per_parameter,
+    combined_fingerprint,
+    layer_fingerprints,
     memory_by_group,
     weights_fingerprint,
 )
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
-from lightning_peft.training.callbacks.step_metrics import peak_memory_gib
+from lightning_peft.training.callbacks.step_metrics import host_memory_gib
 from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
 
@@ -51,6 +54,14 @@ EVA_BATCHES = 4
 """Micro batches whose activations the EVA init looks at."""
 
 logger = logging.getLogger(__name__)
+
+
+def reads_whole_model(adapter: AdapterConfig, quantization: QuantizationConfig) -> bool:
+    """Whether the adapters start from more than their own layer: weights before quantisation, or activations."""
+    if not isinstance(adapter, LoRAConfig):
+        return False
+    init = adapter.init.name
+    return init in NEED_ACTIVATIONS or (init in NEED_WEIGHTS and quantization.is_on)
 
 
 class FinetuneModule(LightningModule):
@@ -103,40 +114,88 @@ class FinetuneModule(LightningModule):
         """Load, quantise and adapt the model. Lightning calls this once the ranks exist; a second call does nothing."""
         if self.objective is not None:
             return
-        device, strategy = torch.device("cpu"), None
-        if self._trainer is not None:
-            strategy = self.trainer.strategy
-            if isinstance(self.trainer.precision_plugin, HalfPrecision):
-                raise ValueError(
-                    f"Trainer(precision={self.trainer.precision!r}) would cast the fp32 adapters: "
-                    'use plugins=[ComputePrecision("bf16-true")] instead'
-                )
-            # Before it is sharded the model may be larger than a device: blocks move there one at a time.
-            device = torch.device("cpu") if isinstance(strategy, ShardedModel) else strategy.root_device
-        model = load_model(self.model_config, self.weight_dtype, self.quantization_config, device=device)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if self._trainer is not None and isinstance(self.trainer.precision_plugin, HalfPrecision):
+            raise ValueError(
+                f"Trainer(precision={self.trainer.precision!r}) would cast the fp32 adapters: "
+                'use plugins=[ComputePrecision("bf16-true")] instead'
+            )
+        if isinstance(strategy, ShardedModel):
+            self.objective = self.load_sharded(strategy)
+        else:
+            device = torch.device("cpu") if strategy is None else strategy.root_device
+            self.objective = SupervisedLoss(self.load_whole(device)).train()
+            checkpoint_blocks(self.model, self.activation_checkpointing)
         if self.quantization_config.verify:
-            self.base_fingerprint = weights_fingerprint(model)
+            self.check_base()
             logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
+        if self.adapter_config.init_from is not None:
+            load_adapter(self.model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
+        self.log_memory(self.model)
+
+    def load_whole(self, device: torch.device) -> PreTrainedModel:
+        """The model with its adapters on one device."""
+        model = load_model(self.model_config, self.weight_dtype, self.quantization_config, device)
         torch.manual_seed(self.seed)
         inject_adapters(model, self.adapter_config)
         self.start_adapters(model)
-        if self.adapter_config.init_from is not None:
-            load_adapter(model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
-        self.log_memory(model)
-        checkpoint_blocks(model, self.activation_checkpointing)
-        self.objective = SupervisedLoss(model).train()
-        if isinstance(strategy, ShardedModel):
-            strategy.shard(model, self.objective)
+        return model
+
+    def load_sharded(self, strategy: ShardedModel) -> SupervisedLoss:
+        """The model with its adapters as this rank's slices: each block is read, adapted and cut before the next."""
+        injection = None
+        if reads_whole_model(self.adapter_config, self.quantization_config):
             logger.info(
-                "sharded over %d ranks: %.1f MiB on each; host memory at its peak while loading: %.2f GiB",
-                strategy.world_size,
-                sum(memory_by_group(model).values()) / 2**20,
-                worst(peak_memory_gib(torch.device("cpu"))),
+                "the adapters' init reads the whole model: every rank holds it on its host before it is sharded"
             )
+            model = self.load_whole(torch.device("cpu"))
+            names = iter(block_names(model))
+        else:
+            model, names = load_by_block(
+                self.model_config, self.weight_dtype, self.quantization_config, strategy.root_device
+            )
+            torch.manual_seed(self.seed)
+            injection = Injection(model, self.adapter_config)
+        transformer_blocks(model)  # says so where there are none
+        checkpoint_blocks(model, self.activation_checkpointing)
+        host_memory = 0.0
+        fingerprints: dict[str, str] = {}
+        for name in names:
+            if injection is not None:
+                injection.adapt(name)
+            block = model.get_submodule(name)
+            if self.quantization_config.verify:
+                fingerprints |= layer_fingerprints(block, name)
+            host_memory = max(host_memory, host_memory_gib())
+            strategy.shard_block(block)
+        if injection is not None:
+            injection.finish()
+        if self.quantization_config.verify:
+            self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
+        objective = SupervisedLoss(model).train()
+        host_memory = max(host_memory, host_memory_gib())
+        strategy.shard_root(objective)
+        logger.info(
+            "sharded over %d ranks: %.1f MiB on each; host memory at its peak while loading: %.2f GiB",
+            strategy.world_size,
+            sum(memory_by_group(model).values()) / 2**20,
+            worst(host_memory),
+        )
+        return objective
+
+    def check_base(self) -> None:
+        """With quantization.verify: RuntimeError where a dequantised weight is not what it was at the first call."""
+        if not self.quantization_config.verify:
+            return
+        found = weights_fingerprint(self.model)
+        if self.base_fingerprint is None:
+            self.base_fingerprint = found
+        if found != self.base_fingerprint:
+            raise RuntimeError("quantization.verify: the dequantised weights are not those that were loaded")
 
     def log_memory(self, model: PreTrainedModel) -> None:
-        """Bytes of weights by group and of the optimiser's state, and the bits of a quantised parameter."""
-        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        """Bytes of this rank's weights by group and optimiser state, and the bits of a quantised parameter."""
+        trained = [local(p).numel() for p in model.parameters() if p.requires_grad]
         groups = memory_by_group(model)
         groups["optimiser"] = sum(optimizer_state_bytes(trained, self.optimizer_config.name))
         sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in groups.items() if size)
@@ -213,8 +272,7 @@ class FinetuneModule(LightningModule):
         drop_gradients(optimizer)
 
     def on_train_end(self) -> None:
-        if self.base_fingerprint is not None and weights_fingerprint(self.model) != self.base_fingerprint:
-            raise RuntimeError("quantization.verify: the dequantised weights are not those that were loaded")
+        self.check_base()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.objective is not None
@@ -248,6 +306,7 @@ class FinetuneModule(LightningModule):
             self.step_schedule.load_state_dict(self.saved_schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_base()
         if self.step_schedule is not None:
             checkpoint["step_schedule"] = self.step_schedule.state_dict()
 

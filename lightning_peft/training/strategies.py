@@ -14,10 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from lightning_peft.distributed import TIMEOUT
-from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.optim.sharded import load_named_state, named_state
 
 
@@ -87,16 +85,17 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
             data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=TIMEOUT
         )
 
-    def shard(self, model: PreTrainedModel, root: nn.Module) -> None:
-        """Shard every transformer block by itself and the rest of `root`, which holds the model, as one group.
+    def shard_block(self, block: nn.Module) -> None:
+        """Keep this rank's slice of a transformer block that holds its weights."""
+        fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+    def shard_root(self, root: nn.Module) -> None:
+        """Shard the rest of `root`, which holds the model, as one group, once every block is sharded.
 
         The rest are the embeddings, the last norm and the head, tied or not. They stay gathered between the forward and
         the backward pass: the loss reads the head in both.
         """
-        mesh = self.device_mesh["data_parallel"]
-        for block in transformer_blocks(model):
-            fully_shard(block, mesh=mesh)
-        self.root = fully_shard(root, mesh=mesh, reshard_after_forward=False)
+        self.root = fully_shard(root, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
 
     @contextmanager
     def root_gathered(self) -> Iterator[None]:

@@ -1,13 +1,18 @@
 """Injection, modules trained in full, merging a whole model."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from adapter_models import adapted, config_for, llama, logits, perturb, tokens
+from adapter_models import WRAPPING, adapted, config_for, llama, logits, perturb, tokens
 from torch import nn
 
 from lightning_peft.adapters.base import NotMergeableError
+from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.full import FullConfig
 from lightning_peft.adapters.inject import (
+    Injection,
     adapters,
     disable_adapters,
     inject_adapters,
@@ -17,6 +22,8 @@ from lightning_peft.adapters.inject import (
     trainable_parameter_counts,
 )
 from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
+from lightning_peft.models.loading import ModelConfig, load_by_block, load_model
+from lightning_peft.quantization.convert import Kind, QuantizationConfig
 
 
 def test_names_of_the_wrapped_layers_are_returned() -> None:
@@ -186,3 +193,42 @@ def test_adapted_layers_stand_where_their_base_stood() -> None:
 
     assert isinstance(layer, LoRALinear) and isinstance(layer.base_layer, nn.Linear)
     assert "model.layers.0.mlp.up_proj.base_layer.weight" in model.state_dict()
+
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((method, {}) for method in [*WRAPPING, "full"]),
+    ("lora", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+    ("lora", {"trainable_modules": ["norm", "post_attention_layernorm", "layers.1.input_layernorm"]}),
+    ("lora", {"bias": Bias.all, "target_modules": ["up_proj"], "layers": "1"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "kind"),
+    [(*case, kind) for case in OPTIONS for kind in (Kind.none, Kind.nf4) if (case[0], kind) != ("full", Kind.nf4)],
+)
+def test_blocks_adapted_as_they_arrive_equal_all_adapted_at_once(
+    method: str, options: dict[str, Any], kind: Kind, tmp_path: Path
+) -> None:
+    llama(torch.bfloat16).save_pretrained(tmp_path)
+    source, quantization = ModelConfig("hf", str(tmp_path)), QuantizationConfig(kind)
+    config = FullConfig() if method == "full" else config_for(method, **options)
+    whole = load_model(source, torch.bfloat16, quantization)
+    torch.manual_seed(1)
+    names = inject_adapters(whole, config)
+
+    model, blocks = load_by_block(source, torch.bfloat16, quantization)
+    torch.manual_seed(1)
+    injection = Injection(model, config)
+    for name in blocks:
+        injection.adapt(name)
+        assert not any(parameter.is_meta for parameter in model.get_submodule(name).parameters())
+    injection.finish()
+
+    assert [target.name for target in injection.targets] == names
+    tensors, expected = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, whole))
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype, name
+        assert tensors[name].requires_grad == tensor.requires_grad, name
+    assert torch.equal(logits(model), logits(whole))

@@ -57,20 +57,26 @@ def test_offloaded_block_inputs_leave_a_cuda_device_and_stay_on_a_cpu():
     assert tiny_estimate("activation_checkpointing=offload").host == 0
 
 
-def test_fsdp_shards_what_is_stored_and_loads_the_whole():
+def test_fsdp_shards_what_is_stored():
     words = ("rank=r64", "data.max_length=8", "strategy=fsdp", "trainer.devices=2")
     alone, sharded = tiny_estimate(*words[:2]), tiny_estimate(*words)
     for name in ("gradients", "optimiser states"):
         assert size(sharded, name) * 2 == size(alone, name)
-    assert sharded.phases["loading"] == alone.phases["loading"]
     assert size(sharded, "gathered weights") > 0
 
 
-def test_fsdp_on_gpus_never_loads_the_whole(tmp_path):
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_fsdp_never_loads_the_whole(accelerator, tmp_path):
     folder = config_folder(tmp_path / "deep", num_hidden_layers=12)
-    words = ("model=hf", f"model.path={folder}", "trainer.accelerator=gpu")
+    words = ("model=hf", f"model.path={folder}", f"trainer.accelerator={accelerator}")
     alone, sharded = tiny_estimate(*words), tiny_estimate(*words, "strategy=fsdp", "trainer.devices=4")
     assert sharded.phases["loading"] < alone.phases["loading"]
+
+
+def test_init_that_needs_it_loads_the_whole():
+    words = ("method=pissa", "quantization=nf4", "data.max_length=8")
+    alone, sharded = tiny_estimate(*words), tiny_estimate(*words, "strategy=fsdp", "trainer.devices=2")
+    assert sharded.phases["loading"] == alone.phases["loading"]
 
 
 def test_bf16_halves_the_base_and_not_the_adapters():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from empty_models import TINY, empty
+from empty_models import TINY, config_folder, empty
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.compose import compose_config
@@ -15,6 +15,7 @@ from lightning_peft.estimation.weights import (
     EMBEDDINGS,
     SCALES,
     gathered_weights,
+    loaded_weights,
     optimizer_states,
     stored_weights,
 )
@@ -86,6 +87,12 @@ def test_shards_of_fsdp_are_rows():
     whole, half = (sum(p.numel() for p in model.parameters()), held_bytes(stored_weights(model, 2)))
     buffers = sum(b.nbytes for b in model.buffers())
     assert half == 4 * whole // 2 + buffers  # every tensor of the tiny model has an even number of rows
+
+
+def test_fsdp_reads_the_last_block_beside_slices_of_the_others(tmp_path):
+    model = empty("rank=r16", "model=hf", f"model.path={config_folder(tmp_path, num_hidden_layers=12)}").model
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())  # all tensors have a multiple of four rows
+    assert held_bytes(stored_weights(model)) - held_bytes(loaded_weights(model, 4)) == 11 * block * 3 // 4
 
 
 def test_fsdp_gathers_root_and_one_block_twice():

@@ -3,6 +3,7 @@
 import resource
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def host_memory_gib() -> float:
+    """Anonymous memory of this process now: mapped files are the machine's. Without a /proc, the peak of all."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return peak_memory_gib(torch.device("cpu"))
+    return int(status.partition("RssAnon:")[2].split()[0]) / 2**20
 
 
 def rank_and_alpha(module: LightningModule) -> dict[str, float]:
