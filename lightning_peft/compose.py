@@ -37,9 +37,9 @@ def compose_config(command: str, overrides: list[str]) -> Any:
 
     Raises ValueError with one line that names the key, the value and what would be right.
     """
-    register_schemas()
     if any(word.startswith("config_path=") for word in overrides):
         return saved_config(command, overrides)
+    register_schemas()
     if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
         raise ValueError("run_dir: give one, or config_path=, where several ranks are started: each would name its own")
     try:

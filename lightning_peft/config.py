@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,6 @@ class SweepCommandConfig:
 
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
-    "submit": TrainConfig,
     "estimate": EstimateConfig,
     "submit_sweep": SubmitSweepConfig,
     "sweep": SweepCommandConfig,
@@ -275,9 +275,9 @@ ROOTS: dict[str, type] = {
 }
 
 
+@cache
 def register_schemas() -> None:
-    """Put every schema where the option files under `conf/` look for it."""
-    OmegaConf.register_new_resolver("config_digest", config_digest, replace=True)
+    """Put every schema where the option files under `conf/` look for it; once a process, it takes a while."""
     store = ConfigStore.instance()
     for command, root in ROOTS.items():
         store.store(name=f"{command}_schema", node=beyond_train(root) if issubclass(root, TrainConfig) else root)
@@ -321,6 +321,7 @@ def config_digest(*, _root_: DictConfig) -> str:
 
 # At the import: processes that a Hydra launcher starts get the schemas from it, but no resolvers.
 OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
+OmegaConf.register_new_resolver("config_digest", config_digest, replace=True)
 
 
 def train_config(saved: dict[str, Any]) -> TrainConfig:
