@@ -21,6 +21,8 @@ class DuplicateBosError(ValueError):
 class Audit:
     """Counts over the samples of a split."""
 
+    format: str | None = None
+    """Shape of the rows, known with the first of them."""
     rows: int = 0
     bad_rows: int = 0
     bad_row_messages: list[str] = field(default_factory=list)

@@ -59,7 +59,7 @@ def encode_all(conversations: Sequence[Sequence[Message]], tokenizer: PreTrained
         return []
     if conversations[0][0].role == TEXT_ROLE:
         texts = [messages[0].content for messages in conversations]
-        return [_encode_text(ids, tokenizer) for ids in tokenizer(texts)["input_ids"]]
+        return [_encode_text(ids, tokenizer) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
     return _Labeller(tokenizer).label(list(map(_Renderer(tokenizer), conversations)))
@@ -82,8 +82,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
     """The conversation as text. Raises `ChatTemplateError` where the template refuses it."""
-    if tokenizer.chat_template is None:
-        _log_plain_layout(tokenizer.name_or_path)
+    log_layout(tokenizer)
     try:
         text = tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.content} for message in messages],
@@ -96,6 +95,12 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise ChatTemplateError(f"the chat template refuses a conversation of {roles}: {error}") from error
+
+
+def log_layout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say, once, where conversations are laid out without a template of the tokenizer."""
+    if tokenizer.chat_template is None:
+        _log_plain_layout(tokenizer.name_or_path)
 
 
 @lru_cache
@@ -200,8 +205,9 @@ class _Labeller:
 
     def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
         """Ids, and for each the character at which it ends. Where it begins is not used: some tokenizers trim it."""
+        # Not verbose: it would warn of rows longer than the context, which data.on_too_long is there for.
         tokenized = self._tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
         return [
             (ids, [end for _, end in offsets])

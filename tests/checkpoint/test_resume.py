@@ -333,6 +333,10 @@ def test_same_config_and_longer_training_may_resume() -> None:
     check_same_config(CONFIG, changed(trainer={"max_steps": 20, "max_epochs": 3}))
 
 
+def test_tokens_may_be_kept_elsewhere() -> None:
+    check_same_config(CONFIG | {"data": {"cache_dir": "auto"}}, CONFIG | {"data": {"cache_dir": None}})
+
+
 def test_changed_config_names_every_key() -> None:
     with pytest.raises(
         ValueError, match=r"adapter.rank \(was 4, is 8\), trainer.precision \(was 'auto', is not set\); "

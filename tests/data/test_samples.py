@@ -117,14 +117,14 @@ def test_preview_highlights_what_is_trained(chatml):
 
 def test_samples_are_kept_exactly():
     encoded = [Encoded([1, 2, 3], [-100, 2, 3], True), Encoded([4], [-100], False), Encoded([5, 6], [-100, -100], True)]
-    samples = Samples(encoded)
+    samples = Samples.of(encoded)
     assert samples.lengths == [3, 1, 2]
     assert [(samples[i].input_ids, samples[i].labels) for i in range(3)] == [(e.input_ids, e.labels) for e in encoded]
 
 
 def test_fingerprint_changes_with_token_label_and_boundary():
     def fingerprint(*samples):
-        return Samples([Encoded(ids, labels, True) for ids, labels in samples]).fingerprint()
+        return Samples.of([Encoded(ids, labels, True) for ids, labels in samples]).fingerprint
 
     variants = {
         fingerprint(([1, 2], [1, 2]), ([3], [3])),

@@ -1,0 +1,168 @@
+"""Tokenised samples on disk, so that the next start, the other ranks and the other trials need not tokenise again.
+
+An entry is a folder named by everything that decides its tokens, so it is never out of date: other rows, options,
+tokenizer, library versions or code of this package give another name. Deleting one costs the time to make it again.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import date
+from enum import Enum
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_peft.data.audit import Audit
+from lightning_peft.data.chat import log_layout
+from lightning_peft.data.config import DataConfig, Format
+from lightning_peft.data.samples import Samples, make_samples
+from lightning_peft.data.sources import rows_identity
+
+log = logging.getLogger(__name__)
+
+NO_EFFECT = frozenset(
+    ("task", "packing", "micro_batch_size", "streaming", "shuffle_window", "num_workers", "preview", "cache_dir")
+)
+"""Options of `data` that change no token of a sample."""
+LIBRARIES = ("transformers", "tokenizers", "jinja2")
+COUNTS = "counts.json"
+
+
+def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Samples, Audit]:
+    """The samples of a split and their counts: mapped from `data.cache_dir`, tokenised and left there if need be.
+
+    One process tokenises, the others that want the same wait for it. Streamed rows are not kept. Raises what
+    `make_samples` raises.
+    """
+    if config.cache_dir is None or config.streaming:
+        return make_samples(config, split, tokenizer)
+    entry = cache_folder(config.cache_dir) / entry_name(config, split, tokenizer)
+    found = _read(entry)
+    if found is None:
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(_alone(entry))
+            except OSError as error:
+                log.warning(
+                    "data.cache_dir=%s: %s, so tokens are not kept; give a folder that can be written to, or null",
+                    config.cache_dir, error.strerror,
+                )  # fmt: skip
+                return make_samples(config, split, tokenizer)
+            found = _read(entry, report_damage=True)
+            if found is None:
+                return _make_and_keep(config, split, tokenizer, entry)
+    samples, audit = found
+    if audit.format not in (None, Format.text.value):
+        log_layout(tokenizer)
+    log.info("%s rows: tokens read from %s (%.1f MiB)", split, entry, _mebibytes(entry))
+    return samples, audit
+
+
+def cache_folder(option: str) -> Path:
+    """The folder that `data.cache_dir` names."""
+    if option == "auto":
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_peft"
+    return Path(option).expanduser()
+
+
+def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Sixteen hex digits that change with anything that decides the tokens of a split.
+
+    Raises ValueError for a missing or empty file or data set.
+    """
+    template = tokenizer.chat_template
+    options = {name: value for name, value in asdict(config).items() if name not in NO_EFFECT}
+    decides = {
+        "split": split,
+        "rows": rows_identity(config, split),
+        "options": {name: value.value if isinstance(value, Enum) else value for name, value in options.items()},
+        "tokenizer": [type(tokenizer).__name__, template, _tokenizer_digest(tokenizer)],
+        "code": _code_digest(),
+        "versions": [platform.python_version(), *(version(library) for library in LIBRARIES)],
+        # Llama 3.2's template writes today's date into every sample.
+        "day": date.today().isoformat() if "strftime_now" in json.dumps(template) else None,
+    }
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.blake2b(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())  # vocabulary, merges, added tokens, normalisation
+    return digest.hexdigest()
+
+
+@cache
+def _code_digest() -> str:
+    """Of the modules that make tokens out of rows: those beside this one."""
+    digest = hashlib.blake2b()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(entry: Path, report_damage: bool = False) -> tuple[Samples, Audit] | None:
+    """What an entry holds; None where there is none, or it is not what was written."""
+    if not entry.is_dir():
+        return None
+    try:
+        counts = json.loads((entry / COUNTS).read_text())
+        samples = Samples.mapped(entry)
+        if samples.fingerprint != counts.pop("fingerprint"):
+            raise ValueError("its checksum is another")
+        return samples, Audit(**counts)
+    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        if report_damage:
+            log.warning("%s is damaged (%s): tokenising again", entry, error)
+        return None
+
+
+@contextmanager
+def _alone(entry: Path) -> Iterator[None]:
+    """Inside, no other process is at work on the entry; one that is killed lets the next one in. Raises OSError."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with entry.with_suffix(".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is tokenising the same rows: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make_and_keep(
+    config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, entry: Path
+) -> tuple[Samples, Audit]:
+    started = time.perf_counter()
+    samples, audit = make_samples(config, split, tokenizer)
+    seconds = time.perf_counter() - started
+    partial = entry.with_suffix(".partial")
+    try:
+        for leftover in (partial, entry):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir()
+        samples.save(partial)
+        # Not synced to the disk: what a power cut leaves behind fails the checksum.
+        (partial / COUNTS).write_text(json.dumps(asdict(audit) | {"fingerprint": samples.fingerprint}))
+        partial.rename(entry)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        log.warning("%s: %s, so tokens are not kept", entry, error)
+        return samples, audit
+    log.info("%s rows: tokenised in %.1f s, kept in %s (%.1f MiB)", split, seconds, entry, _mebibytes(entry))
+    return Samples.mapped(entry), audit
+
+
+def _mebibytes(entry: Path) -> float:
+    return sum(path.stat().st_size for path in entry.iterdir()) / 2**20
