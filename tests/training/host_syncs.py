@@ -1,0 +1,95 @@
+"""Records where a training loop makes the host wait for a tensor.
+
+On a CUDA device each of these waits for all the work that is queued; on a CPU, where the tests run, nothing waits and
+the calls are the same. What happens inside an operator of our own is not seen.
+"""
+
+import traceback
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+WAITING_OPERATORS = {
+    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2, aten.unique_consecutive,
+    aten.unique_dim, aten.bincount, aten.is_nonzero,
+}  # fmt: skip
+"""`item`, `float`, `int` and `bool` of a tensor are the first; the shapes of most others depend on values."""
+WAITING_METHODS = {"tolist", "numpy", "cpu", "__array__"}
+"""No operator is behind these on a CPU."""
+
+ON_THE_HOST = "lightning_peft/data/"
+"""Batches are made in host memory, on a CUDA device as well."""
+
+
+class PythonCalls(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in WAITING_METHODS:
+            HostSyncs.record(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
+        )
+        if func.overloadpacket in WAITING_OPERATORS or by_mask:
+            HostSyncs.record(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def is_watched(trainer: Trainer) -> bool:
+    """All steps but the first, which ends in a line of progress, and the last, after which the run is summed up."""
+    return 0 < trainer.global_step < trainer.max_steps - 1
+
+
+class HostSyncs(Callback):
+    """`found` has a stack for each call that waits."""
+
+    found: list[str] = []
+    micro_batches = 0
+
+    def __init__(self) -> None:
+        HostSyncs.found, HostSyncs.micro_batches = [], 0
+        self.modes = ExitStack()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.modes.close()
+        if is_watched(trainer):
+            HostSyncs.micro_batches += 1
+            self.modes.enter_context(PythonCalls())
+            self.modes.enter_context(Operators())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.modes.close()
+
+    @classmethod
+    def record(cls, call: str) -> None:
+        frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack()[:-2]]
+        if not any(ON_THE_HOST in frame for frame in frames):
+            cls.found.append("\n  ".join([call, *frames[-8:]]))
+
+
+class CudaSyncs(Callback):
+    """The device itself raises RuntimeError where the host waits for it."""
+
+    micro_batches = 0
+
+    def __init__(self) -> None:
+        CudaSyncs.micro_batches = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        CudaSyncs.micro_batches += is_watched(trainer)
+        torch.cuda.set_sync_debug_mode("error" if is_watched(trainer) else "default")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        torch.cuda.set_sync_debug_mode("default")
