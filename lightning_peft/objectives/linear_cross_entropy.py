@@ -4,7 +4,9 @@ The gradient of the hidden states is computed during the forward pass, a chunk o
 one chunk of logits; only supervised tokens reach the head at all.
 """
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,31 +14,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 512
-"""Tokens whose logits are held at once. Ours: at a vocabulary of 49,152 larger chunks were no faster on CPU."""
+logger = logging.getLogger(__name__)
+
+LOGIT_BYTES = 2**27
+"""fp32 logits held at once. Ours: at a vocabulary of 49,152 larger chunks were no faster on CPU."""
 
 LogitTransform = Callable[[Tensor], Tensor]
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are held at once; a multiple of 64, as kernels compute in tiles."""
+    return max(64, LOGIT_BYTES // (4 * vocabulary) // 64 * 64)
 
 
 class FrozenHeadLoss(torch.autograd.Function):
     """Summed cross entropy of hidden (N, D) under a frozen head weight (V, D); gradient for hidden only."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        transform: LogitTransform | None,
+    ) -> Tensor:
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            logits = F.linear(hidden[rows], weight, bias)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
             chunk_labels = labels[rows, None]
-            probabilities = logits.float()
-            log_norm = torch.logsumexp(probabilities, dim=-1, keepdim=True)
-            loss += (log_norm - probabilities.gather(1, chunk_labels)).sum()
+            logits = transformed = F.linear(hidden[rows], weight, bias)
+            if transform is not None:
+                logits = logits.float().requires_grad_()
+                with torch.enable_grad():
+                    transformed = transform(logits)
+            log_probabilities = F.log_softmax(transformed.detach(), -1, dtype=torch.float32)
+            loss -= log_probabilities.gather(1, chunk_labels).sum()
             if grad_hidden is not None:
                 # softmax - onehot in fp32: near a certain prediction the difference is below bf16's resolution.
-                probabilities.sub_(log_norm).exp_()
-                probabilities.scatter_add_(1, chunk_labels, probabilities.new_full(chunk_labels.shape, -1))
-                torch.mm(probabilities.to(weight.dtype), weight, out=grad_hidden[rows])
+                grad_logits = log_probabilities.exp_()
+                grad_logits.scatter_add_(1, chunk_labels, grad_logits.new_full(chunk_labels.shape, -1))
+                if transform is not None:
+                    (grad_logits,) = torch.autograd.grad(transformed, logits, grad_logits)
+                torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return loss
@@ -44,29 +66,52 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None
+        return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None, None, None
+
+
+@cache
+def liger_function() -> Any | None:
+    """The autograd function of Liger's fused kernel, or None where liger-kernel is not installed."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError:
+        return None
+    logger.info("loss: Liger's fused kernel")
+    return LigerFusedLinearCrossEntropyFunction
+
+
+def liger_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """As `FrozenHeadLoss`, by Liger's kernel: fewer passes over the logits, which stay in the dtype of the head."""
+    function = liger_function()
+    assert function is not None, "asked for only where it is installed"
+    loss, *_ = function.apply(hidden, head.weight, labels, head.bias, None, -100, 0.0, 0.0, "sum")
+    return loss.float()
 
 
 def linear_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: nn.Module, transform: LogitTransform | None = None
+    hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: LogitTransform | None = None
 ) -> Tensor:
     """Cross entropy summed over tokens, fp32 scalar.
 
     hidden (N, D) and labels (N,) int64, already shifted and without ignored positions. `head` is any module from D to
-    V: a frozen plain linear takes the fast path; a trained, adapted or quantised one, or one whose logits are
-    transformed (softcap, scale), recomputes its chunks in the backward pass.
+    V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path, on
+    CUDA by Liger's kernel where that is installed; a trained, adapted or quantised one recomputes its chunks in the
+    backward pass.
     """
+    chunk = chunk_tokens(vocabulary)
     if hidden.shape[0] == 0:
         return hidden.sum().float()
-    if type(head) is nn.Linear and not head.weight.requires_grad and transform is None:
-        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels)
+    if type(head) is nn.Linear and not head.weight.requires_grad:
+        if hidden.is_cuda and transform is None and liger_function() is not None:
+            return liger_loss(hidden, head, labels)
+        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, chunk, transform)
 
-    def chunk_loss(chunk: Tensor, chunk_labels: Tensor) -> Tensor:
-        logits = head(chunk).float()
+    def chunk_loss(chunk_hidden: Tensor, chunk_labels: Tensor) -> Tensor:
+        logits = head(chunk_hidden).float()
         return F.cross_entropy(transform(logits) if transform else logits, chunk_labels, reduction="sum")
 
     losses = [
-        checkpoint(chunk_loss, chunk, chunk_labels, use_reentrant=False)
-        for chunk, chunk_labels in zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
+        checkpoint(chunk_loss, chunk_hidden, chunk_labels, use_reentrant=False)
+        for chunk_hidden, chunk_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True)
     ]
     return torch.stack(losses).sum()

@@ -59,5 +59,6 @@ class SupervisedLoss(nn.Module):
             hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions),
             next_labels.index_select(0, positions),
             self.model.get_output_embeddings(),
+            self.model.config.get_text_config().vocab_size,
             self.transform,
         )

@@ -1,12 +1,16 @@
 """The chunked loss against the plain one: all logits, torch's cross entropy, autograd."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lightning_peft.objectives import linear_cross_entropy as module
-from lightning_peft.objectives.linear_cross_entropy import linear_cross_entropy
+from lightning_peft.objectives.linear_cross_entropy import LOGIT_BYTES, chunk_tokens, linear_cross_entropy
 
 
 def problem(dtype=torch.float64, tokens=37, width=16, vocabulary=50):
@@ -23,7 +27,7 @@ def plain_loss(hidden, labels, head, transform=lambda logits: logits):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(module, "chunk_tokens", lambda vocabulary: 8)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -31,7 +35,7 @@ def test_frozen_head_loss_and_gradient_equal_plain(bias):
     hidden, labels, head = problem()
     head.requires_grad_(False)
     head.bias = head.bias if bias else None
-    ours = linear_cross_entropy(hidden, labels, head)
+    ours = linear_cross_entropy(hidden, labels, head, 50)
     (gradient,) = torch.autograd.grad(3.0 * ours, hidden)
     expected = plain_loss(hidden, labels, head)
     (expected_gradient,) = torch.autograd.grad(3.0 * expected, hidden)
@@ -42,25 +46,58 @@ def test_frozen_head_loss_and_gradient_equal_plain(bias):
 
 def test_trained_head_gets_its_gradient():
     hidden, labels, head = problem(torch.float32)
-    ours = torch.autograd.grad(linear_cross_entropy(hidden, labels, head), [hidden, head.weight, head.bias])
+    ours = torch.autograd.grad(linear_cross_entropy(hidden, labels, head, 50), [hidden, head.weight, head.bias])
     expected = torch.autograd.grad(plain_loss(hidden, labels, head), [hidden, head.weight, head.bias])
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_softcap_is_differentiated():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_softcap_is_differentiated(frozen, dtype):
     def softcap(logits):
         return 2.0 * torch.tanh(logits / 2.0)
 
-    hidden, labels, head = problem(torch.float32)
-    head.requires_grad_(False)
-    (ours,) = torch.autograd.grad(linear_cross_entropy(hidden, labels, head, softcap), hidden)
+    hidden, labels, head = problem(dtype)
+    head.requires_grad_(not frozen)
+    (ours,) = torch.autograd.grad(linear_cross_entropy(hidden, labels, head, 50, softcap), hidden)
     (expected,) = torch.autograd.grad(plain_loss(hidden, labels, head, softcap), hidden)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2**-6, "atol": 2**-8}
+    torch.testing.assert_close(ours, expected, **tolerance)
+
+
+LIGER_ON_CPU = """
+import torch
+from torch.nn import Linear
+from lightning_peft.objectives.linear_cross_entropy import FrozenHeadLoss, liger_loss
+
+torch.manual_seed(0)
+head = Linear(32, 80, bias=False).requires_grad_(False)
+hidden, labels = torch.randn(24, 32, requires_grad=True), torch.randint(0, 80, (24,))
+ours = FrozenHeadLoss.apply(hidden, head.weight, None, labels, 64, None)
+theirs = liger_loss(hidden, head, labels)
+torch.testing.assert_close(theirs, ours)
+torch.testing.assert_close(*(torch.autograd.grad(3.0 * loss, hidden) for loss in (theirs, ours)))
+"""
+
+
+def test_ligers_kernel_gives_our_loss_and_gradient():
+    """In Triton's interpreter, which is chosen before Triton is imported."""
+    pytest.importorskip("liger_kernel", reason="pip install liger-kernel triton")
+    pytest.importorskip("triton", reason="pip install liger-kernel triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", LIGER_ON_CPU], check=True, env=environment)
+
+
+def test_chunks_shrink_with_the_vocabulary():
+    for vocabulary in (32_000, 49_152, 128_256, 262_144):
+        assert chunk_tokens(vocabulary) % 64 == 0
+        assert LOGIT_BYTES / 2 < 4 * vocabulary * chunk_tokens(vocabulary) <= LOGIT_BYTES
+    assert chunk_tokens(10_000_000) == 64
 
 
 def test_no_tokens_give_zero_loss_and_zero_gradient():
     hidden, labels, head = problem(torch.float32)
-    loss = linear_cross_entropy(hidden[:0], labels[:0], head.requires_grad_(False))
+    loss = linear_cross_entropy(hidden[:0], labels[:0], head.requires_grad_(False), 50)
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == 0 and not gradient.any()
 
@@ -70,6 +107,6 @@ def test_certain_prediction_keeps_its_small_gradient_in_bf16():
     hidden = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
     head = nn.Linear(2, 2, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     head.weight.data = torch.tensor([[6.90625, 0.0], [0.0, 0.0]], dtype=torch.bfloat16)
-    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, torch.tensor([0]), head), hidden)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, torch.tensor([0]), head, 2), hidden)
     expected = (torch.sigmoid(torch.tensor(6.90625)) - 1) * 6.90625
     torch.testing.assert_close(gradient[0, 0].float(), expected, rtol=1e-2, atol=0)
