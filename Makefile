@@ -35,6 +35,7 @@ bench: .venv/.installed-test
 	$(BENCH)/scaling.py
 	$(BENCH)/methods.py
 	$(BENCH)/methods.py --part time
+	$(BENCH)/attention.py
 	$(BENCH)/gpu.py
 	$(BENCH)/tables.py
 

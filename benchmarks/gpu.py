@@ -52,6 +52,7 @@ CONTEXTS = (16384, 32768, 65536, 131072)
 PARTS: dict[str, dict[str, Run]] = {
     "lora": {
         "8B LoRA bf16": Run("llama_8b", 2, 4096, LORA, bar={"tokens_per_second": 12473}),
+        "8B LoRA bf16, not compiled": Run("llama_8b", 2, 4096, [*LORA, "compile=none"]),
         "8B LoRA bf16, selective": Run("llama_8b", 2, 4096, [*LORA, "activation_checkpointing=selective"]),
         "8B LoRA NF4": Run("llama_8b", 2, 4096, [*LORA, "quantization=nf4"], bar={"tokens_per_second": 0.9 * 12473}),
     },

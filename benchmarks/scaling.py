@@ -37,8 +37,8 @@ def ladder() -> dict[str, Point]:
     """From the plain formulas on padded rows to the smallest step, one lever at a time."""
     short = Point(1, 2048, short_rows=True)
     padded = Point(24, 512, short_rows=True, packing=False)
-    levers = ["activation_checkpointing=blocks", "optimizer=adamw_8bit", "quantization=nf4"]
-    names = ["checkpointed blocks", "8-bit optimiser", "NF4 base"]
+    levers = ["compile=blocks", "activation_checkpointing=blocks", "optimizer=adamw_8bit", "quantization=nf4"]
+    names = ["compiled blocks", "checkpointed blocks", "8-bit optimiser", "NF4 base"]
     rungs = {
         "plain formulas, padded": replace(padded, naive=["loss", "adapter"]),
         "chunked loss": replace(padded, naive=["adapter"]),
@@ -53,6 +53,9 @@ PARTS: dict[str, dict[str, Point]] = {
     "length": {f"1x{tokens}": Point(1, tokens) for tokens in (256, 512, 1024, 2048, 4096, 8192)},
     "micro batch": {f"{rows}x512": Point(rows, 512) for rows in (1, 2, 4, 8)},
     "model": {shape: Point(1, 512, shape=shape) for shape in ("smollm2_135m", "smollm2_360m")},
+    "base": {
+        f"1B {method}": Point(1, 256, [f"method={method}"], shape="llama_1b") for method in ("lora", "qlora", "qdora")
+    },
     "ladder": ladder(),
 }
 

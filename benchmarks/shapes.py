@@ -20,6 +20,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
         vocab_size=49152, tie_word_embeddings=True,
     ),
+    "llama_1b": dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, rope_theta=500000.0, tie_word_embeddings=True,
+    ),
     "llama_8b": dict(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=128256, rope_theta=500000.0,
