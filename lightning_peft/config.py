@@ -26,6 +26,7 @@ from lightning_peft.optim.schedules import ScheduleConfig
 from lightning_peft.quantization.convert import QuantizationConfig
 from lightning_peft.training.activation_checkpointing import ActivationCheckpointing
 from lightning_peft.training.callbacks.adapter_checkpoint import CheckpointConfig
+from lightning_peft.training.compilation import Compilation, check_compilation
 from lightning_peft.training.strategies import StrategyConfig
 
 CONF_DIR = next(
@@ -69,6 +70,8 @@ class TrainConfig:
     """Show what would be trained, then stop."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """What is recomputed in the backward pass instead of kept."""
+    compile: Compilation = Compilation.auto
+    """What torch.compile turns into kernels of its own: none, blocks, full; auto is blocks on a GPU."""
     device_memory_gib: float | None = None
     """Memory of the device a hardware profile is for; `estimate` compares with it, null takes this machine's."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -96,6 +99,7 @@ class TrainConfig:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
         if self.device_memory_gib is not None and self.device_memory_gib <= 0:
             raise ValueError(f"device_memory_gib={self.device_memory_gib}: must be above 0")
+        check_compilation(self.compile, self.activation_checkpointing)
         check_task(self.data)
         if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
             raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")

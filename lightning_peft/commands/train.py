@@ -46,6 +46,7 @@ from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
+from lightning_peft.training.compilation import resolve_compilation
 from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.precision import resolve_precision, weight_dtype
@@ -99,7 +100,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     module = FinetuneModule(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
-        config.activation_checkpointing, weight_dtype(precision, trains_all(config)), config.seed,
+        config.activation_checkpointing,
+        resolve_compilation(config.compile, accelerator, config.activation_checkpointing),
+        weight_dtype(precision, trains_all(config)), config.seed,
     )  # fmt: skip
     lineage = lineage_of(config, data.fingerprint)
 

@@ -43,6 +43,7 @@ from lightning_peft.quantization.convert import (
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
 from lightning_peft.training.callbacks.step_metrics import host_memory_gib
+from lightning_peft.training.compilation import Compilation, compile_model
 from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
 
@@ -69,7 +70,7 @@ class FinetuneModule(LightningModule):
 
     Loss and gradients are means per supervised token over the whole accumulation window and all ranks. Only trainable
     parameters are in its state dict. Use it with a Trainer that has `plugins=[ComputePrecision("bf16-true")]` or runs
-    in fp32: Lightning's own half precision would cast the fp32 adapters.
+    in fp32: Lightning's own half precision would cast the fp32 adapters. `compilation` is none, blocks or full.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class FinetuneModule(LightningModule):
         schedule: ScheduleConfig,
         quantization: QuantizationConfig | None = None,
         activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+        compilation: Compilation = Compilation.none,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
@@ -90,6 +92,7 @@ class FinetuneModule(LightningModule):
         self.schedule_config = schedule
         self.quantization_config = quantization or QuantizationConfig()
         self.activation_checkpointing = activation_checkpointing
+        self.compilation = compilation
         self.weight_dtype = dtype
         self.seed = seed
         self.step_schedule: StepSchedule | None = None
@@ -126,6 +129,7 @@ class FinetuneModule(LightningModule):
             device = torch.device("cpu") if strategy is None else strategy.root_device
             self.objective = SupervisedLoss(self.load_whole(device)).train()
             checkpoint_blocks(self.model, self.activation_checkpointing)
+            compile_model(self.model, self.compilation)
         if self.quantization_config.verify:
             self.check_base()
             logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
@@ -158,6 +162,7 @@ class FinetuneModule(LightningModule):
             injection = Injection(model, self.adapter_config)
         transformer_blocks(model)  # says so where there are none
         checkpoint_blocks(model, self.activation_checkpointing)
+        compile_model(model, self.compilation)
         host_memory = 0.0
         fingerprints: dict[str, str] = {}
         for name in names:

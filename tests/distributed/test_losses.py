@@ -29,7 +29,10 @@ def runs(tmp_path_factory):
             for kind in ("ddp", "fsdp")
             for base, words in BASES.items()
         }
-        train_on_ranks(ranks, folder, several | ({"samples2": [*SAMPLES, "strategy=fsdp"]} if ranks == 2 else {}))
+        if ranks == 2:
+            several |= {f"{kind}_compiled": [*several[f"{kind}2_nf4"], "compile=blocks"] for kind in ("ddp", "fsdp")}
+            several["samples2"] = [*SAMPLES, "strategy=fsdp"]
+        train_on_ranks(ranks, folder, several)
     return folder
 
 
@@ -46,6 +49,15 @@ def test_steps_equal_those_of_one_process(runs, kind, base):
     assert trained.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(trained[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_compiled_steps_equal_those_of_one_process(runs, kind):
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(
+            column(runs / f"{kind}_compiled", name), column(runs / "single1_nf4", name), **FP32_NOISE
+        )
 
 
 @pytest.mark.multi_process

@@ -27,6 +27,19 @@ def test_train_and_evaluate(method, precision, tmp_path):
     assert report["adapter"]["loss"] < report["base"]["loss"]
 
 
+@pytest.mark.parametrize("method", ["lora", "qdora"])
+@pytest.mark.parametrize("checkpointing", ["none", "blocks", "selective"])
+def test_compiled_steps_equal_plain_ones(method, checkpointing, tmp_path):
+    losses = {}
+    for mode in ("none", "blocks"):
+        words = [f"method={method}", f"compile={mode}", f"activation_checkpointing={checkpointing}"]
+        words += ["trainer.precision=32-true", "trainer.max_steps=4", f"run_dir={tmp_path}/{mode}"]
+        assert main([*RUN, *words, "trainer.accelerator=gpu"]) == 0
+        header, *rows = (tmp_path / mode / "metrics.csv").read_text().splitlines()
+        losses[mode] = [float(row.split(",")[header.split(",").index("loss")]) for row in rows]
+    assert losses["blocks"] == pytest.approx(losses["none"], rel=1e-3)
+
+
 def test_fp16_gradients_are_clipped_at_their_true_norm(tmp_path):
     """The norm logged under a loss scale of 65,536 is the norm fp32 sees."""
     norms = {}
