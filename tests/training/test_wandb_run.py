@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,55 @@ def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
     (run,) = offline_runs(tmp_path / "run")
     assert result["status"] == "finished" and [step for step, _ in run.scalars("loss")] == [1, 2, 3]
     assert sum("wandb: no server" in record.message for record in caplog.records) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An empty `wandb` folder in a run folder, on a disk of 64 KiB."""
+    folder = tmp_path / "run" / "wandb"
+    folder.mkdir(parents=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"mounting a small disk needs root: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # wandb's service still has its log open
+
+
+def fill(folder: Path) -> None:
+    """Leave no byte of the folder's disk."""
+    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+class FillDisk(Callback):
+    """Fills a folder's disk after the first step."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 1:
+            fill(self.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["at the start", "while training"])
+def test_training_outlives_a_full_disk(small_disk, tmp_path, when):
+    expected = train(wandb_config(tmp_path / "undisturbed"))
+    words = []
+    if when == "at the start":
+        fill(small_disk)
+    else:
+        words = [f"+callbacks.fill={{_target_: test_wandb_run.FillDisk, folder: '{small_disk}'}}"]
+    result = train(wandb_config(tmp_path / "run", *words))
+    assert os.statvfs(small_disk).f_bavail == 0
+    assert (result["status"], result["train_loss"]) == ("finished", expected["train_loss"])
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    losses = [[row["loss"] for row in csv_rows(tmp_path / name)] for name in ("run", "undisturbed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 @pytest.mark.parametrize(
