@@ -1,9 +1,10 @@
-"""A sweep as a job array of a real SLURM: states, a trial that fails, a retry, a cancelled rest."""
+"""A sweep as a job array of a real SLURM: states, a trial that fails, a retry, a cancelled rest, Optuna's draws."""
 
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 from slurm_cluster import wait_for
 from test_local_sweep import TINY, has_ended
 
@@ -52,3 +53,23 @@ def test_cancel_ends_running_and_queued_trials(slurm, tmp_path):
     assert main(["sweep", "cancel", str(folder)]) == 0
     wait_for("the end of both", SECONDS, lambda: has_ended(seen(folder)))
     assert [trial.state for trial in seen(folder).trials] == ["cancelled", "cancelled"]
+
+
+def test_tasks_of_an_array_draw_their_trials_from_one_study(slurm, tmp_path):
+    pytest.importorskip("optuna", reason="pip install 'lightning-peft[optuna]'")
+    folder = tmp_path / "sweep"
+    searched = ["adapter.rank=2,4,8", "optimizer.lr=tag(log,interval(1e-4,1e-2))"]
+    search = ["sweep.search=optuna", "sweep.trials=4", "sweep.parallel=2", f"sweep_dir={folder}", SETUP]
+    assert main(["submit", "-m", "cluster=slurm", *TINY, *searched, *search]) == 0
+    wait_for("the end of the array", SECONDS, lambda: is_over(seen(folder)))
+
+    trials = seen(folder).trials
+    assert [(trial.state, trial.exit_code, trial.number) for trial in trials] == [("finished", 0, n) for n in range(4)]
+    trained = [yaml.safe_load((folder / trial.name / "config.yaml").read_text()) for trial in trials]
+    drawn = [(config["adapter"]["rank"], config["optimizer"]["lr"]) for config in trained]
+    assert len(set(drawn)) == 4
+    assert drawn == [(int(t.values["adapter.rank"]), float(t.values["optimizer.lr"])) for t in trials]
+    assert main(["sweep", "table", str(folder), f"output_path={tmp_path}/table.json"]) == 0
+    listed = {row["trial"]: row["validation_loss"] for row in json.loads((tmp_path / "table.json").read_text())}
+    results = {t.name: json.loads((folder / t.name / "result.json").read_text())["validation_loss"] for t in trials}
+    assert listed == results and len(set(results.values())) == 4
