@@ -26,6 +26,10 @@ LIBRARY_NOISE = ("'set_vital' is deprecated", r"`isinstance\(treespec, LeafSpec\
 """Deprecations inside torchdata and Lightning that a user can do nothing about."""
 
 
+class WrongInput(ValueError):
+    """A trial's error that speaks to the user; on its way out of another process it loses its traceback."""
+
+
 def run_command(command: str, function: Callable[[Any], Any], overrides: list[str]) -> int:
     """Compose, run, and return the exit status. LIGHTNING_PEFT_TRACEBACK=1 shows where a one-line error came from."""
     set_up_logging()
@@ -65,6 +69,8 @@ def is_input_error(error: ValueError | OSError) -> bool:
 
     A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
     """
+    if isinstance(error, WrongInput):
+        return True
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     return isinstance(error, OSError) or Path(innermost).is_relative_to(Path(__file__).parent)
 
@@ -85,7 +91,12 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
 
     @hydra.main(config_path=str(CONF_DIR.resolve()), config_name=command, version_base="1.3")
     def job(config: DictConfig) -> Any:
-        return function(typed(config))
+        try:
+            return function(typed(config))
+        except (ValueError, OSError) as error:
+            if is_input_error(error):
+                raise WrongInput(str(error)) from error
+            raise
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
     arguments = sys.argv

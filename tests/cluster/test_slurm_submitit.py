@@ -1,0 +1,52 @@
+"""`train -m` with Hydra's submitit launcher: its trials are tasks of a job array of a real SLURM."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_local_sweep import TINY
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def submitit():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'lightning-peft[submitit]'")
+
+
+def sweep(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, object]], str]:
+    """The command as it ended, the results by trial, and the trials' logs."""
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "lightning_peft", "train", "-m", *TINY, "hydra/launcher=submitit_slurm",
+            f"run_dir={folder}", *words,
+        ],
+        capture_output=True, text=True, timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/result.json")}
+    return run, results, "\n".join(path.read_text() for path in folder.glob(".submitit/*/*log.err"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trials_of_submitit_train_on_their_ranks(slurm, submitit, tmp_path, ranks):
+    several = ["strategy=ddp", f"trainer.devices={ranks}"] if ranks > 1 else []
+    words = [f"hydra.launcher.tasks_per_node={ranks}", "adapter.rank=2,4", *several]
+    run, trials, logs = sweep(tmp_path / "sweep", *words)
+    assert run.returncode == 0, run.stderr[-2000:] + logs[-3000:]
+    assert {name: trial["status"] for name, trial in trials.items()} == {"rank2": "finished", "rank4": "finished"}
+    assert trials["rank4"]["trainable_parameters"] == 2 * trials["rank2"]["trainable_parameters"]
+
+
+def test_failed_trial_of_submitit_fails_the_command(slurm, submitit, tmp_path):
+    """SLURM itself shows such a job as COMPLETED."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n} + 1 =", "completion": str(n + 1)}) + "\n" for n in range(12)))
+    words = ["data=jsonl", f"data.train_path={tmp_path}/missing.jsonl,{rows}"]
+    run, trials, logs = sweep(tmp_path / "sweep", *words)
+    assert run.returncode != 0 and "missing.jsonl" in run.stderr, logs[-3000:]
+    assert [trial["status"] for trial in trials.values()] == ["finished"]
