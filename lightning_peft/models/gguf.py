@@ -83,6 +83,8 @@ class GGUFFile:
             if kind in SCALARS:
                 code = f"<{count}{SCALARS[kind]}"
                 return list(struct.unpack_from(code, self.data, at)), at + struct.calcsize(code)
+            if kind == STRING:
+                return self._strings(at, count)
             values = []
             for _ in range(count):
                 value, at = self._value(at, kind)
@@ -90,6 +92,15 @@ class GGUFFile:
             return values, at
         code = f"<{SCALARS[kind]}"
         return struct.unpack_from(code, self.data, at)[0], at + struct.calcsize(code)
+
+    def _strings(self, at: int, count: int) -> tuple[list[str], int]:
+        """An array of strings, with no call for each: a vocabulary and its merges are a hundred thousand."""
+        data, length_at, values = self.data, struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            start = at + 8
+            at = start + length_at(data, at)[0]
+            values.append(data[start:at].decode())
+        return values, at
 
     def stored(self, name: str) -> memoryview:
         """The mapped bytes of a tensor. Raises ValueError where the file ends before they do."""
