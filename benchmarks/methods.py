@@ -142,13 +142,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--part", choices=("quality", "time"), default="quality")
-    parser.add_argument("--steps", type=int, help="optimiser steps, 40 for quality and 7 for time")
-    parser.add_argument("--rows", type=int, help="unseen rows to score on (100); for time, rows of a step (1)")
+    parser.add_argument("--steps", type=int, help="optimiser steps, 30 for quality and 7 for time")
+    parser.add_argument("--rows", type=int, help="unseen rows to score on (64); for time, rows of a step (1)")
     parser.add_argument("--model", default="smollm2_135m", help="an option of the group model")
     parser.add_argument("--output", type=Path, help="methods.json, or methods_time.json")
     options = parser.parse_args(arguments)
     if options.part == "quality":
-        steps, rows = options.steps or 40, options.rows or 100
+        steps, rows = options.steps or 30, options.rows or 64
         settings = {"model": options.model, "steps": steps, "tokens_per_step": 512, "rows": rows, "seed": 0}
         results = Results(options.output or FOLDER / "methods.json", settings)
         failed = measure_quality(options.methods, results, steps, rows, options.model)
