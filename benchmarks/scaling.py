@@ -35,8 +35,8 @@ class Point:
 
 def ladder() -> dict[str, Point]:
     """From the plain formulas on padded rows to the smallest step, one lever at a time."""
-    short = Point(1, 2048, short_rows=True)
-    padded = Point(24, 512, short_rows=True, packing=False)
+    short = Point(1, 2048, ["compile=none"], short_rows=True)
+    padded = Point(24, 512, ["compile=none"], short_rows=True, packing=False)
     levers = ["compile=blocks", "activation_checkpointing=blocks", "optimizer=adamw_8bit", "quantization=nf4"]
     names = ["compiled blocks", "checkpointed blocks", "8-bit optimiser", "NF4 base"]
     rungs = {

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 FREE_TO_CHANGE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.num_nodes",
-    "trainer.accumulate_grad_batches", "strategy.kind", "data.cache_dir",
+    "trainer.accumulate_grad_batches", "strategy.kind", "data.cache_dir", "compile",
 )  # fmt: skip
 """Options that a resumed run may change; the global batch that some make together must stay."""
 

@@ -71,6 +71,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     precision = resolve_precision(str(config.trainer.get("precision", "auto")), accelerator, trains_all(config))
     devices, nodes = count_ranks(config.trainer, config.strategy.kind, accelerator)
     starts_ranks = config.strategy.kind is not StrategyKind.single and not distributed.are_ranks_started()
+    with logging_left_to_ranks(starts_ranks):
+        compilation = resolve_compilation(config.compile, accelerator, config.activation_checkpointing)
     check_ranks(config, precision, nodes if starts_ranks else 1)
     is_rank = config.strategy.kind is not StrategyKind.single and not starts_ranks
     if is_rank:
@@ -101,7 +103,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     module = FinetuneModule(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
         config.activation_checkpointing,
-        resolve_compilation(config.compile, accelerator, config.activation_checkpointing),
+        compilation,
         weight_dtype(precision, trains_all(config)), config.seed,
     )  # fmt: skip
     lineage = lineage_of(config, data.fingerprint)

@@ -42,8 +42,8 @@ COUNTS = "counts.json"
 def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Samples, Audit]:
     """The samples of a split and their counts: mapped from `data.cache_dir`, tokenised and left there if need be.
 
-    One process tokenises, the others that want the same wait for it. Streamed rows are not kept. Raises what
-    `make_samples` raises.
+    One process tokenises, the others that want the same wait for it; when it could not keep the tokens they all
+    tokenise, at the same time. Streamed rows are not kept. Raises what `make_samples` raises.
     """
     if config.cache_dir is None or config.streaming:
         return make_samples(config, split, tokenizer)
@@ -52,7 +52,7 @@ def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenize
     if found is None:
         with ExitStack() as lock:
             try:
-                lock.enter_context(_alone(entry))
+                waited = lock.enter_context(_alone(entry))
             except OSError as error:
                 log.warning(
                     "data.cache_dir=%s: %s, so tokens are not kept; give a folder that can be written to, or null",
@@ -60,8 +60,11 @@ def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenize
                 )  # fmt: skip
                 return make_samples(config, split, tokenizer)
             found = _read(entry, report_damage=True)
-            if found is None:
+            if found is None and not waited:
                 return _make_and_keep(config, split, tokenizer, entry)
+    if found is None:  # outside the lock, as all that waited are here now
+        log.info("%s rows: the process waited for kept no tokens", split)
+        return make_samples(config, split, tokenizer)
     samples, audit = found
     if audit.format not in (None, Format.text.value):
         log_layout(tokenizer)
@@ -72,8 +75,8 @@ def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenize
 def cache_folder(option: str) -> Path:
     """The folder that `data.cache_dir` names."""
     if option == "auto":
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_peft"
-    return Path(option).expanduser()
+        return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lightning_peft"
+    return Path(os.path.expanduser(option))
 
 
 def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -87,7 +90,12 @@ def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBas
         "split": split,
         "rows": rows_identity(config, split),
         "options": {name: value.value if isinstance(value, Enum) else value for name, value in options.items()},
-        "tokenizer": [type(tokenizer).__name__, template, _tokenizer_digest(tokenizer)],
+        "tokenizer": [
+            type(tokenizer).__name__,
+            template,
+            _tokenizer_digest(tokenizer),
+            getattr(tokenizer, "split_special_tokens", None),
+        ],
         "code": _code_digest(),
         "versions": [platform.python_version(), *(version(library) for library in LIBRARIES)],
         # Llama 3.2's template writes today's date into every sample.
@@ -113,9 +121,9 @@ def _code_digest() -> str:
 
 def _read(entry: Path, report_damage: bool = False) -> tuple[Samples, Audit] | None:
     """What an entry holds; None where there is none, or it is not what was written."""
-    if not entry.is_dir():
-        return None
     try:
+        if not entry.is_dir():
+            return None
         counts = json.loads((entry / COUNTS).read_text())
         samples = Samples.mapped(entry)
         if samples.fingerprint != counts.pop("fingerprint"):
@@ -128,16 +136,18 @@ def _read(entry: Path, report_damage: bool = False) -> tuple[Samples, Audit] | N
 
 
 @contextmanager
-def _alone(entry: Path) -> Iterator[None]:
-    """Inside, no other process is at work on the entry; one that is killed lets the next one in. Raises OSError."""
+def _alone(entry: Path) -> Iterator[bool]:
+    """Inside, no other process is at work on the entry; yields whether one was waited for. Raises OSError."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     with entry.with_suffix(".lock").open("a") as file:
+        waited = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            waited = True
             log.info("another process is tokenising the same rows: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield waited
 
 
 def _make_and_keep(

@@ -84,8 +84,8 @@ class DataConfig:
     shuffle_window: int = 1000
     """Rows that are shuffled and packed together when streaming."""
     cache_dir: str | None = "auto"
-    """Folder that keeps tokenised rows for later starts and other ranks, safe to delete; auto is lightning_peft under
-    $XDG_CACHE_HOME or ~/.cache, null keeps none. Streamed rows are not kept."""
+    """Folder that keeps tokenised rows for later starts and other ranks, safe to delete while no run reads it; auto is
+    lightning_peft under $XDG_CACHE_HOME or ~/.cache, null keeps none. Streamed rows are not kept."""
     num_workers: int = 0
     """Processes that prepare batches beside the training process."""
     preview: bool = False

@@ -63,6 +63,14 @@ def varlen_attention(
         return output.unflatten(0, (query.shape[0], query.shape[2]))
     if query.device.type == "cpu" and dropout == 0 and query.shape[-1] == value.shape[-1]:
         return attend_samples(query, key, value, cu_seqlens, scaling, window)[0]
+    return _attend_by_sample(query, key, value, cu_seqlens, scaling, dropout, window)
+
+
+@torch.compiler.disable  # it would compile anew for every composition of a batch
+def _attend_by_sample(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, dropout: float, window: int | None
+) -> Tensor:
+    """`varlen_attention` where no kernel takes samples of different lengths: fp32 on CUDA, dropout."""
     outputs = []
     for row, start, stop in find_segments(cu_seqlens, query.shape[0], query.shape[2]):
         mask = window_mask(stop - start, window, query)

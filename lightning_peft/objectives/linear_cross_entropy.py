@@ -4,17 +4,13 @@ The gradient of the hidden states is computed during the forward pass, a chunk o
 one chunk of logits; only supervised tokens reach the head at all.
 """
 
-import logging
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-logger = logging.getLogger(__name__)
 
 LOGIT_BYTES = 2**27
 """fp32 logits held at once. Ours: at a vocabulary of 49,152 larger chunks were no faster on CPU."""
@@ -69,41 +65,19 @@ class FrozenHeadLoss(torch.autograd.Function):
         return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None, None, None
 
 
-@cache
-def liger_function() -> Any | None:
-    """The autograd function of Liger's fused kernel, or None where liger-kernel is not installed."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError:
-        return None
-    logger.info("loss: Liger's fused kernel")
-    return LigerFusedLinearCrossEntropyFunction
-
-
-def liger_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-    """As `FrozenHeadLoss`, by Liger's kernel: fewer passes over the logits, which stay in the dtype of the head."""
-    function = liger_function()
-    assert function is not None, "asked for only where it is installed"
-    loss, *_ = function.apply(hidden, head.weight, labels, head.bias, None, -100, 0.0, 0.0, "sum")
-    return loss.float()
-
-
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: LogitTransform | None = None
 ) -> Tensor:
     """Cross entropy summed over tokens, fp32 scalar.
 
     hidden (N, D) and labels (N,) int64, already shifted and without ignored positions. `head` is any module from D to
-    V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path, on
-    CUDA by Liger's kernel where that is installed; a trained, adapted or quantised one recomputes its chunks in the
-    backward pass.
+    V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; a
+    trained, adapted or quantised one recomputes its chunks in the backward pass.
     """
     chunk = chunk_tokens(vocabulary)
     if hidden.shape[0] == 0:
         return hidden.sum().float()
-    if type(head) is nn.Linear and not head.weight.requires_grad:
-        if hidden.is_cuda and transform is None and liger_function() is not None:
-            return liger_loss(hidden, head, labels)
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
         return FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, chunk, transform)
 
     def chunk_loss(chunk_hidden: Tensor, chunk_labels: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """Compiling what a training step runs most of: the transformer blocks, or the decoder as a whole (torch.compile)."""
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
 from lightning_peft.models.blocks import transformer_blocks
@@ -34,14 +37,35 @@ def check_compilation(requested: Compilation, checkpointing: ActivationCheckpoin
         )
 
 
+def missing_compiler(accelerator: str) -> str | None:
+    """What torch.compile lacks on this machine for cpu or cuda, or None."""
+    variable, names = ("CC", ("cc", "gcc", "clang")) if accelerator == "cuda" else ("CXX", ("g++", "c++", "clang++"))
+    if not any(shutil.which(name) for name in (os.environ.get(variable, names[0]), *names)):
+        return f"no compiler ({names[0]}, or another in {variable})"
+    if accelerator == "cuda" and not has_triton():
+        return "no Triton, or a GPU older than it supports"
+    return None
+
+
 def resolve_compilation(
     requested: Compilation, accelerator: str, checkpointing: ActivationCheckpointing
 ) -> Compilation:
-    """none, blocks or full, from `compile`; `accelerator` is cpu or cuda."""
-    if requested is not Compilation.auto:
+    """none, blocks or full, from `compile`; `accelerator` is cpu or cuda.
+
+    Raises ValueError when the machine cannot do what was asked for by name.
+    """
+    if requested is Compilation.none:
         return requested
-    can = accelerator == "cuda" and checkpointing is not ActivationCheckpointing.offload
-    return Compilation.blocks if can else Compilation.none
+    if requested is Compilation.auto and (
+        accelerator != "cuda" or checkpointing is ActivationCheckpointing.offload or not torch.cuda.is_available()
+    ):
+        return Compilation.none
+    if (missing := missing_compiler(accelerator)) is None:
+        return Compilation.blocks if requested is Compilation.auto else requested
+    if requested is Compilation.auto:
+        logger.info("compile=none: this machine has %s", missing)
+        return Compilation.none
+    raise ValueError(f"compile={requested.name}: this machine has {missing}; use compile=none")
 
 
 def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "inductor") -> None:
@@ -54,6 +78,8 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
         Compilation.blocks: lambda: list(transformer_blocks(model)),
         Compilation.full: lambda: [model.base_model],
     }[mode]()
+    # Blocks share their code, and ranks that differ by block are compiled each: none may fall back unnoticed.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(parts) + 8)
     for part in parts:
         # On the instance, so that names in the state dict stay what they are.
         part.forward = _compiled_in_training(part, part.forward, backend)  # type: ignore[method-assign]

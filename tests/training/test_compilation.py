@@ -128,12 +128,28 @@ def test_generation_and_validation_are_not_compiled():
     assert counters["stats"]["unique_graphs"] == 0
 
 
-def test_automatic_compiles_blocks_on_gpus_alone():
-    modes = ActivationCheckpointing
-    assert resolve_compilation(Compilation.auto, "cuda", modes.blocks) is Compilation.blocks
-    assert resolve_compilation(Compilation.auto, "cuda", modes.offload) is Compilation.none
-    assert resolve_compilation(Compilation.auto, "cpu", modes.none) is Compilation.none
-    assert resolve_compilation(Compilation.full, "cpu", modes.none) is Compilation.full
+def test_automatic_compiles_nothing_without_a_gpu():
+    for checkpointing in ActivationCheckpointing:
+        assert resolve_compilation(Compilation.auto, "cpu", checkpointing) is Compilation.none
+    assert resolve_compilation(Compilation.full, "cpu", ActivationCheckpointing.none) is Compilation.full
+
+
+def test_machine_without_a_compiler_says_so_before_anything_is_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"compile=blocks: this machine has no compiler \(g\+\+.*use compile=none"):
+        train(tiny_config(tmp_path / "run", "compile=blocks"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_every_block_may_differ():
+    config = tiny_config_of_transformers()
+    config.num_hidden_layers = 12
+    model = AutoModelForCausalLM.from_config(config).train()
+    inject_adapters(model, LoRAConfig(rank=2, rank_last=13))
+    compile_model(model, Compilation.blocks, "aot_eager")
+    model(input_ids=torch.arange(6)[None], use_cache=False).logits.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 12
 
 
 def test_offloaded_activations_are_refused():

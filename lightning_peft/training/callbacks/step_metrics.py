@@ -29,12 +29,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def host_memory_gib() -> float:
-    """Anonymous memory of this process now: mapped files are the machine's. Without a /proc, the peak of all."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return peak_memory_gib(torch.device("cpu"))
-    return int(status.partition("RssAnon:")[2].split()[0]) / 2**20
+    """Anonymous memory of this process now: mapped files are the machine's. Where it is not told, the peak of all."""
+    status = Path("/proc/self/status")
+    _, found, rest = (status.read_text() if status.is_file() else "").partition("RssAnon:")
+    return int(rest.split()[0]) / 2**20 if found else peak_memory_gib(torch.device("cpu"))
 
 
 def rank_and_alpha(module: LightningModule) -> dict[str, float]:
