@@ -11,6 +11,7 @@ from typing import Any
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.lineage import FILE_NAME as LINEAGE
 from lightning_peft.training.loggers import RunLogger
+from lightning_peft.training.metrics_csv import MetricsCSV
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,19 @@ class WandbRun(RunLogger):
             self.run = wandb.init(**options, mode="offline")
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)
+        self.write_lost_rows(step)
+
+    def write_lost_rows(self, step: int) -> None:
+        """Log what metrics.csv has up to `step` and W&B has not: its service was killed, or its disk full."""
+        # A run that is resumed online knows what its server has.
+        written = max(self.written_step, int(self.run.summary.get(STEP) or 0))
+        _, rows = MetricsCSV(str(self.run_dir)).read()
+        lost = [row for row in rows if row["step"].isdigit() and written < int(row["step"]) <= step]
+        for row in lost:
+            number = int(row.pop("step"))
+            self.write_metrics({key: float(value) for key, value in row.items() if value}, number)
+        if lost:
+            logger.info("wandb: %d rows that an earlier start did not live to write are logged now", len(lost))
 
     def write_config(self, config: dict[str, Any]) -> None:
         self.run.config.update(config, allow_val_change=True)
