@@ -25,10 +25,11 @@ from benchmarks.results import FOLDER, Results
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.data.batch import Batch
-from lightning_peft.models.loading import ModelConfig, load_model
+from lightning_peft.models.loading import load_model
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
-from lightning_peft.quantization.convert import Kind, QuantizationConfig
+from lightning_peft.quantization.config import Kind, QuantizationConfig
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -15,7 +15,6 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft import distributed
-from lightning_peft.commands.plan_sweep import submit_sweep
 from lightning_peft.commands.ranks import leave_last_words
 from lightning_peft.compose import compose_config, groups_and_defaults, typed
 from lightning_peft.config import CONF_DIR, register_schemas
@@ -41,6 +40,8 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
         if command == "sweep":  # its words belong to two configs
             function(overrides)
         elif command == "submit" and sweep:
+            from lightning_peft.commands.plan_sweep import submit_sweep
+
             submit_sweep([word for word in overrides if word not in sweep])
         elif sweep:
             run_sweep(command, function, [word for word in overrides if word not in sweep])

@@ -14,41 +14,29 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.checkpoint.merged import MergeConfig
+from lightning_peft.checkpoint.merge_config import MergeConfig
 from lightning_peft.cluster.search import SweepConfig
 from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.data.config import DataConfig
 from lightning_peft.evaluation.tasks import TASKS
-from lightning_peft.inference.generate import SamplingConfig
-from lightning_peft.models.loading import ModelConfig
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.optim.schedules import ScheduleConfig
-from lightning_peft.quantization.convert import QuantizationConfig
-from lightning_peft.training.activation_checkpointing import ActivationCheckpointing
-from lightning_peft.training.callbacks.adapter_checkpoint import CheckpointConfig
-from lightning_peft.training.compilation import Compilation, check_compilation
-from lightning_peft.training.strategies import StrategyConfig
+from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.training.config import (
+    ActivationCheckpointing,
+    CheckpointConfig,
+    Compilation,
+    StrategyConfig,
+    ValidationConfig,
+    check_compilation,
+)
 
 CONF_DIR = next(
     folder for parent in (Path(__file__).parent, Path(__file__).parent.parent) if (folder := parent / "conf").is_dir()
 )
 """Inside the package in a wheel, beside it in a checkout."""
-
-
-@dataclass
-class ValidationConfig:
-    """When the validation loss is taken during training. It is always taken at the end."""
-
-    every_n_steps: int | None = None
-    """Optimiser steps between validations; null for the end only."""
-    samples: int = 2
-    """Answers written to samples.jsonl at each validation during training."""
-
-    def __post_init__(self) -> None:
-        if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ValueError(f"validation.every_n_steps={self.every_n_steps}: must be at least 1, or null")
-        if self.samples < 0:
-            raise ValueError(f"validation.samples={self.samples}: must be 0 or more")
 
 
 def check_task(data: DataConfig) -> None:

@@ -3,17 +3,14 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments import ClusterEnvironment
 
 Answer = TypeVar("Answer")
 
@@ -29,8 +26,11 @@ def are_ranks_started() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ or "SLURM_STEP_ID" in os.environ
 
 
-def rank_environment() -> ClusterEnvironment:
+def rank_environment() -> "ClusterEnvironment":
     """How this process learns its rank, in Lightning's terms: torchrun's variables before SLURM's, else alone."""
+    # Two seconds that a command without ranks does not wait for.
+    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return TorchElasticEnvironment()
     if "SLURM_STEP_ID" in os.environ:

@@ -13,27 +13,31 @@ OPTIONAL = (
     "pyarrow", "scipy", "sklearn", "tensorboard", "torchvision", "trl", "wandb",
 )  # fmt: skip
 TINY = ["model=tiny", "data.max_rows=4", "data.max_validation_rows=2", "trainer.max_steps=1"]
+SLOW = ("lightning", "torch.distributed.tensor", "transformers.modeling_utils")
+"""What a command that trains nothing does without: half of a start."""
 STARTS = {
-    "usage": (["--help"], ("torch", "transformers", "lightning", "hydra", *OPTIONAL)),
-    "train": (["train", *TINY], OPTIONAL),
+    "usage": (["--help"], 0, ("torch", "transformers", "lightning", "hydra", *OPTIONAL)),
+    "train": (["train", *TINY], 0, OPTIONAL),
+    "wrong key": (["train", "adapter.rang=8"], 2, (*SLOW, *OPTIONAL)),
+    "sweep": (["sweep", "status"], 2, (*SLOW, *OPTIONAL)),
 }
 PROGRAM = """
 import sys
 from lightning_peft.__main__ import main
-assert main(sys.argv[2:]) == 0
-print("imported:", [name for name in sys.argv[1].split(",") if name in sys.modules])
+status = main(sys.argv[2:])
+print(status, "imported:", [name for name in sys.argv[1].split(",") if name in sys.modules])
 """
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_start_imports_nothing_it_does_not_use(start, tmp_path):
-    words, unused = STARTS[start]
+    words, status, unused = STARTS[start]
     words = [*words, f"run_dir={tmp_path}/run"] if start == "train" else words
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, ",".join(unused), *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "imported: []"
+    assert done.stdout.splitlines()[-1] == f"{status} imported: []"
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
 from lightning_peft.adapters.lora import LowRankProduct
@@ -187,6 +186,8 @@ class RankSchedule:
         return score["lora_E"].flatten() + score["lora_A"].mean(1) + score["lora_B"].mean(0)
 
     def _mask(self) -> None:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
         for name, kept in self.kept.items():
             E = self.layers[name].lora_E
             mask = kept[:, None].to(E.dtype)
@@ -195,6 +196,9 @@ class RankSchedule:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded."""
+    # Half a second to import, which naming the methods there are should not cost.
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -24,11 +24,6 @@ from lightning_peft.checkpoint.atomic import atomic_file
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
-FREE_TO_CHANGE = (
-    "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.num_nodes",
-    "trainer.accumulate_grad_batches", "strategy.kind", "data.cache_dir", "compile",
-)  # fmt: skip
-"""Options that a resumed run may change; the global batch that some make together must stay."""
 
 
 class CheckpointFileError(ValueError):
@@ -245,36 +240,3 @@ def check_names_and_shapes(
                 f"{what}: {name} has shape {tuple(got[name].shape)}, this model needs {tuple(tensor.shape)}: "
                 "another rank or another base model?"
             )
-
-
-def check_same_config(checkpoint_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raise ValueError naming every option that differs between two resolved configs (nested plain mappings).
-
-    Options in `FREE_TO_CHANGE` may differ.
-    """
-    before, now = _flatten(checkpoint_config), _flatten(config)
-    absent = object()
-    changed = [
-        f"{key} (was {_show(before, key)}, is {_show(now, key)})"
-        for key in sorted(before.keys() | now.keys())
-        if key not in FREE_TO_CHANGE and before.get(key, absent) != now.get(key, absent)
-    ]
-    if changed:
-        raise ValueError(
-            f"resume: the checkpoint was made with another config: {', '.join(changed)}; "
-            "restore these, or start afresh in a new run_dir"
-        )
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _show(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "not set"

@@ -87,7 +87,7 @@ exit "$status"
 WANDB = """
 # Started here, Weights & Biases' service outlives the signals that end the ranks, and finishes writing.
 export WANDB_SERVICE=$({wandb} beta core start --idle-timeout 5m 2>&1 | grep -oE '^3-[0-9]+-[a-z]+-.*')
-[ -n "$WANDB_SERVICE" ] || {{ unset WANDB_SERVICE; echo "wandb: no service started; what a signal cuts off is logged by the next start"; }}
+[ -n "$WANDB_SERVICE" ] || {{ unset WANDB_SERVICE; echo "wandb: no service; the next start logs what is cut off"; }}
 """
 
 

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.inference.load import is_whole_model, load_adapted, tuned_folder
-from lightning_peft.models.loading import ModelConfig, load_model, load_tokenizer
-from lightning_peft.quantization.convert import QuantizationConfig
+from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.training.precision import resolve_precision, weight_dtype
 
 logger = logging.getLogger(__name__)

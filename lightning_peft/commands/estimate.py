@@ -22,12 +22,12 @@ from lightning_peft.models.loading import empty_model, model_context, model_name
 from lightning_peft.models.streaming import fp32_pattern
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OPTIMIZERS
-from lightning_peft.quantization.convert import Kind, prepare_quantized
-from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
-from lightning_peft.training.compilation import Compilation
+from lightning_peft.quantization.config import Kind
+from lightning_peft.quantization.convert import prepare_quantized
+from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.training.config import ActivationCheckpointing, Compilation, StrategyKind
 from lightning_peft.training.module import reads_whole_model
 from lightning_peft.training.precision import DTYPES, resolve_precision, weight_dtype
-from lightning_peft.training.strategies import StrategyKind
 
 
 def estimate(config: EstimateConfig) -> dict[str, Any]:

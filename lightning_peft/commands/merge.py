@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lightning_peft.checkpoint.merged import MergeBase, MergeError, Receipt
+from lightning_peft.checkpoint.merge_config import MergeBase
+from lightning_peft.checkpoint.merged import MergeError, Receipt
 from lightning_peft.checkpoint.merged import merge as write_merged
 from lightning_peft.commands.adapted import base_of, inference_device, load_for_inference, saved_config
 from lightning_peft.config import MergeCommandConfig, TrainConfig

@@ -21,7 +21,7 @@ from lightning_peft.commands.submit import for_cluster
 from lightning_peft.commands.sweep_array import array_script, submit_array
 from lightning_peft.compose import compose_config
 from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
-from lightning_peft.training.wandb_run import WandbRun, wandb_record
+from lightning_peft.training.wandb_record import wandb_record
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def write_run(config: TrainConfig) -> None:
     run_dir = Path(config.run_dir)
     with atomic_file(run_dir / "config.yaml") as path:
         OmegaConf.save(OmegaConf.create(plain(config)), path)
-    if any(node.get("_target_", "").endswith(f".{WandbRun.__name__}") for node in config.logger.values()):
+    if any(node.get("_target_", "").endswith(".WandbRun") for node in config.logger.values()):
         wandb_record(run_dir)
 
 

@@ -2,19 +2,25 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from lightning_peft.checkpoint.resume import check_same_config, latest_checkpoint, verify_checkpoint
 from lightning_peft.config import TrainConfig, plain
 
 LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model")
 """What a run folder holds once something happened in it."""
 NOT_COMPARED = ("resume", "dry_run", "run_dir", "logger", "callbacks", "cluster")
 """What may differ between the starts of one run."""
+
+FREE_TO_CHANGE = (
+    "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.num_nodes",
+    "trainer.accumulate_grad_batches", "strategy.kind", "data.cache_dir", "compile",
+)  # fmt: skip
+"""Options that a resumed run may change; the global batch that some make together must stay."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
 
     A folder with nothing but `config.yaml` is one whose ranks have not begun.
     """
+    # Lightning, which the verbs of a sweep do without.
+    from lightning_peft.checkpoint.resume import latest_checkpoint, verify_checkpoint
+
     used = any((run_dir / name).exists() for name in LEFT_BY_A_RUN)
     if config.resume not in ("never", "auto"):
         path = Path(config.resume)
@@ -89,3 +98,36 @@ def global_batch(trainer: dict[str, Any]) -> int | None:
 
 def compared(config: dict[Any, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in config.items() if key not in NOT_COMPARED}
+
+
+def check_same_config(checkpoint_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise ValueError naming every option that differs between two resolved configs (nested plain mappings).
+
+    Options in `FREE_TO_CHANGE` may differ.
+    """
+    before, now = _flatten(checkpoint_config), _flatten(config)
+    absent = object()
+    changed = [
+        f"{key} (was {_show(before, key)}, is {_show(now, key)})"
+        for key in sorted(before.keys() | now.keys())
+        if key not in FREE_TO_CHANGE and before.get(key, absent) != now.get(key, absent)
+    ]
+    if changed:
+        raise ValueError(
+            f"resume: the checkpoint was made with another config: {', '.join(changed)}; "
+            "restore these, or start afresh in a new run_dir"
+        )
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not set"

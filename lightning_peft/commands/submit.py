@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.slurm import ClusterConfig, batch_script, find_jobs, submit_script, train_words
 from lightning_peft.commands.run_folder import find_start
-from lightning_peft.commands.trainer import check_trainer_options, count_ranks
 from lightning_peft.config import TrainConfig, plain
 
 logger = logging.getLogger(__name__)
@@ -63,6 +62,9 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
             source = "cluster.nodes" if key == "num_nodes" else "cluster.tasks_per_node"
             raise ValueError(f"trainer.{key}={given} {source}={value}: leave trainer.{key} out, it follows the cluster")
     config = replace(config, trainer=config.trainer | derived, cluster=None)
+    # Lightning, which the verbs of a sweep do without.
+    from lightning_peft.commands.trainer import check_trainer_options, count_ranks
+
     check_trainer_options(config.trainer)
     count_ranks(config.trainer, config.strategy.kind, "cpu")
     return config

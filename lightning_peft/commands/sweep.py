@@ -36,7 +36,7 @@ from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start
 from lightning_peft.commands.run_folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.compose import compose_config
 from lightning_peft.config import SweepCommandConfig, SweepVerb, TrainConfig
-from lightning_peft.training.wandb_run import forget_steps
+from lightning_peft.training.wandb_record import forget_steps
 
 logger = logging.getLogger(__name__)
 

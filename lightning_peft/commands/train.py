@@ -47,11 +47,11 @@ from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
 from lightning_peft.training.compilation import resolve_compilation
+from lightning_peft.training.config import StrategyKind
 from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.precision import resolve_precision, weight_dtype
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
-from lightning_peft.training.strategies import StrategyKind
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.training.callbacks.progress import PlainProgress
 from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
+from lightning_peft.training.config import StrategyKind
 from lightning_peft.training.precision import precision_plugin
-from lightning_peft.training.strategies import StrategyKind, build_strategy
+from lightning_peft.training.strategies import build_strategy
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.data.chat import encode_prompt
 from lightning_peft.data.formats import Message
 from lightning_peft.evaluation.tasks import Row, Task
-from lightning_peft.inference.generate import SamplingConfig, generate_batch
+from lightning_peft.inference.generate import generate_batch
+from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 
 

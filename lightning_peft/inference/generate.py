@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from threading import Thread
 from typing import Any
 
@@ -17,32 +16,7 @@ from transformers import (
 )
 
 from lightning_peft.data.chat import end_token_ids
-
-
-@dataclass
-class SamplingConfig:
-    """How tokens are chosen."""
-
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 takes the most likely token; above, tokens are drawn."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens that holds this probability."""
-    seed: int = 0
-    """Seed of the drawing."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"sampling.max_new_tokens={self.max_new_tokens}: must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or above")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p={self.top_p}: must be above 0 and at most 1")
-        if self.top_p < 1 and self.temperature == 0:
-            raise ValueError(
-                f"sampling.top_p={self.top_p}: at temperature 0 nothing is drawn; set sampling.temperature"
-            )
+from lightning_peft.inference.sampling import SamplingConfig
 
 
 def generation_config(sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:

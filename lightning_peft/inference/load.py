@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import CONFIG_NAME, adapter_config_from_peft, load_adapter
-from lightning_peft.models.loading import ModelConfig, load_model, model_name, source_fingerprint
-from lightning_peft.quantization.convert import QuantizationConfig
+from lightning_peft.models.loading import load_model, model_name, source_fingerprint
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.quantization.config import QuantizationConfig
 
 MODEL_FOLDER = "model"
 """Where a run of full fine-tuning writes its model; other runs write `adapter/`."""

@@ -34,7 +34,8 @@ from lightning_peft.models.streaming import (
     stream_weights,
 )
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
-from lightning_peft.quantization.convert import QuantizationConfig, quantize_linears
+from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.quantization.convert import quantize_linears
 
 logger = logging.getLogger(__name__)
 

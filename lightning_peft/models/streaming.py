@@ -24,7 +24,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lightning_peft.models.blocks import block_names
-from lightning_peft.quantization.convert import QuantizationConfig, load_weight, prepare_quantized
+from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.quantization.convert import load_weight, prepare_quantized
 from lightning_peft.quantization.nf4 import NF4Linear
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 STATE_BLOCK = 256
@@ -22,14 +21,18 @@ LEVELS = {"state1": "qmap1", "state2": "qmap2"}
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor, in the same memory; any other tensor as it is."""
+    # Half a second to import, which naming the optimisers there are should not cost.
+    from torch.distributed.tensor import DTensor
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(parameter: nn.Parameter) -> nn.Parameter:
     """What an optimiser steps in place of a parameter that may be sharded; see `hand_over_gradients`."""
-    if not isinstance(parameter, DTensor):
+    held = local(parameter)
+    if held is parameter:
         return parameter
-    rows = nn.Parameter(parameter.to_local().detach())
+    rows = nn.Parameter(held.detach())
     rows.whole = parameter  # type: ignore[attr-defined]
     return rows
 

@@ -3,8 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,51 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.nf4 import Codes, NF4Linear, check_blocks, dequantize
 
 logger = logging.getLogger(__name__)
 
 WRAPPERS = ("base_layer", "_checkpoint_wrapped_module", "_orig_mod")
 """Parts of a module's name that adapters, activation checkpointing and the compiler add."""
-
-
-class Kind(Enum):
-    """Storage of the frozen linear weights."""
-
-    none = "none"
-    nf4 = "nf4"
-    fp4 = "fp4"
-    int8 = "int8"
-
-
-@dataclass
-class QuantizationConfig:
-    """How the frozen base is stored. Embeddings, norms and the output head always keep the compute dtype."""
-
-    kind: Kind = Kind.none
-    """nf4 suits normally distributed weights (QLoRA, section 3); fp4 is kept for comparison; int8 has the smallest
-    error and twice the bytes. Activations are never quantised."""
-    block_size: int = 64
-    """Weights that share one scale, a power of two from 32 to 4096; the paper's is 64."""
-    double_quantization: bool = True
-    """Quantise the scales too: 4.127 bits a weight instead of 4.5 (QLoRA, section 3)."""
-    exclude: list[str] = field(default_factory=list)
-    """Names or globs of linear layers to keep dense, such as "model.layers.0.*" or "gate_proj"."""
-    verify: bool = False
-    """Log a hash of every dequantised weight after loading, sharding and each checkpoint, and fail if it changes."""
-
-    def __post_init__(self) -> None:
-        if self.kind is Kind.int8 and (self.double_quantization or self.block_size != 64):
-            raise ValueError(
-                f"quantization.block_size={self.block_size} double_quantization={self.double_quantization}: kind=int8 "
-                "has one fp32 scale a row; use quantization=int8, which leaves both out"
-            )
-        if self.block_size not in {2**power for power in range(5, 13)}:
-            raise ValueError(f"quantization.block_size={self.block_size}: must be a power of two from 32 to 4096")
-
-    @property
-    def is_on(self) -> bool:
-        return self.kind is not Kind.none
 
 
 def quantize_linears(model: nn.Module, config: QuantizationConfig) -> list[str]:

@@ -1,7 +1,6 @@
 """Trading a second forward pass for activation memory, block by block."""
 
 from collections.abc import Callable
-from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -12,17 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.models import attention  # noqa: F401  registers attend_samples
 from lightning_peft.models.blocks import transformer_blocks
-
-
-class ActivationCheckpointing(Enum):
-    none = "none"
-    blocks = "blocks"
-    """Keep each block's input, recompute the rest."""
-    selective = "selective"
-    """Keep the outputs of attention, whose cost grows with the square of the length, and recompute the rest."""
-    offload = "offload"
-    """Like blocks, with the kept inputs in host memory."""
-
+from lightning_peft.training.config import ActivationCheckpointing
 
 SAVED_OPERATORS = {
     torch.ops.lightning_peft.attend_samples.default,

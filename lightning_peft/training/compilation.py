@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 import torch
@@ -13,28 +12,9 @@ from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
 from lightning_peft.models.blocks import transformer_blocks
-from lightning_peft.training.activation_checkpointing import ActivationCheckpointing
+from lightning_peft.training.config import ActivationCheckpointing, Compilation
 
 logger = logging.getLogger(__name__)
-
-
-class Compilation(Enum):
-    auto = "auto"
-    """blocks on CUDA, none elsewhere and with activation_checkpointing=offload."""
-    none = "none"
-    blocks = "blocks"
-    """Each transformer block by itself; equal blocks share one compilation."""
-    full = "full"
-    """The decoder in one piece: compiles longer, fuses across blocks."""
-
-
-def check_compilation(requested: Compilation, checkpointing: ActivationCheckpointing) -> None:
-    """Raises ValueError for what the compiler cannot follow."""
-    if checkpointing is ActivationCheckpointing.offload and requested in (Compilation.blocks, Compilation.full):
-        raise ValueError(
-            f"compile={requested.name} activation_checkpointing=offload: the compiler does not follow the copies to "
-            "the host; use compile=none, or activation_checkpointing=blocks"
-        )
 
 
 def missing_compiler(accelerator: str) -> str | None:

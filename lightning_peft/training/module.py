@@ -27,13 +27,14 @@ from lightning_peft.data.datamodule import adjust_progress
 from lightning_peft.distributed import worst
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.blocks import block_names, transformer_blocks
-from lightning_peft.models.loading import ModelConfig, load_by_block, load_model
+from lightning_peft.models.loading import load_by_block, load_model
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
 from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients, local
+from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import (
-    QuantizationConfig,
     bits_per_parameter,
     combined_fingerprint,
     layer_fingerprints,
@@ -41,9 +42,10 @@ from lightning_peft.quantization.convert import (
     weights_fingerprint,
 )
 from lightning_peft.quantization.weights import dense_weight
-from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
+from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.callbacks.step_metrics import host_memory_gib
-from lightning_peft.training.compilation import Compilation, compile_model
+from lightning_peft.training.compilation import compile_model
+from lightning_peft.training.config import ActivationCheckpointing, Compilation
 from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
 

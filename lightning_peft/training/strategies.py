@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.distributed import TIMEOUT
 from lightning_peft.optim.sharded import load_named_state, named_state
-
-
-class StrategyKind(Enum):
-    single = "single"
-    """One process, one device."""
-    ddp = "ddp"
-    """Every rank holds the model; the gradients of what trains are averaged."""
-    fsdp = "fsdp"
-    """Every rank holds a slice of each block and gathers one block at a time (FSDP2)."""
-
-
-@dataclass
-class StrategyConfig:
-    kind: StrategyKind = StrategyKind.single
-    """How ranks share the work: single, ddp or fsdp."""
-    tensor_parallel: int = 1
-    """Ranks that share each matrix product; only 1 is supported, all ranks share the data."""
-
-    def __post_init__(self) -> None:
-        if self.tensor_parallel != 1:
-            raise ValueError(
-                f"strategy.tensor_parallel={self.tensor_parallel}: adapters and 4-bit codes are not cut along a "
-                "product; use 1, and strategy=fsdp for a model that no single device holds"
-            )
+from lightning_peft.training.config import StrategyConfig, StrategyKind
 
 
 class NamedOptimizerState(Strategy):

@@ -4,14 +4,13 @@ import inspect
 import json
 import logging
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.lineage import FILE_NAME as LINEAGE
 from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.metrics_csv import MetricsCSV
+from lightning_peft.training.wandb_record import wandb_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -30,32 +29,6 @@ def has_wandb_key() -> bool:
         return True
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     return netrc.is_file() and "wandb" in netrc.read_text()
-
-
-def record_path(run_dir: Path) -> Path:
-    return run_dir / "wandb_run.json"
-
-
-def wandb_record(run_dir: Path) -> dict[str, Any]:
-    """{"id", "step"}: the W&B run of a folder, drawn the first time it is asked for, and the last step known to be
-    written."""
-    path = record_path(run_dir)
-    if not path.exists():
-        write_record(run_dir, {"id": uuid.uuid4().hex[:12], "step": 0})
-    record = json.loads(path.read_text())
-    assert isinstance(record, dict)
-    return record
-
-
-def write_record(run_dir: Path, record: dict[str, Any]) -> None:
-    with atomic_file(record_path(run_dir)) as path:
-        path.write_text(json.dumps(record) + "\n")
-
-
-def forget_steps(run_dir: Path) -> None:
-    """For a folder that is trained in from step 0 again: nothing of it is written yet."""
-    if record_path(run_dir).exists():
-        write_record(run_dir, wandb_record(run_dir) | {"step": 0})
 
 
 def sweep_name(run_dir: Path) -> str | None:

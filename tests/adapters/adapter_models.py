@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.quantization.convert import Kind, QuantizationConfig, quantize_linears
+from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.convert import quantize_linears
 
 WRAPPING = [name for name, method in METHODS.items() if method.layers]
 """Methods that wrap layers: all but full."""

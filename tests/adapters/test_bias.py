@@ -12,7 +12,8 @@ from torch import nn
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import inject_adapters, merge_adapters, trainable_parameter_counts
 from lightning_peft.adapters.lora import LoRAConfig
-from lightning_peft.checkpoint.merged import MergeBase, MergeConfig, merge
+from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
+from lightning_peft.checkpoint.merged import merge
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.weights import dense_weight

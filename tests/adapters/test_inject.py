@@ -22,8 +22,9 @@ from lightning_peft.adapters.inject import (
     trainable_parameter_counts,
 )
 from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
-from lightning_peft.models.loading import ModelConfig, load_by_block, load_model
-from lightning_peft.quantization.convert import Kind, QuantizationConfig
+from lightning_peft.models.loading import load_by_block, load_model
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.quantization.config import Kind, QuantizationConfig
 
 
 def test_names_of_the_wrapped_layers_are_returned() -> None:

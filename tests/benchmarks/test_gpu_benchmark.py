@@ -8,7 +8,8 @@ import torch
 from benchmarks.gpu import PARTS, Run, main, verdict
 from benchmarks.shapes import SHAPES, write_shape
 from lightning_peft.compose import compose_config
-from lightning_peft.models.loading import ModelConfig, empty_model
+from lightning_peft.models.loading import empty_model
+from lightning_peft.models.source import ModelConfig
 
 RUNS = {name: run for runs in PARTS.values() for name, run in runs.items()}
 

@@ -12,7 +12,8 @@ from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
 from lightning_peft.compose import compose_config
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import collate
-from lightning_peft.models.loading import ModelConfig, load_model
+from lightning_peft.models.loading import load_model
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 
 

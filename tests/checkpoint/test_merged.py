@@ -17,9 +17,11 @@ from lightning_peft.adapters.ia3 import IA3Config
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import Init, LoRAConfig
 from lightning_peft.adapters.vera import VeRAConfig
-from lightning_peft.checkpoint.merged import MergeBase, MergeConfig, MergeError, Receipt, merge
+from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
+from lightning_peft.checkpoint.merged import MergeError, Receipt, merge
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
-from lightning_peft.quantization.convert import Kind, QuantizationConfig, quantize_linears
+from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.convert import quantize_linears
 
 SAMPLES = list(torch.randint(0, 300, (3, 2, 20), generator=torch.Generator().manual_seed(4)))
 NF4 = QuantizationConfig(kind=Kind.nf4)

@@ -40,7 +40,8 @@ from lightning_peft.checkpoint.peft_format import (
 )
 from lightning_peft.checkpoint.peft_methods import PEFT_METHODS
 from lightning_peft.models.tiny import tiny_model
-from lightning_peft.quantization.convert import Kind, QuantizationConfig, quantize_linears
+from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.convert import quantize_linears
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers 5.23 deprecates what peft 0.21 calls.

@@ -20,13 +20,13 @@ from lightning_peft.checkpoint.atomic import SaveError, partial_path
 from lightning_peft.checkpoint.resume import (
     AtomicCheckpointIO,
     CheckpointFileError,
-    check_same_config,
     checkpoint_path,
     checkpoints,
     latest_checkpoint,
     load_trainable_state,
     trainable_state_dict,
 )
+from lightning_peft.commands.run_folder import check_same_config
 from lightning_peft.models.tiny import tiny_model
 
 # torch 2.13 deprecates what torchdata 0.11 calls.

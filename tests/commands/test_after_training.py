@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.__main__ import main
-from lightning_peft.models.loading import ModelConfig, load_model, load_tokenizer
+from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.models.source import ModelConfig
 
 RUN = [
     "train", "model=tiny", "data.max_rows=40", "data.max_validation_rows=6", "data.micro_batch_size=2",

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
-from lightning_peft.quantization.convert import Kind, QuantizationConfig, quantize_linears, weights_fingerprint
+from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.convert import quantize_linears, weights_fingerprint
 
 
 class Traffic(TorchDispatchMode):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lightning_peft.inference.generate import SamplingConfig, common_prefix, generate_batch, generate_stream
-from lightning_peft.models.loading import ModelConfig, load_model, load_tokenizer
+from lightning_peft.inference.generate import common_prefix, generate_batch, generate_stream
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.models.source import ModelConfig
 
 TINY = ModelConfig(name="tiny")
 

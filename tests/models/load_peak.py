@@ -7,8 +7,9 @@ import threading
 import bitsandbytes  # noqa: F401  imported before the baseline is taken
 import torch
 
-from lightning_peft.models.loading import ModelConfig, load_model
-from lightning_peft.quantization.convert import Kind, QuantizationConfig
+from lightning_peft.models.loading import load_model
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.quantization.config import Kind, QuantizationConfig
 
 
 def anonymous_bytes() -> int:

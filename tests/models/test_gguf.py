@@ -10,15 +10,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lightning_peft.models.gguf_conversion import parameter_name
-from lightning_peft.models.loading import (
-    ModelConfig,
-    load_model,
-    load_tokenizer,
-    model_config,
-    model_context,
-    source_fingerprint,
-)
-from lightning_peft.models.source import locate
+from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context, source_fingerprint
+from lightning_peft.models.source import ModelConfig, locate
 
 IDS = torch.arange(3, 35)[None]
 

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.models.loading import (
-    ModelConfig,
     empty_model,
     load_by_block,
     load_model,
@@ -23,8 +22,10 @@ from lightning_peft.models.loading import (
     model_name,
     source_fingerprint,
 )
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
-from lightning_peft.quantization.convert import Kind, QuantizationConfig, dequantized_linear, quantize_linears
+from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.convert import dequantized_linear, quantize_linears
 from lightning_peft.quantization.nf4 import NF4Linear
 
 IDS = torch.arange(3, 35)[None]

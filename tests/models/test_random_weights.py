@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_peft.models.loading import ModelConfig, load_model, source_fingerprint
+from lightning_peft.models.loading import load_model, source_fingerprint
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_config
-from lightning_peft.quantization.convert import Kind, QuantizationConfig
+from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.nf4 import NF4Linear
 
 

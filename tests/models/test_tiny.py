@@ -1,7 +1,8 @@
 import torch
 
 from lightning_peft.models.attention import supports_packing
-from lightning_peft.models.loading import ModelConfig, empty_model, load_model, load_tokenizer, model_context
+from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_context
+from lightning_peft.models.source import ModelConfig
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_global_state() -> None:

@@ -7,9 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from lightning_peft.models.tiny import tiny_config, tiny_model
+from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import (
-    Kind,
-    QuantizationConfig,
     bits_per_parameter,
     dequantized_linear,
     load_weight,

@@ -7,15 +7,11 @@ from torch import nn
 
 from lightning_peft.adapters.inject import inject_adapters, merge_adapters
 from lightning_peft.adapters.lora import LoRAConfig
-from lightning_peft.checkpoint.merged import MergeBase, MergeConfig, MergeError, merge
+from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
+from lightning_peft.checkpoint.merged import MergeError, merge
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
-from lightning_peft.quantization.convert import (
-    Kind,
-    QuantizationConfig,
-    bits_per_parameter,
-    quantize_linears,
-    weights_fingerprint,
-)
+from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.convert import bits_per_parameter, quantize_linears, weights_fingerprint
 from lightning_peft.quantization.nf4 import NF4Linear
 from lightning_peft.quantization.weights import dense_weight, is_quantized
 

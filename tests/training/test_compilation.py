@@ -16,13 +16,16 @@ from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import Batch
-from lightning_peft.inference.generate import SamplingConfig, generate_batch
-from lightning_peft.models.loading import ModelConfig, load_model, load_tokenizer
+from lightning_peft.inference.generate import generate_batch
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_config as tiny_config_of_transformers
 from lightning_peft.objectives.sft import SupervisedLoss
-from lightning_peft.quantization.convert import Kind, QuantizationConfig
-from lightning_peft.training.activation_checkpointing import ActivationCheckpointing, checkpoint_blocks
-from lightning_peft.training.compilation import Compilation, compile_model, resolve_compilation
+from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.training.compilation import compile_model, resolve_compilation
+from lightning_peft.training.config import ActivationCheckpointing, Compilation
 
 # PyTorch's own: its compiler instantiates every autograd function and looks at the gradient of every tensor it meets.
 pytestmark = [

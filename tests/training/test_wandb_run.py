@@ -15,7 +15,8 @@ from tiny_runs import tiny_config
 from wandb_records import offline_runs
 
 from lightning_peft.commands.train import train
-from lightning_peft.training.wandb_run import WandbRun, sweep_name, wandb_record
+from lightning_peft.training.wandb_record import wandb_record
+from lightning_peft.training.wandb_run import WandbRun, sweep_name
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # wandb's own
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.resume import checkpoint_path
-
-
-@dataclass
-class CheckpointConfig:
-    """When resumable state is written."""
-
-    every_n_steps: int | None = 25
-    """Optimiser steps between checkpoints; null writes none."""
-    keep_last: int = 2
-    """Checkpoints kept; older ones are removed once a newer one has been verified."""
-
-    asynchronous: bool = False
-    """Train on while a thread writes, from a copy in host memory."""
-
-    def __post_init__(self) -> None:
-        if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1, or null for none")
-        if self.keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+from lightning_peft.training.config import CheckpointConfig
 
 
 def between_steps(trainer: Trainer) -> bool:

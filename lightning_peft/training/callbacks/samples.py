@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.adapters.inject import adapters, disable_adapters
 from lightning_peft.data.chat import encode_prompt
 from lightning_peft.data.formats import Message
-from lightning_peft.inference.generate import SamplingConfig, generate_batch
+from lightning_peft.inference.generate import generate_batch
+from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.strategies import ShardedModel
 

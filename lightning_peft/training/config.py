@@ -1,0 +1,92 @@
+"""The options of a training that belong to no model, method or data; importing them imports no library."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class StrategyKind(Enum):
+    single = "single"
+    """One process, one device."""
+    ddp = "ddp"
+    """Every rank holds the model; the gradients of what trains are averaged."""
+    fsdp = "fsdp"
+    """Every rank holds a slice of each block and gathers one block at a time (FSDP2)."""
+
+
+@dataclass
+class StrategyConfig:
+    kind: StrategyKind = StrategyKind.single
+    """How ranks share the work: single, ddp or fsdp."""
+    tensor_parallel: int = 1
+    """Ranks that share each matrix product; only 1 is supported, all ranks share the data."""
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel != 1:
+            raise ValueError(
+                f"strategy.tensor_parallel={self.tensor_parallel}: adapters and 4-bit codes are not cut along a "
+                "product; use 1, and strategy=fsdp for a model that no single device holds"
+            )
+
+
+@dataclass
+class CheckpointConfig:
+    """When resumable state is written."""
+
+    every_n_steps: int | None = 25
+    """Optimiser steps between checkpoints; null writes none."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are removed once a newer one has been verified."""
+
+    asynchronous: bool = False
+    """Train on while a thread writes, from a copy in host memory."""
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1, or null for none")
+        if self.keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last={self.keep_last}: must be at least 1")
+
+
+@dataclass
+class ValidationConfig:
+    """When the validation loss is taken during training. It is always taken at the end."""
+
+    every_n_steps: int | None = None
+    """Optimiser steps between validations; null for the end only."""
+    samples: int = 2
+    """Answers written to samples.jsonl at each validation during training."""
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ValueError(f"validation.every_n_steps={self.every_n_steps}: must be at least 1, or null")
+        if self.samples < 0:
+            raise ValueError(f"validation.samples={self.samples}: must be 0 or more")
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    blocks = "blocks"
+    """Keep each block's input, recompute the rest."""
+    selective = "selective"
+    """Keep the outputs of attention, whose cost grows with the square of the length, and recompute the rest."""
+    offload = "offload"
+    """Like blocks, with the kept inputs in host memory."""
+
+
+class Compilation(Enum):
+    auto = "auto"
+    """blocks on CUDA, none elsewhere and with activation_checkpointing=offload."""
+    none = "none"
+    blocks = "blocks"
+    """Each transformer block by itself; equal blocks share one compilation."""
+    full = "full"
+    """The decoder in one piece: compiles longer, fuses across blocks."""
+
+
+def check_compilation(requested: Compilation, checkpointing: ActivationCheckpointing) -> None:
+    """Raises ValueError for what the compiler cannot follow."""
+    if checkpointing is ActivationCheckpointing.offload and requested in (Compilation.blocks, Compilation.full):
+        raise ValueError(
+            f"compile={requested.name} activation_checkpointing=offload: the compiler does not follow the copies to "
+            "the host; use compile=none, or activation_checkpointing=blocks"
+        )
