@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from datetime import date
 from enum import Enum
 from functools import cache
 from importlib.metadata import version
@@ -84,7 +83,6 @@ def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBas
 
     Raises ValueError for a missing or empty file or data set.
     """
-    template = tokenizer.chat_template
     options = {name: value for name, value in asdict(config).items() if name not in NO_EFFECT}
     decides = {
         "split": split,
@@ -92,14 +90,12 @@ def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBas
         "options": {name: value.value if isinstance(value, Enum) else value for name, value in options.items()},
         "tokenizer": [
             type(tokenizer).__name__,
-            template,
+            tokenizer.chat_template,
             _tokenizer_digest(tokenizer),
             getattr(tokenizer, "split_special_tokens", None),
         ],
         "code": _code_digest(),
         "versions": [platform.python_version(), *(version(library) for library in LIBRARIES)],
-        # Llama 3.2's template writes today's date into every sample.
-        "day": date.today().isoformat() if "strftime_now" in json.dumps(template) else None,
     }
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
 

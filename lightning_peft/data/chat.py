@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -28,6 +29,12 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """For tokenizers that bring no chat template."""
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""Today, for the templates that write it: one day for every start of a run, and for training and generation. It is the
+one that Llama 3's templates fall back to."""
+
+_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 _MARK = "\ue000"  # private use: stands in for an assistant turn while its place in the rendering is looked for
 
@@ -86,7 +93,7 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_
     try:
         text = tokenizer.apply_chat_template(
             [{"role": message.role, "content": message.content} for message in messages],
-            chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
+            chat_template=_template(tokenizer),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
@@ -98,14 +105,28 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_
 
 
 def log_layout(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say, once, where conversations are laid out without a template of the tokenizer."""
-    if tokenizer.chat_template is None:
+    """Say, once, where conversations are laid out without a template of the tokenizer, or with a date in them."""
+    if not tokenizer.chat_template:
         _log_plain_layout(tokenizer.name_or_path)
+    elif "strftime_now" in str(tokenizer.chat_template):
+        _log_date(tokenizer.name_or_path)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        return PLAIN_TEMPLATE
+    template = tokenizer.get_chat_template()
+    return _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call["format"])), template)
 
 
 @lru_cache
 def _log_plain_layout(name: str) -> None:
     log.warning("The tokenizer %s has no chat template: using the plain layout 'User: ...', 'Assistant: ...'.", name)
+
+
+@lru_cache
+def _log_date(name: str) -> None:
+    log.info("The chat template of %s writes today's date: it is always %s here.", name, TEMPLATE_DATE.date())
 
 
 def _text_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

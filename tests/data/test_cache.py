@@ -7,13 +7,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import date
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_peft.data import cache, chat
+from lightning_peft.data import chat
 from lightning_peft.data.cache import cache_folder, cached_samples, entry_name
 from lightning_peft.data.config import DataConfig, Format, OnBadRow, OnTooLong
 from lightning_peft.data.datamodule import SFTDataModule
@@ -146,19 +145,6 @@ def test_validation_file_names_the_validation_entry_only(config, chatml, write_j
     write_jsonl(ROWS[:6], "held.jsonl")
     assert entry_name(config, "train", chatml) == train
     assert entry_name(config, "validation", chatml) != validation
-
-
-def test_template_that_writes_the_date_is_kept_for_a_day(config, make_tokenizer, monkeypatch):
-    class Tomorrow(date):
-        @classmethod
-        def today(cls):
-            return date(2030, 1, 1)
-
-    dated, timeless = make_tokenizer("{{ strftime_now('%d') }}"), make_tokenizer("{{ messages }}")
-    before = [entry_name(config, "train", tokenizer) for tokenizer in (dated, timeless)]
-    monkeypatch.setattr(cache, "date", Tomorrow)
-    after = [entry_name(config, "train", tokenizer) for tokenizer in (dated, timeless)]
-    assert before[0] != after[0] and before[1] == after[1]
 
 
 def flip_a_bit(path):
