@@ -191,7 +191,9 @@ class RankSchedule:
         for name, kept in self.kept.items():
             E = self.layers[name].lora_E
             mask = kept[:, None].to(E.dtype)
-            E.mul_(distribute_tensor(mask, E.device_mesh, E.placements) if isinstance(E, DTensor) else mask)
+            if isinstance(E, DTensor):  # of a device that its slices may not be on
+                E, mask = E.to_local(), distribute_tensor(mask, E.device_mesh, E.placements).to_local()
+            E.mul_(mask.to(E.device))
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -119,6 +119,7 @@ def estimate_of(config: EstimateConfig) -> Estimate:
         accelerator=accelerator,
         strategy=config.strategy.kind.name,
         ranks=ranks_of(config),
+        slices_on_host=config.strategy.cpu_offload and accelerator == "cuda",
         # On a GPU such a model is read by the host, and reaches the device block by block.
         loads_whole=accelerator == "cpu" and reads_whole_model(config.adapter, config.quantization),
         adapter_rank=config.adapter.rank,

@@ -46,6 +46,8 @@ class StepOptions:
     accelerator: str = "cpu"
     strategy: str = "single"
     ranks: int = 1
+    slices_on_host: bool = False
+    """Whether FSDP's slices, their gradients and optimiser states wait in host memory."""
     loads_whole: bool = False
     """Whether FSDP's ranks read the whole model before they shard it, as some inits need."""
     adapter_rank: int | None = None
@@ -118,9 +120,12 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     trained = [p for p in model.parameters() if p.requires_grad]
     process: Held = Counter({(PROCESS, Array((PROCESS_BYTES[options.accelerator],), torch.uint8)): 1})
     states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
-    always = stored_weights(model, shards) + states + process
-    gathered = gathered_weights(model) if shards > 1 else Counter()
+    slices = stored_weights(model, shards) + states
+    gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
     loaded = stored_weights(model) if options.loads_whole else loaded_weights(model, shards)
+    if options.slices_on_host:
+        loaded = gathered
+    always = process if options.slices_on_host else slices + process
     moments = {"loading": loaded + loading_scratch(model) + process}
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 
@@ -130,6 +135,8 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
         """Gradients as this rank's slices, block inputs where they wait."""
         own: Held = Counter()
         for (name, array), count in held.items():
+            if name == GRADIENTS and options.slices_on_host:
+                continue
             if name == BLOCK_INPUTS:
                 if options.offloads_to_host:
                     continue
@@ -140,9 +147,10 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     for moment in trace.moments:
         moments[moment.phase] = always + gathered + settled(moment.held)
     moments["optimiser"] = always + settled(trace.gradients) + scratch
+    parameter_bytes = sum(shard(array, shards).nbytes * count for (_, array), count in trace.gradients.items())
     largest = {name: settled(held) for name, held in trace.largest.items()} | {ACTIVATIONS: settled(trace.kept)}
-    host = paged + (held_bytes(only(trace.kept, BLOCK_INPUTS)) if options.offloads_to_host else 0)
-    parameter_bytes = held_bytes(settled(trace.gradients))
+    host = paged + (held_bytes(slices) + parameter_bytes if options.slices_on_host else 0)
+    host += held_bytes(only(trace.kept, BLOCK_INPUTS)) if options.offloads_to_host else 0
     return Estimate(
         components=list_components(moments, largest, symbols),
         phases={phase: held_bytes(held) for phase, held in moments.items()},

@@ -17,10 +17,16 @@ class StrategyKind(Enum):
 class StrategyConfig:
     kind: StrategyKind = StrategyKind.single
     """How ranks share the work: single, ddp or fsdp."""
+    cpu_offload: bool = False
+    """fsdp on GPUs: slices, gradients and optimiser states stay in host memory; each block visits the device."""
     tensor_parallel: int = 1
     """Ranks that share each matrix product; only 1 is supported, all ranks share the data."""
 
     def __post_init__(self) -> None:
+        if self.cpu_offload and self.kind is not StrategyKind.fsdp:
+            raise ValueError(
+                f"strategy.cpu_offload=true strategy={self.kind.name}: only slices are moved; use strategy=fsdp with it"
+            )
         if self.tensor_parallel != 1:
             raise ValueError(
                 f"strategy.tensor_parallel={self.tensor_parallel}: adapters and 4-bit codes are not cut along a "

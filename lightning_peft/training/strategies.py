@@ -1,5 +1,6 @@
 """How the ranks of a run share the work."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +10,15 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_peft.distributed import TIMEOUT
 from lightning_peft.optim.sharded import load_named_state, named_state
 from lightning_peft.training.config import StrategyConfig, StrategyKind
+
+logger = logging.getLogger(__name__)
 
 
 class NamedOptimizerState(Strategy):
@@ -53,16 +56,20 @@ class ReplicatedModel(NamedOptimizerState, DDPStrategy):
 
 
 class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
-    """FSDP2 with whole checkpoints through the Trainer's CheckpointIO; `configure_model` loads and shards."""
+    """FSDP2 with whole checkpoints through the Trainer's CheckpointIO; `configure_model` loads and shards.
 
-    def __init__(self, ranks: int):
+    `offload` says where the slices wait; bitsandbytes and AdamW then step on the host.
+    """
+
+    def __init__(self, ranks: int, offload: OffloadPolicy | None = None):
+        self.offload = offload or OffloadPolicy()
         super().__init__(
             data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=TIMEOUT
         )
 
     def shard_block(self, block: nn.Module) -> None:
         """Keep this rank's slice of a transformer block that holds its weights."""
-        fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(block, mesh=self.device_mesh["data_parallel"], offload_policy=self.offload)
 
     def shard_root(self, root: nn.Module) -> None:
         """Shard the rest of `root`, which holds the model, as one group, once every block is sharded.
@@ -70,7 +77,8 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
         The rest are the embeddings, the last norm and the head, tied or not. They stay gathered between the forward and
         the backward pass: the loss reads the head in both.
         """
-        self.root = fully_shard(root, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
+        mesh = self.device_mesh["data_parallel"]
+        self.root = fully_shard(root, mesh=mesh, reshard_after_forward=False, offload_policy=self.offload)
 
     @contextmanager
     def root_gathered(self) -> Iterator[None]:
@@ -100,7 +108,9 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
 def build_strategy(config: StrategyConfig, accelerator: str, ranks: int) -> Strategy:
     """The Lightning strategy for so many ranks; `accelerator` is cpu or cuda."""
     if config.kind is StrategyKind.fsdp:
-        return ShardedModel(ranks)
+        if config.cpu_offload and accelerator == "cpu":
+            logger.info("strategy.cpu_offload=true: this run computes in host memory, so nothing moves")
+        return ShardedModel(ranks, CPUOffloadPolicy(pin_memory=accelerator == "cuda") if config.cpu_offload else None)
     if config.kind is StrategyKind.ddp:
         return ReplicatedModel(gradient_as_bucket_view=True, timeout=TIMEOUT)
     return OneDevice(device="cuda:0" if accelerator == "cuda" else "cpu")

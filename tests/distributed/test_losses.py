@@ -31,6 +31,7 @@ def runs(tmp_path_factory):
         }
         if ranks == 2:
             several |= {f"{kind}_compiled": [*several[f"{kind}2_nf4"], "compile=blocks"] for kind in ("ddp", "fsdp")}
+            several["fsdp_offloaded"] = [*several["fsdp2_nf4"], "strategy.cpu_offload=true"]
             several["samples2"] = [*SAMPLES, "strategy=fsdp"]
         train_on_ranks(ranks, folder, several)
     return folder
@@ -52,12 +53,10 @@ def test_steps_equal_those_of_one_process(runs, kind, base):
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_compiled_steps_equal_those_of_one_process(runs, kind):
+@pytest.mark.parametrize("kind", ["ddp_compiled", "fsdp_compiled", "fsdp_offloaded"])
+def test_other_ways_to_take_the_steps_equal_one_process(runs, kind):
     for name in ("loss", "grad_norm"):
-        torch.testing.assert_close(
-            column(runs / f"{kind}_compiled", name), column(runs / "single1_nf4", name), **FP32_NOISE
-        )
+        torch.testing.assert_close(column(runs / kind, name), column(runs / "single1_nf4", name), **FP32_NOISE)
 
 
 @pytest.mark.multi_process

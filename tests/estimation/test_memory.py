@@ -65,6 +65,15 @@ def test_fsdp_shards_what_is_stored():
     assert size(sharded, "gathered weights") > 0
 
 
+def test_offloaded_slices_wait_on_the_host():
+    words = ("rank=r64", "data.max_length=8", "strategy=fsdp", "trainer.accelerator=gpu", "trainer.devices=2")
+    kept, offloaded = tiny_estimate(*words), tiny_estimate(*words, "strategy.cpu_offload=true")
+    trained = sum(size(kept, name) for name in ("gradients", "optimiser states"))
+    assert kept.host == 0 and offloaded.host > trained
+    assert kept.peak - offloaded.peak == pytest.approx(offloaded.host, rel=0.2)
+    assert size(offloaded, "gathered weights") == size(kept, "gathered weights")
+
+
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
 def test_fsdp_never_loads_the_whole(accelerator, tmp_path):
     folder = config_folder(tmp_path / "deep", num_hidden_layers=12)

@@ -40,6 +40,20 @@ def test_compiled_steps_equal_plain_ones(method, checkpointing, tmp_path):
     assert losses["blocks"] == pytest.approx(losses["none"], rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_offloaded_slices_take_the_same_steps(method, tmp_path):
+    losses = {}
+    for name, words in {
+        "single": [], "fsdp": ["strategy=fsdp"], "offloaded": ["strategy=fsdp", "strategy.cpu_offload=true"],
+    }.items():  # fmt: skip
+        words = [*words, f"method={method}", "trainer.precision=32-true", "trainer.max_steps=4", "compile=none"]
+        assert main([*RUN, *words, "trainer.devices=1", "trainer.accelerator=gpu", f"run_dir={tmp_path}/{name}"]) == 0
+        header, *rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
+        losses[name] = [float(row.split(",")[header.split(",").index("loss")]) for row in rows]
+    assert losses["fsdp"] == pytest.approx(losses["single"], rel=1e-4)
+    assert losses["offloaded"] == pytest.approx(losses["single"], rel=1e-4)
+
+
 def test_fp16_gradients_are_clipped_at_their_true_norm(tmp_path):
     """The norm logged under a loss scale of 65,536 is the norm fp32 sees."""
     norms = {}
