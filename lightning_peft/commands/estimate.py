@@ -154,7 +154,7 @@ def changes(config: EstimateConfig) -> list[Callable[[EstimateConfig], EstimateC
     halves = [rows // 2**power for power in range(1, rows.bit_length()) if rows % 2**power == 0]
     return [
         *(partial(with_rows, rows=half) for half in halves),
-        *(partial(with_checkpointing, mode=mode) for mode in ("selective", "blocks")),
+        *(partial(with_checkpointing, mode=mode) for mode in ("elementwise", "selective", "blocks")),
         with_8bit_optimizer,
         with_nf4,
         *(partial(with_ranks, ranks=ranks) for ranks in (2, 4, 8)),
@@ -175,11 +175,9 @@ def with_rows(config: EstimateConfig, rows: int) -> EstimateConfig | None:
 
 
 def with_checkpointing(config: EstimateConfig, mode: str) -> EstimateConfig | None:
-    order = [ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.blocks]
-    wanted = ActivationCheckpointing[mode]
-    if config.activation_checkpointing not in order or order.index(wanted) <= order.index(
-        config.activation_checkpointing
-    ):
+    order = ["none", "elementwise", "selective", "blocks"]
+    wanted, now = ActivationCheckpointing[mode], config.activation_checkpointing.name
+    if now not in order or order.index(mode) <= order.index(now):
         return None
     return replace(config, activation_checkpointing=wanted)
 

@@ -19,6 +19,7 @@ NOT_COMPARED = ("resume", "dry_run", "run_dir", "logger", "callbacks", "cluster"
 FREE_TO_CHANGE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.devices", "trainer.num_nodes",
     "trainer.accumulate_grad_batches", "strategy.kind", "strategy.cpu_offload", "data.cache_dir", "compile",
+    "activation_checkpointing",
 )  # fmt: skip
 """Options that a resumed run may change; the global batch that some make together must stay."""
 

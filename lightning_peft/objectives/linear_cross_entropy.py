@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LOGIT_BYTES = 2**27
-"""fp32 logits held at once. Ours: at a vocabulary of 49,152 larger chunks were no faster on CPU."""
+LOGIT_BYTES, MIN_CHUNK = 2**25, 256
+"""fp32 logits of a chunk, and tokens that a chunk has whatever they take. Ours: on CPU larger ones were no faster."""
 
 LogitTransform = Callable[[Tensor], Tensor]
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose logits are held at once; a multiple of 64, as kernels compute in tiles."""
-    return max(64, LOGIT_BYTES // (4 * vocabulary) // 64 * 64)
+    """Tokens of a chunk, a multiple of 64, as kernels compute in tiles."""
+    return max(MIN_CHUNK, LOGIT_BYTES // (4 * vocabulary) // 64 * 64)
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -47,6 +47,8 @@ class FrozenHeadLoss(torch.autograd.Function):
                 with torch.enable_grad():
                     transformed = transform(logits)
             log_probabilities = F.log_softmax(transformed.detach(), -1, dtype=torch.float32)
+            if transform is None:
+                del logits, transformed
             loss -= log_probabilities.gather(1, chunk_labels).sum()
             if grad_hidden is not None:
                 # softmax - onehot in fp32: near a certain prediction the difference is below bf16's resolution.
@@ -55,6 +57,8 @@ class FrozenHeadLoss(torch.autograd.Function):
                 if transform is not None:
                     (grad_logits,) = torch.autograd.grad(transformed, logits, grad_logits)
                 torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
+                del grad_logits
+            del log_probabilities  # before the next chunk's
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return loss

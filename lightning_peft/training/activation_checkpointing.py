@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lightning_peft.models import attention  # noqa: F401  registers attend_samples
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.training.config import ActivationCheckpointing
+from lightning_peft.training.recomputation import recomputing
 
 SAVED_OPERATORS = {
     torch.ops.lightning_peft.attend_samples.default,
@@ -42,9 +43,13 @@ def checkpoint_blocks(model: PreTrainedModel, mode: ActivationCheckpointing) -> 
 def _checkpointed(
     block: nn.Module, forward: Callable[..., Any], mode: ActivationCheckpointing, options: dict[str, Any]
 ) -> Callable[..., Any]:
+    elementwise = recomputing(forward)
+
     def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
+        if mode is ActivationCheckpointing.elementwise:
+            return elementwise(*args, **kwargs)
         if mode is ActivationCheckpointing.offload:
             with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
                 return checkpoint(forward, *args, **options, **kwargs)

@@ -71,6 +71,8 @@ class ValidationConfig:
 
 class ActivationCheckpointing(Enum):
     none = "none"
+    elementwise = "elementwise"
+    """Recompute activation functions, norms and products of elements, and no matrix product."""
     blocks = "blocks"
     """Keep each block's input, recompute the rest."""
     selective = "selective"

@@ -31,7 +31,8 @@ def runs(tmp_path_factory):
         }
         if ranks == 2:
             several |= {f"{kind}_compiled": [*several[f"{kind}2_nf4"], "compile=blocks"] for kind in ("ddp", "fsdp")}
-            several["fsdp_offloaded"] = [*several["fsdp2_nf4"], "strategy.cpu_offload=true"]
+            offloaded = ["strategy.cpu_offload=true", "activation_checkpointing=elementwise"]
+            several["fsdp_offloaded"] = [*several["fsdp2_nf4"], *offloaded]
             several["samples2"] = [*SAMPLES, "strategy=fsdp"]
         train_on_ranks(ranks, folder, several)
     return folder

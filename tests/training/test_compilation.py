@@ -86,6 +86,7 @@ def slow(*values):
     ("mode", "checkpointing", "kind"),
     [
         (Compilation.blocks, "none", Kind.nf4),
+        (Compilation.blocks, "elementwise", Kind.none),
         slow(Compilation.blocks, "selective", Kind.none),
         slow(Compilation.blocks, "blocks", Kind.nf4),
         slow(Compilation.full, "none", Kind.nf4),

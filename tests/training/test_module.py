@@ -84,7 +84,7 @@ def test_dropout_is_active_in_training(tmp_path):
     assert all(layer.training for _, layer in adapters(module.model))
 
 
-@pytest.mark.parametrize("mode", ["blocks", "selective", "offload"])
+@pytest.mark.parametrize("mode", ["elementwise", "blocks", "selective", "offload"])
 def test_activation_checkpointing_changes_no_weight(tmp_path, mode):
     from lightning_peft.training.activation_checkpointing import ActivationCheckpointing
 
