@@ -116,7 +116,7 @@ def measure_cost(methods: list[str], results: Results, workload: Workload, steps
             continue
         with tempfile.TemporaryDirectory() as temporary:
             rows = workload.write_rows(Path(temporary), steps)
-            common = [f"model={model}", "schedule=constant", *rows]
+            common = [f"model={model}", "schedule=constant", "activation_checkpointing=none", *rows]
             try:
                 sides = measure_runs({name: [f"method={name}", *common] for name in ("lora", method)}, steps)
             except RuntimeError as error:

@@ -35,8 +35,9 @@ class Point:
 
 def ladder() -> dict[str, Point]:
     """From the plain formulas on padded rows to the smallest step, one lever at a time."""
-    short = Point(1, 2048, ["compile=none"], short_rows=True)
-    padded = Point(24, 512, ["compile=none"], short_rows=True, packing=False)
+    plain = ["compile=none", "activation_checkpointing=none"]
+    short = Point(1, 2048, plain, short_rows=True)
+    padded = Point(24, 512, plain, short_rows=True, packing=False)
     levers = ["compile=blocks", "activation_checkpointing=blocks", "optimizer=adamw_8bit", "quantization=nf4"]
     names = ["compiled blocks", "checkpointed blocks", "8-bit optimiser", "NF4 base"]
     rungs = {
@@ -44,6 +45,7 @@ def ladder() -> dict[str, Point]:
         "chunked loss": replace(padded, naive=["adapter"]),
         "fused adapters": padded,
         "packed": short,
+        "norms and gates recomputed": replace(short, words=["compile=none"]),
     }
     return rungs | {name: replace(short, words=levers[: place + 1]) for place, name in enumerate(names)}
 

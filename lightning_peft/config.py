@@ -56,7 +56,7 @@ class TrainConfig:
     """never: a used run_dir is an error; auto: continue from its latest checkpoint; or a checkpoint's path."""
     dry_run: bool = False
     """Show what would be trained, then stop."""
-    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.elementwise
     """What is recomputed in the backward pass instead of kept."""
     compile: Compilation = Compilation.auto
     """What torch.compile turns into kernels of its own: none, blocks, full; auto is blocks on a GPU."""

@@ -191,9 +191,12 @@ class RankSchedule:
         for name, kept in self.kept.items():
             E = self.layers[name].lora_E
             mask = kept[:, None].to(E.dtype)
-            if isinstance(E, DTensor):  # of a device that its slices may not be on
-                E, mask = E.to_local(), distribute_tensor(mask, E.device_mesh, E.placements).to_local()
-            E.mul_(mask.to(E.device))
+            if not isinstance(E, DTensor):
+                E.mul_(mask.to(E.device))
+                continue
+            mask = distribute_tensor(mask, E.device_mesh, E.placements).to_local()
+            own_slice = E.to_local()  # offloaded, it is not on the mesh's device
+            own_slice.mul_(mask.to(own_slice.device))
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class ValidationConfig:
 class ActivationCheckpointing(Enum):
     none = "none"
     elementwise = "elementwise"
-    """Recompute activation functions, norms and products of elements, and no matrix product."""
+    """Recompute activation functions, norms and products of elements, and no matrix product. The compiler, where there
+    is one, chooses by itself."""
     blocks = "blocks"
     """Keep each block's input, recompute the rest."""
     selective = "selective"

@@ -82,7 +82,7 @@ class FinetuneModule(LightningModule):
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
         quantization: QuantizationConfig | None = None,
-        activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+        activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.elementwise,
         compilation: Compilation = Compilation.none,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
