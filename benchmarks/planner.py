@@ -63,20 +63,23 @@ MODELS: dict[str, dict[str, Any]] = {
 
 CASES: dict[str, list[str]] = {
     "smollm2_135m": [
-        "lora 1x256", "lora 2x128", "lora 4x64", "lora 1x512", "lora 2x256", "lora 2x128 selective",
+        "lora 1x256", "lora 2x128", "lora 4x64", "lora 1x512", "lora 2x256", "lora 2x128 selective", "lora 2x128 none",
         "lora 2x128 blocks", "lora 2x128 offload", "lora 4x128 blocks", "lora 2x256 adapter.dropout=0.1",
         "lora 2x128 target_modules=query_value", "lora 1x128 trainer.accumulate_grad_batches=2", "lora 2x64 rank=r64",
         "lora 1x128 rank=r256", "lora 1x128 rank=r256 optimizer=adamw_8bit", "qlora 2x128", "qlora 1x256",
-        "qlora 4x128", "qlora 4x128 blocks", "qlora 4x128 selective", "qlora 2x128 quantization=fp4", "dora 2x128",
-        "qdora 2x128", "vera 2x128", "lora_fa 2x128", "ia3 2x128", "miss 2x128", "hira 1x128", "adalora 1x128",
-        "full 1x128", "full 2x64 blocks", "full 1x64 optimizer=adamw_8bit",
+        "qlora 4x128", "qlora 4x128 none", "qlora 4x128 blocks", "qlora 4x128 selective",
+        "qlora 2x128 quantization=fp4", "dora 2x128", "qdora 2x128", "vera 2x128", "lora_fa 2x128", "ia3 2x128",
+        "miss 2x128", "hira 1x128", "adalora 1x128", "full 1x128", "full 2x64 blocks",
+        "full 1x64 optimizer=adamw_8bit",
         "lora 1x128 strategy=ddp trainer.devices=2", "lora 1x128 strategy=fsdp trainer.devices=2",
         "qlora 2x128 strategy=fsdp trainer.devices=2", "full 1x64 strategy=fsdp trainer.devices=2",
     ],
     "llama_2_7b_2_layers": [
         "qlora 1x64", "qlora 2x64", "qlora 2x64 blocks", "qlora 1x64 rank=r128", "qdora 1x64", "lora 1x64", "dora 1x64",
     ],
-    "llama_3_2_1b_4_layers": ["lora 1x64", "qlora 1x64", "qlora 2x64 selective", "qlora 1x64 rank=r64"],
+    "llama_3_2_1b_4_layers": [
+        "lora 1x64", "qlora 1x64", "qlora 2x64 none", "qlora 2x64 selective", "qlora 1x64 rank=r64",
+    ],
     "qwen_2_5_0_5b": ["lora 1x64", "qlora 1x64", "qlora 2x64 blocks"],
 }  # fmt: skip
 """method, rows x tokens, activation checkpointing if any, further overrides."""
