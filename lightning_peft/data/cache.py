@@ -152,6 +152,9 @@ def _make_and_keep(
     started = time.perf_counter()
     samples, audit = make_samples(config, split, tokenizer)
     seconds = time.perf_counter() - started
+    if entry_name(config, split, tokenizer) != entry.name:
+        log.warning("%s rows: the data changed while it was read, so tokens are not kept", split)
+        return samples, audit
     partial = entry.with_suffix(".partial")
     try:
         for leftover in (partial, entry):

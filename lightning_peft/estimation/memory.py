@@ -120,12 +120,14 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     trained = [p for p in model.parameters() if p.requires_grad]
     process: Held = Counter({(PROCESS, Array((PROCESS_BYTES[options.accelerator],), torch.uint8)): 1})
     states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
-    slices = stored_weights(model, shards) + states
+    stored = stored_weights(model, shards)
     gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
     loaded = stored_weights(model) if options.loads_whole else loaded_weights(model, shards)
+    always, on_host = stored + states + process, 0
     if options.slices_on_host:
-        loaded = gathered
-    always = process if options.slices_on_host else slices + process
+        slices = stored_weights(model, shards, buffers=False) + states
+        always, on_host = always - slices, held_bytes(slices)
+        loaded = gathered + always - process
     moments = {"loading": loaded + loading_scratch(model) + process}
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 
@@ -149,7 +151,7 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     moments["optimiser"] = always + settled(trace.gradients) + scratch
     parameter_bytes = sum(shard(array, shards).nbytes * count for (_, array), count in trace.gradients.items())
     largest = {name: settled(held) for name, held in trace.largest.items()} | {ACTIVATIONS: settled(trace.kept)}
-    host = paged + (held_bytes(slices) + parameter_bytes if options.slices_on_host else 0)
+    host = paged + on_host + (parameter_bytes if options.slices_on_host else 0)
     host += held_bytes(only(trace.kept, BLOCK_INPUTS)) if options.offloads_to_host else 0
     return Estimate(
         components=list_components(moments, largest, symbols),

@@ -24,10 +24,10 @@ def array_of(tensor: Tensor) -> Array:
     return Array(tuple(tensor.shape), tensor.dtype)
 
 
-def stored_weights(model: PreTrainedModel, shards: int = 1, whole: Container[int] = ()) -> Held:
+def stored_weights(model: PreTrainedModel, shards: int = 1, whole: Container[int] = (), buffers: bool = True) -> Held:
     """Every parameter and buffer of the model on one of so many ranks that share it; a tied tensor counts once.
 
-    `whole` are ids of parameters that are not sharded yet.
+    `whole` are ids of parameters that are not sharded yet; without `buffers` only parameters are counted.
 
     base: the frozen part with norms and rotary tables, or every weight where all train; embeddings: the output head
     too; adapters: everything they hold, frozen factors included.
@@ -39,7 +39,7 @@ def stored_weights(model: PreTrainedModel, shards: int = 1, whole: Container[int
     seen: set[int] = set()
     for module in model.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if id(tensor) in seen:
+            if id(tensor) in seen or not (buffers or isinstance(tensor, nn.Parameter)):
                 continue
             seen.add(id(tensor))
             if id(tensor) in adapted:

@@ -39,13 +39,17 @@ def varlen_attention(
     dropout: float = 0.0,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention inside each sample of a packed batch, (B, T, H, D) in the dtype of `query`.
+    """Causal attention inside each sample of a packed batch, (B, T, H, D).
+
+    In the dtype of `query`, or of autocast on CUDA.
 
     query (B, H, T, D); key and value (B, G, T, D), H a multiple of G; cu_seqlens (S + 1,) int32, from 0 to B * T, no
     sample longer than `max_seqlen` or over two rows, else ValueError. A position sees at most the last `window`
     positions, itself included.
     """
-    if query.is_cuda and dropout == 0 and query.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None:
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # fp32 rotary tables made fp32 of q and k
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    if query.is_cuda and dropout == 0 and varlen_attn is not None and _has_flash_attention(query):
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = varlen_attn(
             q,
@@ -66,11 +70,16 @@ def varlen_attention(
     return _attend_by_sample(query, key, value, cu_seqlens, scaling, dropout, window)
 
 
+def _has_flash_attention(query: Tensor) -> bool:
+    major: int = torch.cuda.get_device_properties(query.device).major
+    return major >= 8 and query.dtype in (torch.float16, torch.bfloat16)
+
+
 @torch.compiler.disable  # it would compile anew for every composition of a batch
 def _attend_by_sample(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
-    """`varlen_attention` where no kernel takes samples of different lengths: fp32 on CUDA, dropout."""
+    """`varlen_attention` where no kernel takes samples of different lengths: fp32, old GPUs, dropout."""
     outputs = []
     for row, start, stop in find_segments(cu_seqlens, query.shape[0], query.shape[2]):
         mask = window_mask(stop - start, window, query)

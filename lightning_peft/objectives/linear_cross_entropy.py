@@ -37,7 +37,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         transform: LogitTransform | None,
     ) -> Tensor:
         loss = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        # Of the weight's dtype: autocast does not reach a product with out=, and a layer norm under it gives fp32.
+        grad_hidden = torch.empty_like(hidden, dtype=weight.dtype) if hidden.requires_grad else None
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             chunk_labels = labels[rows, None]

@@ -86,7 +86,10 @@ def layer_fingerprints(module: nn.Module, name: str = "") -> dict[str, str]:
     found = {}
     for path, layer in module.named_modules(prefix=name):
         if isinstance(layer, NF4Linear):
-            codes = Codes(*(t.full_tensor() if isinstance(t, DTensor) else t for t in layer.codes))  # type: ignore[arg-type]
+            device = (layer.weight if layer.absmax_scale is None else layer.absmax_scale).device
+            # FSDP leaves buffers on the device when it offloads its slices.
+            whole = (t.full_tensor() if isinstance(t, DTensor) else t for t in layer.codes)
+            codes = Codes(*(None if t is None else t.to(device) for t in whole))  # type: ignore[arg-type]
             weight = dequantize(codes, layer.kind, layer.block_size, torch.float32)
             found[_plain_name(path)] = hashlib.sha256(weight.cpu().numpy().data).hexdigest()
     return found

@@ -3,7 +3,9 @@
 import logging
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ def missing_compiler(accelerator: str) -> str | None:
     variable, names = ("CC", ("cc", "gcc", "clang")) if accelerator == "cuda" else ("CXX", ("g++", "c++", "clang++"))
     if not any(shutil.which(name) for name in (os.environ.get(variable, names[0]), *names)):
         return f"no compiler ({names[0]}, or another in {variable})"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        return f"no Python.h in {headers} (Debian: python3-dev)"
     if accelerator == "cuda" and not has_triton():
         return "no Triton, or a GPU older than it supports"
     return None

@@ -70,15 +70,16 @@ def is_recomputable(node: Node) -> bool:
 def output(node: Any) -> Tensor:
     """What the operation returned in the forward pass, by the same operation on the same inputs."""
     inputs = [function for function, _ in node.next_functions]
+    made = node._input_metadata[0]
     match node.name():
         case "SiluBackward0":
             return F.silu(node._saved_self)
         case "GeluBackward0":
             return F.gelu(node._saved_self, approximate=node._saved_approximate)
         case "ToCopyBackward0":
-            return output(inputs[0]).to(node._input_metadata[0].dtype)
+            return output(inputs[0]).to(made.device, made.dtype)
     factors = (node._saved_self, node._saved_other)
     first, second = (
         output(function) if factor is None else factor for factor, function in zip(factors, inputs, strict=True)
     )
-    return first * second
+    return (first * second).to(made.dtype)  # a Python number comes back as an fp64 tensor

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
 SERVER_SECONDS = 30
 """How long the start and the end of a run wait for a server."""
+FLUSH_SECONDS = 30
+"""After so long a row is in W&B's file or on its server; its service keeps the latest 15 seconds in memory."""
 STEP = "trainer/global_step"
 """The x axis of every plot."""
 SWEEP_FILES = ("sweep.json", "multirun.yaml")
@@ -66,6 +69,8 @@ class WandbRun(RunLogger):
         self.check_options()
         self.run: Any = None
         self.written_step = 0
+        self.logged = (time.monotonic(), 0)
+        """When the record last went forward, and to what step rows had been logged then."""
 
     @property
     def name(self) -> str:
@@ -111,9 +116,9 @@ class WandbRun(RunLogger):
     def write_lost_rows(self, step: int) -> None:
         """Log what metrics.csv has up to `step` and W&B has not: its service was killed, or its disk full."""
         # A run that is resumed online knows what its server has.
-        written = max(self.written_step, int(self.run.summary.get(STEP) or 0))
+        self.written_step = max(self.written_step, int(self.run.summary.get(STEP) or 0))
         _, rows = MetricsCSV(str(self.run_dir)).read()
-        lost = [row for row in rows if row["step"].isdigit() and written < int(row["step"]) <= step]
+        lost = [row for row in rows if row["step"].isdigit() and self.written_step < int(row["step"]) <= step]
         for row in lost:
             number = int(row.pop("step"))
             self.write_metrics({key: float(value) for key, value in row.items() if value}, number)
@@ -127,6 +132,14 @@ class WandbRun(RunLogger):
         # A run that failed after its last checkpoint repeats steps; those that are written stay as they are.
         if step > self.written_step:
             self.run.log({**metrics, STEP: step})
+            self.note_written(step)
+
+    def note_written(self, step: int) -> None:
+        """What a start behind a killed one need not log again."""
+        noted, logged = self.logged
+        if time.monotonic() - noted >= FLUSH_SECONDS:
+            write_record(self.run_dir, {"id": self.run.id, "step": max(logged, self.written_step)})
+            self.logged = (time.monotonic(), step)
 
     def write_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None:
         import wandb

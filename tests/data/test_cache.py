@@ -16,6 +16,7 @@ from lightning_peft.data import chat
 from lightning_peft.data.cache import cache_folder, cached_samples, entry_name
 from lightning_peft.data.config import DataConfig, Format, OnBadRow, OnTooLong
 from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.samples import make_samples
 
 LONG = " ".join(["one two three four"] * 12)
 ROWS = [{"prompt": f"Hi {n}", "completion": LONG if n % 9 == 0 else "Hello there " * (1 + n % 5)} for n in range(60)]
@@ -128,6 +129,18 @@ def test_rows_of_the_same_length_and_time_name_another_entry(config, chatml, wri
     path.write_text(path.read_text().replace("Hi 7", "Hi 8"))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert entry_name(config, "train", chatml) != before
+
+
+def test_rows_that_change_while_they_are_read_are_not_kept(config, chatml, write_jsonl, monkeypatch, caplog):
+    def make_slowly(*arguments):
+        samples = make_samples(*arguments)
+        write_jsonl(ROWS[:30])
+        return samples
+
+    monkeypatch.setattr("lightning_peft.data.cache.make_samples", make_slowly)
+    cached_samples(config, "train", chatml)
+    assert entries(config) == []
+    assert "changed while it was read" in caplog.text
 
 
 def test_tokenizer_and_split_name_another_entry(config, make_tokenizer, chatml):

@@ -74,6 +74,14 @@ def test_offloaded_slices_wait_on_the_host():
     assert size(offloaded, "gathered weights") == size(kept, "gathered weights")
 
 
+def test_buffers_are_not_offloaded():
+    """FSDP leaves them on the device, whole on every rank: intrinsic's are 2 bytes a weight."""
+    words = ("method=intrinsic", "strategy=fsdp", "trainer.accelerator=gpu", "trainer.devices=2")
+    kept, offloaded = tiny_estimate(*words), tiny_estimate(*words, "strategy.cpu_offload=true")
+    buffers = 2 * 131_072
+    assert size(kept, "adapters") > size(offloaded, "adapters") > buffers
+
+
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
 def test_fsdp_never_loads_the_whole(accelerator, tmp_path):
     folder = config_folder(tmp_path / "deep", num_hidden_layers=12)

@@ -47,6 +47,7 @@ def test_offloaded_slices_take_the_same_steps(method, tmp_path):
         "single": [], "fsdp": ["strategy=fsdp"], "offloaded": ["strategy=fsdp", "strategy.cpu_offload=true"],
     }.items():  # fmt: skip
         words = [*words, f"method={method}", "trainer.precision=32-true", "trainer.max_steps=4", "compile=none"]
+        words += ["quantization.verify=true"] if method == "qlora" else []
         assert main([*RUN, *words, "trainer.devices=1", "trainer.accelerator=gpu", f"run_dir={tmp_path}/{name}"]) == 0
         header, *rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
         losses[name] = [float(row.split(",")[header.split(",").index("loss")]) for row in rows]

@@ -40,6 +40,20 @@ def test_frozen_head_loss_and_gradient_equal_plain(bias):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
+def test_fp32_hidden_states_meet_a_bf16_head_under_autocast():
+    """CUDA's autocast runs layer norms in fp32, also before a half-precision head."""
+    hidden, labels, head = problem(torch.float32)
+    head.to(torch.bfloat16).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(hidden, labels, head, 50)
+        expected = plain_loss(hidden, labels, head)
+    (gradient,) = torch.autograd.grad(ours, hidden)
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=2**-6, atol=2**-8)
+
+
 def test_trained_head_gets_its_gradient():
     hidden, labels, head = problem(torch.float32)
     ours = torch.autograd.grad(linear_cross_entropy(hidden, labels, head, 50), [hidden, head.weight, head.bias])

@@ -142,3 +142,11 @@ def test_chain_of_products_and_casts_is_followed():
         found = loss()
     for ours, plain in zip(torch.autograd.grad(found, [x, weight]), expected, strict=True):
         assert torch.equal(ours, plain)
+
+
+def test_product_of_a_scalar_tensor_and_a_number_keeps_its_dtype():
+    x = torch.tensor(0.3, requires_grad=True)
+    with saved_tensors_hooks(keep, restore):
+        scaled = torch.nn.functional.silu(x) * 2.0
+        squared = scaled * scaled
+    assert squared.grad_fn._saved_self.dtype == torch.float32

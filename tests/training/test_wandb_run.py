@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 from lightning.pytorch import Callback
 from tiny_runs import tiny_config
@@ -174,6 +175,23 @@ def test_rows_that_a_killed_wandb_core_lost_are_logged_by_the_next_start(tmp_pat
     for key in ("loss", "lr", "validation_loss"):
         assert run.scalars(key) == [(int(row["step"]), float(row[key])) for row in rows if row[key]]
     assert [step for step, _ in run.scalars("loss")] == [1, 2, 3, 4, 5]
+
+
+def test_rows_that_outlived_a_killed_trainer_are_not_logged_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_peft.training.wandb_run.FLUSH_SECONDS", 0)
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,4.0\n2,3.0\n3,2.0\n4,1.0\n")
+    killed = WandbRun(str(tmp_path), "p", mode="offline")
+    killed.start_at(0)
+    for step in range(1, 5):
+        killed.log_metrics({"loss": 5.0 - step}, step=step)
+    wandb.teardown()  # the service writes what it was given; the trainer had no time for its last words
+
+    resumed = WandbRun(str(tmp_path), "p", mode="offline")
+    resumed.start_at(4)
+    resumed.close("finished", tmp_path / "adapter")
+    first, second = offline_runs(tmp_path)
+    assert first.scalars("loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+    assert second.scalars("loss") == [(4, 1.0)]  # the last is not known to be written
 
 
 def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
