@@ -33,7 +33,7 @@ from lightning_peft.checkpoint.peft_words import (
     stored_scaling,
     write_words,
 )
-from lightning_peft.checkpoint.resume import assign, check_names_and_shapes, gather
+from lightning_peft.checkpoint.resume import assign, check_names_and_shapes, gathered
 from lightning_peft.quantization.weights import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,10 @@ def save_adapter(
     if not METHODS[config.method].layers:
         raise ValueError(f"{folder}: method {config.method} has no adapter to save, only a whole model")
     row = PEFT_METHODS[config.method]
-    tensors = _on_untouched_base(model, _gathered(file_tensors(model)))
+    tensors = gathered(file_tensors(model))
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
+    tensors = _on_untouched_base(model, _separate(tensors))
     words = write_words(model, config, tensors, base_model_name)
     if not row.in_peft:
         logger.info("%s: HF PEFT has no method %s; lightning-peft reads this folder", folder, config.method)
@@ -115,12 +116,12 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, no two of which share memory."""
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, no two of which share memory."""
     result: dict[str, Tensor] = {}
     pointers: set[int] = set()
     for name, tensor in tensors.items():
-        whole = gather(tensor).cpu().contiguous()
+        whole = tensor.cpu().contiguous()
         result[name] = whole.clone() if whole.data_ptr() in pointers else whole
         pointers.add(whole.data_ptr())
     return result

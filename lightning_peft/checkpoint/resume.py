@@ -162,24 +162,14 @@ def trainable_state(model: nn.Module) -> dict[str, nn.Parameter | Tensor]:
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """`trainable_state`, detached and gathered from shards. With sharded parameters every rank must call it."""
-    return {name: gather(tensor) for name, tensor in trainable_state(model).items()}
+    """`trainable_state` as `gathered` has it."""
+    return gathered(trainable_state(model))
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict of a sharded model gathered on the host of rank zero; None where nothing is sharded.
-
-    Every rank must call it.
-    """
-    state = model.state_dict()
-    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
-        return None
-    whole = {}
-    for name, tensor in state.items():
-        gathered = gather(tensor)  # one at a time, by all ranks
-        if dist.get_rank() == 0:
-            whole[name] = gathered.cpu()
-    return whole
+    """The state dict of a sharded model as `gathered` has it; None where nothing is sharded."""
+    state = model.state_dict(keep_vars=True)
+    return gathered(state) if any(isinstance(tensor, DTensor) for tensor in state.values()) else None
 
 
 def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -204,10 +194,24 @@ def _take_ranks_found_by_eva(model: nn.Module, state: Mapping[str, Tensor]) -> N
                 layer.set_factors(A.to(device), B.to(device))
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor, detached; on every rank if it is sharded."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+@torch.no_grad()
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, detached and not copied; a sharded one whole, in host memory, and on rank zero alone.
+
+    One at a time is gathered, so no device has to hold them all. Every rank must call it.
+    """
+    found: dict[str, Tensor] = {}
+    whole: dict[int, Tensor | None] = {}  # a tied weight, which has two names, is gathered once
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            found[name] = tensor.detach()
+            continue
+        if id(tensor) not in whole:
+            one = tensor.full_tensor()
+            whole[id(tensor)] = one.cpu() if dist.get_rank() == 0 else None
+        if (kept := whole[id(tensor)]) is not None:
+            found[name] = kept
+    return found
 
 
 @torch.no_grad()

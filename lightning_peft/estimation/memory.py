@@ -13,15 +13,18 @@ from lightning_peft.estimation.weights import (
     BASE,
     EMBEDDINGS,
     GATHERED,
+    IMPORTANCE,
     OPTIMIZER,
     SCALES,
     gathered_weights,
+    importance_scores,
     loaded_weights,
     loading_scratch,
     optimizer_scratch,
     optimizer_states,
     shard,
     stored_weights,
+    whole_weights,
 )
 from lightning_peft.objectives.sft import SupervisedLoss
 
@@ -29,7 +32,8 @@ PROCESS = "process"
 PROCESS_BYTES = {"cpu": 24 * 2**20, "cuda": 32 * 2**20}
 """CPU: tokenizer, rows, the Trainer and the matrix library's buffers, measured on Linux; CUDA: cuBLAS' workspace."""
 COMPONENTS = (
-    BASE, SCALES, EMBEDDINGS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE, GATHERED, PROCESS,
+    BASE, SCALES, EMBEDDINGS, ADAPTERS, GRADIENTS, OPTIMIZER, IMPORTANCE, ACTIVATIONS, LOGITS, WORKSPACE, GATHERED,
+    PROCESS,
 )  # fmt: skip
 
 
@@ -87,7 +91,7 @@ class Estimate:
 
     components: list[Component]
     phases: dict[str, int]
-    """Peak bytes of loading, forward, loss, backward and optimiser."""
+    """Peak bytes of loading, forward, loss, backward, optimiser and, where slices are gathered for it, saving."""
     host: int
     """Bytes that a CUDA run keeps in host memory instead: offloaded activations, paged optimiser states."""
     legend: str
@@ -120,6 +124,7 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     trained = [p for p in model.parameters() if p.requires_grad]
     process: Held = Counter({(PROCESS, Array((PROCESS_BYTES[options.accelerator],), torch.uint8)): 1})
     states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
+    states += importance_scores(model)
     stored = stored_weights(model, shards)
     gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
     loaded = stored_weights(model) if options.loads_whole else loaded_weights(model, shards)
@@ -149,6 +154,8 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     for moment in trace.moments:
         moments[moment.phase] = always + gathered + settled(moment.held)
     moments["optimiser"] = always + settled(trace.gradients) + scratch
+    if shards > 1 and options.accelerator == "cpu":  # of a GPU's slices the whole is in host memory
+        moments["saving"] = always + settled(trace.gradients) + whole_weights(trained)
     parameter_bytes = sum(shard(array, shards).nbytes * count for (_, array), count in trace.gradients.items())
     largest = {name: settled(held) for name, held in trace.largest.items()} | {ACTIVATIONS: settled(trace.kept)}
     host = paged + on_host + (parameter_bytes if options.slices_on_host else 0)

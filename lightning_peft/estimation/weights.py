@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_peft.adapters.adalora import AdaLoRALinear
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import SHARED
 from lightning_peft.estimation.recorder import Array, Held, held_bytes
@@ -17,7 +18,7 @@ from lightning_peft.optim.optimizers import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENT
 from lightning_peft.quantization.nf4 import NF4Linear
 
 BASE, SCALES, EMBEDDINGS, ADAPTERS = "base", "quantisation scales", "embeddings", "adapters"
-OPTIMIZER, GATHERED = "optimiser states", "gathered weights"
+OPTIMIZER, IMPORTANCE, GATHERED = "optimiser states", "importance scores", "gathered weights"
 
 
 def array_of(tensor: Tensor) -> Array:
@@ -95,6 +96,13 @@ def optimizer_states(trained: Iterable[Tensor], name: str, shards: int, pages: b
     return held, paged
 
 
+def importance_scores(model: PreTrainedModel) -> Held:
+    """What AdaLoRA remembers of every weight it may cut: its sensitivity and how uncertain that is."""
+    layers = (module for module in model.modules() if isinstance(module, AdaLoRALinear))
+    factors = (array_of(p) for layer in layers for p in (layer.lora_A, layer.lora_B, layer.lora_E))
+    return Counter((IMPORTANCE, array) for array in factors for _ in range(2))
+
+
 def optimizer_scratch(trained: Iterable[Tensor], name: str, shards: int, accelerator: str) -> Held:
     """What a step of the optimiser needs for a moment: bitsandbytes on a CPU computes in fp32 copies."""
     if OPTIMIZERS[name].state_bits != 8 or accelerator != "cpu":
@@ -113,6 +121,17 @@ def gathered_weights(model: PreTrainedModel) -> Held:
     groups = [Counter((GATHERED, array_of(p)) for p in block.parameters()) for block in blocks]
     largest = max(groups, key=held_bytes)
     return root + largest + largest
+
+
+def whole_weights(trained: Iterable[Tensor]) -> Held:
+    """What rank zero gathers to save, at its most: everything trained so far, and twice the one on its way."""
+    held: Held = Counter()
+    most = held
+    for tensor in trained:
+        key = (GATHERED, array_of(tensor))
+        held[key] += 1
+        most = max(most, held + Counter([key]), key=held_bytes)
+    return most
 
 
 def loading_scratch(model: PreTrainedModel) -> Held:

@@ -53,8 +53,8 @@ def check_rank(rank: int, folder: Path) -> None:
 
         load_trainable_state(model, expected)
         got = trainable_state_dict(model)
-        assert got.keys() == expected.keys()
-        assert all(torch.equal(got[name], expected[name]) for name in expected)
+        assert got.keys() == (expected.keys() if rank == 0 else set())
+        assert all(torch.equal(got[name], expected[name]) for name in got)
 
         save_adapter(model, config, folder / f"sharded{number}")
         dist.barrier()
