@@ -5,6 +5,7 @@ batch) runs causal attention sample by sample; any other call, such as generatio
 transformers' own sdpa with its mask.
 """
 
+import inspect
 import logging
 from functools import cache
 from typing import Any
@@ -12,18 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
-
 logger = logging.getLogger(__name__)
 
 VARLEN = "lightning_peft_varlen"
+
+FEWER_KEY_HEADS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch 2.11 takes them without being told."""
 
 Segment = tuple[int, int, int]
 """Row of the batch, first position, position past the last."""
@@ -49,7 +49,7 @@ def varlen_attention(
     """
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # fp32 rotary tables made fp32 of q and k
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
-    if query.is_cuda and dropout == 0 and varlen_attn is not None and _has_flash_attention(query):
+    if query.is_cuda and dropout == 0 and _has_flash_attention(query):
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = varlen_attn(
             q,
@@ -61,7 +61,7 @@ def varlen_attention(
             max_seqlen,
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            **FEWER_KEY_HEADS,
         )
         assert isinstance(output, Tensor)
         return output.unflatten(0, (query.shape[0], query.shape[2]))

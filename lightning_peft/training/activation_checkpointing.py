@@ -9,20 +9,19 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from lightning_peft.models.attention import varlen_attn  # registers attend_samples too
+from lightning_peft.models import attention  # noqa: F401  registers attend_samples and torch's varlen
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.recomputation import recomputing
 
 SAVED_OPERATORS = {
     torch.ops.lightning_peft.attend_samples.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-if varlen_attn is not None:
-    SAVED_OPERATORS.add(torch.ops.torch_attn._varlen_attn.default)
 
 
 def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

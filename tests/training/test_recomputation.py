@@ -1,10 +1,15 @@
 """Steps that recompute elementwise operations are the plain ones, bit for bit, and keep less."""
 
+from functools import partial
+
 import pytest
 import torch
 from adapter_models import config_for, perturb
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -16,10 +21,11 @@ from transformers import (
 )
 
 from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.models.attention import FEWER_KEY_HEADS
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
 from lightning_peft.training import recomputation
-from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.training.activation_checkpointing import checkpoint_blocks, keep_attention
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.recomputation import keep, restore
 
@@ -150,3 +156,27 @@ def test_product_of_a_scalar_tensor_and_a_number_keeps_its_dtype():
         scaled = torch.nn.functional.silu(x) * 2.0
         squared = scaled * scaled
     assert squared.grad_fn._saved_self.dtype == torch.float32
+
+
+def test_selective_runs_the_kernel_of_packed_attention_once():
+    """On tensors without values: the kernel is CUDA's, its formulas of shapes are everywhere."""
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    query = torch.empty(128, 4, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    key = torch.empty(128, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+
+    def block(query):
+        attended = varlen_attn(query * 2, key, key, bounds, bounds, 64, 64, window_size=(-1, 0), **FEWER_KEY_HEADS)
+        return attended * 2
+
+    contexts = partial(create_selective_checkpoint_contexts, keep_attention)
+    with Calls():
+        checkpoint(block, query, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert calls.count("torch_attn._varlen_attn.default") == 1
+    assert calls.count("aten.mul.Tensor") > 2  # what is around it runs again
