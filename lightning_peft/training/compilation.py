@@ -24,7 +24,9 @@ def missing_compiler(accelerator: str) -> str | None:
     variable, names = ("CC", ("cc", "gcc", "clang")) if accelerator == "cuda" else ("CXX", ("g++", "c++", "clang++"))
     if not any(shutil.which(name) for name in (os.environ.get(variable, names[0]), *names)):
         return f"no compiler ({names[0]}, or another in {variable})"
-    headers = Path(sysconfig.get_path("include"))
+    # Debian's Python has a scheme for what users install, whose folder is not that of its own headers.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_path("include", scheme))
     if not (headers / "Python.h").is_file():
         return f"no Python.h in {headers} (Debian: python3-dev)"
     if accelerator == "cuda" and not has_triton():

@@ -4,13 +4,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -55,6 +58,24 @@ class ReplicatedModel(NamedOptimizerState, DDPStrategy):
         super().setup(trainer)
 
 
+@contextmanager
+def sharding_codes() -> Iterator[None]:
+    """Inside, `fully_shard` takes 4-bit codes: before torch 2.13 it asks bytes for a gradient, if only for a moment."""
+    if torch.__version__ >= "2.13":
+        yield
+        return
+
+    def parameter(data: torch.Tensor, requires_grad: bool = True) -> nn.Parameter:
+        return nn.Parameter(data, requires_grad and data.is_floating_point())
+
+    name: Any = _fsdp_param  # the one module that is to see another Parameter
+    name.nn = SimpleNamespace(Parameter=parameter, Module=nn.Module)
+    try:
+        yield
+    finally:
+        name.nn = nn
+
+
 class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
     """FSDP2 with whole checkpoints through the Trainer's CheckpointIO; `configure_model` loads and shards.
 
@@ -69,7 +90,8 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
 
     def shard_block(self, block: nn.Module) -> None:
         """Keep this rank's slice of a transformer block that holds its weights."""
-        fully_shard(block, mesh=self.device_mesh["data_parallel"], offload_policy=self.offload)
+        with sharding_codes():
+            fully_shard(block, mesh=self.device_mesh["data_parallel"], offload_policy=self.offload)
 
     def shard_root(self, root: nn.Module) -> None:
         """Shard the rest of `root`, which holds the model, as one group, once every block is sharded.
@@ -78,7 +100,8 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
         the backward pass: the loss reads the head in both.
         """
         mesh = self.device_mesh["data_parallel"]
-        self.root = fully_shard(root, mesh=mesh, reshard_after_forward=False, offload_policy=self.offload)
+        with sharding_codes():
+            self.root = fully_shard(root, mesh=mesh, reshard_after_forward=False, offload_policy=self.offload)
 
     @contextmanager
     def root_gathered(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapters.inject import step_schedule
+from lightning_peft.training.strategies import sharding_codes
 
 
 def train(model: nn.Module, method: str, steps: int = 4) -> dict[str, torch.Tensor]:
@@ -34,9 +35,10 @@ def main(quantized: bool) -> None:
     for method in WRAPPING:
         whole = train(perturb(adapted(method, quantized=quantized)), method)
         model = perturb(adapted(method, quantized=quantized))
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        with sharding_codes():
+            for block in model.model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         sharded = train(model, method)
         for name, tensor in whole.items():
             torch.testing.assert_close(sharded[name], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

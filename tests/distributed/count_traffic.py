@@ -15,6 +15,7 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears, weights_fingerprint
+from lightning_peft.training.strategies import sharding_codes
 
 
 class Traffic(TorchDispatchMode):
@@ -47,9 +48,10 @@ def measure(quantized: bool) -> dict[str, Any]:
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     before = weights_fingerprint(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    with sharding_codes():
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
     tokens = torch.arange(8)[None]
     with Traffic() as traffic:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()

@@ -189,7 +189,8 @@ def test_wrong_cu_seqlens_is_refused(bounds: list[int]) -> None:
 
 def test_checkpointed_blocks_give_equal_gradients() -> None:
     plain, checkpointed = packing_model("llama"), packing_model("llama")
-    checkpointed.activation_checkpointing_enable()
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # of transformers 5.23, of 5.17
+    next(getattr(checkpointed, name) for name in names if hasattr(checkpointed, name))()
     for model in (plain, checkpointed):
         model.train()
         model(**packed_inputs()).logits.square().mean().backward()
@@ -197,7 +198,6 @@ def test_checkpointed_blocks_give_equal_gradients() -> None:
         assert torch.equal(actual.grad, expected.grad)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 def test_compiled_block_is_one_graph_and_gives_equal_gradients() -> None:
     plain, compiled = packing_model("llama"), packing_model("llama")
     for layer in compiled.model.layers:

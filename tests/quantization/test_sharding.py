@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_peft.quantization.convert import weights_fingerprint
 from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.training.strategies import sharding_codes
 
 
 class Block(nn.Module):
@@ -36,9 +37,10 @@ def compare(rank: int, folder: str, double_quantization: bool) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     whole, sharded = (nn.Sequential(*(Block(double_quantization, seed) for seed in (0, 1))) for _ in range(2))
     expected_hash = weights_fingerprint(whole)
-    for block in sharded:
-        fully_shard(block)
-    fully_shard(sharded)
+    with sharding_codes():
+        for block in sharded:
+            fully_shard(block)
+        fully_shard(sharded)
     assert sharded[0].frozen.weight.to_local().shape == (15, 32)
     assert weights_fingerprint(sharded) == expected_hash
     for ours, theirs in zip(output_and_gradient(sharded), output_and_gradient(whole), strict=True):

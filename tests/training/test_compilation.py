@@ -146,7 +146,7 @@ def test_machine_without_a_compiler_says_so_before_anything_is_read(monkeypatch,
 
 
 def test_machine_without_python_headers_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
     with pytest.raises(ValueError, match=r"compile=blocks: this machine has no Python\.h in .*use compile=none"):
         resolve_compilation(Compilation.blocks, "cpu", ActivationCheckpointing.none)
 
