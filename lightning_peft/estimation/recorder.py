@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lightning_peft.models import attention  # noqa: F401  registers attend_samples
+from lightning_peft.models import cpu_attention
 from lightning_peft.quantization import nf4  # noqa: F401  registers matmul_4bit
 
 
@@ -36,15 +36,14 @@ def _whole(like: Tensor) -> list[Array]:
     return [Array(tuple(like.shape), like.dtype)]
 
 
-def _longest_sample(*tensors: Tensor) -> list[Array]:
-    # One sample at a time, at most a row: (1, heads, T, head_dim) each.
-    return [Array((1, *t.shape[1:]), t.dtype) for t in tensors]
+def _attention_scratch(query: Tensor, key: Tensor, backward: bool) -> list[Array]:
+    return [Array(*array) for array in cpu_attention.scratch(query, key, backward)]
 
 
 SCRATCH: dict[Any, Callable[..., list[Array]]] = {
     torch.ops.aten.logsumexp.default: lambda x, *_: _whole(x),
-    torch.ops.lightning_peft.attend_samples.default: lambda q, *_: _longest_sample(q),
-    torch.ops.lightning_peft.attend_samples_backward.default: lambda grad, q, k, v, *_: _longest_sample(q, k, v),
+    torch.ops.lightning_peft.attend_samples.default: lambda q, k, *_: _attention_scratch(q, k, False),
+    torch.ops.lightning_peft.attend_samples_backward.default: lambda _, q, k, *__: _attention_scratch(q, k, True),
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 

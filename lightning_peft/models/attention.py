@@ -7,7 +7,6 @@ transformers' own sdpa with its mask.
 
 import inspect
 import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,15 +17,14 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lightning_peft.models.cpu_attention import attend_samples, find_segments
+
 logger = logging.getLogger(__name__)
 
 VARLEN = "lightning_peft_varlen"
 
 FEWER_KEY_HEADS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch 2.11 takes them without being told."""
-
-Segment = tuple[int, int, int]
-"""Row of the batch, first position, position past the last."""
 
 
 def varlen_attention(
@@ -92,15 +90,6 @@ def _attend_by_sample(
     return torch.cat(outputs, 2).transpose(1, 2).reshape(query.shape[0], query.shape[2], query.shape[1], -1)
 
 
-def find_segments(cu_seqlens: Tensor, rows: int, width: int) -> list[Segment]:
-    """The samples of a (rows, width) batch."""
-    bounds = cu_seqlens.tolist()
-    segments = [(a // width, a % width, a % width + b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    if bounds[0] != 0 or bounds[-1] != rows * width or any(not a < b <= width for _, a, b in segments):
-        raise ValueError(f"cu_seqlens={bounds}: must rise from 0 to {rows * width}, no sample over two rows of {width}")
-    return segments
-
-
 def window_mask(length: int, window: int | None, like: Tensor) -> Tensor | None:
     """Additive causal mask (length, length) of a sliding window, or None where the window covers the sample."""
     if window is None or length <= window:
@@ -109,95 +98,6 @@ def window_mask(length: int, window: int | None, like: Tensor) -> Tensor | None:
     distance = positions[:, None] - positions
     seen = (distance >= 0) & (distance < window)
     return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
-
-
-# Operators of their own, so that the compiler keeps a block in one graph. What they keep for the backward pass has the
-# dtype it came in. A CPU without bf16 instructions emulates them, 4 to 9 times slower than fp32 in the backward pass
-# (measured, AVX2), so there each sample is computed in fp32.
-
-
-@torch.library.custom_op("lightning_peft::attend_samples", mutates_args=(), device_types="cpu")
-def attend_samples(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """torch's CPU flash attention, one sample at a time: output (B, T, H, D) and log normalisers (B, H, T) fp32."""
-    rows, heads, width, head_dim = query.shape
-    output = query.new_empty(rows, width, heads, head_dim)
-    normalizers = query.new_empty(rows, heads, width, dtype=torch.float32)
-    for row, start, stop in find_segments(cu_seqlens, rows, width):
-        q, k, v = (_sample(x, row, start, stop) for x in (query, key, value))
-        mask = window_mask(stop - start, window, q)
-        attended, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
-        )
-        output[row, start:stop] = attended[0].transpose(0, 1)
-        normalizers[row, :, start:stop] = normalizer[0]
-    return output, normalizers
-
-
-@attend_samples.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    rows, heads, width, head_dim = query.shape
-    return query.new_empty(rows, width, heads, head_dim), query.new_empty(rows, heads, width, dtype=torch.float32)
-
-
-@torch.library.custom_op("lightning_peft::attend_samples_backward", mutates_args=(), device_types="cpu")
-def attend_samples_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    normalizers: Tensor,
-    cu_seqlens: Tensor,
-    scaling: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_samples` with respect to query, key and value."""
-    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for row, start, stop in find_segments(cu_seqlens, query.shape[0], query.shape[2]):
-        grad, q, k, v, out = (
-            _sample(x, row, start, stop)
-            for x in (grad_output.transpose(1, 2), query, key, value, output.transpose(1, 2))
-        )
-        mask = window_mask(stop - start, window, q)
-        computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, normalizers[row : row + 1, :, start:stop].contiguous(), 0.0, mask is None,
-            attn_mask=mask, scale=scaling,
-        )  # fmt: skip
-        for whole, part in zip(gradients, computed, strict=True):
-            whole[row, :, start:stop] = part[0]
-    return gradients
-
-
-@attend_samples_backward.register_fake
-def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_seqlens, ctx.scaling, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
-
-
-def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = attend_samples_backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.window)
-    return *gradients, None, None, None
-
-
-attend_samples.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _sample(x: Tensor, row: int, start: int, stop: int) -> Tensor:
-    sample = x[row : row + 1, :, start:stop]
-    return sample if _native(x.dtype) else sample.float()
-
-
-@cache
-def _native(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def attention_forward(

@@ -11,10 +11,10 @@ from lightning_peft.models.attention import (
     VARLEN_TYPES,
     accept_packed_batches,
     choose_attention,
-    find_segments,
     supports_packing,
     varlen_attention,
 )
+from lightning_peft.models.cpu_attention import find_segments
 
 LENGTHS = [[7, 13, 12], [20, 12]]
 """Samples of two packed rows; longer than the sliding window of 5."""
