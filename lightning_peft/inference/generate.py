@@ -1,6 +1,7 @@
 """Text from a causal language model: batches of prompts, or one streamed token by token."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from threading import Thread
 from typing import Any
@@ -49,6 +50,11 @@ def common_prefix(prompts: list[list[int]]) -> int:
     return min(shared, min(map(len, prompts)) - 1)
 
 
+def cache_keyword(model: PreTrainedModel) -> str:
+    """What the model calls the cache it is given; transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.inference_mode()
 def generate_batch(
     model: PreTrainedModel,
@@ -65,9 +71,9 @@ def generate_batch(
         return []
     config = generation_config(sampling, tokenizer)
     prefix = common_prefix(prompts)
-    prefix_cache = DynamicCache(config=model.config)
+    cached, prefix_cache = cache_keyword(model), DynamicCache(config=model.config)
     if prefix:
-        model(input_ids=torch.tensor([prompts[0][:prefix]], device=model.device), past_key_values=prefix_cache)
+        model(input_ids=torch.tensor([prompts[0][:prefix]], device=model.device), **{cached: prefix_cache})
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     torch.manual_seed(sampling.seed)
@@ -75,8 +81,8 @@ def generate_batch(
         rows = order[start : start + batch_size]
         inputs: dict[str, Any] = pad_inside([prompts[i] for i in rows], prefix, config.pad_token_id, model.device)
         if prefix:
-            inputs["past_key_values"] = copy.deepcopy(prefix_cache)
-            inputs["past_key_values"].batch_repeat_interleave(len(rows))
+            inputs[cached] = copy.deepcopy(prefix_cache)
+            inputs[cached].batch_repeat_interleave(len(rows))
         output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):

@@ -96,11 +96,11 @@ def test_merge_writes_a_plain_model_and_a_receipt(run_dir, tmp_path, capsys):
     assert "merged against adapter" in printed and "same first choice for 100.00%" in printed
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     weights = load_file(run_dir / "adapter" / "adapter_model.safetensors")
-    base = load_model(ModelConfig(name="tiny"), torch.float32)
+    base = load_model(ModelConfig(name="tiny"), merged.dtype)  # bf16 where the processor has it
     name = "model.layers.0.mlp.up_proj"
     A, B = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-    expected = base.get_submodule(name).weight + 2.0 * B @ A
-    torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-5, atol=1e-6)
+    expected = base.get_submodule(name).weight.float() + 2.0 * B @ A
+    torch.testing.assert_close(merged.get_submodule(name).weight, expected.to(merged.dtype), rtol=1e-5, atol=1e-6)
 
 
 def test_merge_above_the_threshold_leaves_nothing(run_dir, tmp_path, capsys):
