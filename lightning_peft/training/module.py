@@ -46,6 +46,7 @@ from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.callbacks.step_metrics import host_memory_gib
 from lightning_peft.training.compilation import compile_model
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
+from lightning_peft.training.host_memory import keep_freed_memory
 from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
 
@@ -228,6 +229,10 @@ class FinetuneModule(LightningModule):
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
+
+    def on_train_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Random numbers are a function of the position, so a resumed run draws what an uninterrupted one would.

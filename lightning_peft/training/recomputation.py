@@ -3,9 +3,11 @@
 A gated feed-forward keeps silu(gate) and silu(gate) * up beside gate and up, a norm its output beside its input. One
 pass over memory gives them back, and no matrix product runs twice. Which tensors those are is read off the autograd
 graph, so any model's blocks will do: a product, an activation function or a cast whose own inputs are kept anyway.
+What several operations read, as three projections read a norm's output, is made once and let go after the last.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,25 @@ class Kept(NamedTuple):
     """How often it had been written to."""
 
 
+@dataclass
+class Readers:
+    """How often an operation's output will still be read, and that output between the first time and the last."""
+
+    left: int = 0
+    output: Tensor | None = None
+
+
+class Recomputed(NamedTuple):
+    """A tensor that its operation gives back; `readers` is shared by all that keep it."""
+
+    node: Node
+    readers: Readers
+
+
+READERS = "lightning_peft_readers"
+"""Where an operation's `metadata` has its Readers."""
+
+
 def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` with recomputation of its elementwise operations; torch.compile decides this by itself."""
 
@@ -34,15 +55,23 @@ def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     return recomputing_forward
 
 
-def keep(tensor: Tensor) -> Kept | Node:
+def keep(tensor: Tensor) -> Kept | Recomputed:
     """What autograd holds in a tensor's place until the backward pass: the operation that made it, or itself."""
-    if tensor.grad_fn is not None and is_recomputable(tensor.grad_fn):
-        return tensor.grad_fn
-    # Detached, for a tensor that its own operation saves would keep that operation alive.
-    return Kept(tensor.detach(), tensor._version)
+    node = tensor.grad_fn
+    if node is None or not is_recomputable(node):
+        # Detached, for a tensor that its own operation saves would keep that operation alive.
+        return Kept(tensor.detach(), tensor._version)
+    if READERS not in node.metadata:
+        node.metadata[READERS] = Readers()
+        for function, _ in node.next_functions:
+            if function is not None and READERS in function.metadata:
+                function.metadata[READERS].left += 1  # making this one reads it once more
+    readers: Readers = node.metadata[READERS]
+    readers.left += 1
+    return Recomputed(node, readers)
 
 
-def restore(kept: Kept | Node) -> Tensor:
+def restore(kept: Kept | Recomputed) -> Tensor:
     """RuntimeError where a kept tensor was written to, as autograd itself raises."""
     if isinstance(kept, Kept):
         if kept.tensor._version != kept.version:
@@ -50,8 +79,12 @@ def restore(kept: Kept | Node) -> Tensor:
                 f"a tensor of shape {tuple(kept.tensor.shape)} that the backward pass needs was modified in place"
             )
         return kept.tensor
+    readers = kept.readers
     with torch.no_grad():
-        return output(kept)
+        made = output(kept.node) if readers.output is None else readers.output
+    readers.left -= 1
+    readers.output = made if readers.left > 0 else None
+    return made
 
 
 def is_recomputable(node: Node) -> bool:

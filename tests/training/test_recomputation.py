@@ -1,5 +1,7 @@
 """Steps that recompute elementwise operations are the plain ones, bit for bit, and keep less."""
 
+import gc
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -180,3 +182,29 @@ def test_selective_runs_the_kernel_of_packed_attention_once():
         checkpoint(block, query, use_reentrant=False, context_fn=contexts).sum().backward()
     assert calls.count("torch_attn._varlen_attn.default") == 1
     assert calls.count("aten.mul.Tensor") > 2  # what is around it runs again
+
+
+def test_what_several_read_is_made_once():
+    """Two blocks: each activated gate is read by its product's gradient and, through it, by the down projection."""
+    model = build("llama", "lora", torch.float32)
+    checkpoint_blocks(model, ActivationCheckpointing.elementwise)
+    counted = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted[func] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        take_step(model)
+    assert counted[torch.ops.aten.silu.default] == 2 + 2
+
+
+def test_nothing_stays_after_the_backward_pass():
+    model = build("llama", "lora", torch.float32)
+    checkpoint_blocks(model, ActivationCheckpointing.elementwise)
+    logits = model(input_ids=IDS, use_cache=False).logits
+    readers = [x for x in gc.get_objects() if type(x) is recomputation.Readers]
+    assert readers and all(x.output is None for x in readers)
+    logits.float().logsumexp(-1).sum().backward()
+    assert all(x.output is None for x in readers)
