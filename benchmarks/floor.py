@@ -30,6 +30,8 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.training.host_memory import keep_freed_memory
+from lightning_peft.training.precision import has_fast_bf16
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -41,7 +43,7 @@ class Step:
         quantization = QuantizationConfig(kind=Kind.nf4) if variant.startswith("q") else None
         method = variant.removeprefix("q")
         torch.manual_seed(0)
-        self.model = load_model(ModelConfig(name=options.model), torch.float32, quantization)
+        self.model = load_model(ModelConfig(name=options.model), getattr(torch, options.dtype), quantization)
         self.trained: list[nn.Parameter] = []
         if method == "frozen":
             self.model.requires_grad_(False)
@@ -95,6 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     steps = {variant: Step(variant, options) for variant in options.variants}
     vocabulary = next(iter(steps.values())).model.config.get_text_config().vocab_size
     batch = random_batch(vocabulary, options.rows, options.tokens)
+    keep_freed_memory()  # as `train` does
     for step in steps.values():
         step(batch)  # first calls allocate more, the optimiser's states among it
     peaks = {variant: peak_allocation(partial(step, batch)) for variant, step in steps.items()}
@@ -135,6 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
+    fastest = "bfloat16" if has_fast_bf16("cpu") else "float32"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=fastest, help="of the frozen weights")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--output", type=Path, default=FOLDER / "floor.json")

@@ -31,6 +31,8 @@ class Workload:
     """Length of a row in tokens."""
     packed: bool = False
     """Each row is several short ones of a real task; a rival pads the same ones to the longest of the step."""
+    compiled: bool = False
+    """Ours runs with compile=blocks; its compilation is in the time to the first step."""
 
     def write_rows(self, folder: Path, steps: int) -> list[str]:
         """Write `rows.jsonl`; returns the overrides for it."""
@@ -49,7 +51,7 @@ class Workload:
         path.write_text("\n".join(lines) + "\n")
         return [
             "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", f"data.max_length={self.tokens}",
-            f"data.micro_batch_size={self.rows}", *columns, *shape,
+            f"data.micro_batch_size={self.rows}", f"compile={'blocks' if self.compiled else 'auto'}", *columns, *shape,
         ]  # fmt: skip
 
     def _long_texts(self, rows: list[dict[str, str]], count: int) -> list[str]:
@@ -68,6 +70,8 @@ class Workload:
 WORKLOADS = {
     "4x512": Workload("4x512", 4, 512),
     "short rows": Workload("short rows", 1, 2048, packed=True),
+    "4x512 compiled": Workload("4x512 compiled", 4, 512, compiled=True),
+    "short rows compiled": Workload("short rows compiled", 1, 2048, packed=True, compiled=True),
 }
 
 

@@ -57,7 +57,7 @@ def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def keep(tensor: Tensor) -> Kept | Recomputed:
     """What autograd holds in a tensor's place until the backward pass: the operation that made it, or itself."""
-    node = tensor.grad_fn
+    node: Any = tensor.grad_fn
     if node is None or not is_recomputable(node):
         # Detached, for a tensor that its own operation saves would keep that operation alive.
         return Kept(tensor.detach(), tensor._version)
