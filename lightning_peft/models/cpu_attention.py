@@ -199,10 +199,10 @@ def attend_rows_backward(
             probabilities.mul_(after)
         hide(probabilities, strip)
         probabilities.exp_()
-        # Products with the small factor transposed are the faster ones.
-        grad_value[:, :, keys] += torch.bmm(g.mT.contiguous(), probabilities)[:, :head_dim]
+        # Products with the small factor transposed are faster than those with the large one.
+        grad_value[:, :, keys] += torch.bmm(g.mT, probabilities)[:, :head_dim]
         grad_scores = gradient_product(g, values_and_ones[:, :, keys]).mul_(probabilities)
-        grad_key[:, :, keys] += torch.bmm(q.mT.contiguous(), grad_scores)[:, :head_dim]
+        grad_key[:, :, keys] += torch.bmm(q.mT, grad_scores)[:, :head_dim]
         join_heads(torch.bmm(grad_scores, key[:, keys]), grad_query, groups, strip, scaling)
     return tuple(x.mT.unflatten(0, (rows, groups)) for x in (grad_key.mul_(after), grad_value))
 
