@@ -79,11 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--model", default="smollm2_135m", help="an option of the group model that needs no path")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 where the device has it, by default")
     parser.add_argument("--again", action="store_true", help="measure rows that are in the result file as well")
     parser.add_argument("--output", type=Path, default=FOLDER / "compare.json")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    dtype = getattr(torch, options.dtype or ("bfloat16" if has_fast_bf16(device) else "float32"))
     settings = {
         "model": options.model, "rank": options.rank, "target_modules": "all_linear", "steps": options.steps,
         "dtype": str(dtype).removeprefix("torch."), "device": device, "lr": LEARNING_RATE,

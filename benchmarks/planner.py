@@ -71,6 +71,8 @@ CASES: dict[str, list[str]] = {
         "qlora 2x128 quantization=fp4", "dora 2x128", "qdora 2x128", "vera 2x128", "lora_fa 2x128", "ia3 2x128",
         "miss 2x128", "hira 1x128", "adalora 1x128", "full 1x128", "full 2x64 blocks",
         "full 1x64 optimizer=adamw_8bit",
+        "lora 4x512 trainer.precision=bf16-true", "qlora 4x512 trainer.precision=bf16-true",
+        "dora 2x512 none trainer.precision=bf16-true", "lora 1x2048 trainer.precision=bf16-true",
         "lora 1x128 strategy=ddp trainer.devices=2", "lora 1x128 strategy=fsdp trainer.devices=2",
         "qlora 2x128 strategy=fsdp trainer.devices=2", "full 1x64 strategy=fsdp trainer.devices=2",
     ],
@@ -125,6 +127,8 @@ def train_words(name: str) -> list[str]:
     model, method, size, *others = name.split()
     rows, length = size.split("x")
     others = [word if "=" in word else f"activation_checkpointing={word}" for word in others]
+    if not any(word.startswith("trainer.precision=") for word in others):
+        others.append("trainer.precision=32-true")  # the same bytes on every machine
     folder = WORK / "models" / model
     if not (folder / "model.safetensors").exists():
         write_model(MODELS[model], folder)
@@ -158,7 +162,7 @@ def write_rows() -> Path:
     """Rows of text longer than any sequence: full rows, every token supervised."""
     path = WORK / "rows.jsonl"
     if not path.exists():
-        text = "the quick brown fox jumps over the lazy dog " * 30
+        text = "the quick brown fox jumps over the lazy dog " * 60
         path.write_text("".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(64)))
     return path
 

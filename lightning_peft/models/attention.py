@@ -39,14 +39,15 @@ def varlen_attention(
 ) -> Tensor:
     """Causal attention inside each sample of a packed batch, (B, T, H, D).
 
-    In the dtype of `query`, or of autocast on CUDA.
+    In the dtype of `query`, or of autocast where that is on.
 
     query (B, H, T, D); key and value (B, G, T, D), H a multiple of G; cu_seqlens (S + 1,) int32, from 0 to B * T, no
     sample longer than `max_seqlen` or over two rows, else ValueError. A position sees at most the last `window`
     positions, itself included.
     """
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # fp32 rotary tables made fp32 of q and k
-        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # fp32 rotary tables made fp32 of q and k
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if query.is_cuda and dropout == 0 and _has_flash_attention(query):
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = varlen_attn(
@@ -63,7 +64,7 @@ def varlen_attention(
         )
         assert isinstance(output, Tensor)
         return output.unflatten(0, (query.shape[0], query.shape[2]))
-    if query.device.type == "cpu" and dropout == 0 and query.shape[-1] == value.shape[-1]:
+    if device == "cpu" and dropout == 0 and query.shape[-1] == value.shape[-1]:
         return attend_samples(query, key, value, cu_seqlens, scaling, window)[0]
     return _attend_by_sample(query, key, value, cu_seqlens, scaling, dropout, window)
 
