@@ -88,7 +88,15 @@ def floor_table() -> str:
     return markdown(["step", "seconds", "to the frozen floor", "to LoRA", "MiB above weights and states"], rows)
 
 
+def attention_table() -> str:
+    found = read("attention")
+    names = list(next(iter(found.values()), {}))
+    rows = [[samples, *(f"{row[name] * 1e3:.0f}" for name in names)] for samples, row in found.items()]
+    return markdown(["samples of tokens", *(f"{name}, ms" for name in names)], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "attention": attention_table,
     "compare": compare_table,
     "floor": floor_table,
     "methods": methods_table,

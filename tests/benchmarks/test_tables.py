@@ -57,3 +57,9 @@ def test_floor_table_has_ratios_of_neighbours(results):
         "lora": {"seconds": [1.5, 3.0, 4.0], "peak_mib": 1500.0},
     })  # fmt: skip
     assert TABLES["floor"]().splitlines()[3] == "| lora | 3.00 | 1.50x | 1.00x | 1,500 |"
+
+
+def test_attention_table_is_in_milliseconds(results):
+    results("attention", {"4 of 512": {"ours": 0.0384, "flash by sample": 0.065}})
+    assert TABLES["attention"]().splitlines()[0] == "| samples of tokens | ours, ms | flash by sample, ms |"
+    assert TABLES["attention"]().splitlines()[2] == "| 4 of 512 | 38 | 65 |"
