@@ -47,7 +47,7 @@ def find_segments(cu_seqlens: Tensor, rows: int, width: int) -> list[Segment]:
 
 def strip_length(heads: int, keys: int) -> int:
     """Queries whose scores of all heads on so many keys stay within STRIP_BYTES, from MIN_STRIP to MAX_STRIP."""
-    fitting = STRIP_BYTES // (4 * heads * max(keys, 1)) // MIN_STRIP * MIN_STRIP
+    fitting = STRIP_BYTES // (4 * heads * keys) // MIN_STRIP * MIN_STRIP
     return min(MAX_STRIP, max(MIN_STRIP, fitting))
 
 
