@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.machine import fastest_dtype
 from benchmarks.memory import synchronize
 from benchmarks.results import FOLDER, Results
 from lightning_peft.models.attention import varlen_attention
-from lightning_peft.training.precision import has_fast_bf16
 
 HEADS, KEY_HEADS, HEAD_DIM = 9, 3, 64
 
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=FOLDER / "attention.json")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    dtype = getattr(torch, fastest_dtype(device))
     settings = {
         "heads": HEADS, "key_heads": KEY_HEADS, "head_dim": HEAD_DIM, "repeats": options.repeats,
         "dtype": str(dtype).removeprefix("torch."), "device": device,

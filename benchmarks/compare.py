@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import fastest_dtype
 from benchmarks.ours import WARM_UP_STEPS, peak_gib, train_command
 from benchmarks.results import FOLDER, Results
 from benchmarks.rivals import RIVALS, rival_command, why_not
 from benchmarks.turns import run_in_turns
 from benchmarks.workloads import WORKLOADS, Workload, write_model, write_steps
-from lightning_peft.training.precision import has_fast_bf16
 
 LEARNING_RATE = 2e-4
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=FOLDER / "compare.json")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, options.dtype or ("bfloat16" if has_fast_bf16(device) else "float32"))
+    dtype = getattr(torch, options.dtype or fastest_dtype(device))
     settings = {
         "model": options.model, "rank": options.rank, "target_modules": "all_linear", "steps": options.steps,
         "dtype": str(dtype).removeprefix("torch."), "device": device, "lr": LEARNING_RATE,

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import fastest_dtype
 from benchmarks.results import FOLDER, Results
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
@@ -31,7 +32,6 @@ from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.training.host_memory import keep_freed_memory
-from lightning_peft.training.precision import has_fast_bf16
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -138,8 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
-    fastest = "bfloat16" if has_fast_bf16("cpu") else "float32"
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=fastest, help="of the frozen weights")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=fastest_dtype("cpu"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--output", type=Path, default=FOLDER / "floor.json")

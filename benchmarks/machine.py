@@ -33,6 +33,11 @@ def describe_machine() -> dict[str, Any]:
     return machine
 
 
+def fastest_dtype(device: str) -> str:
+    """bfloat16 where the device, cpu or cuda, multiplies it in hardware, else float32."""
+    return "bfloat16" if has_fast_bf16(device) else "float32"
+
+
 def versions() -> dict[str, str]:
     found = installed_versions()
     for package in RIVALS:

@@ -27,11 +27,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.machine import fastest_dtype
 from benchmarks.memory import PeakMemory, synchronize
 from benchmarks.ours import WARM_UP_STEPS
 from benchmarks.turns import Turns, run_in_turns
 from benchmarks.workloads import TokenRow, write_steps
-from lightning_peft.training.precision import has_fast_bf16
 
 
 class TakeTurns(TrainerCallback):
@@ -139,7 +139,7 @@ def rival_command(name: str, folder: Path, lr: float, dtype: torch.dtype, checkp
 def measure_rival(name: str, overrides: list[str], steps: int, folder: Path, timeout: float) -> dict[str, Any]:
     """A rival alone, recomputing activations, on the rows that `train` with these overrides reads."""
     tokens = write_steps(overrides, folder, steps) / steps
-    dtype = torch.bfloat16 if has_fast_bf16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
+    dtype = getattr(torch, fastest_dtype("cuda" if torch.cuda.is_available() else "cpu"))
     command = rival_command(name, folder, 2e-4, dtype, checkpointing=True)
     side = run_in_turns({name: command}, steps, folder, timeout)[name]
     side["step_seconds"] = statistics.median(side["seconds"][WARM_UP_STEPS:])
