@@ -1,6 +1,7 @@
 """Every trainer gets the same rows in the same order, and reaches the same losses."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -56,10 +57,13 @@ def test_rates_and_ratios_are_medians_of_neighbours_after_the_warm_up():
 def test_peak_memory_sees_what_is_gone_again():
     memory = PeakMemory(interval=0.001)
     held = torch.ones(64 * 2**20)
-    total = held.sum()
+    # The watcher is a thread: on a busy machine it may not get a turn for longer than its interval.
+    deadline = time.monotonic() + 30
+    while memory.peak - memory.before < 0.24 * 2**30 and time.monotonic() < deadline:
+        time.sleep(0.01)
     del held
     peak = memory.stop()["anonymous_gib"]
-    assert total == 64 * 2**20 and 0.24 < peak < 0.3
+    assert 0.24 < peak < 0.3
 
 
 def test_machine_is_described_without_its_name():
