@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapters.inject import step_schedule
+from lightning_peft.distributed import disconnect
 from lightning_peft.training.strategies import sharding_codes
 
 
@@ -47,8 +48,7 @@ def main(quantized: bool) -> None:
             assert cut == 14 * 2, cut
         if dist.get_rank() == 0:
             print(method, "equal", flush=True)
-    dist.barrier()  # gloo's threads end the process when another rank leaves while they still talk to it
-    dist.destroy_process_group()
+    disconnect()
 
 
 if __name__ == "__main__":

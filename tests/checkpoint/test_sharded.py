@@ -15,6 +15,7 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import Init, LoRAConfig
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
+from lightning_peft.distributed import disconnect
 from lightning_peft.models.tiny import tiny_model
 
 CONFIGS: list[AdapterConfig] = [
@@ -60,7 +61,7 @@ def check_rank(rank: int, folder: Path) -> None:
         dist.barrier()
         if rank == 0:
             save_adapter(whole, config, folder / f"whole{number}")
-    dist.destroy_process_group()
+    disconnect()
 
 
 @pytest.mark.multi_process

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.distributed import disconnect
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears, weights_fingerprint
 from lightning_peft.training.strategies import sharding_codes
@@ -68,4 +69,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(measured, file)
-    dist.destroy_process_group()
+    disconnect()

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_peft.distributed import disconnect
 from lightning_peft.quantization.convert import weights_fingerprint
 from lightning_peft.quantization.nf4 import NF4Linear
 from lightning_peft.training.strategies import sharding_codes
@@ -46,7 +47,7 @@ def compare(rank: int, folder: str, double_quantization: bool) -> None:
     for ours, theirs in zip(output_and_gradient(sharded), output_and_gradient(whole), strict=True):
         assert torch.equal(ours, theirs)
     assert weights_fingerprint(sharded) == expected_hash
-    dist.destroy_process_group()
+    disconnect()
 
 
 @pytest.mark.multi_process
