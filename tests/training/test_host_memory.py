@@ -31,8 +31,9 @@ def page_faults(keep: bool, **environment: str) -> tuple[bool, int]:
 
 def test_steps_reuse_what_the_ones_before_freed() -> None:
     kept, faults = page_faults(keep=True)
-    _, faults_before = page_faults(keep=False)
-    assert kept and faults < faults_before / 20 and faults_before > 500
+    # By itself glibc returns memory depending on what lies at the end of the heap; so told, it always does.
+    _, faults_otherwise = page_faults(keep=False, MALLOC_MMAP_THRESHOLD_="131072")
+    assert kept and faults < faults_otherwise / 20 and faults_otherwise > 500
 
 
 def test_settings_of_the_user_stay() -> None:
