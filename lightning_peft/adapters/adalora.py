@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
-from lightning_peft.adapters.lora import LowRankProduct
+from lightning_peft.adapters.frozen_linear import Base, FusedAdapter
+from lightning_peft.adapters.lora import add_low_rank
 from lightning_peft.quantization.weights import linear_shape
 
 
@@ -64,7 +64,7 @@ class AdaLoRAConfig(AdapterConfig):
         }
 
 
-class AdaLoRALinear(Adapter):
+class AdaLoRALinear(FusedAdapter):
     """y = W x + scaling * B (E * (A x)),  scaling = alpha / rank   (eq. 3).
 
     `lora_A` (rank, in_features) and `lora_B` (out_features, rank) start normal with deviation 0.02, `lora_E` (rank, 1)
@@ -92,9 +92,9 @@ class AdaLoRALinear(Adapter):
         nn.init.normal_(self.lora_B, std=0.02)
         nn.init.zeros_(self.lora_E)
 
-    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return LowRankProduct.apply(base_output, x, self.lora_E * self.lora_A, self.lora_B, self.scaling)
+    def add_to(self, base: Base, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return add_low_rank(base, x, self.lora_E * self.lora_A, self.lora_B, self.scaling, dropout)
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.float() @ (self.lora_E * self.lora_A).float())

@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear, add_product
+from lightning_peft.adapters.frozen_linear import (
+    Base,
+    add_product,
+    base_gradients,
+    base_output,
+    given,
+    input_gradient,
+    mark_written,
+)
+from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from lightning_peft.quantization.weights import dense_weight
 
 ROWS_AT_ONCE = 2**24
@@ -39,7 +48,7 @@ def adapted_row_norms(weight: Tensor, squared_norms: Tensor, A: Tensor, B: Tenso
 
 
 class MagnitudeProduct(torch.autograd.Function):
-    """bias + gain * (base_output - bias + scaling * x A^T B^T), written over base_output, which holds the bias.
+    """bias + gain * (base - bias + scaling * x A^T B^T), with `base` what the frozen layer makes of x.
 
     Keeps the output for the gradient of `gain`, not the value before the gain: the next operation mostly keeps the
     same tensor. A feature whose gain is exactly zero gets no gradient for it.
@@ -48,42 +57,46 @@ class MagnitudeProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        base_output: Tensor,
+        first: Tensor,
         x: Tensor,
         A: Tensor,
         B: Tensor,
         gain: Tensor,
         bias: Tensor | None,
         scaling: float,
+        *rest: Any,
     ) -> Tensor:
-        dtype = base_output.dtype
-        inner = x.reshape(-1, x.shape[-1]).to(dtype) @ A.to(dtype).t()
-        output = add_product(ctx, base_output, inner, B.to(dtype).t(), scaling)
+        base = Base.of(first, rest)
+        dtype = base.dtype
+        cast = x.to(dtype)
+        inner = cast.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
+        output = add_product(base_output(cast, base), inner, B.to(dtype).t())
         # gain is near one: gain - 1 keeps the digits that bf16 drops from gain, and is 0 at the start, to the bit.
         unbiased = output if bias is None else output - bias.to(dtype)
         if torch.compiler.is_compiling():  # torch 2.11 loses every gradient of a function that writes in place
             output = torch.addcmul(output, unbiased, (gain - 1).to(dtype))
         else:
             output.addcmul_(unbiased, (gain - 1).to(dtype))
-        ctx.save_for_backward(x, inner, A, B, gain, bias, output)
-        ctx.scaling = scaling
+        mark_written(ctx, base, output)
+        ctx.save_for_backward(x, inner, A, B, gain, bias, output, *base.kept())
+        ctx.base, ctx.scaling = base._replace(tensors=()), scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, inner, A, B, gain, bias, output = ctx.saved_tensors
+        x, inner, A, B, gain, bias, output, *frozen = ctx.saved_tensors
+        base = ctx.base._replace(tensors=tuple(frozen))
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_A = grad_B = grad_gain = grad_bias = None
         scaled_B = (ctx.scaling * gain)[:, None] * B
         grad_inner = grad_rows @ scaled_B.to(dtype)
-        if ctx.needs_input_grad[1]:
-            grad_x = (grad_inner @ A.to(dtype)).view(x.shape).to(x.dtype)
         if ctx.needs_input_grad[2]:
             grad_A = (grad_inner.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype)
         if ctx.needs_input_grad[3]:
-            grad_B = (grad_rows.t() @ inner).to(B.dtype).mul_((ctx.scaling * gain)[:, None])
+            grad_B = (inner.t() @ grad_rows).t().to(B.dtype, memory_format=torch.contiguous_format)
+            grad_B.mul_(gain[:, None])
         if ctx.needs_input_grad[4]:
             output_rows = output.view(-1, output.shape[-1])
             sums = column_dots(grad_rows, output_rows)
@@ -91,10 +104,13 @@ class MagnitudeProduct(torch.autograd.Function):
                 sums -= bias.to(sums.dtype) * grad_rows.sum(0, dtype=sums.dtype)
             grad_gain = torch.where(gain == 0, 0, sums / gain).to(gain.dtype)
         if ctx.needs_input_grad[5]:
-            # The rest of a trained bias' gradient comes through base_output.
+            # The rest of a trained bias' gradient comes through the base.
             grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(bias.dtype)
-        grad_base = (grad_rows * gain.to(dtype)).view(grad.shape) if ctx.needs_input_grad[0] else None
-        return grad_base, grad_x, grad_A, grad_B, grad_gain, grad_bias, None
+        grad_base = grad_rows * gain.to(dtype)
+        if ctx.needs_input_grad[1]:
+            grad_x = input_gradient(grad_base, base, grad_inner, A.to(dtype)).view(x.shape).to(x.dtype)
+        grad_first, grad_rest = base_gradients(grad_base.view(grad.shape), base, ctx.needs_input_grad)
+        return grad_first, grad_x, grad_A, grad_B, grad_gain, grad_bias, None, *grad_rest
 
 
 def column_dots(left: Tensor, right: Tensor) -> Tensor:
@@ -178,18 +194,30 @@ class DoRALinear(Magnitude, LoRALinear):
         return dense_weight(self.base_layer)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A.weight, self.lora_B.weight
+        return LoRALinear.factors(self)
+
+    def fuses(self, x: Tensor) -> bool:
+        return not (self.dropout and self.training)  # the base is fed the dropped input as well
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
-        A, B, bias, gain = self.lora_A.weight, self.lora_B.weight, self.base_layer.bias, self.gain()
-        if not (self.dropout and self.training):
-            return MagnitudeProduct.apply(base_output, x, A, B, gain, bias, self.scaling)
+        if self.fuses(x):
+            return self.add_to(given(base_output), x)
+        bias = self.base_layer.bias
         dropped = F.dropout(x, self.dropout)
         dropped_output = self.base_layer(dropped)
         if bias is not None:
             dropped_output = dropped_output - bias
-        scaled = MagnitudeProduct.apply(dropped_output.clone(), dropped, A, B, gain, None, self.scaling)
+        scaled = self._scaled(given(dropped_output.clone()), dropped, None)
         return base_output + (scaled - dropped_output)
+
+    def add_to(self, base: Base, x: Tensor) -> Tensor:
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return self._scaled(base, x, bias)
+
+    def _scaled(self, base: Base, x: Tensor, bias: Tensor | None) -> Tensor:
+        A, B = self.factors()
+        return MagnitudeProduct.apply(base.first, x, A, B, self.gain(), bias, self.scaling, *base.rest())
 
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.base_layer).float()

@@ -10,6 +10,17 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
 from lightning_peft.adapters.bias import Bias
+from lightning_peft.adapters.frozen_linear import (
+    GIVEN,
+    Base,
+    FusedAdapter,
+    add_product,
+    base_gradients,
+    base_output,
+    can_redraw,
+    input_gradient,
+    mark_written,
+)
 from lightning_peft.adapters.init import INITS, NEED_RANK_WITHIN_LAYER
 from lightning_peft.quantization.weights import linear_shape
 
@@ -52,17 +63,6 @@ class LoRAConfig(AdapterConfig):
         }
 
 
-def add_product(ctx: Any, base_output: Tensor, inner: Tensor, matrix: Tensor, scaling: float = 1.0) -> Tensor:
-    """base_output + scaling * inner matrix, written over base_output inside the forward of an autograd function."""
-    rows = base_output.view(-1, base_output.shape[-1])
-    if torch.compiler.is_compiling():
-        # The compiler cannot follow mark_dirty, and finds by itself what it can overwrite.
-        return torch.addmm(rows, inner, matrix, alpha=scaling).view(base_output.shape)
-    rows.addmm_(inner, matrix, alpha=scaling)
-    ctx.mark_dirty(base_output)
-    return base_output
-
-
 def random_state(device: torch.device) -> torch.Generator:
     """The generator that dropout on this device draws from."""
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
@@ -79,7 +79,7 @@ def dropout_mask(shape: torch.Size, dropout: float, like: Tensor, state: Tensor)
 
 
 class LowRankProduct(torch.autograd.Function):
-    """base_output + scaling * dropout(x) A^T B^T, written over base_output.
+    """base + scaling * dropout(x) A^T B^T, where `base` is what the frozen layer makes of x.
 
     Saves the (N, R) product and, when A trains, x once in the dtype it came in: the same tensor for all layers that it
     is fed to. Dropout is drawn again in the backward pass. The gradients of A and B come out in their own dtype.
@@ -87,40 +87,56 @@ class LowRankProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0
+        ctx: Any, first: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float, *rest: Any
     ) -> Tensor:
-        dtype = base_output.dtype
+        base = Base.of(first, rest)
+        dtype = base.dtype
         ctx.dropout_state = random_state(x.device).get_state() if dropout else None
-        dropped = F.dropout(x, dropout) if dropout else x
-        inner = dropped.reshape(-1, x.shape[-1]).to(dtype) @ A.to(dtype).t()
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, inner, A, B)
+        cast = x.to(dtype)
+        dropped = F.dropout(x, dropout).to(dtype) if dropout else cast
+        inner = dropped.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
+        output = add_product(base_output(cast, base), inner, B.to(dtype).t())
+        mark_written(ctx, base, output)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, inner, A, B, *base.kept())
+        ctx.base = base._replace(tensors=())
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.scaling, ctx.dropout = scaling, dropout
-        return add_product(ctx, base_output, inner, B.to(dtype).t(), scaling)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, inner, A, B = ctx.saved_tensors
+        x, inner, A, B, *frozen = ctx.saved_tensors
+        base = ctx.base._replace(tensors=tuple(frozen))
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_inner = (grad_rows @ B.to(dtype)).mul_(ctx.scaling)
         grad_x = grad_A = grad_B = mask = None
         if ctx.dropout and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             mask = dropout_mask(ctx.x_shape, ctx.dropout, grad.new_empty(0, dtype=ctx.x_dtype), ctx.dropout_state)
-        if ctx.needs_input_grad[1]:
-            grad_x = (grad_inner @ A.to(dtype)).view(ctx.x_shape).to(ctx.x_dtype)
-            if mask is not None:
-                grad_x.mul_(mask)
-        if ctx.needs_input_grad[2]:
-            dropped = x if mask is None else mask.mul_(x)
-            grad_A = (grad_inner.t() @ dropped.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype)
+        # The small products first, while what they read is in the caches.
+        grad_inner = grad_rows @ B.to(dtype)
         if ctx.needs_input_grad[3]:
-            grad_B = (grad_rows.t() @ inner).to(B.dtype).mul_(ctx.scaling)
-        return grad, grad_x, grad_A, grad_B, None, None
+            # Of the two ways to write this product, the one that leaves the wide matrix as it lies.
+            grad_B = (inner.t() @ grad_rows).t().to(B.dtype, memory_format=torch.contiguous_format)
+        if ctx.needs_input_grad[2]:
+            dropped = x if mask is None else mask * x
+            grad_A = (grad_inner.t() @ dropped.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype).mul_(ctx.scaling)
+        if ctx.needs_input_grad[1]:
+            grad_x = input_gradient(grad_rows, base, grad_inner, (ctx.scaling * A).to(dtype), mask)
+            grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
+        grad_first, grad_rest = base_gradients(grad, base, ctx.needs_input_grad)
+        return grad_first, grad_x, grad_A, grad_B, None, None, *grad_rest
 
 
-class LoRALinear(Adapter):
+def add_low_rank(base: Base, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    """base + scaling * dropout(x) A^T B^T, (..., out_features). A base that was not run needs `can_redraw` to drop."""
+    if dropout and not can_redraw(x):
+        assert base.form == GIVEN
+        x, dropout = F.dropout(x, dropout), 0.0
+    return LowRankProduct.apply(base.first, x, A, B, scaling, dropout, *base.rest())
+
+
+class LoRALinear(FusedAdapter):
     """y = W x + scaling * B A x, scaling = alpha / rank   (eq. 3 and section 4.1).
 
     A is (rank, in_features), B is (out_features, rank), both fp32 whatever the base computes in. With the default
@@ -168,12 +184,13 @@ class LoRALinear(Adapter):
         self.lora_A.weight.copy_(A)
         self.lora_B.weight.copy_(B)
 
-    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+    def add_to(self, base: Base, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if dropout and (torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda")):
-            # The compiler does not follow generators, and decides by itself what it draws again.
-            x, dropout = F.dropout(x, dropout), 0.0
-        return LowRankProduct.apply(base_output, x, self.lora_A.weight, self.lora_B.weight, self.scaling, dropout)
+        return add_low_rank(base, x, *self.factors(), self.scaling, dropout)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (rank, in_features) and B (out_features, rank), as the product takes them."""
+        return self.lora_A.weight, self.lora_B.weight
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())

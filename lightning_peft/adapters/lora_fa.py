@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Target
-from lightning_peft.adapters.lora import LoRAConfig, LoRALinear, LowRankProduct
+from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
 
 
 @dataclass
@@ -55,9 +54,6 @@ class LoRAFALinear(LoRALinear):
         self.gradient_correction = gradient_correction
         self.lora_A.weight.requires_grad_(False)
 
-    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
-        if not self.gradient_correction:
-            return super().adapt(x, base_output)
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        B = CorrectedGradient.apply(self.lora_B.weight, self.lora_A.weight, self.scaling)
-        return LowRankProduct.apply(base_output, x, self.lora_A.weight, B, self.scaling)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = super().factors()
+        return A, CorrectedGradient.apply(B, A, self.scaling) if self.gradient_correction else B

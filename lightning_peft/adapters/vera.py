@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
-from lightning_peft.adapters.lora import add_product
+from lightning_peft.adapters.base import AdapterConfig, Target
+from lightning_peft.adapters.frozen_linear import (
+    Base,
+    FusedAdapter,
+    add_product,
+    base_gradients,
+    base_output,
+    input_gradient,
+    mark_written,
+)
 from lightning_peft.quantization.weights import linear_shape
 
 
@@ -72,34 +80,41 @@ class SharedProjection(nn.Module):
 
 
 class VectorProduct(torch.autograd.Function):
-    """base_output + b * (B (d * (A x))), written over base_output. Keeps (N, rank) of activations, not x."""
+    """base + b * (B (d * (A x))), where `base` is what the frozen layer makes of x. Keeps (N, rank) of activations."""
 
     @staticmethod
-    def forward(ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-        dtype = base_output.dtype
-        inner = x.reshape(-1, x.shape[-1]).to(dtype) @ A.to(dtype).t()
-        ctx.save_for_backward(inner, A, B, d, b)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        return add_product(ctx, base_output, inner, (b[:, None] * B * d).to(dtype).t())
+    def forward(ctx: Any, first: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, *rest: Any) -> Tensor:
+        base = Base.of(first, rest)
+        dtype = base.dtype
+        cast = x.to(dtype)
+        inner = cast.reshape(-1, x.shape[-1]) @ A.to(dtype).t()
+        output = add_product(base_output(cast, base), inner, (b[:, None] * B * d).to(dtype).t())
+        mark_written(ctx, base, output)
+        ctx.save_for_backward(inner, A, B, d, b, *base.kept())
+        ctx.base, ctx.x_shape, ctx.x_dtype = base._replace(tensors=()), x.shape, x.dtype
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        inner, A, B, d, b = ctx.saved_tensors
+        inner, A, B, d, b, *frozen = ctx.saved_tensors
+        base = ctx.base._replace(tensors=tuple(frozen))
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_scaled = grad_rows @ (b[:, None] * B).to(dtype)
         grad_x = grad_d = grad_b = None
         if ctx.needs_input_grad[1]:
-            grad_x = ((grad_scaled * d.to(dtype)) @ A.to(dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+            grad_x = input_gradient(grad_rows, base, grad_scaled * d.to(dtype), A.to(dtype))
+            grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[4]:
             grad_d = (grad_scaled * inner).sum(0, dtype=d.dtype)
         if ctx.needs_input_grad[5]:
             grad_b = ((grad_rows.t() @ inner).to(b.dtype) * (B * d)).sum(1)
-        return grad, grad_x, None, None, grad_d, grad_b
+        grad_first, grad_rest = base_gradients(grad, base, ctx.needs_input_grad)
+        return grad_first, grad_x, None, None, grad_d, grad_b, *grad_rest
 
 
-class VeRALinear(Adapter):
+class VeRALinear(FusedAdapter):
     """y = W x + b * (B (d * (A x)))   (eq. 2).
 
     Trained: `vera_lambda_d` (rank,), constant at the start, and `vera_lambda_b` (out_features,), zero. There is no
@@ -128,9 +143,13 @@ class VeRALinear(Adapter):
         (shared,) = self._shared
         return shared.vera_A[:, : self.in_features], shared.vera_B[: self.out_features]
 
-    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+    def fuses(self, x: Tensor) -> bool:
+        return not (self.dropout and self.training)
+
+    def add_to(self, base: Base, x: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return VectorProduct.apply(base_output, x, *self.projection(), self.vera_lambda_d, self.vera_lambda_b)
+        d, b = self.vera_lambda_d, self.vera_lambda_b
+        return VectorProduct.apply(base.first, x, *self.projection(), d, b, *base.rest())
 
     def delta_weight(self) -> Tensor:
         A, B = self.projection()

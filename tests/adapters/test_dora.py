@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters import dora
 from lightning_peft.adapters.dora import DoRAEmbedding, DoRALinear, MagnitudeProduct, adapted_row_norms
+from lightning_peft.adapters.frozen_linear import given
 from lightning_peft.quantization.nf4 import NF4Linear
 from lightning_peft.quantization.weights import dense_weight
 
@@ -72,7 +73,8 @@ def test_product_passes_gradcheck(with_bias: bool) -> None:
     bias = torch.randn(5, dtype=torch.float64) if with_bias else None
 
     def product(base_output: Tensor, *rest: Tensor) -> Tensor:
-        return MagnitudeProduct.apply(base_output.clone(), *rest, bias, 1.7)
+        base = given(base_output.clone())
+        return MagnitudeProduct.apply(base.first, *rest, bias, 1.7, *base.rest())
 
     assert torch.autograd.gradcheck(product, inputs)
 

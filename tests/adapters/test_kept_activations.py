@@ -10,7 +10,7 @@ from adapter_models import adapted, perturb, tokens
 from torch import Tensor, nn
 
 from lightning_peft.adapters.dora import DoRALinear
-from lightning_peft.adapters.lora import LoRALinear, LowRankProduct
+from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.adapters.lora_fa import LoRAFALinear
 
 
@@ -40,17 +40,6 @@ def activation_bytes(**options: Any) -> int:
 
 def test_dropout_is_drawn_again_not_kept() -> None:
     assert activation_bytes(dropout=0.5) == activation_bytes(dropout=0.0)
-
-
-def test_product_with_dropout_passes_gradcheck() -> None:
-    shapes = [(2, 3, 5), (2, 3, 4), (2, 4), (5, 2)]
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-
-    def product(base_output: Tensor, *rest: Tensor) -> Tensor:
-        torch.manual_seed(1)
-        return LowRankProduct.apply(base_output.clone(), *rest, 1.7, 0.5)
-
-    assert torch.autograd.gradcheck(product, inputs)
 
 
 @pytest.mark.parametrize("kind", [LoRALinear, LoRAFALinear])

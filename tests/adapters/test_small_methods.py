@@ -5,6 +5,7 @@ import torch
 from adapter_models import adapted, config_for, llama
 from torch import Tensor, nn
 
+from lightning_peft.adapters.frozen_linear import given
 from lightning_peft.adapters.hira import HadamardProduct, HiRALinear
 from lightning_peft.adapters.ia3 import IA3Linear
 from lightning_peft.adapters.inject import SHARED, adapters, inject_adapters
@@ -20,7 +21,8 @@ def test_vera_product_passes_gradcheck() -> None:
     ]
 
     def product(base_output: Tensor, *rest: Tensor) -> Tensor:
-        return VectorProduct.apply(base_output.clone(), *rest)
+        base = given(base_output.clone())
+        return VectorProduct.apply(base.first, *rest, *base.rest())
 
     assert torch.autograd.gradcheck(product, inputs)
 

@@ -1,0 +1,133 @@
+"""The base inside the autograd function of its change: the same numbers as beside it, for every form of base."""
+
+from typing import Any
+
+import pytest
+import torch
+from adapter_models import adapted, perturb, tokens
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.adapters.adalora import AdaLoRALinear
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.dora import DoRALinear
+from lightning_peft.adapters.frozen_linear import DENSE, frozen_base
+from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.quantization.nf4 import NF4Linear
+
+KINDS = [LoRALinear, AdaLoRALinear, DoRALinear]
+FORMS = ["dense", "dense with bias", "nf4 with bias", "int8"]
+
+
+def adapted_layer(kind: type[Any], form: str, dropout: float = 0.0) -> Any:
+    """A layer 64 -> 24 in fp64 whose adapter changes something; its bias, if it has one, trains."""
+    torch.manual_seed(0)
+    base: nn.Module = nn.Linear(64, 24, bias="bias" in form, dtype=torch.float64)
+    if not form.startswith("dense"):
+        base = NF4Linear.from_weight(base.weight.data, base.bias, kind=form.split()[0])
+    else:
+        base.weight.requires_grad_(False)
+    layer = kind(base, rank=4, alpha=6.8, dropout=dropout).double().train()
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, 1.0, 0.5)
+    return layer
+
+
+def trained(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_pass_gradcheck(kind: type[Any], form: str, dropout: float) -> None:
+    if dropout and kind is DoRALinear:
+        pytest.skip("drops the base's input as well: not one function")
+    layer = adapted_layer(kind, form, dropout)
+    names = list(trained(layer))
+    if kind is DoRALinear:  # the norms that its gain has are constants to the gradient
+        norms = layer.weight_norms()
+        layer.weight_norms = lambda: norms
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
+    assert frozen_base(layer.base_layer, x) is not None
+    assert torch.autograd.gradcheck(output, (x, *trained(layer).values()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_run_before_gives_the_same(kind: type[Any], form: str, dropout: float) -> None:
+    layer = adapted_layer(kind, form, dropout)
+    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *trained(layer).values()]
+    results = []
+    for forward in (layer.forward, lambda x: Adapter.forward(layer, x)):
+        torch.manual_seed(1)
+        output = forward(x)
+        results.append([output, *torch.autograd.grad(output.square().sum(), wanted)])
+    torch.testing.assert_close(*results)
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_no_cast_weight() -> None:
+    layer = adapted_layer(LoRALinear, "dense").float()
+    x = torch.randn(5, 64, requires_grad=True)
+    saved: list[Tensor] = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        output = layer(x)
+        expected = Adapter.forward(layer, x)
+    assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
+    output.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    weights = [t for t in saved[:5] if t.shape == (24, 64)]
+    assert [t.data_ptr() for t in weights] == [layer.base_layer.weight.data_ptr()]
+
+
+def test_a_layer_with_hooks_or_a_forward_of_its_own_is_called() -> None:
+    x = torch.randn(3, 64, dtype=torch.float64)
+    layer = adapted_layer(LoRALinear, "dense")
+    calls: list[str] = []
+    layer.base_layer.register_forward_hook(lambda *_: calls.append("hook"))
+    layer(x)
+    assert calls == ["hook"]
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    assert frozen_base(Doubled(64, 24).double(), x) is None
+    assert frozen_base(Conv1D(24, 64).double().requires_grad_(False), x) is None
+    assert frozen_base(nn.Linear(64, 24).double(), x) is None  # it trains
+    frozen = nn.Linear(64, 24).double().requires_grad_(False)
+    base = frozen_base(frozen, x)
+    assert base is not None and base.form == DENSE and base.tensors == (frozen.weight, frozen.bias)
+
+
+def test_the_output_can_be_written_over() -> None:
+    """As a residual added in place does."""
+    layer = adapted_layer(LoRALinear, "dense")
+    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
+    layer(x).add_(1).sum().backward()
+    assert x.grad is not None
+
+
+def test_one_node_a_layer() -> None:
+    model = perturb(adapted("lora")).train()
+    loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+    names, seen, left = [], set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.append(node.name())
+            left += [function for function, _ in node.next_functions]
+    assert names.count("LowRankProductBackward") == 14
+    assert names.count("MmBackward0") == 1  # the head
