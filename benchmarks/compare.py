@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.machine import fastest_dtype
-from benchmarks.ours import WARM_UP_STEPS, peak_gib, train_command
+from benchmarks.ours import peak_gib, train_command
 from benchmarks.results import FOLDER, Results
 from benchmarks.rivals import RIVALS, rival_command, why_not
-from benchmarks.turns import run_in_turns
+from benchmarks.turns import WARM_UP_STEPS, run_in_turns
 from benchmarks.workloads import WORKLOADS, Workload, write_model, write_steps
 
 LEARNING_RATE = 2e-4

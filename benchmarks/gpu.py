@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.ours import WARM_UP_STEPS, measure_runs, peak_gib
+from benchmarks.ours import measure_runs, peak_gib
 from benchmarks.results import FOLDER, Results
 from benchmarks.rivals import measure_rival
 from benchmarks.shapes import SHAPES, write_shape
+from benchmarks.turns import WARM_UP_STEPS
 from benchmarks.workloads import Workload
 
 

@@ -20,7 +20,11 @@ def synchronize() -> None:
 
 
 class PeakMemory:
-    """Watches this process from its creation on; create it after the imports and before the model is loaded."""
+    """Watches this process from its creation on; create it after the imports and before the model is loaded.
+
+    The watching thread wakes a hundred times a second, which costs a step on two cores a tenth of its time: after
+    `stop_watching` the memory is read where `look` is called.
+    """
 
     def __init__(self, interval: float = 0.01):
         self.before = self.peak = anonymous_bytes()
@@ -32,12 +36,18 @@ class PeakMemory:
 
     def _watch(self, interval: float) -> None:
         while not self._stop.wait(interval):
-            self.peak = max(self.peak, anonymous_bytes())
+            self.look()
+
+    def look(self) -> None:
+        self.peak = max(self.peak, anonymous_bytes())
+
+    def stop_watching(self) -> None:
+        self._stop.set()
+        self._thread.join()
 
     def stop(self) -> dict[str, Any]:
         """Peaks in GiB: anonymous memory above the start, resident set as a whole, allocated on the device."""
-        self._stop.set()
-        self._thread.join()
+        self.stop_watching()
         peaks = {
             "anonymous_gib": (self.peak - self.before) / 2**30,
             "resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

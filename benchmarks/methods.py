@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ours import WARM_UP_STEPS, measure_runs, peak_gib
+from benchmarks.ours import measure_runs, peak_gib
 from benchmarks.results import FOLDER, Results
+from benchmarks.turns import WARM_UP_STEPS
 from benchmarks.workloads import Workload
 from lightning_peft.compose import compose_config
 

@@ -10,18 +10,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.memory import PeakMemory, synchronize
-from benchmarks.turns import Turns, run_in_turns
-
-WARM_UP_STEPS = 2
-"""Steps at the start that no median counts: first calls allocate and compile."""
+from benchmarks.turns import WARM_UP_STEPS, Turns, run_in_turns
 
 
 class TakeTurns(Callback):
     """Asks for its turn before each batch; `train` creates it before the model is loaded."""
 
     def __init__(self) -> None:
-        self.turns = Turns(synchronize)
-        self.memory = PeakMemory()
+        self.turns = Turns(synchronize, PeakMemory())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.turns.begin()
@@ -33,7 +29,7 @@ class TakeTurns(Callback):
         self.turns.tokens = batch.num_tokens
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.turns.end(peak=self.memory.stop())
+        self.turns.end()
 
 
 def train_command(overrides: Sequence[str], steps: int, run_dir: Path) -> list[str]:

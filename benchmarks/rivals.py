@@ -29,8 +29,7 @@ from transformers import (
 
 from benchmarks.machine import fastest_dtype
 from benchmarks.memory import PeakMemory, synchronize
-from benchmarks.ours import WARM_UP_STEPS
-from benchmarks.turns import Turns, run_in_turns
+from benchmarks.turns import WARM_UP_STEPS, Turns, run_in_turns
 from benchmarks.workloads import TokenRow, write_steps
 
 
@@ -157,14 +156,14 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     steps: list[list[TokenRow]] = json.loads((options.folder / "steps.json").read_text())
     rows = Dataset.from_list([{key: [row[key] for row in step] for key in ("input_ids", "labels")} for step in steps])
-    turns, memory = Turns(synchronize), PeakMemory()
+    turns = Turns(synchronize, PeakMemory())
     with tempfile.TemporaryDirectory() as output:
         arguments = training_arguments(len(steps), options.lr, dtype, output, options.checkpointing)
         trainer = RIVALS[options.name](
             options.folder, dtype, arguments, train_dataset=rows, data_collator=pad, callbacks=[TakeTurns(turns)]
         )
         trainer.train()
-        turns.end(peak=memory.stop())
+        turns.end()
 
 
 if __name__ == "__main__":

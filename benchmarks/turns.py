@@ -13,9 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import PeakMemory
+
 PIPES = "BENCHMARK_PIPES"
 """Environment variable with the two file descriptors a training process talks over."""
 ROOT = Path(__file__).parent.parent
+WARM_UP_STEPS = 2
+"""Steps at the start that no median counts: first calls allocate and compile, and the memory is watched."""
 END_OF_OUTPUT = 3000
 """Characters of a failed process's output that are shown."""
 
@@ -23,11 +27,13 @@ END_OF_OUTPUT = 3000
 class Turns:
     """The training process's end: call `begin` before each step and `end` after the last one.
 
-    `synchronize` waits for the device, so that a step's time holds all of its work.
+    `synchronize` waits for the device, so that a step's time holds all of its work. `memory` is watched in the warm-up
+    and read after each step that is timed; its peaks go to the summary.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
-        self._synchronize = synchronize
+    def __init__(self, synchronize: Callable[[], None] | None = None, memory: PeakMemory | None = None) -> None:
+        self._synchronize, self._memory = synchronize, memory
+        self._steps = 0
         read, write = os.environ[PIPES].split(",")
         self._go = os.fdopen(int(read), "r")
         self._reports = os.fdopen(int(write), "w")
@@ -39,12 +45,15 @@ class Turns:
 
     def begin(self) -> None:
         self._report_step()
+        if self._memory is not None and self._steps == WARM_UP_STEPS:
+            self._memory.stop_watching()
+        self._steps += 1
         self._go.readline()
         self._started = time.perf_counter(), time.process_time()
 
-    def end(self, **summary: Any) -> None:
+    def end(self) -> None:
         self._report_step()
-        self._send(summary)
+        self._send({} if self._memory is None else {"peak": self._memory.stop()})
 
     def _report_step(self) -> None:
         if self._started is None:
@@ -53,6 +62,8 @@ class Turns:
         if self._synchronize is not None:
             self._synchronize()
         seconds, cpu_seconds = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+        if self._memory is not None:
+            self._memory.look()
         self._send({"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": self.loss, "tokens": self.tokens})
 
     def _send(self, message: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ def test_steps_alternate_and_are_reported(tmp_path):
     sides = run_in_turns(commands, 3, tmp_path)
     assert (tmp_path / "order").read_text() == "ABABAB"
     assert sides["A"]["losses"] == sides["B"]["losses"] == [0.0, 1.0, 2.0]
-    assert sides["B"]["peak"] == {"anonymous_gib": 1.0}
+    assert sides["B"]["peak"]["anonymous_gib"] > 96 / 1024
     assert all(seconds > 0 for seconds in sides["A"]["seconds"])
     assert sides["A"]["first_step_seconds"] == sides["A"]["start_seconds"] + sides["A"]["seconds"][0]
 
