@@ -10,8 +10,8 @@ there rows are computed in fp32.
 """
 
 import math
-from collections.abc import Iterator
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 MAX_STRIP, MIN_STRIP = 128, 32
 """Queries of a strip. Ours: shorter ones multiply slower, longer ones compute more of what the mask then hides."""
+STRIP_COST = 2**17
+"""Scores that cost as much as the start of a strip's thirty operators (fitted to times on two AVX-512 cores)."""
 STRIP_BYTES = 2**25
 """fp32 scores of a strip longer than the shortest. Ours: with fewer the products of long samples are too small."""
 
@@ -51,19 +53,41 @@ def strip_length(heads: int, keys: int) -> int:
     return min(MAX_STRIP, max(MIN_STRIP, fitting))
 
 
-def cut_strips(first_keys: Tensor, heads: int) -> Iterator[Strip]:
-    """The strips of rows whose query i sees the keys from first_keys[i] (T,) to i."""
-    positions = torch.arange(first_keys.shape[0])
-    start = 0
-    while start < first_keys.shape[0]:
-        first = int(first_keys[start])
-        stop = min(start + strip_length(heads, start + MAX_STRIP - first), first_keys.shape[0])
-        lower = first_keys[start:stop, None]
-        # Where all queries begin at the same key, only the square on the diagonal hides anything.
-        keys = positions[start if int(first_keys[stop - 1]) == first else first : stop]
-        hidden = (keys < lower) | (keys > positions[start:stop, None])
-        yield Strip(start, stop, first, torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")))
-        start = stop
+def cut_strips(first_keys: Tensor, bounds: list[int], heads: int) -> list[Strip]:
+    """The strips of rows whose query i sees the keys from first_keys[i] (T,) to i; `bounds` of their samples, 0 to T.
+
+    Of all ways to cut, at the bounds and at every MIN_STRIP tokens between them, the one with the fewest scores, where
+    each strip counts as STRIP_COST more.
+    """
+    first = first_keys.tolist()
+    cuts = [cut for a, b in pairwise(bounds) for cut in range(a, b, MIN_STRIP)] + bounds[-1:]
+    cost, previous = [0], [0]
+    for place in range(1, len(cuts)):
+        ways = []
+        for before in range(place - 1, -1, -1):
+            queries, keys = cuts[place] - cuts[before], cuts[place] - first[cuts[before]]
+            if queries > strip_length(heads, keys):
+                break
+            ways.append((cost[before] + STRIP_COST + heads * queries * keys, before))
+        least, best = min(ways)
+        cost.append(least)
+        previous.append(best)
+    strips = []
+    place = len(cuts) - 1
+    while place > 0:
+        strips.append(mask_strip(first_keys, cuts[previous[place]], cuts[place]))
+        place = previous[place]
+    return strips[::-1]
+
+
+def mask_strip(first_keys: Tensor, start: int, stop: int) -> Strip:
+    positions = torch.arange(stop)
+    first = int(first_keys[start])
+    lower = first_keys[start:stop, None]
+    # Where all queries begin at the same key, only the square on the diagonal hides anything.
+    keys = positions[start if int(first_keys[stop - 1]) == first else first :]
+    hidden = (keys < lower) | (keys > positions[start:, None])
+    return Strip(start, stop, first, torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")))
 
 
 def strips_of_rows(
@@ -81,13 +105,15 @@ def _strips_of_rows(
     segments: tuple[Segment, ...], rows: int, width: int, heads: int, window: int | None
 ) -> list[tuple[slice, list[Strip]]]:
     first_keys = torch.empty(rows, width, dtype=torch.int64)
+    bounds: list[list[int]] = [[0] for _ in range(rows)]
     for row, start, stop in segments:
         first_keys[row, start:stop] = start
+        bounds[row].append(stop)
     if window is not None:
         first_keys = torch.maximum(first_keys, torch.arange(width) - (window - 1))
     if bool((first_keys == first_keys[0]).all()):
-        return [(slice(0, rows), list(cut_strips(first_keys[0], rows * heads)))]
-    return [(slice(row, row + 1), list(cut_strips(keys, heads))) for row, keys in enumerate(first_keys)]
+        return [(slice(0, rows), cut_strips(first_keys[0], bounds[0], rows * heads))]
+    return [(slice(row, row + 1), cut_strips(first_keys[row], bounds[row], heads)) for row in range(rows)]
 
 
 def split_heads(x: Tensor, groups: int, strip: Strip) -> Tensor:

@@ -1,12 +1,14 @@
 """Attention by strips against the formula, at lengths of several strips."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_peft.models import cpu_attention
 from lightning_peft.models.attention import varlen_attention
-from lightning_peft.models.cpu_attention import MAX_STRIP, MIN_STRIP, strip_length, strips_of_rows
+from lightning_peft.models.cpu_attention import MAX_STRIP, MIN_STRIP, cut_strips, strip_length, strips_of_rows
 
 WIDTH = 2 * MAX_STRIP + 44
 
@@ -78,3 +80,20 @@ def test_strips_cover_every_query_once_and_only_its_sample() -> None:
         assert strips[-1].stop == WIDTH
         starts = [start for start in PACKED if start // WIDTH == rows.start]
         assert all(strip.first == max(s % WIDTH for s in starts if s % WIDTH <= strip.start) for strip in strips)
+
+
+@pytest.mark.parametrize("bounds", [[0, 700], [0, 130, 290, 700], [0, *range(7, 700, 9), 700]])
+@pytest.mark.parametrize("heads", [9, 600])
+def test_strips_cover_every_query_once_and_begin_with_the_first_key_it_sees(bounds, heads):
+    first_keys = torch.cat([torch.full((b - a,), a) for a, b in pairwise(bounds)])
+    strips = cut_strips(first_keys, bounds, heads)
+    assert [strip.start for strip in strips] == [0, *(strip.stop for strip in strips[:-1])] and strips[-1].stop == 700
+    for strip in strips:
+        assert strip.first == first_keys[strip.start]
+        assert strip.stop - strip.start <= strip_length(heads, strip.stop - strip.first)
+
+
+def test_long_samples_begin_a_strip_and_short_ones_share_it():
+    first_keys = torch.cat([torch.full((n,), start) for n, start in ((250, 0), (250, 250), (20, 500), (20, 520))])
+    strips = cut_strips(first_keys, [0, 250, 500, 520, 540], 9)
+    assert {0, 250} <= {strip.start for strip in strips} and 520 not in {strip.start for strip in strips}
