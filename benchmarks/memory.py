@@ -39,7 +39,8 @@ class PeakMemory:
             self.look()
 
     def look(self) -> None:
-        self.peak = max(self.peak, anonymous_bytes())
+        now = anonymous_bytes()
+        self.peak = max(self.peak, now)
 
     def stop_watching(self) -> None:
         self._stop.set()

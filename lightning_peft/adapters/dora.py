@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.frozen_linear import (
+    GIVEN,
     Base,
     add_product,
     base_gradients,
@@ -62,11 +63,13 @@ class MagnitudeProduct(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         gain: Tensor,
-        bias: Tensor | None,
+        given_bias: Tensor | None,
         scaling: float,
         *rest: Any,
     ) -> Tensor:
         base = Base.of(first, rest)
+        # The compiler refuses to be given one tensor twice.
+        bias = given_bias if base.form == GIVEN else base.tensors[-1]
         dtype = base.dtype
         cast = x.to(dtype)
         inner = cast.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
@@ -78,15 +81,16 @@ class MagnitudeProduct(torch.autograd.Function):
         else:
             output.addcmul_(unbiased, (gain - 1).to(dtype))
         mark_written(ctx, base, output)
-        ctx.save_for_backward(x, inner, A, B, gain, bias, output, *base.kept())
+        ctx.save_for_backward(x, inner, A, B, gain, given_bias, output, *base.kept())
         ctx.base, ctx.scaling = base._replace(tensors=()), scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, inner, A, B, gain, bias, output, *frozen = ctx.saved_tensors
+        x, inner, A, B, gain, given_bias, output, *frozen = ctx.saved_tensors
         base = ctx.base._replace(tensors=tuple(frozen))
+        bias = given_bias if base.form == GIVEN else base.tensors[-1]
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_A = grad_B = grad_gain = grad_bias = None
@@ -104,12 +108,15 @@ class MagnitudeProduct(torch.autograd.Function):
                 sums -= bias.to(sums.dtype) * grad_rows.sum(0, dtype=sums.dtype)
             grad_gain = torch.where(gain == 0, 0, sums / gain).to(gain.dtype)
         if ctx.needs_input_grad[5]:
-            # The rest of a trained bias' gradient comes through the base.
-            grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(bias.dtype)
+            # The rest of a trained bias' gradient comes through the given output.
+            grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(given_bias.dtype)
         grad_base = grad_rows * gain.to(dtype)
         if ctx.needs_input_grad[1]:
             grad_x = input_gradient(grad_base, base, grad_inner, A.to(dtype)).view(x.shape).to(x.dtype)
-        grad_first, grad_rest = base_gradients(grad_base.view(grad.shape), base, ctx.needs_input_grad)
+        to_base = (
+            grad_base.view(grad.shape) if base.form == GIVEN else grad
+        )  # the bias of a base that is run has no gain
+        grad_first, grad_rest = base_gradients(to_base, base, ctx.needs_input_grad)
         return grad_first, grad_x, grad_A, grad_B, grad_gain, grad_bias, None, *grad_rest
 
 
@@ -211,7 +218,7 @@ class DoRALinear(Magnitude, LoRALinear):
         return base_output + (scaled - dropped_output)
 
     def add_to(self, base: Base, x: Tensor) -> Tensor:
-        bias = self.base_layer.bias
+        bias = self.base_layer.bias if base.form == GIVEN else None
         assert bias is None or isinstance(bias, Tensor)
         return self._scaled(base, x, bias)
 

@@ -56,6 +56,8 @@ def frozen_base(layer: nn.Module, x: Tensor) -> Base | None:
     """The base to run on x (..., in_features); None where only the layer's own forward says what it does."""
     if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
         return None
+    if "forward" in layer.__dict__:  # as libraries that move weights to and fro put one there
+        return None
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if type(layer) is NF4Linear:
@@ -130,11 +132,8 @@ def mark_written(ctx: Any, base: Base, output: Tensor) -> None:
         ctx.mark_dirty(output)
 
 
-def input_gradient(grad: Tensor, base: Base, grad_inner: Tensor, A: Tensor, mask: Tensor | None = None) -> Tensor:
-    """grad W + grad_inner A, (N, in_features); of a given base the second alone, which dropout's mask multiplies."""
-    if mask is not None:
-        dropped = (grad_inner @ A).mul_(mask.view(-1, A.shape[1]))
-        return dropped if base.form == GIVEN else base_input_gradient(grad, base).add_(dropped)
+def input_gradient(grad: Tensor, base: Base, grad_inner: Tensor, A: Tensor) -> Tensor:
+    """grad W + grad_inner A, (N, in_features), a new tensor; of a given base the second alone."""
     if base.form == GIVEN:
         return grad_inner @ A
     return add_product(base_input_gradient(grad, base), grad_inner, A)

@@ -16,6 +16,7 @@ from lightning_peft.adapters.frozen_linear import (
     FusedAdapter,
     add_product,
     base_gradients,
+    base_input_gradient,
     base_output,
     can_redraw,
     input_gradient,
@@ -93,7 +94,8 @@ class LowRankProduct(torch.autograd.Function):
         dtype = base.dtype
         ctx.dropout_state = random_state(x.device).get_state() if dropout else None
         cast = x.to(dtype)
-        dropped = F.dropout(x, dropout).to(dtype) if dropout else cast
+        # Contiguous, as the mask that is drawn again is.
+        dropped = F.dropout(x.contiguous(), dropout).to(dtype) if dropout else cast
         inner = dropped.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
         output = add_product(base_output(cast, base), inner, B.to(dtype).t())
         mark_written(ctx, base, output)
@@ -110,19 +112,28 @@ class LowRankProduct(torch.autograd.Function):
         base = ctx.base._replace(tensors=tuple(frozen))
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_A = grad_B = mask = None
-        if ctx.dropout and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            mask = dropout_mask(ctx.x_shape, ctx.dropout, grad.new_empty(0, dtype=ctx.x_dtype), ctx.dropout_state)
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        grad_x = grad_A = grad_B = mask = low_rank = None
         # The small products first, while what they read is in the caches.
         grad_inner = grad_rows @ B.to(dtype)
-        if ctx.needs_input_grad[3]:
+        scaled_A = (ctx.scaling * A).to(dtype)
+        if needs_B:
             # Of the two ways to write this product, the one that leaves the wide matrix as it lies.
             grad_B = (inner.t() @ grad_rows).t().to(B.dtype, memory_format=torch.contiguous_format)
-        if ctx.needs_input_grad[2]:
-            dropped = x if mask is None else mask * x
-            grad_A = (grad_inner.t() @ dropped.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype).mul_(ctx.scaling)
-        if ctx.needs_input_grad[1]:
-            grad_x = input_gradient(grad_rows, base, grad_inner, (ctx.scaling * A).to(dtype), mask)
+        if ctx.dropout and (needs_x or needs_A):
+            mask = dropout_mask(ctx.x_shape, ctx.dropout, grad.new_empty(0, dtype=ctx.x_dtype), ctx.dropout_state)
+            if needs_x:
+                low_rank = (grad_inner @ scaled_A).mul_(mask.view(-1, A.shape[1]))
+        if needs_A:
+            dropped = x if mask is None else mask.mul_(x)
+            grad_A = (grad_inner.t() @ dropped.reshape(-1, A.shape[1]).to(dtype)).to(A.dtype).mul_(ctx.scaling)
+            del dropped
+        del mask
+        if needs_x:
+            if low_rank is None:
+                grad_x = input_gradient(grad_rows, base, grad_inner, scaled_A)
+            else:
+                grad_x = low_rank if base.form == GIVEN else base_input_gradient(grad_rows, base).add_(low_rank)
             grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         grad_first, grad_rest = base_gradients(grad, base, ctx.needs_input_grad)
         return grad_first, grad_x, grad_A, grad_B, None, None, *grad_rest

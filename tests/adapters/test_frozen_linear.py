@@ -131,3 +131,28 @@ def test_one_node_a_layer() -> None:
             left += [function for function, _ in node.next_functions]
     assert names.count("LowRankProductBackward") == 14
     assert names.count("MmBackward0") == 1  # the head
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiler_takes_it_whole_with_a_trained_bias(kind: type[Any], form: str) -> None:
+    layer = adapted_layer(kind, form)
+    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *trained(layer).values()]
+    expected = torch.autograd.grad(layer(x).square().sum(), wanted)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), wanted), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_input_that_lies_transposed_gives_the_same(dropout: float) -> None:
+    layer = adapted_layer(LoRALinear, "dense", dropout)
+    x = torch.randn(64, 5, dtype=torch.float64)
+    results = []
+    for laid in (x.t(), x.t().contiguous()):
+        torch.manual_seed(1)
+        given = laid.detach().requires_grad_()
+        output = layer(given)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [given, layer.lora_A.weight])])
+    torch.testing.assert_close(*results)
