@@ -107,12 +107,15 @@ class MagnitudeProduct(torch.autograd.Function):
             if bias is not None:
                 sums -= bias.to(sums.dtype) * grad_rows.sum(0, dtype=sums.dtype)
             grad_gain = torch.where(gain == 0, 0, sums / gain).to(gain.dtype)
+            del output_rows
         if ctx.needs_input_grad[5]:
             # The rest of a trained bias' gradient comes through the given output.
             grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(given_bias.dtype)
+        x_shape, x_dtype = x.shape, x.dtype
+        del x, output  # large, and the base's gradient is about to be made
         grad_base = grad_rows * gain.to(dtype)
         if ctx.needs_input_grad[1]:
-            grad_x = input_gradient(grad_base, base, grad_inner, A.to(dtype)).view(x.shape).to(x.dtype)
+            grad_x = input_gradient(grad_base, base, grad_inner, A.to(dtype)).view(x_shape).to(x_dtype)
         to_base = (
             grad_base.view(grad.shape) if base.form == GIVEN else grad
         )  # the bias of a base that is run has no gain

@@ -128,7 +128,7 @@ class LowRankProduct(torch.autograd.Function):
             dropped = x if mask is None else mask.mul_(x)
             grad_A = (grad_inner.t() @ dropped.reshape(-1, A.shape[1]).to(dtype)).to(A.dtype).mul_(ctx.scaling)
             del dropped
-        del mask
+        del x, mask  # large, and the base's gradient is about to be made
         if needs_x:
             if low_rank is None:
                 grad_x = input_gradient(grad_rows, base, grad_inner, scaled_A)
