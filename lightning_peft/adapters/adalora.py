@@ -93,8 +93,7 @@ class AdaLoRALinear(FusedAdapter):
         nn.init.zeros_(self.lora_E)
 
     def add_to(self, base: Base, x: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return add_low_rank(base, x, self.lora_E * self.lora_A, self.lora_B, self.scaling, dropout)
+        return add_low_rank(base, x, self.lora_E * self.lora_A, self.lora_B, self.scaling, self.active_dropout)
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.float() @ (self.lora_E * self.lora_A).float())

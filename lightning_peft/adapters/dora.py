@@ -113,12 +113,13 @@ class MagnitudeProduct(torch.autograd.Function):
             grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(given_bias.dtype)
         x_shape, x_dtype = x.shape, x.dtype
         del x, output  # large, and the base's gradient is about to be made
-        grad_base = grad_rows * gain.to(dtype)
-        if ctx.needs_input_grad[1]:
-            grad_x = input_gradient(grad_base, base, grad_inner, A.to(dtype)).view(x_shape).to(x_dtype)
-        to_base = (
-            grad_base.view(grad.shape) if base.form == GIVEN else grad
-        )  # the bias of a base that is run has no gain
+        to_base = grad  # the bias of a base that is run in here is not under the gain
+        if base.form == GIVEN or ctx.needs_input_grad[1]:
+            grad_base = grad_rows * gain.to(dtype)
+            if ctx.needs_input_grad[1]:
+                grad_x = input_gradient(grad_base, base, grad_inner, A.to(dtype)).view(x_shape).to(x_dtype)
+            if base.form == GIVEN:
+                to_base = grad_base.view(grad.shape)
         grad_first, grad_rest = base_gradients(to_base, base, ctx.needs_input_grad)
         return grad_first, grad_x, grad_A, grad_B, grad_gain, grad_bias, None, *grad_rest
 
@@ -207,7 +208,7 @@ class DoRALinear(Magnitude, LoRALinear):
         return LoRALinear.factors(self)
 
     def fuses(self, x: Tensor) -> bool:
-        return not (self.dropout and self.training)  # the base is fed the dropped input as well
+        return not self.active_dropout  # the base is fed the dropped input as well
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
         if self.fuses(x):

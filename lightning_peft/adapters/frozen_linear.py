@@ -162,9 +162,14 @@ class FusedAdapter(Adapter):
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
         return self.add_to(given(base_output), x)
 
+    @property
+    def active_dropout(self) -> float:
+        """The probability of dropping an input now: 0 outside training."""
+        return self.dropout if self.training else 0.0
+
     def fuses(self, x: Tensor) -> bool:
         """Whether `add_to` takes a base that was not run yet."""
-        return not (self.dropout and self.training) or can_redraw(x)
+        return not self.active_dropout or can_redraw(x)
 
     @abstractmethod
     def add_to(self, base: Base, x: Tensor) -> Tensor:

@@ -196,8 +196,7 @@ class LoRALinear(FusedAdapter):
         self.lora_B.weight.copy_(B)
 
     def add_to(self, base: Base, x: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return add_low_rank(base, x, *self.factors(), self.scaling, dropout)
+        return add_low_rank(base, x, *self.factors(), self.scaling, self.active_dropout)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (rank, in_features) and B (out_features, rank), as the product takes them."""

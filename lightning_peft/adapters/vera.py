@@ -144,7 +144,7 @@ class VeRALinear(FusedAdapter):
         return shared.vera_A[:, : self.in_features], shared.vera_B[: self.out_features]
 
     def fuses(self, x: Tensor) -> bool:
-        return not (self.dropout and self.training)
+        return not self.active_dropout
 
     def add_to(self, base: Base, x: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -81,6 +81,7 @@ def cut_strips(first_keys: Tensor, bounds: list[int], heads: int) -> list[Strip]
 
 
 def mask_strip(first_keys: Tensor, start: int, stop: int) -> Strip:
+    """The strip of these queries, of rows whose query i sees the keys from first_keys[i] (T,) to i."""
     positions = torch.arange(stop)
     first = int(first_keys[start])
     lower = first_keys[start:stop, None]

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.adapters.adalora import AdaLoRALinear
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.dora import DoRALinear
-from lightning_peft.adapters.frozen_linear import DENSE, frozen_base
-from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.adapters.frozen_linear import DENSE, frozen_base, given
+from lightning_peft.adapters.lora import LoRALinear, add_low_rank
 from lightning_peft.quantization.nf4 import NF4Linear
 
 KINDS = [LoRALinear, AdaLoRALinear, DoRALinear]
@@ -57,6 +57,31 @@ def test_gradients_pass_gradcheck(kind: type[Any], form: str, dropout: float) ->
     x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
     assert frozen_base(layer.base_layer, x) is not None
     assert torch.autograd.gradcheck(output, (x, *trained(layer).values()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_low_rank_product_over_a_given_base_passes_gradcheck(dropout: float) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 3, 5), (2, 3, 4), (2, 4), (5, 2)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def product(base_output: Tensor, *rest: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return add_low_rank(given(base_output.clone()), *rest, 1.7, dropout)
+
+    assert torch.autograd.gradcheck(product, inputs)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_vera_gives_the_same_over_a_base_run_before(quantized: bool) -> None:
+    model = perturb(adapted("vera", quantized=quantized))
+    layer = model.get_submodule("model.layers.0.self_attn.v_proj")
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    assert frozen_base(layer.base_layer, x) is not None
+    wanted = [x, layer.vera_lambda_d, layer.vera_lambda_b]
+    outputs = [layer(x), Adapter.forward(layer, x)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad(output.square().sum(), wanted) for output in outputs))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -109,6 +134,8 @@ def test_a_layer_with_hooks_or_a_forward_of_its_own_is_called() -> None:
     frozen = nn.Linear(64, 24).double().requires_grad_(False)
     base = frozen_base(frozen, x)
     assert base is not None and base.form == DENSE and base.tensors == (frozen.weight, frozen.bias)
+    frozen.forward = lambda x: x  # type: ignore[method-assign]
+    assert frozen_base(frozen, x) is None
 
 
 def test_the_output_can_be_written_over() -> None:
@@ -152,7 +179,7 @@ def test_an_input_that_lies_transposed_gives_the_same(dropout: float) -> None:
     results = []
     for laid in (x.t(), x.t().contiguous()):
         torch.manual_seed(1)
-        given = laid.detach().requires_grad_()
-        output = layer(given)
-        results.append([output, *torch.autograd.grad(output.square().sum(), [given, layer.lora_A.weight])])
+        leaf = laid.detach().requires_grad_()
+        output = layer(leaf)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [leaf, layer.lora_A.weight])])
     torch.testing.assert_close(*results)
