@@ -42,8 +42,8 @@ def _attention_scratch(query: Tensor, key: Tensor, backward: bool) -> list[Array
 
 SCRATCH: dict[Any, Callable[..., list[Array]]] = {
     torch.ops.aten.logsumexp.default: lambda x, *_: _whole(x),
-    torch.ops.lightning_peft.attend_samples.default: lambda q, k, *_: _attention_scratch(q, k, False),
-    torch.ops.lightning_peft.attend_samples_backward.default: lambda _, q, k, *__: _attention_scratch(q, k, True),
+    torch.ops.lightning_peft.sample_attention.default: lambda q, k, *_: _attention_scratch(q, k, False),
+    torch.ops.lightning_peft.sample_attention_backward.default: lambda _, q, k, *__: _attention_scratch(q, k, True),
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 
@@ -61,8 +61,8 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.addmm_.default: lambda _, a, b, **options: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
-    torch.ops.lightning_peft.attend_samples.default: _attention_flops,
-    torch.ops.lightning_peft.attend_samples_backward.default: _attention_backward_flops,
+    torch.ops.lightning_peft.sample_attention.default: _attention_flops,
+    torch.ops.lightning_peft.sample_attention_backward.default: _attention_backward_flops,
 }
 """FLOPs of operators torch has no formula for. The full square is counted, as torch does for causal attention."""
 

@@ -17,7 +17,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lightning_peft.models.cpu_attention import attend_samples, find_segments
+from lightning_peft.models.cpu_attention import sample_attention
+from lightning_peft.models.sample_groups import find_segments
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def varlen_attention(
         assert isinstance(output, Tensor)
         return output.unflatten(0, (query.shape[0], query.shape[2]))
     if device == "cpu" and dropout == 0 and query.shape[-1] == value.shape[-1]:
-        return attend_samples(query, key, value, cu_seqlens, scaling, window)[0]
+        return sample_attention(query, key, value, cu_seqlens, scaling, window)[0]
     return _attend_by_sample(query, key, value, cu_seqlens, scaling, dropout, window)
 
 
@@ -80,7 +81,9 @@ def _attend_by_sample(
 ) -> Tensor:
     """`varlen_attention` where no kernel takes samples of different lengths: fp32, old GPUs, dropout."""
     outputs = []
-    for row, start, stop in find_segments(cu_seqlens, query.shape[0], query.shape[2]):
+    width = query.shape[2]
+    for first, last in find_segments(cu_seqlens, query.shape[0], width):
+        row, start, stop = first // width, first % width, first % width + last - first
         mask = window_mask(stop - start, window, query)
         q, k, v = (x[row : row + 1, :, start:stop] for x in (query, key, value))
         outputs.append(

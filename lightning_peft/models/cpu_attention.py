@@ -1,8 +1,8 @@
 """Causal attention over packed samples on a CPU, by matrix products over strips of queries.
 
-A strip is a run of queries of all heads; its keys go from where its first sample begins (or its window) to its last
-query. A strip is worth a few large products, which oneDNN runs near a core's peak, where torch's flash attention
-for CPUs multiplies small tiles at a quarter of it (benchmarks/attention.py). Nothing of size T x T is ever held.
+A strip (models/sample_groups.py) is worth a few large products, which oneDNN runs near a core's peak, where torch's
+flash attention for CPUs multiplies small tiles at a quarter of it (benchmarks/attention.py). Nothing of size T x T is
+ever held.
 
 Operators of their own, so that the compiler keeps a block in one graph. What they keep for the backward pass has the
 dtype it came in. A CPU without bf16 instructions emulates them, 4 to 9 times slower than fp32 (measured, AVX2), so
@@ -10,132 +10,73 @@ there rows are computed in fp32.
 """
 
 import math
-from functools import cache, lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_STRIP, MIN_STRIP = 128, 32
-"""Queries of a strip. Ours: shorter ones multiply slower, longer ones compute more of what the mask then hides."""
-STRIP_COST = 2**17
-"""Scores that cost as much as the start of a strip's thirty operators (fitted to times on two AVX-512 cores)."""
-STRIP_BYTES = 2**25
-"""fp32 scores of a strip longer than the shortest. Ours: with fewer the products of long samples are too small."""
+from lightning_peft.models.sample_groups import Arrangement, Group, Strip, arrange, strip_length
 
-Segment = tuple[int, int, int]
-"""Row of the batch, first position, position past the last."""
+NEVER_SEEN = 1e30
+"""Log normaliser of a query in the padding: its probabilities are zero."""
 
 
-class Strip(NamedTuple):
-    """Queries `start` to `stop`, whose keys go from `first` to `stop`."""
-
-    start: int
-    stop: int
-    first: int
-    mask: Tensor
-    """Additive, fp32, (queries, masked keys): for the last keys of the strip, all those before are seen."""
+def in_slots(x: Tensor, arrangement: Arrangement) -> Tensor:
+    """(N, ...) in the batch's order -> (slots, ...)."""
+    return x if arrangement.reordering is None else x.index_select(0, arrangement.reordering.tokens)
 
 
-def find_segments(cu_seqlens: Tensor, rows: int, width: int) -> list[Segment]:
-    """The samples of a (rows, width) batch."""
-    bounds = cu_seqlens.tolist()
-    segments = [(a // width, a % width, a % width + b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    if bounds[0] != 0 or bounds[-1] != rows * width or any(not a < b <= width for _, a, b in segments):
-        raise ValueError(f"cu_seqlens={bounds}: must rise from 0 to {rows * width}, no sample over two rows of {width}")
-    return segments
+def in_order(x: Tensor, arrangement: Arrangement) -> Tensor:
+    """(slots, ...) -> (N, ...) in the batch's order."""
+    return x if arrangement.reordering is None else x.index_select(0, arrangement.reordering.places)
 
 
-def strip_length(heads: int, keys: int) -> int:
-    """Queries whose scores of all heads on so many keys stay within STRIP_BYTES, from MIN_STRIP to MAX_STRIP."""
-    fitting = STRIP_BYTES // (4 * heads * keys) // MIN_STRIP * MIN_STRIP
-    return min(MAX_STRIP, max(MIN_STRIP, fitting))
+def by_head(x: Tensor, group: Group, key_heads: int) -> Tensor:
+    """The group's part of (slots, H, C), a view (samples, key heads, length, H / key heads, C)."""
+    return x[group.slots].view(group.samples, group.length, key_heads, -1, x.shape[-1]).transpose(1, 2)
 
 
-def cut_strips(first_keys: Tensor, bounds: list[int], heads: int) -> list[Strip]:
-    """The strips of rows whose query i sees the keys from first_keys[i] (T,) to i; `bounds` of their samples, 0 to T.
+def to_rows(x: Tensor, group: Group, key_heads: int, dtype: torch.dtype) -> Tensor:
+    """(slots, H, C) -> (batch, rows, C), contiguous: a strip's rows follow one another.
 
-    Of all ways to cut, at the bounds and at every MIN_STRIP tokens between them, the one with the fewest scores, where
-    each strip counts as STRIP_COST more.
+    `batch` is samples * key heads, `rows` length * H / key heads.
     """
-    first = first_keys.tolist()
-    cuts = [cut for a, b in pairwise(bounds) for cut in range(a, b, MIN_STRIP)] + bounds[-1:]
-    cost, previous = [0], [0]
-    for place in range(1, len(cuts)):
-        ways = []
-        for before in range(place - 1, -1, -1):
-            queries, keys = cuts[place] - cuts[before], cuts[place] - first[cuts[before]]
-            if queries > strip_length(heads, keys):
-                break
-            ways.append((cost[before] + STRIP_COST + heads * queries * keys, before))
-        least, best = min(ways)
-        cost.append(least)
-        previous.append(best)
-    strips = []
-    place = len(cuts) - 1
-    while place > 0:
-        strips.append(mask_strip(first_keys, cuts[previous[place]], cuts[place]))
-        place = previous[place]
-    return strips[::-1]
+    heads = by_head(x, group, key_heads)
+    return torch.empty(heads.shape, dtype=dtype).copy_(heads).flatten(2, 3).flatten(0, 1)
 
 
-def mask_strip(first_keys: Tensor, start: int, stop: int) -> Strip:
-    """The strip of these queries, of rows whose query i sees the keys from first_keys[i] (T,) to i."""
-    positions = torch.arange(stop)
-    first = int(first_keys[start])
-    lower = first_keys[start:stop, None]
-    # Where all queries begin at the same key, only the square on the diagonal hides anything.
-    keys = positions[start if int(first_keys[stop - 1]) == first else first :]
-    hidden = (keys < lower) | (keys > positions[start:, None])
-    return Strip(start, stop, first, torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")))
+def to_columns(x: Tensor, group: Group, dtype: torch.dtype, ones: int = 0) -> Tensor:
+    """(slots, G, D) -> (batch, D + ones, length), contiguous, with ones in the last rows."""
+    heads = by_head(x, group, x.shape[1]).squeeze(3).mT
+    columns = torch.empty(*heads.shape[:2], x.shape[-1] + ones, group.length, dtype=dtype)
+    columns[:, :, : x.shape[-1]].copy_(heads)
+    columns[:, :, x.shape[-1] :].fill_(1)
+    return columns.flatten(0, 1)
 
 
-def strips_of_rows(
-    cu_seqlens: Tensor, rows: int, width: int, heads: int, window: int | None
-) -> list[tuple[slice, list[Strip]]]:
-    """Rows and the strips they share: all rows at once where samples lie alike in them, else one after the other.
-
-    A query sees its sample's keys up to itself, at most the last `window`.
-    """
-    return _strips_of_rows(tuple(find_segments(cu_seqlens, rows, width)), rows, width, heads, window)
+def queries_of(strip: Strip, rows: Tensor, group: Group) -> Tensor:
+    """The strip's part of what `to_rows` gave."""
+    ratio = rows.shape[1] // group.length
+    return rows[:, strip.start * ratio : strip.stop * ratio]
 
 
-@lru_cache(maxsize=4)  # the layers of a model, forward and backward, ask for the same ones
-def _strips_of_rows(
-    segments: tuple[Segment, ...], rows: int, width: int, heads: int, window: int | None
-) -> list[tuple[slice, list[Strip]]]:
-    first_keys = torch.empty(rows, width, dtype=torch.int64)
-    bounds: list[list[int]] = [[0] for _ in range(rows)]
-    for row, start, stop in segments:
-        first_keys[row, start:stop] = start
-        bounds[row].append(stop)
-    if window is not None:
-        first_keys = torch.maximum(first_keys, torch.arange(width) - (window - 1))
-    if bool((first_keys == first_keys[0]).all()):
-        return [(slice(0, rows), cut_strips(first_keys[0], bounds[0], rows * heads))]
-    return [(slice(row, row + 1), cut_strips(first_keys[row], bounds[row], heads)) for row in range(rows)]
-
-
-def split_heads(x: Tensor, groups: int, strip: Strip) -> Tensor:
-    """A strip's part of (B, H, T, D), each key head's query heads below one another: (B G, H / G * queries, D)."""
-    part = x.unflatten(1, (groups, -1))[..., strip.start : strip.stop, :]
-    return part.reshape(x.shape[0] * groups, -1, x.shape[-1])
-
-
-def join_heads(x: Tensor, whole: Tensor, groups: int, strip: Strip, factor: float = 1.0) -> None:
-    """Write what belongs to a strip, (B G, H / G * queries, D), to its place in `whole` (B, H, T, D)."""
-    place = whole.unflatten(1, (groups, -1))[..., strip.start : strip.stop, :]
-    torch.mul(x.view(place.shape), factor, out=place)
+def put(x: Tensor, whole: Tensor, group: Group, key_heads: int, queries: slice, factor: float = 1.0) -> None:
+    """Write (batch, rows, C), those of some of each sample's queries, times `factor` to `whole` (slots, H, C)."""
+    place = by_head(whole, group, key_heads)[:, :, queries]
+    if factor == 1:
+        place.copy_(x.view(place.shape))
+    else:
+        torch.mul(x.view(place.shape), factor, out=place)
 
 
 class Product:
-    """Batched matrix products written to the same memory in turn, which so stays in the cache."""
+    """Products of a group's strips, written to the same memory in turn, which so stays in the cache."""
 
-    def __init__(self, like: Tensor, strips: list[Strip], dtype: torch.dtype):
-        """For products of the strips' queries with their keys; `like` is the query (B, H, T, D)."""
-        most = max((strip.stop - strip.start) * (strip.stop - strip.first) for strip in strips)
-        self.memory = like.new_empty(like.shape[0] * like.shape[1] * most, dtype=dtype)
+    def __init__(self, queries: Tensor, group: Group, dtype: torch.dtype):
+        """`queries` as `to_rows` gives them, the left factors' rows."""
+        most = max((strip.stop - strip.start) * (strip.stop - strip.first) for strip in group.strips)
+        self.memory = torch.empty(queries.shape[0] * queries.shape[1] // group.length * most, dtype=dtype)
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         shape = (left.shape[0], left.shape[1], right.shape[2])
@@ -144,123 +85,136 @@ class Product:
 
 def scratch(query: Tensor, key: Tensor, backward: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what the operators below hold for a moment, where each row is one sample."""
-    rows, heads, width, _ = query.shape
+    rows, heads, width, head_dim = query.shape
     dtype = query.dtype if _native(query.dtype) else torch.float32
     scores = (rows * heads, strip_length(rows * heads, width), width)
     copies = [(tuple(x.shape), dtype) for x in (query, key, key)] if dtype != query.dtype else []
     if backward:
-        return [*copies, (scores, dtype), (scores, dtype), *[(tuple(key.shape), torch.float32)] * 4]
+        widened = (*query.shape[:3], head_dim + 2), dtype
+        return [*copies, (scores, dtype), (scores, dtype), *[widened] * 2, *[(tuple(key.shape), torch.float32)] * 4]
     rounded = [(scores, dtype)] if dtype != torch.float32 else []
-    return [*copies, (scores, torch.float32), *rounded, *[(tuple(key.shape), torch.float32)] * 2]
+    return [
+        *copies, (scores, torch.float32), *rounded, (tuple(query.shape), torch.float32),
+        *[(tuple(key.shape), torch.float32)] * 2,
+    ]  # fmt: skip
 
 
 def hide(scores: Tensor, strip: Strip) -> None:
-    """Mask scores (B G, H / G * queries, keys) in place."""
+    """Mask scores (batch, queries * H / G, keys) in place."""
     queries, masked = strip.mask.shape
-    scores.unflatten(1, (-1, queries))[..., scores.shape[-1] - masked :].add_(strip.mask.to(scores.dtype))
+    scores.unflatten(1, (queries, -1))[..., scores.shape[-1] - masked :].add_(strip.mask[:, None].to(scores.dtype))
 
 
-def attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, strips: list[Strip], output: Tensor, normalizers: Tensor
+def attend_group(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, group: Group, output: Tensor, normalizers: Tensor
 ) -> None:
-    """Softmax attention: (B, H, T, D) and twice (B, G, T, D) to `output` (B, H, T, D), `normalizers` (B, H, T) fp32.
+    """Softmax attention of a group's slots: query (slots, H, D), key and value (slots, G, D).
+
+    Writes to `output` (slots, H, D) and, fp32, `normalizers` (slots, H, 1).
 
     Scores and softmax are fp32, probabilities are rounded to the dtype of `value`.
     """
-    groups = key.shape[1]
-    transposed, value = key.flatten(0, 1).float().mT.contiguous(), value.flatten(0, 1).contiguous()
-    product = Product(query, strips, torch.float32)
-    for strip in strips:
-        keys = slice(strip.first, strip.stop)
-        scores = product(split_heads(query, groups, strip).float() * scaling, transposed[:, :, keys])
+    key_heads = key.shape[1]
+    queries = to_rows(query, group, key_heads, torch.float32)
+    keys = to_columns(key, group, torch.float32).mul_(scaling)
+    values = to_rows(value, group, key_heads, value.dtype)
+    product = Product(queries, group, torch.float32)
+    largest, likeliest = (torch.empty(*queries.shape[:2], 1) for _ in range(2))
+    for strip in group.strips:
+        seen = slice(strip.first, strip.stop)
+        scores = product(queries_of(strip, queries, group), keys[:, :, seen])
         hide(scores, strip)
-        largest = scores.amax(-1, keepdim=True)
+        torch.amax(scores, -1, keepdim=True, out=queries_of(strip, largest, group))
         probabilities = torch.softmax(scores, -1, out=scores)
-        normalizer = largest.sub_(probabilities.amax(-1, keepdim=True).log_())
-        join_heads(normalizer, normalizers[..., None], groups, strip)
-        join_heads(torch.bmm(probabilities.to(value.dtype), value[:, keys]), output, groups, strip)
+        torch.amax(probabilities, -1, keepdim=True, out=queries_of(strip, likeliest, group))
+        attended = torch.bmm(probabilities.to(value.dtype), values[:, seen])
+        put(attended, output, group, key_heads, slice(strip.start, strip.stop))
+    put(largest.sub_(likeliest.log_()), normalizers, group, key_heads, slice(None))
 
 
 def with_constant(x: Tensor, constant: Tensor) -> Tensor:
-    """(..., D) and (..., 1) fp32 -> (..., D + 2): the constant in two columns, to twice the digits of x's dtype."""
+    """(..., D) and (..., 1) fp32 -> (..., D + 2): the constant in two columns, to twice the digits of x's dtype.
+
+    A product with a matrix that has ones in its last rows adds it.
+    """
     high = constant.to(x.dtype)
     return torch.cat((x, high, (constant - high).to(x.dtype)), -1)
 
 
-def with_ones(x: Tensor) -> Tensor:
-    """(B, G, T, D) -> (B G, D + 2, T): a product with it adds what `with_constant` has put beside the rows."""
-    transposed = x.flatten(0, 1).mT
-    return torch.cat((transposed, transposed.new_ones(transposed.shape[0], 2, transposed.shape[2])), 1)
-
-
-def attend_rows_backward(
+def attend_group_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
-    normalizers: Tensor,
     scaling: float,
-    strips: list[Strip],
+    after: float,
+    group: Group,
     grad_query: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Writes `grad_query` (B, H, T, D), returns the gradients of key and value, (B, G, T, D) fp32.
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Writes `grad_query` (slots, H, D), `grad_key` and `grad_value` (slots, G, D).
 
     P = exp(s - normalizer) and dS = P * (dO V^T - <dO, O>) (Dao et al. 2022, arXiv:2205.14135, section 3.1). Both
-    differences are taken inside the products, in their fp32 sums: what is rounded to bf16 is small where P is not.
+    differences are taken inside the products, in their fp32 sums: what is rounded to bf16 is small where P is not. So
+    `query` (slots, H, D + 2) has its normaliser beside it and `grad` <dO, O>; scores are multiplied by `after`.
     """
-    rows, groups, width, head_dim = key.shape
-    # A power of two changes no digit of the query; any other factor comes after the product.
-    before, after = (scaling, 1.0) if math.frexp(scaling)[0] == 0.5 else (1.0, scaling)
-    keys_and_ones, values_and_ones = with_ones(key), with_ones(value)
-    key = key.flatten(0, 1).contiguous()
-    probability_product, gradient_product = (Product(query, strips, query.dtype) for _ in range(2))
-    grad_key, grad_value = (torch.zeros(rows * groups, head_dim, width) for _ in range(2))
-    for strip in strips:
-        keys = slice(strip.first, strip.stop)
-        q, g, out, normalizer = (split_heads(x, groups, strip) for x in (query, grad, output, normalizers[..., None]))
-        q = with_constant(q * before, normalizer / -after)
-        g = with_constant(g, (g.float() * out).sum(-1, keepdim=True).neg_())
-        probabilities = probability_product(q, keys_and_ones[:, :, keys])
+    key_heads, head_dim = key.shape[1:]
+    dtype = key.dtype
+    queries, grads, keys = (to_rows(x, group, key_heads, dtype) for x in (query, grad, key))
+    keys_and_ones, values_and_ones = (to_columns(x, group, dtype, ones=2) for x in (key, value))
+    probability_product, gradient_product = (Product(queries, group, dtype) for _ in range(2))
+    key_sums, value_sums = (torch.zeros(keys.shape[0], head_dim, group.length) for _ in range(2))
+    for strip in group.strips:
+        seen = slice(strip.first, strip.stop)
+        # Each of two products would copy what is not contiguous.
+        q, g = (queries_of(strip, x, group).contiguous() for x in (queries, grads))
+        probabilities = probability_product(q, keys_and_ones[:, :, seen])
         if after != 1:
             probabilities.mul_(after)
         hide(probabilities, strip)
         probabilities.exp_()
         # Products with the small factor transposed are faster than those with the large one.
-        grad_value[:, :, keys] += torch.bmm(g.mT, probabilities)[:, :head_dim]
-        grad_scores = gradient_product(g, values_and_ones[:, :, keys]).mul_(probabilities)
-        grad_key[:, :, keys] += torch.bmm(q.mT, grad_scores)[:, :head_dim]
-        join_heads(torch.bmm(grad_scores, key[:, keys]), grad_query, groups, strip, scaling)
-    return tuple(x.mT.unflatten(0, (rows, groups)) for x in (grad_key.mul_(after), grad_value))
+        value_sums[:, :, seen] += torch.bmm(g.mT, probabilities)[:, :head_dim]
+        grad_scores = gradient_product(g, values_and_ones[:, :, seen]).mul_(probabilities)
+        key_sums[:, :, seen] += torch.bmm(q.mT, grad_scores)[:, :head_dim]
+        grad_queries = torch.bmm(grad_scores, keys[:, seen])
+        put(grad_queries, grad_query, group, key_heads, slice(strip.start, strip.stop), scaling)
+    put(key_sums.mul_(after).mT, grad_key, group, key_heads, slice(None))
+    put(value_sums.mT, grad_value, group, key_heads, slice(None))
 
 
-@torch.library.custom_op("lightning_peft::attend_samples", mutates_args=(), device_types="cpu")
-def attend_samples(
+@torch.library.custom_op("lightning_peft::sample_attention", mutates_args=(), device_types="cpu")
+def sample_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention inside each sample: output (B, T, H, D) and log normalisers (B, H, T) fp32.
+    """Causal attention inside each sample: output (B, T, H, D) and log normalisers (B, T, H) fp32.
 
     query (B, H, T, D); key and value (B, G, T, D); cu_seqlens as `varlen_attention` has it.
     """
     rows, heads, width, head_dim = query.shape
-    output = query.new_empty(rows, width, heads, head_dim)
-    normalizers = query.new_empty(rows, heads, width, dtype=torch.float32)
-    for some, strips in strips_of_rows(cu_seqlens, rows, width, heads, window):
-        q, k, v = (computed(x[some]) for x in (query, key, value))
-        attend_rows(q, k, v, scaling, strips, output[some].transpose(1, 2), normalizers[some])
-    return output, normalizers
+    arrangement = arrange(cu_seqlens, rows, width, heads, window)
+    output = query.new_empty(arrangement.slots, heads, head_dim)
+    normalizers = query.new_empty(arrangement.slots, heads, 1, dtype=torch.float32)
+    q, k, v = (in_slots(computed(flat(x)), arrangement) for x in (query, key, value))
+    for group in arrangement.groups:
+        attend_group(q, k, v, scaling, group, output, normalizers)
+    return (
+        in_order(output, arrangement).view(rows, width, heads, head_dim),
+        in_order(normalizers, arrangement).view(rows, width, heads),
+    )
 
 
-@attend_samples.register_fake
+@sample_attention.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     rows, heads, width, head_dim = query.shape
-    return query.new_empty(rows, width, heads, head_dim), query.new_empty(rows, heads, width, dtype=torch.float32)
+    return query.new_empty(rows, width, heads, head_dim), query.new_empty(rows, width, heads, dtype=torch.float32)
 
 
-@torch.library.custom_op("lightning_peft::attend_samples_backward", mutates_args=(), device_types="cpu")
-def attend_samples_backward(
+@torch.library.custom_op("lightning_peft::sample_attention_backward", mutates_args=(), device_types="cpu")
+def sample_attention_backward(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -271,21 +225,33 @@ def attend_samples_backward(
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_samples` with respect to query, key and value."""
+    """Gradients of `sample_attention` with respect to query, key and value."""
     rows, heads, width, _ = query.shape
-    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for some, strips in strips_of_rows(cu_seqlens, rows, width, heads, window):
-        g, out = (computed(x[some].transpose(1, 2)) for x in (grad_output, output))
-        q, k, v = (computed(x[some]) for x in (query, key, value))
-        gradients[1][some], gradients[2][some] = attend_rows_backward(
-            g, q, k, v, out, normalizers[some], scaling, strips, gradients[0][some]
-        )
-    return gradients
+    arrangement = arrange(cu_seqlens, rows, width, heads, window)
+    q, k, v = (computed(flat(x)) for x in (query, key, value))
+    g, out = (computed(x.reshape(-1, *x.shape[2:])) for x in (grad_output, output))
+    # A power of two changes no digit of the query; any other factor comes after the product.
+    before, after = (scaling, 1.0) if math.frexp(scaling)[0] == 0.5 else (1.0, scaling)
+    q = with_constant(q * before, normalizers.view(-1, heads, 1) / -after)
+    g = with_constant(g, (g.float() * out).sum(-1, keepdim=True).neg_())
+    q, g, k, v = (in_slots(x, arrangement) for x in (q, g, k, v))
+    if arrangement.reordering is not None:
+        q[..., -2].masked_fill_(arrangement.reordering.is_padding[:, None], -NEVER_SEEN)
+    gradients = [x.new_empty(arrangement.slots, x.shape[1], x.shape[3]) for x in (query, key, value)]
+    for group in arrangement.groups:
+        attend_group_backward(g, q, k, v, scaling, after, group, *gradients)
+    grad_query, grad_key, grad_value = (
+        in_order(x, arrangement).view(rows, width, *x.shape[1:]).transpose(1, 2) for x in gradients
+    )
+    return grad_query, grad_key, grad_value
 
 
-@attend_samples_backward.register_fake
+@sample_attention_backward.register_fake
 def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    grad_query, grad_key, grad_value = (
+        x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value)
+    )
+    return grad_query, grad_key, grad_value
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -294,11 +260,16 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = attend_samples_backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.window)
+    gradients = sample_attention_backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.window)
     return *gradients, None, None, None
 
 
-attend_samples.register_autograd(_backward, setup_context=_save_for_backward)
+sample_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B T, H, D), a view of what projections give."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def computed(x: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from lightning_peft.models import attention  # noqa: F401  registers attend_samples and torch's varlen
+from lightning_peft.models import attention  # noqa: F401  registers sample_attention and torch's varlen
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.recomputation import recomputing
 
 SAVED_OPERATORS = {
-    torch.ops.lightning_peft.attend_samples.default,
+    torch.ops.lightning_peft.sample_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

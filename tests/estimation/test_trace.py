@@ -45,7 +45,7 @@ class AttentionOutputs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func is torch.ops.lightning_peft.attend_samples.default:
+        if func is torch.ops.lightning_peft.sample_attention.default:
             self.tensors += output
         return output
 

@@ -14,7 +14,7 @@ from lightning_peft.models.attention import (
     supports_packing,
     varlen_attention,
 )
-from lightning_peft.models.cpu_attention import find_segments
+from lightning_peft.models.sample_groups import find_segments
 
 LENGTHS = [[7, 13, 12], [20, 12]]
 """Samples of two packed rows; longer than the sliding window of 5."""

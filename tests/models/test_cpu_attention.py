@@ -1,14 +1,12 @@
-"""Attention by strips against the formula, at lengths of several strips."""
-
-from itertools import pairwise
+"""Attention by groups and strips against the formula, at lengths of several strips."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_peft.models import cpu_attention
+from lightning_peft.models import sample_groups
 from lightning_peft.models.attention import varlen_attention
-from lightning_peft.models.cpu_attention import MAX_STRIP, MIN_STRIP, cut_strips, strip_length, strips_of_rows
+from lightning_peft.models.sample_groups import MAX_STRIP, MIN_STRIP
 
 WIDTH = 2 * MAX_STRIP + 44
 
@@ -64,36 +62,15 @@ def test_bf16_is_off_by_its_rounding_whatever_the_scores(spread: float) -> None:
 
 
 def test_strips_get_shorter_where_their_scores_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert strip_length(heads=9, keys=512) == MAX_STRIP
-    assert strip_length(heads=32, keys=4096) == 64
-    assert strip_length(heads=64, keys=10**6) == MIN_STRIP
-    monkeypatch.setattr(cpu_attention, "STRIP_BYTES", 4 * 6 * WIDTH * MIN_STRIP)
-    cpu_attention._strips_of_rows.cache_clear()
+    monkeypatch.setattr(sample_groups, "STRIP_BYTES", 4 * 6 * WIDTH * MIN_STRIP)
+    sample_groups._arrange.cache_clear()
     assert max(errors(torch.float32, PACKED, 0.25, None)) < 2e-6
-    cpu_attention._strips_of_rows.cache_clear()
+    sample_groups._arrange.cache_clear()
 
 
-def test_strips_cover_every_query_once_and_only_its_sample() -> None:
-    bounds = torch.tensor(PACKED, dtype=torch.int32)
-    for rows, strips in strips_of_rows(bounds, 2, WIDTH, 6, None):
-        assert [strip.start for strip in strips] == [0, *(strip.stop for strip in strips[:-1])]
-        assert strips[-1].stop == WIDTH
-        starts = [start for start in PACKED if start // WIDTH == rows.start]
-        assert all(strip.first == max(s % WIDTH for s in starts if s % WIDTH <= strip.start) for strip in strips)
-
-
-@pytest.mark.parametrize("bounds", [[0, 700], [0, 130, 290, 700], [0, *range(7, 700, 9), 700]])
-@pytest.mark.parametrize("heads", [9, 600])
-def test_strips_cover_every_query_once_and_begin_with_the_first_key_it_sees(bounds, heads):
-    first_keys = torch.cat([torch.full((b - a,), a) for a, b in pairwise(bounds)])
-    strips = cut_strips(first_keys, bounds, heads)
-    assert [strip.start for strip in strips] == [0, *(strip.stop for strip in strips[:-1])] and strips[-1].stop == 700
-    for strip in strips:
-        assert strip.first == first_keys[strip.start]
-        assert strip.stop - strip.start <= strip_length(heads, strip.stop - strip.first)
-
-
-def test_long_samples_begin_a_strip_and_short_ones_share_it():
-    first_keys = torch.cat([torch.full((n,), start) for n, start in ((250, 0), (250, 250), (20, 500), (20, 520))])
-    strips = cut_strips(first_keys, [0, 250, 500, 520, 540], 9)
-    assert {0, 250} <= {strip.start for strip in strips} and 520 not in {strip.start for strip in strips}
+def test_padding_of_a_group_reaches_no_gradient() -> None:
+    bounds = [0, 40, 78, 114, 148, 180, 212, 241, 260, WIDTH, 2 * WIDTH]
+    arrangement = sample_groups.arrange(torch.tensor(bounds), 2, WIDTH, 6, None)
+    assert arrangement.slots > 2 * WIDTH
+    assert max(errors(torch.float32, bounds, 0.25, None)) < 2e-6
+    assert max(errors(torch.bfloat16, bounds, 0.25, None)) < 0.012
