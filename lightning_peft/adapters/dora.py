@@ -73,7 +73,7 @@ class MagnitudeProduct(torch.autograd.Function):
         dtype = base.dtype
         cast = x.to(dtype)
         inner = cast.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
-        output = add_product(base_output(cast, base), inner, B.to(dtype).t())
+        output = add_product(base_output(cast, base), inner, B.to(dtype).t(), base)
         # gain is near one: gain - 1 keeps the digits that bf16 drops from gain, and is 0 at the start, to the bit.
         unbiased = output if bias is None else output - bias.to(dtype)
         if torch.compiler.is_compiling():  # torch 2.11 loses every gradient of a function that writes in place

@@ -97,7 +97,7 @@ class LowRankProduct(torch.autograd.Function):
         # Contiguous, as the mask that is drawn again is.
         dropped = F.dropout(x.contiguous(), dropout).to(dtype) if dropout else cast
         inner = dropped.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
-        output = add_product(base_output(cast, base), inner, B.to(dtype).t())
+        output = add_product(base_output(cast, base), inner, B.to(dtype).t(), base)
         mark_written(ctx, base, output)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, inner, A, B, *base.kept())
         ctx.base = base._replace(tensors=())
