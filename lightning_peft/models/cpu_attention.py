@@ -233,7 +233,7 @@ def sample_attention_backward(
     # A power of two changes no digit of the query; any other factor comes after the product.
     before, after = (scaling, 1.0) if math.frexp(scaling)[0] == 0.5 else (1.0, scaling)
     q = with_constant(q * before, normalizers.view(-1, heads, 1) / -after)
-    g = with_constant(g, (g.float() * out).sum(-1, keepdim=True).neg_())
+    g = with_constant(g, g.to(torch.float32, copy=True).mul_(out).sum(-1, keepdim=True).neg_())
     q, g, k, v = (in_slots(x, arrangement) for x in (q, g, k, v))
     if arrangement.reordering is not None:
         q[..., -2].masked_fill_(arrangement.reordering.is_padding[:, None], -NEVER_SEEN)
