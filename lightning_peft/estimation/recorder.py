@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_peft.adapters import frozen_linear  # noqa: F401  registers add_product_
 from lightning_peft.models import cpu_attention
 from lightning_peft.quantization import nf4  # noqa: F401  registers matmul_4bit
 
@@ -28,7 +29,11 @@ class Array(NamedTuple):
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-OPENED = {torch.ops.lightning_peft.matmul_4bit.default, torch.ops.lightning_peft.dequantize.default}
+OPENED = {
+    torch.ops.lightning_peft.matmul_4bit.default,
+    torch.ops.lightning_peft.dequantize.default,
+    torch.ops.lightning_peft.add_product_.default,
+}
 """Operators of ours that are followed inside, being written in operators that have fake forms."""
 
 
