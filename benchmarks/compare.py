@@ -3,8 +3,8 @@
     python benchmarks/compare.py                              # all workloads, all rivals that run here
     python benchmarks/compare.py --workload 4x512 --rivals peft
 
-Each side is a process of its own; they take their steps in turn (`turns.py`). A rate is a median over the steps
-after the first two, a ratio the median of the ratios of neighbouring steps.
+Each side is a process of its own; they take their steps in turn (`turns.py`). A rate is a median over steps, a ratio
+the median of the ratios of neighbouring ones, both without the first two and the last.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from benchmarks.turns import WARM_UP_STEPS, run_in_turns
 from benchmarks.workloads import WORKLOADS, Workload, write_model, write_steps
 
 LEARNING_RATE = 2e-4
+COUNTED = slice(WARM_UP_STEPS, -1)
+"""Steps whose times count. In the last one's is the end of the training: `train` saves, a rival only leaves its loop."""
 
 
 def compare(workload: Workload, rival: str, steps: int, model: str, rank: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def compare(workload: Workload, rival: str, steps: int, model: str, rank: int, d
 def summarise(sides: dict[str, dict[str, Any]], rival: str, tokens_per_step: float) -> dict[str, Any]:
     """Rates, peaks and what ours has over the rival, with every step's seconds and loss."""
     for side in sides.values():
-        side["tokens_per_second"] = tokens_per_step / statistics.median(side["seconds"][WARM_UP_STEPS:])
+        side["tokens_per_second"] = tokens_per_step / statistics.median(side["seconds"][COUNTED])
     ours, other = sides["ours"], sides[rival]
     return {
         "tokens_per_step": tokens_per_step,
@@ -68,15 +70,15 @@ def summarise(sides: dict[str, dict[str, Any]], rival: str, tokens_per_step: flo
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """Median over neighbouring steps after the warm-up."""
-    return statistics.median(a / b for a, b in list(zip(theirs, ours, strict=True))[WARM_UP_STEPS:])
+    """Median over neighbouring steps."""
+    return statistics.median(a / b for a, b in list(zip(theirs, ours, strict=True))[COUNTED])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--model", default="smollm2_135m", help="an option of the group model that needs no path")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 where the device has it, by default")
