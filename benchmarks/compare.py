@@ -26,7 +26,7 @@ from benchmarks.workloads import WORKLOADS, Workload, write_model, write_steps
 
 LEARNING_RATE = 2e-4
 COUNTED = slice(WARM_UP_STEPS, -1)
-"""Steps whose times count. In the last one's is the end of the training: `train` saves, a rival only leaves its loop."""
+"""Steps whose times count. The last one's has the end of the training in it: `train` saves, a rival leaves its loop."""
 
 
 def compare(workload: Workload, rival: str, steps: int, model: str, rank: int, dtype: torch.dtype) -> dict[str, Any]:
