@@ -66,12 +66,12 @@ IMPLEMENTATIONS: dict[str, Attention] = {
 
 
 def inputs(tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query (1, 9, T, 64), key and value (1, 3, T, 64)."""
+    """Random query (1, 9, T, 64), key and value (1, 3, T, 64), laid out as projections make them."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int) -> Tensor:
-        drawn = torch.randn(1, heads, tokens, HEAD_DIM, generator=generator)
-        return drawn.to(device, dtype).requires_grad_()
+        drawn = torch.randn(1, tokens, heads, HEAD_DIM, generator=generator)
+        return drawn.to(device, dtype).transpose(1, 2).requires_grad_()
 
     return draw(HEADS), draw(KEY_HEADS), draw(KEY_HEADS)
 

@@ -85,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure rows that are in the result file as well")
     parser.add_argument("--output", type=Path, default=FOLDER / "compare.json")
     options = parser.parse_args(arguments)
+    if options.steps <= WARM_UP_STEPS + 1:
+        parser.error(f"--steps={options.steps}: must be at least {WARM_UP_STEPS + 2}, or no step's time counts")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype or fastest_dtype(device))
     settings = {

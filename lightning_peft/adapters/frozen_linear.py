@@ -130,17 +130,19 @@ COMPILES_WRITES = torch.__version__ >= "2.13"
 
 
 def add_product(output: Tensor, inner: Tensor, matrix: Tensor, base: Base) -> Tensor:
-    """output + inner matrix, written over output, which is the base's output or its input's gradient."""
+    """output + inner matrix, where `output` is the base's output or the gradient of its input.
+
+    Written over `output` wherever that is possible: the compiler cannot follow `mark_dirty`, which a given one needs.
+    """
     rows = output.view(-1, output.shape[-1])
     if not torch.compiler.is_compiling():
         rows.addmm_(inner, matrix)
-    elif base.form == GIVEN or not COMPILES_WRITES:
-        # The compiler cannot follow mark_dirty.
-        return torch.addmm(rows, inner, matrix).view(output.shape)
-    else:
+        return output
+    if base.form != GIVEN and COMPILES_WRITES:
         # The compiler's own addmm copies what it adds to.
         torch.ops.lightning_peft.add_product_(rows, inner, matrix)
-    return output
+        return output
+    return torch.addmm(rows, inner, matrix).view(output.shape)
 
 
 def mark_written(ctx: Any, base: Base, output: Tensor) -> None:

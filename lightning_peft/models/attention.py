@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lightning_peft.models.cpu_attention import sample_attention
-from lightning_peft.models.sample_groups import find_segments
+from lightning_peft.models.sample_groups import find_samples
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _attend_by_sample(
     """`varlen_attention` where no kernel takes samples of different lengths: fp32, old GPUs, dropout."""
     outputs = []
     width = query.shape[2]
-    for first, last in find_segments(cu_seqlens, query.shape[0], width):
+    for first, last in find_samples(cu_seqlens, query.shape[0], width):
         row, start, stop = first // width, first % width, first % width + last - first
         mask = window_mask(stop - start, window, query)
         q, k, v = (x[row : row + 1, :, start:stop] for x in (query, key, value))

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.models.sample_groups import Arrangement, Group, Strip, arrange, strip_length
+from lightning_peft.models.sample_groups import Arrangement, Group, Strip, arrange, most_samples, strip_length
 
-NEVER_SEEN = 1e30
+PADDING_NORMALIZER = 1e30
 """Log normaliser of a query in the padding: its probabilities are zero."""
 
 
@@ -62,7 +62,7 @@ def queries_of(strip: Strip, rows: Tensor, group: Group) -> Tensor:
 
 
 def put(x: Tensor, whole: Tensor, group: Group, key_heads: int, queries: slice, factor: float = 1.0) -> None:
-    """Write (batch, rows, C), those of some of each sample's queries, times `factor` to `whole` (slots, H, C)."""
+    """Write x (batch, rows, C), the rows of these queries of every sample, times `factor`, to `whole` (slots, H, C)."""
     place = by_head(whole, group, key_heads)[:, :, queries]
     if factor == 1:
         place.copy_(x.view(place.shape))
@@ -87,16 +87,19 @@ def scratch(query: Tensor, key: Tensor, backward: bool) -> list[tuple[tuple[int,
     """Shapes and dtypes of what the operators below hold for a moment, where each row is one sample."""
     rows, heads, width, head_dim = query.shape
     dtype = query.dtype if _native(query.dtype) else torch.float32
-    scores = (rows * heads, strip_length(rows * heads, width), width)
     copies = [(tuple(x.shape), dtype) for x in (query, key, key)] if dtype != query.dtype else []
+    # Of one group; there is one more where not all samples fit it.
+    samples = min(rows, most_samples(width, heads, window=None))
+    scores = (samples * heads, strip_length(samples * heads, width), width)
+    queries, keys = (samples, heads, width, head_dim), (samples, key.shape[1], width, head_dim)
     if backward:
-        widened = (*query.shape[:3], head_dim + 2), dtype
-        return [*copies, (scores, dtype), (scores, dtype), *[widened] * 2, *[(tuple(key.shape), torch.float32)] * 4]
+        widened = (*query.shape[:3], head_dim + 2), (*queries[:3], head_dim + 2)
+        return [
+            *copies, *[(shape, dtype) for shape in (scores, scores, *widened, *widened, keys, keys, keys)],
+            *[(keys, torch.float32)] * 2,
+        ]  # fmt: skip
     rounded = [(scores, dtype)] if dtype != torch.float32 else []
-    return [
-        *copies, (scores, torch.float32), *rounded, (tuple(query.shape), torch.float32),
-        *[(tuple(key.shape), torch.float32)] * 2,
-    ]  # fmt: skip
+    return [*copies, (scores, torch.float32), *rounded, (queries, torch.float32), (keys, torch.float32), (keys, dtype)]
 
 
 def hide(scores: Tensor, strip: Strip) -> None:
@@ -108,18 +111,17 @@ def hide(scores: Tensor, strip: Strip) -> None:
 def attend_group(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, group: Group, output: Tensor, normalizers: Tensor
 ) -> None:
-    """Softmax attention of a group's slots: query (slots, H, D), key and value (slots, G, D).
+    """Softmax attention of one group's slots out of query (slots, H, D), key and value (slots, G, D).
 
-    Writes to `output` (slots, H, D) and, fp32, `normalizers` (slots, H, 1).
-
-    Scores and softmax are fp32, probabilities are rounded to the dtype of `value`.
+    Writes to `output` (slots, H, D) and, fp32, `normalizers` (slots, H, 1). Scores and softmax are fp32, probabilities
+    are rounded to the dtype of `value`.
     """
     key_heads = key.shape[1]
     queries = to_rows(query, group, key_heads, torch.float32)
     keys = to_columns(key, group, torch.float32).mul_(scaling)
     values = to_rows(value, group, key_heads, value.dtype)
     product = Product(queries, group, torch.float32)
-    largest, likeliest = (torch.empty(*queries.shape[:2], 1) for _ in range(2))
+    largest, likeliest = (queries.new_empty(*queries.shape[:2], 1) for _ in range(2))
     for strip in group.strips:
         seen = slice(strip.first, strip.stop)
         scores = product(queries_of(strip, queries, group), keys[:, :, seen])
@@ -157,14 +159,16 @@ def attend_group_backward(
 
     P = exp(s - normalizer) and dS = P * (dO V^T - <dO, O>) (Dao et al. 2022, arXiv:2205.14135, section 3.1). Both
     differences are taken inside the products, in their fp32 sums: what is rounded to bf16 is small where P is not. So
-    `query` (slots, H, D + 2) has its normaliser beside it and `grad` <dO, O>; scores are multiplied by `after`.
+    `query` (slots, H, D + 2) has its normaliser beside it and `grad` <dO, O>. Scores are multiplied by `after`: 1 where
+    `query` was multiplied by `scaling` before, else `scaling`.
     """
     key_heads, head_dim = key.shape[1:]
     dtype = key.dtype
     queries, grads, keys = (to_rows(x, group, key_heads, dtype) for x in (query, grad, key))
     keys_and_ones, values_and_ones = (to_columns(x, group, dtype, ones=2) for x in (key, value))
     probability_product, gradient_product = (Product(queries, group, dtype) for _ in range(2))
-    key_sums, value_sums = (torch.zeros(keys.shape[0], head_dim, group.length) for _ in range(2))
+    sums_shape = keys.shape[0], head_dim, group.length
+    key_sums, value_sums = (torch.zeros(sums_shape, dtype=torch.float32) for _ in range(2))
     for strip in group.strips:
         seen = slice(strip.first, strip.stop)
         # Each of two products would copy what is not contiguous.
@@ -194,8 +198,8 @@ def sample_attention(
     """
     rows, heads, width, head_dim = query.shape
     arrangement = arrange(cu_seqlens, rows, width, heads, window)
-    output = query.new_empty(arrangement.slots, heads, head_dim)
-    normalizers = query.new_empty(arrangement.slots, heads, 1, dtype=torch.float32)
+    output = query.new_empty(arrangement.num_slots, heads, head_dim)
+    normalizers = query.new_empty(arrangement.num_slots, heads, 1, dtype=torch.float32)
     q, k, v = (in_slots(computed(flat(x)), arrangement) for x in (query, key, value))
     for group in arrangement.groups:
         attend_group(q, k, v, scaling, group, output, normalizers)
@@ -236,8 +240,8 @@ def sample_attention_backward(
     g = with_constant(g, g.to(torch.float32, copy=True).mul_(out).sum(-1, keepdim=True).neg_())
     q, g, k, v = (in_slots(x, arrangement) for x in (q, g, k, v))
     if arrangement.reordering is not None:
-        q[..., -2].masked_fill_(arrangement.reordering.is_padding[:, None], -NEVER_SEEN)
-    gradients = [x.new_empty(arrangement.slots, x.shape[1], x.shape[3]) for x in (query, key, value)]
+        q[..., -2].masked_fill_(arrangement.reordering.is_padding[:, None], -PADDING_NORMALIZER)
+    gradients = [x.new_empty(arrangement.num_slots, x.shape[1], x.shape[3]) for x in (query, key, value)]
     for group in arrangement.groups:
         attend_group_backward(g, q, k, v, scaling, after, group, *gradients)
     grad_query, grad_key, grad_value = (

@@ -15,12 +15,12 @@ from torch import Tensor
 MAX_STRIP, MIN_STRIP = 128, 32
 """Queries of a strip. Ours: shorter ones multiply slower, longer ones compute more of what the mask then hides."""
 STRIP_COST, GROUP_COST = 3 * 2**15, 2**17
-"""Scores that cost as much as the start of a strip's operators, and of a group's (two AVX-512 cores)."""
+"""Scores that cost as much as the start of a strip's operators, and of a group's (fitted on two AVX-512 cores)."""
 STRIP_BYTES = 2**25
 """fp32 scores of a strip longer than the shortest. Ours: with fewer the products of long samples are too small."""
 
-Segment = tuple[int, int]
-"""Positions of a sample's first token and past its last, in the flattened batch."""
+Sample = tuple[int, int]
+"""Positions of its first token and past its last, in the flattened batch."""
 
 
 class Strip(NamedTuple):
@@ -57,40 +57,40 @@ class Arrangement(NamedTuple):
     """The groups of a batch; no reordering where slots are the batch's positions."""
 
     groups: list[Group]
-    slots: int
+    num_slots: int
     reordering: Reordering | None
 
 
-def find_segments(cu_seqlens: Tensor, rows: int, width: int) -> list[Segment]:
-    """The samples of a (rows, width) batch."""
+def find_samples(cu_seqlens: Tensor, rows: int, width: int) -> list[Sample]:
+    """The samples of a (rows, width) batch; ValueError where they do not fill it."""
     bounds = cu_seqlens.tolist()
-    segments = list(zip(bounds[:-1], bounds[1:], strict=True))
-    within_rows = all(a < b <= a // width * width + width for a, b in segments)
+    samples = list(zip(bounds[:-1], bounds[1:], strict=True))
+    within_rows = all(a < b <= a // width * width + width for a, b in samples)
     if bounds[0] != 0 or bounds[-1] != rows * width or not within_rows:
         raise ValueError(f"cu_seqlens={bounds}: must rise from 0 to {rows * width}, no sample over two rows of {width}")
-    return segments
+    return samples
 
 
 def arrange(cu_seqlens: Tensor, rows: int, width: int, heads: int, window: int | None) -> Arrangement:
     """Groups for a (rows, width) batch; a query sees its sample's keys up to itself, at most the last `window`."""
-    return _arrange(tuple(find_segments(cu_seqlens, rows, width)), heads, window)
+    return _arrange(tuple(find_samples(cu_seqlens, rows, width)), heads, window)
 
 
 @lru_cache(maxsize=4)  # the layers of a model, forward and backward, ask for the same ones
-def _arrange(segments: tuple[Segment, ...], heads: int, window: int | None) -> Arrangement:
+def _arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arrangement:
     groups: list[Group] = []
     tokens, is_padding = [], []
-    slots = 0
-    for members in group_samples(segments, heads):
+    start = 0
+    for members in group_samples(samples, heads, window):
         starts, stops = torch.tensor(members).unsqueeze(-1).unbind(1)
         length = int((stops - starts).max())
         positions = starts + torch.arange(length)
         tokens.append(positions.minimum(stops - 1).flatten())
         is_padding.append((positions >= stops).flatten())
-        end = slots + positions.numel()
-        groups.append(Group(len(members), length, slice(slots, end), cut_strips(length, len(members) * heads, window)))
-        slots = end
-    return Arrangement(groups, slots, reorder(torch.cat(tokens), torch.cat(is_padding)))
+        stop = start + positions.numel()
+        groups.append(Group(len(members), length, slice(start, stop), cut_strips(length, len(members) * heads, window)))
+        start = stop
+    return Arrangement(groups, start, reorder(torch.cat(tokens), torch.cat(is_padding)))
 
 
 def reorder(tokens: Tensor, is_padding: Tensor) -> Reordering | None:
@@ -102,30 +102,45 @@ def reorder(tokens: Tensor, is_padding: Tensor) -> Reordering | None:
     return Reordering(tokens, is_padding, places)
 
 
-def group_samples(segments: tuple[Segment, ...], heads: int) -> list[list[Segment]]:
-    """Samples by falling length, a new group where the padding of the last one would cost more than a group does."""
-    groups: list[list[Segment]] = [[]]
-    longest = wasted = 0
-    for start, stop in sorted(segments, key=lambda segment: segment[0] - segment[1]):
+def group_samples(samples: tuple[Sample, ...], heads: int, window: int | None) -> list[list[Sample]]:
+    """Samples by falling length.
+
+    A new group begins where the padding of the last one would cost more than a group does, or where even its shortest
+    strip would have more scores than STRIP_BYTES.
+    """
+    by_length = sorted(samples, key=lambda sample: sample[0] - sample[1])
+    groups: list[list[Sample]] = [[]]
+    longest, wasted = by_length[0][1] - by_length[0][0], 0
+    for start, stop in by_length:
         length = stop - start
-        longest = longest or length
-        wasted += heads * (longest**2 - length**2) // 2  # of a square, half is seen
-        shortest_strip = 4 * heads * (len(groups[-1]) + 1) * MIN_STRIP * longest
-        if groups[-1] and (wasted > GROUP_COST or shortest_strip > STRIP_BYTES):
+        wasted += heads * (scores(longest, window) - scores(length, window))
+        if groups[-1] and (wasted > GROUP_COST or len(groups[-1]) == most_samples(longest, heads, window)):
             groups.append([])
             longest, wasted = length, 0
         groups[-1].append((start, stop))
     return groups
 
 
-def strip_length(heads: int, keys: int) -> int:
-    """Queries whose scores of all heads on so many keys stay within STRIP_BYTES, from MIN_STRIP to MAX_STRIP."""
-    fitting = STRIP_BYTES // (4 * heads * keys) // MIN_STRIP * MIN_STRIP
+def scores(length: int, window: int | None) -> int:
+    """Keys that the queries of a sample see, of all queries together."""
+    seen = min(length, window or length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def most_samples(length: int, heads: int, window: int | None) -> int:
+    """Samples of this length in a group."""
+    keys = length if window is None else min(length, window + MIN_STRIP)
+    return max(1, STRIP_BYTES // (4 * heads * MIN_STRIP * keys))
+
+
+def strip_length(batch: int, keys: int) -> int:
+    """Queries whose `batch` matrices of scores on so many keys fit STRIP_BYTES, from MIN_STRIP to MAX_STRIP."""
+    fitting = STRIP_BYTES // (4 * batch * keys) // MIN_STRIP * MIN_STRIP
     return min(MAX_STRIP, max(MIN_STRIP, fitting))
 
 
-def cut_strips(length: int, heads: int, window: int | None) -> list[Strip]:
-    """The strips of `length` queries, of all samples' heads together.
+def cut_strips(length: int, batch: int, window: int | None) -> list[Strip]:
+    """The strips of `length` queries, in `batch` matrices side by side: the heads of all samples of a group.
 
     Of all ways to cut at every MIN_STRIP tokens, the one with the fewest scores; a strip counts as STRIP_COST of them.
     """
@@ -135,16 +150,16 @@ def cut_strips(length: int, heads: int, window: int | None) -> list[Strip]:
         ways = []
         for before in range(place - 1, -1, -1):
             queries, keys = cuts[place] - cuts[before], cuts[place] - first_key(cuts[before], window)
-            if queries > strip_length(heads, keys):
+            if queries > strip_length(batch, keys):
                 break
-            ways.append((cost[before] + STRIP_COST + heads * queries * keys, before))
+            ways.append((cost[before] + STRIP_COST + batch * queries * keys, before))
         least, best = min(ways)
         cost.append(least)
         previous.append(best)
     strips = []
     place = len(cuts) - 1
     while place > 0:
-        strips.append(mask_strip(cuts[previous[place]], cuts[place], window))
+        strips.append(strip(cuts[previous[place]], cuts[place], window))
         place = previous[place]
     return strips[::-1]
 
@@ -154,12 +169,19 @@ def first_key(query: int, window: int | None) -> int:
     return 0 if window is None else max(0, query - window + 1)
 
 
-def mask_strip(start: int, stop: int, window: int | None) -> Strip:
+def strip(start: int, stop: int, window: int | None) -> Strip:
     first = first_key(start, window)
-    queries = torch.arange(start, stop)[:, None]
     # Where all queries begin at the same key, only the square on the diagonal hides anything.
-    keys = torch.arange(start if first_key(stop - 1, window) == first else first, stop)
-    hidden = keys > queries
+    same_first = first_key(stop - 1, window) == first
+    return Strip(start, stop, first, mask(stop - start, 0 if same_first else start - first, window))
+
+
+@lru_cache(maxsize=64)  # most strips of a sample share theirs
+def mask(queries: int, before: int, window: int | None) -> Tensor:
+    """What hides keys from queries that follow one another, for keys from `before` the first query to the last one."""
+    query = torch.arange(queries)[:, None]
+    key = torch.arange(-before, queries)
+    hidden = key > query
     if window is not None:
-        hidden |= keys <= queries - window
-    return Strip(start, stop, first, torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")))
+        hidden |= key <= query - window
+    return torch.zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, float("-inf"))

@@ -6,14 +6,17 @@ import pytest
 import torch
 from adapter_models import adapted, perturb, tokens
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.adapters.adalora import AdaLoRALinear
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.dora import DoRALinear
-from lightning_peft.adapters.frozen_linear import DENSE, frozen_base, given
+from lightning_peft.adapters.frozen_linear import COMPILES_WRITES, DENSE, frozen_base, given
 from lightning_peft.adapters.lora import LoRALinear, add_low_rank
 from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.training.compilation import missing_compiler
 
 KINDS = [LoRALinear, AdaLoRALinear, DoRALinear]
 FORMS = ["dense", "dense with bias", "nf4 with bias", "int8"]
@@ -183,3 +186,25 @@ def test_an_input_that_lies_transposed_gives_the_same(dropout: float) -> None:
         output = layer(leaf)
         results.append([output, *torch.autograd.grad(output.square().sum(), [leaf, layer.lora_A.weight])])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILES_WRITES, reason="this torch compiles no function that writes in place")
+@pytest.mark.skipif(missing_compiler("cpu") is not None, reason="needs a C++ compiler")
+def test_compiled_products_are_added_in_place_without_a_copy() -> None:
+    layer = LoRALinear(nn.Linear(64, 24, bias=False).requires_grad_(False), rank=4, alpha=8.0)
+    nn.init.normal_(layer.lora_B.weight)
+    x, direction = torch.randn(8, 64), torch.randn(8, 24)
+
+    def gradients(forward: Any) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad((forward(leaf) * direction).sum(), [leaf, *layer.factors()])
+
+    counters.clear()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled, codes = run_and_get_code(gradients, torch.compile(layer, fullgraph=True))
+    assert [code.count("torch.ops.lightning_peft.add_product_.default(") for code in codes] == [1, 1]
+    assert counters["inductor"]["possibly_missed_reinplacing_opportunities"] == 0
+    for actual, expected in zip(compiled, gradients(layer), strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -47,12 +47,19 @@ def test_padded_rows_give_the_loss_of_packed_ones(tmp_path):
     torch.testing.assert_close(model(**padded).loss, expected)
 
 
-def test_rates_and_ratios_are_medians_of_neighbours_after_the_warm_up():
-    side = {"losses": [1.0] * 5, "cpu_seconds": [1.0] * 5, "peak": {"anonymous_gib": 2.0}}
-    ours = side | {"seconds": [9.0, 9.0, 1.0, 2.0, 4.0], "peak": {"anonymous_gib": 1.0}, "losses": [1.0] * 4 + [1.5]}
-    row = summarise({"ours": ours, "peft": side | {"seconds": [9.0, 9.0, 2.0, 6.0, 20.0]}}, "peft", 100.0)
+def test_rates_and_ratios_are_medians_of_neighbours_between_the_warm_up_and_the_end():
+    side = {"losses": [1.0] * 6, "cpu_seconds": [1.0] * 6, "peak": {"anonymous_gib": 2.0}}
+    own = {"seconds": [9.0, 9.0, 1.0, 2.0, 4.0, 90.0], "peak": {"anonymous_gib": 1.0}, "losses": [1.0] * 5 + [1.5]}
+    peft = side | {"seconds": [9.0, 9.0, 2.0, 6.0, 20.0, 1.0]}
+    row = summarise({"ours": side | own, "peft": peft}, "peft", 100.0)
     assert row["ours"]["tokens_per_second"] == 50.0 and row["peft"]["tokens_per_second"] == 100 / 6
     assert (row["speedup"], row["memory_ratio"], row["largest_loss_difference"]) == (3.0, 0.5, 0.5)
+
+
+def test_too_few_steps_are_refused_before_anything_runs(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--steps", "3", "--model", "tiny"])
+    assert stopped.value.code == 2 and "--steps=3: must be at least 4" in capsys.readouterr().err
 
 
 HELD_AND_GONE = """

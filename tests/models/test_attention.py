@@ -14,7 +14,7 @@ from lightning_peft.models.attention import (
     supports_packing,
     varlen_attention,
 )
-from lightning_peft.models.sample_groups import find_segments
+from lightning_peft.models.sample_groups import find_samples
 
 LENGTHS = [[7, 13, 12], [20, 12]]
 """Samples of two packed rows; longer than the sliding window of 5."""
@@ -184,7 +184,7 @@ def test_bf16_is_computed_in_fp32_or_natively_and_stored_in_bf16() -> None:
 @pytest.mark.parametrize("bounds", [[0, 5, 15, 20], [0, 12, 20], [1, 10, 20], [0, 10, 10, 20], [0, 10]])
 def test_wrong_cu_seqlens_is_refused(bounds: list[int]) -> None:
     with pytest.raises(ValueError, match="cu_seqlens"):
-        find_segments(torch.tensor(bounds), rows=2, width=10)
+        find_samples(torch.tensor(bounds), rows=2, width=10)
 
 
 def test_checkpointed_blocks_give_equal_gradients() -> None:

@@ -1,5 +1,7 @@
 """Attention by groups and strips against the formula, at lengths of several strips."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ def by_formula(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], sca
     sample = sample.view(query.shape[0], 1, WIDTH)
     distance = torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)
     seen = (distance >= 0) & (distance < window) & (sample.unflatten(2, (WIDTH, 1)) == sample.unflatten(2, (1, WIDTH)))
-    key, value = (x.repeat_interleave(3, 1) for x in (key, value))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = (query @ key.mT * scaling).masked_fill(~seen, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
@@ -61,16 +63,42 @@ def test_bf16_is_off_by_its_rounding_whatever_the_scores(spread: float) -> None:
     assert output < 0.003 and max(gradients) < 0.012
 
 
-def test_strips_get_shorter_where_their_scores_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So little memory for scores that every strip is of the shortest."""
     monkeypatch.setattr(sample_groups, "STRIP_BYTES", 4 * 6 * WIDTH * MIN_STRIP)
     sample_groups._arrange.cache_clear()
-    assert max(errors(torch.float32, PACKED, 0.25, None)) < 2e-6
+    yield
     sample_groups._arrange.cache_clear()
+
+
+@pytest.mark.usefixtures("small_strips")
+def test_shortest_strips_equal_the_formula() -> None:
+    assert max(errors(torch.float32, PACKED, 0.25, None)) < 2e-6
 
 
 def test_padding_of_a_group_reaches_no_gradient() -> None:
     bounds = [0, 40, 78, 114, 148, 180, 212, 241, 260, WIDTH, 2 * WIDTH]
     arrangement = sample_groups.arrange(torch.tensor(bounds), 2, WIDTH, 6, None)
-    assert arrangement.slots > 2 * WIDTH
+    assert arrangement.num_slots > 2 * WIDTH
     assert max(errors(torch.float32, bounds, 0.25, None)) < 2e-6
     assert max(errors(torch.bfloat16, bounds, 0.25, None)) < 0.012
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(2, 2, 16), (4, 1, 16), (4, 2, 80)])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_any_heads_under_any_default_dtype(heads: int, key_heads: int, head_dim: int, default: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, WIDTH, n, head_dim, generator=generator) for n in (heads, key_heads, key_heads)]
+    ours, exact = ([x.detach().to(kind).requires_grad_() for x in drawn] for kind in (torch.float32, torch.float64))
+    bounds = torch.tensor(PACKED, dtype=torch.int32)
+    torch.set_default_dtype(default)
+    try:
+        output = varlen_attention(*(x.transpose(1, 2) for x in ours), bounds, WIDTH, 0.3)
+        output.square().sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = by_formula(*(x.transpose(1, 2) for x in exact), PACKED, 0.3, WIDTH)
+    expected.square().sum().backward()
+    for actual, wanted in [(output, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]:
+        assert float((actual.double() - wanted).norm() / wanted.norm()) < 3e-6  # fp32 rounding
