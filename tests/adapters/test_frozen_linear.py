@@ -202,7 +202,7 @@ def test_compiled_products_are_added_in_place_without_a_copy() -> None:
 
     counters.clear()
     torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with torch._inductor.config.patch(fx_graph_cache=False):
         compiled, codes = run_and_get_code(gradients, torch.compile(layer, fullgraph=True))
     assert [code.count("torch.ops.lightning_peft.add_product_.default(") for code in codes] == [1, 1]
     assert counters["inductor"]["possibly_missed_reinplacing_opportunities"] == 0
