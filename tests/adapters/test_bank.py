@@ -1,6 +1,6 @@
 """Several adapters on one base: every row is what its adapter alone gives, gradients included."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,15 @@ CONFIGS: list[AdapterConfig] = [
 ]
 EPSILON = 1.2e-7
 """fp32's: the base's product of more rows may add in another order."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads share a product by its shape: with several, more rows are added up in quite another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def assert_within_epsilon(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
