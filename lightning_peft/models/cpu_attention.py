@@ -88,7 +88,7 @@ def scratch(query: Tensor, key: Tensor, backward: bool) -> list[tuple[tuple[int,
     rows, heads, width, head_dim = query.shape
     dtype = query.dtype if _native(query.dtype) else torch.float32
     copies = [(tuple(x.shape), dtype) for x in (query, key, key)] if dtype != query.dtype else []
-    # Of one group; there is one more where not all samples fit it.
+    # Groups follow one another, so what one of them holds counts once.
     samples = min(rows, most_samples(width, heads, window=None))
     scores = (samples * heads, strip_length(samples * heads, width), width)
     queries, keys = (samples, heads, width, head_dim), (samples, key.shape[1], width, head_dim)

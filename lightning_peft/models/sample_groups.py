@@ -54,7 +54,7 @@ class Reordering(NamedTuple):
 
 
 class Arrangement(NamedTuple):
-    """The groups of a batch; no reordering where slots are the batch's positions."""
+    """The groups of a batch, and the order of its slots; no reordering where they are the batch's positions."""
 
     groups: list[Group]
     num_slots: int
@@ -94,6 +94,7 @@ def _arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arr
 
 
 def reorder(tokens: Tensor, is_padding: Tensor) -> Reordering | None:
+    """None where slots are the batch's positions."""
     filled = (~is_padding).nonzero().flatten()
     places = torch.empty_like(filled)
     places[tokens[filled]] = filled
