@@ -7,7 +7,8 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
-    ["distributed", "quantization", "data"],
+    ["user_cache"],
+    ["distributed", "native", "quantization", "data"],
     ["adapters", "models", "objectives"],
     ["checkpoint", "optim"],
     ["inference", "estimation", "cluster"],

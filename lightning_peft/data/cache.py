@@ -27,6 +27,7 @@ from lightning_peft.data.chat import log_layout
 from lightning_peft.data.config import DataConfig, Format
 from lightning_peft.data.samples import Samples, make_samples
 from lightning_peft.data.sources import rows_identity
+from lightning_peft.user_cache import user_cache
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenize
 def cache_folder(option: str) -> Path:
     """The folder that `data.cache_dir` names."""
     if option == "auto":
-        return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lightning_peft"
+        return user_cache()
     return Path(os.path.expanduser(option))
 
 

@@ -42,7 +42,7 @@ def _whole(like: Tensor) -> list[Array]:
 
 
 def _attention_scratch(query: Tensor, key: Tensor, backward: bool) -> list[Array]:
-    return [Array(*array) for array in cpu_attention.scratch(query, key, backward)]
+    return [Array(*array) for array in cpu_attention.implementation(query).scratch(query, key, backward)]
 
 
 SCRATCH: dict[Any, Callable[..., list[Array]]] = {

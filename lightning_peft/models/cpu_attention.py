@@ -1,191 +1,23 @@
-"""Causal attention over packed samples on a CPU, by matrix products over strips of queries.
-
-A strip (models/sample_groups.py) is worth a few large products, which oneDNN runs near a core's peak, where torch's
-flash attention for CPUs multiplies small tiles at a quarter of it (benchmarks/attention.py). Nothing of size T x T is
-ever held.
+"""Causal attention over packed samples on a CPU, as operators.
 
 Operators of their own, so that the compiler keeps a block in one graph. What they keep for the backward pass has the
-dtype it came in. A CPU without bf16 instructions emulates them, 4 to 9 times slower than fp32 (measured, AVX2), so
-there rows are computed in fp32.
+dtype it came in. Two ways to compute them: a kernel in C++ where the processor multiplies bf16 (native/attention.py),
+three times as fast as the other, products of torch (models/strip_attention.py), which run anywhere and in any dtype.
 """
 
-import math
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_peft.models.sample_groups import Arrangement, Group, Strip, arrange, most_samples, strip_length
-
-PADDING_NORMALIZER = 1e30
-"""Log normaliser of a query in the padding: its probabilities are zero."""
-
-
-def in_slots(x: Tensor, arrangement: Arrangement) -> Tensor:
-    """(N, ...) in the batch's order -> (slots, ...)."""
-    return x if arrangement.reordering is None else x.index_select(0, arrangement.reordering.tokens)
+from lightning_peft.models import strip_attention
+from lightning_peft.models.sample_groups import find_samples
+from lightning_peft.native import attention as native_attention
 
 
-def in_order(x: Tensor, arrangement: Arrangement) -> Tensor:
-    """(slots, ...) -> (N, ...) in the batch's order."""
-    return x if arrangement.reordering is None else x.index_select(0, arrangement.reordering.places)
-
-
-def by_head(x: Tensor, group: Group, key_heads: int) -> Tensor:
-    """The group's part of (slots, H, C), a view (samples, key heads, length, H / key heads, C)."""
-    return x[group.slots].view(group.samples, group.length, key_heads, -1, x.shape[-1]).transpose(1, 2)
-
-
-def to_rows(x: Tensor, group: Group, key_heads: int, dtype: torch.dtype) -> Tensor:
-    """(slots, H, C) -> (batch, rows, C), contiguous: a strip's rows follow one another.
-
-    `batch` is samples * key heads, `rows` length * H / key heads.
-    """
-    heads = by_head(x, group, key_heads)
-    return torch.empty(heads.shape, dtype=dtype).copy_(heads).flatten(2, 3).flatten(0, 1)
-
-
-def to_columns(x: Tensor, group: Group, dtype: torch.dtype, ones: int = 0) -> Tensor:
-    """(slots, G, D) -> (batch, D + ones, length), contiguous, with ones in the last rows."""
-    heads = by_head(x, group, x.shape[1]).squeeze(3).mT
-    columns = torch.empty(*heads.shape[:2], x.shape[-1] + ones, group.length, dtype=dtype)
-    columns[:, :, : x.shape[-1]].copy_(heads)
-    columns[:, :, x.shape[-1] :].fill_(1)
-    return columns.flatten(0, 1)
-
-
-def queries_of(strip: Strip, rows: Tensor, group: Group) -> Tensor:
-    """The strip's part of what `to_rows` gave."""
-    ratio = rows.shape[1] // group.length
-    return rows[:, strip.start * ratio : strip.stop * ratio]
-
-
-def put(x: Tensor, whole: Tensor, group: Group, key_heads: int, queries: slice, factor: float = 1.0) -> None:
-    """Write x (batch, rows, C), the rows of these queries of every sample, times `factor`, to `whole` (slots, H, C)."""
-    place = by_head(whole, group, key_heads)[:, :, queries]
-    if factor == 1:
-        place.copy_(x.view(place.shape))
-    else:
-        torch.mul(x.view(place.shape), factor, out=place)
-
-
-class Product:
-    """Products of a group's strips, written to the same memory in turn, which so stays in the cache."""
-
-    def __init__(self, queries: Tensor, group: Group, dtype: torch.dtype):
-        """`queries` as `to_rows` gives them, the left factors' rows."""
-        most = max((strip.stop - strip.start) * (strip.stop - strip.first) for strip in group.strips)
-        self.memory = torch.empty(queries.shape[0] * queries.shape[1] // group.length * most, dtype=dtype)
-
-    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
-        shape = (left.shape[0], left.shape[1], right.shape[2])
-        return torch.bmm(left, right, out=self.memory[: math.prod(shape)].view(shape))
-
-
-def scratch(query: Tensor, key: Tensor, backward: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what the operators below hold for a moment, where each row is one sample."""
-    rows, heads, width, head_dim = query.shape
-    dtype = query.dtype if _native(query.dtype) else torch.float32
-    copies = [(tuple(x.shape), dtype) for x in (query, key, key)] if dtype != query.dtype else []
-    # Groups follow one another, so what one of them holds counts once.
-    samples = min(rows, most_samples(width, heads, window=None))
-    scores = (samples * heads, strip_length(samples * heads, width), width)
-    queries, keys = (samples, heads, width, head_dim), (samples, key.shape[1], width, head_dim)
-    if backward:
-        widened = (*query.shape[:3], head_dim + 2), (*queries[:3], head_dim + 2)
-        return [
-            *copies, *[(shape, dtype) for shape in (scores, scores, *widened, *widened, keys, keys, keys)],
-            *[(keys, torch.float32)] * 2,
-        ]  # fmt: skip
-    rounded = [(scores, dtype)] if dtype != torch.float32 else []
-    return [*copies, (scores, torch.float32), *rounded, (queries, torch.float32), (keys, torch.float32), (keys, dtype)]
-
-
-def hide(scores: Tensor, strip: Strip) -> None:
-    """Mask scores (batch, queries * H / G, keys) in place."""
-    queries, masked = strip.mask.shape
-    scores.unflatten(1, (queries, -1))[..., scores.shape[-1] - masked :].add_(strip.mask[:, None].to(scores.dtype))
-
-
-def attend_group(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, group: Group, output: Tensor, normalizers: Tensor
-) -> None:
-    """Softmax attention of one group's slots out of query (slots, H, D), key and value (slots, G, D).
-
-    Writes to `output` (slots, H, D) and, fp32, `normalizers` (slots, H, 1). Scores and softmax are fp32, probabilities
-    are rounded to the dtype of `value`.
-    """
-    key_heads = key.shape[1]
-    queries = to_rows(query, group, key_heads, torch.float32)
-    keys = to_columns(key, group, torch.float32).mul_(scaling)
-    values = to_rows(value, group, key_heads, value.dtype)
-    product = Product(queries, group, torch.float32)
-    largest, likeliest = (queries.new_empty(*queries.shape[:2], 1) for _ in range(2))
-    for strip in group.strips:
-        seen = slice(strip.first, strip.stop)
-        scores = product(queries_of(strip, queries, group), keys[:, :, seen])
-        hide(scores, strip)
-        torch.amax(scores, -1, keepdim=True, out=queries_of(strip, largest, group))
-        probabilities = torch.softmax(scores, -1, out=scores)
-        torch.amax(probabilities, -1, keepdim=True, out=queries_of(strip, likeliest, group))
-        attended = torch.bmm(probabilities.to(value.dtype), values[:, seen])
-        put(attended, output, group, key_heads, slice(strip.start, strip.stop))
-    put(largest.sub_(likeliest.log_()), normalizers, group, key_heads, slice(None))
-
-
-def with_constant(x: Tensor, constant: Tensor) -> Tensor:
-    """(..., D) and (..., 1) fp32 -> (..., D + 2): the constant in two columns, to twice the digits of x's dtype.
-
-    A product with a matrix that has ones in its last rows adds it.
-    """
-    high = constant.to(x.dtype)
-    return torch.cat((x, high, (constant - high).to(x.dtype)), -1)
-
-
-def attend_group_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    after: float,
-    group: Group,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-) -> None:
-    """Writes `grad_query` (slots, H, D), `grad_key` and `grad_value` (slots, G, D).
-
-    P = exp(s - normalizer) and dS = P * (dO V^T - <dO, O>) (Dao et al. 2022, arXiv:2205.14135, section 3.1). Both
-    differences are taken inside the products, in their fp32 sums: what is rounded to bf16 is small where P is not. So
-    `query` (slots, H, D + 2) has its normaliser beside it and `grad` <dO, O>. Scores are multiplied by `after`: 1 where
-    `query` was multiplied by `scaling` before, else `scaling`.
-    """
-    key_heads, head_dim = key.shape[1:]
-    dtype = key.dtype
-    queries, grads, keys = (to_rows(x, group, key_heads, dtype) for x in (query, grad, key))
-    keys_and_ones, values_and_ones = (to_columns(x, group, dtype, ones=2) for x in (key, value))
-    probability_product, gradient_product = (Product(queries, group, dtype) for _ in range(2))
-    sums_shape = keys.shape[0], head_dim, group.length
-    key_sums, value_sums = (torch.zeros(sums_shape, dtype=torch.float32) for _ in range(2))
-    for strip in group.strips:
-        seen = slice(strip.first, strip.stop)
-        # Each of two products would copy what is not contiguous.
-        q, g = (queries_of(strip, x, group).contiguous() for x in (queries, grads))
-        probabilities = probability_product(q, keys_and_ones[:, :, seen])
-        if after != 1:
-            probabilities.mul_(after)
-        hide(probabilities, strip)
-        probabilities.exp_()
-        # Products with the small factor transposed are faster than those with the large one.
-        value_sums[:, :, seen] += torch.bmm(g.mT, probabilities)[:, :head_dim]
-        grad_scores = gradient_product(g, values_and_ones[:, :, seen]).mul_(probabilities)
-        key_sums[:, :, seen] += torch.bmm(q.mT, grad_scores)[:, :head_dim]
-        grad_queries = torch.bmm(grad_scores, keys[:, seen])
-        put(grad_queries, grad_query, group, key_heads, slice(strip.start, strip.stop), scaling)
-    put(key_sums.mul_(after).mT, grad_key, group, key_heads, slice(None))
-    put(value_sums.mT, grad_value, group, key_heads, slice(None))
+def implementation(query: Tensor) -> Any:
+    """The module whose `attend`, `attend_backward` and `scratch` compute attention of such heads."""
+    return native_attention if native_attention.takes(query) else strip_attention
 
 
 @torch.library.custom_op("lightning_peft::sample_attention", mutates_args=(), device_types="cpu")
@@ -196,17 +28,9 @@ def sample_attention(
 
     query (B, H, T, D); key and value (B, G, T, D); cu_seqlens as `varlen_attention` has it.
     """
-    rows, heads, width, head_dim = query.shape
-    arrangement = arrange(cu_seqlens, rows, width, heads, window)
-    output = query.new_empty(arrangement.num_slots, heads, head_dim)
-    normalizers = query.new_empty(arrangement.num_slots, heads, 1, dtype=torch.float32)
-    q, k, v = (in_slots(computed(flat(x)), arrangement) for x in (query, key, value))
-    for group in arrangement.groups:
-        attend_group(q, k, v, scaling, group, output, normalizers)
-    return (
-        in_order(output, arrangement).view(rows, width, heads, head_dim),
-        in_order(normalizers, arrangement).view(rows, width, heads),
-    )
+    samples = find_samples(cu_seqlens, query.shape[0], query.shape[2])
+    output, normalizers = implementation(query).attend(query, key, value, samples, scaling, window)
+    return output, normalizers
 
 
 @sample_attention.register_fake
@@ -230,22 +54,9 @@ def sample_attention_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `sample_attention` with respect to query, key and value."""
-    rows, heads, width, _ = query.shape
-    arrangement = arrange(cu_seqlens, rows, width, heads, window)
-    q, k, v = (computed(flat(x)) for x in (query, key, value))
-    g, out = (computed(x.reshape(-1, *x.shape[2:])) for x in (grad_output, output))
-    # A power of two changes no digit of the query; any other factor comes after the product.
-    before, after = (scaling, 1.0) if math.frexp(scaling)[0] == 0.5 else (1.0, scaling)
-    q = with_constant(q * before, normalizers.view(-1, heads, 1) / -after)
-    g = with_constant(g, g.to(torch.float32, copy=True).mul_(out).sum(-1, keepdim=True).neg_())
-    q, g, k, v = (in_slots(x, arrangement) for x in (q, g, k, v))
-    if arrangement.reordering is not None:
-        q[..., -2].masked_fill_(arrangement.reordering.is_padding[:, None], -PADDING_NORMALIZER)
-    gradients = [x.new_empty(arrangement.num_slots, x.shape[1], x.shape[3]) for x in (query, key, value)]
-    for group in arrangement.groups:
-        attend_group_backward(g, q, k, v, scaling, after, group, *gradients)
-    grad_query, grad_key, grad_value = (
-        in_order(x, arrangement).view(rows, width, *x.shape[1:]).transpose(1, 2) for x in gradients
+    samples = find_samples(cu_seqlens, query.shape[0], query.shape[2])
+    grad_query, grad_key, grad_value = implementation(query).attend_backward(
+        grad_output, query, key, value, output, normalizers, samples, scaling, window
     )
     return grad_query, grad_key, grad_value
 
@@ -269,18 +80,3 @@ def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, 
 
 
 sample_attention.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def flat(x: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B T, H, D), a view of what projections give."""
-    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-
-def computed(x: Tensor) -> Tensor:
-    """x in the dtype this processor computes it in."""
-    return x if _native(x.dtype) else x.float()
-
-
-@cache
-def _native(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

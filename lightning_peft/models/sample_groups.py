@@ -71,13 +71,9 @@ def find_samples(cu_seqlens: Tensor, rows: int, width: int) -> list[Sample]:
     return samples
 
 
-def arrange(cu_seqlens: Tensor, rows: int, width: int, heads: int, window: int | None) -> Arrangement:
-    """Groups for a (rows, width) batch; a query sees its sample's keys up to itself, at most the last `window`."""
-    return _arrange(tuple(find_samples(cu_seqlens, rows, width)), heads, window)
-
-
 @lru_cache(maxsize=4)  # the layers of a model, forward and backward, ask for the same ones
-def _arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arrangement:
+def arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arrangement:
+    """Groups for the samples of a batch; a query sees its sample's keys up to itself, at most the last `window`."""
     groups: list[Group] = []
     tokens, is_padding = [], []
     start = 0

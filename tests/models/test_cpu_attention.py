@@ -1,14 +1,17 @@
-"""Attention by groups and strips against the formula, at lengths of several strips."""
+"""Attention on a CPU against the formula, in both implementations, at lengths of several strips and blocks."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_peft.models import sample_groups
+from lightning_peft.models import cpu_attention, sample_groups
 from lightning_peft.models.attention import varlen_attention
 from lightning_peft.models.sample_groups import MAX_STRIP, MIN_STRIP
+from lightning_peft.native import attention as native_attention
+from lightning_peft.native.library import library
 
 WIDTH = 2 * MAX_STRIP + 44
 
@@ -56,6 +59,26 @@ def test_several_strips_equal_the_formula(bounds: list[int], window: int | None,
     assert max(errors(torch.float32, bounds, scaling, window)) < 2e-6  # fp32 rounding
 
 
+needs_kernel = pytest.mark.skipif(library() is None, reason="no processor with AVX-512 and bf16, or no compiler")
+
+
+@pytest.fixture
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_attention, "library", lambda: None)
+
+
+@pytest.fixture(params=["products of torch", pytest.param("kernel", marks=needs_kernel)])
+def either(request: pytest.FixtureRequest) -> str:
+    """Both implementations of bf16."""
+    name: str = request.param
+    if name == "products of torch":
+        request.getfixturevalue("without_kernel")
+    chosen = cpu_attention.implementation(torch.empty(1, 1, 1, 16, dtype=torch.bfloat16))
+    assert (chosen is native_attention) == (name == "kernel")
+    return name
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("spread", [1.0, 20.0])
 def test_bf16_is_off_by_its_rounding_whatever_the_scores(spread: float) -> None:
     # Half a unit in bf16's last place is 2^-9 = 0.002; scores of 80 rounded to bf16 would alone be off by 0.25.
@@ -63,13 +86,56 @@ def test_bf16_is_off_by_its_rounding_whatever_the_scores(spread: float) -> None:
     assert output < 0.003 and max(gradients) < 0.012
 
 
+@needs_kernel
+@pytest.mark.parametrize(("window", "most"), [(None, 0.0035), (50, 0.0035), (2, 0.005)])
+@pytest.mark.parametrize("bounds", [PACKED, [0, WIDTH, 2 * WIDTH]], ids=["packed", "a sample a row"])
+def test_the_kernel_rounds_what_it_keeps_and_nothing_else(bounds: list[int], window: int | None, most: float) -> None:
+    # P, dS, O and the gradients, each by at most 2^-9 and by 0.0017 in the mean of squares; scores stay in fp32. Of two
+    # keys dP - <dO, O> is a small difference, so O's rounding counts for more.
+    assert max(errors(torch.bfloat16, bounds, 0.3, window)) < most
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(2, 2, 16), (6, 1, 48), (4, 2, 80), (2, 1, 128)])
+def test_the_kernel_takes_any_heads_layout_and_number_of_threads(
+    heads: int, key_heads: int, head_dim: int, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # As a fused projection leaves them: rows of all heads side by side.
+    drawn = torch.randn(2, WIDTH, heads + 2 * key_heads, head_dim, generator=generator).bfloat16().transpose(1, 2)
+    bounds = torch.tensor(PACKED, dtype=torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = drawn.clone().requires_grad_()
+        output = varlen_attention(*ours.split([heads, key_heads, key_heads], 1), bounds, WIDTH, 0.2)
+        output.square().sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    exact = drawn.double().requires_grad_()
+    expected = by_formula(*exact.split([heads, key_heads, key_heads], 1), PACKED, 0.2, WIDTH)
+    expected.backward(2 * output.detach().double())
+    for actual, wanted in [(output.detach(), expected.detach()), (ours.grad, exact.grad)]:
+        assert float((actual.double() - wanted).norm() / wanted.norm()) < 0.004
+
+
+@needs_kernel
+def test_what_is_not_a_number_is_passed_on() -> None:
+    *drawn, _ = inputs(torch.bfloat16)
+    drawn[0][0, 0, 120, 3] = torch.nan
+    output = varlen_attention(*drawn, torch.tensor(PACKED, dtype=torch.int32), WIDTH, 0.3)
+    broken = output.isnan().flatten(2).any(-1).nonzero().tolist()
+    assert broken == [[0, 120]]
+
+
 @pytest.fixture
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So little memory for scores that every strip is of the shortest."""
     monkeypatch.setattr(sample_groups, "STRIP_BYTES", 4 * 6 * WIDTH * MIN_STRIP)
-    sample_groups._arrange.cache_clear()
+    sample_groups.arrange.cache_clear()
     yield
-    sample_groups._arrange.cache_clear()
+    sample_groups.arrange.cache_clear()
 
 
 @pytest.mark.usefixtures("small_strips")
@@ -77,9 +143,10 @@ def test_shortest_strips_equal_the_formula() -> None:
     assert max(errors(torch.float32, PACKED, 0.25, None)) < 2e-6
 
 
+@pytest.mark.usefixtures("without_kernel")
 def test_padding_of_a_group_reaches_no_gradient() -> None:
     bounds = [0, 40, 78, 114, 148, 180, 212, 241, 260, WIDTH, 2 * WIDTH]
-    arrangement = sample_groups.arrange(torch.tensor(bounds), 2, WIDTH, 6, None)
+    arrangement = sample_groups.arrange(tuple(pairwise(bounds)), 6, None)
     assert arrangement.num_slots > 2 * WIDTH
     assert max(errors(torch.float32, bounds, 0.25, None)) < 2e-6
     assert max(errors(torch.bfloat16, bounds, 0.25, None)) < 0.012

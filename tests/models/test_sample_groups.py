@@ -18,8 +18,8 @@ from lightning_peft.models.sample_groups import (
 
 
 def of_lengths(*lengths: int, heads: int = 9, window: int | None = None) -> Arrangement:
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    return arrange(bounds, 1, sum(lengths), heads, window)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    return arrange(tuple(pairwise(bounds)), heads, window)
 
 
 def test_every_token_has_one_slot_in_its_sample() -> None:
@@ -50,8 +50,8 @@ def test_windowed_samples_share_a_group_where_their_windows_are_full() -> None:
 
 
 def test_samples_of_one_length_lie_as_in_the_batch() -> None:
-    bounds = torch.arange(0, 4 * 512 + 1, 512)
-    (group,), num_slots, reordering = arrange(bounds, 4, 512, 9, None)
+    samples = tuple(pairwise(range(0, 4 * 512 + 1, 512)))
+    (group,), num_slots, reordering = arrange(samples, 9, None)
     assert (group.samples, group.length, num_slots, reordering) == (4, 512, 2048, None)
 
 

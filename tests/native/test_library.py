@@ -1,0 +1,87 @@
+"""The kernels' library: compiled once, and what is said where it cannot be."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_peft.native import library as native_library
+from lightning_peft.native.library import compiled, library
+
+pytestmark = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="no processor with AVX-512 and bf16 instructions"
+)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+def test_it_is_compiled_once_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lightning_peft"):
+        assert library() is not None
+        library.cache_clear()
+        assert library() is not None
+    (made,) = (tmp_path / "lightning_peft" / "native").iterdir()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("attention kernel compiled in ") and str(made) in record.getMessage()
+
+
+def test_other_sources_or_flags_are_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiled()
+    monkeypatch.setattr(native_library, "FLAGS", [*native_library.FLAGS, "-g0"])
+    assert compiled() != first
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        ("no-such-compiler", "no compiler no-such-compiler found; install g++, or name one in CXX"),
+        ("false", "false failed: no output"),
+        ("g++ --no-such-option", "g++ --no-such-option failed: "),
+    ],
+)
+def test_without_a_compiler_one_line_says_what_runs_instead(
+    compiler: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert library() is None and library() is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"attention runs without its compiled kernel, at half its speed: {said}")
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    occupied = tmp_path / "a file"
+    occupied.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
+    assert library() is None
+    assert str(occupied) in caplog.text
+
+
+def test_threads_are_those_of_torch(tmp_path: Path) -> None:
+    """A second OpenMP beside torch's would have the two compete for the cores."""
+    program = """
+import os, torch
+from lightning_peft.models.cpu_attention import sample_attention
+from lightning_peft.native.library import library
+assert library() is not None
+torch.set_num_threads(3)
+x = torch.randn(1, 6, 64, 16).bfloat16()
+torch.randn(2000, 2000).exp()
+before = len(os.listdir("/proc/self/task"))
+sample_attention(x, x, x, torch.tensor([0, 32, 64], dtype=torch.int32), 0.25, None)
+assert len(os.listdir("/proc/self/task")) == before
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
