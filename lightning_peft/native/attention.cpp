@@ -81,7 +81,7 @@ struct Block {  // of queries and keys of a sample; numbered from the block's fi
   int first_row(int key) const { return max(0, first_key + key - first_query); }  // the first query that sees it
 };
 
-int first_block(int query, int window) { return max(0, query - window + 1) / LANES * LANES; }
+int first_block(int query, int window) { return max(0, query - window + 1) / PANEL * PANEL; }
 
 // 2^x, within 2e-7 of it: Taylor's polynomial between -1/2 and 1/2.
 inline __m512 exp2(__m512 x) {
@@ -104,13 +104,14 @@ inline void round_row(const float* x, int numbers, __m512 factor, bf16* into) {
   for (int j = 0; j < numbers; j += LANES) store_rounded(into + j, _mm512_mul_ps(factor, _mm512_loadu_ps(x + j)));
 }
 
-// into (queries, keys) = a b, where any key is seen.
-void multiply_scores(const Block& block, Left a, Right b, int head_dim, float* into) {
+// into (queries, keys) = a x^T, where any key is seen; `columns` are what `pair_columns` makes of x.
+void multiply_scores(const Block& block, Left a, const bf16* columns, int head_dim, float* into) {
   for (int n = 0; n < block.keys; n += PANEL) {
     int vectors = round_up(min(PANEL, block.keys - n), LANES) / LANES;
+    Right panel{columns + (long)(block.first_key + n) * head_dim, 2 * PANEL};
     for (int q = block.first_row(n) / TILE * TILE; q < block.queries; q += TILE) {
       int rows = min(TILE, block.queries - q);
-      multiply(rows, vectors, a.at(q, 0), b.at(0, n), head_dim / 2, into + q * ROW + n, ROW, false);
+      multiply(rows, vectors, a.at(q, 0), panel, head_dim / 2, into + q * ROW + n, ROW, false);
     }
   }
 }
@@ -181,7 +182,7 @@ void attend(const Work& work, const Item& item, const View* views, float* normal
   bf16* probabilities = scratch.take<bf16>(SQUARE);
   float* sums = scratch.take<float>(QUERIES * head_dim);
   Matrix key = item.of(views[1], item.key_head), value = item.of(views[2], item.key_head);
-  pair_columns(key.data, key.stride, length, padded, head_dim, key_columns);
+  pair_columns(key.data, key.stride, length, head_dim, key_columns);
   pair_rows(value.data, value.stride, length, head_dim, value_rows);
   for (int head = item.first_head; head < item.last_head; head++) {
     Matrix query = item.of(views[0], head), output = item.of(views[3], head);
@@ -194,7 +195,7 @@ void attend(const Work& work, const Item& item, const View* views, float* normal
       for (int at = first_block(first, work.window); at < first + queries; at += KEYS) {
         Block block{first, queries, at, min(KEYS, first + queries - at), work.window};
         Left rows{query.at(first), query.stride, 2};
-        multiply_scores(block, rows, {key_columns + 2 * at, 2L * padded}, head_dim, scores);
+        multiply_scores(block, rows, key_columns, head_dim, scores);
         softmax.add(block, scores, factor, probabilities, sums, head_dim);
         Right values{value_rows + (long)at * head_dim, 2L * head_dim};
         add_over_keys(block, probabilities, values, head_dim, sums);
@@ -257,9 +258,9 @@ void attend_backward(const Work& work, const Item& item, const View* views, cons
   bf16* grad_rows = scratch.take<bf16>(QUERIES * head_dim);
   float* query_sums = scratch.take<float>(QUERIES * head_dim);
   Matrix key = item.of(views[2], item.key_head), value = item.of(views[3], item.key_head);
-  pair_columns(key.data, key.stride, length, padded, head_dim, key_columns);
+  pair_columns(key.data, key.stride, length, head_dim, key_columns);
   pair_rows(key.data, key.stride, length, head_dim, key_rows);
-  pair_columns(value.data, value.stride, length, padded, head_dim, value_columns);
+  pair_columns(value.data, value.stride, length, head_dim, value_columns);
   memset(key_sums, 0, sizeof(float) * whole);
   memset(value_sums, 0, sizeof(float) * whole);
   const Right keys{key_rows, 2L * head_dim};
@@ -283,9 +284,9 @@ void attend_backward(const Work& work, const Item& item, const View* views, cons
       for (int at = first_block(first, work.window); at < first + queries; at += KEYS) {
         Block block{first, queries, at, min(KEYS, first + queries - at), work.window};
         const Left queried{query.at(first), query.stride, 2}, received{grad.at(first), grad.stride, 2};
-        const long begin = (long)at * head_dim, depth = 2L * padded;
-        multiply_scores(block, queried, {key_columns + 2 * at, depth}, head_dim, scores);
-        multiply_scores(block, received, {value_columns + 2 * at, depth}, head_dim, grads);
+        const long begin = (long)at * head_dim;
+        multiply_scores(block, queried, key_columns, head_dim, scores);
+        multiply_scores(block, received, value_columns, head_dim, grads);
         gradients.compute(block, scores, grads, work.scaling * (float)M_LOG2E);
         add_over_queries(block, gradients.probability_pairs, grad_pairs, head_dim, value_sums + begin);
         add_over_queries(block, gradients.pairs, query_pairs, head_dim, key_sums + begin);

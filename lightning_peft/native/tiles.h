@@ -116,15 +116,17 @@ void pair_rows(const bf16* x, long stride, int n, int width, bf16* into) {
     }
 }
 
-// x^T (width, n) paired: [width / 2][padded][2], zeros past n.
-void pair_columns(const bf16* x, long stride, int n, int padded, int width, bf16* into) {
+// x^T (width, n) paired, panel after panel: [n / PANEL][width / 2][PANEL][2], zeros past n. In whole rows those of a panel
+// could lie a power of two apart, where they share few lines of the cache.
+void pair_columns(const bf16* x, long stride, int n, int width, bf16* into) {
   const __m512i counted = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i rows = _mm512_mullo_epi32(counted, _mm512_set1_epi32((int)(stride * sizeof(bf16))));
-  for (int i = 0; i < padded; i += LANES) {
+  for (int i = 0; i < round_up(n, PANEL); i += LANES) {
     __mmask16 there = lanes_of(0, n, i);
+    bf16* panel = into + (long)(i / PANEL) * PANEL * width + i % PANEL * 2;
     for (int j = 0; j < width; j += 2) {
       __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, rows, x + i * stride + j, 1);
-      _mm512_storeu_si512(into + ((long)(j / 2) * padded + i) * 2, pairs);
+      _mm512_storeu_si512(panel + j * PANEL, pairs);
     }
   }
 }
