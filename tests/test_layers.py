@@ -8,7 +8,8 @@ import lightning_peft
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
     ["user_cache"],
-    ["distributed", "native", "quantization", "data"],
+    ["native"],
+    ["distributed", "quantization", "data"],
     ["adapters", "models", "objectives"],
     ["checkpoint", "optim"],
     ["inference", "estimation", "cluster"],

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_peft.adapters.frozen_linear import (
     GIVEN,
     Base,
-    add_product,
     base_gradients,
-    base_output,
+    base_with_product,
+    factor_gradients,
     given,
     input_gradient,
     mark_written,
@@ -73,7 +73,7 @@ class MagnitudeProduct(torch.autograd.Function):
         dtype = base.dtype
         cast = x.to(dtype)
         inner = cast.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
-        output = add_product(base_output(cast, base), inner, B.to(dtype).t(), base)
+        output = base_with_product(cast, base, inner, B.to(dtype))
         # gain is near one: gain - 1 keeps the digits that bf16 drops from gain, and is 0 at the start, to the bit.
         unbiased = output if bias is None else output - bias.to(dtype)
         if torch.compiler.is_compiling():  # torch 2.11 loses every gradient of a function that writes in place
@@ -93,14 +93,16 @@ class MagnitudeProduct(torch.autograd.Function):
         bias = given_bias if base.form == GIVEN else base.tensors[-1]
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_A = grad_B = grad_gain = grad_bias = None
+        grad_x = grad_gain = grad_bias = None
         scaled_B = (ctx.scaling * gain)[:, None] * B
-        grad_inner = grad_rows @ scaled_B.to(dtype)
-        if ctx.needs_input_grad[2]:
-            grad_A = (grad_inner.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype)
-        if ctx.needs_input_grad[3]:
-            grad_B = (inner.t() @ grad_rows).t().to(B.dtype, memory_format=torch.contiguous_format)
-            grad_B.mul_(gain[:, None])
+        x_rows = x.reshape(-1, x.shape[-1]).to(dtype) if ctx.needs_input_grad[2] else None
+        grad_inner, grad_A, grad_B = factor_gradients(
+            grad_rows, x_rows, inner, scaled_B.to(dtype), ctx.needs_input_grad[3]
+        )
+        if grad_A is not None:
+            grad_A = grad_A.to(A.dtype)
+        if grad_B is not None:
+            grad_B = grad_B.to(B.dtype).mul_(gain[:, None])
         if ctx.needs_input_grad[4]:
             output_rows = output.view(-1, output.shape[-1])
             sums = column_dots(grad_rows, output_rows)
@@ -112,7 +114,7 @@ class MagnitudeProduct(torch.autograd.Function):
             # The rest of a trained bias' gradient comes through the given output.
             grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(given_bias.dtype)
         x_shape, x_dtype = x.shape, x.dtype
-        del x, output  # large, and the base's gradient is about to be made
+        del x, x_rows, output  # large, and the base's gradient is about to be made
         to_base = grad  # the bias of a base that is run in here is not under the gain
         if base.form == GIVEN or ctx.needs_input_grad[1]:
             grad_base = grad_rows * gain.to(dtype)

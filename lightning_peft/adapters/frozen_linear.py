@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.native import linear  # noqa: F401  registers low_rank_sum and low_rank_gradients
 from lightning_peft.quantization.nf4 import NF4Linear
 
 GIVEN, DENSE = "given", "dense"
@@ -67,24 +68,23 @@ def frozen_base(layer: nn.Module, x: Tensor) -> Base | None:
     return Base(dtype, DENSE, 0, (layer.weight, layer.bias))
 
 
-def base_output(x: Tensor, base: Base) -> Tensor:
-    """x W^T + bias, (..., out_features), in a tensor that may be written over. x has the products' dtype."""
+def base_with_product(x: Tensor, base: Base, inner: Tensor, factor: Tensor) -> Tensor:
+    """x W^T + bias + inner factor^T, (..., out_features), in a tensor that may be written over.
+
+    x, inner (N, R) and factor (out_features, R) have the products' dtype. A given base is written over, wherever that
+    is possible: the compiler cannot follow the `mark_dirty` it needs.
+    """
     if base.form == GIVEN:
+        if torch.compiler.is_compiling():
+            rows = base.first.view(-1, base.first.shape[-1])
+            return torch.addmm(rows, inner, factor.t()).view(base.first.shape)
+        base.first.view(-1, base.first.shape[-1]).addmm_(inner, factor.t())
         return base.first
     *weight, bias = base.tensors
     if base.form != DENSE:
-        return torch.ops.lightning_peft.matmul_4bit(x, *weight, bias, base.form, base.block_size, True)
-    matrix = _dense(base).t()
-    if torch.compiler.is_compiling():
-        return x @ matrix if bias is None else x @ matrix + bias.to(base.dtype)
-    # Into a tensor of its own: a view made in here could not be written over by what comes later.
-    output = x.new_empty(*x.shape[:-1], matrix.shape[1])
-    rows, into = x.reshape(-1, x.shape[-1]), output.view(-1, matrix.shape[1])
-    if bias is None:
-        torch.mm(rows, matrix, out=into)
-    else:
-        torch.addmm(bias.to(base.dtype), rows, matrix, out=into)
-    return output
+        return torch.ops.lightning_peft.matmul_4bit(x, *weight, bias, inner, factor, base.form, base.block_size, True)
+    bias = None if bias is None else bias.to(base.dtype)
+    return torch.ops.lightning_peft.low_rank_sum(x, _dense(base), inner, factor, bias, True)
 
 
 def base_input_gradient(grad: Tensor, base: Base) -> Tensor:
@@ -92,7 +92,7 @@ def base_input_gradient(grad: Tensor, base: Base) -> Tensor:
     if base.form == DENSE:
         return grad @ _dense(base)
     *weight, _ = base.tensors
-    return torch.ops.lightning_peft.matmul_4bit(grad, *weight, None, base.form, base.block_size, False)
+    return torch.ops.lightning_peft.matmul_4bit(grad, *weight, None, None, None, base.form, base.block_size, False)
 
 
 def base_gradients(
@@ -116,35 +116,6 @@ def _dense(base: Base) -> Tensor:
     return base.first.to(base.dtype)
 
 
-# A schema and a kernel alone: the checks of torch.library.custom_op take longer than what this saves.
-torch.library.define("lightning_peft::add_product_", "(Tensor(a!) output, Tensor inner, Tensor matrix) -> ()")
-
-
-@torch.library.impl("lightning_peft::add_product_", "CompositeExplicitAutograd")
-def _(output: Tensor, inner: Tensor, matrix: Tensor) -> None:
-    output.addmm_(inner, matrix)
-
-
-COMPILES_WRITES = torch.__version__ >= "2.13"
-"""torch 2.11 compiles a function that writes in place to one without gradients."""
-
-
-def add_product(output: Tensor, inner: Tensor, matrix: Tensor, base: Base) -> Tensor:
-    """output + inner matrix, where `output` is the base's output or the gradient of its input.
-
-    Written over `output` wherever that is possible: the compiler cannot follow `mark_dirty`, which a given one needs.
-    """
-    rows = output.view(-1, output.shape[-1])
-    if not torch.compiler.is_compiling():
-        rows.addmm_(inner, matrix)
-        return output
-    if base.form != GIVEN and COMPILES_WRITES:
-        # The compiler's own addmm copies what it adds to.
-        torch.ops.lightning_peft.add_product_(rows, inner, matrix)
-        return output
-    return torch.addmm(rows, inner, matrix).view(output.shape)
-
-
 def mark_written(ctx: Any, base: Base, output: Tensor) -> None:
     """Tell autograd when the function's output is its input, written over."""
     if base.form == GIVEN and not torch.compiler.is_compiling():
@@ -155,7 +126,23 @@ def input_gradient(grad: Tensor, base: Base, grad_inner: Tensor, A: Tensor) -> T
     """grad W + grad_inner A, (N, in_features), a new tensor; of a given base the second alone."""
     if base.form == GIVEN:
         return grad_inner @ A
-    return add_product(base_input_gradient(grad, base), grad_inner, A, base)
+    if base.form == DENSE:
+        return torch.ops.lightning_peft.low_rank_sum(grad, _dense(base), grad_inner, A, None, False)
+    *weight, _ = base.tensors
+    return torch.ops.lightning_peft.matmul_4bit(grad, *weight, None, grad_inner, A, base.form, base.block_size, False)
+
+
+def factor_gradients(
+    grad: Tensor, x: Tensor | None, inner: Tensor, B: Tensor, needs_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of inner (N, R), of A (R, in_features) and of B (out_features, R) in x A^T B^T, where inner is x A^T.
+
+    grad (N, out_features) and x (N, in_features) have the products' dtype; without x there is none of A.
+    """
+    if x is not None and needs_B:
+        return torch.ops.lightning_peft.low_rank_gradients(grad, x, inner, B)
+    grad_inner = grad @ B
+    return grad_inner, None if x is None else grad_inner.t() @ x, grad.t() @ inner if needs_B else None
 
 
 def can_redraw(x: Tensor) -> bool:

@@ -14,11 +14,11 @@ from lightning_peft.adapters.frozen_linear import (
     GIVEN,
     Base,
     FusedAdapter,
-    add_product,
     base_gradients,
     base_input_gradient,
-    base_output,
+    base_with_product,
     can_redraw,
+    factor_gradients,
     input_gradient,
     mark_written,
 )
@@ -97,7 +97,7 @@ class LowRankProduct(torch.autograd.Function):
         # Contiguous, as the mask that is drawn again is.
         dropped = F.dropout(x.contiguous(), dropout).to(dtype) if dropout else cast
         inner = dropped.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
-        output = add_product(base_output(cast, base), inner, B.to(dtype).t(), base)
+        output = base_with_product(cast, base, inner, B.to(dtype))
         mark_written(ctx, base, output)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, inner, A, B, *base.kept())
         ctx.base = base._replace(tensors=())
@@ -113,27 +113,29 @@ class LowRankProduct(torch.autograd.Function):
         dtype = grad.dtype
         grad_rows = grad.reshape(-1, grad.shape[-1])
         needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
-        grad_x = grad_A = grad_B = mask = low_rank = None
-        # The small products first, while what they read is in the caches.
-        grad_inner = grad_rows @ B.to(dtype)
-        scaled_A = (ctx.scaling * A).to(dtype)
-        if needs_B:
-            # Of the two ways to write this product, the one that leaves the wide matrix as it lies.
-            grad_B = (inner.t() @ grad_rows).t().to(B.dtype, memory_format=torch.contiguous_format)
+        grad_x = mask = None
         if ctx.dropout and (needs_x or needs_A):
             mask = dropout_mask(ctx.x_shape, ctx.dropout, grad.new_empty(0, dtype=ctx.x_dtype), ctx.dropout_state)
-            if needs_x:
-                low_rank = (grad_inner @ scaled_A).mul_(mask.view(-1, A.shape[1]))
-        if needs_A:
-            dropped = x if mask is None else mask.mul_(x)
-            grad_A = (grad_inner.t() @ dropped.reshape(-1, A.shape[1]).to(dtype)).to(A.dtype).mul_(ctx.scaling)
-            del dropped
-        del x, mask  # large, and the base's gradient is about to be made
+            mask = mask.view(-1, A.shape[1])
+        dropped = x.reshape(-1, A.shape[1]) if needs_A else None
+        if dropped is not None and mask is not None:
+            dropped = dropped * mask
+        dropped = None if dropped is None else dropped.to(dtype)
+        # The small products first, while what they read is in the caches.
+        grad_inner, grad_A, grad_B = factor_gradients(grad_rows, dropped, inner, B.to(dtype), needs_B)
+        del x, dropped  # large, and the base's gradient is about to be made
+        if grad_A is not None:
+            grad_A = grad_A.to(A.dtype).mul_(ctx.scaling)
+        if grad_B is not None:
+            grad_B = grad_B.to(B.dtype)
+        scaled_A = (ctx.scaling * A).to(dtype)
         if needs_x:
-            if low_rank is None:
+            if mask is None:
                 grad_x = input_gradient(grad_rows, base, grad_inner, scaled_A)
             else:
-                grad_x = low_rank if base.form == GIVEN else base_input_gradient(grad_rows, base).add_(low_rank)
+                grad_x = mask.mul_(grad_inner @ scaled_A)
+                if base.form != GIVEN:
+                    grad_x = base_input_gradient(grad_rows, base).add_(grad_x)
             grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         grad_first, grad_rest = base_gradients(grad, base, ctx.needs_input_grad)
         return grad_first, grad_x, grad_A, grad_B, None, None, *grad_rest

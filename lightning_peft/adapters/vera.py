@@ -12,9 +12,8 @@ from lightning_peft.adapters.base import AdapterConfig, Target
 from lightning_peft.adapters.frozen_linear import (
     Base,
     FusedAdapter,
-    add_product,
     base_gradients,
-    base_output,
+    base_with_product,
     input_gradient,
     mark_written,
 )
@@ -88,7 +87,7 @@ class VectorProduct(torch.autograd.Function):
         dtype = base.dtype
         cast = x.to(dtype)
         inner = cast.reshape(-1, x.shape[-1]) @ A.to(dtype).t()
-        output = add_product(base_output(cast, base), inner, (b[:, None] * B * d).to(dtype).t(), base)
+        output = base_with_product(cast, base, inner, (b[:, None] * B * d).to(dtype))
         mark_written(ctx, base, output)
         ctx.save_for_backward(inner, A, B, d, b, *base.kept())
         ctx.base, ctx.x_shape, ctx.x_dtype = base._replace(tensors=()), x.shape, x.dtype

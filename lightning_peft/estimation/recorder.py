@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lightning_peft.adapters import frozen_linear  # noqa: F401  registers add_product_
 from lightning_peft.models import cpu_attention
+from lightning_peft.native import linear
 from lightning_peft.quantization import nf4  # noqa: F401  registers matmul_4bit
 
 
@@ -32,23 +32,28 @@ class Array(NamedTuple):
 OPENED = {
     torch.ops.lightning_peft.matmul_4bit.default,
     torch.ops.lightning_peft.dequantize.default,
-    torch.ops.lightning_peft.add_product_.default,
 }
 """Operators of ours that are followed inside, being written in operators that have fake forms."""
 
 
-def _whole(like: Tensor) -> list[Array]:
-    return [Array(tuple(like.shape), like.dtype)]
+Scratch = list[tuple[tuple[int, ...], torch.dtype]]
 
 
-def _attention_scratch(query: Tensor, key: Tensor, backward: bool) -> list[Array]:
-    return [Array(*array) for array in cpu_attention.implementation(query).scratch(query, key, backward)]
+def _whole(like: Tensor) -> Scratch:
+    return [(tuple(like.shape), like.dtype)]
 
 
-SCRATCH: dict[Any, Callable[..., list[Array]]] = {
+def _attention_scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
+    scratch: Scratch = cpu_attention.implementation(query).scratch(query, key, backward)
+    return scratch
+
+
+SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.aten.logsumexp.default: lambda x, *_: _whole(x),
     torch.ops.lightning_peft.sample_attention.default: lambda q, k, *_: _attention_scratch(q, k, False),
     torch.ops.lightning_peft.sample_attention_backward.default: lambda _, q, k, *__: _attention_scratch(q, k, True),
+    torch.ops.lightning_peft.low_rank_sum.default: linear.sum_scratch,
+    torch.ops.lightning_peft.low_rank_gradients.default: linear.gradients_scratch,
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 
@@ -62,12 +67,22 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, *_: Any,
     return _attention_flops(query, key) * 5 // 2  # five products instead of two: the scores are computed again
 
 
+def _sum_flops(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, *_: Any) -> int:
+    return 2 * inner.shape[0] * (weight.numel() + factor.numel())
+
+
+def _factor_flops(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> int:
+    return 2 * inner.numel() * (2 * grad.shape[1] + x.shape[1])
+
+
 FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.addmm_.default: lambda _, a, b, **options: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
     torch.ops.lightning_peft.sample_attention.default: _attention_flops,
     torch.ops.lightning_peft.sample_attention_backward.default: _attention_backward_flops,
+    torch.ops.lightning_peft.low_rank_sum.default: _sum_flops,
+    torch.ops.lightning_peft.low_rank_gradients.default: _factor_flops,
 }
 """FLOPs of operators torch has no formula for. The full square is counted, as torch does for causal attention."""
 
@@ -132,8 +147,8 @@ class Recorder(TorchDispatchMode):
         output = func(*args, **kwargs)
         made = [self.see(t) for t in tree_leaves(output) if isinstance(t, Tensor)]
         segment = self.segments[-1]
-        for array in SCRATCH[func](*args) if func in SCRATCH else ():
-            segment.events.append(Event(0, -1, array))
+        for shape, dtype in SCRATCH[func](*args) if func in SCRATCH else ():
+            segment.events.append(Event(0, -1, Array(shape, dtype)))
         if func in FLOPS:
             segment.flops += FLOPS[func](*args, **kwargs)
         elif (formula := flop_registry.get(func._overloadpacket)) is not None:

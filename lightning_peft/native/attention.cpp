@@ -323,8 +323,8 @@ void attention(const Work* work, const View* views, float* normalizers) {
     attend(*work, Item(*work, i), views, normalizers, work->scratch_of(omp_get_thread_num()));
 }
 
-// views: gradient of the output, query, key, value, output, gradients of query, key and value. The last two have `parts`
-// heads for each key head, to be added up.
+// views: gradient of the output, query, key, value, output, gradients of query, key and value. The last two have
+// `parts` heads for each key head, to be added up.
 void attention_backward(const Work* work, const View* views, const float* normalizers) {
 #pragma omp parallel for num_threads(work->threads) schedule(dynamic, 1)
   for (int i = 0; i < work->num_items(); i++)

@@ -22,7 +22,7 @@ from lightning_peft.user_cache import user_cache
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-HEADERS, SOURCES = ("tiles.h",), ("attention.cpp",)
+HEADERS, SOURCES = ("tiles.h",), ("attention.cpp", "linear.cpp")
 FLAGS = (
     "-std=c++17 -O3 -fPIC -shared -fno-exceptions -fno-rtti -fopenmp "
     "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 "
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(compiled()))
     except (OSError, RuntimeError) as error:
-        logger.warning("attention runs without its compiled kernel, at half its speed: %s", error)
+        logger.warning("attention and adapters run without their compiled kernels, a fifth slower: %s", error)
         return None
 
 
@@ -56,7 +56,7 @@ def compiled() -> Path:
             made = Path(folder) / path.name
             compile_to(made)
             os.replace(made, path)  # several processes may be making it
-        logger.info("attention kernel compiled in %.1f s, kept as %s", time.monotonic() - start, path)
+        logger.info("kernels compiled in %.1f s, kept as %s", time.monotonic() - start, path)
     return path
 
 

@@ -32,52 +32,62 @@ struct Right {  // pair p of column n: data + p * depth + 2 n
 };
 
 template <int ROWS, int VECTORS>
-inline __attribute__((always_inline)) void multiply_tile(Left a, Right b, int pairs, float* c, long row, bool add) {
-  __m512 sums[ROWS][VECTORS];
-#pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++)
+struct Sums {  // of a tile, in registers
+  __m512 at[ROWS][VECTORS];
+
+  // Calls visit(place, column, sum) for each vector of c, whose rows are `row` apart.
+  template <class Number, class Visit>
+  inline __attribute__((always_inline)) void each(Number* c, long row, Visit visit) {
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) sums[r][v] = add ? _mm512_loadu_ps(c + r * row + v * LANES) : _mm512_setzero_ps();
+      for (int v = 0; v < VECTORS; v++) visit(c + r * row + v * LANES, v * LANES, at[r][v]);
+  }
+
+  // += a b. With AHEAD the rows after the tile's are fetched meanwhile, which memory order alone would bring too late.
+  template <bool AHEAD = false>
+  inline __attribute__((always_inline)) void add(Left a, Right b, int pairs) {
 #pragma GCC unroll 1
-  for (int p = 0; p < pairs; p++) {
-    __m512bh right[VECTORS];
+    for (int p = 0; p < pairs; p++) {
+      if (AHEAD) _mm_prefetch((const char*)(a.data + ROWS * a.row) + 64 * p, _MM_HINT_T0);
+      __m512bh right[VECTORS];
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) right[v] = (__m512bh)_mm512_loadu_si512(b.data + p * b.depth + v * 2 * LANES);
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++) {
-      int pair;
-      memcpy(&pair, a.data + r * a.row + p * a.step, sizeof pair);
-      __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+      for (int v = 0; v < VECTORS; v++) right[v] = (__m512bh)_mm512_loadu_si512(b.data + p * b.depth + v * 2 * LANES);
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; r++) {
+        int pair;
+        memcpy(&pair, a.data + r * a.row + p * a.step, sizeof pair);
+        __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], left, right[v]);
+        for (int v = 0; v < VECTORS; v++) at[r][v] = _mm512_dpbf16_ps(at[r][v], left, right[v]);
+      }
     }
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(c + r * row + v * LANES, sums[r][v]);
-}
+};
 
-template <int VECTORS>
-void multiply_rows(int rows, Left a, Right b, int pairs, float* c, long row, bool add) {
-  switch (rows) {
-    case 1: return multiply_tile<1, VECTORS>(a, b, pairs, c, row, add);
-    case 2: return multiply_tile<2, VECTORS>(a, b, pairs, c, row, add);
-    case 3: return multiply_tile<3, VECTORS>(a, b, pairs, c, row, add);
-    case 4: return multiply_tile<4, VECTORS>(a, b, pairs, c, row, add);
-    case 5: return multiply_tile<5, VECTORS>(a, b, pairs, c, row, add);
-    default: return multiply_tile<6, VECTORS>(a, b, pairs, c, row, add);
+// Calls run(tile) with an empty Sums<rows, vectors>, rows <= TILE and vectors * LANES <= PANEL.
+template <class Run>
+inline void with_tile(int rows, int vectors, Run run) {
+  switch (rows * 8 + vectors) {
+#define SIZE(ROWS, VECTORS) \
+  case ROWS * 8 + VECTORS: { \
+    Sums<ROWS, VECTORS> tile; \
+    return run(tile); \
+  }
+#define SIZES(ROWS) SIZE(ROWS, 1) SIZE(ROWS, 2) SIZE(ROWS, 3) SIZE(ROWS, 4)
+    SIZES(1) SIZES(2) SIZES(3) SIZES(4) SIZES(5) SIZES(6)
+#undef SIZES
+#undef SIZE
   }
 }
 
 // c = a b or, with `add`, c += a b: c (rows <= TILE, vectors * LANES <= PANEL), its rows `row` apart.
 void multiply(int rows, int vectors, Left a, Right b, int pairs, float* c, long row, bool add) {
-  switch (vectors) {
-    case 1: return multiply_rows<1>(rows, a, b, pairs, c, row, add);
-    case 2: return multiply_rows<2>(rows, a, b, pairs, c, row, add);
-    case 3: return multiply_rows<3>(rows, a, b, pairs, c, row, add);
-    default: return multiply_rows<4>(rows, a, b, pairs, c, row, add);
-  }
+  with_tile(rows, vectors, [=](auto& tile) __attribute__((always_inline)) {
+    tile.each(c, row, [=](float* place, int, __m512& sum) { sum = add ? _mm512_loadu_ps(place) : _mm512_setzero_ps(); });
+    tile.add(a, b, pairs);
+    tile.each(c, row, [](float* place, int, __m512 sum) { _mm512_storeu_ps(place, sum); });
+  });
 }
 
 inline __m512 widened(const bf16* x) {
@@ -116,17 +126,44 @@ void pair_rows(const bf16* x, long stride, int n, int width, bf16* into) {
     }
 }
 
-// x^T (width, n) paired, panel after panel: [n / PANEL][width / 2][PANEL][2], zeros past n. In whole rows those of a panel
-// could lie a power of two apart, where they share few lines of the cache.
+// 16 x 16 numbers of 32 bits, transposed.
+inline void transpose(__m512i (&x)[LANES]) {
+  __m512i y[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4) {  // then lane l of x[i + j] is column 4 l + j of rows i to i + 3
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+  for (int j = 0; j < 4; j++) {
+    __m512i even = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), odd = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
+    __m512i even_below = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
+    __m512i odd_below = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
+    y[j] = _mm512_shuffle_i32x4(even, even_below, 0x88);
+    y[4 + j] = _mm512_shuffle_i32x4(odd, odd_below, 0x88);
+    y[8 + j] = _mm512_shuffle_i32x4(even, even_below, 0xdd);
+    y[12 + j] = _mm512_shuffle_i32x4(odd, odd_below, 0xdd);
+  }
+  memcpy(x, y, sizeof x);
+}
+
+// x^T (width, n) paired, panel after panel: [n / PANEL][width / 2][PANEL][2], zeros past n; width is even. In whole
+// rows those of a panel could lie a power of two apart, where they share few lines of the cache.
 void pair_columns(const bf16* x, long stride, int n, int width, bf16* into) {
-  const __m512i counted = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i rows = _mm512_mullo_epi32(counted, _mm512_set1_epi32((int)(stride * sizeof(bf16))));
   for (int i = 0; i < round_up(n, PANEL); i += LANES) {
-    __mmask16 there = lanes_of(0, n, i);
     bf16* panel = into + (long)(i / PANEL) * PANEL * width + i % PANEL * 2;
-    for (int j = 0; j < width; j += 2) {
-      __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, rows, x + i * stride + j, 1);
-      _mm512_storeu_si512(panel + j * PANEL, pairs);
+    for (int j = 0; j < width; j += 2 * LANES) {
+      int pairs = min(LANES, (width - j) / 2);
+      __mmask16 there = lanes_of(0, pairs, 0);
+      __m512i rows[LANES];
+      for (int r = 0; r < LANES; r++)
+        rows[r] = i + r < n ? _mm512_maskz_loadu_epi32(there, x + (i + r) * stride + j) : _mm512_setzero_si512();
+      transpose(rows);
+      for (int p = 0; p < pairs; p++) _mm512_storeu_si512(panel + (j + 2 * p) * PANEL, rows[p]);
     }
   }
 }

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.native import linear  # noqa: F401  registers low_rank_sum
+
 ABSMAX_BLOCK = 256
 """Block size of the second quantisation, fixed in bitsandbytes; the paper's section 3 also uses 256."""
 
@@ -112,7 +114,7 @@ def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> 
 _library = torch.library.Library("lightning_peft", "DEF")
 _library.define(
     "matmul_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor? bias, "
-    "str kind, int block_size, bool transpose) -> Tensor"
+    "Tensor? inner, Tensor? factor, str kind, int block_size, bool transpose) -> Tensor"
 )
 _library.define(
     "dequantize(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, str kind, int block_size, "
@@ -159,18 +161,24 @@ def _matmul_4bit(
     absmax_scale: Tensor | None,
     absmax_offset: Tensor | None,
     bias: Tensor | None,
+    inner: Tensor | None,
+    factor: Tensor | None,
     kind: str,
     block_size: int,
     transpose: bool,
 ) -> Tensor:
+    """x W^T + bias or, without `transpose`, x W; with inner (N, R) and factor what `low_rank_sum` adds to it."""
     dense = dequantize(Codes(weight, absmax, absmax_scale, absmax_offset), kind, block_size, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if inner is not None and factor is not None:
+        return torch.ops.lightning_peft.low_rank_sum(x, dense, inner, factor, bias, transpose)
     # Into a tensor of its own: a view made in here could not be written over by an adapter.
     output = x.new_empty(*x.shape[:-1], dense.shape[0 if transpose else 1])
     rows, matrix = x.reshape(-1, x.shape[-1]), dense.t() if transpose else dense
     if bias is None:
         torch.mm(rows, matrix, out=output.view(-1, output.shape[-1]))
     else:
-        torch.addmm(bias.to(x.dtype), rows, matrix, out=output.view(-1, output.shape[-1]))
+        torch.addmm(bias, rows, matrix, out=output.view(-1, output.shape[-1]))
     return output
 
 
@@ -182,6 +190,8 @@ def _matmul_4bit_fake(
     absmax_scale: Tensor | None,
     absmax_offset: Tensor | None,
     bias: Tensor | None,
+    inner: Tensor | None,
+    factor: Tensor | None,
     kind: str,
     block_size: int,
     transpose: bool,
@@ -210,7 +220,7 @@ class Matmul4Bit(torch.autograd.Function):
         ctx.save_for_backward(weight, absmax, absmax_scale, absmax_offset, bias)
         ctx.kind, ctx.block_size = kind, block_size
         return torch.ops.lightning_peft.matmul_4bit(
-            x, weight, absmax, absmax_scale, absmax_offset, bias, kind, block_size, True
+            x, weight, absmax, absmax_scale, absmax_offset, bias, None, None, kind, block_size, True
         )
 
     @staticmethod
@@ -219,7 +229,9 @@ class Matmul4Bit(torch.autograd.Function):
         *codes, bias = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.lightning_peft.matmul_4bit(grad, *codes, None, ctx.kind, ctx.block_size, False)
+            grad_x = torch.ops.lightning_peft.matmul_4bit(
+                grad, *codes, None, None, None, ctx.kind, ctx.block_size, False
+            )
         if ctx.needs_input_grad[5]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
         return grad_x, None, None, None, None, grad_bias, None, None

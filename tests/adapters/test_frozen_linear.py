@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.adapters.adalora import AdaLoRALinear
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.dora import DoRALinear
-from lightning_peft.adapters.frozen_linear import COMPILES_WRITES, DENSE, frozen_base, given
+from lightning_peft.adapters.frozen_linear import DENSE, frozen_base, given
 from lightning_peft.adapters.lora import LoRALinear, add_low_rank
 from lightning_peft.quantization.nf4 import NF4Linear
 from lightning_peft.training.compilation import missing_compiler
@@ -189,12 +189,13 @@ def test_an_input_that_lies_transposed_gives_the_same(dropout: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not COMPILES_WRITES, reason="this torch compiles no function that writes in place")
 @pytest.mark.skipif(missing_compiler("cpu") is not None, reason="needs a C++ compiler")
-def test_compiled_products_are_added_in_place_without_a_copy() -> None:
-    layer = LoRALinear(nn.Linear(64, 24, bias=False).requires_grad_(False), rank=4, alpha=8.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_products_are_the_same_operators_and_copy_nothing(dtype: torch.dtype) -> None:
+    base = nn.Linear(64, 48, bias=False, dtype=dtype).requires_grad_(False)
+    layer = LoRALinear(base, rank=4, alpha=8.0)
     nn.init.normal_(layer.lora_B.weight)
-    x, direction = torch.randn(8, 64), torch.randn(8, 24)
+    x, direction = torch.randn(256, 64, dtype=dtype), torch.randn(256, 48, dtype=dtype)
 
     def gradients(forward: Any) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
@@ -204,7 +205,8 @@ def test_compiled_products_are_added_in_place_without_a_copy() -> None:
     torch._dynamo.reset()
     with torch._inductor.config.patch(fx_graph_cache=False):
         compiled, codes = run_and_get_code(gradients, torch.compile(layer, fullgraph=True))
-    assert [code.count("torch.ops.lightning_peft.add_product_.default(") for code in codes] == [1, 1]
+    for operator, times in (("low_rank_sum", [1, 1]), ("low_rank_gradients", [0, 1])):
+        assert [code.count(f"torch.ops.lightning_peft.{operator}.default(") for code in codes] == times
     assert counters["inductor"]["possibly_missed_reinplacing_opportunities"] == 0
     for actual, expected in zip(compiled, gradients(layer), strict=True):
         torch.testing.assert_close(actual, expected)

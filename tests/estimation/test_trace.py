@@ -94,12 +94,17 @@ def test_offload_keeps_what_blocks_keep():
 @pytest.mark.parametrize("mode", ["none", "blocks"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_flops_are_those_torch_counts_in_a_real_step(method, mode):
-    # Eager attention is plain products; addmm_ is the one operator torch has no formula for.
+    # Eager attention is plain products; torch has no formula for the adapters' two operators.
     words = (f"method={method}", f"activation_checkpointing={mode}", "model.attention=eager")
     traced = trace.trace_step(empty(*words), ROWS, LENGTH)
-    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **options: 2 * a[0] * a[1] * b[1]}
+    ours = {
+        torch.ops.lightning_peft.low_rank_sum: lambda x, W, h, F, *_, **options: 2 * h[0] * (W[0] * W[1] + F[0] * F[1]),
+        torch.ops.lightning_peft.low_rank_gradients: lambda g, x, h, B, **options: (
+            2 * h[0] * h[1] * (g[1] + x[1] + g[1])
+        ),
+    }
     objective, batch = real_objective(*words), real_batch()
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         objective(batch).backward()
     assert traced.flops == counter.get_total_flops()
 

@@ -59,7 +59,10 @@ def test_several_strips_equal_the_formula(bounds: list[int], window: int | None,
     assert max(errors(torch.float32, bounds, scaling, window)) < 2e-6  # fp32 rounding
 
 
-needs_kernel = pytest.mark.skipif(library() is None, reason="no processor with AVX-512 and bf16, or no compiler")
+@pytest.fixture
+def kernel() -> None:
+    if library() is None:
+        pytest.skip("no processor with AVX-512 and bf16, or no compiler")
 
 
 @pytest.fixture
@@ -67,15 +70,12 @@ def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_attention, "library", lambda: None)
 
 
-@pytest.fixture(params=["products of torch", pytest.param("kernel", marks=needs_kernel)])
-def either(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["kernel", "without_kernel"])
+def either(request: pytest.FixtureRequest) -> None:
     """Both implementations of bf16."""
-    name: str = request.param
-    if name == "products of torch":
-        request.getfixturevalue("without_kernel")
+    request.getfixturevalue(request.param)
     chosen = cpu_attention.implementation(torch.empty(1, 1, 1, 16, dtype=torch.bfloat16))
-    assert (chosen is native_attention) == (name == "kernel")
-    return name
+    assert (chosen is native_attention) == (request.param == "kernel")
 
 
 @pytest.mark.usefixtures("either")
@@ -86,7 +86,7 @@ def test_bf16_is_off_by_its_rounding_whatever_the_scores(spread: float) -> None:
     assert output < 0.003 and max(gradients) < 0.012
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(("window", "most"), [(None, 0.0035), (50, 0.0035), (2, 0.005)])
 @pytest.mark.parametrize("bounds", [PACKED, [0, WIDTH, 2 * WIDTH]], ids=["packed", "a sample a row"])
 def test_the_kernel_rounds_what_it_keeps_and_nothing_else(bounds: list[int], window: int | None, most: float) -> None:
@@ -95,7 +95,7 @@ def test_the_kernel_rounds_what_it_keeps_and_nothing_else(bounds: list[int], win
     assert max(errors(torch.bfloat16, bounds, 0.3, window)) < most
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(2, 2, 16), (6, 1, 48), (4, 2, 80), (2, 1, 128)])
 def test_the_kernel_takes_any_heads_layout_and_number_of_threads(
@@ -120,7 +120,7 @@ def test_the_kernel_takes_any_heads_layout_and_number_of_threads(
         assert float((actual.double() - wanted).norm() / wanted.norm()) < 0.004
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernel")
 def test_what_is_not_a_number_is_passed_on() -> None:
     *drawn, _ = inputs(torch.bfloat16)
     drawn[0][0, 0, 120, 3] = torch.nan

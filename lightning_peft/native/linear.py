@@ -1,0 +1,173 @@
+"""A frozen layer's product and a low-rank term in the same sums, and that term's gradients, as operators.
+
+Computed by compiled kernels (linear.cpp) for bf16 on a processor whose fastest products AVX-512 makes, elsewhere by
+products of torch. Operators, so that the compiler and the planner need not know which.
+"""
+
+import math
+from ctypes import c_int, c_long, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lightning_peft.native.library import library
+
+LANES, PANEL = 16, 64
+"""Of tiles.h: numbers of a vector, columns of a panel."""
+MIN_ROWS = 192
+"""Rows that are worth pairing a panel of the weight for. Ours."""
+
+torch.library.define(
+    "lightning_peft::low_rank_sum",
+    "(Tensor x, Tensor weight, Tensor inner, Tensor factor, Tensor? bias, bool transposed) -> Tensor",
+)
+torch.library.define(
+    "lightning_peft::low_rank_gradients",
+    "(Tensor grad, Tensor x, Tensor inner, Tensor B) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("lightning_peft::low_rank_sum", "CompositeExplicitAutograd")
+def low_rank_sum(
+    x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """x W + inner F + bias, (..., out), a tensor of its own; transposed, x W^T + inner F^T + bias.
+
+    x (..., in), inner (N, R), bias (out,); weight (in, out) and factor (R, out), or (out, in) and (out, R). One dtype.
+    """
+    out_features = weight.shape[0 if transposed else 1]
+    output = x.new_empty(*x.shape[:-1], out_features)
+    rows, into = x.reshape(-1, x.shape[-1]), output.view(-1, out_features)
+    if takes_sum(rows, weight, inner, transposed):
+        _sum_by_kernel(rows, weight, inner, factor, bias, transposed, into)
+        return output
+    if transposed:
+        weight, factor = weight.t(), factor.t()
+    if bias is None:
+        torch.mm(rows, weight, out=into)
+    else:
+        torch.addmm(bias, rows, weight, out=into)
+    into.addmm_(inner, factor)
+    return output
+
+
+@torch.library.register_fake("lightning_peft::low_rank_sum")
+def _(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0 if transposed else 1])
+
+
+@torch.library.impl("lightning_peft::low_rank_gradients", "CompositeExplicitAutograd")
+def low_rank_gradients(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad B (N, R), (grad B)^T x (R, in) and grad^T inner (out, R): gradients of x A^T B^T, where inner is x A^T.
+
+    grad (N, out), x (N, in), inner (N, R) and B (out, R) have one dtype, and so has the first; the others have fp32 or
+    fp64, whichever holds it.
+    """
+    if takes_gradients(grad, x, inner):
+        return _gradients_by_kernel(grad, x, inner, B)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grad_inner = grad @ B
+    # Of the two ways to write this product, the one that leaves the wide matrix as it lies.
+    grad_B = (inner.t() @ grad).t().to(dtype, memory_format=torch.contiguous_format)
+    return grad_inner, (grad_inner.t() @ x).to(dtype), grad_B.contiguous()
+
+
+@torch.library.register_fake("lightning_peft::low_rank_gradients")
+def _(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    rank = inner.shape[1]
+    return (
+        inner.new_empty(inner.shape), x.new_empty(rank, x.shape[1], dtype=dtype), B.new_empty(B.shape, dtype=dtype)
+    )  # fmt: skip
+
+
+@cache
+def kernels_are_fastest() -> bool:
+    """Whether AVX-512 makes this processor's fastest products of bf16: one with AMX has faster ones, torch's."""
+    return library() is not None and not torch.cpu._is_amx_tile_supported()
+
+
+def takes_sum(rows: Tensor, weight: Tensor, inner: Tensor, transposed: bool) -> bool:
+    """Whether the kernel computes `low_rank_sum` of these."""
+    even = rows.shape[1] % 2 == 0 and inner.shape[1] % 2 == 0
+    fits = even and weight.shape[0 if transposed else 1] % LANES == 0 and rows.shape[0] >= MIN_ROWS
+    return fits and _is_bf16_on_cpu(rows, weight) and weight.is_contiguous() and kernels_are_fastest()
+
+
+def takes_gradients(grad: Tensor, x: Tensor, inner: Tensor) -> bool:
+    """Whether the kernel computes `low_rank_gradients` of these."""
+    fits = grad.shape[1] % LANES == 0 and x.shape[1] % LANES == 0 and inner.shape[1] <= PANEL
+    return fits and grad.shape[0] >= MIN_ROWS and _is_bf16_on_cpu(grad, x) and kernels_are_fastest()
+
+
+def _is_bf16_on_cpu(*tensors: Tensor) -> bool:
+    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
+
+
+def parts_of(rows: int, out_features: int, threads: int) -> int:
+    """Into how many runs of rows a product is cut, so that every thread has as many panels."""
+    panels = math.ceil(out_features / PANEL)
+    return max(1, min(threads // math.gcd(panels, threads), rows // MIN_ROWS))
+
+
+Scratch = list[tuple[tuple[int, ...], torch.dtype]]
+"""Shapes and dtypes of what an operator holds while it runs, beside its result."""
+
+
+def sum_scratch(
+    x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, transposed: bool
+) -> Scratch:
+    if not takes_sum(x.reshape(-1, x.shape[-1]), weight, inner, transposed):
+        return []
+    return [((torch.get_num_threads(), x.shape[-1] + inner.shape[1], PANEL), torch.bfloat16)]
+
+
+def gradients_scratch(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> Scratch:
+    if not takes_gradients(grad, x, inner):
+        return [(tuple(B.shape), grad.dtype), ((inner.shape[1], x.shape[1]), grad.dtype)]
+    rank = math.ceil(inner.shape[1] / LANES) * LANES
+    threads = torch.get_num_threads()
+    sums: Scratch = [((threads, rank, features), torch.float32) for features in (x.shape[1], grad.shape[1])]
+    return [*sums, ((rank, grad.shape[1]), torch.bfloat16)]
+
+
+def _sum_by_kernel(
+    rows: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, transposed: bool, into: Tensor
+) -> None:
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    inner, factor = inner.contiguous(), factor.contiguous()
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads, rows.shape[1] + inner.shape[1], PANEL, dtype=torch.bfloat16)
+    assert bias is None or bias.dtype == torch.bfloat16
+    assert inner.dtype == factor.dtype == torch.bfloat16
+    kernels = library()
+    assert kernels is not None
+    kernels.low_rank_sum(
+        _address(rows), c_long(rows.stride(0)), _address(weight), _address(inner), _address(factor),
+        _address(None if bias is None else bias.contiguous()), c_int(transposed), c_long(rows.shape[0]),
+        c_int(rows.shape[1]), c_int(into.shape[1]), c_int(inner.shape[1]), _address(into),
+        c_int(parts_of(rows.shape[0], into.shape[1], threads)), _address(scratch), c_int(threads),
+    )  # fmt: skip
+
+
+def _gradients_by_kernel(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x, inner, B = (tensor.contiguous() for tensor in (grad, x, inner, B))
+    assert inner.dtype == B.dtype == torch.bfloat16
+    grad_inner = torch.empty_like(inner)
+    grad_A = torch.empty(inner.shape[1], x.shape[1], dtype=torch.float32)
+    grad_B = torch.empty(B.shape, dtype=torch.float32)
+    scratch = [torch.empty(shape, dtype=dtype) for shape, dtype in gradients_scratch(grad, x, inner, B)]
+    kernels = library()
+    assert kernels is not None
+    kernels.low_rank_gradients(
+        *(_address(tensor) for tensor in (grad, x, inner, B)), c_long(grad.shape[0]), c_int(x.shape[1]),
+        c_int(grad.shape[1]), c_int(inner.shape[1]), *(_address(tensor) for tensor in (grad_inner, grad_A, grad_B)),
+        *(_address(tensor) for tensor in scratch), c_int(torch.get_num_threads()),
+    )  # fmt: skip
+    return grad_inner, grad_A, grad_B
+
+
+def _address(x: Tensor | None) -> c_void_p:
+    return c_void_p(None if x is None else x.data_ptr())

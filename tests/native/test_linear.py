@@ -1,0 +1,113 @@
+"""A frozen layer's product with a low-rank term, and its gradients: kernels and torch's products against the formula."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_peft.native import linear
+
+
+@pytest.fixture(params=["products of torch", "kernels"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    if name == "products of torch":
+        monkeypatch.setattr(linear, "kernels_are_fastest", lambda: False)
+    elif not linear.kernels_are_fastest():
+        pytest.skip("other products are faster here, or no compiler")
+    return name
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """As a share of what is expected."""
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+SHAPES = [(192, 64, 64, 16), (401, 48, 80, 6), (650, 130, 208, 64), (1000, 576, 192, 256)]
+"""Rows, in, out and rank: whole tiles, and what is left over of tiles, panels and pairs."""
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sum_is_rounded_once(
+    shape: tuple[int, int, int, int], with_bias: bool, transposed: bool, either: str, threads: int
+) -> None:
+    rows, width, out, rank = shape
+    x, weight, inner, factor, bias = drawn((rows, width), (width, out), (rows, rank), (rank, out), (out,))
+    x = torch.cat((x, x), 1)[:, :width]  # as a fused projection leaves it
+    expected = x.double() @ weight.double() + inner.double() @ factor.double()
+    if with_bias:
+        expected += bias.double()
+    matrices = [matrix.t().contiguous() if transposed else matrix for matrix in (weight, factor)]
+    assert linear.takes_sum(x, matrices[0], inner, transposed) == (either == "kernels")
+    arguments = x, matrices[0], inner, matrices[1], bias if with_bias else None, transposed
+    output = torch.ops.lightning_peft.low_rank_sum(*arguments)
+    # bf16 rounds by 2^-9 at most, 0.0017 in the mean of squares; torch's products round twice.
+    assert distance(output, expected) < (0.002 if either == "kernels" else 0.003)
+    in_batches = torch.ops.lightning_peft.low_rank_sum(x.reshape(1, rows, width), *arguments[1:])
+    assert in_batches.shape == (1, rows, out) and torch.equal(in_batches[0], output)
+
+
+@pytest.mark.parametrize("shape", [(192, 64, 64, 16), (401, 48, 80, 6), (650, 16, 208, 64), (203, 1040, 16, 1)])
+def test_gradients_of_the_factors(shape: tuple[int, int, int, int], either: str, threads: int) -> None:
+    rows, width, out, rank = shape
+    grad, x, inner, B = drawn((rows, out), (rows, width), (rows, rank), (out, rank))
+    assert linear.takes_gradients(grad, x, inner) == (either == "kernels")
+    grad_inner, grad_A, grad_B = torch.ops.lightning_peft.low_rank_gradients(grad, x, inner, B)
+    assert grad_inner.dtype == torch.bfloat16 and grad_A.dtype == grad_B.dtype == torch.float32
+    assert grad_B.is_contiguous()
+    assert distance(grad_inner, grad.double() @ B.double()) < 0.002
+    # From the rounded grad_inner. The kernel's sums stay in fp32; torch rounds them to bf16.
+    bound = 1e-6 if either == "kernels" else 0.002
+    assert distance(grad_A, grad_inner.double().t() @ x.double()) < bound
+    assert distance(grad_B, grad.double().t() @ inner.double()) < bound
+
+
+def test_few_rows_odd_widths_and_other_dtypes_are_left_to_torch() -> None:
+    x, weight, inner = drawn((256, 64), (64, 48), (256, 16))
+    assert linear.takes_sum(x, weight, inner, False) == linear.kernels_are_fastest()
+    assert not linear.takes_sum(x[: linear.MIN_ROWS - 1], weight, inner, False)
+    assert not linear.takes_sum(x.float(), weight.float(), inner.float(), False)
+    assert not linear.takes_sum(x, weight[:, :40].contiguous(), inner, False)
+    assert not linear.takes_sum(x[:, :63], weight[:63], inner, False)
+    assert not linear.takes_sum(x, weight, inner[:, :15], False)
+    assert not linear.takes_gradients(x, x, torch.cat([inner] * 5, 1))
+
+
+def test_products_of_torch_are_those_of_the_operands_dtype() -> None:
+    x, weight, inner, factor = drawn((5, 3), (3, 7), (5, 2), (2, 7), dtype=torch.float64)
+    output: Any = torch.ops.lightning_peft.low_rank_sum(x, weight, inner, factor, None, False)
+    torch.testing.assert_close(output, x @ weight + inner @ factor)
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "threads", "parts"), [(2048, 1536, 2, 1), (2048, 576, 2, 2), (2048, 192, 16, 10), (200, 576, 8, 1)]
+)
+def test_every_thread_gets_as_many_panels(rows: int, out: int, threads: int, parts: int) -> None:
+    assert linear.parts_of(rows, out, threads) == parts
+
+
+def test_the_compiler_is_told_the_shapes() -> None:
+    x, weight, inner, factor, bias = drawn((256, 64), (48, 64), (256, 16), (48, 16), (48,))
+    grad = torch.randn(256, 48).bfloat16()
+    for operator, arguments in (
+        (torch.ops.lightning_peft.low_rank_sum, (x, weight, inner, factor, bias, True)),
+        (torch.ops.lightning_peft.low_rank_gradients, (grad, x, inner, factor)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
