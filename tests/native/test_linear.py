@@ -1,4 +1,4 @@
-"""A frozen layer's product with a low-rank term, and its gradients: kernels and torch's products against the formula."""
+"""A frozen product with a low-rank term, and the gradients of its factors: kernels and torch against the formula."""
 
 from collections.abc import Iterator
 from typing import Any
