@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lightning_peft.models import cpu_attention
-from lightning_peft.native import linear
+from lightning_peft.native import cross_entropy, linear  # noqa: F401  registers cross_entropy_gradient_
 from lightning_peft.quantization import nf4  # noqa: F401  registers matmul_4bit
 
 
@@ -54,6 +54,7 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.lightning_peft.sample_attention_backward.default: lambda _, q, k, *__: _attention_scratch(q, k, True),
     torch.ops.lightning_peft.low_rank_sum.default: linear.sum_scratch,
     torch.ops.lightning_peft.low_rank_gradients.default: linear.gradients_scratch,
+    torch.ops.lightning_peft.cross_entropy_gradient_.default: lambda *_: [],
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 

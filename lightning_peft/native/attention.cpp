@@ -83,19 +83,6 @@ struct Block {  // of queries and keys of a sample; numbered from the block's fi
 
 int first_block(int query, int window) { return max(0, query - window + 1) / PANEL * PANEL; }
 
-// 2^x, within 2e-7 of it: Taylor's polynomial between -1/2 and 1/2.
-inline __m512 exp2(__m512 x) {
-  __m512 whole = _mm512_roundscale_ps(x, 8), rest = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(1.5403530e-4f);
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.3333558e-3f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(9.6181291e-3f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(5.5504109e-2f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(2.4022651e-1f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(6.9314718e-1f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, whole);
-}
-
 inline void scale(float* x, int numbers, __m512 factor) {
   for (int j = 0; j < numbers; j += LANES) _mm512_storeu_ps(x + j, _mm512_mul_ps(factor, _mm512_loadu_ps(x + j)));
 }

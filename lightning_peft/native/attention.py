@@ -7,10 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft.native.library import library
+from lightning_peft.native.library import LANES, address, kernels, library
 
-LANES = 16
-"""bf16 numbers a row of a head is loaded by."""
 NO_WINDOW = 2**30
 
 Samples = list[tuple[int, int]]
@@ -125,16 +123,11 @@ def _call(
     assert all(x.dtype == torch.bfloat16 for x in views)
     views = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in views)
     structures = (View * len(views))(*(View(x.data_ptr(), *x.stride()[:3]) for x in views))
-    _kernels()[function](byref(work), structures, c_void_p(normalizers.data_ptr()))
+    kernels()[function](byref(work), structures, address(normalizers))
 
 
 def _scratch_bytes(length: int, head_dim: int, backward: bool) -> int:
     """Of one thread, for samples of this length."""
-    return int(_kernels().attention_scratch(length, head_dim, int(backward)))
-
-
-def _kernels() -> ctypes.CDLL:
-    kernels = library()
-    assert kernels is not None, "asked for where `takes` says no"
-    kernels.attention_scratch.restype = c_long
-    return kernels
+    scratch_of = kernels().attention_scratch
+    scratch_of.restype = c_long
+    return int(scratch_of(length, head_dim, int(backward)))

@@ -16,13 +16,16 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lightning_peft.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 
+LANES = 16
+"""fp32 numbers of a vector, as vectors.h has it."""
 FOLDER = Path(__file__).parent
-HEADERS, SOURCES = ("tiles.h",), ("attention.cpp", "linear.cpp")
+HEADERS, SOURCES = ("vectors.h", "tiles.h"), ("attention.cpp", "linear.cpp", "cross_entropy.cpp")
 FLAGS = (
     "-std=c++17 -O3 -fPIC -shared -fno-exceptions -fno-rtti -fopenmp "
     "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 "
@@ -39,8 +42,20 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(compiled()))
     except (OSError, RuntimeError) as error:
-        logger.warning("attention and adapters run without their compiled kernels, a fifth slower: %s", error)
+        logger.warning("attention, adapters and loss run without their compiled kernels, a fifth slower: %s", error)
         return None
+
+
+def kernels() -> ctypes.CDLL:
+    """`library()`, where it is known to be there."""
+    loaded = library()
+    assert loaded is not None, "no kernels on this machine"
+    return loaded
+
+
+def address(x: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's numbers begin, for a kernel; null of None."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def compiled() -> Path:

@@ -122,11 +122,11 @@ void low_rank_sum(const bf16* x, long stride, const bf16* weight, const bf16* in
   }
 }
 
-// Of y = ... + x A^T B^T, with inner = x A^T (rows, rank), from that of y (rows, out): grad_inner = grad B (rows, rank),
-// grad_A = grad_inner^T x (rank, in) and grad_B = grad^T inner (out, rank), fp32. B is (out, rank).
+// Of y = ... + x A^T B^T, with inner = x A^T (rows, rank), from that of y, grad (rows, out): grad_inner = grad B
+// (rows, rank), grad_A = grad_inner^T x (rank, in) and grad_B = grad^T inner (out, rank), fp32. B is (out, rank).
 //
-// x (rows, in) and grad are read from memory once; in, out are multiples of LANES, rank <= PANEL. Scratch, with `padded`
-// the next multiple of LANES to rank: sums_A (threads, padded, in), sums_B (threads, padded, out), B_paired (out, padded).
+// x (rows, in) and grad are read from memory once; in, out are multiples of LANES, rank <= PANEL. Scratch: sums_A
+// (threads, padded, in), sums_B (threads, padded, out) and B_paired (out, padded), rank padded to a multiple of LANES.
 void low_rank_gradients(const bf16* grad, const bf16* x, const bf16* inner, const bf16* B, long rows, int in, int out,
                         int rank, bf16* grad_inner, float* grad_A, float* grad_B, float* sums_A, float* sums_B,
                         bf16* B_paired, int threads) {

@@ -5,16 +5,16 @@ products of torch. Operators, so that the compiler and the planner need not know
 """
 
 import math
-from ctypes import c_int, c_long, c_void_p
+from ctypes import c_int, c_long
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from lightning_peft.native.library import library
+from lightning_peft.native.library import LANES, address, kernels, library
 
-LANES, PANEL = 16, 64
-"""Of tiles.h: numbers of a vector, columns of a panel."""
+PANEL = 64
+"""Columns of a panel, as tiles.h has it."""
 MIN_ROWS = 192
 """Rows that are worth pairing a panel of the weight for. Ours."""
 
@@ -142,13 +142,11 @@ def _sum_by_kernel(
     scratch = torch.empty(threads, rows.shape[1] + inner.shape[1], PANEL, dtype=torch.bfloat16)
     assert bias is None or bias.dtype == torch.bfloat16
     assert inner.dtype == factor.dtype == torch.bfloat16
-    kernels = library()
-    assert kernels is not None
-    kernels.low_rank_sum(
-        _address(rows), c_long(rows.stride(0)), _address(weight), _address(inner), _address(factor),
-        _address(None if bias is None else bias.contiguous()), c_int(transposed), c_long(rows.shape[0]),
-        c_int(rows.shape[1]), c_int(into.shape[1]), c_int(inner.shape[1]), _address(into),
-        c_int(parts_of(rows.shape[0], into.shape[1], threads)), _address(scratch), c_int(threads),
+    kernels().low_rank_sum(
+        address(rows), c_long(rows.stride(0)), address(weight), address(inner), address(factor),
+        address(None if bias is None else bias.contiguous()), c_int(transposed), c_long(rows.shape[0]),
+        c_int(rows.shape[1]), c_int(into.shape[1]), c_int(inner.shape[1]), address(into),
+        c_int(parts_of(rows.shape[0], into.shape[1], threads)), address(scratch), c_int(threads),
     )  # fmt: skip
 
 
@@ -159,15 +157,9 @@ def _gradients_by_kernel(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> t
     grad_A = torch.empty(inner.shape[1], x.shape[1], dtype=torch.float32)
     grad_B = torch.empty(B.shape, dtype=torch.float32)
     scratch = [torch.empty(shape, dtype=dtype) for shape, dtype in gradients_scratch(grad, x, inner, B)]
-    kernels = library()
-    assert kernels is not None
-    kernels.low_rank_gradients(
-        *(_address(tensor) for tensor in (grad, x, inner, B)), c_long(grad.shape[0]), c_int(x.shape[1]),
-        c_int(grad.shape[1]), c_int(inner.shape[1]), *(_address(tensor) for tensor in (grad_inner, grad_A, grad_B)),
-        *(_address(tensor) for tensor in scratch), c_int(torch.get_num_threads()),
+    kernels().low_rank_gradients(
+        *(address(tensor) for tensor in (grad, x, inner, B)), c_long(grad.shape[0]), c_int(x.shape[1]),
+        c_int(grad.shape[1]), c_int(inner.shape[1]), *(address(tensor) for tensor in (grad_inner, grad_A, grad_B)),
+        *(address(tensor) for tensor in scratch), c_int(torch.get_num_threads()),
     )  # fmt: skip
     return grad_inner, grad_A, grad_B
-
-
-def _address(x: Tensor | None) -> c_void_p:
-    return c_void_p(None if x is None else x.data_ptr())

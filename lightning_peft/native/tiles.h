@@ -4,20 +4,11 @@
 // it lies as [K / 2][N][2]. Of a left factor (M, K) two neighbours of a row are fetched at a time.
 #pragma once
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
 namespace {
 
-typedef uint16_t bf16;
-
-constexpr int LANES = 16;
 constexpr int TILE = 6, PANEL = 4 * LANES;  // 6 x 4 registers of sums leave 8 of 32 to the factors
-
-inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
-inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct Left {  // pair p of row r: data + r * row + p * step
   const bf16* data;
@@ -84,18 +75,13 @@ inline void with_tile(int rows, int vectors, Run run) {
 // c = a b or, with `add`, c += a b: c (rows <= TILE, vectors * LANES <= PANEL), its rows `row` apart.
 void multiply(int rows, int vectors, Left a, Right b, int pairs, float* c, long row, bool add) {
   with_tile(rows, vectors, [=](auto& tile) __attribute__((always_inline)) {
-    tile.each(c, row, [=](float* place, int, __m512& sum) { sum = add ? _mm512_loadu_ps(place) : _mm512_setzero_ps(); });
+    tile.each(c, row, [=](float* place, int, __m512& sum) {
+      sum = add ? _mm512_loadu_ps(place) : _mm512_setzero_ps();
+    });
     tile.add(a, b, pairs);
     tile.each(c, row, [](float* place, int, __m512 sum) { _mm512_storeu_ps(place, sum); });
   });
 }
-
-inline __m512 widened(const bf16* x) {
-  __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
-
-inline void store_rounded(bf16* into, __m512 x) { _mm256_storeu_si256((__m256i*)into, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 // 16 numbers of one row and, in the upper half, of the next: 16 pairs.
 inline __m512i paired(__m512i rows) {
@@ -106,12 +92,6 @@ inline __m512i paired(__m512i rows) {
 
 inline void store_paired(bf16* into, __m512 even, __m512 odd) {
   _mm512_storeu_si512(into, paired((__m512i)_mm512_cvtne2ps_pbh(odd, even)));
-}
-
-// Of the lanes at, at + 1, ... those in [first, last).
-inline __mmask16 lanes_of(int first, int last, int at) {
-  int from = max(0, min(LANES, first - at)), to = max(0, min(LANES, last - at));
-  return (__mmask16)(((1u << to) - 1) & ~((1u << from) - 1));
 }
 
 // x (n, width) paired: [n / 2][width][2], a row of zeros after an odd number.

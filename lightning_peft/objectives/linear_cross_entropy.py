@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_peft.native import cross_entropy as native_loss
+
 LOGIT_BYTES, MIN_CHUNK = 2**25, 256
 """fp32 logits of a chunk, and tokens that a chunk has whatever they take. Ours: on CPU larger ones were no faster."""
 SOFTMAX_BYTES = 2**22
@@ -76,8 +78,12 @@ class FrozenHeadLoss(torch.autograd.Function):
                 torch.mm(hidden[tokens], weight.t(), out=logits)
             else:
                 torch.addmm(bias, hidden[tokens], weight.t(), out=logits)
-            for part, part_labels in zip(logits.split(rows), labels[tokens].split(rows), strict=True):
-                loss += cross_entropy_with_gradient_(part, part_labels[:, None], transform)
+            # The compiler would copy what an operator writes over.
+            if transform is None and not torch.compiler.is_compiling() and native_loss.takes(logits):
+                loss += torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens]).sum()
+            else:
+                for part, part_labels in zip(logits.split(rows), labels[tokens].split(rows), strict=True):
+                    loss += cross_entropy_with_gradient_(part, part_labels[:, None], transform)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[tokens])
         if grad_hidden is not None:
