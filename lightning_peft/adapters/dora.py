@@ -68,18 +68,10 @@ class MagnitudeProduct(torch.autograd.Function):
         *rest: Any,
     ) -> Tensor:
         base = Base.of(first, rest)
-        # The compiler refuses to be given one tensor twice.
-        bias = given_bias if base.form == GIVEN else base.tensors[-1]
         dtype = base.dtype
         cast = x.to(dtype)
         inner = cast.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
-        output = base_with_product(cast, base, inner, B.to(dtype))
-        # gain is near one: gain - 1 keeps the digits that bf16 drops from gain, and is 0 at the start, to the bit.
-        unbiased = output if bias is None else output - bias.to(dtype)
-        if torch.compiler.is_compiling():  # torch 2.11 loses every gradient of a function that writes in place
-            output = torch.addcmul(output, unbiased, (gain - 1).to(dtype))
-        else:
-            output.addcmul_(unbiased, (gain - 1).to(dtype))
+        output = base_with_product(cast, base, inner, B.to(dtype), gain, given_bias)
         mark_written(ctx, base, output)
         ctx.save_for_backward(x, inner, A, B, gain, given_bias, output, *base.kept())
         ctx.base, ctx.scaling = base._replace(tensors=()), scaling

@@ -68,23 +68,31 @@ def frozen_base(layer: nn.Module, x: Tensor) -> Base | None:
     return Base(dtype, DENSE, 0, (layer.weight, layer.bias))
 
 
-def base_with_product(x: Tensor, base: Base, inner: Tensor, factor: Tensor) -> Tensor:
-    """x W^T + bias + inner factor^T, (..., out_features), in a tensor that may be written over.
+def base_with_product(
+    x: Tensor, base: Base, inner: Tensor, factor: Tensor, gain: Tensor | None = None, given_bias: Tensor | None = None
+) -> Tensor:
+    """gain (x W^T + inner factor^T) + bias, (..., out_features), in a tensor that may be written over.
 
-    x, inner (N, R) and factor (out_features, R) have the products' dtype. A given base is written over, wherever that
-    is possible: the compiler cannot follow the `mark_dirty` it needs.
+    x, inner (N, R) and factor (out_features, R) have the products' dtype, gain (out_features,) at least fp32. A given
+    base, which `given_bias` is in, is written over wherever that is possible: the compiler cannot follow the
+    `mark_dirty` it needs.
     """
     if base.form == GIVEN:
-        if torch.compiler.is_compiling():
-            rows = base.first.view(-1, base.first.shape[-1])
-            return torch.addmm(rows, inner, factor.t()).view(base.first.shape)
-        base.first.view(-1, base.first.shape[-1]).addmm_(inner, factor.t())
-        return base.first
+        output = base.first
+        rows = output.view(-1, output.shape[-1])
+        in_place = not torch.compiler.is_compiling()
+        output = (rows.addmm_ if in_place else rows.addmm)(inner, factor.t()).view(output.shape)
+        output = base.first if in_place else output
+        if gain is None:
+            return output
+        unbiased = output if given_bias is None else output - given_bias.to(base.dtype)
+        return (output.addcmul_ if in_place else output.addcmul)(unbiased, (gain - 1).to(base.dtype))
     *weight, bias = base.tensors
     if base.form != DENSE:
-        return torch.ops.lightning_peft.matmul_4bit(x, *weight, bias, inner, factor, base.form, base.block_size, True)
+        options = base.form, base.block_size, True
+        return torch.ops.lightning_peft.matmul_4bit(x, *weight, bias, inner, factor, gain, *options)
     bias = None if bias is None else bias.to(base.dtype)
-    return torch.ops.lightning_peft.low_rank_sum(x, _dense(base), inner, factor, bias, True)
+    return torch.ops.lightning_peft.low_rank_sum(x, _dense(base), inner, factor, gain, bias, True)
 
 
 def base_input_gradient(grad: Tensor, base: Base) -> Tensor:
@@ -92,7 +100,8 @@ def base_input_gradient(grad: Tensor, base: Base) -> Tensor:
     if base.form == DENSE:
         return grad @ _dense(base)
     *weight, _ = base.tensors
-    return torch.ops.lightning_peft.matmul_4bit(grad, *weight, None, None, None, base.form, base.block_size, False)
+    options = base.form, base.block_size, False
+    return torch.ops.lightning_peft.matmul_4bit(grad, *weight, None, None, None, None, *options)
 
 
 def base_gradients(
@@ -127,9 +136,10 @@ def input_gradient(grad: Tensor, base: Base, grad_inner: Tensor, A: Tensor) -> T
     if base.form == GIVEN:
         return grad_inner @ A
     if base.form == DENSE:
-        return torch.ops.lightning_peft.low_rank_sum(grad, _dense(base), grad_inner, A, None, False)
+        return torch.ops.lightning_peft.low_rank_sum(grad, _dense(base), grad_inner, A, None, None, False)
     *weight, _ = base.tensors
-    return torch.ops.lightning_peft.matmul_4bit(grad, *weight, None, grad_inner, A, base.form, base.block_size, False)
+    options = base.form, base.block_size, False
+    return torch.ops.lightning_peft.matmul_4bit(grad, *weight, None, grad_inner, A, None, *options)
 
 
 def factor_gradients(

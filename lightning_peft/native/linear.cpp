@@ -8,22 +8,26 @@ namespace {
 constexpr int ROWS = 96;    // of wide matrices, which lie in the second-level cache while several products read them
 constexpr int NARROW = 12;  // rows of a tile of one or two vectors
 
-// into (rows, columns <= PANEL) = x w + inner small, and bias; `weight` and `small` are paired, `depth` numbers a pair.
+// into (rows, columns <= PANEL) = gain (x w + inner small) + bias; gain and bias (columns) may be null. `weight` and
+// `small` are paired, `depth` numbers a pair.
 struct LowRankSum {
   Left x, inner;
   const bf16 *weight, *small, *bias;
+  const float* gain;
   int in, rank, columns;
   long depth;
 
   void run(long rows, bf16* into, long stride) const {
     for (long r = 0; r < rows; r += TILE)
       with_tile(rows - r < TILE ? rows - r : TILE, columns / LANES, [&](auto& tile) __attribute__((always_inline)) {
-        tile.each(into + r * stride, stride, [&](bf16*, int column, __m512& sum) {
-          sum = bias ? widened(bias + column) : _mm512_setzero_ps();
-        });
+        tile.each(into, stride, [](bf16*, int, __m512& sum) { sum = _mm512_setzero_ps(); });
         tile.add({x.data + r * x.row, x.row, x.step}, {weight, depth}, in / 2);
         tile.add({inner.data + r * inner.row, inner.row, inner.step}, {small, depth}, rank / 2);
-        tile.each(into + r * stride, stride, [](bf16* place, int, __m512 sum) { store_rounded(place, sum); });
+        tile.each(into + r * stride, stride, [&](bf16* place, int column, __m512 sum) {
+          if (gain) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(gain + column));
+          if (bias) sum = _mm512_add_ps(sum, widened(bias + column));
+          store_rounded(place, sum);
+        });
       });
   }
 };
@@ -88,15 +92,14 @@ void add_transposed(const bf16* small, int padded, const bf16* x, int rows, int 
 
 extern "C" {
 
-// output (rows, out) = x (rows, in) w + inner (rows, rank) small, and bias (out) where there is one.
+// output (rows, out) = gain (x (rows, in) w + inner (rows, rank) small) + bias; gain and bias (out) may be null.
 //
 // `weight` is w (in, out) and `small` (rank, out) or, both `transposed`, (out, in) and (out, rank). Rows of x are
 // `stride` apart, all else is contiguous; in and rank are even, out is a multiple of LANES. The rows are shared by
-// `parts`, each of which pairs its panel of the weight.
-// scratch: (threads, in + rank, PANEL).
+// `parts`, each of which pairs its panel of the weight in scratch (threads, in + rank, PANEL).
 void low_rank_sum(const bf16* x, long stride, const bf16* weight, const bf16* inner, const bf16* small,
-                  const bf16* bias, int transposed, long rows, int in, int out, int rank, bf16* output, int parts,
-                  bf16* scratch, int threads) {
+                  const float* gain, const bf16* bias, int transposed, long rows, int in, int out, int rank,
+                  bf16* output, int parts, bf16* scratch, int threads) {
   const int panels = (out + PANEL - 1) / PANEL;
   const long taken = (rows + parts - 1) / parts;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -115,7 +118,8 @@ void low_rank_sum(const bf16* x, long stride, const bf16* weight, const bf16* in
     LowRankSum sum;
     sum.x = {x + first * stride, stride, 2};
     sum.inner = {inner + first * rank, rank, 2};
-    sum.weight = panel, sum.small = small_panel, sum.bias = bias ? bias + n : nullptr;
+    sum.weight = panel, sum.small = small_panel;
+    sum.gain = gain ? gain + n : nullptr, sum.bias = bias ? bias + n : nullptr;
     sum.in = in, sum.rank = rank, sum.columns = columns;
     sum.depth = transposed ? 2 * PANEL : 2 * columns;
     sum.run(last - first, output + first * out + n, out);

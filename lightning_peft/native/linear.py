@@ -7,6 +7,7 @@ products of torch. Operators, so that the compiler and the planner need not know
 import math
 from ctypes import c_int, c_long
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from lightning_peft.native.library import LANES, address, kernels, library
 PANEL = 64
 """Columns of a panel, as tiles.h has it."""
 MIN_ROWS = 192
-"""Rows that are worth pairing a panel of the weight for. Ours."""
+"""Rows that are worth a copy of the weight. Ours."""
 
 torch.library.define(
     "lightning_peft::low_rank_sum",
-    "(Tensor x, Tensor weight, Tensor inner, Tensor factor, Tensor? bias, bool transposed) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor inner, Tensor factor, Tensor? gain, Tensor? bias, bool transposed) -> Tensor",
 )
 torch.library.define(
     "lightning_peft::low_rank_gradients",
@@ -30,31 +31,47 @@ torch.library.define(
 
 @torch.library.impl("lightning_peft::low_rank_sum", "CompositeExplicitAutograd")
 def low_rank_sum(
-    x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    inner: Tensor,
+    factor: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    transposed: bool,
 ) -> Tensor:
-    """x W + inner F + bias, (..., out), a tensor of its own; transposed, x W^T + inner F^T + bias.
+    """gain (x W + inner F) + bias, (..., out), a tensor of its own; transposed, with W^T and F^T.
 
-    x (..., in), inner (N, R), bias (out,); weight (in, out) and factor (R, out), or (out, in) and (out, R). One dtype.
+    x (..., in), inner (N, R), bias (out,); weight (in, out) and factor (R, out), or (out, in) and (out, R): one dtype.
+    gain (out,) fp32, or fp64 where the rest is.
+
+    Of MIN_ROWS or more the sum is rounded once. Added to what was rounded before, a change below half a unit of its
+    last place is lost: in bf16 a 512th, more than a young adapter changes.
     """
     out_features = weight.shape[0 if transposed else 1]
     output = x.new_empty(*x.shape[:-1], out_features)
     rows, into = x.reshape(-1, x.shape[-1]), output.view(-1, out_features)
     if takes_sum(rows, weight, inner, transposed):
-        _sum_by_kernel(rows, weight, inner, factor, bias, transposed, into)
+        _sum_by_kernel(rows, weight, inner, factor, gain, bias, transposed, into)
         return output
-    if transposed:
-        weight, factor = weight.t(), factor.t()
+    joined = joins(rows)
+    if joined:
+        rows, weight = torch.cat((rows, inner), 1), torch.cat((weight, factor), 1 if transposed else 0)
+    matrix = weight.t() if transposed else weight
     if bias is None:
-        torch.mm(rows, weight, out=into)
+        torch.mm(rows, matrix, out=into)
     else:
-        torch.addmm(bias, rows, weight, out=into)
-    into.addmm_(inner, factor)
+        torch.addmm(bias, rows, matrix, out=into)
+    if not joined:
+        into.addmm_(inner, factor.t() if transposed else factor)
+    if gain is not None:
+        # gain is near one: gain - 1 keeps the digits that bf16 drops from gain, and is 0 at the start, to the bit.
+        into.addcmul_(into if bias is None else into - bias, (gain - 1).to(into.dtype))
     return output
 
 
 @torch.library.register_fake("lightning_peft::low_rank_sum")
-def _(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0 if transposed else 1])
+def _(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.numel() // x.shape[-1])
 
 
 @torch.library.impl("lightning_peft::low_rank_gradients", "CompositeExplicitAutograd")
@@ -95,6 +112,11 @@ def takes_sum(rows: Tensor, weight: Tensor, inner: Tensor, transposed: bool) -> 
     return fits and _is_bf16_on_cpu(rows, weight) and weight.is_contiguous() and kernels_are_fastest()
 
 
+def joins(rows: Tensor) -> bool:
+    """Whether torch multiplies operands put side by side. For a few rows a copy of the weight would cost more."""
+    return rows.dtype.itemsize == 2 and rows.shape[0] >= MIN_ROWS
+
+
 def takes_gradients(grad: Tensor, x: Tensor, inner: Tensor) -> bool:
     """Whether the kernel computes `low_rank_gradients` of these."""
     fits = grad.shape[1] % LANES == 0 and x.shape[1] % LANES == 0 and inner.shape[1] <= PANEL
@@ -116,11 +138,20 @@ Scratch = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 def sum_scratch(
-    x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    inner: Tensor,
+    factor: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    transposed: bool,
 ) -> Scratch:
-    if not takes_sum(x.reshape(-1, x.shape[-1]), weight, inner, transposed):
+    joined = x.shape[-1] + inner.shape[1]
+    if takes_sum(x.reshape(-1, x.shape[-1]), weight, inner, transposed):
+        return [((torch.get_num_threads(), joined, PANEL), torch.bfloat16)]
+    if not joins(x.reshape(-1, x.shape[-1])):
         return []
-    return [((torch.get_num_threads(), x.shape[-1] + inner.shape[1], PANEL), torch.bfloat16)]
+    return [((inner.shape[0], joined), x.dtype), ((weight.numel() // x.shape[-1], joined), x.dtype)]
 
 
 def gradients_scratch(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> Scratch:
@@ -133,18 +164,27 @@ def gradients_scratch(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> Scra
 
 
 def _sum_by_kernel(
-    rows: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, bias: Tensor | None, transposed: bool, into: Tensor
+    rows: Tensor,
+    weight: Tensor,
+    inner: Tensor,
+    factor: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    transposed: bool,
+    into: Tensor,
 ) -> None:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     inner, factor = inner.contiguous(), factor.contiguous()
     threads = torch.get_num_threads()
     scratch = torch.empty(threads, rows.shape[1] + inner.shape[1], PANEL, dtype=torch.bfloat16)
-    assert bias is None or bias.dtype == torch.bfloat16
-    assert inner.dtype == factor.dtype == torch.bfloat16
+    gain = None if gain is None else gain.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    assert all(x is None or x.dtype == torch.bfloat16 for x in (inner, factor, bias))
+    assert gain is None or gain.dtype == torch.float32
     kernels().low_rank_sum(
         address(rows), c_long(rows.stride(0)), address(weight), address(inner), address(factor),
-        address(None if bias is None else bias.contiguous()), c_int(transposed), c_long(rows.shape[0]),
+        address(gain), address(bias), c_int(transposed), c_long(rows.shape[0]),
         c_int(rows.shape[1]), c_int(into.shape[1]), c_int(inner.shape[1]), address(into),
         c_int(parts_of(rows.shape[0], into.shape[1], threads)), address(scratch), c_int(threads),
     )  # fmt: skip

@@ -114,7 +114,7 @@ def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> 
 _library = torch.library.Library("lightning_peft", "DEF")
 _library.define(
     "matmul_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor? bias, "
-    "Tensor? inner, Tensor? factor, str kind, int block_size, bool transpose) -> Tensor"
+    "Tensor? inner, Tensor? factor, Tensor? gain, str kind, int block_size, bool transpose) -> Tensor"
 )
 _library.define(
     "dequantize(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, str kind, int block_size, "
@@ -163,15 +163,16 @@ def _matmul_4bit(
     bias: Tensor | None,
     inner: Tensor | None,
     factor: Tensor | None,
+    gain: Tensor | None,
     kind: str,
     block_size: int,
     transpose: bool,
 ) -> Tensor:
-    """x W^T + bias or, without `transpose`, x W; with inner (N, R) and factor what `low_rank_sum` adds to it."""
+    """x W^T + bias or, without `transpose`, x W; with inner and factor what `low_rank_sum` makes of them."""
     dense = dequantize(Codes(weight, absmax, absmax_scale, absmax_offset), kind, block_size, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if inner is not None and factor is not None:
-        return torch.ops.lightning_peft.low_rank_sum(x, dense, inner, factor, bias, transpose)
+        return torch.ops.lightning_peft.low_rank_sum(x, dense, inner, factor, gain, bias, transpose)
     # Into a tensor of its own: a view made in here could not be written over by an adapter.
     output = x.new_empty(*x.shape[:-1], dense.shape[0 if transpose else 1])
     rows, matrix = x.reshape(-1, x.shape[-1]), dense.t() if transpose else dense
@@ -192,6 +193,7 @@ def _matmul_4bit_fake(
     bias: Tensor | None,
     inner: Tensor | None,
     factor: Tensor | None,
+    gain: Tensor | None,
     kind: str,
     block_size: int,
     transpose: bool,
@@ -220,7 +222,7 @@ class Matmul4Bit(torch.autograd.Function):
         ctx.save_for_backward(weight, absmax, absmax_scale, absmax_offset, bias)
         ctx.kind, ctx.block_size = kind, block_size
         return torch.ops.lightning_peft.matmul_4bit(
-            x, weight, absmax, absmax_scale, absmax_offset, bias, None, None, kind, block_size, True
+            x, weight, absmax, absmax_scale, absmax_offset, bias, None, None, None, kind, block_size, True
         )
 
     @staticmethod
@@ -230,7 +232,7 @@ class Matmul4Bit(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.lightning_peft.matmul_4bit(
-                grad, *codes, None, None, None, ctx.kind, ctx.block_size, False
+                grad, *codes, None, None, None, None, ctx.kind, ctx.block_size, False
             )
         if ctx.needs_input_grad[5]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
