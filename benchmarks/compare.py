@@ -25,11 +25,26 @@ from benchmarks.turns import WARM_UP_STEPS, run_in_turns
 from benchmarks.workloads import WORKLOADS, Workload, write_model, write_steps
 
 LEARNING_RATE = 2e-4
+REFERENCE = "HF PEFT in fp32"
 COUNTED = slice(WARM_UP_STEPS, -1)
 """Steps whose times count. The last one's has the end of the training in it: `train` saves, a rival leaves its loop."""
 
 
-def compare(workload: Workload, rival: str, steps: int, model: str, rank: int, dtype: torch.dtype) -> dict[str, Any]:
+def reference_losses(workload: Workload, steps: int, model: str, rank: int) -> list[float]:
+    """Losses of HF PEFT in fp32, which those of bf16 are measured against."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_model(model, folder, rank)
+        overrides = ["model=hf", f"model.path={folder}/model", *workload.write_rows(folder, steps)]
+        write_steps(overrides, folder, steps)
+        command = rival_command("peft", folder, LEARNING_RATE, torch.float32)
+        losses: list[float] = run_in_turns({"peft": command}, steps, folder)["peft"]["losses"]
+    return losses
+
+
+def compare(
+    workload: Workload, rival: str, steps: int, model: str, rank: int, dtype: torch.dtype, reference: list[float]
+) -> dict[str, Any]:
     """One rival on one workload, and ours beside it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -50,12 +65,15 @@ def compare(workload: Workload, rival: str, steps: int, model: str, rank: int, d
             steps,
             folder,
         )
-    return summarise(sides, rival, tokens / steps)
+    return summarise(sides, rival, tokens / steps, reference)
 
 
-def summarise(sides: dict[str, dict[str, Any]], rival: str, tokens_per_step: float) -> dict[str, Any]:
+def summarise(
+    sides: dict[str, dict[str, Any]], rival: str, tokens_per_step: float, reference: list[float]
+) -> dict[str, Any]:
     """Rates, peaks and what ours has over the rival, with every step's seconds and loss."""
     for side in sides.values():
+        side["largest_loss_error"] = max(abs(a - b) for a, b in zip(side["losses"], reference, strict=True))
         side["tokens_per_second"] = tokens_per_step / statistics.median(side["seconds"][COUNTED])
     ours, other = sides["ours"], sides[rival]
     return {
@@ -64,7 +82,6 @@ def summarise(sides: dict[str, dict[str, Any]], rival: str, tokens_per_step: flo
         # What the machine did beside disturbs this one less.
         "speedup_in_cpu_seconds": ratio(other["cpu_seconds"], ours["cpu_seconds"]),
         "memory_ratio": peak_gib(ours) / peak_gib(other),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours["losses"], other["losses"], strict=True)),
         **sides,
     }
 
@@ -96,6 +113,12 @@ def main(arguments: list[str] | None = None) -> int:
     }  # fmt: skip
     results = Results(options.output, settings)
     for name in options.workload:
+        common = WORKLOADS[name], options.steps, options.model, options.rank
+        # Compiled or not, the rows are the same.
+        reference = f"{name.removesuffix(' compiled')}, {REFERENCE}"
+        if reference not in results.rows:
+            results.add(reference, {"losses": reference_losses(*common)})
+            print(f"{reference}: measured", flush=True)
         for rival in options.rivals:
             key = f"{name}, {rival}"
             if reason := why_not(rival):
@@ -103,12 +126,13 @@ def main(arguments: list[str] | None = None) -> int:
             elif key in results.rows and not options.again:
                 print(f"{key}: measured before", flush=True)
             else:
-                row = compare(WORKLOADS[name], rival, options.steps, options.model, options.rank, dtype)
+                row = compare(WORKLOADS[name], rival, *common[1:], dtype, results.rows[reference]["losses"])
                 results.add(key, row)
                 print(
                     f"{key}: {row['speedup']:.2f}x the tokens/s ({row['speedup_in_cpu_seconds']:.2f}x by cpu time), "
                     f"{row['memory_ratio']:.2f}x the memory, "
-                    f"losses within {row['largest_loss_difference']:.1e}",
+                    f"losses off fp32's by {row['ours']['largest_loss_error']:.1e}, "
+                    f"its own by {row[rival]['largest_loss_error']:.1e}",
                     flush=True,
                 )
     return 0

@@ -44,10 +44,13 @@ def test_methods_table_joins_quality_and_cost(results):
 def test_compare_table_shows_both_sides(results):
     side = {"tokens_per_second": 200.0, "peak": {"anonymous_gib": 2.0}, "first_step_seconds": 10.4}
     other = {"tokens_per_second": 100.0, "peak": {"anonymous_gib": 4.0}, "first_step_seconds": 20.0}
-    row = {"speedup": 2.0, "memory_ratio": 0.5, "largest_loss_difference": 1e-6, "ours": side, "peft": other}
-    results("compare", {"4x512, peft": row})
+    row = {
+        "speedup": 2.0, "memory_ratio": 0.5, "ours": side | {"largest_loss_error": 1e-6},
+        "peft": other | {"largest_loss_error": 1e-2},
+    }  # fmt: skip
+    results("compare", {"4x512, HF PEFT in fp32": {"losses": [1.0]}, "4x512, peft": row})
     assert TABLES["compare"]().splitlines()[2] == (
-        "| 4x512 | peft | 100 | 200 | 2.00x | 4.00 | 2.00 | 0.50x | 20 / 10 | 1e-06 |"
+        "| 4x512 | peft | 100 | 200 | 2.00x | 4.00 | 2.00 | 0.50x | 20 / 10 | 1e-02 / 1e-06 |"
     )
 
 
