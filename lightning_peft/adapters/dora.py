@@ -97,7 +97,7 @@ class MagnitudeProduct(torch.autograd.Function):
             grad_B = grad_B.to(B.dtype).mul_(gain[:, None])
         if ctx.needs_input_grad[4]:
             output_rows = output.view(-1, output.shape[-1])
-            sums = column_dots(grad_rows, output_rows)
+            sums = torch.ops.lightning_peft.column_dots(grad_rows, output_rows)
             if bias is not None:
                 sums -= bias.to(sums.dtype) * grad_rows.sum(0, dtype=sums.dtype)
             grad_gain = torch.where(gain == 0, 0, sums / gain).to(gain.dtype)
@@ -116,12 +116,6 @@ class MagnitudeProduct(torch.autograd.Function):
                 to_base = grad_base.view(grad.shape)
         grad_first, grad_rest = base_gradients(to_base, base, ctx.needs_input_grad)
         return grad_first, grad_x, grad_A, grad_B, grad_gain, grad_bias, None, *grad_rest
-
-
-def column_dots(left: Tensor, right: Tensor) -> Tensor:
-    """Dot product of each pair of columns, (N, out) twice -> (out,), summed in at least fp32."""
-    dtype = torch.promote_types(left.dtype, torch.float32)
-    return (left * right).sum(0, dtype=dtype)
 
 
 class Magnitude(nn.Module):

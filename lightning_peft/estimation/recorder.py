@@ -54,6 +54,7 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.lightning_peft.sample_attention_backward.default: lambda _, q, k, *__: _attention_scratch(q, k, True),
     torch.ops.lightning_peft.low_rank_sum.default: linear.sum_scratch,
     torch.ops.lightning_peft.low_rank_gradients.default: linear.gradients_scratch,
+    torch.ops.lightning_peft.column_dots.default: linear.columns_scratch,
     torch.ops.lightning_peft.cross_entropy_gradient_.default: lambda *_: [],
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""

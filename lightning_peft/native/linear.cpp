@@ -171,4 +171,26 @@ void low_rank_gradients(const bf16* grad, const bf16* x, const bf16* inner, cons
   }
 }
 
+// dots (width) = the dot product of each pair of columns of left and right (rows, width), fp32. width is a multiple of
+// LANES; scratch (threads, width).
+void column_dots(const bf16* left, const bf16* right, long rows, int width, float* dots, float* scratch, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int started = omp_get_num_threads();
+    float* mine = scratch + (long)omp_get_thread_num() * width;
+    memset(mine, 0, width * sizeof(float));
+#pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++)
+      for (int n = 0; n < width; n += LANES) {
+        __m512 l = widened(left + r * width + n), sum = _mm512_loadu_ps(mine + n);
+        _mm512_storeu_ps(mine + n, _mm512_fmadd_ps(l, widened(right + r * width + n), sum));
+      }
+#pragma omp for schedule(static)
+    for (int n = 0; n < width; n++) {
+      dots[n] = 0;
+      for (int t = 0; t < started; t++) dots[n] += scratch[(long)t * width + n];
+    }
+  }
+}
+
 }  // extern "C"

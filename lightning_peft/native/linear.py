@@ -28,6 +28,8 @@ torch.library.define(
     "(Tensor grad, Tensor x, Tensor inner, Tensor B) -> (Tensor, Tensor, Tensor)",
 )
 
+torch.library.define("lightning_peft::column_dots", "(Tensor left, Tensor right) -> Tensor")
+
 
 @torch.library.impl("lightning_peft::low_rank_sum", "CompositeExplicitAutograd")
 def low_rank_sum(
@@ -99,6 +101,27 @@ def _(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tuple[Tensor, Tensor
     )  # fmt: skip
 
 
+@torch.library.impl("lightning_peft::column_dots", "CompositeExplicitAutograd")
+def column_dots(left: Tensor, right: Tensor) -> Tensor:
+    """Dot product of each pair of columns, (N, out) twice -> (out,), in fp32 or fp64, whichever holds them."""
+    if takes_columns(left, right):
+        left, right = left.contiguous(), right.contiguous()
+        rows, width = left.shape
+        dots, scratch = torch.empty(width), torch.empty(torch.get_num_threads(), width)
+        kernels().column_dots(
+            address(left), address(right), c_long(rows), c_int(width), address(dots), address(scratch),
+            c_int(len(scratch)),
+        )  # fmt: skip
+        return dots
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    return (left * right).sum(0, dtype=dtype)
+
+
+@torch.library.register_fake("lightning_peft::column_dots")
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[1], dtype=torch.promote_types(left.dtype, torch.float32))
+
+
 @cache
 def kernels_are_fastest() -> bool:
     """Whether AVX-512 makes this processor's fastest products of bf16: one with AMX has faster ones, torch's."""
@@ -121,6 +144,11 @@ def takes_gradients(grad: Tensor, x: Tensor, inner: Tensor) -> bool:
     """Whether the kernel computes `low_rank_gradients` of these."""
     fits = grad.shape[1] % LANES == 0 and x.shape[1] % LANES == 0 and inner.shape[1] <= PANEL
     return fits and grad.shape[0] >= MIN_ROWS and _is_bf16_on_cpu(grad, x) and kernels_are_fastest()
+
+
+def takes_columns(left: Tensor, right: Tensor) -> bool:
+    """Whether the kernel computes `column_dots` of these."""
+    return left.shape[1] % LANES == 0 and _is_bf16_on_cpu(left, right) and library() is not None
 
 
 def _is_bf16_on_cpu(*tensors: Tensor) -> bool:
@@ -161,6 +189,12 @@ def gradients_scratch(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> Scra
     threads = torch.get_num_threads()
     sums: Scratch = [((threads, rank, features), torch.float32) for features in (x.shape[1], grad.shape[1])]
     return [*sums, ((rank, grad.shape[1]), torch.bfloat16)]
+
+
+def columns_scratch(left: Tensor, right: Tensor) -> Scratch:
+    if takes_columns(left, right):
+        return [((torch.get_num_threads(), left.shape[1]), torch.float32)]
+    return [(tuple(left.shape), left.dtype)]
 
 
 def _sum_by_kernel(

@@ -15,6 +15,7 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     name: str = request.param
     if name == "products of torch":
         monkeypatch.setattr(linear, "kernels_are_fastest", lambda: False)
+        monkeypatch.setattr(linear, "library", lambda: None)
     elif not linear.kernels_are_fastest():
         pytest.skip("other products are faster here, or no compiler")
     return name
@@ -104,6 +105,15 @@ def test_gradients_of_the_factors(shape: tuple[int, int, int, int], either: str,
     assert distance(grad_B, grad.double().t() @ inner.double()) < bound
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (37, 48), (2048, 576)])
+def test_dots_of_columns(shape: tuple[int, int], either: str, threads: int) -> None:
+    left, right = drawn(shape, shape)
+    dots = torch.ops.lightning_peft.column_dots(left, right)
+    assert dots.dtype == torch.float32
+    # torch rounds each product to bf16 before the sum.
+    assert distance(dots, (left.double() * right.double()).sum(0)) < (1e-5 if either == "kernels" else 0.003)
+
+
 def test_few_rows_odd_widths_and_other_dtypes_are_left_to_torch() -> None:
     x, weight, inner = drawn((256, 64), (64, 48), (256, 16))
     assert linear.takes_sum(x, weight, inner, False) == linear.kernels_are_fastest()
@@ -134,5 +144,6 @@ def test_the_compiler_is_told_the_shapes() -> None:
     for operator, arguments in (
         (torch.ops.lightning_peft.low_rank_sum, (x, weight, inner, factor, torch.rand(48), bias, True)),
         (torch.ops.lightning_peft.low_rank_gradients, (grad, x, inner, factor)),
+        (torch.ops.lightning_peft.column_dots, (x, x)),
     ):
         torch.library.opcheck(operator.default, arguments)
