@@ -152,7 +152,9 @@ def factor_gradients(
     if x is not None and needs_B:
         return torch.ops.lightning_peft.low_rank_gradients(grad, x, inner, B)
     grad_inner = grad @ B
-    return grad_inner, None if x is None else grad_inner.t() @ x, grad.t() @ inner if needs_B else None
+    # Of the two ways to write the last product, the one that leaves the wide matrix as it lies.
+    grad_B = (inner.t() @ grad).t().contiguous() if needs_B else None
+    return grad_inner, None if x is None else grad_inner.t() @ x, grad_B
 
 
 def can_redraw(x: Tensor) -> bool:

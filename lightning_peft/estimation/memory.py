@@ -136,7 +136,9 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     moments = {"loading": loaded + loading_scratch(model) + process}
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 
-    trace = trace_step(objective, options.rows, options.length, options.keeps_gradients, options.autocast)
+    trace = trace_step(
+        objective, options.rows, options.length, options.keeps_gradients, options.autocast, options.accelerator
+    )
 
     def settled(held: Held) -> Held:
         """Gradients as this rank's slices, block inputs where they wait."""

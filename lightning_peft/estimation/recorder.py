@@ -89,8 +89,12 @@ FLOPS: dict[Any, Callable[..., int]] = {
 """FLOPs of operators torch has no formula for. The full square is counted, as torch does for causal attention."""
 
 
+SCRATCH_STORAGE = -1
+"""The number of all memory that an operator holds only while it runs."""
+
+
 class Event(NamedTuple):
-    """One storage appeared (+1) or went (-1), or scratch memory was held for a moment (0)."""
+    """One storage appeared (+1) or went (-1)."""
 
     change: int
     storage: int
@@ -149,8 +153,9 @@ class Recorder(TorchDispatchMode):
         output = func(*args, **kwargs)
         made = [self.see(t) for t in tree_leaves(output) if isinstance(t, Tensor)]
         segment = self.segments[-1]
-        for shape, dtype in SCRATCH[func](*args) if func in SCRATCH else ():
-            segment.events.append(Event(0, -1, Array(shape, dtype)))
+        scratch = [Array(*array) for array in SCRATCH[func](*args)] if func in SCRATCH else []
+        for change in (1, -1):
+            segment.events += [Event(change, SCRATCH_STORAGE, array) for array in scratch]
         if func in FLOPS:
             segment.flops += FLOPS[func](*args, **kwargs)
         elif (formula := flop_registry.get(func._overloadpacket)) is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.recorder import Array, Held, Recorder, Segment, held_bytes
 from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.native.library import without_kernels
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.quantization.nf4 import NF4Linear, dynamic_map
 
@@ -50,6 +51,7 @@ def trace_step(
     length: int,
     keeps_gradients: bool = False,
     autocast: torch.dtype | None = None,
+    accelerator: str = "cpu",
 ) -> StepTrace:
     """One micro batch of `rows` full rows of `length` tokens, every one supervised.
 
@@ -66,7 +68,9 @@ def trace_step(
     recorder = Recorder()
     if any(isinstance(module, NF4Linear) for module in model.modules()):
         dynamic_map(torch.device("cpu"))  # computed from values, so before values are fake
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # Fake tensors lie on the host; what a GPU runs is nearer to what hosts without kernels do.
+    kernels = nullcontext() if accelerator == "cpu" else without_kernels()
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels:
         make_fake(objective, recorder)
         batch = fake_batch(rows, length, recorder)
         tags = Tags(recorder)
@@ -221,19 +225,14 @@ class Part:
         for change, number, array in segment.events:
             name = component(number, array)
             key = (name, array)
-            step = change or 1
-            self.change[key] += step
-            total += step * array.nbytes
-            totals[name] += step * array.nbytes
+            self.change[key] += change
+            total += change * array.nbytes
+            totals[name] += change * array.nbytes
             if total > highest:
                 highest, self.peak = total, self.change.copy()
             if totals[name] > highest_of[name]:
                 highest_of[name] = totals[name]
                 self.peaks[name] = Counter({k: count for k, count in self.change.items() if k[0] == name})
-            if change == 0:
-                self.change[key] -= 1
-                total -= array.nbytes
-                totals[name] -= array.nbytes
 
 
 def compose(parts: dict[str, Part], places: list[int], gradients: Held, keeps_gradients: bool) -> StepTrace:

@@ -1,8 +1,7 @@
 """Causal attention over packed samples by matrix products of torch over strips of queries.
 
 A strip (models/sample_groups.py) is worth a few large products, which oneDNN runs near a core's peak, where torch's
-flash attention for CPUs multiplies small tiles at a quarter of it (benchmarks/attention.py). Nothing of size T x T is
-ever held.
+flash attention for CPUs multiplies small tiles at a quarter of it. Nothing of size T x T is ever held.
 
 A CPU without bf16 instructions emulates them, 4 to 9 times slower than fp32 (measured, AVX2), so there rows are
 computed in fp32.

@@ -115,12 +115,13 @@ def _call(
     by_length = sorted(((start, stop - start) for start, stop in samples), key=lambda sample: -sample[1])
     listed = (c_int * (2 * len(samples)))(*(number for sample in by_length for number in sample))
     scratch_bytes = _scratch_bytes(by_length[0][1], head_dim, function == "attention_backward")
-    memory = torch.empty(shared.threads * scratch_bytes, dtype=torch.uint8)
+    memory = query.new_empty(shared.threads * scratch_bytes, dtype=torch.uint8)
     work = Work(
         ctypes.addressof(listed), len(samples), width, heads, key.shape[1], shared.parts, head_dim,
-        window or NO_WINDOW, scaling, memory.data_ptr(), scratch_bytes, shared.threads,
+        NO_WINDOW if window is None else window, scaling, memory.data_ptr(), scratch_bytes, shared.threads,
     )  # fmt: skip
     assert all(x.dtype == torch.bfloat16 for x in views)
+    assert normalizers.is_contiguous() and normalizers.dtype == torch.float32
     views = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in views)
     structures = (View * len(views))(*(View(x.data_ptr(), *x.stride()[:3]) for x in views))
     kernels()[function](byref(work), structures, address(normalizers))

@@ -12,7 +12,7 @@ void cross_entropy_gradient(bf16* logits, const int64_t* labels, long rows, long
   const __m512 log2_e = _mm512_set1_ps((float)M_LOG2E);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long i = 0; i < rows; i++) {
-    bf16* x = logits + i * vocabulary;  // tens of KiB: the second-level cache keeps it from pass to pass
+    bf16* x = logits + i * vocabulary;  // a few hundred KiB: the second-level cache keeps it
     __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (long j = 0; j < vocabulary; j += LANES) most = _mm512_max_ps(most, widened(x + j));
     const float largest = _mm512_reduce_max_ps(most) * (float)M_LOG2E;

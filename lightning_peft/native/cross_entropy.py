@@ -24,7 +24,7 @@ def cross_entropy_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.amin() < 0 or labels.amax() >= vocabulary:
         raise IndexError(f"labels from {labels.amin()} to {labels.amax()}: must be in [0, {vocabulary})")
     labels = labels.contiguous()
-    losses = torch.empty(rows, dtype=torch.float32)
+    losses = logits.new_empty(rows, dtype=torch.float32)
     threads = c_int(torch.get_num_threads())
     kernels().cross_entropy_gradient(
         address(logits), address(labels), c_long(rows), c_long(vocabulary), address(losses), threads

@@ -1,7 +1,7 @@
-"""The kernels' shared library: compiled once for a machine, kept in the user's cache folder, loaded from there.
+"""The kernels' shared library: compiled once, kept in the user's cache folder, loaded from there.
 
-Named by its sources and flags, so that it is never out of date. The flags name instructions and not the machine's own
-model: what one node of a cluster leaves in a shared home runs on every node that `library` lets it run on.
+Named by its sources, compiler and flags, so that it is never out of date. The flags name instructions and not the
+machine's own model: what one node of a cluster leaves in a shared home, nodes of the same system can load.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ import shlex
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -34,14 +36,32 @@ FLAGS = (
 ).split()
 
 
-@cache
+_switched_off = False
+
+
 def library() -> ctypes.CDLL | None:
     """The kernels; None on a processor without AVX-512 and bf16, and, with a logged line, where they do not compile."""
+    return None if _switched_off else _load()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Meanwhile `library` has none: what other machines do."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
+
+
+@cache
+def _load() -> ctypes.CDLL | None:
     if not torch.cpu._is_avx512_bf16_supported():
         return None
     try:
         return ctypes.CDLL(str(compiled()))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         logger.warning("attention, adapters and loss run without their compiled kernels, a fifth slower: %s", error)
         return None
 
@@ -60,7 +80,7 @@ def address(x: Tensor | None) -> ctypes.c_void_p:
 
 def compiled() -> Path:
     """The library's file, made if it is not there. RuntimeError where the compiler fails, OSError where files do."""
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    digest = hashlib.sha256(" ".join((compiler(), *FLAGS)).encode())
     for name in (*HEADERS, *SOURCES):
         digest.update((FOLDER / name).read_bytes())
     path = user_cache() / "native" / f"{digest.hexdigest()[:16]}.so"
@@ -70,20 +90,23 @@ def compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             compile_to(made)
+            ctypes.CDLL(str(made))  # what does not load here is not kept
             os.replace(made, path)  # several processes may be making it
         logger.info("kernels compiled in %.1f s, kept as %s", time.monotonic() - start, path)
     return path
 
 
+def compiler() -> str:
+    """The C++ compiler's words, as a shell has them."""
+    return os.environ.get("CXX") or "g++"
+
+
 def compile_to(path: Path) -> None:
-    """Raises RuntimeError with the compiler's first line of complaint."""
-    compiler = os.environ.get("CXX") or "g++"
-    sources = [str(FOLDER / name) for name in SOURCES]
+    """Raises RuntimeError with the compiler's first line of complaint, ValueError where its words have no end."""
+    command = [*shlex.split(compiler()), *(str(FOLDER / name) for name in SOURCES), "-o", str(path), *FLAGS]
     try:
-        done = subprocess.run(
-            [*shlex.split(compiler), *sources, "-o", str(path), *FLAGS], capture_output=True, text=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
-        raise RuntimeError(f"no compiler {compiler} found; install g++, or name one in CXX") from None
+        raise RuntimeError(f"no compiler {compiler()} found; install g++, or name one in CXX") from None
     if done.returncode:
-        raise RuntimeError(f"{compiler} failed: {(done.stderr.splitlines() or ['no output'])[0]}")
+        raise RuntimeError(f"{compiler()} failed: {(done.stderr.splitlines() or ['no output'])[0]}")

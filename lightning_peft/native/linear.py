@@ -6,10 +6,10 @@ products of torch. Operators, so that the compiler and the planner need not know
 
 import math
 from ctypes import c_int, c_long
-from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.native.library import LANES, address, kernels, library
@@ -46,7 +46,7 @@ def low_rank_sum(
     x (..., in), inner (N, R), bias (out,); weight (in, out) and factor (R, out), or (out, in) and (out, R): one dtype.
     gain (out,) fp32, or fp64 where the rest is.
 
-    Of MIN_ROWS or more the sum is rounded once. Added to what was rounded before, a change below half a unit of its
+    Rounded once, by whatever computes it. Added to a product that was rounded before, a change below half a unit of its
     last place is lost: in bf16 a 512th, more than a young adapter changes.
     """
     out_features = weight.shape[0 if transposed else 1]
@@ -55,20 +55,19 @@ def low_rank_sum(
     if takes_sum(rows, weight, inner, transposed):
         _sum_by_kernel(rows, weight, inner, factor, gain, bias, transposed, into)
         return output
-    joined = joins(rows)
-    if joined:
-        rows, weight = torch.cat((rows, inner), 1), torch.cat((weight, factor), 1 if transposed else 0)
-    matrix = weight.t() if transposed else weight
-    if bias is None:
-        torch.mm(rows, matrix, out=into)
+    if transposed:
+        weight, factor = weight.t(), factor.t()
+    if x.dtype.itemsize == 2:
+        # The small product first: what is rounded is the change, and the large one's sums in fp32 are added to it.
+        torch.mm(inner, factor, out=into)
+        into.addmm_(rows, weight)
     else:
-        torch.addmm(bias, rows, matrix, out=into)
-    if not joined:
-        into.addmm_(inner, factor.t() if transposed else factor)
+        torch.mm(rows, weight, out=into)
+        into.addmm_(inner, factor)
     if gain is not None:
         # gain is near one: gain - 1 keeps the digits that bf16 drops from gain, and is 0 at the start, to the bit.
-        into.addcmul_(into if bias is None else into - bias, (gain - 1).to(into.dtype))
-    return output
+        into.addcmul_(into, (gain - 1).to(into.dtype))
+    return output if bias is None else output.add_(bias)
 
 
 @torch.library.register_fake("lightning_peft::low_rank_sum")
@@ -107,7 +106,9 @@ def column_dots(left: Tensor, right: Tensor) -> Tensor:
     if takes_columns(left, right):
         left, right = left.contiguous(), right.contiguous()
         rows, width = left.shape
-        dots, scratch = torch.empty(width), torch.empty(torch.get_num_threads(), width)
+        dots, scratch = (
+            left.new_empty(shape, dtype=torch.float32) for shape in ((width,), (torch.get_num_threads(), width))
+        )
         kernels().column_dots(
             address(left), address(right), c_long(rows), c_int(width), address(dots), address(scratch),
             c_int(len(scratch)),
@@ -122,7 +123,6 @@ def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(left.shape[1], dtype=torch.promote_types(left.dtype, torch.float32))
 
 
-@cache
 def kernels_are_fastest() -> bool:
     """Whether AVX-512 makes this processor's fastest products of bf16: one with AMX has faster ones, torch's."""
     return library() is not None and not torch.cpu._is_amx_tile_supported()
@@ -130,14 +130,8 @@ def kernels_are_fastest() -> bool:
 
 def takes_sum(rows: Tensor, weight: Tensor, inner: Tensor, transposed: bool) -> bool:
     """Whether the kernel computes `low_rank_sum` of these."""
-    even = rows.shape[1] % 2 == 0 and inner.shape[1] % 2 == 0
-    fits = even and weight.shape[0 if transposed else 1] % LANES == 0 and rows.shape[0] >= MIN_ROWS
+    fits = rows.shape[1] % 2 == 0 and weight.shape[0 if transposed else 1] % LANES == 0 and rows.shape[0] >= MIN_ROWS
     return fits and _is_bf16_on_cpu(rows, weight) and weight.is_contiguous() and kernels_are_fastest()
-
-
-def joins(rows: Tensor) -> bool:
-    """Whether torch multiplies operands put side by side. For a few rows a copy of the weight would cost more."""
-    return rows.dtype.itemsize == 2 and rows.shape[0] >= MIN_ROWS
 
 
 def takes_gradients(grad: Tensor, x: Tensor, inner: Tensor) -> bool:
@@ -156,7 +150,7 @@ def _is_bf16_on_cpu(*tensors: Tensor) -> bool:
 
 
 def parts_of(rows: int, out_features: int, threads: int) -> int:
-    """Into how many runs of rows a product is cut, so that every thread has as many panels."""
+    """Into how many runs of rows a product is cut, so that every thread has as many panels where rows allow it."""
     panels = math.ceil(out_features / PANEL)
     return max(1, min(threads // math.gcd(panels, threads), rows // MIN_ROWS))
 
@@ -165,21 +159,10 @@ Scratch = list[tuple[tuple[int, ...], torch.dtype]]
 """Shapes and dtypes of what an operator holds while it runs, beside its result."""
 
 
-def sum_scratch(
-    x: Tensor,
-    weight: Tensor,
-    inner: Tensor,
-    factor: Tensor,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    transposed: bool,
-) -> Scratch:
-    joined = x.shape[-1] + inner.shape[1]
-    if takes_sum(x.reshape(-1, x.shape[-1]), weight, inner, transposed):
-        return [((torch.get_num_threads(), joined, PANEL), torch.bfloat16)]
-    if not joins(x.reshape(-1, x.shape[-1])):
+def sum_scratch(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, *options: Any) -> Scratch:
+    if not takes_sum(x.reshape(-1, x.shape[-1]), weight, inner, options[-1]):
         return []
-    return [((inner.shape[0], joined), x.dtype), ((weight.numel() // x.shape[-1], joined), x.dtype)]
+    return [((torch.get_num_threads(), x.shape[-1] + inner.shape[1], PANEL), torch.bfloat16)]
 
 
 def gradients_scratch(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> Scratch:
@@ -209,9 +192,12 @@ def _sum_by_kernel(
 ) -> None:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
+    if inner.shape[1] % 2:
+        inner = F.pad(inner, (0, 1))
+        factor = F.pad(factor, (0, 1) if transposed else (0, 0, 0, 1))
     inner, factor = inner.contiguous(), factor.contiguous()
     threads = torch.get_num_threads()
-    scratch = torch.empty(threads, rows.shape[1] + inner.shape[1], PANEL, dtype=torch.bfloat16)
+    scratch = rows.new_empty(threads, rows.shape[1] + inner.shape[1], PANEL)
     gain = None if gain is None else gain.contiguous()
     bias = None if bias is None else bias.contiguous()
     assert all(x is None or x.dtype == torch.bfloat16 for x in (inner, factor, bias))
@@ -228,12 +214,12 @@ def _gradients_by_kernel(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> t
     grad, x, inner, B = (tensor.contiguous() for tensor in (grad, x, inner, B))
     assert inner.dtype == B.dtype == torch.bfloat16
     grad_inner = torch.empty_like(inner)
-    grad_A = torch.empty(inner.shape[1], x.shape[1], dtype=torch.float32)
-    grad_B = torch.empty(B.shape, dtype=torch.float32)
-    scratch = [torch.empty(shape, dtype=dtype) for shape, dtype in gradients_scratch(grad, x, inner, B)]
+    grad_A = x.new_empty(inner.shape[1], x.shape[1], dtype=torch.float32)
+    grad_B = B.new_empty(B.shape, dtype=torch.float32)
+    scratch = [x.new_empty(shape, dtype=dtype) for shape, dtype in gradients_scratch(grad, x, inner, B)]
     kernels().low_rank_gradients(
         *(address(tensor) for tensor in (grad, x, inner, B)), c_long(grad.shape[0]), c_int(x.shape[1]),
         c_int(grad.shape[1]), c_int(inner.shape[1]), *(address(tensor) for tensor in (grad_inner, grad_A, grad_B)),
-        *(address(tensor) for tensor in scratch), c_int(torch.get_num_threads()),
+        *(address(tensor) for tensor in scratch), c_int(len(scratch[0])),
     )  # fmt: skip
     return grad_inner, grad_A, grad_B

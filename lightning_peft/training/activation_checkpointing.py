@@ -25,7 +25,7 @@ SAVED_OPERATORS = {
 
 
 def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # Products are not kept: an adapter writes its own over the base's in place, which a kept output must not see.
+    # Products are not kept: over a given base an adapter writes its own in place, which a kept output must not see.
     return CheckpointPolicy.MUST_SAVE if operator in SAVED_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from lightning_peft.commands.estimate import empty_objective, estimate_of
 from lightning_peft.compose import compose_config
 from lightning_peft.config import EstimateConfig
@@ -17,10 +19,8 @@ def config_of(*overrides: str) -> EstimateConfig:
     return compose_config("estimate", [*TINY, *overrides])
 
 
-def empty(*overrides: str) -> SupervisedLoss:
-    import torch
-
-    return empty_objective(config_of(*overrides), torch.float32)
+def empty(*overrides: str, dtype: torch.dtype = torch.float32) -> SupervisedLoss:
+    return empty_objective(config_of(*overrides), dtype)
 
 
 def tiny_estimate(*overrides: str) -> Estimate:

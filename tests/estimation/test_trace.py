@@ -13,6 +13,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.estimation import recorder, trace
 from lightning_peft.estimation.recorder import held_bytes
 from lightning_peft.models.loading import load_model
+from lightning_peft.native.library import library, without_kernels
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 
@@ -136,6 +137,27 @@ def test_blocks_of_different_rank_stand_for_themselves(tmp_path):
     folder = config_folder(tmp_path / "deep", num_hidden_layers=6)
     model = empty("model=hf", f"model.path={folder}", "adapter.rank_last=4").model
     assert trace.choose_stand_ins(model, list(model.model.layers)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_a_gpu_needs_does_not_depend_on_the_processor_that_estimates():
+    def traced(accelerator: str) -> trace.StepTrace:
+        return trace.trace_step(empty(dtype=torch.bfloat16), rows=4, length=LENGTH, accelerator=accelerator)
+
+    here = traced("cuda")
+    with without_kernels():
+        assert traced("cpu") == traced("cuda") == here
+    assert (traced("cpu") != here) == (library() is not None)
+
+
+def test_what_an_operator_holds_while_it_runs_is_added_up():
+    watch = recorder.Recorder()
+    grad, x, inner, B = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((8, 6), (8, 4), (8, 2), (6, 2)))
+    with watch.recording():
+        watch.mark("part")
+        torch.ops.lightning_peft.low_rank_gradients(grad, x, inner, B)
+    part = trace.Part(watch.segments[0], lambda number, array: str(number == recorder.SCRATCH_STORAGE))
+    assert sum(array.nbytes * n for (_, array), n in part.peaks["True"].items()) == 2 * (6 * 2 + 2 * 4)
+    assert all(count == 0 for (name, _), count in part.change.items() if name == "True")
 
 
 def test_every_operator_of_ours_is_known():

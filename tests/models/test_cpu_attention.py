@@ -11,7 +11,7 @@ from lightning_peft.models import cpu_attention, sample_groups
 from lightning_peft.models.attention import varlen_attention
 from lightning_peft.models.sample_groups import MAX_STRIP, MIN_STRIP
 from lightning_peft.native import attention as native_attention
-from lightning_peft.native.library import library
+from lightning_peft.native.library import library, without_kernels
 
 WIDTH = 2 * MAX_STRIP + 44
 
@@ -66,8 +66,9 @@ def kernel() -> None:
 
 
 @pytest.fixture
-def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_attention, "library", lambda: None)
+def without_kernel() -> Iterator[None]:
+    with without_kernels():
+        yield
 
 
 @pytest.fixture(params=["kernel", "without_kernel"])

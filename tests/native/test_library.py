@@ -20,15 +20,15 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def as_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.cache_clear()
+    native_library._load.cache_clear()
     yield
-    library.cache_clear()
+    native_library._load.cache_clear()
 
 
 def test_it_is_compiled_once_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lightning_peft"):
         assert library() is not None
-        library.cache_clear()
+        native_library._load.cache_clear()
         assert library() is not None
     (made,) = (tmp_path / "lightning_peft" / "native").iterdir()
     (record,) = caplog.records
@@ -46,6 +46,7 @@ def test_other_sources_or_flags_are_another_file(monkeypatch: pytest.MonkeyPatch
     [
         ("no-such-compiler", "no compiler no-such-compiler found; install g++, or name one in CXX"),
         ("false", "false failed: no output"),
+        ("g++ '", "No closing quotation"),
         ("g++ --no-such-option", "g++ --no-such-option failed: "),
     ],
 )
@@ -58,6 +59,15 @@ def test_without_a_compiler_one_line_says_what_runs_instead(
     assert record.getMessage().startswith(
         f"attention, adapters and loss run without their compiled kernels, a fifth slower: {said}"
     )
+
+
+def test_what_does_not_load_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native_library, "FLAGS", [*native_library.FLAGS, "-include", str(tmp_path / "x.h")])
+    (tmp_path / "x.h").write_text('extern "C" int nowhere(); namespace { int there = nowhere(); }')
+    assert library() is None and "nowhere" in caplog.text
+    assert list((tmp_path / "lightning_peft" / "native").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(

@@ -1,6 +1,7 @@
 """A frozen product with a low-rank term, and the gradients of its factors: kernels and torch against the formula."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,17 +9,16 @@ import torch
 from torch import Tensor
 
 from lightning_peft.native import linear
+from lightning_peft.native.library import without_kernels
 
 
 @pytest.fixture(params=["products of torch", "kernels"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def either(request: pytest.FixtureRequest) -> Iterator[str]:
     name: str = request.param
-    if name == "products of torch":
-        monkeypatch.setattr(linear, "kernels_are_fastest", lambda: False)
-        monkeypatch.setattr(linear, "library", lambda: None)
-    elif not linear.kernels_are_fastest():
+    if name == "kernels" and not linear.kernels_are_fastest():
         pytest.skip("other products are faster here, or no compiler")
-    return name
+    with without_kernels() if name != "kernels" else nullcontext():
+        yield name
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -39,7 +39,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-SHAPES = [(192, 64, 64, 16), (401, 48, 80, 6), (650, 130, 208, 64), (1000, 576, 192, 256)]
+SHAPES = [(192, 64, 64, 16), (401, 48, 80, 5), (650, 130, 208, 64), (1000, 576, 192, 256)]
 """Rows, in, out and rank: whole tiles, and what is left over of tiles, panels and pairs."""
 
 
@@ -59,8 +59,8 @@ def test_a_sum_is_rounded_once(
     assert linear.takes_sum(x, matrices[0], inner, transposed) == (either == "kernels")
     arguments = x, matrices[0], inner, matrices[1], None, bias if with_bias else None, transposed
     output = torch.ops.lightning_peft.low_rank_sum(*arguments)
-    # bf16 rounds by 2^-9 at most, 0.0017 in the mean of squares.
-    assert distance(output, expected) < 0.002
+    # bf16 rounds by 2^-9 at most, 0.0017 in the mean of squares; torch adds the bias to what was rounded.
+    assert distance(output, expected) < (0.003 if with_bias and either != "kernels" else 0.002)
     in_batches = torch.ops.lightning_peft.low_rank_sum(x.reshape(1, rows, width), *arguments[1:])
     assert in_batches.shape == (1, rows, out) and torch.equal(in_batches[0], output)
 
@@ -78,7 +78,7 @@ def test_a_change_below_the_products_rounding_is_kept(transposed: bool) -> None:
     assert abs(change - 2.0**-7) < 1.2e-4
 
 
-def test_a_gain_below_the_products_rounding_is_kept_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gain_below_the_products_rounding_is_kept_by_the_kernel() -> None:
     if not linear.kernels_are_fastest():
         pytest.skip("other products are faster here, or no compiler")
     x, weight, inner, factor, bias = drawn((512, 64), (128, 64), (512, 16), (128, 16), (128,))
@@ -121,7 +121,6 @@ def test_few_rows_odd_widths_and_other_dtypes_are_left_to_torch() -> None:
     assert not linear.takes_sum(x.float(), weight.float(), inner.float(), False)
     assert not linear.takes_sum(x, weight[:, :40].contiguous(), inner, False)
     assert not linear.takes_sum(x[:, :63], weight[:63], inner, False)
-    assert not linear.takes_sum(x, weight, inner[:, :15], False)
     assert not linear.takes_gradients(x, x, torch.cat([inner] * 5, 1))
 
 
