@@ -44,9 +44,11 @@ def config_for(method: str, **options: Any) -> AdapterConfig:
     return config(**options)
 
 
-def adapted(method: str, dtype: torch.dtype = torch.float32, quantized: bool = False, **options: Any) -> nn.Module:
+def adapted(
+    method: str, dtype: torch.dtype = torch.float32, quantized: bool = False, has_biases: bool = True, **options: Any
+) -> nn.Module:
     """The model with fresh adapters."""
-    model = llama(dtype, quantized)
+    model = llama(dtype, quantized, attention_bias=has_biases)
     torch.manual_seed(1)
     inject_adapters(model, config_for(method, **options))
     return model
@@ -69,3 +71,9 @@ def tokens(batch: int = 2, length: int = 12) -> Tensor:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(tokens(), use_cache=False).logits
+
+
+def is_base_but_for_rounding(fresh: Tensor, base: nn.Module) -> bool:
+    """Whether logits are about as far from those of `base` in fp32 as its own in bf16 are."""
+    own, exact = logits(base), logits(base.float())
+    return bool((fresh - exact).norm() < 1.5 * (own - exact).norm())

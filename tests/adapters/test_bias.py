@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_models import adapted, llama, logits, perturb, tokens
+from adapter_models import adapted, is_base_but_for_rounding, llama, logits, perturb, tokens
 from torch import nn
 
 from lightning_peft.adapters.bias import Bias
@@ -54,13 +54,12 @@ def test_gradients_equal_those_of_the_dense_formula(method: str, quantized: bool
 @every_base
 def test_biases_train_in_fp32_on_a_bf16_base(method: str, quantized: bool) -> None:
     model = adapted(method, torch.bfloat16, quantized, bias=Bias.lora_only)
-    before = logits(llama(torch.bfloat16, quantized))
 
     model(tokens(), use_cache=False).logits.float().square().mean().backward()
 
     biases = {name: p for name, p in model.named_parameters() if name.endswith("base_layer.bias")}
     assert len(biases) == 8 and all(p.dtype == p.grad.dtype == torch.float32 for p in biases.values())
-    assert torch.equal(logits(model), before)
+    assert is_base_but_for_rounding(logits(model), llama(torch.bfloat16, quantized))
 
 
 @every_variant

@@ -53,7 +53,7 @@ def test_trainable_modules_are_fp32_and_compute_in_the_models_dtype(dtype: torch
 
 
 def test_trainable_modules_start_as_the_model() -> None:
-    model = llama(torch.bfloat16)
+    model = llama(torch.bfloat16, attention_bias=False)
     expected = logits(model)
 
     inject_adapters(model, LoRAConfig(rank=4, trainable_modules=["embed_tokens"]))

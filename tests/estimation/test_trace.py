@@ -118,7 +118,8 @@ def test_flash_attention_repeats_one_product_in_the_backward_pass(attention):
 
 
 def test_quantised_linears_take_the_flops_of_dense_ones_and_hold_one_dense_weight():
-    dense, coded = (trace.trace_step(empty(f"method={method}"), rows=1, length=8) for method in ("lora", "qlora"))
+    words = "model.attention=eager"  # strips of attention hold more than a weight of this model
+    dense, coded = (trace.trace_step(empty(f"method={m}", words), rows=1, length=8) for m in ("lora", "qlora"))
     assert dense.flops == coded.flops
     largest = max(array.nbytes for _, array in coded.largest[trace.WORKSPACE])
     assert largest == 64 * 128 * 4

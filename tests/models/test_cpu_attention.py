@@ -91,7 +91,7 @@ def test_bf16_is_off_by_its_rounding_whatever_the_scores(spread: float) -> None:
 @pytest.mark.parametrize(("window", "most"), [(None, 0.0035), (50, 0.0035), (2, 0.005)])
 @pytest.mark.parametrize("bounds", [PACKED, [0, WIDTH, 2 * WIDTH]], ids=["packed", "a sample a row"])
 def test_the_kernel_rounds_what_it_keeps_and_nothing_else(bounds: list[int], window: int | None, most: float) -> None:
-    # P, dS, O and the gradients, each by at most 2^-9 and by 0.0017 in the mean of squares; scores stay in fp32. Of two
+    # P, dS, O and the gradients, each by at most 2^-8 and by 0.0017 in the mean of squares; scores stay in fp32. Of two
     # keys dP - <dO, O> is a small difference, so O's rounding counts for more.
     assert max(errors(torch.bfloat16, bounds, 0.3, window)) < most
 
