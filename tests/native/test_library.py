@@ -1,6 +1,7 @@
 """The kernels' library: compiled once, and what is said where it cannot be."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from lightning_peft.native import library as native_library
 from lightning_peft.native.library import compiled, library
 
 pytestmark = pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(), reason="no processor with AVX-512 and bf16 instructions"
+    not torch.cpu._is_avx512_bf16_supported() or shutil.which("g++") is None,
+    reason="no processor with AVX-512 and bf16 instructions, or no g++",
 )
 
 
