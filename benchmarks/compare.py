@@ -30,13 +30,18 @@ COUNTED = slice(WARM_UP_STEPS, -1)
 """Steps whose times count. The last one's has the end of the training in it: `train` saves, a rival leaves its loop."""
 
 
+def prepare(folder: Path, workload: Workload, steps: int, model: str, rank: int) -> tuple[list[str], int]:
+    """Write model, rows, steps and starting adapter; the words with which `train` reads them, and the tokens of all."""
+    write_model(model, folder, rank)
+    words = ["model=hf", f"model.path={folder}/model", *workload.write_rows(folder, steps)]
+    return words, write_steps(words, folder, steps)
+
+
 def reference_losses(workload: Workload, steps: int, model: str, rank: int) -> list[float]:
     """Losses of HF PEFT in fp32, which those of bf16 are measured against."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_model(model, folder, rank)
-        overrides = ["model=hf", f"model.path={folder}/model", *workload.write_rows(folder, steps)]
-        write_steps(overrides, folder, steps)
+        prepare(folder, workload, steps, model, rank)
         command = rival_command("peft", folder, LEARNING_RATE, torch.float32)
         losses: list[float] = run_in_turns({"peft": command}, steps, folder)["peft"]["losses"]
     return losses
@@ -48,15 +53,13 @@ def compare(
     """One rival on one workload, and ours beside it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_model(model, folder, rank)
+        words, tokens = prepare(folder, workload, steps, model, rank)
         overrides = [
-            "model=hf", f"model.path={folder}/model", "method=lora", f"adapter.rank={rank}",
-            f"adapter.alpha={2 * rank}", "target_modules=all_linear", f"adapter.init_from={folder}/start",
+            *words, "method=lora", f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", "target_modules=all_linear",
+            f"adapter.init_from={folder}/start",
             f"optimizer.lr={LEARNING_RATE}", "optimizer.weight_decay=0", "schedule=constant", "schedule.warmup_steps=0",
             f"trainer.precision={'bf16-true' if dtype is torch.bfloat16 else '32-true'}",
-            *workload.write_rows(folder, steps),
         ]  # fmt: skip
-        tokens = write_steps(overrides, folder, steps)
         sides = run_in_turns(
             {
                 rival: rival_command(rival, folder, LEARNING_RATE, dtype),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.native import linear  # noqa: F401  registers low_rank_sum and low_rank_gradients
+from lightning_peft.native import linear
 from lightning_peft.quantization.nf4 import NF4Linear
 
 GIVEN, DENSE = "given", "dense"
@@ -77,22 +77,36 @@ def base_with_product(
     base, which `given_bias` is in, is written over wherever that is possible: the compiler cannot follow the
     `mark_dirty` it needs.
     """
-    if base.form == GIVEN:
-        output = base.first
-        rows = output.view(-1, output.shape[-1])
-        in_place = not torch.compiler.is_compiling()
-        output = (rows.addmm_ if in_place else rows.addmm)(inner, factor.t()).view(output.shape)
-        output = base.first if in_place else output
-        if gain is None:
-            return output
-        unbiased = output if given_bias is None else output - given_bias.to(base.dtype)
-        return (output.addcmul_ if in_place else output.addcmul)(unbiased, (gain - 1).to(base.dtype))
-    *weight, bias = base.tensors
-    if base.form != DENSE:
-        options = base.form, base.block_size, True
-        return torch.ops.lightning_peft.matmul_4bit(x, *weight, bias, inner, factor, gain, *options)
-    bias = None if bias is None else bias.to(base.dtype)
-    return torch.ops.lightning_peft.low_rank_sum(x, _dense(base), inner, factor, gain, bias, True)
+    if base.form != GIVEN:
+        bias = base.tensors[-1]
+        bias = None if bias is None else bias.to(base.dtype)
+        return _low_rank_sum(x, base, inner, factor, gain, bias, True)
+    rows = base.first.view(-1, base.first.shape[-1])
+    bias = None if given_bias is None else given_bias.to(base.dtype)
+    if torch.compiler.is_compiling():
+        rows = rows.addmm(inner, factor.t())
+        if gain is not None:
+            rows = rows.addcmul(rows if bias is None else rows - bias, (gain - 1).to(base.dtype))
+        return rows.view(base.first.shape)
+    linear.scale_(rows.addmm_(inner, factor.t()), gain, bias)
+    return base.first
+
+
+def _low_rank_sum(
+    x: Tensor,
+    base: Base,
+    inner: Tensor,
+    factor: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    """`low_rank_sum` over the weight of a base that was not run yet."""
+    if base.form == DENSE:
+        return torch.ops.lightning_peft.low_rank_sum(x, _dense(base), inner, factor, gain, bias, transposed)
+    *codes, _ = base.tensors
+    options = base.form, base.block_size, transposed
+    return torch.ops.lightning_peft.matmul_4bit(x, *codes, bias, inner, factor, gain, *options)
 
 
 def base_input_gradient(grad: Tensor, base: Base) -> Tensor:
@@ -135,11 +149,7 @@ def input_gradient(grad: Tensor, base: Base, grad_inner: Tensor, A: Tensor) -> T
     """grad W + grad_inner A, (N, in_features), a new tensor; of a given base the second alone."""
     if base.form == GIVEN:
         return grad_inner @ A
-    if base.form == DENSE:
-        return torch.ops.lightning_peft.low_rank_sum(grad, _dense(base), grad_inner, A, None, None, False)
-    *weight, _ = base.tensors
-    options = base.form, base.block_size, False
-    return torch.ops.lightning_peft.matmul_4bit(grad, *weight, None, grad_inner, A, None, *options)
+    return _low_rank_sum(grad, base, grad_inner, A, None, None, False)
 
 
 def factor_gradients(

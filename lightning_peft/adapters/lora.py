@@ -117,10 +117,11 @@ class LowRankProduct(torch.autograd.Function):
         if ctx.dropout and (needs_x or needs_A):
             mask = dropout_mask(ctx.x_shape, ctx.dropout, grad.new_empty(0, dtype=ctx.x_dtype), ctx.dropout_state)
             mask = mask.view(-1, A.shape[1])
-        dropped = x.reshape(-1, A.shape[1]) if needs_A else None
-        if dropped is not None and mask is not None:
-            dropped = dropped * mask
-        dropped = None if dropped is None else dropped.to(dtype)
+        dropped = None
+        if needs_A:
+            rows = x.reshape(-1, A.shape[1])
+            dropped = (rows if mask is None else rows * mask).to(dtype)
+            del rows
         # The small products first, while what they read is in the caches.
         grad_inner, grad_A, grad_B = factor_gradients(grad_rows, dropped, inner, B.to(dtype), needs_B)
         del x, dropped  # large, and the base's gradient is about to be made

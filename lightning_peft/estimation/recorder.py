@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_peft.models import cpu_attention
 from lightning_peft.native import cross_entropy, linear  # noqa: F401  registers cross_entropy_gradient_
+from lightning_peft.native.library import Scratch
 from lightning_peft.quantization import nf4  # noqa: F401  registers matmul_4bit
 
 
@@ -34,9 +35,6 @@ OPENED = {
     torch.ops.lightning_peft.dequantize.default,
 }
 """Operators of ours that are followed inside, being written in operators that have fake forms."""
-
-
-Scratch = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 def _whole(like: Tensor) -> Scratch:

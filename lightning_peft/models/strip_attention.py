@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.models.sample_groups import Arrangement, Group, Sample, Strip, arrange, most_samples, strip_length
+from lightning_peft.native.library import Scratch
 
 PADDING_NORMALIZER = 1e30
 """Log normaliser of a query in the padding: its probabilities are zero."""
@@ -80,8 +81,8 @@ class Product:
         return torch.bmm(left, right, out=self.memory[: math.prod(shape)].view(shape))
 
 
-def scratch(query: Tensor, key: Tensor, backward: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what the operators below hold for a moment, where each row is one sample."""
+def scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
+    """What a call holds for a moment, beside its result, where each row is one sample."""
     rows, heads, width, head_dim = query.shape
     dtype = query.dtype if _native(query.dtype) else torch.float32
     copies = [(tuple(x.shape), dtype) for x in (query, key, key)] if dtype != query.dtype else []

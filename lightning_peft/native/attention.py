@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft.native.library import LANES, address, kernels, library
+from lightning_peft.native.library import LANES, Scratch, address, kernels, library
 
 NO_WINDOW = 2**30
 
@@ -51,8 +51,8 @@ def split(num_samples: int, heads: int, key_heads: int) -> Split:
     return Split(parts, min(threads, num_samples * key_heads * parts))
 
 
-def scratch(query: Tensor, key: Tensor, backward: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what a call holds for a moment, beside its result, where each row is one sample."""
+def scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
+    """What a call holds for a moment, beside its result, where each row is one sample."""
     rows, heads, width, head_dim = query.shape
     parts, threads = split(rows, heads, key.shape[1])
     partial = [((rows, width, key.shape[1] * parts, head_dim), query.dtype)] * 2 if backward and parts > 1 else []

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 LANES = 16
 """fp32 numbers of a vector, as vectors.h has it."""
+Scratch = list[tuple[tuple[int, ...], torch.dtype]]
+"""Shapes and dtypes of what an operator holds while it runs, beside its result."""
 FOLDER = Path(__file__).parent
 HEADERS, SOURCES = ("vectors.h", "tiles.h"), ("attention.cpp", "linear.cpp", "cross_entropy.cpp")
 FLAGS = (
@@ -62,7 +64,9 @@ def _load() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(compiled()))
     except (OSError, RuntimeError, ValueError) as error:
-        logger.warning("attention, adapters and loss run without their compiled kernels, a fifth slower: %s", error)
+        logger.warning(
+            "attention, adapters and loss run without their compiled kernels, a quarter slower or more: %s", error
+        )
         return None
 
 

@@ -21,8 +21,8 @@ struct LowRankSum {
     for (long r = 0; r < rows; r += TILE)
       with_tile(rows - r < TILE ? rows - r : TILE, columns / LANES, [&](auto& tile) __attribute__((always_inline)) {
         tile.each(into, stride, [](bf16*, int, __m512& sum) { sum = _mm512_setzero_ps(); });
-        tile.add({x.data + r * x.row, x.row, x.step}, {weight, depth}, in / 2);
-        tile.add({inner.data + r * inner.row, inner.row, inner.step}, {small, depth}, rank / 2);
+        tile.add(x.at(r, 0), {weight, depth}, in / 2);
+        tile.add(inner.at(r, 0), {small, depth}, rank / 2);
         tile.each(into + r * stride, stride, [&](bf16* place, int column, __m512 sum) {
           if (gain) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(gain + column));
           if (bias) sum = _mm512_add_ps(sum, widened(bias + column));
@@ -60,18 +60,6 @@ void multiply_narrow(const bf16* x, int rows, int width, Right b, int rank, bf16
         _mm256_mask_storeu_epi16(into + (long)(r + t) * rank + n, lanes_of(0, rank, n), rounded);
       }
   }
-}
-
-// x (rows, rank) paired, [rows / 2][padded][2]: zeros past the rank and after an odd number of rows.
-void pair_narrow(const bf16* x, int rows, int rank, int padded, bf16* into) {
-  for (int i = 0; i < rows; i += 2)
-    for (int n = 0; n < padded; n += LANES) {
-      __mmask16 there = lanes_of(0, rank, n);
-      __m256i even = _mm256_maskz_loadu_epi16(there, x + (long)i * rank + n), odd = _mm256_setzero_si256();
-      if (i + 1 < rows) odd = _mm256_maskz_loadu_epi16(there, x + (long)(i + 1) * rank + n);
-      __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-      _mm512_storeu_si512(into + (long)i * padded + 2 * n, paired(both));
-    }
 }
 
 // sums (padded, width) += small^T x, where small (rows <= ROWS, padded) is paired.
@@ -136,7 +124,7 @@ void low_rank_gradients(const bf16* grad, const bf16* x, const bf16* inner, cons
                         bf16* B_paired, int threads) {
   const int padded = round_up(rank, LANES);
   const long size_A = (long)padded * in, size_B = (long)padded * out;
-  pair_narrow(B, out, rank, padded, B_paired);
+  pair_rows(B, rank, out, rank, B_paired);
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), started = omp_get_num_threads();
@@ -148,9 +136,9 @@ void low_rank_gradients(const bf16* grad, const bf16* x, const bf16* inner, cons
     for (long r = 0; r < rows; r += ROWS) {
       const int n = rows - r < ROWS ? rows - r : ROWS;
       multiply_narrow(grad + r * out, n, out, {B_paired, 2L * padded}, rank, grad_inner + r * rank);
-      pair_narrow(inner + r * rank, n, rank, padded, small);
+      pair_rows(inner + r * rank, rank, n, rank, small);
       add_transposed(small, padded, grad + r * out, n, out, mine_B);
-      pair_narrow(grad_inner + r * rank, n, rank, padded, small);
+      pair_rows(grad_inner + r * rank, rank, n, rank, small);
       add_transposed(small, padded, x + r * in, n, in, mine_A);
     }
 #pragma omp for schedule(static)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.native.library import LANES, address, kernels, library
+from lightning_peft.native.library import LANES, Scratch, address, kernels, library
 
 PANEL = 64
 """Columns of a panel, as tiles.h has it."""
@@ -46,8 +46,9 @@ def low_rank_sum(
     x (..., in), inner (N, R), bias (out,); weight (in, out) and factor (R, out), or (out, in) and (out, R): one dtype.
     gain (out,) fp32, or fp64 where the rest is.
 
-    Rounded once, by whatever computes it. Added to a product that was rounded before, a change below half a unit of its
-    last place is lost: in bf16 a 512th to a 256th, more than a young adapter changes.
+    Added to a large product that was rounded before, a change below half a unit of its last place is lost: in bf16 a
+    512th to a 256th, more than a young adapter changes. So the two products are added in fp32 and rounded, by the
+    kernel once and with gain and bias, by torch in 16 bits after the small one was rounded and before gain and bias.
     """
     out_features = weight.shape[0 if transposed else 1]
     output = x.new_empty(*x.shape[:-1], out_features)
@@ -61,18 +62,18 @@ def low_rank_sum(
         # The small product first: what is rounded is the change, and the large one's sums in fp32 are added to it. The
         # bias last, or the change would be rounded beside it.
         torch.mm(inner, factor, out=into)
-        _scale(into.addmm_(rows, weight), gain, None)
+        scale_(into.addmm_(rows, weight), gain, None)
         return output if bias is None else output.add_(bias)
     if bias is None:
         torch.mm(rows, weight, out=into)
     else:
         torch.addmm(bias, rows, weight, out=into)
-    _scale(into.addmm_(inner, factor), gain, bias)
+    scale_(into.addmm_(inner, factor), gain, bias)
     return output
 
 
-def _scale(rows: Tensor, gain: Tensor | None, bias: Tensor | None) -> None:
-    """Multiply what is above the bias in place."""
+def scale_(rows: Tensor, gain: Tensor | None, bias: Tensor | None) -> None:
+    """Multiply what is above the bias, in place."""
     if gain is not None:
         # gain is near one: gain - 1 keeps the digits that bf16 drops from gain, and is 0 at the start, to the bit.
         rows.addcmul_(rows if bias is None else rows - bias, (gain - 1).to(rows.dtype))
@@ -95,8 +96,8 @@ def low_rank_gradients(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tup
     dtype = torch.promote_types(grad.dtype, torch.float32)
     grad_inner = grad @ B
     # Of the two ways to write this product, the one that leaves the wide matrix as it lies.
-    grad_B = (inner.t() @ grad).t().to(dtype, memory_format=torch.contiguous_format)
-    return grad_inner, (grad_inner.t() @ x).to(dtype), grad_B.contiguous()
+    grad_B = (inner.t() @ grad).t().to(dtype).contiguous()
+    return grad_inner, (grad_inner.t() @ x).to(dtype), grad_B
 
 
 @torch.library.register_fake("lightning_peft::low_rank_gradients")
@@ -161,10 +162,6 @@ def parts_of(rows: int, out_features: int, threads: int) -> int:
     """Into how many runs of rows a product is cut, so that every thread has as many panels where rows allow it."""
     panels = math.ceil(out_features / PANEL)
     return max(1, min(threads // math.gcd(panels, threads), rows // MIN_ROWS))
-
-
-Scratch = list[tuple[tuple[int, ...], torch.dtype]]
-"""Shapes and dtypes of what an operator holds while it runs, beside its result."""
 
 
 def sum_scratch(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, *options: Any) -> Scratch:

@@ -13,7 +13,7 @@ constexpr int TILE = 6, PANEL = 4 * LANES;  // 6 x 4 registers of sums leave 8 o
 struct Left {  // pair p of row r: data + r * row + p * step
   const bf16* data;
   long row, step;
-  Left at(int r, int p) const { return {data + r * row + p * step, row, step}; }
+  Left at(long r, int p) const { return {data + r * row + p * step, row, step}; }
 };
 
 struct Right {  // pair p of column n: data + p * depth + 2 n
@@ -94,15 +94,17 @@ inline void store_paired(bf16* into, __m512 even, __m512 odd) {
   _mm512_storeu_si512(into, paired((__m512i)_mm512_cvtne2ps_pbh(odd, even)));
 }
 
-// x (n, width) paired: [n / 2][width][2], a row of zeros after an odd number.
+// x (n, width) paired: [n / 2][padded][2]. Zeros pad the width to a multiple of LANES, and an odd n by a row.
 void pair_rows(const bf16* x, long stride, int n, int width, bf16* into) {
+  const int padded = round_up(width, LANES);
+  const __m256i none = _mm256_setzero_si256();
   for (int i = 0; i < n; i += 2)
-    for (int j = 0; j < width; j += LANES) {
-      __m256i even = _mm256_loadu_si256((const __m256i*)(x + i * stride + j));
-      __m256i odd = _mm256_setzero_si256();
-      if (i + 1 < n) odd = _mm256_loadu_si256((const __m256i*)(x + (i + 1) * stride + j));
+    for (int j = 0; j < padded; j += LANES) {
+      const __mmask16 there = j + LANES <= width ? (__mmask16)0xffff : lanes_of(j, width, j);
+      __m256i even = _mm256_maskz_loadu_epi16(there, x + i * stride + j);
+      __m256i odd = i + 1 < n ? _mm256_maskz_loadu_epi16(there, x + (i + 1) * stride + j) : none;
       __m512i rows = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-      _mm512_storeu_si512(into + (long)i * width + 2 * j, paired(rows));
+      _mm512_storeu_si512(into + (long)i * padded + 2 * j, paired(rows));
     }
 }
 

@@ -11,6 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.__main__ import main
+from lightning_peft.checkpoint.merge_config import MergeConfig
+from lightning_peft.checkpoint.merged import merge
+from lightning_peft.commands.adapted import load_for_inference, saved_config
+from lightning_peft.commands.merge import sample_ids
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 
@@ -58,8 +62,6 @@ def test_validation_during_training_equals_the_one_at_the_end(run_dir):
 
 def test_hf_peft_loads_the_adapter_with_equal_logits(run_dir):
     """HF PEFT on a fresh base against our own reload; fp32, another order of summation."""
-    from lightning_peft.commands.adapted import load_for_inference
-
     ours, _ = load_for_inference(str(run_dir), None, "32-true")
     theirs = PeftModel.from_pretrained(load_model(ModelConfig(name="tiny"), torch.float32), run_dir / "adapter").eval()
     ids = torch.arange(40)[None]
@@ -105,6 +107,13 @@ def test_merge_writes_a_plain_model_and_a_receipt(run_dir, tmp_path, capsys):
     A, B = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     expected = base.get_submodule(name).weight.float() + 2.0 * B @ A
     torch.testing.assert_close(merged.get_submodule(name).weight, expected.to(merged.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_in_fp32_keeps_every_first_choice(run_dir, tmp_path):
+    model, tokenizer = load_for_inference(str(run_dir), None, "32-true")
+    samples = sample_ids(saved_config(str(run_dir)), tokenizer)
+    receipt = merge(model, tokenizer, tmp_path / "merged", samples, MergeConfig(), None)
+    assert "same first choice for 100.00%" in str(receipt)
 
 
 def test_merge_above_the_threshold_leaves_nothing(run_dir, tmp_path, capsys):
