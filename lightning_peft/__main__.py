@@ -4,7 +4,7 @@ import importlib
 import sys
 from contextlib import nullcontext
 
-from lightning_peft.training.preemption import PREEMPTED, Preempted, nothing_to_lose
+from lightning_peft.training.preemption import Preempted, nothing_to_lose
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
@@ -62,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             return run_command(
                 command, lambda config: getattr(importlib.import_module(module), function)(config), overrides
             )
-    except Preempted:
-        return PREEMPTED
+    except Preempted as left:
+        return left.exit_status
 
 
 if __name__ == "__main__":

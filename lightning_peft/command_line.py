@@ -15,9 +15,10 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft import distributed
-from lightning_peft.commands.ranks import leave_last_words
 from lightning_peft.compose import compose_config, groups_and_defaults, typed
 from lightning_peft.config import CONF_DIR, register_schemas
+from lightning_peft.runs.folder import starting_config
+from lightning_peft.runs.ranks import leave_last_words
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -45,6 +46,8 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             submit_sweep([word for word in overrides if word not in sweep])
         elif sweep:
             run_sweep(command, function, [word for word in overrides if word not in sweep])
+        elif command == "train":
+            function(starting_config(overrides))
         else:
             function(compose_config(command, overrides))
     except (ValueError, OSError) as error:

@@ -1,7 +1,10 @@
 """From the words on the command line to a typed config, with errors of one line."""
 
 import difflib
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from yaml import YAMLError
 
 from lightning_peft import distributed
 from lightning_peft.config import CONF_DIR, TrainConfig, register_schemas, train_config
+
+logger = logging.getLogger(__name__)
 
 VERBATIM = re.compile(r"^\+{0,2}(?:prompt|run_dir|output|init_from|(?:\w+\.)*(?:\w+_path|cache_dir|init_from|path))=")
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
@@ -39,15 +44,26 @@ def compose_config(command: str, overrides: list[str]) -> Any:
     """
     if any(word.startswith("config_path=") for word in overrides):
         return saved_config(command, overrides)
+    with explained(command):
+        return typed(composed(command, overrides))
+
+
+@contextmanager
+def explained(command: str) -> Iterator[None]:
+    """Inside, what Hydra and OmegaConf raise becomes a ValueError in the words of the command line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error, command)) from error
+
+
+def composed(command: str, overrides: list[str]) -> DictConfig:
+    """The config of a command before its values are resolved and typed."""
     register_schemas()
     if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
         raise ValueError("run_dir: give one, or config_path=, where several ranks are started: each would name its own")
-    try:
-        with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
-            config = compose(command, quote_text_values(overrides))
-        return typed(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error, command)) from error
+    with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+        return compose(command, quote_text_values(overrides))
 
 
 def saved_config(command: str, overrides: list[str]) -> TrainConfig:
@@ -59,11 +75,26 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
         saved = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(saved, dict) or not saved.keys() >= {"adapter", "optimizer"}:
             raise ValueError(f"config_path={path}: not the config.yaml of a run")
-        return train_config({str(key): value for key, value in saved.items()})
+        return train_config(in_folder_of(path, {str(key): value for key, value in saved.items()}))
     except FileNotFoundError as error:
         raise ValueError(f"config_path={path}: no such file") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"config_path={path}: {explain(error, command)}") from error
+
+
+def in_folder_of(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config whose run is the one in the folder that the file lies in, also where that was copied or moved."""
+    run_dir = saved.get("run_dir")
+    if path.name != "config.yaml" or not run_dir or Path(run_dir).resolve() == path.parent.resolve():
+        return saved
+    logger.info("config_path=%s: names run_dir=%s, and is a copy: this run goes on in %s", path, run_dir, path.parent)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(part) for key, part in value.items()}
+        return str(path.parent) if value == run_dir else value
+
+    return {key: moved(value) for key, value in saved.items()}
 
 
 def typed(config: DictConfig) -> Any:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+LAUNCHER = "LIGHTNING_PEFT_LAUNCHER"
+"""Environment variable of a rank with the number of the process that started it, where that is this program."""
 TIMEOUT = timedelta(minutes=30)
 """Longest wait of one rank for the others; loading a large model from a slow disk is in it."""
 
@@ -105,13 +107,13 @@ def reduce_sums(sums: Tensor) -> Tensor:
     return sums
 
 
-def any_rank(fact: bool) -> bool:
-    """Whether it holds on any rank. Goes by way of the host, so that no device has to be waited for."""
+def highest(number: int) -> int:
+    """The highest of the ranks' numbers. Goes by way of the host, so that no device has to be waited for."""
     if not is_connected():
-        return fact
-    found = torch.tensor(int(fact))
+        return number
+    found = torch.tensor(number)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    return int(found)
 
 
 def worst(value: float) -> float:

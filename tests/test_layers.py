@@ -16,6 +16,7 @@ LAYERS = [
     ["training", "evaluation"],
     ["config"],
     ["compose"],
+    ["runs"],
     ["commands"],
     ["command_line"],
     ["__main__"],

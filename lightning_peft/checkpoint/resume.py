@@ -1,5 +1,6 @@
 """Checkpoints a run resumes from: trainable state only, written so that a kill at any moment leaves a good one."""
 
+import errno
 import io
 import logging
 import pickle
@@ -30,36 +31,70 @@ class CheckpointFileError(ValueError):
     """A checkpoint that cannot be read, or that does not fit the model."""
 
 
+class UnreadableCheckpoint(CheckpointFileError):
+    """A checkpoint that is there and that the system does not let this process read."""
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimiser steps is kept."""
     return folder / f"step-{step:08d}.ckpt"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. Files still being written are not among them."""
-    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
+    """The checkpoints of a run, oldest first. Files still being written are not among them.
+
+    Raises OSError for a folder that cannot be listed: that is no folder without checkpoints.
+    """
+    try:
+        paths = list(folder.iterdir())  # glob would give nothing for a folder it may not list
+    except FileNotFoundError:
+        return []
+    found = [path for path in paths if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; None when there is none. Damaged ones are skipped with a logged line."""
-    for path in reversed(checkpoints(folder)):
+    """The newest checkpoint that is whole; None when the folder has none. Damaged ones are skipped with a logged line.
+
+    Raises CheckpointFileError when there are checkpoints and all are damaged, and when one cannot be read (permissions,
+    I/O): nobody knows then what is in it, and to start again would overwrite it.
+    """
+    there = checkpoints(folder)
+    for path in reversed(there):
         try:
             verify_checkpoint(path)
             return path
+        except UnreadableCheckpoint:
+            raise
         except CheckpointFileError as error:
+            if path == there[0]:
+                raise CheckpointFileError(
+                    f"{error}; none of the {len(there)} checkpoints there is whole: bring one back, or start afresh in "
+                    "a new run_dir"
+                ) from error
             logger.warning("%s; trying the one before it", error)
     return None
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Read the whole file and compare its checksums. Raises CheckpointFileError if it is missing or damaged."""
-    if not path.is_file():
-        raise CheckpointFileError(f"{path}: no such checkpoint file")
+    """Read the whole file and compare its checksums.
+
+    Raises CheckpointFileError if it is missing or damaged, UnreadableCheckpoint if it is there and cannot be read.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        if not path.is_file():
+            raise CheckpointFileError(f"{path}: no such checkpoint file")
+        file = path.open("rb")
+    except OSError as error:
+        raise UnreadableCheckpoint(f"{path}: cannot be read ({error.strerror}), so nothing is known of it") from error
+    try:
+        with file, zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # a position before the file's start: zipfile on a file cut short
+            raise CheckpointFileError(f"{path}: truncated or not a checkpoint ({error})") from error
+        raise UnreadableCheckpoint(f"{path}: cannot be read ({error.strerror}), so nothing is known of it") from error
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise CheckpointFileError(f"{path}: truncated or not a checkpoint ({error})") from error
     if damaged is not None:
         raise CheckpointFileError(f"{path}: damaged, the checksum of {damaged} does not match")
@@ -136,6 +171,21 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def saved_step(path: Path) -> int:
+    """Return the optimiser steps that a checkpoint is behind."""
+    return int(_mapped(path)["global_step"])
+
+
+def saved_content(path: Path) -> dict[str, str]:
+    """Return the fingerprints of rows and weights that a checkpoint was made with, as `RunRecord` wrote them."""
+    return dict(_mapped(path)["callbacks"].get("RunRecord", {}).get("content", {}))
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """A checkpoint whose tensors stay on disk."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _save(checkpoint: dict[str, Any], file: Any) -> None:

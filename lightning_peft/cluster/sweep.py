@@ -18,12 +18,12 @@ from lightning_peft.cluster.slurm import Job
 
 MANIFEST = "sweep.json"
 
-WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, CANCELLED = (
-    "waiting", "running", "finished", "failed", "lost", "preempted", "cancelled",
+WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, CANCELLED = (
+    "waiting", "running", "finished", "failed", "lost", "preempted", "interrupted", "paused", "cancelled",
 )  # fmt: skip
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
 """SLURM's words for a job that does not run yet."""
-TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, CANCELLED)
+TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, CANCELLED)
 ENDED = (FINISHED, *TO_BE_RETRIED)
 
 

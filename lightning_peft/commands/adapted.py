@@ -11,7 +11,7 @@ from lightning_peft.inference.load import is_whole_model, load_adapted, tuned_fo
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.training.precision import resolve_precision, weight_dtype
+from lightning_peft.training.precision import has_fast_bf16, resolve_precision, weight_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def load_for_inference(
     """The model, adapted where there is an adapter, and its tokenizer."""
     base, quantization = base_of(adapter_path, model)
     device = inference_device()
-    dtype = weight_dtype(resolve_precision(precision, device.type, trains_all=False), trains_all=False)
+    concrete = resolve_precision(precision, device.type, has_fast_bf16(device.type), trains_all=False)
+    dtype = weight_dtype(concrete, trains_all=False)
     folder = None if adapter_path is None else tuned_folder(adapter_path)
     if folder is not None and is_whole_model(folder):
         base = ModelConfig(name="hf", path=str(folder))

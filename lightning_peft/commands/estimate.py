@@ -12,10 +12,8 @@ from rich.table import Table
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.commands.trainer import check_trainer_options, count_ranks
 from lightning_peft.config import EstimateConfig, TrainConfig
 from lightning_peft.estimation.advice import smallest_change
-from lightning_peft.estimation.hardware import GIB, usable_memory
 from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.loading import empty_model, model_context, model_name
@@ -24,20 +22,22 @@ from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.quantization.config import Kind
 from lightning_peft.quantization.convert import prepare_quantized
+from lightning_peft.runs.machine import GIB, Machine
+from lightning_peft.runs.plan import RunPlan, plan_run
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, StrategyKind
 from lightning_peft.training.module import reads_whole_model
-from lightning_peft.training.precision import DTYPES, resolve_precision, weight_dtype
+from lightning_peft.training.precision import DTYPES
 
 
 def estimate(config: EstimateConfig) -> dict[str, Any]:
     """Print the estimate and return what `output` holds. Reads no weights, no tokenizer and no data."""
-    check_trainer_options(config.trainer)
+    machine = plan_of(config).machine
     context = model_context(config.model)
     if context is not None and config.data.max_length > context:
         raise ValueError(f"data.max_length={config.data.max_length}: must be at most {context}, the model's context")
     found = estimate_of(config)
-    limit = usable_memory(accelerator_of(config), config.device_memory_gib)
+    limit = machine.memory(config.device_memory_gib)
     report: dict[str, Any] = {
         "model": model_name(config.model),
         "peak": found.peak,
@@ -79,52 +79,30 @@ def advise(config: EstimateConfig, limit: float) -> dict[str, Any]:
     return {"change": words, "peak_after_change": peak(changed)}
 
 
-def accelerator_of(config: EstimateConfig) -> str:
-    """cpu or cuda; a GPU that is asked for by name need not be here."""
-    name = str(config.trainer.get("accelerator", "auto"))
-    if name not in ("auto", "cpu", "gpu", "cuda"):
-        raise ValueError(f"trainer.accelerator={name!r}: must be auto, cpu or gpu")
-    return "cuda" if name in ("gpu", "cuda") or name == "auto" and torch.cuda.is_available() else "cpu"
-
-
-def precision_of(config: EstimateConfig) -> str:
-    """The concrete precision; of a GPU that is not here bf16 is assumed."""
-    accelerator, trains_all = accelerator_of(config), not METHODS[config.adapter.method].layers
-    name = str(config.trainer.get("precision", "auto"))
-    if name == "auto" and accelerator == "cuda" and not torch.cuda.is_available():
-        return "bf16-mixed" if trains_all else "bf16-true"
-    return resolve_precision(name, accelerator, trains_all)
-
-
-def ranks_of(config: EstimateConfig) -> int:
-    """Processes that share the run; GPUs that are asked for by number need not be here."""
-    kind, options = config.strategy.kind, config.trainer
-    if options.get("devices", 1) in ("auto", -1) and accelerator_of(config) == "cuda" and kind.name != "single":
-        options = options | {"devices": max(1, torch.cuda.device_count())}
-    devices, nodes = count_ranks(options, kind, "cpu")
-    return devices * nodes
+def plan_of(config: EstimateConfig) -> RunPlan:
+    return plan_run(config, Machine.planned(config.trainer))
 
 
 def estimate_of(config: EstimateConfig) -> Estimate:
     """The estimate of one run."""
-    precision, accelerator = precision_of(config), accelerator_of(config)
-    trains_all = not METHODS[config.adapter.method].layers
+    plan = plan_of(config)
+    accelerator = plan.accelerator
     options = StepOptions(
         rows=config.data.micro_batch_size,
         length=config.data.max_length,
         optimizer=config.optimizer.name,
         accumulate=config.trainer.get("accumulate_grad_batches", 1),
-        autocast=DTYPES[precision] if precision.endswith("-mixed") else None,
+        autocast=DTYPES[plan.precision] if plan.precision.endswith("-mixed") else None,
         offloads_activations=config.activation_checkpointing is ActivationCheckpointing.offload,
         accelerator=accelerator,
         strategy=config.strategy.kind.name,
-        ranks=ranks_of(config),
+        ranks=plan.ranks,
         slices_on_host=config.strategy.cpu_offload and accelerator == "cuda",
         # On a GPU such a model is read by the host, and reaches the device block by block.
         loads_whole=accelerator == "cpu" and reads_whole_model(config.adapter, config.quantization),
         adapter_rank=config.adapter.rank,
     )
-    return estimate_step(empty_objective(config, weight_dtype(precision, trains_all)), options)
+    return estimate_step(empty_objective(config, plan.weight_dtype), options)
 
 
 def empty_objective(config: TrainConfig, dtype: torch.dtype) -> SupervisedLoss:
@@ -195,7 +173,7 @@ def with_nf4(config: EstimateConfig) -> EstimateConfig | None:
 
 
 def with_ranks(config: EstimateConfig, ranks: int) -> EstimateConfig | None:
-    if ranks_of(config) >= ranks:
+    if plan_of(config).ranks >= ranks:
         return None
     sharded = replace(config.strategy, kind=StrategyKind.fsdp)
     return replace(config, strategy=sharded, trainer=config.trainer | {"devices": ranks, "num_nodes": 1})
@@ -217,7 +195,8 @@ def difference(before: EstimateConfig, after: EstimateConfig) -> list[str]:
 
 def show(found: Estimate, config: EstimateConfig) -> None:
     """Print the table of components and the work of a step."""
-    ranks = ranks_of(config)
+    plan = plan_of(config)
+    ranks = plan.ranks
     title = f"{found.peak / GIB:.2f} GiB at the peak of {'each rank' if ranks > 1 else 'the run'} ({found.phase})"
     table = Table(title=title, caption=found.legend, caption_justify="left", title_justify="left")
     for heading in ("", "at the peak", "largest"):
@@ -235,5 +214,5 @@ def show(found: Estimate, config: EstimateConfig) -> None:
     )
     if found.host:
         print(f"in host memory: {found.host / GIB:.2f} GiB")
-    if config.compile in (Compilation.blocks, Compilation.full) or accelerator_of(config) == "cuda":
+    if config.compile in (Compilation.blocks, Compilation.full) or plan.accelerator == "cuda":
         print("estimated for compile=none, the plain step")

@@ -21,6 +21,7 @@ from lightning_peft.commands.submit import for_cluster
 from lightning_peft.commands.sweep_array import array_script, submit_array
 from lightning_peft.compose import compose_config
 from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
+from lightning_peft.runs.lock import new_folder, remove_if_empty
 from lightning_peft.training.wandb_record import wandb_record
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,15 @@ def submit_sweep(words: list[str]) -> None:
     """Plan and start a sweep. Raises ValueError, with nothing written, if any trial's config is wrong."""
     own, run_words = split_words(words)
     config: SubmitSweepConfig = compose_config("submit_sweep", own)
-    folder = Path(config.sweep_dir or f"sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}").resolve()
-    if (folder / MANIFEST).exists():
-        raise ValueError(f"sweep_dir={folder}: holds a sweep already: `sweep retry` goes on with it, or name another")
+    default = Path(f"sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    folder = (Path(config.sweep_dir) if config.sweep_dir else new_folder(default)).resolve()
+    try:
+        start_sweep(config, run_words, folder)
+    finally:
+        remove_if_empty(folder)
+
+
+def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> None:
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
     runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
@@ -53,6 +60,10 @@ def submit_sweep(words: list[str]) -> None:
         print(array_script(sweep, sweep.count, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
         return
     with locked(folder):
+        if (folder / MANIFEST).exists():
+            raise ValueError(
+                f"sweep_dir={folder}: holds a sweep already: `sweep retry` goes on with it, or name another"
+            )
         for run, _ in zip(runs, sweep.trials, strict=False):
             write_run(run)
         write_sweep(sweep, folder)

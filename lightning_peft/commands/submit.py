@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.slurm import ClusterConfig, batch_script, find_jobs, submit_script, train_words
-from lightning_peft.commands.run_folder import find_start
 from lightning_peft.config import TrainConfig, plain
+from lightning_peft.runs.folder import find_start
+from lightning_peft.runs.lock import only_writer
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +36,17 @@ def submit(config: TrainConfig) -> None:
     if cluster.dry_run:
         print(script, end="")
         return
-    if find_start(config, run_dir).result is not None:
-        logger.info("%s is finished: nothing left to do", run_dir)
-        return
-    if (job_id := active_job(run_dir)) is not None:
-        raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; scancel {job_id} ends it")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
-    (run_dir / "job.sbatch").write_text(script)
-    job_id = submit_script(run_dir / "job.sbatch")
-    with atomic_file(run_dir / JOB) as path:
-        path.write_text(json.dumps({"job_id": job_id}) + "\n")
+    with only_writer(run_dir):  # a second submit, or a run that is in the folder
+        if find_start(config, run_dir).result is not None:
+            logger.info("%s is finished: nothing left to do", run_dir)
+            return
+        if (job_id := active_job(run_dir)) is not None:
+            raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; scancel {job_id} ends it")
+        OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
+        (run_dir / "job.sbatch").write_text(script)
+        job_id = submit_script(run_dir / "job.sbatch")
+        with atomic_file(run_dir / JOB) as path:
+            path.write_text(json.dumps({"job_id": job_id}) + "\n")
     print(f"job {job_id}: {run_dir}")
 
 
@@ -63,10 +64,10 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
             raise ValueError(f"trainer.{key}={given} {source}={value}: leave trainer.{key} out, it follows the cluster")
     config = replace(config, trainer=config.trainer | derived, cluster=None)
     # Lightning, which the verbs of a sweep do without.
-    from lightning_peft.commands.trainer import check_trainer_options, count_ranks
+    from lightning_peft.runs.machine import Machine
+    from lightning_peft.runs.plan import plan_run
 
-    check_trainer_options(config.trainer)
-    count_ranks(config.trainer, config.strategy.kind, "cpu")
+    plan_run(config, Machine.of_cluster(config.trainer, cluster))
     return config
 
 

@@ -33,9 +33,9 @@ from lightning_peft.cluster.sweep_table import (
     table_rows,
 )
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
-from lightning_peft.commands.run_folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.compose import compose_config
 from lightning_peft.config import SweepCommandConfig, SweepVerb, TrainConfig
+from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.training.wandb_record import forget_steps
 
 logger = logging.getLogger(__name__)

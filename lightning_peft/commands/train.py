@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,6 @@ from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_
 from lightning_peft.checkpoint.merged import save_model
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.checkpoint.resume import whole_state
-from lightning_peft.commands.ranks import leave_with_launcher, run_ranks
-from lightning_peft.commands.run_folder import find_start
-from lightning_peft.commands.trainer import (
-    build_trainer,
-    check_trainer_options,
-    count_ranks,
-    count_steps,
-    resolve_accelerator,
-)
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import preview
 from lightning_peft.data.datamodule import SFTDataModule
@@ -41,16 +30,18 @@ from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
 from lightning_peft.models.attention import supports_packing
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, source_fingerprint
+from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
+from lightning_peft.runs.machine import Machine
+from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
+from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
+from lightning_peft.runs.trainer import build_trainer, count_steps
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
-from lightning_peft.training.compilation import resolve_compilation
-from lightning_peft.training.config import StrategyKind
 from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.module import FinetuneModule
-from lightning_peft.training.precision import resolve_precision, weight_dtype
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 
 logger = logging.getLogger(__name__)
@@ -59,54 +50,87 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig) -> dict[str, Any]:
     """Run a training to its end, or on from its last checkpoint. Returns what `result.json` holds.
 
-    Raises ValueError, before a weight is read, for anything wrong with the config, the data or the run folder;
-    KeyboardInterrupt after Ctrl-C and Preempted after the signals of `training/preemption.py`, `result.json` written.
+    Raises ValueError, before a weight is read, for anything wrong with the config, the data or the run folder; the
+    reasons of `training/preemption.py` where the run is left before its end, with `result.json` written.
     With strategy=ddp or fsdp the ranks are started from here, once everything is checked, unless this process is one.
     """
     started = time.perf_counter()
     if config.cluster is not None:
         raise ValueError("cluster: train runs here; submit takes the same words and hands them to the cluster")
-    check_trainer_options(config.trainer)
-    accelerator = resolve_accelerator(str(config.trainer.get("accelerator", "auto")))
-    precision = resolve_precision(str(config.trainer.get("precision", "auto")), accelerator, trains_all(config))
-    devices, nodes = count_ranks(config.trainer, config.strategy.kind, accelerator)
-    starts_ranks = config.strategy.kind is not StrategyKind.single and not distributed.are_ranks_started()
-    with logging_left_to_ranks(starts_ranks):
-        compilation = resolve_compilation(config.compile, accelerator, config.activation_checkpointing)
-    check_ranks(config, precision, nodes if starts_ranks else 1)
-    is_rank = config.strategy.kind is not StrategyKind.single and not starts_ranks
-    if is_rank:
+    plan = plan_run(config, Machine.here(config.trainer))
+    check_ranks_can_start(plan)
+    if plan.is_rank:
         leave_with_launcher()
-    leaves_ranks = is_rank and distributed.connect(accelerator)
-    assert config.run_dir is not None, "the config composes a run_dir"
-    run_dir = Path(config.run_dir)
-    start = distributed.on_rank_zero(lambda: find_start(config, run_dir))
-    if start.result is not None and not config.dry_run:
-        logger.info("%s is finished: nothing left to do", run_dir)
-        return start.result
+    leaves_ranks = plan.is_rank and distributed.connect(plan.accelerator)
+    run_dir = folder_of(config)
+    with opened_folder(config) as start:
+        if start.result is not None and not config.dry_run:
+            return finished_before(config, plan, start, start.result)
+        check_model(config)
+        tokenizer = load_tokenizer(config.model)
+        data = read_data(config, tokenizer, plan)
+        if config.dry_run:
+            return {"status": "dry run"}
+        content = content_of(config, data)
+        distributed.on_rank_zero(lambda: check_same_content(start, run_dir, content))
+        if plan.starts_ranks:
+            prepare_folder(config, run_dir)
+            run_ranks(run_dir / "config.yaml", plan.devices)
+            return json.loads((run_dir / "result.json").read_text())
+        return train_prepared(config, plan, start, data, tokenizer, content, leaves_ranks, started)
 
-    check_model(config)
-    tokenizer = load_tokenizer(config.model)
+
+def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a run that is finished. Raises ValueError where its rows or its base are others now."""
+    run_dir = folder_of(config)
+    try:
+        with logging_left_to_ranks(True):
+            content = content_of(config, read_data(config, load_tokenizer(config.model), plan))
+    except (ValueError, OSError) as error:
+        logger.warning("%s: its rows and base cannot be compared with those it was trained on: %s", run_dir, error)
+    else:
+        distributed.on_rank_zero(lambda: check_same_content(start, run_dir, content))
+    logger.info("%s is finished: nothing left to do", run_dir)
+    return result
+
+
+def content_of(config: TrainConfig, data: SFTDataModule) -> dict[str, str]:
+    """Name and fingerprint of what decides a run beside its options."""
+    content = {"training rows": data.fingerprint, "base weights": source_fingerprint(config.model)}
+    if data.validation_fingerprint is not None:
+        content["validation rows"] = data.validation_fingerprint
+    return content
+
+
+def read_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, plan: RunPlan) -> SFTDataModule:
+    """Read and check the rows, and show one where `data.preview` asks for it."""
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
     data = SFTDataModule(config.data, tokenizer, config.seed, model_context(config.model), accumulate)
-    with logging_left_to_ranks(starts_ranks and not config.dry_run):
+    is_shown_by_ranks = plan.starts_ranks and not config.dry_run
+    with logging_left_to_ranks(is_shown_by_ranks):
         data.setup()
-    if starts_ranks and not config.dry_run:
-        prepare_folder(config, run_dir)
-        run_ranks(run_dir / "config.yaml", devices)
-        return json.loads((run_dir / "result.json").read_text())
-    if config.data.preview and data.example is not None and distributed.rank() == 0:
+    if config.data.preview and data.example is not None and distributed.rank() == 0 and not is_shown_by_ranks:
         Console().print(preview(data.example, tokenizer))
-    if config.dry_run:
-        return {"status": "dry run"}
+    return data
 
+
+def train_prepared(
+    config: TrainConfig,
+    plan: RunPlan,
+    start: Start,
+    data: SFTDataModule,
+    tokenizer: PreTrainedTokenizerFast,
+    content: dict[str, str],
+    leaves_ranks: bool,
+    started: float,
+) -> dict[str, Any]:
+    """Train in this process. Leaves the adapter and `result.json` in the run's folder, and returns what that holds."""
+    run_dir = folder_of(config)
     module = FinetuneModule(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
-        config.activation_checkpointing,
-        compilation,
-        weight_dtype(precision, trains_all(config)), config.seed,
+        config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed,
     )  # fmt: skip
-    lineage = lineage_of(config, data.fingerprint)
+    lineage = lineage_of(config, content)
 
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)
@@ -114,18 +138,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     metrics = StepMetrics()
     samples = read_conversations(config.data, "validation", config.validation.samples)
-    signals = PreemptionSignals()
+    signals = PreemptionSignals(plan.max_seconds)
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save)
     callbacks: list[Callback] = [
-        RunRecord(plain(config)),
+        RunRecord(plain(config), content),
         metrics,
         Samples([conversation for _, conversation in samples], tokenizer, run_dir),
         checkpoint,
         Preemption(signals, checkpoint),
     ]
-    trainer = build_trainer(config, count_steps(config.trainer, data), accelerator, precision, callbacks)
+    trainer = build_trainer(config, plan, count_steps(config.trainer, data), callbacks)
     distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
-    if accelerator == "cuda":
+    if plan.accelerator == "cuda":
         torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"status": "failed"}
     try:
@@ -144,18 +168,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
         }
     except Preempted as left:
-        result["status"] = "preempted"
+        result |= {"status": left.status, "steps": trainer.global_step, "train_loss": metrics.loss}
         leaves_ranks = leaves_ranks and left.__cause__ is None
         raise
     finally:
         result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
         result |= {"seconds": time.perf_counter() - started, "versions": installed_versions()}
         if distributed.rank() == 0:
-            (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+            with atomic_file(run_dir / "result.json") as path:
+                path.write_text(json.dumps(result, indent=2) + "\n")
             for run_logger in trainer.loggers:
                 if isinstance(run_logger, RunLogger):
                     run_logger.close(result["status"], run_dir / "adapter")
-        if leaves_ranks and result["status"] == "preempted":
+        if leaves_ranks and result["status"] not in ("finished", "failed"):
             distributed.disconnect()  # one that leaves alone has srun end the others, which may still be writing
         signals.stop()
     if distributed.rank() == 0:
@@ -165,40 +190,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def check_ranks(config: TrainConfig, precision: str, nodes: int) -> None:
-    """Raises ValueError for what several processes cannot do; `nodes` is how many ranks are to be started on."""
-    if nodes > 1:
-        raise ValueError(
-            f"trainer.num_nodes={nodes}: ranks on other nodes are started by srun or torchrun, as in "
-            "srun python -m lightning_peft train config_path=RUN/config.yaml"
-        )
-    if config.strategy.kind is StrategyKind.fsdp and precision == "16-mixed":
-        raise ValueError("trainer.precision=16-mixed strategy=fsdp: use bf16-true, bf16-mixed or 32-true")
-    if config.strategy.kind is StrategyKind.fsdp and config.adapter.method == "adalora":
-        raise ValueError(
-            "method=adalora strategy=fsdp: its penalty reads whole matrices outside the forward pass, where they are "
-            "sharded; use strategy=ddp"
-        )
-
-
 def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
     """Leave the resolved config in the run's folder, from which ranks start, and no result of an earlier start."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "result.json").unlink(missing_ok=True)
     with atomic_file(run_dir / "config.yaml") as path:
         OmegaConf.save(OmegaConf.create(plain(config)), path)
-
-
-@contextmanager
-def logging_left_to_ranks(left: bool) -> Iterator[None]:
-    """Inside, nothing below an error is logged: the ranks check the same again, and rank zero says it."""
-    package = logging.getLogger("lightning_peft")
-    level = package.level
-    package.setLevel(logging.ERROR if left else level)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
 
 
 def fit(
@@ -221,10 +218,6 @@ def fit(
         raise Preempted from error
 
 
-def trains_all(config: TrainConfig) -> bool:
-    return not METHODS[config.adapter.method].layers
-
-
 def check_model(config: TrainConfig) -> None:
     """Find the target layers on an empty model, so that a wrong pattern costs no loading; print them on a dry run."""
     if config.adapter.init_from is not None:
@@ -242,14 +235,14 @@ def check_model(config: TrainConfig) -> None:
         Console().print(describe_targets(targets, model))
 
 
-def lineage_of(config: TrainConfig, data_fingerprint: str) -> Lineage:
+def lineage_of(config: TrainConfig, content: dict[str, str]) -> Lineage:
     return Lineage(
-        base_fingerprint=source_fingerprint(config.model),
+        base_fingerprint=content["base weights"],
         base_name=model_name(config.model),
         method=config.adapter.method,
         quantization=config.quantization.kind.name,
         config=plain(config),
-        data_fingerprint=data_fingerprint,
+        data_fingerprint=content["training rows"],
     )
 
 

@@ -141,6 +141,11 @@ class SFTDataModule(LightningDataModule):
         return self._training_samples().fingerprint
 
     @property
+    def validation_fingerprint(self) -> str | None:
+        """Changes with any validation token; None where there are no validation rows. Needs `setup`."""
+        return self._validation.fingerprint if self._validation else None
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch, the last one of a part of a window included. Needs `setup`; not streaming."""
         self._training_samples()

@@ -56,7 +56,10 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def close(self, status: str, adapter: Path) -> None:
-        """The run ended as `status` (finished, preempted, failed); `adapter` is its adapter folder if it finished."""
+        """The run ended as `status`: finished, failed, or a status of `training/preemption.py`.
+
+        `adapter` is its adapter folder if it finished.
+        """
         self._try(self.end, status, adapter)
 
     def write_config(self, config: dict[str, Any]) -> None: ...

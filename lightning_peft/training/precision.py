@@ -34,10 +34,10 @@ def has_fast_bf16(accelerator: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def resolve_precision(precision: str, accelerator: str, trains_all: bool) -> str:
+def resolve_precision(precision: str, accelerator: str, has_bf16: bool, trains_all: bool) -> str:
     """`auto` made concrete: bf16 where it is native, with fp32 weights under autocast when every weight is trained."""
     if precision == "auto":
-        if has_fast_bf16(accelerator):
+        if has_bf16:
             return "bf16-mixed" if trains_all else "bf16-true"
         return "16-mixed" if accelerator == "cuda" else "32-true"
     if precision not in DTYPES:

@@ -153,7 +153,7 @@ class WandbRun(RunLogger):
         step = int(self.run.summary.get(STEP) or 0)
         if status == "finished" and (adapter / LINEAGE).exists():
             self.save_adapter(adapter, step)
-        if status == "preempted":
+        if status in ("preempted", "paused", "interrupted"):
             self.run.mark_preempting()
         # Until it finishes, up to 15 seconds of it are in the memory of another process.
         self.run.finish(exit_code=0 if status == "finished" else 1)

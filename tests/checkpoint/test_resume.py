@@ -26,8 +26,8 @@ from lightning_peft.checkpoint.resume import (
     load_trainable_state,
     trainable_state_dict,
 )
-from lightning_peft.commands.run_folder import check_same_config
 from lightning_peft.models.tiny import tiny_model
+from lightning_peft.runs.folder import check_same_config
 
 # torch 2.13 deprecates what torchdata 0.11 calls.
 pytestmark = pytest.mark.filterwarnings("ignore:.set_vital. is deprecated:UserWarning")

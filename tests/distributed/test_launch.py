@@ -63,7 +63,7 @@ time.sleep(300)
 """
 RANK = """
 import time
-from lightning_peft.commands.ranks import leave_with_launcher
+from lightning_peft.runs.ranks import leave_with_launcher
 leave_with_launcher()
 print("started", flush=True)
 time.sleep(300)

@@ -71,3 +71,13 @@ class PauseFirstStart(Callback):
         deadline = time.monotonic() + self.seconds
         while signals.received is None and time.monotonic() < deadline:
             time.sleep(0.05)
+
+
+class PauseBeforeSteps(Callback):
+    """Makes every step take so much longer."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        time.sleep(self.seconds)

@@ -16,7 +16,8 @@ from lightning_peft.training.precision import (
 
 def test_auto_on_a_cpu_is_what_its_hardware_multiplies():
     expected = ("bf16-true", "bf16-mixed") if has_fast_bf16("cpu") else ("32-true", "32-true")
-    assert (resolve_precision("auto", "cpu", False), resolve_precision("auto", "cpu", True)) == expected
+    has_bf16 = has_fast_bf16("cpu")
+    assert tuple(resolve_precision("auto", "cpu", has_bf16, trains_all) for trains_all in (False, True)) == expected
 
 
 def test_compute_precision_converts_no_parameter():

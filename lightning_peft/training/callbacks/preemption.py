@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from lightning_peft import distributed
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint, between_steps, validation_follows
-from lightning_peft.training.preemption import Preempted, PreemptionSignals
+from lightning_peft.training.preemption import REASONS, Paused, Preempted, PreemptionSignals
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,9 @@ class NoSignalHandlers(_SignalConnector):
 
 
 class Preemption(Callback):
-    """Ranks agree after each optimiser step, and after a validation that follows it; then save and raise Preempted.
+    """Ranks agree after each optimiser step, and after a validation that follows it; then save and raise the reason.
 
-    Nothing of what ends a fit runs then: no validation, no export.
+    Nothing of what ends a fit runs then: no validation, and no export but for a paused run's adapter.
     """
 
     def __init__(self, signals: PreemptionSignals, checkpoint: AdapterCheckpoint):
@@ -40,28 +40,38 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if between_steps(trainer) and not validation_follows(trainer):
-            self.leave_if_signalled(trainer)
+            self.leave_if_asked(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and between_steps(trainer):
-            self.leave_if_signalled(trainer)
+            self.leave_if_asked(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         # The validation after the last step is not worth waiting for: the run resumes from its last checkpoint.
-        if trainer.state.fn == "validate" and self.any_rank_signalled():
-            raise Preempted
+        if trainer.state.fn == "validate" and (reason := self.reason_of_all()) not in (None, Paused):
+            assert reason is not None
+            raise reason
 
-    def leave_if_signalled(self, trainer: Trainer) -> None:
-        if not self.any_rank_signalled():
+    def leave_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reason = self.reason_of_all()
+        if reason is None or (reason is Paused and trainer.global_step >= trainer.max_steps):
             return
         self.checkpoint.save(trainer)
         trainer.strategy.checkpoint_io.teardown()  # what is written in the background is on disk before we say so
+        if reason is Paused:
+            self.checkpoint.save_adapter(pl_module, self.checkpoint.run_dir / "adapter")
         for run_logger in trainer.loggers:
             run_logger.save()
         if trainer.is_global_zero:
             name = self.signals.received.name if self.signals.received else "a signal to another rank"
-            logger.info("%s: saved after step %d; resume=auto goes on from there", name, trainer.global_step)
-        raise Preempted
+            logger.info(
+                "%s: saved after step %d; the same command with run_dir=%s resume=auto goes on from there",
+                "trainer.max_time" if reason is Paused else name, trainer.global_step, self.checkpoint.run_dir,
+            )  # fmt: skip
+        raise reason
 
-    def any_rank_signalled(self) -> bool:
-        return distributed.any_rank(self.signals.received is not None)
+    def reason_of_all(self) -> type[Preempted] | None:
+        """The weightiest reason that any rank has to leave."""
+        own = self.signals.reason
+        number = distributed.highest(0 if own is None else REASONS.index(own) + 1)
+        return REASONS[number - 1] if number else None

@@ -9,10 +9,17 @@ from lightning_peft.training.loggers import RunLogger
 
 
 class RunRecord(Callback):
-    """Opens the loggers at the step the run starts from, with its resolved config and the number of parameters."""
+    """Opens the loggers at the step the run starts from, with its resolved config and the number of parameters.
 
-    def __init__(self, config: dict[str, Any]):
+    Every checkpoint says of which rows and weights the run is: `content` maps a name to a fingerprint.
+    """
+
+    def __init__(self, config: dict[str, Any], content: dict[str, str]):
         self.config = config
+        self.content = content
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"content": self.content}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trained, total = trainable_parameter_counts(pl_module)

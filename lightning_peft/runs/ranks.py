@@ -19,13 +19,12 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from lightning_peft.training.preemption import PREEMPTED, Preempted
+from lightning_peft.distributed import LAUNCHER
+from lightning_peft.training.preemption import INTERRUPTED, PREEMPTED, Interrupted, Preempted
 
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """Signals to this process that go to every rank, which decides what they mean."""
 SECONDS_BETWEEN_LOOKS = 0.1
-LAUNCHER = "LIGHTNING_PEFT_LAUNCHER"
-"""Environment variable of a rank with the number of the process that started it, where that is this program."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable with the file a rank writes its last words to; torchrun sets it as well."""
 
@@ -64,8 +63,9 @@ def run_ranks(config_path: Path, count: int) -> None:
             failed = first_failures(ranks)
         finally:
             ranks.close()
-        if PREEMPTED in failed.values():
-            raise Preempted
+        for reason in (Interrupted, Preempted):
+            if reason.exit_status in failed.values():
+                raise reason
         if failed:
             raise SystemExit(report(failed, ranks.error_files))
 
@@ -75,7 +75,7 @@ def first_failures(ranks: SubprocessContext) -> dict[int, int]:
     while True:
         try:
             status = {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}
-            failed = {rank: code for rank, code in status.items() if code and code != PREEMPTED}
+            failed = {rank: code for rank, code in status.items() if code and code not in (PREEMPTED, INTERRUPTED)}
             if failed:
                 return failed
             if None not in status.values():  # ranks asked to leave are waited for: one may still be flushing its logger

@@ -1,0 +1,1 @@
+"""One run: the machine it gets, what it decides before a weight is read, its folder, its ranks, its Trainer."""

@@ -1,0 +1,76 @@
+"""Lightning's Trainer from the `trainer.*` options, with the parts that `train` decides itself."""
+
+import logging
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+
+from lightning_peft import distributed
+from lightning_peft.checkpoint.resume import AtomicCheckpointIO
+from lightning_peft.config import TrainConfig
+from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.runs.plan import RunPlan
+from lightning_peft.training.callbacks.progress import PlainProgress
+from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
+from lightning_peft.training.config import StrategyKind
+from lightning_peft.training.precision import precision_plugin
+from lightning_peft.training.strategies import build_strategy
+
+logger = logging.getLogger(__name__)
+
+def count_steps(options: dict[str, Any], data: SFTDataModule) -> int:
+    """Optimiser steps of the run: `max_steps`, or `max_epochs` (1) passes over the rows, whichever ends first."""
+    max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")
+    if max_steps in (None, -1):
+        return data.steps_per_epoch * (1 if max_epochs in (None, -1) else max_epochs)
+    if max_epochs in (None, -1) or data.is_streaming:
+        return max_steps
+    by_epochs = data.steps_per_epoch * max_epochs
+    if by_epochs < max_steps:
+        logger.info("trainer.max_epochs=%d ends the run at step %d of trainer.max_steps", max_epochs, by_epochs)
+    return min(max_steps, by_epochs)
+
+
+def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: list[Callback]) -> Trainer:
+    """The Trainer of a run of so many optimiser steps. Raises ValueError for options Lightning refuses."""
+    # Its time limit would end the run for good: `training/preemption.py` pauses it.
+    options = {key: value for key, value in config.trainer.items() if key not in ("precision", "max_time")}
+    accelerator = plan.accelerator
+    # The end is a number of steps in any case: Lightning resumes a run that ends by epochs differently.
+    options |= {"max_steps": steps, "max_epochs": -1, "accelerator": "gpu" if accelerator == "cuda" else "cpu"}
+    options |= {"devices": plan.devices, "num_nodes": plan.nodes}
+    if config.strategy.kind is StrategyKind.fsdp:
+        options["inference_mode"] = False  # what is gathered for a validation is gathered into again for training
+    if config.validation.every_n_steps is not None:
+        options |= {"val_check_interval": NEVER, "check_val_every_n_epoch": None}
+        callbacks = [StepValidation(config.validation.every_n_steps), *callbacks]  # the others ask what it decided
+    else:
+        options["limit_val_batches"] = 0
+    progress: list[Callback] = [RichProgressBar(leave=True) if Console().is_terminal else PlainProgress()]
+    if options.get("enable_progress_bar") is False:
+        progress = []
+    try:
+        return instantiate(
+            options,
+            _convert_="all",
+            callbacks=[*callbacks, *(instantiate(node) for node in config.callbacks.values()), *progress],
+            logger=[instantiate(node) for node in config.logger.values()],
+            strategy=build_strategy(config.strategy, accelerator, plan.ranks),
+            plugins=[
+                precision_plugin(plan.precision, accelerator),
+                AtomicCheckpointIO(config.checkpoint.keep_last, config.checkpoint.asynchronous),
+                distributed.rank_environment(),
+            ],
+            # Under SLURM Lightning loads any hpc_ckpt file it finds there, unasked.
+            default_root_dir=f"{config.run_dir}/checkpoints",
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+    except (TypeError, MisconfigurationException) as error:
+        raise ValueError(f"trainer: {str(error).splitlines()[0]}") from error
