@@ -95,6 +95,11 @@ def count_ranks(options: dict[str, Any], strategy: StrategyKind, accelerator: st
             f"trainer.devices={devices} trainer.num_nodes={nodes}: {devices * nodes} ranks, but "
             f"{distributed.world_size()} were started (by torchrun or srun)"
         )
+    if (tasks := distributed.slurm_tasks_per_node()) not in (None, devices):
+        raise ValueError(
+            f"trainer.devices={devices} trainer.num_nodes={nodes}: srun started {tasks} tasks on a node; set "
+            f"trainer.devices={tasks} trainer.num_nodes={distributed.world_size() // tasks}"
+        )
     return devices, nodes
 
 
