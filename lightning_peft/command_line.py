@@ -15,6 +15,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft import distributed
+from lightning_peft.cluster.slurm import SlurmError
 from lightning_peft.commands.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 from lightning_peft.compose import compose_config, groups_and_defaults, typed
 from lightning_peft.config import CONF_DIR, register_schemas
@@ -78,11 +79,11 @@ def one_line(error: Exception) -> str:
 
 
 def is_input_error(error: Exception) -> bool:
-    """Whether an exception speaks to the user: a failed file operation, or our own ValueError.
+    """Whether an exception speaks to the user: a failed file operation, SLURM's refusal, or our own ValueError.
 
     A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
     """
-    if isinstance(error, OSError | WrongInput):
+    if isinstance(error, OSError | WrongInput | SlurmError):
         return True
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     return isinstance(error, ValueError) and Path(innermost).is_relative_to(Path(__file__).parent)

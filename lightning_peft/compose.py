@@ -14,7 +14,9 @@ from yaml import YAMLError
 from lightning_peft import distributed
 from lightning_peft.config import CONF_DIR, TrainConfig, register_schemas, train_config
 
-VERBATIM = re.compile(r"^\+{0,2}(?:prompt|run_dir|output|init_from|(?:\w+\.)*(?:\w+_path|cache_dir|init_from|path))=")
+VERBATIM = re.compile(
+    r"^\+{0,2}(?:prompt|run_dir|sweep_dir|output|init_from|(?:\w+\.)*(?:\w+_path|cache_dir|init_from|path))="
+)
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
 
 
