@@ -2,9 +2,10 @@
 
 import importlib
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 from lightning_peft.training.preemption import Preempted, nothing_to_lose
+from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
@@ -55,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     module, function = COMMANDS[command][0].split(":")
     try:
-        with nothing_to_lose() if command == "train" else nullcontext():
+        with ExitStack() as stack:
+            if command == "train":
+                stack.enter_context(nothing_to_lose())
+                stack.enter_context(SIGNAL_WATCH.watching())
             # Slow imports happen only now, so that --help answers at once and a signal during them is no crash.
             from lightning_peft.command_line import run_command
 

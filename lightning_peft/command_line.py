@@ -15,12 +15,13 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft import distributed
+from lightning_peft.cluster.slurm import SlurmError
 from lightning_peft.compose import compose_config, groups_and_defaults, typed
 from lightning_peft.config import CONF_DIR, register_schemas
 from lightning_peft.runs.folder import starting_config
-from lightning_peft.runs.ranks import leave_last_words
+from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 LIBRARY_NOISE = ("'set_vital' is deprecated", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 """Deprecations inside torchdata and Lightning that a user can do nothing about."""
@@ -50,33 +51,45 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             function(starting_config(overrides))
         else:
             function(compose_config(command, overrides))
-    except (ValueError, OSError) as error:
-        if not is_input_error(error):
-            raise
-        if os.environ.get("LIGHTNING_PEFT_TRACEBACK"):
-            traceback.print_exc()
-        line = " ".join(str(error).split())
-        rank = distributed.rank()
-        if rank == 0:
-            print(f"error: {line}", file=sys.stderr)
-        elif not leave_last_words(line):
-            print(f"error: rank {rank}: {line}", file=sys.stderr)
-        return WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if is_input_error(error):
+            return say_what_is_wrong(error)
+        if distributed.is_lost_rank(error):
+            say_others_are_lost(error)
+            return FAILED
+        leave_last_words(f"{type(error).__name__}: {one_line(error)}")
+        raise
     return DONE
 
 
-def is_input_error(error: ValueError | OSError) -> bool:
-    """Whether an exception speaks to the user: a failed file operation, or a ValueError raised by our own code.
+def say_what_is_wrong(error: Exception) -> int:
+    """Print an error that speaks to the user, once for all ranks; the exit status."""
+    if os.environ.get("LIGHTNING_PEFT_TRACEBACK"):
+        traceback.print_exception(error)
+    rank = distributed.rank()
+    if rank == 0:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    elif not leave_last_words(one_line(error)):
+        print(f"error: rank {rank}: {one_line(error)}", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def is_input_error(error: Exception) -> bool:
+    """Whether an exception speaks to the user: a failed file operation, SLURM's refusal, or our own ValueError.
 
     A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
     """
-    if isinstance(error, WrongInput):
+    if isinstance(error, OSError | WrongInput | SlurmError):
         return True
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, OSError) or Path(innermost).is_relative_to(Path(__file__).parent)
+    return isinstance(error, ValueError) and Path(innermost).is_relative_to(Path(__file__).parent)
 
 
 def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]) -> None:

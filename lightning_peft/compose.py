@@ -19,7 +19,9 @@ from lightning_peft.config import CONF_DIR, TrainConfig, register_schemas, train
 
 logger = logging.getLogger(__name__)
 
-VERBATIM = re.compile(r"^\+{0,2}(?:prompt|run_dir|output|init_from|(?:\w+\.)*(?:\w+_path|cache_dir|init_from|path))=")
+VERBATIM = re.compile(
+    r"^\+{0,2}(?:prompt|run_dir|sweep_dir|output|init_from|(?:\w+\.)*(?:\w+_path|cache_dir|init_from|path))="
+)
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
 
 

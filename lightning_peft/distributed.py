@@ -1,6 +1,9 @@
 """Which rank this process is, and the few things ranks do together."""
 
 import os
+import re
+import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -20,25 +23,71 @@ TIMEOUT = timedelta(minutes=30)
 """Longest wait of one rank for the others; loading a large model from a slow disk is in it."""
 
 
+WAIT_IS_SAID_AFTER = 20.0
+"""Seconds of waiting for the other ranks until the log says so."""
+
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""SLURM's numbers from here on are no steps of `srun`: the batch script, a shell of `salloc`, and the like."""
+
+
+def is_torchrun_rank() -> bool:
+    """Whether torchrun, or our own launcher, started this process as one of its ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def slurm_tasks() -> int:
+    """Processes that `srun` started together with this one; 1 outside of its steps.
+
+    SLURM_NTASKS says how many the job was given, in a batch script and in a shell on a node as well.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    if not step.isdigit() or int(step) >= FIRST_SPECIAL_STEP:
+        return 1
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+
+
 def are_ranks_started() -> bool:
     """Whether torchrun, srun or our own launcher started this process as one of its ranks.
 
-    A batch script has SLURM's variables too, but only srun gives a step id.
+    A single task of srun, as a shell of `srun --pty` is, stands alone: `train` starts ranks from there.
     """
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ or "SLURM_STEP_ID" in os.environ
+    return is_torchrun_rank() or slurm_tasks() > 1
 
 
 def rank_environment() -> "ClusterEnvironment":
     """How this process learns its rank, in Lightning's terms: torchrun's variables before SLURM's, else alone."""
     # Two seconds that a command without ranks does not wait for.
-    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return TorchElasticEnvironment()
-    if "SLURM_STEP_ID" in os.environ:
-        # Lightning would save and requeue inside the signal handler, at any point of a step.
-        return SLURMEnvironment(auto_requeue=False)
-    return LightningEnvironment()
+    if not are_ranks_started():
+        return LightningEnvironment()
+    if not is_torchrun_rank():
+        # Lightning knows SLURM too, but wants --ntasks-per-node, and requeues inside a signal handler.
+        os.environ.update(slurm_step_for_torchrun())
+    return TorchElasticEnvironment()
+
+
+def slurm_step_for_torchrun() -> dict[str, str]:
+    """The variables that torchrun would give this task of `srun`. Where the ranks meet may be set beforehand."""
+    # The first of "gpu[03-07,12],cpu1".
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    host = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]
+    number = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ["SLURM_STEP_ID"])
+    return {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(slurm_tasks()),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "GROUP_RANK": os.environ["SLURM_NODEID"],
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", host),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(15000 + number % 10000)),
+    }
+
+
+def slurm_tasks_per_node() -> int | None:
+    """Tasks of the step on each of its nodes; None outside of srun, or where the nodes do not have equally many."""
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    equal = re.fullmatch(r"(\d+)(\(x\d+\))?", text)
+    return int(equal[1]) if equal and slurm_tasks() > 1 and not is_torchrun_rank() else None
 
 
 def rank() -> int:
@@ -48,7 +97,7 @@ def rank() -> int:
 
 def world_size() -> int:
     """Ranks that were started; 1 in a process that stands alone. Needs no process group."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) if are_ranks_started() else 1
+    return int(os.environ["WORLD_SIZE"]) if is_torchrun_rank() else slurm_tasks()
 
 
 def is_connected() -> bool:
@@ -71,16 +120,40 @@ def connect(accelerator: str) -> bool:
         device = torch.device("cuda", environment.local_rank())
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, rank=environment.global_rank(), world_size=environment.world_size(), timeout=TIMEOUT, device_id=device
-    )
+    number, count = environment.global_rank(), environment.world_size()
+    place = f"{environment.main_address}:{environment.main_port}"
+    waiting = threading.Timer(WAIT_IS_SAID_AFTER, say_that_it_waits, (number, count, place))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        dist.init_process_group(backend, rank=number, world_size=count, timeout=TIMEOUT, device_id=device)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise OSError(f"MASTER_PORT={environment.main_port}: taken on this machine; set another that is free") from None
+    finally:
+        waiting.cancel()
     return True
+
+
+def say_that_it_waits(rank: int, count: int, place: str) -> None:
+    # Not by the log, which is rank zero's.
+    print(f"rank {rank} of {count} waits for the others, who meet at {place}", file=sys.stderr, flush=True)
 
 
 def disconnect() -> None:
     """Leave the process group once every rank is here."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an exception says that another rank was gone or silent, so that the reason is to be found there."""
+    while error.__context__ is not None:  # what a clean-up without the others ran into hides the first error
+        error = error.__context__
+    if not isinstance(error, RuntimeError) or world_size() == 1:
+        return False
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def on_rank_zero(function: Callable[[], Answer]) -> Answer:

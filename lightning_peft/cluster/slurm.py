@@ -14,6 +14,14 @@ SECONDS = 60
 """What a SLURM command may take; a controller that is away makes it wait for about as long."""
 
 
+class SlurmError(RuntimeError):
+    """SLURM is not there, or refuses what it was asked; says why in one line."""
+
+
+class SlurmSilent(SlurmError):
+    """SLURM gave no answer, and may have done what it was asked all the same."""
+
+
 @dataclass
 class ClusterConfig:
     """Where `submit` runs a training, and what it asks for there."""
@@ -64,14 +72,19 @@ class ClusterConfig:
 
 BODY = """\
 {setup}
-# Where the ranks meet.
+# Where the ranks meet: on the first node, at the first free port from one of the job's own on.
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))
+is_taken() {{ (: > "/dev/tcp/$1/$MASTER_PORT") 2> /dev/null; }}
+while is_taken "$MASTER_ADDR" || is_taken localhost; do MASTER_PORT=$((MASTER_PORT + 1)); done
 {wandb}
 # The signals are for the ranks; this shell outlives them.
 trap : TERM USR1 USR2
 
-srun --kill-on-bad-exit=1 {python} -m lightning_peft train {train}
+run_dir={run_dir}
+checkpoints=$(ls "$run_dir/checkpoints" 2> /dev/null)
+# The ranks get the environment of this script, also where sbatch was told to export nothing.
+srun --export=ALL --kill-on-bad-exit=1 {python} -m lightning_peft train {train}
 status=$?
 
 # 75: a signal came and the run is saved, so the same job goes on from there, unless it was cancelled.
@@ -79,6 +92,14 @@ status=$?
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
 if [ "$status" -eq 75 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+  # A job that never gets as far as a checkpoint would be requeued for ever.
+  stalls=$run_dir/starts_without_checkpoint
+  if [ "$(ls "$run_dir/checkpoints" 2> /dev/null)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
+  if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
+    rm "$stalls"
+    echo "error: three starts in a row had to leave before a checkpoint: give more cluster.time, or less cluster.grace"
+    exit 1
+  fi
   scontrol requeue "$job"
 fi
 exit "$status"
@@ -92,17 +113,26 @@ export WANDB_SERVICE=$({wandb} beta core start --idle-timeout 5m 2>&1 | grep -oE
 
 
 def batch_script(
-    cluster: ClusterConfig, name: str, log: str, train: str, array: str | None = None, wandb: bool = False
+    cluster: ClusterConfig,
+    name: str,
+    log: str,
+    train: str,
+    run_dir: str,
+    array: str | None = None,
+    wandb: bool = False,
+    directory: str | None = None,
 ) -> str:
     """A batch script of one run, or of an array of runs with `array` as sbatch takes it ("0-7%4").
 
-    `log` may hold sbatch's %j, %A and %a. `train` is bash: the words after `lightning-peft train`, every rank's own.
+    `log` may hold sbatch's %j, %A and %a. `run_dir`, the run's folder, and `train`, the words after `lightning-peft
+    train`, every rank's own, are bash. Relative paths count from `directory`; null leaves that to whoever submits.
     """
     needs = [
-        f"--job-name={name}",
-        f"--output={log}",
+        directive("job-name", name),
+        directive("output", log),
+        *([directive("chdir", directory)] if directory else []),
         *([f"--array={array}"] if array else []),
-        *([f"--partition={cluster.partition}"] if cluster.partition else []),
+        *([directive("partition", cluster.partition)] if cluster.partition else []),
         f"--nodes={cluster.nodes}",
         f"--ntasks-per-node={cluster.ranks_per_node}",
         *([f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []),
@@ -120,7 +150,25 @@ def batch_script(
     python = " ".join([*([cluster.container] if cluster.container else []), shlex.quote(cluster.python or "python")])
     setup = "\n".join(["", "# The environment of the ranks.", *cluster.setup, ""]) if cluster.setup else ""
     service = WANDB.format(wandb=f"{python} -m wandb") if wandb else ""
-    return "\n".join([*head, BODY.format(setup=setup, wandb=service, python=python, train=train)])
+    return "\n".join([*head, BODY.format(setup=setup, wandb=service, python=python, train=train, run_dir=run_dir)])
+
+
+def directive(option: str, value: str) -> str:
+    """An option of a `#SBATCH` line, its value quoted where sbatch would end it at a blank or a #."""
+    if re.fullmatch(r"[\w./%+:=,@^-]*", value):
+        return f"--{option}={value}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'--{option}="{escaped}"'
+
+
+def log_path(folder: Path, name: str) -> str:
+    """The log `name`, which may hold %j, %A and %a, in a folder whose own % signs mean themselves.
+
+    Raises ValueError for a folder that no #SBATCH line can name.
+    """
+    if any(character in str(folder) for character in "\\\n"):
+        raise ValueError(f"run_dir={str(folder)!r}: SLURM takes no path with a backslash or a line break in it")
+    return f"{str(folder).replace('%', '%%')}/{name}"
 
 
 def train_words(config_path: Path) -> str:
@@ -128,13 +176,16 @@ def train_words(config_path: Path) -> str:
     return f"config_path={shlex.quote(str(config_path.resolve()))}"
 
 
-def array_train_words(run_dirs: Path) -> str:
-    """`train` of `batch_script` for an array: task i runs what stands in line i (from 0) of a file of run folders.
+ARRAY_TRAIN_WORDS = 'config_path="$run_dir/config.yaml"'
+"""`train` of `batch_script` for an array."""
+
+
+def array_run_dir(run_dirs: Path) -> str:
+    """`run_dir` of `batch_script` for an array: task i runs what stands in line i (from 0) of a file of run folders.
 
     A relative path counts from where sbatch is called.
     """
-    line = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(run_dirs))})'
-    return f'config_path="{line}/config.yaml"'
+    return f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(run_dirs))})'
 
 
 @dataclass(frozen=True)
@@ -155,7 +206,7 @@ class Job:
 
 
 def submit_script(script: Path) -> str:
-    """Hand a batch script to SLURM. Returns the job's id; raises RuntimeError with what sbatch said."""
+    """Hand a batch script to SLURM. Returns the job's id; raises SlurmError with what sbatch said."""
     return _slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
 
@@ -183,17 +234,22 @@ def requeue_job(job_id: str) -> None:
 def _slurm(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except FileNotFoundError as error:
-        raise RuntimeError(f"{command[0]}: not found; SLURM's commands have to be on PATH here") from error
+    except OSError as error:
+        raise SlurmError(f"{command[0]}: not found; SLURM's commands have to be on PATH here") from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmSilent(
+            f"{command[0]}: no answer from SLURM in {SECONDS} s; squeue shows what became of it"
+        ) from error
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        said = done.stderr.replace(f"{command[0]}: error: ", "").strip() or f"exit status {done.returncode}"
+        raise SlurmError(f"{' '.join(command)}: {said}")
     return done.stdout
 
 
 def _from_slurmctld(job_id: str) -> list[Job]:
     try:
         lines = _slurm("scontrol", "--oneliner", "show", "job", job_id).splitlines()
-    except RuntimeError as error:
+    except SlurmError as error:
         if "Invalid job id" in str(error):
             return []
         raise
@@ -212,7 +268,7 @@ def _from_accounting(job_id: str) -> list[Job]:
     fields = "JobID,State,ExitCode"
     try:
         table = _slurm("sacct", "--noheader", "--parsable2", "--allocations", f"--format={fields}", f"--jobs={job_id}")
-    except RuntimeError as error:
+    except SlurmError as error:
         logger.info("no accounting to ask about job %s: %s", job_id, error)
         return []
     jobs = []

@@ -17,7 +17,7 @@ from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.local_worker import start_workers
 from lightning_peft.cluster.search import Dimension, OptunaStudy, Search, dimension, import_optuna, random_trials
 from lightning_peft.cluster.sweep import ENDED, MANIFEST, Sweep, Trial, begin, locked, score, write_sweep
-from lightning_peft.commands.submit import for_cluster
+from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_script, submit_array
 from lightning_peft.compose import compose_config
 from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
@@ -59,16 +59,17 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
     if runs[0].cluster is not None and runs[0].cluster.dry_run:
         print(array_script(sweep, sweep.count, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
         return
-    with locked(folder):
-        if (folder / MANIFEST).exists():
-            raise ValueError(
-                f"sweep_dir={folder}: holds a sweep already: `sweep retry` goes on with it, or name another"
-            )
-        for run, _ in zip(runs, sweep.trials, strict=False):
-            write_run(run)
-        write_sweep(sweep, folder)
+    with nothing_left_if_refused(folder):
+        with locked(folder):
+            if (folder / MANIFEST).exists():
+                raise ValueError(
+                    f"sweep_dir={folder}: holds a sweep already: `sweep retry` goes on with it, or name another"
+                )
+            for run, _ in zip(runs, sweep.trials, strict=False):
+                write_run(run)
+            write_sweep(sweep, folder)
+        start(folder, [trial.name for trial in sweep.trials], runs[0])
     logger.info("%s: %d trials", folder, sweep.count)
-    start(folder, [trial.name for trial in sweep.trials], runs[0])
 
 
 def start(folder: Path, names: list[str], run: TrainConfig) -> None:

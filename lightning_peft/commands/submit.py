@@ -2,7 +2,12 @@
 
 import json
 import logging
+import os
+import shlex
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.slurm import ClusterConfig, batch_script, find_jobs, submit_script, train_words
+from lightning_peft.cluster.slurm import (
+    ClusterConfig,
+    SlurmError,
+    SlurmSilent,
+    batch_script,
+    find_jobs,
+    log_path,
+    submit_script,
+    train_words,
+)
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.runs.folder import find_start
 from lightning_peft.runs.lock import only_writer
@@ -42,12 +56,30 @@ def submit(config: TrainConfig) -> None:
             return
         if (job_id := active_job(run_dir)) is not None:
             raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; scancel {job_id} ends it")
-        OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
-        (run_dir / "job.sbatch").write_text(script)
-        job_id = submit_script(run_dir / "job.sbatch")
+        with nothing_left_if_refused(run_dir):
+            OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
+            (run_dir / "job.sbatch").write_text(script, encoding="utf-8")
+            job_id = submit_script(run_dir / "job.sbatch")
         with atomic_file(run_dir / JOB) as path:
             path.write_text(json.dumps({"job_id": job_id}) + "\n")
     print(f"job {job_id}: {run_dir}")
+
+
+@contextmanager
+def nothing_left_if_refused(folder: Path) -> Iterator[None]:
+    """Inside, what is written into a folder, and the folders on the way, go again if SLURM refuses the job."""
+    before = set(folder.iterdir()) if folder.exists() else set()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except SlurmSilent:
+        raise
+    except SlurmError:
+        for path in set(folder.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in made:
+            path.rmdir()
+        raise
 
 
 def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
@@ -62,7 +94,9 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
         if (given := config.trainer.get(key, 1)) not in (1, "auto", value):
             source = "cluster.nodes" if key == "num_nodes" else "cluster.tasks_per_node"
             raise ValueError(f"trainer.{key}={given} {source}={value}: leave trainer.{key} out, it follows the cluster")
-    config = replace(config, trainer=config.trainer | derived, cluster=None)
+    assert config.run_dir is not None, "the config composes a run_dir"
+    run_dir = os.path.abspath(config.run_dir)  # the job may be submitted again from another folder
+    config = replace(config, trainer=config.trainer | derived, cluster=None, run_dir=run_dir)
     # Lightning, which the verbs of a sweep do without.
     from lightning_peft.runs.machine import Machine
     from lightning_peft.runs.plan import plan_run
@@ -77,9 +111,11 @@ def run_script(config: TrainConfig, cluster: ClusterConfig, run_dir: Path) -> st
     return batch_script(
         cluster,
         name=run_dir.name,
-        log=str(run_dir.resolve() / "slurm-%j.log"),
+        log=log_path(run_dir.resolve(), "slurm-%j.log"),
         train=train_words(run_dir / "config.yaml"),
+        run_dir=shlex.quote(str(run_dir.resolve())),
         wandb="wandb" in config.logger,
+        directory=os.getcwd(),
     )
 
 

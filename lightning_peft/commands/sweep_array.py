@@ -5,7 +5,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_peft.cluster.slurm import ClusterConfig, array_train_words, batch_script, submit_script
+from lightning_peft.cluster.slurm import (
+    ARRAY_TRAIN_WORDS,
+    ClusterConfig,
+    array_run_dir,
+    batch_script,
+    log_path,
+    submit_script,
+)
 from lightning_peft.cluster.sweep import Sweep, begin, changed_sweep
 from lightning_peft.config import TrainConfig
 
@@ -37,15 +44,16 @@ def array_script(
 ) -> str:
     """The batch script of the next array; its tasks draw their own trials unless they `are_drawn`."""
     python = cluster.python or ("python" if cluster.container else sys.executable)
-    train = array_train_words(list_path(sweep, folder))
+    run_dir = array_run_dir(list_path(sweep, folder))
     if not are_drawn:
-        asked = f"{shlex.quote(python)} -m lightning_peft sweep ask {shlex.quote(str(folder))}"
-        train = f'config_path="$({asked})/config.yaml"'
+        run_dir = f"$({shlex.quote(python)} -m lightning_peft sweep ask {shlex.quote(str(folder))})"
     return batch_script(
-        replace(cluster, python=python, sbatch=[f"--chdir={sweep.directory}", *cluster.sbatch]),
+        replace(cluster, python=python),
         name=folder.name,
-        log=str(folder / "slurm-%A_%a.log"),
-        train=train,
+        log=log_path(folder, "slurm-%A_%a.log"),
+        train=ARRAY_TRAIN_WORDS,
+        run_dir=run_dir,
         array=f"0-{tasks - 1}" + (f"%{sweep.parallel}" if sweep.parallel else ""),
         wandb="wandb" in run.logger,
+        directory=sweep.directory,
     )

@@ -43,6 +43,7 @@ from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_mem
 from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
+from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ def train_prepared(
         leaves_ranks = leaves_ranks and left.__cause__ is None
         raise
     finally:
+        SIGNAL_WATCH.leaves_by_itself()
         result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
         result |= {"seconds": time.perf_counter() - started, "versions": installed_versions()}
         if distributed.rank() == 0:
@@ -214,7 +216,8 @@ def fit(
         if signals.received is None:
             raise
         # The signal also went to other ranks and to services that this one talks to. A defect shows again next time.
-        logger.warning("%s, then an error taken for its consequence", signals.received.name, exc_info=True)
+        has_reason = not distributed.is_lost_rank(error)
+        logger.warning("%s, then an error taken for its consequence", signals.received.name, exc_info=has_reason)
         raise Preempted from error
 
 

@@ -65,7 +65,7 @@ def starting_config(overrides: list[str]) -> TrainConfig:
         if "${now:" not in str(OmegaConf.to_container(config, resolve=False)["run_dir"]):  # type: ignore[index, call-overload]
             return typed(config)
         if config.resume == "auto":
-            raise ValueError("resume=auto: give run_dir=FOLDER, the run to go on with; without it each start is a new run")
+            raise ValueError("resume=auto: give run_dir=FOLDER, the run to go on with; else each start is a new run")
         checked = typed(copy.deepcopy(config))
         if checked.dry_run:
             return checked
@@ -100,7 +100,9 @@ def folder_of(config: TrainConfig) -> Path:
 
 
 def find_start(config: TrainConfig, run_dir: Path) -> Start:
-    """Decide how a run in this folder starts. A folder with nothing but `config.yaml` is one whose ranks have not begun.
+    """Decide how a run in this folder starts.
+
+    A folder with nothing but `config.yaml` is one whose ranks have not begun.
 
     Raises ValueError for a used folder that is not to be resumed, for options that changed since, and for checkpoints
     that cannot be read; OSError where the folder itself cannot.
@@ -208,7 +210,7 @@ def check_same_content(start: Start, run_dir: Path, content: Mapping[str, str]) 
         now = content.get(what, "")
         if not fingerprint or not now or now == fingerprint:
             continue
-        line = f"run_dir={run_dir} {state}, and its {what} are others now (fingerprint {fingerprint[:12]}, now {now[:12]})"
+        line = f"run_dir={run_dir} {state}, and its {what} are others now ({fingerprint[:12]}, then {now[:12]})"
         if what == "validation rows":
             logger.warning("%s: validation losses before and after cannot be compared", line)
             continue

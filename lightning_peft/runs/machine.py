@@ -40,7 +40,7 @@ class Machine:
 
     @classmethod
     def planned(cls, trainer: dict[str, Any]) -> "Machine":
-        """The machine an estimate is for: a GPU that is asked for by name need not be here, and is taken to have bf16."""
+        """The machine an estimate is for: a GPU asked for by name need not be here, and is taken to have bf16."""
         if _named(trainer) != "cuda" or torch.cuda.is_available():
             return cls.here(trainer)
         return cls("cuda", None, has_bf16=True, is_here=False)

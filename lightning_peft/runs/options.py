@@ -71,6 +71,11 @@ def count_ranks(options: dict[str, Any], strategy: StrategyKind, machine: Machin
             f"trainer.devices={devices} trainer.num_nodes={nodes}: {devices * nodes} ranks, but "
             f"{distributed.world_size()} were started (by torchrun or srun)"
         )
+    if machine.is_here and (tasks := distributed.slurm_tasks_per_node()) not in (None, devices):
+        raise ValueError(
+            f"trainer.devices={devices} trainer.num_nodes={nodes}: srun started {tasks} tasks on a node; set "
+            f"trainer.devices={tasks} trainer.num_nodes={distributed.world_size() // tasks}"
+        )
     return devices, nodes
 
 

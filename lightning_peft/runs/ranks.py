@@ -1,6 +1,8 @@
 """Starts the ranks of a run on this node, every one from the run's `config.yaml`."""
 
 import json
+import logging
+import math
 import os
 import signal
 import sys
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import (
@@ -19,14 +22,22 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
+from lightning_peft import distributed
 from lightning_peft.distributed import LAUNCHER
-from lightning_peft.training.preemption import INTERRUPTED, PREEMPTED, Interrupted, Preempted
+from lightning_peft.training.preemption import INTERRUPTED, PREEMPTED, REPEAT_SECONDS, Interrupted, Preempted
+from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
+WRONG_INPUT = 2
+"""Exit status of a rank whose input is wrong."""
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """Signals to this process that go to every rank, which decides what they mean."""
 SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_TO_FOLLOW = 120.0
+"""From the first rank that left as it was asked to, until those that are still here are ended."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable with the file a rank writes its last words to; torchrun sets it as well."""
+SECONDS_FOR_LAST_WORDS = 5.0
+"""What a rank that lost the others waits before it leaves: whoever started them ends all at the first that does."""
 
 
 def run_ranks(config_path: Path, count: int) -> None:
@@ -50,6 +61,8 @@ def run_ranks(config_path: Path, count: int) -> None:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
     }
     arguments = ("-m", "lightning_peft", "train", f"config_path={config_path}")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # it warns of each rank it ends
+    SIGNAL_WATCH.stop()  # the ranks know when to leave
     with tempfile.TemporaryDirectory() as folder, signals_raised():
         ranks = start_processes(
             name="train",
@@ -67,34 +80,61 @@ def run_ranks(config_path: Path, count: int) -> None:
             if reason.exit_status in failed.values():
                 raise reason
         if failed:
-            raise SystemExit(report(failed, ranks.error_files))
+            raise SystemExit(report(failed, ranks))
 
 
 def first_failures(ranks: SubprocessContext) -> dict[int, int]:
     """Wait until a rank fails, or all are done; the exit status of each that failed by itself. Passes signals on."""
+    signalled_at = give_up_at = math.inf
     while True:
         try:
             status = {rank: handler.proc.poll() for rank, handler in ranks.subprocess_handlers.items()}
             failed = {rank: code for rank, code in status.items() if code and code not in (PREEMPTED, INTERRUPTED)}
             if failed:
+                wait_for_last_words(ranks)
                 return failed
-            if None not in status.values():  # ranks asked to leave are waited for: one may still be flushing its logger
+            if None not in status.values():
                 return {rank: code for rank, code in status.items() if code}
+            # Ranks asked to leave are waited for: one may still be flushing its logger.
+            if time.monotonic() > give_up_at:
+                return dict.fromkeys(status, PREEMPTED)
+            if {PREEMPTED, INTERRUPTED} & set(status.values()):
+                give_up_at = min(give_up_at, time.monotonic() + SECONDS_TO_FOLLOW)
             time.sleep(SECONDS_BETWEEN_LOOKS)
         except SignalException as received:
+            now = time.monotonic()
+            if now - signalled_at > REPEAT_SECONDS:
+                give_up_at = min(give_up_at, now + SECONDS_FOR_LAST_WORDS)
+            signalled_at = min(signalled_at, now)
             for handler in ranks.subprocess_handlers.values():
                 handler.proc.send_signal(received.sigval)
 
 
-def report(failed: dict[int, int], error_files: dict[int, str]) -> int:
-    """The exit status for the ranks that failed; what they could not say themselves goes to stderr."""
-    # One that was killed comes first: the others failed because it was gone.
-    rank, code = min(failed.items(), key=lambda item: (item[1] > 0, item[0]))
+def wait_for_last_words(ranks: SubprocessContext) -> None:
+    """Let the ranks that go on after a failure find out by themselves: they write their end into the run's folder."""
+    deadline = time.monotonic() + SECONDS_FOR_LAST_WORDS
+    while time.monotonic() < deadline:
+        running = [rank for rank, handler in ranks.subprocess_handlers.items() if handler.proc.poll() is None]
+        if all(Path(ranks.error_files[rank]).exists() for rank in running):
+            return
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def report(failed: dict[int, int], ranks: SubprocessContext) -> int:
+    """The exit status for the ranks that failed; one line on stderr says which was the first, and of what."""
+    words = {rank: read_last_words(ranks.error_files[rank]) for rank in failed}
+    # One that was killed comes first, one that only lost the others last.
+    rank, code = min(failed.items(), key=lambda item: (words[item[0]].get("is_lost", False), item[1] > 0, item[0]))
     if code < 0:
         print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
         return 128 - code
-    if rank != 0 and (last_words := Path(error_files[rank])).exists():
-        print(f"error: rank {rank}: {json.loads(last_words.read_text())['message']['message']}", file=sys.stderr)
+    left = [rank for rank, handler in ranks.subprocess_handlers.items() if handler.proc.poll() == 0]
+    if words[rank].get("is_lost") and left:
+        print(f"error: rank {left[0]} left before the end of the training, with exit status 0", file=sys.stderr)
+    elif words[rank]:
+        print(f"error: rank {rank}: {words[rank]['message']['message']}", file=sys.stderr)
+    elif rank != 0 or code != WRONG_INPUT:  # rank zero has said itself what is wrong with the input
+        print(f"error: rank {rank} ended with exit status {code}", file=sys.stderr)
     return code
 
 
@@ -113,21 +153,43 @@ def leave_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def leave_last_words(line: str) -> bool:
-    """For a rank other than zero: leave the line to whoever started the ranks; False where nobody would read it."""
+def leave_last_words(line: str, is_lost: bool = False) -> bool:
+    """For a rank: leave the line to whoever started the ranks; False where nobody would read it.
+
+    `is_lost` says that another rank was gone first.
+    """
     if ERROR_FILE not in os.environ:
         return False
-    words = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    words = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}, "is_lost": is_lost}
     Path(os.environ[ERROR_FILE]).write_text(json.dumps(words))
     return True
 
 
+def read_last_words(path: str) -> dict[str, Any]:
+    """What `leave_last_words` wrote; empty where the rank left none."""
+    return json.loads(Path(path).read_text()) if Path(path).exists() else {}
+
+
+def say_others_are_lost(error: BaseException) -> None:
+    """For a rank that could not go on without the others: one line, and time for the first that left to say why."""
+    rank = distributed.rank()
+    line = f"lost another rank ({' '.join(str(error).split())[:200]})"
+    if not leave_last_words(line, is_lost=True):
+        print(f"error: rank {rank}: {line}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever started the ranks may end this one now, without a word
+    time.sleep(SECONDS_FOR_LAST_WORDS)
+
+
 @contextmanager
 def signals_raised() -> Iterator[None]:
-    """Inside, PASSED_ON raise SignalException in the main thread; afterwards they do what they did before."""
+    """Inside, PASSED_ON raise SignalException in the main thread; afterwards they do what they did before.
+
+    A signal that is ignored stays ignored, here and in the ranks: `nohup` and a shell's `&` have asked for that.
+    """
     variable = "TORCHELASTIC_SIGNALS_TO_HANDLE"
     before = {name: signal.getsignal(signal.Signals[name]) for name in PASSED_ON}
-    os.environ[variable] = ",".join(PASSED_ON)
+    before = {name: handler for name, handler in before.items() if handler is not signal.SIG_IGN}
+    os.environ[variable] = ",".join(before)
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from lightning_peft.training.strategies import build_strategy
 
 logger = logging.getLogger(__name__)
 
+
 def count_steps(options: dict[str, Any], data: SFTDataModule) -> int:
     """Optimiser steps of the run: `max_steps`, or `max_epochs` (1) passes over the rows, whichever ends first."""
     max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")

@@ -1,12 +1,21 @@
 """The batch scripts that `submit` writes, and the templates under `slurm/`, which are of the same making."""
 
+import os
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from lightning_peft.__main__ import main
-from lightning_peft.cluster.slurm import ClusterConfig, array_tasks, array_train_words, batch_script
+from lightning_peft.cluster.slurm import (
+    ARRAY_TRAIN_WORDS,
+    ClusterConfig,
+    array_run_dir,
+    array_tasks,
+    batch_script,
+    directive,
+)
 
 TEMPLATES = Path(__file__).parent.parent.parent / "slurm"
 GPU = {"partition": "gpu", "time": 1440, "setup": ["module load cuda", "source .venv/bin/activate"]}
@@ -16,6 +25,7 @@ RENDERED = {
         "finetune",
         "runs/mine-%j.log",
         "method=qlora model=llama_3_1_8b strategy=fsdp trainer.devices=4 run_dir=runs/mine resume=auto",
+        "runs/mine",
     ),
     "multi_node.sbatch": batch_script(
         ClusterConfig(nodes=2, gpus_per_node=8, cpus_per_task=8, **GPU),
@@ -23,12 +33,14 @@ RENDERED = {
         "runs/mine-%j.log",
         "method=qlora model=llama_3_1_70b strategy=fsdp trainer.devices=8 trainer.num_nodes=2 "
         "run_dir=runs/mine resume=auto",
+        "runs/mine",
     ),
     "sweep_array.sbatch": batch_script(
         ClusterConfig(nodes=1, gpus_per_node=1, cpus_per_task=8, **GPU),
         "sweep",
         "sweeps/mine/%a.log",
-        array_train_words(Path("sweeps/mine/run_dirs.txt")),
+        ARRAY_TRAIN_WORDS,
+        array_run_dir(Path("sweeps/mine/run_dirs.txt")),
         array="0-7%4",
     ),
 }
@@ -44,18 +56,20 @@ def test_script_is_valid_bash(script):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def run_body(tmp_path: Path, exit_status: int, state: str) -> tuple[int, list[str]]:
-    """The status of the script and what it asked of SLURM, with commands of its own on PATH."""
+def run_body(tmp_path: Path, exit_status: int, state: str, train: str = "") -> tuple[int, list[str]]:
+    """The status of the script and what it asked of SLURM, with commands of its own on PATH; `train` is the ranks'."""
     log = tmp_path / "asked"
+    log.unlink(missing_ok=True)
     commands = {
-        "srun": f'echo srun "$@" >> {log}; exit {exit_status}',
+        "srun": f'echo srun "$@" >> {log}; {train}\nexit {exit_status}',
         "squeue": f"echo {state}",
-        "scontrol": f'if [ "$1" = requeue ]; then echo "$@" >> {log}; else echo node1; echo node2; fi',
+        "scontrol": f'if [ "$1" = requeue ]; then echo "$@" >> {log}; else echo localhost; fi',
     }
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    script = batch_script(ClusterConfig(), "name", "log", "config_path=run/config.yaml")
+    (tmp_path / "my run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    script = batch_script(ClusterConfig(), "name", "log", "config_path=run/config.yaml", f"'{tmp_path}/my run'")
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "71", "SLURM_JOB_NODELIST": "node[1-2]"}
     status = subprocess.run(["bash"], input=script, text=True, env=environment).returncode
     return status, log.read_text().splitlines()[1:]
@@ -69,6 +83,28 @@ def test_only_a_saved_run_of_a_running_job_is_requeued(tmp_path, exit_status, st
     assert run_body(tmp_path, exit_status, state) == (exit_status, asked)
 
 
+def test_third_start_without_a_checkpoint_is_the_last(tmp_path):
+    again = (75, ["requeue 71"])
+    assert [run_body(tmp_path, 75, "RUNNING") for _ in range(3)] == [again, again, (1, [])]
+    assert run_body(tmp_path, 75, "RUNNING") == again, "a job that is submitted again counts anew"
+    assert run_body(tmp_path, 75, "RUNNING") == again
+    assert run_body(tmp_path, 75, "RUNNING", f"touch '{tmp_path}/my run/checkpoints/step-00000001.ckpt'") == again
+    assert [run_body(tmp_path, 75, "RUNNING") for _ in range(3)] == [again, again, (1, [])]
+
+
+def test_ranks_meet_at_a_free_port(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 15071))
+        taken.listen()
+        run_body(tmp_path, 0, "RUNNING", f"echo $MASTER_PORT > {tmp_path}/port")
+    assert (tmp_path / "port").read_text() == "15072\n"
+
+
+def test_option_of_a_directive_is_quoted_where_it_must_be():
+    assert directive("output", "/runs/a%%b-%j.log") == "--output=/runs/a%%b-%j.log"
+    assert directive("chdir", '/my "runs" #1') == '--chdir="/my \\"runs\\" #1"'
+
+
 def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
     words = ["model=tiny", f"run_dir={tmp_path}/run", "cluster.partition=debug", "cluster.time=60", "cluster.grace=90"]
     more = ["cluster.sbatch=[--account physics,--exclusive]", "cluster.container='apptainer exec --nv image.sif'"]
@@ -77,7 +113,8 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
     for option in ("partition=debug", "time=60", "account physics", "exclusive", "signal=USR1@90", "requeue"):
         assert f"#SBATCH --{option}" in lines
     command = f"apptainer exec --nv image.sif python -m lightning_peft train config_path={tmp_path}/run/config.yaml"
-    assert f"srun --kill-on-bad-exit=1 {command}" in lines
+    assert f"srun --export=ALL --kill-on-bad-exit=1 {command}" in lines
+    assert f"#SBATCH --chdir={os.getcwd()}" in lines
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,10 +149,14 @@ def test_train_refuses_a_cluster(capsys):
     assert "submit takes the same words" in capsys.readouterr().err
 
 
-def test_missing_slurm_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words", [["submit", "run_dir={}/a/run"], ["submit", "-m", "adapter.rank=2,4", "sweep_dir={}/a/my sweep"]]
+)
+def test_missing_slurm_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, words):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="sbatch: not found"):
-        main(["submit", "model=tiny", f"run_dir={tmp_path}/run"])
+    assert main([words[0], *(word.format(tmp_path) for word in words[1:]), "model=tiny"]) == 2
+    assert "error: sbatch: not found" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_array_tasks_as_slurm_writes_them():

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,9 +17,29 @@ class KillRankOne(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class RankOneEnds(Callback):
+    """Raises, leaves with a status, or sleeps for ever."""
+
+    def __init__(self, how: str):
+        self.how = how
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank != 1 or batch_idx != 1:
+            return
+        if self.how == "raise":
+            raise RuntimeError("the callback broke")
+        if self.how.isdigit():
+            os._exit(int(self.how))
+        Path(trainer.default_root_dir).with_name("asleep").touch()
+        time.sleep(600)
+
+
 class SignalLauncher(Callback):
     """As SLURM or a shell do: the launcher alone gets the signal."""
 
+    def __init__(self, name: str = "SIGTERM"):
+        self.number = signal.Signals[name]
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_rank == 0 and batch_idx == 1:
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getppid(), self.number)

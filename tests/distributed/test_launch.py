@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,19 @@ from rank_runs import TINY, result, rows
 
 from lightning_peft.commands.train import prepare_folder
 from lightning_peft.compose import compose_config
+from lightning_peft.training.signal_watch import HANG_SECONDS
+
+PATH = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
+TRAIN = [sys.executable, "-m", "lightning_peft", "train", *TINY, "strategy=ddp", "trainer.devices=2"]
 
 
 def command(*words: str, seconds: int = 400) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_peft", "train", *words, *TINY, "strategy=ddp", "trainer.devices=2"],
-        capture_output=True, text=True, timeout=seconds, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )  # fmt: skip
+    return subprocess.run([*TRAIN, *words], capture_output=True, text=True, timeout=seconds, env=ENVIRONMENT)
+
+
+def error_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error:")]
 
 
 @pytest.mark.multi_process
@@ -38,9 +45,69 @@ def test_sweep_starts_the_ranks_of_each_trial_once(tmp_path):
 def test_killed_rank_ends_the_run_with_one_line(tmp_path):
     run = command(f"run_dir={tmp_path}/run", "trainer.max_steps=4", "+callbacks.end._target_=ending.KillRankOne")
     assert run.returncode == 137
-    assert [line for line in run.stderr.splitlines() if line.startswith("error:")] == [
-        "error: rank 1 was ended by SIGKILL"
-    ]
+    assert error_lines(run.stderr) == ["error: rank 1 was ended by SIGKILL"]
+    assert "Traceback" not in run.stderr and result(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "status", "line"),
+    [
+        ("raise", 1, "error: rank 1: RuntimeError: the callback broke"),
+        ("3", 3, "error: rank 1 ended with exit status 3"),
+        ("0", 1, "error: rank 1 left before the end of the training, with exit status 0"),
+    ],
+)
+def test_last_words_are_those_of_the_rank_that_was_first(tmp_path, how, status, line):
+    words = ["+callbacks.end._target_=ending.RankOneEnds", f"+callbacks.end.how='{how}'"]
+    run = command(f"run_dir={tmp_path}/run", "trainer.max_steps=4", *words)
+    assert (run.returncode, error_lines(run.stderr)) == (status, [line])
+    assert run.stderr.count("Traceback") == (how == "raise") and "gloo" not in run.stderr
+    assert run.stderr.rstrip().endswith(line)
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+def test_signal_ends_a_run_one_of_whose_ranks_hangs(tmp_path):
+    words = ["+callbacks.end._target_=ending.RankOneEnds", "+callbacks.end.how=sleep"]
+    launcher = subprocess.Popen(
+        [*TRAIN, f"run_dir={tmp_path}", "trainer.max_steps=4", *words], stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    while not (tmp_path / "asleep").exists():
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGTERM)
+    _, messages = launcher.communicate(timeout=HANG_SECONDS + 60)
+    assert launcher.returncode == 75
+    assert b"another rank may hang or be missing: leaving at once" in messages
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signal_ends_a_rank_that_waits_for_others(tmp_path, number, status):
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank = subprocess.Popen(
+        [*TRAIN, f"run_dir={tmp_path}"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | alone,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert "rank 0 of 2 waits for the others, who meet at 127.0.0.1:" in next(iter(rank.stderr))
+    rank.send_signal(number)
+    rank.communicate(timeout=20)
+    assert rank.returncode == status
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+def test_ignored_hangup_spares_the_ranks(tmp_path):
+    words = ["+callbacks.end._target_=ending.SignalLauncher", "+callbacks.end.name=SIGHUP"]
+    run = subprocess.run(
+        ["nohup", *TRAIN, f"run_dir={tmp_path}/run", "trainer.max_steps=3", *words],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=400, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert result(tmp_path / "run")["steps"] == 3
 
 
 @pytest.mark.multi_process

@@ -144,7 +144,7 @@ def test_finished_run_answers_only_for_its_own_rows(tmp_path):
     moved = write_rows(tmp_path / "moved.jsonl", ROWS)
     assert train(tiny_config(tmp_path / "run", *words, f"data.train_path={moved}"))["status"] == "finished"
     write_rows(path, [row | {"a": "no"} for row in ROWS])
-    with pytest.raises(ValueError, match=r"run is finished, and its training rows are others now \(fingerprint \w+, now"):
+    with pytest.raises(ValueError, match=r"run is finished, and its training rows are others now \(\w+, then"):
         train(tiny_config(tmp_path / "run", *words))
     path.unlink()
     assert train(tiny_config(tmp_path / "run", *words))["status"] == "finished"
@@ -209,7 +209,7 @@ def test_end_before_the_checkpoint_is_refused(tmp_path):
 def test_other_length_says_that_the_learning_rate_follows_another_curve(tmp_path, caplog):
     run_dir = stopped(tmp_path / "run")
     train(tiny_config(run_dir, *RUN, "trainer.max_steps=5"))
-    assert "resume: trainer.max_steps was 6, is 5: schedule=cosine spans the whole run, so from step 5 on" in caplog.text
+    assert "resume: trainer.max_steps was 6, is 5: schedule=cosine spans the whole run, so from" in caplog.text
 
 
 def test_time_limit_pauses_a_run_that_later_ends_as_if_nothing_had_been(tmp_path, undisturbed):
@@ -264,9 +264,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, undisturbed):
 def test_two_sweeps_do_not_share_a_folder(tmp_path):
     words = ["cluster=local", "trainer.max_steps=1", "sweep.parallel=1", f"sweep_dir={tmp_path / 'S'}"]
     submit = [sys.executable, "-m", "lightning_peft", "submit", "-m", *TINY]
-    processes = [
-        started(*words, f"adapter.rank={ranks}", cwd=tmp_path, command=submit) for ranks in ("2,4", "8,16")
-    ]
+    processes = [started(*words, f"adapter.rank={ranks}", cwd=tmp_path, command=submit) for ranks in ("2,4", "8,16")]
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2], texts
     (refused,) = [text for process, text in zip(processes, texts, strict=True) if process.returncode]

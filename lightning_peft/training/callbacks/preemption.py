@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning_peft import distributed
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint, between_steps, validation_follows
 from lightning_peft.training.preemption import REASONS, Paused, Preempted, PreemptionSignals
+from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +36,22 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.signals.start()
+        SIGNAL_WATCH.begins_to_train()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        SIGNAL_WATCH.progress()
         if between_steps(trainer) and not validation_follows(trainer):
             self.leave_if_asked(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        SIGNAL_WATCH.progress()
         if trainer.state.fn == "fit" and between_steps(trainer):
             self.leave_if_asked(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        SIGNAL_WATCH.progress()
         # The validation after the last step is not worth waiting for: the run resumes from its last checkpoint.
         if trainer.state.fn == "validate" and (reason := self.reason_of_all()) not in (None, Paused):
             assert reason is not None
@@ -56,6 +61,7 @@ class Preemption(Callback):
         reason = self.reason_of_all()
         if reason is None or (reason is Paused and trainer.global_step >= trainer.max_steps):
             return
+        SIGNAL_WATCH.leaves_by_itself()
         self.checkpoint.save(trainer)
         trainer.strategy.checkpoint_io.teardown()  # what is written in the background is on disk before we say so
         if reason is Paused:
