@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.native.library import HEADERS, SOURCES
+from lightning_peft.kernels.native.library import HEADERS, SOURCES
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +24,7 @@ def test_wheel_outside_the_repository_trains_two_steps(tmp_path):
     subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     for name in (*HEADERS, *SOURCES):
-        assert (tmp_path / "site" / "lightning_peft" / "native" / name).is_file()
+        assert (tmp_path / "site" / "lightning_peft" / "kernels" / "native" / name).is_file()
     where = [sys.executable, "-c", "import lightning_peft; print(lightning_peft.__file__)"]
     found = subprocess.run(where, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
     assert found.startswith(str(tmp_path))

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
-from lightning_peft.adapters.frozen_linear import Base, FusedAdapter
-from lightning_peft.adapters.lora import add_low_rank
+from lightning_peft.kernels.frozen_linear import Base
+from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.weights import linear_shape
 
 
@@ -64,7 +65,7 @@ class AdaLoRAConfig(AdapterConfig):
         }
 
 
-class AdaLoRALinear(FusedAdapter):
+class AdaLoRALinear(Adapter):
     """y = W x + scaling * B (E * (A x)),  scaling = alpha / rank   (eq. 3).
 
     `lora_A` (rank, in_features) and `lora_B` (out_features, rank) start normal with deviation 0.02, `lora_E` (rank, 1)
@@ -92,7 +93,12 @@ class AdaLoRALinear(FusedAdapter):
         nn.init.normal_(self.lora_B, std=0.02)
         nn.init.zeros_(self.lora_E)
 
-    def add_to(self, base: Base, x: Tensor) -> Tensor:
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training).to(base_output.dtype)
+        A, E, B = (factor.to(dropped.dtype) for factor in (self.lora_A, self.lora_E, self.lora_B))
+        return base_output + self.scaling * (E.t() * (dropped @ A.t()) @ B.t())
+
+    def fused(self, x: Tensor, base: Base) -> Tensor | None:
         return add_low_rank(base, x, self.lora_E * self.lora_A, self.lora_B, self.scaling, self.active_dropout)
 
     def delta_weight(self) -> Tensor:

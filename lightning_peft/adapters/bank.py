@@ -45,7 +45,7 @@ class AdapterBank(nn.Module):
             if str(route) in self.members:
                 member = self.members[str(route)]
                 assert isinstance(member, Adapter)
-                part = member.adapt(x.index_select(0, chosen), part)
+                part = member.adapted_output(x.index_select(0, chosen), part)
             rows.append(chosen)
             outputs.append(part)
         return torch.cat(outputs).index_select(0, torch.cat(rows).argsort())

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.kernels.frozen_linear import Base, given
+from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.weights import dense_weight, write_weight
 
 
@@ -98,10 +100,13 @@ class StepSchedule(Protocol):
 class Adapter(nn.Module, ABC):
     """A frozen layer with a small trainable change around it.
 
-    `forward` calls the base once and hands its output to `adapt`, so that several adapters can share one base forward.
+    `adapt` is the method's formula, from the input and the base's output, so that several adapters can share one base
+    forward. `fused` gives the same in one step of a kernel; `forward` picks it wherever there is one.
     """
 
     mergeable: ClassVar[bool] = True
+    dropout: float = 0.0
+    """Probability of dropping an input of the change, for methods that drop."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -113,7 +118,26 @@ class Adapter(nn.Module, ABC):
         """(..., in_features) -> (..., out_features); ids (...) -> (..., dim) around an embedding."""
         if not self.enabled or self.merged:
             return self.base_layer(x)
-        return self.adapt(x, self.base_layer(self.base_input(x)))
+        base = frozen_base(self.base_layer, x)
+        output = None if base is None else self.fused(x, base)
+        return output if output is not None else self.adapted_output(x, self.base_layer(self.base_input(x)))
+
+    def adapted_output(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """Return the adapted output of a base that was run before; its output may be overwritten."""
+        output = self.fused(x, given(base_output))
+        return self.adapt(x, base_output) if output is None else output
+
+    def fused(self, x: Tensor, base: Base) -> Tensor | None:
+        """Return the adapted output in one step of a kernel, over a base to run or the output of one; None without one.
+
+        In 16 bits the kernel adds the change in fp32: a young adapter's is below what rounding the base's output loses.
+        """
+        return None
+
+    @property
+    def active_dropout(self) -> float:
+        """Probability of dropping an input now: 0 outside training."""
+        return self.dropout if self.training else 0.0
 
     def base_input(self, x: Tensor) -> Tensor:
         """What the base layer is fed; a method that scales its inputs overrides this."""
@@ -121,7 +145,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
-        """Adapted output (..., out_features) from the input and the base's output, which may be overwritten."""
+        """Return the adapted output (..., out_features) from the input and the base's output: the method's formula."""
 
     @abstractmethod
     def delta_weight(self) -> Tensor:

@@ -7,17 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapters.frozen_linear import (
-    GIVEN,
-    Base,
-    base_gradients,
-    base_with_product,
-    factor_gradients,
-    given,
-    input_gradient,
-    mark_written,
-)
 from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
+from lightning_peft.kernels.frozen_linear import GIVEN, Base
+from lightning_peft.kernels.low_rank import add_and_scale
 from lightning_peft.quantization.weights import dense_weight
 
 ROWS_AT_ONCE = 2**24
@@ -46,76 +38,6 @@ def adapted_row_norms(weight: Tensor, squared_norms: Tensor, A: Tensor, B: Tenso
     # One pass over (out, rank): 2 s W A^T + s^2 B (A A^T), then its product with B.
     cross = torch.addmm(cross, B, A @ A.t(), beta=2 * scaling, alpha=scaling**2)
     return (squared_norms + (cross * B).sum(1)).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-
-
-class MagnitudeProduct(torch.autograd.Function):
-    """bias + gain * (base - bias + scaling * x A^T B^T), with `base` what the frozen layer makes of x.
-
-    Keeps the output for the gradient of `gain`, not the value before the gain: the next operation mostly keeps the
-    same tensor. A feature whose gain is exactly zero gets no gradient for it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        first: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        gain: Tensor,
-        given_bias: Tensor | None,
-        scaling: float,
-        *rest: Any,
-    ) -> Tensor:
-        base = Base.of(first, rest)
-        dtype = base.dtype
-        cast = x.to(dtype)
-        inner = cast.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
-        output = base_with_product(cast, base, inner, B.to(dtype), gain, given_bias)
-        mark_written(ctx, base, output)
-        ctx.save_for_backward(x, inner, A, B, gain, given_bias, output, *base.kept())
-        ctx.base, ctx.scaling = base._replace(tensors=()), scaling
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, inner, A, B, gain, given_bias, output, *frozen = ctx.saved_tensors
-        base = ctx.base._replace(tensors=tuple(frozen))
-        bias = given_bias if base.form == GIVEN else base.tensors[-1]
-        dtype = grad.dtype
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_gain = grad_bias = None
-        scaled_B = (ctx.scaling * gain)[:, None] * B
-        x_rows = x.reshape(-1, x.shape[-1]).to(dtype) if ctx.needs_input_grad[2] else None
-        grad_inner, grad_A, grad_B = factor_gradients(
-            grad_rows, x_rows, inner, scaled_B.to(dtype), ctx.needs_input_grad[3]
-        )
-        if grad_A is not None:
-            grad_A = grad_A.to(A.dtype)
-        if grad_B is not None:
-            grad_B = grad_B.to(B.dtype).mul_(gain[:, None])
-        if ctx.needs_input_grad[4]:
-            output_rows = output.view(-1, output.shape[-1])
-            sums = torch.ops.lightning_peft.column_dots(grad_rows, output_rows)
-            if bias is not None:
-                sums -= bias.to(sums.dtype) * grad_rows.sum(0, dtype=sums.dtype)
-            grad_gain = torch.where(gain == 0, 0, sums / gain).to(gain.dtype)
-            del output_rows
-        if ctx.needs_input_grad[5]:
-            # The rest of a trained bias' gradient comes through the given output.
-            grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(given_bias.dtype)
-        x_shape, x_dtype = x.shape, x.dtype
-        del x, x_rows, output  # large, and the base's gradient is about to be made
-        to_base = grad  # the bias of a base that is run in here is not under the gain
-        if base.form == GIVEN or ctx.needs_input_grad[1]:
-            grad_base = grad_rows * gain.to(dtype)
-            if ctx.needs_input_grad[1]:
-                grad_x = input_gradient(grad_base, base, grad_inner, A.to(dtype)).view(x_shape).to(x_dtype)
-            if base.form == GIVEN:
-                to_base = grad_base.view(grad.shape)
-        grad_first, grad_rest = base_gradients(to_base, base, ctx.needs_input_grad)
-        return grad_first, grad_x, grad_A, grad_B, grad_gain, grad_bias, None, *grad_rest
 
 
 class Magnitude(nn.Module):
@@ -195,28 +117,24 @@ class DoRALinear(Magnitude, LoRALinear):
     def factors(self) -> tuple[Tensor, Tensor]:
         return LoRALinear.factors(self)
 
-    def fuses(self, x: Tensor) -> bool:
-        return not self.active_dropout  # the base is fed the dropped input as well
-
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
-        if self.fuses(x):
-            return self.add_to(given(base_output), x)
+        dropped, frozen = x, base_output
+        if self.active_dropout:
+            dropped = F.dropout(x, self.dropout)
+            frozen = self.base_layer(dropped)
         bias = self.base_layer.bias
-        dropped = F.dropout(x, self.dropout)
-        dropped_output = self.base_layer(dropped)
-        if bias is not None:
-            dropped_output = dropped_output - bias
-        scaled = self._scaled(given(dropped_output.clone()), dropped, None)
-        return base_output + (scaled - dropped_output)
+        if isinstance(bias, Tensor):
+            frozen = frozen - bias
+        low_rank = self.low_rank_output(dropped.to(frozen.dtype))
+        # The gain is near one: gain - 1 keeps the digits that bf16 drops from the gain.
+        return base_output + low_rank + (self.gain() - 1).to(frozen.dtype) * (frozen + low_rank)
 
-    def add_to(self, base: Base, x: Tensor) -> Tensor:
+    def fused(self, x: Tensor, base: Base) -> Tensor | None:
+        if self.active_dropout:  # the base is fed the dropped input as well
+            return None
         bias = self.base_layer.bias if base.form == GIVEN else None
         assert bias is None or isinstance(bias, Tensor)
-        return self._scaled(base, x, bias)
-
-    def _scaled(self, base: Base, x: Tensor, bias: Tensor | None) -> Tensor:
-        A, B = self.factors()
-        return MagnitudeProduct.apply(base.first, x, A, B, self.gain(), bias, self.scaling, *base.rest())
+        return add_and_scale(base, x, *self.factors(), self.gain(), self.scaling, bias)
 
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.base_layer).float()

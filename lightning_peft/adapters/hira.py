@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.kernels.frozen_linear import GIVEN, Base
+from lightning_peft.kernels.hadamard import hadamard_product
 from lightning_peft.quantization.weights import dense_weight, linear_shape
 
 
@@ -27,30 +30,6 @@ class HiRAConfig(AdapterConfig):
 
     def layer_options(self, target: Target) -> dict[str, Any]:
         return {"rank": target.rank, "dropout": self.dropout}
-
-
-class HadamardProduct(torch.autograd.Function):
-    """x (W * B A)^T, where W is a layer's weight. The dense product is formed again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: nn.Module) -> Tensor:
-        ctx.save_for_backward(x, A, B)
-        ctx.layer = layer
-        return F.linear(x, change(layer, A, B, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, A, B = ctx.saved_tensors
-        grad_x = grad @ change(ctx.layer, A, B, grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_change = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        grad_product = grad_change.to(A.dtype).mul_(dense_weight(ctx.layer))
-        return grad_x, B.t() @ grad_product, grad_product @ A.t(), None
-
-
-def change(layer: nn.Module, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """W * B A, (out, in)."""
-    return (B @ A).mul_(dense_weight(layer)).to(dtype)
 
 
 class HiRALinear(Adapter):
@@ -74,8 +53,14 @@ class HiRALinear(Adapter):
         nn.init.zeros_(self.hira_B)
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return base_output + HadamardProduct.apply(x.to(base_output.dtype), self.hira_A, self.hira_B, self.base_layer)
+        dropped = F.dropout(x, self.dropout, self.training).to(base_output.dtype)
+        return base_output + F.linear(dropped, self.delta_weight().to(dropped.dtype))
+
+    def fused(self, x: Tensor, base: Base) -> Tensor | None:
+        if base.form != GIVEN:
+            return None
+        dropped = F.dropout(x, self.dropout, self.training).to(base.dtype)
+        return base.first + hadamard_product(dropped, self.hira_A, self.hira_B, partial(dense_weight, self.base_layer))
 
     def delta_weight(self) -> Tensor:
-        return change(self.base_layer, self.hira_A, self.hira_B, torch.float32)
+        return dense_weight(self.base_layer) * (self.hira_B @ self.hira_A)

@@ -10,19 +10,9 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
 from lightning_peft.adapters.bias import Bias
-from lightning_peft.adapters.frozen_linear import (
-    GIVEN,
-    Base,
-    FusedAdapter,
-    base_gradients,
-    base_input_gradient,
-    base_with_product,
-    can_redraw,
-    factor_gradients,
-    input_gradient,
-    mark_written,
-)
 from lightning_peft.adapters.init import INITS, NEED_RANK_WITHIN_LAYER
+from lightning_peft.kernels.frozen_linear import Base
+from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.weights import linear_shape
 
 Init = Enum("Init", {name: name for name in INITS})  # type: ignore[misc]
@@ -64,98 +54,12 @@ class LoRAConfig(AdapterConfig):
         }
 
 
-def random_state(device: torch.device) -> torch.Generator:
-    """The generator that dropout on this device draws from."""
-    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-
-
-def dropout_mask(shape: torch.Size, dropout: float, like: Tensor, state: Tensor) -> Tensor:
-    """What `F.dropout` multiplied by when the generator was in this state; the generator is left as it is."""
-    generator = random_state(like.device)
-    now = generator.get_state()
-    generator.set_state(state)
-    mask = F.dropout(like.new_ones(shape), dropout)
-    generator.set_state(now)
-    return mask
-
-
-class LowRankProduct(torch.autograd.Function):
-    """base + scaling * dropout(x) A^T B^T, where `base` is what the frozen layer makes of x.
-
-    Saves the (N, R) product and, when A trains, x once in the dtype it came in: the same tensor for all layers that it
-    is fed to. Dropout is drawn again in the backward pass. The gradients of A and B come out in their own dtype.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, first: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float, *rest: Any
-    ) -> Tensor:
-        base = Base.of(first, rest)
-        dtype = base.dtype
-        ctx.dropout_state = random_state(x.device).get_state() if dropout else None
-        cast = x.to(dtype)
-        # Contiguous, as the mask that is drawn again is.
-        dropped = F.dropout(x.contiguous(), dropout).to(dtype) if dropout else cast
-        inner = dropped.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
-        output = base_with_product(cast, base, inner, B.to(dtype))
-        mark_written(ctx, base, output)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, inner, A, B, *base.kept())
-        ctx.base = base._replace(tensors=())
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.scaling, ctx.dropout = scaling, dropout
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, inner, A, B, *frozen = ctx.saved_tensors
-        base = ctx.base._replace(tensors=tuple(frozen))
-        dtype = grad.dtype
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
-        grad_x = mask = None
-        if ctx.dropout and (needs_x or needs_A):
-            mask = dropout_mask(ctx.x_shape, ctx.dropout, grad.new_empty(0, dtype=ctx.x_dtype), ctx.dropout_state)
-            mask = mask.view(-1, A.shape[1])
-        dropped = None
-        if needs_A:
-            rows = x.reshape(-1, A.shape[1])
-            dropped = (rows if mask is None else rows * mask).to(dtype)
-            del rows
-        # The small products first, while what they read is in the caches.
-        grad_inner, grad_A, grad_B = factor_gradients(grad_rows, dropped, inner, B.to(dtype), needs_B)
-        del x, dropped  # large, and the base's gradient is about to be made
-        if grad_A is not None:
-            grad_A = grad_A.to(A.dtype).mul_(ctx.scaling)
-        if grad_B is not None:
-            grad_B = grad_B.to(B.dtype)
-        scaled_A = (ctx.scaling * A).to(dtype)
-        if needs_x:
-            if mask is None:
-                grad_x = input_gradient(grad_rows, base, grad_inner, scaled_A)
-            else:
-                grad_x = mask.mul_(grad_inner @ scaled_A)
-                if base.form != GIVEN:
-                    grad_x = base_input_gradient(grad_rows, base).add_(grad_x)
-            grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
-        grad_first, grad_rest = base_gradients(grad, base, ctx.needs_input_grad)
-        return grad_first, grad_x, grad_A, grad_B, None, None, *grad_rest
-
-
-def add_low_rank(base: Base, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
-    """base + scaling * dropout(x) A^T B^T, (..., out_features). A base that was not run needs `can_redraw` to drop."""
-    if dropout and not can_redraw(x):
-        assert base.form == GIVEN
-        x, dropout = F.dropout(x, dropout), 0.0
-    return LowRankProduct.apply(base.first, x, A, B, scaling, dropout, *base.rest())
-
-
-class LoRALinear(FusedAdapter):
-    """y = W x + scaling * B A x, scaling = alpha / rank   (eq. 3 and section 4.1).
+class LoRALinear(Adapter):
+    """y = W x + scaling * B A dropout(x),  scaling = alpha / rank   (eq. 3 and section 4.1).
 
     A is (rank, in_features), B is (out_features, rank), both fp32 whatever the base computes in. With the default
-    init A is Kaiming-uniform and B zero, so the layer starts as its base. Wraps nn.Linear, its 4-bit counterpart and
-    GPT-2's Conv1D.
+    init A is Kaiming-uniform and B zero, so the layer starts as its base. Wraps nn.Linear, its quantised counterpart
+    and GPT-2's Conv1D.
     """
 
     initial_A: Tensor | None
@@ -198,12 +102,21 @@ class LoRALinear(FusedAdapter):
         self.lora_A.weight.copy_(A)
         self.lora_B.weight.copy_(B)
 
-    def add_to(self, base: Base, x: Tensor) -> Tensor:
-        return add_low_rank(base, x, *self.factors(), self.scaling, self.active_dropout)
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (rank, in_features) and B (out_features, rank), as the product takes them."""
+        """Return A (rank, in_features) and B (out_features, rank), as the products take them."""
         return self.lora_A.weight, self.lora_B.weight
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)
+        return base_output + self.low_rank_output(dropped.to(base_output.dtype))
+
+    def low_rank_output(self, x: Tensor) -> Tensor:
+        """Return scaling * B A x, in the dtype of x."""
+        A, B = (factor.to(x.dtype) for factor in self.factors())
+        return self.scaling * (x @ A.t() @ B.t())
+
+    def fused(self, x: Tensor, base: Base) -> Tensor | None:
+        return add_low_rank(base, x, *self.factors(), self.scaling, self.active_dropout)
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())

@@ -18,7 +18,7 @@ from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from lightning_peft.adapters.lora_fa import LoRAFAConfig, LoRAFALinear
 from lightning_peft.adapters.miss import MiSSConfig, MiSSLinear
 from lightning_peft.adapters.vera import SharedProjection, VeRAConfig, VeRALinear
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Method:
 
 def linears(adapter: type[Adapter]) -> dict[type[nn.Module], type[Adapter]]:
     """The linear layers there are, all wrapped by one adapter class."""
-    return {nn.Linear: adapter, NF4Linear: adapter, Conv1D: adapter}
+    return {nn.Linear: adapter, QuantizedLinear: adapter, Conv1D: adapter}
 
 
 METHODS: dict[str, Method] = {

@@ -8,15 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapters.base import AdapterConfig, Target
-from lightning_peft.adapters.frozen_linear import (
-    Base,
-    FusedAdapter,
-    base_gradients,
-    base_with_product,
-    input_gradient,
-    mark_written,
-)
+from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.kernels.frozen_linear import GIVEN, Base
+from lightning_peft.kernels.low_rank import add_vectors
 from lightning_peft.quantization.weights import linear_shape
 
 
@@ -78,42 +72,7 @@ class SharedProjection(nn.Module):
                 matrix.copy_(torch.empty(matrix.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
-class VectorProduct(torch.autograd.Function):
-    """base + b * (B (d * (A x))), where `base` is what the frozen layer makes of x. Keeps (N, rank) of activations."""
-
-    @staticmethod
-    def forward(ctx: Any, first: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, *rest: Any) -> Tensor:
-        base = Base.of(first, rest)
-        dtype = base.dtype
-        cast = x.to(dtype)
-        inner = cast.reshape(-1, x.shape[-1]) @ A.to(dtype).t()
-        output = base_with_product(cast, base, inner, (b[:, None] * B * d).to(dtype))
-        mark_written(ctx, base, output)
-        ctx.save_for_backward(inner, A, B, d, b, *base.kept())
-        ctx.base, ctx.x_shape, ctx.x_dtype = base._replace(tensors=()), x.shape, x.dtype
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        inner, A, B, d, b, *frozen = ctx.saved_tensors
-        base = ctx.base._replace(tensors=tuple(frozen))
-        dtype = grad.dtype
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_scaled = grad_rows @ (b[:, None] * B).to(dtype)
-        grad_x = grad_d = grad_b = None
-        if ctx.needs_input_grad[1]:
-            grad_x = input_gradient(grad_rows, base, grad_scaled * d.to(dtype), A.to(dtype))
-            grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
-        if ctx.needs_input_grad[4]:
-            grad_d = (grad_scaled * inner).sum(0, dtype=d.dtype)
-        if ctx.needs_input_grad[5]:
-            grad_b = ((grad_rows.t() @ inner).to(b.dtype) * (B * d)).sum(1)
-        grad_first, grad_rest = base_gradients(grad, base, ctx.needs_input_grad)
-        return grad_first, grad_x, None, None, grad_d, grad_b, *grad_rest
-
-
-class VeRALinear(FusedAdapter):
+class VeRALinear(Adapter):
     """y = W x + b * (B (d * (A x)))   (eq. 2).
 
     Trained: `vera_lambda_d` (rank,), constant at the start, and `vera_lambda_b` (out_features,), zero. There is no
@@ -142,13 +101,17 @@ class VeRALinear(FusedAdapter):
         (shared,) = self._shared
         return shared.vera_A[:, : self.in_features], shared.vera_B[: self.out_features]
 
-    def fuses(self, x: Tensor) -> bool:
-        return not self.active_dropout
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training).to(base_output.dtype)
+        d, b, A, B = (part.to(dropped.dtype) for part in (self.vera_lambda_d, self.vera_lambda_b, *self.projection()))
+        return base_output + b * (d * (dropped @ A.t()) @ B.t())
 
-    def add_to(self, base: Base, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        d, b = self.vera_lambda_d, self.vera_lambda_b
-        return VectorProduct.apply(base.first, x, *self.projection(), d, b, *base.rest())
+    def fused(self, x: Tensor, base: Base) -> Tensor | None:
+        if self.active_dropout:
+            if base.form != GIVEN:  # a base that is run in the same step would be fed the dropped input
+                return None
+            x = F.dropout(x, self.dropout)
+        return add_vectors(base, x, *self.projection(), self.vera_lambda_d, self.vera_lambda_b)
 
     def delta_weight(self) -> Tensor:
         A, B = self.projection()

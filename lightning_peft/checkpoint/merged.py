@@ -17,8 +17,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from lightning_peft.adapters.inject import SHARED, adapters, disable_adapters
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
+from lightning_peft.kernels.codes import INT8
 from lightning_peft.quantization.convert import dequantized_linear
-from lightning_peft.quantization.nf4 import INT8, NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.weights import dense_weight, write_weight
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def save_model(
     plain.to(dtype)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    coded = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    coded = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     if coded:
         _save_coded(model, coded, folder)
     else:
@@ -185,7 +186,7 @@ def _merged(
             bias.copy_(bias.float() + delta_bias)
         result.set_submodule(name, target)
     for name, layer in list(result.named_modules()):
-        if isinstance(layer, NF4Linear) and not requantise:
+        if isinstance(layer, QuantizedLinear) and not requantise:
             result.set_submodule(name, dequantized_linear(layer))
     if original is not None:
         for name, parameter in trained.items():
@@ -197,7 +198,7 @@ def _merged(
 
 def _writable(layer: nn.Module, dtype: torch.dtype, requantise: bool) -> nn.Module:
     """A layer that holds the sum with no rounding but the one to `dtype`, or to codes."""
-    if isinstance(layer, NF4Linear):
+    if isinstance(layer, QuantizedLinear):
         if requantise:
             return layer
         layer = dequantized_linear(layer)
@@ -205,11 +206,11 @@ def _writable(layer: nn.Module, dtype: torch.dtype, requantise: bool) -> nn.Modu
 
 
 def _stored_dtype(layer: nn.Module) -> torch.dtype:
-    dtype: Any = layer.dtype if isinstance(layer, NF4Linear) else layer.weight.dtype
+    dtype: Any = layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
     return dtype
 
 
-def _save_coded(model: PreTrainedModel, coded: dict[str, NF4Linear], folder: Path) -> None:
+def _save_coded(model: PreTrainedModel, coded: dict[str, QuantizedLinear], folder: Path) -> None:
     # Slow import: bitsandbytes.
     from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 

@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lightning_peft.models import cpu_attention
-from lightning_peft.native import cross_entropy, linear  # noqa: F401  registers cross_entropy_gradient_
-from lightning_peft.native.library import Scratch
-from lightning_peft.quantization import nf4  # noqa: F401  registers matmul_4bit
+from lightning_peft.kernels import codes, cross_entropy, products  # noqa: F401  registers the operators below
+from lightning_peft.kernels.attention import operator
+from lightning_peft.kernels.native.library import Scratch
 
 
 class Array(NamedTuple):
@@ -31,7 +30,7 @@ class Array(NamedTuple):
 
 
 OPENED = {
-    torch.ops.lightning_peft.matmul_4bit.default,
+    torch.ops.lightning_peft.coded_matmul.default,
     torch.ops.lightning_peft.dequantize.default,
 }
 """Operators of ours that are followed inside, being written in operators that have fake forms."""
@@ -42,7 +41,7 @@ def _whole(like: Tensor) -> Scratch:
 
 
 def _attention_scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
-    scratch: Scratch = cpu_attention.implementation(query).scratch(query, key, backward)
+    scratch: Scratch = operator.implementation(query).scratch(query, key, backward)
     return scratch
 
 
@@ -50,9 +49,9 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.aten.logsumexp.default: lambda x, *_: _whole(x),
     torch.ops.lightning_peft.sample_attention.default: lambda q, k, *_: _attention_scratch(q, k, False),
     torch.ops.lightning_peft.sample_attention_backward.default: lambda _, q, k, *__: _attention_scratch(q, k, True),
-    torch.ops.lightning_peft.low_rank_sum.default: linear.sum_scratch,
-    torch.ops.lightning_peft.low_rank_gradients.default: linear.gradients_scratch,
-    torch.ops.lightning_peft.column_dots.default: linear.columns_scratch,
+    torch.ops.lightning_peft.low_rank_sum.default: products.sum_scratch,
+    torch.ops.lightning_peft.low_rank_gradients.default: products.gradients_scratch,
+    torch.ops.lightning_peft.column_dots.default: products.columns_scratch,
     torch.ops.lightning_peft.cross_entropy_gradient_.default: lambda *_: [],
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""

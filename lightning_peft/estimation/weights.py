@@ -15,7 +15,7 @@ from lightning_peft.estimation.recorder import Array, Held, held_bytes
 from lightning_peft.estimation.trace import WORKSPACE
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.optim.optimizers import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS, OPTIMIZERS, STATE_BLOCK
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 BASE, SCALES, EMBEDDINGS, ADAPTERS = "base", "quantisation scales", "embeddings", "adapters"
 OPTIMIZER, IMPORTANCE, GATHERED = "optimiser states", "importance scores", "gathered weights"
@@ -45,7 +45,7 @@ def stored_weights(model: PreTrainedModel, shards: int = 1, whole: Container[int
             seen.add(id(tensor))
             if id(tensor) in adapted:
                 component = ADAPTERS
-            elif isinstance(module, NF4Linear) and name.startswith("absmax"):
+            elif isinstance(module, QuantizedLinear) and name.startswith("absmax"):
                 component = SCALES
             else:
                 component = EMBEDDINGS if module in ends else BASE
@@ -139,7 +139,7 @@ def loading_scratch(model: PreTrainedModel) -> Held:
 
     Dense weights are read into the memory they stay in.
     """
-    coded = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    coded = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not coded:
         return Counter()
     layer = max(coded, key=lambda layer: layer.in_features * layer.out_features)

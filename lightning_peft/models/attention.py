@@ -17,8 +17,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lightning_peft.models.cpu_attention import sample_attention
-from lightning_peft.models.sample_groups import find_samples
+from lightning_peft.kernels.attention.grouping import find_samples
+from lightning_peft.kernels.attention.operator import sample_attention
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from lightning_peft.models.blocks import block_names
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import load_weight, prepare_quantized
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ def put_bitsandbytes_layer(
     stored = from_bitsandbytes_state({key[len(name) + 1 :]: tensor for key, tensor in tensors.items()})
     stored = stored.to(device=device, dtype=dtype)
     layer = model.get_submodule(name)
-    assert isinstance(layer, NF4Linear)
+    assert isinstance(layer, QuantizedLinear)
     layer.load_codes_(stored.codes)
     layer.dtype = dtype
     if stored.bias is not None:

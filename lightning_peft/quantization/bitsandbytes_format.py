@@ -7,13 +7,14 @@ from bitsandbytes.functional import QuantState, get_4bit_type
 from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor, nn
 
-from lightning_peft.quantization.nf4 import ABSMAX_BLOCK, Codes, NF4Linear, dynamic_map
+from lightning_peft.kernels.codes import ABSMAX_BLOCK, Codes, dynamic_map
+from lightning_peft.quantization.linear import QuantizedLinear
 
 PACKED = "weight.quant_state.bitsandbytes__"
 """Key of the numbers that are no tensors, as the bytes of a JSON text; followed by the kind."""
 
 
-def to_bitsandbytes_state(layer: NF4Linear) -> dict[str, Tensor]:
+def to_bitsandbytes_state(layer: QuantizedLinear) -> dict[str, Tensor]:
     """The state dict of the equal `bitsandbytes.nn.Linear4bit`, keys relative to the layer."""
     codes, device = layer.codes, layer.weight.device
     second = None
@@ -38,7 +39,7 @@ def to_bitsandbytes_state(layer: NF4Linear) -> dict[str, Tensor]:
     return tensors
 
 
-def from_bitsandbytes_state(state: Mapping[str, Tensor]) -> NF4Linear:
+def from_bitsandbytes_state(state: Mapping[str, Tensor]) -> QuantizedLinear:
     """The layer a `bitsandbytes.nn.Linear4bit` state dict describes, keys relative to the layer; codes are not copied.
 
     ValueError when the codes are packed in a way 4-bit layers here cannot hold.
@@ -69,14 +70,14 @@ def from_bitsandbytes_state(state: Mapping[str, Tensor]) -> NF4Linear:
     return layer
 
 
-def layer_without_codes(packed: Tensor) -> NF4Linear:
+def layer_without_codes(packed: Tensor) -> QuantizedLinear:
     """The layer, without values and bias, that the `PACKED` tensor of a state dict describes. ValueError as above."""
     numbers = unpack_tensor_to_dict(packed)
     nested_block_size = numbers.get("nested_blocksize")
     if nested_block_size not in (None, ABSMAX_BLOCK):
         raise ValueError(f"nested_blocksize={nested_block_size}: scales must be quantised in blocks of 256")
     out_features, in_features = numbers["shape"]
-    return NF4Linear(
+    return QuantizedLinear(
         in_features, out_features, kind=numbers["quant_type"], block_size=numbers["blocksize"],
         double_quantization=nested_block_size is not None, dtype=getattr(torch, numbers["dtype"]),
     )  # fmt: skip

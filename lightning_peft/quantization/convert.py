@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.kernels.codes import Codes, check_blocks, dequantize
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.nf4 import Codes, NF4Linear, check_blocks, dequantize
+from lightning_peft.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ def quantize_linears(model: nn.Module, config: QuantizationConfig) -> list[str]:
     ValueError names the layers that cannot be quantised, before any is touched.
     """
 
-    def convert(layer: nn.Linear) -> NF4Linear:
-        return NF4Linear.from_weight(
+    def convert(layer: nn.Linear) -> QuantizedLinear:
+        return QuantizedLinear.from_weight(
             layer.weight, layer.bias, config.kind.name, config.block_size, config.double_quantization
         )
 
@@ -39,8 +40,8 @@ def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]
     Each weight is then handed to `load_weight` as it is read, so that no more than one is dense at a time.
     """
 
-    def convert(layer: nn.Linear) -> NF4Linear:
-        empty = NF4Linear(
+    def convert(layer: nn.Linear) -> QuantizedLinear:
+        empty = QuantizedLinear(
             layer.in_features, layer.out_features, False, config.kind.name, config.block_size,
             config.double_quantization, dtype=layer.weight.dtype, device=layer.weight.device,
         )  # fmt: skip
@@ -57,7 +58,7 @@ def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
     """
     module_name, _, leaf = name.rpartition(".")
     layer = model.get_submodule(module_name)
-    if leaf != "weight" or not isinstance(layer, NF4Linear):
+    if leaf != "weight" or not isinstance(layer, QuantizedLinear):
         return False
     layer.load_dense_(weight)
     return True
@@ -65,7 +66,7 @@ def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
 
 def dequantized_linear(layer: nn.Module) -> nn.Linear:
     """A frozen nn.Linear with a 4-bit layer's dequantised weight, in the dtype it computes in, and its bias."""
-    if not isinstance(layer, NF4Linear):
+    if not isinstance(layer, QuantizedLinear):
         raise TypeError(f"{type(layer).__name__} is not quantised")
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
@@ -85,7 +86,7 @@ def layer_fingerprints(module: nn.Module, name: str = "") -> dict[str, str]:
     """SHA-256 of the dequantised weight of each 4-bit layer in `module`, by its name below `name`, the module's."""
     found = {}
     for path, layer in module.named_modules(prefix=name):
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, QuantizedLinear):
             device = (layer.weight if layer.absmax_scale is None else layer.absmax_scale).device
             # FSDP leaves buffers on the device when it offloads its slices.
             whole = (t.full_tensor() if isinstance(t, DTensor) else t for t in layer.codes)
@@ -115,7 +116,7 @@ def memory_by_group(model: nn.Module) -> dict[str, int]:
             seen.add(id(tensor))
             if tensor.requires_grad:
                 group = "trainable"
-            elif isinstance(module, NF4Linear) and name != "bias":
+            elif isinstance(module, QuantizedLinear) and name != "bias":
                 group = "codes" if name == "weight" else "scales"
             else:
                 group = "embeddings" if isinstance(module, nn.Embedding) or module is head else "other"
@@ -126,14 +127,14 @@ def memory_by_group(model: nn.Module) -> dict[str, int]:
 
 def bits_per_parameter(model: nn.Module) -> float:
     """Stored bits for each weight of the model's 4-bit layers, codes and scales; 0 when it has none."""
-    layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.codes if tensor is not None)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return 8 * stored / weights if weights else 0.0
 
 
 def _replace_linears(
-    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Linear], NF4Linear]
+    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Linear], QuantizedLinear]
 ) -> list[str]:
     names = _names_to_quantize(model, config)
     for name in names:

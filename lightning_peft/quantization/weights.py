@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether the layer's weight is stored as codes, so that it cannot hold an arbitrary dense weight."""
-    return isinstance(layer, NF4Linear)
+    return isinstance(layer, QuantizedLinear)
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
@@ -18,9 +18,11 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
         return layer.num_embeddings, layer.embedding_dim
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
-    if isinstance(layer, nn.Linear | NF4Linear):
+    if isinstance(layer, nn.Linear | QuantizedLinear):
         return layer.out_features, layer.in_features
-    raise TypeError(f"{type(layer).__name__} has no linear weight: expected Linear, Embedding, Conv1D or NF4Linear")
+    raise TypeError(
+        f"{type(layer).__name__} has no linear weight: expected Linear, Embedding, Conv1D or QuantizedLinear"
+    )
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -29,7 +31,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     A dense layer's is its own storage, in its dtype (Conv1D: a transposed view): read it, do not write to it. A
     quantised one is dequantised afresh in the dtype the layer computes in, the weight its adapters trained against.
     """
-    if isinstance(layer, NF4Linear):
+    if isinstance(layer, QuantizedLinear):
         return layer.dequantize()
     linear_shape(layer)
     weight = layer.weight
@@ -45,7 +47,7 @@ def write_weight(layer: nn.Module, weight: Tensor, requantize: bool = False) -> 
     """
     if weight.shape != linear_shape(layer):
         raise ValueError(f"weight of shape {tuple(weight.shape)} for a layer of shape {linear_shape(layer)}")
-    if isinstance(layer, NF4Linear):
+    if isinstance(layer, QuantizedLinear):
         if not requantize:
             raise RuntimeError(
                 f"a {layer.kind} layer cannot hold a merged weight exactly: "

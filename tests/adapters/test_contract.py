@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapter_models import WRAPPING, adapted, config_for, is_base_but_for_rounding, llama, logits, perturb, tokens
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import (
@@ -17,7 +17,9 @@ from lightning_peft.adapters.inject import (
     reset_adapters,
     trainable_parameter_counts,
 )
+from lightning_peft.kernels.frozen_linear import given
 from lightning_peft.quantization.convert import dequantized_linear
+from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.weights import dense_weight, is_quantized
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -211,11 +213,41 @@ def test_several_adapters_share_one_base_output(method: str, quantized: bool) ->
     x = torch.randn(2, 3, 64)
 
     base_output = layers[0].base_layer(x)
-    together = [layer.adapt(x, base_output.clone()) for layer in layers]
+    together = [layer.adapted_output(x, base_output.clone()) for layer in layers]
 
     for layer, output in zip(layers, together, strict=True):
         assert torch.equal(output, layer(x))
     assert not torch.equal(*together)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["run inside", "run before"])
+@every_base
+@every_method
+def test_fused_step_is_the_formula(method: str, quantized: bool, form: str, dropout: float) -> None:
+    """What a kernel computes is what `adapt` says, gradients included, in fp64 (torch's own tolerances, 1e-7)."""
+    options = {"dropout": dropout} if hasattr(config_for(method), "dropout") else {}
+    model = perturb(adapted(method, quantized=quantized, **options)).double().train()
+    layer = model.get_submodule("model.layers.1.self_attn.v_proj")
+    layer.base_layer.bias.requires_grad_(True)
+    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def kernel() -> Tensor | None:
+        run_inside = frozen_base(layer.base_layer, x)
+        assert run_inside is not None
+        return layer.fused(x, run_inside if form == "run inside" else given(layer.base_layer(x)))
+
+    torch.manual_seed(5)
+    fused = kernel()
+    if fused is None:
+        assert type(layer).fused is Adapter.fused or dropout > 0 or form == "run inside"
+        return
+    torch.manual_seed(5)
+    formula = layer.adapt(x, layer.base_layer(x))
+    torch.testing.assert_close(fused, formula)
+    gradients = (torch.autograd.grad(y.square().sum(), wanted, allow_unused=True) for y in (fused, formula))
+    torch.testing.assert_close(*gradients)
 
 
 @every_base

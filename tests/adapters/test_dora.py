@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters import dora
-from lightning_peft.adapters.dora import DoRAEmbedding, DoRALinear, MagnitudeProduct, adapted_row_norms
-from lightning_peft.adapters.frozen_linear import given
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.adapters.dora import DoRAEmbedding, DoRALinear, adapted_row_norms
+from lightning_peft.kernels.frozen_linear import given
+from lightning_peft.kernels.low_rank import add_and_scale
+from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.weights import dense_weight
 
 
@@ -73,8 +74,7 @@ def test_product_passes_gradcheck(with_bias: bool) -> None:
     bias = torch.randn(5, dtype=torch.float64) if with_bias else None
 
     def product(base_output: Tensor, *rest: Tensor) -> Tensor:
-        base = given(base_output.clone())
-        return MagnitudeProduct.apply(base.first, *rest, bias, 1.7, *base.rest())
+        return add_and_scale(given(base_output.clone()), *rest, 1.7, bias)
 
     assert torch.autograd.gradcheck(product, inputs)
 
@@ -99,7 +99,7 @@ def test_forward_and_gradients_are_those_of_the_dense_weight(bias: bool) -> None
 
 
 def test_norm_is_of_the_dequantised_weight() -> None:
-    layer = moved(NF4Linear.from_weight(torch.randn(32, 64)))
+    layer = moved(QuantizedLinear.from_weight(torch.randn(32, 64)))
     x = torch.randn(5, 64)
 
     torch.testing.assert_close(layer(x), F.linear(x, dense_weight_of(layer)), atol=1e-4, rtol=1e-4)

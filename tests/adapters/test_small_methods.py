@@ -5,12 +5,13 @@ import torch
 from adapter_models import adapted, config_for, llama
 from torch import Tensor, nn
 
-from lightning_peft.adapters.frozen_linear import given
-from lightning_peft.adapters.hira import HadamardProduct, HiRALinear
+from lightning_peft.adapters.hira import HiRALinear
 from lightning_peft.adapters.ia3 import IA3Linear
 from lightning_peft.adapters.inject import SHARED, adapters, inject_adapters
 from lightning_peft.adapters.miss import MiSSLinear
-from lightning_peft.adapters.vera import VectorProduct
+from lightning_peft.kernels.frozen_linear import given
+from lightning_peft.kernels.hadamard import hadamard_product
+from lightning_peft.kernels.low_rank import add_vectors
 
 
 def test_vera_product_passes_gradcheck() -> None:
@@ -21,8 +22,7 @@ def test_vera_product_passes_gradcheck() -> None:
     ]
 
     def product(base_output: Tensor, *rest: Tensor) -> Tensor:
-        base = given(base_output.clone())
-        return VectorProduct.apply(base.first, *rest, *base.rest())
+        return add_vectors(given(base_output.clone()), *rest)
 
     assert torch.autograd.gradcheck(product, inputs)
 
@@ -100,10 +100,10 @@ def test_miss_rank_above_the_inputs_is_named() -> None:
 
 def test_hira_product_passes_gradcheck() -> None:
     torch.manual_seed(0)
-    base_layer = nn.Linear(4, 5).double()
+    weight = torch.randn(5, 4, dtype=torch.float64)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(3, 4), (2, 4), (5, 2)]]
 
-    assert torch.autograd.gradcheck(lambda *tensors: HadamardProduct.apply(*tensors, base_layer), inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: hadamard_product(*tensors, lambda: weight), inputs)
 
 
 def test_hira_change_can_have_full_rank() -> None:

@@ -12,8 +12,8 @@ from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import Batch
 from lightning_peft.estimation import recorder, trace
 from lightning_peft.estimation.recorder import held_bytes
+from lightning_peft.kernels.native.library import library, without_kernels
 from lightning_peft.models.loading import load_model
-from lightning_peft.native.library import library, without_kernels
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 

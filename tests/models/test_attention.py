@@ -5,6 +5,7 @@ from families import FAMILIES, small_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_peft.kernels.attention.grouping import find_samples
 from lightning_peft.models.attention import (
     MASKED_TYPES,
     VARLEN,
@@ -14,7 +15,6 @@ from lightning_peft.models.attention import (
     supports_packing,
     varlen_attention,
 )
-from lightning_peft.models.sample_groups import find_samples
 
 LENGTHS = [[7, 13, 12], [20, 12]]
 """Samples of two packed rows; longer than the sliding window of 5."""

@@ -26,7 +26,7 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import dequantized_linear, quantize_linears
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 IDS = torch.arange(3, 35)[None]
 
@@ -88,7 +88,7 @@ def test_quantised_while_streaming_equals_quantised_after(tmp_path: Path) -> Non
     model = load_model(config, torch.bfloat16, quantization)
     expected = load_model(config, torch.bfloat16)
     quantize_linears(expected, quantization)
-    codes = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    codes = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(codes) == 14 and isinstance(model.lm_head, torch.nn.Linear)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
@@ -136,7 +136,7 @@ def test_bitsandbytes_checkpoint_keeps_its_codes(tmp_path: Path) -> None:
     assert torch.equal(dequantized_linear(layer).weight, stored.model.layers[1].mlp.down_proj.dequantize())
     torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
     by_block, blocks = load_by_block(config, torch.float32)
-    assert isinstance(by_block.model.layers[1].mlp.down_proj, NF4Linear) and filled(by_block) == [False, False]
+    assert isinstance(by_block.model.layers[1].mlp.down_proj, QuantizedLinear) and filled(by_block) == [False, False]
     assert list(blocks) == ["model.layers.0", "model.layers.1"]
     assert torch.equal(by_block(IDS).logits, model(IDS).logits)
     with pytest.raises(ValueError, match="quantization.kind=fp4: the checkpoint holds nf4 codes"):

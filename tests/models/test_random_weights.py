@@ -9,7 +9,7 @@ from lightning_peft.models.loading import load_model, source_fingerprint
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_config
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_quantised_model_holds_the_codes_of_the_dense_one(config):
     dense = load_model(config, torch.float32)
     quantised = load_model(config, torch.float32, QuantizationConfig(Kind.nf4))
     layer, weight = quantised.model.layers[1].mlp.up_proj, dense.model.layers[1].mlp.up_proj.weight
-    assert isinstance(layer, NF4Linear)
+    assert isinstance(layer, QuantizedLinear)
     assert (layer.dequantize() - weight).abs().max() < 0.2 * weight.abs().max()
 
 

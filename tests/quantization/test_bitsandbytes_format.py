@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_peft.quantization.bitsandbytes_format import from_bitsandbytes_state, to_bitsandbytes_state
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 CASES = [(kind, double) for kind in ("nf4", "fp4") for double in (True, False)]
 
@@ -22,7 +22,7 @@ def their_layer(weight: torch.Tensor, kind: str, double: bool, storage: torch.dt
 @pytest.mark.parametrize(("kind", "double"), CASES)
 def test_our_state_is_theirs_key_by_key(kind, double):
     theirs = their_layer(torch.randn(24, 128).bfloat16(), kind, double)
-    ours = NF4Linear.from_weight(torch.zeros(24, 128), theirs.bias, kind, 64, double)
+    ours = QuantizedLinear.from_weight(torch.zeros(24, 128), theirs.bias, kind, 64, double)
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     theirs.weight = their_layer(weight, kind, double).weight
     ours.load_dense_(weight)
@@ -33,7 +33,7 @@ def test_our_state_is_theirs_key_by_key(kind, double):
 
 @pytest.mark.parametrize(("kind", "double"), CASES)
 def test_they_load_what_we_write(tmp_path, kind, double):
-    ours = NF4Linear.from_weight(torch.randn(24, 128), kind=kind, double_quantization=double)
+    ours = QuantizedLinear.from_weight(torch.randn(24, 128), kind=kind, double_quantization=double)
     save_file(to_bitsandbytes_state(ours), tmp_path / "layer.safetensors")
     state = load_file(tmp_path / "layer.safetensors")
     parameter = Params4bit.from_prequantized(

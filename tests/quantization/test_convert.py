@@ -17,7 +17,7 @@ from lightning_peft.quantization.convert import (
     quantize_linears,
     weights_fingerprint,
 )
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 NF4 = QuantizationConfig(kind=Kind.nf4)
 LINEARS_PER_BLOCK = 7
@@ -27,7 +27,7 @@ def test_linears_are_quantised_and_the_rest_is_not():
     model = tiny_model()
     names = quantize_linears(model, NF4)
     assert len(names) == 2 * LINEARS_PER_BLOCK
-    assert all(isinstance(model.get_submodule(name), NF4Linear) for name in names)
+    assert all(isinstance(model.get_submodule(name), QuantizedLinear) for name in names)
     assert type(model.lm_head) is nn.Linear
     assert type(model.model.embed_tokens) is nn.Embedding
 

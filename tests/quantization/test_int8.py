@@ -12,7 +12,7 @@ from lightning_peft.checkpoint.merged import MergeError, merge
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import bits_per_parameter, quantize_linears, weights_fingerprint
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.weights import dense_weight, is_quantized
 
 INT8 = QuantizationConfig(kind=Kind.int8, double_quantization=False)
@@ -30,7 +30,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes() -> None:
     weight = weight_of()[4:]  # a row of zeros makes theirs divide by zero
     levels, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight)
 
-    codes = NF4Linear.from_weight(weight, kind="int8").codes
+    codes = QuantizedLinear.from_weight(weight, kind="int8").codes
 
     assert torch.equal(codes.weight.view(torch.int8), levels)
     assert torch.equal(codes.absmax.flatten(), scales)
@@ -38,7 +38,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_backward_are_those_of_the_dequantised_weight(dtype: torch.dtype) -> None:
-    layer = NF4Linear.from_weight(weight_of().to(dtype), nn.Parameter(torch.randn(96)), kind="int8")
+    layer = QuantizedLinear.from_weight(weight_of().to(dtype), nn.Parameter(torch.randn(96)), kind="int8")
     dense = layer.dequantize(dtype)
     x, direction = torch.randn(5, 60).to(dtype).requires_grad_(), torch.randn(5, 96).to(dtype)
 
@@ -54,7 +54,7 @@ def test_forward_and_backward_are_those_of_the_dequantised_weight(dtype: torch.d
 
 
 def test_scales_stay_fp32_when_the_model_is_cast() -> None:
-    layer = NF4Linear.from_weight(weight_of(), kind="int8").to(torch.bfloat16)
+    layer = QuantizedLinear.from_weight(weight_of(), kind="int8").to(torch.bfloat16)
 
     assert layer.absmax.dtype == torch.float32 and layer.weight.dtype == torch.uint8
     assert layer.dtype == torch.bfloat16
@@ -62,7 +62,7 @@ def test_scales_stay_fp32_when_the_model_is_cast() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
 def test_compiled_layer_gives_the_same_gradient() -> None:
-    layer = NF4Linear.from_weight(weight_of(), kind="int8")
+    layer = QuantizedLinear.from_weight(weight_of(), kind="int8")
     x = torch.randn(5, 60, requires_grad=True)
     expected = torch.autograd.grad(layer(x).square().sum(), x)
 
@@ -98,7 +98,7 @@ def test_model_trains_and_merges_on_its_dequantised_weights() -> None:
 def test_error_is_far_below_that_of_four_bits() -> None:
     weight = weight_of(96, 64)
     error = {
-        kind: float((dense_weight(NF4Linear.from_weight(weight, kind=kind)) - weight).norm())
+        kind: float((dense_weight(QuantizedLinear.from_weight(weight, kind=kind)) - weight).norm())
         for kind in ("nf4", "int8")
     }
 

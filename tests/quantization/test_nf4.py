@@ -6,7 +6,8 @@ import reference
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.quantization.nf4 import Codes, NF4Linear, dequantize, dynamic_map, quantize
+from lightning_peft.kernels.codes import Codes, dequantize, dynamic_map, quantize
+from lightning_peft.quantization.linear import QuantizedLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -87,7 +88,7 @@ def test_bits_per_weight(double_quantization, expected):
 @pytest.mark.parametrize("double_quantization", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_and_gradients_equal_a_dense_layer(dtype, double_quantization):
-    layer = NF4Linear.from_weight(
+    layer = QuantizedLinear.from_weight(
         random_weight(dtype=dtype),
         nn.Parameter(random_weight(1, 48, dtype)[0]),
         double_quantization=double_quantization,
@@ -104,13 +105,13 @@ def test_forward_and_gradients_equal_a_dense_layer(dtype, double_quantization):
 
 
 def test_gradient_matches_finite_differences():
-    layer = NF4Linear.from_weight(random_weight(8, 64), nn.Parameter(torch.randn(8, dtype=torch.float64)))
+    layer = QuantizedLinear.from_weight(random_weight(8, 64), nn.Parameter(torch.randn(8, dtype=torch.float64)))
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
 
 
 def test_dense_weight_is_never_saved_for_the_backward():
-    layer = NF4Linear.from_weight(random_weight(512, 1024))
+    layer = QuantizedLinear.from_weight(random_weight(512, 1024))
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def test_dense_weight_is_never_saved_for_the_backward():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, on any Function
 def test_compiled_layers_keep_no_dense_weight():
     model = nn.Sequential(
-        NF4Linear.from_weight(random_weight(256, 256)), NF4Linear.from_weight(random_weight(256, 256))
+        QuantizedLinear.from_weight(random_weight(256, 256)), QuantizedLinear.from_weight(random_weight(256, 256))
     )
     x = torch.randn(4, 256, requires_grad=True)
     saved: list[Tensor] = []
@@ -146,7 +147,7 @@ def test_compiled_layers_keep_no_dense_weight():
 
 
 def test_autocast_computes_in_its_dtype():
-    layer = NF4Linear.from_weight(random_weight())
+    layer = QuantizedLinear.from_weight(random_weight())
     x = random_weight(3, 256)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
@@ -157,7 +158,7 @@ def test_autocast_computes_in_its_dtype():
 
 @pytest.mark.parametrize("double_quantization", [True, False])
 def test_cast_leaves_the_statistics_alone(double_quantization):
-    layer = NF4Linear.from_weight(
+    layer = QuantizedLinear.from_weight(
         random_weight(), nn.Parameter(torch.ones(48)), double_quantization=double_quantization
     )
     before = copy.deepcopy(layer.codes)
@@ -169,8 +170,8 @@ def test_cast_leaves_the_statistics_alone(double_quantization):
 
 
 def test_meta_layer_has_the_shapes_of_a_filled_one():
-    empty = NF4Linear(256, 48, bias=True)
-    filled = NF4Linear.from_weight(random_weight(), nn.Parameter(torch.zeros(48)))
+    empty = QuantizedLinear(256, 48, bias=True)
+    filled = QuantizedLinear.from_weight(random_weight(), nn.Parameter(torch.zeros(48)))
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     shapes = [{name: (t.shape, t.dtype) for name, t in layer.state_dict().items()} for layer in (empty, filled)]
     assert shapes[0] == shapes[1]
@@ -179,27 +180,27 @@ def test_meta_layer_has_the_shapes_of_a_filled_one():
 
 
 def test_state_dict_round_trip_is_exact():
-    layer = NF4Linear.from_weight(random_weight())
-    other = NF4Linear(256, 48, device="cpu")
+    layer = QuantizedLinear.from_weight(random_weight())
+    other = QuantizedLinear(256, 48, device="cpu")
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.dequantize(), layer.dequantize())
 
 
 def test_only_the_bias_can_train():
-    layer = NF4Linear.from_weight(random_weight(), nn.Parameter(torch.zeros(48)))
+    layer = QuantizedLinear.from_weight(random_weight(), nn.Parameter(torch.zeros(48)))
     assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["bias"]
 
 
 def test_block_over_two_rows_is_refused():
     with pytest.raises(ValueError, match=r"block_size=64: in_features 96 .* \(block size 32 would fit\)"):
-        NF4Linear(96, 8)
+        QuantizedLinear(96, 8)
     with pytest.raises(ValueError, match="in_features 40 is no multiple of block size 64$"):
         quantize(torch.zeros(8, 40))
 
 
 def test_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"weight of shape \(4, 64\) for a layer of shape \(8, 64\)"):
-        NF4Linear(64, 8).load_dense_(torch.zeros(4, 64))
+        QuantizedLinear(64, 8).load_dense_(torch.zeros(4, 64))
 
 
 @pytest.mark.gpu

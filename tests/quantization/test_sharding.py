@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_peft.distributed import disconnect
 from lightning_peft.quantization.convert import weights_fingerprint
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.training.strategies import sharding_codes
 
 
@@ -16,7 +16,7 @@ class Block(nn.Module):
     def __init__(self, double_quantization: bool, seed: int):
         super().__init__()
         weight = torch.randn(30, 64, generator=torch.Generator().manual_seed(seed))
-        self.frozen = NF4Linear.from_weight(weight, double_quantization=double_quantization)
+        self.frozen = QuantizedLinear.from_weight(weight, double_quantization=double_quantization)
         self.trained = nn.Linear(30, 64, bias=False)
         with torch.no_grad():
             self.trained.weight.copy_(weight.t())

@@ -3,13 +3,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.weights import dense_weight, is_quantized, linear_shape, write_weight
 
 LAYERS = {
     "linear": lambda: nn.Linear(64, 24),
     "conv1d": lambda: Conv1D(24, 64),
-    "quantised": lambda: NF4Linear.from_weight(torch.randn(24, 64)),
+    "quantised": lambda: QuantizedLinear.from_weight(torch.randn(24, 64)),
 }
 
 
@@ -44,7 +44,7 @@ def test_quantised_weight_is_written_on_request_only():
     with pytest.raises(RuntimeError, match="nf4 layer cannot hold a merged weight exactly"):
         write_weight(layer, weight)
     write_weight(layer, weight, requantize=True)
-    assert torch.equal(dense_weight(layer), NF4Linear.from_weight(weight).dequantize())
+    assert torch.equal(dense_weight(layer), QuantizedLinear.from_weight(weight).dequantize())
 
 
 def test_write_weight_refuses_another_shape():

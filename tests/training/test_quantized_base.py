@@ -8,7 +8,7 @@ import torch
 from tiny_runs import plain_trainer, tiny_config, tiny_parts
 
 from lightning_peft.quantization.convert import weights_fingerprint
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.quantization.linear import QuantizedLinear
 
 VERIFIED = ["method=qlora", "quantization.verify=true"]
 
@@ -17,7 +17,7 @@ def test_start_states_bytes_bits_and_fingerprint(tmp_path, caplog):
     module, data = tiny_parts(tiny_config(tmp_path, *VERIFIED))
     with caplog.at_level(logging.INFO, logger="lightning_peft"):
         plain_trainer(max_steps=1).fit(module, datamodule=data)
-    layers = [layer for layer in module.model.modules() if isinstance(layer, NF4Linear)]
+    layers = [layer for layer in module.model.modules() if isinstance(layer, QuantizedLinear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     trained = sum(p.numel() for p in module.trainable_parameters())
     # Four bits a weight and eight a block of 64; fp32 a 256 of these and one mean a layer; AdamW keeps two fp32 states.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_peft.native import library as native_library
-from lightning_peft.native.library import compiled, library
+from lightning_peft.kernels.native import library as native_library
+from lightning_peft.kernels.native.library import compiled, library
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported() or shutil.which("g++") is None,
@@ -86,8 +86,8 @@ def test_threads_are_those_of_torch(tmp_path: Path) -> None:
     """A second OpenMP beside torch's would have the two compete for the cores."""
     program = """
 import os, torch
-from lightning_peft.models.cpu_attention import sample_attention
-from lightning_peft.native.library import library
+from lightning_peft.kernels.attention.operator import sample_attention
+from lightning_peft.kernels.native.library import library
 assert library() is not None
 torch.set_num_threads(3)
 x = torch.randn(1, 6, 64, 16).bfloat16()

@@ -1,4 +1,4 @@
-// Products of a frozen layer and of the low-rank adapter beside it: bf16, sums in fp32. Called by native/linear.py.
+// Products of a frozen layer and of the low-rank adapter beside it: bf16, sums in fp32. Called by kernels/products.py.
 #include <omp.h>
 
 #include "tiles.h"

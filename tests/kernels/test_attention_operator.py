@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_peft.models import cpu_attention, sample_groups
+from lightning_peft.kernels.attention import grouping, operator
+from lightning_peft.kernels.attention import native as native_attention
+from lightning_peft.kernels.attention.grouping import MAX_STRIP, MIN_STRIP
+from lightning_peft.kernels.native.library import library, without_kernels
 from lightning_peft.models.attention import varlen_attention
-from lightning_peft.models.sample_groups import MAX_STRIP, MIN_STRIP
-from lightning_peft.native import attention as native_attention
-from lightning_peft.native.library import library, without_kernels
 
 WIDTH = 2 * MAX_STRIP + 44
 
@@ -75,7 +75,7 @@ def without_kernel() -> Iterator[None]:
 def either(request: pytest.FixtureRequest) -> None:
     """Both implementations of bf16."""
     request.getfixturevalue(request.param)
-    chosen = cpu_attention.implementation(torch.empty(1, 1, 1, 16, dtype=torch.bfloat16))
+    chosen = operator.implementation(torch.empty(1, 1, 1, 16, dtype=torch.bfloat16))
     assert (chosen is native_attention) == (request.param == "kernel")
 
 
@@ -133,10 +133,10 @@ def test_what_is_not_a_number_is_passed_on() -> None:
 @pytest.fixture
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So little memory for scores that every strip is of the shortest."""
-    monkeypatch.setattr(sample_groups, "STRIP_BYTES", 4 * 6 * WIDTH * MIN_STRIP)
-    sample_groups.arrange.cache_clear()
+    monkeypatch.setattr(grouping, "STRIP_BYTES", 4 * 6 * WIDTH * MIN_STRIP)
+    grouping.arrange.cache_clear()
     yield
-    sample_groups.arrange.cache_clear()
+    grouping.arrange.cache_clear()
 
 
 @pytest.mark.usefixtures("small_strips")
@@ -147,7 +147,7 @@ def test_shortest_strips_equal_the_formula() -> None:
 @pytest.mark.usefixtures("without_kernel")
 def test_padding_of_a_group_reaches_no_gradient() -> None:
     bounds = [0, 40, 78, 114, 148, 180, 212, 241, 260, WIDTH, 2 * WIDTH]
-    arrangement = sample_groups.arrange(tuple(pairwise(bounds)), 6, None)
+    arrangement = grouping.arrange(tuple(pairwise(bounds)), 6, None)
     assert arrangement.num_slots > 2 * WIDTH
     assert max(errors(torch.float32, bounds, 0.25, None)) < 2e-6
     assert max(errors(torch.bfloat16, bounds, 0.25, None)) < 0.012

@@ -1,4 +1,4 @@
-// Cross entropy of bf16 logits and its gradient, in fp32 between them. Called by native/cross_entropy.py.
+// Cross entropy of bf16 logits and its gradient, in fp32 between them. Called by kernels/cross_entropy.py.
 #include <math.h>
 
 #include "vectors.h"

@@ -1,6 +1,6 @@
 """Causal attention over packed samples by matrix products of torch over strips of queries.
 
-A strip (models/sample_groups.py) is worth a few large products, which oneDNN runs near a core's peak, where torch's
+A strip (see `grouping`) is worth a few large products, which oneDNN runs near a core's peak, where torch's
 flash attention for CPUs multiplies small tiles at a quarter of it. Nothing of size T x T is ever held.
 
 A CPU without bf16 instructions emulates them, 4 to 9 times slower than fp32 (measured, AVX2), so there rows are
@@ -13,8 +13,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_peft.models.sample_groups import Arrangement, Group, Sample, Strip, arrange, most_samples, strip_length
-from lightning_peft.native.library import Scratch
+from lightning_peft.kernels.attention.grouping import (
+    Arrangement,
+    Group,
+    Sample,
+    Strip,
+    arrange,
+    most_samples,
+    strip_length,
+)
+from lightning_peft.kernels.native.library import Scratch
 
 PADDING_NORMALIZER = 1e30
 """Log normaliser of a query in the padding: its probabilities are zero."""

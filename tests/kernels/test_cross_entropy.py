@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_peft.native import cross_entropy
-from lightning_peft.native.library import library
+from lightning_peft.kernels import cross_entropy
+from lightning_peft.kernels.native.library import library
 
 
 @pytest.fixture(autouse=True)

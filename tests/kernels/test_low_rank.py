@@ -11,11 +11,12 @@ from torch._inductor.utils import run_and_get_code
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.adapters.adalora import AdaLoRALinear
-from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.dora import DoRALinear
-from lightning_peft.adapters.frozen_linear import DENSE, frozen_base, given
-from lightning_peft.adapters.lora import LoRALinear, add_low_rank
-from lightning_peft.quantization.nf4 import NF4Linear
+from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.kernels.frozen_linear import DENSE, given
+from lightning_peft.kernels.low_rank import add_low_rank
+from lightning_peft.quantization.frozen_base import frozen_base
+from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.training.compilation import missing_compiler
 
 KINDS = [LoRALinear, AdaLoRALinear, DoRALinear]
@@ -27,7 +28,7 @@ def adapted_layer(kind: type[Any], form: str, dropout: float = 0.0) -> Any:
     torch.manual_seed(0)
     base: nn.Module = nn.Linear(64, 24, bias="bias" in form, dtype=torch.float64)
     if not form.startswith("dense"):
-        base = NF4Linear.from_weight(base.weight.data, base.bias, kind=form.split()[0])
+        base = QuantizedLinear.from_weight(base.weight.data, base.bias, kind=form.split()[0])
     else:
         base.weight.requires_grad_(False)
     layer = kind(base, rank=4, alpha=6.8, dropout=dropout).double().train()
@@ -82,7 +83,7 @@ def test_vera_gives_the_same_over_a_base_run_before(quantized: bool) -> None:
     x = torch.randn(2, 3, 64, requires_grad=True)
     assert frozen_base(layer.base_layer, x) is not None
     wanted = [x, layer.vera_lambda_d, layer.vera_lambda_b]
-    outputs = [layer(x), Adapter.forward(layer, x)]
+    outputs = [layer(x), layer.adapted_output(x, layer.base_layer(x))]
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(*(torch.autograd.grad(output.square().sum(), wanted) for output in outputs))
 
@@ -95,7 +96,7 @@ def test_a_base_run_before_gives_the_same(kind: type[Any], form: str, dropout: f
     x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
     wanted = [x, *trained(layer).values()]
     results = []
-    for forward in (layer.forward, lambda x: Adapter.forward(layer, x)):
+    for forward in (layer.forward, lambda x: layer.adapted_output(x, layer.base_layer(x))):
         torch.manual_seed(1)
         output = forward(x)
         results.append([output, *torch.autograd.grad(output.square().sum(), wanted)])
@@ -111,7 +112,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_no_cast_weight() -> None:
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
         output = layer(x)
-        expected = Adapter.forward(layer, x)
+        expected = layer.adapted_output(x, layer.base_layer(x))
     assert output.dtype == torch.bfloat16
     # Two of bf16's half units: the base that is run before is rounded before.
     torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-7)

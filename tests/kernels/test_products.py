@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_peft.native import linear
-from lightning_peft.native.library import without_kernels
+from lightning_peft.kernels import products
+from lightning_peft.kernels.native.library import without_kernels
 
 
 @pytest.fixture(params=["products of torch", "kernels"])
 def either(request: pytest.FixtureRequest) -> Iterator[str]:
     name: str = request.param
-    if name == "kernels" and not linear.kernels_are_fastest():
+    if name == "kernels" and not products.kernels_are_fastest():
         pytest.skip("other products are faster here, or no compiler")
     with without_kernels() if name != "kernels" else nullcontext():
         yield name
@@ -56,7 +56,7 @@ def test_a_sum_is_rounded_once(
     if with_bias:
         expected += bias.double()
     matrices = [matrix.t().contiguous() if transposed else matrix for matrix in (weight, factor)]
-    assert linear.takes_sum(x, matrices[0], inner, transposed) == (either == "kernels")
+    assert products.takes_sum(x, matrices[0], inner, transposed) == (either == "kernels")
     arguments = x, matrices[0], inner, matrices[1], None, bias if with_bias else None, transposed
     output = torch.ops.lightning_peft.low_rank_sum(*arguments)
     # bf16 rounds by 2^-8 at most, 0.0017 in the mean of squares; torch adds the bias to what was rounded.
@@ -79,7 +79,7 @@ def test_a_change_below_the_products_rounding_is_kept(transposed: bool) -> None:
 
 
 def test_a_gain_below_the_products_rounding_is_kept_by_the_kernel() -> None:
-    if not linear.kernels_are_fastest():
+    if not products.kernels_are_fastest():
         pytest.skip("other products are faster here, or no compiler")
     x, weight, inner, factor, bias = drawn((512, 64), (128, 64), (512, 16), (128, 16), (128,))
     gain = 1 + torch.rand(128) / 1000
@@ -94,7 +94,7 @@ def test_a_gain_below_the_products_rounding_is_kept_by_the_kernel() -> None:
 def test_gradients_of_the_factors(shape: tuple[int, int, int, int], either: str, threads: int) -> None:
     rows, width, out, rank = shape
     grad, x, inner, B = drawn((rows, out), (rows, width), (rows, rank), (out, rank))
-    assert linear.takes_gradients(grad, x, inner) == (either == "kernels")
+    assert products.takes_gradients(grad, x, inner) == (either == "kernels")
     grad_inner, grad_A, grad_B = torch.ops.lightning_peft.low_rank_gradients(grad, x, inner, B)
     assert grad_inner.dtype == torch.bfloat16 and grad_A.dtype == grad_B.dtype == torch.float32
     assert grad_B.is_contiguous()
@@ -116,12 +116,12 @@ def test_dots_of_columns(shape: tuple[int, int], either: str, threads: int) -> N
 
 def test_few_rows_odd_widths_and_other_dtypes_are_left_to_torch() -> None:
     x, weight, inner = drawn((256, 64), (64, 48), (256, 16))
-    assert linear.takes_sum(x, weight, inner, False) == linear.kernels_are_fastest()
-    assert not linear.takes_sum(x[: linear.MIN_ROWS - 1], weight, inner, False)
-    assert not linear.takes_sum(x.float(), weight.float(), inner.float(), False)
-    assert not linear.takes_sum(x, weight[:, :40].contiguous(), inner, False)
-    assert not linear.takes_sum(x[:, :63], weight[:63], inner, False)
-    assert not linear.takes_gradients(x, x, torch.cat([inner] * 5, 1))
+    assert products.takes_sum(x, weight, inner, False) == products.kernels_are_fastest()
+    assert not products.takes_sum(x[: products.MIN_ROWS - 1], weight, inner, False)
+    assert not products.takes_sum(x.float(), weight.float(), inner.float(), False)
+    assert not products.takes_sum(x, weight[:, :40].contiguous(), inner, False)
+    assert not products.takes_sum(x[:, :63], weight[:63], inner, False)
+    assert not products.takes_gradients(x, x, torch.cat([inner] * 5, 1))
 
 
 def test_products_of_torch_are_those_of_the_operands_dtype() -> None:
@@ -134,7 +134,7 @@ def test_products_of_torch_are_those_of_the_operands_dtype() -> None:
     ("rows", "out", "threads", "parts"), [(2048, 1536, 2, 1), (2048, 576, 2, 2), (2048, 192, 16, 10), (200, 576, 8, 1)]
 )
 def test_every_thread_gets_as_many_panels(rows: int, out: int, threads: int, parts: int) -> None:
-    assert linear.parts_of(rows, out, threads) == parts
+    assert products.parts_of(rows, out, threads) == parts
 
 
 def test_the_compiler_is_told_the_shapes() -> None:

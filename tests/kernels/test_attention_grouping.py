@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_peft.models.sample_groups import (
+from lightning_peft.kernels.attention.grouping import (
     MAX_STRIP,
     MIN_STRIP,
     STRIP_BYTES,

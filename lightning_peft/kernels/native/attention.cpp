@@ -3,7 +3,7 @@
 //
 // A thread takes one sample and one key head, or a part of the query heads that share it, so it adds up the gradients
 // of keys and values alone. It goes over blocks of queries and of the keys they see; products leave out what the mask
-// hides in steps of a tile. Called by native/attention.py, which mirrors `View` and `Work`.
+// hides in steps of a tile. Called by kernels/attention/native.py, which mirrors `View` and `Work`.
 #include <math.h>
 #include <omp.h>
 

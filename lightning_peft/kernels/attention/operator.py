@@ -1,8 +1,8 @@
 """Causal attention over packed samples on a CPU, as operators.
 
-Operators of their own, so that the compiler keeps a block in one graph. What they keep for the backward pass has the
-dtype it came in. Two ways to compute them: for bf16 on a processor with AVX-512 a kernel in C++ (native/attention.py),
-two to three times as fast as the other, products of torch (models/strip_attention.py), which run anywhere.
+They are operators so that the compiler keeps a block in one graph. What they keep for the backward pass has the dtype
+it came in. Two implementations compute them: for bf16 on a processor with AVX-512 a kernel in C++ (`native`), two to
+three times as fast as the other, products of torch (`strips`), which run anywhere.
 """
 
 from typing import Any
@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.models import strip_attention
-from lightning_peft.models.sample_groups import find_samples
-from lightning_peft.native import attention as native_attention
+from lightning_peft.kernels.attention import native, strips
+from lightning_peft.kernels.attention.grouping import find_samples
 
 
 def implementation(query: Tensor) -> Any:
-    """The module whose `attend`, `attend_backward` and `scratch` compute attention of such heads."""
-    return native_attention if native_attention.takes(query) else strip_attention
+    """Return the module whose `attend`, `attend_backward` and `scratch` compute attention of these heads."""
+    return native if native.takes(query) else strips
 
 
 @torch.library.custom_op("lightning_peft::sample_attention", mutates_args=(), device_types="cpu")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.native.library import LANES, Scratch, address, kernels, library
+from lightning_peft.kernels.native.library import LANES, Scratch, address, kernels, library
 
 PANEL = 64
 """Columns of a panel, as tiles.h has it."""

@@ -1,4 +1,4 @@
-"""The compiled attention kernel (attention.cpp) on torch's tensors."""
+"""The compiled attention kernel (native/attention.cpp) on torch's tensors."""
 
 import ctypes
 from ctypes import byref, c_float, c_int, c_long, c_void_p
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft.native.library import LANES, Scratch, address, kernels, library
+from lightning_peft.kernels.native.library import LANES, Scratch, address, kernels, library
 
 NO_WINDOW = 2**30
 
@@ -40,7 +40,7 @@ class Split(NamedTuple):
 
 
 def takes(query: Tensor) -> bool:
-    """Whether the kernel computes attention of such heads on this machine; it is compiled if need be."""
+    """Return whether the kernel computes attention of these heads on this machine; compile it if need be."""
     return query.dtype == torch.bfloat16 and query.shape[-1] % LANES == 0 and library() is not None
 
 

@@ -1,0 +1,118 @@
+"""Cross entropy under a frozen output head, whose gradient is computed during the forward pass.
+
+A chunk of tokens at a time makes its logits, its loss and its gradient, so that memory is one chunk of logits. Loss and
+gradient of a chunk come from the compiled kernel (native/cross_entropy.cpp) or, anywhere, from torch.
+"""
+
+from collections.abc import Callable
+from ctypes import c_int, c_long
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_peft.kernels.native.library import LANES, address, kernels, library
+
+SOFTMAX_BYTES = 2**22
+"""fp32 probabilities taken at a time on a CPU without the kernel. Ours: a third of the time that whole chunks take."""
+
+LogitTransform = Callable[[Tensor], Tensor]
+
+torch.library.define("lightning_peft::cross_entropy_gradient_", "(Tensor(a!) logits, Tensor labels) -> Tensor")
+
+
+def takes(logits: Tensor) -> bool:
+    """Return whether there is a kernel for these logits on this machine."""
+    suits = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and logits.shape[1] % LANES == 0
+    return suits and library() is not None
+
+
+@torch.library.impl("lightning_peft::cross_entropy_gradient_", "CPU")
+def cross_entropy_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each row, (N,) fp32. logits (N, V) bf16 become its gradient; labels (N,) int64, below V."""
+    assert logits.is_contiguous() and logits.dtype == torch.bfloat16 and labels.dtype == torch.int64
+    rows, vocabulary = logits.shape
+    if labels.amin() < 0 or labels.amax() >= vocabulary:
+        raise IndexError(f"labels from {labels.amin()} to {labels.amax()}: must be in [0, {vocabulary})")
+    labels = labels.contiguous()
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    threads = c_int(torch.get_num_threads())
+    kernels().cross_entropy_gradient(
+        address(logits), address(labels), c_long(rows), c_long(vocabulary), address(losses), threads
+    )
+    return losses
+
+
+@torch.library.register_fake("lightning_peft::cross_entropy_gradient_")
+def _(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.new_empty(len(logits), dtype=torch.float32)
+
+
+def softmax_rows(vocabulary: int) -> int:
+    """Tokens whose softmax torch takes at a time on a CPU, so that its passes find them in the cache."""
+    return max(1, SOFTMAX_BYTES // (4 * vocabulary))
+
+
+def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, transform: LogitTransform | None) -> Tensor:
+    """Cross entropy summed over the rows of logits (N, V), which are overwritten by its gradient; labels (N, 1)."""
+    transformed = logits
+    if transform is not None:
+        leaf = logits.float().requires_grad_()
+        with torch.enable_grad():
+            transformed = transform(leaf)
+    values = transformed.detach()
+    probabilities = F.softmax(values, -1, dtype=torch.float32)
+    normalizers = values.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
+    loss = (normalizers - values.gather(1, labels)).sum()
+    # softmax - onehot in fp32: near a certain prediction the difference is below bf16's resolution.
+    gradient = probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1))
+    if transform is not None:
+        (gradient,) = torch.autograd.grad(transformed, leaf, gradient)
+    logits.copy_(gradient)
+    return loss
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross entropy of hidden (N, D) under a frozen head weight (V, D); gradient for hidden only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        transform: LogitTransform | None,
+    ) -> Tensor:
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        # In the weight's dtype: autocast does not reach a product with out=, and a layer norm under it gives fp32.
+        hidden = hidden.to(weight.dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Made once, written over by every chunk: a fresh tensor of this size costs the system a page fault per 4 KiB.
+        buffer = weight.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
+        rows = softmax_rows(weight.shape[0]) if hidden.device.type == "cpu" else chunk
+        for start in range(0, hidden.shape[0], chunk):
+            tokens = slice(start, start + chunk)
+            logits = buffer[: hidden[tokens].shape[0]]
+            if bias is None:
+                torch.mm(hidden[tokens], weight.t(), out=logits)
+            else:
+                torch.addmm(bias, hidden[tokens], weight.t(), out=logits)
+            # The compiler would copy what an operator writes over.
+            if transform is None and not torch.compiler.is_compiling() and takes(logits):
+                loss += torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens]).sum()
+            else:
+                for part, part_labels in zip(logits.split(rows), labels[tokens].split(rows), strict=True):
+                    loss += cross_entropy_with_gradient_(part, part_labels[:, None], transform)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[tokens])
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None, None, None

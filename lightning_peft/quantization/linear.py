@@ -1,0 +1,131 @@
+"""Frozen linear layers whose weight is stored as 4-bit or 8-bit codes."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.kernels.codes import ABSMAX_BLOCK, INT8, CodedMatmul, Codes, check_blocks, quantize
+
+
+class QuantizedLinear(nn.Module):
+    """y = x dequantised(W)^T + bias with W in 4-bit codes, kind "nf4" or "fp4"   (eq. 5 and 6), or 8-bit ones, "int8".
+
+    The codes and their absmax are frozen uint8 (absmax: fp32 unless quantised twice) parameters whose rows are the rows
+    of W, so FSDP2 shards them like any weight; the small rest are buffers every rank keeps. A layer starts without
+    values, on the meta device by default: `load_dense_` or `load_codes_` fills it.
+    """
+
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        kind: str = "nf4",
+        block_size: int = 64,
+        double_quantization: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = "meta",
+    ):
+        import bitsandbytes  # noqa: F401  registers the kernels; slow import, see the module docstring
+
+        super().__init__()
+        if kind == INT8:
+            block_size, double_quantization = in_features, False
+        if problem := check_blocks(in_features, block_size):
+            raise ValueError(f"quantization.block_size={block_size}: {problem}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kind = kind
+        self.block_size = block_size
+        self.double_quantization = double_quantization
+        self.dtype = dtype or torch.get_default_dtype()
+        """What the weight was before; follows `.to(dtype)`. The dtype of `dequantize`, while the forward has x's."""
+        blocks = in_features // block_size
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features // (1 if kind == INT8 else 2), dtype=torch.uint8, device=device),
+            requires_grad=False,
+        )
+        self.absmax = nn.Parameter(
+            torch.empty(
+                out_features, blocks, dtype=torch.uint8 if double_quantization else torch.float32, device=device
+            ),
+            requires_grad=False,
+        )
+        scales = math.ceil(out_features * blocks / ABSMAX_BLOCK)
+        self.register_buffer("absmax_scale", torch.empty(scales, device=device) if double_quantization else None)
+        self.register_buffer("absmax_offset", torch.empty((), device=device) if double_quantization else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
+        )
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: nn.Parameter | None = None,
+        kind: str = "nf4",
+        block_size: int = 64,
+        double_quantization: bool = True,
+    ) -> "QuantizedLinear":
+        """A layer holding the codes of a dense (out, in) weight, on its device; the bias is taken over as it is."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, False, kind, block_size, double_quantization)
+        layer.load_dense_(weight)
+        layer.bias = bias
+        return layer
+
+    def load_dense_(self, weight: Tensor) -> None:
+        """Hold the codes of a dense (out, in) weight, on the weight's device, and its dtype. Works on a meta layer."""
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"weight of shape {tuple(weight.shape)} for a layer of shape {(self.out_features, self.in_features)}"
+            )
+        self.load_codes_(quantize(weight, self.kind, self.block_size, self.double_quantization))
+        self.dtype = weight.dtype
+
+    def load_codes_(self, codes: Codes) -> None:
+        """Hold these codes, on their device."""
+        self.weight = nn.Parameter(codes.weight, requires_grad=False)
+        self.absmax = nn.Parameter(codes.absmax, requires_grad=False)
+        self.absmax_scale = codes.absmax_scale
+        self.absmax_offset = codes.absmax_offset
+
+    @property
+    def codes(self) -> Codes:
+        """What is stored, without copies."""
+        return Codes(self.weight, self.absmax, self.absmax_scale, self.absmax_offset)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A new dense (out, in) weight in `dtype`, by default the one the layer computes in."""
+        return torch.ops.lightning_peft.dequantize(*self.codes, self.kind, self.block_size, dtype or self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features) in x's dtype, or autocast's where that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return CodedMatmul.apply(x, *self.codes, self.bias, self.kind, self.block_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """As for every module, but a change of dtype leaves the fp32 statistics alone: they decide the weight."""
+        statistics = [tensor for tensor in self.codes[1:] if tensor is not None]
+
+        def keep_statistics(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype != tensor.dtype and any(tensor is kept for kept in statistics):
+                return tensor.to(applied.device)
+            return applied
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(keep_statistics, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"kind={self.kind}, block_size={self.block_size}, double_quantization={self.double_quantization}"
+        )
