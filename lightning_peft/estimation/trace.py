@@ -14,6 +14,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.recorder import Array, Held, Recorder, Segment, held_bytes
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.native.library import without_kernels
+from lightning_peft.objectives.logits import LogitPath
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.quantization.nf4 import NF4Linear, dynamic_map
 
@@ -80,6 +81,7 @@ def trace_step(
                 parameter.grad = torch.empty_like(parameter)
                 recorder.ignore(parameter.grad)
         objective.train()
+        objective.assume(LogitPath())
         with recorder.recording():
             recorder.mark("start")
             with torch.autocast("cpu", autocast) if autocast is not None else nullcontext():

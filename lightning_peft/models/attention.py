@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lightning_peft.models.blocks import decoder_of
 from lightning_peft.models.cpu_attention import sample_attention
 from lightning_peft.models.sample_groups import find_samples
 
@@ -189,4 +190,4 @@ def accept_packed_batches(model: PreTrainedModel) -> None:
             kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
         return args, kwargs
 
-    model.base_model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    decoder_of(model).register_forward_pre_hook(before_forward, with_kwargs=True)
