@@ -31,6 +31,17 @@ OPTIONS: dict[str, dict[str, object]] = {
     "falcon_h1": {**RECURRENT, "mamba_d_ssm": 128, "lm_head_multiplier": 0.25},
     "bamba": {**RECURRENT, "attn_layer_indices": [1]},
     "recurrent_gemma": {"num_key_value_heads": 1, "lru_width": 64, "block_types": ["recurrent", "attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba": {"state_size": 16, "time_step_rank": 16},
+    "mamba2": {
+        "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16, "expand": 2,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention"], "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
+        "n_groups": 1, "chunk_size": 16,
+    },
+    "rwkv": {"attention_hidden_size": 64, "context_length": 64},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 1]]},
     "qwen3_next": DELTA_NET,
     "qwen3_5_text": DELTA_NET,
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
