@@ -22,9 +22,9 @@ from transformers import (
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.gguf import GGUFFile
-from lightning_peft.models.gguf_conversion import GGUFSource, gguf_config, gguf_tokenizer, is_known
+from lightning_peft.models.gguf_conversion import GGUFSource, check_read, gguf_config, gguf_tokenizer, is_known
 from lightning_peft.models.random_weights import RandomWeights
-from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files
+from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
 from lightning_peft.models.streaming import (
     SafetensorsSource,
     WeightSource,
@@ -170,7 +170,8 @@ def _weight_source(location: Path) -> WeightSource | None:
     if location.suffix == ".gguf":
         file = GGUFFile(location)
         return GGUFSource(file) if is_known(file) else None
-    return SafetensorsSource(weight_files(location)) if weight_files(location) else None
+    files = weight_files(location)
+    return SafetensorsSource(files, weight_index(location)) if files else None
 
 
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -195,6 +196,7 @@ def _load_by_transformers(
             "%s is read by transformers, slower and with more memory: its family is not streamed", location.name
         )
         model = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
+        check_read(GGUFFile(location), model)
     else:
         if not config.allow_pickle:
             raise ValueError(
@@ -248,8 +250,9 @@ def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], m
             file = GGUFFile(location)
             yield from ((name, entry.shape, file.stored(name)) for name, entry in file.tensors.items())
         elif files := weight_files(location):
+            index = weight_index(location)
             for path in files:
-                yield from stored_tensors(path)
+                yield from (entry for entry in stored_tensors(path) if index.get(entry[0], path.name) == path.name)
         else:
             for path in location.glob("*.bin"):
                 data = map_file(path)

@@ -9,12 +9,12 @@ import json
 import logging
 import mmap
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,16 +42,27 @@ class WeightSource(Protocol):
 
 
 class SafetensorsSource:
-    """The tensors of one or more safetensors files. Raises ValueError for a file that is none."""
+    """The tensors of one or more safetensors files, each from the one that `index` names where it names one.
 
-    def __init__(self, paths: list[Path]):
-        self.files = {}
+    Raises ValueError for a file that is none, and for a tensor that two files hold and the index does not name.
+    """
+
+    def __init__(self, paths: list[Path], index: Mapping[str, str] | None = None):
+        self.files: dict[str, Any] = {}
+        held: dict[str, Path] = {}
         for path in paths:
             try:
                 file = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
-            self.files.update(dict.fromkeys(file.keys(), file))
+            for name in file.keys():
+                place = (index or {}).get(name)
+                if place is None and name in held:
+                    raise ValueError(f"model.path={path}: holds {name}, and so does {held[name].name}: delete one")
+                if place in (None, path.name):
+                    self.files[name], held[name] = file, path
+        if lacking := sorted((index or {}).keys() - self.files.keys()):
+            raise ValueError(f"model.path={paths[0].parent}: its index names {lacking[0]}, which no file holds")
 
     def names(self) -> list[str]:
         return list(self.files)
