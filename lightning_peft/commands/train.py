@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         compilation,
         weight_dtype(precision, trains_all(config)), config.seed,
     )  # fmt: skip
-    lineage = lineage_of(config, data.fingerprint)
+    lineage = lineage_of(config, data.fingerprint, precision)
 
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)
@@ -242,12 +242,13 @@ def check_model(config: TrainConfig) -> None:
         Console().print(describe_targets(targets, model))
 
 
-def lineage_of(config: TrainConfig, data_fingerprint: str) -> Lineage:
+def lineage_of(config: TrainConfig, data_fingerprint: str, precision: str) -> Lineage:
     return Lineage(
         base_fingerprint=source_fingerprint(config.model),
         base_name=model_name(config.model),
         method=config.adapter.method,
         quantization=config.quantization.kind.name,
+        precision=precision,
         config=plain(config),
         data_fingerprint=data_fingerprint,
     )
@@ -256,7 +257,8 @@ def lineage_of(config: TrainConfig, data_fingerprint: str) -> Lineage:
 def save_tuned(module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folder: Path, lineage: Lineage) -> None:
     """Write the adapter folder, or after full fine-tuning a whole model in its place."""
     if METHODS[module.adapter_config.method].layers:
-        save_adapter(module.model, module.adapter_config, folder, lineage.base_name, lineage)
+        added = tokenizer if module.model_config.new_tokens else None
+        save_adapter(module.model, module.adapter_config, folder, lineage.base_name, lineage, added)
         return
     state = whole_state(module.model)
     if distributed.rank() != 0:
