@@ -16,7 +16,7 @@ def plain_adapter(self: LoRALinear, x: Tensor) -> Tensor:
 
 def plain_loss(self: SupervisedLoss, batch: Batch) -> Tensor:
     """The logits of all tokens at once."""
-    hidden = self.model.base_model(**decoder_inputs(batch)).last_hidden_state
+    hidden = self.model.base_model(**decoder_inputs(self.model, batch)).last_hidden_state
     logits = self.model.get_output_embeddings()(hidden).float()
     labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")

@@ -41,6 +41,8 @@ class Lineage:
     """Key of `METHODS`; HF's file does not tell LoRA-FA from LoRA, and has no word for some methods."""
     quantization: str = "none"
     """How the base was quantised while the adapter was trained."""
+    precision: str | None = None
+    """What the run computed in, such as bf16-true; null where a folder does not say."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved config of the run, plain values only."""
     data_fingerprint: str | None = None

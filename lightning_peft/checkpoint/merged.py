@@ -18,9 +18,10 @@ from lightning_peft.adapters.inject import SHARED, adapters, disable_adapters
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.kernels.codes import INT8
+from lightning_peft.models.streaming import fp32_pattern
 from lightning_peft.quantization.convert import dequantized_linear
 from lightning_peft.quantization.linear import QuantizedLinear
-from lightning_peft.quantization.weights import dense_weight, write_weight
+from lightning_peft.quantization.weights import dense_weight, is_quantized, write_weight
 
 logger = logging.getLogger(__name__)
 
@@ -61,28 +62,31 @@ def merge(
     samples: Iterable[Tensor],
     config: MergeConfig | None = None,
     original: PreTrainedModel | None = None,
+    base_logits: list[Tensor] | None = None,
 ) -> Receipt:
     """Write `model` with its adapters merged to `output`, a folder `AutoModelForCausalLM.from_pretrained` loads.
 
     `samples` are token ids (B, T) without padding, on which the saved model is compared with the adapted one; their
-    logits are kept in memory. `original` is the base before quantisation, for `MergeBase.original`. Uses `model` and
-    `original` up. Raises NotMergeableError, and MergeError, with nothing left at `output`, when they differ too much.
+    logits are kept in memory. `original` is the base as its checkpoint stores it, which the change is then added to:
+    needed for `MergeBase.original`, and where the model was loaded in another dtype. `base_logits` are those of the
+    base on the samples, where disabling the adapters does not give it. Uses `model` and `original` up. Raises
+    NotMergeableError, and MergeError, with nothing left at `output`, when they differ too much.
     """
     config = config or MergeConfig()
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise MergeError(f"output={output}: exists already; give a new folder")
-    if (config.base is MergeBase.original) != (original is not None):
-        raise MergeError("merge.base=original needs the base before quantisation, and only it does")
+    if config.base is MergeBase.original and original is None:
+        raise MergeError("merge.base=original needs the base before quantisation")
     if config.base is MergeBase.requantised and any(getattr(m, "kind", None) == INT8 for m in model.modules()):
         raise MergeError("merge.base=requantised writes 4-bit layers, this base is int8; use merge.base=dequantised")
     for _, layer in adapters(model):
         layer.check_mergeable()
     device = model.device
-    comparison = Comparison(model, samples)
-    dtype = DTYPES[config.dtype] if config.dtype is not None else model.dtype
-    requantise = config.base is MergeBase.requantised
-    merged = _merged(model, original, dtype, requantise)
+    comparison = Comparison(model, samples, base_logits)
+    dtype = DTYPES[config.dtype] if config.dtype is not None else model.dtype if original is None else None
+    trained_in, requantise = model.dtype, config.base is MergeBase.requantised
+    merged = _merged(model, original, dtype, config.base)
     with atomic_folder(output) as partial:
         if requantise:
             # transformers reads 4-bit layers only with accelerate installed, so the codes are tried before saving.
@@ -91,7 +95,8 @@ def merge(
         else:
             save_model(merged, tokenizer, partial, dtype)
             merged.to_empty(device="meta")
-            saved: nn.Module = type(model).from_pretrained(partial, dtype=dtype)
+            compared = torch.promote_types(trained_in, dtype or merged.dtype)
+            saved: nn.Module = type(model).from_pretrained(partial, dtype=compared)
             receipt = comparison.receipt(saved.to(device))
         logger.info("%s", receipt)
         _check(receipt, config, output)
@@ -102,15 +107,18 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model without adapters and its tokenizer; 4-bit layers as bitsandbytes stores them.
 
-    Casts the model in place when it is not in `dtype` already. `state` holds its tensors where it is sharded itself.
+    Casts the model in place where it is not in `dtype` already, but for what its architecture keeps in fp32; without
+    a dtype every tensor keeps its own. `state` holds its tensors where it is sharded itself.
     """
-    plain: nn.Module = model
-    plain.to(dtype)
+    kept = fp32_pattern(model, dtype)
+    for name, parameter in model.named_parameters():
+        if dtype is not None and parameter.is_floating_point() and not (kept is not None and kept.search(name)):
+            parameter.data = parameter.data.to(dtype)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     coded = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
@@ -125,17 +133,20 @@ class Comparison:
     """Logits of an adapted model on sample text, kept to compare another model with."""
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, samples: Iterable[Tensor]):
+    def __init__(self, model: PreTrainedModel, samples: Iterable[Tensor], base_logits: list[Tensor] | None = None):
         model.eval()
         self.samples = [sample.to(model.device) for sample in samples]
         if not self.samples:
             raise MergeError("merge: no sample text to compare the merged model on")
         self.adapted: list[Tensor] = []
         self.effect = 0.0
-        for sample in self.samples:
-            logits = model(input_ids=sample).logits.float().cpu()
-            with disable_adapters(model) if next(adapters(model), None) is not None else nullcontext():
-                base = model(input_ids=sample).logits.float().cpu()
+        for number, sample in enumerate(self.samples):
+            logits = logits_of(model, sample)
+            if base_logits is not None:
+                base = base_logits[number]
+            else:
+                with disable_adapters(model) if next(adapters(model), None) is not None else nullcontext():
+                    base = logits_of(model, sample)
             self.effect += float((logits - base).double().square().sum())
             self.adapted.append(logits)
 
@@ -145,7 +156,7 @@ class Comparison:
         tokens = agreeing = 0
         largest = absolute = squared = kl = 0.0
         for sample, adapted in zip(self.samples, self.adapted, strict=True):
-            logits = merged(input_ids=sample).logits.float().cpu()
+            logits = logits_of(merged, sample)
             difference = (logits - adapted).abs()
             tokens += sample.numel()
             largest = max(largest, float(difference.max()))
@@ -157,6 +168,12 @@ class Comparison:
         return Receipt(largest, absolute / tokens, kl / tokens, agreeing / tokens, recovered, tokens)
 
 
+@torch.inference_mode()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """fp32 logits (B, T, V) of ids (B, T), on the host."""
+    return model(input_ids=ids).logits.float().cpu()
+
+
 def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
     """Sum over tokens of KL(adapted || merged) from logits (T, V). In fp64: fp32 would add about 1e-8 a token."""
     logs = merged.double().log_softmax(-1), adapted.double().log_softmax(-1)
@@ -165,44 +182,56 @@ def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
 
 @torch.no_grad()
 def _merged(
-    model: PreTrainedModel, original: PreTrainedModel | None, dtype: torch.dtype, requantise: bool
+    model: PreTrainedModel, original: PreTrainedModel | None, dtype: torch.dtype | None, base: MergeBase
 ) -> PreTrainedModel:
-    """The model without adapters, its weights the sum, dense unless `requantise`."""
+    """The model without adapters, or `original`, its weights the sum, dense unless requantised."""
     found = dict(adapters(model))
-    if original is not None and any(getattr(layer, "initial_A", None) is not None for layer in found.values()):
-        raise MergeError("merge.base=original: adapter.init rewrote the base; save the adapter, load it and merge that")
-    result = model if original is None else original
+    requantise = base is MergeBase.requantised
+    result = model if original is None or requantise else original
     inside = (*(f"{name}." for name in found), f"{SHARED}.")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     for name, layer in found.items():
         delta, delta_bias = layer.delta_weight(), layer.delta_bias()
-        target = layer.base_layer if original is None else original.get_submodule(name)
+        target = layer.base_layer if result is model else result.get_submodule(name)
         target = _writable(target, dtype, requantise)
-        write_weight(target, (dense_weight(target).float() + delta).to(_stored_dtype(target)), requantize=True)
+        start = dense_weight(target).float()
+        if result is model or is_quantized(layer.base_layer) and base is MergeBase.dequantised:
+            start = dense_weight(layer.base_layer).float()
+        elif getattr(layer, "initial_A", None) is not None:
+            # The change is to a base that the initialisation rewrote, this one is as published.
+            initial: Any = layer
+            delta = delta - initial.scaling * (initial.initial_B.float() @ initial.initial_A.float())
+        write_weight(target, (start + delta).to(_stored_dtype(target)), requantize=True)
         bias: Any = target.bias if hasattr(target, "bias") else None
-        if bias is not None and original is not None:
+        if bias is not None and result is not model:
             bias.copy_(layer.base_layer.bias)
         if delta_bias is not None:
             bias.copy_(bias.float() + delta_bias)
         result.set_submodule(name, target)
-    for name, layer in list(result.named_modules()):
-        if isinstance(layer, QuantizedLinear) and not requantise:
-            result.set_submodule(name, dequantized_linear(layer))
-    if original is not None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear) and not requantise and not name.startswith(inside):
+            dense = dequantized_linear(layer)
+            if result is model:
+                result.set_submodule(name, dense)
+            elif base is MergeBase.dequantised:
+                write_weight(result.get_submodule(name), dense_weight(dense))
+    if result is not model:
         for name, parameter in trained.items():
-            original.get_parameter(name).copy_(parameter)
+            target_parameter = result.get_parameter(name)
+            wider = torch.promote_types(target_parameter.dtype, dtype or target_parameter.dtype)
+            target_parameter.data = parameter.to(wider)
     if hasattr(result, SHARED):
         delattr(result, SHARED)
     return result
 
 
-def _writable(layer: nn.Module, dtype: torch.dtype, requantise: bool) -> nn.Module:
+def _writable(layer: nn.Module, dtype: torch.dtype | None, requantise: bool) -> nn.Module:
     """A layer that holds the sum with no rounding but the one to `dtype`, or to codes."""
     if isinstance(layer, QuantizedLinear):
         if requantise:
             return layer
         layer = dequantized_linear(layer)
-    return layer.to(torch.promote_types(_stored_dtype(layer), dtype))
+    return layer if dtype is None else layer.to(torch.promote_types(_stored_dtype(layer), dtype))
 
 
 def _stored_dtype(layer: nn.Module) -> torch.dtype:

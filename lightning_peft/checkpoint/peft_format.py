@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig
 from lightning_peft.adapters.init import plain_factors
@@ -48,10 +49,12 @@ def save_adapter(
     folder: Path,
     base_model_name: str | None = None,
     lineage: Lineage | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write the adapters of `model`, and the modules trained in full, as a folder that HF PEFT loads.
 
-    Layers whose initialisation rewrote the base become a LoRA of twice the rank on the untouched one. Replaces `folder`
+    `tokenizer` goes with it where it has tokens that the base's has not. Layers whose initialisation rewrote the base
+    become a LoRA of twice the rank on the untouched one. Replaces `folder`
     in one step; SaveError leaves it as it was. With several ranks every one must call this, as sharded tensors are
     gathered; rank zero writes.
     """
@@ -68,6 +71,8 @@ def save_adapter(
     with atomic_folder(Path(folder)) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(words, indent=2, sort_keys=True) + "\n")
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         if lineage is not None:
             write_lineage(replace(lineage, adapter_sha256=_sha256(partial / WEIGHTS_NAME)), partial)
 
@@ -98,6 +103,17 @@ def adapter_config_from_peft(folder: str | Path) -> AdapterConfig:
     """
     folder = Path(folder)
     return read_config(folder, read_words(folder), _read_shapes(folder))
+
+
+def changes_base(folder: Path) -> bool:
+    """Whether a folder carries more than adapters: trained modules, biases, embeddings, or a rewritten base.
+
+    Disabling the adapters of a model that has loaded it does not give the base back.
+    """
+    words, shapes = read_words(folder), _read_shapes(folder)
+    endings = tuple(f".{ending}" for ending in PEFT_METHODS[method_of(folder, words)].tensors)
+    beside = [name for name in shapes if name.startswith(PREFIX) and not name.endswith(endings)]
+    return bool(beside and endings) or words.get("init_lora_weights") in REWRITES_BASE
 
 
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What `evaluate`, `generate` and `merge` share: an adapter's own config, and its model on this machine."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -27,6 +28,9 @@ def saved_config(adapter_path: str | None) -> TrainConfig | None:
 def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelConfig, QuantizationConfig]:
     """Base model and quantisation: as given, else as trained."""
     saved = saved_config(adapter_path)
+    if model is not None and saved is not None and saved.model.new_tokens and not model.new_tokens:
+        logger.info("the adapter knows %d tokens more than its base: they are added", len(saved.model.new_tokens))
+        model = replace(model, new_tokens=saved.model.new_tokens)
     if model is None and saved is None:
         raise ValueError(f"adapter_path={adapter_path}: the folder does not say its base in our terms; give model=")
     quantization = saved.quantization if saved is not None else QuantizationConfig()
@@ -37,14 +41,39 @@ def inference_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def inference_dtype(adapter_path: str | None, precision: str) -> torch.dtype:
+    """dtype of `precision`; `auto` is the one the adapter was trained in, else this machine's.
+
+    Elsewhere the weights would be rounded otherwise, and 4-bit codes be others.
+    """
+    device = inference_device().type
+    here = resolve_precision(precision, device, has_fast_bf16(device), trains_all=False)
+    lineage = None if adapter_path is None else read_lineage(tuned_folder(adapter_path))
+    if lineage is None or lineage.precision is None:
+        return weight_dtype(here, trains_all=False)
+    trained = weight_dtype(lineage.precision, trains_all=False)
+    if trained is not weight_dtype(here, trains_all=False):
+        if precision == "auto":
+            logger.info("precision=%s, as the adapter was trained", lineage.precision)
+            return trained
+        logger.warning("precision=%s: the adapter was trained in %s, outputs differ", precision, lineage.precision)
+    return weight_dtype(here, trains_all=False)
+
+
+def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> PreTrainedModel:
+    """The model that an adapter was trained on, quantised as it was, without the adapter."""
+    base, quantization = base_of(adapter_path, model)
+    dtype = inference_dtype(adapter_path, precision)
+    return load_model(base, dtype, quantization, device=inference_device()).eval()
+
+
 def load_for_inference(
     adapter_path: str | None, model: ModelConfig | None, precision: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model, adapted where there is an adapter, and its tokenizer."""
     base, quantization = base_of(adapter_path, model)
     device = inference_device()
-    concrete = resolve_precision(precision, device.type, has_fast_bf16(device.type), trains_all=False)
-    dtype = weight_dtype(concrete, trains_all=False)
+    dtype = inference_dtype(adapter_path, precision)
     folder = None if adapter_path is None else tuned_folder(adapter_path)
     if folder is not None and is_whole_model(folder):
         base = ModelConfig(name="hf", path=str(folder))

@@ -12,7 +12,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import disable_adapters
-from lightning_peft.commands.adapted import load_for_inference, saved_config
+from lightning_peft.checkpoint.peft_format import changes_base
+from lightning_peft.commands.adapted import load_base, load_for_inference, saved_config
 from lightning_peft.config import EvaluateConfig, Scored
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.datamodule import SFTDataModule
@@ -41,6 +42,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.adapter_path is not None and is_whole_model(tuned_folder(config.adapter_path)):
         assert saved is not None, "a run of full fine-tuning has its config"
         base, _ = load_for_inference(None, saved.model, config.precision)
+    elif config.adapter_path is not None and config.models is not Scored.adapter:
+        if changes_base(tuned_folder(config.adapter_path)):
+            base = load_base(config.adapter_path, config.model, config.precision)
     questions = [messages[:-1] for _, messages in found]
     rows = [row | named(messages) for row, messages in found]
 

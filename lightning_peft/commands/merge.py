@@ -7,14 +7,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.merge_config import MergeBase
-from lightning_peft.checkpoint.merged import MergeError, Receipt
+from lightning_peft.checkpoint.merged import MergeError, Receipt, logits_of
 from lightning_peft.checkpoint.merged import merge as write_merged
-from lightning_peft.commands.adapted import base_of, inference_device, load_for_inference, saved_config
+from lightning_peft.checkpoint.peft_format import changes_base
+from lightning_peft.commands.adapted import base_of, inference_device, load_base, load_for_inference, saved_config
 from lightning_peft.config import MergeCommandConfig, TrainConfig
 from lightning_peft.data.chat import encode
 from lightning_peft.data.formats import Message
 from lightning_peft.data.samples import read_conversations
-from lightning_peft.models.loading import load_model
+from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.models.loading import load_model, load_tokenizer, stored_dtypes
 
 SAMPLES = 16
 """Conversations the merged model is compared on."""
@@ -36,15 +38,29 @@ def merge(config: MergeCommandConfig) -> Receipt:
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise MergeError(f"output={output}: exists already; give a new folder")
+    folder = tuned_folder(config.adapter_path)
+    is_adapter = not is_whole_model(folder)
+    base_logits = logits_of_base(config) if is_adapter and changes_base(folder) else None
     model, tokenizer = load_for_inference(config.adapter_path, config.model, "auto")
     samples = sample_ids(saved_config(config.adapter_path), tokenizer)
     original = None
-    if config.merge.base is MergeBase.original:
-        base, _ = base_of(config.adapter_path, config.model)
-        original = load_model(base, model.dtype, device=inference_device())
-    receipt = write_merged(model, tokenizer, output, samples, config.merge, original)
+    base, _ = base_of(config.adapter_path, config.model)
+    stored = stored_dtypes(base) if is_adapter else None
+    rounded = config.merge.base is MergeBase.dequantised and stored is not None and stored != {model.dtype}
+    if config.merge.base is MergeBase.original or rounded:
+        # Not rounded through the dtype that the run computed in.
+        original = load_model(base, None if stored is not None else model.dtype, device=inference_device())
+    receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
     print(f"{output}: {receipt}")
     return receipt
+
+
+def logits_of_base(config: MergeCommandConfig) -> list[Tensor]:
+    """What the base says to the samples, for an adapter that has written over parts of it."""
+    base, _ = base_of(config.adapter_path, config.model)
+    samples = sample_ids(saved_config(config.adapter_path), load_tokenizer(base))
+    model = load_base(config.adapter_path, config.model, "auto")
+    return [logits_of(model, sample.to(model.device)) for sample in samples]
 
 
 def sample_ids(saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast) -> list[Tensor]:

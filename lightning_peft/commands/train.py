@@ -131,7 +131,7 @@ def train_prepared(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
         config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed,
     )  # fmt: skip
-    lineage = lineage_of(config, content)
+    lineage = lineage_of(config, content, plan.precision)
 
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)
@@ -238,12 +238,13 @@ def check_model(config: TrainConfig) -> None:
         Console().print(describe_targets(targets, model))
 
 
-def lineage_of(config: TrainConfig, content: dict[str, str]) -> Lineage:
+def lineage_of(config: TrainConfig, content: dict[str, str], precision: str) -> Lineage:
     return Lineage(
         base_fingerprint=content["base weights"],
         base_name=model_name(config.model),
         method=config.adapter.method,
         quantization=config.quantization.kind.name,
+        precision=precision,
         config=plain(config),
         data_fingerprint=content["training rows"],
     )
@@ -252,7 +253,8 @@ def lineage_of(config: TrainConfig, content: dict[str, str]) -> Lineage:
 def save_tuned(module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folder: Path, lineage: Lineage) -> None:
     """Write the adapter folder, or after full fine-tuning a whole model in its place."""
     if METHODS[module.adapter_config.method].layers:
-        save_adapter(module.model, module.adapter_config, folder, lineage.base_name, lineage)
+        added = tokenizer if module.model_config.new_tokens else None
+        save_adapter(module.model, module.adapter_config, folder, lineage.base_name, lineage, added)
         return
     state = whole_state(module.model)
     if distributed.rank() != 0:

@@ -15,6 +15,7 @@ from lightning_peft.estimation.recorder import Array, Held, Recorder, Segment, h
 from lightning_peft.kernels.codes import dynamic_map
 from lightning_peft.kernels.native.library import without_kernels
 from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.objectives.logits import LogitPath
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.quantization.linear import QuantizedLinear
 
@@ -81,6 +82,7 @@ def trace_step(
                 parameter.grad = torch.empty_like(parameter)
                 recorder.ignore(parameter.grad)
         objective.train()
+        objective.assume(LogitPath())
         with recorder.recording():
             recorder.mark("start")
             with torch.autocast("cpu", autocast) if autocast is not None else nullcontext():

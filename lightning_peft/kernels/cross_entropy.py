@@ -105,7 +105,11 @@ class FrozenHeadLoss(torch.autograd.Function):
                 loss += torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens]).sum()
             else:
                 for part, part_labels in zip(logits.split(rows), labels[tokens].split(rows), strict=True):
-                    loss += cross_entropy_with_gradient_(part, part_labels[:, None], transform)
+                    if grad_hidden is None:
+                        values = part.float() if transform is None else transform(part.float())
+                        loss += F.cross_entropy(values, part_labels, reduction="sum")
+                    else:
+                        loss += cross_entropy_with_gradient_(part, part_labels[:, None], transform)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[tokens])
         if grad_hidden is not None:

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lightning_peft.kernels.attention.grouping import find_samples
 from lightning_peft.kernels.attention.operator import sample_attention
+from lightning_peft.models.blocks import decoder_of
 
 logger = logging.getLogger(__name__)
 
@@ -189,4 +190,4 @@ def accept_packed_batches(model: PreTrainedModel) -> None:
             kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
         return args, kwargs
 
-    model.base_model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    decoder_of(model).register_forward_pre_hook(before_forward, with_kwargs=True)

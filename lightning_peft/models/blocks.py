@@ -4,6 +4,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that makes hidden states of tokens, without the head; the model itself where
+    it has no such part."""
+    base: nn.Module = model.base_model
+    if base is not model:
+        return base
+    # Llama 4's class looks for its decoder under a name that only its multimodal wrapper has.
+    embeddings = model.get_input_embeddings()
+    return next((child for child in model.children() if embeddings in list(child.modules())[1:]), model)
+
+
 def block_names(model: PreTrainedModel) -> list[str]:
     """Names of the decoder layers in order, by the class names transformers keeps on one device; [] if it has none."""
     classes = set(model._no_split_modules or ())

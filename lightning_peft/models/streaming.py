@@ -9,12 +9,12 @@ import json
 import logging
 import mmap
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,16 +42,27 @@ class WeightSource(Protocol):
 
 
 class SafetensorsSource:
-    """The tensors of one or more safetensors files. Raises ValueError for a file that is none."""
+    """The tensors of one or more safetensors files, each from the one that `index` names where it names one.
 
-    def __init__(self, paths: list[Path]):
-        self.files = {}
+    Raises ValueError for a file that is none, and for a tensor that two files hold and the index does not name.
+    """
+
+    def __init__(self, paths: list[Path], index: Mapping[str, str] | None = None):
+        self.files: dict[str, Any] = {}
+        held: dict[str, Path] = {}
         for path in paths:
             try:
                 file = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
-            self.files.update(dict.fromkeys(file.keys(), file))
+            for name in file.keys():
+                place = (index or {}).get(name)
+                if place is None and name in held:
+                    raise ValueError(f"model.path={path}: holds {name}, and so does {held[name].name}: delete one")
+                if place in (None, path.name):
+                    self.files[name], held[name] = file, path
+        if lacking := sorted((index or {}).keys() - self.files.keys()):
+            raise ValueError(f"model.path={paths[0].parent}: its index names {lacking[0]}, which no file holds")
 
     def names(self) -> list[str]:
         return list(self.files)
@@ -70,6 +81,16 @@ def map_file(path: Path) -> memoryview:
 
 def stored_tensors(path: Path) -> Iterator[tuple[str, list[int], memoryview]]:
     """Name, shape and mapped bytes of every tensor in a safetensors file, by its header."""
+    for name, entry, data in _entries(path):
+        yield name, entry["shape"], data
+
+
+def stored_kinds(path: Path) -> set[str]:
+    """Safetensors' names of the dtypes in a file."""
+    return {entry["dtype"] for _, entry, _ in _entries(path)}
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
     data = map_file(path)
     start = 8 + int.from_bytes(data[:8], "little")
     try:
@@ -77,7 +98,7 @@ def stored_tensors(path: Path) -> Iterator[tuple[str, list[int], memoryview]]:
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                yield name, entry["shape"], data[start + begin : start + end]
+                yield name, entry, data[start + begin : start + end]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
 
@@ -103,11 +124,11 @@ def parameters_on_meta() -> Iterator[None]:
 def stream_weights(
     model: PreTrainedModel,
     source: WeightSource,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device,
     quantization: QuantizationConfig | None = None,
 ) -> Iterator[str]:
-    """Fill a model built under `parameters_on_meta`, in `dtype` on `device`, part by part.
+    """Fill a model built under `parameters_on_meta`, in `dtype` on `device`, part by part; without a dtype, as stored.
 
     Yields "" once all outside the transformer blocks is filled and tied weights are tied, then the name of each block
     once it is filled; a part is read when it is asked for. Renames and fused parameters follow transformers' conversion
@@ -129,7 +150,7 @@ def stream_weights(
     fp32_names = fp32_pattern(model, dtype)
     optional = model._keys_to_ignore_on_load_missing or []
 
-    def dtype_of(name: str) -> torch.dtype:
+    def dtype_of(name: str) -> torch.dtype | None:
         return torch.float32 if fp32_names is not None and fp32_names.search(name) else dtype
 
     def place(name: str, tensor: Tensor) -> None:
@@ -146,9 +167,10 @@ def stream_weights(
 
     def convert(converter: Converter) -> None:
         for name, tensor in converter():
-            place(name, tensor.to(dtype_of(name)) if tensor.is_floating_point() else tensor)
+            place(name, tensor.to(dtype_of(name) or tensor.dtype) if tensor.is_floating_point() else tensor)
 
     def read_codes(name: str, keys: set[str]) -> None:
+        assert dtype is not None, "codes are computed with in some dtype"
         put_bitsandbytes_layer(model, name, {key: source.read(key, None) for key in keys}, dtype, device)
         missing.difference_update({f"{name}.weight", *keys})
 
@@ -235,8 +257,10 @@ def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=trains))
 
 
-def fp32_pattern(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+def fp32_pattern(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:
     """Names of the parameters this architecture keeps in fp32, such as routing biases."""
+    if dtype is None:
+        return None
     names = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
     if dtype == torch.float16:
         names |= set(model._keep_in_fp32_modules or ())

@@ -8,27 +8,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_peft.data.batch import Batch
-from lightning_peft.objectives.linear_cross_entropy import LogitTransform, linear_cross_entropy
+from lightning_peft.models.attention import VARLEN
+from lightning_peft.models.blocks import decoder_of
+from lightning_peft.objectives.linear_cross_entropy import linear_cross_entropy
+from lightning_peft.objectives.logits import LogitPath, find_logit_path, own_inputs
 
 
-def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
-    """What a model family does to its logits after the head: Gemma's softcap, Cohere's and Granite's scales."""
-    config = model.config.get_text_config()
-    if cap := getattr(config, "final_logit_softcapping", None):
-        return lambda logits: cap * torch.tanh(logits / cap)
-    if scale := getattr(config, "logit_scale", None):
-        return lambda logits: logits * scale
-    if divisor := getattr(config, "logits_scaling", None):
-        return lambda logits: logits / divisor
-    return None
+def decoder_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """Keyword arguments with which a decoder keeps the packed samples of a batch apart.
 
-
-def decoder_inputs(batch: Batch) -> dict[str, Any]:
-    """Keyword arguments with which a decoder keeps the packed samples of a batch apart."""
-    return {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "use_cache": False,
+    Where samples begin is said only where a row holds several, or to the attention that goes by it: a decoder that
+    cannot keep samples apart must not be told that there are some.
+    """
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    rows = batch.input_ids.shape[0]
+    if batch.cu_seqlens.numel() - 1 == rows and model.config._attn_implementation != VARLEN:
+        return inputs
+    return inputs | {
         "cu_seq_lens_q": batch.cu_seqlens,
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
@@ -37,28 +33,60 @@ def decoder_inputs(batch: Batch) -> dict[str, Any]:
 
 
 class SupervisedLoss(nn.Module):
-    """Model and loss in one forward, so that a sharded model's head is gathered when the loss reads it."""
+    """Model and loss in one forward, so that a sharded model's head is gathered when the loss reads it.
+
+    The first forward checks how the model makes its logits. Where that is not rebuilt here, the loss is the cross
+    entropy of the model's own.
+    """
 
     model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.transform = logit_transform(model)
+        self.logit_path: LogitPath | None = None
+        """How logits come of hidden states; None before the first forward, and where the model's own are taken."""
+        self.is_checked = False
+
+    def assume(self, path: LogitPath) -> None:
+        """Take this path unchecked, for a model without values."""
+        self.logit_path, self.is_checked = path, True
+
+    def check(self, batch: Batch) -> None:
+        """See on the batch's first tokens how the model makes its logits; the first forward does it by itself."""
+        self.logit_path = find_logit_path(self.model, batch.input_ids, self._row_inputs)
+        self.is_checked = True
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's `num_supervised` tokens, fp32 scalar.
 
         Position t is scored on the label at t + 1; a packed sample's first label is -100, so none predicts the next.
         """
-        hidden = self.model.base_model(**decoder_inputs(batch)).last_hidden_state
+        if not self.is_checked:
+            self.check(batch)
         next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100).reshape(-1)
         # The count is known from the collation, so the device is not asked for it.
         positions = torch.nonzero_static(next_labels != -100, size=batch.num_supervised).squeeze(1)
+        labels = next_labels.index_select(0, positions)
+        if self.logit_path is None:
+            packed = batch.cu_seqlens.numel() - 1 > batch.input_ids.shape[0]
+            inputs = decoder_inputs(self.model, batch) if packed else own_inputs(batch.input_ids)
+            logits = self.model(**inputs).logits
+            chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, positions)
+            return F.cross_entropy(chosen.float(), labels, reduction="sum")
+        hidden = decoder_of(self.model)(**decoder_inputs(self.model, batch)).last_hidden_state
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
         return linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions),
-            next_labels.index_select(0, positions),
+            chosen if self.logit_path.scaled is None else self.logit_path.scaled(chosen),
+            labels,
             self.model.get_output_embeddings(),
             self.model.config.get_text_config().vocab_size,
-            self.transform,
+            self.logit_path.transform,
         )
+
+    def _row_inputs(self, ids: Tensor) -> dict[str, Any]:
+        """The decoder's arguments for rows of ids (B, T) that are one sample each."""
+        rows, width = ids.shape
+        bounds = torch.arange(0, (rows + 1) * width, width, dtype=torch.int32, device=ids.device)
+        places = torch.arange(width, device=ids.device).expand(rows, width)
+        return decoder_inputs(self.model, Batch(ids, ids, places, bounds, width, ids.numel(), 0))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
-from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
     parts: list[nn.Module] = {
         Compilation.none: lambda: [],
         Compilation.blocks: lambda: list(transformer_blocks(model)),
-        Compilation.full: lambda: [model.base_model],
+        Compilation.full: lambda: [decoder_of(model)],
     }[mode]()
     # Blocks share their code, and ranks that differ by block are compiled each: none may fall back unnoticed.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(parts) + 8)

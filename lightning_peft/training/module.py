@@ -224,7 +224,9 @@ class FinetuneModule(LightningModule):
             if data is None:
                 raise ValueError(f"adapter.init={init} looks at activations: call trainer.fit with datamodule=")
             batches = [move_data_to_device(b, model.device) for b in data.first_batches(EVA_BATCHES)]
-            ranks = initialize_from_activations(model, map(decoder_inputs, batches), self.adapter_config.eva_rho)
+            ranks = initialize_from_activations(
+                model, (decoder_inputs(model, batch) for batch in batches), self.adapter_config.eva_rho
+            )
             logger.info("adapter.init=%s: ranks %d to %d", init, min(ranks.values()), max(ranks.values()))
 
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -54,6 +54,7 @@ class AttentionOutputs(TorchDispatchMode):
 def saved_bytes(objective: SupervisedLoss, batch: Batch, mode: str) -> int:
     """Bytes of the storages that autograd or a checkpoint keeps after the forward pass, weights and batch left out."""
     saved: list[torch.Tensor] = []
+    objective.check(batch)
 
     def keep_arguments(block, args, kwargs):
         # A checkpoint keeps the arguments to call the block again: rotary tables are among them.
@@ -105,6 +106,7 @@ def test_flops_are_those_torch_counts_in_a_real_step(method, mode):
         ),
     }
     objective, batch = real_objective(*words), real_batch()
+    objective.check(batch)
     with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         objective(batch).backward()
     assert traced.flops == counter.get_total_flops()

@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from families import small_model
 
-from lightning_peft.inference.generate import common_prefix, generate_batch, generate_stream
+from lightning_peft.inference.generate import (
+    Batching,
+    choose_batching,
+    common_prefix,
+    generate_batch,
+    generate_stream,
+)
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
@@ -28,6 +35,8 @@ def greedy_alone(model, tokenizer, prompt, count):
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         ids.append(int(logits.argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
     return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
@@ -44,6 +53,27 @@ def test_batch_without_a_common_prefix_equals_each_prompt_alone(model, tokenizer
     assert common_prefix(prompts) == 0
     answers = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=8))
     assert answers == [greedy_alone(model, tokenizer, prompt, 8) for prompt in prompts]
+
+
+WINDOWS = ["mistral", "gemma2", "gemma3_text", "gpt_oss", "gpt_neo"]
+RECURRENT = ["mamba", "mamba2", "lfm2", "falcon_h1", "bamba", "nemotron_h", "recurrent_gemma", "qwen3_next", "rwkv"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt", *WINDOWS, *RECURRENT])
+def test_every_family_answers_in_a_batch_as_alone(family, tokenizer):
+    """Prompts are longer than the window of 5, unlike in length, and share a beginning."""
+    model = small_model(family)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 90, (5, 30), generator=generator).tolist()
+    prompts = [ids[0][:12] + row[:length] for row, length in zip(ids, (3, 11, 20, 7, 11), strict=True)]
+    answers = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=8))
+    assert answers == [greedy_alone(model, tokenizer, prompt, 8) for prompt in prompts]
+
+
+def test_the_shared_prefix_is_kept_where_the_cache_can_be_repeated(model):
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 9, 10, 11]]
+    assert choose_batching(model, prompts, 0).batching is Batching.shared_prefix
+    assert choose_batching(small_model("mistral"), prompts, 0).batching is Batching.left_padding
 
 
 def test_stream_gives_the_answer_of_the_batch(model, tokenizer):

@@ -19,6 +19,41 @@ SIZES = {
 FAMILIES = ["llama", "qwen2", "gpt2", "mistral", "gemma2", "gpt_neox", "phi3"]
 
 
+RECURRENT = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16,
+    "mamba_expand": 2,
+}  # fmt: skip
+DELTA_NET = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+OPTIONS: dict[str, dict[str, object]] = {
+    "falcon_h1": {**RECURRENT, "mamba_d_ssm": 128, "lm_head_multiplier": 0.25},
+    "bamba": {**RECURRENT, "attn_layer_indices": [1]},
+    "recurrent_gemma": {"num_key_value_heads": 1, "lru_width": 64, "block_types": ["recurrent", "attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba": {"state_size": 16, "time_step_rank": 16},
+    "mamba2": {
+        "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16, "expand": 2,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention"], "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
+        "n_groups": 1, "chunk_size": 16,
+    },
+    "rwkv": {"attention_hidden_size": 64, "context_length": 64},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 1]]},
+    "qwen3_next": DELTA_NET,
+    "qwen3_5_text": DELTA_NET,
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
+    "llama4_text": {"intermediate_size_mlp": 96, "moe_layers": [1], "no_rope_layers": [1, 0]},
+    "minicpm3": {
+        "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+}  # fmt: skip
+"""What a family's configuration needs beside the sizes."""
+
+
 def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrainedModel:
     """A two-layer model with weights large enough for attention to matter, in fp32 and eval mode.
 
@@ -26,12 +61,13 @@ def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrained
     """
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
-    values = {name: value for name, value in SIZES.items() if hasattr(default, name)} | options
+    values = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    values |= {**OPTIONS.get(model_type, {}), **options}
     try:
         config = config_class(**values)
     except (TypeError, AttributeError, ValueError):
         config = config_class(**{name: value for name, value in values.items() if name != "head_dim"})
-    if kinds := list(dict.fromkeys(getattr(default, "layer_types", None) or [])):
+    if model_type not in OPTIONS and (kinds := list(dict.fromkeys(getattr(default, "layer_types", None) or []))):
         config = config_class(**values, layer_types=(kinds * 2)[:2])
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -1,4 +1,5 @@
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,13 @@ from lightning_peft.models.source import ModelConfig, locate
 IDS = torch.arange(3, 35)[None]
 
 
-def write_gguf(path: Path, model: PreTrainedModel, kind: GGMLQuantizationType) -> None:
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    kind: GGMLQuantizationType,
+    scaling: Callable[[GGUFWriter], None] | None = None,
+    **more: np.ndarray,
+) -> None:
     """The model as llama.cpp would store it: rotary pairs of llama's q and k side by side, matrices quantised."""
     config, architecture = model.config, model.config.model_type
     writer = GGUFWriter(path, architecture)
@@ -35,11 +42,15 @@ def write_gguf(path: Path, model: PreTrainedModel, kind: GGMLQuantizationType) -
     for name, tensor in model.state_dict().items():
         module = name.split(".")[-2]
         if architecture == "llama" and module in heads:
-            tensor = tensor.reshape(heads[module], 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+            tensor = tensor.reshape(heads[module], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         stored = GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
         data = gguf.quants.quantize(tensor.numpy(), stored)
         raw_dtype = stored if stored == GGMLQuantizationType.BF16 or data.dtype == np.uint8 else None
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=raw_dtype)
+    for name, values in more.items():
+        writer.add_tensor(name.replace("__", "."), values)
+    if scaling is not None:
+        scaling(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -156,3 +167,84 @@ def test_embedded_model_equals_transformers() -> None:
         ids = reference(text)["input_ids"]
         assert tokenizer(text)["input_ids"] == ids
         assert torch.equal(model(torch.tensor([ids])).logits, expected(torch.tensor([ids])).logits)
+
+
+def scaled_llama(**parameters: object) -> PreTrainedModel:
+    return small_model("llama", rope_parameters={"rope_theta": 10000.0, **parameters}, max_position_embeddings=512)
+
+
+def difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
+    ids = torch.randint(3, 90, (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return float((model(ids).logits - other(ids).logits).abs().max())
+
+
+def loaded(path: Path) -> PreTrainedModel:
+    return load_model(ModelConfig("hf", str(path), attention="sdpa"), torch.float32)
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+UNLIKE = np.linspace(1, 7, 8, dtype=np.float32)
+
+
+def llama3_factors() -> np.ndarray:
+    """As llama.cpp's converter writes them."""
+    factors = []
+    for frequency in 10000.0 ** -(np.arange(0, 16, 2) / 16):
+        wavelength = 2 * np.pi / frequency
+        smooth = (64 / wavelength - 1) / (4 - 1)
+        between = 1 / ((1 - smooth) / 8 + smooth)
+        factors.append(1 if wavelength < 64 / 4 else 8 if wavelength > 64 else between)
+    return np.array(factors, dtype=np.float32)
+
+
+def test_llama3_factors_are_read(tmp_path: Path) -> None:
+    original = scaled_llama(**LLAMA3)
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, rope_freqs__weight=llama3_factors())
+    model = loaded(tmp_path / "m.gguf")
+    assert model.config.rope_parameters == original.config.rope_parameters
+    assert difference(model, original) < 1e-4 < difference(model, scaled_llama(rope_type="default"))
+
+
+def test_other_factors_of_frequencies_are_read(tmp_path: Path) -> None:
+    original = scaled_llama(rope_type="default")
+    rope = original.model.rotary_emb
+    rope.inv_freq = rope.inv_freq / torch.from_numpy(UNLIKE)
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, rope_freqs__weight=UNLIKE)
+    assert difference(loaded(tmp_path / "m.gguf"), original) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaled_positions_are_read(kind: str, tmp_path: Path) -> None:
+    more = {"original_max_position_embeddings": 128} if kind == "yarn" else {}
+    original = scaled_llama(rope_type=kind, factor=4.0, **more)
+
+    def scaling(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType[kind.upper()])
+        writer.add_rope_scaling_factor(4.0)
+        if more:
+            writer.add_rope_scaling_orig_ctx_len(128)
+
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, scaling)
+    model = loaded(tmp_path / "m.gguf")
+    assert difference(model, original) < 1e-4 < difference(model, scaled_llama(rope_type="default"))
+
+
+def test_biases_of_llama_are_read(tmp_path: Path) -> None:
+    original = small_model("llama", attention_bias=True, mlp_bias=True)
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32)
+    model = loaded(tmp_path / "m.gguf")
+    torch.testing.assert_close(model(IDS).logits, original(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_transformers_would_pass_over_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", small_model("llama"), GGMLQuantizationType.F32, extra__weight=UNLIKE)
+    with pytest.raises(ValueError, match="does not read 1 of its tensors, such as extra.weight"):
+        loaded(tmp_path / "m.gguf")

@@ -295,3 +295,51 @@ def test_peak_memory_is_the_model_and_one_tensor(kind: str, large_folder: Path) 
     assert measured["peak"] < measured["model"] + largest + 300e6
     if kind == "nf4":
         assert measured["model"] < 0.4e9 + 2 * largest
+
+
+def two_saves(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model saved in few files over one that was saved in more."""
+    right, older = small_model("llama"), small_model("llama", seed=1)
+    older.save_pretrained(folder, max_shard_size="40KB")
+    right.save_pretrained(folder / "few", max_shard_size="150KB")
+    for path in (folder / "few").iterdir():
+        path.rename(folder / path.name)
+    return right, older
+
+
+def test_the_index_says_which_files_count(tmp_path: Path) -> None:
+    right, _ = two_saves(tmp_path)
+    assert len(set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values())) > 1
+    model = load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+    assert all(torch.equal(tensor, right.state_dict()[name]) for name, tensor in model.state_dict().items())
+    right.save_pretrained(tmp_path / "alone", max_shard_size="150KB")
+    alone = ModelConfig("hf", str(tmp_path / "alone"))
+    assert source_fingerprint(ModelConfig("hf", str(tmp_path))) == source_fingerprint(alone)
+
+
+def test_files_of_other_names_are_read_by_the_index(tmp_path: Path) -> None:
+    model = small_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {n: f.replace("model-", "part_") for n, f in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    for file in tmp_path.glob("model-*.safetensors"):
+        file.rename(tmp_path / file.name.replace("model-", "part_"))
+    loaded = load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_shards_of_two_saves_without_an_index_are_refused(tmp_path: Path) -> None:
+    two_saves(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match="not one whole set"):
+        load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+
+
+def test_a_file_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    small_model("llama").save_pretrained(tmp_path, max_shard_size="50KB")
+    (tmp_path / "model-00002-of-00003.safetensors").unlink(missing_ok=True)
+    min(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="names model-.*, which is not there"):
+        load_model(ModelConfig("hf", str(tmp_path)), torch.float32)

@@ -1,0 +1,167 @@
+"""How a model makes logits of its decoder's hidden states, read off its own forward pass.
+
+The loss runs decoder and head apart, so that logits are never held whole. What else lies between them - softcaps,
+scales, multipliers, another layer - is no matter of three attribute names: the model runs once on a few tokens, with
+numbers put in the head's place, and what comes out is compared with what is rebuilt here.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_peft.models.blocks import decoder_of
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[[Tensor], Tensor]
+
+PROBED_TOKENS = 64
+"""Tokens of a batch's first row that the model is run on."""
+LARGEST_LOGIT = 60.0
+"""Head outputs put in go from minus this to this: far into any softcap."""
+
+
+class LogitPath(NamedTuple):
+    """logits = transform(head(scaled(hidden))); None stands for no change."""
+
+    scaled: Function | None = None
+    """Before the head."""
+    transform: Function | None = None
+    """After it."""
+
+
+class Observed(NamedTuple):
+    """One forward pass of the model."""
+
+    head_input: Tensor
+    head_output: Tensor
+    """(1, T, V), numbers that were put in the place of the head's own."""
+    logits: Tensor
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Difference that rounding explains, as a share of the largest value."""
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 2**-5
+
+
+def own_inputs(input_ids: Tensor) -> dict[str, Any]:
+    """Arguments of the model's own forward pass on rows that are one sample each."""
+    return {"input_ids": input_ids, "use_cache": False}
+
+
+@torch.no_grad()
+def find_logit_path(
+    model: PreTrainedModel, input_ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]
+) -> LogitPath | None:
+    """The path of `model`, from a row of token ids (1, T); None, with a logged line, where it is not rebuilt here.
+
+    `decoder_inputs` makes the decoder's arguments of one row. The model is run twice, in eval mode.
+    """
+    ids = input_ids[:1, :PROBED_TOKENS]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            path = _find(model, ids, decoder_inputs)
+    finally:
+        for module in training:
+            module.training = True
+    if isinstance(path, LogitPath):
+        return path
+    logger.warning(
+        "%s %s: the loss takes the model's own logits, which needs the memory of all of them",
+        type(model).__name__,
+        path,
+    )
+    return None
+
+
+def _find(model: PreTrainedModel, ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]) -> LogitPath | str:
+    """The path, or in words what the model does otherwise."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return "names no output head"
+    decoder = decoder_of(model)
+    hidden = None if decoder is model else getattr(decoder(**decoder_inputs(ids)), "last_hidden_state", None)
+    if hidden is None:
+        return "has no decoder that gives hidden states"
+    seen = observe(model, head, own_inputs(ids))
+    if seen is None:
+        return "runs its output head other than once"
+    if seen.head_input.shape != hidden.shape:
+        return f"feeds its head {tuple(seen.head_input.shape)} where the decoder gives {tuple(hidden.shape)}"
+    if seen.logits.shape != seen.head_output.shape:
+        return "changes the shape of its head's output"
+    scaled = next((f for f in scalings(model) if is_same(apply(f, hidden), seen.head_input)), None)
+    if scaled is None:
+        return "changes hidden states before its head"
+    candidates = [*scalings(model), *softcaps(model)]
+    transform = next((f for f in candidates if is_same(apply(f, seen.head_output), seen.logits)), None)
+    if transform is None:
+        return "changes logits after its head in a way not known here"
+    return LogitPath(scaled[0], transform[0])
+
+
+def observe(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Any]) -> Observed | None:
+    """A forward pass with the head's output replaced by numbers from -LARGEST_LOGIT to LARGEST_LOGIT."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        numbers = torch.linspace(-LARGEST_LOGIT, LARGEST_LOGIT, output.shape[-1], device=output.device)
+        put_in = numbers.to(output.dtype).expand(output.shape).clone()
+        calls.append((args[0], put_in.clone()))
+        return put_in
+
+    hook = head.register_forward_hook(replace)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        hook.remove()
+    return Observed(*calls[0], logits) if len(calls) == 1 else None
+
+
+Candidate = tuple[Function | None]
+"""A function, or none; in a tuple, so that finding none differs from not finding."""
+
+
+def scalings(model: PreTrainedModel) -> Iterator[Candidate]:
+    """No change, and products and quotients with every number of the model's configuration."""
+    yield (None,)
+    for value in numbers(model):
+        yield (partial(torch.mul, other=value),)
+        yield (partial(torch.div, other=value),)
+
+
+def softcaps(model: PreTrainedModel) -> Iterator[Candidate]:
+    for cap in numbers(model):
+        yield (partial(softcap, cap),)
+
+
+def softcap(cap: float, logits: Tensor) -> Tensor:
+    return cap * torch.tanh(logits / cap)
+
+
+def numbers(model: PreTrainedModel) -> list[float]:
+    """Numbers other than 0 and 1 that the configuration holds or derives, and attributes of model and decoder."""
+    config = model.config.get_text_config()
+    derived = {name: getattr(config, name, None) for name, x in vars(type(config)).items() if isinstance(x, property)}
+    places = [config.to_dict(), derived, vars(model), vars(decoder_of(model))]
+    found = [value for place in places for value in place.values()]
+    return sorted({float(v) for v in found if type(v) in (int, float) and v not in (0, 1)})
+
+
+def apply(candidate: Candidate, x: Tensor) -> Tensor:
+    (function,) = candidate
+    return x if function is None else function(x.float())
+
+
+def is_same(rebuilt: Tensor, own: Tensor) -> bool:
+    """Whether the tensors agree but for rounding, by the median over tokens: in 16 bits, experts may be chosen anew."""
+    size = own.float().abs().amax(-1).clamp(min=1e-12)
+    difference = (rebuilt.float() - own.float()).abs().amax(-1) / size
+    return bool(difference.median() <= tolerance(own.dtype))
