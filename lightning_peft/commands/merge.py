@@ -12,7 +12,7 @@ from lightning_peft.checkpoint.merged import merge as write_merged
 from lightning_peft.commands.adapted import base_of, inference_device, load_for_inference, saved_config
 from lightning_peft.config import MergeCommandConfig, TrainConfig
 from lightning_peft.data.chat import encode
-from lightning_peft.data.formats import Message
+from lightning_peft.data.conversation import Message
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.models.loading import load_model
 

@@ -5,6 +5,7 @@ one chunk of logits; only supervised tokens reach the head at all.
 """
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def softmax_rows(vocabulary: int) -> int:
 
 
 def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, transform: LogitTransform | None) -> Tensor:
-    """Cross entropy summed over the rows of logits (N, V), which are overwritten by its gradient; labels (N, 1)."""
+    """Cross entropy (N, 1) of the rows of logits (N, V), which are overwritten by its gradient; labels (N, 1)."""
     transformed = logits
     if transform is not None:
         leaf = logits.float().requires_grad_()
@@ -42,13 +43,18 @@ def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, transform: Logi
     values = transformed.detach()
     probabilities = F.softmax(values, -1, dtype=torch.float32)
     normalizers = values.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
-    loss = (normalizers - values.gather(1, labels)).sum()
+    loss = normalizers - values.gather(1, labels)
     # softmax - onehot in fp32: near a certain prediction the difference is below bf16's resolution.
     gradient = probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1))
     if transform is not None:
         (gradient,) = torch.autograd.grad(transformed, leaf, gradient)
     logits.copy_(gradient)
     return loss
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of losses (N,), each times its weight."""
+    return losses.sum() if weights is None else losses @ weights
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -63,6 +69,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         labels: Tensor,
         chunk: int,
         transform: LogitTransform | None,
+        weights: Tensor | None,
     ) -> Tensor:
         loss = hidden.new_zeros((), dtype=torch.float32)
         # Of the weight's dtype: autocast does not reach a product with out=, and a layer norm under it gives fp32.
@@ -80,12 +87,18 @@ class FrozenHeadLoss(torch.autograd.Function):
                 torch.addmm(bias, hidden[tokens], weight.t(), out=logits)
             # The compiler would copy what an operator writes over.
             if transform is None and not torch.compiler.is_compiling() and native_loss.takes(logits):
-                loss += torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens]).sum()
+                token_losses = torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens])
+                loss += weighted_sum(token_losses, None if weights is None else weights[tokens])
             else:
-                for part, part_labels in zip(logits.split(rows), labels[tokens].split(rows), strict=True):
-                    loss += cross_entropy_with_gradient_(part, part_labels[:, None], transform)
+                for place in range(start, start + logits.shape[0], rows):
+                    part = slice(place, min(place + rows, start + logits.shape[0]))
+                    part_logits = logits[place - start : part.stop - start]
+                    token_losses = cross_entropy_with_gradient_(part_logits, labels[part][:, None], transform)
+                    loss += weighted_sum(token_losses.squeeze(1), None if weights is None else weights[part])
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[tokens])
+                if weights is not None:
+                    grad_hidden[tokens] *= weights[tokens, None].to(grad_hidden.dtype)
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return loss
@@ -93,15 +106,21 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None, None, None
+        return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: LogitTransform | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    vocabulary: int,
+    transform: LogitTransform | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy summed over tokens, fp32 scalar.
 
-    hidden (N, D) and labels (N,) int64, already shifted and without ignored positions. `head` is any module from D to
+    hidden (N, D) and labels (N,) int64, already shifted and without ignored positions; weights (N,) fp32 multiply the
+    tokens' losses. `head` is any module from D to
     V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; a
     trained, adapted or quantised one recomputes its chunks in the backward pass.
     """
@@ -109,14 +128,20 @@ def linear_cross_entropy(
     if hidden.shape[0] == 0:
         return hidden.sum().float()
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, chunk, transform)
+        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, chunk, transform, weights)
 
-    def chunk_loss(chunk_hidden: Tensor, chunk_labels: Tensor) -> Tensor:
+    def chunk_loss(chunk_hidden: Tensor, chunk_labels: Tensor, chunk_weights: Tensor | None) -> Tensor:
         logits = head(chunk_hidden).float()
-        return F.cross_entropy(transform(logits) if transform else logits, chunk_labels, reduction="sum")
+        logits = transform(logits) if transform else logits
+        if chunk_weights is None:
+            return F.cross_entropy(logits, chunk_labels, reduction="sum")
+        return F.cross_entropy(logits, chunk_labels, reduction="none") @ chunk_weights
 
-    losses = [
-        checkpoint(chunk_loss, chunk_hidden, chunk_labels, use_reentrant=False)
-        for chunk_hidden, chunk_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    ]
+    chunks = zip(
+        hidden.split(chunk),
+        labels.split(chunk),
+        repeat(None) if weights is None else weights.split(chunk),
+        strict=False,
+    )
+    losses = [checkpoint(chunk_loss, *parts, use_reentrant=False) for parts in chunks]
     return torch.stack(losses).sum()

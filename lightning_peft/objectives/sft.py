@@ -47,7 +47,7 @@ class SupervisedLoss(nn.Module):
         self.transform = logit_transform(model)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Loss summed over the batch's `num_supervised` tokens, fp32 scalar.
+        """Loss summed over the batch's `num_supervised` tokens, each times its weight, fp32 scalar.
 
         Position t is scored on the label at t + 1; a packed sample's first label is -100, so none predicts the next.
         """
@@ -55,10 +55,14 @@ class SupervisedLoss(nn.Module):
         next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100).reshape(-1)
         # The count is known from the collation, so the device is not asked for it.
         positions = torch.nonzero_static(next_labels != -100, size=batch.num_supervised).squeeze(1)
+        weights = None
+        if batch.weights is not None:
+            weights = F.pad(batch.weights[:, 1:], (0, 1)).reshape(-1).index_select(0, positions)
         return linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions),
             next_labels.index_select(0, positions),
             self.model.get_output_embeddings(),
             self.model.config.get_text_config().vocab_size,
             self.transform,
+            weights,
         )
