@@ -16,8 +16,8 @@ from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.commands.adapted import load_base, load_for_inference, saved_config
 from lightning_peft.config import EvaluateConfig, Scored
 from lightning_peft.data.config import DataConfig
+from lightning_peft.data.conversation import Message
 from lightning_peft.data.datamodule import SFTDataModule
-from lightning_peft.data.formats import Message
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.runner import Scores, score, with_shots
 from lightning_peft.evaluation.tasks import TASKS, Row, Task

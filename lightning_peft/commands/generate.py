@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.config import GenerateConfig
 from lightning_peft.data.chat import encode_prompt
-from lightning_peft.data.formats import Message
+from lightning_peft.data.conversation import Message
 from lightning_peft.inference.generate import generate_batch, generate_stream
 
 

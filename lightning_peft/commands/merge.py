@@ -13,7 +13,7 @@ from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.commands.adapted import base_of, inference_device, load_base, load_for_inference, saved_config
 from lightning_peft.config import MergeCommandConfig, TrainConfig
 from lightning_peft.data.chat import encode
-from lightning_peft.data.formats import Message
+from lightning_peft.data.conversation import Message
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, stored_dtypes

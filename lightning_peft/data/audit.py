@@ -1,6 +1,6 @@
 """What is checked and counted before the first step, so that a run does not train on nothing for hours."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rich.text import Text
@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
-from lightning_peft.data.formats import BadRow
+from lightning_peft.data.conversation import BadRow
+from lightning_peft.data.rendering import Kind
 
 SHOWN_BAD_ROWS = 3
 
@@ -31,12 +32,26 @@ class Audit:
     tokens: int = 0
     supervised: int = 0
     """Tokens with a label."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Those tokens by what they are: answer, reasoning, tool_call, end."""
+    listed: dict[str, int] = field(default_factory=dict)
+    """Rows that have a column, or a key of a turn, which nobody reads and which holds an id, a score or the like."""
+    own_turns: int = 0
+    """Turns with a sample of their own, as the chat template writes them otherwise once the conversation goes on."""
+    lost_turns: int = 0
+    """Samples left out as their prompt fills `data.max_length`, of conversations that have others."""
     truncated: int = 0
-    """Answers cut at `data.max_length`."""
+    """Samples with trained tokens cut at `data.max_length`."""
+    lost: int = 0
+    """Tokens that were to be trained and are cut."""
     skipped_long: int = 0
     split_long: int = 0
     ended: int = 0
-    """Samples whose end token is trained."""
+    """Samples with an end token that is trained."""
+    repeated: int = 0
+    """Samples that are copies of an earlier one."""
+    seen_in_training: int = 0
+    """Validation samples that are training samples as well."""
     packing_fill: float | None = None
     """Share of tokens that are not padding, without packing None."""
 
@@ -45,12 +60,20 @@ class Audit:
         if len(self.bad_row_messages) < SHOWN_BAD_ROWS:
             self.bad_row_messages.append(str(error))
 
-    def count_sample(self, sample: Encoded) -> None:
+    def count_listed(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.listed[name] = self.listed.get(name, 0) + 1
+
+    def count_sample(self, sample: Encoded, kinds: bytes) -> None:
+        """kinds: a `Kind` for each token, as the labels have them."""
         self.samples += 1
-        self.tokens += len(sample.input_ids)
-        self.supervised += len(sample.labels) - sample.labels.count(IGNORED_LABEL)
+        self.tokens += len(kinds)
+        self.supervised += len(kinds) - kinds.count(Kind.none)
+        for kind in (Kind.answer, Kind.reasoning, Kind.tool_call, Kind.end):
+            if count := kinds.count(kind):
+                self.kinds[kind.name] = self.kinds.get(kind.name, 0) + count
         self.truncated += sample.truncated
-        self.ended += sample.ends
+        self.ended += Kind.end in kinds
 
     def lines(self) -> list[str]:
         """The counts in words."""
@@ -59,6 +82,17 @@ class Audit:
             f"{self.samples:,} samples of {self.rows:,} rows, {self.tokens:,} tokens, "
             f"{self.supervised:,} of them trained ({share:.1%})"
         ]
+        if set(self.kinds) - {Kind.answer.name, Kind.end.name}:
+            parts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.kinds.items())
+            lines.append(f"trained tokens: {parts}")
+        if self.own_turns:
+            lines.append(
+                f"{self.own_turns:,} turns are samples of their own: the chat template rewrites them when the "
+                "conversation goes on, and each is trained as it is generated"
+            )
+        if self.listed:
+            names = ", ".join(f"{name} ({count:,} rows)" for name, count in self.listed.items())
+            lines.append(f"not read: {names}")
         if self.packing_fill is not None:
             lines.append(f"packed rows are {self.packing_fill:.1%} full")
         return lines
@@ -70,11 +104,23 @@ class Audit:
             first = "; ".join(self.bad_row_messages)
             lines.append(f"{self.bad_rows:,} of {self.rows:,} rows are skipped (data.on_bad_row=skip): {first}")
         if self.truncated:
-            lines.append(f"{self.truncated:,} answers are cut at data.max_length, their end is not trained")
+            lines.append(
+                f"{self.truncated:,} answers are cut at data.max_length: {self.lost:,} of their tokens and their end "
+                "are not trained"
+            )
+        if self.lost_turns:
+            lines.append(f"{self.lost_turns:,} turns are left out, their prompts alone fill data.max_length")
         if self.skipped_long:
             lines.append(f"{self.skipped_long:,} rows over data.max_length are skipped (data.on_too_long=skip)")
         if self.split_long:
             lines.append(f"{self.split_long:,} rows over data.max_length are split into several samples")
+        if self.repeated:
+            lines.append(f"{self.repeated:,} of {self.samples:,} samples are copies of an earlier one")
+        if self.seen_in_training:
+            lines.append(
+                f"{self.seen_in_training:,} of {self.samples:,} samples are training samples as well: their loss says "
+                "nothing of unseen rows"
+            )
         if self.samples and not self.ended:
             reason = (
                 "every answer is cut at data.max_length"
@@ -95,10 +141,10 @@ def check_sample(sample: Encoded, origin: str, tokenizer: PreTrainedTokenizerBas
         )
     if all(label == IGNORED_LABEL for label in sample.labels):
         if sample.truncated:
-            raise BadRow(
+            raise BadRow.because(
                 origin,
-                "an answer that begins before data.max_length",
-                f"a prompt of {len(sample.input_ids)} tokens or more (raise data.max_length, or data.on_too_long=skip)",
+                f"expected an answer that begins before data.max_length, got a prompt of {len(sample.input_ids)} "
+                "tokens or more (raise data.max_length, or data.on_too_long=skip)",
             )
         raise BadRow(origin, "at least one token to train", tokenizer.decode(sample.input_ids))
 

@@ -31,3 +31,12 @@ class Batch:
     """Tokens that are not padding."""
     num_supervised: int
     """Labels that are not -100."""
+    weights: Tensor | None = None
+    """(B, T) fp32, the factor of each label's loss; None where all are 1."""
+    weight_sum: float | None = None
+    """Sum of `weights` over the labels that are not -100; None without weights."""
+
+    @property
+    def loss_weight(self) -> float:
+        """What the summed loss is to be divided by: labels, each counted by its weight."""
+        return self.num_supervised if self.weight_sum is None else self.weight_sum

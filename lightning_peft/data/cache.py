@@ -19,14 +19,15 @@ from enum import Enum
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit
-from lightning_peft.data.chat import log_layout
 from lightning_peft.data.config import DataConfig, Format
 from lightning_peft.data.samples import Samples, make_samples
 from lightning_peft.data.sources import rows_identity
+from lightning_peft.data.template import log_layout
 from lightning_peft.user_cache import user_cache
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBas
     decides = {
         "split": split,
         "rows": rows_identity(config, split),
-        "options": {name: value.value if isinstance(value, Enum) else value for name, value in options.items()},
+        "options": options,
         "tokenizer": [
             type(tokenizer).__name__,
             tokenizer.chat_template,
@@ -98,7 +99,14 @@ def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBas
         "code": _code_digest(),
         "versions": [platform.python_version(), *(version(library) for library in LIBRARIES)],
     }
-    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
+    text = json.dumps(decides, sort_keys=True, default=_choice)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _choice(option: Any) -> Any:
+    if isinstance(option, Enum):
+        return option.value
+    raise TypeError(f"{option!r} is no option")
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,46 +1,21 @@
 """From messages to tokens and labels, by the tokenizer's own chat template.
 
-Labels are set on assistant turns only: from the end of the generation prompt through the turn's end token. The spans
-come from rendering, not from `{% generation %}` marks in the template, which few templates have; a conversation
-is tokenised once, as a whole.
+Labels are set on assistant turns only: from the end of the generation prompt through the turn's end tokens. A text is
+tokenised once, as a whole; `rendering` says which texts a conversation becomes and where its turns are.
 """
 
-import logging
-import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.batch import IGNORED_LABEL
-from lightning_peft.data.formats import TEXT_ROLE, Message
-
-log = logging.getLogger(__name__)
-
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
-    "{% elif message.role == 'user' %}{{ 'User: ' + message.content + '\\n' }}"
-    "{% else %}{{ 'Assistant: ' + message.content + eos_token + '\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-"""For tokenizers that bring no chat template."""
-
-TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Today, for the templates that write it: one day for every start of a run, and for training and generation. It is the
-one that Llama 3's templates fall back to."""
-
-_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
-
-_MARK = "\ue000"  # private use: stands in for an assistant turn while its place in the rendering is looked for
-
-
-class ChatTemplateError(ValueError):
-    """A chat template from which trained and untrained parts cannot be told, or that refuses a conversation."""
+from lightning_peft.data.config import DataConfig, Layout
+from lightning_peft.data.conversation import TEXT_ROLE, Message
+from lightning_peft.data.rendering import ConversationRenderer, Kind, Rendered, Rules, Span
+from lightning_peft.data.template import ChatTemplate, template_of
 
 
 @dataclass
@@ -52,81 +27,181 @@ class Encoded:
     ends: bool
     """The last token trained is an end token: generation learns to stop."""
     truncated: bool = False
-    """Its end was cut off at `data.max_length`."""
+    """Trained tokens were cut off at `data.max_length`."""
+    kinds: bytes | None = field(default=None, compare=False)
+    """A `Kind` for each token, none where it is not trained."""
+    weights: list[float] | None = None
+    """Factor of each token's loss; None where all are 1."""
+
+
+Outcome = list[Encoded] | Exception
+"""The samples of a conversation, or what is wrong with it."""
+
+
+def rules_of(config: DataConfig) -> Rules:
+    """What of a conversation is trained under the options."""
+    kinds = frozenset(Kind[part.value] for part in config.train_on) | {Kind.end}
+    return Rules(kinds, config.train_on_last_turn, config.reasoning)
+
+
+class Encoder:
+    """Turns conversations of any format into samples, and beginnings of conversations into prompts."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rules: Rules | None = None,
+        layout: Layout = Layout.chat,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._rules = rules or Rules()
+        self._layout = layout
+        self._template_options = template_options
+        self._chat: ConversationRenderer | None = None
+        self._labeller = _Labeller(tokenizer, self._rules.train_on)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template that conversations are laid out by. Raises `ChatTemplateError`."""
+        return template_of(self._tokenizer, self._template_options)
+
+    @property
+    def renderer(self) -> ConversationRenderer:
+        """Of the tokenizer's chat template. Raises `ChatTemplateError`, ValueError for a tokenizer without offsets."""
+        if self._chat is None:
+            if not self._tokenizer.is_fast:
+                raise ValueError(f"{type(self._tokenizer).__name__} gives no character offsets; a fast one is needed")
+            special = special_tokens(self._tokenizer)
+            added = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
+            self._chat = ConversationRenderer(self.template, special, added, self._rules)
+        return self._chat
+
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Outcome]:
+        """Samples of each conversation, or the error that it raises; together, because that is faster.
+
+        Raises `ChatTemplateError` where the chat template can take no conversation at all.
+        """
+        texts = {i for i, messages in enumerate(conversations) if messages[0].role == TEXT_ROLE}
+        if self._layout is Layout.chat and len(texts) < len(conversations):
+            renderer = self.renderer
+        rendered: dict[int, list[Rendered]] = {}
+        outcomes: dict[int, Outcome] = {}
+        for index, messages in enumerate(conversations):
+            if index in texts:
+                continue
+            try:
+                whole = raw_text(messages, self._tokenizer) if self._layout is Layout.raw else None
+                rendered[index] = renderer(messages) if whole is None else [whole]
+            except (ValueError, TypeError, RecursionError) as error:
+                outcomes[index] = error
+        outcomes |= self._together(list(rendered), lambda some: self._label([rendered[index] for index in some]))
+        plain = self._together(sorted(texts), lambda some: self._texts([conversations[i][0].content for i in some]))
+        return [(outcomes | plain)[index] for index in range(len(conversations))]
+
+    def _together(self, indices: list[int], work: Callable[[list[int]], Iterable[Outcome]]) -> dict[int, Outcome]:
+        """`work` on all of them at once, or one by one where one of them fails."""
+        try:
+            return dict(zip(indices, work(indices), strict=True)) if indices else {}
+        except Exception as error:  # the tokenizer raises what it likes, from Rust too
+            if len(indices) == 1:
+                return {indices[0]: error}
+        return {index: outcome for one in indices for index, outcome in self._together([one], work).items()}
+
+    def _label(self, rendered: Sequence[Sequence[Rendered]]) -> list[Outcome]:
+        adds = self._layout is Layout.raw
+        samples = iter(self._labeller.label([text for texts in rendered for text in texts], adds))
+        return [[next(samples) for _ in texts] for texts in rendered]
+
+    def _texts(self, texts: list[str]) -> list[Outcome]:
+        return [[self._text(ids)] for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
+
+    def _text(self, ids: list[int]) -> Encoded:
+        end = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
+        ids = _text_ids(ids, self._tokenizer) + end
+        kinds = bytes([0] + [Kind.answer] * (len(ids) - 1 - len(end)) + [Kind.end] * len(end))[: len(ids)]
+        return Encoded(ids, [IGNORED_LABEL, *ids[1:]], ends=bool(end), kinds=kinds)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens to generate the next assistant turn from: exactly those that stand before it in training."""
+        if messages[0].role == TEXT_ROLE or self._layout is Layout.raw:
+            text = "".join(message.content for message in messages)
+            return _text_ids(self._tokenizer(text, verbose=False)["input_ids"], self._tokenizer)
+        return self._labeller.label([self.renderer.prompt(messages)])[0].input_ids
+
+    def end_token_ids(self) -> set[int]:
+        """Tokens at which generation stops: EOS, and those that end an answer, or a call of tools, in training."""
+        ends = {self._tokenizer.eos_token_id} - {None}
+        if self._layout is Layout.raw:
+            return ends
+        call = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+        for calls in ((), (call, call), (call,)):  # of two calls, as what ends one of several does not end the turn
+            answer = Message("assistant", "" if calls else "b", tool_calls=calls)
+            [outcome] = self.encode([[Message("user", "a"), answer]])
+            if isinstance(outcome, Exception):
+                if not calls:
+                    raise outcome
+                continue
+            if outcome[-1].ends:
+                ends.add([label for label in outcome[-1].labels if label != IGNORED_LABEL][-1])
+            if calls:
+                break
+        return ends
+
+
+def encoder_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """The encoder under the options."""
+    return Encoder(tokenizer, rules_of(config), config.layout, config.template_options)
 
 
 def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """One conversation or plain text as a sample. Raises `ChatTemplateError`."""
-    return encode_all([messages], tokenizer)[0]
+    """One conversation or plain text as a sample, the last where it is several. Raises `ChatTemplateError`."""
+    return encode_all([messages], tokenizer)[0][-1]
 
 
-def encode_all(conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Samples of several conversations of one format, tokenised together because that is faster."""
-    if not conversations:
-        return []
-    if conversations[0][0].role == TEXT_ROLE:
-        texts = [messages[0].content for messages in conversations]
-        return [_encode_text(ids, tokenizer) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
-    return _Labeller(tokenizer).label(list(map(_Renderer(tokenizer), conversations)))
+def encode_all(
+    conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, rules: Rules | None = None
+) -> list[list[Encoded]]:
+    """Samples of several conversations. Raises `ChatTemplateError`, or whatever else is wrong with one of them."""
+    samples = []
+    for outcome in Encoder(tokenizer, rules).encode(conversations):
+        if isinstance(outcome, Exception):
+            raise outcome
+        samples.append(outcome)
+    return samples
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens to generate the next assistant turn from: exactly those that stand before it in training."""
-    if messages[0].role == TEXT_ROLE:
-        return _text_ids(tokenizer(messages[0].content)["input_ids"], tokenizer)
-    rendered = _Renderer(tokenizer, add_generation_prompt=True)(messages)
-    return _Labeller(tokenizer).label([rendered])[0].input_ids
+    return Encoder(tokenizer).prompt(messages)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens at which generation stops: EOS, and the end-of-turn token of the chat template where it is another."""
-    sample = encode([Message("user", "a"), Message("assistant", "b")], tokenizer)
-    ends = {tokenizer.eos_token_id} - {None}
-    return ends | {[label for label in sample.labels if label != IGNORED_LABEL][-1]} if sample.ends else ends
+    return Encoder(tokenizer).end_token_ids()
 
 
-def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
-    """The conversation as text. Raises `ChatTemplateError` where the template refuses it."""
-    log_layout(tokenizer)
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages],
-            chat_template=_template(tokenizer),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        assert isinstance(text, str)
-        return text
-    except TemplateError as error:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens as text; BOS only where it is EOS as well."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    if tokenizer.bos_token != tokenizer.eos_token:
+        special -= {tokenizer.bos_token}
+    return sorted(special)
+
+
+def raw_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Prompt and completion as they stand, with EOS where the completion does not end so. Raises ValueError."""
+    if [message.role for message in messages] != ["user", "assistant"]:
         roles = ", ".join(message.role for message in messages)
-        raise ChatTemplateError(f"the chat template refuses a conversation of {roles}: {error}") from error
-
-
-def log_layout(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say, once, where conversations are laid out without a template of the tokenizer, or with a date in them."""
-    if not tokenizer.chat_template:
-        _log_plain_layout(tokenizer.name_or_path)
-    elif "strftime_now" in str(tokenizer.chat_template):
-        _log_date(tokenizer.name_or_path)
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        return PLAIN_TEMPLATE
-    template = tokenizer.get_chat_template()
-    return _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call["format"])), template)
-
-
-@lru_cache
-def _log_plain_layout(name: str) -> None:
-    log.warning("The tokenizer %s has no chat template: using the plain layout 'User: ...', 'Assistant: ...'.", name)
-
-
-@lru_cache
-def _log_date(name: str) -> None:
-    log.info("The chat template of %s writes today's date: it is always %s here.", name, TEMPLATE_DATE.date())
+        raise ValueError(f"data.layout=raw: takes prompt/completion or text rows, not a conversation of {roles}")
+    prompt, answer = messages[0].content, messages[1].content
+    end = "" if tokenizer.eos_token is None or answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
+    text, start = prompt + answer + end, len(prompt)
+    if tokenizer.eos_token is None:
+        return Rendered(text, (Span(start, ((len(text), Kind.answer),), messages[1].weight),))
+    stop = len(text) - len(tokenizer.eos_token)
+    return Rendered(text, (Span(start, ((stop, Kind.answer), (len(text), Kind.end)), messages[1].weight),))
 
 
 def _text_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -134,130 +209,105 @@ def _text_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _encode_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = _text_ids(ids, tokenizer) + end
-    return Encoded(ids, [IGNORED_LABEL, *ids[1:]], ends=bool(end))
-
-
-@dataclass(frozen=True)
-class _Span:
-    """An assistant turn in the rendered text: characters start to stop, and whether an end token closes it."""
-
-    start: int
-    stop: int
-    ends: bool
-
-
-class _Renderer:
-    """Renders conversations and finds their assistant turns in the text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._add_generation_prompt = add_generation_prompt
-        self._end_token = _end_token_pattern(tokenizer)
-
-    def __call__(self, messages: Sequence[Message]) -> tuple[str, list[_Span]]:
-        text = render(messages, self._tokenizer, self._add_generation_prompt)
-        return text, [self._span(text, messages, i) for i, turn in enumerate(messages) if turn.role == "assistant"]
-
-    def _span(self, text: str, messages: Sequence[Message], turn: int) -> _Span:
-        prompt = render(messages[:turn], self._tokenizer, add_generation_prompt=True)
-        start, content = len(prompt), messages[turn].content
-        # As most templates do it: the content as it is, then an end token. This saves a third of the rendering.
-        if text.startswith(prompt) and text.startswith(content, start):
-            if match := self._end_token.match(text, start + len(content)):
-                return _Span(start, match.end(), True)
-        before, after = self._around(text, messages, turn)
-        if not before.startswith(prompt):
-            raise ChatTemplateError(
-                f"the chat template is not prefix-stable: the prompt before assistant message {turn + 1} ends "
-                f"{prompt[-40:]!r} in generation and {before[-40:]!r} in training"
-            )
-        stop = len(text) - len(after)
-        if match := self._end_token.match(after):
-            return _Span(start, stop + match.end(), True)
-        return _Span(start, stop + len(after) - len(after.lstrip()), False)
-
-    def _around(self, text: str, messages: Sequence[Message], turn: int) -> tuple[str, str]:
-        """What stands before and after the content of an assistant turn, by rendering it with another content."""
-        marked = [*messages[:turn], Message("assistant", _MARK), *messages[turn + 1 :]]
-        before, *after = render(marked, self._tokenizer, self._add_generation_prompt).split(_MARK)
-        if len(after) != 1:
-            raise ChatTemplateError(
-                f"the chat template writes the content of assistant message {turn + 1} {len(after)} times, "
-                "it must do so once"
-            )
-        if not (text.startswith(before) and text.endswith(after[0])):
-            raise ChatTemplateError(
-                f"the chat template changes its other parts with the content of assistant message {turn + 1}; "
-                "what to train cannot be told"
-            )
-        return before, after[0]
-
-
-def _end_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """A special token, but not BOS, right after an assistant's content: white space may stand between."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= set(tokenizer.all_special_tokens)
-    if tokenizer.bos_token != tokenizer.eos_token:
-        special -= {tokenizer.bos_token}
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-
-
 class _Labeller:
-    """Tokenises rendered conversations as a whole, except where that would change the tokens of a prompt.
+    """Tokenises rendered texts as a whole, except where that would change the tokens of a prompt.
 
     With "assistant: " as the end of the prompt, " Paris" is one token in the whole text, but generation starts from
     the token " "; a prompt that ends in two newlines may get one token for them or two. There the text is cut.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: frozenset[Kind]) -> None:
         self._tokenizer = tokenizer
+        self._train_on = train_on
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._alone: dict[str, list[int]] = {}
 
-    def label(self, rendered: Sequence[tuple[str, list[_Span]]]) -> list[Encoded]:
-        tokenized = self._tokenize([text for text, _ in rendered])
+    def label(self, rendered: Sequence[Rendered], adds_special_tokens: bool = False) -> list[Encoded]:
+        """The sample of each text."""
+        tokenized = self._tokenize([one.text for one in rendered], adds_special_tokens)
         return [
-            self._label(text, spans, ids, ends) for (text, spans), (ids, ends) in zip(rendered, tokenized, strict=True)
+            self._label(one, ids, ends, adds_special_tokens)
+            for one, (ids, ends) in zip(rendered, tokenized, strict=True)
         ]
 
-    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+    def _tokenize(self, texts: list[str], adds: bool = False) -> list[tuple[list[int], list[int]]]:
         """Ids, and for each the character at which it ends. Where it begins is not used: some tokenizers trim it."""
         # Not verbose: it would warn of rows longer than the context, which data.on_too_long is there for.
         tokenized = self._tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+            texts, add_special_tokens=adds, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
         return [
             (ids, [end for _, end in offsets])
             for ids, offsets in zip(tokenized["input_ids"], tokenized["offset_mapping"], strict=True)
         ]
 
-    def _label(self, text: str, spans: list[_Span], ids: list[int], ends: list[int]) -> Encoded:
+    def _label(self, rendered: Rendered, ids: list[int], ends: list[int], adds: bool) -> Encoded:
+        text = rendered.text
+        if adds and ids and ends[-1] == 0:  # an end token of the tokenizer's own
+            ids, ends = ids[:-1], ends[:-1]
         done: list[int] = []
-        labels: list[int] = []
+        done_ends: list[int] = []
+        placed: list[tuple[Span, int]] = []
         cut = 0
-        for span in spans:
+        for span in rendered.spans:
             first = bisect_right(ends, span.start - cut)
             special = next((i for i in range(first - 1, -1, -1) if ids[i] in self._special), -1)
             # Text after a special token is tokenised on its own, and is the same in every row: "assistant" mostly.
             since_special = text[cut + ends[special] if special >= 0 else cut : span.start]
             if ids[special + 1 : first] != self._ids_alone(since_special):
-                prompt = self._tokenize([text[cut : span.start]])[0][0]
+                [(prompt, prompt_ends)] = self._tokenize([text[cut : span.start]], adds and not cut)
                 if ids[: len(prompt)] == prompt:
                     first = len(prompt)
                 else:
-                    done, cut, first = done + prompt, span.start, 0
+                    done, done_ends = done + prompt, done_ends + [end + cut for end in prompt_ends]
+                    cut, first = span.start, 0
                     [(ids, ends)] = self._tokenize([text[cut:]])
-            last = bisect_right(ends, ends[min(bisect_left(ends, span.stop - cut), len(ends) - 1)])
-            labels += [IGNORED_LABEL] * (len(done) + first - len(labels)) + ids[first:last]
-        ids = done + ids
-        labels += [IGNORED_LABEL] * (len(ids) - len(labels))
-        return Encoded(ids, [IGNORED_LABEL, *labels[1:]], ends=bool(spans) and spans[-1].ends)
+            placed.append((span, len(done) + first))
+        if done:
+            ids, ends = done + ids, done_ends + [end + cut for end in ends]
+        return self._sample(ids, ends, placed, len(text))
+
+    def _sample(self, ids: list[int], ends: list[int], spans: Sequence[tuple[Span, int]], length: int) -> Encoded:
+        labels = [IGNORED_LABEL] * len(ids)
+        kinds = bytearray(len(ids))
+        weights: list[float] | None = None
+        if any(span.weight != 1 for span, _ in spans):
+            weights = [1.0] * len(ids)
+        last_kind = Kind.none
+        for span, first in spans:
+            if span.weight == 0:
+                continue
+            for stop, kind in span.parts:
+                last = (
+                    bisect_right(ends, ends[min(bisect_left(ends, stop), len(ends) - 1)]) if stop < length else len(ids)
+                )
+                if kind in self._train_on and last > first:
+                    labels[first:last] = ids[first:last]
+                    kinds[first:last] = bytes((kind,)) * (last - first)
+                    if weights is not None:
+                        weights[first:last] = [span.weight] * (last - first)
+                    last_kind = kind
+                first = max(first, last)
+        if labels:
+            labels[0], kinds[0] = IGNORED_LABEL, 0
+        return Encoded(ids, labels, ends=last_kind is Kind.end, kinds=bytes(kinds), weights=weights)
 
     def _ids_alone(self, text: str) -> list[int]:
         if text not in self._alone:
             self._alone[text] = self._tokenize([text])[0][0] if text else []
         return self._alone[text]
+
+
+def cut_to(sample: Encoded, limit: int) -> Encoded:
+    """The first `limit` tokens of a sample."""
+    labels = sample.labels[:limit]
+    truncated = any(label != IGNORED_LABEL for label in sample.labels[limit:])
+    return replace(
+        sample,
+        input_ids=sample.input_ids[:limit],
+        labels=labels,
+        ends=sample.ends and not truncated,
+        truncated=truncated,
+        kinds=None if sample.kinds is None else sample.kinds[:limit],
+        weights=None if sample.weights is None else sample.weights[:limit],
+    )

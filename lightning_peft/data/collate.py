@@ -24,6 +24,8 @@ def collate(
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORED_LABEL, dtype=torch.int64)
     position_ids = torch.empty((len(rows), width), dtype=torch.int64)
+    weighted = any(sample.weights is not None for row in rows for sample in row)
+    weights = torch.ones((len(rows), width)) if weighted else None
     starts: list[int] = []
     num_tokens = 0
     for number, row in enumerate(rows):
@@ -34,6 +36,8 @@ def collate(
             input_ids[number, start:end] = torch.tensor(sample.input_ids)
             if not filler:
                 labels[number, start + 1 : end] = torch.tensor(sample.labels[1:], dtype=torch.int64)
+            if weights is not None and sample.weights is not None:
+                weights[number, start:end] = torch.tensor(sample.weights)
             position_ids[number, start:stop] = torch.arange(stop - start)
             starts.append(number * width + start)
         num_tokens += end
@@ -46,4 +50,6 @@ def collate(
         max_seqlen=int(cu_seqlens.diff().max()),
         num_tokens=0 if filler else num_tokens,
         num_supervised=int((labels != IGNORED_LABEL).sum()),
+        weights=weights,
+        weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),
     )

@@ -1,7 +1,8 @@
 """The `data.*` options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Format(Enum):
@@ -28,6 +29,29 @@ class OnTooLong(Enum):
     split = "split"
     skip = "skip"
     error = "error"
+
+
+class Layout(Enum):
+    """How a prompt is written: by the tokenizer's chat template, or as it stands in the row."""
+
+    chat = "chat"
+    raw = "raw"
+
+
+class Reasoning(Enum):
+    """Which thoughts are trained: each, as its answer is generated; none; or the last answer's of a conversation."""
+
+    keep = "keep"
+    drop = "drop"
+    last = "last"
+
+
+class Trained(Enum):
+    """Parts of an assistant's turn."""
+
+    answer = "answer"
+    reasoning = "reasoning"
+    tool_call = "tool_call"
 
 
 @dataclass
@@ -58,6 +82,28 @@ class DataConfig:
     """Column of plain text rows, usually `text`."""
     messages_column: str | None = None
     """Column of chat rows, usually `messages` or `conversations`."""
+    system_column: str | None = None
+    """Column of a row's system message, usually `system`."""
+    history_column: str | None = None
+    """Column of earlier question and answer pairs, usually `history`; they are context and not trained."""
+    input_column: str | None = None
+    """Column of what an instruction or prompt is about, usually `input`."""
+    tools_column: str | None = None
+    """Column of the tools a conversation offers, usually `tools`: a list, or JSON."""
+    prompt_template: str | None = None
+    """Jinja text over the columns of a row that makes its prompt; the answer is `completion_column`."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns, and keys of turns, that are left out on purpose."""
+    layout: Layout = Layout.chat
+    """How prompts are written; raw takes prompt/completion rows as they stand, without a chat template."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `{enable_thinking: false}`, in training and generation."""
+    reasoning: Reasoning = Reasoning.keep
+    """Which thoughts are trained. What later prompts show of earlier thoughts is the chat template's choice."""
+    train_on: list[Trained] = field(default_factory=lambda: [Trained.answer, Trained.reasoning, Trained.tool_call])
+    """Parts of an assistant's turn that are trained."""
+    train_on_last_turn: bool = False
+    """Train the last turn of a conversation only."""
     system_prompt: str | None = None
     """System message put before every conversation that has none."""
     max_length: int = 512
@@ -92,6 +138,8 @@ class DataConfig:
     """Show one sample before training, trained tokens highlighted."""
 
     def __post_init__(self) -> None:
+        if not self.train_on:
+            raise ValueError("data.train_on=[]: name at least one of answer, reasoning, tool_call")
         for name in ("max_length", "micro_batch_size", "shuffle_window", "max_rows", "max_validation_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

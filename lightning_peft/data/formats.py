@@ -1,48 +1,33 @@
 """From a row of a file or data set to the messages of a conversation."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from lightning_peft.data.config import DataConfig, Format
+from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Conversation, Message, Row, shown
+from lightning_peft.data.turns import READ_KEYS, read_turns
 
-TEXT_ROLE = "text"
-"""Role of the only message of a plain text row: no chat template, every token trained."""
+SIDE_COLUMNS = ("system", "history", "input", "tools")
+"""What a row may hold beside its prompt and answer; `data.system_column` and so on rename them."""
+WEIGHT_COLUMN = "weight"
 
-
-@dataclass(frozen=True)
-class Message:
-    role: str
-    """`system`, `user`, `assistant`, or `TEXT_ROLE`."""
-    content: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as it was read, with all its columns, and where: "train.jsonl line 3"."""
-
-    values: dict[str, Any]
-    origin: str
-
-
-class BadRow(ValueError):
-    """A row that cannot be used: where it is, which column, what was expected, what is there."""
-
-    def __init__(self, origin: str, expected: str, got: Any, column: str | None = None):
-        shown = repr(got) if len(repr(got)) <= 80 else repr(got)[:77] + "..."
-        kind = "" if got is None or isinstance(got, str) else f" ({type(got).__name__})"
-        place = origin if column is None else f"{origin}, column {column!r}"
-        super().__init__(f"{place}: expected {expected}, got {shown}{kind}")
-
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
+_LISTED = re.compile(
+    r"(?:.*_)?(?:id|ids|idx|index|uuid|hash|scores?|ratings?|sources?|origin|category|categories|level|difficulty|type|"
+    r"kind|task|tasks|lang|language|split|date|time|timestamp|created|created_at|updated_at|url|license|tokens|length|"
+    r"len|model|meta|_?metadata|topics?|tags?|quality|domain|dataset|version|title|author|subject|subset|seed|schema|"
+    r"number|count|num_turns)",
+    re.IGNORECASE,
+)
+"""Names of columns that carry no part of a conversation."""
+_WEIGHTY = frozenset(("weight", "weights", "train", "loss", "mask", "label", "labels", "target"))
+"""Numbers under these names change what is trained."""
 
 
 def _text(row: Row, column: str) -> str:
@@ -54,21 +39,16 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-def _read_chat(row: Row, columns: tuple[str, ...]) -> list[Message]:
-    (column,) = columns
-    turns = row.values.get(column)
-    if not isinstance(turns, list) or not turns:
-        raise BadRow(row.origin, "a list of messages", turns, column)
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict) or not ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
-            raise BadRow(row.origin, "messages with role and content (or from and value)", turn, column)
-        role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
-        if role not in ROLES:
-            raise BadRow(row.origin, f"a role among {', '.join(ROLES)}", role, column)
-        if not isinstance(content, str) or (ROLES[role] == "assistant" and not content.strip()):
-            raise BadRow(row.origin, f"non-empty text as content of each {role} message", content, column)
-        messages.append(Message(ROLES[role], content))
+def _optional(row: Row, column: str | None) -> str:
+    value = row.values.get(column) if column is not None else None
+    if value is not None and not isinstance(value, str):
+        raise BadRow(row.origin, "text", value, column)
+    return value if value and value.strip() else ""
+
+
+def _read_chat(row: Row, reader: "RowReader") -> list[Message]:
+    (column,) = reader.columns
+    messages = read_turns(row.values.get(column), row.origin, column)
     roles = [message.role for message in messages if message.role != "system"]
     if "assistant" not in roles:
         raise BadRow(row.origin, "at least one assistant message", ", ".join(roles), column)
@@ -77,22 +57,24 @@ def _read_chat(row: Row, columns: tuple[str, ...]) -> list[Message]:
     return messages
 
 
-def _read_instruction(row: Row, columns: tuple[str, ...]) -> list[Message]:
-    instruction, output = (_text(row, column) for column in columns)
-    context = row.values.get("input")
-    if context is not None and not isinstance(context, str):
-        raise BadRow(row.origin, "text", context, "input")
-    prompt = f"{instruction}\n\n{context}" if context and context.strip() else instruction
-    return [Message("user", prompt), Message("assistant", output)]
+def _read_pair(row: Row, reader: "RowReader") -> list[Message]:
+    prompt_column, answer_column = reader.columns
+    prompt, answer = row.values.get(prompt_column), row.values.get(answer_column)
+    if isinstance(prompt, list) and isinstance(answer, list):
+        context = [replace(turn, weight=0.0) for turn in read_turns(prompt, row.origin, prompt_column)]
+        return context + read_turns(answer, row.origin, answer_column)
+    return [Message("user", _with_input(row, reader)), Message("assistant", _text(row, answer_column))]
 
 
-def _read_prompt_completion(row: Row, columns: tuple[str, ...]) -> list[Message]:
-    prompt, completion = (_text(row, column) for column in columns)
-    return [Message("user", prompt), Message("assistant", completion)]
+def _with_input(row: Row, reader: "RowReader") -> str:
+    if reader.prompt_template is not None:
+        return _fill(reader.prompt_template, row)
+    prompt, context = _text(row, reader.columns[0]), _optional(row, reader.side.get("input"))
+    return f"{prompt}\n\n{context}" if context else prompt
 
 
-def _read_text(row: Row, columns: tuple[str, ...]) -> list[Message]:
-    (column,) = columns
+def _read_text(row: Row, reader: "RowReader") -> list[Message]:
+    (column,) = reader.columns
     return [Message(TEXT_ROLE, _text(row, column))]
 
 
@@ -104,14 +86,22 @@ class RowFormat:
     """Alternatives, the first that is there is taken."""
     options: tuple[str, ...]
     """Option of `data` that renames each column, as many as an alternative has columns; empty if they are fixed."""
-    read: Callable[[Row, tuple[str, ...]], list[Message]]
+    read: Callable[[Row, "RowReader"], list[Message]]
+    side: tuple[str, ...] = ()
+    """Those of `SIDE_COLUMNS` that belong to it."""
+    copies: tuple[str, ...] = ()
+    """Columns that repeat the others, as alpaca's `text` does."""
 
 
 FORMATS = {
-    Format.messages: RowFormat((("messages",), ("conversations",)), ("messages_column",), _read_chat),
-    Format.instruction: RowFormat((("instruction", "output"),), (), _read_instruction),
+    Format.messages: RowFormat(
+        (("messages",), ("conversations",)), ("messages_column",), _read_chat, side=("system", "tools")
+    ),
+    Format.instruction: RowFormat(
+        (("instruction", "output"),), (), _read_pair, side=("system", "history", "input", "tools"), copies=("text",)
+    ),
     Format.prompt_completion: RowFormat(
-        (("prompt", "completion"),), ("prompt_column", "completion_column"), _read_prompt_completion
+        (("prompt", "completion"),), ("prompt_column", "completion_column"), _read_pair, side=SIDE_COLUMNS
     ),
     Format.text: RowFormat((("text",),), ("text_column",), _read_text),
 }
@@ -125,13 +115,131 @@ class RowReader:
     format: Format
     columns: tuple[str, ...]
     system_prompt: str | None
+    side: dict[str, str]
+    """Column of each of `SIDE_COLUMNS` that the format has."""
+    prompt_template: str | None = None
+    ignored: frozenset[str] = frozenset()
+    """Names of columns and keys of turns that are left out on request."""
+    lists_unread: bool = True
+    """Whether columns that nobody reads are of interest; those of generated rows belong to their task."""
 
-    def __call__(self, row: Row) -> list[Message]:
+    def __call__(self, row: Row) -> Conversation:
         """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
-        messages = FORMATS[self.format].read(row, self.columns)
-        if self.system_prompt is None or messages[0].role in ("system", TEXT_ROLE):
+        messages = FORMATS[self.format].read(row, self)
+        if self.format is Format.text:
+            return Conversation(messages, None, *self._unread(row))
+        messages = self._history(row) + messages
+        system = _optional(row, self.side.get("system"))
+        brings_one = any(message.role == "system" for message in messages)
+        if system and brings_one:
+            raise BadRow(row.origin, "one system message, in a turn or in the column", system, self.side["system"])
+        if not system and not brings_one and self.system_prompt is not None:
+            messages = [Message("system", self.system_prompt), *messages]
+        elif system:
+            messages = [Message("system", system), *messages]
+        return Conversation(self._weighted(row, messages), self._tools(row), *self._unread(row))
+
+    def _history(self, row: Row) -> list[Message]:
+        column = self.side.get("history")
+        value = row.values.get(column) if column is not None else None
+        if isinstance(value, str) and value.strip():
+            value = _parsed(row, value, "JSON or a list of question and answer pairs", column)
+        if value in (None, "", []):
+            return []
+        assert column is not None
+        if not isinstance(value, list):
+            raise BadRow(row.origin, "a list of question and answer pairs", value, column)
+        if all(isinstance(turn, dict) for turn in value):
+            return [replace(turn, weight=0.0) for turn in read_turns(value, row.origin, column)]
+        messages = []
+        for pair in value:
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise BadRow(row.origin, "pairs of question and answer", pair, column)
+            messages += [Message("user", pair[0]), Message("assistant", pair[1], weight=0.0)]
+        return messages
+
+    def _tools(self, row: Row) -> list[dict[str, Any]] | None:
+        column = self.side.get("tools")
+        value = row.values.get(column) if column is not None else None
+        if isinstance(value, str) and value.strip():
+            value = _parsed(row, value, "JSON", column)
+        if value in (None, "", [], {}):
+            return None
+        tools = value if isinstance(value, list) else [value]
+        tools = [_parsed(row, tool, "JSON", column) if isinstance(tool, str) else tool for tool in tools]
+        if not all(isinstance(tool, dict) for tool in tools):
+            raise BadRow(row.origin, "a list of tools, each an object", value, column)
+        return tools
+
+    def _weighted(self, row: Row, messages: list[Message]) -> list[Message]:
+        value = row.values.get(WEIGHT_COLUMN)
+        if value is None or WEIGHT_COLUMN in self._read_columns or WEIGHT_COLUMN in self.ignored:
             return messages
-        return [Message("system", self.system_prompt), *messages]
+        try:
+            weight = float(value)
+        except (TypeError, ValueError):
+            weight = -1.0
+        if not 0 <= weight < float("inf"):
+            raise BadRow(row.origin, "a number from 0 on", value, WEIGHT_COLUMN)
+        return [replace(message, weight=message.weight * weight) for message in messages]
+
+    @cached_property
+    def _read_columns(self) -> frozenset[str]:
+        read = {*self.columns, *self.side.values(), *FORMATS[self.format].copies}
+        return frozenset(read | (template_columns(self.prompt_template) if self.prompt_template else set()))
+
+    def _unread(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What of a row nobody reads: the names that stop a run, and those that are only listed."""
+        if not self.lists_unread:
+            return (), ()
+        passed = self._read_columns | self.ignored
+        if self.format is not Format.text:
+            passed |= {WEIGHT_COLUMN}
+        unread: list[str] = []
+        listed: list[str] = []
+        for name, value in row.values.items():
+            if name not in passed and value not in (None, "", [], {}):
+                number = isinstance(value, int | float) and name.lower() not in _WEIGHTY
+                (listed if number or _LISTED.fullmatch(name) else unread).append(f"column {name!r}")
+        for column in self.columns:
+            if isinstance(turns := row.values.get(column), list):
+                for name in dict.fromkeys(key for turn in turns for key in turn):
+                    if name in READ_KEYS or name in self.ignored:
+                        continue
+                    if any(turn.get(name) not in (None, "", [], {}) for turn in turns):
+                        (listed if _LISTED.fullmatch(name) else unread).append(f"key {name!r} of a turn")
+        return tuple(unread), tuple(listed)
+
+
+def _parsed(row: Row, text: str, expected: str, column: str | None) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(row.origin, f"{expected} ({error})", text, column) from error
+
+
+@lru_cache
+def _row_template(source: str) -> Any:
+    return ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(source)
+
+
+@lru_cache
+def template_columns(source: str) -> set[str]:
+    """The columns that `data.prompt_template` names. Raises ValueError where it is no Jinja template."""
+    try:
+        return meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(source))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"data.prompt_template={source!r}: not a Jinja template ({error})") from error
+
+
+def _fill(source: str, row: Row) -> str:
+    try:
+        prompt = _row_template(source).render(row.values)
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise BadRow.because(row.origin, f"data.prompt_template cannot be filled in ({error})") from error
+    if not prompt.strip():
+        raise BadRow(row.origin, "text from data.prompt_template", prompt)
+    return prompt
 
 
 def _alternatives(row_format: RowFormat, config: DataConfig) -> list[tuple[str, ...]]:
@@ -158,10 +266,13 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
         for option in row_format.options
         if getattr(config, option) is not None
     }
-    for option in renamed:
+    side_options = [f"{name}_column" for name in SIDE_COLUMNS if getattr(config, f"{name}_column") is not None]
+    for option in [*renamed, *side_options]:
         if (name := getattr(config, option)) not in columns:
             raise ValueError(f"data.{option}={name}: the rows have no such column, only {there}")
     wanted = {config.format} - {Format.auto} | set(renamed.values())
+    if config.prompt_template is not None:
+        return _templated_reader(columns, config, wanted)
     if len(wanted) > 1:
         options = [f"data.{option}" for option in renamed]
         raise ValueError(
@@ -171,7 +282,7 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
     for format in wanted or FORMATS:
         for candidate in (alternatives := _alternatives(FORMATS[format], config)):
             if all(name in columns for name in candidate):
-                return RowReader(format, candidate, config.system_prompt)
+                return _reader(format, candidate, columns, config)
     if wanted:
         needed = " or ".join(" and ".join(names) for names in alternatives)
         raise ValueError(f"data.format={format.value}: needs a column {needed}; the rows have {there}")
@@ -179,4 +290,44 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
         f"data.format=auto: no known shape of row, the columns are {there}; "
         "name two with data.prompt_column and data.completion_column, "
         "or one with data.text_column or data.messages_column"
+    )
+
+
+def _templated_reader(columns: Collection[str], config: DataConfig, wanted: Iterable[Format]) -> RowReader:
+    """The reader of rows whose prompt is `data.prompt_template`, filled with their columns."""
+    source = config.prompt_template or ""
+    if set(wanted) - {Format.prompt_completion} or config.prompt_column is not None:
+        raise ValueError(
+            f"data.prompt_template={source!r}: makes the prompt of prompt/completion rows; give data.completion_column "
+            "with it, and no other format or column of the prompt"
+        )
+    answer = config.completion_column or "completion"
+    for name in sorted(template_columns(source)) + [answer]:
+        if name not in columns:
+            option = "completion_column" if name == answer else "prompt_template"
+            raise ValueError(f"data.{option}: the rows have no column {name}, only {', '.join(columns)}")
+    return _reader(Format.prompt_completion, (answer, answer), columns, config)
+
+
+def _reader(format: Format, names: tuple[str, ...], columns: Collection[str], config: DataConfig) -> RowReader:
+    side = {}
+    for name in FORMATS[format].side:
+        column = getattr(config, f"{name}_column") or name
+        templated = config.prompt_template is not None and column in template_columns(config.prompt_template)
+        if column not in names and not templated and column not in config.ignore_columns:
+            side[name] = column
+    for name in SIDE_COLUMNS:
+        if getattr(config, f"{name}_column") is not None and name not in side:
+            value = getattr(config, f"{name}_column")
+            raise ValueError(f"data.{name}_column={shown(value)}: rows of data.format={format.value} have none")
+    if config.prompt_template is not None:
+        side.pop("input", None)
+    return RowReader(
+        format,
+        names,
+        config.system_prompt,
+        side,
+        config.prompt_template,
+        frozenset(config.ignore_columns),
+        lists_unread=config.source in ("files", "hub"),
     )

@@ -2,10 +2,11 @@
 
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +14,74 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lightning_peft.data.audit import Audit, check_sample
+from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
 from lightning_peft.data.batch import IGNORED_LABEL
-from lightning_peft.data.chat import Encoded, encode_all
-from lightning_peft.data.config import DataConfig, Format, OnBadRow, OnTooLong
-from lightning_peft.data.formats import BadRow, Message, Row, RowReader, row_reader
+from lightning_peft.data.chat import Encoded, Encoder, cut_to, encoder_of
+from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong
+from lightning_peft.data.conversation import BadRow, Conversation, Row
+from lightning_peft.data.formats import RowReader, row_reader
+from lightning_peft.data.prerendered import refuse_rendered
+from lightning_peft.data.rendering import Kind
 from lightning_peft.data.sources import iterate_rows
 
 PARTS = ("tokens", "trained", "starts")
 """Files of saved samples, each a .npy."""
+WEIGHTS = "weights"
+"""One more of them where a token's loss has a factor other than 1."""
 ROWS_AT_ONCE = 256
-"""Rows tokenised in one call, which the tokenizer spreads over the cores."""
+"""Rows tokenised in one call, which the tokenizer spreads over the cores; their shapes decide the format."""
+
+
+class UnreadError(ValueError):
+    """Columns, or keys of turns, that nobody reads and that may hold what was to be trained on."""
 
 
 class Samples:
     """Tokenised samples, five bytes a token, in memory or mapped from the files of `save`."""
 
-    def __init__(self, tokens: NDArray[np.int32], trained: NDArray[np.uint8], starts: NDArray[np.int64]) -> None:
-        """tokens and trained (T,): the samples one after the other; starts (S + 1,): where they begin, then T."""
+    def __init__(
+        self,
+        tokens: NDArray[np.int32],
+        trained: NDArray[np.uint8],
+        starts: NDArray[np.int64],
+        weights: NDArray[np.float32] | None = None,
+    ) -> None:
+        """tokens, trained (a `Kind` each) and weights (T,): the samples one after the other.
+
+        starts (S + 1,): where they begin, then T.
+        """
         self._parts: tuple[NDArray[Any], ...] = (tokens, trained, starts)
+        self._weights = weights
         self.lengths: list[int] = np.diff(starts).tolist()
 
     @classmethod
     def of(cls, samples: Iterable[Encoded]) -> "Samples":
         tokens, trained, starts = array("i"), array("B"), array("q", [0])
+        weights: array[float] | None = None
         for sample in samples:
+            if sample.weights is not None and weights is None:
+                weights = array("f", [1.0]) * len(tokens)
+            if weights is not None:
+                weights.extend(sample.weights or [1.0] * len(sample.input_ids))
             tokens.extend(sample.input_ids)
-            trained.extend(label != IGNORED_LABEL for label in sample.labels)
+            trained.frombytes(kinds_of(sample))
             starts.append(len(tokens))
-        return cls(np.asarray(tokens), np.asarray(trained), np.asarray(starts))
+        factors = None if weights is None else np.asarray(weights)
+        return cls(np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors)
 
     def save(self, folder: Path) -> None:
         for name, part in zip(PARTS, self._parts, strict=True):
             np.save(folder / f"{name}.npy", part)
+        if self._weights is not None:
+            np.save(folder / f"{WEIGHTS}.npy", self._weights)
 
     @classmethod
     def mapped(cls, folder: Path) -> "Samples":
         """The samples that were saved there, read when they are asked for. Raises OSError, EOFError or ValueError."""
-        return cls(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS))
+        parts = [np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS]
+        path = folder / f"{WEIGHTS}.npy"
+        tokens, trained, starts = parts
+        return cls(tokens, trained, starts, np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -60,22 +91,51 @@ class Samples:
         tokens, trained, starts = self._parts
         span = slice(starts[index], starts[index + 1])
         ids = tokens[span].tolist()
-        labels = [token if kept else IGNORED_LABEL for token, kept in zip(ids, trained[span].tolist(), strict=True)]
-        return Encoded(ids, labels, ends=False)
+        kinds = trained[span].tobytes()
+        labels = [token if kind else IGNORED_LABEL for token, kind in zip(ids, kinds, strict=True)]
+        weights = None if self._weights is None else self._weights[span].tolist()
+        return Encoded(ids, labels, ends=False, kinds=kinds, weights=weights)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Eight hex digits that change with any token, label or boundary."""
+        """Eight hex digits that change with any token, label, weight or boundary."""
+        tokens, trained, starts = self._parts
         checksum = 0
-        for part in self._parts:
+        parts = [tokens, (trained != 0).view(np.uint8), starts]
+        for part in parts if self._weights is None else [*parts, self._weights]:
             checksum = zlib.crc32(part.data, checksum)
         return f"{checksum:08x}"
+
+    @property
+    def largest_token(self) -> int:
+        """The highest token id; -1 without samples."""
+        return int(self._parts[0].max()) if len(self._parts[0]) else -1
+
+    @cached_property
+    def digests(self) -> NDArray[np.uint64]:
+        """(S,) a number for each sample that is another where its tokens or labels are, so that copies can be told."""
+        tokens, trained, starts = self._parts
+        bounds = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+
+        def digest(start: int, stop: int) -> int:
+            ids = tokens[start:stop].data
+            return zlib.crc32(ids) << 32 | zlib.crc32(ids, zlib.crc32(trained[start:stop].data))
+
+        return np.fromiter((digest(*bound) for bound in bounds), dtype=np.uint64, count=len(self))
+
+
+def kinds_of(sample: Encoded) -> bytes:
+    """A `Kind` for each token of a sample; answer for every label where it says none."""
+    if sample.kinds is not None:
+        return sample.kinds
+    return bytes(0 if label == IGNORED_LABEL else Kind.answer for label in sample.labels)
 
 
 def make_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Samples, Audit]:
     """The tokenised rows of a split, of the first window of the training rows when streaming, and their counts.
 
-    Raises `BadRow`, ValueError for options that do not fit the rows, `ChatTemplateError`, `DuplicateBosError`.
+    Raises `BadRow`, `UnreadError`, ValueError for options that do not fit the rows, `ChatTemplateError`,
+    `DuplicateBosError`.
     """
     rows = iterate_rows(config, split)
     if config.streaming and split == "train":
@@ -89,60 +149,108 @@ def encode_rows(
 ) -> Iterator[Encoded]:
     """Samples of the rows in their order, counted in `audit`.
 
-    Raises `BadRow`, ValueError for options that do not fit the rows, `ChatTemplateError`, `DuplicateBosError`.
+    Raises `BadRow`, `UnreadError`, ValueError for options that do not fit the rows, `ChatTemplateError`,
+    `DuplicateBosError`.
     """
+    encoder = encoder_of(config, tokenizer)
+    rows = iter(rows)
     reader: RowReader | None = None
-    origins: list[str] = []
-    conversations = []
-    for row in rows:
-        audit.rows += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            if reader is None:
-                reader = _reader(row, config)
+    refused: ValueError | None = None
+    unread: Counter[str] = Counter()
+    while several := list(islice(rows, ROWS_AT_ONCE)):
+        if reader is None:
+            reader, refused = _find_reader(several, config)
+            if reader is not None:
                 audit.format = reader.format.value
-            conversations.append(reader(row))
-            origins.append(row.origin)
-        except BadRow as error:
-            _refuse(error, config, audit)
-        if len(conversations) == ROWS_AT_ONCE:
-            yield from _encode(conversations, origins, config, tokenizer, audit)
-            conversations, origins = [], []
-    yield from _encode(conversations, origins, config, tokenizer, audit)
+        read: list[tuple[str, Conversation]] = []
+        for row in several:
+            audit.rows += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                if reader is None:
+                    raise BadRow.because(row.origin, str(refused))
+                conversation = reader(row)
+                if config.layout is Layout.chat:
+                    refuse_rendered(conversation, row.origin, tokenizer, encoder.template)
+                unread.update(conversation.unread)
+                audit.count_listed(conversation.listed)
+                read.append((row.origin, conversation))
+            except BadRow as error:
+                _refuse(error, config, audit)
+        if not unread:  # else only the rest of them is counted
+            yield from _encode(read, config, tokenizer, encoder, audit)
+    if unread:
+        raise UnreadError(_unread_message(unread, audit.rows))
+    if refused is not None and reader is None and audit.rows == audit.bad_rows:
+        raise refused
 
 
-def read_conversations(
-    config: DataConfig, split: str, limit: int | None = None
-) -> list[tuple[dict[str, Any], list[Message]]]:
-    """The first usable rows of a split, each with its messages; bad rows as `data.on_bad_row` says.
+def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowReader | None, ValueError | None]:
+    """The reader that fits most of the rows; the error of the first row where none fits any.
 
-    Raises `BadRow`, ValueError for options that do not fit the rows.
+    With `data.on_bad_row=error` the first row that was read decides.
     """
-    reader: RowReader | None = None
-    found: list[tuple[dict[str, Any], list[Message]]] = []
-    for row in iterate_rows(config, split):
-        if limit is not None and len(found) >= limit:
-            break
+    found: Counter[tuple[Format, tuple[str, ...]]] = Counter()
+    readers: dict[tuple[Format, tuple[str, ...]], RowReader] = {}
+    refused: ValueError | None = None
+    for row in rows:
+        if isinstance(row, BadRow):
+            continue
         try:
-            if isinstance(row, BadRow):
-                raise row
-            reader = reader or _reader(row, config)
-            found.append((row.values, reader(row)))
+            reader = row_reader(row.values, config)
         except BadRow:
-            if config.on_bad_row is OnBadRow.error:
-                raise
-    return found
-
-
-def _reader(row: Row, config: DataConfig) -> RowReader:
-    reader = row_reader(row.values, config)
+            raise
+        except ValueError as error:
+            refused = refused or error
+        else:
+            found[reader.format, reader.columns] += 1
+            readers.setdefault((reader.format, reader.columns), reader)
+    if not found:
+        return None, refused
+    reader = readers[found.most_common(1)[0][0]]
     if config.on_too_long is OnTooLong.split and reader.format is not Format.text:
         raise ValueError(
             f"data.on_too_long=split: only plain text can be split, these rows are {reader.format.value}; "
             "use truncate, skip or error"
         )
-    return reader
+    return reader, refused
+
+
+def _unread_message(unread: Counter[str], rows: int) -> str:
+    counts = ", ".join(f"{name} ({count:,} rows)" for name, count in unread.most_common())
+    names = ",".join(dict.fromkeys(name.split("'")[1] for name in unread))
+    return (
+        f"nobody reads {counts} of {rows:,} rows: data.ignore_columns=[{names}] leaves them out, data.prompt_template "
+        "writes columns into the prompt, and data.system_column, history_column, input_column and tools_column rename "
+        "what a row may hold beside its prompt and answer"
+    )
+
+
+def read_conversations(
+    config: DataConfig, split: str, limit: int | None = None
+) -> list[tuple[dict[str, Any], Conversation]]:
+    """The first usable rows of a split, each with its messages; bad rows as `data.on_bad_row` says.
+
+    Raises `BadRow`, ValueError for options that do not fit the rows.
+    """
+    rows = iterate_rows(config, split)
+    first = list(islice(rows, ROWS_AT_ONCE))
+    reader, refused = _find_reader(first, config)
+    found: list[tuple[dict[str, Any], Conversation]] = []
+    for row in chain(first, rows):
+        if limit is not None and len(found) >= limit:
+            break
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if reader is None:
+                raise BadRow.because(row.origin, str(refused))
+            found.append((row.values, reader(row)))
+        except BadRow:
+            if config.on_bad_row is OnBadRow.error:
+                raise
+    return found
 
 
 def _refuse(error: BadRow, config: DataConfig, audit: Audit) -> None:
@@ -152,16 +260,41 @@ def _refuse(error: BadRow, config: DataConfig, audit: Audit) -> None:
 
 
 def _encode(
-    conversations: list, origins: list[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, audit: Audit
+    read: list[tuple[str, Conversation]],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    audit: Audit,
 ) -> Iterator[Encoded]:
-    for origin, encoded in zip(origins, encode_all(conversations, tokenizer), strict=True):
+    outcomes = encoder.encode([conversation for _, conversation in read]) if read else []
+    for (origin, _), outcome in zip(read, outcomes, strict=True):
         try:
-            for sample in _fit(encoded, origin, config, audit):
+            if isinstance(outcome, Exception):
+                raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
+            audit.own_turns += len(outcome) - 1
+            samples = list(chain.from_iterable(_fit(encoded, origin, config, audit) for encoded in outcome))
+            trained = [sample for sample in samples if any(kinds_of(sample))]
+            for sample in trained or samples[-1:]:
                 check_sample(sample, origin, tokenizer)
-                audit.count_sample(sample)
+            audit.lost_turns += len(samples) - len(trained)
+            for sample in trained:
+                audit.count_sample(sample, kinds_of(sample))
                 yield sample
+        except DuplicateBosError as error:
+            if config.on_bad_row is OnBadRow.error:
+                raise
+            audit.count_bad_row(BadRow.because(origin, str(error).removeprefix(f"{origin}: ")))
         except BadRow as error:
             _refuse(error, config, audit)
+
+
+def what_is_wrong(error: Exception) -> str:
+    """An error of a template or tokenizer as a sentence about the row."""
+    if isinstance(error, UnicodeError) or "TextEncodeInput" in str(error) or "surrogates" in str(error):
+        return "expected UTF-8 text, got half of a surrogate pair or bytes of another encoding"
+    if isinstance(error, RecursionError):
+        return "expected a conversation that the chat template can render, got one nested too deeply"
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _fit(sample: Encoded, origin: str, config: DataConfig, audit: Audit) -> list[Encoded]:
@@ -173,17 +306,22 @@ def _fit(sample: Encoded, origin: str, config: DataConfig, audit: Audit) -> list
 
 
 def _truncate(sample: Encoded, origin: str, limit: int, audit: Audit) -> list[Encoded]:
-    return [Encoded(sample.input_ids[:limit], sample.labels[:limit], ends=False, truncated=True)]
+    kinds = kinds_of(sample)
+    audit.lost += len(kinds) - limit - kinds[limit:].count(0)
+    return [cut_to(replace(sample, kinds=kinds), limit)]
 
 
 def _split(sample: Encoded, origin: str, limit: int, audit: Audit) -> list[Encoded]:
     audit.split_long += 1
+    kinds = kinds_of(sample)
     # Pieces overlap by one token: the first of a piece is not predicted, so each token is trained once all the same.
     pieces = [
         Encoded(
             sample.input_ids[start : start + limit],
             [IGNORED_LABEL, *sample.labels[start + 1 : start + limit]],
             ends=False,
+            kinds=b"\0" + kinds[start + 1 : start + limit],
+            weights=None if sample.weights is None else sample.weights[start : start + limit],
         )
         for start in range(0, len(sample.input_ids) - 1, limit - 1)
     ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.config import DataConfig
-from lightning_peft.data.formats import BadRow, Row
+from lightning_peft.data.conversation import BadRow, Row
 
 GENERATED_ROWS = 4000
 """Training rows of a generated source when `data.max_rows` is null."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.chat import encode_prompt
-from lightning_peft.data.formats import Message
+from lightning_peft.data.conversation import Message
 from lightning_peft.evaluation.tasks import Row, Task
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
@@ -31,11 +31,11 @@ class Scores:
 def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """Cross entropy per supervised token, in nats."""
     objective = SupervisedLoss(model)
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     for batch in batches:
         total += float(objective(move_data_to_device(batch, model.device)))
-        tokens += batch.num_supervised
-    return total / max(tokens, 1)
+        tokens += batch.loss_weight
+    return total / tokens if tokens else 0.0
 
 
 def answer_rows(

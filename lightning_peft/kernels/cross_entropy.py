@@ -55,7 +55,7 @@ def softmax_rows(vocabulary: int) -> int:
 
 
 def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, transform: LogitTransform | None) -> Tensor:
-    """Cross entropy summed over the rows of logits (N, V), which are overwritten by its gradient; labels (N, 1)."""
+    """Cross entropy (N, 1) of the rows of logits (N, V), which are overwritten by its gradient; labels (N, 1)."""
     transformed = logits
     if transform is not None:
         leaf = logits.float().requires_grad_()
@@ -64,13 +64,18 @@ def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, transform: Logi
     values = transformed.detach()
     probabilities = F.softmax(values, -1, dtype=torch.float32)
     normalizers = values.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
-    loss = (normalizers - values.gather(1, labels)).sum()
+    loss = normalizers - values.gather(1, labels)
     # softmax - onehot in fp32: near a certain prediction the difference is below bf16's resolution.
     gradient = probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1))
     if transform is not None:
         (gradient,) = torch.autograd.grad(transformed, leaf, gradient)
     logits.copy_(gradient)
     return loss
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of losses (N,), each times its weight."""
+    return losses.sum() if weights is None else losses @ weights
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -85,6 +90,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         labels: Tensor,
         chunk: int,
         transform: LogitTransform | None,
+        weights: Tensor | None,
     ) -> Tensor:
         loss = hidden.new_zeros((), dtype=torch.float32)
         # In the weight's dtype: autocast does not reach a product with out=, and a layer norm under it gives fp32.
@@ -102,16 +108,22 @@ class FrozenHeadLoss(torch.autograd.Function):
                 torch.addmm(bias, hidden[tokens], weight.t(), out=logits)
             # The compiler would copy what an operator writes over.
             if transform is None and not torch.compiler.is_compiling() and takes(logits):
-                loss += torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens]).sum()
+                token_losses = torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens])
+                loss += weighted_sum(token_losses, None if weights is None else weights[tokens])
             else:
-                for part, part_labels in zip(logits.split(rows), labels[tokens].split(rows), strict=True):
+                for place in range(start, start + logits.shape[0], rows):
+                    part = slice(place, min(place + rows, start + logits.shape[0]))
+                    part_logits = logits[place - start : part.stop - start]
                     if grad_hidden is None:
-                        values = part.float() if transform is None else transform(part.float())
-                        loss += F.cross_entropy(values, part_labels, reduction="sum")
+                        values = part_logits.float() if transform is None else transform(part_logits.float())
+                        token_losses = F.cross_entropy(values, labels[part], reduction="none")
                     else:
-                        loss += cross_entropy_with_gradient_(part, part_labels[:, None], transform)
+                        token_losses = cross_entropy_with_gradient_(part_logits, labels[part][:, None], transform)
+                    loss += weighted_sum(token_losses.flatten(), None if weights is None else weights[part])
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[tokens])
+                if weights is not None:
+                    grad_hidden[tokens] *= weights[tokens, None].to(grad_hidden.dtype)
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return loss
@@ -119,4 +131,4 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None, None, None
+        return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None, None, None, None

@@ -1,5 +1,7 @@
 """Cross entropy of an output head without ever holding the logits of all tokens: a chunk of tokens at a time."""
 
+from itertools import repeat
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,11 +19,17 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: LogitTransform | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    vocabulary: int,
+    transform: LogitTransform | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy summed over tokens, fp32 scalar.
 
-    hidden (N, D) and labels (N,) int64, already shifted and without ignored positions. `head` is any module from D to
+    hidden (N, D) and labels (N,) int64, already shifted and without ignored positions; weights (N,) fp32 multiply the
+    tokens' losses. `head` is any module from D to
     V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; a
     trained, adapted or quantised one recomputes its chunks in the backward pass.
     """
@@ -29,14 +37,20 @@ def linear_cross_entropy(
     if hidden.shape[0] == 0:
         return hidden.sum().float()
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, chunk, transform)
+        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, chunk, transform, weights)
 
-    def chunk_loss(chunk_hidden: Tensor, chunk_labels: Tensor) -> Tensor:
+    def chunk_loss(chunk_hidden: Tensor, chunk_labels: Tensor, chunk_weights: Tensor | None) -> Tensor:
         logits = head(chunk_hidden).float()
-        return F.cross_entropy(transform(logits) if transform else logits, chunk_labels, reduction="sum")
+        logits = transform(logits) if transform else logits
+        if chunk_weights is None:
+            return F.cross_entropy(logits, chunk_labels, reduction="sum")
+        return F.cross_entropy(logits, chunk_labels, reduction="none") @ chunk_weights
 
-    losses = [
-        checkpoint(chunk_loss, chunk_hidden, chunk_labels, use_reentrant=False)
-        for chunk_hidden, chunk_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    ]
+    chunks = zip(
+        hidden.split(chunk),
+        labels.split(chunk),
+        repeat(None) if weights is None else weights.split(chunk),
+        strict=False,
+    )
+    losses = [checkpoint(chunk_loss, *parts, use_reentrant=False) for parts in chunks]
     return torch.stack(losses).sum()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_peft.data.batch import Batch
+from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.models.attention import VARLEN
 from lightning_peft.models.blocks import decoder_of
 from lightning_peft.objectives.linear_cross_entropy import linear_cross_entropy
@@ -58,7 +59,7 @@ class SupervisedLoss(nn.Module):
         self.is_checked = True
 
     def forward(self, batch: Batch) -> Tensor:
-        """Loss summed over the batch's `num_supervised` tokens, fp32 scalar.
+        """Loss summed over the batch's `num_supervised` tokens, each times its weight, fp32 scalar.
 
         Position t is scored on the label at t + 1; a packed sample's first label is -100, so none predicts the next.
         """
@@ -68,12 +69,15 @@ class SupervisedLoss(nn.Module):
         # The count is known from the collation, so the device is not asked for it.
         positions = torch.nonzero_static(next_labels != -100, size=batch.num_supervised).squeeze(1)
         labels = next_labels.index_select(0, positions)
+        weights = None
+        if batch.weights is not None:
+            weights = F.pad(batch.weights[:, 1:], (0, 1)).reshape(-1).index_select(0, positions)
         if self.logit_path is None:
             packed = batch.cu_seqlens.numel() - 1 > batch.input_ids.shape[0]
             inputs = decoder_inputs(self.model, batch) if packed else own_inputs(batch.input_ids)
             logits = self.model(**inputs).logits
             chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, positions)
-            return F.cross_entropy(chosen.float(), labels, reduction="sum")
+            return weighted_sum(F.cross_entropy(chosen.float(), labels, reduction="none"), weights)
         hidden = decoder_of(self.model)(**decoder_inputs(self.model, batch)).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
         return linear_cross_entropy(
@@ -82,6 +86,7 @@ class SupervisedLoss(nn.Module):
             self.model.get_output_embeddings(),
             self.model.config.get_text_config().vocab_size,
             self.logit_path.transform,
+            weights,
         )
 
     def _row_inputs(self, ids: Tensor) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from lightning_peft.training.compilation import compile_model
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
 from lightning_peft.training.host_memory import keep_freed_memory
 from lightning_peft.training.strategies import ShardedModel
-from lightning_peft.training.token_scaling import TokenWindow, scale_gradients
+from lightning_peft.training.token_scaling import TokenWindow, divisor, scale_gradients
 
 GRADIENT_UNIT = 1024.0
 """Tokens the summed loss is divided by during accumulation: a constant that keeps fp16 gradients in range."""
@@ -244,10 +244,10 @@ class FinetuneModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.objective is not None
         loss = self.objective(batch)
-        self.window.add(loss, batch.num_supervised)
+        self.window.add(loss, batch.loss_weight)
         penalty = regularization(self.model)
         if penalty is not None:
-            loss = loss + penalty * batch.num_supervised
+            loss = loss + penalty * batch.loss_weight
         # Undo Lightning's division; the true divisor, the window's token count, is known when the window closes.
         return loss * (self.trainer.accumulate_grad_batches / GRADIENT_UNIT)
 
@@ -265,7 +265,7 @@ class FinetuneModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         mean_loss, tokens = self.window.close()
         # DDP and FSDP average gradients over ranks, so the sum needs the world size back.
-        factor = GRADIENT_UNIT * self.trainer.world_size / tokens.clamp(min=1)
+        factor = GRADIENT_UNIT * self.trainer.world_size / divisor(tokens)
         scale_gradients(self.trainable_parameters(), factor)
         self.step_metrics = {"loss": mean_loss, "supervised_tokens": tokens}
 
@@ -290,7 +290,7 @@ class FinetuneModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.objective is not None
-        self.validation_window.add(self.objective(batch), batch.num_supervised)
+        self.validation_window.add(self.objective(batch), batch.loss_weight)
 
     def on_validation_epoch_end(self) -> None:
         loss, _ = self.validation_window.close()

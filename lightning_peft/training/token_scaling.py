@@ -18,10 +18,10 @@ class TokenWindow:
 
     def __init__(self) -> None:
         self.loss: Tensor | None = None
-        self.tokens = 0
+        self.tokens = 0.0
 
-    def add(self, loss: Tensor, tokens: int) -> None:
-        """loss: summed over its tokens, fp32 scalar."""
+    def add(self, loss: Tensor, tokens: float) -> None:
+        """loss: summed over its tokens, fp32 scalar; tokens: how many, each counted by its weight."""
         loss = loss.detach().double()
         self.loss = loss if self.loss is None else self.loss + loss
         self.tokens += tokens
@@ -30,8 +30,13 @@ class TokenWindow:
         """(mean loss per token, tokens) of the window over all ranks, fp64 scalars; the next window starts empty."""
         assert self.loss is not None, "close() follows at least one add()"
         loss, tokens = reduce_sums(torch.stack([self.loss, torch.full_like(self.loss, self.tokens)]))
-        self.loss, self.tokens = None, 0
-        return loss / tokens.clamp(min=1), tokens
+        self.loss, self.tokens = None, 0.0
+        return loss / divisor(tokens), tokens
+
+
+def divisor(tokens: Tensor) -> Tensor:
+    """What sums over tokens are divided by: their number, or 1 where there are none."""
+    return torch.where(tokens > 0, tokens, 1.0)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:

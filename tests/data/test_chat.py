@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_peft.data.chat import ChatTemplateError, encode, encode_all, encode_prompt, end_token_ids
-from lightning_peft.data.formats import TEXT_ROLE, Message
+from lightning_peft.data.conversation import TEXT_ROLE, Message
+from lightning_peft.data.rendering import Rules
 
 LLAMA_3 = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -96,11 +97,21 @@ def test_mistral_labels_two_turns(make_tokenizer):
     # fmt: on
 
 
-def test_thought_of_last_answer_is_trained(make_tokenizer):
+def trained_texts(messages, tokenizer, **rules):
+    """What each sample of a conversation trains, as text."""
+    [samples] = encode_all([messages], tokenizer, Rules(**rules))
+    return [tokenizer.decode([label for label in sample.labels if label != -100]) for sample in samples]
+
+
+def test_each_answer_is_trained_in_the_form_it_is_generated_in(make_tokenizer):
+    """The first answer loses its thought in the whole rendering, so it is a sample of its own, prompt and all."""
     tokenizer = make_tokenizer(QWEN_3, eos="<|im_end|>")
-    _, trained = tokens_and_trained(TWO_TURNS, tokenizer)
-    text = "".join(token for token in trained if token)
-    assert text == "Hello there<|im_end|><think>\n\n</think>\n\nWelcome<|im_end|>"
+    empty = "<think>\n\n</think>\n\n"
+    assert trained_texts(TWO_TURNS, tokenizer) == [f"{empty}Hello there<|im_end|>", f"{empty}Welcome<|im_end|>"]
+    [first, whole] = encode_all([TWO_TURNS], tokenizer)[0]
+    for sample, before in ((first, TWO_TURNS[:1]), (whole, TWO_TURNS[:3])):
+        prompt = encode_prompt(before, tokenizer)
+        assert sample.input_ids[: len(prompt)] == prompt
 
 
 def test_trimmed_content_is_labelled_as_rendered(make_tokenizer):
@@ -182,7 +193,7 @@ def test_text_without_eos_does_not_end(make_tokenizer):
 
 def test_batch_equals_one_by_one(chatml):
     conversations = [TWO_TURNS, TWO_TURNS[:2], [Message("user", "😀"), Message("assistant", "é one")]]
-    assert encode_all(conversations, chatml) == [encode(messages, chatml) for messages in conversations]
+    assert encode_all(conversations, chatml) == [[encode(messages, chatml)] for messages in conversations]
 
 
 def test_end_tokens_are_eos_and_end_of_turn(make_tokenizer):
@@ -208,18 +219,34 @@ BROKEN = {
         "{% for message in messages %}{{ message.content + message.content }}{% endfor %}",
         "writes the content of assistant message 2 2 times",
     ),
-    "thought in the generation prompt only": (
+    "another header than in the generation prompt": (
         "{% for message in messages %}{{ message.role + ':' + message.content + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:<think>' }}{% endif %}",
-        "not prefix-stable: the prompt before assistant message 2 ends .*<think>' in generation",
-    ),
-    "header depends on the answer": (
-        "{{ messages[1:] | map(attribute='content') | map('length') | list }}"
-        "{% for message in messages %}{{ message.content }}{% endfor %}",
-        "changes its other parts with the content of assistant message 2",
+        "{% if add_generation_prompt %}{{ 'model:' }}{% endif %}",
+        "not prefix-stable: the prompt before assistant message 2 ends 'model:' in generation and 'assistant:Hello",
     ),
     "refuses": ("{{ raise_exception('no system role') }}", "refuses a conversation of user, assistant: no system role"),
 }
+
+
+def test_thought_that_the_prompt_opens_is_closed_before_the_answer(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for message in messages %}{{ message.role + ':' + message.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:<think>' }}{% endif %}"
+    )
+    sample, prompt = encode(TWO_TURNS[:2], tokenizer), encode_prompt(TWO_TURNS[:1], tokenizer)
+    assert sample.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt) == "user:Hi</s>assistant:<think>"
+    assert trained_texts(TWO_TURNS[:2], tokenizer) == ["\n</think>\n\nHello there</s>"]
+
+
+def test_header_that_depends_on_the_answer_is_as_in_generation(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{{ messages[1:] | map(attribute='content') | map('length') | list }}"
+        "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    )
+    sample = encode(TWO_TURNS[:2], tokenizer)
+    assert tokenizer.decode(sample.input_ids) == "[]Hi</s>Hello there</s>"
+    assert trained_texts(TWO_TURNS[:2], tokenizer) == ["Hello there</s>"]
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -36,3 +36,15 @@ def test_filler_has_no_labels_and_counts_nothing():
     assert (batch.labels == NO).all()
     assert (batch.num_tokens, batch.num_supervised) == (0, 0)
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 9, 9, 9]]
+
+
+def test_weights_stand_beside_the_labels_and_are_summed_over_them():
+    weighted = Encoded([41, 42, 43], [NO, 42, 43], True, weights=[1.0, 0.5, 0.25])
+    batch = collate([[weighted, A]], pad_token_id=9, max_length=8, packing=True)
+    assert batch.weights.tolist() == [[1.0, 0.5, 0.25, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    assert (batch.num_supervised, batch.weight_sum, batch.loss_weight) == (4, 2.75, 2.75)
+
+
+def test_plain_batches_have_no_weights():
+    batch = collate([[A, B]], pad_token_id=9, max_length=8, packing=True)
+    assert batch.weights is None and batch.loss_weight == batch.num_supervised

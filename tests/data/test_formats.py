@@ -1,7 +1,8 @@
 import pytest
 
 from lightning_peft.data.config import DataConfig, Format
-from lightning_peft.data.formats import TEXT_ROLE, BadRow, Message, Row, row_reader
+from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, Row
+from lightning_peft.data.formats import row_reader
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [
@@ -89,7 +90,7 @@ REFUSED_ROWS = {
     "not a list": ({"messages": "Hi"}, "column 'messages': expected a list of messages, got 'Hi'"),
     "no messages": ({"messages": []}, r"expected a list of messages, got \[\] \(list\)"),
     "no role": ({"messages": [{"content": "a"}]}, "expected messages with role and content"),
-    "role": ({"messages": [{"role": "tool", "content": "a"}]}, "expected a role among system, .* got 'tool'"),
+    "role": ({"messages": [{"role": "critic", "content": "a"}]}, "expected a role among system, .* got 'critic'"),
     "content": (
         {"messages": [CHAT[0], {"role": "assistant", "content": None}]},
         "expected non-empty text as content of each assistant message, got None",

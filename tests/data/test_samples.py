@@ -3,7 +3,7 @@ import pytest
 from lightning_peft.data.audit import Audit, DuplicateBosError, preview
 from lightning_peft.data.chat import Encoded, encode
 from lightning_peft.data.config import DataConfig, OnBadRow, OnTooLong
-from lightning_peft.data.formats import BadRow, Message, Row
+from lightning_peft.data.conversation import BadRow, Message, Row
 from lightning_peft.data.samples import Samples, encode_rows
 
 WORDS = "one two three four " * 10
@@ -30,7 +30,10 @@ def test_truncation_cuts_the_end_and_is_reported(chatml):
     [sample, short], audit = run([LONG, SHORT], chatml, max_length=24)
     assert sample == Encoded(whole.input_ids[:24], whole.labels[:24], ends=False, truncated=True)
     assert (audit.truncated, audit.ended, audit.tokens) == (1, 1, 44)
-    assert audit.warnings() == ["1 answers are cut at data.max_length, their end is not trained"]
+    lost = len([label for label in whole.labels[24:] if label != -100])
+    assert audit.warnings() == [
+        f"1 answers are cut at data.max_length: {lost} of their tokens and their end are not trained"
+    ]
 
 
 def test_long_rows_are_skipped_on_request_and_reported(chatml):

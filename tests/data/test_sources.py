@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 
 from lightning_peft.data.config import DataConfig, OnBadRow
-from lightning_peft.data.formats import BadRow
+from lightning_peft.data.conversation import BadRow
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import iterate_rows
 

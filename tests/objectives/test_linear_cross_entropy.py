@@ -105,3 +105,16 @@ def test_certain_prediction_keeps_its_small_gradient_in_bf16():
     (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, torch.tensor([0]), head, 2), hidden)
     expected = (torch.sigmoid(torch.tensor(6.90625)) - 1) * 6.90625
     torch.testing.assert_close(gradient[0, 0].float(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_multiply_each_tokens_loss_and_gradient(trained):
+    hidden, labels, head = problem(torch.float32)
+    head.requires_grad_(trained)
+    weights = torch.linspace(0.0, 2.0, len(labels))
+    ours = linear_cross_entropy(hidden, labels, head, 50, weights=weights)
+    expected = (F.cross_entropy(head(hidden), labels, reduction="none") * weights).sum()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # fp32 sums in another order
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, hidden)[0] for loss in (ours, expected)), rtol=1e-4, atol=1e-6
+    )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import adapters, disable_adapters
 from lightning_peft.data.chat import encode_prompt
-from lightning_peft.data.formats import Message
+from lightning_peft.data.conversation import Message
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.training.loggers import RunLogger

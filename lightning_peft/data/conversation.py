@@ -1,0 +1,88 @@
+"""What a row becomes: the messages of a conversation, with the tools it offers."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TEXT_ROLE = "text"
+"""Role of the only message of a plain text row: no chat template, every token trained."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. Only an assistant's has reasoning, tool calls and a weight."""
+
+    role: str
+    """`system`, `user`, `assistant`, `tool`, or `TEXT_ROLE`."""
+    content: str
+    reasoning: str | None = None
+    """The thought before the answer."""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """Calls as `{"type": "function", "function": {"name", "arguments"}}`, `arguments` an object."""
+    name: str | None = None
+    tool_call_id: str | None = None
+    weight: float = 1.0
+    """Factor of the loss of the turn's tokens; 0 trains none of them."""
+
+
+class Conversation(list[Message]):
+    """The messages of a row in their order, the tools the assistant may call, and what nobody read of the row."""
+
+    def __init__(
+        self,
+        messages: Iterable[Message] = (),
+        tools: list[dict[str, Any]] | None = None,
+        unread: tuple[str, ...] = (),
+        listed: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(messages)
+        self.tools = tools
+        self.unread = unread
+        """Columns and keys of turns that may hold what was to be trained on."""
+        self.listed = listed
+        """Columns and keys of turns that hold ids, scores and the like."""
+
+    def before(self, index: int) -> "Conversation":
+        """The messages before message `index`, with the same tools."""
+        return Conversation(self[:index], self.tools)
+
+    @property
+    def last_answer(self) -> int | None:
+        """Index of the last message of the assistant; None where there is none."""
+        return next((index for index in range(len(self) - 1, -1, -1) if self[index].role == "assistant"), None)
+
+
+def tools_of(messages: Iterable[Message]) -> list[dict[str, Any]] | None:
+    """The tools that come with the messages; None for a plain list of them."""
+    return messages.tools if isinstance(messages, Conversation) else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it was read, with all its columns, and where: "train.jsonl line 3"."""
+
+    values: dict[str, Any]
+    origin: str
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: where it is, which column, what was expected, what is there."""
+
+    def __init__(self, origin: str, expected: str, got: Any, column: str | None = None):
+        kind = "" if got is None or isinstance(got, str) else f" ({type(got).__name__})"
+        place = origin if column is None else f"{origin}, column {column!r}"
+        super().__init__(f"{place}: expected {expected}, got {shown(got)}{kind}")
+
+    @classmethod
+    def because(cls, origin: str, reason: str) -> "BadRow":
+        """The row that another error, or a sentence, is about."""
+        error = cls.__new__(cls)
+        ValueError.__init__(error, f"{origin}: {reason}")
+        return error
+
+
+def shown(value: Any) -> str:
+    """A value on one line of at most 80 characters, fit for any terminal."""
+    text = repr(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,389 @@
+"""From a conversation to texts in which each assistant turn stands as it will be generated.
+
+Generation sees the conversation before a turn as the chat template renders it then, with the generation prompt. Most
+templates only append, so one rendering of the whole conversation holds every turn in that form. Some rewrite earlier
+turns (they drop old thoughts, or move the system message); a turn that the whole rendering does not hold in its form
+gets a text of its own.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any
+
+from lightning_peft.data.config import Reasoning
+from lightning_peft.data.conversation import Message, tools_of
+from lightning_peft.data.template import ChatTemplate, ChatTemplateError, Marked, split_thought
+
+log = logging.getLogger(__name__)
+
+EXACT_TURNS = 8
+"""Up to so many assistant turns, each prompt is rendered whole; beyond, with the conversation's beginning and the turns
+around it, so that the cost grows with the number of turns and not with its square."""
+EXACT_EXCHANGE = 8
+"""Messages after a user's up to which all of them are rendered with each turn."""
+
+
+class Kind(IntEnum):
+    """What a trained token is."""
+
+    none = 0
+    answer = 1
+    reasoning = 2
+    tool_call = 3
+    end = 4
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What of a conversation is trained."""
+
+    train_on: frozenset[Kind] = frozenset((Kind.answer, Kind.reasoning, Kind.tool_call, Kind.end))
+    last_turn_only: bool = False
+    reasoning: Reasoning = Reasoning.keep
+
+
+@dataclass(frozen=True)
+class Span:
+    """An assistant turn in a text: where it starts, and its parts, each with the character at which it stops."""
+
+    start: int
+    parts: tuple[tuple[int, Kind], ...]
+    weight: float = 1.0
+
+    @property
+    def stop(self) -> int:
+        return self.parts[-1][0]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text to be tokenised, and the turns to be trained in it."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+class ConversationRenderer:
+    """Renders conversations under one template and rules."""
+
+    def __init__(self, template: ChatTemplate, special: Sequence[str], added: Sequence[str], rules: Rules) -> None:
+        """special: special tokens that may end a turn; added: all tokens beside the vocabulary."""
+        self._template = template
+        self._rules = rules
+        self._ends = [pattern for tokens in (special, added) if (pattern := _ends_pattern(tokens)) is not None]
+        self._begins = _begins_pattern(special)
+        self._next_role: dict[bool, str] = {}
+
+    def prompt(self, messages: Sequence[Message]) -> Rendered:
+        """The text to generate the next turn from, and the earlier turns in it. Raises `ChatTemplateError`."""
+        tools = tools_of(messages)
+        self._check_tools(tools)
+        dicts = [self._template.spelled(message) for message in messages]
+        text = self._template.render(dicts, tools, True)
+        self._check_context(messages, text)
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        history = _History(self._template, dicts, tools, answers)
+        starts = [len(before) for index in answers if text.startswith(before := history.around(index)[0])]
+        return Rendered(text, tuple(Span(start, ((start, Kind.none),)) for start in starts))
+
+    def __call__(self, conversation: Sequence[Message]) -> list[Rendered]:
+        """Texts that hold each trained turn once, that of the whole conversation last.
+
+        Raises `ChatTemplateError`.
+        """
+        tools = tools_of(conversation)
+        self._check_tools(tools)
+        messages = self._thoughts_dropped(conversation)
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        if not answers:
+            raise ChatTemplateError("the conversation has no answer to train")
+        wanted = answers[-1:] if self._rules.last_turn_only else answers
+        wanted = [index for index in wanted if messages[index].weight > 0] or answers[-1:]
+        messages = messages[: wanted[-1] + 1]
+        dicts = [self._template.spelled(message) for message in messages]
+        history = _History(self._template, dicts, tools, answers)
+        texts = _share_texts([self._turn(history, messages, index) for index in wanted])
+        self._check_context(messages[:-1], texts[-1].text)
+        return texts
+
+    def _check_tools(self, tools: Any) -> None:
+        if tools and not self._template.takes_tools:
+            raise ChatTemplateError(
+                "the chat template does not write the tools of a conversation; data.ignore_columns=[tools] leaves them "
+                "out"
+            )
+
+    def _check_context(self, messages: Sequence[Message], prompt: str) -> None:
+        for index, message in enumerate(messages):
+            if message.role in ("system", "user") and message.content.strip() not in prompt:
+                raise ChatTemplateError(
+                    f"the chat template does not write the content of message {index + 1}, which is of the "
+                    f"{message.role}"
+                )
+
+    def _thoughts_dropped(self, conversation: Sequence[Message]) -> list[Message]:
+        rule, messages = self._rules.reasoning, list(conversation)
+        if rule is Reasoning.keep:
+            return messages
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        for index in answers[:-1] if rule is Reasoning.last else answers:
+            _, content = split_thought(messages[index].content)
+            messages[index] = replace(messages[index], content=content, reasoning=None)
+        return messages
+
+    def _turn(self, history: "_History", messages: Sequence[Message], index: int) -> Rendered:
+        prompt, whole, places = history.around(index)
+        message = messages[index]
+        if _CLOSED_THOUGHT.search(prompt) and (message.reasoning or split_thought(message.content)[0]):
+            prompt = history.thinking_prompt(index)
+            _log_thinking()
+        if whole.startswith(prompt):
+            said = whole[len(prompt) :]
+        else:
+            said = self._rewritten(message, index, prompt, whole, *places())
+        parts, said = self._parts(message, index, said)
+        start = len(prompt)
+        return Rendered(
+            prompt + said, (Span(start, tuple((start + stop, kind) for stop, kind in parts), message.weight),)
+        )
+
+    def _rewritten(
+        self, message: Message, index: int, prompt: str, whole: str, end: int | None, place: int | None
+    ) -> str:
+        """What the assistant says where the rendering with the answer does not begin with the prompt.
+
+        `end` is where the generation prompt begins in `prompt`, `place` where the turn does in `whole`.
+        """
+        if end is None or place is None:
+            raise ChatTemplateError(
+                f"the chat template is not prefix-stable: the prompt before assistant message {index + 1} ends "
+                f"{prompt[-40:]!r} in generation and is not in the rendering of the conversation"
+            )
+        header, turn = prompt[end:], whole[place:]
+        if turn.startswith(header):
+            return turn[len(header) :]
+        opened = re.search(r"(<think>|<\|channel>thought\n|\[THINK\])\s*$", header)
+        if opened is None or not turn.startswith(header[: opened.start()]):
+            raise ChatTemplateError(
+                f"the chat template is not prefix-stable: the prompt before assistant message {index + 1} ends "
+                f"{header[-40:]!r} in generation and {turn[:40]!r} in training"
+            )
+        thought = message.reasoning or split_thought(message.content)[0] or ""
+        answer = split_thought(turn[opened.start() :])[1]
+        return thought.strip() + self._template.thought_end + answer.lstrip()
+
+    def _parts(self, message: Message, index: int, said: str) -> tuple[list[tuple[int, Kind]], str]:
+        """The parts of what is said in a turn, each with where it stops, and the text with the turn's end."""
+        stop, end = self._end(said)
+        if end == stop:
+            follows = self._follows(bool(message.tool_calls))
+            if follows:
+                stop, said = len(said), said + follows
+                end = len(said)
+            else:
+                stop = end = len(said)
+        thought, answer = (message.reasoning, message.content)
+        if thought is None:
+            thought, answer = split_thought(answer)
+        thought, answer = (thought or "").strip(), answer.strip()
+        if thought and thought not in said:
+            raise ChatTemplateError(
+                f"the chat template does not write the thought of assistant message {index + 1}; data.reasoning=drop "
+                "leaves it out"
+            )
+        thought_stop = said.index(thought) + len(thought) if thought else 0
+        answer_start = said.find(answer, thought_stop, end) if answer else -1
+        if answer and answer_start < 0:
+            raise ChatTemplateError(
+                f"the chat template does not write the content of assistant message {index + 1} as it is"
+            )
+        stop = max(stop, answer_start + len(answer))  # an answer may itself end in a special token
+        parts: list[tuple[int, Kind]] = []
+        if answer:
+            if thought or "think" in said[:answer_start]:
+                parts.append((answer_start, Kind.reasoning))
+            elif message.tool_calls and _names_call(message, said[:answer_start]):
+                parts.append((answer_start, Kind.tool_call))
+            parts.append((answer_start + len(answer) if message.tool_calls else stop, Kind.answer))
+        elif thought:
+            parts.append((thought_stop, Kind.reasoning))
+        if message.tool_calls:
+            parts.append((stop, Kind.tool_call))
+        if end > stop:
+            parts.append((end, Kind.end))
+        return [part for part, before in zip(parts, [(0, None), *parts], strict=False) if part[0] > before[0]], said
+
+    def _end(self, said: str) -> tuple[int, int]:
+        """Where the end tokens of a turn start and stop; the same place twice where it has none."""
+        for pattern in self._ends:
+            if match := pattern.search(said):
+                return match.start("first"), match.end("first")
+        return len(said), len(said)
+
+    def _follows(self, calls: bool) -> str:
+        """The token with which the next turn begins, where it is what ends this one."""
+        if calls not in self._next_role:
+            match = self._begins.match(self._template.next_role(calls)) if self._begins else None
+            self._next_role[calls] = match[0] if match else ""
+        return self._next_role[calls]
+
+
+_CLOSED_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
+
+
+@lru_cache
+def _log_thinking() -> None:
+    log.warning(
+        "The chat template's usual prompt asks for no thought: turns with one are trained after the prompt of "
+        "enable_thinking=true; data.template_options={enable_thinking:true} generates with it too."
+    )
+
+
+def _names_call(message: Message, text: str) -> bool:
+    return any(call["function"]["name"] in text for call in message.tool_calls)
+
+
+def _alternatives(tokens: Sequence[str]) -> str:
+    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
+
+
+def _ends_pattern(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """End tokens at the end of a turn: the first run of them without white space; others may follow after some."""
+    either = _alternatives(tokens)
+    return re.compile(rf"(?P<first>(?:{either})+)(?:\s*(?:{either}))*\s*\Z") if either else None
+
+
+def _begins_pattern(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    either = _alternatives(tokens)
+    return re.compile(either) if either else None
+
+
+def _share_texts(turns: Sequence[Rendered]) -> list[Rendered]:
+    """Fewer texts: a turn that another text holds in the same form, after the same prompt, is trained there."""
+    left = list(turns)
+    texts: list[Rendered] = []
+    while left:
+        base = left.pop()
+        held = [turn for turn in left if base.text.startswith(turn.text[: turn.spans[0].stop])]
+        spans = [*base.spans, *(turn.spans[0] for turn in held)]
+        texts.append(Rendered(base.text, tuple(sorted(spans, key=lambda span: span.start))))
+        left = [turn for turn in left if not base.text.startswith(turn.text[: turn.spans[0].stop])]
+    return texts[::-1]
+
+
+class _History:
+    """The renderings around each answer of a conversation: the prompt before it, and the text with it."""
+
+    def __init__(
+        self, template: ChatTemplate, messages: list[dict[str, Any]], tools: Any, answers: Sequence[int]
+    ) -> None:
+        self._template = template
+        self._messages = messages
+        self._tools = tools
+        self._users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        self._whole: Marked | None = None
+        self._exchanges: dict[int, tuple[list[int], Marked | None]] = {}
+        if len(answers) > EXACT_TURNS and len(self._users) > 0:
+            self._whole = template.marked(messages, tools, False)
+        self._head = self._beginning(answers)
+
+    def _beginning(self, answers: Sequence[int]) -> list[int]:
+        """The first exchange, without what happens between its question and its last answer."""
+        if not self._users:
+            return []
+        first = self._users[0]
+        after = self._users[1] if len(self._users) > 1 else len(self._messages)
+        last = [index for index in answers if first < index < after]
+        return [*range(first + 1), *last[-1:]]
+
+    def around(self, index: int) -> tuple[str, str, Callable[[], tuple[int | None, int | None]]]:
+        """The prompt before answer `index`, the text with it, and a way to find the generation prompt and the turn."""
+        windowed = self._windowed(index)
+        if windowed is not None:
+            return windowed
+        before = self._messages[:index]
+        prompt = self._template.render(before, self._tools, True)
+        last = index + 1 == len(self._messages)
+        whole = self._whole.text if last and self._whole is not None else self._render(range(index + 1), False)
+
+        def places() -> tuple[int | None, int | None]:
+            marked_prompt = self._template.marked(before, self._tools, True)
+            marked = self._template.marked(self._messages[: index + 1], self._tools, False)
+            end = marked_prompt.end if marked_prompt is not None else None
+            return end, marked.starts.get(index) if marked is not None else None
+
+        return prompt, whole, places
+
+    def thinking_prompt(self, index: int) -> str:
+        return self._template.thinking_prompt(self._messages[:index], self._tools)
+
+    def _render(self, indices: Sequence[int], generation: bool) -> str:
+        return self._template.render([self._messages[index] for index in indices], self._tools, generation)
+
+    def _marked(self, indices: Sequence[int], generation: bool) -> Marked | None:
+        return self._template.marked([self._messages[index] for index in indices], self._tools, generation)
+
+    def _windowed(self, index: int) -> tuple[str, str, Callable[[], tuple[int | None, int | None]]] | None:
+        """As `around`, from renderings of a part of the conversation; None where they would not be the same."""
+        if self._whole is None:
+            return None
+        user = max((place for place in self._users if place < index), default=None)
+        if user is None or user not in self._whole.starts:
+            return None
+        head = self._head if user > self._users[0] else list(range(user))
+        start = user + 1
+        if index - user > EXACT_EXCHANGE:
+            start = next(
+                (
+                    place
+                    for place in range(index - EXACT_EXCHANGE // 2, user, -1)
+                    if self._messages[place]["role"] == "assistant"
+                ),
+                user + 1,
+            )
+        window = [*head, user, *range(start, index)]
+        prompt, whole = self._marked(window, True), self._marked([*window, index], False)
+        if prompt is None or whole is None:
+            return None
+        at_user, number = len(head), len(window)
+        if not {at_user, number} <= whole.starts.keys() or at_user not in prompt.starts:
+            return None
+        before = self._whole.text[: self._whole.starts[user]]
+        cut, whole_cut = prompt.starts[at_user], whole.starts[at_user]
+        if start > user + 1:
+            between = self._between(head, user, start, index, prompt, at_user + 1)
+            if between is None:
+                return None
+            before, cut, whole_cut = before + between, prompt.starts[at_user + 1], whole.starts.get(at_user + 1, -1)
+            if whole_cut < 0:
+                return None
+        shift, whole_shift = len(before) - cut, len(before) - whole_cut
+        return (
+            before + prompt.text[cut:],
+            before + whole.text[whole_cut:],
+            lambda: (prompt.end + shift, whole.starts[number] + whole_shift),
+        )
+
+    def _between(self, head: list[int], user: int, start: int, index: int, prompt: Marked, place: int) -> str | None:
+        """The text from a question to message `start` of a long exchange; None where `prompt` writes it otherwise."""
+        if user not in self._exchanges:
+            after = next((other for other in self._users if other > user), len(self._messages))
+            self._exchanges[user] = (head, self._marked([*head, *range(user, after)], False))
+        _, exchange = self._exchanges[user]
+        if exchange is None:
+            return None
+        offset = len(head) - user
+        begin, stop = exchange.starts.get(user + offset), exchange.starts.get(start + offset)
+        if begin is None or stop is None:
+            return None
+        common = [exchange.starts.get(other + offset) for other in range(start, index)]
+        here = [prompt.starts.get(place + other - start) for other in range(start, index)]
+        if None in common or None in here:
+            return None
+        shown_there = exchange.text[common[0] : common[-1]]
+        shown_here = prompt.text[here[0] : here[-1]]
+        return exchange.text[begin:stop] if shown_there == shown_here else None

@@ -1,0 +1,390 @@
+"""A tokenizer's chat template: rendering, where each message stands in the text, and how it spells thoughts and calls.
+
+What a template takes is found by trying it on a short conversation, not by the name of a model family.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property, lru_cache
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from lightning_peft.data.conversation import Message
+
+log = logging.getLogger(__name__)
+
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
+    "{% elif message.role == 'user' %}{{ 'User: ' + message.content + '\\n' }}"
+    "{% else %}{{ 'Assistant: ' + message.content + eos_token + '\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""For tokenizers that bring no chat template."""
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""Today, for the templates that write it: one day for every start of a run, and for training and generation. It is the
+one that Llama 3's templates fall back to."""
+
+_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
+
+_RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What a template, which is a program, raises on a conversation it was not written for."""
+
+_MARK = "mark_message_"
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: around the number of a message in a marked rendering
+_MARKS = re.compile(f"{_OPEN}(end|[0-9]+){_CLOSE}")
+
+INLINE_THOUGHT = re.compile(
+    r"\s*(?:<think>|<\|channel>thought\n|\[THINK\])?(?P<thought>.*?)(?:</think>|<channel\|>|\[/THINK\])\s*", re.DOTALL
+)
+"""A thought at the beginning of an answer, as models write it; its opening may have been in the prompt."""
+
+_ASKED, _ANSWERED, _THOUGHT = "Qzx asks", "Qzy answers", "Qzw thinks"
+_CALL = {"type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "qzv_call",
+        "description": "Qzs describes",
+        "parameters": {"type": "object", "properties": {"qzu": {"type": "string", "description": "Qzr"}}},
+    },
+}
+
+
+class ChatTemplateError(ValueError):
+    """A chat template from which trained and untrained parts cannot be told, or that refuses a conversation."""
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A rendered conversation with the place of each message."""
+
+    text: str
+    starts: dict[int, int]
+    """First character of each message."""
+    end: int
+    """First character after the last message: what follows is the generation prompt."""
+
+
+@dataclass(frozen=True)
+class CallSpelling:
+    """How a template takes a turn that calls tools."""
+
+    arguments_as_text: bool
+    empty_content: dict[str, Any]
+    """The content key of a turn with calls and no text."""
+
+
+class ChatTemplate:
+    """A chat template with the special tokens it may write. Use `template_of` to get one."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        """options: variables that the template reads, such as enable_thinking.
+
+        Raises ChatTemplateError where the text is no template, ValueError for an option that it does not name.
+        """
+        self.source = source
+        for name in options:
+            if not re.search(rf"\b{re.escape(str(name))}\b", source):
+                raise ValueError(f"data.template_options: the chat template reads no option {name!r}")
+        self._variables = {**special_tokens, **options}
+        try:
+            self._compiled = _compile_jinja_template(source)
+        except TemplateError as error:
+            raise ChatTemplateError(f"the chat template is no Jinja template: {error}") from error
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+    ) -> str:
+        """The conversation as text. Raises `ChatTemplateError` where the template refuses it."""
+        return self._render(self._compiled, messages, tools, add_generation_prompt)
+
+    def thinking_prompt(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        """The prompt that asks for a thought, of a template whose usual one asks for none."""
+        return self._render(self._compiled, messages, tools, True, enable_thinking=True)
+
+    def _render(self, compiled: Any, messages: Sequence[Any], tools: Any, generation: bool, **more: Any) -> str:
+        try:
+            return compiled.render(
+                **(self._variables | more),
+                messages=list(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=generation,
+            )
+        except _RENDER_ERRORS as error:
+            roles = ", ".join(message["role"] for message in messages)
+            hint = _refused_roles(messages)
+            raise ChatTemplateError(f"the chat template refuses a conversation of {roles}: {error}{hint}") from error
+
+    def marked(self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> Marked | None:
+        """The rendering with the place of each message; None where the template's messages are not told apart."""
+        if self._marking is None:
+            return None
+        number = {id(message): index for index, message in enumerate(messages)}
+
+        def mark(message: Any) -> str:
+            return f"{_OPEN}{number[id(message)]}{_CLOSE}" if id(message) in number else ""
+
+        plain = self.render(messages, tools, add_generation_prompt)
+        try:
+            text = self._render(self._marking, messages, tools, add_generation_prompt, **{_MARK: mark})
+        except ChatTemplateError:
+            return None
+        return _without_marks(text, plain)
+
+    @cached_property
+    def _marking(self) -> Any:
+        """The template with a mark where each round of its loops over messages begins, and where they end."""
+        environment = self._compiled.environment
+        try:
+            tree = environment.parse(self.source)
+            if not _mark_loops(tree):
+                return None
+            return environment.from_string(tree)
+        except TemplateError:
+            return None
+
+    def _try(self, messages: list[dict[str, Any]], tools: Any = None, generation: bool = False) -> str:
+        try:
+            return self.render(messages, tools, generation)
+        except ChatTemplateError:
+            return ""
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template writes the tools of a conversation."""
+        return "qzv_call" in self._try([{"role": "user", "content": _ASKED}], [_TOOL], True)
+
+    @cached_property
+    def takes_reasoning(self) -> bool:
+        """Whether the template writes a thought that stands beside the content of an answer."""
+        answer = {"role": "assistant", "content": _ANSWERED, **reasoning_keys(_THOUGHT)}
+        return _THOUGHT in self._try([{"role": "user", "content": _ASKED}, answer])
+
+    @cached_property
+    def takes_reasoning_with_calls(self) -> bool:
+        """Whether the template writes a thought that stands beside calls of tools."""
+        if self.call_spelling is None:
+            return False
+        turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [self._spelled_call(_CALL)]}
+        return _THOUGHT in self._try([{"role": "user", "content": _ASKED}, turn | reasoning_keys(_THOUGHT)])
+
+    @cached_property
+    def _names_reasoning(self) -> bool:
+        """Whether thoughts have a place of their own, so that `<think>` in the content would be something else."""
+        own_marks = any(mark in self.source for mark in ("reasoning", "<|channel>", "[THINK]"))
+        return own_marks or self.takes_reasoning or self.takes_reasoning_with_calls
+
+    @cached_property
+    def call_spelling(self) -> CallSpelling | None:
+        """How calls of tools are handed to the template; None where it does not write them."""
+        function = _CALL["function"]
+        assert isinstance(function, dict)
+        as_text = {**_CALL, "function": {**function, "arguments": json.dumps(function["arguments"])}}
+        for arguments_as_text, call in ((False, _CALL), (True, as_text)):
+            for empty in ({"content": ""}, {}, {"content": None}):
+                turn = {"role": "assistant", **empty, "tool_calls": [call]}
+                text = self._try([{"role": "user", "content": _ASKED}, turn])
+                if "qzv_call" in text and "qzt" in text and "None" not in text:
+                    return CallSpelling(arguments_as_text, empty)
+        return None
+
+    @cached_property
+    def thought_end(self) -> str:
+        """What stands between a thought and its answer; the common spelling where the template writes none."""
+        question = [{"role": "user", "content": _ASKED}]
+        for answer in (
+            {"role": "assistant", "content": _ANSWERED, **reasoning_keys(_THOUGHT)},
+            {"role": "assistant", "content": f"<think>\n{_THOUGHT}\n</think>\n\n{_ANSWERED}"},
+        ):
+            text = self._try([*question, answer])
+            if _THOUGHT in text and _ANSWERED in text:
+                return text[text.index(_THOUGHT) + len(_THOUGHT) : text.rindex(_ANSWERED)]
+        return "\n</think>\n\n"
+
+    def check(self) -> None:
+        """Raises ChatTemplateError where the template does not write an answer, once, or refuses a plain question."""
+        question = [{"role": "user", "content": _ASKED}]
+        text = self.render([*question, {"role": "assistant", "content": _ANSWERED}], None, False)
+        if (count := text.count(_ANSWERED)) != 1:
+            raise ChatTemplateError(
+                f"the chat template writes the content of assistant message 2 {count} times, it must do so once"
+            )
+
+    def next_role(self, calls: bool) -> str:
+        """What the template puts right after an answer, or calls, to begin the turn that follows; "" if it refuses."""
+        spelling = self.call_spelling
+        turn: dict[str, Any] = {"role": "assistant", "content": _ANSWERED}
+        if calls and spelling is not None:
+            turn = {"role": "assistant", **spelling.empty_content, "tool_calls": [self._spelled_call(_CALL)]}
+        before = [{"role": "user", "content": _ASKED}, turn]
+        after = {"role": "tool" if calls else "user", "content": _ASKED}
+        text, longer = self._try(before), self._try([*before, after])
+        return longer[len(text) :] if text and longer.startswith(text) else ""
+
+    def _spelled_call(self, call: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.call_spelling is None or not self.call_spelling.arguments_as_text:
+            return call
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    def spelled(self, message: Message) -> dict[str, Any]:
+        """A message as the template takes it. Raises `ChatTemplateError` for what the template cannot write."""
+        if message.role != "assistant":
+            turn: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.name is not None:
+                turn["name"] = message.name
+            if message.tool_call_id is not None:
+                turn["tool_call_id"] = message.tool_call_id
+            return turn
+        thought, content = message.reasoning, message.content
+        keys: dict[str, Any] = {}
+        if thought is None and self._names_reasoning:
+            thought, content = split_thought(content)
+        if thought and self._names_reasoning:
+            if not (self.takes_reasoning_with_calls if message.tool_calls else self.takes_reasoning):
+                turn_is = "that calls tools" if message.tool_calls else "without calls of tools"
+                raise ChatTemplateError(
+                    f"the chat template does not write the thought of a turn {turn_is}; data.reasoning=drop leaves it "
+                    "out"
+                )
+            keys = reasoning_keys(thought)
+        elif thought:
+            content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
+        if not message.tool_calls:
+            return {"role": "assistant", "content": content, **keys}
+        spelling = self.call_spelling
+        if spelling is None:
+            raise ChatTemplateError("the chat template does not write tool calls")
+        given = {"content": content} if content.strip() else spelling.empty_content
+        return {
+            "role": "assistant",
+            **given,
+            "tool_calls": [self._spelled_call(call) for call in message.tool_calls],
+            **keys,
+        }
+
+
+def reasoning_keys(thought: str) -> dict[str, str]:
+    """The thought of a message under the names that templates read."""
+    return {"thinking": thought, "reasoning_content": thought}
+
+
+def split_thought(content: str) -> tuple[str | None, str]:
+    """The thought at the beginning of an answer, None where there is none, and the rest."""
+    match = INLINE_THOUGHT.match(content) if ">" in content or "]" in content else None
+    if match is None:
+        return None, content
+    return match["thought"].strip(), content[match.end() :]
+
+
+def _refused_roles(messages: Sequence[dict[str, Any]]) -> str:
+    if any(message["role"] == "system" for message in messages):
+        return "; without a system message it may take it"
+    return ""
+
+
+def _mark_loops(tree: nodes.Template) -> bool:
+    """Put marks into the outermost loops of a template; whether there are any."""
+    found = False
+
+    def visit(body: list[Any]) -> None:
+        nonlocal found
+        for place in range(len(body) - 1, -1, -1):
+            node = body[place]
+            if isinstance(node, nodes.For) and isinstance(node.target, nodes.Name):
+                mark = nodes.Call(nodes.Name(_MARK, "load"), [nodes.Name(node.target.name, "load")], [], None, None)
+                node.body.insert(0, nodes.Output([mark]).set_lineno(node.lineno))
+                end = nodes.Output([nodes.TemplateData(f"{_OPEN}end{_CLOSE}")]).set_lineno(node.lineno)
+                body.insert(place + 1, end)
+                found = True
+            elif isinstance(node, nodes.If):
+                for branch in (node.body, node.else_):
+                    visit(branch)
+                visit(node.elif_)
+            elif isinstance(node, nodes.Scope | nodes.ScopedEvalContextModifier):
+                visit(node.body)
+
+    visit(tree.body)
+    if tree.environment is not None:
+        tree.set_environment(tree.environment)
+    return found
+
+
+def _without_marks(text: str, plain: str) -> Marked | None:
+    """The marked text taken apart; None unless the marks changed nothing and stand in the order of the messages."""
+    starts: dict[int, int] = {}
+    removed = end = 0
+    for match in _MARKS.finditer(text):
+        place = match.start() - removed
+        removed += len(match[0])
+        if match[1] == "end":
+            end = place
+        else:
+            starts[int(match[1])] = place  # a loop that only looks comes before the one that writes
+    if _MARKS.sub("", text) != plain:
+        return None
+    places = [starts[index] for index in sorted(starts)]
+    return Marked(plain, starts, end) if places and places == sorted(places) and places[-1] <= end else None
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> ChatTemplate:
+    """The tokenizer's chat template, or the plain one. Raises ChatTemplateError where it cannot be trained with."""
+    log_layout(tokenizer)
+    variables = json.dumps([_special_tokens(tokenizer), dict(options or {})], sort_keys=True)
+    return _checked_template(_template_source(tokenizer), variables)
+
+
+@lru_cache(maxsize=8)
+def _checked_template(source: str, variables: str) -> ChatTemplate:
+    template = ChatTemplate(source, *json.loads(variables))
+    template.check()
+    return template
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    if not tokenizer.chat_template:  # the plain layout ends an answer with whatever the tokenizer has, or nothing
+        tokens = {"bos_token": "", "eos_token": ""} | tokens
+    return tokens
+
+
+def log_layout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say, once, where conversations are laid out without a template of the tokenizer, or with a date in them."""
+    if not tokenizer.chat_template:
+        _log_plain_layout(tokenizer.name_or_path)
+    elif "strftime_now" in str(tokenizer.chat_template):
+        _log_date(tokenizer.name_or_path)
+
+
+def _template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        return PLAIN_TEMPLATE
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        names = ", ".join(tokenizer.chat_template) if isinstance(tokenizer.chat_template, dict) else ""
+        raise ChatTemplateError(
+            f"the tokenizer has several chat templates ({names}) and none is its default; "
+            "name one of them default in its files"
+        ) from error
+    return _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call["format"])), template)
+
+
+@lru_cache
+def _log_plain_layout(name: str) -> None:
+    log.warning("The tokenizer %s has no chat template: using the plain layout 'User: ...', 'Assistant: ...'.", name)
+
+
+@lru_cache
+def _log_date(name: str) -> None:
+    log.info("The chat template of %s writes today's date: it is always %s here.", name, TEMPLATE_DATE.date())

@@ -1,0 +1,300 @@
+"""Every template against what it renders itself: prompts token for token, and the text that follows each."""
+
+import random
+
+import pytest
+from chat_templates import OURS, STORED, TRL, tokenizer_of
+from jinja2 import TemplateError
+
+from lightning_peft.data.chat import Encoder, encode_all, encode_prompt, end_token_ids
+from lightning_peft.data.conversation import Conversation, Message
+from lightning_peft.data.rendering import Kind
+from lightning_peft.data.template import ChatTemplateError, template_of
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Weather of a city",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "City"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+ASKED, ANSWERED = Message("user", "What is 2+2?"), Message("assistant", "It is 4.")
+THOUGHT = Message("assistant", "It is 4.", reasoning="Two and two make four.")
+MORE = [Message("user", "And 3+3?"), Message("assistant", "6.")]
+CALLS = Conversation(
+    [
+        Message("user", "Weather in Oslo?"),
+        Message("assistant", "", tool_calls=(CALL,)),
+        Message("tool", "3 C", name="weather"),
+        Message("assistant", "It is 3 C."),
+    ],
+    TOOLS,
+)
+CONVERSATIONS = {
+    "single turn": Conversation([ASKED, ANSWERED]),
+    "two turns": Conversation([ASKED, ANSWERED, *MORE]),
+    "three turns": Conversation([ASKED, ANSWERED, *MORE, Message("user", "Thanks"), Message("assistant", "Bye.")]),
+    "system": Conversation([Message("system", "Be terse."), ASKED, ANSWERED, *MORE]),
+    "thought": Conversation([ASKED, THOUGHT]),
+    "thoughts": Conversation([ASKED, THOUGHT, MORE[0], Message("assistant", "6.", reasoning="Three and three.")]),
+    "calls": CALLS,
+    "thoughts and calls": Conversation(
+        [
+            CALLS[0],
+            Message("assistant", "", reasoning="I need to look.", tool_calls=(CALL,)),
+            CALLS[2],
+            Message("assistant", "It is 3 C.", reasoning="Cold."),
+            Message("user", "Thanks"),
+            Message("assistant", "Welcome.", reasoning="Polite."),
+        ],
+        TOOLS,
+    ),
+}
+NAMES = [*OURS, *STORED]
+NO_SYSTEM = {"gemma"}
+NO_TOOLS = {
+    *OURS, "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
+}  # fmt: skip
+NO_THOUGHT = {("gemma4", "thought"), ("gemma4", "thoughts"), ("gemma4", "thoughts and calls")}
+NO_THOUGHT |= {(name, "thoughts and calls") for name in ("llama3_1", "llama3_2")}  # a turn is a call or text
+OPENS = ("deepseekv3", "deepseek_r1_distill", "nemotron", "opens_thought")
+"""Their prompts open a thought that their renderings of an answer do not begin with, or not always."""
+
+MOVES = {("mistral_v0.3", "system"), ("gptoss", "thoughts and calls")}
+"""What stands in the prompt is written elsewhere, or dropped, with the answer."""
+
+
+def dicts(tokenizer, messages):
+    """Messages as `apply_chat_template` takes them, thoughts inline where the template has no key for them."""
+    template = template_of(tokenizer)
+    return [template.spelled(message) for message in messages]
+
+
+def applied(tokenizer, conversation, messages, generation, **more):
+    return tokenizer.apply_chat_template(
+        dicts(tokenizer, messages),
+        chat_template=template_of(tokenizer).source,  # the tokenizer's own, but for today's date
+        tools=conversation.tools,
+        tokenize=False,
+        add_generation_prompt=generation,
+        **more,
+    )
+
+
+def samples_by_turn(tokenizer, conversation):
+    """The prompt's tokens and the trained text of each trained turn, in the order of the turns."""
+    [samples] = encode_all([conversation], tokenizer)
+    turns = []
+    for sample in samples:
+        trained = [label != -100 for label in sample.labels]
+        starts = [i for i in range(1, len(trained)) if trained[i] and not trained[i - 1]]
+        for start in starts:
+            stop = next((i for i in range(start, len(trained)) if not trained[i]), len(trained))
+            turns.append((sample.input_ids[:start], sample.input_ids[start:stop]))
+    return sorted(turns, key=lambda turn: len(turn[0]))
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_turn_follows_its_prompt_as_the_template_renders_it(name, kind):
+    tokenizer, conversation = tokenizer_of(name), CONVERSATIONS[kind]
+    refused = (
+        (kind == "system" and name in NO_SYSTEM)
+        or (conversation.tools and name in NO_TOOLS)
+        or (name, kind) in NO_THOUGHT
+    )
+    if refused:
+        with pytest.raises(ChatTemplateError, match="refuses a conversation|does not write the"):
+            encode_all([conversation], tokenizer)
+        return
+    turns = samples_by_turn(tokenizer, conversation)
+    answers = [index for index, message in enumerate(conversation) if message.role == "assistant"]
+    assert len(turns) == len(answers)
+    for (prompt_ids, trained_ids), index in zip(turns, answers, strict=True):
+        before, message = conversation.before(index), conversation[index]
+        thinks = {"enable_thinking": True} if name == "qwen3_5_nothink" and message.reasoning else {}
+        prompt = applied(tokenizer, conversation, before, True, **thinks)
+        whole = applied(tokenizer, conversation, conversation[: index + 1], False)
+        assert tokenizer.decode(prompt_ids) == prompt
+        assert prompt_ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        trained = tokenizer.decode(trained_ids)
+        if whole.startswith(prompt):
+            follows = whole[len(prompt) :]
+            if name == "glm4moe":  # what begins the next turn ends this one
+                follows += "<|observation|>" if message.tool_calls else "<|user|>"
+            assert follows.startswith(trained)
+            assert not follows.removeprefix(trained).strip("\n") or name.startswith("phi")  # EOS after the last message
+        else:
+            assert name.startswith(OPENS) or (name, kind) in MOVES
+        for part in (message.reasoning or "", message.content, "weather" if message.tool_calls else ""):
+            assert part in trained
+        assert end_of(trained, tokenizer)
+
+
+def end_of(text, tokenizer):
+    return any(text.endswith(tokenizer.decode([token])) for token in end_token_ids(tokenizer))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_of_generation_is_the_templates_own(name):
+    tokenizer = tokenizer_of(name)
+    for messages in ([ASKED], [ASKED, ANSWERED, MORE[0]]):
+        applied_ids = tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            chat_template=template_of(tokenizer).source,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        assert encode_prompt(messages, tokenizer) == applied_ids
+
+
+AGREE_WITH_TRL = (
+    "llama3", "qwen2_5", "qwen3", "qwen3_instruct_2507", "gemma", "gemma3", "phi3_5", "cohere", "cohere2", "gptoss",
+    "glm4moe", "lfm2_2_5",
+)  # fmt: skip
+"""The others write a thought into the prompt, which `trl`'s masks count as a part of the answer."""
+
+
+@pytest.mark.parametrize("name", AGREE_WITH_TRL)
+def test_trained_tokens_are_those_of_trls_training_template(name):
+    tokenizer = tokenizer_of(name)
+    path = TRL / f"{name}_training.jinja"
+    masked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": ASKED.content}, {"role": "assistant", "content": ANSWERED.content}],
+        chat_template=path.read_text() if path.exists() else None,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    marked = zip(masked["input_ids"], masked["assistant_masks"], strict=True)
+    theirs = tokenizer.decode([token for token, kept in marked if kept])
+    [(_, ours)] = samples_by_turn(tokenizer, CONVERSATIONS["single turn"])
+    header = {"gptoss": "<|start|>assistant", "qwen2_5": "\n"}.get(name, "")  # the generation prompt holds it
+    assert tokenizer.decode(ours) == theirs.removeprefix(header).rstrip("\n").removesuffix("\n<|endoftext|>")
+
+
+STOPS = {
+    "glm4moe": {"<|endoftext|>", "<|user|>", "<|observation|>"},
+    "cohere2": {"<|END_OF_TURN_TOKEN|>"},
+    "gptoss": {"<|return|>", "<|call|>"},
+    "phi3_5": {"<|endoftext|>", "<|end|>"},
+    "gemma4_v5": {"<turn|>", "<|tool_response>"},
+    "deepseek_r1_distill": {"<｜end▁of▁sentence｜>"},
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_stop_tokens_are_those_that_end_an_answer_or_a_call(name):
+    tokenizer = tokenizer_of(name)
+    assert {tokenizer.decode([token]) for token in end_token_ids(tokenizer)} == STOPS[name]
+
+
+def test_parts_of_a_turn_are_told_apart():
+    tokenizer = tokenizer_of("qwen3")
+    [[sample, _]] = encode_all([CONVERSATIONS["thoughts and calls"]], tokenizer)
+    text = {
+        kind: tokenizer.decode([t for t, k in zip(sample.input_ids, sample.kinds, strict=True) if k == kind])
+        for kind in Kind
+        if kind
+    }
+    assert text[Kind.reasoning] == "<think>\nI need to look.<think>\nCold.\n</think>\n\n"
+    assert text[Kind.answer] == "It is 3 C."
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text[Kind.tool_call]
+    assert text[Kind.end] == "<|im_end|><|im_end|>"
+
+
+SPELLINGS = ["<think>Two.</think>It is 4.", "<think>\nTwo.\n</think>\n\nIt is 4.", "<think> Two.\n</think>\nIt is 4."]
+
+
+@pytest.mark.parametrize("content", SPELLINGS)
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_6", "glm4moe", "nemotron_3_nano", "gptoss"])
+def test_thought_written_into_the_answer_is_spelled_as_the_template_does(name, content):
+    tokenizer = tokenizer_of(name)
+    inline = Conversation([ASKED, Message("assistant", content)])
+    by_key = Conversation([ASKED, Message("assistant", "It is 4.", reasoning="Two.")])
+    assert encode_all([inline], tokenizer) == encode_all([by_key], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["gemma4_v5", "qwen3_6", "qwen3", "llama3_1", "nemotron_3_nano", "gptoss", "glm4moe"])
+@pytest.mark.parametrize("kind", ["exchanges", "one long exchange"])
+def test_long_conversation_is_as_its_beginnings_are(name, kind):
+    """Beyond a few turns prompts are put together from parts; the whole rendering is the oracle."""
+    tokenizer = tokenizer_of(name)
+    turns = [message for number in range(14) for message in (Message("user", f"Q{number}"), answer(name, number))]
+    if kind != "exchanges":
+        turns = [Message("user", "Do it")]
+        for number in range(14):
+            turns += [Message("assistant", "", tool_calls=(numbered_call(number),)), Message("tool", f"R{number}")]
+        turns.append(Message("assistant", "Done."))
+    conversation = Conversation([Message("system", "Be terse."), *turns], TOOLS)
+    by_turn = samples_by_turn(tokenizer, conversation)
+    answers = [index for index, message in enumerate(conversation) if message.role == "assistant"]
+    assert len(by_turn) == len(answers)
+    for (prompt_ids, _), index in zip(by_turn, answers, strict=True):
+        assert tokenizer.decode(prompt_ids) == applied(tokenizer, conversation, conversation.before(index), True)
+
+
+def answer(name, number):
+    return Message("assistant", f"A{number}", reasoning=None if name == "llama3_1" else f"T{number}")
+
+
+def numbered_call(number):
+    return {"type": "function", "function": {"name": "weather", "arguments": {"city": f"C{number}"}}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_random_conversations_train_exactly_what_was_said(name):
+    tokenizer, rng = tokenizer_of(name), random.Random(name)
+    conversations = [random_conversation(rng) for _ in range(200)]
+    outcomes = Encoder(tokenizer).encode(conversations)
+    fitting = 0
+    for conversation, outcome in zip(conversations, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            assert isinstance(outcome, ChatTemplateError | TemplateError)
+            continue
+        fitting += 1
+        turns = samples_by_turn(tokenizer, conversation)
+        answers = [index for index, message in enumerate(conversation) if message.role == "assistant"]
+        assert len(turns) == len(answers)
+        for (prompt_ids, trained_ids), index in zip(turns, answers, strict=True):
+            message = conversation[index]
+            thinks = {"enable_thinking": True} if name == "qwen3_5_nothink" and message.reasoning else {}
+            prompt = applied(tokenizer, conversation, conversation.before(index), True, **thinks)
+            assert tokenizer.decode(prompt_ids) == prompt
+            whole = applied(tokenizer, conversation, conversation[: index + 1], False)
+            trained = tokenizer.decode(trained_ids)
+            if whole.startswith(prompt):
+                assert whole[len(prompt) :].startswith(trained) or trained.startswith(whole[len(prompt) :])
+            assert message.content.strip() in trained and (message.reasoning or "").strip() in trained
+    assert fitting > 20
+
+
+PIECES = ["Hi", "é", "😀", " two  spaces ", "1.5\n\nnew", "<b>x</b>", "{{ x }}", "</s>", "a|b", "\tTab", "end.", "日本"]
+
+
+def random_text(rng):
+    return " ".join(rng.choices(PIECES, k=rng.randrange(1, 5))) + "."
+
+
+def random_conversation(rng):
+    messages = [Message("system", random_text(rng))] if rng.random() < 0.3 else []
+    tools = TOOLS if rng.random() < 0.3 else None
+    for _ in range(rng.randrange(1, 5)):
+        messages.append(Message("user", random_text(rng)))
+        if tools and rng.random() < 0.6:
+            call = {"type": "function", "function": {"name": "weather", "arguments": {"city": random_text(rng)}}}
+            messages += [
+                Message("assistant", "", tool_calls=(call,)),
+                Message("tool", random_text(rng), name="weather"),
+            ]
+        thought = random_text(rng) if rng.random() < 0.3 else None
+        messages.append(Message("assistant", random_text(rng), reasoning=thought))
+    return Conversation(messages, tools)
