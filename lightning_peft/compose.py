@@ -62,10 +62,18 @@ def explained(command: str) -> Iterator[None]:
 def composed(command: str, overrides: list[str]) -> DictConfig:
     """The config of a command before its values are resolved and typed."""
     register_schemas()
+    check_adapter_has_method(overrides)
     if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
         raise ValueError("run_dir: give one, or config_path=, where several ranks are started: each would name its own")
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
         return compose(command, quote_text_values(overrides))
+
+
+def check_adapter_has_method(overrides: list[str]) -> None:
+    """Raise ValueError for adapter=NAME without a method, which would leave rank, rate and name to another method."""
+    given = dict(word.partition("=")[::2] for word in overrides)
+    if (name := given.get("adapter")) is not None and "method" not in given:
+        raise ValueError(f"adapter={name}: use method={name}, which also sets what goes with it")
 
 
 def saved_config(command: str, overrides: list[str]) -> TrainConfig:

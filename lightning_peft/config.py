@@ -50,6 +50,8 @@ class TrainConfig:
 
     run_dir: str | None = None
     """Folder of the run; null takes runs/<time>-<method>-<model>."""
+    method: str = "lora"
+    """What runs, jobs and W&B tags call the method; set by the option file of `method=`."""
     seed: int = 0
     """Seed of adapter init, data order and dropout."""
     resume: str = "never"
@@ -303,6 +305,19 @@ def trial_name(overrides: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "trial"
 
 
+def model_label(*, _root_: DictConfig) -> str:
+    """The model's name for people: llama_3_1_8b, or the last part of `model.path`."""
+    model = _root_.model
+    if model.label or model.name != "hf" or not model.path:
+        return str(model.label or model.name)
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model.path).name.removesuffix(".gguf"))
+
+
+def run_label(*, _root_: DictConfig) -> str:
+    """Method and model of a run, as in qlora-llama_3_1_8b."""
+    return f"{_root_.method}-{model_label(_root_=_root_)}"
+
+
 def config_digest(*, _root_: DictConfig) -> str:
     """Eight letters that tell configs apart; where a run stands and on which cluster does not count."""
     config = OmegaConf.to_container(_root_, resolve=False, enum_to_str=True)
@@ -313,6 +328,8 @@ def config_digest(*, _root_: DictConfig) -> str:
 
 # At the import: processes that a Hydra launcher starts get the schemas from it, but no resolvers.
 OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
+OmegaConf.register_new_resolver("model_label", model_label, replace=True)
+OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 OmegaConf.register_new_resolver("config_digest", config_digest, replace=True)
 
 

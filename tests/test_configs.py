@@ -1,5 +1,7 @@
 """Every option file composes to a typed config, alone and for every method."""
 
+from pathlib import Path
+
 import pytest
 
 from lightning_peft.adapters.registry import METHODS
@@ -32,8 +34,31 @@ def test_what_the_user_types_wins_over_the_method():
     assert config.optimizer.lora_plus_ratio == 16
 
 
-def test_run_dir_names_method_and_model():
-    assert compose_config("train", ["method=dora", "model=tiny"]).run_dir.endswith("-dora-tiny")
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["method=dora", "model=tiny"], "dora-tiny"),
+        (["method=qlora", "model=llama_3_1_8b"], "qlora-llama_3_1_8b"),
+        (["method=pissa", "model=hf", "model.path=Qwen/Qwen2.5-0.5B"], "pissa-Qwen2.5-0.5B"),
+        (["model=hf", "model.path=/models/my model.gguf"], "lora-my-model"),
+        (["model=hf", "model.path=org/name", "model.label=mine"], "lora-mine"),
+    ],
+)
+def test_run_is_named_by_method_and_model(words, name):
+    config = compose_config("train", [*words, "logger=wandb"])
+    assert config.run_dir.endswith(f"-{name}")
+    assert "-".join(config.logger["wandb"]["tags"]) == name
+    assert Path(compose_config("submit", words).run_dir).name.startswith(f"{name}-")
+
+
+@pytest.mark.parametrize(("method", "rank"), [("vera", 256), ("adalora", 12), ("lora", 16), ("full", None)])
+def test_rank_is_the_methods_own(method, rank):
+    assert compose_config("train", [f"method={method}"]).adapter.rank == rank
+
+
+def test_adapter_without_its_method_is_refused():
+    with pytest.raises(ValueError, match="adapter=vera: use method=vera, which also sets what goes with it"):
+        compose_config("train", ["adapter=vera"])
 
 
 TEXTS = ["What's 1 + 1, and why?", 'say "hi"', "a=b", "(open", "{curly", "[list", "$HOME 50 %", "back\\slash", "tail\\"]

@@ -28,6 +28,8 @@ class ModelConfig:
 
     name: str = "smollm2_135m"
     """A key of `MODELS`: an embedded model, or `hf` for the one at `path`."""
+    label: str | None = None
+    """What runs, jobs and W&B tags call the model; null takes `name`, or the last part of `path`."""
     path: str | None = None
     """Local folder, hub id or .gguf file of `hf`."""
     revision: str | None = None

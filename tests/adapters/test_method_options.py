@@ -64,7 +64,7 @@ def test_every_preset_is_an_option() -> None:
     assert options("target_modules") == set(PRESETS) | {"none"}
 
 
-@pytest.mark.parametrize("name", sorted(options("rank") - {"none", "tapered"}))
+@pytest.mark.parametrize("name", sorted(options("rank") - {"method", "none", "tapered"}))
 def test_rank_option_is_its_name(name: str) -> None:
     assert yaml.safe_load((CONF / "rank" / f"{name}.yaml").read_text()) == {"rank": int(name.removeprefix("r"))}
 
