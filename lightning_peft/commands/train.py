@@ -29,6 +29,7 @@ from lightning_peft.commands.ranks import leave_with_launcher, run_ranks
 from lightning_peft.commands.run_folder import find_start
 from lightning_peft.commands.trainer import (
     build_trainer,
+    check_nodes,
     check_trainer_options,
     count_ranks,
     count_steps,
@@ -68,6 +69,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.cluster is not None:
         raise ValueError("cluster: train runs here; submit takes the same words and hands them to the cluster")
     check_trainer_options(config.trainer)
+    check_nodes(config)
     accelerator = resolve_accelerator(str(config.trainer.get("accelerator", "auto")))
     precision = resolve_precision(str(config.trainer.get("precision", "auto")), accelerator, trains_all(config))
     devices, nodes = count_ranks(config.trainer, config.strategy.kind, accelerator)

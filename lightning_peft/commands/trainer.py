@@ -1,14 +1,18 @@
 """Lightning's Trainer from the `trainer.*` options, with the parts that `train` decides itself."""
 
+import difflib
 import inspect
 import logging
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from lightning_peft import distributed
@@ -45,7 +49,9 @@ def check_trainer_options(options: dict[str, Any]) -> None:
     known = set(inspect.signature(Trainer).parameters)
     for key in options:
         if key != "_target_" and key not in known:
-            raise ValueError(f"trainer.{key}: lightning.pytorch.Trainer has no such argument")
+            matches = difflib.get_close_matches(key, known - OWNED.keys(), n=3)
+            hint = f"; did you mean trainer.{', trainer.'.join(matches)}?" if matches else ""
+            raise ValueError(f"trainer.{key}: lightning.pytorch.Trainer has no such argument{hint}")
         if key in OWNED:
             raise ValueError(f"trainer.{key}: set by train itself; use {OWNED[key]}")
     for key in ("max_steps", "max_epochs", *AT_LEAST_ONE):
@@ -64,6 +70,55 @@ def check_trainer_options(options: dict[str, Any]) -> None:
         raise ValueError(f"trainer.gradient_clip_val={clip}: must be at least 0; 0 or null does not clip")
     if (algorithm := options.get("gradient_clip_algorithm", "norm")) not in (None, "norm"):
         raise ValueError(f"trainer.gradient_clip_algorithm={algorithm!r}: only norm is supported")
+
+
+def quiet_lightning() -> None:
+    """Nothing below a warning from Lightning, and that once: its import sets its own level and handlers."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+
+
+def check_nodes(config: TrainConfig) -> None:
+    """Raises ValueError for a callback or logger whose `_target_` is missing, is none, or takes other arguments.
+
+    Only its module is imported.
+    """
+    for group, nodes, kind in (("callbacks", config.callbacks, Callback), ("logger", config.logger, Logger)):
+        for name, node in nodes.items():
+            key = f"{group}.{name}"
+            if not isinstance(node, Mapping) or "_target_" not in node:
+                raise ValueError(f"{key}: has no {key}._target_, the Lightning {kind.__name__.lower()} to be made")
+            try:
+                target = get_object(node["_target_"])
+                arguments = {str(k): value for k, value in node.items() if not re.fullmatch("_[a-z]+_", str(k))}
+                if "_args_" not in node:
+                    inspect.signature(target).bind(**arguments)
+            except (ImportError, ValueError, TypeError) as error:
+                raise ValueError(f"{key}._target_={node['_target_']}: {reason(error)}") from error
+            if isinstance(target, type) and not issubclass(target, kind):
+                raise ValueError(f"{key}._target_={node['_target_']}: no Lightning {kind.__name__.lower()}")
+
+
+def made(group: str, nodes: Mapping[str, Any], kind: type) -> list[Any]:
+    """The callbacks or loggers that the nodes describe. Raises ValueError for one that cannot be made."""
+    parts = []
+    for name, node in nodes.items():
+        try:
+            parts.append(instantiate(node))
+        except InstantiationException as error:
+            raise ValueError(f"{group}.{name}: {reason(error)}") from error
+        if not isinstance(parts[-1], kind):
+            raise ValueError(f"{group}.{name}: {node['_target_']} gives no Lightning {kind.__name__.lower()}")
+    return parts
+
+
+def reason(error: BaseException) -> str:
+    """What a library said first, without Hydra's words around it."""
+    while isinstance(error, InstantiationException | ImportError) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def resolve_accelerator(name: str) -> str:
@@ -120,6 +175,7 @@ def build_trainer(
     config: TrainConfig, steps: int, accelerator: str, precision: str, callbacks: list[Callback]
 ) -> Trainer:
     """The Trainer of a run of so many optimiser steps. Raises ValueError for options Lightning refuses."""
+    quiet_lightning()
     options = {key: value for key, value in config.trainer.items() if key != "precision"}
     # The end is a number of steps in any case: Lightning resumes a run that ends by epochs differently.
     options |= {"max_steps": steps, "max_epochs": -1, "accelerator": "gpu" if accelerator == "cuda" else "cpu"}
@@ -132,13 +188,15 @@ def build_trainer(
         callbacks = [StepValidation(config.validation.every_n_steps), *callbacks]  # the others ask what it decided
     else:
         options["limit_val_batches"] = 0
+    own = made("callbacks", config.callbacks, Callback)
+    loggers = made("logger", config.logger, Logger)
     progress = RichProgressBar(leave=True) if Console().is_terminal else PlainProgress()
     try:
         return instantiate(
             options,
             _convert_="all",
-            callbacks=[*callbacks, *(instantiate(node) for node in config.callbacks.values()), progress],
-            logger=[instantiate(node) for node in config.logger.values()],
+            callbacks=[*callbacks, *own, progress],
+            logger=loggers,
             strategy=build_strategy(config.strategy, accelerator, devices * nodes),
             plugins=[
                 precision_plugin(precision, accelerator),
@@ -152,5 +210,5 @@ def build_trainer(
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
         )
-    except (TypeError, MisconfigurationException) as error:
-        raise ValueError(f"trainer: {str(error).splitlines()[0]}") from error
+    except InstantiationException as error:
+        raise ValueError(f"trainer: {reason(error)}") from error
