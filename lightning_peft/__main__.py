@@ -1,6 +1,7 @@
 """The command line: `lightning-peft <command> [group=option] [key=value] ...`."""
 
 import importlib
+import os
 import sys
 from contextlib import ExitStack
 
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: {command}: no such command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # for callbacks of one's own, as `python -m` and so the ranks have it
     module, function = COMMANDS[command][0].split(":")
     try:
         with ExitStack() as stack:

@@ -16,15 +16,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft import distributed
 from lightning_peft.cluster.slurm import SlurmError
-from lightning_peft.compose import compose_config, groups_and_defaults, typed
+from lightning_peft.compose import SEARCH_PATH, compose_config, groups_and_defaults, open_words, typed
 from lightning_peft.config import CONF_DIR, register_schemas
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
-LIBRARY_NOISE = ("'set_vital' is deprecated", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-"""Deprecations inside torchdata and Lightning that a user can do nothing about."""
+LIBRARY_NOISE = (
+    "'set_vital' is deprecated",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "The `srun` command is available on your system but is not used",
+)
+"""What torchdata and Lightning say and a user can do nothing about, or need not: `train` starts its ranks itself."""
 
 
 class WrongInput(ValueError):
@@ -102,6 +106,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     if distributed.world_size() > 1:
         raise ValueError("-m under torchrun or srun: every rank would run a sweep of its own; use submit -m")
     check_one_sweeper(words, compose_config(command, first_trial(words)))
+    words = open_words(words)
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [f"hydra.sweep.dir={name}" for name in folder]
@@ -141,14 +146,14 @@ def is_swept(word: str) -> bool:
 
 
 def first_trial(words: list[str]) -> list[str]:
-    """The overrides of a sweep's first trial; Hydra's own and what cannot be enumerated left out."""
+    """The overrides of a sweep's first trial; what is for Hydra alone and what cannot be enumerated left out."""
     singles = []
     for word in words:
         try:
             override = OverridesParser.create().parse_override(word)
         except OverrideParseException as error:
             raise ValueError(f"{word}: not of the form key=value (quote text with special characters)") from error
-        if override.is_hydra_override():
+        if override.is_hydra_override() and override.get_key_element() != SEARCH_PATH:
             continue
         if not override.is_sweep_override():
             singles.append(word)

@@ -3,12 +3,17 @@
 import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -39,6 +44,17 @@ def quote_text_values(overrides: list[str]) -> list[str]:
     return quoted
 
 
+SEARCH_PATH = "hydra.searchpath"
+"""Hydra's key for folders of one's own option files, as in hydra.searchpath=[file:///home/me/conf]."""
+OPEN = re.compile(r"^(?:trainer|callbacks|logger|claim)\.")
+"""Keys below which anything may be added: arguments of what is not ours."""
+
+
+def open_words(overrides: list[str]) -> list[str]:
+    """Words of open dictionaries as Hydra wants them, so that nobody needs to know whether a key stands there."""
+    return [f"++{override}" if OPEN.match(override) else override for override in overrides]
+
+
 def compose_config(command: str, overrides: list[str]) -> Any:
     """The typed root config of a command.
 
@@ -66,7 +82,12 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
     if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
         raise ValueError("run_dir: give one, or config_path=, where several ranks are started: each would name its own")
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
-        return compose(command, quote_text_values(overrides))
+        config = compose(command, open_words(quote_text_values(overrides)))
+        unknown = next(unknown_keys(config), None)
+        groups = config_loader(overrides).list_groups("") if unknown is not None else []
+    if unknown is not None:
+        raise ValueError(f"{unknown}: no such option{nearest(unknown, command, groups)}")
+    return config
 
 
 def check_adapter_has_method(overrides: list[str]) -> None:
@@ -142,10 +163,33 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def nearest(key: str, command: str) -> str:
+def config_loader(words: list[str]) -> ConfigLoader:
+    """Hydra's reader of option files, with those of the folders that the words name; inside `initialize_config_dir`."""
+    path = GlobalHydra.instance().config_loader().get_search_path()
+    for word in words:
+        if word.startswith(f"{SEARCH_PATH}="):
+            folders = OverridesParser.create().parse_override(word).value()
+            for folder in folders if isinstance(folders, list) else [folders]:
+                path.append("command line", str(folder))
+    return ConfigLoaderImpl(path)
+
+
+def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys that no dataclass of the config has: Hydra adds whatever is typed with a + before it."""
+    kind = OmegaConf.get_type(config)
+    known = {f.name for f in fields(kind)} if kind is not None and is_dataclass(kind) else None
+    for key in map(str, config):
+        node = config._get_node(key)
+        if known is not None and key not in known:
+            yield f"{prefix}{key}"
+        elif isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            yield from unknown_keys(node, f"{prefix}{key}.")
+
+
+def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
     """The options of the command that look like a mistyped one."""
     choices, config = groups_and_defaults(command)
-    matches = difflib.get_close_matches(key, [*choices, *leaf_keys(config)], n=3, cutoff=0.6)
+    matches = difflib.get_close_matches(key, dict.fromkeys([*choices, *groups, *leaf_keys(config)]), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(matches)}?" if matches else ""
 
 

@@ -1,13 +1,13 @@
 """`submit -m`: the words of a sweep become trials with resolved configs in one folder, and that is started."""
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
@@ -19,7 +19,7 @@ from lightning_peft.cluster.search import Dimension, OptunaStudy, Search, dimens
 from lightning_peft.cluster.sweep import ENDED, MANIFEST, Sweep, Trial, begin, locked, score, write_sweep
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_script, submit_array
-from lightning_peft.compose import compose_config
+from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
 from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
 from lightning_peft.runs.lock import new_folder, remove_if_empty
 from lightning_peft.training.wandb_record import wandb_record
@@ -112,21 +112,27 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
 
 
 def parse(words: list[str]) -> list[Override]:
-    """Hydra's reading of the words, globs over option files included."""
+    """Hydra's reading of the words, globs over option files included, those of one's own folders too."""
     register_schemas()
+    # Trials are composed in other working folders as well.
+    words = [absolute_search_path(word) if word.startswith(f"{SEARCH_PATH}=") else word for word in words]
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parser = OverridesParser.create(config_loader=config_loader(words))
         try:
             overrides = parser.parse_overrides(words)
         except OverrideParseException as error:
             raise ValueError(f"{error.override}: not of the form key=value (quote special characters)") from error
     for override in overrides:
-        if override.is_hydra_override():
+        if override.is_hydra_override() and override.get_key_element() != SEARCH_PATH:
             raise ValueError(f"{override.input_line}: submit starts its trials itself; Hydra's launchers and sweepers "
                              "are for train -m")  # fmt: skip
         if override.get_key_element().lstrip("+") in ("resume", "dry_run", "config_path"):
             raise ValueError(f"{override.input_line}: not for a sweep; its trials are resumed by `sweep retry`")
     return overrides
+
+
+def absolute_search_path(word: str) -> str:
+    return re.sub(r"file://(?!/)", f"file://{Path.cwd()}/", word)
 
 
 def grid(swept: list[Override]) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """The `trainer.*` options: which there are, what they may be, and how many ranks they ask for."""
 
+import difflib
 import inspect
 from datetime import timedelta
 from typing import Any
@@ -32,7 +33,9 @@ def check_trainer_options(options: dict[str, Any]) -> None:
     known = set(inspect.signature(Trainer).parameters)
     for key in options:
         if key != "_target_" and key not in known:
-            raise ValueError(f"trainer.{key}: lightning.pytorch.Trainer has no such argument")
+            matches = difflib.get_close_matches(key, known - OWNED.keys(), n=3)
+            hint = f"; did you mean trainer.{', trainer.'.join(matches)}?" if matches else ""
+            raise ValueError(f"trainer.{key}: lightning.pytorch.Trainer has no such argument{hint}")
         if key in OWNED:
             raise ValueError(f"trainer.{key}: set by train itself; use {OWNED[key]}")
     for key in ("max_steps", "max_epochs", *AT_LEAST_ONE):

@@ -11,6 +11,7 @@ from lightning_peft import distributed
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.machine import Machine
+from lightning_peft.runs.nodes import check_nodes
 from lightning_peft.runs.options import check_trainer_options, count_ranks, max_seconds
 from lightning_peft.training.compilation import resolve_compilation
 from lightning_peft.training.config import Compilation, StrategyKind
@@ -58,6 +59,7 @@ def plan_run(config: TrainConfig, machine: Machine) -> RunPlan:
     machine has devices or than were started, and for what several processes cannot do.
     """
     check_trainer_options(config.trainer)
+    check_nodes(config)
     kind = config.strategy.kind
     trains_all = not METHODS[config.adapter.method].layers
     requested = str(config.trainer.get("precision", "auto"))

@@ -3,16 +3,18 @@
 import logging
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from lightning_peft import distributed
 from lightning_peft.checkpoint.resume import AtomicCheckpointIO
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.runs.nodes import made, reason
 from lightning_peft.runs.plan import RunPlan
 from lightning_peft.training.callbacks.progress import PlainProgress
 from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
@@ -36,8 +38,17 @@ def count_steps(options: dict[str, Any], data: SFTDataModule) -> int:
     return min(max_steps, by_epochs)
 
 
+def quiet_lightning() -> None:
+    """Nothing below a warning from Lightning, and that once: its import sets its own level and handlers."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+
+
 def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: list[Callback]) -> Trainer:
     """The Trainer of a run of so many optimiser steps. Raises ValueError for options Lightning refuses."""
+    quiet_lightning()
     # Its time limit would end the run for good: `training/preemption.py` pauses it.
     options = {key: value for key, value in config.trainer.items() if key not in ("precision", "max_time")}
     accelerator = plan.accelerator
@@ -51,6 +62,8 @@ def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: lis
         callbacks = [StepValidation(config.validation.every_n_steps), *callbacks]  # the others ask what it decided
     else:
         options["limit_val_batches"] = 0
+    own = made("callbacks", config.callbacks, Callback)
+    loggers = made("logger", config.logger, Logger)
     progress: list[Callback] = [RichProgressBar(leave=True) if Console().is_terminal else PlainProgress()]
     if options.get("enable_progress_bar") is False:
         progress = []
@@ -58,8 +71,8 @@ def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: lis
         return instantiate(
             options,
             _convert_="all",
-            callbacks=[*callbacks, *(instantiate(node) for node in config.callbacks.values()), *progress],
-            logger=[instantiate(node) for node in config.logger.values()],
+            callbacks=[*callbacks, *own, *progress],
+            logger=loggers,
             strategy=build_strategy(config.strategy, accelerator, plan.ranks),
             plugins=[
                 precision_plugin(plan.precision, accelerator),
@@ -73,5 +86,5 @@ def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: lis
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
         )
-    except (TypeError, MisconfigurationException) as error:
-        raise ValueError(f"trainer: {str(error).splitlines()[0]}") from error
+    except InstantiationException as error:
+        raise ValueError(f"trainer: {reason(error)}") from error

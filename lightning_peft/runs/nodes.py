@@ -1,0 +1,54 @@
+"""Callbacks and loggers of one's own: what the `_target_` nodes of a config name, checked and made."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+
+from lightning_peft.config import TrainConfig
+
+
+def check_nodes(config: TrainConfig) -> None:
+    """Raises ValueError for a callback or logger whose `_target_` is missing, is none, or takes other arguments.
+
+    Only its module is imported.
+    """
+    for group, nodes, kind in (("callbacks", config.callbacks, Callback), ("logger", config.logger, Logger)):
+        for name, node in nodes.items():
+            key = f"{group}.{name}"
+            if not isinstance(node, Mapping) or "_target_" not in node:
+                raise ValueError(f"{key}: has no {key}._target_, the Lightning {kind.__name__.lower()} to be made")
+            try:
+                target = get_object(node["_target_"])
+                arguments = {str(k): value for k, value in node.items() if not re.fullmatch("_[a-z]+_", str(k))}
+                if "_args_" not in node:
+                    inspect.signature(target).bind(**arguments)
+            except (ImportError, ValueError, TypeError) as error:
+                raise ValueError(f"{key}._target_={node['_target_']}: {reason(error)}") from error
+            if isinstance(target, type) and not issubclass(target, kind):
+                raise ValueError(f"{key}._target_={node['_target_']}: no Lightning {kind.__name__.lower()}")
+
+
+def made(group: str, nodes: Mapping[str, Any], kind: type) -> list[Any]:
+    """The callbacks or loggers that the nodes describe. Raises ValueError for one that cannot be made."""
+    parts = []
+    for name, node in nodes.items():
+        try:
+            parts.append(instantiate(node))
+        except InstantiationException as error:
+            raise ValueError(f"{group}.{name}: {reason(error)}") from error
+        if not isinstance(parts[-1], kind):
+            raise ValueError(f"{group}.{name}: {node['_target_']} gives no Lightning {kind.__name__.lower()}")
+    return parts
+
+
+def reason(error: BaseException) -> str:
+    """What a library said first, without Hydra's words around it."""
+    while isinstance(error, InstantiationException | ImportError) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

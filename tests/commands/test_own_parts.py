@@ -1,0 +1,66 @@
+"""Option files and callbacks of one's own, beside the package's, wherever a training is started from."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_peft.command_line import first_trial
+from lightning_peft.commands.plan_sweep import plan, trial_config
+from lightning_peft.compose import compose_config
+
+CALLBACK = "from lightning.pytorch import Callback\n\n\nclass Mine(Callback):\n    pass\n"
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A working folder with an option of `data` and a group of its own, in conf/."""
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment").mkdir()
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text("defaults: [jsonl]\ntrain_path: rows.jsonl\n")
+    experiment = "# @package _global_\ndefaults: [{override /rank: r4}]\nseed: 7\n"
+    (tmp_path / "conf" / "experiment" / "foo.yaml").write_text(experiment)
+    monkeypatch.chdir(tmp_path)
+    return "hydra.searchpath=[file://conf]"
+
+
+def test_own_folder_is_found_by_the_first_trial_of_train_m(conf):
+    config = compose_config("train", first_trial([conf, "model=tiny", "data=mine", "+experiment=foo", "seed=1,2"]))
+    assert (config.data.train_path, config.adapter.rank, config.seed) == ("rows.jsonl", 4, 1)
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_own_folder_is_found_by_the_trials_of_submit_m(conf, tmp_path, monkeypatch, cluster):
+    words = [conf, "model=tiny", "data=glob([min*,cmu*])", "+experiment=foo"]
+    sweep = plan(compose_config("submit_sweep", [f"sweep.cluster={cluster}"]), words)
+    assert [trial.values for trial in sweep.trials] == [{"data": "cmudict"}, {"data": "mine"}]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where `sweep retry` is called, say
+    config = trial_config(sweep, sweep.trials[1], tmp_path)
+    assert (config.data.train_path, config.seed) == ("rows.jsonl", 7)
+
+
+def test_mistyped_group_of_ones_own_is_named(conf):
+    with pytest.raises(ValueError, match="experimnet: no such option; did you mean experiment"):
+        compose_config("train", [conf, "+experimnet=foo"])
+
+
+def test_words_of_open_dictionaries_need_no_plus():
+    timer = "lightning.pytorch.callbacks.Timer"
+    words = ["trainer.max_time=00:01:00:00", f"callbacks.t._target_={timer}", "callbacks.t.verbose=false"]
+    config = compose_config("train", [*words, "claim.loss=1", "trainer.max_steps=3"])
+    assert config.trainer["max_time"] == "00:01:00:00" and config.trainer["max_steps"] == 3
+    assert config.callbacks == {"t": {"_target_": timer, "verbose": False}} and config.claim["loss"] == 1
+    assert compose_config("train", [f"+{word}" for word in words]).callbacks == config.callbacks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [[str(Path(sys.executable).with_name("lightning-peft"))], [sys.executable, "-m", "lightning_peft"]]
+)
+def test_callback_of_the_working_folder_is_found(tmp_path, command):
+    (tmp_path / "mycallbacks.py").write_text(CALLBACK)
+    words = ["train", "model=tiny", "data.max_rows=8", "callbacks.mine._target_=mycallbacks.Mine", "dry_run=true"]
+    run = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
