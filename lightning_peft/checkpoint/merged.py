@@ -169,7 +169,7 @@ def _merged(
 ) -> PreTrainedModel:
     """The model without adapters, its weights the sum, dense unless `requantise`."""
     found = dict(adapters(model))
-    if original is not None and any(getattr(layer, "initial_A", None) is not None for layer in found.values()):
+    if original is not None and any(layer.rewrote_base for layer in found.values()):
         raise MergeError("merge.base=original: adapter.init rewrote the base; save the adapter, load it and merge that")
     result = model if original is None else original
     inside = (*(f"{name}." for name in found), f"{SHARED}.")

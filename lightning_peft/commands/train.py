@@ -174,11 +174,8 @@ def check_ranks(config: TrainConfig, precision: str, nodes: int) -> None:
         )
     if config.strategy.kind is StrategyKind.fsdp and precision == "16-mixed":
         raise ValueError("trainer.precision=16-mixed strategy=fsdp: use bf16-true, bf16-mixed or 32-true")
-    if config.strategy.kind is StrategyKind.fsdp and config.adapter.method == "adalora":
-        raise ValueError(
-            "method=adalora strategy=fsdp: its penalty reads whole matrices outside the forward pass, where they are "
-            "sharded; use strategy=ddp"
-        )
+    if config.strategy.kind is StrategyKind.fsdp and (reason := METHODS[config.adapter.method].cannot_shard):
+        raise ValueError(f"method={config.adapter.method} strategy=fsdp: {reason}; use strategy=ddp")
 
 
 def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
