@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lightning_peft.adapters.base import AdapterConfig
-from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.adapters.init import Reads
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.merge_config import MergeConfig
 from lightning_peft.cluster.search import SweepConfig
@@ -93,22 +93,26 @@ class TrainConfig:
         check_task(self.data)
         if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
             raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
-        if self.adapter.init_from is not None and isinstance(self.adapter, LoRAConfig):
-            if self.adapter.init.name not in ("kaiming", "gaussian"):
-                raise ValueError(
-                    f"adapter.init={self.adapter.init.name} adapter.init_from={self.adapter.init_from}: "
-                    "a warm start brings its own values; use adapter.init=kaiming"
-                )
-        if self.model.new_tokens and not self.adapter.trainable_modules and self.adapter.method != "full":
+        if self.adapter.init_from is not None and not self.adapter.initialization.is_neutral:
+            raise ValueError(
+                f"adapter.init={self.adapter.init_name} adapter.init_from={self.adapter.init_from}: "
+                "a warm start brings its own values; use adapter.init=kaiming"
+            )
+        method = self.adapter.method  # empty in a config that no option file has filled yet
+        trains_all = method in METHODS and not METHODS[method].layers
+        if self.model.new_tokens and not self.adapter.trainable_modules and not trains_all:
             raise ValueError(
                 f"model.new_tokens={self.model.new_tokens}: their embeddings would never be trained; "
                 "add adapter.trainable_modules=[embed_tokens,lm_head]"
             )
-        if isinstance(self.adapter, LoRAConfig) and self.adapter.init.name == "loftq" and not self.quantization.is_on:
-            raise ValueError("adapter.init=loftq makes up for what quantisation lost: use quantization=nf4 with it")
-        if self.adapter.method == "full" and self.quantization.is_on:
+        if self.adapter.initialization.reads is Reads.quantisation_error and not self.quantization.is_on:
             raise ValueError(
-                f"method=full quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "
+                f"adapter.init={self.adapter.init_name} makes up for what quantisation lost: "
+                "use quantization=nf4 with it"
+            )
+        if trains_all and self.quantization.is_on:
+            raise ValueError(
+                f"method={method} quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "
                 "use quantization=none, or method=qlora"
             )
 

@@ -1,5 +1,6 @@
 """AdaLoRA: LoRA in SVD form whose ranks are cut during training (Zhang et al. 2023, arXiv:2303.10512)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
 from lightning_peft.kernels.frozen_linear import Base
 from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.weights import linear_shape
@@ -56,14 +58,6 @@ class AdaLoRAConfig(AdapterConfig):
         if self.orthogonality < 0:
             raise ValueError(f"adapter.orthogonality={self.orthogonality}: must be 0 or more")
 
-    def layer_options(self, target: Target) -> dict[str, Any]:
-        return {
-            "rank": target.rank,
-            "alpha": target.alpha,
-            "dropout": self.dropout,
-            "orthogonality": self.orthogonality,
-        }
-
 
 class AdaLoRALinear(Adapter):
     """y = W x + scaling * B (E * (A x)),  scaling = alpha / rank   (eq. 3).
@@ -72,21 +66,19 @@ class AdaLoRALinear(Adapter):
     zero; all fp32. A cut sets entries of E to zero; `rank` in the scaling stays the first one.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0, orthogonality: float = 0.5
-    ):
+    def __init__(self, base_layer: nn.Module, target: Target, config: AdaLoRAConfig):
         super().__init__(base_layer)
+        assert target.rank is not None and target.alpha is not None
         out_features, in_features = linear_shape(base_layer)
         device = next(base_layer.parameters()).device
-        self.rank = rank
+        self.rank = rank = target.rank
         # HF adds 1e-5 to the rank; so do we, to give the same numbers.
-        self.scaling = alpha / (rank + 1e-5)
-        self.dropout = dropout
-        self.orthogonality = orthogonality
+        self.scaling = target.alpha / (rank + 1e-5)
+        self.dropout = config.dropout
+        self.orthogonality = config.orthogonality
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=torch.float32))
         self.lora_E = nn.Parameter(torch.empty(rank, 1, device=device, dtype=torch.float32))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.lora_A, std=0.02)
@@ -103,6 +95,10 @@ class AdaLoRALinear(Adapter):
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.float() @ (self.lora_E * self.lora_A).float())
+
+    def schedule_state(self) -> list[Tensor]:
+        """Return every weight that may be cut twice: its sensitivity, and how uncertain that is."""
+        return [self.lora_A, self.lora_B, self.lora_E] * 2
 
     def regularization(self) -> Tensor:
         """Weight times the mean of ||A A^T - I|| and ||B^T B - I||   (eq. 4, the norm not squared as in their code)."""
@@ -217,3 +213,40 @@ def rank_schedule(adapters: dict[str, Adapter], config: AdaLoRAConfig, total_ste
     return RankSchedule(
         {n: layer for n, layer in adapters.items() if isinstance(layer, AdaLoRALinear)}, config, total_steps
     )
+
+
+def read_rank_budget(words: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """Read the target of the mean: HF stores the ranks left after the cuts, which may be below it."""
+    ranks = [shape[0] for shape in shapes.values()]
+    return {"target_rank": min(words.get("target_r", 8), max(set(ranks), key=ranks.count))}
+
+
+METHOD = Method(
+    AdaLoRAConfig,
+    linears(AdaLoRALinear),
+    trained=("lora_A", "lora_B", "lora_E"),
+    change="s B diag(E) A, ranks pruned to a budget",
+    paper="arXiv:2303.10512",
+    count="r (d + k) + r",
+    schedule=rank_schedule,
+    cannot_shard="its penalty reads whole matrices outside the forward pass, where they are sharded",
+    peft=PeftSpelling(
+        "ADALORA",
+        ("lora_A", "lora_B", "lora_E"),
+        {
+            "dropout": "lora_dropout",
+            "every_n_steps": "deltaT",
+            "beta1": "beta1",
+            "beta2": "beta2",
+            "orthogonality": "orth_reg_weight",
+            "target_rank": "target_r",
+        },
+        # PEFT refuses to load a config without a number of steps; it means nothing once training is over.
+        constants={"init_lora_weights": True, "bias": "none", "total_step": 1, "tinit": 0, "tfinal": 0},
+        rank_word="init_r",
+        alpha_word="lora_alpha",
+        rank_offset=1e-5,
+        read_more=read_rank_budget,
+    ),
+    contract=Contract(options={"target_rank": 2}, trained=lambda t: t.rank * (t.out_features + t.in_features) + t.rank),
+)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from lightning_peft.adapters.base import Adapter, AdapterConfig
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import adapters, inject_adapters
-from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 
 
@@ -92,18 +91,16 @@ def routed(model: nn.Module, routes: Sequence[int]) -> Iterator[None]:
 
 
 def _check_private(number: int, config: AdapterConfig) -> None:
-    """What an adapter of a bank changes must be its own."""
+    """Raise ValueError for an adapter that would change what the others of a bank see."""
     method = METHODS[config.method]
-    reason = None
-    if not method.layers:
-        reason = "trains the base itself"
-    elif method.shared is not None:
-        reason = "keeps state beside its layers, one a model"
+    reason = method.cannot_share_base
+    if reason:
+        pass
     elif config.trainable_modules:
         reason = f"trains {config.trainable_modules} of the base"
-    elif isinstance(config, LoRAConfig) and config.bias is not Bias.none:
+    elif config.trained_biases is not Bias.none:
         reason = "trains biases of the base"
-    elif isinstance(config, LoRAConfig) and config.init.name in ("pissa", "pissa_fast", "olora"):
-        reason = f"starts by rewriting the base (adapter.init={config.init.name})"
-    if reason is not None:
+    elif config.initialization.rewrites_base:
+        reason = f"starts by rewriting the base (adapter.init={config.init_name})"
+    if reason:
         raise ValueError(f"adapter {number} of the bank, method {config.method}, {reason}: run it alone")

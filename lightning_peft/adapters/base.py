@@ -1,12 +1,15 @@
 """What every adapter method is: a frozen layer with a small trainable change around it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.bias import Bias
+from lightning_peft.adapters.init import INITS, Initialization
 from lightning_peft.kernels.frozen_linear import Base, given
 from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.weights import dense_weight, write_weight
@@ -77,13 +80,29 @@ class AdapterConfig:
             raise ValueError(f"adapter.alpha={self.alpha}: must be above 0, or null for 2 x rank")
 
     @property
+    def initialization(self) -> Initialization:
+        """The row of `INITS` the layers start by."""
+        return INITS[self.init_name]
+
+    @property
+    def init_name(self) -> str:
+        """A key of `INITS`; a method with a start of its own reads shapes alone, as kaiming does."""
+        return "kaiming"
+
+    @property
     def rank_within_layer(self) -> bool:
         """Whether a rank above a layer's smaller side is an error rather than a waste."""
-        return False
+        return self.initialization.bounds_rank
 
-    def layer_options(self, target: Target) -> dict[str, Any]:
-        """Keyword arguments of the method's layer class for one target."""
-        return {}
+    @property
+    def rank_growth(self) -> float:
+        """The factor by which a layer's rank may grow when an initialisation spreads ranks over the layers."""
+        return 1.0
+
+    @property
+    def trained_biases(self) -> Bias:
+        """Biases of the base that train beside the adapters."""
+        return Bias.none
 
 
 class StepSchedule(Protocol):
@@ -105,6 +124,8 @@ class Adapter(nn.Module, ABC):
     """
 
     mergeable: ClassVar[bool] = True
+    initialization: Initialization = INITS["kaiming"]
+    """The row of `INITS` the layer starts by."""
     dropout: float = 0.0
     """Probability of dropping an input of the change, for methods that drop."""
 
@@ -157,14 +178,34 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Fresh initial values. May read `base_layer`, so it is also called once meta tensors hold real weights."""
+        """Take fresh initial values; may read `base_layer`. The injector calls it once the layer is made."""
+
+    def start_from(self, matrix: Tensor, rank: int | None = None) -> None:
+        """Start from the matrix that `initialization` reads, at another rank where one is given."""
+        raise NotImplementedError(f"{type(self).__name__} starts by itself")
+
+    @property
+    def rewrote_base(self) -> bool:
+        """Whether the start took a part of the base weight out of it."""
+        return False
+
+    def on_untouched_base(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this layer's tensors, whole and by name, as they are around the base before a start rewrote it."""
+        return tensors
+
+    def fit_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the shapes of a checkpoint's tensors of this layer, by name, where a run may have changed its own."""
+
+    def schedule_state(self) -> list[Tensor]:
+        """Return one tensor in the shape and dtype of each that the method's schedule remembers for this layer."""
+        return []
 
     def regularization(self) -> Tensor | None:
         """Extra loss of this layer, or None; the model's is the mean over its layers."""
         return None
 
     def check_mergeable(self) -> None:
-        """NotMergeableError when the change cannot be written into the base weight."""
+        """Raise NotMergeableError when the change cannot be written into the base weight."""
         if not self.mergeable:
             raise NotMergeableError(f"{type(self).__name__} cannot be merged into a weight: serve it unmerged")
 

@@ -1,13 +1,16 @@
 """DoRA: direction from LoRA, magnitude trained apart (Liu et al. 2024, arXiv:2402.09353)."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.adapters import lora
+from lightning_peft.adapters.base import Target
 from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
+from lightning_peft.adapters.method import Contract, Method, linears
 from lightning_peft.kernels.frozen_linear import GIVEN, Base
 from lightning_peft.kernels.low_rank import add_and_scale
 from lightning_peft.quantization.weights import dense_weight
@@ -40,56 +43,42 @@ def adapted_row_norms(weight: Tensor, squared_norms: Tensor, A: Tensor, B: Tenso
     return (squared_norms + (cross * B).sum(1)).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
-class Magnitude(nn.Module):
-    """What DoRA adds to LoRA: a trained magnitude per output feature, and the norms it is measured against."""
+class RowNorms(nn.Module):
+    """Row norms of W + scaling * B A, fp32, (out_features,), from the squared norms of W, which it keeps."""
 
-    base_squared_norms: Tensor
-    scaling: float
+    squared: Tensor
 
-    def add_magnitude(self, out_features: int, device: torch.device) -> None:
-        self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features, device=device, dtype=torch.float32))
-        squared_norms = torch.empty(out_features, device=device, dtype=torch.float32)
-        self.register_buffer("base_squared_norms", squared_norms, persistent=False)
-        self._inference_norms: tuple[tuple[int, ...], Tensor] | None = None
-        self.reset_magnitude()
-
-    def base_weight(self) -> Tensor:
-        """W, (out, in)."""
-        raise NotImplementedError
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank)."""
-        raise NotImplementedError
+    def __init__(self, out_features: int, device: torch.device):
+        super().__init__()
+        self.register_buffer("squared", torch.empty(out_features, device=device), persistent=False)
+        self.kept: tuple[tuple[int, ...], Tensor] | None = None
 
     @torch.no_grad()
-    def reset_magnitude(self) -> None:
-        if self.lora_magnitude_vector.is_meta:
-            return
-        self._inference_norms = None
-        self.base_squared_norms.copy_(squared_row_norms(self.base_weight()))
-        self.lora_magnitude_vector.copy_(self.weight_norms())
+    def measure(self, weight: Tensor) -> None:
+        """Keep the squared norms of W (out_features, in_features)."""
+        self.kept = None
+        self.squared.copy_(squared_row_norms(weight))
 
     @torch.no_grad()
-    def weight_norms(self) -> Tensor:
-        """Row norms of W + scaling * B A, fp32, (out_features,)."""
-        return adapted_row_norms(self.base_weight(), self.base_squared_norms, *self.factors(), self.scaling)
+    def forward(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        return adapted_row_norms(weight, self.squared, A, B, scaling)
 
-    def gain(self) -> Tensor:
-        """m / n, (out_features,): the gradient reaches m only.
+    def once(self, norms: Callable[[], Tensor], factors: tuple[Tensor, Tensor]) -> Tensor:
+        """Return `norms()`, taken once while text is generated and the factors stand still.
 
-        While text is generated n is computed once: it costs a pass over W, which is all that a single token costs.
+        It costs a pass over W, which is all that a single token costs.
         """
         if self.training or torch.is_grad_enabled():
-            if self._inference_norms is not None:  # no assignment where there is none to make: it would break a graph
-                self._inference_norms = None
-            return self.lora_magnitude_vector / self.weight_norms()
-        versions = tuple(factor._version for factor in self.factors())
-        if self._inference_norms is None or self._inference_norms[0] != versions:
-            self._inference_norms = (versions, self.weight_norms())
-        return self.lora_magnitude_vector / self._inference_norms[1]
+            if self.kept is not None:  # no assignment where there is none to make: it would break a graph
+                self.kept = None
+            return norms()
+        versions = tuple(factor._version for factor in factors)
+        if self.kept is None or self.kept[0] != versions:
+            self.kept = (versions, norms())
+        return self.kept[1]
 
 
-class DoRALinear(Magnitude, LoRALinear):
+class DoRALinear(LoRALinear):
     """y = m / n * (W x + scaling * B A x),  n = row norms of W + scaling * B A   (eq. 5).
 
     m is `lora_magnitude_vector` (out_features,), fp32, and starts at n, so that the layer starts as its base. n is a
@@ -97,25 +86,25 @@ class DoRALinear(Magnitude, LoRALinear):
     (m / n - 1) W x sees the dropped input too.
     """
 
-    def __init__(self, base_layer: nn.Module, *args: Any, **options: Any):
-        super().__init__(base_layer, *args, **options)
-        self.add_magnitude(self.lora_B.weight.shape[0], self.lora_B.weight.device)
+    def __init__(self, base_layer: nn.Module, target: Target, config: DoRAConfig):
+        super().__init__(base_layer, target, config)
+        device = self.lora_B.weight.device
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(self.lora_B.out_features, device=device))
+        self.norms = RowNorms(self.lora_B.out_features, device)
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if hasattr(self, "lora_magnitude_vector"):
-            self.reset_magnitude()
-
+    @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor) -> None:
         super().set_factors(A, B)
-        if hasattr(self, "lora_magnitude_vector"):
-            self.reset_magnitude()
+        self.norms.measure(dense_weight(self.base_layer))
+        self.lora_magnitude_vector.copy_(self.weight_norms())
 
-    def base_weight(self) -> Tensor:
-        return dense_weight(self.base_layer)
+    def weight_norms(self) -> Tensor:
+        """Return n, fp32, (out_features,)."""
+        return self.norms(dense_weight(self.base_layer), *self.factors(), self.scaling)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return LoRALinear.factors(self)
+    def gain(self) -> Tensor:
+        """Return m / n, (out_features,): the gradient reaches m only."""
+        return self.lora_magnitude_vector / self.norms.once(self.weight_norms, self.factors())
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
         dropped, frozen = x, base_output
@@ -141,23 +130,33 @@ class DoRALinear(Magnitude, LoRALinear):
         return self.gain()[:, None] * (weight + super().delta_weight()) - weight
 
 
-class DoRAEmbedding(Magnitude, LoRAEmbedding):
+class DoRAEmbedding(LoRAEmbedding):
     """y = m / n * (W[id] + scaling * B A[:, id]),  n and m over the columns of W: one per embedding dimension."""
 
-    def __init__(self, base_layer: nn.Embedding, *args: Any, **options: Any):
-        super().__init__(base_layer, *args, **options)
-        self.add_magnitude(base_layer.embedding_dim, base_layer.weight.device)
+    def __init__(self, base_layer: nn.Embedding, target: Target, config: DoRAConfig):
+        super().__init__(base_layer, target, config)
+        device = base_layer.weight.device
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(base_layer.embedding_dim, device=device))
+        self.norms = RowNorms(base_layer.embedding_dim, device)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "lora_magnitude_vector"):
-            self.reset_magnitude()
-
-    def base_weight(self) -> Tensor:
-        return dense_weight(self.base_layer).t()
+        if not self.lora_magnitude_vector.is_meta:
+            self.norms.measure(dense_weight(self.base_layer).t())
+            self.lora_magnitude_vector.copy_(self.weight_norms())
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (rank, num_embeddings) and B (dim, rank)."""
         return self.lora_embedding_A, self.lora_embedding_B
+
+    def weight_norms(self) -> Tensor:
+        """Return n, fp32, (dim,)."""
+        return self.norms(dense_weight(self.base_layer).t(), *self.factors(), self.scaling)
+
+    def gain(self) -> Tensor:
+        """Return m / n, (dim,): the gradient reaches m only."""
+        return self.lora_magnitude_vector / self.norms.once(self.weight_norms, self.factors())
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
         changed = super().adapt(x, base_output)
@@ -166,3 +165,15 @@ class DoRAEmbedding(Magnitude, LoRAEmbedding):
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.base_layer).float()
         return self.gain() * (weight + super().delta_weight()) - weight
+
+
+METHOD = Method(
+    DoRAConfig,
+    {**linears(DoRALinear), nn.Embedding: DoRAEmbedding},
+    trained=(*lora.METHOD.trained, "lora_magnitude_vector"),
+    change="m (W + s B A) / norm of its rows",
+    paper="arXiv:2402.09353",
+    count="r (d + k) + d",
+    peft=replace(lora.PEFT, tensors=(*lora.PEFT.tensors, "lora_magnitude_vector"), flags={"use_dora": True}),
+    contract=Contract(trained=lambda t: t.rank * (t.out_features + t.in_features) + t.out_features),
+)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.init import Reads
 
 
 @dataclass
@@ -41,28 +42,31 @@ class Sketch:
 def initialize_from_activations(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], rho: float = 2.0
 ) -> dict[str, int]:
-    """Start every LoRA layer with init eva from a few batches; returns the rank of each.
+    """Start every layer whose initialisation reads activations from a few batches; return the rank of each.
 
     The batches are keyword arguments of the model; where `attention_mask` (B, T) is 0 tokens are left out. A becomes
     the leading right singular vectors of the layer's inputs (not centred), B stays zero. All layers together keep their
     sum of ranks, which goes to the directions that explain most of their layer's activations: at least 1 and at most
     rho x rank a layer, with unchanged scaling. rho=1 keeps the ranks.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear) and m.init == "eva"}
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if _reads_activations(m)}
     sketches = _observe(model, layers, batches, rho)
     directions = {name: sketch.directions() for sketch in sketches for name in sketch.layers}
     missing = [name for name in layers if name not in directions]
     if missing:
-        raise ValueError(f"adapter.init=eva: {missing[0]} saw no tokens in the batches given")
+        raise ValueError(f"adapter.init={layers[missing[0]].init}: {missing[0]} saw no tokens in the batches given")
     ranks = _share_ranks({n: layer.rank for n, layer in layers.items()}, {n: d[1] for n, d in directions.items()}, rho)
     for name, layer in layers.items():
-        A = directions[name][0][: ranks[name]]
-        layer.set_factors(A, A.new_zeros(layer.lora_B.out_features, ranks[name]))
+        layer.start_from(directions[name][0], ranks[name])
     return ranks
 
 
+def _reads_activations(module: nn.Module) -> bool:
+    return isinstance(module, Adapter) and module.initialization.reads is Reads.activations
+
+
 def _observe(
-    model: nn.Module, layers: Mapping[str, LoRALinear], batches: Iterable[Mapping[str, Any]], rho: float
+    model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Mapping[str, Any]], rho: float
 ) -> list[Sketch]:
     """One sketch for each distinct input among the layers: q, k and v, for one, are fed the same tensor."""
     sketches: dict[str, Sketch] = {}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.method import Method
 
 
 @dataclass
@@ -22,3 +23,6 @@ class FullConfig(AdapterConfig):
             value = getattr(self, option)
             if value:
                 raise ValueError(f"adapter.{option}={value!r}: method full trains every weight; leave it out")
+
+
+METHOD = Method(FullConfig, change="every weight", count="d k")

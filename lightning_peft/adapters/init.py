@@ -1,82 +1,130 @@
-"""How A and B of a low-rank adapter start. A row of `INITS` fills both, in place, from the layer it is given."""
+"""How A and B of a low-rank adapter start: pure functions, and `INITS`, the table of them.
+
+A function returns the start of one layer from one matrix, which its row says: the layer's shape, its weight, what
+quantisation took from its weight, or the directions of its activations.
+"""
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.quantization.weights import dense_weight, is_quantized, write_weight
-
-if TYPE_CHECKING:
-    from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.quantization.weights import dense_weight, is_quantized
 
 
-def init_kaiming(layer: "LoRALinear") -> None:
+class Start(NamedTuple):
+    """First values of A (rank, in_features) and B (out_features, rank), fp32."""
+
+    A: Tensor
+    B: Tensor | None = None
+    """None is zero."""
+    from_base: bool = False
+    """Take scaling * B A out of the base weight, so that the layer starts as its base."""
+
+
+class Reads(Enum):
+    """The matrix that an initialisation starts from."""
+
+    shape = "shape"
+    """(out_features, in_features) without values: only its shape and device count."""
+    weight = "weight"
+    """The base weight (out_features, in_features), fp32; on a quantised base the weight before quantisation."""
+    quantisation_error = "quantisation_error"
+    """The weight before quantisation minus the one after, (out_features, in_features), fp32."""
+    activations = "activations"
+    """Orthonormal directions of the layer's inputs, the leading ones first, (directions, in_features), fp32."""
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """A row of `INITS`."""
+
+    start: Callable[[Tensor, int, float], Start]
+    """(matrix, rank, scaling) -> the start of one layer."""
+    reads: Reads = Reads.shape
+    """Where it is not the layer's own shape or weight, the layer starts as kaiming until the matrix is there."""
+    bounds_rank: bool = False
+    """A layer has no more directions than its smaller side: a higher rank is an error."""
+    rewrites_base: bool = False
+    """Whether `start` takes its product out of the base weight."""
+    in_peft: bool = False
+    """Whether HF PEFT, with `init_lora_weights` of this name, leaves exactly the same base."""
+    is_neutral: bool = False
+    """Whether the layer starts as its base with nothing taken from it, so that loaded values may replace the start."""
+
+
+def kaiming(matrix: Tensor, rank: int, scaling: float) -> Start:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0: the reference code of the LoRA paper."""
-    nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
-    nn.init.zeros_(layer.lora_B.weight)
+    A = torch.empty(rank, matrix.shape[1], device=matrix.device)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return Start(A)
 
 
-def init_gaussian(layer: "LoRALinear") -> None:
+def gaussian(matrix: Tensor, rank: int, scaling: float) -> Start:
     """A ~ N(0, 1/rank^2), B = 0."""
-    nn.init.normal_(layer.lora_A.weight, std=1 / layer.rank)
-    nn.init.zeros_(layer.lora_B.weight)
+    A = torch.empty(rank, matrix.shape[1], device=matrix.device)
+    nn.init.normal_(A, std=1 / rank)
+    return Start(A)
 
 
-def init_orthogonal(layer: "LoRALinear") -> None:
-    """A and B both non-zero in spaces that are orthogonal, so that B A = 0. The rank must be even."""
-    if layer.rank % 2:
-        raise ValueError(f"adapter.rank={layer.rank}: adapter.init=orthogonal splits the rank in two, take an even one")
-    half, (out_features, in_features) = layer.rank // 2, (layer.lora_B.out_features, layer.lora_A.in_features)
-    device = layer.lora_A.weight.device
-    Q = torch.linalg.qr(torch.randn(layer.rank, layer.rank, device=device)).Q
-    A = torch.randn(in_features, half, device=device) @ Q[0::2] / 10
-    B = torch.randn(out_features, half, device=device) @ Q[1::2] / 10
-    layer.set_factors(A.t(), B)
+def orthogonal(matrix: Tensor, rank: int, scaling: float) -> Start:
+    """A and B are both non-zero, in spaces that are orthogonal, so that B A = 0. The rank must be even."""
+    if rank % 2:
+        raise ValueError(f"adapter.rank={rank}: adapter.init=orthogonal splits the rank in two, take an even one")
+    out_features, in_features = matrix.shape
+    Q = torch.linalg.qr(torch.randn(rank, rank, device=matrix.device)).Q
+    A = torch.randn(in_features, rank // 2, device=matrix.device) @ Q[0::2] / 10
+    B = torch.randn(out_features, rank // 2, device=matrix.device) @ Q[1::2] / 10
+    return Start(A.t(), B)
 
 
-def init_pissa(layer: "LoRALinear") -> None:
+def pissa(weight: Tensor, rank: int, scaling: float) -> Start:
     """A and B are the largest singular parts of W, which leaves W (Meng et al. 2024, arXiv:2404.02948)."""
-    weight = untouched_weight(layer)
-    rewrite_base(layer, weight, *principal_factors(weight, layer.rank, layer.scaling))
+    return Start(*principal_factors(weight, rank, scaling), from_base=True)
 
 
-def init_pissa_fast(layer: "LoRALinear") -> None:
+def pissa_fast(weight: Tensor, rank: int, scaling: float) -> Start:
     """PiSSA with a randomised SVD: seconds for a layer that takes minutes, and the same function at the start."""
-    weight = untouched_weight(layer)
-    rewrite_base(layer, weight, *principal_factors(weight, layer.rank, layer.scaling, fast=True))
+    return Start(*principal_factors(weight, rank, scaling, fast=True), from_base=True)
 
 
-def init_olora(layer: "LoRALinear") -> None:
+def olora(weight: Tensor, rank: int, scaling: float) -> Start:
     """B and A are the leading part of the QR decomposition of W, which leaves W (Buyukakyuz 2024, arXiv:2406.01775)."""
-    weight = untouched_weight(layer)
     Q, R = torch.linalg.qr(weight)
-    rewrite_base(layer, weight, R[: layer.rank], Q[:, : layer.rank])
+    return Start(R[:rank], Q[:, :rank], from_base=True)
 
 
-INITS: dict[str, Callable[["LoRALinear"], None]] = {
-    "kaiming": init_kaiming,
-    "gaussian": init_gaussian,
-    "orthogonal": init_orthogonal,
-    "pissa": init_pissa,
-    "pissa_fast": init_pissa_fast,
-    "olora": init_olora,
-    "eva": init_kaiming,
-    "loftq": init_kaiming,
+def loftq(error: Tensor, rank: int, scaling: float) -> Start:
+    """scaling * B A is the best product for what quantisation lost (Li et al. 2023, arXiv:2310.08659).
+
+    One alternation, so that the codes stay.
+    """
+    return Start(*principal_factors(error, rank, scaling))
+
+
+def eva(directions: Tensor, rank: int, scaling: float) -> Start:
+    """A is the leading directions of the layer's inputs, B = 0 (Paischer et al. 2024, arXiv:2410.07170)."""
+    return Start(directions[:rank])
+
+
+INITS: dict[str, Initialization] = {
+    "kaiming": Initialization(kaiming, is_neutral=True),
+    "gaussian": Initialization(gaussian, is_neutral=True),
+    "orthogonal": Initialization(orthogonal),
+    "pissa": Initialization(pissa, Reads.weight, bounds_rank=True, rewrites_base=True, in_peft=True),
+    "pissa_fast": Initialization(pissa_fast, Reads.weight, bounds_rank=True, rewrites_base=True),
+    "olora": Initialization(olora, Reads.weight, bounds_rank=True, rewrites_base=True, in_peft=True),
+    "eva": Initialization(eva, Reads.activations, bounds_rank=True),
+    "loftq": Initialization(loftq, Reads.quantisation_error, bounds_rank=True),
 }
-"""eva and loftq need more than the layer: they start as kaiming until `initialize_from_activations` or
-`initialize_from_weights` is called on the model."""
-
-NEED_ACTIVATIONS = frozenset({"eva"})
-NEED_WEIGHTS = frozenset({"loftq", "pissa", "pissa_fast", "olora"})
-"""On a quantised base these start from the weights before quantisation."""
-NEED_RANK_WITHIN_LAYER = frozenset({"pissa", "pissa_fast", "olora", "eva", "loftq"})
 
 
 def principal_factors(matrix: Tensor, rank: int, scaling: float, fast: bool = False) -> tuple[Tensor, Tensor]:
-    """A and B with scaling * B A the closest product of that rank to the matrix (out, in); fp32."""
+    """Return A and B with scaling * B A the closest product of that rank to the matrix (out, in); fp32."""
     if fast:
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
             torch.manual_seed(0)
@@ -88,59 +136,22 @@ def principal_factors(matrix: Tensor, rank: int, scaling: float, fast: bool = Fa
     return root[:, None] * Vh[:rank], U[:, :rank] * root
 
 
-def untouched_weight(layer: "LoRALinear") -> Tensor:
-    """The base weight before an initialisation rewrote it, fp32."""
-    weight = dense_weight(layer.base_layer).float()
-    if layer.initial_A is not None and layer.initial_B is not None:
-        weight = weight + layer.scaling * (layer.initial_B @ layer.initial_A)
-    return weight
-
-
-@torch.no_grad()
-def rewrite_base(layer: "LoRALinear", weight: Tensor, A: Tensor, B: Tensor) -> None:
-    """Start at A and B, take scaling * B A out of the base, and remember both for `plain_factors`.
-
-    A quantised base stores the nearest codes to what is left.
-    """
-    layer.initial_A, layer.initial_B = A.clone(), B.clone()
-    write_weight(layer.base_layer, weight - layer.scaling * (B @ A), requantize=True)
-    layer.set_factors(A, B)
-
-
-def plain_factors(layer: "LoRALinear", A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """What A and B of the layer, whole as they are now, are as a LoRA with its scaling on the untouched base.
-
-    Themselves when the base was never rewritten; else [A; A_0] and [B, -B_0], of twice the rank.
-    """
-    if layer.initial_A is None or layer.initial_B is None:
-        return A, B
-    return torch.cat([A, layer.initial_A.to(A.device)]), torch.cat([B, -layer.initial_B.to(B.device)], dim=1)
-
-
 @torch.no_grad()
 def initialize_from_weights(layers: Mapping[str, Any], read_weight: Callable[[str], Tensor]) -> int:
-    """Start the layers on a quantised base from the weights before quantisation; returns how many.
+    """Start the layers on a quantised base from the weights before quantisation; return how many were started.
 
-    `read_weight(name)` gives a layer's original weight (out, in). loftq: scaling * B A is the best product for what
-    quantisation lost (Li et al. 2023, arXiv:2310.08659, one alternation, so the codes stay). pissa and olora: decompose
-    the original and quantise the rest. ValueError for loftq on a base that is not quantised.
+    `read_weight(name)` gives a layer's original weight (out, in). ValueError for an initialisation that makes up for
+    quantisation on a base that is not quantised.
     """
     done = 0
     for name, layer in layers.items():
-        init = getattr(layer, "init", None)
-        if init == "loftq" and not is_quantized(layer.base_layer):
-            raise ValueError("adapter.init=loftq makes up for quantisation: use quantization=nf4 with it")
-        if not is_quantized(layer.base_layer) or init not in ("loftq", "pissa", "pissa_fast", "olora"):
+        reads = layer.initialization.reads
+        if reads is Reads.quantisation_error and not is_quantized(layer.base_layer):
+            raise ValueError(f"adapter.init={layer.init} makes up for quantisation: use quantization=nf4 with it")
+        if not is_quantized(layer.base_layer) or reads not in (Reads.weight, Reads.quantisation_error):
             continue
-        weight = read_weight(name).to(layer.lora_A.weight.device, torch.float32)
-        if init == "loftq":
-            lost = weight - dense_weight(layer.base_layer).float()
-            layer.set_factors(*principal_factors(lost, layer.rank, layer.scaling))
-        elif init == "olora":
-            Q, R = torch.linalg.qr(weight)
-            rewrite_base(layer, weight, R[: layer.rank], Q[:, : layer.rank])
-        else:
-            factors = principal_factors(weight, layer.rank, layer.scaling, fast=init == "pissa_fast")
-            rewrite_base(layer, weight, *factors)
+        dense = dense_weight(layer.base_layer).float()
+        weight = read_weight(name).to(dense.device, torch.float32)
+        layer.start_from(weight - dense if reads is Reads.quantisation_error else weight)
         done += 1
     return done

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
 from lightning_peft.adapters.bias import layers_with_bias, train_biases, warn_of_rounding
-from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import ends, expert_share, find_targets, is_tied, matches, nearest_names
 from lightning_peft.quantization.convert import dequantized_linear
@@ -59,8 +58,7 @@ class Injection:
         self.targets = find_targets(model, config, tuple(self.method.layers))
         names = {target.name for target in self.targets}
         self.trained = _find_trainable(model, config.trainable_modules, names)
-        if isinstance(config, LoRAConfig):
-            self.biased = layers_with_bias(model, names, config.bias)
+        self.biased = layers_with_bias(model, names, config.trained_biases)
         model.requires_grad_(False)
         if self.method.shared is not None:
             self.shared["shared"] = self.method.shared(config, self.targets)
@@ -75,15 +73,15 @@ class Injection:
     def finish(self) -> None:
         """Adapt what is left."""
         self._adapt("")
-        if isinstance(self.config, LoRAConfig):
-            warn_of_rounding(self.config.bias, self.rounded_biases)
+        warn_of_rounding(self.config.trained_biases, self.rounded_biases)
 
     def _adapt(self, prefix: str) -> None:
         inside = [index for index, target in enumerate(self.targets, 1) if target.name.startswith(prefix)]
         for target in self.targets[self.wrapped : max(inside, default=0)]:
             base_layer = self.model.get_submodule(target.name)
-            layer_class = next(layer for kind, layer in self.method.layers.items() if isinstance(base_layer, kind))
-            layer = layer_class(base_layer, **self.config.layer_options(target), **self.shared)
+            layer_class: Any = next(layer for kind, layer in self.method.layers.items() if isinstance(base_layer, kind))
+            layer = layer_class(base_layer, target, self.config, **self.shared)
+            layer.reset_parameters()
             self.model.set_submodule(target.name, layer)
         self.wrapped = max([self.wrapped, *inside])
         ready = [name for name in self.trained if name.startswith(prefix)]
@@ -97,15 +95,6 @@ class Injection:
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Adapters of the model with the names their base layers had."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
-
-
-def reset_adapters(model: nn.Module) -> None:
-    """Fresh initial values for every adapter, once tensors built on the meta device hold real weights."""
-    shared: Any = getattr(model, SHARED, None)
-    if shared is not None:
-        shared.reset_parameters()
-    for _, adapter in adapters(model):
-        adapter.reset_parameters()
 
 
 def regularization(model: nn.Module) -> Tensor | None:

@@ -3,7 +3,7 @@
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.method import Contract, Method, PeftSpelling, linears
 from lightning_peft.quantization.weights import linear_shape
 
 LARGEST_HADAMARD = 64
@@ -35,10 +36,6 @@ class IntrinsicConfig(AdapterConfig):
         super().__post_init__()
         if self.dimension < 1:
             raise ValueError(f"adapter.dimension={self.dimension}: must be at least 1")
-
-    def layer_options(self, target: Target) -> dict[str, Any]:
-        # The name, not the position: the same layer has the same projection whatever else is adapted.
-        return {"depth": target.depth, "seed": self.projection_seed + zlib.crc32(target.name.encode())}
 
 
 class IntrinsicVector(nn.Module):
@@ -140,10 +137,12 @@ class IntrinsicLinear(Adapter):
     The dense change is formed in the forward pass and again in the backward pass, never kept.
     """
 
-    def __init__(self, base_layer: nn.Module, shared: IntrinsicVector, depth: int | None, seed: int):
+    def __init__(self, base_layer: nn.Module, target: Target, config: IntrinsicConfig, shared: IntrinsicVector):
         super().__init__(base_layer)
         self.shape = linear_shape(base_layer)
-        self.depth = depth
+        self.depth = target.depth
+        # The name, not the position: the same layer has the same projection whatever else is adapted.
+        seed = config.projection_seed + zlib.crc32(target.name.encode())
         # In a tuple, so that the vector is no submodule of each layer: the model registers it once.
         self._shared = (shared,)
         self.projection = Fastfood(
@@ -164,3 +163,26 @@ class IntrinsicLinear(Adapter):
 
     def delta_weight(self) -> Tensor:
         return self.projection(self._shared[0].scaled(self.depth).float()).view(self.shape)
+
+
+METHOD = Method(
+    IntrinsicConfig,
+    linears(IntrinsicLinear),
+    trained=("adapter_shared.intrinsic_vector", "adapter_shared.block_scales"),
+    change="a random projection of one short vector",
+    paper="arXiv:2012.13255",
+    count="d in all",
+    shared=IntrinsicVector,
+    peft=PeftSpelling(
+        "INTRINSIC",
+        (),
+        {
+            "dimension": "dimension",
+            "structure_aware": "structure_aware",
+            "projection_seed": "projection_seed",
+        },
+        rank_word=None,
+        in_peft=False,
+    ),
+    contract=Contract(options={"dimension": 40}, shared=lambda config: config.dimension),
+)

@@ -1,7 +1,7 @@
 """LoRA: a low-rank change beside a frozen layer (Hu et al. 2021, arXiv:2106.09685)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
 from lightning_peft.adapters.bias import Bias
-from lightning_peft.adapters.init import INITS, NEED_RANK_WITHIN_LAYER
+from lightning_peft.adapters.init import INITS, Reads, Start, kaiming
+from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
 from lightning_peft.kernels.frozen_linear import Base
 from lightning_peft.kernels.low_rank import add_low_rank
-from lightning_peft.quantization.weights import linear_shape
-
-Init = Enum("Init", {name: name for name in INITS})  # type: ignore[misc]
-"""Names of the initialisations; an Enum so that Hydra checks them."""
+from lightning_peft.quantization.weights import dense_weight, linear_shape, write_weight
 
 
 @dataclass
@@ -26,8 +24,8 @@ class LoRAConfig(AdapterConfig):
     """Probability of dropping an input of A."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
-    init: Init = Init.kaiming  # type: ignore[attr-defined]
-    """How A and B start."""
+    init: str = "kaiming"
+    """How A and B start: a key of `INITS`."""
     bias: Bias = Bias.none
     """Biases of the base trained as well: none, all, or lora_only for those of the adapted layers."""
     eva_rho: float = 2.0
@@ -35,23 +33,28 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init not in INITS:
+            raise ValueError(f"adapter.init={self.init}: must be one of {', '.join(INITS)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout={self.dropout}: must be in [0, 1)")
         if self.eva_rho < 1:
             raise ValueError(f"adapter.eva_rho={self.eva_rho}: must be at least 1")
 
     @property
-    def rank_within_layer(self) -> bool:
-        return self.init.name in NEED_RANK_WITHIN_LAYER
+    def init_name(self) -> str:
+        return self.init
 
-    def layer_options(self, target: Target) -> dict[str, Any]:
-        return {
-            "rank": target.rank,
-            "alpha": target.alpha,
-            "dropout": self.dropout,
-            "rank_stabilized": self.rank_stabilized,
-            "init": self.init.name,
-        }
+    @property
+    def rank_growth(self) -> float:
+        return self.eva_rho
+
+    @property
+    def trained_biases(self) -> Bias:
+        return self.bias
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """Return the factor before B A."""
+        return alpha / rank**0.5 if self.rank_stabilized else alpha / rank
 
 
 class LoRALinear(Adapter):
@@ -66,31 +69,72 @@ class LoRALinear(Adapter):
     initial_B: Tensor | None
     """A and B at the start, when the initialisation took them out of the base weight."""
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
-        init: str = "kaiming",
-    ):
+    def __init__(self, base_layer: nn.Module, target: Target, config: LoRAConfig):
         super().__init__(base_layer)
+        assert target.rank is not None and target.alpha is not None
         out_features, in_features = linear_shape(base_layer)
         device = next(base_layer.parameters()).device
-        self.rank = rank
-        self.scaling = alpha / rank**0.5 if rank_stabilized else alpha / rank
-        self.dropout = dropout
-        self.init = init
-        self.lora_A = nn.Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
+        self.rank = target.rank
+        self.scaling = config.scaling(target.rank, target.alpha)
+        self.dropout = config.dropout
+        self.init, self.initialization = config.init, config.initialization
+        self.lora_A = nn.Linear(in_features, self.rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(self.rank, out_features, bias=False, device=device, dtype=torch.float32)
         self.register_buffer("initial_A", None, persistent=False)
         self.register_buffer("initial_B", None, persistent=False)
-        self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        if not self.lora_A.weight.is_meta:
-            INITS[self.init](self)
+        if self.lora_A.weight.is_meta:
+            return
+        reads = self.initialization.reads
+        if reads is Reads.weight:
+            self.start_from(self.untouched_weight())
+            return
+        start = self.initialization.start if reads is Reads.shape else kaiming
+        shape = self.lora_A.weight.new_empty(()).expand(self.lora_B.out_features, self.lora_A.in_features)
+        self._take(start(shape, self.rank, self.scaling))
+
+    @torch.no_grad()
+    def start_from(self, matrix: Tensor, rank: int | None = None) -> None:
+        start = self.initialization.start(matrix, rank or self.rank, self.scaling)
+        if start.from_base:
+            assert start.B is not None
+            self.initial_A, self.initial_B = start.A.clone(), start.B.clone()
+            # A quantised base stores the nearest codes to what is left.
+            write_weight(self.base_layer, matrix - self.scaling * (start.B @ start.A), requantize=True)
+        self._take(start)
+
+    def _take(self, start: Start) -> None:
+        B = self.lora_B.weight.new_zeros(self.lora_B.out_features, len(start.A)) if start.B is None else start.B
+        self.set_factors(start.A, B)
+
+    def untouched_weight(self) -> Tensor:
+        """Return the base weight before an initialisation rewrote it, fp32."""
+        weight = dense_weight(self.base_layer).float()
+        if self.initial_A is not None and self.initial_B is not None:
+            weight = weight + self.scaling * (self.initial_B @ self.initial_A)
+        return weight
+
+    @property
+    def rewrote_base(self) -> bool:
+        return self.initial_A is not None
+
+    def on_untouched_base(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return [A; A_0] and [B, -B_0], of twice the rank, for a rewritten base: a LoRA with the same scaling."""
+        if self.initial_A is None or self.initial_B is None:
+            return tensors
+        A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        doubled_A = torch.cat([A, self.initial_A.to(A.device)])
+        doubled_B = torch.cat([B, -self.initial_B.to(B.device)], dim=1)
+        return {**tensors, "lora_A.weight": doubled_A, "lora_B.weight": doubled_B}
+
+    def fit_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the ranks of the checkpoint where the initialisation spread them after the injection."""
+        A, B = state.get("lora_A.weight"), state.get("lora_B.weight")
+        if self.initialization.reads is Reads.activations and A is not None and B is not None and len(A) != self.rank:
+            device = self.lora_A.weight.device
+            self.set_factors(A.to(device), B.to(device))
 
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor) -> None:
@@ -128,28 +172,22 @@ class LoRAEmbedding(Adapter):
     lora_embedding_A is (rank, num_embeddings), zero; lora_embedding_B is (dim, rank), standard normal.
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Embedding,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
-        init: str = "kaiming",
-    ):
+    def __init__(self, base_layer: nn.Embedding, target: Target, config: LoRAConfig):
         super().__init__(base_layer)
-        if init not in ("kaiming", "gaussian"):
-            raise ValueError(f"adapter.init={init} is not defined for embeddings: use kaiming or exclude the embedding")
+        if not config.initialization.is_neutral:
+            raise ValueError(
+                f"adapter.init={config.init} is not defined for embeddings: use kaiming or exclude the embedding"
+            )
+        assert target.rank is not None and target.alpha is not None
         device = base_layer.weight.device
-        self.rank = rank
-        self.scaling = alpha / rank**0.5 if rank_stabilized else alpha / rank
+        self.rank = rank = target.rank
+        self.scaling = config.scaling(target.rank, target.alpha)
         self.lora_embedding_A = nn.Parameter(
             torch.empty(rank, base_layer.num_embeddings, device=device, dtype=torch.float32)
         )
         self.lora_embedding_B = nn.Parameter(
             torch.empty(base_layer.embedding_dim, rank, device=device, dtype=torch.float32)
         )
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.lora_embedding_A)
@@ -161,3 +199,34 @@ class LoRAEmbedding(Adapter):
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).t()
+
+
+def read_lora_words(words: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """Read which biases were trained, and an initialisation that rewrote the base."""
+    init = words.get("init_lora_weights")
+    rewritten = {"init": init} if init in INITS and INITS[init].rewrites_base else {}
+    return {"bias": Bias[words.get("bias", "none")], **rewritten}
+
+
+PEFT = PeftSpelling(
+    "LORA",
+    ("lora_A.weight", "lora_embedding_A", "lora_B.weight", "lora_embedding_B"),
+    {"dropout": "lora_dropout", "rank_stabilized": "use_rslora", "bias": "bias"},
+    {"use_dora": False},
+    # True means "start A and B as usual": any other initialisation could change the base while PEFT loads.
+    {"init_lora_weights": True},
+    alpha_word="lora_alpha",
+    patterns=("rank_pattern", "alpha_pattern"),
+    read_more=read_lora_words,
+)
+
+METHOD = Method(
+    LoRAConfig,
+    {**linears(LoRALinear), nn.Embedding: LoRAEmbedding},
+    trained=("lora_A.weight", "lora_B.weight"),
+    change="s B A, s = alpha / r (rslora: alpha / sqrt(r))",
+    paper="arXiv:2106.09685, 2312.03732",
+    count="r (d + k)",
+    peft=PEFT,
+    contract=Contract(trained=lambda t: t.rank * (t.out_features + t.in_features)),
+)

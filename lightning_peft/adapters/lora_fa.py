@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Target
-from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
+from lightning_peft.adapters.lora import PEFT, LoRAConfig, LoRALinear
+from lightning_peft.adapters.method import Contract, Method, linears
 
 
 @dataclass
@@ -16,14 +17,6 @@ class LoRAFAConfig(LoRAConfig):
     gradient_correction: bool = False
     """Give B the gradient whose step is nearest to full fine-tuning's, grad (A A^T)^-1 / scaling^2, as HF PEFT's
     LoRA-FA optimiser does; the first version of the paper takes the plain gradient."""
-
-    def layer_options(self, target: Target) -> dict[str, Any]:
-        if self.gradient_correction and target.rank is not None and target.rank > target.in_features:
-            raise ValueError(
-                f"adapter.gradient_correction=true adapter.rank={target.rank}: A A^T has no inverse above the "
-                f"{target.in_features} inputs of {target.name}"
-            )
-        return {**super().layer_options(target), "gradient_correction": self.gradient_correction}
 
 
 class CorrectedGradient(torch.autograd.Function):
@@ -49,11 +42,28 @@ class LoRAFALinear(LoRALinear):
     A is part of the adapter all the same and is stored with it.
     """
 
-    def __init__(self, base_layer: nn.Module, *args: Any, gradient_correction: bool = False, **options: Any):
-        super().__init__(base_layer, *args, **options)
-        self.gradient_correction = gradient_correction
+    def __init__(self, base_layer: nn.Module, target: Target, config: LoRAFAConfig):
+        super().__init__(base_layer, target, config)
+        self.gradient_correction = config.gradient_correction
+        if self.gradient_correction and self.rank > target.in_features:
+            raise ValueError(
+                f"adapter.gradient_correction=true adapter.rank={self.rank}: A A^T has no inverse above the "
+                f"{target.in_features} inputs of {target.name}"
+            )
         self.lora_A.weight.requires_grad_(False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = super().factors()
         return A, CorrectedGradient.apply(B, A, self.scaling) if self.gradient_correction else B
+
+
+METHOD = Method(
+    LoRAFAConfig,
+    linears(LoRAFALinear),
+    trained=("lora_B.weight",),
+    change="s B A with A frozen",
+    paper="arXiv:2308.03303",
+    count="r d",
+    peft=PEFT,
+    contract=Contract(trained=lambda t: t.rank * t.out_features, frozen=lambda t: t.rank * t.in_features),
+)

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.method import Contract, Method, PeftSpelling, linears
 from lightning_peft.kernels.frozen_linear import GIVEN, Base
 from lightning_peft.kernels.low_rank import add_vectors
 from lightning_peft.quantization.weights import linear_shape
@@ -36,9 +37,6 @@ class VeRAConfig(AdapterConfig):
             raise ValueError(f"adapter.dropout={self.dropout}: must be in [0, 1)")
         if self.rank_pattern or self.rank_last is not None:
             raise ValueError("adapter.rank_pattern and rank_last: the layers of VeRA share one pair, so one rank")
-
-    def layer_options(self, target: Target) -> dict[str, Any]:
-        return {"dropout": self.dropout, "initial_d": self.initial_d}
 
 
 class SharedProjection(nn.Module):
@@ -79,18 +77,17 @@ class VeRALinear(Adapter):
     scaling.
     """
 
-    def __init__(self, base_layer: nn.Module, shared: SharedProjection, dropout: float = 0.0, initial_d: float = 0.1):
+    def __init__(self, base_layer: nn.Module, target: Target, config: VeRAConfig, shared: SharedProjection):
         super().__init__(base_layer)
         self.out_features, self.in_features = linear_shape(base_layer)
         device = next(base_layer.parameters()).device
-        self.dropout = dropout
-        self.initial_d = initial_d
+        self.dropout = config.dropout
+        self.initial_d = config.initial_d
         # In a tuple, so that the pair is no submodule of each layer: the model registers it once.
         self._shared = (shared,)
         rank = shared.vera_A.shape[0]
         self.vera_lambda_b = nn.Parameter(torch.empty(self.out_features, device=device, dtype=torch.float32))
         self.vera_lambda_d = nn.Parameter(torch.empty(rank, device=device, dtype=torch.float32))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.vera_lambda_b)
@@ -116,3 +113,26 @@ class VeRALinear(Adapter):
     def delta_weight(self) -> Tensor:
         A, B = self.projection()
         return (self.vera_lambda_b[:, None] * B.float()) @ (self.vera_lambda_d[:, None] * A.float())
+
+
+METHOD = Method(
+    VeRAConfig,
+    linears(VeRALinear),
+    trained=("vera_lambda_d", "vera_lambda_b"),
+    change="diag(b) B diag(d) A, one frozen pair A, B for all layers",
+    paper="arXiv:2310.11454",
+    count="d + r",
+    shared=SharedProjection,
+    peft=PeftSpelling(
+        "VERA",
+        ("vera_lambda_d", "vera_lambda_b"),
+        {
+            "dropout": "vera_dropout",
+            "initial_d": "d_initial",
+            "projection_seed": "projection_prng_key",
+            "save_projection": "save_projection",
+        },
+        constants={"bias": "none", "init_weights": True},
+    ),
+    contract=Contract(trained=lambda t: t.out_features + t.rank),
+)

@@ -14,14 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_peft.adapters.base import Adapter, AdapterConfig
-from lightning_peft.adapters.init import plain_factors
+from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.inject import SHARED, adapters
-from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage, write_lineage
-from lightning_peft.checkpoint.peft_methods import PEFT_METHODS, REWRITES_BASE
+from lightning_peft.checkpoint.peft_methods import REWRITES_BASE, spelling
 from lightning_peft.checkpoint.peft_words import (
     CONFIG_NAME,
     PREFIX,
@@ -60,7 +58,7 @@ def save_adapter(
     """
     if not METHODS[config.method].layers:
         raise ValueError(f"{folder}: method {config.method} has no adapter to save, only a whole model")
-    row = PEFT_METHODS[config.method]
+    row = spelling(config.method)
     tensors = gathered(file_tensors(model))
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
@@ -111,7 +109,7 @@ def changes_base(folder: Path) -> bool:
     Disabling the adapters of a model that has loaded it does not give the base back.
     """
     words, shapes = read_words(folder), _read_shapes(folder)
-    endings = tuple(f".{ending}" for ending in PEFT_METHODS[method_of(folder, words)].tensors)
+    endings = tuple(f".{ending}" for ending in spelling(method_of(folder, words)).tensors)
     beside = [name for name in shapes if name.startswith(PREFIX) and not name.endswith(endings)]
     return bool(beside and endings) or words.get("init_lora_weights") in REWRITES_BASE
 
@@ -144,28 +142,23 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _on_untouched_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with A and B as `plain_factors` has them, where an initialisation rewrote the base."""
-    rewritten = {
-        name: layer for name, layer in adapters(model) if isinstance(layer, LoRALinear) and _rewrote_base(layer)
-    }
+    """Return the tensors as they are around the base before an initialisation rewrote it."""
+    rewritten = {name: layer for name, layer in adapters(model) if layer.rewrote_base}
     if any(is_quantized(layer.base_layer) for layer in rewritten.values()):
         logger.warning(
             "adapter.init rewrote a quantised base: elsewhere the saved adapter is off by the rounding of the rest, "
             "least on the dense base"
         )
     for name, layer in rewritten.items():
-        A, B = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
-        tensors[A], tensors[B] = plain_factors(layer, tensors[A], tensors[B])
+        prefix = f"{PREFIX}{name}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        tensors |= {prefix + key: tensor for key, tensor in layer.on_untouched_base(own).items()}
     return tensors
-
-
-def _rewrote_base(layer: Adapter) -> bool:
-    return isinstance(layer, LoRALinear) and layer.initial_A is not None
 
 
 def _check_base(model: nn.Module, words: Words, folder: Path) -> None:
     """The base of the file and of the model must both be rewritten by an initialisation, or neither."""
-    rewritten = any(_rewrote_base(layer) for _, layer in adapters(model))
+    rewritten = any(layer.rewrote_base for _, layer in adapters(model))
     if rewritten != (words.get("init_lora_weights") in REWRITES_BASE):
         raise AdapterFileError(
             f"{folder}: is for {'an untouched' if rewritten else 'a rewritten'} base, and this model's is not: "
@@ -226,7 +219,7 @@ def _base_tensors(model: nn.Module, words: Words, names: Iterable[str]) -> dict[
 
 
 def _warn_of_other_scaling(model: nn.Module, words: Words, got: Mapping[str, Tensor], folder: Path) -> None:
-    row = PEFT_METHODS[method_of(folder, words)]
+    row = spelling(method_of(folder, words))
     if row.alpha_word is None:
         return
     layers = dict(adapters(model))

@@ -15,18 +15,17 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.adapters.base import Adapter, AdapterConfig
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import SHARED, adapters
-from lightning_peft.adapters.lora import Init
+from lightning_peft.adapters.method import PeftSpelling, Shapes
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.peft_methods import (
     KEEPS_BASE,
-    PEFT_METHODS,
     READ_HERE,
     REWRITES_BASE,
     SWITCHED_OFF,
     WITHOUT_EFFECT,
-    PeftMethod,
-    Shapes,
+    spelling,
+    spellings,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def write_words(
     model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], base_model_name: str | None
 ) -> dict[str, Any]:
     """HF's words for the adapters in `model`, whose tensors in the file are `tensors`."""
-    row = PEFT_METHODS[config.method]
+    row = spelling(config.method)
     layers = dict(adapters(model))
     words: dict[str, Any] = {
         "peft_type": row.peft_type,
@@ -54,7 +53,7 @@ def write_words(
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "target_modules": _target_words(model, list(layers)),
-        "modules_to_save": _modules_to_save(model, layers, getattr(config, "bias", Bias.none)) or None,
+        "modules_to_save": _modules_to_save(model, layers, config.trained_biases) or None,
         **row.constants,
         **row.flags,
         **{theirs: _plain(getattr(config, ours)) for ours, theirs in row.options.items()},
@@ -71,7 +70,7 @@ def write_words(
 
 
 def _write_per_layer(
-    words: dict[str, Any], row: PeftMethod, word: str, pattern_word: str, values: Mapping[str, float]
+    words: dict[str, Any], row: PeftSpelling, word: str, pattern_word: str, values: Mapping[str, float]
 ) -> None:
     words[word], exceptions = _common(values)
     if pattern_word in row.patterns:
@@ -145,12 +144,16 @@ def read_words(folder: Path) -> dict[str, Any]:
 def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
     """Our config for HF's words and the shapes of the tensors in the file. Raises AdapterFileError."""
     method = method_of(folder, words)
-    row = PEFT_METHODS[method]
+    row = spelling(method)
     _check_words(folder, words, row)
     layers = layer_shapes(shapes, row)
     if row.tensors and not layers:
         raise AdapterFileError(f"{folder}: holds no tensor of method {method}, such as {row.tensors[0]}")
-    options = {ours: words[theirs] for ours, theirs in row.options.items() if theirs in words}
+    options = {
+        ours: _typed(METHODS[method].config, ours, words[theirs])
+        for ours, theirs in row.options.items()
+        if theirs in words
+    }
     if row.rank_word is not None:
         options["rank"], options["rank_pattern"] = _common({name: shape[0] for name, shape in layers.items()})
     if row.alpha_word is not None:
@@ -162,8 +165,6 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
         )
     if row.read_more is not None:
         options |= row.read_more(words, layers)
-    if words.get("init_lora_weights") in REWRITES_BASE:
-        options["init"] = Init[words["init_lora_weights"]]
     return METHODS[method].config(
         target_modules=sorted(layers) or _targets_by_words(words),
         trainable_modules=_trained_modules(words, row, shapes),
@@ -171,21 +172,27 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
     )
 
 
+def _typed(config: type[AdapterConfig], option: str, value: Any) -> Any:
+    """Return what `_plain` made of an option's value as the option's type, which its default has."""
+    default = getattr(config, option, None)
+    return type(default)[value] if isinstance(default, Enum) else value
+
+
 def method_of(folder: Path, words: Words) -> str:
     """The method an adapter folder holds; lineage tells those apart that HF writes alike."""
     fitting = [
         method
-        for method, row in PEFT_METHODS.items()
+        for method, row in spellings().items()
         if row.peft_type == words["peft_type"] and all(bool(words.get(k)) == v for k, v in row.flags.items())
     ]
     if not fitting:
-        known = ", ".join(sorted({row.peft_type for row in PEFT_METHODS.values()}))
+        known = ", ".join(sorted({row.peft_type for row in spellings().values()}))
         raise AdapterFileError(f"{folder}: peft_type={words['peft_type']} is not supported; these are: {known}")
     lineage = read_lineage(folder)
     return lineage.method if lineage is not None and lineage.method in fitting else fitting[0]
 
 
-def _check_words(folder: Path, words: Words, row: PeftMethod) -> None:
+def _check_words(folder: Path, words: Words, row: PeftSpelling) -> None:
     """Raise for HF features we do not have, log the words we do not know."""
     for word, off in SWITCHED_OFF.items():
         if word in words and words[word] not in off:
@@ -202,7 +209,7 @@ def _check_words(folder: Path, words: Words, row: PeftMethod) -> None:
         logger.warning("%s: ignored, not known: %s", folder / CONFIG_NAME, ", ".join(unknown))
 
 
-def layer_shapes(shapes: Shapes, row: PeftMethod) -> dict[str, tuple[int, ...]]:
+def layer_shapes(shapes: Shapes, row: PeftSpelling) -> dict[str, tuple[int, ...]]:
     """Adapted layer -> shape of its first tensor, whose dimension 0 is the rank."""
     found: dict[str, tuple[int, ...]] = {}
     for ending in row.tensors:
@@ -217,10 +224,10 @@ def _targets_by_words(words: Words) -> list[str]:
     return [f"re:{targets}"] if isinstance(targets, str) else list(targets)
 
 
-def stored_scaling(words: Words, row: PeftMethod, name: str, rank: int) -> float:
-    """Of one layer, by HF's rules: the first key of alpha_pattern that matches the end of the name counts.
+def stored_scaling(words: Words, row: PeftSpelling, name: str, rank: int) -> float:
+    """Return the scaling of one layer by HF's rules: the first key of alpha_pattern that matches its name's end counts.
 
-    AdaLoRA, the method with an offset, keeps dividing by its first rank when ranks are cut.
+    A method with an offset keeps dividing by its first rank when ranks are cut.
     """
     assert row.alpha_word is not None and row.rank_word is not None
     patterns = (words.get("alpha_pattern") or {}).items()
@@ -230,17 +237,17 @@ def stored_scaling(words: Words, row: PeftMethod, name: str, rank: int) -> float
     return alpha / _divisor(rank, words, row)
 
 
-def _alpha(scaling: float, rank: int, words: Words, row: PeftMethod) -> float:
+def _alpha(scaling: float, rank: int, words: Words, row: PeftSpelling) -> float:
     """The alpha that gives this scaling at this rank."""
     alpha = scaling * _divisor(rank, words, row)
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha
 
 
-def _divisor(rank: int, words: Words, row: PeftMethod) -> float:
+def _divisor(rank: int, words: Words, row: PeftSpelling) -> float:
     return rank**0.5 if words.get("use_rslora") else rank + row.rank_offset
 
 
-def _trained_modules(words: Words, row: PeftMethod, names: Iterable[str]) -> list[str]:
+def _trained_modules(words: Words, row: PeftSpelling, names: Iterable[str]) -> list[str]:
     """Full names of the modules that the file holds whole because they were trained."""
     endings = tuple(f".{ending}" for ending in row.tensors)
     holders = {

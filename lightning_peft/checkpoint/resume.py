@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.checkpoint.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -227,21 +226,14 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises CheckpointFileError unless names and shapes are those of `trainable_state_dict(model)`.
     """
-    _take_ranks_found_by_eva(model, state)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Adapter):
+            prefix = f"{name}."
+            layer.fit_state({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
     own = trainable_state(model)
     check_names_and_shapes("checkpoint", own, state)
     for name, tensor in own.items():
         assign(tensor, state[name])
-
-
-def _take_ranks_found_by_eva(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """EVA spreads ranks after injection, so those of a fresh model may differ from the checkpoint's."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoRALinear) and layer.init == "eva":
-            A, B = (state.get(f"{name}.lora_{side}.weight") for side in "AB")
-            if A is not None and B is not None and A.shape[0] != layer.rank:
-                device = layer.lora_A.weight.device
-                layer.set_factors(A.to(device), B.to(device))
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_peft.adapters.adalora import AdaLoRALinear
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import SHARED
 from lightning_peft.estimation.recorder import Array, Held, held_bytes
@@ -97,10 +96,9 @@ def optimizer_states(trained: Iterable[Tensor], name: str, shards: int, pages: b
 
 
 def importance_scores(model: PreTrainedModel) -> Held:
-    """What AdaLoRA remembers of every weight it may cut: its sensitivity and how uncertain that is."""
-    layers = (module for module in model.modules() if isinstance(module, AdaLoRALinear))
-    factors = (array_of(p) for layer in layers for p in (layer.lora_A, layer.lora_B, layer.lora_E))
-    return Counter((IMPORTANCE, array) for array in factors for _ in range(2))
+    """Count what the method's schedule remembers of the weights."""
+    layers = (module for module in model.modules() if isinstance(module, Adapter))
+    return Counter((IMPORTANCE, array_of(tensor)) for layer in layers for tensor in layer.schedule_state())
 
 
 def optimizer_scratch(trained: Iterable[Tensor], name: str, shards: int, accelerator: str) -> Held:

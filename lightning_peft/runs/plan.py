@@ -92,11 +92,8 @@ def check_strategy(config: TrainConfig, precision: str) -> None:
         return
     if precision == "16-mixed":
         raise ValueError("trainer.precision=16-mixed strategy=fsdp: use bf16-true, bf16-mixed or 32-true")
-    if config.adapter.method == "adalora":
-        raise ValueError(
-            "method=adalora strategy=fsdp: its penalty reads whole matrices outside the forward pass, where they are "
-            "sharded; use strategy=ddp"
-        )
+    if reason := METHODS[config.adapter.method].cannot_shard:
+        raise ValueError(f"method={config.adapter.method} strategy=fsdp: {reason}; use strategy=ddp")
 
 
 def check_ranks_can_start(plan: RunPlan) -> None:

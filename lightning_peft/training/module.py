@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import AdapterConfig, StepSchedule
 from lightning_peft.adapters.eva import initialize_from_activations
-from lightning_peft.adapters.init import NEED_ACTIVATIONS, NEED_WEIGHTS, initialize_from_weights
+from lightning_peft.adapters.init import Reads, initialize_from_weights
 from lightning_peft.adapters.inject import Injection, adapters, inject_adapters, regularization, step_schedule
-from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.data.batch import Batch
@@ -54,18 +53,16 @@ GRADIENT_UNIT = 1024.0
 """Tokens the summed loss is divided by during accumulation: a constant that keeps fp16 gradients in range."""
 
 
-EVA_BATCHES = 4
-"""Micro batches whose activations the EVA init looks at."""
+INIT_BATCHES = 4
+"""Micro batches whose activations an initialisation looks at."""
 
 logger = logging.getLogger(__name__)
 
 
 def reads_whole_model(adapter: AdapterConfig, quantization: QuantizationConfig) -> bool:
     """Whether the adapters start from more than their own layer: weights before quantisation, or activations."""
-    if not isinstance(adapter, LoRAConfig):
-        return False
-    init = adapter.init.name
-    return init in NEED_ACTIVATIONS or (init in NEED_WEIGHTS and quantization.is_on)
+    reads = adapter.initialization.reads
+    return reads is Reads.activations or (reads is not Reads.shape and quantization.is_on)
 
 
 class FinetuneModule(LightningModule):
@@ -99,7 +96,7 @@ class FinetuneModule(LightningModule):
         self.weight_dtype = dtype
         self.seed = seed
         self.step_schedule: StepSchedule | None = None
-        """What changes the adapters between steps; AdaLoRA's ranks."""
+        """The schedule that changes the adapters between steps, for methods that have one."""
         self.saved_schedule: dict[str, Any] | None = None
         self.objective: SupervisedLoss | None = None
         self.base_fingerprint: str | None = None
@@ -212,20 +209,18 @@ class FinetuneModule(LightningModule):
 
     def start_adapters(self, model: PreTrainedModel) -> None:
         """Initialisations that read more than the layer: weights before quantisation, or activations of the data."""
-        if not isinstance(self.adapter_config, LoRAConfig):
-            return
-        init = self.adapter_config.init.name
-        if init in NEED_WEIGHTS and self.quantization_config.is_on:
+        init, reads = self.adapter_config.init_name, self.adapter_config.initialization.reads
+        if reads in (Reads.weight, Reads.quantisation_error) and self.quantization_config.is_on:
             logger.info("adapter.init=%s: reading the weights before quantisation as well", init)
             dense = load_model(self.model_config, self.weight_dtype)
             initialize_from_weights(dict(adapters(model)), lambda name: dense_weight(dense.get_submodule(name)))
-        if init in NEED_ACTIVATIONS:
+        if reads is Reads.activations:
             data = getattr(self._trainer, "datamodule", None)
             if data is None:
                 raise ValueError(f"adapter.init={init} looks at activations: call trainer.fit with datamodule=")
-            batches = [move_data_to_device(b, model.device) for b in data.first_batches(EVA_BATCHES)]
+            batches = [move_data_to_device(b, model.device) for b in data.first_batches(INIT_BATCHES)]
             ranks = initialize_from_activations(
-                model, (decoder_inputs(model, batch) for batch in batches), self.adapter_config.eva_rho
+                model, (decoder_inputs(model, batch) for batch in batches), self.adapter_config.rank_growth
             )
             logger.info("adapter.init=%s: ranks %d to %d", init, min(ranks.values()), max(ranks.values()))
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_peft.adapters.base import AdapterConfig
-from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.inject import SHARED, adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.weights import linear_shape
 
 WRAPPING = [name for name, method in METHODS.items() if method.layers]
 """Methods that wrap layers: all but full."""
@@ -34,14 +35,32 @@ def llama(dtype: torch.dtype = torch.float32, quantized: bool = False, **options
 
 def config_for(method: str, **options: Any) -> AdapterConfig:
     """A config of the method at a size that suits the model above."""
-    config = METHODS[method].config
-    if config.uses_rank:
-        options = {"rank": 4, **options}
-    if method == "adalora":
-        options = {"target_rank": 2, **options}
-    if method == "intrinsic":
-        options = {"dimension": 40, **options}
-    return config(**options)
+    row = METHODS[method]
+    rank = {"rank": 4} if row.config.uses_rank else {}
+    return row.config(**{**rank, **row.contract.options, **options})
+
+
+def wrapped(kind: type[Adapter], base_layer: nn.Module, rank: int = 4, alpha: float = 8.0, **options: Any) -> Any:
+    """A fresh adapter of one kind around one layer."""
+    config_class = next(row.config for row in METHODS.values() if kind in row.layers.values())
+    sizes = {"rank": rank, "alpha": alpha} if config_class.uses_rank else {}
+    if not config_class.uses_alpha:
+        sizes.pop("alpha", None)
+    sides = linear_shape(base_layer)
+    out_features, in_features = sides[::-1] if isinstance(base_layer, nn.Embedding) else sides
+    target = Target("block.0.layer", out_features, in_features, rank, alpha, 0)
+    layer: Any = kind(base_layer, target, config_class(**sizes, **options))  # type: ignore[call-arg]
+    layer.reset_parameters()
+    return layer
+
+
+def reset(model: nn.Module) -> None:
+    """Fresh initial values for every adapter, once tensors built on the meta device hold real weights."""
+    shared: Any = getattr(model, SHARED, None)
+    if shared is not None:
+        shared.reset_parameters()
+    for _, adapter in adapters(model):
+        adapter.reset_parameters()
 
 
 def adapted(

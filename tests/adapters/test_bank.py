@@ -12,7 +12,7 @@ from lightning_peft.adapters.bank import AdapterBank, inject_bank, routed
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import adapters, inject_adapters, trainable_parameter_counts
-from lightning_peft.adapters.lora import Init, LoRAConfig
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 
@@ -146,7 +146,7 @@ def test_only_the_adapters_of_a_bank_train() -> None:
         (config_for("full", rank=None), "trains the base itself"),
         (LoRAConfig(trainable_modules=["norm"]), "trains .'norm'. of the base"),
         (LoRAConfig(bias=Bias.all), "trains biases of the base"),
-        (LoRAConfig(init=Init["olora"]), "starts by rewriting the base"),
+        (LoRAConfig(init="olora"), "starts by rewriting the base"),
     ],
 )
 def test_adapter_that_changes_what_others_see_is_refused(config: AdapterConfig, reason: str) -> None:

@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_models import WRAPPING, adapted, config_for, is_base_but_for_rounding, llama, logits, perturb, tokens
+from adapter_models import (
+    WRAPPING,
+    adapted,
+    config_for,
+    is_base_but_for_rounding,
+    llama,
+    logits,
+    perturb,
+    reset,
+    tokens,
+)
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
@@ -14,9 +24,10 @@ from lightning_peft.adapters.inject import (
     disable_adapters,
     inject_adapters,
     merge_adapters,
-    reset_adapters,
     trainable_parameter_counts,
 )
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.targets import find_targets
 from lightning_peft.kernels.frozen_linear import given
 from lightning_peft.quantization.convert import dequantized_linear
 from lightning_peft.quantization.frozen_base import frozen_base
@@ -27,33 +38,8 @@ every_method = pytest.mark.parametrize("method", WRAPPING)
 every_base = pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
-TRAINED = {
-    "adalora": {"lora_A", "lora_B", "lora_E"},
-    "dora": {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"},
-    "hira": {"hira_A", "hira_B"},
-    "ia3": {"ia3_l"},
-    "intrinsic": {"adapter_shared.intrinsic_vector", "adapter_shared.block_scales"},
-    "lora": {"lora_A.weight", "lora_B.weight"},
-    "lora_fa": {"lora_B.weight"},
-    "miss": {"miss_block"},
-    "vera": {"vera_lambda_b", "vera_lambda_d"},
-}
-"""Ends of the names of the parameters that train."""
-
 SHAPES = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)] * 2
 """(out, in) of the linear layers of the model."""
-RANK = 4
-TRAINED_COUNT = {
-    "adalora": sum(RANK * (d + k) + RANK for d, k in SHAPES),
-    "dora": sum(RANK * (d + k) + d for d, k in SHAPES),
-    "hira": sum(RANK * (d + k) for d, k in SHAPES),
-    "ia3": 2 * (32 + 32 + 128),
-    "intrinsic": 40,
-    "lora": sum(RANK * (d + k) for d, k in SHAPES),
-    "lora_fa": sum(RANK * d for d, k in SHAPES),
-    "miss": sum(RANK * d for d, k in SHAPES),
-    "vera": sum(RANK + d for d, k in SHAPES),
-}
 
 
 @every_dtype
@@ -75,8 +61,9 @@ def test_only_declared_parameters_train(method: str, quantized: bool) -> None:
     model(tokens(), use_cache=False).logits.float().square().mean().backward()
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ends = {end for name in trained for end in TRAINED[method] if name.endswith(end)}
-    assert ends == TRAINED[method]
+    declared = set(METHODS[method].trained)
+    ends = {end for name in trained for end in declared if name.endswith(end)}
+    assert ends == declared
     assert all(any(name.endswith(end) for end in ends) for name in trained)
     assert all(p.dtype == torch.float32 for p in trained.values())
     assert [name for name, p in model.named_parameters() if (p.grad is not None) != p.requires_grad] == []
@@ -87,10 +74,13 @@ def test_only_declared_parameters_train(method: str, quantized: bool) -> None:
 def test_parameter_count_is_the_formula(method: str, quantized: bool) -> None:
     trainable, total = trainable_parameter_counts(adapted(method, quantized=quantized))
 
-    base = sum(p.numel() for p in llama().parameters())
-    frozen_A = sum(RANK * k for _, k in SHAPES) if method == "lora_fa" else 0
-    assert trainable == TRAINED_COUNT[method]
-    assert total == base + TRAINED_COUNT[method] + frozen_A
+    row, config = METHODS[method], config_for(method)
+    targets = find_targets(llama(), config, tuple(row.layers))
+    if config.target_modules == "all_linear":
+        assert [(t.out_features, t.in_features) for t in targets] == SHAPES
+    expected = sum(map(row.contract.trained, targets)) + row.contract.shared(config)
+    assert trainable == expected
+    assert total == sum(p.numel() for p in llama().parameters()) + expected + sum(map(row.contract.frozen, targets))
 
 
 @every_base
@@ -193,7 +183,7 @@ def test_meta_model_is_real_after_reset(method: str) -> None:
     model.model.rotary_emb = copy.deepcopy(real.model.rotary_emb)
     names = {name.replace(".base_layer", ""): name for name in model.state_dict()}
     model.load_state_dict({names[name]: tensor for name, tensor in real.state_dict().items()}, strict=False)
-    reset_adapters(model)
+    reset(model)
 
     assert torch.equal(logits(model.eval()), logits(real))
     perturb(model)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_models import wrapped
 from torch import Tensor, nn
 
 from lightning_peft.adapters import dora
@@ -16,7 +17,7 @@ from lightning_peft.quantization.weights import dense_weight
 def moved(base_layer: nn.Module, **options: float) -> DoRALinear:
     """A layer with A, B and m away from their start."""
     torch.manual_seed(0)
-    layer = DoRALinear(base_layer, rank=3, alpha=6.0, **options)
+    layer = wrapped(DoRALinear, base_layer, rank=3, alpha=6.0, **options)
     nn.init.normal_(layer.lora_B.weight, std=0.2)
     with torch.no_grad():
         layer.lora_magnitude_vector.mul_(1 + 0.1 * torch.randn_like(layer.lora_magnitude_vector))
@@ -32,7 +33,7 @@ def dense_weight_of(layer: DoRALinear) -> Tensor:
 
 def test_worked_example() -> None:
     """W = [3, 4] and B A = [1, 1] make [4, 5] of norm sqrt(41); the magnitude stays 5."""
-    layer = DoRALinear(nn.Linear(2, 1, bias=False), rank=1, alpha=1.0)
+    layer = wrapped(DoRALinear, nn.Linear(2, 1, bias=False), rank=1, alpha=1.0)
     with torch.no_grad():
         layer.base_layer.weight.copy_(torch.tensor([[3.0, 4.0]]))
         layer.reset_parameters()
@@ -124,7 +125,7 @@ def test_zero_row_stays_finite_and_untouched() -> None:
     base_layer = nn.Linear(6, 3)
     with torch.no_grad():
         base_layer.weight[1] = 0
-    layer = DoRALinear(base_layer, rank=2, alpha=4.0)
+    layer = wrapped(DoRALinear, base_layer, rank=2, alpha=4.0)
     x = torch.randn(4, 6)
     expected = base_layer(x).clone()
 
@@ -137,7 +138,7 @@ def test_zero_row_stays_finite_and_untouched() -> None:
 
 def test_gain_that_bf16_rounds_to_one_still_acts() -> None:
     base_layer = nn.Linear(64, 64, bias=False).bfloat16()
-    layer = DoRALinear(base_layer, rank=2, alpha=4.0)
+    layer = wrapped(DoRALinear, base_layer, rank=2, alpha=4.0)
     assert torch.tensor(1.003).bfloat16() == 1
     with torch.no_grad():
         layer.lora_magnitude_vector.mul_(1.003)
@@ -168,7 +169,7 @@ def test_norm_is_taken_once_while_weights_stand_still(monkeypatch: pytest.Monkey
 
 def test_embedding_norms_are_per_dimension() -> None:
     torch.manual_seed(0)
-    layer = DoRAEmbedding(nn.Embedding(20, 6), rank=2, alpha=4.0)
+    layer = wrapped(DoRAEmbedding, nn.Embedding(20, 6), rank=2, alpha=4.0)
     nn.init.normal_(layer.lora_embedding_A, std=0.3)
     with torch.no_grad():
         layer.lora_magnitude_vector.mul_(1.1)

@@ -5,13 +5,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_models import adapted, llama, logits, perturb, tokens
+from adapter_models import adapted, llama, logits, perturb, reset, tokens, wrapped
 from torch import Tensor, nn
 
 from lightning_peft.adapters.eva import initialize_from_activations
-from lightning_peft.adapters.init import initialize_from_weights, plain_factors
-from lightning_peft.adapters.inject import adapters, inject_adapters, reset_adapters
-from lightning_peft.adapters.lora import Init, LoRAConfig, LoRALinear
+from lightning_peft.adapters.init import INITS, initialize_from_weights
+from lightning_peft.adapters.inject import adapters, inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
 from lightning_peft.quantization.weights import dense_weight
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -23,13 +23,13 @@ def layer_of(init: str, rank: int = 4, **options: Any) -> tuple[LoRALinear, Tens
     torch.manual_seed(0)
     base_layer = nn.Linear(24, 16)
     weight = base_layer.weight.detach().clone()
-    return LoRALinear(base_layer, rank, alpha=8.0, init=init, **options), weight
+    return wrapped(LoRALinear, base_layer, rank, alpha=8.0, init=init, **options), weight
 
 
 @pytest.mark.parametrize("init", [*REWRITING, "orthogonal"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_start_changes_nothing(init: str, method: str) -> None:
-    model = adapted(method, init=Init[init])
+    model = adapted(method, init=init)
 
     # fp32: W - s B A + s B A.
     torch.testing.assert_close(logits(model), logits(llama()), atol=2e-4, rtol=1e-3)
@@ -61,7 +61,7 @@ def test_second_reset_starts_from_the_untouched_base(init: str) -> None:
 
 @pytest.mark.parametrize(("init", "theirs"), [("pissa", "pissa"), ("olora", "olora")])
 def test_base_and_change_are_those_of_peft(init: str, theirs: str) -> None:
-    ours = adapted("lora", init=Init[init])
+    ours = adapted("lora", init=init)
     twin = peft.get_peft_model(
         llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, init_lora_weights=theirs)
     )
@@ -87,14 +87,15 @@ def test_orthogonal_start_needs_an_even_rank() -> None:
 @pytest.mark.parametrize("init", REWRITING)
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 def test_plain_factors_on_a_fresh_base_in_peft_are_the_model(init: str, rank_stabilized: bool) -> None:
-    ours = perturb(adapted("lora", init=Init[init], rank_stabilized=rank_stabilized))
+    ours = perturb(adapted("lora", init=init, rank_stabilized=rank_stabilized))
     alpha = 8 * (2**0.5 if rank_stabilized else 2)
     twin = peft.get_peft_model(
         llama(), peft.LoraConfig(r=8, lora_alpha=alpha, use_rslora=rank_stabilized, target_modules=LINEARS)
     ).eval()
     state = {}
     for name, layer in adapters(ours):
-        A, B = plain_factors(layer, layer.lora_A.weight, layer.lora_B.weight)
+        own = layer.on_untouched_base(dict(layer.named_parameters()))
+        A, B = own["lora_A.weight"], own["lora_B.weight"]
         assert A.shape[0] == B.shape[1] == 8
         state |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
 
@@ -107,16 +108,16 @@ def test_plain_factors_on_a_fresh_base_in_peft_are_the_model(init: str, rank_sta
 def test_plain_factors_of_an_untouched_base_are_the_layers_own() -> None:
     layer, _ = layer_of("kaiming")
 
-    A, B = plain_factors(layer, layer.lora_A.weight, layer.lora_B.weight)
+    own = dict(layer.named_parameters())
 
-    assert A is layer.lora_A.weight and B is layer.lora_B.weight
+    assert layer.on_untouched_base(own) is own
 
 
 @pytest.mark.parametrize("init", REWRITING)
 def test_codes_hold_what_is_left_of_the_dequantised_weight(init: str) -> None:
     """On a 4-bit base the layer starts within the error of quantising the rest, which is smaller than the weight."""
     plain = dict(llama(quantized=True).named_modules())
-    model = adapted("lora", quantized=True, init=Init[init])
+    model = adapted("lora", quantized=True, init=init)
 
     for name, layer in adapters(model):
         weight = dense_weight(plain[name])
@@ -128,7 +129,7 @@ def test_codes_hold_what_is_left_of_the_dequantised_weight(init: str) -> None:
 @pytest.mark.parametrize("init", ["loftq", "pissa"])
 def test_original_weights_start_closer_to_the_dense_model(init: str) -> None:
     dense = dict(llama().named_modules())
-    model = adapted("lora", quantized=True, init=Init[init])
+    model = adapted("lora", quantized=True, init=init)
     quantised = {
         name: dense_weight(module) for name, module in llama(quantized=True).named_modules() if name.endswith("_proj")
     }
@@ -144,7 +145,7 @@ def test_original_weights_start_closer_to_the_dense_model(init: str) -> None:
 
 def test_loftq_is_the_best_product_for_the_loss_and_keeps_the_codes() -> None:
     dense = dict(llama().named_modules())
-    model = adapted("lora", quantized=True, init=Init.loftq)
+    model = adapted("lora", quantized=True, init="loftq")
     name, layer = next(adapters(model))
     codes = layer.base_layer.weight.clone()
 
@@ -158,7 +159,7 @@ def test_loftq_is_the_best_product_for_the_loss_and_keeps_the_codes() -> None:
 
 
 def test_loftq_on_a_dense_base_is_refused() -> None:
-    model = adapted("lora", init=Init.loftq)
+    model = adapted("lora", init="loftq")
 
     with pytest.raises(ValueError, match="adapter.init=loftq makes up for quantisation: use quantization=nf4"):
         initialize_from_weights(dict(adapters(model)), lambda name: torch.zeros(1))
@@ -182,7 +183,7 @@ def inputs_of(name: str) -> Tensor:
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"])
 def test_eva_spans_the_leading_directions_of_the_inputs(name: str) -> None:
-    model = adapted("lora", init=Init.eva)
+    model = adapted("lora", init="eva")
 
     ranks = initialize_from_activations(model, batches(), rho=1.0)
 
@@ -198,7 +199,7 @@ def test_eva_spans_the_leading_directions_of_the_inputs(name: str) -> None:
 
 
 def test_eva_moves_ranks_and_keeps_their_sum_and_scaling() -> None:
-    model = adapted("lora", init=Init.eva)
+    model = adapted("lora", init="eva")
     expected = logits(llama())
 
     ranks = initialize_from_activations(model, batches(), rho=2.0)
@@ -214,7 +215,7 @@ def test_eva_moves_ranks_and_keeps_their_sum_and_scaling() -> None:
 
 
 def test_eva_is_the_same_every_time() -> None:
-    models = [adapted("lora", init=Init.eva) for _ in range(2)]
+    models = [adapted("lora", init="eva") for _ in range(2)]
     torch.manual_seed(11)
     initialize_from_activations(models[0], batches())
     torch.manual_seed(12)
@@ -226,20 +227,20 @@ def test_eva_is_the_same_every_time() -> None:
 
 def test_eva_without_batches_is_an_error() -> None:
     with pytest.raises(ValueError, match="adapter.init=eva: model.layers.0.self_attn.q_proj saw no tokens"):
-        initialize_from_activations(adapted("lora", init=Init.eva), [])
+        initialize_from_activations(adapted("lora", init="eva"), [])
 
 
-@pytest.mark.parametrize("init", [init.name for init in Init])
+@pytest.mark.parametrize("init", INITS)
 def test_meta_model_starts_after_reset(init: str) -> None:
     real = llama()
     with torch.device("meta"):
         model = type(real)(real.config)
-    inject_adapters(model, LoRAConfig(rank=4, init=Init[init]))
+    inject_adapters(model, LoRAConfig(rank=4, init=init))
     model.to_empty(device="cpu")
     model.model.rotary_emb = real.model.rotary_emb
     names = {name.replace(".base_layer", ""): name for name in model.state_dict()}
     model.load_state_dict({names[n]: tensor.clone() for n, tensor in real.state_dict().items()}, strict=False)
 
-    reset_adapters(model)
+    reset(model)
 
     torch.testing.assert_close(logits(model.eval()), logits(real), atol=2e-4, rtol=1e-3)

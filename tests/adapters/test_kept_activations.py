@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_models import adapted, perturb, tokens
+from adapter_models import adapted, perturb, tokens, wrapped
 from torch import Tensor, nn
 
 from lightning_peft.adapters.dora import DoRALinear
@@ -16,7 +16,7 @@ from lightning_peft.adapters.lora_fa import LoRAFALinear
 
 def frozen_layer(kind: type[LoRALinear], **options: Any) -> LoRALinear:
     torch.manual_seed(0)
-    layer = kind(nn.Linear(64, 24).requires_grad_(False), rank=4, alpha=8.0, **options)
+    layer = wrapped(kind, nn.Linear(64, 24).requires_grad_(False), rank=4, alpha=8.0, **options)
     nn.init.normal_(layer.lora_B.weight)
     return layer
 

@@ -3,16 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_models import wrapped
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.adapters.lora import Init, LoRAConfig, LoRAEmbedding, LoRALinear
+from lightning_peft.adapters.init import INITS
+from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from lightning_peft.adapters.lora_fa import LoRAFALinear
 
 
 @pytest.mark.parametrize(("rank_stabilized", "scaling"), [(False, 2.0), (True, 4.0)])
 def test_forward_is_the_formula(rank_stabilized: bool, scaling: float) -> None:
-    layer = LoRALinear(nn.Linear(6, 5), rank=4, alpha=8.0, rank_stabilized=rank_stabilized)
+    layer = wrapped(LoRALinear, nn.Linear(6, 5), rank=4, alpha=8.0, rank_stabilized=rank_stabilized)
     nn.init.normal_(layer.lora_B.weight)
     x = torch.randn(3, 6)
 
@@ -22,7 +24,7 @@ def test_forward_is_the_formula(rank_stabilized: bool, scaling: float) -> None:
 
 
 def test_conv1d_stores_its_weight_transposed() -> None:
-    layer = LoRALinear(Conv1D(5, 6), rank=2, alpha=4.0)
+    layer = wrapped(LoRALinear, Conv1D(5, 6), rank=2, alpha=4.0)
     nn.init.normal_(layer.lora_B.weight)
     x = torch.randn(3, 6)
     expected = layer(x)
@@ -33,7 +35,7 @@ def test_conv1d_stores_its_weight_transposed() -> None:
 
 
 def test_default_start_is_uniform_with_the_papers_bound() -> None:
-    A = LoRALinear(nn.Linear(400, 8), rank=64, alpha=128.0).lora_A.weight
+    A = wrapped(LoRALinear, nn.Linear(400, 8), rank=64, alpha=128.0).lora_A.weight
 
     assert A.abs().max() <= 1 / 20 and A.abs().max() > 0.99 / 20
     # The deviation of a uniform of half width h is h / sqrt(3); 25,600 draws.
@@ -41,13 +43,13 @@ def test_default_start_is_uniform_with_the_papers_bound() -> None:
 
 
 def test_gaussian_start_has_deviation_one_over_rank() -> None:
-    A = LoRALinear(nn.Linear(400, 8), rank=64, alpha=128.0, init="gaussian").lora_A.weight
+    A = wrapped(LoRALinear, nn.Linear(400, 8), rank=64, alpha=128.0, init="gaussian").lora_A.weight
 
     torch.testing.assert_close(A.std(), torch.tensor(1 / 64), rtol=0.02, atol=0)
 
 
 def test_dropout_drops_and_rescales_the_input_of_A() -> None:
-    layer = LoRALinear(nn.Linear(6, 5), rank=2, alpha=2.0, dropout=0.5).train()
+    layer = wrapped(LoRALinear, nn.Linear(6, 5), rank=2, alpha=2.0, dropout=0.5).train()
     nn.init.normal_(layer.lora_B.weight)
     x = torch.randn(4, 6)
 
@@ -63,7 +65,7 @@ def test_dropout_drops_and_rescales_the_input_of_A() -> None:
 
 
 def test_embedding_is_the_formula() -> None:
-    layer = LoRAEmbedding(nn.Embedding(10, 6), rank=2, alpha=4.0)
+    layer = wrapped(LoRAEmbedding, nn.Embedding(10, 6), rank=2, alpha=4.0)
     nn.init.normal_(layer.lora_embedding_A)
     ids = torch.tensor([[3, 3, 9]])
 
@@ -74,14 +76,14 @@ def test_embedding_is_the_formula() -> None:
 
 def test_embedding_has_no_spectral_start() -> None:
     with pytest.raises(ValueError, match="adapter.init=pissa is not defined for embeddings"):
-        LoRAEmbedding(nn.Embedding(10, 6), rank=2, alpha=4.0, init="pissa")
+        wrapped(LoRAEmbedding, nn.Embedding(10, 6), rank=2, alpha=4.0, init="pissa")
 
 
 def test_frozen_A_keeps_no_input_for_the_backward_pass() -> None:
     x = torch.randn(64, 512)
     sizes: dict[type, int] = {}
     for kind in (LoRALinear, LoRAFALinear):
-        layer = kind(nn.Linear(512, 8).requires_grad_(False), rank=4, alpha=8.0)
+        layer = wrapped(kind, nn.Linear(512, 8).requires_grad_(False), rank=4, alpha=8.0)
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # noqa: B023
             layer(x)
@@ -112,6 +114,6 @@ def test_bad_option_is_named(options: dict, message: str) -> None:
 
 
 def test_only_spectral_starts_bound_the_rank() -> None:
-    bound = {init.name for init in Init if LoRAConfig(init=init).rank_within_layer}
+    bound = {init for init in INITS if LoRAConfig(init=init).rank_within_layer}
 
     assert bound == {"pissa", "pissa_fast", "olora", "eva", "loftq"}

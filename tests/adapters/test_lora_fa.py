@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapter_models import adapted, llama, logits, perturb
+from adapter_models import adapted, llama, logits, perturb, wrapped
 from torch import nn
 
 from lightning_peft.adapters.inject import inject_adapters
@@ -12,7 +12,7 @@ from lightning_peft.adapters.lora_fa import LoRAFAConfig, LoRAFALinear
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 def test_corrected_step_is_the_full_gradient_in_the_rows_of_A(rank_stabilized: bool) -> None:
     torch.manual_seed(0)
-    layer = LoRAFALinear(nn.Linear(24, 16), 4, 10.0, rank_stabilized=rank_stabilized, gradient_correction=True)
+    layer = wrapped(LoRAFALinear, nn.Linear(24, 16), 4, 10.0, rank_stabilized=rank_stabilized, gradient_correction=True)
     nn.init.normal_(layer.lora_B.weight)
     x, direction = torch.randn(7, 24), torch.randn(7, 16)
 

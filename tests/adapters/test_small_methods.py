@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapter_models import adapted, config_for, llama
+from adapter_models import adapted, config_for, llama, wrapped
 from torch import Tensor, nn
 
 from lightning_peft.adapters.hira import HiRALinear
@@ -70,7 +70,7 @@ def test_ia3_rescales_inputs_of_feed_forward_outputs_and_outputs_of_the_rest() -
 
 @pytest.mark.parametrize("scales_input", [False, True])
 def test_ia3_is_the_formula(scales_input: bool) -> None:
-    layer = IA3Linear(nn.Linear(6, 5), scales_input)
+    layer = wrapped(IA3Linear, nn.Linear(6, 5), feed_forward=["layer"] if scales_input else [])
     nn.init.normal_(layer.ia3_l)
     x = torch.randn(3, 6)
     scale = layer.ia3_l.flatten()
@@ -84,7 +84,7 @@ def test_ia3_is_the_formula(scales_input: bool) -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 5, 6])
 def test_miss_adds_one_block_to_every_group_of_inputs(rank: int) -> None:
-    layer = MiSSLinear(nn.Linear(6, 5), rank)
+    layer = wrapped(MiSSLinear, nn.Linear(6, 5), rank)
     nn.init.normal_(layer.miss_block)
     x = torch.randn(3, 6)
     change = torch.stack([layer.miss_block[j % rank] for j in range(6)], dim=1)
@@ -107,7 +107,7 @@ def test_hira_product_passes_gradcheck() -> None:
 
 
 def test_hira_change_can_have_full_rank() -> None:
-    layer = HiRALinear(nn.Linear(16, 16), rank=2)
+    layer = wrapped(HiRALinear, nn.Linear(16, 16), rank=2)
     nn.init.normal_(layer.hira_B)
 
     assert torch.linalg.matrix_rank(layer.delta_weight().detach()) > 2

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_peft.adapters.base import AdapterConfig, Target
 from lightning_peft.adapters.inject import describe_targets, inject_adapters
-from lightning_peft.adapters.lora import Init, LoRAConfig
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import expert_share, find_targets, matches, parse_layers
 from lightning_peft.adapters.vera import VeRAConfig
@@ -207,7 +207,7 @@ def test_rank_of_vera_above_a_layer_is_usual(caplog: pytest.LogCaptureFixture) -
 
 def test_rank_above_a_layer_is_an_error_for_spectral_starts() -> None:
     with pytest.raises(ValueError, match="adapter.rank=48: rank 48 is above the smaller side of .*k_proj"):
-        found(meta_model(), rank=48, init=Init.pissa)
+        found(meta_model(), rank=48, init="pissa")
 
 
 def test_stacked_experts_are_reported(caplog: pytest.LogCaptureFixture) -> None:

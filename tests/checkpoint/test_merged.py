@@ -15,7 +15,7 @@ from lightning_peft.adapters.base import Adapter, AdapterConfig, NotMergeableErr
 from lightning_peft.adapters.dora import DoRAConfig
 from lightning_peft.adapters.ia3 import IA3Config
 from lightning_peft.adapters.inject import adapters, inject_adapters
-from lightning_peft.adapters.lora import Init, LoRAConfig
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.vera import VeRAConfig
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.checkpoint.merged import MergeError, Receipt, merge
@@ -64,7 +64,7 @@ CONFIGS: dict[str, AdapterConfig] = {
     "two_layers": LoRAConfig(rank=4, target_modules=["q_proj"], layers="1"),
     "embedding_and_head": LoRAConfig(rank=4, target_modules=["embed_tokens", "lm_head"]),
     "trained_modules": LoRAConfig(rank=4, trainable_modules=["lm_head", "norm"]),
-    "pissa": LoRAConfig(rank=4, init=Init["pissa"]),
+    "pissa": LoRAConfig(rank=4, init="pissa"),
     "dora": DoRAConfig(rank=4),
     "vera": VeRAConfig(rank=8),
     "ia3": IA3Config(),

@@ -26,7 +26,7 @@ from lightning_peft.adapters.ia3 import IA3Config as OurIA3Config
 from lightning_peft.adapters.init import initialize_from_weights
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.intrinsic import IntrinsicConfig
-from lightning_peft.adapters.lora import Init, LoRAConfig
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.lora_fa import LoRAFAConfig
 from lightning_peft.adapters.miss import MiSSConfig
 from lightning_peft.adapters.registry import METHODS
@@ -38,7 +38,7 @@ from lightning_peft.checkpoint.peft_format import (
     load_adapter,
     save_adapter,
 )
-from lightning_peft.checkpoint.peft_methods import PEFT_METHODS
+from lightning_peft.checkpoint.peft_methods import spellings
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
@@ -97,10 +97,10 @@ OURS: dict[str, AdapterConfig] = {
     "ia3_input_of_one_layer": OurIA3Config(feed_forward=["layers.0.mlp.down_proj"]),
     "lora_fa": LoRAFAConfig(rank=4),
     "miss": MiSSConfig(rank=4),
-    "pissa": LoRAConfig(rank=4, init=Init["pissa"]),
-    "pissa_fast_rslora": LoRAConfig(rank=4, init=Init["pissa_fast"], rank_stabilized=True, rank_pattern={"q_proj": 6}),
-    "olora": LoRAConfig(rank=4, alpha=5, init=Init["olora"]),
-    "orthogonal": LoRAConfig(rank=4, init=Init["orthogonal"]),
+    "pissa": LoRAConfig(rank=4, init="pissa"),
+    "pissa_fast_rslora": LoRAConfig(rank=4, init="pissa_fast", rank_stabilized=True, rank_pattern={"q_proj": 6}),
+    "olora": LoRAConfig(rank=4, alpha=5, init="olora"),
+    "orthogonal": LoRAConfig(rank=4, init="orthogonal"),
     "vera": VeRAConfig(rank=16),
     "vera_without_pair": VeRAConfig(rank=16, save_projection=False, projection_seed=3),
 }
@@ -177,7 +177,7 @@ def test_pruned_adalora_of_hf_keeps_its_first_scaling(tmp_path: Path) -> None:
 
 
 def test_every_method_with_adapters_has_words() -> None:
-    assert {name for name, method in METHODS.items() if method.layers} == set(PEFT_METHODS)
+    assert {name for name, method in METHODS.items() if method.layers} == set(spellings())
 
 
 def test_lineage_tells_lora_fa_from_lora(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_warm_start_of_a_rewritten_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_rewritten_quantised_base_is_nearest_to_the_dense_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = LoRAConfig(rank=16, init=Init["pissa"])
+    config = LoRAConfig(rank=16, init="pissa")
     dense, model = fresh_model(), fresh_model()
     quantize_linears(model, QuantizationConfig(kind=Kind.nf4))
     inject_adapters(model, config)

@@ -15,7 +15,7 @@ import torch
 from training import SaveEachStep, TinyFinetune, batches, trainer
 
 from lightning_peft.adapters.inject import adapters, inject_adapters
-from lightning_peft.adapters.lora import Init, LoRAConfig
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.atomic import SaveError, partial_path
 from lightning_peft.checkpoint.resume import (
     AtomicCheckpointIO,
@@ -297,7 +297,7 @@ def test_trainable_state_restores_every_value() -> None:
 
 
 def test_ranks_that_eva_spread_come_back() -> None:
-    config = LoRAConfig(rank=4, init=Init["eva"])
+    config = LoRAConfig(rank=4, init="eva")
     first, second = tiny_model(), tiny_model()
     inject_adapters(first, config)
     inject_adapters(second, config)

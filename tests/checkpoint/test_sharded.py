@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.inject import inject_adapters
-from lightning_peft.adapters.lora import Init, LoRAConfig
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.distributed import disconnect
@@ -21,7 +21,7 @@ from lightning_peft.models.tiny import tiny_model
 CONFIGS: list[AdapterConfig] = [
     # Rank 3 does not divide by two ranks: the shards are uneven.
     LoRAConfig(rank=3, trainable_modules=["norm"]),
-    LoRAConfig(rank=4, init=Init["pissa"]),
+    LoRAConfig(rank=4, init="pissa"),
 ]
 
 

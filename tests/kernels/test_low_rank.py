@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import adapted, perturb, tokens
+from adapter_models import adapted, perturb, tokens, wrapped
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -31,7 +31,7 @@ def adapted_layer(kind: type[Any], form: str, dropout: float = 0.0) -> Any:
         base = QuantizedLinear.from_weight(base.weight.data, base.bias, kind=form.split()[0])
     else:
         base.weight.requires_grad_(False)
-    layer = kind(base, rank=4, alpha=6.8, dropout=dropout).double().train()
+    layer = wrapped(kind, base, rank=4, alpha=6.8, dropout=dropout).double().train()
     for parameter in layer.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, 1.0, 0.5)
@@ -196,7 +196,7 @@ def test_an_input_that_lies_transposed_gives_the_same(dropout: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_products_are_the_same_operators_and_copy_nothing(dtype: torch.dtype) -> None:
     base = nn.Linear(64, 48, bias=False, dtype=dtype).requires_grad_(False)
-    layer = LoRALinear(base, rank=4, alpha=8.0)
+    layer = wrapped(LoRALinear, base, rank=4, alpha=8.0)
     nn.init.normal_(layer.lora_B.weight)
     x, direction = torch.randn(256, 64, dtype=dtype), torch.randn(256, 48, dtype=dtype)
 

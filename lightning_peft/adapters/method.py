@@ -1,0 +1,99 @@
+"""What a method says about itself: one row, `METHOD` in the method's own file; `registry.METHODS` collects them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule
+from lightning_peft.quantization.linear import QuantizedLinear
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class PeftSpelling:
+    """How HF PEFT writes a method down."""
+
+    peft_type: str
+    tensors: tuple[str, ...]
+    """Endings of the tensor names of one layer; dimension 0 of the first that a layer has is its rank."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Field of our config -> HF's word."""
+    flags: dict[str, bool] = field(default_factory=dict)
+    """HF's words that tell this method from others of the same type."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    """HF's words that are always written alike."""
+    rank_word: str | None = "r"
+    """HF's word for the rank; None where the tensors do not tell it."""
+    alpha_word: str | None = None
+    rank_offset: float = 0.0
+    """HF divides alpha by the rank plus this."""
+    patterns: tuple[str, ...] = ()
+    """The ones among rank_pattern and alpha_pattern that HF knows for this type."""
+    in_peft: bool = True
+    """False when HF has no such method, so that only we can read the folder."""
+    write_more: Callable[[Mapping[str, Adapter], dict[str, Any]], dict[str, Any]] | None = None
+    """(layers by name, HF's words so far) -> HF's words that depend on the layers."""
+    read_more: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None
+    """(HF's words, shapes by layer name) -> fields of our config that depend on them."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the contract suite holds a method to, beside what holds for all."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options that suit a small model of width 64 with rank 4."""
+    trained: Callable[[Any], int] = lambda target: 0
+    """(target) -> numbers that train in its layer."""
+    frozen: Callable[[Any], int] = lambda target: 0
+    """(target) -> parameters of its adapter that do not train."""
+    shared: Callable[[Any], int] = lambda config: 0
+    """(config) -> numbers that train beside the layers, once a model."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything that the rest of the program knows about a method."""
+
+    config: type[AdapterConfig]
+    layers: dict[type[nn.Module], type[Adapter]] = field(default_factory=dict)
+    """Kind of layer -> the adapter around it, made from (base_layer, target, config); empty where every weight
+    trains."""
+    trained: tuple[str, ...] = ()
+    """Ends of the names of the parameters that train."""
+    change: str = ""
+    """The change to a weight W (d x k), as the table of methods prints it."""
+    paper: str = ""
+    """Where the method was published."""
+    count: str = ""
+    """Numbers trained per linear layer (d x k), as the table of methods prints it."""
+    shared: Callable[[Any, Any], nn.Module] | None = None
+    """(config, targets) -> state all layers share, handed to each as `shared`; it has `reset_parameters`."""
+    schedule: Callable[[Any, Any, int], StepSchedule] | None = None
+    """(adapters by name, config, optimiser steps) -> what changes the adapters between steps."""
+    cannot_shard: str = ""
+    """Why slices of the adapters cannot be trained (strategy=fsdp); empty where they can."""
+    peft: PeftSpelling | None = None
+    """HF PEFT's words; without them the folder has our own words, for us to read."""
+    contract: Contract = field(default_factory=Contract)
+
+    @property
+    def cannot_share_base(self) -> str:
+        """Why several adapters of this method cannot share a base in a bank; empty where they can."""
+        if not self.layers:
+            return "trains the base itself"
+        return "" if self.shared is None else "keeps state beside its layers, one a model"
+
+    @property
+    def merges(self) -> bool:
+        """Whether the change can be written into the base weight."""
+        return all(adapter.mergeable for adapter in self.layers.values())
+
+
+def linears(adapter: type[Adapter]) -> dict[type[nn.Module], type[Adapter]]:
+    """Map every kind of linear layer to one adapter class."""
+    return {nn.Linear: adapter, QuantizedLinear: adapter, Conv1D: adapter}
