@@ -161,9 +161,10 @@ class RankSchedule:
         for name, layer in self.layers.items():
             for part in ("lora_A", "lora_B", "lora_E"):
                 parameter = getattr(layer, part)
-                assert parameter.grad is not None, "after_step is called while the gradients are there"
+                # None where the layer took no part, such as a vision tower's in text: it matters as little as can be.
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 key = f"{name}.{part}"
-                now = gathered(parameter * parameter.grad).abs()
+                now = gathered(parameter * gradient).abs()
                 mean = self.sensitivity.setdefault(key, torch.zeros_like(now))
                 mean.mul_(beta1).add_(now, alpha=1 - beta1)
                 spread = self.uncertainty.setdefault(key, torch.zeros_like(now))

@@ -12,7 +12,7 @@ from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, Initialization
 from lightning_peft.kernels.frozen_linear import Base, given
 from lightning_peft.quantization.frozen_base import frozen_base
-from lightning_peft.quantization.weights import dense_weight, write_weight
+from lightning_peft.quantization.weights import dense_weight, is_quantized, is_transposed, write_weight
 
 
 class NotMergeableError(ValueError):
@@ -134,6 +134,31 @@ class Adapter(nn.Module, ABC):
         self.base_layer = base_layer
         self.enabled = True
         self.merged = False
+
+    def __getattr__(self, name: str) -> Any:
+        """What the base layer has: models read sizes, scales and even weights of their layers.
+
+        `weight` is the sum of base and change, through which gradients reach the adapter: where a model multiplies with
+        it by itself, as Mamba does, the layer is adapted all the same. Computed anew each time, and without dropout.
+        """
+        base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+        if name.startswith("_") or base_layer is None or name in self.__dict__["_modules"]:
+            return super().__getattr__(name)
+        for own in (self.__dict__["_parameters"], self.__dict__["_buffers"]):
+            if name in own:
+                return own[name]
+        if name == "weight":
+            return self._whole_weight(base_layer)
+        if name == "bias" and self.enabled and not self.merged and (change := self.delta_bias()) is not None:
+            return (base_layer.bias.float() + change).to(base_layer.bias.dtype)
+        return getattr(base_layer, name)
+
+    def _whole_weight(self, base_layer: nn.Module) -> Tensor:
+        if not self.enabled or self.merged:
+            return dense_weight(base_layer) if is_quantized(base_layer) else base_layer.weight  # type: ignore[return-value]
+        weight = dense_weight(base_layer)
+        whole = (weight.float() + self.delta_weight()).to(weight.dtype)
+        return whole.t() if is_transposed(base_layer) else whole
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features); ids (...) -> (..., dim) around an embedding."""

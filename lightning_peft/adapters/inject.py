@@ -1,12 +1,13 @@
 """Puts adapters into a model and takes them out again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
 from lightning_peft.adapters.bias import layers_with_bias, train_biases, warn_of_rounding
@@ -222,7 +223,7 @@ def _train_in_fp32(modules: list[nn.Module]) -> None:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         if compute_dtype != torch.float32:
-            part.register_forward_pre_hook(_to_fp32)
+            part.register_forward_pre_hook(_to_fp32, with_kwargs=True)
             part.register_forward_hook(_To(compute_dtype))
 
 
@@ -230,15 +231,20 @@ def _own(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
 
 
-def _to_fp32(module: nn.Module, inputs: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """The floating tensors of `values`, tuples and dictionaries of them included, in `dtype`; the rest as it is."""
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, values)
+
+
+def _to_fp32(module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return _cast(inputs, torch.float32), _cast(keywords, torch.float32)
 
 
 class _To:
-    """Forward hook that casts a module's output."""
+    """Forward hook that casts what a module returns: a router returns a tuple."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output.to(self.dtype)
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        return _cast(output, self.dtype)

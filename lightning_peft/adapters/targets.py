@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.adapters.base import AdapterConfig, Target
-from lightning_peft.quantization.weights import linear_shape
+from lightning_peft.quantization.weights import is_linear, linear_shape, stacked_experts
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,10 @@ def find_targets(model: nn.Module, config: AdapterConfig, layer_types: tuple[typ
     ValueError when a pattern or the whole selection matches nothing, when a tied embedding or head is selected, or
     when a rank exceeds its layer and the initialisation cannot have that.
     """
-    candidates = {name: module for name, module in model.named_modules() if isinstance(module, layer_types)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, layer_types)}
+    candidates = {n: m for n, m in found.items() if not isinstance(m, nn.Linear) or is_linear(m)}
+    if other := sorted({type(module).__name__ for name, module in found.items() if name not in candidates}):
+        logger.info("not adapted, as they compute something else than a product: %s", ", ".join(other))
     selected = _select(model, config, candidates)
     _refuse_tied(model, selected, "adapter.target_modules")
     depths = [depth for name in candidates if (depth := block_depth(name)) is not None]
@@ -95,9 +98,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{prefix}.{name}": parameter
         for prefix, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
+        for name, parameter in stacked_experts(prefix, module)
     }
 
 
@@ -125,6 +126,17 @@ def is_tied(model: nn.Module) -> bool:
     return embedding.weight is head.weight or head.weight.is_meta
 
 
+def text_tower(model: nn.Module) -> str | None:
+    """Name of the part of a multimodal model that reads text; None for a model of text alone."""
+    config = getattr(model, "config", None)
+    kinds = ("vision_config", "audio_config", "vit_config")
+    if not any(getattr(config, kind, None) is not None for kind in kinds):
+        return None
+    embedding, _ = ends(model)
+    names = [name for name, module in model.named_modules() if module is embedding]
+    return names[0].rpartition(".")[0] or None if names else None
+
+
 def ends(model: nn.Module) -> tuple[Any, Any]:
     """Input embedding and output head; None where a model has none."""
     getters: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output")]
@@ -148,6 +160,8 @@ def _select(model: nn.Module, config: AdapterConfig, candidates: dict[str, nn.Mo
     inner = [
         name for name, module in candidates.items() if not isinstance(module, nn.Embedding) and module not in outside
     ]
+    if (tower := text_tower(model)) is not None:
+        inner = [name for name in inner if name.startswith(f"{tower}.")]
     # A model with no numbered blocks (a toy) counts as one block.
     inner = [name for name in inner if block_depth(name) is not None] or inner
     found = {entry: _matching(entry, list(candidates), inner) for entry in entries}

@@ -58,7 +58,7 @@ def write_words(
         **row.flags,
         **{theirs: _plain(getattr(config, ours)) for ours, theirs in row.options.items()},
     }
-    if any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()):
+    if any(isinstance(m := layer.base_layer, Conv1D) or getattr(m, "transposed", False) for layer in layers.values()):
         words["fan_in_fan_out"] = True
     shapes = layer_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, row)
     if row.rank_word is not None:
@@ -105,7 +105,9 @@ def _modules_to_save(model: nn.Module, layers: Mapping[str, Adapter], bias: Bias
         for name, p in model.named_parameters(remove_duplicate=False)
         if p.requires_grad and not (bias is Bias.all and name.endswith(".bias"))
     ]
-    return sorted({name.rpartition(".")[0] for name in trained if not name.startswith(inside)})
+    holders = {name.rpartition(".")[0] for name in trained if not name.startswith(inside)}
+    # PEFT keeps what a named module holds: naming a part of one again would hide it from its own file.
+    return sorted(name for name in holders if not any(name.startswith(f"{other}.") for other in holders))
 
 
 def _pattern_key(name: str, names: Iterable[str]) -> str:

@@ -16,9 +16,29 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def block_names(model: PreTrainedModel) -> list[str]:
-    """Names of the decoder layers in order, by the class names transformers keeps on one device; [] if it has none."""
+    """Names of the decoder layers in order, by the class names transformers keeps on one device; [] if it has none.
+
+    Embeddings are no layer. A model that names no classes has its layers in its largest list of modules of one class.
+    """
     classes = set(model._no_split_modules or ())
-    return [name for name, module in model.named_modules() if type(module).__name__ in classes]
+    embeddings = model.get_input_embeddings()
+    found = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in classes and all(part is not embeddings for part in module.modules())
+    ]
+    return found or _largest_list(model)
+
+
+def _largest_list(model: PreTrainedModel) -> list[str]:
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(part) for part in module}) == 1
+    }
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()}
+    largest = max(sizes, key=lambda name: sizes[name], default=None)
+    return [] if largest is None else [f"{largest}.{number}" for number in range(len(lists[largest]))]
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:

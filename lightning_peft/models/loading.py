@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -73,8 +74,10 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreT
     """The model without weights: its parameters are on the meta device, its buffers hold values."""
     architecture = model_config(config)
     if config.new_tokens:
-        architecture.get_text_config().vocab_size = max(architecture.vocab_size, len(load_tokenizer(config)))
-    return _build(config, architecture, dtype)
+        text = architecture.get_text_config()
+        text.vocab_size = max(text.vocab_size, len(load_tokenizer(config)))
+    with readable_errors(config):
+        return _build(config, architecture, dtype)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
@@ -188,7 +191,20 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
     with parameters_on_meta():
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
+        return _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
+
+
+def _auto_class(config: ModelConfig, architecture: PreTrainedConfig) -> Any:
+    """The class of transformers that knows the architecture: a causal language model, or one inside a multimodal model.
+
+    Raises ValueError for one that is neither, such as an encoder-decoder.
+    """
+    remote = getattr(architecture, "auto_map", None) or {}
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(architecture) in auto_class._model_mapping or auto_class.__name__ in remote:
+            return auto_class
+    kind = "an encoder-decoder" if architecture.is_encoder_decoder else "not a causal language model"
+    raise ValueError(f"model.path={config.path}: {architecture.model_type} is {kind}; give a decoder, such as a Llama")
 
 
 def _load_by_transformers(

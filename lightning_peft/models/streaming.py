@@ -191,6 +191,12 @@ def stream_weights(
             for buffer_name, buffer in model.named_buffers():
                 if not buffer.is_meta and buffer.device != device:
                     put_tensor(model, buffer_name, buffer.to(device))
+        for name in [name for name in missing if part_of(name, steps) == part]:
+            # A block whose weights are another's, as Zamba 2 repeats one; the checkpoint holds them once.
+            source_name = model.all_tied_weights_keys.get(name)
+            if source_name is not None and source_name in targets and source_name not in missing:
+                share_tensor(model, name, source_name)
+                missing.discard(name)
         lacking = [name for name in missing if part_of(name, steps) == part]
         if lacking := sorted(name for name in lacking if not any(re.search(pattern, name) for pattern in optional)):
             raise ValueError(f"the checkpoint lacks {len(lacking)} weights of {type(model).__name__}: {_some(lacking)}")
@@ -255,6 +261,16 @@ def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     else:
         trains = module.get_parameter(leaf).requires_grad
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=trains))
+
+
+def share_tensor(model: nn.Module, name: str, source: str) -> None:
+    """Make a parameter the one that `source` names; a 4-bit layer takes a copy of the other's codes."""
+    module_name, _, leaf = name.rpartition(".")
+    module, other = model.get_submodule(module_name), model.get_submodule(source.rpartition(".")[0])
+    if leaf == "weight" and isinstance(module, QuantizedLinear) and isinstance(other, QuantizedLinear):
+        module.load_codes_(other.codes)
+    else:
+        setattr(module, leaf, other.get_parameter(source.rpartition(".")[2]))
 
 
 def fp32_pattern(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:

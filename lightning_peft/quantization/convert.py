@@ -13,6 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.kernels.codes import Codes, check_blocks, dequantize
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.weights import (
+    dense_weight,
+    is_linear,
+    is_transposed,
+    linear_shape,
+    reads_weight,
+    stacked_experts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +34,13 @@ def quantize_linears(model: nn.Module, config: QuantizationConfig) -> list[str]:
     ValueError names the layers that cannot be quantised, before any is touched.
     """
 
-    def convert(layer: nn.Linear) -> QuantizedLinear:
-        return QuantizedLinear.from_weight(
-            layer.weight, layer.bias, config.kind.name, config.block_size, config.double_quantization
-        )
+    def convert(layer: nn.Module) -> QuantizedLinear:
+        coded = QuantizedLinear.from_weight(
+            dense_weight(layer).contiguous(), layer.bias, config.kind.name, config.block_size,  # type: ignore[arg-type]
+            config.double_quantization,
+        )  # fmt: skip
+        coded.transposed = is_transposed(layer)
+        return coded
 
     return _replace_linears(model, config, convert)
 
@@ -40,12 +51,15 @@ def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]
     Each weight is then handed to `load_weight` as it is read, so that no more than one is dense at a time.
     """
 
-    def convert(layer: nn.Linear) -> QuantizedLinear:
+    def convert(layer: nn.Module) -> QuantizedLinear:
+        out_features, in_features = linear_shape(layer)
+        weight = dense_weight(layer)
         empty = QuantizedLinear(
-            layer.in_features, layer.out_features, False, config.kind.name, config.block_size,
-            config.double_quantization, dtype=layer.weight.dtype, device=layer.weight.device,
+            in_features, out_features, False, config.kind.name, config.block_size,
+            config.double_quantization, dtype=weight.dtype, device=weight.device,
         )  # fmt: skip
-        empty.bias = layer.bias
+        empty.bias = layer.bias  # type: ignore[assignment]
+        empty.transposed = is_transposed(layer)
         return empty
 
     return _replace_linears(model, config, convert)
@@ -60,14 +74,20 @@ def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
     layer = model.get_submodule(module_name)
     if leaf != "weight" or not isinstance(layer, QuantizedLinear):
         return False
-    layer.load_dense_(weight)
+    layer.load_dense_(weight.t().contiguous() if layer.transposed else weight)
     return True
 
 
-def dequantized_linear(layer: nn.Module) -> nn.Linear:
-    """A frozen nn.Linear with a 4-bit layer's dequantised weight, in the dtype it computes in, and its bias."""
+def dequantized_linear(layer: nn.Module) -> nn.Linear | Conv1D:
+    """The frozen dense layer with a 4-bit layer's dequantised weight, in the dtype it computes in, and its bias."""
     if not isinstance(layer, QuantizedLinear):
         raise TypeError(f"{type(layer).__name__} is not quantised")
+    if layer.transposed:
+        with torch.device("meta"):
+            transposed = Conv1D(layer.out_features, layer.in_features)
+        transposed.weight = nn.Parameter(layer.dequantize().t().contiguous(), requires_grad=False)
+        transposed.bias = layer.bias  # type: ignore[assignment]
+        return transposed.train(layer.training)
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
     linear.register_parameter("bias", layer.bias)
@@ -134,12 +154,11 @@ def bits_per_parameter(model: nn.Module) -> float:
 
 
 def _replace_linears(
-    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Linear], QuantizedLinear]
+    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Module], QuantizedLinear]
 ) -> list[str]:
     names = _names_to_quantize(model, config)
     for name in names:
         layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
         model.set_submodule(name, convert(layer).train(layer.training))
     logger.info(
         "%d linear layers stored as %s, %s, %.3f bits a weight",
@@ -157,17 +176,24 @@ def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> list[str
     unused = set(config.exclude)
     head = _output_head(model)
     names: list[str] = []
+    read: list[str] = []
     for name, module in model.named_modules():
         hits = {pattern for pattern in config.exclude if _matches(pattern, name)}
         unused -= hits
         if hits or module is head or name.rpartition(".")[2] == "lm_head":
             continue
-        if problem := _refusal(module, config):
+        parent, _, leaf = name.rpartition(".")
+        if is_linear(module) and reads_weight(model.get_submodule(parent), leaf):
+            read.append(name)
+            continue
+        if problem := _refusal(name, module, config):
             raise ValueError(
                 f"quantization.kind={config.kind.name}: {name} {problem}; quantization.exclude keeps a layer dense"
             )
-        if type(module) is nn.Linear:  # a subclass has a forward of its own, such as a router's
+        if is_linear(module):  # not a subclass whose forward is another, such as a router's
             names.append(name)
+    if read:
+        logger.info("%d layers stay dense, as the model reads their weights itself: %s", len(read), ", ".join(read[:3]))
     if unused:
         raise ValueError(f"quantization.exclude={sorted(unused)}: matches no module of the model")
     if not names:
@@ -175,17 +201,12 @@ def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> list[str
     return names
 
 
-def _refusal(module: nn.Module, config: QuantizationConfig) -> str | None:
+def _refusal(name: str, module: nn.Module, config: QuantizationConfig) -> str | None:
     """Why a module that holds linear weights cannot be quantised; None when it can or holds none."""
-    if isinstance(module, Conv1D):
-        return "is GPT-2's Conv1D, whose transposed weight cannot be stored as 4-bit rows: use quantization=none"
-    if type(module) is nn.Linear and config.kind is not Kind.int8:
-        return check_blocks(module.in_features, config.block_size)
-    if isinstance(module, nn.Conv1d):
-        return None
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 3:
-            return f"holds its experts in one 3-D parameter ({name}), which cannot be stored in 4 bits"
+    if is_linear(module):
+        return check_blocks(linear_shape(module)[1], config.block_size) if config.kind is not Kind.int8 else None
+    for own, _ in stacked_experts(name, module):
+        return f"holds its experts in one 3-D parameter ({own}), which cannot be stored as {config.kind.name}"
     return None
 
 

@@ -20,6 +20,8 @@ class QuantizedLinear(nn.Module):
     absmax_scale: Tensor | None
     absmax_offset: Tensor | None
     bias: nn.Parameter | None
+    transposed: bool = False
+    """Whether the dense layer it stands for has its inputs first (GPT-2's Conv1D); the codes never have."""
 
     def __init__(
         self,

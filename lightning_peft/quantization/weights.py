@@ -1,6 +1,12 @@
 """The dense view of a layer's weight, whatever form it is stored in."""
 
+import inspect
+import re
+from functools import cache
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -10,6 +16,59 @@ from lightning_peft.quantization.linear import QuantizedLinear
 def is_quantized(layer: nn.Module) -> bool:
     """Whether the layer's weight is stored as codes, so that it cannot hold an arbitrary dense weight."""
     return isinstance(layer, QuantizedLinear)
+
+
+def stacked_experts(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """3-D parameters of a module called `name` that hold a matrix for each expert, by their own names.
+
+    Others have three dimensions too: convolutions, the mixing weights of a recurrence, a vision probe.
+    """
+    words = f"{name} {type(module).__name__}".lower()
+    return [
+        (own, parameter)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and ("expert" in words or "moe" in words or "expert" in own)
+    ]
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer's own weight has its inputs first, as GPT-2's has."""
+    return isinstance(layer, Conv1D)
+
+
+@cache
+def acts_as_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a class of linear layers computes the plain product: not a router's choice, nor one of groups."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            layer = kind(6, 4)
+            x = torch.randn(2, 3, 6, dtype=layer.weight.dtype)
+            output = layer(x)
+        except Exception:  # whatever a class raises that is made or called in another way
+            return False
+        return isinstance(output, Tensor) and torch.allclose(output, F.linear(x, layer.weight, layer.bias), atol=1e-5)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is dense and computes the product of its weight."""
+    return isinstance(layer, Conv1D) or isinstance(layer, nn.Linear) and acts_as_linear(type(layer))  # type: ignore[arg-type]
+
+
+def reads_weight(parent: nn.Module, leaf: str) -> bool:
+    """Whether the code of a module multiplies with the weight of its layer `leaf` by itself, as Mamba's mixer does."""
+    methods = [method for method in vars(type(parent)).values() if inspect.isfunction(method)]
+    pattern = rf"self\.{leaf}\.weight(?!\.(device|dtype|shape))"
+    return any(re.search(pattern, _source(method)) for method in methods)
+
+
+@cache
+def _source(method: Any) -> str:
+    try:
+        return inspect.getsource(method)
+    except (OSError, TypeError):  # made at run time
+        return ""
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

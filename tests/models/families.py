@@ -40,6 +40,24 @@ OPTIONS: dict[str, dict[str, object]] = {
         "layers_block_type": ["mamba", "attention"], "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
         "n_groups": 1, "chunk_size": 16,
     },
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_d_state": 16, "mamba_dt_rank": 16, "use_mamba_kernels": False,
+    },
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "laurel_rank": 16,
+        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "zamba2": {
+        "num_hidden_layers": 4, "num_key_value_heads": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "mamba_d_state": 16, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16, "chunk_size": 16,
+        "num_mem_blocks": 1, "adapter_rank": 16,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4,
+    },
     "rwkv": {"attention_hidden_size": 64, "context_length": 64},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 1]]},
     "qwen3_next": DELTA_NET,
@@ -70,7 +88,9 @@ def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrained
     if model_type not in OPTIONS and (kinds := list(dict.fromkeys(getattr(default, "layer_types", None) or []))):
         config = config_class(**values, layer_types=(kinds * 2)[:2])
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -37,7 +37,7 @@ def save_small(folder: Path, model_type: str = "llama", **options: object) -> Mo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model_type", [*FAMILIES, "qwen3", "mixtral", "glm4_moe"])
+@pytest.mark.parametrize("model_type", [*FAMILIES, "qwen3", "mixtral", "glm4_moe", "zamba2", "bert", "biogpt"])
 def test_streamed_model_equals_from_pretrained(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     config = save_small(tmp_path, model_type)
     config.attention = "eager"

@@ -83,10 +83,13 @@ def test_bias_is_kept():
     assert model[0].bias is bias
 
 
-def test_gpt2_is_refused_by_layer_name():
+def test_gpt2_has_the_codes_of_its_transposed_weights():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=32))
-    with pytest.raises(ValueError, match="nf4: transformer.h.0.attn.c_attn is GPT-2's Conv1D"):
-        quantize_linears(model, NF4)
+    weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
+    quantize_linears(model, NF4)
+    layer = model.transformer.h[0].attn.c_attn
+    assert torch.equal(layer.dequantize(), QuantizedLinear.from_weight(weight.t().contiguous()).dequantize())
+    assert torch.equal(dequantized_linear(layer).weight, layer.dequantize().t())
 
 
 def test_experts_are_refused_unless_excluded():
