@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -255,6 +255,8 @@ class SweepCommandConfig:
     """retry: every trial that failed, was lost, preempted or cancelled."""
     trials: list[str] = field(default_factory=list)
     """retry, cancel: these trials, by name; cancel without names takes all."""
+    gone: str | None = None
+    """A machine that is no more: what a cluster=local sweep has running on it is taken for over."""
     sort: str | None = None
     """table: column to sort by, -column for the largest first; null takes the sweep's metric."""
     output_path: str | None = None
@@ -302,11 +304,23 @@ def beyond_train(root: type[TrainConfig]) -> DictConfig:
     return schema
 
 
+NAME_LENGTH = 120
+"""Longest folder name of a trial; file systems take 255 bytes."""
+
+
 def trial_name(overrides: str) -> str:
-    """Folder of a sweep's trial: "adapter.rank=4,adapter.alpha=16" -> "rank4_alpha16"; no = and no , in it."""
+    """Folder of a sweep's trial: "adapter.rank=4,adapter.alpha=16" -> "rank4_alpha16"; no = and no , in it.
+
+    Other overrides have another name: where one is cut, or a character replaced, a digest of the whole follows.
+    """
     words = [override.partition("=") for override in overrides.split(",") if override]
-    name = "_".join(key.rpartition(".")[2] + value for key, _, value in words)
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "trial"
+    name = "_".join(key.rpartition(".")[2] + value for key, _, value in words) or "trial"
+    folder = "".join(c if c.isalnum() or c in "._+-" else "-" for c in name)[:NAME_LENGTH]
+    keys = {key.rpartition(".")[2] for key, _, _ in words}
+    may_read_otherwise = len(words) > 1 and any(f"_{key}" in value for key in keys for _, _, value in words)
+    if folder == name and not may_read_otherwise:
+        return folder
+    return f"{folder}-{hashlib.sha256(overrides.encode()).hexdigest()[:4]}"
 
 
 def model_label(*, _root_: DictConfig) -> str:
@@ -323,11 +337,41 @@ def run_label(*, _root_: DictConfig) -> str:
 
 
 def config_digest(*, _root_: DictConfig) -> str:
-    """Eight letters that tell configs apart; where a run stands and on which cluster does not count."""
-    config = OmegaConf.to_container(_root_, resolve=False, enum_to_str=True)
-    assert isinstance(config, dict)
-    counted = {key: value for key, value in config.items() if key not in ("run_dir", "cluster", "resume", "dry_run")}
+    """Eight letters that tell configs apart; where a run stands, logs, and on which cluster it runs does not count.
+
+    Only what differs from the defaults does, so that a version with one more option finds the runs of this one.
+    """
+    uncounted = ("run_dir", "cluster", "resume", "dry_run", "logger")
+    counted = {key: value for key, value in set_options(_root_).items() if key.partition(".")[0] not in uncounted}
+    counted |= {"adapter": _root_.adapter.method, "optimizer": _root_.optimizer.name}  # a default of their own classes
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def set_options(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Every option, by its whole key, that is not what its dataclass, or for the Trainer train.yaml, gives it."""
+    kind = OmegaConf.get_type(config)
+    defaults = OmegaConf.structured(kind) if is_dataclass(kind) else OmegaConf.create(trainer_defaults(prefix))
+    given = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    default = OmegaConf.to_container(defaults, resolve=False, enum_to_str=True)
+    assert isinstance(given, dict) and isinstance(default, dict)
+    differing: dict[str, Any] = {}
+    for key, value in ((str(key), value) for key, value in given.items()):
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            differing |= set_options(node, f"{prefix}{key}.")
+        elif key not in default or default[key] != value:
+            differing[f"{prefix}{key}"] = value
+    return differing
+
+
+@cache
+def trainer_defaults(prefix: str) -> dict[Any, Any]:
+    """What train.yaml gives the keys below `trainer.`; nothing for other prefixes."""
+    if prefix != "trainer.":
+        return {}
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "train.yaml").trainer, resolve=False)
+    assert isinstance(defaults, dict)
+    return defaults
 
 
 # At the import: processes that a Hydra launcher starts get the schemas from it, but no resolvers.

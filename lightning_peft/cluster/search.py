@@ -93,13 +93,32 @@ def dimension(override: Override) -> Dimension:
     key = override.get_key_element()
     sweep = override.value()
     if not isinstance(sweep, IntervalSweep):
-        return Dimension(key, list(override.sweep_string_iterator()))
+        return Dimension(key, typed_choices(override))
     low, high = sweep.start, sweep.end
     assert low is not None and high is not None
     is_log = "log" in sweep.tags
     if low >= high or (is_log and low <= 0):
         raise ValueError(f"{override.input_line}: an interval goes from a smaller to a larger number, above 0 if log")
     return Dimension(key, [], low, high, is_log, isinstance(low, int) and isinstance(high, int))
+
+
+def typed_choices(override: Override) -> list[str]:
+    """The values of a swept word, numbers as they were typed: Hydra writes 1e30 as 1e+30."""
+    values = list(override.sweep_string_iterator())
+    text = (override.input_line or "").partition("=")[2]
+    texts = text.removeprefix("choice(").removesuffix(")").split(",")
+    if len(texts) != len(values):
+        return values
+    return [
+        typed.strip() if is_same_number(typed, value) else value for typed, value in zip(texts, values, strict=True)
+    ]
+
+
+def is_same_number(one: str, other: str) -> bool:
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return False
 
 
 def random_trials(dimensions: list[Dimension], count: int, seed: int) -> list[list[str]]:

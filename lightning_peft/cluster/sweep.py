@@ -6,6 +6,7 @@ the process and the queue, each time anew; the file keeps what was seen last.
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,11 @@ MANIFEST = "sweep.json"
 WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, CANCELLED = (
     "waiting", "running", "finished", "failed", "lost", "preempted", "interrupted", "paused", "cancelled",
 )  # fmt: skip
+RESULT_NUMBERS = (
+    "validation_loss", "train_loss", "steps", "trainable_parameters", "total_parameters", "tokens_per_second",
+    "peak_memory_gib", "seconds",
+)  # fmt: skip
+"""What `result.json` of a finished run says in numbers."""
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
 """SLURM's words for a job that does not run yet."""
 TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, CANCELLED)
@@ -88,6 +94,23 @@ class Sweep:
             if trial.name == name:
                 return trial
         raise ValueError(f"trials={name}: no such trial; the sweep has {', '.join(t.name for t in self.trials)}")
+
+    def forget_machine(self, host: str) -> None:
+        """Take the processes of a machine for over. Raises ValueError where the sweep has none there."""
+        held = [trial for trial in self.trials if trial.process is not None and trial.process.host == host]
+        workers = [worker for worker in self.workers if worker.host != host]
+        if not held and len(workers) == len(self.workers):
+            raise ValueError(
+                f"gone={host}: no process of the sweep is on it; they are on {self.other_machines() or '-'}"
+            )
+        for trial in held:
+            trial.process = None
+        self.workers = workers
+
+    def other_machines(self) -> str:
+        """Where processes of this sweep run that cannot be seen from here; empty where there are none."""
+        running = [trial.process for trial in self.trials if trial.process is not None and trial.state not in ENDED]
+        return ", ".join(sorted({process.host for process in [*running, *self.workers] if not process.is_here}))
 
     @property
     def swept_keys(self) -> list[str]:
@@ -186,8 +209,8 @@ def score(sweep: Sweep, trial: Trial) -> float | None:
 
 
 def metric_value(result: Mapping[str, Any] | None, metric: str) -> float | None:
-    """A number of a result, of its `metrics` where it is not found beside them; None where there is none."""
+    """A number of a result, of its `metrics` where it is not found beside them; None for one that is not finite."""
     if result is None:
         return None
     value = result.get(metric, result.get("metrics", {}).get(metric))
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -4,6 +4,8 @@ import csv
 import html
 import io
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +27,13 @@ def short_name(key: str) -> str:
 def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
     """A row a trial: name, swept values, state, attempts, exit code, results. `sort` is a column, -column descends.
 
-    Trials that have nothing in that column come last.
+    Trials that have nothing in that column, or no finite number, come last. A swept key goes by its last part where
+    no other column is called so.
     """
+    names = column_names(sweep)
     rows = [
         {"trial": trial.name}
-        | {short_name(key): number_or_text(value) for key, value in trial.values.items()}
+        | {names.get(key, key): number_or_text(value) for key, value in trial.values.items()}
         | {"state": trial.state, "attempts": trial.attempts, "exit_code": trial.exit_code}
         | {column: (trial.result or {}).get(column) for column in RESULT_COLUMNS}
         | (trial.result or {}).get("metrics", {})
@@ -39,9 +43,23 @@ def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if rows and column not in columns:
         raise ValueError(f"sort={sort}: no such column; choose one of {', '.join(columns)}")
-    known = [row for row in rows if row.get(column) is not None]
+    known = [row for row in rows if is_ranked(row.get(column))]
     known.sort(key=lambda row: sort_key(row[column]), reverse=sort.startswith("-"))
-    return known + [row for row in rows if row.get(column) is None]
+    return known + [row for row in rows if not is_ranked(row.get(column))]
+
+
+def column_names(sweep: Sweep) -> dict[str, str]:
+    """Swept key to column."""
+    short = Counter(short_name(key) for key in sweep.swept_keys)
+    taken = {"trial", "state", "attempts", "exit_code", *RESULT_COLUMNS}
+    return {
+        key: key if short[short_name(key)] > 1 or short_name(key) in taken else short_name(key)
+        for key in sweep.swept_keys
+    }
+
+
+def is_ranked(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def number_or_text(value: str) -> int | float | str:
@@ -75,7 +93,12 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def json_text(rows: Sequence[dict[str, Any]]) -> str:
-    return json.dumps(rows, indent=1) + "\n"
+    """Strict JSON: a number that is not finite is null."""
+    finite = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in rows
+    ]
+    return json.dumps(finite, indent=1, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,8 @@ class HeatMap:
     """The best value of a metric at each pair of values of two swept keys."""
 
     metric: str
+    best_over: str
+    """The other swept keys, of whose values each cell shows the best; empty with two swept keys."""
     larger_is_better: bool
     row_key: str
     column_key: str
@@ -93,9 +118,11 @@ class HeatMap:
 
 def heat_map(sweep: Sweep) -> HeatMap | None:
     """Over rank and alpha where both are swept, else over the first two keys; None with fewer than two."""
-    keys = sorted(sweep.swept_keys, key=lambda key: key not in ("adapter.rank", "adapter.alpha"))[:2]
+    keys = sorted(sweep.swept_keys, key=lambda key: key not in ("adapter.rank", "adapter.alpha"))
+    keys, others = keys[:2], keys[2:]
     if len(keys) < 2:
         return None
+    names = column_names(sweep)
     sign = -1.0 if sweep.metric.startswith("-") else 1.0
     axes: list[list[Any]] = [
         sorted({number_or_text(trial.values[key]) for trial in sweep.trials}, key=sort_key) for key in keys
@@ -107,7 +134,8 @@ def heat_map(sweep: Sweep) -> HeatMap | None:
             cells[at] = min(cells.get(at, value), value)
     values = {at: sign * value for at, value in cells.items()}
     metric = sweep.metric.removeprefix("-")
-    return HeatMap(metric, sign < 0, short_name(keys[0]), short_name(keys[1]), axes[0], axes[1], values)
+    best_over = ", ".join(names[key] for key in others)
+    return HeatMap(metric, best_over, sign < 0, names[keys[0]], names[keys[1]], axes[0], axes[1], values)
 
 
 def svg_text(map: HeatMap) -> str:
@@ -120,7 +148,7 @@ def svg_text(map: HeatMap) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="14" text-anchor="middle">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{width / 2}" y="20">{html.escape(map.metric)}</text>',
+        f'<text x="{width / 2}" y="20">{html.escape(heat_map_title(map))}</text>',
         label(MARGIN / 2, 52, f"{map.row_key} \\ {map.column_key}"),
     ]
     parts += [label(MARGIN + CELL_WIDTH * (x + 0.5), 52, value) for x, value in enumerate(map.columns)]
@@ -138,6 +166,10 @@ def svg_text(map: HeatMap) -> str:
             )
             parts.append(label(left + CELL_WIDTH / 2, top + 25, "-" if value is None else f"{value:.4g}", ink))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def heat_map_title(map: HeatMap) -> str:
+    return f"{map.metric}, best over {map.best_over}" if map.best_over else map.metric
 
 
 def label(x: float, y: float, text: Any, ink: str = "black") -> str:

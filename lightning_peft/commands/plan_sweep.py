@@ -1,5 +1,6 @@
 """`submit -m`: the words of a sweep become trials with resolved configs in one folder, and that is started."""
 
+import itertools
 import logging
 import re
 import time
@@ -7,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
@@ -15,12 +15,31 @@ from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.local_worker import start_workers
-from lightning_peft.cluster.search import Dimension, OptunaStudy, Search, dimension, import_optuna, random_trials
-from lightning_peft.cluster.sweep import ENDED, MANIFEST, Sweep, Trial, begin, locked, score, write_sweep
+from lightning_peft.cluster.search import (
+    Dimension,
+    OptunaStudy,
+    Search,
+    dimension,
+    import_optuna,
+    random_trials,
+    typed_choices,
+)
+from lightning_peft.cluster.sweep import (
+    ENDED,
+    MANIFEST,
+    RESULT_NUMBERS,
+    Sweep,
+    Trial,
+    begin,
+    locked,
+    score,
+    write_sweep,
+)
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_script, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
 from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
+from lightning_peft.data.sources import SOURCES
 from lightning_peft.runs.lock import new_folder, remove_if_empty
 from lightning_peft.training.wandb_record import wandb_record
 
@@ -56,6 +75,8 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
     runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
+    for run in runs:
+        check_validated(sweep.metric, run)
     if runs[0].cluster is not None and runs[0].cluster.dry_run:
         print(array_script(sweep, sweep.count, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
         return
@@ -82,6 +103,7 @@ def start(folder: Path, names: list[str], run: TrainConfig) -> None:
 
 def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
     """The sweep of these words, with every trial that is known now."""
+    check_metric(config.sweep.metric)
     overrides = parse(words)
     swept = [override for override in overrides if override.is_sweep_override()]
     if not swept:
@@ -109,6 +131,26 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
         import_optuna()
         sweep.count = config.sweep.trials
     return sweep
+
+
+def check_metric(metric: str) -> None:
+    """Raises ValueError for what no trial's result will hold."""
+    if metric.removeprefix("-") not in RESULT_NUMBERS:
+        raise ValueError(
+            f"sweep.metric={metric}: no number of a trial's result.json; choose one of {', '.join(RESULT_NUMBERS)}, "
+            "with a minus sign before it if it is to be large"
+        )
+
+
+def check_validated(metric: str, run: TrainConfig) -> None:
+    """Raises ValueError for a trial that has no rows to take the metric on."""
+    source = SOURCES.get(run.data.source)
+    has_rows = source is None or "validation" in source.splits(run.data) or run.data.validation_fraction > 0
+    if metric.removeprefix("-") == "validation_loss" and not has_rows:
+        raise ValueError(
+            f"sweep.metric={metric} data.validation_fraction=0: there are no validation rows; "
+            "use sweep.metric=train_loss"
+        )
 
 
 def parse(words: list[str]) -> list[Override]:
@@ -140,8 +182,8 @@ def grid(swept: list[Override]) -> list[list[str]]:
         if not override.is_discrete_sweep():
             raise ValueError(f"{override.input_line}: an interval has no end of values; add sweep.search=random "
                              "sweep.trials=N, or use range()")  # fmt: skip
-    (trials,) = BasicSweeper.split_arguments(swept, None)
-    return trials
+    words = [[f"{override.get_key_element()}={value}" for value in typed_choices(override)] for override in swept]
+    return [list(trial) for trial in itertools.product(*words)]
 
 
 def dimensions(sweep: Sweep) -> list[Dimension]:

@@ -64,15 +64,17 @@ def sweep(words: list[str]) -> None:
         VERBS[config.verb](config)
 
 
-def look(sweep: Sweep, folder: Path) -> None:
+def look(sweep: Sweep, folder: Path, gone: str | None = None) -> None:
     """Bring the states up to date."""
+    if gone is not None:
+        sweep.forget_machine(gone)
     refresh(sweep, folder, find_jobs(sweep.arrays))
 
 
 def status(config: SweepCommandConfig) -> None:
     folder = Path(config.sweep_dir)
     with changed_sweep(folder) as sweep:
-        look(sweep, folder)
+        look(sweep, folder, config.gone)
     metric = sweep.metric.removeprefix("-")
     table = Table("trial", "state", "attempts", "exit code", metric)
     for trial in sweep.trials:
@@ -80,6 +82,8 @@ def status(config: SweepCommandConfig) -> None:
         table.add_row(trial.name, trial.state, str(trial.attempts), shown(trial.exit_code), shown(value))
     Console().print(table)
     print(summary(sweep))
+    if others := sweep.other_machines():
+        print(f"taken to run on {others}, which cannot be seen from here; gone=NAME says that a machine is no more")
 
 
 def summary(sweep: Sweep) -> str:
@@ -99,14 +103,17 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
     if own:
         raise ValueError(f"{own[0]}: of the sweep as it was submitted; a retry changes those of its runs")
     with changed_sweep(folder) as sweep:
-        look(sweep, folder)
+        look(sweep, folder, config.gone)
         chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
         again = [trial for trial in chosen if trial.state in TO_BE_RETRIED]
         is_drawing = any(worker.is_alive for worker in sweep.workers) or has_active_array(sweep)
         undrawn = 0 if is_drawing else sweep.count - len(sweep.trials)
         if not again and not undrawn:
             states = [f"{trial.name} is {trial.state}" for trial in chosen] if config.trials else [summary(sweep)]
-            raise ValueError(f"sweep retry: nothing to run again: {', '.join(states)}")
+            hint = (
+                f"; gone=NAME says that a machine is no more ({others})" if (others := sweep.other_machines()) else ""
+            )
+            raise ValueError(f"sweep retry: nothing to run again: {', '.join(states)}{hint}")
         runs = [trial_config(sweep, trial, folder, run_words) for trial in again]
         for trial, run in zip(again, runs, strict=True):
             prepare_again(trial, run, folder / trial.name)
@@ -141,9 +148,15 @@ def cancel(config: SweepCommandConfig) -> None:
     """Stop running trials, which save a checkpoint, and take the waiting ones out."""
     folder = Path(config.sweep_dir)
     with changed_sweep(folder) as sweep:
-        look(sweep, folder)
+        look(sweep, folder, config.gone)
         chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
         stopped = [trial for trial in chosen if trial.state in (WAITING, RUNNING)]
+        afar = [trial for trial in stopped if trial.process is not None and not trial.process.is_here]
+        if afar:
+            raise ValueError(
+                f"sweep cancel: {afar[0].name} runs on {sweep.other_machines()}: cancel there, or say gone=NAME "
+                "if that machine is no more"
+            )
         for trial in stopped:
             trial.is_cancelled, trial.is_waiting = True, False
         if not config.trials:
@@ -162,7 +175,7 @@ def table(config: SweepCommandConfig) -> None:
     if output is not None and output.suffix not in (".csv", ".json", ".html", ".svg"):
         raise ValueError(f"output_path={output}: must end in .csv, .json, .html or .svg")
     with changed_sweep(folder) as sweep:
-        look(sweep, folder)
+        look(sweep, folder, config.gone)
     rows = table_rows(sweep, config.sort or sweep.metric)
     shown_table = Table(*SHOWN_COLUMNS)
     for row in rows:
@@ -175,6 +188,8 @@ def table(config: SweepCommandConfig) -> None:
         return
     cells = heat_map(sweep)
     picture = svg_text(cells) if cells is not None else None
+    if cells is not None and cells.best_over and output.suffix in (".svg", ".html"):
+        logger.info("a cell of the heat map is the best over %s", cells.best_over)
     if output.suffix == ".svg" and picture is None:
         raise ValueError(f"output_path={output}: a heat map needs two swept keys; use .csv, .json or .html")
     texts = {".csv": csv_text, ".json": json_text, ".html": lambda rows: html_text(rows, picture)}

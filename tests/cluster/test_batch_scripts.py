@@ -5,7 +5,9 @@ import socket
 import subprocess
 from pathlib import Path
 
+import hydra
 import pytest
+from omegaconf import DictConfig, open_dict
 
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.slurm import (
@@ -16,6 +18,7 @@ from lightning_peft.cluster.slurm import (
     batch_script,
     directive,
 )
+from lightning_peft.config import CONF_DIR, config_digest, register_schemas, set_options
 
 TEMPLATES = Path(__file__).parent.parent.parent / "slurm"
 GPU = {"partition": "gpu", "time": 1440, "setup": ["module load cuda", "source .venv/bin/activate"]}
@@ -125,6 +128,26 @@ def test_run_dir_is_a_function_of_the_config(capsys):
 
     assert run_dir() == run_dir("cluster.partition=other")
     assert run_dir() != run_dir("seed=1")
+
+
+def test_run_dir_does_not_follow_from_options_that_have_their_default():
+    config = compose(["model=tiny", "method=dora", "data.max_rows=9", "trainer.max_steps=3"])
+    digest = config_digest(_root_=config)
+    set_here = {"data.max_rows": 9, "trainer.max_steps": 3, "optimizer.weight_decay": config.optimizer.weight_decay}
+    assert {key: value for key, value in set_options(config).items() if key in set_here}.items() <= set_here.items()
+    assert "data.shuffle_window" not in set_options(config) and "trainer.precision" not in set_options(config)
+    with open_dict(config):
+        del config.data.shuffle_window  # what a version without this option has
+    assert config_digest(_root_=config) == digest
+    others = (["method=lora"], ["trainer.max_steps=4"], ["seed=1"], ["data.max_rows=8"])
+    words = ["model=tiny", "method=dora", "data.max_rows=9", "trainer.max_steps=3"]
+    assert len({digest, *(config_digest(_root_=compose([*words, *other])) for other in others)}) == 5
+
+
+def compose(words: list[str]) -> DictConfig:
+    register_schemas()
+    with hydra.initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+        return hydra.compose("submit", words)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,12 @@ def test_names_of_choices_that_differ_in_special_characters_only_differ():
     assert len({trial.name for trial in sweep.trials}) == 2
 
 
+def test_numbers_stand_in_the_names_as_typed():
+    sweep = planned("optimizer.lr=1e30,1e-3,0.10")
+    assert [trial.name for trial in sweep.trials] == ["lr1e30", "lr1e-3", "lr0.10"]
+    assert [trial.values["optimizer.lr"] for trial in sweep.trials] == ["1e30", "1e-3", "0.10"]
+
+
 def test_config_of_a_trial_is_resolved_and_resumes(tmp_path):
     sweep = planned("adapter.rank=4,8")
     config = trial_config(sweep, sweep.trials[1], tmp_path)
@@ -81,6 +87,16 @@ def test_random_search_draws_before_it_starts():
         (["optimizer.lr=interval(0,1)"], "an interval has no end of values; add sweep.search=random"),
         (["adapter.rank=4,8", "hydra/launcher=joblib"], "Hydra's launchers and sweepers are for train -m"),
         (["adapter.rank=4,8", "resume=never"], "resume=never: not for a sweep"),
+        (
+            ["adapter.rank=4,8", "sweep.metric=-execution_accuracy"],
+            "no number of a trial's result.json; choose one of val",
+        ),
+        (["adapter.rank=4,8", "+adapter.rnak=4"], "adapter.rnak: no such option; did you mean adapter.rank"),
+        (["+adapter.rnak=4,8"], "adapter.rnak: no such option; did you mean adapter.rank"),
+        (
+            ["adapter.rank=4,8", "data=jsonl", "data.train_path=x.jsonl", "data.validation_fraction=0"],
+            "there are no validation rows; use sweep.metric=train_loss",
+        ),
         (["adapter.rank=4,8", "sweep.paralel=2"], "sweep.paralel: no such option"),
     ],
 )

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from lightning_peft.__main__ import main
 from lightning_peft.cluster.process import Process, process, this_process
 from lightning_peft.cluster.search import Dimension, SweepConfig, dimension, random_trials
 from lightning_peft.cluster.slurm import Job
@@ -25,6 +26,7 @@ from lightning_peft.cluster.sweep_table import (
     svg_text,
     table_rows,
 )
+from lightning_peft.config import trial_name
 
 DEAD = Process(2**22 + 1, 0, socket.gethostname())
 FINISHED, PREEMPTED, FAILED = ({"status": status} for status in ("finished", "preempted", "failed"))
@@ -74,9 +76,32 @@ def test_process_that_ended_is_not_alive_even_before_it_is_waited_for():
     assert not Process(os.getpid(), seen.started, seen.host).is_alive, "another process with the same number"
 
 
-def test_process_of_another_machine_is_not_guessed_at():
-    with pytest.raises(RuntimeError, match="runs on elsewhere: ask there"):
-        assert Process(1, 1, "elsewhere").is_alive
+def test_process_of_another_machine_is_taken_to_live_until_that_is_gone(tmp_path):
+    afar = Process(DEAD.pid, 1, "login1")
+    running = Trial("b", ["b=1"], is_waiting=False, process=afar)
+    done = Trial("a", ["b=2"], is_waiting=False, process=afar)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").write_text('{"status": "finished"}')
+    sweep = Sweep([], ["b=1,2"], "local", "train_loss", trials=[running, done], workers=[afar])
+    refresh(sweep, tmp_path, {})
+    assert ([running.state, done.state], sweep.other_machines()) == (["running", "finished"], "login1")
+    with pytest.raises(ValueError, match="gone=login3: no process of the sweep is on it; they are on login1"):
+        sweep.forget_machine("login3")
+    sweep.forget_machine("login1")
+    refresh(sweep, tmp_path, {})
+    assert ([running.state, done.state], sweep.other_machines(), sweep.workers) == (["lost", "finished"], "", [])
+
+
+def test_verbs_answer_on_another_machine(tmp_path, capsys):
+    trial = Trial("b", ["b=1"], is_waiting=False, process=Process(1, 1, "login1"))
+    write_sweep(Sweep([], ["b=1"], "local", "train_loss", count=1, trials=[trial]), tmp_path)
+    assert main(["sweep", "status", str(tmp_path)]) == main(["sweep", "table", str(tmp_path)]) == 0
+    assert "taken to run on login1" in capsys.readouterr().out
+    for words in (["cancel"], ["retry", "failed=true"]):
+        assert main(["sweep", words[0], str(tmp_path), *words[1:]]) == 2
+        assert "gone=NAME" in capsys.readouterr().err
+    assert main(["sweep", "cancel", str(tmp_path), "gone=login1"]) == 0
+    assert read_sweep(tmp_path).trials[0].state == "lost"
 
 
 def test_half_written_result_is_none(tmp_path):
@@ -173,6 +198,50 @@ def test_best_is_of_the_finished_and_by_the_sign_of_the_metric(rank_by_alpha):
     assert best_trial(rank_by_alpha)[1] == 128
     rank_by_alpha.metric = "accuracy"
     assert best_trial(rank_by_alpha) is None
+
+
+def test_numbers_that_are_not_finite_are_never_ranked(rank_by_alpha):
+    for trial, value in zip(rank_by_alpha.trials, (float("nan"), 128.0, float("-inf")), strict=False):
+        trial.result["validation_loss"] = value
+    assert best_trial(rank_by_alpha) == ("rank4_alpha32", 128)
+    rank_by_alpha.metric = "-validation_loss"
+    assert best_trial(rank_by_alpha) == ("rank4_alpha32", 128)
+    for sort in ("validation_loss", "-validation_loss"):
+        assert table_rows(rank_by_alpha, sort)[0]["trial"] == "rank4_alpha32"
+    assert heat_map(rank_by_alpha).cells == {(4, 32): 128}
+    text = json_text(table_rows(rank_by_alpha, "validation_loss"))
+    assert [row["validation_loss"] for row in json.loads(text, parse_constant=pytest.fail)] == [128, None, None, None]
+    assert ">nan<" in html_text(table_rows(rank_by_alpha, "validation_loss"), None)
+
+
+def test_heat_map_says_what_a_third_key_was_folded_into(rank_by_alpha):
+    for trial in rank_by_alpha.trials:
+        trial.overrides.append("optimizer.lr=0.1")
+    rank_by_alpha.swept.append("optimizer.lr=0.1,0.2")
+    picture = ElementTree.fromstring(svg_text(heat_map(rank_by_alpha)))
+    assert next(picture.iter("{http://www.w3.org/2000/svg}text")).text == "validation_loss, best over lr"
+
+
+def test_keys_with_one_last_part_have_columns_of_their_own():
+    trial = Trial("t", ["model.path=a", "data.path=b", "x.steps=3", "adapter.rank=4"])
+    swept = ["model.path=a", "data.path=b", "x.steps=3", "adapter.rank=4"]
+    (row,) = table_rows(Sweep([], swept, "local", "train_loss", trials=[trial]), "trial")
+    assert (row["model.path"], row["data.path"], row["x.steps"], row["rank"], row["steps"]) == ("a", "b", 3, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("optimizer.lr=1e+30", "optimizer.lr=1e-30"),
+        ("data.train_path=a/b.jsonl", "data.train_path=a-b.jsonl"),
+        ("adapter.target_modules=[q_proj,k_proj]", "adapter.target_modules=['q_proj,k_proj']"),
+        ("x.a=1_b2,x.b=3", "x.a=1,x.b=2_b3"),
+        (f"data.train_path={'a' * 300}1", f"data.train_path={'a' * 300}2"),
+    ],
+)
+def test_trial_names_are_injective(one, other):
+    names = {trial_name(one), trial_name(other)}
+    assert len(names) == 2 and all(len(name) < 140 and not set("=,/ ") & set(name) for name in names)
 
 
 def test_csv_json_and_html_hold_the_table(rank_by_alpha):
