@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, Initialization
 from lightning_peft.kernels.frozen_linear import Base, given
 from lightning_peft.quantization.frozen_base import frozen_base
-from lightning_peft.quantization.weights import dense_weight, write_weight
 
 
 class NotMergeableError(ValueError):
@@ -133,11 +131,10 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.base_layer = base_layer
         self.enabled = True
-        self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features); ids (...) -> (..., dim) around an embedding."""
-        if not self.enabled or self.merged:
+        if not self.enabled:
             return self.base_layer(x)
         base = frozen_base(self.base_layer, x)
         output = None if base is None else self.fused(x, base)
@@ -208,17 +205,3 @@ class Adapter(nn.Module, ABC):
         """Raise NotMergeableError when the change cannot be written into the base weight."""
         if not self.mergeable:
             raise NotMergeableError(f"{type(self).__name__} cannot be merged into a weight: serve it unmerged")
-
-    def merge(self) -> None:
-        """Add the change to the base weight, in fp32 and cast once. A second call does nothing."""
-        if self.merged:
-            return
-        self.check_mergeable()
-        with torch.no_grad():
-            delta_bias = self.delta_bias()
-            if delta_bias is not None:
-                bias = self.base_layer.bias
-                assert isinstance(bias, Tensor), "a method that changes the bias wraps layers that have one"
-                bias.copy_(bias.float() + delta_bias)
-            write_weight(self.base_layer, dense_weight(self.base_layer).float() + self.delta_weight())
-        self.merged = True

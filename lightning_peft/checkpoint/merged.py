@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +13,12 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_peft.adapters.inject import SHARED, adapters, disable_adapters
+from lightning_peft.adapters.inject import adapters, disable_adapters
+from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.kernels.codes import INT8
-from lightning_peft.quantization.convert import dequantized_linear
 from lightning_peft.quantization.linear import QuantizedLinear
-from lightning_peft.quantization.weights import dense_weight, write_weight
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +76,15 @@ def merge(
         raise MergeError("merge.base=requantised writes 4-bit layers, this base is int8; use merge.base=dequantised")
     for _, layer in adapters(model):
         layer.check_mergeable()
+        if original is not None and layer.rewrote_base:
+            raise MergeError(
+                "merge.base=original: adapter.init rewrote the base; save the adapter, load it and merge that"
+            )
     device = model.device
     comparison = Comparison(model, samples)
     dtype = DTYPES[config.dtype] if config.dtype is not None else model.dtype
     requantise = config.base is MergeBase.requantised
-    merged = _merged(model, original, dtype, requantise)
+    merged = merge_adapters(model, dtype, requantise, original)
     with atomic_folder(output) as partial:
         if requantise:
             # transformers reads 4-bit layers only with accelerate installed, so the codes are tried before saving.
@@ -161,53 +163,6 @@ def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
     """Sum over tokens of KL(adapted || merged) from logits (T, V). In fp64: fp32 would add about 1e-8 a token."""
     logs = merged.double().log_softmax(-1), adapted.double().log_softmax(-1)
     return float(F.kl_div(*logs, reduction="sum", log_target=True))
-
-
-@torch.no_grad()
-def _merged(
-    model: PreTrainedModel, original: PreTrainedModel | None, dtype: torch.dtype, requantise: bool
-) -> PreTrainedModel:
-    """The model without adapters, its weights the sum, dense unless `requantise`."""
-    found = dict(adapters(model))
-    if original is not None and any(layer.rewrote_base for layer in found.values()):
-        raise MergeError("merge.base=original: adapter.init rewrote the base; save the adapter, load it and merge that")
-    result = model if original is None else original
-    inside = (*(f"{name}." for name in found), f"{SHARED}.")
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
-    for name, layer in found.items():
-        delta, delta_bias = layer.delta_weight(), layer.delta_bias()
-        target = layer.base_layer if original is None else original.get_submodule(name)
-        target = _writable(target, dtype, requantise)
-        write_weight(target, (dense_weight(target).float() + delta).to(_stored_dtype(target)), requantize=True)
-        bias: Any = target.bias if hasattr(target, "bias") else None
-        if bias is not None and original is not None:
-            bias.copy_(layer.base_layer.bias)
-        if delta_bias is not None:
-            bias.copy_(bias.float() + delta_bias)
-        result.set_submodule(name, target)
-    for name, layer in list(result.named_modules()):
-        if isinstance(layer, QuantizedLinear) and not requantise:
-            result.set_submodule(name, dequantized_linear(layer))
-    if original is not None:
-        for name, parameter in trained.items():
-            original.get_parameter(name).copy_(parameter)
-    if hasattr(result, SHARED):
-        delattr(result, SHARED)
-    return result
-
-
-def _writable(layer: nn.Module, dtype: torch.dtype, requantise: bool) -> nn.Module:
-    """A layer that holds the sum with no rounding but the one to `dtype`, or to codes."""
-    if isinstance(layer, QuantizedLinear):
-        if requantise:
-            return layer
-        layer = dequantized_linear(layer)
-    return layer.to(torch.promote_types(_stored_dtype(layer), dtype))
-
-
-def _stored_dtype(layer: nn.Module) -> torch.dtype:
-    dtype: Any = layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
-    return dtype
 
 
 def _save_coded(model: PreTrainedModel, coded: dict[str, QuantizedLinear], folder: Path) -> None:
