@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, Initialization
 from lightning_peft.kernels.frozen_linear import Base, given
 from lightning_peft.quantization.frozen_base import frozen_base
-from lightning_peft.quantization.weights import dense_weight, is_quantized, is_transposed, write_weight
+from lightning_peft.quantization.weights import dense_weight, is_quantized, is_transposed
 
 
 class NotMergeableError(ValueError):
@@ -133,7 +132,6 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.base_layer = base_layer
         self.enabled = True
-        self.merged = False
 
     def __getattr__(self, name: str) -> Any:
         """What the base layer has: models read sizes, scales and even weights of their layers.
@@ -149,12 +147,12 @@ class Adapter(nn.Module, ABC):
                 return own[name]
         if name == "weight":
             return self._whole_weight(base_layer)
-        if name == "bias" and self.enabled and not self.merged and (change := self.delta_bias()) is not None:
+        if name == "bias" and self.enabled and (change := self.delta_bias()) is not None:
             return (base_layer.bias.float() + change).to(base_layer.bias.dtype)
         return getattr(base_layer, name)
 
     def _whole_weight(self, base_layer: nn.Module) -> Tensor:
-        if not self.enabled or self.merged:
+        if not self.enabled:
             return dense_weight(base_layer) if is_quantized(base_layer) else base_layer.weight  # type: ignore[return-value]
         weight = dense_weight(base_layer)
         whole = (weight.float() + self.delta_weight()).to(weight.dtype)
@@ -162,7 +160,7 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features); ids (...) -> (..., dim) around an embedding."""
-        if not self.enabled or self.merged:
+        if not self.enabled:
             return self.base_layer(x)
         base = frozen_base(self.base_layer, x)
         output = None if base is None else self.fused(x, base)
@@ -209,10 +207,14 @@ class Adapter(nn.Module, ABC):
         """Start from the matrix that `initialization` reads, at another rank where one is given."""
         raise NotImplementedError(f"{type(self).__name__} starts by itself")
 
+    def taken_from_base(self) -> Tensor | None:
+        """Return what the start took out of the base weight, fp32 in the shape of `delta_weight`, or None."""
+        return None
+
     @property
     def rewrote_base(self) -> bool:
         """Whether the start took a part of the base weight out of it."""
-        return False
+        return self.taken_from_base() is not None
 
     def on_untouched_base(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this layer's tensors, whole and by name, as they are around the base before a start rewrote it."""
@@ -233,17 +235,3 @@ class Adapter(nn.Module, ABC):
         """Raise NotMergeableError when the change cannot be written into the base weight."""
         if not self.mergeable:
             raise NotMergeableError(f"{type(self).__name__} cannot be merged into a weight: serve it unmerged")
-
-    def merge(self) -> None:
-        """Add the change to the base weight, in fp32 and cast once. A second call does nothing."""
-        if self.merged:
-            return
-        self.check_mergeable()
-        with torch.no_grad():
-            delta_bias = self.delta_bias()
-            if delta_bias is not None:
-                bias = self.base_layer.bias
-                assert isinstance(bias, Tensor), "a method that changes the bias wraps layers that have one"
-                bias.copy_(bias.float() + delta_bias)
-            write_weight(self.base_layer, dense_weight(self.base_layer).float() + self.delta_weight())
-        self.merged = True

@@ -116,7 +116,7 @@ class DoRALinear(LoRALinear):
             frozen = frozen - bias
         low_rank = self.low_rank_output(dropped.to(frozen.dtype))
         # The gain is near one: gain - 1 keeps the digits that bf16 drops from the gain.
-        return base_output + low_rank + (self.gain() - 1).to(frozen.dtype) * (frozen + low_rank)
+        return base_output + (low_rank + (self.gain() - 1).to(frozen.dtype) * (frozen + low_rank))
 
     def fused(self, x: Tensor, base: Base) -> Tensor | None:
         if self.active_dropout:  # the base is fed the dropped input as well

@@ -13,7 +13,6 @@ from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, T
 from lightning_peft.adapters.bias import layers_with_bias, train_biases, warn_of_rounding
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import ends, expert_share, find_targets, is_tied, matches, nearest_names
-from lightning_peft.quantization.convert import dequantized_linear
 from lightning_peft.quantization.weights import is_quantized, linear_shape
 
 SHARED = "adapter_shared"
@@ -121,24 +120,6 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for adapter, enabled in before:
             adapter.enabled = enabled
-
-
-def merge_adapters(model: nn.Module) -> None:
-    """Add every change to its base weight and put the base layer back in the adapter's place.
-
-    A quantised base becomes a dense layer first, holding the weights the adapter was trained on.
-    NotMergeableError, with the model untouched, when a method cannot be merged.
-    """
-    found = list(adapters(model))
-    for _, adapter in found:
-        adapter.check_mergeable()
-    for name, adapter in found:
-        if is_quantized(adapter.base_layer):
-            adapter.base_layer = dequantized_linear(adapter.base_layer)
-        adapter.merge()
-        model.set_submodule(name, adapter.base_layer)
-    if hasattr(model, SHARED):
-        delattr(model, SHARED)
 
 
 def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:

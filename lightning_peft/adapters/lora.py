@@ -112,13 +112,12 @@ class LoRALinear(Adapter):
     def untouched_weight(self) -> Tensor:
         """Return the base weight before an initialisation rewrote it, fp32."""
         weight = dense_weight(self.base_layer).float()
-        if self.initial_A is not None and self.initial_B is not None:
-            weight = weight + self.scaling * (self.initial_B @ self.initial_A)
-        return weight
+        return weight if (taken := self.taken_from_base()) is None else weight + taken
 
-    @property
-    def rewrote_base(self) -> bool:
-        return self.initial_A is not None
+    def taken_from_base(self) -> Tensor | None:
+        if self.initial_A is None or self.initial_B is None:
+            return None
+        return self.scaling * (self.initial_B.float() @ self.initial_A.float())
 
     def on_untouched_base(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return [A; A_0] and [B, -B_0], of twice the rank, for a rewritten base: a LoRA with the same scaling."""

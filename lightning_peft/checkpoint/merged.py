@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +13,13 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_peft.adapters.inject import SHARED, adapters, disable_adapters
+from lightning_peft.adapters.inject import adapters, disable_adapters
+from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.kernels.codes import INT8
 from lightning_peft.models.streaming import fp32_pattern
-from lightning_peft.quantization.convert import dequantized_linear
 from lightning_peft.quantization.linear import QuantizedLinear
-from lightning_peft.quantization.weights import dense_weight, is_quantized, write_weight
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ def merge(
     comparison = Comparison(model, samples, base_logits)
     dtype = DTYPES[config.dtype] if config.dtype is not None else model.dtype if original is None else None
     trained_in, requantise = model.dtype, config.base is MergeBase.requantised
-    merged = _merged(model, original, dtype, config.base)
+    merged = merge_adapters(model, dtype, requantise, original, from_codes=config.base is MergeBase.dequantised)
     with atomic_folder(output) as partial:
         if requantise:
             # transformers reads 4-bit layers only with accelerate installed, so the codes are tried before saving.
@@ -178,65 +176,6 @@ def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
     """Sum over tokens of KL(adapted || merged) from logits (T, V). In fp64: fp32 would add about 1e-8 a token."""
     logs = merged.double().log_softmax(-1), adapted.double().log_softmax(-1)
     return float(F.kl_div(*logs, reduction="sum", log_target=True))
-
-
-@torch.no_grad()
-def _merged(
-    model: PreTrainedModel, original: PreTrainedModel | None, dtype: torch.dtype | None, base: MergeBase
-) -> PreTrainedModel:
-    """The model without adapters, or `original`, its weights the sum, dense unless requantised."""
-    found = dict(adapters(model))
-    requantise = base is MergeBase.requantised
-    result = model if original is None or requantise else original
-    inside = (*(f"{name}." for name in found), f"{SHARED}.")
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
-    for name, layer in found.items():
-        delta, delta_bias = layer.delta_weight(), layer.delta_bias()
-        target = layer.base_layer if result is model else result.get_submodule(name)
-        target = _writable(target, dtype, requantise)
-        start = dense_weight(target).float()
-        if result is model or is_quantized(layer.base_layer) and base is MergeBase.dequantised:
-            start = dense_weight(layer.base_layer).float()
-        elif getattr(layer, "initial_A", None) is not None:
-            # The change is to a base that the initialisation rewrote, this one is as published.
-            initial: Any = layer
-            delta = delta - initial.scaling * (initial.initial_B.float() @ initial.initial_A.float())
-        write_weight(target, (start + delta).to(_stored_dtype(target)), requantize=True)
-        bias: Any = target.bias if hasattr(target, "bias") else None
-        if bias is not None and result is not model:
-            bias.copy_(layer.base_layer.bias)
-        if delta_bias is not None:
-            bias.copy_(bias.float() + delta_bias)
-        result.set_submodule(name, target)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantizedLinear) and not requantise and not name.startswith(inside):
-            dense = dequantized_linear(layer)
-            if result is model:
-                result.set_submodule(name, dense)
-            elif base is MergeBase.dequantised:
-                write_weight(result.get_submodule(name), dense_weight(dense))
-    if result is not model:
-        for name, parameter in trained.items():
-            target_parameter = result.get_parameter(name)
-            wider = torch.promote_types(target_parameter.dtype, dtype or target_parameter.dtype)
-            target_parameter.data = parameter.to(wider)
-    if hasattr(result, SHARED):
-        delattr(result, SHARED)
-    return result
-
-
-def _writable(layer: nn.Module, dtype: torch.dtype | None, requantise: bool) -> nn.Module:
-    """A layer that holds the sum with no rounding but the one to `dtype`, or to codes."""
-    if isinstance(layer, QuantizedLinear):
-        if requantise:
-            return layer
-        layer = dequantized_linear(layer)
-    return layer if dtype is None else layer.to(torch.promote_types(_stored_dtype(layer), dtype))
-
-
-def _stored_dtype(layer: nn.Module) -> torch.dtype:
-    dtype: Any = layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
-    return dtype
 
 
 def _save_coded(model: PreTrainedModel, coded: dict[str, QuantizedLinear], folder: Path) -> None:

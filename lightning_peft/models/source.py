@@ -28,8 +28,6 @@ class ModelConfig:
 
     name: str = "smollm2_135m"
     """A key of `MODELS`: an embedded model, or `hf` for the one at `path`."""
-    label: str | None = None
-    """What runs, jobs and W&B tags call the model; null takes `name`, or the last part of `path`."""
     path: str | None = None
     """Local folder, hub id or .gguf file of `hf`."""
     revision: str | None = None
@@ -44,6 +42,9 @@ class ModelConfig:
     """Draw the weights instead of reading them: only config.json and the tokenizer are needed. For measuring."""
     new_tokens: list[str] = field(default_factory=list)
     """Tokens added to the tokenizer; their embeddings start at the mean of the others."""
+
+    label: str | None = None
+    """What runs, jobs and W&B tags call the model; null takes `name`, or the last part of `path`."""
 
     def __post_init__(self) -> None:
         if self.name not in MODELS:

@@ -10,8 +10,9 @@ from adapter_models import adapted, is_base_but_for_rounding, llama, logits, per
 from torch import nn
 
 from lightning_peft.adapters.bias import Bias
-from lightning_peft.adapters.inject import inject_adapters, merge_adapters, trainable_parameter_counts
+from lightning_peft.adapters.inject import inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.checkpoint.merged import merge
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter

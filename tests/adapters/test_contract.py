@@ -23,14 +23,14 @@ from lightning_peft.adapters.inject import (
     adapters,
     disable_adapters,
     inject_adapters,
-    merge_adapters,
     trainable_parameter_counts,
 )
+from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.kernels.frozen_linear import given
-from lightning_peft.quantization.convert import dequantized_linear
 from lightning_peft.quantization.frozen_base import frozen_base
+from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.weights import dense_weight, is_quantized
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -295,24 +295,34 @@ def test_second_injection_is_refused(method: str) -> None:
 
 
 @every_method
-def test_second_merge_of_a_layer_does_nothing(method: str) -> None:
-    model = perturb(adapted(method, quantized=False))
-    layer = next(layer for _, layer in adapters(model))
-    layer.merge()
-    once = dense_weight(layer.base_layer).clone()
+def test_second_merge_changes_nothing(method: str) -> None:
+    model = merge_adapters(perturb(adapted(method)))
+    once = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    layer.merge()
+    merge_adapters(model)
 
-    assert torch.equal(dense_weight(layer.base_layer), once)
+    assert once.keys() == model.state_dict().keys()
+    assert all(torch.equal(once[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @every_method
-def test_merge_into_codes_is_refused(method: str) -> None:
-    layer = next(layer for _, layer in adapters(adapted(method, quantized=True)))
+def test_merge_into_codes_takes_the_nearest(method: str) -> None:
+    model = perturb(adapted(method, quantized=True))
+    sums = {n: dense_weight(layer.base_layer).float() + layer.delta_weight() for n, layer in adapters(model)}
 
-    with pytest.raises(RuntimeError, match="dequantized_linear"):
-        layer.merge()
+    merge_adapters(model, requantise=True)
 
-    layer.base_layer = dequantized_linear(layer.base_layer)
-    layer.merge()
-    assert layer.merged
+    for name, weight in sums.items():
+        assert is_quantized(model.get_submodule(name))
+        assert torch.equal(dense_weight(model.get_submodule(name)), QuantizedLinear.from_weight(weight).dequantize())
+
+
+@every_method
+def test_merge_into_the_original_base_adds_to_its_weights(method: str) -> None:
+    model, original = perturb(adapted(method, quantized=True)), llama()
+    sums = {n: dense_weight(original.get_submodule(n)) + layer.delta_weight() for n, layer in adapters(model)}
+
+    merged = merge_adapters(model, original=original)
+
+    assert merged is original and merged.state_dict().keys() == llama().state_dict().keys()
+    assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in sums.items())

@@ -16,12 +16,12 @@ from lightning_peft.adapters.inject import (
     adapters,
     disable_adapters,
     inject_adapters,
-    merge_adapters,
     regularization,
     step_schedule,
     trainable_parameter_counts,
 )
 from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
+from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.models.loading import load_by_block, load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import Kind, QuantizationConfig

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft.adapters.inject import inject_adapters, merge_adapters
+from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.checkpoint.merged import MergeError, merge
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer

@@ -1,0 +1,83 @@
+"""Adapters written into the weights they change: the one merge there is."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_peft.adapters.inject import SHARED, adapters
+from lightning_peft.quantization.convert import dequantized_linear
+from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.weights import dense_weight, is_quantized, write_weight
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def merge_adapters(
+    model: Model,
+    dtype: torch.dtype | None = None,
+    requantise: bool = False,
+    original: Model | None = None,
+    from_codes: bool = False,
+) -> Model:
+    """Add every change to its base weight, in fp32 and rounded once, and put the base layer in the adapter's place.
+
+    A weight is stored in its own dtype, or in `dtype` where that holds more. A quantised layer becomes a dense one
+    with the weights its adapter was trained on, or with `requantise` the nearest codes to the sum. `original` is the
+    base as published: it gets the changes, and the modules and biases trained in full; with `from_codes` also the
+    weights that the codes of `model` stand for, so that the sum is to what the adapter was trained on. Return the
+    merged model, which is `original` where one is given and nothing is requantised. Raise NotMergeableError, with the
+    models untouched, when a method cannot be merged.
+    """
+    found = dict(adapters(model))
+    for layer in found.values():
+        layer.check_mergeable()
+    result = model if original is None or requantise else original
+    inside = (*(f"{name}." for name in found), f"{SHARED}.")
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
+    for name, layer in found.items():
+        delta, delta_bias = layer.delta_weight(), layer.delta_bias()
+        target = layer.base_layer if result is model else result.get_submodule(name)
+        target = _writable(target, dtype, requantise)
+        start = dense_weight(target).float()
+        if result is model or (from_codes and is_quantized(layer.base_layer)):
+            start = dense_weight(layer.base_layer).float()
+        elif (taken := layer.taken_from_base()) is not None:
+            delta = delta - taken  # the change is to a base that the start rewrote, this one is as published
+        write_weight(target, (start + delta).to(_stored_dtype(target)), requantize=True)
+        bias: Any = getattr(target, "bias", None)
+        if bias is not None and result is not model:
+            bias.copy_(layer.base_layer.bias)
+        if delta_bias is not None:
+            bias.copy_(bias.float() + delta_bias)
+        result.set_submodule(name, target)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, QuantizedLinear) or requantise or name.startswith(inside):
+            continue
+        if result is model:
+            result.set_submodule(name, dequantized_linear(module))
+        elif from_codes:
+            write_weight(result.get_submodule(name), dense_weight(dequantized_linear(module)))
+    if result is not model:
+        for name, parameter in trained.items():
+            target_parameter = result.get_parameter(name)
+            wider = torch.promote_types(target_parameter.dtype, dtype or target_parameter.dtype)
+            target_parameter.data = parameter.to(wider)
+    if hasattr(result, SHARED):
+        delattr(result, SHARED)
+    return result
+
+
+def _writable(layer: nn.Module, dtype: torch.dtype | None, requantise: bool) -> nn.Module:
+    """Return a layer that holds the sum with no rounding but the one to `dtype`, or to codes."""
+    if isinstance(layer, QuantizedLinear):
+        if requantise:
+            return layer
+        layer = dequantized_linear(layer)
+    return layer if dtype is None else layer.to(torch.promote_types(_stored_dtype(layer), dtype))
+
+
+def _stored_dtype(layer: nn.Module) -> torch.dtype:
+    dtype: Any = layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
+    return dtype
