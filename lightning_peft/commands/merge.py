@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_peft.checkpoint.merge_config import MergeBase
 from lightning_peft.checkpoint.merged import MergeError, Receipt
 from lightning_peft.checkpoint.merged import merge as write_merged
-from lightning_peft.commands.adapted import base_of, inference_device, load_for_inference, saved_config
+from lightning_peft.commands.adapted import base_of, inference_device, layout_of, load_for_inference, saved_config
 from lightning_peft.config import MergeCommandConfig, TrainConfig
 from lightning_peft.data.chat import encode
 from lightning_peft.data.conversation import Message
@@ -43,6 +43,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
         base, _ = base_of(config.adapter_path, config.model)
         original = load_model(base, model.dtype, device=inference_device())
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original)
+    layout_of(config.adapter_path, tokenizer).save(output)
     print(f"{output}: {receipt}")
     return receipt
 

@@ -37,10 +37,19 @@ from lightning_peft.commands.trainer import (
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import preview
 from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
+from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
 from lightning_peft.models.attention import supports_packing
-from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, source_fingerprint
+from lightning_peft.models.loading import (
+    empty_model,
+    load_tokenizer,
+    model_context,
+    model_name,
+    model_vocabulary,
+    source_fingerprint,
+)
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
@@ -88,7 +97,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_model(config)
     tokenizer = load_tokenizer(config.model)
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
-    data = SFTDataModule(config.data, tokenizer, config.seed, model_context(config.model), accumulate)
+    context, vocabulary = model_context(config.model), model_vocabulary(config.model, tokenizer)
+    data = SFTDataModule(config.data, tokenizer, config.seed, context, accumulate, vocabulary)
     with logging_left_to_ranks(starts_ranks and not config.dry_run):
         data.setup()
     if starts_ranks and not config.dry_run:
@@ -106,11 +116,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         compilation,
         weight_dtype(precision, trains_all(config)), config.seed,
     )  # fmt: skip
-    lineage = lineage_of(config, data.fingerprint)
+    lineage, layout = lineage_of(config, data.fingerprint), data.prompt_layout
 
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)
-        save_tuned(module, tokenizer, folder, lineage)
+        save_tuned(module, tokenizer, folder, lineage, layout)
 
     metrics = StepMetrics()
     samples = read_conversations(config.data, "validation", config.validation.samples)
@@ -119,7 +129,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     callbacks: list[Callback] = [
         RunRecord(plain(config)),
         metrics,
-        Samples([conversation for _, conversation in samples], tokenizer, run_dir),
+        Samples([conversation for _, conversation in samples], tokenizer, run_dir, layout),
         checkpoint,
         Preemption(signals, checkpoint),
     ]
@@ -253,10 +263,15 @@ def lineage_of(config: TrainConfig, data_fingerprint: str) -> Lineage:
     )
 
 
-def save_tuned(module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folder: Path, lineage: Lineage) -> None:
-    """Write the adapter folder, or after full fine-tuning a whole model in its place."""
+def save_tuned(
+    module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folder: Path, lineage: Lineage, layout: PromptLayout
+) -> None:
+    """Write the adapter folder, or after full fine-tuning a whole model in its place, with the layout of prompts."""
+    layout = layout.with_stops(sorted(declared_end_ids(module.model)))
     if METHODS[module.adapter_config.method].layers:
         save_adapter(module.model, module.adapter_config, folder, lineage.base_name, lineage)
+        if distributed.rank() == 0:
+            layout.save(folder)
         return
     state = whole_state(module.model)
     if distributed.rank() != 0:
@@ -264,6 +279,7 @@ def save_tuned(module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folde
     with atomic_folder(folder.with_name(folder.name.replace("adapter", MODEL_FOLDER))) as partial:
         save_model(module.model, tokenizer, partial, module.model.dtype, state)
         write_lineage(lineage, partial)
+        layout.save(partial)
 
 
 def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModule) -> float | None:
