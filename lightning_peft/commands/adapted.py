@@ -8,6 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.config import TrainConfig, train_config
+from lightning_peft.data.config import DataConfig
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import is_whole_model, load_adapted, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
@@ -35,6 +37,15 @@ def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelC
         raise ValueError(f"adapter_path={adapter_path}: the folder does not say its base in our terms; give model=")
     quantization = saved.quantization if saved is not None else QuantizationConfig()
     return model or saved.model, quantization  # type: ignore[union-attr]
+
+
+def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> PromptLayout:
+    """How an adapter's prompts are written; the tokenizer's chat layout for a base, or a folder that does not say."""
+    saved = None if adapter_path is None else PromptLayout.load(tuned_folder(adapter_path))
+    if saved is not None:
+        return saved
+    trained = saved_config(adapter_path)
+    return PromptLayout.of(trained.data if trained is not None else DataConfig(), None, tokenizer)
 
 
 def inference_device() -> torch.device:

@@ -1,6 +1,7 @@
 """`lightning-peft evaluate`: loss, perplexity and the data set's own metric, base against adapter in one table."""
 
 import json
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,15 +14,17 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.checkpoint.peft_format import changes_base
-from lightning_peft.commands.adapted import load_base, load_for_inference, saved_config
+from lightning_peft.commands.adapted import layout_of, load_base, load_for_inference, saved_config
 from lightning_peft.config import EvaluateConfig, Scored
 from lightning_peft.data.config import DataConfig
-from lightning_peft.data.conversation import Message
+from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.runner import Scores, score, with_shots
 from lightning_peft.evaluation.tasks import TASKS, Row, Task
 from lightning_peft.inference.load import is_whole_model, tuned_folder
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -32,11 +35,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
     if config.adapter_path is None and config.models is not Scored.base:
         raise ValueError("adapter_path=null: without an adapter only models=base can be scored")
-    data_config = replace(data_config, streaming=False)
+    if config.data is not None and saved is not None:
+        data_config = laid_out_as(saved.data, data_config)
+    data_config = replace(data_config, streaming=False, max_validation_rows=config.max_rows)
     task = TASKS[data_config.task]
-    found = read_conversations(replace(data_config, max_validation_rows=config.max_rows), "test")
+    found = read_conversations(data_config, "test")
     if not found:
-        raise ValueError("data has no validation rows: give data.validation_path or data.validation_fraction above 0")
+        raise ValueError(
+            f"data has no validation rows: give data.validation_path, or raise data.validation_fraction="
+            f"{data_config.validation_fraction}, which may hold out none of a few rows"
+        )
+    asked = [(row, messages, place) for row, messages in found if (place := messages.last_answer) is not None]
+    if task.max_new_tokens > 0 and not asked:
+        raise ValueError(f"data.task={task.name}: needs rows with a question and its answer, plain text rows have none")
     tuned, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     base = tuned
     if config.adapter_path is not None and is_whole_model(tuned_folder(config.adapter_path)):
@@ -45,10 +56,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     elif config.adapter_path is not None and config.models is not Scored.adapter:
         if changes_base(tuned_folder(config.adapter_path)):
             base = load_base(config.adapter_path, config.model, config.precision)
-    questions = [messages[:-1] for _, messages in found]
-    rows = [row | named(messages) for row, messages in found]
+    layout = layout_of(config.adapter_path, tokenizer)
+    questions = [messages.before(place) for _, messages, place in asked]
+    rows = [row | named(messages, place) for row, messages, place in asked]
 
-    loader = validation_loader(data_config, tokenizer)
+    loader, loss_rows = validation_loader(data_config, tokenizer)
     results: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):
@@ -56,28 +68,43 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         with disable_adapters(base):
             started = time.perf_counter()
             base_questions = with_shots(questions, shots)
-            results["base"] = score(base, tokenizer, loader, rows, base_questions, task, config.batch_size)
+            results["base"] = score(base, tokenizer, loader, rows, base_questions, task, config.batch_size, layout)
             seconds["base"] = time.perf_counter() - started
     if config.models in (Scored.both, Scored.adapter):
         started = time.perf_counter()
-        results["adapter"] = score(tuned, tokenizer, loader, rows, questions, task, config.batch_size)
+        results["adapter"] = score(tuned, tokenizer, loader, rows, questions, task, config.batch_size, layout)
         seconds["adapter"] = time.perf_counter() - started
-    show(results, task, len(rows))
+    show(results, task, loss_rows, len(rows))
     show_samples(results, task, rows, config.samples)
     report = {
         name: {key: value for key, value in asdict(scores).items() if key != "answers"} | {"seconds": seconds[name]}
         for name, scores in results.items()
-    } | {"rows": len(rows), "task": task.name, "base_shots": task.num_shots}
+    } | {"rows": len(rows), "loss_rows": loss_rows, "task": task.name, "base_shots": task.num_shots}
     write_report(report, config)
     return report
 
 
-def named(messages: list[Message]) -> dict[str, str]:
-    """The last question and its answer under the names that tasks read."""
-    return {"prompt": messages[-2].content if len(messages) > 1 else "", "completion": messages[-1].content}
+def named(messages: Conversation, place: int) -> dict[str, str]:
+    """Answer `place` and the question before it under the names that tasks read."""
+    asked = [message.content for message in messages[:place] if message.role == "user"]
+    return {"prompt": asked[-1], "completion": messages[place].content}
 
 
-def shot_conversations(task: Task, config: DataConfig) -> list[list[Message]]:
+def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:
+    """Other rows in the layout of the rows an adapter was trained on, wherever they say nothing of it."""
+    default = DataConfig()
+    names = ("system_prompt", "template_options", "layout", "reasoning", "train_on", "train_on_last_turn")
+    kept = {
+        name: getattr(trained, name)
+        for name in names
+        if getattr(data, name) == getattr(default, name) != getattr(trained, name)
+    }
+    for name, value in kept.items():
+        logger.info("data.%s=%r, as in training", name, value)
+    return replace(data, **kept)
+
+
+def shot_conversations(task: Task, config: DataConfig) -> list[Conversation]:
     """Solved training examples the base is shown; the adapter has seen its own in training."""
     if task.num_shots == 0:
         return []
@@ -86,15 +113,19 @@ def shot_conversations(task: Task, config: DataConfig) -> list[list[Message]]:
     return [messages for row, messages in found if row in shots]
 
 
-def validation_loader(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Batches of the rows the run was validated on, so that losses compare."""
+def validation_loader(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, int]:
+    """Batches of the rows the run was validated on, so that losses compare, and the number of rows."""
     module = SFTDataModule(config, tokenizer, seed=0)
     module.setup("validate")
-    return module.val_dataloader()
+    return module.val_dataloader(), module.validation_audit.rows
 
 
-def show(results: dict[str, Scores], task: Task, rows: int) -> None:
-    table = Table("", *results, title=f"{rows} rows never seen in training")
+def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int) -> None:
+    """Print the scores: losses over `loss_rows` validation rows, metrics over `rows` rows that are answered."""
+    title = f"{loss_rows} rows never seen in training"
+    if task.headline is not None and rows != loss_rows:
+        title = f"loss of {loss_rows} validation rows, metrics of {rows} rows, none seen in training"
+    table = Table("", *results, title=title)
     table.add_row("loss per token", *(f"{s.loss:.4f}" for s in results.values()))
     table.add_row("perplexity", *(f"{s.perplexity:,.2f}" for s in results.values()))
     for metric in next(iter(results.values())).metrics:

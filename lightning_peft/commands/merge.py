@@ -10,7 +10,14 @@ from lightning_peft.checkpoint.merge_config import MergeBase
 from lightning_peft.checkpoint.merged import MergeError, Receipt, logits_of
 from lightning_peft.checkpoint.merged import merge as write_merged
 from lightning_peft.checkpoint.peft_format import changes_base
-from lightning_peft.commands.adapted import base_of, inference_device, load_base, load_for_inference, saved_config
+from lightning_peft.commands.adapted import (
+    base_of,
+    inference_device,
+    layout_of,
+    load_base,
+    load_for_inference,
+    saved_config,
+)
 from lightning_peft.config import MergeCommandConfig, TrainConfig
 from lightning_peft.data.chat import encode
 from lightning_peft.data.conversation import Message
@@ -51,6 +58,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
         # Not rounded through the dtype that the run computed in.
         original = load_model(base, None if stored is not None else model.dtype, device=inference_device())
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
+    layout_of(config.adapter_path, tokenizer).save(output)
     print(f"{output}: {receipt}")
     return receipt
 

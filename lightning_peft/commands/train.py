@@ -26,10 +26,19 @@ from lightning_peft.checkpoint.resume import whole_state
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import preview
 from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
+from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
 from lightning_peft.models.attention import supports_packing
-from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, source_fingerprint
+from lightning_peft.models.loading import (
+    empty_model,
+    load_tokenizer,
+    model_context,
+    model_name,
+    model_vocabulary,
+    source_fingerprint,
+)
 from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
@@ -106,7 +115,8 @@ def content_of(config: TrainConfig, data: SFTDataModule) -> dict[str, str]:
 def read_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, plan: RunPlan) -> SFTDataModule:
     """Read and check the rows, and show one where `data.preview` asks for it."""
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
-    data = SFTDataModule(config.data, tokenizer, config.seed, model_context(config.model), accumulate)
+    context, vocabulary = model_context(config.model), model_vocabulary(config.model, tokenizer)
+    data = SFTDataModule(config.data, tokenizer, config.seed, context, accumulate, vocabulary)
     is_shown_by_ranks = plan.starts_ranks and not config.dry_run
     with logging_left_to_ranks(is_shown_by_ranks):
         data.setup()
@@ -131,11 +141,11 @@ def train_prepared(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
         config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed,
     )  # fmt: skip
-    lineage = lineage_of(config, content, plan.precision)
+    lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
 
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)
-        save_tuned(module, tokenizer, folder, lineage)
+        save_tuned(module, tokenizer, folder, lineage, layout)
 
     metrics = StepMetrics()
     samples = read_conversations(config.data, "validation", config.validation.samples)
@@ -144,7 +154,7 @@ def train_prepared(
     callbacks: list[Callback] = [
         RunRecord(plain(config), content),
         metrics,
-        Samples([conversation for _, conversation in samples], tokenizer, run_dir),
+        Samples([conversation for _, conversation in samples], tokenizer, run_dir, layout),
         checkpoint,
         Preemption(signals, checkpoint),
     ]
@@ -250,11 +260,16 @@ def lineage_of(config: TrainConfig, content: dict[str, str], precision: str) -> 
     )
 
 
-def save_tuned(module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folder: Path, lineage: Lineage) -> None:
-    """Write the adapter folder, or after full fine-tuning a whole model in its place."""
+def save_tuned(
+    module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folder: Path, lineage: Lineage, layout: PromptLayout
+) -> None:
+    """Write the adapter folder, or after full fine-tuning a whole model in its place, with the layout of prompts."""
+    layout = layout.with_stops(sorted(declared_end_ids(module.model)))
     if METHODS[module.adapter_config.method].layers:
         added = tokenizer if module.model_config.new_tokens else None
         save_adapter(module.model, module.adapter_config, folder, lineage.base_name, lineage, added)
+        if distributed.rank() == 0:
+            layout.save(folder)
         return
     state = whole_state(module.model)
     if distributed.rank() != 0:
@@ -262,6 +277,7 @@ def save_tuned(module: FinetuneModule, tokenizer: PreTrainedTokenizerFast, folde
     with atomic_folder(folder.with_name(folder.name.replace("adapter", MODEL_FOLDER))) as partial:
         save_model(module.model, tokenizer, partial, module.model.dtype, state)
         write_lineage(lineage, partial)
+        layout.save(partial)
 
 
 def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModule) -> float | None:

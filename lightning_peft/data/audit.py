@@ -1,7 +1,9 @@
 """What is checked and counted before the first step, so that a run does not train on nothing for hours."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -52,6 +54,8 @@ class Audit:
     """Samples that are copies of an earlier one."""
     seen_in_training: int = 0
     """Validation samples that are training samples as well."""
+    tools: str | None = None
+    """Tools of the first row, as JSON; "" where another row has others."""
     packing_fill: float | None = None
     """Share of tokens that are not padding, without packing None."""
 
@@ -59,6 +63,15 @@ class Audit:
         self.bad_rows += 1
         if len(self.bad_row_messages) < SHOWN_BAD_ROWS:
             self.bad_row_messages.append(str(error))
+
+    def count_tools(self, tools: list[dict[str, Any]] | None) -> None:
+        text = json.dumps(tools, sort_keys=True)
+        self.tools = text if self.tools in (None, text) else ""
+
+    @property
+    def shared_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that all rows offer."""
+        return json.loads(self.tools) if self.tools else None
 
     def count_listed(self, names: Iterable[str]) -> None:
         for name in names:

@@ -4,6 +4,7 @@ Labels are set on assistant turns only: from the end of the generation prompt th
 tokenised once, as a whole; `rendering` says which texts a conversation becomes and where its turns are.
 """
 
+import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.conversation import TEXT_ROLE, Message
 from lightning_peft.data.rendering import ConversationRenderer, Kind, Rendered, Rules, Span
-from lightning_peft.data.template import ChatTemplate, template_of
+from lightning_peft.data.template import ChatTemplate, ChatTemplateError, template_of
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Encoded:
     weights: list[float] | None = None
     """Factor of each token's loss; None where all are 1."""
 
+
+log = logging.getLogger(__name__)
 
 Outcome = list[Encoded] | Exception
 """The samples of a conversation, or what is wrong with it."""
@@ -131,7 +134,7 @@ class Encoder:
 
     def end_token_ids(self) -> set[int]:
         """Tokens at which generation stops: EOS, and those that end an answer, or a call of tools, in training."""
-        ends = {self._tokenizer.eos_token_id} - {None}
+        ends: set[int] = {self._tokenizer.eos_token_id} - {None}
         if self._layout is Layout.raw:
             return ends
         call = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
@@ -177,8 +180,15 @@ def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which generation stops: EOS, and the end-of-turn token of the chat template where it is another."""
-    return Encoder(tokenizer).end_token_ids()
+    """Tokens at which generation stops: EOS, and what ends an answer or a call in the chat template.
+
+    EOS alone where the template can take no conversation, as text can be generated without it.
+    """
+    try:
+        return Encoder(tokenizer).end_token_ids()
+    except ChatTemplateError as error:
+        log.warning("%s; generation stops at EOS only", error)
+        return {tokenizer.eos_token_id} - {None}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

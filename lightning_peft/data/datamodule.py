@@ -6,6 +6,7 @@ import signal
 import warnings
 from typing import Any
 
+import numpy as np
 import torch.distributed
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset
@@ -18,6 +19,7 @@ from lightning_peft.data.cache import cached_samples
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import collate
 from lightning_peft.data.config import DataConfig
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
 from lightning_peft.data.sampler import MicroBatchSampler, Request
 from lightning_peft.data.samples import Samples
@@ -76,7 +78,9 @@ class SFTDataModule(LightningDataModule):
         seed: int,
         model_context: int | None = None,
         accumulate_grad_batches: int = 1,
+        vocabulary: int | None = None,
     ) -> None:
+        """vocabulary: tokens the model has embeddings for."""
         super().__init__()
         if model_context is not None and config.max_length > model_context:
             raise ValueError(
@@ -86,6 +90,7 @@ class SFTDataModule(LightningDataModule):
         self._tokenizer = tokenizer
         self._seed = seed
         self._accumulate_grad_batches = accumulate_grad_batches
+        self._vocabulary = vocabulary
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._pad_token_id: int = next(token for token in ids if token is not None)
         self._train: Samples | None = None
@@ -104,6 +109,8 @@ class SFTDataModule(LightningDataModule):
             self._setup_training_rows()
         if self._validation is None:
             self._validation, self.validation_audit = cached_samples(self._config, "validation", self._tokenizer)
+            self._check_vocabulary(self._validation)
+            self._count_copies(self._validation)
             self._validation_plan = self._plan(self._validation)
             self._report("validation", self._validation, self.validation_audit, self._validation_plan)
 
@@ -114,11 +121,54 @@ class SFTDataModule(LightningDataModule):
             found = f"nothing to train on in {self.train_audit.rows} rows. {reasons}".strip()
             raise ValueError(f"data.source={self._config.source}: {found}")
         self._train, self.example = train, train[0]
+        self._check_vocabulary(train)
+        self.train_audit.repeated = len(train) - len(np.unique(train.digests))
         plan = self._plan(train)
         self._micro_batches_per_epoch = len(plan)
         self._report("training", train, self.train_audit, plan)
         if not self._config.streaming and self._rank_and_world_size()[0] == 0:
             log.info("an epoch is %d optimiser steps", self.steps_per_epoch)
+
+    def _check_vocabulary(self, samples: Samples) -> None:
+        highest = max(samples.largest_token, self._pad_token_id)
+        if self._vocabulary is not None and highest >= self._vocabulary:
+            token = self._tokenizer.convert_ids_to_tokens(highest)
+            raise ValueError(
+                f"token {token!r} has the id {highest}, the model has embeddings for {self._vocabulary}: take the "
+                "tokenizer that belongs to the model, or give its new tokens as model.new_tokens"
+            )
+
+    def _count_copies(self, validation: Samples) -> None:
+        audit = self.validation_audit
+        audit.repeated = len(validation) - len(np.unique(validation.digests))
+        if self._train is not None and len(validation):
+            audit.seen_in_training = int(np.isin(validation.digests, self._train.digests).sum())
+        formats = {self.train_audit.format, audit.format} - {None}
+        if len(formats) > 1 and self._rank_and_world_size()[0] == 0:
+            log.warning(
+                "training rows are %s, validation rows %s: their losses do not compare; data.format= reads both alike",
+                self.train_audit.format,
+                audit.format,
+            )
+        if audit.samples == 0 and self._train is not None and self._rank_and_world_size()[0] == 0:
+            self._say_why_none_is_held_out()
+
+    def _say_why_none_is_held_out(self) -> None:
+        config = self._config
+        own = config.validation_path if config.source == "files" else config.hub_validation_split
+        if own is not None:
+            log.warning("no validation: %s holds no usable row", own)
+        elif config.validation_fraction > 0:
+            log.warning(
+                "no validation: data.validation_fraction=%s of %d rows is none; raise it or give data.validation_path",
+                config.validation_fraction,
+                self.train_audit.rows,
+            )
+
+    @property
+    def prompt_layout(self) -> PromptLayout:
+        """How prompts are written in the training rows. Needs `setup`."""
+        return PromptLayout.of(self._config, self.train_audit.format, self._tokenizer, self.train_audit.shared_tools)
 
     def _report(self, split: str, samples: Samples, audit: Audit, plan: list[MicroBatch]) -> None:
         if self._config.packing and plan:

@@ -175,6 +175,7 @@ def encode_rows(
                     refuse_rendered(conversation, row.origin, tokenizer, encoder.template)
                 unread.update(conversation.unread)
                 audit.count_listed(conversation.listed)
+                audit.count_tools(conversation.tools)
                 read.append((row.origin, conversation))
             except BadRow as error:
                 _refuse(error, config, audit)

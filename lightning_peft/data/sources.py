@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -53,6 +54,8 @@ def _json_row(line: bytes, origin: str) -> Row | BadRow:
         return BadRow(origin, "UTF-8 text", line)
     except json.JSONDecodeError as error:
         return BadRow(origin, f"a JSON object ({error.msg}, column {error.colno})", text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
+        return BadRow(origin, f"a JSON object ({error})", text)
     return Row(values, origin) if isinstance(values, dict) else BadRow(origin, "a JSON object", values)
 
 
@@ -64,32 +67,53 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
         yield from _read_json_lines(path)
         return
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        # Bytes of another encoding become lone surrogates, by which their rows are found.
+        rows = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
     for number, values in enumerate(rows, start=1):
         origin = f"{path} row {number}"
-        yield Row(values, origin) if isinstance(values, dict) else BadRow(origin, "a JSON object", values)
+        if not isinstance(values, dict):
+            yield BadRow(origin, "a JSON object", values)
+        else:
+            yield _utf8_row(values, origin)
+
+
+def _utf8_row(values: dict[str, Any], origin: str) -> Row | BadRow:
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return BadRow(origin, "UTF-8 text", error.object[max(0, error.start - 20) : error.end + 20])
+    return Row(values, origin)
 
 
 def _read_csv(path: Path) -> Iterator[Row | BadRow]:
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is below a long document
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            names = list(reader.fieldnames or [])
+            if repeated := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(
+                    f"{path} line 1: the column {', '.join(map(repr, repeated))} is there more than once; rename one"
+                )
             for values in reader:
-                fields = len(reader.fieldnames or [])
-                got = fields - list(values.values()).count(None) + len(values.get(None, []))
+                got = len(names) - list(values.values()).count(None) + len(values.get(None, []))
                 origin = f"{path} line {reader.line_num}"
-                yield Row(values, origin) if got == fields else BadRow(origin, f"{fields} fields", got)
+                yield _utf8_row(values, origin) if got == len(names) else BadRow(origin, f"{len(names)} fields", got)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} after line {reader.line_num}: not CSV in UTF-8 ({error})") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+    import pyarrow.parquet
     from datasets import load_dataset  # takes two seconds, and only parquet and the hub need it
 
     try:
+        if pyarrow.parquet.ParquetFile(path).metadata.num_rows == 0:
+            raise ValueError("it holds no rows")
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, values in enumerate(rows, start=1):
             yield Row(values, f"{path} row {number}")
@@ -111,7 +135,8 @@ def _file_paths(config: DataConfig, split: str) -> list[Path]:
     if value is None:
         raise ValueError(f"data.{option}=null: give a JSONL, JSON, CSV or parquet file, or a pattern of several")
     pattern = str(Path(value).expanduser())
-    paths = [Path(pattern)] if Path(pattern).exists() else [Path(path) for path in sorted(glob.glob(pattern))]
+    found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+    paths = [Path(path) for path in found]
     if not paths:
         raise ValueError(f"data.{option}={value}: there is no such file (working folder {Path.cwd()})")
     for path in paths:

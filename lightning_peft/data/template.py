@@ -353,7 +353,11 @@ def _checked_template(source: str, variables: str) -> ChatTemplate:
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    if not tokenizer.chat_template:  # the plain layout ends an answer with whatever the tokenizer has, or nothing
+    if tokenizer.chat_template in (
+        None,
+        "",
+        PLAIN_TEMPLATE,
+    ):
         tokens = {"bos_token": "", "eos_token": ""} | tokens
     return tokens
 

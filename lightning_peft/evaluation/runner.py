@@ -1,7 +1,7 @@
 """Runs a model over held-out rows: loss per supervised token, and the data set's own metric on generated answers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,8 +9,8 @@ from lightning.fabric.utilities import move_data_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.data.batch import Batch
-from lightning_peft.data.chat import encode_prompt
-from lightning_peft.data.conversation import Message
+from lightning_peft.data.conversation import Conversation, Message, tools_of
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.evaluation.tasks import Row, Task
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
@@ -41,12 +41,13 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
 def answer_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    conversations: list[list[Message]],
+    conversations: Sequence[Sequence[Message]],
     task: Task,
     batch_size: int,
+    layout: PromptLayout,
 ) -> list[str]:
     """Greedy answers to conversations that end with a user turn."""
-    prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
+    prompts = [layout.prompt(messages, tokenizer) for messages in conversations]
     return generate_batch(
         model, tokenizer, prompts, SamplingConfig(max_new_tokens=task.max_new_tokens), batch_size=batch_size
     )
@@ -57,23 +58,24 @@ def score(
     tokenizer: PreTrainedTokenizerFast,
     batches: Iterable[Batch],
     rows: list[Row],
-    conversations: list[list[Message]],
+    conversations: Sequence[Sequence[Message]],
     task: Task,
     batch_size: int,
+    layout: PromptLayout,
 ) -> Scores:
     """Loss over `batches`, and `task`'s metrics of the answers to `conversations`, one for each of `rows`."""
     loss = mean_loss(model, batches)
     if task.max_new_tokens == 0:
         return Scores(loss, math.exp(min(loss, 700.0)))
-    answers = answer_rows(model, tokenizer, conversations, task, batch_size)
+    answers = answer_rows(model, tokenizer, conversations, task, batch_size, layout)
     return Scores(loss, math.exp(min(loss, 700.0)), task.score(rows, answers), answers)
 
 
-def with_shots(conversations: list[list[Message]], shots: list[list[Message]]) -> list[list[Message]]:
+def with_shots(conversations: Sequence[Sequence[Message]], shots: Sequence[Sequence[Message]]) -> list[Conversation]:
     """Conversations that begin with solved examples, after the system message if there is one."""
     turns = [message for shot in shots for message in shot if message.role != "system"]
     started = []
     for messages in conversations:
         system = [message for message in messages if message.role == "system"]
-        started.append([*system, *turns, *messages[len(system) :]])
+        started.append(Conversation([*system, *turns, *messages[len(system) :]], tools_of(messages)))
     return started

@@ -32,10 +32,18 @@ CLOSE, CLOSE_IN_16_BITS = 1e-4, 2**-4
 """Largest difference of two logits, as a share of the largest, taken for the rounding of another batch."""
 
 
-def generation_config(sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+def declared_end_ids(model: PreTrainedModel) -> set[int]:
+    """Tokens at which the model's own `generation_config.json` says that an answer ends."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def generation_config(
+    sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+) -> GenerationConfig:
     draws = sampling.temperature > 0
     options = {"temperature": sampling.temperature, "top_p": sampling.top_p} if draws else {}
-    ends = sorted(end_token_ids(tokenizer))
+    ends = sorted(end_token_ids(tokenizer) | declared_end_ids(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -185,7 +193,7 @@ def generate_batch(
     """
     if not prompts:
         return []
-    config = generation_config(sampling, tokenizer)
+    config = generation_config(sampling, tokenizer, model)
     pad_id = config.pad_token_id
     way = choose_batching(model, prompts, pad_id) if len(prompts) > 1 else Prompts(model, Batching.alone)
     answers = [""] * len(prompts)
@@ -203,7 +211,7 @@ def generate_stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
 ) -> Iterator[str]:
     """Pieces of the answer to one prompt (token ids) as they come."""
-    config = generation_config(sampling, tokenizer)
+    config = generation_config(sampling, tokenizer, model)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 

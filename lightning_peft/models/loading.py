@@ -70,6 +70,12 @@ def model_context(config: ModelConfig) -> int | None:
     return getattr(architecture, "max_position_embeddings", None)
 
 
+def model_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens the model has embeddings for once it is loaded."""
+    size = model_config(config).get_text_config().vocab_size
+    return max(size, len(tokenizer)) if config.new_tokens else size
+
+
 def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model without weights: its parameters are on the meta device, its buffers hold values."""
     architecture = model_config(config)

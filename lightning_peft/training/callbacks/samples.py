@@ -1,6 +1,7 @@
 """Answers to a few validation prompts, so that a reader sees what the loss means."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,23 +10,34 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import adapters, disable_adapters
-from lightning_peft.data.chat import encode_prompt
-from lightning_peft.data.conversation import Message
+from lightning_peft.data.conversation import Conversation
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.strategies import ShardedModel
 
+logger = logging.getLogger(__name__)
+
 
 class Samples(Callback):
     """After each validation during training, writes what base and adapter answer to `<run_dir>/samples.jsonl`.
 
-    Each conversation ends with the answer the data gives, which is written beside the model's.
+    Each conversation is asked for its last answer; what the data give is written beside the model's.
     """
 
-    def __init__(self, conversations: list[list[Message]], tokenizer: PreTrainedTokenizerFast, run_dir: Path):
-        self.prompts = [encode_prompt(messages[:-1], tokenizer) for messages in conversations if len(messages) > 1]
-        self.references = [messages[-1].content for messages in conversations if len(messages) > 1]
+    def __init__(
+        self,
+        conversations: list[Conversation],
+        tokenizer: PreTrainedTokenizerFast,
+        run_dir: Path,
+        layout: PromptLayout,
+    ):
+        asked = [(messages, place) for messages in conversations if (place := messages.last_answer) is not None]
+        if len(asked) < len(conversations):
+            logger.info("validation.samples: plain text rows ask nothing, so none of them is answered")
+        self.prompts = [layout.prompt(messages.before(place), tokenizer) for messages, place in asked]
+        self.references = [messages[place].content for messages, place in asked]
         self.tokenizer = tokenizer
         self.path = run_dir / "samples.jsonl"
         self.base_answers: list[str] | None = None

@@ -1,0 +1,90 @@
+"""How prompts are written: one object for training, scoring, chat and serving, saved with the adapter."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_peft.data.chat import Encoder
+from lightning_peft.data.config import DataConfig, Format, Layout
+from lightning_peft.data.conversation import TEXT_ROLE, Conversation, Message
+from lightning_peft.data.template import ChatTemplateError
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "prompt_layout.json"
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """What stands around a question, and at which tokens its answer ends."""
+
+    kind: str = "chat"
+    """`chat`: by the chat template; `raw`: the prompt as it is; `text`: text that is continued."""
+    system_prompt: str | None = None
+    """System message of a conversation that has none."""
+    template: str | None = None
+    """The chat template; None takes the tokenizer's."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Variables of the template."""
+    tools: list[dict[str, Any]] | None = None
+    """Tools of a conversation that names none: those that all training rows share."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens at which an answer ends, the model's own among them."""
+
+    @classmethod
+    def of(
+        cls,
+        config: DataConfig,
+        format: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> "PromptLayout":
+        """The layout that rows of a format (of `Format`; None where no row was read) are trained in."""
+        kind = "text" if format == Format.text.value else config.layout.value
+        template = None
+        stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+        if kind == "chat":
+            encoder = Encoder(tokenizer, template_options=config.template_options)
+            try:
+                template, stops = encoder.template.source, encoder.end_token_ids()
+            except ChatTemplateError:  # no row was laid out by it, or this would have been said there
+                log.info("the chat template cannot be used, so it is not saved with the adapter")
+        return cls(kind, config.system_prompt, template, dict(config.template_options), tools, sorted(stops))
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PromptLayout | None":
+        """The layout saved with an adapter, None where there is none. Raises ValueError for a file that is none."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a prompt layout ({error})") from error
+
+    def with_stops(self, ids: Sequence[int] | int | None) -> "PromptLayout":
+        """The layout whose answers end at these tokens as well: a model's `generation_config.eos_token_id`."""
+        more = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        return replace(self, stop_token_ids=sorted({*self.stop_token_ids, *more}))
+
+    def conversation(self, question: str) -> Conversation:
+        """A question as the beginning of a conversation."""
+        if self.kind != "chat":
+            return Conversation([Message(TEXT_ROLE, question)])
+        start = [] if self.system_prompt is None else [Message("system", self.system_prompt)]
+        return Conversation([*start, Message("user", question)], self.tools)
+
+    def prompt(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens to generate the next turn from: exactly those that stand before it in training."""
+        layout = Layout.raw if self.kind == "raw" else Layout.chat
+        if self.template is not None and self.kind == "chat":
+            tokenizer.chat_template = self.template
+        return Encoder(tokenizer, layout=layout, template_options=self.template_options).prompt(messages)
