@@ -22,6 +22,7 @@ from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.runner import Scores, score, with_shots
 from lightning_peft.evaluation.tasks import TASKS, Row, Task
 from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.models.packing import packing_of
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     questions = [messages[:-1] for _, messages in found]
     rows = [row | named(messages) for row, messages in found]
 
-    loader = validation_loader(data_config, tokenizer)
+    loader = validation_loader(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
     results: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ from lightning_peft.data.audit import preview
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
-from lightning_peft.models.attention import supports_packing
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, source_fingerprint
+from lightning_peft.models.packing import packing_of
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
@@ -85,10 +86,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         logger.info("%s is finished: nothing left to do", run_dir)
         return start.result
 
-    check_model(config)
+    with logging_left_to_ranks(starts_ranks and not config.dry_run):
+        packs = check_model(config)
     tokenizer = load_tokenizer(config.model)
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
-    data = SFTDataModule(config.data, tokenizer, config.seed, model_context(config.model), accumulate)
+    data_config = replace(config.data, packing=packs)
+    data = SFTDataModule(data_config, tokenizer, config.seed, model_context(config.model), accumulate)
     with logging_left_to_ranks(starts_ranks and not config.dry_run):
         data.setup()
     if starts_ranks and not config.dry_run:
@@ -110,7 +113,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)
-        save_tuned(module, tokenizer, folder, lineage)
+        assert module.objective is not None
+        found = replace(lineage, packing_difference=module.objective.packing_difference)
+        save_tuned(module, tokenizer, folder, found)
 
     metrics = StepMetrics()
     samples = read_conversations(config.data, "validation", config.validation.samples)
@@ -225,21 +230,22 @@ def trains_all(config: TrainConfig) -> bool:
     return not METHODS[config.adapter.method].layers
 
 
-def check_model(config: TrainConfig) -> None:
-    """Find the target layers on an empty model, so that a wrong pattern costs no loading; print them on a dry run."""
+def check_model(config: TrainConfig) -> bool:
+    """Find the target layers on an empty model, so that a wrong pattern costs no loading; print them on a dry run.
+
+    Returns whether samples are packed.
+    """
     if config.adapter.init_from is not None:
         folder = adapter_folder(config.adapter.init_from, "adapter.init_from")
         check_lineage(folder, source_fingerprint(config.model), config.quantization.kind.name, model_name(config.model))
     model = empty_model(config.model)
     method = METHODS[config.adapter.method]
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
-    if config.data.packing and not supports_packing(model):
-        raise ValueError(
-            f"data.packing=true: packed samples would see each other in {type(model).__name__}; use data.packing=false"
-        )
+    packs = packing_of(config.data, model)
     if config.dry_run:
         inject_adapters(model, config.adapter)
         Console().print(describe_targets(targets, model))
+    return packs
 
 
 def lineage_of(config: TrainConfig, data_fingerprint: str, precision: str) -> Lineage:
