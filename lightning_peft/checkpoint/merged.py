@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_peft.adapters.inject import SHARED, adapters, disable_adapters
+from lightning_peft.adapters.targets import is_tied, untie
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.models.streaming import fp32_pattern
@@ -186,6 +187,8 @@ def _merged(
     """The model without adapters, or `original`, its weights the sum, dense unless requantised."""
     found = dict(adapters(model))
     requantise = base is MergeBase.requantised
+    if original is not None and is_tied(original) and not is_tied(model):
+        untie(original)
     result = model if original is None or requantise else original
     inside = (*(f"{name}." for name in found), f"{SHARED}.")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
