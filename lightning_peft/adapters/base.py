@@ -55,6 +55,8 @@ class AdapterConfig:
     """Rank of the last block when ranks are tapered linearly by depth from `rank`; null: one rank for all."""
     trainable_modules: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapters, such as embed_tokens, lm_head or norms."""
+    untie_embeddings: bool = False
+    """Give the output head a weight of its own where it shares the embedding's and only one of them changes."""
     init_from: str | None = None
     """An adapter folder whose weights are the start (a warm start)."""
 

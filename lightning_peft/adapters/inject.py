@@ -12,7 +12,16 @@ from torch.utils._pytree import tree_map
 from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
 from lightning_peft.adapters.bias import layers_with_bias, train_biases, warn_of_rounding
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import ends, expert_share, find_targets, is_tied, matches, nearest_names
+from lightning_peft.adapters.targets import (
+    ends,
+    expert_share,
+    find_targets,
+    is_tied,
+    matches,
+    names_an_end,
+    nearest_names,
+    untie,
+)
 from lightning_peft.quantization.weights import is_quantized, linear_shape
 
 SHARED = "adapter_shared"
@@ -55,6 +64,8 @@ class Injection:
         if not self.method.layers:
             _train_everything(model)
             return
+        if config.untie_embeddings and names_an_end(model, config):
+            untie(model)
         self.targets = find_targets(model, config, tuple(self.method.layers))
         names = {target.name for target in self.targets}
         self.trained = _find_trainable(model, config.trainable_modules, names)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.inject import SHARED, adapters
+from lightning_peft.adapters.targets import is_tied, untie
 from lightning_peft.quantization.convert import dequantized_linear
 from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.weights import dense_weight, is_quantized, write_weight
@@ -33,6 +34,8 @@ def merge_adapters(
     found = dict(adapters(model))
     for layer in found.values():
         layer.check_mergeable()
+    if original is not None and is_tied(original) and not is_tied(model):
+        untie(original)
     result = model if original is None or requantise else original
     inside = (*(f"{name}." for name in found), f"{SHARED}.")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}

@@ -143,6 +143,26 @@ def ends(model: nn.Module) -> tuple[Any, Any]:
     return getters[0](), getters[1]()
 
 
+def names_an_end(model: nn.Module, config: AdapterConfig) -> bool:
+    """Whether the names given to adapt or to train are those of an embedding or head that share one weight."""
+    if not is_tied(model):
+        return False
+    given = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules]
+    patterns = [*map(str, given), *config.trainable_modules]
+    names = [name for name, module in model.named_modules() if module in ends(model)]
+    return any(matches(pattern, name) for pattern in patterns if pattern not in PRESETS for name in names)
+
+
+def untie(model: Any) -> None:
+    """Give the output head a copy of the weight it shares with the embedding."""
+    embedding, head = ends(model)
+    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in names}
+    logger.info("the output head no longer shares the embedding's weight: the adapter changes one of them")
+
+
 def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
     """The last parts of `names` most like the patterns, for an error message."""
     leaves = sorted({name.rpartition(".")[2] for name in names})

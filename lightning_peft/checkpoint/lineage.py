@@ -43,6 +43,9 @@ class Lineage:
     """How the base was quantised while the adapter was trained."""
     precision: str | None = None
     """What the run computed in, such as bf16-true; null where a folder does not say."""
+    packing_difference: float | None = None
+    """Difference of a packed sample's logits to those it has alone, as a share of the largest, on the machine of the
+    run; null where nothing was packed."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved config of the run, plain values only."""
     data_fingerprint: str | None = None

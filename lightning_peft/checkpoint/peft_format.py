@@ -89,6 +89,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     expected |= _base_tensors(model, words, got.keys() - expected.keys())
     check_names_and_shapes(str(folder / WEIGHTS_NAME), expected, got, AdapterFileError)
     _warn_of_other_scaling(model, words, got, folder)
+    _check_shared(folder, expected, got)
     for name, target in expected.items():
         assign(target, got[name])
 
@@ -216,6 +217,18 @@ def _base_tensors(model: nn.Module, words: Words, names: Iterable[str]) -> dict[
     if found:
         logger.info("%d tensors of the base come with the adapter: %s", len(found), ", ".join(sorted(found)[:3]))
     return found
+
+
+def _check_shared(folder: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFileError where a file has different values for one tensor of the model that has two names."""
+    first: dict[int, str] = {}
+    for name, target in expected.items():
+        other = first.setdefault(id(target), name)
+        if other != name and not torch.equal(got[other], got[name]):
+            raise AdapterFileError(
+                f"{folder / WEIGHTS_NAME}: {other} and {name} differ, and are one tensor in this model: load it with "
+                "adapter.untie_embeddings=true"
+            )
 
 
 def _warn_of_other_scaling(model: nn.Module, words: Words, got: Mapping[str, Tensor], folder: Path) -> None:

@@ -17,6 +17,7 @@ from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.method import PeftSpelling, Shapes
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.peft_methods import (
     KEEPS_BASE,
@@ -167,7 +168,10 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
         )
     if row.read_more is not None:
         options |= row.read_more(words, layers)
+    outside_blocks = [name for name in shapes if name.startswith(PREFIX) and block_depth(name) is None]
     return METHODS[method].config(
+        # PEFT changes one of two tied layers alone; our own folders name both, or neither.
+        untie_embeddings=bool(outside_blocks) and read_lineage(folder) is None,
         target_modules=sorted(layers) or _targets_by_words(words),
         trainable_modules=_trained_modules(words, row, shapes),
         **options,

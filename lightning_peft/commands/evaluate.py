@@ -23,6 +23,7 @@ from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.runner import Scores, score, with_shots
 from lightning_peft.evaluation.tasks import TASKS, Row, Task
 from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.models.packing import packing_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     questions = [messages.before(place) for _, messages, place in asked]
     rows = [row | named(messages, place) for row, messages, place in asked]
 
-    loader, loss_rows = validation_loader(data_config, tokenizer)
+    loader, loss_rows = validation_loader(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
     results: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
-from lightning_peft.models.attention import supports_packing
 from lightning_peft.models.loading import (
     empty_model,
     load_tokenizer,
@@ -39,6 +39,7 @@ from lightning_peft.models.loading import (
     model_vocabulary,
     source_fingerprint,
 )
+from lightning_peft.models.packing import packing_of
 from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
@@ -76,9 +77,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with opened_folder(config) as start:
         if start.result is not None and not config.dry_run:
             return finished_before(config, plan, start, start.result)
-        check_model(config)
+        with logging_left_to_ranks(plan.starts_ranks and not config.dry_run):
+            packs = check_model(config)
         tokenizer = load_tokenizer(config.model)
-        data = read_data(config, tokenizer, plan)
+        data = read_data(config, packs, tokenizer, plan)
         if config.dry_run:
             return {"status": "dry run"}
         content = content_of(config, data)
@@ -95,7 +97,7 @@ def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: di
     run_dir = folder_of(config)
     try:
         with logging_left_to_ranks(True):
-            content = content_of(config, read_data(config, load_tokenizer(config.model), plan))
+            content = content_of(config, read_data(config, check_model(config), load_tokenizer(config.model), plan))
     except (ValueError, OSError) as error:
         logger.warning("%s: its rows and base cannot be compared with those it was trained on: %s", run_dir, error)
     else:
@@ -112,11 +114,12 @@ def content_of(config: TrainConfig, data: SFTDataModule) -> dict[str, str]:
     return content
 
 
-def read_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, plan: RunPlan) -> SFTDataModule:
+def read_data(config: TrainConfig, packs: bool, tokenizer: PreTrainedTokenizerFast, plan: RunPlan) -> SFTDataModule:
     """Read and check the rows, and show one where `data.preview` asks for it."""
+    rows = replace(config.data, packing=packs)
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
     context, vocabulary = model_context(config.model), model_vocabulary(config.model, tokenizer)
-    data = SFTDataModule(config.data, tokenizer, config.seed, context, accumulate, vocabulary)
+    data = SFTDataModule(rows, tokenizer, config.seed, context, accumulate, vocabulary)
     is_shown_by_ranks = plan.starts_ranks and not config.dry_run
     with logging_left_to_ranks(is_shown_by_ranks):
         data.setup()
@@ -145,7 +148,9 @@ def train_prepared(
 
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)
-        save_tuned(module, tokenizer, folder, lineage, layout)
+        assert module.objective is not None
+        found = replace(lineage, packing_difference=module.objective.packing_difference)
+        save_tuned(module, tokenizer, folder, found, layout)
 
     metrics = StepMetrics()
     samples = read_conversations(config.data, "validation", config.validation.samples)
@@ -231,21 +236,22 @@ def fit(
         raise Preempted from error
 
 
-def check_model(config: TrainConfig) -> None:
-    """Find the target layers on an empty model, so that a wrong pattern costs no loading; print them on a dry run."""
+def check_model(config: TrainConfig) -> bool:
+    """Find the target layers on an empty model, so that a wrong pattern costs no loading; print them on a dry run.
+
+    Return whether samples are packed.
+    """
     if config.adapter.init_from is not None:
         folder = adapter_folder(config.adapter.init_from, "adapter.init_from")
         check_lineage(folder, source_fingerprint(config.model), config.quantization.kind.name, model_name(config.model))
     model = empty_model(config.model)
     method = METHODS[config.adapter.method]
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
-    if config.data.packing and not supports_packing(model):
-        raise ValueError(
-            f"data.packing=true: packed samples would see each other in {type(model).__name__}; use data.packing=false"
-        )
+    packs = packing_of(config.data, model)
     if config.dry_run:
         inject_adapters(model, config.adapter)
         Console().print(describe_targets(targets, model))
+    return packs
 
 
 def lineage_of(config: TrainConfig, content: dict[str, str], precision: str) -> Lineage:

@@ -121,8 +121,9 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the held-out share and of generated rows. Not the run's seed, so that runs with different seeds, and
     `evaluate` after them, use the same validation rows."""
-    packing: bool = True
-    """Several samples to a row of `max_length` tokens; without it, samples of similar length share a micro batch."""
+    packing: Any = "auto"
+    """Several samples to a row of `max_length` tokens; without it, samples of similar length share a micro batch. auto
+    packs for the models that keep samples apart, true refuses the others, false never packs."""
     micro_batch_size: int = 4
     """Rows in a micro batch."""
     streaming: bool = False
@@ -140,6 +141,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.train_on:
             raise ValueError("data.train_on=[]: name at least one of answer, reasoning, tool_call")
+        if self.packing not in ("auto", True, False):
+            raise ValueError(f"data.packing={self.packing}: must be auto, true or false")
         for name in ("max_length", "micro_batch_size", "shuffle_window", "max_rows", "max_validation_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -7,6 +7,7 @@ numbers put in the head's place, and what comes out is compared with what is reb
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,14 +64,8 @@ def find_logit_path(
     `decoder_inputs` makes the decoder's arguments of one row. The model is run twice, in eval mode.
     """
     ids = input_ids[:1, :PROBED_TOKENS]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            path = _find(model, ids, decoder_inputs)
-    finally:
-        for module in training:
-            module.training = True
+    with in_eval_mode(model):
+        path = _find(model, ids, decoder_inputs)
     if isinstance(path, LogitPath):
         return path
     logger.warning(
@@ -79,6 +74,19 @@ def find_logit_path(
         path,
     )
     return None
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model drops nothing out and compiles nothing."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _find(model: PreTrainedModel, ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]) -> LogitPath | str:
@@ -161,7 +169,12 @@ def apply(candidate: Candidate, x: Tensor) -> Tensor:
 
 
 def is_same(rebuilt: Tensor, own: Tensor) -> bool:
-    """Whether the tensors agree but for rounding, by the median over tokens: in 16 bits, experts may be chosen anew."""
+    """Whether the tensors agree but for rounding."""
+    return bool(relative_difference(rebuilt, own) <= tolerance(own.dtype))
+
+
+def relative_difference(other: Tensor, own: Tensor) -> Tensor:
+    """Largest difference of a token to its largest value, the median over tokens: in 16 bits, the choice of experts
+    may flip for some."""
     size = own.float().abs().amax(-1).clamp(min=1e-12)
-    difference = (rebuilt.float() - own.float()).abs().amax(-1) / size
-    return bool(difference.median() <= tolerance(own.dtype))
+    return ((other.float() - own.float()).abs().amax(-1) / size).median()

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the summed next-token cross entropy of a batch under a causal language model."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,7 +13,20 @@ from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.models.attention import VARLEN
 from lightning_peft.models.blocks import decoder_of
 from lightning_peft.objectives.linear_cross_entropy import linear_cross_entropy
-from lightning_peft.objectives.logits import LogitPath, find_logit_path, own_inputs
+from lightning_peft.objectives.logits import (
+    PROBED_TOKENS,
+    LogitPath,
+    find_logit_path,
+    in_eval_mode,
+    own_inputs,
+    relative_difference,
+    tolerance,
+)
+
+logger = logging.getLogger(__name__)
+
+PACKED_IN_16_BITS = 2**-3
+"""Difference of packed logits that rounding explains in deep models: samples that see each other differ by more."""
 
 
 def decoder_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
@@ -33,6 +47,18 @@ def decoder_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     }
 
 
+def first_pair(batch: Batch) -> list[Tensor]:
+    """The first tokens of the first two samples of a row, if one of the rows holds two."""
+    rows, width = batch.input_ids.shape
+    bounds = batch.cu_seqlens.tolist()
+    if len(bounds) - 1 == rows:
+        return []
+    samples = list(zip(bounds[:-1], bounds[1:], strict=True))
+    index = next(i for i in range(len(samples) - 1) if samples[i][0] // width == samples[i + 1][0] // width)
+    flat = batch.input_ids.flatten()
+    return [flat[start : min(stop, start + PROBED_TOKENS)] for start, stop in samples[index : index + 2]]
+
+
 class SupervisedLoss(nn.Module):
     """Model and loss in one forward, so that a sharded model's head is gathered when the loss reads it.
 
@@ -48,15 +74,43 @@ class SupervisedLoss(nn.Module):
         self.logit_path: LogitPath | None = None
         """How logits come of hidden states; None before the first forward, and where the model's own are taken."""
         self.is_checked = False
+        self.packing_difference: float | None = None
+        """What the check found for packed samples; None before it, and without any."""
 
     def assume(self, path: LogitPath) -> None:
         """Take this path unchecked, for a model without values."""
         self.logit_path, self.is_checked = path, True
 
     def check(self, batch: Batch) -> None:
-        """See on the batch's first tokens how the model makes its logits; the first forward does it by itself."""
+        """See on the batch's first tokens how the model makes its logits, and whether packed samples stay apart.
+
+        The first forward does it by itself. Raises RuntimeError where packed samples see each other.
+        """
+        if len(pair := first_pair(batch)) == 2:
+            self.packing_difference = self._compare_packed(*pair)
         self.logit_path = find_logit_path(self.model, batch.input_ids, self._row_inputs)
         self.is_checked = True
+
+    @torch.no_grad()
+    def _compare_packed(self, first: Tensor, second: Tensor) -> float:
+        """Difference of the second sample's logits, packed behind the first one, to those it has alone."""
+        lengths = torch.tensor([0, len(first), len(second)])
+        bounds = lengths.cumsum(0).to(device=first.device, dtype=torch.int32)
+        places = torch.cat([torch.arange(len(ids), device=ids.device) for ids in (first, second)])[None]
+        ids = torch.cat([first, second])[None]
+        packed = decoder_inputs(self.model, Batch(ids, ids, places, bounds, int(lengths.max()), ids.numel(), 0))
+        with in_eval_mode(self.model):
+            together = self.model(**packed).logits[0, len(first) :]
+            alone = self.model(**own_inputs(second[None])).logits[0]
+        difference = float(relative_difference(together, alone))
+        if difference > (tolerance(alone.dtype) if alone.dtype is torch.float32 else PACKED_IN_16_BITS):
+            raise RuntimeError(
+                f"packed samples see each other in {type(self.model).__name__} with "
+                f"model.attention={self.model.config._attn_implementation}: logits differ by {difference:.1%}; "
+                "use data.packing=false"
+            )
+        logger.info("packing: a sample's logits differ from those it has alone by %.1e of the largest", difference)
+        return difference
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's `num_supervised` tokens, each times its weight, fp32 scalar.

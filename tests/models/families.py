@@ -2,6 +2,7 @@
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SIZES = {
@@ -17,6 +18,21 @@ SIZES = {
 """Every name for a size that a configuration class may use."""
 
 FAMILIES = ["llama", "qwen2", "gpt2", "mistral", "gemma2", "gpt_neox", "phi3"]
+
+
+MOST_USED = """
+llama qwen2 qwen3 qwen3_moe qwen3_next qwen3_5_text gemma2 gemma3_text gemma4_text mistral mixtral phi3 phimoe gpt_oss
+granite granitemoe smollm3 olmo2 olmo3 deepseek_v3 glm4_moe falcon_h1 nemotron_h bamba cohere2 gpt2 llama4_text
+""".split()
+"""In the default suite."""
+EVERY = f"""
+{" ".join(MOST_USED)} afmoe apertus arcee bart biogpt bitnet bloom codegen cohere cwm dbrx deepseek_v2 diffllama doge
+dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_mamba flex_olmo gemma gemma3n_text glm glm4 gpt_bigcode
+gpt_neo gpt_neox gptj granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax
+inkling_text jais2 jamba jetmoe kimi_linear lfm2 lfm2_moe longcat_flash mamba mamba2 mimo_v2_flash minicpm3 minimax
+minimax_m2 ministral mpt nanochat nemotron olmo olmo_hybrid olmoe opt persimmon phi qwen2_moe recurrent_gemma rwkv
+seed_oss stablelm starcoder2 xglm xlstm zamba2 modernbert-decoder
+""".split()
 
 
 RECURRENT = {
@@ -58,6 +74,10 @@ OPTIONS: dict[str, dict[str, object]] = {
         "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4,
     },
+    "gemma4_text": {
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0,
+        "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": 3.0,
+    },
     "rwkv": {"attention_hidden_size": 64, "context_length": 64},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 1]]},
     "qwen3_next": DELTA_NET,
@@ -72,6 +92,13 @@ OPTIONS: dict[str, dict[str, object]] = {
 """What a family's configuration needs beside the sizes."""
 
 
+def _takes(config: object, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except AmbiguousGlobalPerLayerAttributeError:  # every layer has its own
+        return True
+
+
 def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrainedModel:
     """A two-layer model with weights large enough for attention to matter, in fp32 and eval mode.
 
@@ -79,7 +106,7 @@ def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrained
     """
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
-    values = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    values = {name: value for name, value in SIZES.items() if _takes(default, name)}
     values |= {**OPTIONS.get(model_type, {}), **options}
     try:
         config = config_class(**values)
