@@ -48,7 +48,7 @@ def checkpoints(folder: Path) -> list[Path]:
         paths = list(folder.iterdir())  # glob would give nothing for a folder it may not list
     except FileNotFoundError:
         return []
-    found = [path for path in paths if _NAME.fullmatch(path.name)]
+    found = [path for path in paths if _NAME.fullmatch(path.name) and path.is_file()]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
