@@ -35,14 +35,14 @@ class UnreadableCheckpoint(CheckpointFileError):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimiser steps is kept."""
+    """Return where the checkpoint after `step` optimiser steps is kept."""
     return folder / f"step-{step:08d}.ckpt"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. Files still being written are not among them.
+    """Return the checkpoints of a run, oldest first. Files still being written are not among them.
 
-    Raises OSError for a folder that cannot be listed: that is no folder without checkpoints.
+    Raise OSError for a folder that cannot be listed: that is no folder without checkpoints.
     """
     try:
         paths = list(folder.iterdir())  # glob would give nothing for a folder it may not list
@@ -53,9 +53,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; None when the folder has none. Damaged ones are skipped with a logged line.
+    """Return the newest checkpoint that is whole, or None without any; skip damaged ones with a logged line.
 
-    Raises CheckpointFileError when there are checkpoints and all are damaged, and when one cannot be read (permissions,
+    Raise CheckpointFileError when there are checkpoints and all are damaged, and when one cannot be read (permissions,
     I/O): nobody knows then what is in it, and to start again would overwrite it.
     """
     there = checkpoints(folder)
@@ -199,8 +199,11 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
 
 
 def trainable_state(model: nn.Module) -> dict[str, nn.Parameter | Tensor]:
-    """What distinguishes a tuned model from its base, by name and not copied: every parameter that trains, and all
-    that adapters hold beside their base layer (frozen factors and persistent buffers included)."""
+    """Return what distinguishes a tuned model from its base, by name and not copied.
+
+    That is every parameter that trains, and all that adapters hold beside their base layer, frozen factors and
+    persistent buffers included.
+    """
     state: dict[str, nn.Parameter | Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for layer_name, layer in model.named_modules():
         if isinstance(layer, Adapter):
@@ -216,7 +219,7 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict of a sharded model as `gathered` has it; None where nothing is sharded."""
+    """Return the state dict of a sharded model as `gathered` has it; None where nothing is sharded."""
     state = model.state_dict(keep_vars=True)
     return gathered(state) if any(isinstance(tensor, DTensor) for tensor in state.values()) else None
 
@@ -238,7 +241,7 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, detached and not copied; a sharded one whole, in host memory, and on rank zero alone.
+    """Return the tensors, detached and not copied; a sharded one whole, in host memory, and on rank zero alone.
 
     One at a time is gathered, so no device has to hold them all. Every rank must call it.
     """
