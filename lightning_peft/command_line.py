@@ -1,5 +1,6 @@
 """Runs one command, or a sweep of it, and turns what goes wrong into one line and an exit status."""
 
+import io
 import logging
 import os
 import sys
@@ -160,7 +161,12 @@ def first_trial(words: list[str]) -> list[str]:
 
 
 def set_up_logging() -> None:
-    """One line a message, on stderr, ours from INFO (of rank zero) and others' from WARNING."""
+    """One line a message, on stderr, ours from INFO (of rank zero) and others' from WARNING.
+
+    What the terminal's encoding lacks is shown by its number: an answer in another script ends no training.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lightning_peft").setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

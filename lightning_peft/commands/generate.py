@@ -40,7 +40,7 @@ def read_prompts(path: str | None) -> list[str] | None:
         return None
     if not Path(path).is_file():
         raise ValueError(f"prompt_path={path}: no such file; give a text file with one prompt a line")
-    prompts = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"prompt_path={path}: the file has no line with text; write one prompt a line")
     return prompts
@@ -55,7 +55,7 @@ def write_answers(prompts: list[str], answers: list[str], output: str | None) ->
     if output is None:
         sys.stdout.write(text)
     else:
-        Path(output).write_text(text)
+        Path(output).write_text(text, encoding="utf-8")
 
 
 def stream(
