@@ -18,7 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_peft import distributed
 from lightning_peft.cluster.slurm import SlurmError
 from lightning_peft.commands.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
-from lightning_peft.compose import SEARCH_PATH, compose_config, groups_and_defaults, open_words, typed
+from lightning_peft.compose import (
+    SEARCH_PATH,
+    compose_config,
+    groups_and_defaults,
+    open_words,
+    quote_text_values,
+    typed,
+)
 from lightning_peft.config import CONF_DIR, register_schemas
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -99,7 +106,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
 
     The first trial is composed beforehand, so that a wrong word is found before anything starts.
     """
-    folder = [word.partition("=")[2] for word in overrides if word.startswith("run_dir=")]
+    folder = [word for word in overrides if word.startswith("run_dir=")]
     words = [word for word in overrides if not word.startswith("run_dir=")]
     if distributed.world_size() > 1:
         raise ValueError("-m under torchrun or srun: every rank would run a sweep of its own; use submit -m")
@@ -107,7 +114,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     words = open_words(words)
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
-    words += [f"hydra.sweep.dir={name}" for name in folder]
+    words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]
 
     @hydra.main(config_path=str(CONF_DIR.resolve()), config_name=command, version_base="1.3")
     def job(config: DictConfig) -> Any:
