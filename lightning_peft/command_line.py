@@ -1,5 +1,6 @@
 """Runs one command, or a sweep of it, and turns what goes wrong into one line and an exit status."""
 
+import io
 import logging
 import os
 import sys
@@ -16,7 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft import distributed
 from lightning_peft.cluster.slurm import SlurmError
-from lightning_peft.compose import SEARCH_PATH, compose_config, groups_and_defaults, open_words, typed
+from lightning_peft.compose import (
+    SEARCH_PATH,
+    compose_config,
+    groups_and_defaults,
+    open_words,
+    quote_text_values,
+    typed,
+)
 from lightning_peft.config import CONF_DIR, register_schemas
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
@@ -101,7 +109,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
 
     The first trial is composed beforehand, so that a wrong word is found before anything starts.
     """
-    folder = [word.partition("=")[2] for word in overrides if word.startswith("run_dir=")]
+    folder = [word for word in overrides if word.startswith("run_dir=")]
     words = [word for word in overrides if not word.startswith("run_dir=")]
     if distributed.world_size() > 1:
         raise ValueError("-m under torchrun or srun: every rank would run a sweep of its own; use submit -m")
@@ -109,7 +117,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     words = open_words(words)
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
-    words += [f"hydra.sweep.dir={name}" for name in folder]
+    words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]
 
     @hydra.main(config_path=str(CONF_DIR.resolve()), config_name=command, version_base="1.3")
     def job(config: DictConfig) -> Any:
@@ -163,7 +171,12 @@ def first_trial(words: list[str]) -> list[str]:
 
 
 def set_up_logging() -> None:
-    """One line a message, on stderr, ours from INFO (of rank zero) and others' from WARNING."""
+    """One line a message, on stderr, ours from INFO (of rank zero) and others' from WARNING.
+
+    What the terminal's encoding lacks is shown by its number: an answer in another script ends no training.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lightning_peft").setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -313,7 +313,7 @@ def trial_name(overrides: str) -> str:
 
     Other overrides have another name: where one is cut, or a character replaced, a digest of the whole follows.
     """
-    words = [override.partition("=") for override in overrides.split(",") if override]
+    words = [override.lstrip("+").partition("=") for override in overrides.split(",") if override]
     name = "_".join(key.rpartition(".")[2] + value for key, _, value in words) or "trial"
     folder = "".join(c if c.isalnum() or c in "._+-" else "-" for c in name)[:NAME_LENGTH]
     keys = {key.rpartition(".")[2] for key, _, _ in words}

@@ -47,7 +47,7 @@ def test_what_the_user_types_wins_over_the_method():
 def test_run_is_named_by_method_and_model(words, name):
     config = compose_config("train", [*words, "logger=wandb"])
     assert config.run_dir.endswith(f"-{name}")
-    assert "-".join(config.logger["wandb"]["tags"]) == name
+    assert "-".join(config.logger["wandb"]["default_tags"]) == name
     assert Path(compose_config("submit", words).run_dir).name.startswith(f"{name}-")
 
 

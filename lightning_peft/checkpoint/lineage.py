@@ -59,7 +59,9 @@ class Lineage:
 
 
 def write_lineage(lineage: Lineage, folder: Path) -> None:
-    (folder / FILE_NAME).write_text(json.dumps(asdict(lineage), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    (folder / FILE_NAME).write_text(
+        json.dumps(asdict(lineage), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_lineage(folder: Path) -> Lineage | None:
@@ -68,7 +70,7 @@ def read_lineage(folder: Path) -> Lineage | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LineageError(f"{path}: not JSON ({error}); delete it to load the adapter without its lineage") from error
     known = {f.name for f in fields(Lineage)}

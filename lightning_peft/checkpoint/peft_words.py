@@ -136,7 +136,7 @@ def read_words(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterFileError(f"{folder}: not an adapter folder, it has no {CONFIG_NAME}")
     try:
-        words = json.loads(path.read_text())
+        words = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterFileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(words, dict) or "peft_type" not in words:

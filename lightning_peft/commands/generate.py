@@ -60,7 +60,7 @@ def write_answers(prompts: list[str], answers: list[str], output: str | None) ->
     if output is None:
         sys.stdout.write(text)
     else:
-        Path(output).write_text(text)
+        Path(output).write_text(text, encoding="utf-8")
 
 
 def stream(

@@ -193,7 +193,7 @@ def table(config: SweepCommandConfig) -> None:
     if output.suffix == ".svg" and picture is None:
         raise ValueError(f"output_path={output}: a heat map needs two swept keys; use .csv, .json or .html")
     texts = {".csv": csv_text, ".json": json_text, ".html": lambda rows: html_text(rows, picture)}
-    output.write_text(str(picture) if output.suffix == ".svg" else texts[output.suffix](rows))
+    output.write_text(str(picture) if output.suffix == ".svg" else texts[output.suffix](rows), encoding="utf-8")
     logger.info("wrote %s", output)
 
 

@@ -22,9 +22,9 @@ def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: Tr
     with changed_sweep(folder) as sweep:
         tasks = len(names) or sweep.count - len(sweep.trials)
         run_dirs = list_path(sweep, folder)
-        run_dirs.write_text("".join(f"{folder / name}\n" for name in names))
+        run_dirs.write_text("".join(f"{folder / name}\n" for name in names), encoding="utf-8")
         script = run_dirs.with_suffix(".sbatch")
-        script.write_text(array_script(sweep, tasks, folder, cluster, run, bool(names)))
+        script.write_text(array_script(sweep, tasks, folder, cluster, run, bool(names)), encoding="utf-8")
         job = submit_script(script)
         sweep.arrays.append(job)
         for task, name in enumerate(names):

@@ -47,7 +47,7 @@ def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> 
     base = _evaluation(reference)["base"]["loss"] if metric == LOSS else 0.0
     trials = []
     for folder in sorted(path.parent for path in sweep.glob("*/config.yaml")):
-        adapter = yaml.safe_load((folder / "config.yaml").read_text())["adapter"]
+        adapter = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["adapter"]
         if adapter["method"] != "intrinsic":
             raise ValueError(f"sweep_path={sweep}: {folder.name} trained method {adapter['method']}, not intrinsic")
         if not _is_finished(folder):

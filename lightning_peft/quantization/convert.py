@@ -79,7 +79,7 @@ def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
 
 
 def dequantized_linear(layer: nn.Module) -> nn.Linear | Conv1D:
-    """Return a frozen dense layer with a 4-bit layer's dequantised weight, in the dtype it computes in, and its bias."""
+    """Return a frozen dense layer with a 4-bit layer's weight, in the dtype it computes in, and its bias."""
     if not isinstance(layer, QuantizedLinear):
         raise TypeError(f"{type(layer).__name__} is not quantised")
     if layer.transposed:

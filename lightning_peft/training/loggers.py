@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 class RunLogger(Logger):
-    """A Lightning logger on rank zero. The first thing that fails is logged and is the last thing tried.
-
-    A subclass overrides the `write_*` methods it has a place for.
+    """A Lightning logger on rank zero. The first thing that fails is logged and is the last thing tried; samples that
+    fail are no more written, and the rest goes on. A subclass overrides the `write_*` methods it has a place for.
     """
 
     def __init__(self, run_dir: str):
         super().__init__()
         self.run_dir = Path(run_dir)
         self.failed = False
+        self.samples_failed = False
 
     @property
     @abstractmethod
@@ -47,7 +47,13 @@ class RunLogger(Logger):
     @rank_zero_only
     def log_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None:
         """Prompts and answers, a row each."""
-        self._try(self.write_samples, columns, rows, step)
+        if self.failed or self.samples_failed:
+            return
+        try:
+            self.write_samples(columns, rows, step)
+        except Exception as error:
+            self.samples_failed = True
+            logger.warning("%s: %s; no more samples are logged there", self.name, failure(error))
 
     @rank_zero_only
     def start_at(self, step: int) -> None:
@@ -83,12 +89,13 @@ class RunLogger(Logger):
             write(*arguments)
         except Exception as error:
             self.failed = True
-            reason = " ".join(str(error).split()) or "no message"
-            logger.warning(
-                "%s: %s (%s); nothing more is logged there, training goes on", self.name, type(error).__name__, reason
-            )
+            logger.warning("%s: %s; nothing more is logged there, training goes on", self.name, failure(error))
             with suppress(Exception):
                 self.abandon()
+
+
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__} ({' '.join(str(error).split()) or 'no message'})"
 
 
 class TensorBoard(RunLogger):

@@ -74,6 +74,8 @@ class SignalWatch:
         """(time, time for which the main thread computed), seconds."""
         identity = threading.main_thread().ident
         assert identity is not None
+        if not hasattr(time, "pthread_getcpuclockid"):  # macOS: time without progress decides alone
+            return time.monotonic(), 0.0
         return time.monotonic(), time.clock_gettime(time.pthread_getcpuclockid(identity))
 
     def _watch(self, pipe: int) -> None:

@@ -18,6 +18,22 @@ logger = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
 SERVER_SECONDS = 30
 """How long the start and the end of a run wait for a server."""
+SETTINGS: dict[str, Any] = {
+    "init_timeout": SERVER_SECONDS,
+    "finish_timeout": SERVER_SECONDS,
+    # A wrapped console takes down every print with it when its service is gone or the disk is full.
+    "console": "off",
+    "quiet": True,
+}
+DATA_DIR = "WANDB_DATA_DIR"
+PROJECT = "lightning-peft"
+VARIABLES = {
+    "project": "WANDB_PROJECT",
+    "group": "WANDB_RUN_GROUP",
+    "job_type": "WANDB_JOB_TYPE",
+    "tags": "WANDB_TAGS",
+    "name": "WANDB_NAME",
+}
 FLUSH_SECONDS = 30
 """After so long a row is in W&B's file or on its server; its service keeps the latest 15 seconds in memory."""
 STEP = "trainer/global_step"
@@ -30,8 +46,11 @@ def has_wandb_key() -> bool:
     """Whether a run could log in without asking: a key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return netrc.is_file() and "wandb" in netrc.read_text()
+    netrc = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))  # a user without a home has a ~ here
+    try:
+        return "wandb" in netrc.read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def sweep_name(run_dir: Path) -> str | None:
@@ -43,18 +62,21 @@ def sweep_name(run_dir: Path) -> str | None:
 class WandbRun(RunLogger):
     """Online where there is a key and a server that answers, else into `<run_dir>/wandb` for a later `wandb sync`.
 
-    The run's id stands in `<run_dir>/wandb_run.json`, so every start of a folder continues one run. `group` is the
-    sweep's name when null. `options` go to `wandb.init`.
+    The run's id stands in `<run_dir>/wandb_run.json`, so every start of a folder continues one run. `options` go to
+    `wandb.init`. What is null is taken from W&B's environment variable (WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
+    WANDB_TAGS, WANDB_NAME), else the project is PROJECT, the group the sweep's name, the tags `default_tags`, and the
+    name that of the run's folder.
     """
 
     def __init__(
         self,
         run_dir: str,
-        project: str,
+        project: str | None = None,
         mode: str = "auto",
         group: str | None = None,
-        job_type: str = "train",
+        job_type: str | None = None,
         tags: list[str] | None = None,
+        default_tags: list[str] | None = None,
         **options: Any,
     ):
         super().__init__(run_dir)
@@ -65,9 +87,24 @@ class WandbRun(RunLogger):
             if mode == "offline":
                 logger.info("wandb: logging offline to %s/wandb (wandb sync uploads it)", run_dir)
         self.mode: Any = mode  # wandb names a Literal
-        self.options = {"project": project, "group": group, "job_type": job_type, "tags": tags or [], **options}
+        given = {"project": project, "group": group, "job_type": job_type, "tags": tags, "name": None, **options}
+        defaults = {
+            "project": PROJECT,
+            "group": sweep_name(self.run_dir),
+            "job_type": "train",
+            "tags": default_tags or [],
+            "name": self.run_dir.resolve().name,
+        }
+        # wandb itself reads them once a process, when the first run of it starts.
+        variables: dict[str, Any] = {key: os.environ.get(variable) or None for key, variable in VARIABLES.items()}
+        if variables["tags"] is not None:
+            variables["tags"] = variables["tags"].split(",")
+        self.options: dict[str, Any] = defaults
+        for more in (variables, given):
+            self.options = self.options | {key: value for key, value in more.items() if value is not None}
         self.check_options()
         self.run: Any = None
+        self.sets_data_dir = False
         self.written_step = 0
         self.logged = (time.monotonic(), 0)
         """When the record last went forward, and to what step rows had been logged then."""
@@ -90,16 +127,17 @@ class WandbRun(RunLogger):
     def begin(self, step: int) -> None:
         import wandb
 
+        if DATA_DIR not in os.environ:
+            # Tables are staged there; in a home that cannot be written to each would fail.
+            os.environ[DATA_DIR] = str(self.run_dir.resolve() / "wandb")
+            self.sets_data_dir = True
         record = wandb_record(self.run_dir)
         self.written_step = record["step"]
         options = self.options | {
             "id": record["id"],
             "dir": str(self.run_dir),
-            "name": self.options.get("name") or self.run_dir.resolve().name,
-            "group": self.options["group"] or sweep_name(self.run_dir),
-            # A wrapped console takes down every print with it when its service is gone or the disk is full.
             "settings": wandb.Settings(
-                init_timeout=SERVER_SECONDS, finish_timeout=SERVER_SECONDS, console="off", quiet=True
+                **{key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
             ),
         }
         try:
@@ -157,12 +195,20 @@ class WandbRun(RunLogger):
             self.run.mark_preempting()
         # Until it finishes, up to 15 seconds of it are in the memory of another process.
         self.run.finish(exit_code=0 if status == "finished" else 1)
+        self.forget_data_dir()
         if not self.failed:
             write_record(self.run_dir, {"id": self.run.id, "step": max(step, self.written_step)})
+
+    def forget_data_dir(self) -> None:
+        """The next run of this process has its own."""
+        if self.sets_data_dir:
+            os.environ.pop(DATA_DIR, None)
+            self.sets_data_dir = False
 
     def abandon(self) -> None:
         import wandb
 
+        self.forget_data_dir()
         # A service that is dead would be asked again by the next run of this process.
         wandb.teardown()
 
@@ -170,7 +216,7 @@ class WandbRun(RunLogger):
         """The adapter folder as an artifact whose metadata is its lineage; the files are not copied."""
         import wandb
 
-        lineage = json.loads((adapter / LINEAGE).read_text())
+        lineage = json.loads((adapter / LINEAGE).read_text(encoding="utf-8"))
         artifact = wandb.Artifact(f"adapter-{self.run.id}", type="adapter", metadata=lineage)
         artifact.add_dir(str(adapter), policy="immutable")
         self.run.log_artifact(artifact, aliases=["latest", f"step-{step}"])

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,51 @@ def test_cancelled_job_stays_cancelled(slurm, tmp_path, capsys):
     cancel_jobs([job_id])
     ended = wait_for_end(job_id, tmp_path)
     assert (ended.state, ended.restarts) == ("CANCELLED", 0), log(tmp_path)
+
+
+def test_any_folder_runs_with_the_environment_of_the_script(slurm, tmp_path):
+    run_dir = tmp_path / "my run 50%"
+    two_ranks = ["strategy=ddp", "cluster.tasks_per_node=2", "cluster.sbatch=[--export=NONE]", "trainer.max_steps=2"]
+    # Found by the PYTHONPATH of cluster.setup alone.
+    job_id = submit(run_dir, *two_ranks, "callbacks.none={_target_: signalling.FailAt, micro_batch: 999}")
+    assert wait_for_end(job_id, run_dir).state == "COMPLETED", log(run_dir)
+
+
+def test_script_runs_in_its_folder_wherever_it_is_submitted_from(slurm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "run"
+    assert wait_for_end(submit(Path("run"), "trainer.max_steps=2"), run_dir).state == "COMPLETED", log(run_dir)
+    (run_dir / "result.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = slurm.run("sbatch", "--parsable", str(run_dir / "job.sbatch")).strip()
+    assert wait_for_end(again, run_dir).state == "COMPLETED", log(run_dir)
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "finished"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_refused_job_is_one_line_and_leaves_nothing(slurm, tmp_path, capsys):
+    for words in (["submit"], ["submit", "-m", "adapter.rank=2,4"]):
+        assert main([*words, *RUN, f"run_dir={tmp_path}/a/run", "cluster.partition=nope"]) == 2
+        assert "invalid partition specified: nope" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_job_that_never_gets_to_a_checkpoint_fails(slurm, tmp_path):
+    slow = "callbacks.slow={_target_: signalling.SlowStart, seconds: 70}"
+    job_id = submit(tmp_path, slow, "cluster.time=1", "cluster.grace=50")
+    ended = wait_for_end(job_id, tmp_path)
+    assert (ended.state, ended.restarts) == ("FAILED", 2), log(tmp_path)
+    assert "three starts in a row had to leave before a checkpoint" in log(tmp_path)
+
+
+def test_ranks_are_found_without_tasks_per_node(slurm, tmp_path):
+    train = " ".join(f"'{word}'" for word in [*TINY, "strategy=ddp", "trainer.devices=2", "trainer.max_steps=2"])
+    command = f"export OMP_NUM_THREADS=1; srun {sys.executable} -m lightning_peft train {train} run_dir={tmp_path}/run"
+    options = ["--ntasks=2", "--nodes=1", f"--chdir={REPOSITORY}", f"--output={tmp_path}/slurm-1.log"]
+    job_id = slurm.run("sbatch", "--parsable", *options, f"--wrap={command}").strip()
+    assert wait_for_end(job_id, tmp_path).state == "COMPLETED", log(tmp_path)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 2
 
 
 def test_forgotten_job_is_absent(slurm):

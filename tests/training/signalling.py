@@ -57,6 +57,13 @@ class SleepAt(Callback):
             time.sleep(60)
 
 
+class SlowStart(Callback):
+    """Takes a while to make, as a large model does to load."""
+
+    def __init__(self, seconds: float):
+        time.sleep(seconds)
+
+
 class PauseFirstStart(Callback):
     """Waits before the step after `step` until a signal comes, in a SLURM job that was not requeued yet."""
 

@@ -5,6 +5,8 @@ import gc
 import json
 import os
 import subprocess
+import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tiny_runs import tiny_config
 from wandb_records import offline_runs
 
 from lightning_peft.commands.train import train
+from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.wandb_record import wandb_record
 from lightning_peft.training.wandb_run import WandbRun, sweep_name
 
@@ -56,6 +59,7 @@ def finished(tmp_path_factory):
 def test_run_says_what_it_is(finished):
     run_dir, run, result = finished
     assert (run.id, run.group, run.job_type) == (wandb_record(run_dir)["id"], "ranks", "train")
+    assert (run.project, run.name) == ("lightning-peft", "rank4")
     assert set(run.tags) == {"lora", "tiny"} and run.exit_code == 0
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert {key: run.config[key] for key in saved} == saved
@@ -264,6 +268,68 @@ def test_training_outlives_a_full_disk(small_disk, tmp_path, when):
 def test_wrong_option_is_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         WandbRun(str(tmp_path), "p", **options)
+
+
+def test_variables_win_over_defaults_and_a_home_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc")  # where nobody can make a folder
+    variables = {"PROJECT": "mine", "NAME": "called", "TAGS": "a,b", "RUN_GROUP": "ours", "JOB_TYPE": "sweep"}
+    for key, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    (tmp_path / "multirun.yaml").touch()  # so that there is a sweep whose name could be the group
+    train(wandb_config(tmp_path / "run", "validation.every_n_steps=2"))
+    (run,) = offline_runs(tmp_path / "run")
+    assert (run.project, run.name, run.group, run.job_type) == ("mine", "called", "ours", "sweep")
+    assert set(run.tags) == {"a", "b"}
+    assert len(run.scalars("loss")) == 3 and len(run.scalars("samples/path")) == 1
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_what_is_typed_wins_over_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert WandbRun(str(tmp_path), project="typed").options["project"] == "typed"
+    assert WandbRun(str(tmp_path)).options["project"] == "mine"
+
+
+class NoSamples(RunLogger):
+    """Cannot write tables."""
+
+    name = "half"
+
+    def __init__(self, run_dir: str):
+        super().__init__(run_dir)
+        self.steps: list[int] = []
+
+    def write_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.steps.append(step)
+
+    def write_samples(self, columns: list[str], rows: list[list[object]], step: int) -> None:
+        raise PermissionError("no place")
+
+
+def test_table_that_fails_does_not_end_the_scalars(tmp_path, caplog):
+    half = NoSamples(str(tmp_path))
+    for step in (1, 2):
+        half.log_samples(["prompt"], [["a"]], step)
+        half.log_metrics({"loss": 1.0}, step)
+    assert half.steps == [1, 2]
+    assert [r.message for r in caplog.records] == ["half: PermissionError (no place); no more samples are logged there"]
+
+
+USER_WITHOUT_HOME = """
+import os
+from lightning_peft.training.wandb_run import has_wandb_key
+from lightning_peft.user_cache import user_cache
+os.setuid(4711)
+for key in ("HOME", "XDG_CACHE_HOME", "WANDB_API_KEY", "NETRC"):
+    os.environ.pop(key, None)
+print(has_wandb_key(), user_cache())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which takes root")
+def test_user_without_a_home_has_no_key_and_a_cache_for_the_time_being():
+    run = subprocess.run([sys.executable, "-c", USER_WITHOUT_HOME], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", f"{tempfile.gettempdir()}/lightning_peft-4711"]
 
 
 def test_run_outside_a_sweep_has_no_group(tmp_path):

@@ -54,6 +54,8 @@ class OfflineRun:
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     artifacts: list[Any] = field(default_factory=list)
+    project: str = ""
+    name: str = ""
     preempting: bool = False
     exit_code: int | None = None
 
@@ -73,6 +75,7 @@ def offline_run(path: Path) -> OfflineRun:
         if kind == "run":
             run.id, run.group, run.job_type = record.run.run_id, record.run.run_group, record.run.job_type
             run.tags = list(record.run.tags)
+            run.project, run.name = record.run.project, record.run.display_name
             run.config |= values(record.run.config.update)
         elif kind == "config":
             run.config |= values(record.config.update)

@@ -69,7 +69,7 @@ class Samples(Callback):
             for prompt, *texts in zip(self.prompts, base, answers, self.references, strict=True)
         ]
         columns = ["step", "prompt", "base", "answer", "reference"]
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
         for logger in trainer.loggers:
