@@ -57,7 +57,7 @@ class PromptLayout:
         return cls(kind, config.system_prompt, template, dict(config.template_options), tools, sorted(stops))
 
     def save(self, folder: Path) -> None:
-        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "PromptLayout | None":
@@ -66,7 +66,7 @@ class PromptLayout:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a prompt layout ({error})") from error
 
