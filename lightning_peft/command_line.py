@@ -26,6 +26,7 @@ from lightning_peft.compose import (
     typed,
 )
 from lightning_peft.config import CONF_DIR, register_schemas
+from lightning_peft.plugins import imported_by_words, is_of_plugin
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 
@@ -101,7 +102,8 @@ def is_input_error(error: Exception) -> bool:
     if isinstance(error, OSError | WrongInput | SlurmError):
         return True
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, ValueError) and Path(innermost).is_relative_to(Path(__file__).parent)
+    is_own = Path(innermost).is_relative_to(Path(__file__).parent) or is_of_plugin(innermost)
+    return isinstance(error, ValueError) and is_own
 
 
 def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]) -> None:
@@ -114,7 +116,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     if distributed.world_size() > 1:
         raise ValueError("-m under torchrun or srun: every rank would run a sweep of its own; use submit -m")
     check_one_sweeper(words, compose_config(command, first_trial(words)))
-    words = open_words(words)
+    words = open_words(imported_by_words(words))
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]

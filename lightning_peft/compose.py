@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from lightning_peft import distributed
 from lightning_peft.config import CONF_DIR, TrainConfig, register_schemas, train_config
+from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def explained(command: str) -> Iterator[None]:
 
 def composed(command: str, overrides: list[str]) -> DictConfig:
     """The config of a command before its values are resolved and typed."""
+    import_plugins()
+    overrides = imported_by_words(overrides)
     register_schemas()
     check_adapter_has_method(overrides)
     if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
@@ -106,6 +109,8 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
         saved = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(saved, dict) or not saved.keys() >= {"adapter", "optimizer"}:
             raise ValueError(f"config_path={path}: not the config.yaml of a run")
+        import_plugins()
+        import_modules(saved.get("imports", []))
         return train_config(in_folder_of(path, {str(key): value for key, value in saved.items()}))
     except FileNotFoundError as error:
         raise ValueError(f"config_path={path}: no such file") from error

@@ -52,6 +52,8 @@ class TrainConfig:
     """Folder of the run; null takes runs/<time>-<method>-<model>."""
     method: str = "lora"
     """What runs, jobs and W&B tags call the method; set by the option file of `method=`."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: methods, objectives, sources, tasks of one's own."""
     seed: int = 0
     """Seed of adapter init, data order and dropout."""
     resume: str = "never"
@@ -153,6 +155,8 @@ class EvaluateConfig:
     """Answers shown side by side."""
     precision: str = "auto"
     """dtype of the computation, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
     output: str | None = None
     """JSON file of the scores; null writes evaluation.json beside the adapter."""
 
@@ -182,6 +186,8 @@ class GenerateConfig:
     """File for the answers of prompt_path."""
     system_prompt: str | None = None
     """System message; null takes the one the adapter was trained with."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     precision: str = "auto"
     """dtype of the computation, as trainer.precision."""
@@ -203,6 +209,8 @@ class MergeCommandConfig:
     """Folder to write; must not exist."""
     model: ModelConfig | None = None
     """Base model; null takes the one the adapter was trained on."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
     merge: MergeConfig = field(default_factory=MergeConfig)
 
 
@@ -275,9 +283,13 @@ ROOTS: dict[str, type] = {
 }
 
 
-@cache
 def register_schemas() -> None:
-    """Put every schema where the option files under `conf/` look for it; once a process, it takes a while."""
+    """Put every schema where the option files under `conf/` look for it; again where a module has added rows."""
+    _register(tuple(METHODS), tuple(OPTIMIZERS))
+
+
+@cache
+def _register(methods: tuple[str, ...], optimizers: tuple[str, ...]) -> None:
     store = ConfigStore.instance()
     for command, root in ROOTS.items():
         store.store(name=f"{command}_schema", node=beyond_train(root) if issubclass(root, TrainConfig) else root)
@@ -285,6 +297,17 @@ def register_schemas() -> None:
         store.store(group="adapter", name=f"{name}_schema", node=method.config)
     for name, optimizer in OPTIMIZERS.items():
         store.store(group="optimizer", name=f"{name}_schema", node=optimizer.config)
+    for name in methods:
+        if (CONF_DIR / "adapter" / f"{name}.yaml").exists():
+            continue
+        # A method from outside the package needs no option files.
+        overrides = {"adapter": name, "quantization": "none", "optimizer": "adamw"}
+        defaults = [*({f"override /{group}": option} for group, option in overrides.items()), "_self_"]
+        store.store(group="adapter", name=name, node={"defaults": [f"{name}_schema"]})
+        store.store(group="method", name=name, package="_global_", node={"defaults": defaults, "method": name})
+    for name in optimizers:
+        if not (CONF_DIR / "optimizer" / f"{name}.yaml").exists():
+            store.store(group="optimizer", name=name, node={"defaults": [f"{name}_schema"]})
     singles = {
         "model": ModelConfig, "quantization": QuantizationConfig, "schedule": ScheduleConfig, "data": DataConfig,
         "strategy": StrategyConfig, "cluster": ClusterConfig,
@@ -382,7 +405,14 @@ OmegaConf.register_new_resolver("config_digest", config_digest, replace=True)
 
 
 def train_config(saved: dict[str, Any]) -> TrainConfig:
-    """The typed config from the plain dictionary that `config.yaml` and `lineage.json` hold."""
+    """The typed config from the plain dictionary that `config.yaml` and `lineage.json` hold.
+
+    Raises ValueError for a method that is not known here; nothing that the dictionary names is imported.
+    """
+    method, modules = saved["adapter"]["method"], ",".join(saved.get("imports", []))
+    if method not in METHODS:
+        hint = f"it was made with imports=[{modules}]: give that too, if you trust it" if modules else "not one of ours"
+        raise ValueError(f"method={method}: {hint}")
     schema = OmegaConf.structured(
         TrainConfig(
             adapter=METHODS[saved["adapter"]["method"]].config(),

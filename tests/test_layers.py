@@ -7,7 +7,7 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
-    ["user_cache"],
+    ["user_cache", "plugins"],
     ["kernels"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],

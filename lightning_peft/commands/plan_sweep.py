@@ -40,6 +40,7 @@ from lightning_peft.commands.sweep_array import array_script, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
 from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
 from lightning_peft.data.sources import SOURCES
+from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.lock import new_folder, remove_if_empty
 from lightning_peft.training.wandb_record import wandb_record
 
@@ -155,6 +156,7 @@ def check_validated(metric: str, run: TrainConfig) -> None:
 
 def parse(words: list[str]) -> list[Override]:
     """Hydra's reading of the words, globs over option files included, those of one's own folders too."""
+    words = imported_by_words(words)
     register_schemas()
     # Trials are composed in other working folders as well.
     words = [absolute_search_path(word) if word.startswith(f"{SEARCH_PATH}=") else word for word in words]

@@ -1,0 +1,139 @@
+"""Parts from outside the package train, resume, sweep and are scored through the command line alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from tiny_runs import TINY
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHORT = ["trainer.max_steps=3", "logger=csv"]
+METHOD = ["imports=[own_method]", "method=row_gain", *SHORT]
+
+
+def command(*words: str, cwd: Path = EXAMPLES) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_peft", *words], cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+    return done
+
+
+def succeeded(*words: str, cwd: Path = EXAMPLES) -> str:
+    done = command(*words, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("own") / "run"
+    succeeded("train", *TINY, *METHOD, f"run_dir={run_dir}", "adapter.largest=0.25")
+    return run_dir
+
+
+def test_own_method_trains_with_its_own_options(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["imports"], config["method"]) == (["own_method"], "row_gain")
+    assert (config["adapter"]["method"], config["adapter"]["largest"]) == ("row_gain", 0.25)
+    gains = [value for key, value in load_file(run / "adapter" / "adapter_model.safetensors").items() if "gain" in key]
+    assert gains and all(gain.abs().max() > 0 for gain in gains)
+
+
+def test_own_option_is_checked(tmp_path):
+    done = command("train", *TINY, *METHOD, f"run_dir={tmp_path}/run", "adapter.largest=2")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: adapter.largest=2.0: must be above 0 and at most 1"
+
+
+def test_folder_of_somebody_else_runs_no_code(run, tmp_path):
+    # The module lies where it would be found, and leaves a file if it is imported.
+    (tmp_path / "own_method.py").write_text("open('imported', 'w')\n" + (EXAMPLES / "own_method.py").read_text())
+    words = ["evaluate", f"adapter_path={run}", "max_rows=4", f"output={tmp_path}/scores.json"]
+    refused = command(*words, cwd=tmp_path)
+    assert refused.returncode == 2 and not (tmp_path / "imported").exists()
+    assert "method=row_gain: it was made with imports=[own_method]: give that too, if you trust it" in refused.stderr
+    succeeded(*words, "imports=[own_method]", cwd=tmp_path)
+    assert (tmp_path / "imported").exists()
+    assert json.loads((tmp_path / "scores.json").read_text())["adapter"]["loss"] > 0
+
+
+def test_own_method_is_merged(run, tmp_path):
+    out = succeeded("merge", f"adapter_path={run}", f"output={tmp_path}/merged", "imports=own_method")
+    assert "100.00% of the adapter's effect kept" in out or "99." in out
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_own_method_resumes_from_its_saved_config(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    saved["trainer"]["max_steps"] = 5
+    saved["resume"] = "auto"
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(saved))
+    succeeded("train", f"config_path={tmp_path}/run/config.yaml")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 5
+
+
+def test_own_initialisation_and_optimiser(tmp_path):
+    words = ["imports=[own_optimizer]", "adapter.init=orthonormal", "optimizer=sgd", "optimizer.momentum=0.5", *SHORT]
+    succeeded("train", *TINY, *words, f"run_dir={tmp_path}/run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+
+
+def test_own_rows_and_their_score(tmp_path):
+    words = ["imports=[own_data]", "data=jsonl", "data.source=sums", "data.task=sums", *SHORT]
+    succeeded("train", *TINY, *words, f"run_dir={tmp_path}/run")
+    succeeded("evaluate", f"adapter_path={tmp_path}/run", "imports=[own_data]", "max_rows=8")
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert 0 <= scores["adapter"]["metrics"]["right"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "imports=broken: no module of that name in the working folder or on PYTHONPATH"),
+        ("import not_there", "imports=broken: it imports not_there, which is not installed"),
+        ("1 / 0", "imports=broken: ZeroDivisionError: division by zero ("),
+    ],
+)
+def test_module_that_cannot_be_imported_is_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "broken.py").write_text(text)
+    done = command("train", "imports=[broken]", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_installed_package_announces_its_module(tmp_path):
+    shutil.copy(EXAMPLES / "own_method.py", tmp_path)
+    announced = tmp_path / "own-1.0.dist-info"
+    announced.mkdir()
+    (announced / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (announced / "entry_points.txt").write_text("[lightning_peft.plugins]\nrow_gain = own_method\n")
+    code = (
+        "from lightning_peft.compose import compose_config\n"
+        "print(compose_config('train', ['method=row_gain', 'model=tiny']).adapter.largest)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout == "0.5\n", done.stderr
+
+
+@pytest.mark.multi_process
+def test_own_method_trains_on_several_ranks(run, tmp_path):
+    words = [*METHOD, "adapter.largest=0.25", "strategy=ddp", "trainer.devices=2"]
+    succeeded("train", *TINY, *words, f"run_dir={tmp_path}/run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.multi_process
+def test_own_method_is_swept(tmp_path):
+    words = [*METHOD, "adapter.largest=0.2,0.4"]
+    succeeded("train", "-m", *TINY, *words, f"run_dir={tmp_path}/sweep")
+    results = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")]
+    assert [result["status"] for result in results] == ["finished", "finished"]
