@@ -128,7 +128,7 @@ def test_cancelled_job_stays_cancelled(slurm, tmp_path, capsys):
 
 def test_any_folder_runs_with_the_environment_of_the_script(slurm, tmp_path):
     run_dir = tmp_path / "my run 50%"
-    two_ranks = ["strategy=ddp", "cluster.tasks_per_node=2", "cluster.sbatch=[--export=NONE]", "trainer.max_steps=2"]
+    two_ranks = ["strategy=ddp", "cluster.tasks_per_node=2", "cluster.sbatch=['--export=NONE']", "trainer.max_steps=2"]
     # Found by the PYTHONPATH of cluster.setup alone.
     job_id = submit(run_dir, *two_ranks, "callbacks.none={_target_: signalling.FailAt, micro_batch: 999}")
     assert wait_for_end(job_id, run_dir).state == "COMPLETED", log(run_dir)
