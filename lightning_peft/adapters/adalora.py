@@ -101,7 +101,10 @@ class AdaLoRALinear(Adapter):
         return [self.lora_A, self.lora_B, self.lora_E] * 2
 
     def regularization(self) -> Tensor:
-        """Weight times the mean of ||A A^T - I|| and ||B^T B - I||   (eq. 4, the norm not squared as in their code)."""
+        """Return the penalty's weight times the mean of ||A A^T - I|| and ||B^T B - I||   (eq. 4).
+
+        The norm is not squared, as in the authors' code.
+        """
         eye = torch.eye(self.rank, device=self.lora_A.device, dtype=self.lora_A.dtype)
         grams = (self.lora_A @ self.lora_A.t(), self.lora_B.t() @ self.lora_B)
         gaps = [torch.linalg.matrix_norm(gram - eye) for gram in grams]
@@ -128,7 +131,7 @@ class RankSchedule:
         self.kept: dict[str, Tensor] = {}
 
     def budget(self, step: int) -> int:
-        """Entries of E left over all layers after `step` optimiser steps   (eq. 12)."""
+        """Return the entries of E left over all layers after `step` optimiser steps (eq. 12)."""
         if step >= self.last_cut:
             return self.final_budget
         if step <= self.first_cut:
@@ -201,7 +204,7 @@ class RankSchedule:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded."""
+    """Return the whole of a tensor that may be sharded."""
     # Half a second to import, which naming the methods there are should not cost.
     from torch.distributed.tensor import DTensor
 
@@ -209,7 +212,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def rank_schedule(adapters: dict[str, Adapter], config: AdaLoRAConfig, total_steps: int) -> RankSchedule:
-    """The rank schedule of a model's AdaLoRA layers."""
+    """Return the rank schedule of a model's AdaLoRA layers."""
     return RankSchedule(
         {n: layer for n, layer in adapters.items() if isinstance(layer, AdaLoRALinear)}, config, total_steps
     )

@@ -32,7 +32,7 @@ class AdapterBank(nn.Module):
         self.routes: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, ..., in_features) -> (rows, ..., out_features)."""
+        """Map (rows, ..., in_features) to (rows, ..., out_features)."""
         if self.routes is None or len(self.routes) != len(x):
             raise RuntimeError(f"a batch of {len(x)} rows needs as many routes: call the model inside `routed`")
         base_output = self.base_layer(x)

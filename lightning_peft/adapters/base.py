@@ -1,4 +1,4 @@
-"""What every adapter method is: a frozen layer with a small trainable change around it."""
+"""The interface of every adapter method: a frozen layer with a small trainable change around it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Target:
 
 @dataclass
 class AdapterConfig:
-    """What all methods share: where the adapters go and how large they are."""
+    """The options all methods share: where the adapters go and how large they are."""
 
     method: str = ""
     """A key of `METHODS`; set by the option file."""
@@ -79,35 +79,35 @@ class AdapterConfig:
 
     @property
     def initialization(self) -> Initialization:
-        """The row of `INITS` the layers start by."""
+        """Return the row of `INITS` the layers start by."""
         return INITS[self.init_name]
 
     @property
     def init_name(self) -> str:
-        """A key of `INITS`; a method with a start of its own reads shapes alone, as kaiming does."""
+        """Return a key of `INITS`; a method with a start of its own reads shapes alone, as kaiming does."""
         return "kaiming"
 
     @property
     def rank_within_layer(self) -> bool:
-        """Whether a rank above a layer's smaller side is an error rather than a waste."""
+        """Return whether a rank above a layer's smaller side is an error rather than a waste."""
         return self.initialization.bounds_rank
 
     @property
     def rank_growth(self) -> float:
-        """The factor by which a layer's rank may grow when an initialisation spreads ranks over the layers."""
+        """Return the factor by which a layer's rank may grow when an initialisation spreads ranks over the layers."""
         return 1.0
 
     @property
     def trained_biases(self) -> Bias:
-        """Biases of the base that train beside the adapters."""
+        """Return the biases of the base that train beside the adapters."""
         return Bias.none
 
 
 class StepSchedule(Protocol):
-    """What changes adapters between optimiser steps, with a state that a checkpoint keeps."""
+    """A change to the adapters between optimiser steps, with a state that a checkpoint keeps."""
 
     def after_step(self, step: int) -> None:
-        """Called after optimiser step `step` (from 1), on every rank, while the gradients are there."""
+        """Act after optimiser step `step` (from 1), on every rank, while the gradients are there."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -133,7 +133,7 @@ class Adapter(nn.Module, ABC):
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features); ids (...) -> (..., dim) around an embedding."""
+        """Map (..., in_features) to (..., out_features); ids (...) to (..., dim) around an embedding."""
         if not self.enabled:
             return self.base_layer(x)
         base = frozen_base(self.base_layer, x)
@@ -154,11 +154,11 @@ class Adapter(nn.Module, ABC):
 
     @property
     def active_dropout(self) -> float:
-        """Probability of dropping an input now: 0 outside training."""
+        """Return the probability of dropping an input now: 0 outside training."""
         return self.dropout if self.training else 0.0
 
     def base_input(self, x: Tensor) -> Tensor:
-        """What the base layer is fed; a method that scales its inputs overrides this."""
+        """Return what the base layer is fed; a method that scales its inputs overrides this."""
         return x
 
     @abstractmethod
@@ -167,10 +167,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def delta_weight(self) -> Tensor:
-        """Merged minus base weight, fp32, in the shape `dense_weight(base_layer)` has."""
+        """Return merged minus base weight, fp32, in the shape `dense_weight(base_layer)` has."""
 
     def delta_bias(self) -> Tensor | None:
-        """Merged minus base bias, fp32, or None."""
+        """Return merged minus base bias, fp32, or None."""
         return None
 
     @abstractmethod
@@ -183,7 +183,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def rewrote_base(self) -> bool:
-        """Whether the start took a part of the base weight out of it."""
+        """Return whether the start took a part of the base weight out of it."""
         return False
 
     def on_untouched_base(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ class Adapter(nn.Module, ABC):
         return []
 
     def regularization(self) -> Tensor | None:
-        """Extra loss of this layer, or None; the model's is the mean over its layers."""
+        """Return the extra loss of this layer, or None; the model's is the mean over its layers."""
         return None
 
     def check_mergeable(self) -> None:

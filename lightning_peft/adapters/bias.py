@@ -30,7 +30,7 @@ class MixedLinear(nn.Linear):
 
 
 def layers_with_bias(model: nn.Module, adapted: Container[str], which: Bias) -> list[str]:
-    """Names of the layers whose biases are chosen; `adapted` are those to wrap. ValueError when there are none."""
+    """Return the names of the layers whose biases are chosen, `adapted` being the wrapped ones; ValueError if none."""
     if which is Bias.none:
         return []
     found = [

@@ -25,13 +25,13 @@ class DoRAConfig(LoRAConfig):
 
 
 def squared_row_norms(weight: Tensor) -> Tensor:
-    """(out, in) -> (out,), fp32."""
+    """Return the squared norms of the rows of (out, in), fp32, (out,)."""
     rows = max(1, ROWS_AT_ONCE // weight.shape[1])
     return torch.cat([part.float().square().sum(1) for part in weight.split(rows)])
 
 
 def adapted_row_norms(weight: Tensor, squared_norms: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Row norms of W + s B A, fp32, (out,), without forming B A.
+    """Return the row norms of W + s B A, fp32, (out,), without forming B A.
 
     n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B A A^T, B>, inner products by row; `squared_norms` is the first term.
     """

@@ -32,7 +32,7 @@ class Sketch:
         self.rows = (S[:, None] * V.t())[: self.rank]
 
     def directions(self) -> tuple[Tensor, list[float]]:
-        """Orthonormal rows, and the share of the activations' energy along each."""
+        """Return orthonormal rows, and the share of the activations' energy along each."""
         assert self.rows is not None
         lengths = self.rows.norm(dim=1)
         return self.rows / lengths[:, None].clamp_min(1e-30), (lengths.square() / self.total).tolist()
@@ -68,7 +68,7 @@ def _reads_activations(module: nn.Module) -> bool:
 def _observe(
     model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Mapping[str, Any]], rho: float
 ) -> list[Sketch]:
-    """One sketch for each distinct input among the layers: q, k and v, for one, are fed the same tensor."""
+    """Return one sketch for each distinct input among the layers: q, k and v, for example, are fed the same tensor."""
     sketches: dict[str, Sketch] = {}
     feeder: dict[str, str] = {}
     last: list[Any] = [None, ""]
@@ -107,7 +107,7 @@ def _observe(
 
 
 def _share_ranks(ranks: Mapping[str, int], shares: Mapping[str, list[float]], rho: float) -> dict[str, int]:
-    """Ranks with the same sum, for the directions with the largest shares."""
+    """Return ranks with the same sum, for the directions with the largest shares."""
     if rho == 1:
         return dict(ranks)
     given = dict.fromkeys(ranks, 1)

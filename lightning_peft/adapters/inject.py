@@ -92,18 +92,18 @@ class Injection:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """Adapters of the model with the names their base layers had."""
+    """Return the adapters of the model with the names their base layers had."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
 def regularization(model: nn.Module) -> Tensor | None:
-    """Extra loss of the adapters: the mean over the layers that have one, None when no layer has."""
+    """Return the extra loss of the adapters: the mean over the layers that have one, None when no layer has."""
     losses = [loss for _, adapter in adapters(model) if (loss := adapter.regularization()) is not None]
     return torch.stack(losses).mean() if losses else None
 
 
 def step_schedule(model: nn.Module, config: AdapterConfig, total_steps: int) -> StepSchedule | None:
-    """What must be called after every optimiser step; None for methods that change nothing between steps."""
+    """Return what must be called after every optimiser step; None for methods that change nothing between steps."""
     build = METHODS[config.method].schedule
     return None if build is None else build(dict(adapters(model)), config, total_steps)
 
@@ -139,7 +139,7 @@ def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def describe_targets(targets: list[Target], model: nn.Module) -> Table:
-    """Table of the layers wrapped in an injected model: shape, rank, alpha, trainable parameters, totals below."""
+    """Make a table of the wrapped layers of a model: shape, rank, alpha, trainable parameters, totals below."""
     found = dict(adapters(model))
     trainable, total = trainable_parameter_counts(model)
     table = Table(
@@ -167,7 +167,7 @@ def _train_everything(model: nn.Module) -> None:
 
 
 def _find_trainable(model: nn.Module, patterns: list[str], adapted: set[str]) -> dict[str, nn.Module]:
-    """Modules to be trained in full beside the adapters, each with parameters of its own, by name."""
+    """Return the modules to be trained in full beside the adapters, each with parameters of its own, by name."""
     names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
     found: dict[str, nn.Module] = {}
     for pattern in patterns:

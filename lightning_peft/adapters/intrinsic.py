@@ -39,7 +39,7 @@ class IntrinsicConfig(AdapterConfig):
 
 
 class IntrinsicVector(nn.Module):
-    """What trains: `intrinsic_vector`, from zero, and with SAID `block_scales`, one per block, from one.
+    """The numbers that train: `intrinsic_vector`, from zero, and with SAID `block_scales`, one per block, from one.
 
     Together they have exactly `dimension` elements.
     """
@@ -64,14 +64,14 @@ class IntrinsicVector(nn.Module):
             nn.init.ones_(self.block_scales)
 
     def scaled(self, depth: int | None) -> Tensor:
-        """The vector times the scale of a block, (dimension - blocks,)."""
+        """Return the vector times the scale of a block, (dimension - blocks,)."""
         if self.block_scales is None:
             return self.intrinsic_vector
         return self.block_scales[self.row[-1 if depth is None else depth]] * self.intrinsic_vector
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
-    """x H along the last dimension, a power of two; H has entries +-1, so H H = size * I."""
+    """Return x H along the last dimension, a power of two; H has entries +-1, so H H = size * I."""
     size = x.shape[-1]
     if size <= LARGEST_HADAMARD:
         return x @ hadamard_matrix(size, x.device, x.dtype)
@@ -80,7 +80,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
 
 
 def hadamard_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sylvester's (size, size) matrix."""
+    """Return Sylvester's (size, size) matrix."""
     matrix = torch.ones(1, 1, device=device, dtype=dtype)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -123,7 +123,7 @@ class Fastfood(nn.Module):
             chunk.copy_(torch.randn(length, generator=generator))
 
     def forward(self, v: Tensor) -> Tensor:
-        """(dimension,) -> (size,), in the dtype of v."""
+        """Map (dimension,) to (size,), in the dtype of v."""
         length = self.signs.shape[0]
         mixed = hadamard_transform(F.pad(v, (0, length - self.dimension)) * self.signs.to(v.dtype))[self.permutation]
         chunks = hadamard_transform(self.gaussian.to(v.dtype) * mixed)

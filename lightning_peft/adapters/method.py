@@ -1,4 +1,4 @@
-"""What a method says about itself: one row, `METHOD` in the method's own file; `registry.METHODS` collects them."""
+"""Everything a method says about itself: one row, `METHOD` in its own file; `registry.METHODS` collects the rows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class PeftSpelling:
 
 @dataclass(frozen=True)
 class Contract:
-    """What the contract suite holds a method to, beside what holds for all."""
+    """The numbers the contract suite holds a method to, beside what holds for all."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """Options that suit a small model of width 64 with rank 4."""
@@ -83,14 +83,14 @@ class Method:
 
     @property
     def cannot_share_base(self) -> str:
-        """Why several adapters of this method cannot share a base in a bank; empty where they can."""
+        """Return why several adapters of this method cannot share a base in a bank; empty where they can."""
         if not self.layers:
             return "trains the base itself"
         return "" if self.shared is None else "keeps state beside its layers, one a model"
 
     @property
     def merges(self) -> bool:
-        """Whether the change can be written into the base weight."""
+        """Return whether the change can be written into the base weight."""
         return all(adapter.mergeable for adapter in self.layers.values())
 
 

@@ -33,7 +33,7 @@ GPT-NeoX's query_key_value, phi-3's qkv_proj.
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a dotted module name fits: an exact name or its end after a dot, a glob, or `re:` and a regex."""
+    """Return whether a dotted module name fits: an exact name or its end after a dot, a glob, or `re:` and a regex."""
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
@@ -45,7 +45,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def block_depth(name: str) -> int | None:
-    """Index of the transformer block a module lies in: the first number in its dotted name."""
+    """Return the index of the transformer block a module lies in: the first number in its dotted name."""
     found = re.search(r"(?:^|\.)(\d+)\.", name)
     return int(found.group(1)) if found else None
 
@@ -66,7 +66,9 @@ def parse_layers(layers: str) -> Callable[[int], bool]:
 
 
 def find_targets(model: nn.Module, config: AdapterConfig, layer_types: tuple[type[nn.Module], ...]) -> list[Target]:
-    """Layers of `model` that `config` selects among those of `layer_types`, in the model's order, with rank and alpha.
+    """Return the layers of `model` that `config` selects, in the model's order, with rank and alpha.
+
+    Only layers of `layer_types` are candidates.
 
     ValueError when a pattern or the whole selection matches nothing, when a tied embedding or head is selected, or
     when a rank exceeds its layer and the initialisation cannot have that.
@@ -91,7 +93,7 @@ def find_targets(model: nn.Module, config: AdapterConfig, layer_types: tuple[typ
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Stacked weights of mixture-of-experts layers, (experts, rows, columns), by name."""
+    """Return stacked weights of mixture-of-experts layers, (experts, rows, columns), by name."""
     return {
         f"{prefix}.{name}": parameter
         for prefix, module in model.named_modules()
@@ -102,7 +104,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def expert_share(model: nn.Module) -> float:
-    """Share of the blocks' linear weights held in stacked expert parameters."""
+    """Return the share of the blocks' linear weights held in stacked expert parameters."""
     experts = sum(parameter.numel() for parameter in expert_parameters(model).values())
     if experts == 0:
         return 0.0
@@ -115,7 +117,7 @@ def expert_share(model: nn.Module) -> float:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Whether the output head shares its weight with the input embedding."""
+    """Return whether the output head shares its weight with the input embedding."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return False
     embedding, head = ends(model)
@@ -126,20 +128,20 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def ends(model: nn.Module) -> tuple[Any, Any]:
-    """Input embedding and output head; None where a model has none."""
+    """Return the input embedding and output head; None where a model has none."""
     getters: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output")]
     return getters[0](), getters[1]()
 
 
 def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
-    """The last parts of `names` most like the patterns, for an error message."""
+    """Return the last parts of `names` most like the patterns, for an error message."""
     leaves = sorted({name.rpartition(".")[2] for name in names})
     close = [leaf for pattern in patterns for leaf in difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.4)]
     return ", ".join(dict.fromkeys(close)) or ", ".join(leaves[:12])
 
 
 def _select(model: nn.Module, config: AdapterConfig, candidates: dict[str, nn.Module]) -> list[str]:
-    """Names of the selected candidates."""
+    """Return the names of the selected candidates."""
     given = config.target_modules
     if given is None or len(given) == 0:
         raise ValueError(f"adapter.target_modules={given}: method {config.method!r} needs layers, such as all_linear")

@@ -94,7 +94,7 @@ class VeRALinear(Adapter):
         nn.init.constant_(self.vera_lambda_d, self.initial_d)
 
     def projection(self) -> tuple[Tensor, Tensor]:
-        """This layer's part of the pair: A (rank, in_features), B (out_features, rank)."""
+        """Return this layer's part of the pair: A (rank, in_features), B (out_features, rank)."""
         (shared,) = self._shared
         return shared.vera_A[:, : self.in_features], shared.vera_B[: self.out_features]
 

@@ -1,1 +1,1 @@
-"""What is written to disk: adapters in the HF PEFT format, merged models, resumable state."""
+"""Everything written to disk: adapters in the HF PEFT format, merged models, resumable state."""

@@ -18,13 +18,16 @@ class SaveError(OSError):
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written before it is renamed; a leftover of a killed process is overwritten by the next one."""
+    """Return where `path` is written before it is renamed.
+
+    A leftover of a killed process is overwritten by the next one.
+    """
     return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends without an exception.
+    """Return a path to write to, which becomes `path` when the block ends without an exception.
 
     Raises SaveError on any OSError, a full disk among them.
     """
@@ -39,7 +42,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to write to, which becomes `path` when the block ends without an exception.
+    """Return an empty folder to write to, which becomes `path` when the block ends without an exception.
 
     Raises SaveError on any OSError, a full disk among them.
     """

@@ -19,7 +19,7 @@ class LineageError(ValueError):
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers; absent ones are left out."""
+    """Return the versions of Python and of the packages that decide numbers; absent ones are left out."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -31,7 +31,7 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass
 class Lineage:
-    """What is written beside an adapter as `lineage.json`."""
+    """The record beside an adapter, `lineage.json`."""
 
     base_fingerprint: str
     """`source_fingerprint` of the weights as published, before any quantisation."""
@@ -58,7 +58,7 @@ def write_lineage(lineage: Lineage, folder: Path) -> None:
 
 
 def read_lineage(folder: Path) -> Lineage | None:
-    """The lineage of an adapter folder; None if it has none, as folders of HF PEFT do. Raises LineageError."""
+    """Return the lineage of an adapter folder; None if it has none, as folders of HF PEFT do. Raises LineageError."""
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return None

@@ -10,7 +10,7 @@ class MergeBase(Enum):
     """Which weights the change is added to when the base is quantised."""
 
     dequantised = "dequantised"
-    """Those the adapter was trained on, made dense: the merged model is the adapted one but for one rounding."""
+    """The weights the adapter was trained on, made dense: the merged model is the adapted one but for one rounding."""
     original = "original"
     """The weights before quantisation: a third model, neither the base nor what was trained."""
     requantised = "requantised"

@@ -160,7 +160,10 @@ class Comparison:
 
 
 def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
-    """Sum over tokens of KL(adapted || merged) from logits (T, V). In fp64: fp32 would add about 1e-8 a token."""
+    """Return KL(adapted || merged), summed over tokens, from logits (T, V).
+
+    It is computed in fp64: fp32 would add about 1e-8 a token.
+    """
     logs = merged.double().log_softmax(-1), adapted.double().log_softmax(-1)
     return float(F.kl_div(*logs, reduction="sum", log_target=True))
 

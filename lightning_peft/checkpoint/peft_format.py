@@ -89,7 +89,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def adapter_config_from_peft(folder: str | Path) -> AdapterConfig:
-    """The config with which `inject_adapters` makes a place for every tensor of an adapter folder, ours or HF's.
+    """Return the config with which `inject_adapters` makes a place for every tensor of an adapter folder, ours or HF's.
 
     Layers and ranks are read off the tensors, so that any spelling of HF's patterns will do. Raises AdapterFileError
     for features we do not have.
@@ -99,7 +99,7 @@ def adapter_config_from_peft(folder: str | Path) -> AdapterConfig:
 
 
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the weight file by HF's names, not copied; both names of a trained tied weight."""
+    """Return the tensors of the weight file by HF's names, not copied; both names of a trained tied weight."""
     found: dict[str, Tensor] = {}
     for layer_name, layer in adapters(model):
         for name, parameter in layer.named_parameters():
@@ -115,7 +115,7 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, no two of which share memory."""
+    """Return the tensors on the CPU, no two of which share memory."""
     result: dict[str, Tensor] = {}
     pointers: set[int] = set()
     for name, tensor in tensors.items():
@@ -141,7 +141,7 @@ def _on_untouched_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str
 
 
 def _check_base(model: nn.Module, words: Words, folder: Path) -> None:
-    """The base of the file and of the model must both be rewritten by an initialisation, or neither."""
+    """Raise AdapterFileError unless an initialisation rewrote both the file's base and the model's, or neither."""
     rewritten = any(layer.rewrote_base for _, layer in adapters(model))
     if rewritten != (words.get("init_lora_weights") in REWRITES_BASE):
         raise AdapterFileError(
@@ -185,7 +185,10 @@ def _sha256(path: Path) -> str:
 
 
 def _base_tensors(model: nn.Module, words: Words, names: Iterable[str]) -> dict[str, Tensor]:
-    """Frozen tensors of the base that HF stores with an adapter: resized or adapted embeddings, trained biases."""
+    """Return the frozen tensors of the base that HF stores with an adapter.
+
+    They are resized or adapted embeddings, and trained biases.
+    """
     ends = {id(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")}
     embeddings = {name for name, module in model.named_modules() if id(module) in ends}
     endings = tuple(f"{name}{inner}.weight" for name in embeddings for inner in ("", ".base_layer"))

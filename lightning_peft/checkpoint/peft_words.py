@@ -44,7 +44,7 @@ class AdapterFileError(ValueError):
 def write_words(
     model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], base_model_name: str | None
 ) -> dict[str, Any]:
-    """HF's words for the adapters in `model`, whose tensors in the file are `tensors`."""
+    """Return HF's words for the adapters in `model`, whose tensors in the file are `tensors`."""
     row = spelling(config.method)
     layers = dict(adapters(model))
     words: dict[str, Any] = {
@@ -84,7 +84,7 @@ def _scaling_of(layer: Any) -> float:
 
 
 def _target_words(model: nn.Module, targets: list[str]) -> list[str] | str:
-    """Last parts of the names where these select the adapted layers and no others, else full names, else a regex."""
+    """Return words that select the adapted layers and no others: last parts of names, else full names, else a regex."""
     inside = tuple(f"{name}." for name in targets)
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     for choice in ({name.rpartition(".")[2] for name in targets}, set(targets)):
@@ -98,7 +98,7 @@ def _plain(value: Any) -> Any:
 
 
 def _modules_to_save(model: nn.Module, layers: Mapping[str, Adapter], bias: Bias) -> list[str]:
-    """Full names of the modules outside the adapters that hold trained parameters, biases of `bias=all` aside."""
+    """Return the full names of the modules outside the adapters that train, biases of `bias=all` aside."""
     inside = (*(f"{name}." for name in layers), f"{SHARED}.")
     trained = [
         name
@@ -109,24 +109,24 @@ def _modules_to_save(model: nn.Module, layers: Mapping[str, Adapter], bias: Bias
 
 
 def _pattern_key(name: str, names: Iterable[str]) -> str:
-    """HF matches a key against the end of a name; `^` keeps it from matching a longer one."""
+    """Return a key for one layer: HF matches it against the ends of names; `^` keeps it from matching a longer one."""
     return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
 
 
 def _ends(name: str) -> list[str]:
-    """a.b.c -> a.b.c, b.c, c"""
+    """Return the ends of a dotted name: a.b.c, b.c and c of a.b.c."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and the entries that differ from it."""
+    """Return the most frequent value, and the entries that differ from it."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {name: value for name, value in values.items() if value != common}
 
 
 def read_words(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json. Raises AdapterFileError."""
+    """Return the content of adapter_config.json. Raises AdapterFileError."""
     path = folder / CONFIG_NAME
     if not folder.is_dir():
         raise AdapterFileError(f"{folder}: no such adapter folder")
@@ -142,7 +142,7 @@ def read_words(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
-    """Our config for HF's words and the shapes of the tensors in the file. Raises AdapterFileError."""
+    """Return our config for HF's words and the shapes of the tensors in the file. Raises AdapterFileError."""
     method = method_of(folder, words)
     row = spelling(method)
     _check_words(folder, words, row)
@@ -179,7 +179,7 @@ def _typed(config: type[AdapterConfig], option: str, value: Any) -> Any:
 
 
 def method_of(folder: Path, words: Words) -> str:
-    """The method an adapter folder holds; lineage tells those apart that HF writes alike."""
+    """Return the method an adapter folder holds; lineage tells those apart that HF writes alike."""
     fitting = [
         method
         for method, row in spellings().items()
@@ -210,7 +210,7 @@ def _check_words(folder: Path, words: Words, row: PeftSpelling) -> None:
 
 
 def layer_shapes(shapes: Shapes, row: PeftSpelling) -> dict[str, tuple[int, ...]]:
-    """Adapted layer -> shape of its first tensor, whose dimension 0 is the rank."""
+    """Return the shape of each adapted layer's first tensor, whose dimension 0 is the rank."""
     found: dict[str, tuple[int, ...]] = {}
     for ending in row.tensors:
         for name, shape in shapes.items():
@@ -238,7 +238,7 @@ def stored_scaling(words: Words, row: PeftSpelling, name: str, rank: int) -> flo
 
 
 def _alpha(scaling: float, rank: int, words: Words, row: PeftSpelling) -> float:
-    """The alpha that gives this scaling at this rank."""
+    """Return the alpha that gives this scaling at this rank."""
     alpha = scaling * _divisor(rank, words, row)
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha
 
@@ -248,7 +248,7 @@ def _divisor(rank: int, words: Words, row: PeftSpelling) -> float:
 
 
 def _trained_modules(words: Words, row: PeftSpelling, names: Iterable[str]) -> list[str]:
-    """Full names of the modules that the file holds whole because they were trained."""
+    """Return the full names of the modules that the file holds whole because they were trained."""
     endings = tuple(f".{ending}" for ending in row.tensors)
     holders = {
         name.removeprefix(PREFIX).rpartition(".")[0]

@@ -30,18 +30,18 @@ class CheckpointFileError(ValueError):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimiser steps is kept."""
+    """Return where the checkpoint after `step` optimiser steps is kept."""
     return folder / f"step-{step:08d}.ckpt"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. Files still being written are not among them."""
+    """Return the checkpoints of a run, oldest first. Files still being written are not among them."""
     found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; None when there is none. Damaged ones are skipped with a logged line."""
+    """Return the newest checkpoint that is whole, or None; skip damaged ones with a logged line."""
     for path in reversed(checkpoints(folder)):
         try:
             verify_checkpoint(path)
@@ -149,8 +149,11 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
 
 
 def trainable_state(model: nn.Module) -> dict[str, nn.Parameter | Tensor]:
-    """What distinguishes a tuned model from its base, by name and not copied: every parameter that trains, and all
-    that adapters hold beside their base layer (frozen factors and persistent buffers included)."""
+    """Return what distinguishes a tuned model from its base, by name and not copied.
+
+    That is every parameter that trains, and all that adapters hold beside their base layer, frozen factors and
+    persistent buffers included.
+    """
     state: dict[str, nn.Parameter | Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for layer_name, layer in model.named_modules():
         if isinstance(layer, Adapter):
@@ -166,7 +169,7 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict of a sharded model as `gathered` has it; None where nothing is sharded."""
+    """Return the state dict of a sharded model as `gathered` has it; None where nothing is sharded."""
     state = model.state_dict(keep_vars=True)
     return gathered(state) if any(isinstance(tensor, DTensor) for tensor in state.values()) else None
 
@@ -188,7 +191,7 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, detached and not copied; a sharded one whole, in host memory, and on rank zero alone.
+    """Return the tensors, detached and not copied; a sharded one whole, in host memory, and on rank zero alone.
 
     One at a time is gathered, so no device has to hold them all. Every rank must call it.
     """

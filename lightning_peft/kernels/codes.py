@@ -28,9 +28,9 @@ class Codes(NamedTuple):
     """A quantised weight of shape (out, in): what is stored of it."""
 
     weight: Tensor
-    """(out, in / 2) uint8: two codes a byte, the even column in the high half. Of int8 (out, in), its bytes."""
+    """(out, in / 2) uint8: two codes a byte, the even column in the high half. For int8 (out, in), its bytes."""
     absmax: Tensor
-    """(out, in / block_size): fp32, or uint8 codes of it when quantised twice. Of int8 (out, 1)."""
+    """(out, in / block_size): fp32, or uint8 codes of it when quantised twice. For int8 (out, 1)."""
     absmax_scale: Tensor | None
     """(ceil(absmax.numel() / 256),) fp32: absolute maxima of the absmax blocks; None unless quantised twice."""
     absmax_offset: Tensor | None
@@ -39,14 +39,17 @@ class Codes(NamedTuple):
 
 @cache
 def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 levels of bitsandbytes' signed dynamic 8-bit type, (256,) fp32: one tensor per device for all layers."""
+    """Return the levels of bitsandbytes' signed dynamic 8-bit type, (256,) fp32: one tensor per device."""
     from bitsandbytes.functional import create_dynamic_map  # slow import, see the module docstring
 
     return create_dynamic_map(signed=True).to(device)
 
 
 def check_blocks(in_features: int, block_size: int) -> str | None:
-    """Why rows of `in_features` cannot be quantised, or None. No block may straddle rows: ranks hold whole rows."""
+    """Return why rows of `in_features` cannot be quantised, or None.
+
+    No block may straddle rows: ranks hold whole rows.
+    """
     if in_features % block_size == 0:
         return None
     fitting = [size for size in (32, 64, 128, 256) if in_features % size == 0]
@@ -61,9 +64,9 @@ CHUNK_WEIGHTS = 2**18
 
 @torch.no_grad()
 def quantize(weight: Tensor, kind: str = "nf4", block_size: int = 64, double_quantization: bool = True) -> Codes:
-    """Codes of a dense (out, in) float weight, bit for bit those of bitsandbytes' `quantize_4bit`.
+    """Return the codes of a dense (out, in) float weight, bit for bit those of bitsandbytes' `quantize_4bit`.
 
-    Those of int8 are `int8_vectorwise_quant`'s; block size and double quantisation mean nothing to it.
+    For int8 the codes equal `int8_vectorwise_quant`, and the last two arguments are ignored.
     """
     import bitsandbytes  # noqa: F401  registers the kernels; slow import, see the module docstring
 
@@ -93,7 +96,7 @@ def quantize(weight: Tensor, kind: str = "nf4", block_size: int = 64, double_qua
 
 @torch.no_grad()
 def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> Tensor:
-    """The dense (out, in) weight: level times absmax in fp32, rounded once to `dtype`."""
+    """Return the dense (out, in) weight: level times absmax in fp32, rounded once to `dtype`."""
     weight, absmax, scale, offset = codes
     if kind == INT8:
         return weight.view(torch.int8).float().mul_(absmax / 127).to(dtype)
@@ -150,7 +153,7 @@ def _dequantize_fake(
 
 
 def in_features_of(weight: Tensor, kind: str) -> int:
-    """Columns of the weight that codes (out, columns of codes) stand for."""
+    """Return the columns of the weight that codes (out, columns of codes) stand for."""
     return weight.shape[1] * (1 if kind == INT8 else 2)
 
 
@@ -169,7 +172,7 @@ def _coded_matmul(
     block_size: int,
     transpose: bool,
 ) -> Tensor:
-    """x W^T + bias or, without `transpose`, x W; with inner and factor what `low_rank_sum` makes of them."""
+    """Return x W^T + bias or, without `transpose`, x W; with inner and factor what `low_rank_sum` makes of them."""
     dense = dequantize(Codes(weight, absmax, absmax_scale, absmax_offset), kind, block_size, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if inner is not None and factor is not None:

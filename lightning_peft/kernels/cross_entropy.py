@@ -30,7 +30,10 @@ def takes(logits: Tensor) -> bool:
 
 @torch.library.impl("lightning_peft::cross_entropy_gradient_", "CPU")
 def cross_entropy_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each row, (N,) fp32. logits (N, V) bf16 become its gradient; labels (N,) int64, below V."""
+    """Return the cross entropy of each row, (N,) fp32, and overwrite the logits with its gradient.
+
+    logits (N, V) bf16; labels (N,) int64, below V.
+    """
     assert logits.is_contiguous() and logits.dtype == torch.bfloat16 and labels.dtype == torch.int64
     rows, vocabulary = logits.shape
     if labels.amin() < 0 or labels.amax() >= vocabulary:
@@ -50,12 +53,12 @@ def _(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def softmax_rows(vocabulary: int) -> int:
-    """Tokens whose softmax torch takes at a time on a CPU, so that its passes find them in the cache."""
+    """Return how many tokens' softmax torch takes at a time on a CPU, so that its passes find them in the cache."""
     return max(1, SOFTMAX_BYTES // (4 * vocabulary))
 
 
 def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, transform: LogitTransform | None) -> Tensor:
-    """Cross entropy summed over the rows of logits (N, V), which are overwritten by its gradient; labels (N, 1)."""
+    """Return the summed cross entropy of logits (N, V), and overwrite them with its gradient; labels (N, 1)."""
     transformed = logits
     if transform is not None:
         leaf = logits.float().requires_grad_()

@@ -27,13 +27,13 @@ class Base(NamedTuple):
 
     @property
     def first(self) -> Tensor:
-        """The output or the weight, the function's first argument: autograd looks there for what is written over."""
+        """Return the output or the weight, the function's first argument: autograd looks there for overwrites."""
         tensor = self.tensors[0]
         assert tensor is not None
         return tensor
 
     def rest(self) -> tuple[Any, ...]:
-        """The function's last arguments; its `forward` puts the two together with `Base.of`."""
+        """Return the function's last arguments; its `forward` puts the two together with `Base.of`."""
         return self.dtype, self.form, self.block_size, *self.tensors[1:]
 
     @classmethod
@@ -42,7 +42,7 @@ class Base(NamedTuple):
         return cls(dtype, form, block_size, (first, *tensors))
 
     def kept(self) -> tuple[Tensor | None, ...]:
-        """The tensors that the backward pass needs."""
+        """Return the tensors that the backward pass needs."""
         return () if self.form == GIVEN else self.tensors
 
 
@@ -118,7 +118,7 @@ def base_gradients(
 
 
 def _dense(base: Base) -> Tensor:
-    """W, (out_features, in_features)."""
+    """Return W, (out_features, in_features)."""
     return base.first.to(base.dtype)
 
 

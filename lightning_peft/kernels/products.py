@@ -41,7 +41,7 @@ def low_rank_sum(
     bias: Tensor | None,
     transposed: bool,
 ) -> Tensor:
-    """gain (x W + inner F) + bias, (..., out), a tensor of its own; transposed, with W^T and F^T.
+    """Return gain (x W + inner F) + bias, (..., out), a tensor of its own; transposed, with W^T and F^T.
 
     x (..., in), inner (N, R), bias (out,); weight (in, out) and factor (R, out), or (out, in) and (out, R): one dtype.
     gain (out,) fp32, or fp64 where the rest is.
@@ -86,10 +86,10 @@ def _(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, *_: Any) -> Tens
 
 @torch.library.impl("lightning_peft::low_rank_gradients", "CompositeExplicitAutograd")
 def low_rank_gradients(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """grad B (N, R), (grad B)^T x (R, in) and grad^T inner (out, R): gradients of x A^T B^T, where inner is x A^T.
+    """Return the gradients of x A^T B^T: grad B (N, R), (grad B)^T x (R, in) and grad^T inner (out, R).
 
-    grad (N, out), x (N, in), inner (N, R) and B (out, R) have one dtype, and so has the first; the others have fp32 or
-    fp64, whichever holds it.
+    inner is x A^T. grad (N, out), x (N, in), inner (N, R) and B (out, R) have one dtype, and so has the first; the
+    others have fp32 or fp64, whichever holds it.
     """
     if takes_gradients(grad, x, inner):
         return _gradients_by_kernel(grad, x, inner, B)
@@ -111,7 +111,7 @@ def _(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tuple[Tensor, Tensor
 
 @torch.library.impl("lightning_peft::column_dots", "CompositeExplicitAutograd")
 def column_dots(left: Tensor, right: Tensor) -> Tensor:
-    """Dot product of each pair of columns, (N, out) twice -> (out,), in fp32 or fp64, whichever holds them."""
+    """Return the dot product of each pair of columns, (N, out) twice -> (out,), in at least fp32."""
     if takes_columns(left, right):
         left, right = left.contiguous(), right.contiguous()
         rows, width = left.shape
@@ -133,24 +133,24 @@ def _(left: Tensor, right: Tensor) -> Tensor:
 
 
 def kernels_are_fastest() -> bool:
-    """Whether AVX-512 makes this processor's fastest products of bf16: one with AMX has faster ones, torch's."""
+    """Return whether AVX-512 makes this processor's fastest products of bf16: one with AMX has faster ones, torch's."""
     return library() is not None and not torch.cpu._is_amx_tile_supported()
 
 
 def takes_sum(rows: Tensor, weight: Tensor, inner: Tensor, transposed: bool) -> bool:
-    """Whether the kernel computes `low_rank_sum` of these."""
+    """Return whether the kernel computes `low_rank_sum` of these."""
     fits = rows.shape[1] % 2 == 0 and weight.shape[0 if transposed else 1] % LANES == 0 and rows.shape[0] >= MIN_ROWS
     return fits and _is_bf16_on_cpu(rows, weight) and weight.is_contiguous() and kernels_are_fastest()
 
 
 def takes_gradients(grad: Tensor, x: Tensor, inner: Tensor) -> bool:
-    """Whether the kernel computes `low_rank_gradients` of these."""
+    """Return whether the kernel computes `low_rank_gradients` of these."""
     fits = grad.shape[1] % LANES == 0 and x.shape[1] % LANES == 0 and inner.shape[1] <= PANEL
     return fits and grad.shape[0] >= MIN_ROWS and _is_bf16_on_cpu(grad, x) and kernels_are_fastest()
 
 
 def takes_columns(left: Tensor, right: Tensor) -> bool:
-    """Whether the kernel computes `column_dots` of these."""
+    """Return whether the kernel computes `column_dots` of these."""
     return left.shape[1] % LANES == 0 and _is_bf16_on_cpu(left, right) and library() is not None
 
 
@@ -159,7 +159,7 @@ def _is_bf16_on_cpu(*tensors: Tensor) -> bool:
 
 
 def parts_of(rows: int, out_features: int, threads: int) -> int:
-    """Into how many runs of rows a product is cut, so that every thread has as many panels where rows allow it."""
+    """Return into how many runs of rows a product is cut: every thread gets as many panels where the rows allow it."""
     panels = math.ceil(out_features / PANEL)
     return max(1, min(threads // math.gcd(panels, threads), rows // MIN_ROWS))
 

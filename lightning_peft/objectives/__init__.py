@@ -1,1 +1,1 @@
-"""What is minimised: model and batch to a summed loss."""
+"""The losses: model and batch to a summed loss."""

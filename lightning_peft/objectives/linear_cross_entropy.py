@@ -12,14 +12,14 @@ LOGIT_BYTES, MIN_CHUNK = 2**25, 256
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """Tokens of a chunk, a multiple of 64, as kernels compute in tiles."""
+    """Return how many tokens a chunk has, a multiple of 64, as kernels compute in tiles."""
     return max(MIN_CHUNK, LOGIT_BYTES // (4 * vocabulary) // 64 * 64)
 
 
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: LogitTransform | None = None
 ) -> Tensor:
-    """Cross entropy summed over tokens, fp32 scalar.
+    """Return the cross entropy summed over tokens, fp32 scalar.
 
     hidden (N, D) and labels (N,) int64, already shifted and without ignored positions. `head` is any module from D to
     V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; a

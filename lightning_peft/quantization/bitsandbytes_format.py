@@ -15,7 +15,7 @@ PACKED = "weight.quant_state.bitsandbytes__"
 
 
 def to_bitsandbytes_state(layer: QuantizedLinear) -> dict[str, Tensor]:
-    """The state dict of the equal `bitsandbytes.nn.Linear4bit`, keys relative to the layer."""
+    """Return the state dict of the equal `bitsandbytes.nn.Linear4bit`, keys relative to the layer."""
     codes, device = layer.codes, layer.weight.device
     second = None
     if layer.double_quantization:
@@ -40,7 +40,9 @@ def to_bitsandbytes_state(layer: QuantizedLinear) -> dict[str, Tensor]:
 
 
 def from_bitsandbytes_state(state: Mapping[str, Tensor]) -> QuantizedLinear:
-    """The layer a `bitsandbytes.nn.Linear4bit` state dict describes, keys relative to the layer; codes are not copied.
+    """Return the layer a `bitsandbytes.nn.Linear4bit` state dict describes, keys relative to the layer.
+
+    Codes are not copied.
 
     ValueError when the codes are packed in a way 4-bit layers here cannot hold.
     """
@@ -71,7 +73,10 @@ def from_bitsandbytes_state(state: Mapping[str, Tensor]) -> QuantizedLinear:
 
 
 def layer_without_codes(packed: Tensor) -> QuantizedLinear:
-    """The layer, without values and bias, that the `PACKED` tensor of a state dict describes. ValueError as above."""
+    """Return the layer, without values and bias, that the `PACKED` tensor of a state dict describes.
+
+    ValueError as above.
+    """
     numbers = unpack_tensor_to_dict(packed)
     nested_block_size = numbers.get("nested_blocksize")
     if nested_block_size not in (None, ABSMAX_BLOCK):

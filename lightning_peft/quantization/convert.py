@@ -65,7 +65,7 @@ def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
 
 
 def dequantized_linear(layer: nn.Module) -> nn.Linear:
-    """A frozen nn.Linear with a 4-bit layer's dequantised weight, in the dtype it computes in, and its bias."""
+    """Return a frozen nn.Linear with a 4-bit layer's dequantised weight, in the dtype it computes in, and its bias."""
     if not isinstance(layer, QuantizedLinear):
         raise TypeError(f"{type(layer).__name__} is not quantised")
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -75,7 +75,7 @@ def dequantized_linear(layer: nn.Module) -> nn.Linear:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every dequantised weight: the same before and after adapting, sharding and saving.
+    """Return the SHA-256 over every dequantised weight: the same before and after adapting, sharding and saving.
 
     Sharded weights are gathered one at a time, so every rank must call it.
     """
@@ -83,7 +83,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def layer_fingerprints(module: nn.Module, name: str = "") -> dict[str, str]:
-    """SHA-256 of the dequantised weight of each 4-bit layer in `module`, by its name below `name`, the module's."""
+    """Return the SHA-256 of each coded layer's dequantised weight, by its name below `name`, the module's."""
     found = {}
     for path, layer in module.named_modules(prefix=name):
         if isinstance(layer, QuantizedLinear):
@@ -97,12 +97,12 @@ def layer_fingerprints(module: nn.Module, name: str = "") -> dict[str, str]:
 
 
 def combined_fingerprint(layers: Mapping[str, str]) -> str:
-    """The fingerprint of a model from those of its layers, in any order."""
+    """Return the fingerprint of a model from those of its layers, in any order."""
     return hashlib.sha256("".join(f"{name} {layers[name]} " for name in sorted(layers)).encode()).hexdigest()
 
 
 def memory_by_group(model: nn.Module) -> dict[str, int]:
-    """Bytes of the model's tensors on this rank: codes, scales, embeddings (and head), trainable, other.
+    """Return the bytes of the model's tensors on this rank: codes, scales, embeddings (and head), trainable, other.
 
     A tied tensor counts once, a sharded one with its local part; the state of the optimiser is no part of it.
     """
@@ -126,7 +126,7 @@ def memory_by_group(model: nn.Module) -> dict[str, int]:
 
 
 def bits_per_parameter(model: nn.Module) -> float:
-    """Stored bits for each weight of the model's 4-bit layers, codes and scales; 0 when it has none."""
+    """Return the stored bits for each weight of the model's 4-bit layers, codes and scales; 0 when it has none."""
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.codes if tensor is not None)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -176,7 +176,7 @@ def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> list[str
 
 
 def _refusal(module: nn.Module, config: QuantizationConfig) -> str | None:
-    """Why a module that holds linear weights cannot be quantised; None when it can or holds none."""
+    """Return why a module that holds linear weights cannot be quantised; None when it can or holds none."""
     if isinstance(module, Conv1D):
         return "is GPT-2's Conv1D, whose transposed weight cannot be stored as 4-bit rows: use quantization=none"
     if type(module) is nn.Linear and config.kind is not Kind.int8:

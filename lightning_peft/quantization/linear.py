@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Module):
         self.block_size = block_size
         self.double_quantization = double_quantization
         self.dtype = dtype or torch.get_default_dtype()
-        """What the weight was before; follows `.to(dtype)`. The dtype of `dequantize`, while the forward has x's."""
+        """dtype before quantisation, which `dequantize` gives; `.to(dtype)` changes it. `forward` computes in x's."""
         blocks = in_features // block_size
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features // (1 if kind == INT8 else 2), dtype=torch.uint8, device=device),
@@ -73,7 +73,7 @@ class QuantizedLinear(nn.Module):
         block_size: int = 64,
         double_quantization: bool = True,
     ) -> "QuantizedLinear":
-        """A layer holding the codes of a dense (out, in) weight, on its device; the bias is taken over as it is."""
+        """Return a layer that holds the codes of a dense (out, in) weight, on its device; take the bias as it is."""
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, False, kind, block_size, double_quantization)
         layer.load_dense_(weight)
@@ -98,21 +98,21 @@ class QuantizedLinear(nn.Module):
 
     @property
     def codes(self) -> Codes:
-        """What is stored, without copies."""
+        """Return what is stored, without copies."""
         return Codes(self.weight, self.absmax, self.absmax_scale, self.absmax_offset)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A new dense (out, in) weight in `dtype`, by default the one the layer computes in."""
+        """Return a new dense (out, in) weight in `dtype`, by default the one the layer computes in."""
         return torch.ops.lightning_peft.dequantize(*self.codes, self.kind, self.block_size, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features) in x's dtype, or autocast's where that is on."""
+        """Map (..., in_features) to (..., out_features) in x's dtype, or in autocast's where that is on."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return CodedMatmul.apply(x, *self.codes, self.bias, self.kind, self.block_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """As for every module, but a change of dtype leaves the fp32 statistics alone: they decide the weight."""
+        """Apply as every module does, but keep the fp32 statistics in a change of dtype: they decide the weight."""
         statistics = [tensor for tensor in self.codes[1:] if tensor is not None]
 
         def keep_statistics(tensor: Tensor) -> Tensor:

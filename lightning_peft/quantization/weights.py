@@ -8,7 +8,7 @@ from lightning_peft.quantization.linear import QuantizedLinear
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether the layer's weight is stored as codes, so that it cannot hold an arbitrary dense weight."""
+    """Return whether the layer's weight is stored as codes, so that it cannot hold an arbitrary dense weight."""
     return isinstance(layer, QuantizedLinear)
 
 
@@ -26,7 +26,7 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The detached weight in the shape `linear_shape` gives.
+    """Return the detached weight in the shape `linear_shape` gives.
 
     A dense layer's is its own storage, in its dtype (Conv1D: a transposed view): read it, do not write to it. A
     quantised one is dequantised afresh in the dtype the layer computes in, the weight its adapters trained against.

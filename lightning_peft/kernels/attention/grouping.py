@@ -62,7 +62,7 @@ class Arrangement(NamedTuple):
 
 
 def find_samples(cu_seqlens: Tensor, rows: int, width: int) -> list[Sample]:
-    """The samples of a (rows, width) batch; ValueError where they do not fill it."""
+    """Return the samples of a (rows, width) batch; ValueError where they do not fill it."""
     bounds = cu_seqlens.tolist()
     samples = list(zip(bounds[:-1], bounds[1:], strict=True))
     within_rows = all(a < b <= a // width * width + width for a, b in samples)
@@ -73,7 +73,7 @@ def find_samples(cu_seqlens: Tensor, rows: int, width: int) -> list[Sample]:
 
 @lru_cache(maxsize=4)  # the layers of a model, forward and backward, ask for the same ones
 def arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arrangement:
-    """Groups for the samples of a batch; a query sees its sample's keys up to itself, at most the last `window`."""
+    """Group the samples of a batch; a query sees its sample's keys up to itself, at most the last `window`."""
     groups: list[Group] = []
     tokens, is_padding = [], []
     start = 0
@@ -90,7 +90,7 @@ def arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arra
 
 
 def reorder(tokens: Tensor, is_padding: Tensor) -> Reordering | None:
-    """None where slots are the batch's positions."""
+    """Return where the tokens of a batch lie; None where slots are the batch's positions."""
     filled = (~is_padding).nonzero().flatten()
     places = torch.empty_like(filled)
     places[tokens[filled]] = filled
@@ -100,7 +100,7 @@ def reorder(tokens: Tensor, is_padding: Tensor) -> Reordering | None:
 
 
 def group_samples(samples: tuple[Sample, ...], heads: int, window: int | None) -> list[list[Sample]]:
-    """Samples by falling length.
+    """Group the samples by falling length.
 
     A new group begins where the padding of the last one would cost more than a group does, or where even its shortest
     strip would have more scores than STRIP_BYTES.
@@ -119,25 +119,28 @@ def group_samples(samples: tuple[Sample, ...], heads: int, window: int | None) -
 
 
 def scores(length: int, window: int | None) -> int:
-    """Keys that the queries of a sample see, of all queries together."""
+    """Return how many keys the queries of a sample see, all queries together."""
     seen = min(length, window or length)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def most_samples(length: int, heads: int, window: int | None) -> int:
-    """Samples of this length in a group."""
+    """Return how many samples of this length a group holds."""
     keys = length if window is None else min(length, window + MIN_STRIP)
     return max(1, STRIP_BYTES // (4 * heads * MIN_STRIP * keys))
 
 
 def strip_length(batch: int, keys: int) -> int:
-    """Queries whose `batch` matrices of scores on so many keys fit STRIP_BYTES, from MIN_STRIP to MAX_STRIP."""
+    """Return how many queries fit: their `batch` matrices of scores on so many keys take at most STRIP_BYTES.
+
+    There are MIN_STRIP at least and MAX_STRIP at most.
+    """
     fitting = STRIP_BYTES // (4 * batch * keys) // MIN_STRIP * MIN_STRIP
     return min(MAX_STRIP, max(MIN_STRIP, fitting))
 
 
 def cut_strips(length: int, batch: int, window: int | None) -> list[Strip]:
-    """The strips of `length` queries, in `batch` matrices side by side: the heads of all samples of a group.
+    """Return the strips of `length` queries, in `batch` matrices side by side: the heads of all samples of a group.
 
     Of all ways to cut at every MIN_STRIP tokens, the one with the fewest scores; a strip counts as STRIP_COST of them.
     """
@@ -162,7 +165,7 @@ def cut_strips(length: int, batch: int, window: int | None) -> list[Strip]:
 
 
 def first_key(query: int, window: int | None) -> int:
-    """The first key that a query sees."""
+    """Return the first key that a query sees."""
     return 0 if window is None else max(0, query - window + 1)
 
 
@@ -175,7 +178,7 @@ def strip(start: int, stop: int, window: int | None) -> Strip:
 
 @lru_cache(maxsize=64)  # most strips of a sample share theirs
 def mask(queries: int, before: int, window: int | None) -> Tensor:
-    """What hides keys from queries that follow one another, for keys from `before` the first query to the last one."""
+    """Return the additive mask of consecutive queries, for keys from `before` the first query to the last one."""
     query = torch.arange(queries)[:, None]
     key = torch.arange(-before, queries)
     hidden = key > query

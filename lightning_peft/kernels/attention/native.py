@@ -12,7 +12,7 @@ from lightning_peft.kernels.native.library import LANES, Scratch, address, kerne
 NO_WINDOW = 2**30
 
 Samples = list[tuple[int, int]]
-"""Of each sample, the positions of its first token and past its last, in the flattened batch."""
+"""Position of each sample's first token, and the one past its last, in the flattened batch."""
 
 
 class View(ctypes.Structure):
@@ -22,7 +22,7 @@ class View(ctypes.Structure):
 
 
 class Work(ctypes.Structure):
-    """What the threads of one call share."""
+    """The work that the threads of one call share."""
 
     _fields_ = [
         ("samples", c_void_p), ("num_samples", c_int), ("row_width", c_int), ("heads", c_int), ("key_heads", c_int),
@@ -52,7 +52,7 @@ def split(num_samples: int, heads: int, key_heads: int) -> Split:
 
 
 def scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
-    """What a call holds for a moment, beside its result, where each row is one sample."""
+    """Return what a call holds for a moment, beside its result, where each row is one sample."""
     rows, heads, width, head_dim = query.shape
     parts, threads = split(rows, heads, key.shape[1])
     partial = [((rows, width, key.shape[1] * parts, head_dim), query.dtype)] * 2 if backward and parts > 1 else []
@@ -62,7 +62,10 @@ def scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, T, H, D) and log normalisers (B, T, H) fp32; query (B, H, T, D), key and value (B, G, T, D), bf16."""
+    """Return the output (B, T, H, D) and log normalisers (B, T, H) fp32.
+
+    query (B, H, T, D), key and value (B, G, T, D), bf16.
+    """
     rows, heads, width, head_dim = query.shape
     output = query.new_empty(rows, width, heads, head_dim)
     normalizers = query.new_empty(rows, width, heads, dtype=torch.float32)
@@ -83,7 +86,7 @@ def attend_backward(
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of the output (B, T, H, D), and from what `attend` gave."""
+    """Return the gradients of query, key and value from the output's (B, T, H, D) and from what `attend` gave."""
     rows, heads, width, head_dim = query.shape
     key_heads = key.shape[1]
     shared = split(len(samples), heads, key_heads)
@@ -128,7 +131,7 @@ def _call(
 
 
 def _scratch_bytes(length: int, head_dim: int, backward: bool) -> int:
-    """Of one thread, for samples of this length."""
+    """Return the bytes of scratch that one thread takes for samples of this length."""
     scratch_of = kernels().attention_scratch
     scratch_of.restype = c_long
     return int(scratch_of(length, head_dim, int(backward)))

@@ -23,7 +23,7 @@ def implementation(query: Tensor) -> Any:
 def sample_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention inside each sample: output (B, T, H, D) and log normalisers (B, T, H) fp32.
+    """Compute causal attention inside each sample: output (B, T, H, D) and log normalisers (B, T, H) fp32.
 
     query (B, H, T, D); key and value (B, G, T, D); cu_seqlens as `varlen_attention` has it.
     """
@@ -52,7 +52,7 @@ def sample_attention_backward(
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `sample_attention` with respect to query, key and value."""
+    """Return the gradients of `sample_attention` with respect to query, key and value."""
     samples = find_samples(cu_seqlens, query.shape[0], query.shape[2])
     grad_query, grad_key, grad_value = implementation(query).attend_backward(
         grad_output, query, key, value, output, normalizers, samples, scaling, window

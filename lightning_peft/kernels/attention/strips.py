@@ -29,17 +29,17 @@ PADDING_NORMALIZER = 1e30
 
 
 def in_slots(x: Tensor, arrangement: Arrangement) -> Tensor:
-    """(N, ...) in the batch's order -> (slots, ...)."""
+    """Reorder (N, ...) from the batch's order to (slots, ...)."""
     return x if arrangement.reordering is None else x.index_select(0, arrangement.reordering.tokens)
 
 
 def in_order(x: Tensor, arrangement: Arrangement) -> Tensor:
-    """(slots, ...) -> (N, ...) in the batch's order."""
+    """Reorder (slots, ...) to (N, ...) in the batch's order."""
     return x if arrangement.reordering is None else x.index_select(0, arrangement.reordering.places)
 
 
 def by_head(x: Tensor, group: Group, key_heads: int) -> Tensor:
-    """The group's part of (slots, H, C), a view (samples, key heads, length, H / key heads, C)."""
+    """Return the group's part of (slots, H, C), a view (samples, key heads, length, H / key heads, C)."""
     return x[group.slots].view(group.samples, group.length, key_heads, -1, x.shape[-1]).transpose(1, 2)
 
 
@@ -62,7 +62,7 @@ def to_columns(x: Tensor, group: Group, dtype: torch.dtype, ones: int = 0) -> Te
 
 
 def queries_of(strip: Strip, rows: Tensor, group: Group) -> Tensor:
-    """The strip's part of what `to_rows` gave."""
+    """Return the strip's part of what `to_rows` gave."""
     ratio = rows.shape[1] // group.length
     return rows[:, strip.start * ratio : strip.stop * ratio]
 
@@ -90,7 +90,7 @@ class Product:
 
 
 def scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
-    """What a call holds for a moment, beside its result, where each row is one sample."""
+    """Return what a call holds for a moment, beside its result, where each row is one sample."""
     rows, heads, width, head_dim = query.shape
     dtype = query.dtype if _native(query.dtype) else torch.float32
     copies = [(tuple(x.shape), dtype) for x in (query, key, key)] if dtype != query.dtype else []
@@ -161,7 +161,7 @@ def attend_group_backward(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> None:
-    """Writes `grad_query` (slots, H, D), `grad_key` and `grad_value` (slots, G, D).
+    """Write `grad_query` (slots, H, D), `grad_key` and `grad_value` (slots, G, D).
 
     P = exp(s - normalizer) and dS = P * (dO V^T - <dO, O>) (Dao et al. 2022, arXiv:2205.14135, section 3.1). Both
     differences are taken inside the products, in their fp32 sums: what is rounded to bf16 is small where P is not. So
@@ -197,7 +197,10 @@ def attend_group_backward(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, samples: list[Sample], scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, T, H, D) and log normalisers (B, T, H) fp32; query (B, H, T, D), key and value (B, G, T, D)."""
+    """Return the output (B, T, H, D) and log normalisers (B, T, H) fp32.
+
+    query (B, H, T, D), key and value (B, G, T, D).
+    """
     rows, heads, width, head_dim = query.shape
     arrangement = arrange(tuple(samples), heads, window)
     output = query.new_empty(arrangement.num_slots, heads, head_dim)
@@ -222,7 +225,7 @@ def attend_backward(
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of the output (B, T, H, D), and from what `attend` gave."""
+    """Return the gradients of query, key and value from the output's (B, T, H, D) and from what `attend` gave."""
     rows, heads, width, _ = query.shape
     arrangement = arrange(tuple(samples), heads, window)
     q, k, v = (computed(flat(x)) for x in (query, key, value))
@@ -249,7 +252,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def computed(x: Tensor) -> Tensor:
-    """x in the dtype this processor computes it in."""
+    """Return x in the dtype this processor computes it in."""
     return x if _native(x.dtype) else x.float()
 
 

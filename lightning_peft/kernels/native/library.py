@@ -42,13 +42,16 @@ _switched_off = False
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels; None on a processor without AVX-512 and bf16, and, with a logged line, where they do not compile."""
+    """Return the kernels.
+
+    None on a processor without AVX-512 and bf16, and, with a logged line, where they do not compile.
+    """
     return None if _switched_off else _load()
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Meanwhile `library` has none: what other machines do."""
+    """Inside, behave like a machine without the kernels."""
     global _switched_off
     before, _switched_off = _switched_off, True
     try:
@@ -71,19 +74,22 @@ def _load() -> ctypes.CDLL | None:
 
 
 def kernels() -> ctypes.CDLL:
-    """`library()`, where it is known to be there."""
+    """Return `library()`, where it is known to be there."""
     loaded = library()
     assert loaded is not None, "no kernels on this machine"
     return loaded
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's numbers begin, for a kernel; null of None."""
+    """Return where a tensor's numbers begin, for a kernel; null of None."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def compiled() -> Path:
-    """The library's file, made if it is not there. RuntimeError where the compiler fails, OSError where files do."""
+    """Return the library's file, made if it is not there.
+
+    RuntimeError where the compiler fails, OSError where files do.
+    """
     digest = hashlib.sha256(" ".join((compiler(), *FLAGS)).encode())
     for name in (*HEADERS, *SOURCES):
         digest.update((FOLDER / name).read_bytes())
@@ -101,7 +107,7 @@ def compiled() -> Path:
 
 
 def compiler() -> str:
-    """The C++ compiler's words, as a shell has them."""
+    """Return the C++ compiler's words, as a shell has them."""
     return os.environ.get("CXX") or "g++"
 
 
