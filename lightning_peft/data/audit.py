@@ -152,7 +152,7 @@ def check_sample(sample: Encoded, origin: str, tokenizer: PreTrainedTokenizerBas
             f"{origin}: the sample starts with two BOS tokens {tokenizer.bos_token!r}, it must be one; "
             "look at the chat template and the tokenizer's post-processor, or take BOS out of the text"
         )
-    if all(label == IGNORED_LABEL for label in sample.labels):
+    if not any(label != IGNORED_LABEL for label in reversed(sample.labels)):
         if sample.truncated:
             raise BadRow.because(
                 origin,

@@ -21,7 +21,7 @@ from lightning_peft.data.collate import collate
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
-from lightning_peft.data.sampler import MicroBatchSampler, Request
+from lightning_peft.data.sampler import MicroBatchSampler, Request, check_fingerprint
 from lightning_peft.data.samples import Samples
 from lightning_peft.data.streaming import StreamedBatches
 
@@ -256,7 +256,11 @@ class SFTDataModule(LightningDataModule):
         return 0, 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"world_size": self._rank_and_world_size()[1]}
+        return {"world_size": self._rank_and_world_size()[1], "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the checkpoint was made with other rows, or another first window when streaming."""
+        check_fingerprint(state_dict.get("fingerprint", self.fingerprint), self.fingerprint)
 
 
 def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
