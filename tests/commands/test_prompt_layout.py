@@ -96,13 +96,8 @@ def test_prompt_file_is_cut_at_line_ends_only(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_resume_on_replaced_rows_is_one_line(tmp_path, capsys, streaming):
     rows = [{"prompt": f"Q{n}", "completion": f"A{n}"} for n in range(60)]
-    words = [
-        f"data.streaming={streaming}",
-        "data.shuffle_window=10",
-        "data.packing=false",
-        "checkpoint.every_n_steps=1",
-    ]
-    words += ["data.validation_fraction=0", "data.micro_batch_size=1"]
+    words = [f"data.streaming={streaming}", "data.shuffle_window=10", "data.packing=false", "data.micro_batch_size=1"]
+    words.append("checkpoint.every_n_steps=1")
     train(tmp_path, rows, *words)
     capsys.readouterr()
     path = tmp_path / "rows.jsonl"
