@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lightning_peft.commands.submit:submit",
         "hand a training to SLURM: cluster.partition=... cluster.nodes=2",
     ),
+    "data": ("lightning_peft.commands.data:data", "what train would be given: samples, audit, lengths; no model"),
     "estimate": ("lightning_peft.commands.estimate:estimate", "memory and work that train would need; no weights read"),
     "sweep": ("lightning_peft.commands.sweep:sweep", "status, retry, cancel or table of a sweep"),
     "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),

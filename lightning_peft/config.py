@@ -127,6 +127,23 @@ class EstimateConfig(TrainConfig):
     """JSON file for the estimate; null prints it only."""
 
 
+@dataclass
+class DataCommandConfig(TrainConfig):
+    """Shows the rows that `train` would be given with the same words."""
+
+    samples: int = 3
+    """Samples shown."""
+    histogram_path: str | None = None
+    """PNG file for the histogram of their lengths."""
+    strict: bool = False
+    """Exit with status 2 where the audit warns of something."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 0:
+            raise ValueError(f"samples={self.samples}: must be 0 or more")
+
+
 class Scored(Enum):
     """What `evaluate` runs the rows through."""
 
@@ -273,6 +290,7 @@ class SweepCommandConfig:
 
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
+    "data": DataCommandConfig,
     "estimate": EstimateConfig,
     "submit_sweep": SubmitSweepConfig,
     "sweep": SweepCommandConfig,

@@ -152,7 +152,7 @@ def check_sample(sample: Encoded, origin: str, tokenizer: PreTrainedTokenizerBas
             f"{origin}: the sample starts with two BOS tokens {tokenizer.bos_token!r}, it must be one; "
             "look at the chat template and the tokenizer's post-processor, or take BOS out of the text"
         )
-    if all(label == IGNORED_LABEL for label in sample.labels):
+    if not any(label != IGNORED_LABEL for label in reversed(sample.labels)):
         if sample.truncated:
             raise BadRow.because(
                 origin,
@@ -172,7 +172,29 @@ def preview(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     return text
 
 
+KIND_STYLES = {
+    Kind.answer: "black on green",
+    Kind.reasoning: "black on cyan",
+    Kind.tool_call: "black on yellow",
+    Kind.end: "black on magenta",
+}
+"""How trained tokens are shown."""
+
+
+def preview_kinds(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """A sample as text, trained parts coloured by what they are, the rest dim."""
+    text = Text()
+    kinds = list(sample.kinds or bytes(len(sample.labels)))
+    for start, stop in _runs_of(kinds):
+        part = tokenizer.decode(sample.input_ids[start:stop], skip_special_tokens=False)
+        text.append(str(part), style=KIND_STYLES.get(Kind(kinds[start]), "dim"))
+    return text
+
+
+def _runs_of(values: Sequence[int]) -> list[tuple[int, int]]:
+    starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
+    return list(zip(starts, [*starts[1:], len(values)], strict=True))
+
+
 def _runs(labels: Sequence[int]) -> list[tuple[int, int]]:
-    trained = [label != IGNORED_LABEL for label in labels]
-    starts = [i for i in range(len(trained)) if i == 0 or trained[i] != trained[i - 1]]
-    return list(zip(starts, [*starts[1:], len(trained)], strict=True))
+    return _runs_of([label != IGNORED_LABEL for label in labels])

@@ -21,7 +21,7 @@ from lightning_peft.data.collate import collate
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
-from lightning_peft.data.sampler import MicroBatchSampler, Request
+from lightning_peft.data.sampler import MicroBatchSampler, Request, check_fingerprint
 from lightning_peft.data.samples import Samples
 from lightning_peft.data.streaming import StreamedBatches
 
@@ -188,7 +188,7 @@ class SFTDataModule(LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """Changes with any training token; of the first window when streaming. Needs `setup`."""
-        return self._training_samples().fingerprint
+        return self.training_samples.fingerprint
 
     @property
     def validation_fingerprint(self) -> str | None:
@@ -198,7 +198,8 @@ class SFTDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch, the last one of a part of a window included. Needs `setup`; not streaming."""
-        self._training_samples()
+        if self._train is None:
+            raise RuntimeError("call SFTDataModule.setup first")
         return -(-self._micro_batches_per_epoch // (self._rank_and_world_size()[1] * self._accumulate_grad_batches))
 
     def train_dataloader(self) -> StatefulDataLoader:
@@ -214,7 +215,7 @@ class SFTDataModule(LightningDataModule):
                 lookahead=self.trainer is not None,
             )
             return _loader(stream)
-        samples = self._training_samples()
+        samples = self.training_samples
 
         def plan(epoch: int) -> list[MicroBatch]:
             return self._plan(samples, random.Random(f"{self._seed} {epoch}"))
@@ -223,7 +224,7 @@ class SFTDataModule(LightningDataModule):
 
     def first_batches(self, count: int) -> list[Batch]:
         """The first micro batches of the first epoch, or window when streaming, alike on every rank. Needs `setup`."""
-        samples = self._training_samples()
+        samples = self.training_samples
         batches = CollatedBatches(samples, self._config, self._pad_token_id)
         plan = self._plan(samples, random.Random(f"{self._seed} 0"))
         return [batches[Request(rows, filler=False)] for rows in plan[:count]]
@@ -248,7 +249,9 @@ class SFTDataModule(LightningDataModule):
         config = self._config
         return plan_micro_batches(samples.lengths, config.max_length, config.micro_batch_size, config.packing, rng)
 
-    def _training_samples(self) -> Samples:
+    @property
+    def training_samples(self) -> Samples:
+        """The tokenised training rows, of the first window when streaming. Needs `setup`."""
         if self._train is None:
             raise RuntimeError("call SFTDataModule.setup first")
         return self._train
@@ -261,7 +264,11 @@ class SFTDataModule(LightningDataModule):
         return 0, 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"world_size": self._rank_and_world_size()[1]}
+        return {"world_size": self._rank_and_world_size()[1], "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the checkpoint was made with other rows, or another first window when streaming."""
+        check_fingerprint(state_dict.get("fingerprint", self.fingerprint), self.fingerprint)
 
 
 def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:

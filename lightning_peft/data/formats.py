@@ -188,17 +188,20 @@ class RowReader:
         read = {*self.columns, *self.side.values(), *FORMATS[self.format].copies}
         return frozenset(read | (template_columns(self.prompt_template) if self.prompt_template else set()))
 
+    @cached_property
+    def _passed(self) -> frozenset[str]:
+        """Columns that are read, or ignored on request."""
+        weight = () if self.format is Format.text else (WEIGHT_COLUMN,)
+        return self._read_columns.union(self.ignored, weight)
+
     def _unread(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What of a row nobody reads: the names that stop a run, and those that are only listed."""
         if not self.lists_unread:
             return (), ()
-        passed = self._read_columns | self.ignored
-        if self.format is not Format.text:
-            passed |= {WEIGHT_COLUMN}
         unread: list[str] = []
         listed: list[str] = []
         for name, value in row.values.items():
-            if name not in passed and value not in (None, "", [], {}):
+            if name not in self._passed and value not in (None, "", [], {}):
                 number = isinstance(value, int | float) and name.lower() not in _WEIGHTY
                 (listed if number or _LISTED.fullmatch(name) else unread).append(f"column {name!r}")
         for column in self.columns:

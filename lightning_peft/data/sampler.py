@@ -16,6 +16,15 @@ class Request(NamedTuple):
     """Only keeps a rank in step: no labels, no tokens."""
 
 
+def check_fingerprint(saved: str, now: str) -> None:
+    """Raises ValueError where data are not those that a state was saved with."""
+    if saved != now:
+        raise ValueError(
+            f"the training data are not those of the checkpoint (fingerprint {now}, then {saved}): go on with the same "
+            "files and data options, or start a new run"
+        )
+
+
 class MicroBatchSampler(Sampler[Request]):
     """Rank r of w takes the micro batches r, r + w, r + 2w ... of an epoch's plan.
 
@@ -73,10 +82,6 @@ class MicroBatchSampler(Sampler[Request]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the state was saved with other data."""
-        if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                f"the training data are not those of the checkpoint (fingerprint {self._fingerprint}, then "
-                f"{state['fingerprint']}): go on with the same files and data options, or start a new run"
-            )
+        check_fingerprint(state["fingerprint"], self._fingerprint)
         self._epoch = state["epoch"]
         self._taken = self._resume_at = state["taken"]

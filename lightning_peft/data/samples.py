@@ -20,7 +20,7 @@ from lightning_peft.data.chat import Encoded, Encoder, cut_to, encoder_of
 from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.formats import RowReader, row_reader
-from lightning_peft.data.prerendered import refuse_rendered
+from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
 from lightning_peft.data.sources import iterate_rows
 
@@ -156,6 +156,7 @@ def encode_rows(
     rows = iter(rows)
     reader: RowReader | None = None
     refused: ValueError | None = None
+    rendered: RenderedText | None = None
     unread: Counter[str] = Counter()
     while several := list(islice(rows, ROWS_AT_ONCE)):
         if reader is None:
@@ -171,8 +172,9 @@ def encode_rows(
                 if reader is None:
                     raise BadRow.because(row.origin, str(refused))
                 conversation = reader(row)
-                if config.layout is Layout.chat:
-                    refuse_rendered(conversation, row.origin, tokenizer, encoder.template)
+                if config.layout is Layout.chat and reader.format is not Format.text:
+                    rendered = rendered or RenderedText(tokenizer, encoder.template)
+                    rendered.refuse(conversation, row.origin)
                 unread.update(conversation.unread)
                 audit.count_listed(conversation.listed)
                 audit.count_tools(conversation.tools)

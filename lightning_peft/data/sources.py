@@ -112,8 +112,12 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
     from datasets import load_dataset  # takes two seconds, and only parquet and the hub need it
 
     try:
-        if pyarrow.parquet.ParquetFile(path).metadata.num_rows == 0:
-            raise ValueError("it holds no rows")
+        empty = pyarrow.parquet.ParquetFile(path).metadata.num_rows == 0
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a parquet file ({error})") from error
+    if empty:
+        raise ValueError(f"{path}: holds no rows")
+    try:
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, values in enumerate(rows, start=1):
             yield Row(values, f"{path} row {number}")

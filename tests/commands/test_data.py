@@ -1,0 +1,35 @@
+import json
+import struct
+import zlib
+
+import pytest
+
+from lightning_peft.__main__ import main
+
+ROWS = [{"prompt": f"Question {n}", "completion": "Answer " * (1 + n % 5)} for n in range(40)]
+
+
+@pytest.fixture
+def words(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return ["data", "model=tiny", "data=jsonl", f"data.train_path={path}", "data.cache_dir=null"]
+
+
+def test_samples_audit_and_lengths_are_shown_without_a_model(words, tmp_path, capsys):
+    assert main([*words, "samples=2", f"histogram_path={tmp_path}/lengths.png"]) == 0
+    shown = capsys.readouterr().out
+    assert "sample 2" in shown and "Question 1" in shown and "lengths of samples" in shown
+    assert "samples of" in shown
+    png = (tmp_path / "lengths.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (480, 240)
+    size = struct.unpack(">I", png[33:37])[0]
+    assert len(zlib.decompress(png[41 : 41 + size])) == 240 * 481
+
+
+def test_exit_status_tells_of_bad_rows_and_with_strict_of_warnings(words, tmp_path, capsys):
+    assert main([*words, "data.max_length=40"]) == 0
+    assert main([*words, "data.max_length=40", "strict=true"]) == 2
+    assert "strict=true: " in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi"}\n')
+    assert main(words) == 2

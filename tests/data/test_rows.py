@@ -1,0 +1,339 @@
+"""Rows as people bring them: nothing of them is dropped in silence, and what is wrong with one is said of that one."""
+
+import json
+
+import datasets
+import pytest
+from chat_templates import tokenizer_of
+
+from lightning_peft.data.audit import Audit
+from lightning_peft.data.config import DataConfig, Layout, OnBadRow, Reasoning, Trained
+from lightning_peft.data.conversation import BadRow, Message, Row
+from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.formats import row_reader
+from lightning_peft.data.samples import UnreadError, encode_rows, make_samples
+
+HI, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}
+PLAIN = {"messages": [HI, HELLO]}
+CALL = {"type": "function", "function": {"name": "w", "arguments": {}}}
+
+
+def run(rows, tokenizer, **options):
+    audit = Audit()
+    numbered = [Row(values, f"row {number}") for number, values in enumerate(rows, start=1)]
+    return list(encode_rows(numbered, DataConfig(**options), tokenizer, audit)), audit
+
+
+def trained(sample, tokenizer):
+    return tokenizer.decode([label for label in sample.labels if label != -100])
+
+
+def read(values, **options):
+    return row_reader(values, DataConfig(**options))(Row(values, "a.jsonl line 1"))
+
+
+UNREAD = {
+    "images": (
+        {**PLAIN, "images": ["cat.png"]},
+        r"column 'images' \(2 rows\) of 2 rows: data.ignore_col",
+    ),
+    "key": ({"messages": [HI, {**HELLO, "audio": {"id": 1}}]}, r"key 'audio' of a turn \(2 rows\)"),
+    "context": ({"prompt": "Hi", "completion": "Hello", "context": "x"}, r"column 'context' \(2 rows\)"),
+    "label": ({"text": "Hi", "label": 1}, r"column 'label' \(2 rows\)"),
+    "mask": ({"messages": [HI, {**HELLO, "mask": 1}]}, r"key 'mask' of a turn"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_nobody_reads_stops_the_run(name, chatml):
+    row, message = UNREAD[name]
+    with pytest.raises(UnreadError, match=message):
+        run([row, row], chatml)
+
+
+def test_unread_column_is_counted_over_all_rows_and_ignored_on_request(chatml):
+    rows = [PLAIN] * 300 + [{**PLAIN, "images": ["cat.png"]}] * 300
+    with pytest.raises(UnreadError, match=r"column 'images' \(300 rows\) of 600 rows"):
+        run(rows, chatml)
+    samples, _ = run(rows, chatml, ignore_columns=["images"])
+    assert len(samples) == 600
+
+
+def test_ids_and_scores_are_listed_once_and_empty_columns_are_not(chatml):
+    rows = [{**PLAIN, "id": "a", "quality_score": 3, "upvotes": 4, "images": None, "notes": ""}] * 3
+    _, audit = run(rows, chatml)
+    assert audit.lines()[-1] == (
+        "not read: column 'id' (3 rows), column 'quality_score' (3 rows), column 'upvotes' (3 rows)"
+    )
+
+
+def test_columns_beside_prompt_and_answer_are_read():
+    values = {
+        "instruction": "And of Norway?",
+        "input": "One word.",
+        "output": "Oslo.",
+        "system": "You are a geographer.",
+        "history": [["Capital of France?", "Paris."]],
+    }
+    assert read(values) == [
+        Message("system", "You are a geographer."),
+        Message("user", "Capital of France?"),
+        Message("assistant", "Paris.", weight=0.0),
+        Message("user", "And of Norway?\n\nOne word."),
+        Message("assistant", "Oslo."),
+    ]
+    prompt = {"prompt": "Translate", "input": "chat", "completion": "cat", "sys": "Be terse."}
+    assert read(prompt, system_column="sys") == [
+        Message("system", "Be terse."),
+        Message("user", "Translate\n\nchat"),
+        Message("assistant", "cat"),
+    ]
+
+
+@pytest.mark.parametrize("tools", [[{"name": "w"}], json.dumps([{"name": "w"}]), [json.dumps({"name": "w"})]])
+def test_tools_column_is_a_list_or_json(tools):
+    assert read({**PLAIN, "tools": tools}).tools == [{"name": "w"}]
+
+
+TURNS = {
+    "sharegpt calls": (
+        [
+            {"from": "human", "value": "Weather?"},
+            {"from": "function_call", "value": '{"name": "w", "arguments": {}}'},
+            {"from": "observation", "value": "3 C"},
+            {"from": "gpt", "value": "3 C."},
+        ],
+        [
+            Message("user", "Weather?"),
+            Message("assistant", "", tool_calls=(CALL,)),
+            Message("tool", "3 C"),
+            Message("assistant", "3 C."),
+        ],
+    ),
+    "author twice": (
+        [{"role": "user", "from": "human", "value": "Hi"}, {"role": "assistant", "from": "gpt", "value": "Hello"}],
+        [Message("user", "Hi"), Message("assistant", "Hello")],
+    ),
+    "arguments as text": (
+        [HI, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]}],
+        [Message("user", "Hi"), Message("assistant", "", tool_calls=(CALL,))],
+    ),
+    "content in parts": (
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, HELLO],
+        [Message("user", "Hi"), Message("assistant", "Hello there.")],
+    ),
+    "thought": (
+        [HI, {**HELLO, "reasoning_content": "Greet."}],
+        [Message("user", "Hi"), Message("assistant", "Hello there.", reasoning="Greet.")],
+    ),
+    "weights": (
+        [HI, {**HELLO, "weight": 0.5}, HI, {**HELLO, "train": False}, HI, {**HELLO, "loss": 0}],
+        [Message("user", "Hi"), Message("assistant", "Hello there.", weight=0.5)]
+        + [Message("user", "Hi"), Message("assistant", "Hello there.", weight=0.0)] * 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_of_every_spelling_are_read(name):
+    turns, messages = TURNS[name]
+    assert read({"messages": turns}) == messages
+
+
+def test_turn_of_weight_zero_is_context_and_a_float_scales_its_loss(chatml):
+    rows = [{"messages": [HI, {**HELLO, "weight": 0}, HI, {"role": "assistant", "content": "one", "weight": 0.25}]}]
+    [sample], _ = run(rows, chatml)
+    assert trained(sample, chatml) == "one<|im_end|>"
+    assert {w for w, label in zip(sample.weights, sample.labels, strict=True) if label != -100} == {0.25}
+    samples, _ = make_batchable(rows + [PLAIN], chatml)
+    assert samples[1].weights == [1.0] * len(samples[1].input_ids) and samples[0].weights == sample.weights
+
+
+def make_batchable(rows, tokenizer):
+    from lightning_peft.data.samples import Samples
+
+    encoded, audit = run(rows, tokenizer)
+    return Samples.of(encoded), audit
+
+
+def test_only_the_last_turn_is_trained_on_request(chatml):
+    [sample], _ = run(
+        [{"messages": [HI, HELLO, HI, {"role": "assistant", "content": "one"}]}], chatml, train_on_last_turn=True
+    )
+    assert trained(sample, chatml) == "one<|im_end|>"
+
+
+THINKS = {"messages": [HI, {**HELLO, "reasoning_content": "Greet."}, HI, {**HELLO, "reasoning_content": "Again."}]}
+
+
+def test_reasoning_option_says_which_thoughts_are_trained():
+    tokenizer = tokenizer_of("qwen3")
+    texts = {
+        rule: "".join(trained(sample, tokenizer) for sample in run([THINKS], tokenizer, reasoning=rule)[0])
+        for rule in Reasoning
+    }
+    assert ("Greet." in texts[Reasoning.keep], "Again." in texts[Reasoning.keep]) == (True, True)
+    assert ("Greet." in texts[Reasoning.last], "Again." in texts[Reasoning.last]) == (False, True)
+    assert "Greet." not in texts[Reasoning.drop] and "Again." not in texts[Reasoning.drop]
+
+
+def test_parts_that_are_not_trained_have_no_label():
+    tokenizer = tokenizer_of("qwen3")
+    samples, audit = run([THINKS], tokenizer, train_on=[Trained.answer])
+    assert [trained(sample, tokenizer) for sample in samples] == ["Hello there.<|im_end|>"] * 2
+    assert set(audit.kinds) == {"answer", "end"}
+
+
+def test_audit_counts_the_labels_by_kind():
+    tokenizer = tokenizer_of("qwen3")
+    samples, audit = run([THINKS], tokenizer)
+    assert sum(audit.kinds.values()) == audit.supervised == sum(map(bool, b"".join(s.kinds for s in samples)))
+    assert audit.own_turns == 1
+    assert any(line.startswith("trained tokens: ") and "reasoning" in line for line in audit.lines())
+    assert any("1 turns are samples of their own" in line for line in audit.lines())
+
+
+ALTERNATES = {"messages": [HI, HI, HELLO]}
+BAD = {
+    "half a surrogate pair": ({"prompt": "cut \ud83d", "completion": "ok"}, "chatml", "row 2: expected UTF-8 text"),
+    "refused by the template": (ALTERNATES, "mistral_v0.1", "row 2: the chat template refuses .* must alternate"),
+    "system refused": (
+        {"messages": [{"role": "system", "content": "x"}, HI, HELLO]}, "gemma", "row 2: .*not supported"
+    ),
+    "role is a list": ({"messages": [{"role": ["user"], "content": "x"}, HELLO]}, "chatml", "row 2.*a role among"),
+    "thought nobody writes": (
+        {"messages": [HI, {**HELLO, "reasoning_content": "x y z"}]}, "gemma4", "row 2: .*data.reasoning=drop"
+    ),
+    "tools nobody writes": ({**PLAIN, "tools": [{"name": "w"}]}, "chatml", "row 2: .*ignore_columns=.tools"),
+    "already rendered": (
+        {"messages": [{"role": "user", "content": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"}, HELLO]},
+        "chatml", "row 2: expected text without the chat template's own tokens .data.layout=raw",
+    ),
+    "weight": ({"messages": [HI, {**HELLO, "weight": "much"}]}, "chatml", "row 2.*a number from 0 on as weight"),
+    "call": ({"messages": [HI, {**HELLO, "tool_calls": ["w"]}]}, "chatml", "row 2.*tool calls with a function"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_fault_of_one_row_is_named_and_skipped_on_request(name):
+    row, template, message = BAD[name]
+    tokenizer = tokenizer_of(template)
+    if "prompt" in row:
+        rows = [{"prompt": "Hi", "completion": "Hello"}, row, {"prompt": "Hi", "completion": "Hello"}]
+    else:
+        rows = [PLAIN, row, PLAIN]
+    with pytest.raises(BadRow, match=message):
+        run(rows, tokenizer)
+    samples, audit = run(rows, tokenizer, on_bad_row=OnBadRow.skip)
+    assert len(samples) == 2 and audit.bad_rows == 1
+
+
+@pytest.mark.parametrize("first", [{"_meta": "exported"}, {"prompt": "only"}, {"text": "stray"}])
+def test_first_row_does_not_decide_what_the_others_are(first, chatml):
+    samples, audit = run([first, *[{"prompt": "Hi", "completion": "Hello"}] * 5], chatml, on_bad_row=OnBadRow.skip)
+    assert (len(samples), audit.bad_rows) == (5, 1)
+
+
+def test_first_row_that_is_no_row_is_named(chatml):
+    with pytest.raises(BadRow, match="^row 1: expected a column 'prompt', got '_meta'"):
+        run([{"_meta": "exported"}, {"prompt": "Hi", "completion": "Hello"}], chatml)
+
+
+def test_prompt_template_writes_columns_into_the_prompt():
+    values = {"title": "Oslo", "body": "rainy", "answer": "Yes."}
+    options = {"prompt_template": "{{ title }}: {{ body }}?", "completion_column": "answer"}
+    conversation = read(values, **options)
+    assert conversation == [Message("user", "Oslo: rainy?"), Message("assistant", "Yes.")]
+    assert conversation.unread == ()
+    with pytest.raises(ValueError, match="data.prompt_template: the rows have no column body"):
+        read({"title": "Oslo", "answer": "Yes."}, **options)
+
+
+def test_raw_layout_trains_the_completion_as_it_stands(chatml):
+    row = {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "completion": "Hello<|im_end|>"}
+    [sample], _ = run([row], chatml, layout=Layout.raw)
+    assert chatml.decode(sample.input_ids) == row["prompt"] + row["completion"]
+    assert trained(sample, chatml) == "Hello<|im_end|>"
+    [plain], _ = run([{"prompt": "Hi ", "completion": "there"}], chatml, layout=Layout.raw)
+    assert (chatml.decode(plain.input_ids), trained(plain, chatml)) == ("Hi there<|im_end|>", "there<|im_end|>")
+
+
+def test_only_what_follows_the_end_is_cut_so_nothing_is_lost(chatml):
+    [whole], _ = run([PLAIN], chatml)
+    [sample], audit = run([PLAIN], chatml, max_length=len(whole.input_ids) - 1)
+    assert (audit.truncated, audit.ended, audit.warnings()) == (0, 1, []) and sample.ends
+
+
+def test_end_of_the_first_answer_counts_where_the_second_is_cut(chatml):
+    [whole], _ = run([{"messages": [HI, HELLO, HI, {"role": "assistant", "content": "one two three"}]}], chatml)
+    rows = [{"messages": [HI, HELLO, HI, {"role": "assistant", "content": "one two three"}]}]
+    _, audit = run(rows, chatml, max_length=len(whole.input_ids) - 3)
+    assert (audit.truncated, audit.ended) == (1, 1)
+    assert audit.warnings() == ["1 answers are cut at data.max_length: 2 of their tokens and their end are not trained"]
+
+
+def test_trailing_turns_that_are_no_answer_are_left_out(chatml):
+    assert run([{"messages": [HI, HELLO, HI]}], chatml)[0] == run([PLAIN], chatml)[0]
+
+
+def test_new_end_token_that_is_not_special_ends_an_answer(make_tokenizer):
+    tokenizer = make_tokenizer(tokenizer_of("chatml").chat_template.replace("<|im_end|>", "<|done|>"))
+    tokenizer.add_tokens(["<|done|>"])
+    [sample], audit = run([PLAIN], tokenizer)
+    assert trained(sample, tokenizer) == "Hello there.<|done|>" and audit.ended == 1
+
+
+def config_of(path, **options):
+    return DataConfig(train_path=str(path), validation_fraction=0, cache_dir=None, **options)
+
+
+def test_json_array_of_another_encoding_is_a_bad_row(tmp_path, chatml):
+    path = tmp_path / "rows.json"
+    path.write_bytes(json.dumps([PLAIN, PLAIN]).replace("Hi", "\u00e9", 1).encode("latin-1"))
+    with pytest.raises(BadRow, match="rows.json row 1: expected UTF-8 text"):
+        make_samples(config_of(path), "train", chatml)
+    assert len(make_samples(config_of(path, on_bad_row=OnBadRow.skip), "train", chatml)[0]) == 1
+
+
+def test_row_nested_too_deeply_is_a_bad_row(write_jsonl, chatml):
+    path = write_jsonl([PLAIN, '{"messages": ' + "[" * 100_000 + "}", PLAIN])
+    assert len(make_samples(config_of(path, on_bad_row=OnBadRow.skip), "train", chatml)[0]) == 2
+
+
+def test_repeated_csv_header_is_an_error(tmp_path, chatml):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,completion\na,b,c\n")
+    with pytest.raises(ValueError, match="rows.csv line 1: the column 'completion' is there more than once"):
+        make_samples(config_of(path), "train", chatml)
+
+
+def test_two_stars_read_every_folder(tmp_path, chatml):
+    for place in ("top", "a/mid", "a/b/low"):
+        path = tmp_path / f"{place}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(PLAIN) + "\n")
+    assert len(make_samples(config_of(tmp_path / "**" / "*.jsonl"), "train", chatml)[0]) == 3
+
+
+def test_parquet_file_without_rows_says_so(tmp_path, chatml):
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(path)
+    with pytest.raises(ValueError, match="rows.parquet: holds no rows"):
+        make_samples(config_of(path), "train", chatml)
+
+
+def test_copies_within_and_across_splits_are_counted(write_jsonl, chatml):
+    rows = [{"prompt": "Hi", "completion": word} for word in ("one", "two", "two", "three")]
+    config = DataConfig(
+        train_path=write_jsonl(rows), validation_path=write_jsonl(rows[1:2], "v.jsonl"), cache_dir=None, max_length=64
+    )
+    module = SFTDataModule(config, chatml, 0)
+    module.setup()
+    assert (module.train_audit.repeated, module.validation_audit.seen_in_training) == (1, 1)
+    assert "1 of 4 samples are copies of an earlier one" in module.train_audit.warnings()
+
+
+def test_token_beyond_the_embedding_is_an_error(write_jsonl, chatml):
+    config = config_of(write_jsonl([PLAIN]), max_length=64)
+    with pytest.raises(ValueError, match=r"has the id \d+, the model has embeddings for 100: take the tokenizer"):
+        SFTDataModule(config, chatml, 0, vocabulary=100).setup()
