@@ -169,7 +169,7 @@ class Comparison:
 @torch.inference_mode()
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """fp32 logits (B, T, V) of ids (B, T), on the host."""
-    return model(input_ids=ids).logits.float().cpu()
+    return model(input_ids=ids, use_cache=False).logits.float().cpu()
 
 
 def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:

@@ -84,8 +84,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     words = read_words(folder)
     _check_base(model, words, folder)
-    got = _read_tensors(folder)
     expected = file_tensors(model)
+    got = {name: tensor for name, tensor in _read_tensors(folder).items() if tensor.numel() or name in expected}
     expected |= _base_tensors(model, words, got.keys() - expected.keys())
     check_names_and_shapes(str(folder / WEIGHTS_NAME), expected, got, AdapterFileError)
     _warn_of_other_scaling(model, words, got, folder)

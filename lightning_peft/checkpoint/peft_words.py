@@ -149,7 +149,8 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
     method = method_of(folder, words)
     row = spelling(method)
     _check_words(folder, words, row)
-    layers = layer_shapes(shapes, row)
+    # A layer that AdaLoRA has cut to rank 0 is the base's.
+    layers = {name: shape for name, shape in layer_shapes(shapes, row).items() if shape[0] > 0}
     if row.tensors and not layers:
         raise AdapterFileError(f"{folder}: holds no tensor of method {method}, such as {row.tensors[0]}")
     options = {

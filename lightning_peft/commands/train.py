@@ -22,7 +22,9 @@ from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_versions, write_lineage
 from lightning_peft.checkpoint.merged import save_model
+from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import save_adapter
+from lightning_peft.checkpoint.peft_methods import PEFT_METHODS
 from lightning_peft.checkpoint.resume import whole_state
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import preview
@@ -171,6 +173,8 @@ def train_prepared(
     try:
         fit(trainer, module, data, start.checkpoint, signals)
         save(module, run_dir / "adapter")
+        if distributed.rank() == 0 and (run_dir / "adapter").is_dir():
+            check_in_peft(run_dir / "adapter", module)
         trainable, total = trainable_parameter_counts(module.model)
         result = {
             "status": "finished",
@@ -284,6 +288,14 @@ def save_tuned(
         save_model(module.model, tokenizer, partial, module.model.dtype, state)
         write_lineage(lineage, partial)
         layout.save(partial)
+
+
+def check_in_peft(folder: Path, module: FinetuneModule) -> None:
+    """Say where HF PEFT would not read the adapter as it is."""
+    if not PEFT_METHODS[module.adapter_config.method].in_peft:
+        return
+    if (objection := objection_of_peft(folder, module.model)) is not None:
+        logger.warning("%s: %s; lightning-peft reads and merges it", folder, objection)
 
 
 def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModule) -> float | None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_peft import distributed
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.models.attention import VARLEN
@@ -86,7 +87,9 @@ class SupervisedLoss(nn.Module):
 
         The first forward does it by itself. Raises RuntimeError where packed samples see each other.
         """
-        if len(pair := first_pair(batch)) == 2:
+        pair = first_pair(batch)
+        # Every rank runs the model equally often: blocks of a sharded one are gathered from all.
+        if distributed.worst(float(not pair)) == 0:
             self.packing_difference = self._compare_packed(*pair)
         self.logit_path = find_logit_path(self.model, batch.input_ids, self._row_inputs)
         self.is_checked = True

@@ -16,6 +16,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adalora import AdaLoRAConfig
@@ -247,3 +248,25 @@ def test_randomised_pissa_of_hf_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterFileError, match="init_lora_weights='pissa_niter_4' changed the base weights"):
         adapter_config_from_peft(tmp_path)
+
+
+def test_a_layer_cut_to_rank_0_is_the_bases(tmp_path: Path) -> None:
+    words = {"init_r": 4, "target_r": 2, "total_step": 10, "target_modules": ["q_proj", "v_proj"]}
+    model = get_peft_model(tiny_model(), AdaLoraConfig(**words))
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_E")]
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_E["default"].normal_()
+        layers[0].lora_E["default"].zero_()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if "layers.0.self_attn.q_proj" in key).rpartition(".")[0]
+    tensors |= {f"{name}.{part}": tensors[f"{name}.{part}"][:0] for part in ("lora_A", "lora_E")}
+    tensors[f"{name}.lora_B"] = tensors[f"{name}.lora_B"][:, :0].contiguous()
+    save_file(tensors, path)
+    ours = tiny_model()
+    inject_adapters(ours, adapter_config_from_peft(tmp_path))
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-5)

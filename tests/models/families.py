@@ -78,6 +78,28 @@ OPTIONS: dict[str, dict[str, object]] = {
         "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0,
         "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": 3.0,
     },
+    "bart": {
+        "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+    },
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "deepseek_v2": {
+        "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4,
+    },
+    "falcon_mamba": {"state_size": 16, "time_step_rank": 16},
+    "granitemoehybrid": {
+        **RECURRENT, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0,
+        "shared_intermediate_size": 96, "logits_scaling": 8.0,
+    },
+    "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4},
+    "xlstm": {"num_heads": 4, "chunk_size": 16, "output_logit_soft_cap": 3.0},
     "rwkv": {"attention_hidden_size": 64, "context_length": 64},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 1]]},
     "qwen3_next": DELTA_NET,

@@ -18,6 +18,7 @@ from lightning_peft.__main__ import main
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.merged import Receipt, merge
+from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import file_tensors, save_adapter
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import collate
@@ -146,6 +147,8 @@ def check_peft(family: Family) -> None:
     model, config = family.adapted()
     save_adapter(model, config, family.folder / "adapter", str(family.folder))
     plain = family.plain()
+    objection = objection_of_peft(family.folder / "adapter", model)
+    assert (objection is not None) is (family.name in [*REFUSED_BY_PEFT, *OTHER_IN_PEFT]), objection
     if family.name in REFUSED_BY_PEFT:
         with pytest.raises(ValueError, match=REFUSED_BY_PEFT[family.name]):
             PeftModel.from_pretrained(plain, str(family.folder / "adapter"))

@@ -1,0 +1,35 @@
+"""Whether HF PEFT, where it is installed, reads a folder as the adapter that it is."""
+
+import importlib.util
+import warnings
+from copy import deepcopy
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lightning_peft.models.streaming import parameters_on_meta
+
+
+def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
+    """In one line how HF PEFT fails to read the adapter of `folder` into a model like this one, without any weights.
+
+    None where it reads it, and where PEFT is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return None
+    from peft import PeftModel  # takes seconds, and only this needs it
+
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with parameters_on_meta():
+        base = type(model)._from_config(config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            PeftModel.from_pretrained(base, str(folder))
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            return f"HF PEFT does not read it: {' '.join(str(error).split())[:160]}"
+    if any("missing adapter keys" in str(warning.message) for warning in caught):
+        return f"HF PEFT finds no place for some of its tensors in {type(model).__name__}, and gives other outputs"
+    return None
