@@ -24,7 +24,7 @@ from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_
 from lightning_peft.checkpoint.merged import save_model
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import save_adapter
-from lightning_peft.checkpoint.peft_methods import PEFT_METHODS
+from lightning_peft.checkpoint.peft_methods import spelling
 from lightning_peft.checkpoint.resume import whole_state
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import preview
@@ -292,7 +292,7 @@ def save_tuned(
 
 def check_in_peft(folder: Path, module: FinetuneModule) -> None:
     """Say where HF PEFT would not read the adapter as it is."""
-    if not PEFT_METHODS[module.adapter_config.method].in_peft:
+    if not spelling(module.adapter_config.method).in_peft:
         return
     if (objection := objection_of_peft(folder, module.model)) is not None:
         logger.warning("%s: %s; lightning-peft reads and merges it", folder, objection)
