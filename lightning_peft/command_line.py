@@ -13,14 +13,13 @@ from typing import Any
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_peft import distributed
 from lightning_peft.cluster.slurm import SlurmError
 from lightning_peft.compose import (
     SEARCH_PATH,
     compose_config,
-    groups_and_defaults,
     open_words,
     quote_text_values,
     typed,
@@ -29,8 +28,10 @@ from lightning_peft.config import CONF_DIR, register_schemas
 from lightning_peft.plugins import imported_by_words, is_of_plugin
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
+from lightning_peft.words import everyday
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+HELP, SWEEP = ("-h", "--help"), ("-m", "--multirun")
 
 LIBRARY_NOISE = (
     "'set_vital' is deprecated",
@@ -47,11 +48,11 @@ class WrongInput(ValueError):
 def run_command(command: str, function: Callable[[Any], Any], overrides: list[str]) -> int:
     """Compose, run, and return the exit status. LIGHTNING_PEFT_TRACEBACK=1 shows where a one-line error came from."""
     set_up_logging()
-    if any(word in ("-h", "--help") for word in overrides):
-        print(command_help(command))
-        return DONE
-    sweep = [word for word in overrides if word in ("-m", "--multirun")]
+    if any(word in HELP for word in overrides):
+        return show_help(command, [word for word in overrides if word not in HELP])
+    sweep = [word for word in overrides if word in SWEEP]
     try:
+        overrides = [*everyday(command, [word for word in overrides if word not in SWEEP]), *sweep]
         if command == "sweep":  # its words belong to two configs
             function(overrides)
         elif command == "submit" and sweep:
@@ -75,6 +76,18 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             return FAILED
         leave_last_words(f"{type(error).__name__}: {one_line(error)}")
         raise
+    return DONE
+
+
+def show_help(command: str, words: list[str]) -> int:
+    # AST and every method's config, which a command that runs does without.
+    from lightning_peft.help import command_help
+
+    try:
+        register_schemas()
+        print(command_help(command, everyday(command, [word for word in words if word not in SWEEP])))
+    except ValueError as error:
+        return say_what_is_wrong(error)
     return DONE
 
 
@@ -184,15 +197,3 @@ def set_up_logging() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", message)
-
-
-def command_help(command: str) -> str:
-    """Groups with their options, and the keys of the command with their defaults."""
-    register_schemas()
-    choices, config = groups_and_defaults(command)
-    lines = [f"usage: lightning-peft {command} [group=option] [key=value] ...", "", "groups (default first):"]
-    for group, default in choices.items():
-        paths = [path.relative_to(CONF_DIR / group).with_suffix("") for path in (CONF_DIR / group).glob("**/*.yaml")]
-        options = sorted(map(str, paths))
-        lines.append(f"  {group:<16} {', '.join(dict.fromkeys([default, *options]))}")
-    return "\n".join([*lines, "", "keys and defaults:", OmegaConf.to_yaml(config)])

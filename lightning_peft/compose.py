@@ -22,6 +22,7 @@ from yaml import YAMLError
 from lightning_peft import distributed
 from lightning_peft.config import CONF_DIR, TrainConfig, register_schemas, train_config
 from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
+from lightning_peft.words import ours
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +193,9 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
-    """The options of the command that look like a mistyped one."""
+    """Our word for another tool's, else the options of the command that look like a mistyped one."""
+    if (known := ours(key)) is not None and known != key:
+        return f"; use {known}"
     choices, config = groups_and_defaults(command)
     matches = difflib.get_close_matches(key, dict.fromkeys([*choices, *groups, *leaf_keys(config)]), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(matches)}?" if matches else ""

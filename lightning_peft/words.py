@@ -1,0 +1,202 @@
+"""Everyday words of the command line: a YAML file of one's own, rank=16, model=org/name, data=rows.csv.
+
+Names that other tools use are answered with ours.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_peft.config import CONF_DIR
+
+logger = logging.getLogger(__name__)
+
+ROW_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".xlsx", ".arrow", ".gz", ".zst")
+"""Endings by which data=FILE is told from the name of an option."""
+RUN_COMMANDS = ("train", "submit", "estimate", "data")
+"""Commands whose words describe a training."""
+
+OURS = {
+    "optimizer.lr": "lr learning_rate learningrate",
+    "optimizer.weight_decay": "weight_decay wd",
+    "optimizer.lora_plus_ratio": "loraplus_lr_ratio lora_plus_ratio",
+    "optimizer": "optim optimiser",
+    "schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "schedule.warmup_steps": "warmup_steps warmup",
+    "schedule.warmup_fraction": "warmup_ratio warmup_fraction",
+    "trainer.max_epochs": "epochs num_epochs num_train_epochs max_epochs n_epochs",
+    "trainer.max_steps": "max_steps steps num_steps train_steps",
+    "trainer.accumulate_grad_batches": "gradient_accumulation_steps grad_accum gradient_accumulation",
+    "trainer.gradient_clip_val": "max_grad_norm gradient_clipping grad_clip",
+    "trainer.devices": "devices gpus num_gpus n_gpus nproc_per_node",
+    "trainer.num_nodes": "nodes num_nodes nnodes",
+    "trainer.precision": "precision bf16 fp16 tf32 dtype torch_dtype",
+    "trainer.log_every_n_steps": "logging_steps log_every",
+    "trainer.max_time": "max_time time_limit",
+    "data.micro_batch_size": "batch_size micro_batch_size per_device_train_batch_size train_batch_size bs",
+    "data.max_length": "max_length max_seq_length max_seq_len sequence_len cutoff_len seq_len context_length",
+    "data.packing": "packing sample_packing pack",
+    "data.validation_fraction": "val_set_size val_size validation_fraction test_size eval_split_ratio",
+    "data.max_rows": "max_samples max_rows max_train_samples",
+    "data=FILE": "dataset datasets dataset_path dataset_name train_file train_data train_path training_file",
+    "data.validation_path": "validation_file validation_path eval_file eval_dataset val_file test_file",
+    "data.system_prompt": "system_prompt system",
+    "data.num_workers": "num_workers dataloader_num_workers",
+    "data.train_on_last_turn": "train_on_last_turn",
+    "data.task": "task metric",
+    "adapter.alpha": "alpha lora_alpha",
+    "adapter.dropout": "dropout lora_dropout",
+    "adapter.init": "init init_lora_weights",
+    "adapter.layers": "layers layers_to_transform",
+    "adapter.exclude_modules": "exclude_modules",
+    "adapter.trainable_modules": "modules_to_save trainable_modules",
+    "adapter.init_from": "init_from lora_model_dir",
+    "adapter.rank_stabilized": "use_rslora rslora rank_stabilized",
+    "target_modules": "lora_target_modules lora_target targets target lora_target_linear",
+    "rank": "r lora_r lora_rank",
+    "method=qlora": "load_in_4bit nf4 quantization_bit bits",
+    "quantization=int8": "load_in_8bit int8",
+    "method": "peft_type finetuning_type adapter_type peft_method",
+    "model": "model_name_or_path base_model model_name base_model_name model_id pretrained_model_name_or_path",
+    "model.path": "model_path path",
+    "model.trust_remote_code": "trust_remote_code",
+    "model.attention": "attn_implementation flash_attention attention use_flash_attention",
+    "run_dir": "output_dir out_dir out output save_dir output_path logging_dir",
+    "resume=auto": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "checkpoint.every_n_steps": "save_steps save_every saves_per_epoch save_interval",
+    "checkpoint.keep_last": "save_total_limit",
+    "validation.every_n_steps": "eval_steps eval_every evals_per_epoch val_check_interval eval_interval",
+    "activation_checkpointing": "gradient_checkpointing grad_checkpointing",
+    "logger": "report_to wandb tracker log_with",
+    "logger.wandb.project": "wandb_project project",
+    "logger.wandb.name": "wandb_name run_name wandb_run_id",
+    "strategy": "distributed deepspeed fsdp ddp parallel accelerator_strategy",
+    "compile": "torch_compile",
+    "sweep_dir": "sweep_path",
+    "cluster.partition": "partition",
+    "cluster.time": "time walltime",
+}
+"""Our word -> what HF's Trainer and PEFT, axolotl, LLaMA-Factory, torchtune and litgpt call it."""
+BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
+
+
+def everyday(command: str, words: list[str]) -> list[str]:
+    """Rewrite the everyday words of a command into the keys and groups that Hydra knows.
+
+    Raises ValueError for a word of another tool, or in another tool's form, with ours beside it.
+    """
+    written: list[str] = []
+    for word in words:
+        if word.startswith("-"):
+            raise ValueError(f"{word}: {_without_dashes(word)}")
+        if "=" not in word and word.endswith((".yaml", ".yml")):
+            written += words_of_file(Path(word))
+        else:
+            written.append(word)
+    if command in (*RUN_COMMANDS, "evaluate", "generate", "merge"):
+        written = [part for word in written for part in _rewritten(word)]
+    if command in RUN_COMMANDS:
+        written = _with_data_option(written)
+    return written
+
+
+def words_of_file(path: Path) -> list[str]:
+    """The words that a YAML file of groups and keys stands for, outer groups before the keys inside them."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; `lightning-peft init {path}` writes one to start from") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: must hold keys and values, as in `method: qlora`")
+    if content.keys() >= {"adapter", "optimizer", "trainer", "run_dir"}:
+        raise ValueError(f"{path}: is the whole config of a run; config_path={path} starts from it")
+    words = list(_flat(content, "", path))
+    return [word for word in words if "." not in word.partition("=")[0]] + [
+        word for word in words if "." in word.partition("=")[0]
+    ]
+
+
+def _flat(content: dict[Any, Any], prefix: str, path: Path) -> Iterator[str]:
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: {prefix}{key}: a key must be text")
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.", path)
+        else:
+            yield f"{prefix}{key}={_value(value)}"
+
+
+def _value(value: Any) -> str:
+    """A YAML value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(_value(part) for part in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_value(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./${}:-]+", value):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)
+
+
+def _rewritten(word: str) -> list[str]:
+    key, sign, value = word.partition("=")
+    if not sign:
+        return [word]
+    if key == "rank" and re.fullmatch(r"\d+(,\d+)*", value):
+        return [f"adapter.rank={value}"]
+    if key == "target_modules" and value.replace("-", "_") == "all_linear":
+        return ["target_modules=all_linear"]
+    if key == "target_modules" and value.startswith("["):
+        return [f"adapter.target_modules={value}"]
+    if key == "target_modules" and all(_no_option("target_modules", name) for name in value.split(",")):
+        return [f"adapter.target_modules=[{value}]"]
+    if key == "model" and "," not in value and _no_option("model", value) and _is_model(value):
+        return ["model=hf", f"model.path={value}"]
+    if key == "data" and "," not in value and _no_option("data", value) and _is_rows(value):
+        return ["data=jsonl", f"data.train_path={value}"]
+    return [word]
+
+
+def _no_option(group: str, name: str) -> bool:
+    return not (CONF_DIR / group / f"{name}.yaml").is_file()
+
+
+def _is_model(value: str) -> bool:
+    text = value.strip("'\"")
+    return "/" in text or text.endswith(".gguf") or Path(text).is_dir()
+
+
+def _is_rows(value: str) -> bool:
+    text = value.strip("'\"")
+    return text.endswith(ROW_FILES) or "://" in text or Path(text).exists() and "/" in text
+
+
+def _with_data_option(words: list[str]) -> list[str]:
+    """Rows of one's own are read as files where no data set is named: the default's own rows would hide them."""
+    keys = [word.partition("=")[0] for word in words]
+    if "data.train_path" in keys and "data" not in keys:
+        logger.info("data=jsonl, as data.train_path is given")
+        return ["data=jsonl", *words]
+    return words
+
+
+def ours(key: str) -> str | None:
+    """Our word for a key of another tool; None where it is not known."""
+    leaf = key.lstrip("+~-").replace("-", "_").lower()
+    return BY_THEIRS.get(leaf) or BY_THEIRS.get(leaf.rpartition(".")[2])
+
+
+def _without_dashes(word: str) -> str:
+    key, sign, value = word.lstrip("-").partition("=")
+    known = ours(key) or key.replace("-", "_")
+    example = known if "=" in known else f"{known}={value or 'VALUE'}"
+    return f"options are key=value without dashes, as in {example}"
