@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import ExitStack
 
+from lightning_peft.threads import set_up_threads
 from lightning_peft.training.preemption import Preempted, nothing_to_lose
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for callbacks of one's own, as `python -m` and so the ranks have it
     module, function = COMMANDS[command][0].split(":")
+    set_up_threads()
     try:
         with ExitStack() as stack:
             if command == "train":

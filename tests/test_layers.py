@@ -7,7 +7,7 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
-    ["user_cache", "plugins"],
+    ["user_cache", "plugins", "threads"],
     ["kernels"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],

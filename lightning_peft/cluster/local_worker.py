@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning_peft.cluster.process import process, this_process
 from lightning_peft.cluster.sweep import Sweep, Trial, begin, changed_sweep, read_sweep
+from lightning_peft.threads import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def run(trial: Trial, folder: Path, slot: int) -> None:
 def share_of_machine(sweep: Sweep, slot: int) -> dict[str, str]:
     """Environment that keeps a worker's trials to its part of the cores and GPUs."""
     parallel = sweep.parallel or 1
-    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))}
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // parallel)))}
     devices = visible_devices()
     if devices:
         own = devices[slot * len(devices) // parallel : (slot + 1) * len(devices) // parallel]

@@ -47,6 +47,7 @@ from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
 from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
 from lightning_peft.runs.trainer import build_trainer, count_steps
+from lightning_peft.threads import described
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
@@ -71,6 +72,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.cluster is not None:
         raise ValueError("cluster: train runs here; submit takes the same words and hands them to the cluster")
     plan = plan_run(config, Machine.here(config.trainer))
+    if not plan.starts_ranks and plan.accelerator == "cpu":
+        logger.info("%s", described())
     check_ranks_can_start(plan)
     if plan.is_rank:
         leave_with_launcher()

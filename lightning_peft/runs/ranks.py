@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from lightning_peft import distributed
 from lightning_peft.distributed import LAUNCHER
+from lightning_peft.threads import available_cores
 from lightning_peft.training.preemption import INTERRUPTED, PREEMPTED, REPEAT_SECONDS, Interrupted, Preempted
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
@@ -58,7 +59,7 @@ def run_ranks(config_path: Path, count: int) -> None:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         LAUNCHER: str(os.getpid()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // count))),
     }
     arguments = ("-m", "lightning_peft", "train", f"config_path={config_path}")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # it warns of each rank it ends
