@@ -325,7 +325,8 @@ class _History:
         return self._template.render([self._messages[index] for index in indices], self._tools, generation)
 
     def _marked(self, indices: Sequence[int], generation: bool) -> Marked | None:
-        return self._template.marked([self._messages[index] for index in indices], self._tools, generation)
+        messages = [self._messages[index] for index in indices]
+        return self._template.marked(messages, self._tools, generation, checked=True)  # with the whole conversation
 
     def _windowed(self, index: int) -> tuple[str, str, Callable[[], tuple[int | None, int | None]]] | None:
         """As `around`, from renderings of a part of the conversation; None where they would not be the same."""
@@ -355,12 +356,14 @@ class _History:
         before = self._whole.text[: self._whole.starts[user]]
         cut, whole_cut = prompt.starts[at_user], whole.starts[at_user]
         if start > user + 1:
-            between = self._between(head, user, start, index, prompt, at_user + 1)
-            if between is None:
+            # From the second answer on: the first after a question may be written otherwise than one after a result.
+            answers = (place for place in range(start + 1, index) if self._messages[place]["role"] == "assistant")
+            splice = next(answers, index)
+            place = at_user + 1 + splice - start
+            between = self._between(head, user, splice, index, prompt, place)
+            if between is None or place not in whole.starts:
                 return None
-            before, cut, whole_cut = before + between, prompt.starts[at_user + 1], whole.starts.get(at_user + 1, -1)
-            if whole_cut < 0:
-                return None
+            before, cut, whole_cut = before + between, prompt.starts[place], whole.starts[place]
         shift, whole_shift = len(before) - cut, len(before) - whole_cut
         return (
             before + prompt.text[cut:],
@@ -369,7 +372,10 @@ class _History:
         )
 
     def _between(self, head: list[int], user: int, start: int, index: int, prompt: Marked, place: int) -> str | None:
-        """The text from a question to message `start` of a long exchange; None where `prompt` writes it otherwise."""
+        """The text from a question to message `start` of a long exchange; None where `prompt` goes on otherwise.
+
+        `place` is that of the message among those of `prompt`.
+        """
         if user not in self._exchanges:
             after = next((other for other in self._users if other > user), len(self._messages))
             self._exchanges[user] = (head, self._marked([*head, *range(user, after)], False))
@@ -379,6 +385,8 @@ class _History:
         offset = len(head) - user
         begin, stop = exchange.starts.get(user + offset), exchange.starts.get(start + offset)
         if begin is None or stop is None:
+            return None
+        if start >= index:
             return None
         common = [exchange.starts.get(other + offset) for other in range(start, index)]
         here = [prompt.starts.get(place + other - start) for other in range(start, index)]

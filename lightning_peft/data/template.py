@@ -125,8 +125,13 @@ class ChatTemplate:
             hint = _refused_roles(messages)
             raise ChatTemplateError(f"the chat template refuses a conversation of {roles}: {error}{hint}") from error
 
-    def marked(self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> Marked | None:
-        """The rendering with the place of each message; None where the template's messages are not told apart."""
+    def marked(
+        self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool, checked: bool = False
+    ) -> Marked | None:
+        """The rendering with the place of each message; None where the template's messages are not told apart.
+
+        checked: the template was seen to render these messages alike with and without marks.
+        """
         if self._marking is None:
             return None
         number = {id(message): index for index, message in enumerate(messages)}
@@ -134,10 +139,12 @@ class ChatTemplate:
         def mark(message: Any) -> str:
             return f"{_OPEN}{number[id(message)]}{_CLOSE}" if id(message) in number else ""
 
-        plain = self.render(messages, tools, add_generation_prompt)
         try:
             text = self._render(self._marking, messages, tools, add_generation_prompt, **{_MARK: mark})
         except ChatTemplateError:
+            return None
+        plain = _MARKS.sub("", text)
+        if not checked and plain != self.render(messages, tools, add_generation_prompt):
             return None
         return _without_marks(text, plain)
 
@@ -321,7 +328,7 @@ def _mark_loops(tree: nodes.Template) -> bool:
 
 
 def _without_marks(text: str, plain: str) -> Marked | None:
-    """The marked text taken apart; None unless the marks changed nothing and stand in the order of the messages."""
+    """The marked text taken apart; None unless the marks stand in the order of the messages."""
     starts: dict[int, int] = {}
     removed = end = 0
     for match in _MARKS.finditer(text):
@@ -331,8 +338,6 @@ def _without_marks(text: str, plain: str) -> Marked | None:
             end = place
         else:
             starts[int(match[1])] = place  # a loop that only looks comes before the one that writes
-    if _MARKS.sub("", text) != plain:
-        return None
     places = [starts[index] for index in sorted(starts)]
     return Marked(plain, starts, end) if places and places == sorted(places) and places[-1] <= end else None
 
