@@ -80,6 +80,7 @@ def merge(
         raise MergeError("merge.base=requantised writes 4-bit layers, this base is int8; use merge.base=dequantised")
     for _, layer in adapters(model):
         layer.check_mergeable()
+    _refuse_shared(model)
     device = model.device
     comparison = Comparison(model, samples, base_logits)
     dtype = DTYPES[config.dtype] if config.dtype is not None else model.dtype if original is None else None
@@ -99,6 +100,15 @@ def merge(
         logger.info("%s", receipt)
         _check(receipt, config, output)
     return receipt
+
+
+def _refuse_shared(model: PreTrainedModel) -> None:
+    """Raise MergeError where two adapters change one weight, each in its own way: blocks that Zamba 2 repeats."""
+    names: dict[int, str] = {}
+    for name, layer in adapters(model):
+        weight = layer.base_layer.get_parameter("weight")
+        if (other := names.setdefault(id(weight), name)) != name:
+            raise MergeError(f"{other} and {name} share one weight, and their adapters differ: serve them unmerged")
 
 
 def save_model(

@@ -43,6 +43,10 @@ DELTA_NET = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, object]] = {
     "falcon_h1": {**RECURRENT, "mamba_d_ssm": 128, "lm_head_multiplier": 0.25},
     "bamba": {**RECURRENT, "attn_layer_indices": [1]},
@@ -93,6 +97,9 @@ OPTIONS: dict[str, dict[str, object]] = {
         "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4,
     },
+    "kimi_linear": LATENT,
+    "longcat_flash": LATENT,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "falcon_mamba": {"state_size": 16, "time_step_rank": 16},
     "granitemoehybrid": {
         **RECURRENT, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0,

