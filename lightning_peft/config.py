@@ -32,6 +32,7 @@ from lightning_peft.training.config import (
     ValidationConfig,
     check_compilation,
 )
+from lightning_peft.training.guard import GuardConfig
 
 CONF_DIR = next(
     folder for parent in (Path(__file__).parent, Path(__file__).parent.parent) if (folder := parent / "conf").is_dir()
@@ -75,6 +76,7 @@ class TrainConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.pytorch.Trainer."""
     logger: dict[str, Any] = field(default_factory=dict)

@@ -19,8 +19,8 @@ from lightning_peft.cluster.slurm import Job
 
 MANIFEST = "sweep.json"
 
-WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, CANCELLED = (
-    "waiting", "running", "finished", "failed", "lost", "preempted", "interrupted", "paused", "cancelled",
+WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED = (
+    "waiting", "running", "finished", "failed", "lost", "preempted", "interrupted", "paused", "diverged", "cancelled",
 )  # fmt: skip
 RESULT_NUMBERS = (
     "validation_loss", "train_loss", "steps", "trainable_parameters", "total_parameters", "tokens_per_second",
@@ -29,7 +29,7 @@ RESULT_NUMBERS = (
 """What `result.json` of a finished run says in numbers."""
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
 """SLURM's words for a job that does not run yet."""
-TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, CANCELLED)
+TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED)
 ENDED = (FINISHED, *TO_BE_RETRIED)
 
 

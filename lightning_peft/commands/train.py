@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from dataclasses import replace
@@ -53,6 +54,7 @@ from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
+from lightning_peft.training.guard import Guard
 from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
@@ -157,7 +159,7 @@ def train_prepared(
         found = replace(lineage, packing_difference=module.objective.packing_difference)
         save_tuned(module, tokenizer, folder, found, layout)
 
-    metrics = StepMetrics()
+    metrics = StepMetrics(Guard(config.guard, plan.precision == "16-mixed"))
     samples = read_conversations(config.data, "validation", config.validation.samples)
     signals = PreemptionSignals(plan.max_seconds)
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save)
@@ -200,7 +202,7 @@ def train_prepared(
         result |= {"seconds": time.perf_counter() - started, "versions": installed_versions()}
         if distributed.rank() == 0:
             with atomic_file(run_dir / "result.json") as path:
-                path.write_text(json.dumps(result, indent=2) + "\n")
+                path.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
             for run_logger in trainer.loggers:
                 if isinstance(run_logger, RunLogger):
                     run_logger.close(result["status"], run_dir / "adapter")
@@ -212,6 +214,13 @@ def train_prepared(
     if leaves_ranks:
         distributed.disconnect()
     return result
+
+
+def finite(value: Any) -> Any:
+    """Return the value with null for the numbers that JSON does not have: nan and inf."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def prepare_folder(config: TrainConfig, run_dir: Path) -> None:

@@ -33,7 +33,7 @@ FREE_TO_CHANGE = (
     "trainer.detect_anomaly", "trainer.barebones", "strategy.kind", "strategy.cpu_offload", "data.cache_dir",
     "data.preview", "checkpoint.every_n_steps", "checkpoint.keep_last", "checkpoint.asynchronous",
     "validation.samples", "compile", "activation_checkpointing", "device_memory_gib", "quantization.verify",
-    "model.label",
+    "model.label", "guard.action", "guard.factor", "guard.patience",
 )  # fmt: skip
 """Options that a resumed run may change, as they change no number of it. The global batch that some make together must
 stay; the schedule's length may change and is said."""

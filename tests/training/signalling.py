@@ -88,3 +88,16 @@ class PauseBeforeSteps(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         time.sleep(self.seconds)
+
+
+class ExplodeAt(Callback):
+    """Makes the gradients of a step infinite."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step + 1 == self.step:
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))

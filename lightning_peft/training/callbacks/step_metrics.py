@@ -14,6 +14,7 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.inject import trainable_parameter_counts
 from lightning_peft.data.batch import Batch
 from lightning_peft.distributed import reduce_sums, worst
+from lightning_peft.training.guard import Guard
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "A6000": 155e12}
 """Dense bf16 peak per second of known devices, from the vendors' data sheets."""
@@ -52,7 +53,8 @@ class StepMetrics(Callback):
     Values stay on the device until `trainer.log_every_n_steps` of them have come together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guard: Guard | None = None) -> None:
+        self.guard = guard
         self.pending: list[tuple[int, dict[str, Any]]] = []
         """Step and row; tokens are this rank's."""
         self.step_tokens = 0
@@ -91,14 +93,17 @@ class StepMetrics(Callback):
         self.last_loss = row["loss"]
         self.pending.append((trainer.global_step, row))
         if len(self.pending) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self.flush(trainer)
+            self.flush(trainer, pl_module)
 
-    def flush(self, trainer: Trainer) -> None:
-        """Read the pending values back from the device and hand them to the loggers."""
+    def flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the pending values back from the device and hand them to the loggers. Raises Diverged."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
         device = trainer.strategy.root_device
-        counts = torch.tensor([row["tokens"] for _, row in self.pending], dtype=torch.float64, device=device)
+        counts = torch.tensor([row["tokens"] for _, row in pending], dtype=torch.float64, device=device)
         peak = worst(peak_memory_gib(device))
-        for (step, row), tokens in zip(self.pending, reduce_sums(counts).tolist(), strict=True):
+        for (step, row), tokens in zip(pending, reduce_sums(counts).tolist(), strict=True):
             row["tokens"] = int(tokens)
             self.steps_seen += 1
             if self.steps_seen > WARM_UP_STEPS:
@@ -111,7 +116,8 @@ class StepMetrics(Callback):
             values["peak_memory_gib"] = peak
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
-        self.pending.clear()
+            if self.guard is not None:
+                self.guard.look(step, values, pl_module)
 
     def model_flops_utilization(self, tokens_per_second: float) -> float | None:
         """Share of the device's bf16 peak, or None on a device whose peak is not in `PEAK_FLOPS`."""
@@ -122,10 +128,10 @@ class StepMetrics(Callback):
         return self.flops_per_token * tokens_per_second / peak if peak else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.flush(trainer)
+        self.flush(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.flush(trainer)
+        self.flush(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"loss": self.loss}
