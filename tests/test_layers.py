@@ -21,7 +21,7 @@ LAYERS = [
     ["help"],
     ["runs"],
     ["commands"],
-    ["command_line"],
+    ["command_line", "api"],
     ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

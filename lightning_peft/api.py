@@ -1,0 +1,122 @@
+"""The short way from Python: rows in, a run out, with the words of the command line.
+
+from lightning_peft import finetune
+
+run = finetune(rows, "method=lora", "model=tiny", "trainer.max_steps=100")
+run.metrics["validation_loss"], run.generate("How many singers are there?"), run.merge("merged")
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lightning_peft.checkpoint.merged import Receipt
+from lightning_peft.commands.adapted import layout_of, load_for_inference
+from lightning_peft.commands.merge import merge
+from lightning_peft.commands.train import train
+from lightning_peft.compose import compose_config
+from lightning_peft.inference.generate import generate_batch
+from lightning_peft.inference.load import tuned_folder
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.runs.folder import folder_of, starting_config
+from lightning_peft.training.metrics_csv import MetricsCSV
+from lightning_peft.words import everyday
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+class Run:
+    """A finished run, or an adapter folder of ours or of HF PEFT: what it learned, ready to answer."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """`folder` is a run folder or an adapter folder; nothing is loaded before it is asked for."""
+        self.folder = Path(folder)
+        self._tuned = tuned_folder(str(self.folder))
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter folder, which HF PEFT loads; the whole model's after full fine-tuning."""
+        return self._tuned
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What `result.json` holds: losses, steps, tokens a second, memory. Raises ValueError for a bare adapter."""
+        path = self.folder / "result.json"
+        if not path.is_file():
+            raise ValueError(f"{self.folder}: no result.json, so it is an adapter folder and no run")
+        return json.loads(path.read_text())
+
+    @property
+    def history(self) -> list[dict[str, str]]:
+        """The rows of `metrics.csv`, one a step and one a validation."""
+        return MetricsCSV(str(self.folder)).read()[1]
+
+    @cached_property
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The adapted model, in the precision it was trained in, and its tokenizer."""
+        return load_for_inference(str(self.folder), None, "auto")
+
+    def generate(self, prompt: str | list[str], **sampling: Any) -> Any:
+        """Answer a prompt, or several in a batch, as they were laid out in training.
+
+        `sampling` are fields of `SamplingConfig`, such as max_new_tokens and temperature. Return a string for a string
+        and a list for a list.
+        """
+        model, tokenizer = self.loaded
+        layout = layout_of(str(self.folder), tokenizer)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        ids = [layout.prompt(layout.conversation(text), tokenizer) for text in prompts]
+        with torch.no_grad():
+            answers = generate_batch(model, tokenizer, ids, SamplingConfig(**sampling))
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def merge(self, output: str | Path, *words: str) -> Receipt:
+        """Write base and adapter as one plain model; `words` are those of `lightning-peft merge`."""
+        return merge(compose_config("merge", [f"adapter_path={self.folder}", f"output={output}", *words]))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+
+def finetune(rows: Rows | str | Path, *words: str, validation_rows: Rows | None = None) -> Run:
+    """Fine-tune on rows and return the finished run.
+
+    `rows` are dictionaries (a list, a `datasets.Dataset`) or the path of a file; `words` are those of `lightning-peft
+    train`, such as "method=qlora", "model=org/name", "rank=16", "run_dir=runs/mine". Rows given in memory are kept
+    in the run's folder as JSON lines. Raises ValueError, before a model is loaded, for wrong words or rows.
+    """
+    given = [f"data={rows}"] if isinstance(rows, str | Path) else ["data=jsonl", "data.train_path=rows"]
+    config = starting_config(everyday("train", [*words, *given]))
+    if not isinstance(rows, str | Path):
+        folder = folder_of(config) / "rows"
+        data = replace(config.data, train_path=_written(rows, folder / "train.jsonl"))
+        if validation_rows is not None:
+            data = replace(data, validation_path=_written(validation_rows, folder / "validation.jsonl"))
+        config = replace(config, data=data)
+    elif validation_rows is not None:
+        raise ValueError("validation_rows: rows of a file have theirs in data.validation_path=FILE")
+    train(config)
+    return Run(folder_of(config))
+
+
+def load(folder: str | Path) -> Run:
+    """Return a run, or an adapter of ours or of HF PEFT, by its folder."""
+    return Run(folder)
+
+
+def _written(rows: Rows, path: Path) -> str:
+    lines = [json.dumps(dict(row), ensure_ascii=False) for row in rows]
+    if not lines:
+        raise ValueError("rows: none are given; a row is a dictionary such as {'prompt': ..., 'completion': ...}")
+    text = "\n".join(lines) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path}: the run in this folder has other rows; give those, or name a new run_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)

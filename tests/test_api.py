@@ -1,0 +1,90 @@
+"""From Python: rows in, a run out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+import lightning_peft
+from lightning_peft import finetune, load
+
+ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": str(2 * n)} for n in range(24)]
+WORDS = ["model=tiny", "trainer.max_steps=2", "trainer.precision=32-true", "data.validation_fraction=0.2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return finetune(ROWS, *WORDS, "method=lora", "rank=4", f"run_dir={tmp_path_factory.mktemp('api') / 'run'}")
+
+
+def test_run_has_adapter_metrics_and_history(run):
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+    assert run.metrics["status"] == "finished" and run.metrics["validation_loss"] > 0
+    assert [row["step"] for row in run.history][:2] == ["1", "2"]
+
+
+def test_run_answers_one_prompt_and_several_alike(run):
+    alone = run.generate("What is 3 plus 3?", max_new_tokens=4)
+    assert isinstance(alone, str)
+    assert run.generate(["What is 3 plus 3?", "And 4?"], max_new_tokens=4)[0] == alone
+    assert torch.is_grad_enabled()
+
+
+def test_run_is_merged_and_loaded_again(run, tmp_path):
+    receipt = run.merge(tmp_path / "merged")
+    assert receipt.top1_agreement > 0.9 and (tmp_path / "merged" / "model.safetensors").is_file()
+    assert load(run.folder).generate("Hi", max_new_tokens=2) == run.generate("Hi", max_new_tokens=2)
+
+
+def test_bare_adapter_folder_is_loaded_too(run):
+    assert load(run.adapter).generate("Hi", max_new_tokens=2) == run.generate("Hi", max_new_tokens=2)
+    with pytest.raises(ValueError, match="no result.json, so it is an adapter folder"):
+        _ = load(run.adapter).metrics
+
+
+def test_rows_of_a_data_set_and_of_a_file_train_the_same(run, tmp_path):
+    words = [*WORDS, "method=lora", "rank=4"]
+    of_set = finetune(datasets.Dataset.from_list(ROWS), *words, f"run_dir={tmp_path}/set")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    of_file = finetune(tmp_path / "rows.jsonl", *words, f"run_dir={tmp_path}/file")
+    losses = {each.metrics["train_loss"] for each in (run, of_set, of_file)}
+    assert len(losses) == 1
+
+
+def test_rows_of_memory_are_kept_so_that_the_run_goes_on(run):
+    again = finetune(ROWS, *WORDS, "rank=4", "resume=auto", f"run_dir={run.folder}")
+    assert again.metrics == run.metrics
+
+
+def test_rows_of_another_run_are_not_overwritten(run):
+    before = (run.folder / "rows" / "train.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="the run in this folder has other rows; give those, or name a new run_dir"):
+        finetune(ROWS[:5], *WORDS, f"run_dir={run.folder}")
+    assert (run.folder / "rows" / "train.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "message"),
+    [
+        ([], [], "rows: none are given"),
+        (ROWS, ["lr=1"], "lr: no such option; use optimizer.lr"),
+        ([{"x": 1}], [], "train.jsonl"),
+    ],
+)
+def test_wrong_input_is_a_value_error(rows, words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        finetune(rows, *WORDS, *words, f"run_dir={tmp_path}/run")
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    code = (
+        "import sys, lightning_peft; assert 'torch' not in sys.modules; "
+        "lightning_peft.finetune; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(lightning_peft.__file__).parents[1])
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        lightning_peft.nope  # noqa: B018
