@@ -5,27 +5,10 @@ import os
 import sys
 from contextlib import ExitStack
 
+from lightning_peft.commands import COMMANDS
 from lightning_peft.threads import set_up_threads
 from lightning_peft.training.preemption import Preempted, nothing_to_lose
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
-
-COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
-    "submit": (
-        "lightning_peft.commands.submit:submit",
-        "hand a training to SLURM: cluster.partition=... cluster.nodes=2",
-    ),
-    "data": ("lightning_peft.commands.data:data", "what train would be given: samples, audit, lengths; no model"),
-    "estimate": ("lightning_peft.commands.estimate:estimate", "memory and work that train would need; no weights read"),
-    "sweep": ("lightning_peft.commands.sweep:sweep", "status, retry, cancel or table of a sweep"),
-    "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
-    "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
-    "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),
-    "d90": (
-        "lightning_peft.commands.d90:d90",
-        "how few trained numbers a task takes, from a sweep of method=intrinsic",
-    ),
-}
 
 
 def usage() -> str:

@@ -41,6 +41,10 @@ LIBRARY_NOISE = (
 """What torchdata and Lightning say and a user can do nothing about, or need not: `train` starts its ranks itself."""
 
 
+BY_WORDS = ("sweep", "init", "config", "schema", "completion")
+"""Commands that take the words themselves: they belong to two configs, or to none."""
+
+
 class WrongInput(ValueError):
     """A trial's error that speaks to the user; on its way out of another process it loses its traceback."""
 
@@ -53,7 +57,7 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
     sweep = [word for word in overrides if word in SWEEP]
     try:
         overrides = [*everyday(command, [word for word in overrides if word not in SWEEP]), *sweep]
-        if command == "sweep":  # its words belong to two configs
+        if command in BY_WORDS:
             function(overrides)
         elif command == "submit" and sweep:
             from lightning_peft.commands.plan_sweep import submit_sweep

@@ -57,8 +57,21 @@ EXAMPLES = {
 }
 
 
+WORDS_ONLY = {
+    "init": "usage: lightning-peft init [FILE.yaml] [method=...] [model=...] [data=...] [key=value] ...\n\n"
+    "Writes a file of the choices and the keys used most, with comments; then: lightning-peft train FILE.yaml",
+    "config": "usage: lightning-peft config train [FILE.yaml] [group=option] [key=value] ...\n\n"
+    "Prints every key of the composed config, and behind it the word that set it.",
+    "schema": "usage: lightning-peft schema [FILE]\n\nPrints the JSON schema of train's files, or writes it to FILE.",
+    "completion": "usage: lightning-peft completion bash|zsh|fish\n\n"
+    "Prints a script: source <(lightning-peft completion bash)",
+}
+
+
 def command_help(command: str, words: list[str]) -> str:
     """The page of a command; of a group or section of it where a word names one; of what choices set otherwise."""
+    if command in WORDS_ONLY:
+        return WORDS_ONLY[command]
     topics = [word for word in words if "=" not in word]
     choices = [word for word in words if "=" in word]
     if topics:

@@ -93,14 +93,14 @@ def everyday(command: str, words: list[str]) -> list[str]:
     for word in words:
         if word.startswith("-"):
             raise ValueError(f"{word}: {_without_dashes(word)}")
-        if "=" not in word and word.endswith((".yaml", ".yml")):
+        if "=" not in word and word.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
             written += words_of_file(Path(word))
         else:
             written.append(word)
     if command in (*RUN_COMMANDS, "evaluate", "generate", "merge"):
         written = [part for word in written for part in _rewritten(word)]
     if command in RUN_COMMANDS:
-        written = _with_data_option(written)
+        written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out
     return written
 
 

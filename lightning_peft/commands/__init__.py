@@ -1,1 +1,24 @@
-"""One file a command of the command line."""
+"""One file a command, and the table of them."""
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
+    "submit": (
+        "lightning_peft.commands.submit:submit",
+        "hand a training to SLURM: cluster.partition=... cluster.nodes=2",
+    ),
+    "data": ("lightning_peft.commands.data:data", "what train would be given: samples, audit, lengths; no model"),
+    "estimate": ("lightning_peft.commands.estimate:estimate", "memory and work that train would need; no weights read"),
+    "sweep": ("lightning_peft.commands.sweep:sweep", "status, retry, cancel or table of a sweep"),
+    "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
+    "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
+    "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),
+    "init": ("lightning_peft.commands.init:init", "write a YAML file of your own to start from"),
+    "config": ("lightning_peft.commands.show_config:show_config", "the composed config of train WORDS, with origins"),
+    "schema": ("lightning_peft.commands.schema:schema", "a JSON schema of such a file, for editors"),
+    "completion": ("lightning_peft.commands.completion:completion", "completion for bash, zsh or fish"),
+    "d90": (
+        "lightning_peft.commands.d90:d90",
+        "how few trained numbers a task takes, from a sweep of method=intrinsic",
+    ),
+}
+"""Name -> where its function is, and what it does in a line."""

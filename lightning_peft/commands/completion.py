@@ -1,0 +1,55 @@
+"""`lightning-peft completion bash|zsh|fish`: a script that completes commands, groups, options and keys."""
+
+from lightning_peft.commands import COMMANDS
+from lightning_peft.config import CONF_DIR, ROOTS
+from lightning_peft.help import TRAINER
+from lightning_peft.options import options_of
+
+SHELLS = {
+    "bash": """_lightning_peft() {
+    local word="${COMP_WORDS[COMP_CWORD]}"
+    COMP_WORDBREAKS="${COMP_WORDBREAKS//=}"
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W "@commands@" -- "$word"))
+    else
+        COMPREPLY=($(compgen -W "@words@" -- "$word") $(compgen -f -- "$word"))
+        [[ "${COMPREPLY[0]}" == *= ]] && compopt -o nospace
+    fi
+}
+complete -F _lightning_peft lightning-peft
+""",
+    "zsh": """#compdef lightning-peft
+_lightning_peft() {
+    if (( CURRENT == 2 )); then
+        compadd -- @commands@
+    else
+        compadd -S '' -- @words@
+        _files
+    fi
+}
+compdef _lightning_peft lightning-peft
+""",
+    "fish": """complete -c lightning-peft -n __fish_use_subcommand -f -a "@commands@"
+complete -c lightning-peft -n "not __fish_use_subcommand" -a "@words@"
+""",
+}
+
+
+def completion(words: list[str]) -> None:
+    """Print the script of a shell. Raises ValueError for one that is not known."""
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise ValueError(f"completion: name a shell, one of {', '.join(SHELLS)}; got {' '.join(words) or 'none'}")
+    script = SHELLS[words[0]]
+    print(script.replace("@commands@", " ".join(COMMANDS)).replace("@words@", " ".join(all_words())), end="")
+
+
+def all_words() -> list[str]:
+    """group=option for every option file, and key= for every key."""
+    groups = sorted(path for path in CONF_DIR.iterdir() if path.is_dir())
+    options = [
+        f"{group.name}={path.relative_to(group).with_suffix('')}"
+        for group in groups
+        for path in sorted(group.glob("**/*.yaml"))
+    ]
+    keys = {option.key for root in ROOTS.values() for option in options_of(root)} | set(TRAINER)
+    return [*options, *(f"{key}=" for key in sorted(keys))]

@@ -1,0 +1,98 @@
+"""init writes a file that trains, config says what is composed and why, schema and completion know every word."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_peft.__main__ import main
+from lightning_peft.commands.completion import all_words
+from lightning_peft.commands.schema import schema_of_file
+from lightning_peft.compose import compose_config
+from lightning_peft.runs.folder import starting_config
+from lightning_peft.words import everyday
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [],
+        ["method=qlora", "model=org/name", "data=rows.jsonl"],
+        ["method=dora", "model=tiny", "data=alpaca", "optimizer.lr=0.01", "data.max_length=64"],
+        ["method=ia3", "logger=wandb"],
+        ["method=full", "hardware=cpu"],
+    ],
+)
+def test_init_writes_a_file_that_composes_to_the_choices(choices):
+    assert main(["init", "my.yaml", *choices]) == 0
+    ours = starting_config(everyday("train", ["my.yaml", "run_dir=r"]))
+    assert ours == compose_config("train", everyday("train", [*choices, "run_dir=r"]))
+    assert Path("my.yaml").read_text().count("#") > 10
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["there.yaml"], "there.yaml: exists already"),
+        (["my.json"], "my.json: must end in .yaml"),
+        (["my.yaml", "method=qlaro"], "method=qlaro: no such option"),
+        (["my.yaml", "lr=1"], "lr: no such option; use optimizer.lr"),
+    ],
+)
+def test_init_refuses_in_one_line_and_writes_nothing(words, message, capsys):
+    Path("there.yaml").write_text("method: lora\n")
+    assert main(["init", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert [path.name for path in Path().iterdir()] == ["there.yaml"]
+
+
+def test_config_says_what_set_each_value(capsys):
+    Path("my.yaml").write_text("method: qlora\ndata: {max_length: 64}\n")
+    assert main(["config", "train", "my.yaml", "optimizer.lr=0.01"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "quantization.kind: nf4    # my.yaml" in lines and "data.max_length: 64    # my.yaml" in lines
+    assert "optimizer.lr: 0.01    # optimizer.lr=0.01" in lines and "seed: 0" in lines
+    assert {line.partition(":")[0] for line in lines} >= {"adapter.rank", "trainer.max_steps", "guard.factor"}
+    assert main(["config", "nope"]) == 2
+
+
+def test_schema_describes_a_file(capsys):
+    assert main(["schema", "schema.json"]) == 0
+    properties = json.loads(Path("schema.json").read_text())["properties"]
+    assert "qlora" in properties["method"]["enum"]
+    assert properties["guard"]["properties"]["patience"]["type"] == ["integer"]
+    assert properties["guard"]["properties"]["action"]["enum"] == ["stop", "none"]
+    (data,) = [part for part in properties["data"]["anyOf"] if "properties" in part]
+    assert "Longest sample in tokens" in data["properties"]["max_length"]["description"]
+
+
+def test_every_key_of_a_written_file_is_in_the_schema():
+    assert main(["init", "my.yaml"]) == 0
+    properties = schema_of_file()["properties"]
+    for key in yaml.safe_load(Path("my.yaml").read_text()):
+        assert key.partition(".")[0] in properties, key
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_groups_and_keys(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "estimate" in script and "method=qlora" in script and "optimizer.lr=" in script
+    assert main(["completion", "tcsh"]) == 2
+
+
+def test_bash_completes_a_word(capsys):
+    main(["completion", "bash"])
+    script = capsys.readouterr().out + (
+        'COMP_WORDS=(lightning-peft train method=ql); COMP_CWORD=2; _lightning_peft 2>/dev/null; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["method=qlora"]
+    assert "optimizer.lora_plus_ratio=" in all_words()
