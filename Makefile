@@ -10,8 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
-	$(RUN) train recipe=lora/text_to_sql run_dir=runs/demo resume=auto
-	$(RUN) evaluate adapter_path=runs/demo
+	$(RUN) demo
 
 test: .venv/.installed-test lint
 	$(PYTEST)

@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import ExitStack
 
+import lightning_peft
 from lightning_peft.commands import COMMANDS
 from lightning_peft.threads import set_up_threads
 from lightning_peft.training.preemption import Preempted, nothing_to_lose
@@ -16,6 +17,7 @@ def usage() -> str:
     return "\n".join(
         [
             "usage: lightning-peft <command> [group=option] [key=value] ...",
+            "       lightning-peft --version",
             "",
             *lines,
             "",
@@ -36,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if arguments[0] == "--version":
+        print(f"lightning-peft {lightning_peft.__version__}")
+        return 0
     command, *overrides = arguments
     if command not in COMMANDS:
         print(f"error: {command}: no such command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -44,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())  # for callbacks of one's own, as `python -m` and so the ranks have it
     module, function = COMMANDS[command][0].split(":")
     set_up_threads()
+    if command == "demo":
+        return run_demo(overrides)
     try:
         with ExitStack() as stack:
             if command == "train":
@@ -57,6 +64,19 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except Preempted as left:
         return left.exit_status
+
+
+def run_demo(words: list[str]) -> int:
+    from lightning_peft.commands.demo import demo
+
+    if any(word in ("-h", "--help") for word in words):
+        print(
+            "usage: lightning-peft demo [words of train]\n\n"
+            "Runs train recipe=lora/text_to_sql, then evaluate, in runs/demo or run_dir=DIR. A demo that was stopped\n"
+            "goes on where it was. The model's package is fetched where it is missing."
+        )
+        return 0
+    return demo(words, main)
 
 
 if __name__ == "__main__":

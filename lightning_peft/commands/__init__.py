@@ -1,6 +1,7 @@
 """One file a command, and the table of them."""
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("lightning_peft.commands.demo:demo", "fine-tune a small real model and score it, nothing else needed"),
     "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
     "submit": (
         "lightning_peft.commands.submit:submit",
