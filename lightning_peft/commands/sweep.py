@@ -131,7 +131,7 @@ def has_active_array(sweep: Sweep) -> bool:
 def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path) -> None:
     """Make a trial one that nobody has begun; drop its checkpoints if they are of another config."""
     try:
-        check_saved_config(run, run_dir)
+        check_saved_config(run, run_dir, is_content_compared=False)  # rows of another path are a change here
     except ValueError as change:
         logger.info("%s: starts afresh: %s", trial.name, change)
         for name in LEFT_BY_A_RUN:
