@@ -6,7 +6,7 @@ RUN := .venv/bin/lightning-peft
 # A file a worker, a thread each: the models of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-long test-all lint bench clean
+.PHONY: demo test test-long test-all lint docs bench clean
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
@@ -26,7 +26,12 @@ lint: .venv/.installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Every result file and the README's tables; an hour and a half on two CPU cores, and it goes on where it was stopped.
+# The pages as a site, in site/; a link or a name that leads nowhere is an error.
+docs: .venv/.installed-docs
+	.venv/bin/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
+# Every result file and the tables of docs/benchmarks.md: an hour and a half on two CPU cores, and it goes on where it was stopped.
 BENCH := .venv/bin/python benchmarks
 bench: .venv/.installed-test
 	$(BENCH)/compare.py
@@ -48,6 +53,10 @@ bench: .venv/.installed-test
 
 .venv/.installed-test: .venv/.installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) -e ".[docs]"
 	touch $@
 
 clean:

@@ -1,1 +1,1 @@
-"""What the package costs and achieves, measured; results/ holds the figures, README.md shows them."""
+"""What the package costs and achieves, measured; results/ holds the figures, docs/benchmarks.md shows them."""

@@ -1,4 +1,4 @@
-"""The README's tables of results, made from the JSON files; `python benchmarks/tables.py` writes them anew."""
+"""The tables of results in docs/benchmarks.md, made from JSON files; `python benchmarks/tables.py` writes them anew."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from typing import Any
 from benchmarks.floor import ratio
 from benchmarks.results import FOLDER
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-"""A table in the README between two comments."""
+"""A table in the page between two comments."""
 
 Row = dict[str, Any]
 
@@ -112,7 +112,7 @@ def with_tables(text: str) -> str:
 
 
 def main() -> int:
-    README.write_text(with_tables(README.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text()))
     return 0
 
 

@@ -1,20 +1,20 @@
-"""The README shows what the result files hold."""
+"""The page of benchmarks shows what the result files hold."""
 
 import json
 
 import pytest
 
 from benchmarks import tables
-from benchmarks.tables import MARKED, README, TABLES, with_tables
+from benchmarks.tables import MARKED, PAGE, TABLES, with_tables
 
 
-def test_tables_of_the_readme_are_those_of_the_result_files():
-    text = README.read_text()
+def test_tables_of_the_page_are_those_of_the_result_files():
+    text = PAGE.read_text()
     assert text == with_tables(text), "python benchmarks/tables.py writes the tables anew"
 
 
 def test_every_result_file_of_a_table_is_shown():
-    shown = {name for _, name, _ in MARKED.findall(README.read_text())}
+    shown = {name for _, name, _ in MARKED.findall(PAGE.read_text())}
     assert {name for name in TABLES if tables.read(name)} <= shown
 
 
