@@ -147,7 +147,7 @@ def train_prepared(
     run_dir = folder_of(config)
     module = FinetuneModule(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
-        config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed,
+        config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
     )  # fmt: skip
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
 
