@@ -42,6 +42,7 @@ from lightning_peft.models.loading import (
     source_fingerprint,
 )
 from lightning_peft.models.packing import packing_of
+from lightning_peft.models.source import copy_companions
 from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
@@ -289,6 +290,7 @@ def save_tuned(
         return
     with atomic_folder(folder.with_name(folder.name.replace("adapter", MODEL_FOLDER))) as partial:
         save_model(module.model, tokenizer, partial, module.model.dtype, state)
+        copy_companions(module.model_config, partial)
         write_lineage(lineage, partial)
         layout.save(partial)
 
