@@ -314,7 +314,7 @@ def _register(methods: tuple[str, ...], optimizers: tuple[str, ...]) -> None:
     for command, root in ROOTS.items():
         store.store(name=f"{command}_schema", node=beyond_train(root) if issubclass(root, TrainConfig) else root)
     for name, method in METHODS.items():
-        store.store(group="adapter", name=f"{name}_schema", node=method.config)
+        store.store(group="adapter", name=f"{name}_schema", node=with_open_dictionaries(method.config))
     for name, optimizer in OPTIMIZERS.items():
         store.store(group="optimizer", name=f"{name}_schema", node=optimizer.config)
     for name in methods:
@@ -333,7 +333,16 @@ def _register(methods: tuple[str, ...], optimizers: tuple[str, ...]) -> None:
         "strategy": StrategyConfig, "cluster": ClusterConfig,
     }  # fmt: skip
     for group, node in singles.items():
-        store.store(group=group, name="schema", node=node)
+        store.store(group=group, name="schema", node=with_open_dictionaries(node))
+
+
+def with_open_dictionaries(options: type) -> DictConfig:
+    """Return the schema of a class of options whose dictionaries take keys that are not there yet."""
+    schema = OmegaConf.structured(options)
+    for field_ in fields(options):
+        if isinstance(schema._get_node(field_.name), DictConfig):
+            OmegaConf.set_struct(schema[field_.name], False)
+    return schema
 
 
 def beyond_train(root: type[TrainConfig]) -> DictConfig:

@@ -90,3 +90,26 @@ def test_quoted_and_empty_values_are_left_alone():
 )
 def test_trial_names_hold_no_equals_sign_and_no_comma(overrides, name):
     assert trial_name(overrides) == name
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("adapter.rank_pattern={q_proj:8}", {"q_proj": 8}),
+        ("adapter.rank_pattern={layers.1.*:8,v_proj:2}", {"layers.1.*": 8, "v_proj": 2}),
+        ("adapter.rank_pattern={re\\:.*q_proj:8}", {"re:.*q_proj": 8}),
+        ("adapter.rank_pattern.q_proj=8", {"q_proj": 8}),
+        ("+adapter.rank_pattern.q_proj=8", {"q_proj": 8}),
+    ],
+)
+def test_patterns_are_given_on_the_command_line(word, expected):
+    config = compose_config("train", ["model=tiny", "run_dir=runs/x", word])
+    assert config.adapter.rank_pattern == expected and config.adapter.alpha_pattern == {}
+
+
+def test_other_dictionaries_take_new_keys_and_dataclasses_none():
+    words = ["model=tiny", "run_dir=runs/x", "data.template_options={enable_thinking:false}"]
+    assert compose_config("train", words).data.template_options == {"enable_thinking": False}
+    for word in ("adapter.rank_patern={q_proj:8}", "+adapter.rank_patern.q_proj=8", "data.template_option.a=1"):
+        with pytest.raises(ValueError, match="no such option"):
+            compose_config("train", [*words, word])

@@ -48,7 +48,7 @@ class AdapterConfig:
     alpha: float | None = None
     """Numerator of the scaling; 2 x rank when null."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank per pattern; the last pattern that matches a layer wins."""
+    """Rank per pattern, as in {q_proj:8,layers.1.*:4} (a colon in a re: pattern is typed \\:); the last match wins."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alpha per pattern, likewise."""
     rank_last: int | None = None

@@ -24,6 +24,7 @@ from lightning_peft.data.conversation import Message
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, stored_dtypes
+from lightning_peft.models.source import copy_companions
 
 SAMPLES = 16
 """Conversations the merged model is compared on."""
@@ -59,6 +60,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
         original = load_model(base, None if stored is not None else model.dtype, device=inference_device())
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
     layout_of(config.adapter_path, tokenizer).save(output)
+    copy_companions(base, output)
     print(f"{output}: {receipt}")
     return receipt
 

@@ -43,6 +43,7 @@ from lightning_peft.models.loading import (
     source_fingerprint,
 )
 from lightning_peft.models.packing import packing_of
+from lightning_peft.models.source import copy_companions
 from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
@@ -149,7 +150,7 @@ def train_prepared(
     run_dir = folder_of(config)
     module = FinetuneModule(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
-        config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed,
+        config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
     )  # fmt: skip
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
 
@@ -298,6 +299,7 @@ def save_tuned(
         return
     with atomic_folder(folder.with_name(folder.name.replace("adapter", MODEL_FOLDER))) as partial:
         save_model(module.model, tokenizer, partial, module.model.dtype, state)
+        copy_companions(module.model_config, partial)
         write_lineage(lineage, partial)
         layout.save(partial)
 

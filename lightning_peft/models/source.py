@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -83,7 +87,7 @@ def locate(config: ModelConfig, weights: bool = False) -> Path:
         return path
     if path.suffix == ".gguf" or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
         raise ValueError(f"model.path={config.path}: no such file or folder")
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
     if weights:
         patterns += ["*.safetensors", *(["*.bin"] if config.allow_pickle else [])]
     try:
@@ -130,6 +134,23 @@ def weight_index(folder: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model.path={path}: not an index of weights ({error!r})") from error
     return dict(index)
+
+
+BESIDE_WEIGHTS = ("*processor*.json", "*processing*.py", "LICENSE*", "NOTICE*")
+"""Files that go with a model and that saving it and its tokenizer does not write: how images and sound are read."""
+
+
+def copy_companions(config: ModelConfig, output: Path) -> list[str]:
+    """Copy the files of `BESIDE_WEIGHTS` that `output` lacks from the model's folder; their names."""
+    if config.is_tiny or (folder := locate(config)).is_file():
+        return []
+    found = sorted({path for pattern in BESIDE_WEIGHTS for path in folder.glob(pattern) if path.is_file()})
+    missing = [path for path in found if not (output / path.name).exists()]
+    for path in missing:
+        shutil.copyfile(path, output / path.name)
+    if missing:
+        logger.info("%s: as in the base: %s", output, ", ".join(path.name for path in missing))
+    return [path.name for path in missing]
 
 
 @contextmanager

@@ -70,7 +70,8 @@ class FinetuneModule(LightningModule):
 
     Loss and gradients are means per supervised token over the whole accumulation window and all ranks. Only trainable
     parameters are in its state dict. Use it with a Trainer that has `plugins=[ComputePrecision("bf16-true")]` or runs
-    in fp32: Lightning's own half precision would cast the fp32 adapters. `compilation` is none, blocks or full.
+    in fp32: Lightning's own half precision would cast the fp32 adapters. `compilation` is none, blocks or full;
+    `packing` is `data.packing`: with true, a model that does not keep packed samples apart is refused.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class FinetuneModule(LightningModule):
         compilation: Compilation = Compilation.none,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        packing: bool | str = "auto",
     ):
         super().__init__()
         self.model_config = model
@@ -95,6 +97,7 @@ class FinetuneModule(LightningModule):
         self.compilation = compilation
         self.weight_dtype = dtype
         self.seed = seed
+        self.packing = packing
         self.step_schedule: StepSchedule | None = None
         """The schedule that changes the adapters between steps, for methods that have one."""
         self.saved_schedule: dict[str, Any] | None = None
@@ -127,7 +130,7 @@ class FinetuneModule(LightningModule):
             self.objective = self.load_sharded(strategy)
         else:
             device = torch.device("cpu") if strategy is None else strategy.root_device
-            self.objective = SupervisedLoss(self.load_whole(device)).train()
+            self.objective = SupervisedLoss(self.load_whole(device), self.packing).train()
             checkpoint_blocks(self.model, self.activation_checkpointing)
             compile_model(self.model, self.compilation)
         if self.quantization_config.verify:
@@ -177,7 +180,7 @@ class FinetuneModule(LightningModule):
             injection.finish()
         if self.quantization_config.verify:
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
-        objective = SupervisedLoss(model).train()
+        objective = SupervisedLoss(model, self.packing).train()
         host_memory = max(host_memory, host_memory_gib())
         strategy.shard_root(objective)
         logger.info(

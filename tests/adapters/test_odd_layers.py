@@ -16,7 +16,7 @@ from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.weights import acts_as_linear, is_quantized
 
 IDS = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(1))
-READ_THEIR_WEIGHTS = ["mamba", "bamba", "falcon_h1", "nemotron_h", "rwkv", "jamba"]
+READ_THEIR_WEIGHTS = ["mamba", "bamba", "falcon_h1", "nemotron_h", "rwkv", "jamba", "gemma3n_text"]
 
 
 def perturbed(model, method="lora", **options):
@@ -45,6 +45,14 @@ def test_all_linear_adapts_what_reads_its_weights(family):
     expected = merged_by_hand(model, family)(input_ids=IDS, use_cache=False).logits.detach()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     logits.square().sum().backward()
+    lacking = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert lacking == []
+
+
+def test_gemma_3n_reaches_every_adapter_in_training():
+    """Its mixing layers are clamped in training, and read as weights; HF PEFT gives those no gradient."""
+    model = perturbed(small_model("gemma3n_text")).train()
+    model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
     lacking = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert lacking == []
 

@@ -1,6 +1,7 @@
 """What a run was trained in goes with its adapter: precision, codes, the base it is compared with, its tokens."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -116,3 +117,23 @@ def test_new_tokens_go_with_the_adapter(base, tmp_path):
     assert "<sum>" in (run / "adapter/tokenizer.json").read_text()
     assert main(["merge", f"adapter_path={run}", "model=hf", f"model.path={base}", f"output={tmp_path}/merged"]) == 0
     assert "<sum>" in (tmp_path / "merged/tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_reads_images_goes_with_a_merged_or_tuned_model(base, tmp_path, method):
+    """Files that transformers' saving of model and tokenizer leaves behind."""
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    files = {"preprocessor_config.json": "{}", "processor_config.json": "{}", "processing_x.py": "", "LICENSE": "free"}
+    for name, text in files.items():
+        (copy / name).write_text(text)
+    words = ["method=full"] if method == "full" else []
+    folder = tmp_path / "run"
+    shared = ["model=hf", f"model.path={copy}", *data(copy), "data.max_length=64", "trainer.max_steps=1", *words]
+    assert main(["train", *shared, "trainer.accelerator=cpu", f"run_dir={folder}"]) == 0
+    output = folder / "model"
+    if method == "lora":
+        output = tmp_path / "merged"
+        assert main(["merge", f"adapter_path={folder}", f"output={output}"]) == 0
+    assert {name: (output / name).read_text() for name in files} == files
+    assert not (output / "rows.jsonl").exists()

@@ -151,4 +151,7 @@ def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrained
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2, generator=generator)
+            elif model_type == "gemma3n_text" and not parameter.any():
+                # transformers begins with a scale of 0, which cuts the inputs of each layer off.
+                parameter.normal_(0, 0.2, generator=generator)
     return model

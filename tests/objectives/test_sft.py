@@ -11,6 +11,7 @@ from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import collate
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
 from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.unpacking import unpacked
 
 REBUILT = {
     "llama": {},
@@ -106,3 +107,83 @@ def test_the_check_leaves_modes_and_random_numbers_alone():
     objective.check(batch)
     assert modes == [module.training for module in objective.modules()]
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("family", "options"), [("cpmant", {}), ("roberta", {"is_decoder": False}), ("bert", {})])
+def test_a_model_that_sees_the_tokens_it_predicts_is_refused(family, options):
+    objective, batch = objective_and_batch(family, **options)
+    with pytest.raises(ValueError, match="sees the tokens that it is to predict: logits differ by .* causal model"):
+        objective(batch)
+
+
+def packed_batch():
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for lengths in ((23, 30), (14, 9, 17)):
+        ids = [torch.randint(3, 90, (length,), generator=generator).tolist() for length in lengths]
+        weights = [[0.5 + place / 8 for place in range(length)] for length in lengths]
+        # Neither prompts nor the ends of samples are labelled.
+        labels = [[-100, -100, *sample[2:-2], -100, -100] for sample in ids]
+        samples = zip(ids, labels, weights, strict=True)
+        rows.append([Encoded(tokens, own, True, weights=factors) for tokens, own, factors in samples])
+    return rows
+
+
+def mixing(family="llama", packing="auto"):
+    """A model whose kernel for packed samples forgets where they begin, as a broken build of one may."""
+    objective, _ = objective_and_batch(family)
+    objective.packing = packing
+    for layer in objective.model.model.layers:
+        layer.self_attn.register_forward_pre_hook(forget_samples, with_kwargs=True)
+    return objective
+
+
+def forget_samples(module, args, kwargs):
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None:
+        row = 56
+        kwargs["cu_seq_lens_q"] = bounds[(bounds % row == 0) | (bounds == bounds[-1])]
+        kwargs["max_length_q"] = int(kwargs["cu_seq_lens_q"].diff().max())
+    return args, kwargs
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_samples_that_see_each_other_are_run_apart(family, caplog):
+    batch = collate(packed_batch(), 0, 56, packing=True)
+    exact, _ = objective_and_batch(family)
+    expected = exact(batch)
+    objective = mixing(family)
+    with caplog.at_level(logging.WARNING):
+        losses = [objective(batch), objective(batch)]
+    assert caplog.text.count("packed samples see each other in") == 1 and objective.packing_difference > 1e-2
+    for loss in losses:
+        torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
+    weight = objective.model.get_input_embeddings().weight
+    (got,) = torch.autograd.grad(losses[0], weight)
+    (right,) = torch.autograd.grad(expected, exact.model.get_input_embeddings().weight)
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4 * right.abs().max())
+
+
+def test_packing_that_was_asked_for_is_refused_where_samples_see_each_other():
+    with pytest.raises(ValueError, match="data.packing=true: packed samples see each other in LlamaForCausalLM"):
+        mixing(packing=True)(collate(packed_batch(), 0, 56, packing=True))
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_unpacked_batches_hold_every_label_once(at_once):
+    batch = collate(packed_batch(), 0, 56, packing=True)
+    parts = unpacked(batch, at_once)
+    assert (len(parts) == 1) is at_once
+    assert sum(part.num_supervised for part in parts) == batch.num_supervised
+    assert sum(part.input_ids.shape[0] for part in parts) == 5
+    most = max(batch.input_ids.numel(), 32)
+    assert at_once or all(part.input_ids.numel() <= most for part in parts)
+    labels = torch.cat([part.labels[part.labels != -100] for part in parts]).sort().values
+    assert torch.equal(labels, batch.labels[batch.labels != -100].sort().values)
+
+
+def test_a_filler_is_run_apart_without_a_label():
+    (part,) = unpacked(collate(packed_batch(), 0, 56, packing=True, filler=True))
+    assert part.num_supervised == 0 and part.input_ids.shape == (1, 8)
+    loss = mixing()(collate(packed_batch(), 0, 56, packing=True, filler=True))
+    assert float(loss.detach()) == 0 and loss.requires_grad
