@@ -7,8 +7,8 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
-    ["user_cache", "plugins", "threads"],
-    ["kernels"],
+    ["user_cache", "plugins", "threads", "readable"],
+    ["kernels", "progress"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],
     ["objectives"],

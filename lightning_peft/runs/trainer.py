@@ -6,9 +6,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
-from rich.console import Console
 
 from lightning_peft import distributed
 from lightning_peft.checkpoint.resume import AtomicCheckpointIO
@@ -16,7 +14,7 @@ from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.runs.nodes import made, reason
 from lightning_peft.runs.plan import RunPlan
-from lightning_peft.training.callbacks.progress import PlainProgress
+from lightning_peft.training.callbacks.progress import TrainingProgress
 from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
 from lightning_peft.training.config import StrategyKind
 from lightning_peft.training.precision import precision_plugin
@@ -64,9 +62,7 @@ def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: lis
         options["limit_val_batches"] = 0
     own = made("callbacks", config.callbacks, Callback)
     loggers = made("logger", config.logger, Logger)
-    progress: list[Callback] = [RichProgressBar(leave=True) if Console().is_terminal else PlainProgress()]
-    if options.get("enable_progress_bar") is False:
-        progress = []
+    progress: list[Callback] = [] if options.get("enable_progress_bar") is False else [TrainingProgress()]
     try:
         return instantiate(
             options,
