@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
 from lightning_peft.adapters.bias import layers_with_bias, train_biases, warn_of_rounding
+from lightning_peft.adapters.former_names import with_present_names
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import (
     ends,
@@ -51,6 +52,8 @@ class Injection:
     def __init__(self, model: nn.Module, config: AdapterConfig):
         if next(adapters(model), None) is not None:
             raise RuntimeError("this model has adapters already: inject into a fresh one, or merge_adapters first")
+        if METHODS[config.method].layers:
+            config = with_present_names(model, config)
         self.model, self.config, self.method = model, config, METHODS[config.method]
         self.targets: list[Target] = []
         self.shared: dict[str, nn.Module] = {}

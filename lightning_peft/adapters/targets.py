@@ -192,6 +192,12 @@ def _select(model: nn.Module, config: AdapterConfig, candidates: dict[str, nn.Mo
     if unused:
         message = f"adapter.target_modules={given!r} matches no linear layer ({counts})"
         experts = list(expert_parameters(model))
+        if apart := [entry for entry in unused if re.search(r"\.experts\.\d+\.", entry)]:
+            raise ValueError(
+                f"adapter.target_modules: {len(apart)} layers such as {apart[0]} are single experts, as transformers 4 "
+                "had them; this model stacks its experts in one parameter, which no adapter covers. An adapter of the "
+                "other layers alone can be used"
+            )
         if any(_matching(entry, experts, experts) for entry in unused):
             message += "; the name belongs to 3-D expert parameters, which no adapter covers"
         raise ValueError(f"{message}; nearest: {nearest_names(unused, candidates)}; presets: {', '.join(PRESETS)}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.former_names import present_name
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import atomic_folder
@@ -85,7 +86,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     words = read_words(folder)
     _check_base(model, words, folder)
     expected = file_tensors(model)
-    got = {name: tensor for name, tensor in _read_tensors(folder).items() if tensor.numel() or name in expected}
+    rename = present_name(model)
+    got = {
+        name if name in expected or not name.startswith(PREFIX) else PREFIX + rename(name.removeprefix(PREFIX)): tensor
+        for name, tensor in _read_tensors(folder).items()
+        if tensor.numel() or name in expected
+    }
     expected |= _base_tensors(model, words, got.keys() - expected.keys())
     check_names_and_shapes(str(folder / WEIGHTS_NAME), expected, got, AdapterFileError)
     _warn_of_other_scaling(model, words, got, folder)

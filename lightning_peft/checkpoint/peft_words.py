@@ -201,6 +201,11 @@ def method_of(folder: Path, words: Words) -> str:
 
 def _check_words(folder: Path, words: Words, row: PeftSpelling) -> None:
     """Raise for HF features we do not have, log the words we do not know."""
+    if words.get("trainable_token_indices"):
+        raise AdapterFileError(
+            f"{folder}: trained single rows of the embedding (trainable_token_indices), which are not read here; merge "
+            "it in HF PEFT, or train with model.new_tokens or adapter.trainable_modules=[embed_tokens]"
+        )
     for word, off in SWITCHED_OFF.items():
         if word in words and words[word] not in off:
             raise AdapterFileError(f"{folder}: uses {word}={words[word]!r}, a feature of HF PEFT not supported here")

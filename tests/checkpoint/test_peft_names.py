@@ -1,0 +1,88 @@
+"""HF PEFT's folders of other versions of transformers, and with rows of the embedding trained."""
+
+import json
+import re
+
+import pytest
+import torch
+from families import small_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, Gemma3Config
+
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter
+from lightning_peft.checkpoint.peft_words import AdapterFileError
+
+IDS = torch.arange(3, 43)[None]
+WEIGHTS = "adapter_model.safetensors"
+
+
+def vision_language_model():
+    text = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+        "patch_size": 14, "vision_use_head": False,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0, 0.2)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, token_type_ids=torch.zeros_like(IDS), use_cache=False).logits
+
+
+def test_names_of_vision_language_models_before_4_52_are_read(tmp_path):
+    ranks = {"layers.1.self_attn.q_proj": 2}
+    config = LoraConfig(
+        r=4, target_modules=r".*language_model.*q_proj", rank_pattern=ranks, init_lora_weights=False, use_dora=True
+    )
+    theirs = get_peft_model(vision_language_model(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    expected = logits(theirs)
+    tensors = load_file(tmp_path / WEIGHTS)
+    former = {
+        name.replace(".model.model.language_model.", ".model.language_model.model."): t for name, t in tensors.items()
+    }
+    assert former.keys().isdisjoint(tensors)
+    save_file(former, tmp_path / WEIGHTS)
+    ours = vision_language_model()
+    inject_adapters(ours, adapter_config_from_peft(tmp_path))
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours.eval()), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_adapters_of_single_experts_are_refused_by_name(tmp_path):
+    theirs = get_peft_model(small_model("mixtral"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for layer, expert in ((0, 0), (0, 1), (1, 3)):
+        name = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.w1"
+        tensors |= {f"{name}.lora_A.weight": torch.ones(4, 64), f"{name}.lora_B.weight": torch.ones(32, 4)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(
+        ValueError, match="3 layers such as .*experts.0.w1 are single experts, as transformers 4 had them"
+    ):
+        inject_adapters(small_model("mixtral"), adapter_config_from_peft(tmp_path))
+
+
+def test_trained_rows_of_the_embedding_are_refused_with_what_to_do(tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})
+    get_peft_model(small_model("llama"), config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(small_model("llama"), str(tmp_path))
+    assert "trainable_token_indices" in json.loads((tmp_path / "adapter_config.json").read_text())
+    with pytest.raises(
+        AdapterFileError, match=re.escape("(trainable_token_indices), which are not read here; merge it")
+    ):
+        adapter_config_from_peft(tmp_path)
