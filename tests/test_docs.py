@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from docs.generate import index, with_generated
-from lightning_peft.__main__ import COMMANDS
+from lightning_peft.__main__ import main
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.command_line import first_trial
+from lightning_peft.commands import COMMANDS
 from lightning_peft.commands.plan_sweep import any_draw, plan, split_words, trial_config
 from lightning_peft.commands.sweep import sweep
 from lightning_peft.compose import compose_config
@@ -41,7 +42,10 @@ def blocks(page: str, language: str) -> list[str]:
 
 SHELL_LINES = [(page, line) for page in WRITTEN for block in blocks(page, "bash") for line in block.splitlines()]
 COMMAND_LINES = [(page, line) for page, line in SHELL_LINES if line.startswith("lightning-peft ")]
-OTHER_LINES = ("#", "make ", "pip install ", "python3 -m venv ", "python docs/generate.py", ".venv/bin/")
+OTHER_LINES = (
+    "#", "make ", "pip install ", "python3 -m venv ", "python docs/generate.py", ".venv/bin/",
+    "source <(lightning-peft completion ",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -60,6 +64,9 @@ def test_command_composes(page, line, folder):
     _, command, *words = shlex.split(line, comments=True)
     if "--help" in words:
         assert command_help(command, everyday(command, [word for word in words if word != "--help"]))
+    elif command in ("init", "config", "schema", "completion"):
+        (folder / "my.yaml").unlink() if command == "init" else None
+        assert main([command, *words]) == 0
     elif command == "sweep":
         with pytest.raises(ValueError, match="holds no sweep.json"):  # the words are right, the folder is not there
             sweep(words)
