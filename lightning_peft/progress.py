@@ -1,13 +1,15 @@
 """What a long part of a command shows: one line that renews itself on a terminal, log lines anywhere else."""
 
 import logging
+import math
 import os
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar
 
 from lightning_peft.readable import duration
 
@@ -18,6 +20,7 @@ SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 0.5
 """Between two looks of the thread that renews the line."""
 BAR_WIDTH = 20
+T = TypeVar("T")
 CLEAR = "\r\x1b[2K"
 
 
@@ -35,6 +38,12 @@ class Part:
         self.started = self.told = time.monotonic()
         self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
+
+    def counting(self, items: Iterable[T]) -> Iterator[T]:
+        """Return the items, each of which advances this part as it is taken."""
+        for item in items:
+            self.advance()
+            yield item
 
     def advance(self, amount: float = 1.0) -> None:
         self.done += amount
@@ -66,8 +75,8 @@ class Part:
 
     def text(self, width: int) -> str:
         """Return the line on a terminal of so many columns."""
-        bar = drawn_bar(self.share, BAR_WIDTH) + "  " if self.share is not None else ""
-        return fitting([[self.name, bar + self.count], [self.time]], width)
+        bar = "" if self.share is None else drawn_bar(self.share, BAR_WIDTH)
+        return fitting([[self.name, bar, self.count], [self.time]], width)
 
     def due_line(self) -> str | None:
         """Return the line for a log, None as long as the last one is younger than `SECONDS_BETWEEN_LINES`."""
@@ -79,7 +88,9 @@ class Part:
 
     @property
     def count(self) -> str:
-        return "" if self.total is None else f"{int(self.done):,}/{int(self.total):,}"
+        if self.total is None:
+            return f"{int(self.done):,}" if self.done else ""
+        return f"{math.floor(self.done + 1e-6):,}/{int(self.total):,}"
 
     @property
     def time(self) -> str:

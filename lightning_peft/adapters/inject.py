@@ -1,5 +1,6 @@
 """Puts adapters into a model and takes them out again."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from lightning_peft.adapters.targets import (
 )
 from lightning_peft.quantization.weights import is_quantized, linear_shape
 
+BLOCK_NUMBER = re.compile(r"\.\d+\.")
 SHARED = "adapter_shared"
 """Attribute of the model that holds state shared by its adapters, such as VeRA's pair.
 
@@ -154,23 +156,31 @@ def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def describe_targets(targets: list[Target], model: nn.Module) -> Table:
-    """Make a table of the wrapped layers of a model: shape, rank, alpha, trainable parameters, totals below."""
+    """Make a table of the wrapped layers of a model, a row for all that differ by their block alone.
+
+    A row has their number, shape, rank, alpha and the trainable parameters of all of them; totals stand below.
+    """
     found = dict(adapters(model))
     trainable, total = trainable_parameter_counts(model)
     table = Table(
-        "module", "shape", "rank", "alpha", "parameters", caption=f"{trainable:,} of {total:,} parameters train"
-    )
+        "module", "layers", "shape", "rank", "alpha", "parameters",
+        caption=f"{trainable:,} of {total:,} parameters train",
+    )  # fmt: skip
+    alike: dict[tuple[str, ...], list[int]] = {}
     for target in targets:
-        table.add_row(
-            target.name,
+        kind = (
+            BLOCK_NUMBER.sub(".*.", target.name),
             f"{target.out_features} x {target.in_features}",
             *("-" if value is None else f"{value:g}" for value in (target.rank, target.alpha)),
-            f"{sum(p.numel() for p in found[target.name].parameters() if p.requires_grad):,}",
         )
+        trained = sum(p.numel() for p in found[target.name].parameters() if p.requires_grad)
+        alike.setdefault(kind, []).append(trained)
+    for (name, *figures), parameters in alike.items():
+        table.add_row(name, f"{len(parameters):,}", *figures, f"{sum(parameters):,}")
     share = expert_share(model)
     if share > 0:
         table.add_section()
-        table.add_row("3-D experts (not covered)", f"{share:.1%} of linear weights", "-", "-", "0")
+        table.add_row("3-D experts (not covered)", "-", f"{share:.1%} of weights", "-", "-", "0")
     return table
 
 

@@ -44,6 +44,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Return an empty folder to write to, which becomes `path` when the block ends without an exception.
 
+    Its files may be read by whom the umask says, whatever wrote them.
     Raises SaveError on any OSError, a full disk among them.
     """
     partial = partial_path(path)
@@ -52,6 +53,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for child in partial.rglob("*"):
+            if child.is_file():
+                child.chmod(partial.stat().st_mode & 0o666)  # safetensors gives its files to the owner alone
             _sync(child)
         _sync(partial)
         _replace_folder(partial, path)

@@ -1,10 +1,11 @@
 """An adapter written into its base: a plain model folder, and a receipt of what the rounding cost."""
 
+import json
 import logging
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +20,13 @@ from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.kernels.codes import INT8
 from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.progress import Part
 from lightning_peft.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
+RECEIPT_NAME = "merge_receipt.json"
+"""Written beside the merged model."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +48,11 @@ class Receipt:
     recovered: float
     """1 - ||merged - adapter|| / ||adapter - base|| over all logits; nan for an adapter without effect."""
     tokens: int
+
+    def json_text(self) -> str:
+        """Return strict JSON: a number that is not finite is null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        return json.dumps(finite, indent=2, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
         return (
@@ -85,20 +94,22 @@ def merge(
     comparison = Comparison(model, samples, base_logits)
     dtype = DTYPES[config.dtype] if config.dtype is not None else model.dtype if original is None else None
     trained_in, requantise = model.dtype, config.base is MergeBase.requantised
-    merged = merge_adapters(model, dtype, requantise, original, from_codes=config.base is MergeBase.dequantised)
+    with Part("merge: adding the adapters to their layers"):
+        merged = merge_adapters(model, dtype, requantise, original, from_codes=config.base is MergeBase.dequantised)
     with atomic_folder(output) as partial:
         if requantise:
             # transformers reads 4-bit layers only with accelerate installed, so the codes are tried before saving.
             receipt = comparison.receipt(merged)
             save_model(merged, tokenizer, partial, dtype)
         else:
-            save_model(merged, tokenizer, partial, dtype)
-            merged.to_empty(device="meta")
-            compared = torch.promote_types(trained_in, dtype or merged.dtype)
-            saved: nn.Module = type(model).from_pretrained(partial, dtype=compared)
+            with Part("merge: writing the model and reading it back"):
+                save_model(merged, tokenizer, partial, dtype)
+                merged.to_empty(device="meta")
+                compared = torch.promote_types(trained_in, dtype or merged.dtype)
+                saved: nn.Module = type(model).from_pretrained(partial, dtype=compared)
             receipt = comparison.receipt(saved.to(device))
-        logger.info("%s", receipt)
         _check(receipt, config, output)
+        (partial / RECEIPT_NAME).write_text(receipt.json_text())
     return receipt
 
 
@@ -148,30 +159,34 @@ class Comparison:
             raise MergeError("merge: no sample text to compare the merged model on")
         self.adapted: list[Tensor] = []
         self.effect = 0.0
-        for number, sample in enumerate(self.samples):
-            logits = logits_of(model, sample)
-            if base_logits is not None:
-                base = base_logits[number]
-            else:
-                with disable_adapters(model) if next(adapters(model), None) is not None else nullcontext():
-                    base = logits_of(model, sample)
-            self.effect += float((logits - base).double().square().sum())
-            self.adapted.append(logits)
+        with Part("merge: asking the adapted model", len(self.samples)) as part:
+            for number, sample in enumerate(self.samples):
+                logits = logits_of(model, sample)
+                if base_logits is not None:
+                    base = base_logits[number]
+                else:
+                    with disable_adapters(model) if next(adapters(model), None) is not None else nullcontext():
+                        base = logits_of(model, sample)
+                self.effect += float((logits - base).double().square().sum())
+                self.adapted.append(logits)
+                part.advance()
 
     @torch.inference_mode()
     def receipt(self, merged: nn.Module) -> Receipt:
         merged.eval()
         tokens = agreeing = 0
         largest = absolute = squared = kl = 0.0
-        for sample, adapted in zip(self.samples, self.adapted, strict=True):
-            logits = logits_of(merged, sample)
-            difference = (logits - adapted).abs()
-            tokens += sample.numel()
-            largest = max(largest, float(difference.max()))
-            absolute += float(difference.double().mean(-1).sum())
-            squared += float(difference.double().square().sum())
-            kl += sum(_kl_divergence(*rows) for rows in zip(adapted, logits, strict=True))
-            agreeing += int((logits.argmax(-1) == adapted.argmax(-1)).sum())
+        with Part("merge: comparing the merged model", len(self.samples)) as part:
+            for sample, adapted in zip(self.samples, self.adapted, strict=True):
+                logits = logits_of(merged, sample)
+                difference = (logits - adapted).abs()
+                tokens += sample.numel()
+                largest = max(largest, float(difference.max()))
+                absolute += float(difference.double().mean(-1).sum())
+                squared += float(difference.double().square().sum())
+                kl += sum(_kl_divergence(*rows) for rows in zip(adapted, logits, strict=True))
+                agreeing += int((logits.argmax(-1) == adapted.argmax(-1)).sum())
+                part.advance()
         recovered = 1 - math.sqrt(squared / self.effect) if self.effect > 0 else math.nan
         return Receipt(largest, absolute / tokens, kl / tokens, agreeing / tokens, recovered, tokens)
 

@@ -62,16 +62,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rows = [row | named(messages, place) for row, messages, place in asked]
 
     loader, loss_rows = validation_loader(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
+    answered = task.max_new_tokens > 0
     results: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):
         shots = shot_conversations(task, data_config)
+        logger.info("the base: loss of %d validation rows, answers to %d", loss_rows, len(rows) if answered else 0)
         with disable_adapters(base):
             started = time.perf_counter()
             base_questions = with_shots(questions, shots)
             results["base"] = score(base, tokenizer, loader, rows, base_questions, task, config.batch_size, layout)
             seconds["base"] = time.perf_counter() - started
     if config.models in (Scored.both, Scored.adapter):
+        logger.info("the adapter: loss of %d validation rows, answers to %d", loss_rows, len(rows) if answered else 0)
         started = time.perf_counter()
         results["adapter"] = score(tuned, tokenizer, loader, rows, questions, task, config.batch_size, layout)
         seconds["adapter"] = time.perf_counter() - started

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from lightning_peft.checkpoint.merge_config import MergeBase
 from lightning_peft.checkpoint.merged import MergeError, Receipt, logits_of
@@ -43,6 +44,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
 
     Raises MergeError, with nothing left at `output`, when the merged model is too far from the adapted one.
     """
+    disable_progress_bar()  # of transformers; ours stands in its place
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise MergeError(f"output={output}: exists already; give a new folder")

@@ -6,10 +6,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from lightning_peft import readable
 from lightning_peft.cluster.local_worker import end
 from lightning_peft.cluster.slurm import cancel_jobs, find_jobs
 from lightning_peft.cluster.sweep import (
@@ -40,9 +43,16 @@ from lightning_peft.training.wandb_record import forget_steps
 
 logger = logging.getLogger(__name__)
 
-SHOWN_COLUMNS = ("trial", "state", "attempts", "steps", "train_loss", "validation_loss", "tokens_per_second", "seconds")
-"""What fits a terminal; files have every column."""
-TABLE_WIDTH = 120
+SHOWN_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "state": ("state", str),
+    "attempts": ("tries", readable.number),
+    "steps": ("steps", readable.number),
+    "train_loss": ("train\nloss", readable.loss),
+    "validation_loss": ("valid.\nloss", readable.loss),
+    "tokens_per_second": ("tokens/s", readable.number),
+    "seconds": ("time", readable.short_duration),
+}
+"""What fits 80 columns beside the trial: a heading and how it is written; files have every column."""
 OWN_KEYS = tuple(SweepCommandConfig.__dataclass_fields__)
 
 
@@ -177,11 +187,7 @@ def table(config: SweepCommandConfig) -> None:
     with changed_sweep(folder) as sweep:
         look(sweep, folder, config.gone)
     rows = table_rows(sweep, config.sort or sweep.metric)
-    shown_table = Table(*SHOWN_COLUMNS)
-    for row in rows:
-        shown_table.add_row(*(shown(row[column]) for column in SHOWN_COLUMNS))
-    # A narrow terminal wraps the lines; rich would cut names and numbers short.
-    Console(width=max(Console().width, TABLE_WIDTH)).print(shown_table)
+    Console().print(table_of_trials(rows))
     if (best := best_trial(sweep)) is not None:
         print(f"best {sweep.metric.removeprefix('-')}: {best[1]:.6g} of {best[0]}")
     if output is None:
@@ -195,6 +201,18 @@ def table(config: SweepCommandConfig) -> None:
     texts = {".csv": csv_text, ".json": json_text, ".html": lambda rows: html_text(rows, picture)}
     output.write_text(str(picture) if output.suffix == ".svg" else texts[output.suffix](rows), encoding="utf-8")
     logger.info("wrote %s", output)
+
+
+def table_of_trials(rows: list[dict[str, Any]]) -> Table:
+    """Make the table for a terminal: where it is narrow the names of trials take several lines, numbers never."""
+    made = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    made.add_column("trial", overflow="fold")
+    for heading, _ in SHOWN_COLUMNS.values():
+        made.add_column(heading, no_wrap=True, justify="left" if heading == "state" else "right")
+    for row in rows:
+        cells = ("-" if row[name] is None else written(row[name]) for name, (_, written) in SHOWN_COLUMNS.items())
+        made.add_row(row["trial"], *cells)
+    return made
 
 
 def ask_for_trial(config: SweepCommandConfig) -> None:

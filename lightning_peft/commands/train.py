@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
-from lightning_peft import distributed
+from lightning_peft import distributed, readable
 from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
@@ -324,9 +325,17 @@ def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModu
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:
     table = Table(show_header=False, title=f"{result['status']}: {os.path.relpath(run_dir)}")
-    names = ("steps", "train_loss", "validation_loss", "trainable_parameters", "total_parameters")
-    for name in (*names, "tokens_per_second", "peak_memory_gib", "seconds"):
+    rows: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "steps": ("steps", readable.number),
+        "train_loss": ("train loss", readable.loss),
+        "validation_loss": ("validation loss", readable.loss),
+        "trainable_parameters": ("trainable parameters", readable.number),
+        "total_parameters": ("total parameters", readable.number),
+        "tokens_per_second": ("tokens per second", readable.number),
+        "peak_memory_gib": ("peak memory", lambda value: f"{value:.2f} GiB"),
+        "seconds": ("time", readable.duration),
+    }
+    for name, (label, written) in rows.items():
         value = result.get(name)
-        text = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-        table.add_row(name.replace("_", " "), text)
+        table.add_row(label, "-" if value is None else written(value))
     Console().print(table)

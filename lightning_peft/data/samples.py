@@ -23,6 +23,7 @@ from lightning_peft.data.formats import RowReader, row_reader
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
 from lightning_peft.data.sources import iterate_rows
+from lightning_peft.progress import Part
 
 PARTS = ("tokens", "trained", "starts")
 """Files of saved samples, each a .npy."""
@@ -141,7 +142,8 @@ def make_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerB
     if config.streaming and split == "train":
         rows = islice(rows, config.shuffle_window)
     audit = Audit()
-    return Samples.of(encode_rows(rows, config, tokenizer, audit)), audit
+    with Part(f"tokenising the {split} rows") as part:
+        return Samples.of(encode_rows(part.counting(rows), config, tokenizer, audit)), audit
 
 
 def encode_rows(

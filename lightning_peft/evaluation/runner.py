@@ -1,7 +1,7 @@
 """Runs a model over held-out rows: loss per supervised token, and the data set's own metric on generated answers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from lightning_peft.evaluation.tasks import Row, Task
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.progress import Part
 
 
 @dataclass
@@ -32,9 +33,12 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """Cross entropy per supervised token, in nats."""
     objective = SupervisedLoss(model)
     total, tokens = 0.0, 0.0
-    for batch in batches:
-        total += float(objective(move_data_to_device(batch, model.device)))
-        tokens += batch.loss_weight
+    found = iter(batches)  # workers are forked before a thread of ours runs
+    with Part("loss of the validation rows", len(batches) if isinstance(batches, Sized) else None) as part:
+        for batch in found:
+            total += float(objective(move_data_to_device(batch, model.device)))
+            tokens += batch.loss_weight
+            part.advance()
     return total / tokens if tokens else 0.0
 
 

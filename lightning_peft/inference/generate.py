@@ -17,12 +17,15 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 from transformers.cache_utils import DynamicLayer
 
 from lightning_peft.data.chat import end_token_ids
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.progress import Part
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +181,25 @@ def batches(prompts: list[list[int]], way: Batching, batch_size: int) -> Iterato
             yield group[start : start + batch_size]
 
 
+class Counted(StoppingCriteria):
+    """Advances a part by a batch of answers, token by token; it stops none of them."""
+
+    def __init__(self, part: Part, answers: int, max_new_tokens: int):
+        self.part = part
+        self.left = float(answers)
+        self.per_token = answers / max_new_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
+        self.part.advance(self.per_token)
+        self.left -= self.per_token
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def end(self) -> None:
+        """Count the tokens that the answers did not need."""
+        self.part.advance(self.left)
+        self.left = 0.0
+
+
 @torch.inference_mode()
 def generate_batch(
     model: PreTrainedModel,
@@ -198,12 +220,15 @@ def generate_batch(
     way = choose_batching(model, prompts, pad_id) if len(prompts) > 1 else Prompts(model, Batching.alone)
     answers = [""] * len(prompts)
     torch.manual_seed(sampling.seed)
-    for rows in batches(prompts, way.batching, batch_size):
-        inputs = way.inputs([prompts[i] for i in rows], pad_id)
-        output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text
+    with Part("answers", len(prompts)) as part:
+        for rows in batches(prompts, way.batching, batch_size):
+            inputs = way.inputs([prompts[i] for i in rows], pad_id)
+            counted = StoppingCriteriaList([Counted(part, len(rows), sampling.max_new_tokens)])
+            output = model.generate(**inputs, generation_config=config, stopping_criteria=counted)  # type: ignore[operator]
+            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = text
+            counted[0].end()
     return answers
 
 

@@ -36,6 +36,7 @@ from lightning_peft.models.streaming import (
     stream_weights,
 )
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
+from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
 
@@ -117,10 +118,11 @@ def load_model(
     Without a dtype each weight keeps the one it is stored in, to be written rather than run. Raises ValueError when
     there is no such model, or its files do not fit together.
     """
-    model, blocks = load_by_block(config, dtype, quantization, device)
-    for _ in blocks:
-        pass
-    model.to(device)  # type: ignore[arg-type]  # a wrapper of transformers hides the signature
+    with Part(f"loading {model_name(config)}"):
+        model, blocks = load_by_block(config, dtype, quantization, device)
+        for _ in blocks:
+            pass
+        model.to(device)  # type: ignore[arg-type]  # a wrapper of transformers hides the signature
     return model.eval()
 
 

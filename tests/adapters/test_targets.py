@@ -228,7 +228,7 @@ def test_stacked_experts_are_refused_by_name(wanted: Any) -> None:
         found(meta_model("MixtralConfig"), target_modules=wanted)
 
 
-def test_table_has_a_row_per_layer_and_the_totals() -> None:
+def test_table_has_a_row_per_kind_of_layer_and_the_totals() -> None:
     model = meta_model()
     config: AdapterConfig = LoRAConfig(rank=4, target_modules="query_value")
     targets = find_targets(model, config, tuple(METHODS["lora"].layers))
@@ -237,6 +237,22 @@ def test_table_has_a_row_per_layer_and_the_totals() -> None:
     table = describe_targets(targets, model)
 
     cells = [list(column.cells) for column in table.columns]
-    assert cells[0][:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
-    assert [column[1] for column in cells[1:]] == ["32 x 64", "4", "8", f"{4 * (32 + 64):,}"]
+    assert cells[0] == ["model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.v_proj"]
+    assert [column[1] for column in cells[1:]] == ["3", "32 x 64", "4", "8", f"{3 * 4 * (32 + 64):,}"]
     assert str(table.caption).startswith(f"{3 * 4 * (128 + 96):,} of ")
+
+
+def test_table_keeps_layers_of_other_ranks_apart() -> None:
+    model = meta_model()
+    config: AdapterConfig = LoRAConfig(
+        rank=4, target_modules="query_value", rank_pattern={"layers.1.self_attn.q_proj": 2}
+    )
+    targets = find_targets(model, config, tuple(METHODS["lora"].layers))
+    inject_adapters(model, config)
+
+    table = describe_targets(targets, model)
+
+    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert [(row[0].rpartition(".")[2], row[1], row[3]) for row in rows] == [
+        ("q_proj", "2", "4"), ("v_proj", "3", "4"), ("q_proj", "1", "2"),
+    ]  # fmt: skip

@@ -1,6 +1,7 @@
 """evaluate, generate and merge on a small trained run, and what they say of damaged or foreign adapters."""
 
 import json
+import os
 import re
 import shutil
 
@@ -10,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lightning_peft import progress
 from lightning_peft.__main__ import main
 from lightning_peft.checkpoint.merge_config import MergeConfig
 from lightning_peft.checkpoint.merged import merge
@@ -107,6 +109,38 @@ def test_merge_writes_a_plain_model_and_a_receipt(run_dir, tmp_path, capsys):
     A, B = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     expected = base.get_submodule(name).weight.float() + 2.0 * B @ A
     torch.testing.assert_close(merged.get_submodule(name).weight, expected.to(merged.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_merge_leaves_its_receipt_as_a_file_and_says_it_once(run_dir, tmp_path, capsys):
+    said = run(["merge", f"adapter_path={run_dir}", f"output={tmp_path / 'merged'}"], capsys)
+    receipt = json.loads((tmp_path / "merged" / "merge_receipt.json").read_text())
+    assert receipt["tokens"] > 0 and receipt["mean_kl"] < 1e-3
+    assert (said.out + said.err).count(f"KL {receipt['mean_kl']:.2e} nats") == 1
+    assert "it/s" not in said.err
+
+
+def test_files_may_be_read_by_whom_the_umask_says(run_dir, tmp_path):
+    """safetensors gives its files to the owner alone."""
+    weights = run_dir / "adapter" / "adapter_model.safetensors"
+    assert weights.stat().st_mode == (run_dir / "config.yaml").stat().st_mode
+    previous = os.umask(0o027)
+    try:
+        run(["merge", f"adapter_path={run_dir}", f"output={tmp_path / 'merged'}"])
+    finally:
+        os.umask(previous)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "merged").iterdir()}
+    assert modes["model.safetensors"] == "0o640" and set(modes.values()) == {"0o640"}
+
+
+def test_long_parts_tell_how_far_they_are(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOOKS", 0.001)
+    words = ["evaluate", f"adapter_path={run_dir}", "max_rows=6", "precision=32-true"]
+    said = run(words, capsys).err.splitlines()
+    assert any(re.fullmatch(r"answers  \d/6  .* left", line) for line in said)
+    assert any(re.fullmatch(r"loss of the validation rows  \d/\d+  .*", line) for line in said)
+    assert any(re.fullmatch(r"loading \S+  \d+ s so far", line) for line in said)
+    assert "the base: loss of 6 validation rows, answers to 6" in said
 
 
 def test_a_merge_in_fp32_keeps_every_first_choice(run_dir, tmp_path):
