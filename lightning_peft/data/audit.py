@@ -26,6 +26,8 @@ class Audit:
 
     format: str | None = None
     """Shape of the rows, known with the first of them."""
+    files: int | None = None
+    """Files the rows were read from; None where they come from elsewhere."""
     rows: int = 0
     bad_rows: int = 0
     bad_row_messages: list[str] = field(default_factory=list)
@@ -91,8 +93,9 @@ class Audit:
     def lines(self) -> list[str]:
         """The counts in words."""
         share = self.supervised / self.tokens if self.tokens else 0.0
+        files = "" if self.files is None else f" of {self.files:,} file{'s' if self.files != 1 else ''}"
         lines = [
-            f"{self.samples:,} samples of {self.rows:,} rows, {self.tokens:,} tokens, "
+            f"{self.samples:,} samples of {self.rows:,} rows{files}, {self.tokens:,} tokens, "
             f"{self.supervised:,} of them trained ({share:.1%})"
         ]
         if set(self.kinds) - {Kind.answer.name, Kind.end.name}:

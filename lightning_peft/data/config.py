@@ -58,9 +58,11 @@ class Trained(Enum):
 class DataConfig:
     source: str = "files"
     """Where rows come from: a name in `lightning_peft.data.sources.SOURCES`."""
-    train_path: str | None = None
-    """For `source=files`: a JSONL, JSON, CSV or parquet file, or a pattern of several, read by name."""
-    validation_path: str | None = None
+    train_path: Any = None
+    """For `source=files`: a JSONL, JSON, CSV, TSV, parquet, Arrow or Excel file, a folder, a pattern of several (`**`
+    goes into folders), or a list of them. Text may end in .gz, .bz2, .xz or .zst; s3://, gs:// and hf:// are read
+    through fsspec."""
+    validation_path: Any = None
     """For `source=files`: rows to validate on; without it `validation_fraction` of the training rows are held out."""
     hub_name: str | None = None
     """For `source=hub`: data set on the Hugging Face hub, or a local folder that `datasets.load_dataset` reads."""
@@ -143,6 +145,11 @@ class DataConfig:
             raise ValueError("data.train_on=[]: name at least one of answer, reasoning, tool_call")
         if self.packing not in ("auto", True, False):
             raise ValueError(f"data.packing={self.packing}: must be auto, true or false")
+        for name in ("train_path", "validation_path"):
+            paths = getattr(self, name)
+            listed = isinstance(paths, list) and paths != [] and all(isinstance(path, str) for path in paths)
+            if not listed and not isinstance(paths, str | None):
+                raise ValueError(f"data.{name}={paths}: must be a file, a folder, a pattern, or a list of them")
         for name in ("max_length", "micro_batch_size", "shuffle_window", "max_rows", "max_validation_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

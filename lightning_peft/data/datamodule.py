@@ -2,14 +2,12 @@
 
 import logging
 import random
-import signal
 import warnings
 from typing import Any
 
 import numpy as np
 import torch.distributed
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -17,49 +15,15 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.cache import cached_samples
 from lightning_peft.data.chat import Encoded
-from lightning_peft.data.collate import collate
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.data.loader import CollatedBatches, MicroBatchLoader, unchanged
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
 from lightning_peft.data.sampler import MicroBatchSampler, Request, check_fingerprint
 from lightning_peft.data.samples import Samples
 from lightning_peft.data.streaming import StreamedBatches
 
-SECONDS_AFTER_SIGTERM = 60
-"""What a worker process lives on for after SIGTERM; a training process usually ends it sooner."""
-
 log = logging.getLogger(__name__)
-
-
-class CollatedBatches(Dataset[Batch]):
-    """The batch of each request."""
-
-    def __init__(self, samples: Samples, config: DataConfig, pad_token_id: int) -> None:
-        self._samples = samples
-        self._config = config
-        self._pad_token_id = pad_token_id
-
-    def __getitem__(self, request: Request) -> Batch:
-        rows = [[self._samples[index] for index in row] for row in request.rows]
-        return collate(rows, self._pad_token_id, self._config.max_length, self._config.packing, request.filler)
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch
-
-
-def _outlive_signals(worker: int) -> None:
-    """SLURM signals every process of a job; a worker that died of it would take the step being finished with it."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
-
-
-def _loader(batches: Dataset[Batch], **options: Any) -> StatefulDataLoader:
-    with warnings.catch_warnings():
-        # torchdata 0.11 calls a function that torch 2.13 deprecates.
-        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(batches, batch_size=None, collate_fn=_unchanged, **options)
 
 
 class SFTDataModule(LightningDataModule):
@@ -202,7 +166,7 @@ class SFTDataModule(LightningDataModule):
             raise RuntimeError("call SFTDataModule.setup first")
         return -(-self._micro_batches_per_epoch // (self._rank_and_world_size()[1] * self._accumulate_grad_batches))
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> MicroBatchLoader | StatefulDataLoader:
         rank, world_size = self._rank_and_world_size()
         if self._config.streaming:
             stream = StreamedBatches(
@@ -214,7 +178,10 @@ class SFTDataModule(LightningDataModule):
                 world_size,
                 lookahead=self.trainer is not None,
             )
-            return _loader(stream)
+            with warnings.catch_warnings():
+                # torchdata 0.11 calls a function that torch 2.13 deprecates.
+                warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+                return StatefulDataLoader(stream, batch_size=None, collate_fn=unchanged)
         samples = self.training_samples
 
         def plan(epoch: int) -> list[MicroBatch]:
@@ -229,7 +196,7 @@ class SFTDataModule(LightningDataModule):
         plan = self._plan(samples, random.Random(f"{self._seed} 0"))
         return [batches[Request(rows, filler=False)] for rows in plan[:count]]
 
-    def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+    def val_dataloader(self) -> MicroBatchLoader | list[MicroBatchLoader]:
         """The validation rows in the same batches each time; no loader where there are none."""
         samples = self._validation
         if samples is None:
@@ -241,9 +208,9 @@ class SFTDataModule(LightningDataModule):
         )
         return self._sampled_loader(samples, sampler)
 
-    def _sampled_loader(self, samples: Samples, sampler: MicroBatchSampler) -> StatefulDataLoader:
+    def _sampled_loader(self, samples: Samples, sampler: MicroBatchSampler) -> MicroBatchLoader:
         batches = CollatedBatches(samples, self._config, self._pad_token_id)
-        return _loader(batches, sampler=sampler, num_workers=self._config.num_workers, worker_init_fn=_outlive_signals)
+        return MicroBatchLoader(batches, sampler, self._config.num_workers)
 
     def _plan(self, samples: Samples, rng: random.Random | None = None) -> list[MicroBatch]:
         config = self._config

@@ -31,7 +31,8 @@ class MicroBatchSampler(Sampler[Request]):
     The plan is a function of the epoch, so the data of a step do not depend on how many ranks share it. Where the plan
     is not a multiple of w, the last round is filled up with a micro batch that has no labels: all ranks make equally
     many steps, no sample is left out or counted twice. The state is the number of micro batches all ranks together
-    have taken; it can be loaded at another world size.
+    have taken; it can be loaded at another world size. Workers ask for requests ahead of time, so the loader says
+    when a batch is taken.
     """
 
     def __init__(self, plan: Callable[[int], list[MicroBatch]], rank: int, world_size: int, fingerprint: str) -> None:
@@ -41,7 +42,7 @@ class MicroBatchSampler(Sampler[Request]):
         self._fingerprint = fingerprint
         self._epoch = 0
         self._taken = 0
-        self._resume_at = 0
+        self._resuming = False
         self._planned: tuple[int, list[MicroBatch]] = (-1, [])
 
     def set_epoch(self, epoch: int) -> None:
@@ -54,17 +55,24 @@ class MicroBatchSampler(Sampler[Request]):
         return -(-len(self._epoch_plan()) // self._world_size)
 
     def __iter__(self) -> Iterator[Request]:
-        start, self._resume_at = (self._epoch, self._resume_at), 0
-        return self._requests(*start)
-
-    def _requests(self, loaded_epoch: int, start: int) -> Iterator[Request]:
-        # Runs at the first `next`: Lightning makes the iterator first and sets the epoch after.
-        start = start if self._epoch == loaded_epoch else 0
+        """Iterate over the requests from the present position to the end of the epoch, without moving it."""
         plan = self._epoch_plan()
-        for first in range(start, len(plan), self._world_size):
-            self._taken = first + self._world_size
+        for first in range(self._taken, len(plan), self._world_size):
             index = first + self._rank
             yield Request(plan[index], False) if index < len(plan) else Request(plan[0][:1], True)
+
+    def begin(self) -> None:
+        """Go to where the epoch begins, or to the position that was loaded since."""
+        if not self._resuming:
+            self._taken = 0
+        self._resuming = False
+
+    def advance(self) -> None:
+        """Count the batch that each rank has now been given."""
+        self._taken += self._world_size
+
+    def end_epoch(self) -> None:
+        """Go to the next epoch."""
         self._epoch, self._taken = self._epoch + 1, 0
 
     def _epoch_plan(self) -> list[MicroBatch]:
@@ -83,5 +91,4 @@ class MicroBatchSampler(Sampler[Request]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the state was saved with other data."""
         check_fingerprint(state["fingerprint"], self._fingerprint)
-        self._epoch = state["epoch"]
-        self._taken = self._resume_at = state["taken"]
+        self._epoch, self._taken, self._resuming = state["epoch"], state["taken"], True

@@ -22,7 +22,7 @@ from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.formats import RowReader, row_reader
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
-from lightning_peft.data.sources import iterate_rows
+from lightning_peft.data.sources import file_count, iterate_rows
 from lightning_peft.progress import Part
 
 PARTS = ("tokens", "trained", "starts")
@@ -141,7 +141,7 @@ def make_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerB
     rows = iterate_rows(config, split)
     if config.streaming and split == "train":
         rows = islice(rows, config.shuffle_window)
-    audit = Audit()
+    audit = Audit(files=file_count(config, split))
     with Part(f"tokenising the {split} rows") as part:
         return Samples.of(encode_rows(part.counting(rows), config, tokenizer, audit)), audit
 

@@ -1,22 +1,16 @@
 """Where rows come from: files, the Hugging Face hub, or data the project makes itself."""
 
-import csv
-import glob
-import hashlib
-import json
 import random
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import BadRow, Row
+from lightning_peft.data.files import DataFile, find_files, read_rows
 
 GENERATED_ROWS = 4000
 """Training rows of a generated source when `data.max_rows` is null."""
@@ -39,130 +33,28 @@ class Source:
     """What decides the rows of a split beside the options and our own code, fit for JSON."""
 
 
-def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _json_row(line, f"{path} line {number}")
-
-
-def _json_row(line: bytes, origin: str) -> Row | BadRow:
-    try:
-        text = line.decode("utf-8-sig").strip()
-        values = json.loads(text)
-    except UnicodeDecodeError:
-        return BadRow(origin, "UTF-8 text", line)
-    except json.JSONDecodeError as error:
-        return BadRow(origin, f"a JSON object ({error.msg}, column {error.colno})", text)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
-        return BadRow(origin, f"a JSON object ({error})", text)
-    return Row(values, origin) if isinstance(values, dict) else BadRow(origin, "a JSON object", values)
-
-
-def _read_json(path: Path) -> Iterator[Row | BadRow]:
-    """Objects of one JSON array; a file that starts otherwise is read as JSON lines, which are often named so."""
-    with path.open("rb") as file:
-        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not start.startswith(b"["):
-        yield from _read_json_lines(path)
-        return
-    try:
-        # Bytes of another encoding become lone surrogates, by which their rows are found.
-        rows = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    for number, values in enumerate(rows, start=1):
-        origin = f"{path} row {number}"
-        if not isinstance(values, dict):
-            yield BadRow(origin, "a JSON object", values)
-        else:
-            yield _utf8_row(values, origin)
-
-
-def _utf8_row(values: dict[str, Any], origin: str) -> Row | BadRow:
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return BadRow(origin, "UTF-8 text", error.object[max(0, error.start - 20) : error.end + 20])
-    return Row(values, origin)
-
-
-def _read_csv(path: Path) -> Iterator[Row | BadRow]:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is below a long document
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            names = list(reader.fieldnames or [])
-            if repeated := [name for name, count in Counter(names).items() if count > 1]:
-                raise ValueError(
-                    f"{path} line 1: the column {', '.join(map(repr, repeated))} is there more than once; rename one"
-                )
-            for values in reader:
-                got = len(names) - list(values.values()).count(None) + len(values.get(None, []))
-                origin = f"{path} line {reader.line_num}"
-                yield _utf8_row(values, origin) if got == len(names) else BadRow(origin, f"{len(names)} fields", got)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} after line {reader.line_num}: not CSV in UTF-8 ({error})") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
-    import pyarrow.parquet
-    from datasets import load_dataset  # takes two seconds, and only parquet and the hub need it
-
-    try:
-        empty = pyarrow.parquet.ParquetFile(path).metadata.num_rows == 0
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-    if empty:
-        raise ValueError(f"{path}: holds no rows")
-    try:
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, values in enumerate(rows, start=1):
-            yield Row(values, f"{path} row {number}")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-
-
-FILE_READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _file_paths(config: DataConfig, split: str) -> list[Path]:
+def data_files(config: DataConfig, split: str) -> list[DataFile]:
+    """Return the files of a split's rows. Raises ValueError where there are none, or one cannot be read."""
     option = f"{split}_path"
     value = getattr(config, option)
     if value is None:
-        raise ValueError(f"data.{option}=null: give a JSONL, JSON, CSV or parquet file, or a pattern of several")
-    pattern = str(Path(value).expanduser())
-    found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-    paths = [Path(path) for path in found]
-    if not paths:
-        raise ValueError(f"data.{option}={value}: there is no such file (working folder {Path.cwd()})")
-    for path in paths:
-        if path.is_dir():
-            raise ValueError(f"data.{option}={value}: a folder; give a file or a pattern such as {path}/*.jsonl")
-        if path.suffix not in FILE_READERS:
-            raise ValueError(f"data.{option}={value}: {path.name} must end in {', '.join(FILE_READERS)}")
-        if path.stat().st_size == 0:
-            raise ValueError(f"data.{option}={value}: {path} is empty")
-    return paths
+        raise ValueError(f"data.{option}=null: give a JSONL, JSON, CSV or parquet file, a folder, or a pattern")
+    return find_files(f"data.{option}", value)
 
 
 def _file_shards(config: DataConfig, split: str) -> list[Shard]:
-    return [partial(FILE_READERS[path.suffix], path) for path in _file_paths(config, split)]
+    return [partial(read_rows, file) for file in data_files(config, split)]
 
 
 def _file_identity(config: DataConfig, split: str) -> list[str]:
-    digests = []
-    for path in _file_paths(config, split):
-        with path.open("rb") as file:
-            digests.append(f"{path} {hashlib.file_digest(file, hashlib.blake2b).hexdigest()}")
-    return digests
+    return [file.identity() for file in data_files(config, split)]
+
+
+def file_count(config: DataConfig, split: str) -> int | None:
+    """Return how many files the rows of a split are read from; None for a source without files."""
+    if config.source != "files":
+        return None
+    return len(data_files(config, split if split in _source(config).splits(config) else "train"))
 
 
 def _hub_rows(config: DataConfig, split: str) -> Any:

@@ -31,7 +31,7 @@ FREE_TO_CHANGE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.devices", "trainer.num_nodes",
     "trainer.accumulate_grad_batches", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.profiler",
     "trainer.detect_anomaly", "trainer.barebones", "strategy.kind", "strategy.cpu_offload", "data.cache_dir",
-    "data.preview", "checkpoint.every_n_steps", "checkpoint.keep_last", "checkpoint.asynchronous",
+    "data.num_workers", "data.preview", "checkpoint.every_n_steps", "checkpoint.keep_last", "checkpoint.asynchronous",
     "validation.samples", "compile", "activation_checkpointing", "device_memory_gib", "quantization.verify",
     "model.label", "guard.action", "guard.factor", "guard.patience",
 )  # fmt: skip

@@ -153,14 +153,64 @@ def test_every_rank_saves_the_same_place(path, chatml, kind):
     assert rests[0] == rests[1] == rests[2]
 
 
-def test_workers_give_the_same_batches_and_resume(path, chatml):
-    alone = keys(loader_of(path, chatml))
-    loader = loader_of(path, chatml, num_workers=2)
-    iterator = iter(loader)
-    assert keys(islice(iterator, 5)) == alone[:5]
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (2, 1)])
+@pytest.mark.parametrize("taken", [1, 5, "all", "all and one"])
+def test_resume_with_other_workers_goes_on_exactly(path, chatml, before, after, taken):
+    alone = loader_of(path, chatml)
+    first, second = keys(alone), keys(alone)
+    taken = {"all": len(first), "all and one": len(first) + 1}.get(taken, taken)
+    loader = loader_of(path, chatml, num_workers=before)
+    endless = (batch for _ in range(2) for batch in loader)
+    assert keys(islice(endless, taken)) == [*first, *second][:taken]
     state = loader.state_dict()
-    resumed = loader_of(path, chatml, num_workers=2)
+    assert set(state) == {"epoch", "taken", "fingerprint"}
+    resumed = loader_of(path, chatml, num_workers=after)
     resumed.load_state_dict(state)
+    assert keys(resumed) == (first[taken:] or second)[max(0, taken - len(first)) :]
+
+
+def test_state_counts_what_was_given_and_not_what_workers_prepared(path, chatml):
+    loader = loader_of(path, chatml, rank=1, world_size=2, num_workers=2)
+    for count, _ in enumerate(loader, start=1):
+        state = loader.state_dict()
+        assert (state["epoch"], state["taken"]) == ((0, 2 * count) if count < len(loader) else (1, 0))
+
+
+def test_iterating_a_loader_moves_no_random_number(path, chatml):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    list(loader_of(path, chatml))
+    assert torch.equal(torch.rand(1), expected)
+
+
+TORCHDATA_STATES = {
+    "no worker": lambda place: {
+        "_index_sampler_state": place, "_sampler_iter_state": None, "_sampler_iter_yielded": 5, "_num_yielded": 5,
+        "_IterableDataset_len_called": None, "_shared_seed": None, "fetcher_state": None, "dataset_state": None,
+        "_iterator_finished": False,
+    },
+    "workers": lambda place: {
+        "_snapshot": {
+            "_snapshot_step": 5, "_last_yielded_worker_id": 0, "_worker_snapshots": {},
+            "_main_snapshot": {
+                "_num_workers": 2, "_sampler_iter_state": None, "_index_sampler_state": place,
+                "_sampler_iter_yielded": 5, "_IterableDataset_len_called": None, "_shared_seed": None, "_base_seed": 8,
+            },
+        },
+        "_steps_since_snapshot": 0, "_iterator_finished": False,
+    },
+}  # fmt: skip
+"""As torchdata 0.11 wrote them after five batches, the place among them."""
+
+
+@pytest.mark.parametrize("form", TORCHDATA_STATES)
+def test_place_that_torchdata_saved_is_loaded(path, chatml, form):
+    loader = loader_of(path, chatml)
+    alone = keys(loader)
+    place = {"epoch": 0, "taken": 5, "fingerprint": loader.state_dict()["fingerprint"]}
+    resumed = loader_of(path, chatml)
+    resumed.load_state_dict(TORCHDATA_STATES[form](place))
     assert keys(resumed) == alone[5:]
 
 
@@ -168,9 +218,8 @@ def test_other_data_on_resume_are_an_error(path, chatml, write_jsonl):
     loader = loader_of(path, chatml)
     next(iter(loader))
     other = loader_of(write_jsonl([{"prompt": "Hi", "completion": "one"}] * 50, "other.jsonl"), chatml)
-    other.load_state_dict(loader.state_dict())
     with pytest.raises(ValueError, match="the training data are not those of the checkpoint"):
-        iter(other)
+        other.load_state_dict(loader.state_dict())
 
 
 def test_validation_batches_stay_and_hold_no_training_row(path, chatml):
@@ -281,10 +330,16 @@ def test_lightning_run_cut_short_and_resumed_sees_the_same(path, chatml, tmp_pat
 
 
 @pytest.mark.slow
-def test_lightning_resumes_with_workers(path, chatml, tmp_path):
-    whole = fit(make(path, chatml, num_workers=2))
-    before = fit(make(path, chatml, num_workers=2), [StopAt(5, tmp_path / "a.ckpt")])
-    assert [*before[:5], *fit(make(path, chatml, num_workers=2), checkpoint=tmp_path / "a.ckpt")] == whole
+@pytest.mark.filterwarnings("ignore:.*You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (0, 2), (2, 0)])
+@pytest.mark.parametrize("where", ["middle", "end of epoch", "second epoch"])
+def test_lightning_resumes_with_workers(path, chatml, tmp_path, before, after, where):
+    whole = fit(make(path, chatml))
+    epoch = [step[0] for step in whole].count(0)
+    cut = {"middle": 5, "end of epoch": epoch, "second epoch": epoch + 4}[where]
+    begun = fit(make(path, chatml, num_workers=before), [StopAt(cut, tmp_path / "a.ckpt")])
+    resumed = fit(make(path, chatml, num_workers=after), checkpoint=tmp_path / "a.ckpt")
+    assert [*begun[:cut], *resumed] == whole
 
 
 def test_lightning_goes_on_with_the_place_of_two_ranks(path, chatml, tmp_path):

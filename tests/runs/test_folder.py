@@ -166,6 +166,7 @@ def test_run_goes_on_with_options_that_change_no_number(tmp_path, undisturbed):
     changed = [
         "validation.every_n_steps=4", "checkpoint.every_n_steps=3", "checkpoint.keep_last=5",
         "trainer.log_every_n_steps=2", "validation.samples=0", "+trainer.enable_progress_bar=false",
+        "data.num_workers=2",
     ]  # fmt: skip
     train(tiny_config(run_dir, *RUN, *changed))
     assert_equal_runs(run_dir, undisturbed)

@@ -1,0 +1,323 @@
+"""Files of rows: on disk or behind an fsspec URL, one or many, compressed or not."""
+
+import bz2
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from lightning_peft.data.conversation import BadRow, Row
+
+PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp",
+    "https": "aiohttp", "sftp": "paramiko", "hf": "huggingface_hub",
+}  # fmt: skip
+"""Package that reads URLs of each kind through fsspec."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows by its path, or by its URL where it is not on this machine's disks."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def suffixes(self) -> tuple[str, str]:
+        """The ending that names the format and the one that names the compression, in lower case; "" for none."""
+        name = Path(self.path)
+        packed = name.suffix.lower() if name.suffix.lower() in DECOMPRESSED else ""
+        return (Path(name.stem) if packed else name).suffix.lower(), packed
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.path
+
+    def open(self) -> Any:
+        """Open the file as it is stored. Raises OSError."""
+        if not self.is_remote:
+            return Path(self.path).open("rb")
+        system, path = remote(self.path)
+        return system.open(path, "rb")
+
+    @contextmanager
+    def content(self) -> Iterator[IO[bytes]]:
+        """Open the file, decompressed. Raises OSError."""
+        packed = self.suffixes[1]
+        with self.open() as stored:
+            if not packed:
+                yield stored
+                return
+            with DECOMPRESSED[packed](stored) as content:
+                yield content
+
+    def size(self) -> int:
+        if not self.is_remote:
+            return Path(self.path).stat().st_size
+        system, path = remote(self.path)
+        return int(system.size(path))
+
+    def identity(self) -> str:
+        """Return what changes with the file's content: its digest, or what a remote system tells of it."""
+        if self.is_remote:
+            system, path = remote(self.path)
+            return f"{self.path} {system.ukey(path)}"
+        with self.open() as file:
+            return f"{self.path} {hashlib.file_digest(file, hashlib.blake2b).hexdigest()}"
+
+
+def remote(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL and the path in it. Raises ValueError where it cannot be reached."""
+    from fsspec.core import url_to_fs  # only remote files need it
+
+    kind = url.split("://")[0]
+    try:
+        return url_to_fs(url)
+    except ImportError as error:
+        package = PACKAGES.get(kind, kind)
+        raise ValueError(f"{url}: {kind}:// needs the package {package} (pip install {package})") from error
+    except Exception as error:  # a file system raises what its service does
+        raise ValueError(f"{url}: {_first_line(error)}") from error
+
+
+def _zstandard(file: IO[bytes]) -> IO[bytes]:
+    import pyarrow  # takes half a second, and has the format that Python itself has from 3.14 on
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"))
+
+
+DECOMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _zstandard,
+}
+
+
+def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
+    """Iterate over the rows of a file, those that cannot be read as the error they are.
+
+    Raises ValueError for a file that cannot be read on.
+    """
+    try:
+        yield from FILE_READERS[file.suffixes[0]](file)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from error
+
+
+def _read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
+    with file.content() as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _json_row(line, f"{file} line {number}")
+
+
+def _json_row(line: bytes, origin: str) -> Row | BadRow:
+    try:
+        text = line.decode("utf-8-sig").strip()
+        values = json.loads(text)
+    except UnicodeDecodeError:
+        return BadRow(origin, "UTF-8 text", line)
+    except json.JSONDecodeError as error:
+        return BadRow(origin, f"a JSON object ({error.msg}, column {error.colno})", text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
+        return BadRow(origin, f"a JSON object ({error})", text)
+    return Row(values, origin) if isinstance(values, dict) else BadRow(origin, "a JSON object", values)
+
+
+def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
+    """Objects of one JSON array; a file that starts otherwise is read as JSON lines, which are often named so."""
+    with file.content() as content:
+        start = content.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if start.startswith(b"["):
+            # Bytes of another encoding become lone surrogates, by which their rows are found.
+            text = (start + content.read()).decode("utf-8-sig", errors="surrogateescape")
+    if not start.startswith(b"["):
+        yield from _read_json_lines(file)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    for number, values in enumerate(rows, start=1):
+        origin = f"{file} row {number}"
+        if not isinstance(values, dict):
+            yield BadRow(origin, "a JSON object", values)
+        else:
+            yield _utf8_row(values, origin)
+
+
+def _utf8_row(values: dict[str, Any], origin: str) -> Row | BadRow:
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return BadRow(origin, "UTF-8 text", error.object[max(0, error.start - 20) : error.end + 20])
+    return Row(values, origin)
+
+
+def _read_table(file: DataFile, separator: str) -> Iterator[Row | BadRow]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is below a long document
+    with (
+        file.content() as content,
+        io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
+    ):
+        reader = csv.DictReader(text, strict=True, delimiter=separator)
+        try:
+            names = list(reader.fieldnames or [])
+            _refuse_copies(names, f"{file} line 1")
+            for values in reader:
+                got = len(names) - list(values.values()).count(None) + len(values.get(None, []))
+                origin = f"{file} line {reader.line_num}"
+                yield _utf8_row(values, origin) if got == len(names) else BadRow(origin, f"{len(names)} fields", got)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} after line {reader.line_num}: not CSV in UTF-8 ({error})") from error
+
+
+def _refuse_copies(names: Iterable[Any], origin: str) -> None:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{origin}: the column {', '.join(map(repr, repeated))} is there more than once; rename one")
+
+
+def _read_parquet(file: DataFile) -> Iterator[Row | BadRow]:
+    import pyarrow.parquet  # takes a second, and only parquet and the hub need it
+
+    try:
+        with file.open() as content:
+            empty = pyarrow.parquet.ParquetFile(content).metadata.num_rows == 0
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not a parquet file ({error})") from error
+    if empty:
+        raise ValueError(f"{file}: holds no rows")
+    yield from _read_by_datasets(file, "parquet")
+
+
+def _read_by_datasets(file: DataFile, kind: str) -> Iterator[Row | BadRow]:
+    from datasets import load_dataset  # takes two seconds
+
+    try:
+        rows = load_dataset(kind, data_files=file.path, split="train", streaming=True)
+        for number, values in enumerate(rows, start=1):
+            yield Row(values, f"{file} row {number}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not {'an' if kind == 'arrow' else 'a'} {kind} file ({error})") from error
+
+
+def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
+    """Read the only sheet that has cells; its first row names the columns, and every cell is text as in a CSV file."""
+    import pandas  # takes a second
+
+    try:
+        with file.open() as content:
+            sheets = pandas.read_excel(io.BytesIO(content.read()), sheet_name=None, header=None, dtype=object)
+    except ImportError as error:
+        raise ValueError(f"{file}: Excel files need the package openpyxl (pip install openpyxl)") from error
+    except Exception as error:  # whatever the reader of a broken file stumbles on
+        raise ValueError(f"{file}: not an Excel file ({_first_line(error)})") from error
+    filled = {name: sheet for name, sheet in sheets.items() if len(sheet)}
+    if len(filled) != 1:
+        found = ", ".join(map(repr, filled)) or "none"
+        raise ValueError(f"{file}: one sheet with rows is read, this file has {found}; save one alone")
+    header, *rows = next(iter(filled.values())).values.tolist()
+    names = ["" if pandas.isna(name) else str(name) for name in header]
+    _refuse_copies(names, f"{file} row 1")
+    for number, cells in enumerate(rows, start=2):
+        values = ["" if pandas.isna(cell) else str(cell) for cell in cells]
+        yield Row(dict(zip(names, values, strict=True)), f"{file} row {number}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+FILE_READERS: dict[str, Callable[[DataFile], Iterator[Row | BadRow]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": partial(_read_table, separator=","),
+    ".tsv": partial(_read_table, separator="\t"),
+    ".parquet": _read_parquet,
+    ".arrow": partial(_read_by_datasets, kind="arrow"),
+    ".xlsx": _read_excel,
+}
+COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+
+
+def find_files(option: str, value: str | list[str]) -> list[DataFile]:
+    """Return the files that an option names: files, folders, patterns with `*` and `**`, or a list of such.
+
+    The order is that of a list, and by name within a folder or pattern. Raises ValueError where one names no file,
+    names a file twice, or one that is empty or of another kind.
+    """
+    entries = [value] if isinstance(value, str) else value
+    files = [file for entry in entries for file in _files_of(f"{option}={entry}", entry)]
+    if twice := [str(file) for file, count in Counter(files).items() if count > 1]:
+        raise ValueError(f"{option}={value}: {', '.join(twice)} would be read more than once")
+    for file in files:
+        kind, packed = file.suffixes
+        if kind not in FILE_READERS or (packed and kind not in COMPRESSIBLE):
+            raise ValueError(
+                f"{option}={value}: {Path(file.path).name} must end in {', '.join(FILE_READERS)}, the text ones also "
+                f"in {', '.join(DECOMPRESSED)} after that"
+            )
+        if file.size() == 0:
+            raise ValueError(f"{option}={value}: {file} is empty")
+    return files
+
+
+def _files_of(given: str, entry: str) -> list[DataFile]:
+    if "://" in entry:
+        return _remote_files(given, entry)
+    pattern = str(Path(entry).expanduser())
+    if Path(pattern).is_dir():
+        return _readable(given, (str(path) for path in Path(pattern).rglob("*") if path.is_file()), pattern)
+    found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+    files = [DataFile(path) for path in found if found == [pattern] or not Path(path).is_dir()]
+    if not files:
+        raise ValueError(f"{given}: there is no such file (working folder {Path.cwd()})")
+    return files
+
+
+def _remote_files(given: str, entry: str) -> list[DataFile]:
+    system, path = remote(entry)
+    try:
+        if any(letter in path for letter in "*?["):
+            found = [name for name in sorted(system.glob(path)) if not system.isdir(name)]
+        elif system.isdir(path):
+            found = sorted(system.find(path))
+            return _readable(given, map(system.unstrip_protocol, found), system.unstrip_protocol(path))
+        else:
+            found = [path] if system.exists(path) else []
+    except Exception as error:  # as above: no credentials, no network, no such bucket
+        raise ValueError(f"{given}: cannot be reached ({_first_line(error)})") from error
+    if not found:
+        raise ValueError(f"{given}: there is no such file")
+    return [DataFile(system.unstrip_protocol(name)) for name in found]
+
+
+def _readable(given: str, paths: Iterable[str], folder: str) -> list[DataFile]:
+    """The files of a folder, hidden ones left out; others than rows stop the run, unless they are its description."""
+    inside = {path: path.removeprefix(folder).strip("/").split("/") for path in paths}
+    shown = [path for path, parts in sorted(inside.items()) if not any(part.startswith((".", "_")) for part in parts)]
+    described = [path for path in shown if Path(path).name.upper().split(".")[0] in ("README", "LICENSE", "NOTICE")]
+    if any(Path(path).name == "dataset_info.json" for path in shown):
+        raise ValueError(f"{given}: a data set that `datasets` saved; give data=hub data.hub_name={folder}")
+    files = [DataFile(path) for path in shown if path not in described]
+    if not files:
+        raise ValueError(f"{given}: the folder holds no files of rows")
+    return files

@@ -1,0 +1,177 @@
+"""Rows from folders, lists, compressed files and URLs."""
+
+import bz2
+import gzip
+import importlib.util
+import json
+import lzma
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow
+import pytest
+
+from lightning_peft.data.config import DataConfig
+from lightning_peft.data.conversation import BadRow
+from lightning_peft.data.samples import make_samples
+from lightning_peft.data.sources import iterate_rows, rows_identity
+
+ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(6)]
+
+
+def lines(rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def read(path) -> list[dict]:
+    rows = list(iterate_rows(DataConfig(train_path=path, validation_fraction=0), "train"))
+    assert not [row for row in rows if isinstance(row, BadRow)]
+    return [row.values for row in rows]
+
+
+def zstandard(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three files, two of them in folders; a description and hidden files that are none."""
+    for name, rows in {"top.jsonl": ROWS[:1], "a/mid.jsonl.gz": ROWS[1:3], "a/b/low.json": ROWS[3:]}.items():
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(lines(rows)) if name.endswith(".gz") else lines(rows))
+    (tmp_path / "set" / "README.md").write_text("About these rows.")
+    (tmp_path / "set" / ".cache").mkdir()
+    (tmp_path / "set" / ".cache" / "old.jsonl").write_bytes(lines(ROWS))
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("packed", COMPRESSORS)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
+def test_compressed_text_is_read_as_its_text(tmp_path, kind, packed):
+    separator = "\t" if kind == "tsv" else ","
+    table = "".join(separator.join(row.values()) + "\n" for row in [{"a": "prompt", "b": "completion"}, *ROWS])
+    content = {"jsonl": lines(ROWS), "json": json.dumps(ROWS).encode()}.get(kind, table.encode())
+    (path := tmp_path / f"rows.{kind}{packed}").write_bytes(COMPRESSORS[packed](content))
+    assert read(str(path)) == ROWS
+
+
+@pytest.mark.parametrize("packed", COMPRESSORS)
+def test_compressed_file_that_is_cut_is_named(tmp_path, packed):
+    whole = COMPRESSORS[packed](lines([{"text": f"{number} {number**9}"} for number in range(5000)]))
+    (path := tmp_path / f"rows.jsonl{packed}").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"rows.jsonl{packed}: cannot be read \("):
+        read(str(path))
+
+
+@pytest.mark.parametrize("packed", COMPRESSORS)
+def test_file_that_is_not_compressed_as_named_is_named(tmp_path, packed):
+    (path := tmp_path / f"rows.jsonl{packed}").write_bytes(lines(ROWS))
+    with pytest.raises(ValueError, match=rf"rows.jsonl{packed}: cannot be read \("):
+        read(str(path))
+
+
+def test_folder_gives_the_files_in_it_and_below(folder):
+    assert sorted(map(str, read(str(folder)))) == sorted(map(str, ROWS))
+
+
+def test_two_stars_go_into_folders(folder):
+    assert read(f"{folder}/**/*.json*") == [*ROWS[3:], *ROWS[1:3], ROWS[0]]
+
+
+def test_list_keeps_its_order(folder):
+    assert read([f"{folder}/a/b/low.json", f"{folder}/top.jsonl"]) == [*ROWS[3:], ROWS[0]]
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    (tmp_path / "UP.JSONL").write_bytes(lines(ROWS))
+    assert read(str(tmp_path / "UP.JSONL")) == ROWS
+
+
+def test_audit_counts_the_files(folder, chatml):
+    _, audit = make_samples(DataConfig(train_path=str(folder), validation_fraction=0), "train", chatml)
+    assert audit.lines()[0].startswith("6 samples of 6 rows of 3 files, ")
+
+
+WRONG = {
+    "empty folder": (["x/.keep"], "x", "the folder holds no files of rows"),
+    "other files": (["x/a.jsonl", "x/model.bin"], "x", "model.bin must end in .jsonl"),
+    "saved data set": (["x/dataset_info.json", "x/a.arrow"], "x", "give data=hub data.hub_name=.*x"),
+    "twice": (["x/a.jsonl"], ["x", "x/*.jsonl"], "x/a.jsonl would be read more than once"),
+    "one of a list": (["x/a.jsonl"], ["x/a.jsonl", "x/b.jsonl"], "data.train_path=x/b.jsonl: there is no such file"),
+    "compressed parquet": (["x/a.parquet.gz"], "x", "a.parquet.gz must end in"),
+    "unknown protocol": ([], "nope://a/b.jsonl", "nope://a/b.jsonl: .*nope"),
+    "remote file": ([], "memory://absent/b.jsonl", "data.train_path=memory://absent/b.jsonl: there is no such file"),
+    "not excel": (["x/a.xlsx"], "x", "x/a.xlsx: (not an Excel file|Excel files need the package openpyxl)"),
+    "not arrow": (["x/a.arrow"], "x", "x/a.arrow: not an arrow file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_path_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch, name):
+    files, value, message = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_bytes(lines(ROWS))
+    with pytest.raises(ValueError, match=message) as raised:
+        read(value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("kind", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_url_without_its_package_names_it(kind, package):
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ValueError, match=rf"{kind}:// needs the package {package} \(pip install {package}\)"):
+        read(f"{kind}://bucket/rows.jsonl")
+
+
+@pytest.mark.parametrize("value", [[], [3], 3, {"a": "b"}])
+def test_path_of_another_type_is_refused(value):
+    with pytest.raises(ValueError, match="must be a file, a folder, a pattern, or a list of them"):
+        DataConfig(train_path=value)
+
+
+def test_urls_are_read_as_files_are(tmp_path):
+    system = fsspec.filesystem("memory")
+    for name, content in {"a.jsonl": lines(ROWS[:2]), "b/c.jsonl.gz": gzip.compress(lines(ROWS[2:]))}.items():
+        system.pipe(f"/{tmp_path.name}/{name}", content)
+    base = f"memory://{tmp_path.name}"
+    assert read(f"{base}/a.jsonl") == ROWS[:2]
+    assert read(base) == ROWS
+    assert read(f"{base}/b/*.gz") == ROWS[2:]
+    config = DataConfig(train_path=f"{base}/a.jsonl", validation_fraction=0)
+    before = rows_identity(config, "train")
+    assert rows_identity(config, "train") == before
+    system.pipe(f"/{tmp_path.name}/a.jsonl", lines(ROWS[1:3]))
+    assert rows_identity(config, "train") != before
+
+
+def test_arrow_files_are_read(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert read(str(next((tmp_path / "saved").glob("*.arrow")))) == ROWS
+
+
+def test_excel_cells_are_text(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for cells in (["prompt", "completion"], ["2 + 2?", 4], ["Half?", 0.5], ["Empty?", None]):
+        book.active.append(cells)
+    book.save(tmp_path / "rows.xlsx")
+    assert [tuple(row.values()) for row in read(str(tmp_path / "rows.xlsx"))] == [
+        ("2 + 2?", "4"),
+        ("Half?", "0.5"),
+        ("Empty?", ""),
+    ]
+    book.create_sheet("More").append(["prompt"])
+    book.save(tmp_path / "rows.xlsx")
+    with pytest.raises(ValueError, match="one sheet with rows is read, this file has 'Sheet', 'More'; save one alone"):
+        read(str(tmp_path / "rows.xlsx"))
