@@ -84,7 +84,7 @@ def test_quoted_and_empty_values_are_left_alone():
     [
         ("adapter.rank=4,adapter.alpha=16", "rank4_alpha16"),
         ("method=dora,optimizer.lr=1e-3", "methoddora_lr1e-3"),
-        ("adapter.target_modules=[a b]", "target_modules-a-b-"),
+        ("adapter.target_modules=[a b]", "target_modules-a-b--8df4"),
         ("", "trial"),
     ],
 )

@@ -8,7 +8,9 @@ from lightning_peft.adapters.inject import SHARED
 from lightning_peft.adapters.method import PeftSpelling
 from lightning_peft.adapters.registry import METHODS
 
-READ_OFF_THE_FILE = ("method", "target_modules", "exclude_modules", "layers", "trainable_modules", "init_from")
+READ_OFF_THE_FILE = (
+    "method", "target_modules", "exclude_modules", "layers", "trainable_modules", "init_from", "untie_embeddings",
+)  # fmt: skip
 """Fields of our config that no spelling has: the tensors say which layers were adapted."""
 
 

@@ -69,7 +69,7 @@ TRAIN_CASES = {
     "callback's value": (["callbacks.t._target_=lightning.pytorch.callbacks.EarlyStopping", "callbacks.t.monitor=loss", "callbacks.t.mode=up"], r"callbacks.t: .*mode"),
     "callback Lightning refuses": (["callbacks.mc._target_=lightning.pytorch.callbacks.ModelCheckpoint"], r"trainer: .*ModelCheckpoint"),
     "profiler of nobody": (["trainer.profiler=nope"], r"trainer: .*`profiler`"),
-    "time in words": (["trainer.max_time=tomorrow"], r"trainer: .*tomorrow"),
+    "time in words": (["trainer.max_time=tomorrow"], r"trainer.max_time=tomorrow: must be DD:HH:MM:SS"),
     "argument of a logger": (["logger=wandb", "logger.wandb.projct=x"], r"logger.wandb: .*logger.wandb.projct: wandb.init has no such argument|logger.wandb.projct"),
     "unknown precision": (["trainer.precision=bf8"], r"trainer.precision='bf8': must be auto"),
     "fp16 on a CPU": (["trainer.accelerator=cpu", "trainer.precision=16-mixed"], r"16-mixed needs a CUDA device"),

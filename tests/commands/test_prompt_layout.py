@@ -104,4 +104,4 @@ def test_resume_on_replaced_rows_is_one_line(tmp_path, capsys, streaming):
     path.write_text("".join(json.dumps({"prompt": f"X{n}", "completion": "Y"}) + "\n" for n in range(25)))
     again = [*TRAIN, f"data.train_path={path}", f"run_dir={tmp_path}/run", *words, "trainer.max_steps=4", "resume=auto"]
     assert main(again) == 2
-    assert "the training data are not those of the checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "resumes, and its training rows are others now" in capsys.readouterr().err.strip().splitlines()[-1]
