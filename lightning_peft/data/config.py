@@ -147,6 +147,10 @@ class DataConfig:
             raise ValueError(f"data.packing={self.packing}: must be auto, true or false")
         for name in ("train_path", "validation_path"):
             paths = getattr(self, name)
+            if isinstance(paths, str) and paths.startswith("[") and paths.endswith("]"):
+                # The command line takes the words of a path as they stand, those of a list too.
+                paths = [path.strip(" '\"") for path in paths[1:-1].split(",") if path.strip()]
+                setattr(self, name, paths)
             listed = isinstance(paths, list) and paths != [] and all(isinstance(path, str) for path in paths)
             if not listed and not isinstance(paths, str | None):
                 raise ValueError(f"data.{name}={paths}: must be a file, a folder, a pattern, or a list of them")

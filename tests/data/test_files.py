@@ -12,6 +12,7 @@ import fsspec
 import pyarrow
 import pytest
 
+from lightning_peft.compose import compose_config
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import BadRow
 from lightning_peft.data.samples import make_samples
@@ -88,6 +89,13 @@ def test_two_stars_go_into_folders(folder):
 
 def test_list_keeps_its_order(folder):
     assert read([f"{folder}/a/b/low.json", f"{folder}/top.jsonl"]) == [*ROWS[3:], ROWS[0]]
+
+
+def test_list_may_be_given_on_the_command_line(folder):
+    word = f"data.train_path=['{folder}/a/b/low.json', {folder}/top.jsonl]"
+    config = compose_config("train", ["model=tiny", "data=jsonl", word, "data.validation_fraction=0", "dry_run=true"])
+    assert config.data.train_path == [f"{folder}/a/b/low.json", f"{folder}/top.jsonl"]
+    assert read(config.data.train_path) == [*ROWS[3:], ROWS[0]]
 
 
 def test_endings_may_be_in_capitals(tmp_path):
