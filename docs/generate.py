@@ -67,7 +67,8 @@ def options_table(options: Iterable[Option]) -> str:
     for option in options:
         choices = f" One of {', '.join(option.choices)}." if option.choices else ""
         meaning = (option.doc + choices).replace("|", "\\|").replace("<", "&lt;")
-        default = "has to be given" if option.shown_default == "???" else f"`{option.shown_default}`"
+        typed = option.shown_default or '""'
+        default = "has to be given" if typed == "???" else f"`{typed}`"
         rows.append([f"`{option.key}`", default, meaning])
     return table(["key", "default", "meaning"], rows)
 
