@@ -89,7 +89,9 @@ def show_help(command: str, words: list[str]) -> int:
 
     try:
         register_schemas()
-        print(command_help(command, everyday(command, [word for word in words if word not in SWEEP])))
+        print(command_help(command, everyday(command, [word for word in words if word not in SWEEP])), flush=True)
+    except BrokenPipeError:  # `--help | head`: what is not read is not wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         return say_what_is_wrong(error)
     return DONE

@@ -15,12 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft import distributed, readable
 from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import find_targets
+from lightning_peft.adapters.targets import expert_parameters, find_targets
 from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_versions, write_lineage
 from lightning_peft.checkpoint.merged import save_model
@@ -45,6 +45,7 @@ from lightning_peft.models.loading import (
 )
 from lightning_peft.models.packing import packing_of
 from lightning_peft.models.source import copy_companions
+from lightning_peft.quantization.weights import reads_weight
 from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
@@ -305,9 +306,19 @@ def save_tuned(
         layout.save(partial)
 
 
+def is_read_otherwise(model: PreTrainedModel) -> bool:
+    """Return whether HF PEFT may rename or refuse layers of the model: with experts, or layers whose weight is read.
+
+    Of others it takes the names as they are, and importing it takes seconds.
+    """
+    if expert_parameters(model):
+        return True
+    return any(reads_weight(parent, leaf) for parent in model.modules() for leaf, _ in parent.named_children())
+
+
 def check_in_peft(folder: Path, module: FinetuneModule) -> None:
     """Say where HF PEFT would not read the adapter as it is."""
-    if not spelling(module.adapter_config.method).in_peft:
+    if not spelling(module.adapter_config.method).in_peft or not is_read_otherwise(module.model):
         return
     if (objection := objection_of_peft(folder, module.model)) is not None:
         logger.warning("%s: %s; lightning-peft reads and merges it", folder, objection)

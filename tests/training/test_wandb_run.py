@@ -272,6 +272,7 @@ def test_wrong_option_is_named(tmp_path, options, message):
 
 def test_variables_win_over_defaults_and_a_home_is_not_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/proc")  # where nobody can make a folder
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)  # left by a run of another test that was never ended
     variables = {"PROJECT": "mine", "NAME": "called", "TAGS": "a,b", "RUN_GROUP": "ours", "JOB_TYPE": "sweep"}
     for key, value in variables.items():
         monkeypatch.setenv(f"WANDB_{key}", value)
