@@ -6,7 +6,7 @@ RUN := .venv/bin/lightning-peft
 # A file a worker, a thread each: the models of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-long test-all lint docs bench clean
+.PHONY: demo test test-long test-families test-all lint docs bench clean
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
@@ -18,6 +18,10 @@ test: .venv/.installed-test lint
 # What make test leaves out and needs no GPU: the slow tests, several processes, SLURM.
 test-long: .venv/.installed-test
 	$(PYTEST) -m "slow or multi_process or slurm"
+
+# Every family of models through every check: an hour, and not part of test-all.
+test-families: .venv/.installed-test
+	$(PYTEST) -m families
 
 test-all: test test-long
 

@@ -1,6 +1,6 @@
 """Families of transformers through what users do with them, each against plain transformers and HF PEFT.
 
-The families people use most are in the default suite, every other one is marked slow; so is what starts commands.
+The families people use most are in the default suite, every other one is marked families; so is what starts commands.
 """
 
 import json
@@ -235,7 +235,7 @@ def test_most_used_family(family: Family, check: str) -> None:
     QUICK[check](family)
 
 
-@pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("check", QUICK)
 @pytest.mark.parametrize("family", [name for name in EVERY if name not in MOST_USED], indirect=True)
@@ -243,7 +243,7 @@ def test_family(family: Family, check: str) -> None:
     QUICK[check](family)
 
 
-@pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", EVERY)
 def test_commands(name: str, tmp_path: Path) -> None:
