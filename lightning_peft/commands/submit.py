@@ -50,12 +50,12 @@ def submit(config: TrainConfig) -> None:
     if cluster.dry_run:
         print(script, end="")
         return
+    refuse_second_job(run_dir)  # a job that runs holds the lock, and is named better by its number
     with only_writer(run_dir):  # a second submit, or a run that is in the folder
         if find_start(config, run_dir).result is not None:
             logger.info("%s is finished: nothing left to do", run_dir)
             return
-        if (job_id := active_job(run_dir)) is not None:
-            raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; scancel {job_id} ends it")
+        refuse_second_job(run_dir)
         with nothing_left_if_refused(run_dir):
             OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
             (run_dir / "job.sbatch").write_text(script, encoding="utf-8")
@@ -117,6 +117,12 @@ def run_script(config: TrainConfig, cluster: ClusterConfig, run_dir: Path) -> st
         wandb="wandb" in config.logger,
         directory=os.getcwd(),
     )
+
+
+def refuse_second_job(run_dir: Path) -> None:
+    """Raise ValueError where a job that is not over has the folder."""
+    if (job_id := active_job(run_dir)) is not None:
+        raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; scancel {job_id} ends it")
 
 
 def active_job(run_dir: Path) -> str | None:
