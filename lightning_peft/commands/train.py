@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft import distributed, readable
+from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import expert_parameters, find_targets
@@ -313,7 +314,8 @@ def is_read_otherwise(model: PreTrainedModel) -> bool:
     """
     if expert_parameters(model):
         return True
-    return any(reads_weight(parent, leaf) for parent in model.modules() for leaf, _ in parent.named_children())
+    parents = [module for module in model.modules() if not isinstance(module, Adapter)]
+    return any(reads_weight(parent, leaf) for parent in parents for leaf, _ in parent.named_children())
 
 
 def check_in_peft(folder: Path, module: FinetuneModule) -> None:
