@@ -78,8 +78,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.cluster is not None:
         raise ValueError("cluster: train runs here; submit takes the same words and hands them to the cluster")
     plan = plan_run(config, Machine.here(config.trainer))
-    if not plan.starts_ranks and plan.accelerator == "cpu":
-        logger.info("%s", described())
     check_ranks_can_start(plan)
     if plan.is_rank:
         leave_with_launcher()
@@ -88,6 +86,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with opened_folder(config) as start:
         if start.result is not None and not config.dry_run:
             return finished_before(config, plan, start, start.result)
+        if plan.accelerator == "cpu" and not plan.starts_ranks and not config.dry_run:
+            logger.info("%s", described())
         with logging_left_to_ranks(plan.starts_ranks and not config.dry_run):
             packs = check_model(config)
         tokenizer = load_tokenizer(config.model)
