@@ -96,7 +96,7 @@ class Audit:
         files = "" if self.files is None else f" of {self.files:,} file{'s' if self.files != 1 else ''}"
         lines = [
             f"{self.samples:,} samples of {self.rows:,} rows{files}, {self.tokens:,} tokens, "
-            f"{self.supervised:,} of them trained ({share:.1%})"
+            f"{self.supervised:,} trained ({share:.1%})"
         ]
         if set(self.kinds) - {Kind.answer.name, Kind.end.name}:
             parts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.kinds.items())

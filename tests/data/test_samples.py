@@ -21,7 +21,7 @@ def test_audit_counts_by_hand(chatml):
     """ChatML with the default system prompt: 13 + 3 tokens before the answer, Hello, there, end, newline."""
     _, audit = run([SHORT, SHORT], chatml)
     assert (audit.rows, audit.samples, audit.tokens, audit.supervised, audit.ended) == (2, 2, 40, 6, 2)
-    assert audit.lines() == ["2 samples of 2 rows, 40 tokens, 6 of them trained (15.0%)"]
+    assert audit.lines() == ["2 samples of 2 rows, 40 tokens, 6 trained (15.0%)"]
     assert audit.warnings() == []
 
 
