@@ -93,7 +93,7 @@ class Audit:
     def lines(self) -> list[str]:
         """The counts in words."""
         share = self.supervised / self.tokens if self.tokens else 0.0
-        files = "" if self.files is None else f" of {self.files:,} file{'s' if self.files != 1 else ''}"
+        files = f" of {self.files:,} files" if self.files is not None and self.files > 1 else ""
         lines = [
             f"{self.samples:,} samples of {self.rows:,} rows{files}, {self.tokens:,} tokens, "
             f"{self.supervised:,} trained ({share:.1%})"
