@@ -47,7 +47,7 @@ from lightning_peft.models.loading import (
 from lightning_peft.models.packing import packing_of
 from lightning_peft.models.source import copy_companions
 from lightning_peft.quantization.weights import reads_weight
-from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
+from lightning_peft.runs.folder import Start, check_same_content, end_of, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
 from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
@@ -187,6 +187,7 @@ def train_prepared(
         trainable, total = trainable_parameter_counts(module.model)
         result = {
             "status": "finished",
+            "end": end_of(config.trainer),
             "steps": trainer.global_step,
             "train_loss": metrics.loss,
             "validation_loss": final_validation(trainer, module, data),

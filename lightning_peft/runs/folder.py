@@ -144,9 +144,14 @@ def finished_result(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    saved = OmegaConf.load(run_dir / "config.yaml").trainer
-    same_end = all(saved.get(key) == config.trainer.get(key) for key in ("max_steps", "max_epochs"))
-    return result if result["status"] == "finished" and same_end else None
+    # Results written before they named their end: the config beside them does, unless somebody has edited it since.
+    end = result["end"] if "end" in result else end_of(OmegaConf.load(run_dir / "config.yaml").trainer)
+    return result if result["status"] == "finished" and end == end_of(config.trainer) else None
+
+
+def end_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ends a run, as `result.json` records it."""
+    return {key: trainer.get(key) for key in ("max_steps", "max_epochs")}
 
 
 def check_saved_config(config: TrainConfig, run_dir: Path, is_content_compared: bool = True) -> None:

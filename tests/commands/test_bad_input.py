@@ -85,7 +85,7 @@ TRAIN_CASES = {
 }  # fmt: skip
 
 OTHER_CASES = {
-    "unknown command": (["tarin"], r"tarin: no such command; choose one of train"),
+    "unknown command": (["tarin"], r"tarin: no such command; choose one of demo, train, "),
     "evaluate nothing": (["evaluate"], r"adapter_path=null: give a run or adapter folder"),
     "evaluate a missing folder": (["evaluate", "adapter_path=/no/run"], r"adapter_path=/no/run: no such folder"),
     "evaluate no rows": (["evaluate", "adapter_path=x", "max_rows=0"], r"max_rows=0: must be at least 1"),

@@ -182,6 +182,7 @@ def test_text_is_trained_whole_with_eos(make_tokenizer, adds_bos):
 def test_template_that_asks_for_today_gets_one_day(make_tokenizer, caplog):
     caplog.set_level(logging.INFO)
     dated = make_tokenizer("{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + LLAMA_3)
+    dated.name_or_path = "a/dated-model"  # said once a model in a process, and other tests have dated ones too
     for ids in (encode(TWO_TURNS, dated).input_ids, encode_prompt(TWO_TURNS[:1], dated)):
         assert dated.decode(ids).startswith("Today: 26 Jul 2024\n")
     assert sum("it is always 2024-07-26 here" in record.message for record in caplog.records) == 1
