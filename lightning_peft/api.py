@@ -25,7 +25,7 @@ from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.load import tuned_folder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.runs.folder import folder_of, starting_config
-from lightning_peft.training.metrics_csv import MetricsCSV
+from lightning_peft.tracking.metrics_csv import MetricsCSV
 from lightning_peft.words import everyday
 
 Rows = Iterable[Mapping[str, Any]]

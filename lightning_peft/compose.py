@@ -101,6 +101,13 @@ def check_adapter_has_method(overrides: list[str]) -> None:
         raise ValueError(f"adapter={name}: use method={name}, which also sets what goes with it")
 
 
+FORMER_PATHS = {
+    f"lightning_peft.training.{name}": f"lightning_peft.tracking.{name}"
+    for name in ("metrics_csv.MetricsCSV", "loggers.TensorBoard", "wandb_run.WandbRun")
+}
+"""Where a class lies that the `config.yaml` of an earlier version names by another path."""
+
+
 def saved_config(command: str, overrides: list[str]) -> TrainConfig:
     """The config of `train config_path=RUN/config.yaml`, which every rank of a run is started from."""
     path = Path(next(word for word in overrides if word.startswith("config_path=")).partition("=")[2].strip("'\""))
@@ -112,11 +119,25 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
             raise ValueError(f"config_path={path}: not the config.yaml of a run")
         import_plugins()
         import_modules(saved.get("imports", []))
-        return train_config(in_folder_of(path, {str(key): value for key, value in saved.items()}))
+        return train_config(in_folder_of(path, with_present_paths({str(key): value for key, value in saved.items()})))
     except FileNotFoundError as error:
         raise ValueError(f"config_path={path}: no such file") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"config_path={path}: {explain(error, command)}") from error
+
+
+def with_present_paths(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved config whose loggers are named by the modules that hold them now."""
+    logger_nodes = saved.get("logger")
+    if not isinstance(logger_nodes, dict):
+        return saved
+    nodes = {
+        name: node | {"_target_": FORMER_PATHS.get(node.get("_target_"), node.get("_target_"))}
+        if isinstance(node, dict)
+        else node
+        for name, node in logger_nodes.items()
+    }
+    return saved | {"logger": nodes}
 
 
 def in_folder_of(path: Path, saved: dict[str, Any]) -> dict[str, Any]:

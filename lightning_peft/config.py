@@ -15,7 +15,6 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.init import Reads
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.merge_config import MergeConfig
-from lightning_peft.cluster.search import SweepConfig
 from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.data.config import DataConfig
 from lightning_peft.evaluation.tasks import TASKS
@@ -24,6 +23,7 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.optim.schedules import ScheduleConfig
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.sweeps.search import SweepConfig
 from lightning_peft.training.config import (
     ActivationCheckpointing,
     CheckpointConfig,

@@ -1,1 +1,1 @@
-"""Jobs and sweeps: SLURM, local processes, and the folder in which a sweep stands."""
+"""Jobs on a cluster: SLURM, and processes that outlive the one that started them."""

@@ -14,8 +14,15 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.local_worker import start_workers
-from lightning_peft.cluster.search import (
+from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
+from lightning_peft.commands.sweep_array import array_script, submit_array
+from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
+from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
+from lightning_peft.data.sources import SOURCES
+from lightning_peft.plugins import imported_by_words
+from lightning_peft.runs.lock import new_folder, remove_if_empty
+from lightning_peft.sweeps.local_worker import start_workers
+from lightning_peft.sweeps.search import (
     Dimension,
     OptunaStudy,
     Search,
@@ -24,7 +31,7 @@ from lightning_peft.cluster.search import (
     random_trials,
     typed_choices,
 )
-from lightning_peft.cluster.sweep import (
+from lightning_peft.sweeps.sweep import (
     ENDED,
     MANIFEST,
     RESULT_NUMBERS,
@@ -35,14 +42,7 @@ from lightning_peft.cluster.sweep import (
     score,
     write_sweep,
 )
-from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
-from lightning_peft.commands.sweep_array import array_script, submit_array
-from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
-from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
-from lightning_peft.data.sources import SOURCES
-from lightning_peft.plugins import imported_by_words
-from lightning_peft.runs.lock import new_folder, remove_if_empty
-from lightning_peft.training.wandb_record import wandb_record
+from lightning_peft.tracking.wandb_record import wandb_record
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft import readable
-from lightning_peft.cluster.local_worker import end
 from lightning_peft.cluster.slurm import cancel_jobs, find_jobs
-from lightning_peft.cluster.sweep import (
+from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
+from lightning_peft.compose import compose_config
+from lightning_peft.config import SweepCommandConfig, SweepVerb, TrainConfig
+from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
+from lightning_peft.sweeps.local_worker import end
+from lightning_peft.sweeps.sweep import (
     RUNNING,
     TO_BE_RETRIED,
     WAITING,
@@ -25,7 +29,7 @@ from lightning_peft.cluster.sweep import (
     metric_value,
     refresh,
 )
-from lightning_peft.cluster.sweep_table import (
+from lightning_peft.sweeps.table import (
     best_trial,
     csv_text,
     heat_map,
@@ -35,11 +39,7 @@ from lightning_peft.cluster.sweep_table import (
     svg_text,
     table_rows,
 )
-from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
-from lightning_peft.compose import compose_config
-from lightning_peft.config import SweepCommandConfig, SweepVerb, TrainConfig
-from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
-from lightning_peft.training.wandb_record import forget_steps
+from lightning_peft.tracking.wandb_record import forget_steps
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from lightning_peft.cluster.slurm import (
     log_path,
     submit_script,
 )
-from lightning_peft.cluster.sweep import Sweep, begin, changed_sweep
 from lightning_peft.config import TrainConfig
+from lightning_peft.sweeps.sweep import Sweep, begin, changed_sweep
 
 
 def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: TrainConfig) -> None:

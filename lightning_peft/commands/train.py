@@ -53,13 +53,13 @@ from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_lef
 from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
 from lightning_peft.runs.trainer import build_trainer, count_steps
 from lightning_peft.threads import described
+from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
 from lightning_peft.training.guard import Guard
-from lightning_peft.training.loggers import RunLogger
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.signal_watch import SIGNAL_WATCH

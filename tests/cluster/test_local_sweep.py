@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from lightning_peft.__main__ import main
-from lightning_peft.cluster.sweep import ENDED, Sweep, changed_sweep, read_sweep, refresh
 from lightning_peft.commands.plan_sweep import plan, trial_config
 from lightning_peft.compose import compose_config
+from lightning_peft.sweeps.sweep import ENDED, Sweep, changed_sweep, read_sweep, refresh
 
 TINY = [
     "model=tiny", "data.max_rows=8", "data.max_validation_rows=2", "trainer.accelerator=cpu",

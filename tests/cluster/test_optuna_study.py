@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_peft.cluster.search import Dimension, OptunaStudy
+from lightning_peft.sweeps.search import Dimension, OptunaStudy
 
 pytest.importorskip("optuna", reason="pip install 'lightning-peft[optuna]'")
 

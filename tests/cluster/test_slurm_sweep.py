@@ -10,7 +10,7 @@ from test_local_sweep import TINY, has_ended
 
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.slurm import find_jobs
-from lightning_peft.cluster.sweep import Sweep, changed_sweep, refresh
+from lightning_peft.sweeps.sweep import Sweep, changed_sweep, refresh
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

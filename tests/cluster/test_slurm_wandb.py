@@ -6,7 +6,7 @@ from test_slurm_jobs import PAUSED, log, submit, wait_for_end, wait_for_step
 from wandb_records import offline_runs
 
 from lightning_peft.cluster.slurm import requeue_job
-from lightning_peft.training.wandb_record import wandb_record
+from lightning_peft.tracking.wandb_record import wandb_record
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.process import Process, process, this_process
-from lightning_peft.cluster.search import Dimension, SweepConfig, dimension, random_trials
 from lightning_peft.cluster.slurm import Job
-from lightning_peft.cluster.sweep import Sweep, Trial, changed_sweep, read_sweep, refresh, state_of, write_sweep
-from lightning_peft.cluster.sweep_table import (
+from lightning_peft.commands.sweep import table_of_trials
+from lightning_peft.config import trial_name
+from lightning_peft.sweeps.search import Dimension, SweepConfig, dimension, random_trials
+from lightning_peft.sweeps.sweep import Sweep, Trial, changed_sweep, read_sweep, refresh, state_of, write_sweep
+from lightning_peft.sweeps.table import (
     best_trial,
     csv_text,
     heat_map,
@@ -27,8 +29,6 @@ from lightning_peft.cluster.sweep_table import (
     svg_text,
     table_rows,
 )
-from lightning_peft.commands.sweep import table_of_trials
-from lightning_peft.config import trial_name
 
 DEAD = Process(2**22 + 1, 0, socket.gethostname())
 FINISHED, PREEMPTED, FAILED = ({"status": status} for status in ("finished", "preempted", "failed"))

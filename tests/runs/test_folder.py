@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from equal_runs import assert_equal_runs
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from starts import ended, started
 from tiny_runs import TINY, tiny_config
@@ -21,6 +22,7 @@ from tiny_runs import TINY, tiny_config
 from lightning_peft.checkpoint.resume import checkpoint_path, latest_checkpoint
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
+from lightning_peft.config import plain
 from lightning_peft.runs.folder import check_saved_config, starting_config
 from lightning_peft.runs.lock import LOCK, only_writer
 from lightning_peft.training.preemption import Paused, Preempted
@@ -275,3 +277,14 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
     assert names in ({"rank2", "rank4"}, {"rank8", "rank16"})
     ended("cancel", str(tmp_path / "S"), cwd=tmp_path, command=[sys.executable, "-m", "lightning_peft", "sweep"])
     assert {path.name for path in (tmp_path / "S").iterdir() if path.is_dir()} == names
+
+
+def test_saved_config_of_an_earlier_version_names_its_loggers_by_their_former_modules(tmp_path):
+    config = plain(compose_config("train", [*TINY, f"run_dir={tmp_path}", "logger=tensorboard"]))
+    present = {name: node["_target_"] for name, node in config["logger"].items()}
+    for node in config["logger"].values():
+        node["_target_"] = node["_target_"].replace(".tracking.", ".training.")
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
+    restored = compose_config("train", [f"config_path={tmp_path}/config.yaml"])
+    assert {name: node["_target_"] for name, node in restored.logger.items()} == present
+    assert len(present) == 2

@@ -18,9 +18,9 @@ from tiny_runs import tiny_config
 from wandb_records import offline_runs
 
 from lightning_peft.commands.train import train
-from lightning_peft.training.loggers import RunLogger
-from lightning_peft.training.wandb_record import wandb_record
-from lightning_peft.training.wandb_run import WandbRun, sweep_name
+from lightning_peft.tracking.loggers import RunLogger
+from lightning_peft.tracking.wandb_record import wandb_record
+from lightning_peft.tracking.wandb_run import WandbRun, sweep_name
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # wandb's own
 
@@ -70,7 +70,7 @@ def test_wandb_csv_and_tensorboard_get_the_same_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_dir = tmp_path / "run"
-    tensorboard = "+logger.tensorboard={_target_: lightning_peft.training.loggers.TensorBoard, run_dir: '${run_dir}'}"
+    tensorboard = "+logger.tensorboard={_target_: lightning_peft.tracking.loggers.TensorBoard, run_dir: '${run_dir}'}"
     train(wandb_config(run_dir, tensorboard, "optimizer.lora_plus_ratio=4"))
     (run,) = offline_runs(run_dir)
     events = EventAccumulator(str(run_dir / "tensorboard"))
@@ -182,7 +182,7 @@ def test_rows_that_a_killed_wandb_core_lost_are_logged_by_the_next_start(tmp_pat
 
 
 def test_rows_that_outlived_a_killed_trainer_are_not_logged_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_peft.training.wandb_run.FLUSH_SECONDS", 0)
+    monkeypatch.setattr("lightning_peft.tracking.wandb_run.FLUSH_SECONDS", 0)
     (tmp_path / "metrics.csv").write_text("step,loss\n1,4.0\n2,3.0\n3,2.0\n4,1.0\n")
     killed = WandbRun(str(tmp_path), "p", mode="offline")
     killed.start_at(0)
@@ -201,7 +201,7 @@ def test_rows_that_outlived_a_killed_trainer_are_not_logged_again(tmp_path, monk
 def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("lightning_peft.training.wandb_run.SERVER_SECONDS", 2)
+    monkeypatch.setattr("lightning_peft.tracking.wandb_run.SERVER_SECONDS", 2)
     result = train(wandb_config(tmp_path / "run"))
     (run,) = offline_runs(tmp_path / "run")
     assert result["status"] == "finished" and [step for step, _ in run.scalars("loss")] == [1, 2, 3]
@@ -318,7 +318,7 @@ def test_table_that_fails_does_not_end_the_scalars(tmp_path, caplog):
 
 USER_WITHOUT_HOME = """
 import os
-from lightning_peft.training.wandb_run import has_wandb_key
+from lightning_peft.tracking.wandb_run import has_wandb_key
 from lightning_peft.user_cache import user_cache
 os.setuid(4711)
 for key in ("HOME", "XDG_CACHE_HOME", "WANDB_API_KEY", "NETRC"):

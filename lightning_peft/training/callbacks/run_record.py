@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_peft.adapters.inject import trainable_parameter_counts
-from lightning_peft.training.loggers import RunLogger
+from lightning_peft.tracking.loggers import RunLogger
 
 
 class RunRecord(Callback):

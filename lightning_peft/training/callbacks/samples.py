@@ -14,7 +14,7 @@ from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.training.loggers import RunLogger
+from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.training.strategies import ShardedModel
 
 logger = logging.getLogger(__name__)

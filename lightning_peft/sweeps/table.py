@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_peft.cluster.sweep import Sweep, score
+from lightning_peft.sweeps.sweep import Sweep, score
 
 RESULT_COLUMNS = (
     "steps", "train_loss", "validation_loss", "trainable_parameters", "tokens_per_second", "peak_memory_gib", "seconds",

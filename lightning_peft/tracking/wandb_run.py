@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint.lineage import FILE_NAME as LINEAGE
-from lightning_peft.training.loggers import RunLogger
-from lightning_peft.training.metrics_csv import MetricsCSV
-from lightning_peft.training.wandb_record import wandb_record, write_record
+from lightning_peft.tracking.loggers import RunLogger
+from lightning_peft.tracking.metrics_csv import MetricsCSV
+from lightning_peft.tracking.wandb_record import wandb_record, write_record
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Runs the trials of a sweep on this machine, one after the other, beside other workers of the same sweep.
 
-    python -m lightning_peft.cluster.local_worker SWEEP_DIR SLOT
+    python -m lightning_peft.sweeps.local_worker SWEEP_DIR SLOT
 
 A worker and each of its trials have a session of their own, so a closed terminal ends neither, and a trial outlives its
 worker.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.process import process, this_process
-from lightning_peft.cluster.sweep import Sweep, Trial, begin, changed_sweep, read_sweep
+from lightning_peft.sweeps.sweep import Sweep, Trial, begin, changed_sweep, read_sweep
 from lightning_peft.threads import available_cores
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def start_workers(folder: Path) -> None:
         sweep.workers = [worker for worker in sweep.workers if worker.is_alive]
         work = sum(trial.is_waiting for trial in sweep.trials) + sweep.count - len(sweep.trials)
         for slot in range(len(sweep.workers), min(sweep.parallel or 1, work)):
-            command = [sys.executable, "-m", "lightning_peft.cluster.local_worker", str(folder), str(slot)]
+            command = [sys.executable, "-m", "lightning_peft.sweeps.local_worker", str(folder), str(slot)]
             # Not subprocess, which takes a child that is left alone for a mistake.
             worker = os.posix_spawn(sys.executable, command, os.environ, file_actions=to_log(folder), setsid=True)
             sweep.workers.append(process(worker))

@@ -3,7 +3,7 @@
 import csv
 from typing import Any
 
-from lightning_peft.training.loggers import RunLogger
+from lightning_peft.tracking.loggers import RunLogger
 
 COLUMNS = [
     "step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "step_seconds", "tokens_per_second",

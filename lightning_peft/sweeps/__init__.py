@@ -1,0 +1,1 @@
+"""A sweep: its trials, the folder in which it stands, its workers on one machine, and its table."""
