@@ -132,8 +132,8 @@ def with_present_paths(saved: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(logger_nodes, dict):
         return saved
     nodes = {
-        name: node | {"_target_": FORMER_PATHS.get(node.get("_target_"), node.get("_target_"))}
-        if isinstance(node, dict)
+        name: node | {"_target_": FORMER_PATHS.get(str(node["_target_"]), node["_target_"])}
+        if isinstance(node, dict) and "_target_" in node
         else node
         for name, node in logger_nodes.items()
     }

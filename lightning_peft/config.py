@@ -234,6 +234,22 @@ class MergeCommandConfig:
 
 
 @dataclass
+class PushConfig:
+    """Uploads an adapter or a merged model to the hub, with its card."""
+
+    adapter_path: str = "???"
+    """Run folder, adapter folder or merged model."""
+    repo: str = "???"
+    """Name on the hub, as in me/my-adapter."""
+    private: bool = False
+    """Whether a new repository is private."""
+    message: str = "Upload with lightning-peft"
+    """Message of the commit."""
+    dry_run: bool = False
+    """Write the card, list the files and the command that sends them, and send nothing."""
+
+
+@dataclass
 class D90Config:
     """Reads the intrinsic dimension of a task off a sweep over `adapter.dimension`."""
 
@@ -299,6 +315,7 @@ ROOTS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "merge": MergeCommandConfig,
+    "push": PushConfig,
     "d90": D90Config,
 }
 

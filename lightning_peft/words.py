@@ -84,6 +84,10 @@ OURS = {
 BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
 
 
+TAKES_ADAPTER = ("evaluate", "generate", "merge", "push")
+"""Commands for which a bare word is the run or adapter they work on."""
+
+
 def everyday(command: str, words: list[str]) -> list[str]:
     """Rewrite the everyday words of a command into the keys and groups that Hydra knows.
 
@@ -95,12 +99,15 @@ def everyday(command: str, words: list[str]) -> list[str]:
             raise ValueError(f"{word}: {_without_dashes(word)}")
         if "=" not in word and word.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
             written += words_of_file(Path(word))
+        elif command in TAKES_ADAPTER and re.fullmatch(r"[^=+~]+", word):
+            written.append(f"adapter_path={word}")
         else:
             written.append(word)
     if command in (*RUN_COMMANDS, "evaluate", "generate", "merge"):
         written = [part for word in written for part in _rewritten(word)]
     if command in RUN_COMMANDS:
         written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out
+        written = [*_of_warm_start(written), *written]
     return written
 
 
@@ -187,6 +194,18 @@ def _with_data_option(words: list[str]) -> list[str]:
         logger.info("data=jsonl, as data.train_path is given")
         return ["data=jsonl", *words]
     return words
+
+
+def _of_warm_start(words: list[str]) -> list[str]:
+    """Words before all others for a run that continues an adapter: what its folder says and the user does not."""
+    given = {key.lstrip("+"): value for key, sign, value in (word.partition("=") for word in words) if sign}
+    folder = given.get("adapter.init_from", "null").strip("'\"")
+    if folder in ("", "null") or "config_path" in given or not Path(folder).exists() and "," in folder:
+        return []
+    # The formats of adapters, and torch with them.
+    from lightning_peft.warm_start import words_of_folder
+
+    return [f"{key}={_value(value)}" for key, value in words_of_folder(folder, set(given))]
 
 
 def ours(key: str) -> str | None:

@@ -8,10 +8,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from docs.generate import index, with_generated
 from lightning_peft.__main__ import main
+from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.command_line import first_trial
 from lightning_peft.commands import COMMANDS
 from lightning_peft.commands.plan_sweep import any_draw, plan, split_words, trial_config
@@ -19,6 +22,8 @@ from lightning_peft.commands.sweep import sweep
 from lightning_peft.compose import compose_config
 from lightning_peft.config import CONF_DIR
 from lightning_peft.help import command_help
+from lightning_peft.models.loading import load_model
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.words import everyday
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +67,10 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("page", "line"), COMMAND_LINES)
 def test_command_composes(page, line, folder):
     _, command, *words = shlex.split(line, comments=True)
+    if "adapter.init_from=runs/mine" in words:
+        model, config = load_model(ModelConfig(name="tiny"), torch.float32), METHODS["lora"].config(method="lora")
+        inject_adapters(model, config)
+        save_adapter(model, config, folder / "runs" / "mine" / "adapter")
     if "--help" in words:
         assert command_help(command, everyday(command, [word for word in words if word != "--help"]))
     elif command in ("init", "config", "schema", "completion"):

@@ -16,6 +16,7 @@ LAYERS = [
     ["inference", "estimation", "cluster", "tracking"],
     ["training", "evaluation", "sweeps"],
     ["config"],
+    ["warm_start"],
     ["options", "words"],
     ["compose"],
     ["help"],

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,14 @@ def save_adapter(
     base_model_name: str | None = None,
     lineage: Lineage | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the adapters of `model`, and the modules trained in full, as a folder that HF PEFT loads.
 
     `tokenizer` goes with it where it has tokens that the base's has not. Layers whose initialisation rewrote the base
-    become a LoRA of twice the rank on the untouched one. Replaces `folder`
-    in one step; SaveError leaves it as it was. With several ranks every one must call this, as sharded tensors are
+    become a LoRA of twice the rank on the untouched one. `beside` is called
+    with the folder before it takes its place, and may write what else goes with it. Replaces `folder` in one step;
+    SaveError leaves it as it was. With several ranks every one must call this, as sharded tensors are
     gathered; rank zero writes.
     """
     if not METHODS[config.method].layers:
@@ -74,6 +76,8 @@ def save_adapter(
             tokenizer.save_pretrained(partial)
         if lineage is not None:
             write_lineage(replace(lineage, adapter_sha256=_sha256(partial / WEIGHTS_NAME)), partial)
+        if beside is not None:
+            beside(partial)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -10,7 +10,7 @@ from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.load import is_whole_model, load_adapted, tuned_folder
+from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import QuantizationConfig
@@ -33,10 +33,13 @@ def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelC
     if model is not None and saved is not None and saved.model.new_tokens and not model.new_tokens:
         logger.info("the adapter knows %d tokens more than its base: they are added", len(saved.model.new_tokens))
         model = replace(model, new_tokens=saved.model.new_tokens)
-    if model is None and saved is None:
-        raise ValueError(f"adapter_path={adapter_path}: the folder does not say its base in our terms; give model=")
-    quantization = saved.quantization if saved is not None else QuantizationConfig()
-    return model or saved.model, quantization  # type: ignore[union-attr]
+    if saved is not None:
+        return model or saved.model, saved.quantization
+    if model is None and adapter_path is not None and (model := base_named_by(tuned_folder(adapter_path))) is not None:
+        logger.info("model=%s, the base that %s names", model.path, adapter_path)
+    if model is None:
+        raise ValueError(f"adapter_path={adapter_path}: the folder does not name its base; give model=")
+    return model, QuantizationConfig()
 
 
 def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> PromptLayout:

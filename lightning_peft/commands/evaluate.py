@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import disable_adapters
+from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.commands.adapted import layout_of, load_base, load_for_inference, saved_config
 from lightning_peft.config import EvaluateConfig, Scored
@@ -162,6 +163,7 @@ def console() -> Console:
 
 
 def write_report(report: dict[str, Any], config: EvaluateConfig) -> None:
+    """Write the scores to `output`, else to the run's folder, and into the card of what the run made."""
     if config.output is not None:
         path = Path(config.output)
     elif config.adapter_path is not None:
@@ -169,3 +171,5 @@ def write_report(report: dict[str, Any], config: EvaluateConfig) -> None:
     else:
         return
     path.write_text(json.dumps(report, indent=2) + "\n")
+    if config.output is None and config.adapter_path is not None:
+        write_card(tuned_folder(config.adapter_path), path.parent)

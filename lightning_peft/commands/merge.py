@@ -7,9 +7,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.merge_config import MergeBase
 from lightning_peft.checkpoint.merged import MergeError, Receipt, logits_of
 from lightning_peft.checkpoint.merged import merge as write_merged
+from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.commands.adapted import (
     base_of,
@@ -63,6 +65,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
     layout_of(config.adapter_path, tokenizer).save(output)
     copy_companions(base, output)
+    write_card(output, folder.parent, read_lineage(folder))
     print(f"{output}: {receipt}")
     return receipt
 

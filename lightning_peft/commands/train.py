@@ -25,6 +25,7 @@ from lightning_peft.adapters.targets import expert_parameters, find_targets
 from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_versions, write_lineage
 from lightning_peft.checkpoint.merged import save_model
+from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.checkpoint.peft_methods import spelling
@@ -45,7 +46,7 @@ from lightning_peft.models.loading import (
     source_fingerprint,
 )
 from lightning_peft.models.packing import packing_of
-from lightning_peft.models.source import copy_companions
+from lightning_peft.models.source import copy_companions, name_for_others
 from lightning_peft.quantization.weights import reads_weight
 from lightning_peft.runs.folder import Start, check_same_content, end_of, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
@@ -208,6 +209,9 @@ def train_prepared(
         if distributed.rank() == 0:
             with atomic_file(run_dir / "result.json") as path:
                 path.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+            for folder in (run_dir / "adapter", run_dir / MODEL_FOLDER):
+                if folder.is_dir() and result["status"] == "finished":
+                    write_card(folder, run_dir)
             for run_logger in trainer.loggers:
                 if isinstance(run_logger, RunLogger):
                     run_logger.close(result["status"], run_dir / "adapter")
@@ -294,9 +298,13 @@ def save_tuned(
     layout = layout.with_stops(sorted(declared_end_ids(module.model)))
     if METHODS[module.adapter_config.method].layers:
         added = tokenizer if module.model_config.new_tokens else None
-        save_adapter(module.model, module.adapter_config, folder, lineage.base_name, lineage, added)
-        if distributed.rank() == 0:
-            layout.save(folder)
+
+        def beside(partial: Path) -> None:
+            layout.save(partial)
+            write_card(partial)
+
+        base = name_for_others(module.model_config)
+        save_adapter(module.model, module.adapter_config, folder, base, lineage, added, beside)
         return
     state = whole_state(module.model)
     if distributed.rank() != 0:
@@ -306,6 +314,7 @@ def save_tuned(
         copy_companions(module.model_config, partial)
         write_lineage(lineage, partial)
         layout.save(partial)
+        write_card(partial)
 
 
 def is_read_otherwise(model: PreTrainedModel) -> bool:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import CONFIG_NAME, adapter_config_from_peft, load_adapter
+from lightning_peft.checkpoint.peft_words import read_words
 from lightning_peft.models.loading import load_model, model_name, source_fingerprint
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import QuantizationConfig
@@ -34,6 +35,13 @@ def adapter_folder(path: str, option: str = "adapter_path") -> Path:
     if not Path(path).exists():
         raise ValueError(f"{option}={path}: no such folder")
     raise ValueError(f"{option}={path}: neither a run nor an adapter folder, {CONFIG_NAME} is missing")
+
+
+def base_named_by(folder: Path) -> ModelConfig | None:
+    """Return the base that the `adapter_config.json` of HF PEFT names, None where it names none."""
+    words = read_words(folder)
+    name = words.get("base_model_name_or_path")
+    return ModelConfig(name="hf", path=name, revision=words.get("revision")) if name else None
 
 
 def is_whole_model(folder: Path) -> bool:

