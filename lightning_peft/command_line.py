@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
@@ -28,6 +29,8 @@ from lightning_peft.config import CONF_DIR, register_schemas
 from lightning_peft.plugins import imported_by_words, is_of_plugin
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
+from lightning_peft.sweeps.foreground import enter_trial
+from lightning_peft.sweeps.sweep import MANIFEST
 from lightning_peft.words import everyday
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -137,13 +140,19 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     check_one_sweeper(words, compose_config(command, first_trial(words)))
     words = open_words(imported_by_words(words))
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
+    swept = [word for word in words if is_swept(word) and not word.startswith("hydra")]
+    folders: list[Path] = []
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]
 
     @hydra.main(config_path=str(CONF_DIR.resolve()), config_name=command, version_base="1.3")
     def job(config: DictConfig) -> Any:
         try:
-            return function(typed(config))
+            trial = typed(config)
+            if command == "train" and not trial.dry_run:
+                enter_trial(Path(trial.run_dir), list(HydraConfig.get().overrides.task), swept)
+                folders.append(Path(trial.run_dir).parent)
+            return function(trial)
         except (ValueError, OSError) as error:
             if is_input_error(error):
                 raise WrongInput(str(error)) from error
@@ -156,6 +165,18 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
         job()
     finally:
         sys.argv = arguments
+        if folder:
+            folders.append(Path(folder[0].partition("=")[2]))
+        if folders and (folders[0] / MANIFEST).is_file():
+            show_sweep(folders[0])
+
+
+def show_sweep(folder: Path) -> None:
+    """Print the table of a sweep that has ended."""
+    from lightning_peft.commands.sweep import sweep
+
+    sweep(["table", str(folder)])
+    print(f"`lightning-peft sweep table {folder}` shows it again")
 
 
 def check_one_sweeper(words: list[str], config: Any) -> None:

@@ -159,7 +159,7 @@ class EvaluateConfig:
     """Scores a base model and its adapter on held-out rows."""
 
     adapter_path: str | None = None
-    """Run folder or adapter folder, ours or HF PEFT's."""
+    """Run folder, adapter folder, ours or HF PEFT's, or a sweep, of which the best trial is taken."""
     models: Scored = Scored.both
     """Score the base, the adapter, or both."""
     model: ModelConfig | None = None
@@ -194,13 +194,14 @@ class GenerateConfig:
     """Answers one prompt, a file of prompts, or an interactive chat."""
 
     adapter_path: str | None = None
-    """Run folder or adapter folder; null generates with the base model."""
+    """Run folder, adapter folder or sweep; null generates with the base model."""
     model: ModelConfig | None = None
     """Base model; null takes the one the adapter was trained on."""
     prompt: str | None = None
     """The user's message; null with no prompt_path starts a chat."""
     prompt_path: str | None = None
-    """Text file with one prompt a line; answers go to `output` as JSONL, or to the terminal."""
+    """Text file with one prompt a line, or .jsonl with `prompt`, or `messages` and `tools`, in each row; answers go to
+    `output` as JSONL, or to the terminal."""
     output: str | None = None
     """File for the answers of prompt_path."""
     system_prompt: str | None = None
@@ -223,7 +224,7 @@ class MergeCommandConfig:
     """Writes base and adapter as one plain model."""
 
     adapter_path: str = "???"
-    """Run folder or adapter folder."""
+    """Run folder or adapter folder, or a sweep, of which the best trial is taken."""
     output: str = "???"
     """Folder to write; must not exist."""
     model: ModelConfig | None = None
@@ -238,7 +239,7 @@ class PushConfig:
     """Uploads an adapter or a merged model to the hub, with its card."""
 
     adapter_path: str = "???"
-    """Run folder, adapter folder or merged model."""
+    """Run folder, adapter folder, merged model, or a sweep, of which the best trial is taken."""
     repo: str = "???"
     """Name on the hub, as in me/my-adapter."""
     private: bool = False

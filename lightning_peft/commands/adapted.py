@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -14,9 +15,28 @@ from lightning_peft.inference.load import base_named_by, is_whole_model, load_ad
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
+from lightning_peft.sweeps.table import best_trial
 from lightning_peft.training.precision import has_fast_bf16, resolve_precision, weight_dtype
 
 logger = logging.getLogger(__name__)
+
+
+def best_of_sweep(adapter_path: str) -> str:
+    """Return the folder of a sweep's best trial, by the sweep's own metric; the path as it is where it is no sweep.
+
+    Raises ValueError for a sweep none of whose trials has finished with a number.
+    """
+    folder = Path(adapter_path)
+    if not (folder / MANIFEST).is_file():
+        return adapter_path
+    sweep = read_sweep(folder)
+    refresh(sweep, folder, {})
+    metric = sweep.metric.removeprefix("-")
+    if (best := best_trial(sweep)) is None:
+        raise ValueError(f"adapter_path={adapter_path}: a sweep, and no trial has finished with its metric, {metric}")
+    logger.info("adapter_path=%s: the trial whose %s is best: %.6g", folder / best[0], metric, best[1])
+    return str(folder / best[0])
 
 
 def saved_config(adapter_path: str | None) -> TrainConfig | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
-from lightning_peft.commands.adapted import layout_of, load_base, load_for_inference, saved_config
+from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_base, load_for_inference, saved_config
 from lightning_peft.config import EvaluateConfig, Scored
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import Conversation
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score base and adapter on the first `max_rows` test rows; returns and writes {"base": ..., "adapter": ...}."""
+    if config.adapter_path is not None:
+        config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     saved = saved_config(config.adapter_path)
     data_config = config.data or (saved.data if saved is not None else None)
     if data_config is None:

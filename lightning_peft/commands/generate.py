@@ -2,17 +2,37 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lightning_peft.commands.adapted import layout_of, load_for_inference
+from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference
 from lightning_peft.config import GenerateConfig
-from lightning_peft.data.conversation import Conversation, Message
+from lightning_peft.data.conversation import BadRow, Conversation, Message, Row
+from lightning_peft.data.files import find_files, read_rows
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.data.turns import read_turns
 from lightning_peft.inference.generate import generate_batch, generate_stream
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of `prompt_path`."""
+
+    row: dict[str, Any]
+    """What is written beside the answer."""
+    messages: Conversation | None = None
+    """The conversation to go on with; None for a prompt that is a text."""
+
+    def conversation(self, layout: PromptLayout) -> Conversation:
+        """Return the conversation in an adapter's layout: with its system prompt where the row has none."""
+        if self.messages is None:
+            return layout.conversation(self.row["prompt"])
+        start = layout.conversation("")[:-1] if self.messages[0].role != "system" else []
+        return Conversation([*start, *self.messages], self.messages.tools or layout.tools)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -20,41 +40,75 @@ def generate(config: GenerateConfig) -> None:
     prompts = read_prompts(config.prompt_path)
     if config.output is not None and prompts is None:
         raise ValueError(f"output={config.output}: only the answers to prompt_path go to a file")
+    if config.adapter_path is not None:
+        config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     layout = layout_of(config.adapter_path, tokenizer)
     if config.system_prompt is not None:
         if layout.kind != "chat":
             raise ValueError(f"system_prompt={config.system_prompt!r}: the adapter was trained on text without turns")
         layout = replace(layout, system_prompt=config.system_prompt)
+    if prompts is not None and layout.kind != "chat" and any(prompt.messages is not None for prompt in prompts):
+        raise ValueError(f"prompt_path={config.prompt_path}: has messages, and the adapter was trained without turns")
     torch.set_grad_enabled(False)
     if config.prompt is not None:
         stream(model, tokenizer, layout.prompt(layout.conversation(config.prompt), tokenizer), config)
     elif prompts is not None:
-        ids = [layout.prompt(layout.conversation(prompt), tokenizer) for prompt in prompts]
-        write_answers(prompts, generate_batch(model, tokenizer, ids, config.sampling), config.output)
+        ids = [layout.prompt(prompt.conversation(layout), tokenizer) for prompt in prompts]
+        answers = generate_batch(model, tokenizer, ids, config.sampling)
+        write_answers([prompt.row for prompt in prompts], answers, config.output)
     else:
         chat(model, tokenizer, layout, config)
 
 
-def read_prompts(path: str | None) -> list[str] | None:
+def read_prompts(path: str | None) -> list[Prompt] | None:
+    """Return the prompts of a text file, a line each, or of JSON lines. Raises ValueError for a file without any."""
     if path is None:
         return None
     if not Path(path).is_file():
-        raise ValueError(f"prompt_path={path}: no such file; give a text file with one prompt a line")
+        raise ValueError(f"prompt_path={path}: no such file; give a text file with one prompt a line, or JSON lines")
+    if Path(path).suffix in (".jsonl", ".ndjson"):
+        prompts = [prompt_of_row(row) for file in find_files("prompt_path", path) for row in read_rows(file)]
+        if not prompts:
+            raise ValueError(f"prompt_path={path}: the file has no row; write one JSON object a line")
+        return prompts
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt_path={path}: not UTF-8 text ({error})") from error
-    prompts = [line for line in text.split("\n") if line.strip()]  # text mode has made one of \r\n and \r
-    if not prompts:
+    lines = [line for line in text.split("\n") if line.strip()]  # text mode has made one of \r\n and \r
+    if not lines:
         raise ValueError(f"prompt_path={path}: the file has no line with text; write one prompt a line")
-    return prompts
+    return [Prompt({"prompt": line}) for line in lines]
 
 
-def write_answers(prompts: list[str], answers: list[str], output: str | None) -> None:
+def prompt_of_row(row: Row | BadRow) -> Prompt:
+    """Return the prompt of a JSON row: the text under `prompt`, or the turns under `messages` with their `tools`.
+
+    Other keys are kept beside the answer. Raises BadRow for a row with neither, and for one that ends in an answer.
+    """
+    if isinstance(row, BadRow):
+        raise row
+    values = row.values
+    if "answer" in values:
+        raise BadRow.because(row.origin, "has a key answer, which the answer is written to; rename it")
+    if isinstance(values.get("prompt"), str) and values["prompt"].strip():
+        return Prompt(values)
+    if values.get("messages") is None:
+        raise BadRow(row.origin, "text under prompt, or turns under messages", values)
+    messages = read_turns(values["messages"], row.origin, "messages")
+    if messages[-1].role == "assistant":
+        raise BadRow.because(row.origin, "its messages end in an answer; leave that out to have one generated")
+    tools = values.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise BadRow(row.origin, "a list of tools", tools, "tools")
+    return Prompt(values, Conversation(messages, tools))
+
+
+def write_answers(rows: list[dict[str, Any]], answers: list[str], output: str | None) -> None:
+    """Write each row with its answer as a JSON line, to a file or the terminal."""
     lines = [
-        json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False)
-        for prompt, answer in zip(prompts, answers, strict=True)
+        json.dumps(row | {"answer": answer}, ensure_ascii=False) for row, answer in zip(rows, answers, strict=True)
     ]
     text = "\n".join(lines) + "\n"
     if output is None:

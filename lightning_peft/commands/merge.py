@@ -1,5 +1,6 @@
 """`lightning-peft merge`: base and adapter as one plain model folder, with a receipt of the difference."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.commands.adapted import (
     base_of,
+    best_of_sweep,
     inference_device,
     layout_of,
     load_base,
@@ -50,6 +52,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise MergeError(f"output={output}: exists already; give a new folder")
+    config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     folder = tuned_folder(config.adapter_path)
     is_adapter = not is_whole_model(folder)
     base_logits = logits_of_base(config) if is_adapter and changes_base(folder) else None

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from lightning_peft.checkpoint.model_card import write_card
+from lightning_peft.commands.adapted import best_of_sweep
 from lightning_peft.config import PushConfig
 from lightning_peft.inference.load import MODEL_FOLDER, tuned_folder
 
@@ -21,7 +22,7 @@ def push(config: PushConfig) -> str:
 
     Raises ValueError for a folder that holds neither, a name that is none, and for what the hub refuses.
     """
-    folder = pushed_folder(config.adapter_path)
+    folder = pushed_folder(best_of_sweep(config.adapter_path))
     try:
         validate_repo_id(config.repo)
     except HFValidationError as error:

@@ -18,6 +18,7 @@ from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start
 from lightning_peft.compose import compose_config
 from lightning_peft.config import SweepCommandConfig, SweepVerb, TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
+from lightning_peft.sweeps.foreground import HYDRA
 from lightning_peft.sweeps.local_worker import end
 from lightning_peft.sweeps.sweep import (
     RUNNING,
@@ -113,6 +114,10 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
     if own:
         raise ValueError(f"{own[0]}: of the sweep as it was submitted; a retry changes those of its runs")
     with changed_sweep(folder) as sweep:
+        if sweep.cluster == HYDRA:
+            raise ValueError(
+                f"sweep retry: train -m ran {folder}; its own words with run_dir={folder} resume=auto go on with it"
+            )
         look(sweep, folder, config.gone)
         chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
         again = [trial for trial in chosen if trial.state in TO_BE_RETRIED]
@@ -158,6 +163,8 @@ def cancel(config: SweepCommandConfig) -> None:
     """Stop running trials, which save a checkpoint, and take the waiting ones out."""
     folder = Path(config.sweep_dir)
     with changed_sweep(folder) as sweep:
+        if sweep.cluster == HYDRA:
+            raise ValueError(f"sweep cancel: train -m runs {folder}; Ctrl-C in its terminal stops it")
         look(sweep, folder, config.gone)
         chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
         stopped = [trial for trial in chosen if trial.state in (WAITING, RUNNING)]

@@ -89,6 +89,36 @@ def test_generate_answers_one_prompt_and_a_file(run_dir, tmp_path, capsys):
     assert [answer["prompt"] for answer in answers] == ["one", "two"]
 
 
+def test_generate_answers_rows_of_json(run_dir, tmp_path, capsys):
+    rows = [
+        {"id": 7, "prompt": "one"},
+        {"messages": [{"role": "user", "content": "one"}]},
+        {"messages": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "one"}]},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["generate", str(run_dir), "sampling.max_new_tokens=4", f"prompt_path={tmp_path}/prompts.jsonl"]
+    run([*words, f"output={tmp_path}/answers.jsonl"])
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in row if key != "answer"} for row in answers] == rows
+    assert answers[0]["answer"] == answers[1]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"question": "one"}', "line 1: expected text under prompt, or turns under messages"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 1: its messages end in an answer"),
+        ('{"prompt": "one", "answer": "x"}', "line 1: has a key answer"),
+        ("{", "line 1"),
+        ("\n", "the file has no row"),
+    ],
+)
+def test_prompt_that_is_none_is_named(run_dir, tmp_path, capsys, row, message):
+    (tmp_path / "prompts.jsonl").write_text(row + "\n")
+    assert main(["generate", str(run_dir), f"prompt_path={tmp_path}/prompts.jsonl"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_chat_ends_at_an_empty_line(run_dir, monkeypatch, capsys):
     lines = iter(["hello", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))

@@ -9,7 +9,7 @@ from lightning_peft.__main__ import main
 
 
 @pytest.mark.slow
-def test_sweep_trains_every_trial_in_its_own_folder(tmp_path):
+def test_sweep_trains_every_trial_in_its_own_folder(tmp_path, capsys):
     words = [
         "train", "-m", "model=tiny", "data.max_rows=8", "data.max_validation_rows=2", "trainer.max_steps=1",
         "trainer.accelerator=cpu", f"run_dir={tmp_path}/sweep", "adapter.rank=2,4", "adapter.alpha=8,16",
@@ -20,6 +20,20 @@ def test_sweep_trains_every_trial_in_its_own_folder(tmp_path):
     assert all(trial["status"] == "finished" for trial in trials.values())
     config = yaml.safe_load((tmp_path / "sweep" / "alpha16_rank4" / "config.yaml").read_text())
     assert (config["adapter"]["rank"], config["adapter"]["alpha"]) == (4, 16)
+    best = min(trials, key=lambda name: trials[name]["validation_loss"])
+    assert f"of {best}" in capsys.readouterr().out
+    assert main(["sweep", "table", f"{tmp_path}/sweep", f"output_path={tmp_path}/table.json"]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["trial"] for row in rows] == sorted(trials, key=lambda name: trials[name]["validation_loss"])
+    assert {(row["rank"], row["alpha"]) for row in rows} == {(2, 8), (2, 16), (4, 8), (4, 16)}
+    assert main(["merge", f"{tmp_path}/sweep", f"output={tmp_path}/merged"]) == 0
+    assert f"adapter_path={tmp_path}/sweep/{best}: the trial whose validation_loss is best" in capsys.readouterr().err
+    assert main(["sweep", "retry", f"{tmp_path}/sweep", "failed=true"]) == 2
+    assert "run_dir" in capsys.readouterr().err
+    again = [*words[:-2], "adapter.rank=2,4", "adapter.alpha=8,16", "resume=auto"]
+    assert main(again) == 0
+    manifest = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [trial["attempts"] for trial in manifest["trials"]] == [2] * 4
 
 
 @pytest.mark.slow
