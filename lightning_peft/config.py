@@ -251,6 +251,18 @@ class PushConfig:
 
 
 @dataclass
+class ReportConfig:
+    """Writes one HTML page of a run or sweep, which needs no network."""
+
+    path: str = "???"
+    """Folder of a run or of a sweep."""
+    output: str | None = None
+    """The .html file; null writes report.html into the folder."""
+    png: bool = False
+    """Whether each picture is written as a PNG beside the page, too."""
+
+
+@dataclass
 class D90Config:
     """Reads the intrinsic dimension of a task off a sweep over `adapter.dimension`."""
 
@@ -317,6 +329,7 @@ ROOTS: dict[str, type] = {
     "generate": GenerateConfig,
     "merge": MergeCommandConfig,
     "push": PushConfig,
+    "report": ReportConfig,
     "d90": D90Config,
 }
 

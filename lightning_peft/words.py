@@ -84,8 +84,8 @@ OURS = {
 BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
 
 
-TAKES_ADAPTER = ("evaluate", "generate", "merge", "push")
-"""Commands for which a bare word is the run or adapter they work on."""
+FIRST_WORD = dict.fromkeys(("evaluate", "generate", "merge", "push"), "adapter_path") | {"report": "path"}
+"""The key of what a command works on, for which its bare word stands."""
 
 
 def everyday(command: str, words: list[str]) -> list[str]:
@@ -99,8 +99,8 @@ def everyday(command: str, words: list[str]) -> list[str]:
             raise ValueError(f"{word}: {_without_dashes(word)}")
         if "=" not in word and word.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
             written += words_of_file(Path(word))
-        elif command in TAKES_ADAPTER and re.fullmatch(r"[^=+~]+", word):
-            written.append(f"adapter_path={word}")
+        elif command in FIRST_WORD and re.fullmatch(r"[^=+~]+", word):
+            written.append(f"{FIRST_WORD[command]}={word}")
         else:
             written.append(word)
     if command in (*RUN_COMMANDS, "evaluate", "generate", "merge"):

@@ -15,6 +15,7 @@ LAYERS = [
     ["checkpoint", "optim"],
     ["inference", "estimation", "cluster", "tracking"],
     ["training", "evaluation", "sweeps"],
+    ["report"],
     ["config"],
     ["warm_start"],
     ["options", "words"],

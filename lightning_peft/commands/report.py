@@ -1,0 +1,45 @@
+"""`lightning-peft report RUN|SWEEP`: one HTML page that needs no network, and its pictures as PNG."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from lightning_peft.cluster.slurm import find_jobs
+from lightning_peft.config import ReportConfig
+from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
+
+logger = logging.getLogger(__name__)
+
+
+def report(config: ReportConfig) -> Path:
+    """Write the page of a run or sweep and return its path.
+
+    Raises ValueError for a folder that holds neither, for an output that is no .html, and without matplotlib.
+    """
+    folder = Path(config.path)
+    if not folder.is_dir():
+        raise ValueError(f"path={config.path}: no such folder; give a run or a sweep")
+    output = Path(config.output) if config.output is not None else folder / "report.html"
+    if output.suffix != ".html":
+        raise ValueError(f"output={output}: must end in .html")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("report: needs matplotlib; pip install 'lightning-peft[report]'")
+    # matplotlib, which other commands do without.
+    from lightning_peft.report.run import run_page
+    from lightning_peft.report.sweep import sweep_page
+
+    if (folder / MANIFEST).is_file():
+        sweep = read_sweep(folder)
+        refresh(sweep, folder, find_jobs(sweep.arrays))
+        page = sweep_page(folder, sweep)
+    else:
+        page = run_page(folder)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page.text(), encoding="utf-8")
+    print(output)
+    if config.png:
+        for name, figure in page.figures.items():
+            path = output.with_name(f"{output.stem}_{name}.png")
+            figure.savefig(path, dpi=150)
+            print(path)
+    return output

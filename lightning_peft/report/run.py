@@ -1,0 +1,141 @@
+"""The page of one run, from the files in its folder."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.report.figures import curves
+from lightning_peft.report.page import Page
+
+KNOWN = (
+    "step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "step_seconds", "tokens_per_second",
+    "supervised_tokens_per_second", "peak_memory_gib", "validation_loss", "trainable_parameters", "rank", "alpha",
+    "epoch",
+)  # fmt: skip
+"""Columns of metrics.csv that have a picture of their own or need none; others are drawn one by one."""
+SAMPLES = 20
+Z95 = 1.959964
+
+
+def run_page(folder: Path) -> Page:
+    """Return the page of a run. Raises ValueError for a folder without metrics, which no run has written to."""
+    rows = read_metrics(folder)
+    if not rows:
+        raise ValueError(f"report: {folder} has no metrics.csv with a step in it: give the folder of a run or sweep")
+    result = _json(folder / "result.json")
+    page = Page(folder.resolve().name)
+    page.note(f"{result.get('status', 'not ended')}, {int(rows[-1]['step'])} steps")
+    if result:
+        _facts(page, result)
+    _curves(page, rows)
+    _scores(page, _json(folder / "evaluation.json"))
+    _samples(page, folder / "samples.jsonl")
+    page.heading("Where it comes from")
+    for name in ("config.yaml", "adapter/lineage.json", "model/lineage.json"):
+        if (folder / name).is_file():
+            page.folded(name, (folder / name).read_text(encoding="utf-8"))
+    return page
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Return the rows of metrics.csv, of each the cells that hold a finite number."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {name: number for name, cell in row.items() if cell and math.isfinite(number := float(cell))}
+            for row in csv.DictReader(file)
+            if row.get("step")
+        ]
+
+
+def column(
+    rows: Sequence[dict[str, float]], name: str, x: Sequence[float] | None = None
+) -> tuple[list[float], list[float]]:
+    """Return the points of a column, over `x` or the steps."""
+    at = x if x is not None else [row["step"] for row in rows]
+    points = [(place, row[name]) for place, row in zip(at, rows, strict=True) if name in row]
+    return [place for place, _ in points], [value for _, value in points]
+
+
+def _curves(page: Page, rows: list[dict[str, float]]) -> None:
+    page.heading("Curves")
+    losses = {"training": "loss", "validation": "validation_loss"}
+    over_steps = {name: column(rows, key) for name, key in losses.items()}
+    page.figure("loss", curves({n: c for n, c in over_steps.items() if c[0]}, "step", "loss per token"), "", "half")
+    total, tokens = 0.0, []
+    for row in rows:
+        total += row.get("tokens", 0.0)
+        tokens.append(total)
+    if total:
+        over_tokens = {name: column(rows, key, tokens) for name, key in losses.items()}
+        page.figure(
+            "loss_over_tokens", curves({n: c for n, c in over_tokens.items() if c[0]}, "tokens", "loss per token")
+        )
+    single = {
+        "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second",
+        "peak_memory_gib": "peak memory, GiB",
+    }  # fmt: skip
+    others = dict.fromkeys(key for row in rows for key in row if key not in KNOWN)
+    for key, name in (single | {key: key.replace("_", " ") for key in others}).items():
+        points = column(rows, key)
+        if points[0] and (key in single or len(set(points[1])) > 1):
+            page.figure(key.replace("/", "_"), curves({name: points}, "step", name), "", "half")
+
+
+def _facts(page: Page, result: dict[str, Any]) -> None:
+    shown = (
+        "train_loss", "validation_loss", "trainable_parameters", "total_parameters", "tokens_per_second",
+        "peak_memory_gib", "seconds",
+    )  # fmt: skip
+    facts = {name: result.get(name) for name in shown} | result.get("metrics", {})
+    page.table(["", "value"], [(name.replace("_", " "), value) for name, value in facts.items() if value is not None])
+
+
+def _scores(page: Page, evaluation: dict[str, Any]) -> None:
+    models = [name for name in ("base", "adapter") if name in evaluation]
+    if not models:
+        return
+    page.heading("Scores")
+    count = evaluation.get("rows", 0)
+    page.note(
+        f"{count} rows for metrics, {evaluation.get('loss_rows', count)} for losses, none seen in training; "
+        "intervals are Wilson's, 95 %"
+    )
+    rows: list[list[Any]] = [["loss per token", *(evaluation[name].get("loss") for name in models)]]
+    for metric in evaluation[models[0]].get("metrics", {}):
+        values = [evaluation[name]["metrics"].get(metric) for name in models]
+        rows.append([metric.replace("_", " "), *(with_interval(value, count) for value in values)])
+    page.table(["", *models], rows)
+
+
+def with_interval(share: float | None, count: int) -> str | None:
+    """Return a share with Wilson's 95 % interval (1927); a number outside 0..1, which is no share, by itself."""
+    if share is None or not 0 <= share <= 1 or count < 1:
+        return None if share is None else f"{share:.4g}"
+    centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
+    half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+    return f"{share:.1%} ({max(0.0, centre - half):.1%} to {min(1.0, centre + half):.1%})"
+
+
+def _samples(page: Page, path: Path) -> None:
+    if not path.is_file():
+        return
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        return
+    last = max(row.get("step", 0) for row in rows)
+    chosen = [row for row in rows if row.get("step", 0) == last]
+    page.heading(f"Answers at step {last}")
+    if len(chosen) > SAMPLES:
+        page.note(f"the first {SAMPLES} of {len(chosen)}; all of them, of every validation, are in {path.name}")
+    names = list(dict.fromkeys(key for row in chosen for key in row if key != "step"))
+    page.table(names, [[str(row.get(name, "")) for name in names] for row in chosen[:SAMPLES]], "texts")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,84 @@
+"""The page of a sweep: its table, its metric over every swept key, and the curves of all trials."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning_peft.report.figures import SHOWN_NAMES, curves, dots, heat_maps, ordered, parallel, short
+from lightning_peft.report.page import Page
+from lightning_peft.report.run import column, read_metrics
+from lightning_peft.sweeps.sweep import Sweep, score
+from lightning_peft.sweeps.table import best_trial, column_names, number_or_text, table_rows
+
+SEED = "seed"
+
+
+def sweep_page(folder: Path, sweep: Sweep) -> Page:
+    """Return the page of a sweep whose states are up to date."""
+    page = Page(f"Sweep {folder.resolve().name}")
+    metric = sweep.metric.removeprefix("-")
+    page.note(f"{len(sweep.trials)} trials over {', '.join(sweep.swept)}")
+    if (best := best_trial(sweep)) is not None:
+        page.note(f"best {metric}: {best[1]:.6g} of {best[0]}")
+    without = [trial for trial in sweep.trials if score(sweep, trial) is None]
+    if without:
+        page.note(f"without a number, and in no picture: {', '.join(f'{t.name} ({t.state})' for t in without)}")
+    page.heading("Trials")
+    rows = table_rows(sweep, sweep.metric)
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    page.table(head, [[row.get(name) for name in head] for row in rows], "sortable")
+    _metric(page, sweep, metric)
+    _curves(page, folder, sweep)
+    page.heading("Where it comes from")
+    page.folded("words that all trials share", "\n".join(sweep.words))
+    return page
+
+
+def _metric(page: Page, sweep: Sweep, metric: str) -> None:
+    """Add pictures of the metric over all swept keys; trials that differ by their seed alone are averaged, and said."""
+    names = column_names(sweep)
+    keys = [key for key in sweep.swept_keys if key.rpartition(".")[2] != SEED or len(sweep.swept_keys) == 1]
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for trial in sweep.trials:
+        if (value := score(sweep, trial)) is not None:
+            at = tuple(number_or_text(trial.values[key]) for key in keys)
+            found.setdefault(at, []).append(-value if sweep.metric.startswith("-") else value)
+    if not found or not keys:
+        return
+    page.heading(f"{metric} over {', '.join(names[key] for key in keys)}")
+    if any(len(values) > 1 for values in found.values()):
+        page.note(f"each point or cell is the mean of up to {max(map(len, found.values()))} trials that differ by seed")
+    scores = {at: fmean(values) for at, values in found.items()}
+    shown = [names[key] for key in keys]
+    kinds = [ordered({at[i] for at in scores}) for i in range(len(keys))]
+    is_gridded = all(len(kind) <= SHOWN_NAMES for kind in kinds)
+    if len(keys) == 1:
+        page.figure("metric", dots(shown[0], [at[0] for at in scores], list(scores.values()), metric))
+        return
+    if len(keys) <= 3 and is_gridded:
+        order = sorted(range(len(keys)), key=lambda i: keys[i] not in ("adapter.rank", "adapter.alpha"))
+        panels: dict[str, dict[tuple[Any, Any], float]] = {}
+        for value in kinds[order[2]] if len(keys) == 3 else [None]:
+            title = "" if value is None else f"{shown[order[2]]} {short(value)}"
+            panels[title] = {
+                (at[order[0]], at[order[1]]): number
+                for at, number in scores.items()
+                if value is None or at[order[2]] == value
+            }
+        larger = sweep.metric.startswith("-")
+        figure = heat_maps(shown[order[0]], shown[order[1]], panels, metric, larger)
+        page.figure("metric", figure, "dark is good; all panels share one scale" if len(keys) == 3 else "dark is good")
+        return
+    page.figure("metric", parallel(shown, list(scores), list(scores.values()), metric), "a line a trial")
+
+
+def _curves(page: Page, folder: Path, sweep: Sweep) -> None:
+    rows = {trial.name: read_metrics(folder / trial.name) for trial in sweep.trials}
+    for key, name in (("loss", "training loss"), ("validation_loss", "validation loss")):
+        series = {trial: column(found, key) for trial, found in rows.items()}
+        series = {trial: points for trial, points in series.items() if len(points[0]) > 1}
+        if series:
+            page.heading(f"{name.capitalize()} of {len(series)} trials")
+            if len(series) > SHOWN_NAMES:
+                page.note(f"the legend is left out: more than {SHOWN_NAMES} curves")
+            page.figure(key, curves(series, "step", name))

@@ -1,0 +1,151 @@
+"""`report`: one page that needs no network, of a run or a sweep, with every number that the files hold."""
+
+import csv
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from tiny_runs import TINY
+
+from lightning_peft.__main__ import main
+from lightning_peft.report.run import with_interval
+from lightning_peft.report.sweep import sweep_page
+from lightning_peft.sweeps.sweep import Sweep, Trial, refresh, write_sweep
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "run"
+    words = ["trainer.max_steps=4", "data.max_validation_rows=4", "validation.every_n_steps=2", f"run_dir={folder}"]
+    assert main(["train", *TINY, *words]) == 0
+    assert main(["evaluate", str(folder), "max_rows=4", "samples=0"]) == 0
+    return folder
+
+
+class Page(HTMLParser):
+    """Tables and pictures of a page, and whatever it would fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.cells, self.figures, self.fetched, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if tag == "td":
+            self.cells.append(attributes["data-v"])
+        if tag == "figure":
+            self.figures.append(attributes["id"])
+        self.fetched += [value for name, value in attributes.items() if name in ("src", "href") and "#" != value[0]]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_run_has_its_curves_scores_samples_and_origin(run, capsys):
+    assert main(["report", str(run), "png=true"]) == 0
+    page = Page((run / "report.html").read_text())
+    assert page.fetched == []
+    assert page.figures[:3] == ["loss", "loss_over_tokens", "lr"]
+    result, scores = (json.loads((run / name).read_text()) for name in ("result.json", "evaluation.json"))
+    assert {str(result["validation_loss"]), str(scores["base"]["loss"]), str(scores["adapter"]["loss"])} <= {
+        *page.cells
+    }
+    assert "Answers at step 4" in page.text and "base_fingerprint" in page.text and "optimizer:" in page.text
+    for name in page.figures:
+        assert (run / f"report_{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_interval_is_wilsons():
+    # Newcombe 1998, table I, method 3: 81 of 263 gives 0.2553 to 0.3662.
+    assert with_interval(81 / 263, 263) == "30.8% (25.5% to 36.6%)"
+    assert with_interval(0.0, 20) == "0.0% (0.0% to 16.1%)"
+    assert with_interval(3.5, 20) == "3.5"
+
+
+def sweep_of(folder, axes, value, **options):
+    """A sweep folder as trials leave it: result.json and metrics.csv of each."""
+    trials = []
+    for values in itertools.product(*axes.values()):
+        name = "_".join(f"{key.rpartition('.')[2]}{choice}" for key, choice in zip(axes, values, strict=True))
+        (folder / name).mkdir(parents=True)
+        number = value(*values)
+        result = {"status": "finished" if number is not None else "diverged", "validation_loss": number, "steps": 2}
+        (folder / name / "result.json").write_text(json.dumps(result))
+        with (folder / name / "metrics.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["step", "loss"], [1, 3.0], [2, 2.0 if number is None else number]])
+        trials.append(Trial(name, [f"{key}={choice}" for key, choice in zip(axes, values, strict=True)]))
+    swept = [f"{key}={','.join(map(str, choices))}" for key, choices in axes.items()]
+    sweep = Sweep([], swept, "local", options.get("metric", "validation_loss"), count=len(trials), trials=trials)
+    write_sweep(sweep, folder)
+    refresh(sweep, folder, {})
+    return sweep
+
+
+def shown_numbers(page):
+    """Texts that are drawn as paths carry their characters in comments of the SVG."""
+    return set(re.findall(r"<!-- (-?[\d.]+) -->", page.text()))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_swept_key_and_number_is_shown(count, tmp_path):
+    axes = {"adapter.rank": [4, 8], "optimizer.lr": [0.001, 0.01], "adapter.alpha": [8, 16], "method": ["lora", "dora"]}
+    axes = dict(itertools.islice(axes.items(), count))
+    numbers = {values: 1 + 0.0625 * place for place, values in enumerate(itertools.product(*axes.values()))}
+    page = sweep_page(tmp_path, sweep_of(tmp_path, axes, lambda *values: numbers[values]))
+    named = [key.rpartition(".")[2] for key in axes if not (count == 3 and key == "optimizer.lr")]
+    assert all(f"<!-- {name} -->" in page.text() for name in named)
+    cells = Page(page.text()).cells
+    assert {str(number) for number in numbers.values()} <= set(cells)
+    if count in (2, 3):
+        assert {f"{number:.4g}" for number in numbers.values()} <= shown_numbers(page)
+    if count == 3:
+        assert "<!-- lr 0.001 -->" in page.text() and "<!-- lr 0.01 -->" in page.text()
+
+
+def test_seeds_are_averaged_and_said_and_trials_without_a_number_named(tmp_path):
+    axes = {"adapter.rank": [4, 8], "adapter.alpha": [8, 16], "seed": [0, 1]}
+    page = sweep_page(
+        tmp_path,
+        sweep_of(tmp_path, axes, lambda rank, alpha, seed: None if rank == 8 else 1.25 + seed + alpha / 16),
+    )
+    assert {"2.25", "2.75"} <= shown_numbers(page)
+    assert "mean of up to 2 trials that differ by seed" in page.text()
+    assert "rank8_alpha8_seed0 (diverged)" in page.text()
+
+
+def test_larger_is_better_keeps_its_sign(tmp_path):
+    sweep = sweep_of(tmp_path, {"adapter.rank": [4, 8]}, lambda rank: rank / 16, metric="-validation_loss")
+    assert "best validation_loss: 0.5 of rank8" in sweep_page(tmp_path, sweep).text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report"], "path=...: has to be given"),
+        (["report", "/no/run"], "path=/no/run: no such folder"),
+        (["report", "EMPTY"], "has no metrics.csv with a step in it"),
+        (["report", "RUN", "output=page.pdf"], "output=page.pdf: must end in .html"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(words, message, run, tmp_path, capsys):
+    names = {"EMPTY": str(tmp_path), "RUN": str(run)}
+    assert main([names.get(word, word) for word in words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_sorts_the_table(tmp_path):
+    """The page's own script, in a real browser without a network: a click on a heading sorts by numbers."""
+    numbers = {2: 1.5, 4: 10.0, 8: 9.0}
+    page = sweep_page(tmp_path, sweep_of(tmp_path, {"adapter.rank": list(numbers)}, numbers.__getitem__)).text()
+    click = "<script>[...document.querySelectorAll('th')].find(h=>h.textContent=='validation_loss').onclick()</script>"
+    clicks = page.replace("</body>", f"{click}{click}</body>")
+    (tmp_path / "page.html").write_text(clicks)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert re.findall(r'<tr><td data-v="(rank\d)"', shown) == ["rank4", "rank8", "rank2"]
