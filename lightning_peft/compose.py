@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from lightning_peft import distributed
+from lightning_peft.compat import config_loader_of
 from lightning_peft.config import CONF_DIR, TrainConfig, register_schemas, train_config
 from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
 from lightning_peft.words import ours
@@ -198,7 +198,7 @@ def config_loader(words: list[str]) -> ConfigLoader:
             folders = OverridesParser.create().parse_override(word).value()
             for folder in folders if isinstance(folders, list) else [folders]:
                 path.append("command line", str(folder))
-    return ConfigLoaderImpl(path)
+    return config_loader_of(path)
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

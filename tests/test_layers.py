@@ -7,7 +7,7 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
-    ["user_cache", "plugins", "threads", "readable"],
+    ["user_cache", "plugins", "threads", "readable", "compat"],
     ["kernels", "progress"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],

@@ -21,6 +21,7 @@ from lightning_peft.adapters.init import Reads, initialize_from_weights
 from lightning_peft.adapters.inject import Injection, adapters, inject_adapters, regularization, step_schedule
 from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
+from lightning_peft.compat import clip_unscaled_gradients
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
 from lightning_peft.distributed import worst
@@ -299,8 +300,7 @@ class FinetuneModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         optimizer = build_optimizer(named, self.optimizer_config)
-        # A fused optimiser would take gradients as fp16 scaled them, and clipping comes before it.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        clip_unscaled_gradients(optimizer)
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_schedule(optimizer, self.schedule_config, total_steps)
         self.step_schedule = step_schedule(self.model, self.adapter_config, total_steps)

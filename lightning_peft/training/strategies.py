@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard import _fsdp_param
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_peft.compat import fsdp_parameters_made_by, ignore_in_ddp
 from lightning_peft.distributed import TIMEOUT
 from lightning_peft.optim.sharded import load_named_state, named_state
 from lightning_peft.training.config import StrategyConfig, StrategyKind
@@ -54,7 +52,7 @@ class ReplicatedModel(NamedOptimizerState, DDPStrategy):
             *self.model.named_buffers(remove_duplicate=False),
         ]
         frozen = [name for name, _ in every if name not in trained]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+        ignore_in_ddp(self.model, frozen)
         super().setup(trainer)
 
 
@@ -68,12 +66,8 @@ def sharding_codes() -> Iterator[None]:
     def parameter(data: torch.Tensor, requires_grad: bool = True) -> nn.Parameter:
         return nn.Parameter(data, requires_grad and data.is_floating_point())
 
-    name: Any = _fsdp_param  # the one module that is to see another Parameter
-    name.nn = SimpleNamespace(Parameter=parameter, Module=nn.Module)
-    try:
+    with fsdp_parameters_made_by(parameter):
         yield
-    finally:
-        name.nn = nn
 
 
 class ShardedModel(NamedOptimizerState, ModelParallelStrategy):

@@ -9,19 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.resume import checkpoint_path
+from lightning_peft.compat import is_accumulating, validation_follows
 from lightning_peft.training.config import CheckpointConfig
-
-
-def between_steps(trainer: Trainer) -> bool:
-    """Whether the batch that ends was the last of its accumulation window: no gradients are held."""
-    return not trainer.fit_loop._should_accumulate()
-
-
-def validation_follows(trainer: Trainer) -> bool:
-    """Whether Lightning validates after the training batch that ends."""
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 class AdapterCheckpoint(Callback):
@@ -44,14 +33,14 @@ class AdapterCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if between_steps(trainer) and not validation_follows(trainer):
+        if not is_accumulating(trainer) and not validation_follows(trainer):
             self.save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self.keep_best(trainer, pl_module)
-        if between_steps(trainer):
+        if not is_accumulating(trainer):
             self.save_if_due(trainer)
 
     def save_if_due(self, trainer: Trainer) -> None:

@@ -4,21 +4,14 @@ import logging
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lightning_peft import distributed
-from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint, between_steps, validation_follows
+from lightning_peft.compat import is_accumulating, leave_signals_alone, validation_follows
+from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.preemption import REASONS, Paused, Preempted, PreemptionSignals
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
 logger = logging.getLogger(__name__)
-
-
-class NoSignalHandlers(_SignalConnector):
-    """In place of Lightning's own: they save and broadcast inside the handler, wherever the step happens to be."""
-
-    def register_signal_handlers(self) -> None:
-        """Nothing: `training/preemption.py` owns the signals."""
 
 
 class Preemption(Callback):
@@ -32,7 +25,7 @@ class Preemption(Callback):
         self.checkpoint = checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        trainer._signal_connector = NoSignalHandlers(trainer)
+        leave_signals_alone(trainer)  # `training/preemption.py` owns them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.signals.start()
@@ -42,12 +35,12 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         SIGNAL_WATCH.progress()
-        if between_steps(trainer) and not validation_follows(trainer):
+        if not is_accumulating(trainer) and not validation_follows(trainer):
             self.leave_if_asked(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         SIGNAL_WATCH.progress()
-        if trainer.state.fn == "fit" and between_steps(trainer):
+        if trainer.state.fn == "fit" and not is_accumulating(trainer):
             self.leave_if_asked(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:

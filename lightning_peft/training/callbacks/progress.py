@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_peft import distributed, readable
+from lightning_peft.compat import is_accumulating
 from lightning_peft.progress import BAR_WIDTH, SCREEN, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS, Part, drawn_bar
 from lightning_peft.training.callbacks.step_metrics import peak_memory_gib
 
@@ -122,7 +123,7 @@ class TrainingProgress(ProgressBar):
     ) -> None:
         assert self.run is not None
         self.run.tokens += batch.num_tokens * trainer.world_size
-        if not self.enabled or trainer.fit_loop._should_accumulate():
+        if not self.enabled or is_accumulating(trainer):
             return
         pause = SECONDS_BETWEEN_LINES if SCREEN.terminal is None else SECONDS_BETWEEN_LOOKS
         is_end = trainer.global_step in (self.first_step + 1, self.run.total)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.inject import trainable_parameter_counts
+from lightning_peft.compat import is_accumulating
 from lightning_peft.data.batch import Batch
 from lightning_peft.distributed import reduce_sums, worst
 from lightning_peft.training.guard import Guard
@@ -79,7 +80,7 @@ class StepMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.step_tokens += batch.num_tokens
-        if trainer.fit_loop._should_accumulate():
+        if is_accumulating(trainer):
             return
         now = time.perf_counter()
         seconds, tokens = now - self.step_started, self.step_tokens

@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_peft.compat import is_accumulating
+
 NEVER = sys.maxsize
 """A `val_check_interval` no run reaches; with infinity Lightning would validate at the end of each epoch."""
 
@@ -19,5 +21,5 @@ class StepValidation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Lightning asks right after this hook whether the number of batches is a multiple of val_check_batch.
-        stepped = not trainer.fit_loop._should_accumulate()
+        stepped = not is_accumulating(trainer)
         trainer.val_check_batch = 1 if stepped and trainer.global_step % self.every_n_steps == 0 else NEVER

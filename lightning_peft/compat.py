@@ -1,0 +1,73 @@
+"""Private members of Lightning, torch and Hydra that the package leans on, one function each.
+
+Checked with lightning 2.6.6, torch 2.11 and 2.13, hydra-core 1.3.2. Another version of these is tried here first:
+`tests/test_compat.py` calls every function, and holds that nobody else uses what they hide.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+    from hydra.core.config_search_path import ConfigSearchPath
+    from lightning.pytorch import Trainer
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+def is_accumulating(trainer: "Trainer") -> bool:
+    """Return whether the batch that ends leaves gradients for the next one: no optimiser step follows it."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def validation_follows(trainer: "Trainer") -> bool:
+    """Return whether Lightning validates after the training batch that ends."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def leave_signals_alone(trainer: "Trainer") -> None:
+    """Take Lightning's signal handlers out: they save and broadcast inside the handler, wherever the step is."""
+    from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+    class NoHandlers(_SignalConnector):
+        def register_signal_handlers(self) -> None:
+            """Register nothing."""
+
+    trainer._signal_connector = NoHandlers(trainer)
+
+
+def clip_unscaled_gradients(optimizer: "Optimizer") -> None:
+    """Have an AMP scaler unscale gradients before they are clipped: a fused optimiser would take them as they are."""
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+def ignore_in_ddp(module: "nn.Module", names: Sequence[str]) -> None:
+    """Keep DDP from sending and checking these parameters and buffers of the module it wraps."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+@contextmanager
+def fsdp_parameters_made_by(make: Callable[..., "nn.Parameter"]) -> Iterator[None]:
+    """Inside, `fully_shard` makes its parameters with `make(data, requires_grad)`, and only it."""
+    from torch import nn
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    name: Any = _fsdp_param  # the one module that is to see another Parameter
+    name.nn = SimpleNamespace(Parameter=make, Module=nn.Module)
+    try:
+        yield
+    finally:
+        name.nn = nn
+
+
+def config_loader_of(path: "ConfigSearchPath") -> "ConfigLoader":
+    """Return Hydra's reader of the option files in a search path."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    return ConfigLoaderImpl(path)
