@@ -33,7 +33,9 @@ FREE_TO_CHANGE = (
     "trainer.detect_anomaly", "trainer.barebones", "strategy.kind", "strategy.cpu_offload", "data.cache_dir",
     "data.num_workers", "data.preview", "checkpoint.every_n_steps", "checkpoint.keep_last", "checkpoint.asynchronous",
     "validation.samples", "compile", "activation_checkpointing", "device_memory_gib", "quantization.verify",
-    "model.label", "guard.action", "guard.factor", "guard.patience",
+    "model.label", "guard.action", "guard.factor", "guard.patience", "checkpoint.best_by", "validation.metrics",
+    "validation.metric_rows", "validation.max_new_tokens", "validation.budget", "early_stopping.metric",
+    "early_stopping.patience", "early_stopping.min_delta",
 )  # fmt: skip
 """Options that a resumed run may change, as they change no number of it. The global batch that some make together must
 stay; the schedule's length may change and is said."""
