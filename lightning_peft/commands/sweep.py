@@ -15,6 +15,7 @@ from rich.table import Table
 from lightning_peft import readable
 from lightning_peft.cluster.local_worker import end
 from lightning_peft.cluster.slurm import cancel_jobs, find_jobs
+from lightning_peft.cluster.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.cluster.sweep import (
     RUNNING,
     TO_BE_RETRIED,
@@ -190,6 +191,11 @@ def table(config: SweepCommandConfig) -> None:
     Console().print(table_of_trials(rows))
     if (best := best_trial(sweep)) is not None:
         print(f"best {sweep.metric.removeprefix('-')}: {best[1]:.6g} of {best[0]}")
+    if SEED in sweep.swept_keys:
+        Console().print(table_of_groups(sweep))
+    if (said := sentence(sweep)) is not None:
+        print(said)
+        print(f"next: {next_command(sweep, config.sweep_dir.rstrip('/'))}")
     if output is None:
         return
     cells = heat_map(sweep)
@@ -197,7 +203,9 @@ def table(config: SweepCommandConfig) -> None:
     if cells is not None and cells.best_over and output.suffix in (".svg", ".html"):
         logger.info("a cell of the heat map is the best over %s", cells.best_over)
     if output.suffix == ".svg" and picture is None:
-        raise ValueError(f"output_path={output}: a heat map needs two swept keys; use .csv, .json or .html")
+        raise ValueError(
+            f"output_path={output}: a heat map needs two swept keys beside the seed; use .csv, .json or .html"
+        )
     texts = {".csv": csv_text, ".json": json_text, ".html": lambda rows: html_text(rows, picture)}
     output.write_text(str(picture) if output.suffix == ".svg" else texts[output.suffix](rows), encoding="utf-8")
     logger.info("wrote %s", output)
@@ -212,6 +220,20 @@ def table_of_trials(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         cells = ("-" if row[name] is None else written(row[name]) for name, (_, written) in SHOWN_COLUMNS.items())
         made.add_row(row["trial"], *cells)
+    return made
+
+
+def table_of_groups(sweep: Sweep) -> Table:
+    """Make the table of what trials that differ in their seed only say together, the best mean first."""
+    metric, groups = sweep.metric.removeprefix("-"), groups_of(sweep)
+    made = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=f"{metric} over the seeds")
+    made.add_column("trials", overflow="fold")
+    for heading in ("seeds", "mean", "spread", "95 % from", "to"):
+        made.add_column(heading, no_wrap=True, justify="right")
+    ordered = best_first(groups, sweep.metric)
+    for group in [*ordered, *(group for group in groups if not group.scores)]:
+        numbers = (group.mean if group.scores else None, group.spread, *(group.interval or (None, None)))
+        made.add_row(group.label, f"{len(group.scores)} of {len(group.names)}", *map(shown, numbers))
     return made
 
 
