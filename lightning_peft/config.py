@@ -63,6 +63,8 @@ class TrainConfig:
     """never: a used run_dir is an error; auto: continue from its latest checkpoint; or a checkpoint's path."""
     dry_run: bool = False
     """Show what would be trained, then stop."""
+    pause_at: int | None = None
+    """Optimiser step after which this start saves and pauses, with status 75; the schedule spans the whole run."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.elementwise
     """What is recomputed in the backward pass instead of kept."""
     compile: Compilation = Compilation.auto
@@ -94,6 +96,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
+        if self.pause_at is not None and self.pause_at < 1:
+            raise ValueError(f"pause_at={self.pause_at}: must be at least 1, or null")
         if self.device_memory_gib is not None and self.device_memory_gib <= 0:
             raise ValueError(f"device_memory_gib={self.device_memory_gib}: must be above 0")
         check_compilation(self.compile, self.activation_checkpointing)

@@ -247,12 +247,14 @@ def beyond_edge(sweep: Sweep, key: str, value: str) -> str | None:
 def command(sweep: Sweep, words: dict[str, str], folder: str) -> str:
     """A command line: submit -m where a word has several values, else train with the values and one seed."""
     is_sweep = any("," in value for value in words.values())
-    typed = [*sweep.words, *(f"{key}={value}" for key, value in words.items())]
+    typed = [word for word in sweep.words if not (sweep.rungs and word.startswith("validation.at_steps="))]
+    typed = [*typed, *(f"{key}={value}" for key, value in words.items())]
     if not is_sweep:
         typed = [word for word in typed if not word.startswith(("cluster.", "cluster="))]
         return shlex.join(["lightning-peft", "train", *typed])
     own = [f"sweep_dir={folder}-next"]
     own += ["cluster=local"] if sweep.cluster == "local" else []
     own += [f"sweep.metric={sweep.metric}"] if sweep.metric != "validation_loss" else []
+    own += [f"sweep.pruning={sweep.pruning}", f"sweep.reduction={sweep.reduction}"] if sweep.rungs else []
     own += [f"sweep.parallel={sweep.parallel}"] if sweep.parallel else []
     return shlex.join(["lightning-peft", "submit", "-m", *typed, *own])

@@ -56,7 +56,7 @@ def seed_columns(sweep: Sweep) -> dict[str, dict[str, Any]]:
     if SEED not in sweep.swept_keys:
         return {}
     metric = sweep.metric.removeprefix("-")
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for group in groups_of(sweep):
         low, high = group.interval or (None, None)
         columns = {

@@ -15,10 +15,13 @@ from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.local_worker import start_workers
+from lightning_peft.cluster.pruning import RUNG_OPTION, rung_steps
 from lightning_peft.cluster.search import (
     Dimension,
     OptunaStudy,
+    Pruning,
     Search,
+    SweepConfig,
     dimension,
     import_optuna,
     random_trials,
@@ -27,6 +30,7 @@ from lightning_peft.cluster.search import (
 from lightning_peft.cluster.sweep import (
     ENDED,
     MANIFEST,
+    PAUSED,
     RESULT_NUMBERS,
     Sweep,
     Trial,
@@ -79,6 +83,11 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
     runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
+    if config.sweep.pruning is not Pruning.none:
+        sweep.rungs = rungs_of(config.sweep, runs)
+        steps = sorted({*sweep.rungs, *(step for run in runs for step in run.validation.at_steps)})
+        sweep.words.append(f"{RUNG_OPTION}=[{','.join(map(str, steps))}]")
+        runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
     for run in runs:
         check_metric(sweep.metric, run)
     check_scorers(runs)
@@ -118,6 +127,8 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
         cluster=config.sweep.cluster.name,
         metric=config.sweep.metric,
         search=config.sweep.search.name,
+        pruning=config.sweep.pruning.name,
+        reduction=config.sweep.reduction,
         seed=config.sweep.seed,
         parallel=config.sweep.parallel,
         directory=str(Path.cwd()),
@@ -135,6 +146,28 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
         import_optuna()
         sweep.count = config.sweep.trials
     return sweep
+
+
+def rungs_of(config: SweepConfig, runs: Sequence[TrainConfig]) -> list[int]:
+    """Find the steps at which trials pause.
+
+    Raises ValueError where trials have no common length, or where the metric is not taken at a rung.
+    """
+    metric = config.metric.removeprefix("-")
+    lengths = {run.trainer.get("max_steps") for run in runs}
+    length = next(iter(lengths))
+    if len(lengths) > 1 or not isinstance(length, int) or length < 2:
+        raise ValueError(
+            f"sweep.pruning={config.pruning.name} trainer.max_steps={','.join(map(str, lengths))}: rungs are steps of "
+            "a run, so give trainer.max_steps, one for all trials"
+        )
+    scored = names_of_metrics(runs[0].validation.metrics, runs[0].data.task)
+    if metric not in ("validation_loss", "train_loss", *scored):
+        raise ValueError(
+            f"sweep.pruning={config.pruning.name} sweep.metric={config.metric}: is not taken at a rung; choose one of "
+            f"{', '.join(('validation_loss', 'train_loss', *scored))}"
+        )
+    return rung_steps(length, config.reduction, config.min_steps)
 
 
 def check_metric(metric: str, run: TrainConfig) -> None:
@@ -265,7 +298,15 @@ def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
     if len(sweep.trials) >= sweep.count:
         raise ValueError(f"{folder}: all {sweep.count} trials are drawn")
     study = OptunaStudy(folder, dimensions(sweep), sweep.seed)
-    study.tell({t.number: score(sweep, t) for t in sweep.trials if t.number is not None and t.state in ENDED})
+    drawn = {t.number: t for t in sweep.trials if t.number is not None and t.state in ENDED}
+    study.tell(
+        {number: score(sweep, t) for number, t in drawn.items() if not (t.state == PAUSED and t.rung_values)},
+        {
+            number: {step: v for step, v in zip(sweep.rungs, t.rung_values, strict=False) if v is not None}
+            for number, t in drawn.items()
+            if t.state == PAUSED
+        },
+    )
     number, overrides = study.ask()
     (trial,) = add_trials(sweep, [overrides])
     trial.number = number

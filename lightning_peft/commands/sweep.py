@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightning_peft import readable
 from lightning_peft.cluster.local_worker import end
+from lightning_peft.cluster.pruning import paused_at_rung, rungs_in_words
 from lightning_peft.cluster.slurm import cancel_jobs, find_jobs
 from lightning_peft.cluster.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.cluster.sweep import (
@@ -93,6 +94,8 @@ def status(config: SweepCommandConfig) -> None:
         table.add_row(trial.name, trial.state, str(trial.attempts), shown(trial.exit_code), shown(value))
     Console().print(table)
     print(summary(sweep))
+    if sweep.rungs:
+        print(rungs_in_words(sweep))
     if others := sweep.other_machines():
         print(f"taken to run on {others}, which cannot be seen from here; gone=NAME says that a machine is no more")
 
@@ -116,7 +119,9 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
     with changed_sweep(folder) as sweep:
         look(sweep, folder, config.gone)
         chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
-        again = [trial for trial in chosen if trial.state in TO_BE_RETRIED]
+        # One that a rung stopped has not failed; by its name it can be let on all the same.
+        stopped = [trial for trial in paused_at_rung(sweep) if not config.trials]
+        again = [trial for trial in chosen if trial.state in TO_BE_RETRIED and trial not in stopped]
         is_drawing = any(worker.is_alive for worker in sweep.workers) or has_active_array(sweep)
         undrawn = 0 if is_drawing else sweep.count - len(sweep.trials)
         if not again and not undrawn:
@@ -145,6 +150,7 @@ def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path) -> None:
         check_saved_config(run, run_dir, is_content_compared=False)  # rows of another path are a change here
     except ValueError as change:
         logger.info("%s: starts afresh: %s", trial.name, change)
+        trial.rung_values = []
         for name in LEFT_BY_A_RUN:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -180,7 +180,7 @@ def train_prepared(
         *([stopping] if stopping is not None else []),
         Samples([conversation for _, conversation in samples], tokenizer, run_dir, layout),
         checkpoint,
-        Preemption(signals, checkpoint),
+        Preemption(signals, checkpoint, config.pause_at),
     ]
     trainer = build_trainer(config, plan, count_steps(config.trainer, data), callbacks)
     distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
@@ -209,6 +209,7 @@ def train_prepared(
             result["stopped_early"] = stopping.reason
     except Preempted as left:
         result |= {"status": left.status, "steps": trainer.global_step, "train_loss": metrics.loss}
+        result |= last_validation(trainer, scored)
         leaves_ranks = leaves_ranks and left.__cause__ is None
         raise
     finally:
@@ -359,6 +360,15 @@ def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModu
     trainer.limit_val_batches = 1.0
     (metrics,) = trainer.validate(module, dataloaders=loader, verbose=False)
     return metrics["validation_loss"]
+
+
+def last_validation(trainer: Trainer, scored: TaskMetrics | None) -> dict[str, Any]:
+    """What a validation after the step at which the run is left has given; empty where there was none."""
+    seen = trainer.callback_metrics
+    if "validation_loss" not in seen or int(seen["step"]) != trainer.global_step:
+        return {}
+    is_scored = scored is not None and scored.scored_step == trainer.global_step
+    return {"validation_loss": float(seen["validation_loss"]), "metrics": scored.values if scored and is_scored else {}}
 
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:

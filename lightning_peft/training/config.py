@@ -61,6 +61,8 @@ class ValidationConfig:
 
     every_n_steps: int | None = None
     """Optimiser steps between validations; null for the end only."""
+    at_steps: list[int] = field(default_factory=list)
+    """Further optimiser steps after which a validation takes place, such as the rungs of a pruned sweep."""
     samples: int = 2
     """Answers written to samples.jsonl at each validation during training."""
     metrics: list[str] = field(default_factory=list)
@@ -76,6 +78,8 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         if self.every_n_steps is not None and self.every_n_steps < 1:
             raise ValueError(f"validation.every_n_steps={self.every_n_steps}: must be at least 1, or null")
+        if wrong := [step for step in self.at_steps if step < 1]:
+            raise ValueError(f"validation.at_steps={wrong}: must be at least 1")
         if self.samples < 0:
             raise ValueError(f"validation.samples={self.samples}: must be 0 or more")
         if self.metric_rows < 1:

@@ -68,7 +68,7 @@ class TaskMetrics(Callback):
 
     Every rank answers its share of the rows; of a sharded model all ranks answer all of them together, as each holds a
     part of every block. Rank zero scores. During training `config.budget` bounds the share of the time this takes; the
-    last validation of a run always scores.
+    last validation of a run, and those at `config.at_steps`, always score.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class TaskMetrics(Callback):
         tokenizer: PreTrainedTokenizerFast,
     ):
         self.budget = config.budget
+        self.at_steps = frozenset(config.at_steps)
         self.scorers = scorers
         self.questions = questions
         self.tokenizer = tokenizer
@@ -106,7 +107,8 @@ class TaskMetrics(Callback):
         if trainer.sanity_checking:
             return
         if trainer.global_step != self.scored_step:  # the validation at the end may follow one behind the last step
-            if trainer.state.fn == "fit" and self.is_beyond_budget(trainer):
+            is_bounded = trainer.state.fn == "fit" and trainer.global_step not in self.at_steps
+            if is_bounded and self.is_beyond_budget(trainer):
                 return
             self.score(trainer, pl_module)
         for name, value in self.values.items():
