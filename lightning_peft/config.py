@@ -17,6 +17,7 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.merge_config import MergeConfig
 from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.data.config import DataConfig
+from lightning_peft.evaluation.scorers import check_direction, names_of_metrics
 from lightning_peft.evaluation.tasks import TASKS
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.source import ModelConfig
@@ -28,6 +29,7 @@ from lightning_peft.training.config import (
     ActivationCheckpointing,
     CheckpointConfig,
     Compilation,
+    EarlyStoppingConfig,
     StrategyConfig,
     ValidationConfig,
     check_compilation,
@@ -61,6 +63,8 @@ class TrainConfig:
     """never: a used run_dir is an error; auto: continue from its latest checkpoint; or a checkpoint's path."""
     dry_run: bool = False
     """Show what would be trained, then stop."""
+    pause_at: int | None = None
+    """Optimiser step after which this start saves and pauses, with status 75; the schedule spans the whole run."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.elementwise
     """What is recomputed in the backward pass instead of kept."""
     compile: Compilation = Compilation.auto
@@ -76,6 +80,7 @@ class TrainConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.pytorch.Trainer."""
@@ -91,10 +96,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
+        if self.pause_at is not None and self.pause_at < 1:
+            raise ValueError(f"pause_at={self.pause_at}: must be at least 1, or null")
         if self.device_memory_gib is not None and self.device_memory_gib <= 0:
             raise ValueError(f"device_memory_gib={self.device_memory_gib}: must be above 0")
         check_compilation(self.compile, self.activation_checkpointing)
         check_task(self.data)
+        self.check_metrics()
         if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
             raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
         if self.adapter.init_from is not None and not self.adapter.initialization.is_neutral:
@@ -119,6 +127,24 @@ class TrainConfig:
                 f"method={method} quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "
                 "use quantization=none, or method=qlora"
             )
+
+    def check_metrics(self) -> None:
+        """Raise ValueError for a metric that is not known, or that is to choose something and is not computed."""
+        computed = ["validation_loss", *names_of_metrics(self.validation.metrics, self.data.task)]
+        chosen_by = {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
+        for option, metric in chosen_by.items():
+            if metric is None or (option == "checkpoint.best_by" and metric == "validation_loss"):
+                continue
+            if metric.removeprefix("-") not in computed:
+                raise ValueError(
+                    f"{option}={metric}: no validation computes it; choose one of {', '.join(computed)}, or add it to "
+                    "validation.metrics"
+                )
+            check_direction(option, metric)
+            if self.validation.every_n_steps is None:
+                raise ValueError(
+                    f"{option}={metric}: nothing is validated during training; give validation.every_n_steps"
+                )
 
 
 @dataclass

@@ -22,6 +22,7 @@ from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.runner import Scores, score, with_shots
+from lightning_peft.evaluation.scorers import with_answer
 from lightning_peft.evaluation.tasks import TASKS, Row, Task
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.packing import packing_of
@@ -62,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             base = load_base(config.adapter_path, config.model, config.precision)
     layout = layout_of(config.adapter_path, tokenizer)
     questions = [messages.before(place) for _, messages, place in asked]
-    rows = [row | named(messages, place) for row, messages, place in asked]
+    rows = [with_answer(row, messages, place) for row, messages, place in asked]
 
     loader, loss_rows = validation_loader(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
     answered = task.max_new_tokens > 0
@@ -89,12 +90,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     } | {"rows": len(rows), "loss_rows": loss_rows, "task": task.name, "base_shots": task.num_shots}
     write_report(report, config)
     return report
-
-
-def named(messages: Conversation, place: int) -> dict[str, str]:
-    """Answer `place` and the question before it under the names that tasks read."""
-    asked = [message.content for message in messages[:place] if message.role == "user"]
-    return {"prompt": asked[-1], "completion": messages[place].content}
 
 
 def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:

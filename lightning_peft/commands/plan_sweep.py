@@ -18,14 +18,20 @@ from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_script, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
 from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
+from lightning_peft.data.config import DataConfig
+from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import SOURCES
+from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
 from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.lock import new_folder, remove_if_empty
 from lightning_peft.sweeps.local_worker import start_workers
+from lightning_peft.sweeps.pruning import RUNG_OPTION, rung_steps
 from lightning_peft.sweeps.search import (
     Dimension,
     OptunaStudy,
+    Pruning,
     Search,
+    SweepConfig,
     dimension,
     import_optuna,
     random_trials,
@@ -34,6 +40,7 @@ from lightning_peft.sweeps.search import (
 from lightning_peft.sweeps.sweep import (
     ENDED,
     MANIFEST,
+    PAUSED,
     RESULT_NUMBERS,
     Sweep,
     Trial,
@@ -76,8 +83,14 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
     runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
+    if config.sweep.pruning is not Pruning.none:
+        sweep.rungs = rungs_of(config.sweep, runs)
+        steps = sorted({*sweep.rungs, *(step for run in runs for step in run.validation.at_steps)})
+        sweep.words.append(f"{RUNG_OPTION}=[{','.join(map(str, steps))}]")
+        runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
     for run in runs:
-        check_validated(sweep.metric, run)
+        check_metric(sweep.metric, run)
+    check_scorers(runs)
     if runs[0].cluster is not None and runs[0].cluster.dry_run:
         print(array_script(sweep, sweep.count, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
         return
@@ -104,7 +117,6 @@ def start(folder: Path, names: list[str], run: TrainConfig) -> None:
 
 def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
     """The sweep of these words, with every trial that is known now."""
-    check_metric(config.sweep.metric)
     overrides = parse(words)
     swept = [override for override in overrides if override.is_sweep_override()]
     if not swept:
@@ -115,6 +127,8 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
         cluster=config.sweep.cluster.name,
         metric=config.sweep.metric,
         search=config.sweep.search.name,
+        pruning=config.sweep.pruning.name,
+        reduction=config.sweep.reduction,
         seed=config.sweep.seed,
         parallel=config.sweep.parallel,
         directory=str(Path.cwd()),
@@ -134,24 +148,62 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
     return sweep
 
 
-def check_metric(metric: str) -> None:
-    """Raises ValueError for what no trial's result will hold."""
-    if metric.removeprefix("-") not in RESULT_NUMBERS:
+def rungs_of(config: SweepConfig, runs: Sequence[TrainConfig]) -> list[int]:
+    """Find the steps at which trials pause.
+
+    Raises ValueError where trials have no common length, or where the metric is not taken at a rung.
+    """
+    metric = config.metric.removeprefix("-")
+    lengths = {run.trainer.get("max_steps") for run in runs}
+    length = next(iter(lengths))
+    if len(lengths) > 1 or not isinstance(length, int) or length < 2:
         raise ValueError(
-            f"sweep.metric={metric}: no number of a trial's result.json; choose one of {', '.join(RESULT_NUMBERS)}, "
-            "with a minus sign before it if it is to be large"
+            f"sweep.pruning={config.pruning.name} trainer.max_steps={','.join(map(str, lengths))}: rungs are steps of "
+            "a run, so give trainer.max_steps, one for all trials"
         )
+    scored = names_of_metrics(runs[0].validation.metrics, runs[0].data.task)
+    if metric not in ("validation_loss", "train_loss", *scored):
+        raise ValueError(
+            f"sweep.pruning={config.pruning.name} sweep.metric={config.metric}: is not taken at a rung; choose one of "
+            f"{', '.join(('validation_loss', 'train_loss', *scored))}"
+        )
+    return rung_steps(length, config.reduction, config.min_steps)
 
 
-def check_validated(metric: str, run: TrainConfig) -> None:
-    """Raises ValueError for a trial that has no rows to take the metric on."""
+def check_metric(metric: str, run: TrainConfig) -> None:
+    """Raise ValueError for what the result of this trial will not hold, and for a sign that ranks the worst first."""
+    name = metric.removeprefix("-")
+    scored = names_of_metrics(run.validation.metrics, run.data.task)
+    if name not in (*RESULT_NUMBERS, *scored):
+        known = ", ".join((*scored, *RESULT_NUMBERS))
+        is_known = task_of_metric(name, run.data.task) is not None
+        hint = f"; add validation.metrics=[{name}] to have it scored" if is_known else ""
+        raise ValueError(
+            f"sweep.metric={metric}: no number of a trial's result.json; choose one of {known}, "
+            f"with a minus sign before it if it is to be large{hint}"
+        )
+    check_direction("sweep.metric", metric)
     source = SOURCES.get(run.data.source)
     has_rows = source is None or "validation" in source.splits(run.data) or run.data.validation_fraction > 0
-    if metric.removeprefix("-") == "validation_loss" and not has_rows:
+    if not has_rows and (name == "validation_loss" or name in scored):
         raise ValueError(
             f"sweep.metric={metric} data.validation_fraction=0: there are no validation rows; "
             "use sweep.metric=train_loss"
         )
+
+
+def check_scorers(runs: Sequence[TrainConfig]) -> None:
+    """Raise ValueError where a trial could not score its `validation.metrics`: no such function, or no such column."""
+    seen: list[tuple[list[str], DataConfig]] = []
+    for run in runs:
+        kind = (run.validation.metrics, run.data)
+        if not run.validation.metrics or kind in seen:
+            continue
+        seen.append(kind)
+        scorers = scorers_of(run.validation.metrics, run.data.task)
+        if any(scorer.columns for scorer in scorers):
+            rows = [row for row, _ in read_conversations(run.data, "validation", 1)]
+            scorers_of(run.validation.metrics, run.data.task, [column for row in rows for column in row])
 
 
 def parse(words: list[str]) -> list[Override]:
@@ -246,7 +298,15 @@ def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
     if len(sweep.trials) >= sweep.count:
         raise ValueError(f"{folder}: all {sweep.count} trials are drawn")
     study = OptunaStudy(folder, dimensions(sweep), sweep.seed)
-    study.tell({t.number: score(sweep, t) for t in sweep.trials if t.number is not None and t.state in ENDED})
+    drawn = {t.number: t for t in sweep.trials if t.number is not None and t.state in ENDED}
+    study.tell(
+        {number: score(sweep, t) for number, t in drawn.items() if not (t.state == PAUSED and t.rung_values)},
+        {
+            number: {step: v for step, v in zip(sweep.rungs, t.rung_values, strict=False) if v is not None}
+            for number, t in drawn.items()
+            if t.state == PAUSED
+        },
+    )
     number, overrides = study.ask()
     (trial,) = add_trials(sweep, [overrides])
     trial.number = number

@@ -20,6 +20,8 @@ from lightning_peft.config import SweepCommandConfig, SweepVerb, TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.sweeps.foreground import HYDRA
 from lightning_peft.sweeps.local_worker import end
+from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
+from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.sweeps.sweep import (
     RUNNING,
     TO_BE_RETRIED,
@@ -93,6 +95,8 @@ def status(config: SweepCommandConfig) -> None:
         table.add_row(trial.name, trial.state, str(trial.attempts), shown(trial.exit_code), shown(value))
     Console().print(table)
     print(summary(sweep))
+    if sweep.rungs:
+        print(rungs_in_words(sweep))
     if others := sweep.other_machines():
         print(f"taken to run on {others}, which cannot be seen from here; gone=NAME says that a machine is no more")
 
@@ -120,7 +124,9 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
             )
         look(sweep, folder, config.gone)
         chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
-        again = [trial for trial in chosen if trial.state in TO_BE_RETRIED]
+        # One that a rung stopped has not failed; by its name it can be let on all the same.
+        stopped = [trial for trial in paused_at_rung(sweep) if not config.trials]
+        again = [trial for trial in chosen if trial.state in TO_BE_RETRIED and trial not in stopped]
         is_drawing = any(worker.is_alive for worker in sweep.workers) or has_active_array(sweep)
         undrawn = 0 if is_drawing else sweep.count - len(sweep.trials)
         if not again and not undrawn:
@@ -149,6 +155,7 @@ def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path) -> None:
         check_saved_config(run, run_dir, is_content_compared=False)  # rows of another path are a change here
     except ValueError as change:
         logger.info("%s: starts afresh: %s", trial.name, change)
+        trial.rung_values = []
         for name in LEFT_BY_A_RUN:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -197,6 +204,11 @@ def table(config: SweepCommandConfig) -> None:
     Console().print(table_of_trials(rows))
     if (best := best_trial(sweep)) is not None:
         print(f"best {sweep.metric.removeprefix('-')}: {best[1]:.6g} of {best[0]}")
+    if SEED in sweep.swept_keys:
+        Console().print(table_of_groups(sweep))
+    if (said := sentence(sweep)) is not None:
+        print(said)
+        print(f"next: {next_command(sweep, config.sweep_dir.rstrip('/'))}")
     if output is None:
         return
     cells = heat_map(sweep)
@@ -204,7 +216,9 @@ def table(config: SweepCommandConfig) -> None:
     if cells is not None and cells.best_over and output.suffix in (".svg", ".html"):
         logger.info("a cell of the heat map is the best over %s", cells.best_over)
     if output.suffix == ".svg" and picture is None:
-        raise ValueError(f"output_path={output}: a heat map needs two swept keys; use .csv, .json or .html")
+        raise ValueError(
+            f"output_path={output}: a heat map needs two swept keys beside the seed; use .csv, .json or .html"
+        )
     texts = {".csv": csv_text, ".json": json_text, ".html": lambda rows: html_text(rows, picture)}
     output.write_text(str(picture) if output.suffix == ".svg" else texts[output.suffix](rows), encoding="utf-8")
     logger.info("wrote %s", output)
@@ -219,6 +233,20 @@ def table_of_trials(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         cells = ("-" if row[name] is None else written(row[name]) for name, (_, written) in SHOWN_COLUMNS.items())
         made.add_row(row["trial"], *cells)
+    return made
+
+
+def table_of_groups(sweep: Sweep) -> Table:
+    """Make the table of what trials that differ in their seed only say together, the best mean first."""
+    metric, groups = sweep.metric.removeprefix("-"), groups_of(sweep)
+    made = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=f"{metric} over the seeds")
+    made.add_column("trials", overflow="fold")
+    for heading in ("seeds", "mean", "spread", "95 % from", "to"):
+        made.add_column(heading, no_wrap=True, justify="right")
+    ordered = best_first(groups, sweep.metric)
+    for group in [*ordered, *(group for group in groups if not group.scores)]:
+        numbers = (group.mean if group.scores else None, group.spread, *(group.interval or (None, None)))
+        made.add_row(group.label, f"{len(group.scores)} of {len(group.names)}", *map(shown, numbers))
     return made
 
 

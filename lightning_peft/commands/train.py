@@ -35,6 +35,7 @@ from lightning_peft.data.audit import preview
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
+from lightning_peft.evaluation.scorers import scorers_of
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
 from lightning_peft.models.loading import (
@@ -56,10 +57,12 @@ from lightning_peft.runs.trainer import build_trainer, count_steps
 from lightning_peft.threads import described
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_peft.training.callbacks.early_stopping import EarlyStopping
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
+from lightning_peft.training.callbacks.task_metrics import Questions, TaskMetrics
 from lightning_peft.training.guard import Guard
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
@@ -93,6 +96,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             packs = check_model(config)
         tokenizer = load_tokenizer(config.model)
         data = read_data(config, packs, tokenizer, plan)
+        scored = task_metrics(config, data, tokenizer)
         if config.dry_run:
             return {"status": "dry run"}
         content = content_of(config, data)
@@ -101,7 +105,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             prepare_folder(config, run_dir)
             run_ranks(run_dir / "config.yaml", plan.devices)
             return json.loads((run_dir / "result.json").read_text())
-        return train_prepared(config, plan, start, data, tokenizer, content, leaves_ranks, started)
+        return train_prepared(config, plan, start, data, tokenizer, scored, content, leaves_ranks, started)
 
 
 def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +150,7 @@ def train_prepared(
     start: Start,
     data: SFTDataModule,
     tokenizer: PreTrainedTokenizerFast,
+    scored: TaskMetrics | None,
     content: dict[str, str],
     leaves_ranks: bool,
     started: float,
@@ -168,12 +173,15 @@ def train_prepared(
     samples = read_conversations(config.data, "validation", config.validation.samples)
     signals = PreemptionSignals(plan.max_seconds)
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save)
+    stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
     callbacks: list[Callback] = [
         RunRecord(plain(config), content),
         metrics,
+        *([scored] if scored is not None else []),
+        *([stopping] if stopping is not None else []),
         Samples([conversation for _, conversation in samples], tokenizer, run_dir, layout),
         checkpoint,
-        Preemption(signals, checkpoint),
+        Preemption(signals, checkpoint, config.pause_at),
     ]
     trainer = build_trainer(config, plan, count_steps(config.trainer, data), callbacks)
     distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
@@ -192,14 +200,17 @@ def train_prepared(
             "steps": trainer.global_step,
             "train_loss": metrics.loss,
             "validation_loss": final_validation(trainer, module, data),
-            "metrics": {},
+            "metrics": {} if scored is None else scored.values,
             "trainable_parameters": trainable,
             "total_parameters": total,
             "tokens_per_second": metrics.tokens_per_second(),
             "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
         }
+        if stopping is not None and stopping.reason is not None:
+            result["stopped_early"] = stopping.reason
     except Preempted as left:
         result |= {"status": left.status, "steps": trainer.global_step, "train_loss": metrics.loss}
+        result |= last_validation(trainer, scored)
         leaves_ranks = leaves_ranks and left.__cause__ is None
         raise
     finally:
@@ -336,6 +347,20 @@ def check_in_peft(folder: Path, module: FinetuneModule) -> None:
         logger.warning("%s: %s; lightning-peft reads and merges it", folder, objection)
 
 
+def task_metrics(config: TrainConfig, data: SFTDataModule, tokenizer: PreTrainedTokenizerFast) -> TaskMetrics | None:
+    """Prepare `validation.metrics`; None where there are none. Raises ValueError for what these rows cannot give."""
+    if not config.validation.metrics:
+        return None
+    found = read_conversations(config.data, "validation")
+    columns = sorted({"prompt", "completion"}.union(*(row for row, _ in found)))
+    scorers = scorers_of(config.validation.metrics, config.data.task, columns)
+    context, most = model_context(config.model), config.validation.max_new_tokens
+    answer = most or max(scorer.max_new_tokens for scorer in scorers)
+    longest = None if context is None else context - answer
+    questions = Questions.of(found, tokenizer, data.prompt_layout, config.validation.metric_rows, longest)
+    return TaskMetrics(config.validation, scorers, questions, tokenizer)
+
+
 def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModule) -> float | None:
     """Loss per supervised token on the validation rows; None when the data set has none."""
     loader = data.val_dataloader()
@@ -346,12 +371,22 @@ def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModu
     return metrics["validation_loss"]
 
 
+def last_validation(trainer: Trainer, scored: TaskMetrics | None) -> dict[str, Any]:
+    """What a validation after the step at which the run is left has given; empty where there was none."""
+    seen = trainer.callback_metrics
+    if "validation_loss" not in seen or int(seen["step"]) != trainer.global_step:
+        return {}
+    is_scored = scored is not None and scored.scored_step == trainer.global_step
+    return {"validation_loss": float(seen["validation_loss"]), "metrics": scored.values if scored and is_scored else {}}
+
+
 def show_result(result: dict[str, Any], run_dir: Path) -> None:
     table = Table(show_header=False, title=f"{result['status']}: {os.path.relpath(run_dir)}")
     rows: dict[str, tuple[str, Callable[[Any], str]]] = {
         "steps": ("steps", readable.number),
         "train_loss": ("train loss", readable.loss),
         "validation_loss": ("validation loss", readable.loss),
+        **{name: (name, readable.loss) for name in result["metrics"]},
         "trainable_parameters": ("trainable parameters", readable.number),
         "total_parameters": ("total parameters", readable.number),
         "tokens_per_second": ("tokens per second", readable.number),
@@ -359,6 +394,6 @@ def show_result(result: dict[str, Any], run_dir: Path) -> None:
         "seconds": ("time", readable.duration),
     }
     for name, (label, written) in rows.items():
-        value = result.get(name)
+        value = result.get(name, result["metrics"].get(name))
         table.add_row(label, "-" if value is None else written(value))
     Console().print(table)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_peft.data.sql_grammar.database import DatabasePair
+from lightning_peft.data.sql_grammar.kinds import LEVEL_SHARES
 from lightning_peft.data.sql_grammar.schema import parse_schema
 from lightning_peft.evaluation.metrics import (
     exact_match,
@@ -83,6 +84,17 @@ class Task:
     """The part of an answer that counts, for people to read."""
     num_rows: int = 200
     """Rows scored by default."""
+    metrics: tuple[str, ...] = ()
+    """What `score` returns; where it is left out, the headline alone is known before rows are scored."""
+    small_is_good: tuple[str, ...] = ()
+    """Those of the metrics that are to be small; of the others a large one is good."""
+    columns: tuple[str, ...] = ()
+    """Columns that `score` reads beside `prompt` and `completion`."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics as far as they are known without rows."""
+        return self.metrics or (() if self.headline is None else (self.headline,))
 
     def few_shot(self, train_rows: list[Row]) -> list[Row]:
         """The first `num_shots` training rows, each of another value of `spread_shots_by` as far as there are any."""
@@ -121,8 +133,18 @@ TASKS = {
         num_shots=3,
         spread_shots_by="level",
         shown=extract_sql,
+        metrics=("execution_accuracy", *(f"execution_accuracy/{level}" for level in LEVEL_SHARES)),
+        columns=("schema", "seed", "level"),
     ),
-    "cmudict": Task("cmudict", score_cmudict, headline="exact_match", max_new_tokens=48, num_shots=3),
+    "cmudict": Task(
+        "cmudict",
+        score_cmudict,
+        headline="exact_match",
+        max_new_tokens=48,
+        num_shots=3,
+        metrics=("exact_match", "phoneme_error_rate"),
+        small_is_good=("phoneme_error_rate",),
+    ),
     "final_number": Task("final_number", score_final_number, headline="final_number_accuracy", max_new_tokens=256),
     "none": Task("none", score_nothing, headline=None, max_new_tokens=0),
 }

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model")
 """What a run folder holds once something happened in it."""
-NOT_COMPARED = ("resume", "dry_run", "run_dir", "logger", "callbacks", "cluster", "claim", "method")
+NOT_COMPARED = ("resume", "dry_run", "pause_at", "run_dir", "logger", "callbacks", "cluster", "claim", "method")
 """What may differ between the starts of one run."""
 
 FREE_TO_CHANGE = (
@@ -33,7 +33,9 @@ FREE_TO_CHANGE = (
     "trainer.detect_anomaly", "trainer.barebones", "strategy.kind", "strategy.cpu_offload", "data.cache_dir",
     "data.num_workers", "data.preview", "checkpoint.every_n_steps", "checkpoint.keep_last", "checkpoint.asynchronous",
     "validation.samples", "compile", "activation_checkpointing", "device_memory_gib", "quantization.verify",
-    "model.label", "guard.action", "guard.factor", "guard.patience",
+    "model.label", "guard.action", "guard.factor", "guard.patience", "checkpoint.best_by", "validation.metrics",
+    "validation.at_steps", "validation.metric_rows", "validation.max_new_tokens", "validation.budget",
+    "early_stopping.metric", "early_stopping.patience", "early_stopping.min_delta",
 )  # fmt: skip
 """Options that a resumed run may change, as they change no number of it. The global batch that some make together must
 stay; the schedule's length may change and is said."""

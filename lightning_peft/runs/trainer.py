@@ -55,9 +55,10 @@ def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: lis
     options |= {"devices": plan.devices, "num_nodes": plan.nodes}
     if config.strategy.kind is StrategyKind.fsdp:
         options["inference_mode"] = False  # what is gathered for a validation is gathered into again for training
-    if config.validation.every_n_steps is not None:
+    if config.validation.every_n_steps is not None or config.validation.at_steps:
         options |= {"val_check_interval": NEVER, "check_val_every_n_epoch": None}
-        callbacks = [StepValidation(config.validation.every_n_steps), *callbacks]  # the others ask what it decided
+        step_validation = StepValidation(config.validation.every_n_steps, config.validation.at_steps)
+        callbacks = [step_validation, *callbacks]  # the others ask what it decided
     else:
         options["limit_val_batches"] = 0
     own = made("callbacks", config.callbacks, Callback)

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.process import process, this_process
-from lightning_peft.sweeps.sweep import Sweep, Trial, begin, changed_sweep, read_sweep
+from lightning_peft.sweeps.pruning import begin_at_rung, promoted
+from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
 from lightning_peft.threads import available_cores
 
 logger = logging.getLogger(__name__)
 
 LOG = "log.txt"
 """What a trial prints, in its folder."""
+SECONDS_BETWEEN_LOOKS = 2.0
+"""How often a worker without a trial looks whether one may go on."""
 GRACE_SECONDS = 30.0
 """From asking a trial to leave until it is killed: time for a checkpoint."""
 
@@ -32,6 +35,7 @@ def start_workers(folder: Path) -> None:
     with changed_sweep(folder) as sweep:
         sweep.workers = [worker for worker in sweep.workers if worker.is_alive]
         work = sum(trial.is_waiting for trial in sweep.trials) + sweep.count - len(sweep.trials)
+        work += sweep.pruning != "none" and promoted(sweep) is not None
         for slot in range(len(sweep.workers), min(sweep.parallel or 1, work)):
             command = [sys.executable, "-m", "lightning_peft.sweeps.local_worker", str(folder), str(slot)]
             # Not subprocess, which takes a child that is left alone for a mistake.
@@ -50,27 +54,46 @@ def to_log(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def work(folder: Path, slot: int) -> None:
-    """Run trials until none is left to begin."""
+    """Run trials until none is left to begin or to go on with."""
     os.chdir(read_sweep(folder).directory)
     while True:
         trial = claim(folder)
         if trial is not None:
             run(trial, folder, slot)
+        elif is_awaited(folder):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         elif not drew_another(folder):
             return
 
 
 def claim(folder: Path) -> Trial | None:
-    """The next trial nobody has begun, now begun by this process; without one, and none to be drawn, it signs off."""
+    """The next trial, now begun by this process: one that a rung lets on, else one that nobody has begun.
+
+    Without one, and none to be drawn or to be waited for, this process signs off.
+    """
     with changed_sweep(folder) as sweep:
-        for trial in sweep.trials:
-            if trial.is_waiting:
-                begin(trial, folder)
-                trial.process = this_process()
-                return trial
-        if len(sweep.trials) >= sweep.count:
+        if sweep.rungs:
+            refresh(sweep, folder, {})
+        waiting = next((trial for trial in sweep.trials if trial.is_waiting), None)
+        trial = (promoted(sweep) if sweep.rungs else None) or waiting
+        if trial is not None:
+            begin_at_rung(sweep, trial, folder)
+            trial.process = this_process()
+            return trial
+        if len(sweep.trials) >= sweep.count and not others_run(sweep):
             sweep.workers.remove(this_process())
     return None
+
+
+def others_run(sweep: Sweep) -> bool:
+    """Whether a trial of a pruned sweep runs that may let another on when it reaches its rung."""
+    return bool(sweep.rungs) and any(trial.state == RUNNING for trial in sweep.trials)
+
+
+def is_awaited(folder: Path) -> bool:
+    """Whether this worker is to look again: it has not signed off, and nothing is left to be drawn."""
+    sweep = read_sweep(folder)
+    return this_process() in sweep.workers and bool(sweep.rungs) and len(sweep.trials) >= sweep.count
 
 
 def drew_another(folder: Path) -> bool:

@@ -24,6 +24,16 @@ class Search(Enum):
     """`sweep.trials` draws, each made when it starts, from what the ones before have shown (TPE)."""
 
 
+class Pruning(Enum):
+    """Which trials stop before their last step."""
+
+    none = "none"
+    asha = "asha"
+    """Asynchronous successive halving: at each rung the best one in `sweep.reduction` goes on."""
+    median = "median"
+    """At each rung those go on that are no worse than the median there."""
+
+
 class SweepPlace(Enum):
     """Where the trials of a sweep run."""
 
@@ -47,6 +57,12 @@ class SweepConfig:
     """slurm or local; written cluster=local on the command line."""
     seed: int = 0
     """Of the draws; the training's is `seed`."""
+    pruning: Pruning = Pruning.none
+    """none, asha or median: stop trials at rungs, where they pause with a checkpoint; with cluster=local."""
+    reduction: int = 3
+    """Steps between two rungs grow by this factor, and of asha's trials one in so many goes on."""
+    min_steps: int | None = None
+    """Step of the first rung; null has two rungs before trainer.max_steps."""
     parallel: int | None = None
     """Trials at once; null takes one on this machine, and on a cluster as many as it will run."""
 
@@ -57,6 +73,15 @@ class SweepConfig:
             raise ValueError(f"sweep.trials={self.trials}: a grid has all its combinations; add sweep.search=random")
         if self.search is not Search.grid and (self.trials is None or self.trials < 1):
             raise ValueError(f"sweep.search={self.search.name}: needs sweep.trials, at least 1")
+        if self.reduction < 2:
+            raise ValueError(f"sweep.reduction={self.reduction}: must be at least 2")
+        if self.min_steps is not None and self.min_steps < 1:
+            raise ValueError(f"sweep.min_steps={self.min_steps}: must be at least 1, or null")
+        if self.pruning is not Pruning.none and self.cluster is not SweepPlace.local:
+            raise ValueError(
+                f"sweep.pruning={self.pruning.name}: trials are paused and promoted with cluster=local only; job "
+                "arrays run each trial to its end"
+            )
         if not self.metric.removeprefix("-"):
             raise ValueError(f"sweep.metric={self.metric!r}: name a number of result.json")
 
@@ -154,9 +179,22 @@ class OptunaStudy:
         trial = self.study.ask({d.key: self.distribution(d) for d in self.dimensions})
         return trial.number, [f"{d.key}={self.text(trial.params[d.key])}" for d in self.dimensions]
 
-    def tell(self, values: Mapping[int, float | None]) -> None:
-        """Score (smaller is better) per number of a trial that ended, None where it has none; told once only."""
-        running = {trial.number for trial in self.study.trials if trial.state == self.optuna.trial.TrialState.RUNNING}
+    def tell(self, values: Mapping[int, float | None], pruned: Mapping[int, Mapping[int, float]] | None = None) -> None:
+        """Score (smaller is better) per number of a trial that ended, None where it has none; told once only.
+
+        `pruned` has what those that were stopped reached, step to score.
+        """
+        running = {
+            trial.number: trial._trial_id
+            for trial in self.study.trials
+            if trial.state == self.optuna.trial.TrialState.RUNNING
+        }
+        for trial, reached in (pruned or {}).items():
+            if trial in running:
+                for step, score in reached.items():
+                    self.study._storage.set_trial_intermediate_value(running[trial], step, score)
+                self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
+                del running[trial]
         for trial, value in values.items():
             if trial in running:
                 state = None if value is not None and math.isfinite(value) else self.optuna.trial.TrialState.FAIL

@@ -56,6 +56,8 @@ class Trial:
     number: int | None = None
     """Optuna's number of the trial."""
     is_cancelled: bool = False
+    rung_values: list[float | None] = field(default_factory=list)
+    """The sweep's metric at each rung that the trial has reached, so that small is good; null for one not finite."""
 
     @property
     def values(self) -> dict[str, str]:
@@ -77,6 +79,11 @@ class Sweep:
     metric: str
     """A number of result.json that is to be small, or large with a minus sign before its name."""
     search: str = "grid"
+    pruning: str = "none"
+    reduction: int = 3
+    """Of asha's trials one in so many goes on from a rung."""
+    rungs: list[int] = field(default_factory=list)
+    """Steps at which trials pause; empty without pruning."""
     count: int = 0
     """Trials in all, of which optuna's are not drawn yet."""
     seed: int = 0
@@ -169,6 +176,17 @@ def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:
             trial.exit_code = job.exit_code
         trial.result = read_result(folder / trial.name)
         trial.state = state_of(trial, job, has_worker)
+        note_rung(sweep, trial)
+
+
+def note_rung(sweep: Sweep, trial: Trial) -> None:
+    """Keep the metric of a trial that is paused at its next rung."""
+    passed = len(trial.rung_values)
+    if trial.state != PAUSED or passed >= len(sweep.rungs) or trial.result is None:
+        return
+    if trial.result.get("steps") == sweep.rungs[passed]:
+        value = metric_value(trial.result, sweep.metric.removeprefix("-"))
+        trial.rung_values.append(-value if value is not None and sweep.metric.startswith("-") else value)
 
 
 def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:

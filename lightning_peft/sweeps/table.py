@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
 from lightning_peft.sweeps.sweep import Sweep, score
 
 RESULT_COLUMNS = (
@@ -28,15 +29,17 @@ def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
     """A row a trial: name, swept values, state, attempts, exit code, results. `sort` is a column, -column descends.
 
     Trials that have nothing in that column, or no finite number, come last. A swept key goes by its last part where
-    no other column is called so.
+    no other column is called so. Where seeds are swept, each row has mean, spread and interval over those of its group.
     """
     names = column_names(sweep)
+    over_seeds = seed_columns(sweep)
     rows = [
         {"trial": trial.name}
         | {names.get(key, key): number_or_text(value) for key, value in trial.values.items()}
         | {"state": trial.state, "attempts": trial.attempts, "exit_code": trial.exit_code}
         | {column: (trial.result or {}).get(column) for column in RESULT_COLUMNS}
         | (trial.result or {}).get("metrics", {})
+        | over_seeds.get(trial.name, {})
         for trial in sweep.trials
     ]
     column = sort.removeprefix("-")
@@ -46,6 +49,22 @@ def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
     known = [row for row in rows if is_ranked(row.get(column))]
     known.sort(key=lambda row: sort_key(row[column]), reverse=sort.startswith("-"))
     return known + [row for row in rows if not is_ranked(row.get(column))]
+
+
+def seed_columns(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Trial to what its group says of the sweep's metric; empty where no seed is swept."""
+    if SEED not in sweep.swept_keys:
+        return {}
+    metric = sweep.metric.removeprefix("-")
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups_of(sweep):
+        low, high = group.interval or (None, None)
+        columns = {
+            "seeds": len(group.scores), f"{metric}_mean": group.mean if group.scores else None,
+            f"{metric}_spread": group.spread, f"{metric}_low": low, f"{metric}_high": high,
+        }  # fmt: skip
+        found |= dict.fromkeys(group.names, columns)
+    return found
 
 
 def column_names(sweep: Sweep) -> dict[str, str]:
@@ -103,11 +122,12 @@ def json_text(rows: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The best value of a metric at each pair of values of two swept keys."""
+    """The best value of a metric, a mean over seeds where they are swept, at each pair of values of two swept keys."""
 
     metric: str
     best_over: str
     """The other swept keys, of whose values each cell shows the best; empty with two swept keys."""
+    is_mean: bool
     larger_is_better: bool
     row_key: str
     column_key: str
@@ -117,25 +137,32 @@ class HeatMap:
 
 
 def heat_map(sweep: Sweep) -> HeatMap | None:
-    """Over rank and alpha where both are swept, else over the first two keys; None with fewer than two."""
-    keys = sorted(sweep.swept_keys, key=lambda key: key not in ("adapter.rank", "adapter.alpha"))
+    """Over rank and alpha where both are swept, else over the first two keys beside the seed; None with fewer."""
+    keys = [key for key in sweep.swept_keys if key != SEED]
+    keys = sorted(keys, key=lambda key: key not in ("adapter.rank", "adapter.alpha"))
     keys, others = keys[:2], keys[2:]
     if len(keys) < 2:
         return None
     names = column_names(sweep)
-    sign = -1.0 if sweep.metric.startswith("-") else 1.0
     axes: list[list[Any]] = [
         sorted({number_or_text(trial.values[key]) for trial in sweep.trials}, key=sort_key) for key in keys
     ]
-    cells: dict[tuple[Any, Any], float] = {}
-    for trial in sweep.trials:
-        if (value := score(sweep, trial)) is not None:
-            at = number_or_text(trial.values[keys[0]]), number_or_text(trial.values[keys[1]])
-            cells[at] = min(cells.get(at, value), value)
-    values = {at: sign * value for at, value in cells.items()}
-    metric = sweep.metric.removeprefix("-")
-    best_over = ", ".join(names[key] for key in others)
-    return HeatMap(metric, best_over, sign < 0, names[keys[0]], names[keys[1]], axes[0], axes[1], values)
+
+    def place(group: Group) -> tuple[Any, Any]:
+        return number_or_text(group.values[keys[0]]), number_or_text(group.values[keys[1]])
+
+    ordered = best_first(groups_of(sweep), sweep.metric)
+    return HeatMap(
+        metric=sweep.metric.removeprefix("-"),
+        best_over=", ".join(names[key] for key in others),
+        is_mean=SEED in sweep.swept_keys,
+        larger_is_better=sweep.metric.startswith("-"),
+        row_key=names[keys[0]],
+        column_key=names[keys[1]],
+        rows=axes[0],
+        columns=axes[1],
+        cells={place(group): group.mean for group in reversed(ordered)},
+    )
 
 
 def svg_text(map: HeatMap) -> str:
@@ -169,7 +196,8 @@ def svg_text(map: HeatMap) -> str:
 
 
 def heat_map_title(map: HeatMap) -> str:
-    return f"{map.metric}, best over {map.best_over}" if map.best_over else map.metric
+    mean = ", mean over seed" if map.is_mean else ""
+    return f"{map.metric}{mean}" + (f", best over {map.best_over}" if map.best_over else "")
 
 
 def label(x: float, y: float, text: Any, ink: str = "black") -> str:

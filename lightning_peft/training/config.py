@@ -1,6 +1,6 @@
 """The options of a training that belong to no model, method or data; importing them imports no library."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -45,6 +45,8 @@ class CheckpointConfig:
 
     asynchronous: bool = False
     """Train on while a thread writes, from a copy in host memory."""
+    best_by: str = "validation_loss"
+    """What adapter_best/ is the best by: validation_loss, or one of validation.metrics; -NAME where large is good."""
 
     def __post_init__(self) -> None:
         if self.every_n_steps is not None and self.every_n_steps < 1:
@@ -55,18 +57,55 @@ class CheckpointConfig:
 
 @dataclass
 class ValidationConfig:
-    """When the validation loss is taken during training. It is always taken at the end."""
+    """When the validation loss and metrics are taken during training. They are always taken at the end."""
 
     every_n_steps: int | None = None
     """Optimiser steps between validations; null for the end only."""
+    at_steps: list[int] = field(default_factory=list)
+    """Further optimiser steps after which a validation takes place, such as the rungs of a pruned sweep."""
     samples: int = 2
     """Answers written to samples.jsonl at each validation during training."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of generated answers: a task's metric, a task for all of its own, or module:function of one's own."""
+    metric_rows: int = 64
+    """Validation rows that are answered for the metrics, evenly spaced and the same each time."""
+    max_new_tokens: int | None = None
+    """Longest answer for the metrics, in tokens; null takes what their task says."""
+    budget: float | None = 0.2
+    """Share of the time of training that scoring the metrics may take; a validation beyond it scores none; null for no
+    limit."""
 
     def __post_init__(self) -> None:
         if self.every_n_steps is not None and self.every_n_steps < 1:
             raise ValueError(f"validation.every_n_steps={self.every_n_steps}: must be at least 1, or null")
+        if wrong := [step for step in self.at_steps if step < 1]:
+            raise ValueError(f"validation.at_steps={wrong}: must be at least 1")
         if self.samples < 0:
             raise ValueError(f"validation.samples={self.samples}: must be 0 or more")
+        if self.metric_rows < 1:
+            raise ValueError(f"validation.metric_rows={self.metric_rows}: must be at least 1")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"validation.max_new_tokens={self.max_new_tokens}: must be at least 1, or null")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"validation.budget={self.budget}: must be above 0 and at most 1, or null for no limit")
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """When a run ends before its last step because it gets no better."""
+
+    metric: str | None = None
+    """validation_loss, or one of validation.metrics; -NAME where large is good; null trains to the end."""
+    patience: int = 3
+    """Validations in a row that are no better than the best one before the run ends."""
+    min_delta: float = 0.0
+    """How much better than the best one a validation has to be to count."""
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"early_stopping.patience={self.patience}: must be at least 1")
+        if self.min_delta < 0:
+            raise ValueError(f"early_stopping.min_delta={self.min_delta}: must be 0 or more")
 
 
 class ActivationCheckpointing(Enum):

@@ -63,6 +63,12 @@ def test_numbers_stand_in_the_names_as_typed():
     assert [trial.values["optimizer.lr"] for trial in sweep.trials] == ["1e30", "1e-3", "0.10"]
 
 
+def test_metric_that_trials_score_is_taken(tmp_path, capsys):
+    words = ["validation.metrics=[text_to_sql]", "sweep.metric=-execution_accuracy/easy", "cluster.dry_run=true"]
+    assert main(["submit", "-m", *TINY, "adapter.rank=4,8", *words, f"sweep_dir={tmp_path}/s"]) == 0
+    assert "--array=0-1" in capsys.readouterr().out
+
+
 def test_config_of_a_trial_is_resolved_and_resumes(tmp_path):
     sweep = planned("adapter.rank=4,8")
     config = trial_config(sweep, sweep.trials[1], tmp_path)
@@ -89,8 +95,15 @@ def test_random_search_draws_before_it_starts():
         (["adapter.rank=4,8", "resume=never"], "resume=never: not for a sweep"),
         (
             ["adapter.rank=4,8", "sweep.metric=-execution_accuracy"],
-            "no number of a trial's result.json; choose one of val",
+            "no number of a trial's result.json; choose one of validation_loss, train_loss, steps",
         ),
+        (["adapter.rank=4,8", "sweep.metric=-execution_accuracy"], "add validation.metrics=[execution_accuracy] to"),
+        (["adapter.rank=4,8", "sweep.metric=rouge", "validation.metrics=[rouge]"], "validation.metrics=rouge: no such"),
+        (
+            ["adapter.rank=4,8", "sweep.metric=execution_accuracy", "validation.metrics=[execution_accuracy]"],
+            "a large execution_accuracy is good; write sweep.metric=-execution_accuracy",
+        ),
+        (["adapter.rank=4,8", "validation.metrics=[nowhere:f]"], "validation.metrics=nowhere:f: cannot be imported"),
         (["adapter.rank=4,8", "+adapter.rnak=4"], "adapter.rnak: no such option; did you mean adapter.rank"),
         (["+adapter.rnak=4,8"], "adapter.rnak: no such option; did you mean adapter.rank"),
         (

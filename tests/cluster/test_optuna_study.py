@@ -29,3 +29,15 @@ def test_every_process_asks_the_same_study(tmp_path):
     told = OptunaStudy(tmp_path, DIMENSIONS, seed=0).study.trials
     # The value that comes second changes nothing.
     assert [trial.value for trial in told] == [0.0, 1.0, 2.0, None]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stopped_trial_is_told_with_what_it_reached(tmp_path):
+    study = OptunaStudy(tmp_path, DIMENSIONS, seed=0)
+    for _ in range(2):
+        study.ask()
+    study.tell({0: 1.0, 1: None}, pruned={1: {4: 3.0, 12: 2.0}})
+    study.tell({1: 0.5})  # it went on all the same
+    one, other = OptunaStudy(tmp_path, DIMENSIONS, seed=0).study.trials
+    assert (one.state.name, one.value) == ("COMPLETE", 1.0)
+    assert (other.state.name, other.intermediate_values) == ("PRUNED", {4: 3.0, 12: 2.0})

@@ -1,6 +1,7 @@
-"""Resumable checkpoints every few steps, and the best adapter by validation loss in a folder of its own."""
+"""Resumable checkpoints every few steps, and the best adapter of the validations in a folder of its own."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.compat import is_accumulating, validation_follows
+from lightning_peft.training.callbacks.early_stopping import validated
 from lightning_peft.training.config import CheckpointConfig
 
 
@@ -24,7 +26,8 @@ class AdapterCheckpoint(Callback):
         self.config = config
         self.run_dir = run_dir
         self.save_adapter = save_adapter
-        self.best_loss = float("inf")
+        self.best = math.inf
+        """Of `config.best_by`, negative where large is good."""
         self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,24 +58,35 @@ class AdapterCheckpoint(Callback):
         trainer.save_checkpoint(checkpoint_path(self.run_dir / "checkpoints", self.saved_step))
 
     def keep_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = trainer.callback_metrics.get("validation_loss")
-        if loss is None or float(loss) >= self.best_loss:
+        value = validated(trainer, self.config.best_by)
+        if value is None or value >= self.best:
             return
-        self.best_loss = float(loss)
+        self.best = value
         self.save_adapter(pl_module, self.run_dir / "adapter_best")
         if not trainer.is_global_zero:
             return
         with atomic_file(self.best_path) as path:
-            path.write_text(json.dumps({"validation_loss": self.best_loss, "step": trainer.global_step}) + "\n")
+            path.write_text(json.dumps({self.metric: self.sign * value, "step": trainer.global_step}) + "\n")
+
+    @property
+    def metric(self) -> str:
+        return self.config.best_by.removeprefix("-")
+
+    @property
+    def sign(self) -> int:
+        return -1 if self.config.best_by.startswith("-") else 1
 
     @property
     def best_path(self) -> Path:
         return self.run_dir / "checkpoints" / "best.json"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_loss": self.best_loss}
+        return {"best_by": self.config.best_by, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A validation at the checkpoint's own step came after it; its result stands in the file only.
-        written = json.loads(self.best_path.read_text())["validation_loss"] if self.best_path.exists() else float("inf")
-        self.best_loss = min(state_dict["best_loss"], written)
+        written = json.loads(self.best_path.read_text()).get(self.metric) if self.best_path.exists() else None
+        known = [] if written is None else [self.sign * float(written)]
+        if state_dict.get("best_by") == self.config.best_by:  # what was the best by another metric is forgotten
+            known.append(state_dict["best"])
+        self.best = min(known, default=math.inf)

@@ -20,9 +20,10 @@ class Preemption(Callback):
     Nothing of what ends a fit runs then: no validation, and no export but for a paused run's adapter.
     """
 
-    def __init__(self, signals: PreemptionSignals, checkpoint: AdapterCheckpoint):
+    def __init__(self, signals: PreemptionSignals, checkpoint: AdapterCheckpoint, pause_at: int | None = None):
         self.signals = signals
         self.checkpoint = checkpoint
+        self.pause_at = pause_at
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         leave_signals_alone(trainer)  # `training/preemption.py` owns them
@@ -52,6 +53,8 @@ class Preemption(Callback):
 
     def leave_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reason = self.reason_of_all()
+        is_there = self.pause_at is not None and trainer.global_step >= self.pause_at
+        reason = Paused if reason is None and is_there else reason
         if reason is None or (reason is Paused and trainer.global_step >= trainer.max_steps):
             return
         SIGNAL_WATCH.leaves_by_itself()
@@ -62,10 +65,11 @@ class Preemption(Callback):
         for run_logger in trainer.loggers:
             run_logger.save()
         if trainer.is_global_zero:
+            pause = "pause_at" if is_there else "trainer.max_time"
             name = self.signals.received.name if self.signals.received else "a signal to another rank"
             logger.info(
                 "%s: saved after step %d; the same command with run_dir=%s resume=auto goes on from there",
-                "trainer.max_time" if reason is Paused else name, trainer.global_step, self.checkpoint.run_dir,
+                pause if reason is Paused else name, trainer.global_step, self.checkpoint.run_dir,
             )  # fmt: skip
         raise reason
 

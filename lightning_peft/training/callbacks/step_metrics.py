@@ -60,6 +60,7 @@ class StepMetrics(Callback):
         """Step and row; tokens are this rank's."""
         self.step_tokens = 0
         self.step_started = time.perf_counter()
+        self.was_validated = False
         self.durations: list[tuple[float, int]] = []
         self.steps_seen = 0
         self.last_loss: Tensor | float | None = None
@@ -74,7 +75,11 @@ class StepMetrics(Callback):
         self.step_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.step_started = time.perf_counter()
+        self.was_validated = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.was_validated:  # what other callbacks did at the validation is no part of the step either
+            self.step_started, self.was_validated = time.perf_counter(), False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -1,6 +1,7 @@
 """Validation every so many optimiser steps. Lightning itself counts micro batches, and may validate inside a window."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,14 +13,19 @@ NEVER = sys.maxsize
 
 
 class StepValidation(Callback):
-    """Validates after optimiser steps n, 2n, 3n ... Needs `val_check_interval=NEVER, check_val_every_n_epoch=None`."""
+    """Validates after optimiser steps n, 2n, 3n ..., and after further ones.
 
-    def __init__(self, every_n_steps: int):
+    Needs `val_check_interval=NEVER, check_val_every_n_epoch=None`.
+    """
+
+    def __init__(self, every_n_steps: int | None, at_steps: Sequence[int] = ()):
         self.every_n_steps = every_n_steps
+        self.at_steps = frozenset(at_steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Lightning asks right after this hook whether the number of batches is a multiple of val_check_batch.
-        stepped = not is_accumulating(trainer)
-        trainer.val_check_batch = 1 if stepped and trainer.global_step % self.every_n_steps == 0 else NEVER
+        stepped, step = not is_accumulating(trainer), trainer.global_step
+        is_due = step in self.at_steps or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+        trainer.val_check_batch = 1 if stepped and is_due else NEVER

@@ -1,0 +1,142 @@
+"""Metrics by name, as `validation.metrics` gives them: of a task, or a function of one's own."""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning_peft.data.conversation import Conversation
+from lightning_peft.evaluation.tasks import TASKS, Row, Task
+
+MAX_NEW_TOKENS = 64
+"""Longest answer where neither the data's task nor an option says one."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What computes one entry of `validation.metrics`."""
+
+    names: tuple[str, ...]
+    """The metrics it is asked for."""
+    score: Callable[[list[Row], list[str]], dict[str, float]]
+    columns: tuple[str, ...] = ()
+    """What rows need beside `prompt` and `completion`."""
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+
+def names_of_metrics(entries: Sequence[str], task: str) -> list[str]:
+    """Name the metrics that the entries of `validation.metrics` compute on rows of `data.task`.
+
+    Raises ValueError for an entry that names no metric, no task and no function, and for two that name the same;
+    imports nothing.
+    """
+    names = [name for entry in entries for name in _names(entry, task)]
+    if twice := sorted({name for name in names if names.count(name) > 1 or name == "validation_loss"}):
+        raise ValueError(f"validation.metrics: {twice[0]} is named twice, or taken")
+    return names
+
+
+def _names(entry: str, task: str) -> tuple[str, ...]:
+    if ":" in entry:
+        module, _, function = entry.partition(":")
+        if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise ValueError(f"validation.metrics={entry}: must be module:function, as in my_metrics:rouge")
+        return (function,)
+    if entry in TASKS and TASKS[entry].metric_names:
+        return TASKS[entry].metric_names
+    if task_of_metric(entry, task) is None:
+        known = dict.fromkeys(name for each in (TASKS[task], *TASKS.values()) for name in each.metric_names)
+        raise ValueError(
+            f"validation.metrics={entry}: no such metric; choose one of {', '.join(known)}, a task's name for all of "
+            "its metrics, or module:function for one of your own"
+        )
+    return (entry,)
+
+
+def task_of_metric(name: str, task: str) -> Task | None:
+    """Return the task that computes a metric, the data's own first; None where none does."""
+    return next((each for each in (TASKS[task], *TASKS.values()) if name in each.metric_names), None)
+
+
+def check_direction(option: str, metric: str) -> None:
+    """Raise ValueError for a known metric whose sign says the opposite of what is good.
+
+    `metric` is a name whose value is to be small, or to be large with a minus sign before it; `option` says it.
+    """
+    name = metric.removeprefix("-")
+    owner = next((task for task in TASKS.values() if name in task.metric_names), None)
+    if owner is None and name != "validation_loss":
+        return
+    is_small_good = owner is None or name in owner.small_is_good
+    if is_small_good == metric.startswith("-"):
+        right = name if is_small_good else f"-{name}"
+        good = "small" if is_small_good else "large"
+        raise ValueError(f"{option}={metric}: a {good} {name} is good; write {option}={right}")
+
+
+def scorers_of(entries: Sequence[str], task: str, columns: Sequence[str] | None = None) -> list[Scorer]:
+    """Find what computes the entries of `validation.metrics`, imported where it is one's own.
+
+    `columns` are those of the rows. Raises ValueError for an entry that cannot be computed, as on rows without the
+    columns that it needs.
+    """
+    scorers = [_scorer(entry, task) for entry in entries]
+    for entry, scorer in zip(entries, scorers, strict=True):
+        missing = [name for name in scorer.columns if columns is not None and name not in columns]
+        if missing:
+            raise ValueError(
+                f"validation.metrics={entry}: needs the columns {', '.join(missing)}, which the validation rows lack"
+            )
+    return scorers
+
+
+def _scorer(entry: str, task: str) -> Scorer:
+    names = _names(entry, task)
+    if ":" in entry:
+        return Scorer(names, own_metric(entry), max_new_tokens=TASKS[task].max_new_tokens or MAX_NEW_TOKENS)
+    owner = TASKS[entry] if entry in TASKS else task_of_metric(entry, task)
+    assert owner is not None, "its names were found"
+    return Scorer(names, owner.score, owner.columns, owner.max_new_tokens)
+
+
+def own_metric(entry: str) -> Callable[[list[Row], list[str]], dict[str, float]]:
+    """Import module:function, which takes rows and answers and returns one number. Raises ValueError."""
+    module, _, name = entry.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"validation.metrics={entry}: cannot be imported: {error}") from error
+    if not callable(function):
+        raise ValueError(f"validation.metrics={entry}: is no function")
+
+    def score(rows: list[Row], answers: list[str]) -> dict[str, float]:
+        value = function(rows, answers)
+        try:
+            return {name: float(value)}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"validation.metrics={entry}: must return one number, got {value!r}") from error
+
+    return score
+
+
+def scores_of(scorers: Sequence[Scorer], rows: list[Row], answers: list[str]) -> dict[str, float]:
+    """Compute every metric that is asked for, once a function; one that these rows do not have is nan."""
+    computed: dict[Callable[[list[Row], list[str]], dict[str, float]], dict[str, float]] = {}
+    found: dict[str, float] = {}
+    for scorer in scorers:
+        if scorer.score not in computed:
+            computed[scorer.score] = scorer.score(rows, answers)
+        found |= {name: computed[scorer.score].get(name, math.nan) for name in scorer.names}
+    return found
+
+
+def with_answer(row: Row, messages: Conversation, place: int) -> Row:
+    """Return the row with answer `place` and the question before it under the names that tasks read."""
+    asked = [message.content for message in messages[:place] if message.role == "user"]
+    return row | {"prompt": asked[-1] if asked else "", "completion": messages[place].content}
+
+
+def spread(count: int, total: int) -> list[int]:
+    """Indices of `count` places evenly spaced over `total`, all of them where there are no more."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]

@@ -1,0 +1,180 @@
+"""Rungs: which trials go on, and that one that pauses and goes on is the run it would have been."""
+
+import csv
+import json
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from lightning_peft.__main__ import main
+from lightning_peft.commands.train import train
+from lightning_peft.compose import compose_config
+from lightning_peft.sweeps.pruning import may_go_on, promoted, rung_steps, rungs_in_words
+from lightning_peft.sweeps.sweep import ENDED, Sweep, Trial, changed_sweep, note_rung, read_sweep, refresh
+
+TINY = [
+    "model=tiny", "data.max_rows=24", "data.max_validation_rows=4", "data.micro_batch_size=1", "data.packing=false",
+    "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=9", "validation.samples=0",
+]  # fmt: skip
+
+
+def sweep_of(values: list[list[float | None]], pruning: str = "asha", reduction: int = 3, **states: str) -> Sweep:
+    trials = [
+        Trial(f"t{n}", [f"seed={n}"], "paused", 1, is_waiting=False, rung_values=list(reached))
+        for n, reached in enumerate(values)
+    ]
+    for name, state in states.items():
+        next(trial for trial in trials if trial.name == name).state = state
+    return Sweep(
+        [], ["seed=range(9)"], "local", "validation_loss", pruning=pruning, reduction=reduction, rungs=[3, 9],
+        count=len(trials), trials=trials,
+    )  # fmt: skip
+
+
+def going_on(sweep: Sweep) -> list[str]:
+    return [t.name for t in sweep.trials if t.state == "paused" and t.rung_values and may_go_on(sweep, t)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "reduction", "least", "rungs"),
+    [(81, 3, None, [9, 27]), (100, 4, 5, [5, 20, 80]), (9, 3, 1, [1, 3]), (2, 3, None, [1]), (64, 2, 8, [8, 16, 32])],
+)
+def test_rungs_grow_by_the_reduction_to_below_the_end(steps, reduction, least, rungs):
+    assert rung_steps(steps, reduction, least) == rungs
+
+
+def test_best_in_three_goes_on_from_a_rung():
+    assert going_on(sweep_of([[5.0], [3.0]])) == []
+    assert going_on(sweep_of([[5.0], [3.0], [4.0]])) == ["t1"]
+    assert going_on(sweep_of([[5.0], [3.0, 2.0], [4.0], [2.5], [6.0], [7.0]])) == ["t3"]  # t1 has gone on before
+
+
+def test_equal_values_let_on_no_more_than_the_share():
+    assert going_on(sweep_of([[1.0]] * 6)) == ["t0", "t1"]
+
+
+def test_value_that_is_not_finite_never_goes_on_and_takes_no_place():
+    assert going_on(sweep_of([[None], [3.0], [4.0]])) == []
+    assert going_on(sweep_of([[None], [3.0], [4.0], [5.0]])) == ["t1"]
+
+
+def test_furthest_goes_on_first():
+    sweep = sweep_of(
+        [[1.0, 0.5], [2.0, 0.7], [3.0, 0.9], [4.0], [4.5], [4.6], [5.0], [6.0], [7.0], [8.0], [8.5], [9.0]]
+    )
+    assert promoted(sweep).name == "t0"
+
+
+def test_sweep_too_small_for_its_reduction_has_a_winner_once_nothing_runs():
+    assert promoted(sweep_of([[5.0], [3.0]], t0="running")) is None
+    assert promoted(sweep_of([[5.0], [3.0]])).name == "t1"
+    assert promoted(sweep_of([[5.0], [3.0]], t0="failed")).name == "t1"
+    assert promoted(sweep_of([[5.0, 4.0], [3.0]])).name == "t0"
+    assert promoted(sweep_of([[5.0], [3.0, 2.0]], t1="finished")) is None
+
+
+def test_median_rule_lets_on_what_is_no_worse():
+    assert going_on(sweep_of([[5.0], [3.0], [9.0]], "median")) == ["t0", "t1", "t2"]  # too few to tell
+    assert going_on(sweep_of([[5.0], [3.0], [9.0], [4.0], [8.0]], "median")) == ["t0", "t1", "t3"]
+
+
+def test_rung_keeps_the_metric_by_its_sign_and_only_at_its_step():
+    sweep = sweep_of([[]])
+    sweep.metric = "-accuracy"
+    trial = sweep.trials[0]
+    trial.result = {"status": "paused", "steps": 2, "metrics": {"accuracy": 0.5}}  # by trainer.max_time
+    note_rung(sweep, trial)
+    assert trial.rung_values == []
+    trial.result["steps"] = 3
+    note_rung(sweep, trial)
+    note_rung(sweep, trial)
+    assert trial.rung_values == [-0.5]
+    assert rungs_in_words(sweep) == "rungs (asha): 1 reached step 3, 0 reached step 9, 0 reached the end"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep.pruning=hyperband"], "sweep.pruning=hyperband"),
+        (["sweep.reduction=1"], "sweep.reduction=1: must be at least 2"),
+        (
+            ["sweep.pruning=asha", "sweep.min_steps=9"],
+            "sweep.min_steps=9 trainer.max_steps=9: the first rung is before",
+        ),
+        (["sweep.pruning=asha", "sweep.metric=seconds"], "sweep.metric=seconds: is not taken at a rung; choose one of"),
+        (["sweep.pruning=asha", "trainer.max_steps=9,12"], "trainer.max_steps=9,12: rungs are steps of a run"),
+        (["sweep.pruning=asha", "trainer.max_steps=-1"], "rungs are steps of a run, so give trainer.max_steps"),
+        (["sweep.pruning=asha", "cluster=slurm"], "with cluster=local only"),
+    ],
+)
+def test_wrong_words_start_nothing(tmp_path, capsys, words, message):
+    assert main(["submit", "-m", "cluster=local", *TINY, f"sweep_dir={tmp_path}/s", "adapter.rank=2,4", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_run_that_pauses_twice_is_the_run_that_never_does(tmp_path):
+    def config(name, *words):
+        return compose_config("train", [*TINY, "validation.at_steps=[1,3]", f"run_dir={tmp_path}/{name}", *words])
+
+    train(config("whole"))
+    for step in (1, 3):
+        with pytest.raises(SystemExit) as left:
+            train(config("paused", f"pause_at={step}", "resume=auto"))
+        assert left.value.code == 75
+        result = json.loads((tmp_path / "paused" / "result.json").read_text())
+        assert (result["status"], result["steps"]) == ("paused", step) and result["validation_loss"] > 0
+    assert train(config("paused", "resume=auto"))["steps"] == 9
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "paused"))
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+    def rows(name):
+        with (tmp_path / name / "metrics.csv").open() as file:
+            kept = ("step", "loss", "lr", "grad_norm", "validation_loss")
+            return [[row[key] for key in kept] for row in csv.DictReader(file)]
+
+    assert rows("paused") == rows("whole")
+
+
+def wait_for(folder, seconds: float = 500) -> Sweep:
+    deadline = time.monotonic() + seconds
+    while True:
+        with changed_sweep(folder) as sweep:
+            refresh(sweep, folder, {})
+        if not any(worker.is_alive for worker in sweep.workers) and all(t.state in ENDED for t in sweep.trials):
+            return read_sweep(folder)
+        assert time.monotonic() < deadline, (folder / "workers.txt").read_text()
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_asha_sweep_ends_with_its_best_trials_and_pauses_the_others(tmp_path, capsys):
+    """Six learning rates of which large ones learn more in nine steps: one in three goes on at each rung."""
+    folder = tmp_path / "s"
+    words = ["sweep.pruning=asha", "sweep.parallel=2", "optimizer.lr=1e-6,1e-5,1e-4,3e-3,1e-2,3e-2"]
+    assert main(["submit", "-m", "cluster=local", *TINY, *words, f"sweep_dir={folder}"]) == 0
+    sweep = wait_for(folder)
+    assert sweep.rungs == [1, 3]
+    finished = [trial for trial in sweep.trials if trial.state == "finished"]
+    assert finished and {trial.state for trial in sweep.trials} == {"finished", "paused"}
+    for trial in sweep.trials:
+        with (folder / trial.name / "metrics.csv").open() as file:
+            seen = {
+                int(row["step"]): float(row["validation_loss"])
+                for row in csv.DictReader(file)
+                if row["validation_loss"]
+            }
+        assert trial.rung_values == pytest.approx([seen[step] for step in sweep.rungs[: len(trial.rung_values)]])
+        assert (max(seen) == 9) == (trial in finished)
+    at_first = sorted(sweep.trials, key=lambda trial: trial.rung_values[0])
+    assert finished[0] in at_first[:3]
+    steps = sum(trial.result["steps"] for trial in sweep.trials)
+    assert steps <= 0.6 * 9 * 6
+    assert main(["sweep", "status", str(folder)]) == 0
+    assert "rungs (asha): 6 reached step 1, " in capsys.readouterr().out
+    assert main(["sweep", "retry", str(folder), "failed=true"]) == 2, "a paused trial has not failed"
+    paused = next(trial for trial in sweep.trials if trial.state == "paused" and len(trial.rung_values) == 1)
+    assert main(["sweep", "retry", str(folder), f"trials=[{paused.name}]"]) == 0
+    again = wait_for(folder).trial(paused.name)
+    assert len(again.rung_values) == 2 and again.result["steps"] in (3, 9)

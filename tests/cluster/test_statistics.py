@@ -1,0 +1,197 @@
+"""Means over seeds, their intervals, the sentence and the next sweep, against a plain computation of each."""
+
+import csv
+import itertools
+import json
+import math
+import random
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+from lightning_peft.__main__ import main
+from lightning_peft.sweeps.statistics import (
+    Group,
+    best_of_ranks,
+    difference_interval,
+    groups_of,
+    next_command,
+    sentence,
+)
+from lightning_peft.sweeps.sweep import Sweep, Trial, read_sweep, write_sweep
+from lightning_peft.sweeps.table import heat_map, heat_map_title, table_rows
+
+RANKS, RATES, SEEDS = (4, 8, 64), ("1e-3", "1e-2"), (0, 1, 2)
+
+
+def loss_at(rank: int, rate: str, seed: int) -> float:
+    """Rank 8 and 64 do alike at a rate of their own, rank 4 does worse."""
+    best = {4: 2.0, 8: 1.502, 64: 1.5}[rank] + 0.3 * (rate != {4: "1e-2", 8: "1e-2", 64: "1e-3"}[rank])
+    return best + random.Random(f"{rank} {rate} {seed}").gauss(0, 0.01)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a finished sweep over rank, learning rate and seed."""
+    trials = []
+    for rank, rate, seed in itertools.product(RANKS, RATES, SEEDS):
+        name = f"rank{rank}_lr{rate}_seed{seed}"
+        words = [f"adapter.rank={rank}", f"optimizer.lr={rate}", f"seed={seed}"]
+        loss = loss_at(rank, rate, seed)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(f"step,loss,validation_loss\n1,9,\n2,8,\n2,,{loss!r}\n")
+        result = {"status": "finished", "validation_loss": loss, "trainable_parameters": 1000 * rank, "metrics": {}}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+        trials.append(Trial(name, words, "finished", 1, is_waiting=False, result=result))
+    swept = ["adapter.rank=4,8,64", "optimizer.lr=1e-3,1e-2", "seed=0,1,2"]
+    write_sweep(Sweep(["model=tiny"], swept, "local", "validation_loss", count=18, trials=trials), tmp_path)
+    return tmp_path
+
+
+def last_validations(folder: Path, rank: int, rate: str) -> list[float]:
+    """From the metrics.csv files, and from nothing else."""
+    found = []
+    for seed in SEEDS:
+        with (folder / f"rank{rank}_lr{rate}_seed{seed}" / "metrics.csv").open() as file:
+            found.append([float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]][-1])
+    return found
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def resampled(values: list[float]) -> list[float]:
+    return [sum(chosen) / len(chosen) for chosen in itertools.product(values, repeat=len(values))]
+
+
+def test_groups_are_what_the_metrics_files_say(folder):
+    groups = groups_of(read_sweep(folder))
+    assert len(groups) == 6
+    for group in groups:
+        rank, rate = int(group.values["adapter.rank"]), group.values["optimizer.lr"]
+        losses = last_validations(folder, rank, rate)
+        assert group.mean == pytest.approx(sum(losses) / 3)
+        assert group.spread == pytest.approx(math.sqrt(sum((x - sum(losses) / 3) ** 2 for x in losses) / 2))
+        means = resampled(losses)
+        assert group.interval == pytest.approx((quantile(means, 0.025), quantile(means, 0.975)))
+
+
+def test_each_rank_is_compared_at_its_own_best_rate(folder):
+    found = {rank: group.values["optimizer.lr"] for rank, group in best_of_ranks(read_sweep(folder)).items()}
+    assert found == {
+        rank: min(RATES, key=lambda rate, rank=rank: statistics.fmean(last_validations(folder, rank, rate)))
+        for rank in RANKS
+    }
+    assert found == {4: "1e-2", 8: "1e-2", 64: "1e-3"}
+
+
+def test_sentence_has_the_figures_of_the_files(folder):
+    small, large = last_validations(folder, 8, "1e-2"), last_validations(folder, 64, "1e-3")
+    differences = [one - other for one in resampled(small) for other in resampled(large)]
+    low, high = quantile(differences, 0.025), quantile(differences, 0.975)
+    assert low <= 0 <= high
+    assert sentence(read_sweep(folder)) == (
+        f"rank 8 is within noise of rank 64 at an eighth of the parameters: validation_loss {sum(small) / 3:.4g} and "
+        f"{sum(large) / 3:.4g}, 95 % of the difference from {low:.2g} to {high:.2g} over 3 seeds; each at its best lr"
+    )
+
+
+def test_difference_beyond_noise_is_said(folder):
+    sweep = read_sweep(folder)
+    sweep.trials = [trial for trial in sweep.trials if trial.values["adapter.rank"] != "8"]
+    assert sentence(sweep).startswith(
+        "rank 64 is best: validation_loss 1.504, against 1.994 of rank 4, beyond noise: 95 % of the "
+    )
+
+
+def test_one_seed_says_that_noise_is_unknown_and_asks_for_seeds(folder):
+    sweep = read_sweep(folder)
+    sweep.swept = sweep.swept[:2]
+    sweep.trials = [trial for trial in sweep.trials if trial.overrides.pop() == "seed=0"]
+    assert "one seed each, so noise is unknown" in sentence(sweep)
+    words = shlex.split(next_command(sweep, "s"))
+    assert words[:3] == ["lightning-peft", "submit", "-m"] and words[3] == "model=tiny"
+    assert set(words[4:]) == {
+        "adapter.rank=4,8,64", "optimizer.lr=1e-2,1e-3", "seed=0,1,2", "sweep_dir=s-next", "cluster=local",
+    }  # fmt: skip
+
+
+def test_next_sweep_goes_on_beyond_an_edge(folder):
+    words = shlex.split(next_command(read_sweep(folder), "s"))
+    assert {"adapter.rank=8", "optimizer.lr=0.01,0.03,0.09", "seed=0,1,2"} <= set(words)
+
+
+def test_next_is_a_training_once_nothing_is_left_to_look_for(folder):
+    sweep = read_sweep(folder)
+    for trial in sweep.trials:
+        trial.overrides.pop(1)
+    sweep.swept = ["adapter.rank=4,8,64", "seed=0,1,2"]
+    sweep.trials = [trial for trial in sweep.trials if "lr1e-2" in trial.name or "rank64" in trial.name]
+    sweep.trials = [trial for trial in sweep.trials if trial.name.startswith("rank8") or "lr1e-3" not in trial.name]
+    for trial in sweep.trials:
+        trial.result["validation_loss"] = {"4": 2.0, "8": 1.5, "64": 1.8}[trial.values["adapter.rank"]] + int(
+            trial.values["seed"]
+        ) / 1000
+    assert next_command(sweep, "s") == "lightning-peft train model=tiny adapter.rank=8"
+
+
+def test_trials_without_a_number_are_in_no_mean(folder):
+    sweep = read_sweep(folder)
+    sweep.trials[0].result["validation_loss"] = math.nan
+    sweep.trials[1].state = "failed"
+    group = groups_of(sweep)[0]
+    assert len(group.scores) == 1 and group.spread is None and group.interval is None
+    sweep.trials[2].state = "failed"
+    assert groups_of(sweep)[0].scores == [] and math.isnan(groups_of(sweep)[0].mean)
+    assert "rank 8 is within noise of rank 64" in sentence(sweep)
+
+
+def test_large_metric_is_ranked_from_the_top(folder):
+    sweep = read_sweep(folder)
+    sweep.metric = "-accuracy"
+    for trial in sweep.trials:
+        trial.result["metrics"] = {"accuracy": -trial.result["validation_loss"]}
+    assert sentence(sweep).startswith("rank 8 is within noise of rank 64 at an eighth of the parameters: accuracy -1.")
+
+
+def test_many_scores_are_resampled_at_random_alike_each_time():
+    generator = random.Random(0)
+    scores = [generator.gauss(0, 1) for _ in range(40)]
+    one, other = Group({}, [], scores, None), Group({}, [], [x + 0.5 for x in scores], None)
+    assert one.interval == Group({}, [], list(scores), None).interval
+    half = 1.96 * statistics.pstdev(scores) / math.sqrt(40)
+    assert one.interval == pytest.approx((one.mean - half, one.mean + half), abs=0.05)
+    low, high = difference_interval(other, one)
+    assert low < 0.5 < high
+
+
+def test_heat_map_is_of_means_and_says_what_was_folded(folder):
+    sweep = read_sweep(folder)
+    cells = heat_map(sweep)
+    assert heat_map_title(cells) == "validation_loss, mean over seed"
+    assert cells.cells[8, 0.001] == pytest.approx(statistics.fmean(last_validations(folder, 8, "1e-3")))
+    for trial in sweep.trials:
+        trial.overrides.append("adapter.alpha=8")
+    sweep.swept.append("adapter.alpha=8,16")
+    cells = heat_map(sweep)
+    assert heat_map_title(cells) == "validation_loss, mean over seed, best over lr"
+    assert cells.cells[64, 8] == pytest.approx(statistics.fmean(last_validations(folder, 64, "1e-3")))
+
+
+def test_table_and_its_json_hold_the_groups(folder, capsys):
+    assert main(["sweep", "table", str(folder), f"output_path={folder}/t.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "validation_loss over the seeds" in printed and "rank 8 is within noise of rank 64" in printed
+    assert "next: lightning-peft submit -m model=tiny adapter.rank=8" in printed
+    row = next(row for row in json.loads((folder / "t.json").read_text()) if row["trial"] == "rank8_lr1e-2_seed1")
+    losses = last_validations(folder, 8, "1e-2")
+    assert row["seeds"] == 3 and row["validation_loss_mean"] == pytest.approx(statistics.fmean(losses))
+    assert row["validation_loss_low"] <= row["validation_loss_mean"] <= row["validation_loss_high"]
+    assert table_rows(read_sweep(folder), "validation_loss_mean")[0]["rank"] in (8, 64)
