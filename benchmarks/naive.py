@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.data.batch import Batch
-from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
+from lightning_peft.objectives.model_loss import decoder_inputs
+from lightning_peft.objectives.sft import SupervisedLoss
 
 
 def plain_adapter(self: LoRALinear, x: Tensor) -> Tensor:

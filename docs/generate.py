@@ -16,6 +16,8 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.compose import compose_config, groups_and_defaults
 from lightning_peft.config import CONF_DIR, ROOTS, TrainConfig, register_schemas
 from lightning_peft.help import GROUPS, TRAINER, none_or
+from lightning_peft.objectives.objective import ObjectiveConfig
+from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.options import Option, options_of
 from lightning_peft.words import OURS
@@ -84,11 +86,15 @@ def options() -> str:
         own = [option for option in options_of(row.config, "adapter.") if option.key not in common]
         if own:
             parts.append(f"### adapter, with a method of the row {name}\n\n{options_table(own)}")
-    known = {option.key for option in options_of(OptimizerConfig, "optimizer.")}
-    for name, choice in OPTIMIZERS.items():
-        own = [option for option in options_of(choice.config, "optimizer.") if option.key not in known]
-        if own:
-            parts.append(f"### optimizer={name}\n\n{options_table(own)}")
+    for group, table_of, base in (
+        ("optimizer", OPTIMIZERS, OptimizerConfig),
+        ("objective", OBJECTIVES, ObjectiveConfig),
+    ):
+        known = {option.key for option in options_of(base, f"{group}.")}
+        for name, choice in table_of.items():
+            own = [option for option in options_of(choice.config, f"{group}.") if option.key not in known]
+            if own:
+                parts.append(f"### {group}={name}\n\n{options_table(own)}")
     trainer = [[f"`{key}`", meaning] for key, meaning in TRAINER.items()]
     parts.append(f"### trainer, whose keys are Lightning's\n\n{table(['key', 'meaning'], trainer)}")
     shared = {option.key for option in options_of(TrainConfig)}

@@ -170,7 +170,8 @@ def explain(error: Exception, command: str) -> str:
     if isinstance(error, MissingConfigException) and (missing := re.search(r"Could not find '([\w/.-]+)'", text)):
         group, _, option = missing.group(1).rpartition("/")
         options = re.findall(r"^\t([\w/.-]+)$", text.split("Config search path")[0], re.MULTILINE)
-        return f"{group}={option}: no such option; {group} is one of {', '.join(o for o in options if o != 'schema')}"
+        named = [name for name in options if name != "schema" and not name.endswith("_schema")]
+        return f"{group}={option}: no such option; {group} is one of {', '.join(named)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value (quote text with special characters)"
     if isinstance(error, ConfigCompositionException):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,9 @@ from lightning_peft.evaluation.scorers import check_direction, names_of_metrics
 from lightning_peft.evaluation.tasks import TASKS
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.objectives.objective import ObjectiveConfig
+from lightning_peft.objectives.registry import OBJECTIVES
+from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.optim.schedules import ScheduleConfig
 from lightning_peft.quantization.config import QuantizationConfig
@@ -45,6 +48,20 @@ CONF_DIR = next(
 def check_task(data: DataConfig) -> None:
     if data.task not in TASKS:
         raise ValueError(f"data.task={data.task}: must be one of {', '.join(TASKS)}")
+
+
+def rows_of_objective(data: DataConfig, objective: ObjectiveConfig) -> DataConfig:
+    """Return the data options with the rows that the objective takes. Raises ValueError where others are asked for."""
+    if objective.name not in OBJECTIVES:
+        raise ValueError(f"objective.name={objective.name}: must be one of {', '.join(OBJECTIVES)}")
+    rows = OBJECTIVES[objective.name].rows
+    if data.rows not in (None, rows):
+        takers = [name for name, row in OBJECTIVES.items() if row.rows is data.rows]
+        raise ValueError(
+            f"data.rows={data.rows.name}: objective={objective.name} takes {rows.name}; leave it out, or use "
+            f"objective={' or '.join(takers)}"
+        )
+    return replace(data, rows=rows)
 
 
 @dataclass
@@ -74,6 +91,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -103,6 +121,7 @@ class TrainConfig:
         check_compilation(self.compile, self.activation_checkpointing)
         check_task(self.data)
         self.check_metrics()
+        self.data = rows_of_objective(self.data, self.objective)
         if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
             raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
         if self.adapter.init_from is not None and not self.adapter.initialization.is_neutral:
@@ -362,11 +381,11 @@ ROOTS: dict[str, type] = {
 
 def register_schemas() -> None:
     """Put every schema where the option files under `conf/` look for it; again where a module has added rows."""
-    _register(tuple(METHODS), tuple(OPTIMIZERS))
+    _register(tuple(METHODS), tuple(OPTIMIZERS), tuple(OBJECTIVES))
 
 
 @cache
-def _register(methods: tuple[str, ...], optimizers: tuple[str, ...]) -> None:
+def _register(methods: tuple[str, ...], optimizers: tuple[str, ...], objectives: tuple[str, ...]) -> None:
     store = ConfigStore.instance()
     for command, root in ROOTS.items():
         store.store(name=f"{command}_schema", node=beyond_train(root) if issubclass(root, TrainConfig) else root)
@@ -374,6 +393,8 @@ def _register(methods: tuple[str, ...], optimizers: tuple[str, ...]) -> None:
         store.store(group="adapter", name=f"{name}_schema", node=with_open_dictionaries(method.config))
     for name, optimizer in OPTIMIZERS.items():
         store.store(group="optimizer", name=f"{name}_schema", node=optimizer.config)
+    for name, objective in OBJECTIVES.items():
+        store.store(group="objective", name=f"{name}_schema", node=with_open_dictionaries(objective.config))
     for name in methods:
         if (CONF_DIR / "adapter" / f"{name}.yaml").exists():
             continue
@@ -382,9 +403,10 @@ def _register(methods: tuple[str, ...], optimizers: tuple[str, ...]) -> None:
         defaults = [*({f"override /{group}": option} for group, option in overrides.items()), "_self_"]
         store.store(group="adapter", name=name, node={"defaults": [f"{name}_schema"]})
         store.store(group="method", name=name, package="_global_", node={"defaults": defaults, "method": name})
-    for name in optimizers:
-        if not (CONF_DIR / "optimizer" / f"{name}.yaml").exists():
-            store.store(group="optimizer", name=name, node={"defaults": [f"{name}_schema"]})
+    for group, rows in {"optimizer": optimizers, "objective": objectives}.items():
+        for name in rows:
+            if not (CONF_DIR / group / f"{name}.yaml").exists():
+                store.store(group=group, name=name, node={"defaults": [f"{name}_schema"]})
     singles = {
         "model": ModelConfig, "quantization": QuantizationConfig, "schedule": ScheduleConfig, "data": DataConfig,
         "strategy": StrategyConfig, "cluster": ClusterConfig,
@@ -453,6 +475,8 @@ def config_digest(*, _root_: DictConfig) -> str:
     uncounted = ("run_dir", "cluster", "resume", "dry_run", "logger")
     counted = {key: value for key, value in set_options(_root_).items() if key.partition(".")[0] not in uncounted}
     counted |= {"adapter": _root_.adapter.method, "optimizer": _root_.optimizer.name}  # a default of their own classes
+    if _root_.objective.name != SFTConfig.name:  # which runs of before there was another had
+        counted["objective"] = _root_.objective.name
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -499,10 +523,15 @@ def train_config(saved: dict[str, Any]) -> TrainConfig:
     if method not in METHODS:
         hint = f"it was made with imports=[{modules}]: give that too, if you trust it" if modules else "not one of ours"
         raise ValueError(f"method={method}: {hint}")
+    objective = saved.get("objective", {}).get("name", SFTConfig.name)
+    if objective not in OBJECTIVES:
+        hint = f"it was made with imports=[{modules}]: give that too, if you trust it" if modules else "not one of ours"
+        raise ValueError(f"objective={objective}: {hint}")
     schema = OmegaConf.structured(
         TrainConfig(
             adapter=METHODS[saved["adapter"]["method"]].config(),
             optimizer=OPTIMIZERS[saved["optimizer"]["name"]].config(),
+            objective=OBJECTIVES[objective].config(),
         )
     )
     config = OmegaConf.to_object(OmegaConf.merge(schema, saved))

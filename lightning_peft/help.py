@@ -15,6 +15,7 @@ GROUPS = {
     "method": "how the model is tuned; picks adapter, quantisation and optimiser",
     "model": "which model: a name, org/name on the hub, a folder or a .gguf file",
     "data": "which rows: a data set, or a file of your own",
+    "objective": "what is trained for: answers (sft), preferences (dpo and others)",
     "rank": "size of the adapter; any number, as in rank=16",
     "target_modules": "which layers are adapted",
     "hardware": "what it runs on: strategy, precision, batch, recomputation",
@@ -138,8 +139,9 @@ def choices_help(command: str, choices: list[str]) -> str:
 
 
 def every_option() -> Iterable[Option]:
-    """Options of `train`, with those of every method and optimiser."""
+    """Options of `train`, with those of every method, optimiser and objective."""
     from lightning_peft.adapters.registry import METHODS  # with torch, which the pages of other commands do without
+    from lightning_peft.objectives.registry import OBJECTIVES
     from lightning_peft.optim.optimizers import OPTIMIZERS
 
     yield from options_of(ROOTS["train"])
@@ -147,6 +149,8 @@ def every_option() -> Iterable[Option]:
         yield from options_of(method.config, "adapter.")
     for optimizer in OPTIMIZERS.values():
         yield from options_of(optimizer.config, "optimizer.")
+    for objective in OBJECTIVES.values():
+        yield from options_of(objective.config, "objective.")
 
 
 def sections() -> list[str]:

@@ -39,6 +39,8 @@ class Lineage:
     """Name, path or hub id of the base."""
     method: str = "lora"
     """Key of `METHODS`; HF's file does not tell LoRA-FA from LoRA, and has no word for some methods."""
+    objective: str = "sft"
+    """Key of `OBJECTIVES`: what the adapter was trained for."""
     quantization: str = "none"
     """How the base was quantised while the adapter was trained."""
     precision: str | None = None

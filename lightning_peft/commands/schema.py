@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.config import CONF_DIR, TrainConfig
 from lightning_peft.help import GROUPS, TRAINER
+from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.options import Option, options_of, shown
 
@@ -36,6 +37,8 @@ def schema_of_file() -> dict[str, Any]:
         options += options_of(method.config, "adapter.")
     for optimizer in OPTIMIZERS.values():
         options += options_of(optimizer.config, "optimizer.")
+    for objective in OBJECTIVES.values():
+        options += options_of(objective.config, "objective.")
     for option in options:
         section, _, name = option.key.rpartition(".")
         target = properties

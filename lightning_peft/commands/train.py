@@ -160,6 +160,7 @@ def train_prepared(
     module = FinetuneModule(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
         config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
+        config.objective,
     )  # fmt: skip
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
 
@@ -295,6 +296,7 @@ def lineage_of(config: TrainConfig, content: dict[str, str], precision: str) -> 
         base_fingerprint=content["base weights"],
         base_name=model_name(config.model),
         method=config.adapter.method,
+        objective=config.objective.name,
         quantization=config.quantization.kind.name,
         precision=precision,
         config=plain(config),

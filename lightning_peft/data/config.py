@@ -15,6 +15,14 @@ class Format(Enum):
     text = "text"
 
 
+class RowKind(Enum):
+    """What a row holds: answers to learn, a chosen and a rejected answer, or an answer and whether it is wanted."""
+
+    answers = "answers"
+    pairs = "pairs"
+    labelled = "labelled"
+
+
 class OnBadRow(Enum):
     """A row that cannot be read or does not have its format's columns: stop, or leave it out and count it."""
 
@@ -72,6 +80,9 @@ class DataConfig:
     """Split of the hub data set to train on."""
     hub_validation_split: str | None = None
     """Split to validate on; without it `validation_fraction` of the training rows are held out."""
+    rows: RowKind | None = None
+    """What a row holds: answers, pairs of a chosen and a rejected one, or labelled ones; null takes what the objective
+    trains on, and answers where there is none."""
     task: str = "none"
     """How `evaluate` scores the answers: a name in `lightning_peft.evaluation.tasks.TASKS`; none for the loss only."""
     format: Format = Format.auto

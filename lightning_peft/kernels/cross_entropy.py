@@ -81,8 +81,11 @@ def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
     return losses.sum() if weights is None else losses @ weights
 
 
-class FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross entropy of hidden (N, D) under a frozen head weight (V, D); gradient for hidden only."""
+class FrozenHeadLosses(torch.autograd.Function):
+    """Cross entropy (N,) of each row of hidden (N, D) under a frozen head weight (V, D); gradient for hidden only.
+
+    The gradient of a row's own loss is kept from the forward pass, so the backward pass only scales rows.
+    """
 
     @staticmethod
     def forward(
@@ -93,9 +96,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         labels: Tensor,
         chunk: int,
         transform: LogitTransform | None,
-        weights: Tensor | None,
     ) -> Tensor:
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         # In the weight's dtype: autocast does not reach a product with out=, and a layer norm under it gives fp32.
         hidden = hidden.to(weight.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -111,27 +113,24 @@ class FrozenHeadLoss(torch.autograd.Function):
                 torch.addmm(bias, hidden[tokens], weight.t(), out=logits)
             # The compiler would copy what an operator writes over.
             if transform is None and not torch.compiler.is_compiling() and takes(logits):
-                token_losses = torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens])
-                loss += weighted_sum(token_losses, None if weights is None else weights[tokens])
+                losses[tokens] = torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens])
             else:
                 for place in range(start, start + logits.shape[0], rows):
                     part = slice(place, min(place + rows, start + logits.shape[0]))
                     part_logits = logits[place - start : part.stop - start]
                     if grad_hidden is None:
                         values = part_logits.float() if transform is None else transform(part_logits.float())
-                        token_losses = F.cross_entropy(values, labels[part], reduction="none")
+                        losses[part] = F.cross_entropy(values, labels[part], reduction="none")
                     else:
-                        token_losses = cross_entropy_with_gradient_(part_logits, labels[part][:, None], transform)
-                    loss += weighted_sum(token_losses.flatten(), None if weights is None else weights[part])
+                        own = cross_entropy_with_gradient_(part_logits, labels[part][:, None], transform)
+                        losses[part] = own.flatten()
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[tokens])
-                if weights is not None:
-                    grad_hidden[tokens] *= weights[tokens, None].to(grad_hidden.dtype)
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
-        return loss
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), None, None, None, None, None, None
+        return grad_hidden * grads[0][:, None].to(grad_hidden.dtype), None, None, None, None, None

@@ -1,13 +1,11 @@
 """Cross entropy of an output head without ever holding the logits of all tokens: a chunk of tokens at a time."""
 
-from itertools import repeat
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.kernels.cross_entropy import FrozenHeadLoss, LogitTransform
+from lightning_peft.kernels.cross_entropy import FrozenHeadLosses, LogitTransform, weighted_sum
 
 LOGIT_BYTES, MIN_CHUNK = 2**25, 256
 """fp32 logits of a chunk, and tokens that a chunk has whatever they take. Ours: on CPU larger ones were no faster."""
@@ -18,6 +16,30 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(MIN_CHUNK, LOGIT_BYTES // (4 * vocabulary) // 64 * 64)
 
 
+def linear_token_losses(
+    hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: LogitTransform | None = None
+) -> Tensor:
+    """Return the cross entropy of each token, (N,) fp32; each has a gradient of its own.
+
+    hidden (N, D) and labels (N,) int64, already shifted and without ignored positions. `head` is any module from D to
+    V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; a
+    trained, adapted or quantised one recomputes its chunks in the backward pass.
+    """
+    chunk = chunk_tokens(vocabulary)
+    if hidden.shape[0] == 0:
+        return hidden.sum(-1).float()
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        return FrozenHeadLosses.apply(hidden, head.weight, head.bias, labels, chunk, transform)
+
+    def chunk_losses(chunk_hidden: Tensor, chunk_labels: Tensor) -> Tensor:
+        logits = head(chunk_hidden).float()
+        logits = transform(logits) if transform else logits
+        return F.cross_entropy(logits, chunk_labels, reduction="none")
+
+    chunks = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    return torch.cat([checkpoint(chunk_losses, *parts, use_reentrant=False) for parts in chunks])
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     labels: Tensor,
@@ -26,31 +48,5 @@ def linear_cross_entropy(
     transform: LogitTransform | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the cross entropy summed over tokens, fp32 scalar.
-
-    hidden (N, D) and labels (N,) int64, already shifted and without ignored positions; weights (N,) fp32 multiply the
-    tokens' losses. `head` is any module from D to
-    V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; a
-    trained, adapted or quantised one recomputes its chunks in the backward pass.
-    """
-    chunk = chunk_tokens(vocabulary)
-    if hidden.shape[0] == 0:
-        return hidden.sum().float()
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, labels, chunk, transform, weights)
-
-    def chunk_loss(chunk_hidden: Tensor, chunk_labels: Tensor, chunk_weights: Tensor | None) -> Tensor:
-        logits = head(chunk_hidden).float()
-        logits = transform(logits) if transform else logits
-        if chunk_weights is None:
-            return F.cross_entropy(logits, chunk_labels, reduction="sum")
-        return F.cross_entropy(logits, chunk_labels, reduction="none") @ chunk_weights
-
-    chunks = zip(
-        hidden.split(chunk),
-        labels.split(chunk),
-        repeat(None) if weights is None else weights.split(chunk),
-        strict=False,
-    )
-    losses = [checkpoint(chunk_loss, *parts, use_reentrant=False) for parts in chunks]
-    return torch.stack(losses).sum()
+    """Return `linear_token_losses` summed over tokens, fp32 scalar; weights (N,) fp32 multiply the tokens' losses."""
+    return weighted_sum(linear_token_losses(hidden, labels, head, vocabulary, transform), weights)

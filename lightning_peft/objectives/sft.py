@@ -1,170 +1,31 @@
 """Supervised fine-tuning: the summed next-token cross entropy of a batch under a causal language model."""
 
-import logging
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from lightning_peft import distributed
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
-from lightning_peft.models.attention import VARLEN, supports_packing
-from lightning_peft.models.blocks import decoder_of
-from lightning_peft.objectives.linear_cross_entropy import linear_cross_entropy
-from lightning_peft.objectives.logits import (
-    PROBED_TOKENS,
-    LogitPath,
-    find_logit_path,
-    in_eval_mode,
-    own_inputs,
-    refuse_foresight,
-    relative_difference,
-    tolerance,
-)
-from lightning_peft.objectives.unpacking import is_packed, unpacked
-
-logger = logging.getLogger(__name__)
-
-PACKED_IN_16_BITS = 2**-3
-"""Difference of packed logits that rounding explains in deep models: samples that see each other differ by more."""
-
-NEXT_TOKENS = 3
-"""Tokens behind the end of another sample that are compared by themselves."""
+from lightning_peft.objectives.model_loss import ModelLoss
+from lightning_peft.objectives.objective import Objective, ObjectiveConfig
 
 
-def decoder_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """Keyword arguments with which a decoder keeps the packed samples of a batch apart.
-
-    Where samples begin is said only where a row holds several, or to the attention that goes by it: a decoder that
-    cannot keep samples apart must not be told that there are some.
-    """
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    if not is_packed(batch) and model.config._attn_implementation != VARLEN:
-        return inputs
-    return inputs | {
-        "cu_seq_lens_q": batch.cu_seqlens,
-        "cu_seq_lens_k": batch.cu_seqlens,
-        "max_length_q": batch.max_seqlen,
-        "max_length_k": batch.max_seqlen,
-    }
+@dataclass
+class SFTConfig(ObjectiveConfig):
+    name: str = "sft"
 
 
-class SupervisedLoss(nn.Module):
-    """Model and loss in one forward, so that a sharded model's head is gathered when the loss reads it.
-
-    The first forward checks how the model makes its logits, and whether it keeps packed samples apart. Where the
-    logits are not rebuilt here, the loss is the cross entropy of the model's own; where samples are not kept apart,
-    each is run as a row of its own.
-    """
-
-    model: PreTrainedModel
-
-    def __init__(self, model: PreTrainedModel, packing: bool | str = "auto"):
-        """packing: `data.packing`; with true, a model that does not keep packed samples apart is refused."""
-        super().__init__()
-        self.model = model
-        self.packing = packing
-        self.logit_path: LogitPath | None = None
-        """How logits come of hidden states; None before the first forward, and where the model's own are taken."""
-        self.is_checked = False
-        self.packing_difference: float | None = None
-        """What the check found for packed samples; None before it, and where none are packed."""
-        self.runs_apart = False
-        """Whether packed samples are run as rows of their own, because the check found that they see each other."""
-
-    def assume(self, path: LogitPath) -> None:
-        """Take this path unchecked, for a model without values."""
-        self.logit_path, self.is_checked = path, True
-
-    def check(self, batch: Batch) -> None:
-        """See on the batch's first tokens how the model makes its logits, and whether packed samples stay apart.
-
-        The first forward does it by itself. Raises ValueError where the model sees the tokens it is to predict, and
-        where packed samples see each other with data.packing=true.
-        """
-        row = batch.input_ids[0, : 2 * PROBED_TOKENS]
-        # Every rank runs the model equally often: blocks of a sharded one are gathered from all.
-        if self.packing is not False and supports_packing(self.model) and len(row) > 1:
-            self._check_packing(row[: -(-len(row) // 3)], row[-(-len(row) // 3) :])
-        refuse_foresight(self.model, batch.input_ids)
-        self.logit_path = find_logit_path(self.model, batch.input_ids, self._row_inputs)
-        self.is_checked = True
-
-    def _check_packing(self, first: Tensor, second: Tensor) -> None:
-        difference, dtype = self._compare_packed(first, second)
-        self.packing_difference = difference = distributed.worst(difference)
-        if difference <= (tolerance(dtype) if dtype is torch.float32 else PACKED_IN_16_BITS):
-            logger.info("packing: a sample's logits differ from those it has alone by %.1e of the largest", difference)
-            return
-        found = (
-            f"packed samples see each other in {type(self.model).__name__} with "
-            f"model.attention={self.model.config._attn_implementation}: logits differ by {difference:.1%}"
-        )
-        if self.packing is True:
-            raise ValueError(f"data.packing=true: {found}; use data.packing=auto")
-        logger.warning("%s; each is run as a padded row of its own", found)
-        self.runs_apart = True
-
-    @torch.no_grad()
-    def _compare_packed(self, first: Tensor, second: Tensor) -> tuple[float, torch.dtype]:
-        """Difference of the second sample's logits, packed behind the first one, to those it has alone; their dtype."""
-        lengths = torch.tensor([0, len(first), len(second)])
-        bounds = lengths.cumsum(0).to(device=first.device, dtype=torch.int32)
-        places = torch.cat([torch.arange(len(ids), device=ids.device) for ids in (first, second)])[None]
-        ids = torch.cat([first, second])[None]
-        packed = decoder_inputs(self.model, Batch(ids, ids, places, bounds, int(lengths.max()), ids.numel(), 0))
-        with in_eval_mode(self.model):
-            together = self.model(**packed).logits[0, len(first) :]
-            alone = self.model(**own_inputs(second[None])).logits[0]
-        behind = slice(0, NEXT_TOKENS)  # a window or a convolution looks no further back than a few tokens
-        differences = relative_difference(together, alone), relative_difference(together[behind], alone[behind])
-        return float(torch.stack(differences).max()), alone.dtype
+class SupervisedLoss(ModelLoss):
+    """The cross entropy of the answers."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """Loss summed over the batch's `num_supervised` tokens, each times its weight, fp32 scalar.
+        """Return the loss summed over the batch's `num_supervised` tokens, each times its weight, fp32 scalar."""
+        tokens = self.token_losses(batch)
+        return weighted_sum(tokens.losses, tokens.weights)
 
-        Position t is scored on the label at t + 1; a packed sample's first label is -100, so none predicts the next.
-        """
-        if not self.is_checked:
-            self.check(batch)
-        if not self.runs_apart or not is_packed(batch):
-            return self._loss(batch)
-        # Blocks of a sharded model are gathered from all ranks: each runs it once, whatever its samples.
-        parts = unpacked(batch, at_once=any(isinstance(module, FSDPModule) for module in self.model.modules()))
-        return torch.stack([self._loss(part) for part in parts]).sum()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100).reshape(-1)
-        # The count is known from the collation, so the device is not asked for it.
-        positions = torch.nonzero_static(next_labels != -100, size=batch.num_supervised).squeeze(1)
-        labels = next_labels.index_select(0, positions)
-        weights = None
-        if batch.weights is not None:
-            weights = F.pad(batch.weights[:, 1:], (0, 1)).reshape(-1).index_select(0, positions)
-        if self.logit_path is None:
-            inputs = decoder_inputs(self.model, batch) if is_packed(batch) else own_inputs(batch.input_ids)
-            logits = self.model(**inputs).logits
-            chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, positions)
-            return weighted_sum(F.cross_entropy(chosen.float(), labels, reduction="none"), weights)
-        inputs = own_inputs(batch.input_ids) if self.runs_apart else decoder_inputs(self.model, batch)
-        hidden = decoder_of(self.model)(**inputs).last_hidden_state
-        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
-        return linear_cross_entropy(
-            chosen if self.logit_path.scaled is None else self.logit_path.scaled(chosen),
-            labels,
-            self.model.get_output_embeddings(),
-            self.model.config.get_text_config().vocab_size,
-            self.logit_path.transform,
-            weights,
-        )
-
-    def _row_inputs(self, ids: Tensor) -> dict[str, Any]:
-        """The decoder's arguments for rows of ids (B, T) that are one sample each."""
-        rows, width = ids.shape
-        bounds = torch.arange(0, (rows + 1) * width, width, dtype=torch.int32, device=ids.device)
-        places = torch.arange(width, device=ids.device).expand(rows, width)
-        return decoder_inputs(self.model, Batch(ids, ids, places, bounds, width, ids.numel(), 0))
+OBJECTIVE = Objective(
+    SFTConfig,
+    lambda model, config, packing: SupervisedLoss(model, packing),
+    formula="-log p(answer), per token",
+)

@@ -18,31 +18,31 @@ def unpacked(batch: Batch, at_once: bool = False) -> list[Batch]:
     A part holds about as many tokens, padding included, as `batch` does; with `at_once` there is one part. Samples
     without a label are left out, but for one where no sample has any.
     """
-    samples = sorted(_samples(batch), key=lambda sample: sample.start - sample.stop)
+    samples = sorted(_samples(batch).items(), key=lambda sample: -len(sample[1]))
     parts, most = [], batch.input_ids.numel()
     while samples:
-        width = -(-len(samples[0]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        width = -(-len(samples[0][1]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         rows = len(samples) if at_once else max(1, most // width)
-        parts.append(_rows(batch, samples[:rows], width))
+        parts.append(_rows(batch, dict(samples[:rows]), width))
         samples = samples[rows:]
     return parts
 
 
-def _samples(batch: Batch) -> list[range]:
-    """Return where samples are in the flattened batch, each up to its last label."""
+def _samples(batch: Batch) -> dict[int, range]:
+    """Return where samples are in the flattened batch, each up to its last label, by their number."""
     bounds, labelled = batch.cu_seqlens.tolist(), (batch.labels != IGNORED_LABEL).flatten().cpu()
-    found = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    found = {}
+    for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         places = labelled[start:stop].nonzero()
         if len(places):
-            found.append(range(start, start + int(places[-1]) + 1))
-    return found or [range(bounds[0], min(bounds[1], LENGTH_MULTIPLE))]
+            found[number] = range(start, start + int(places[-1]) + 1)
+    return found or {0: range(bounds[0], min(bounds[1], LENGTH_MULTIPLE))}
 
 
-def _rows(batch: Batch, samples: list[range], width: int) -> Batch:
+def _rows(batch: Batch, samples: dict[int, range], width: int) -> Batch:
     device = batch.input_ids.device
-    starts = torch.tensor([sample.start for sample in samples], device=device)[:, None]
-    lengths = torch.tensor([len(sample) for sample in samples], device=device)[:, None]
+    starts = torch.tensor([sample.start for sample in samples.values()], device=device)[:, None]
+    lengths = torch.tensor([len(sample) for sample in samples.values()], device=device)[:, None]
     places = torch.arange(width, device=device).expand(len(samples), width)
     source = starts + torch.minimum(places, lengths - 1)
     labels = batch.labels.flatten()[source].masked_fill(places >= lengths, IGNORED_LABEL)
@@ -53,7 +53,8 @@ def _rows(batch: Batch, samples: list[range], width: int) -> Batch:
         position_ids=places,
         cu_seqlens=torch.arange(0, (len(samples) + 1) * width, width, dtype=torch.int32, device=device),
         max_seqlen=width,
-        num_tokens=sum(len(sample) for sample in samples),
+        num_tokens=sum(len(sample) for sample in samples.values()),
         num_supervised=int((labels != IGNORED_LABEL).sum()),
         weights=weights,
+        sample_ids=torch.tensor(list(samples), device=device),
     )

@@ -29,7 +29,10 @@ from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.blocks import block_names, transformer_blocks
 from lightning_peft.models.loading import load_by_block, load_model
 from lightning_peft.models.source import ModelConfig
-from lightning_peft.objectives.sft import SupervisedLoss, decoder_inputs
+from lightning_peft.objectives.model_loss import ModelLoss, decoder_inputs
+from lightning_peft.objectives.objective import ObjectiveConfig
+from lightning_peft.objectives.registry import OBJECTIVES
+from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
 from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients, local
@@ -69,10 +72,11 @@ def reads_whole_model(adapter: AdapterConfig, quantization: QuantizationConfig) 
 class FinetuneModule(LightningModule):
     """Fine-tunes a causal language model with adapters on a base that may be quantised.
 
-    Loss and gradients are means per supervised token over the whole accumulation window and all ranks. Only trainable
-    parameters are in its state dict. Use it with a Trainer that has `plugins=[ComputePrecision("bf16-true")]` or runs
-    in fp32: Lightning's own half precision would cast the fp32 adapters. `compilation` is none, blocks or full;
-    `packing` is `data.packing`: with true, a model that does not keep packed samples apart is refused.
+    Loss and gradients are means per supervised token, or per pair of answers, over the whole accumulation window and
+    all ranks. Only trainable parameters are in its state dict. Use it with a Trainer that has
+    `plugins=[ComputePrecision("bf16-true")]` or runs in fp32: Lightning's own half precision would cast the fp32
+    adapters. `compilation` is none, blocks or full; `packing` is `data.packing`: with true, a model that does not keep
+    packed samples apart is refused. `objective` is what it is trained for, supervised fine-tuning where it is None.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class FinetuneModule(LightningModule):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         packing: bool | str = "auto",
+        objective: ObjectiveConfig | None = None,
     ):
         super().__init__()
         self.model_config = model
@@ -99,10 +104,11 @@ class FinetuneModule(LightningModule):
         self.weight_dtype = dtype
         self.seed = seed
         self.packing = packing
+        self.objective_config = objective or SFTConfig()
         self.step_schedule: StepSchedule | None = None
         """The schedule that changes the adapters between steps, for methods that have one."""
         self.saved_schedule: dict[str, Any] | None = None
-        self.objective: SupervisedLoss | None = None
+        self.objective: ModelLoss | None = None
         self.base_fingerprint: str | None = None
         """Hash of the quantised base as loaded, with quantization.verify."""
         self.window = TokenWindow()
@@ -131,7 +137,7 @@ class FinetuneModule(LightningModule):
             self.objective = self.load_sharded(strategy)
         else:
             device = torch.device("cpu") if strategy is None else strategy.root_device
-            self.objective = SupervisedLoss(self.load_whole(device), self.packing).train()
+            self.objective = self.build_objective(self.load_whole(device))
             checkpoint_blocks(self.model, self.activation_checkpointing)
             compile_model(self.model, self.compilation)
         if self.quantization_config.verify:
@@ -141,6 +147,11 @@ class FinetuneModule(LightningModule):
             load_adapter(self.model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
         self.log_memory(self.model)
 
+    def build_objective(self, model: PreTrainedModel) -> ModelLoss:
+        """Return the model with the loss it is trained on."""
+        row = OBJECTIVES[self.objective_config.name]
+        return row.build(model, self.objective_config, self.packing).train()
+
     def load_whole(self, device: torch.device) -> PreTrainedModel:
         """The model with its adapters on one device."""
         model = load_model(self.model_config, self.weight_dtype, self.quantization_config, device)
@@ -149,7 +160,7 @@ class FinetuneModule(LightningModule):
         self.start_adapters(model)
         return model
 
-    def load_sharded(self, strategy: ShardedModel) -> SupervisedLoss:
+    def load_sharded(self, strategy: ShardedModel) -> ModelLoss:
         """The model with its adapters as this rank's slices: each block is read, adapted and cut before the next."""
         injection = None
         if reads_whole_model(self.adapter_config, self.quantization_config):
@@ -181,7 +192,7 @@ class FinetuneModule(LightningModule):
             injection.finish()
         if self.quantization_config.verify:
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
-        objective = SupervisedLoss(model, self.packing).train()
+        objective = self.build_objective(model)
         host_memory = max(host_memory, host_memory_gib())
         strategy.shard_root(objective)
         logger.info(
@@ -243,10 +254,11 @@ class FinetuneModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.objective is not None
         loss = self.objective(batch)
-        self.window.add(loss, batch.loss_weight)
+        weight = self.objective.loss_weight(batch)
+        self.window.add(loss, weight, batch.loss_weight, self.objective.measured)
         penalty = regularization(self.model)
         if penalty is not None:
-            loss = loss + penalty * batch.loss_weight
+            loss = loss + penalty * weight
         # Undo Lightning's division; the true divisor, the window's token count, is known when the window closes.
         return loss * (self.trainer.accumulate_grad_batches / GRADIENT_UNIT)
 
@@ -262,11 +274,11 @@ class FinetuneModule(LightningModule):
             self.step_schedule.after_step(self.trainer.global_step + 1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        mean_loss, tokens = self.window.close()
+        means = self.window.close()
         # DDP and FSDP average gradients over ranks, so the sum needs the world size back.
-        factor = GRADIENT_UNIT * self.trainer.world_size / divisor(tokens)
+        factor = GRADIENT_UNIT * self.trainer.world_size / divisor(means.weight)
         scale_gradients(self.trainable_parameters(), factor)
-        self.step_metrics = {"loss": mean_loss, "supervised_tokens": tokens}
+        self.step_metrics = {"loss": means.loss, "supervised_tokens": means.tokens} | means.measured
 
     def configure_gradient_clipping(
         self,
@@ -289,13 +301,17 @@ class FinetuneModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.objective is not None
-        self.validation_window.add(self.objective(batch), batch.loss_weight)
+        loss = self.objective(batch)
+        weight = self.objective.loss_weight(batch)
+        self.validation_window.add(loss, weight, batch.loss_weight, self.objective.measured)
 
     def on_validation_epoch_end(self) -> None:
-        loss, _ = self.validation_window.close()
+        means = self.validation_window.close()
         # Lightning would log under a step count that it advances only after the validation.
         self.log("step", float(self.trainer.global_step), batch_size=1, sync_dist=True)
-        self.log("validation_loss", loss.float(), prog_bar=True, batch_size=1, sync_dist=True)
+        self.log("validation_loss", means.loss.float(), prog_bar=True, batch_size=1, sync_dist=True)
+        for name, mean in means.measured.items():
+            self.log(f"validation_{name}", mean.float(), batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -4,7 +4,8 @@ A mean of micro-batch means weighs a short batch like a long one; the sum over t
 window over all ranks does not, and is the same for any split (huggingface/transformers#34191).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +14,63 @@ from lightning_peft.distributed import reduce_sums
 from lightning_peft.optim.sharded import local
 
 
+class Means(NamedTuple):
+    """What a window came to over all ranks, fp64 scalars."""
+
+    loss: Tensor
+    """Mean per token, or per pair."""
+    weight: Tensor
+    """The tokens, each counted by its weight, or pairs that the mean is over."""
+    tokens: Tensor
+    """Supervised tokens."""
+    measured: dict[str, Tensor]
+    """Means of what the objective measured beside the loss; nan where there was nothing to measure."""
+
+
 class TokenWindow:
-    """Sums of one window: the loss, kept on the device until the optimiser steps, and the supervised tokens."""
+    """Sums of one window, kept on the device until the optimiser steps."""
 
     def __init__(self) -> None:
-        self.loss: Tensor | None = None
+        self.sums: Tensor | None = None
+        """(2 x names + 1,) fp64: the loss, then sum and count of all that is measured."""
+        self.names: list[str] = []
+        self.weight = 0.0
         self.tokens = 0.0
 
-    def add(self, loss: Tensor, tokens: float) -> None:
-        """loss: summed over its tokens, fp32 scalar; tokens: how many, each counted by its weight."""
-        loss = loss.detach().double()
-        self.loss = loss if self.loss is None else self.loss + loss
-        self.tokens += tokens
+    def add(
+        self,
+        loss: Tensor,
+        weight: float,
+        tokens: float | None = None,
+        measured: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """Add a micro batch.
 
-    def close(self) -> tuple[Tensor, Tensor]:
-        """(mean loss per token, tokens) of the window over all ranks, fp64 scalars; the next window starts empty."""
-        assert self.loss is not None, "close() follows at least one add()"
-        loss, tokens = reduce_sums(torch.stack([self.loss, torch.full_like(self.loss, self.tokens)]))
-        self.loss, self.tokens = None, 0.0
-        return loss / divisor(tokens), tokens
+        loss: its sum, fp32 scalar; weight: what it is divided by; tokens: the supervised ones, where that is something
+        else; measured: sum and count of each name, the same names in each batch.
+        """
+        measured = measured or {}
+        parts = [loss, *(part for name in measured for part in measured[name])]
+        sums = torch.stack([part.detach().double() for part in parts])
+        assert self.sums is None or self.names == list(measured), "every batch of a window measures the same"
+        self.names = list(measured)
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.weight += weight
+        self.tokens += weight if tokens is None else tokens
+
+    def close(self) -> Means:
+        """Return the means over all ranks; the next window starts empty."""
+        assert self.sums is not None, "close() follows at least one add()"
+        counts = [torch.full_like(self.sums[:1], count) for count in (self.weight, self.tokens)]
+        weight, tokens, loss, *parts = reduce_sums(torch.cat([*counts, self.sums]))
+        measured = {name: parts[2 * i] / parts[2 * i + 1] for i, name in enumerate(self.names)}
+        self.sums, self.weight, self.tokens = None, 0.0, 0.0
+        return Means(loss / divisor(weight), weight, tokens, measured)
 
 
-def divisor(tokens: Tensor) -> Tensor:
-    """What sums over tokens are divided by: their number, or 1 where there are none."""
-    return torch.where(tokens > 0, tokens, 1.0)
+def divisor(weight: Tensor) -> Tensor:
+    """What sums are divided by: the number of tokens or pairs, or 1 where there are none."""
+    return torch.where(weight > 0, weight, 1.0)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:

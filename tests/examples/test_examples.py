@@ -1,5 +1,6 @@
 """Parts from outside the package train, resume, sweep and are scored through the command line alone."""
 
+import csv
 import json
 import os
 import shutil
@@ -85,6 +86,23 @@ def test_own_initialisation_and_optimiser(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
 
 
+OBJECTIVE = ["imports=[own_objective]", "objective=focal", "objective.focus=1", "validation.every_n_steps=2", *SHORT]
+
+
+def test_own_objective_trains_measures_and_is_recorded(tmp_path):
+    succeeded("train", *TINY, *OBJECTIVE, f"run_dir={tmp_path}/run")
+    lineage = json.loads((tmp_path / "run" / "adapter" / "lineage.json").read_text())
+    assert lineage["objective"] == "focal" and lineage["config"]["objective"] == {"name": "focal", "focus": 1.0}
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(0 < float(row["missed"]) < 1 for row in rows if row["loss"])
+    assert any(row["validation_missed"] for row in rows)
+    resumed = command("train", *TINY, *OBJECTIVE[:2], *SHORT, f"run_dir={tmp_path}/run", "resume=auto")
+    assert resumed.returncode == 2 and "objective.focus (was 1.0, is 2.0)" in resumed.stderr
+    other = command("train", *TINY, *SHORT, f"run_dir={tmp_path}/run", "resume=auto")
+    assert other.returncode == 2 and "objective.name (was 'focal', is 'sft')" in other.stderr
+
+
 def test_own_rows_and_their_score(tmp_path):
     words = ["imports=[own_data]", "data=jsonl", "data.source=sums", "data.task=sums", *SHORT]
     succeeded("train", *TINY, *words, f"run_dir={tmp_path}/run")
@@ -128,6 +146,12 @@ def test_installed_package_announces_its_module(tmp_path):
 def test_own_method_trains_on_several_ranks(run, tmp_path):
     words = [*METHOD, "adapter.largest=0.25", "strategy=ddp", "trainer.devices=2"]
     succeeded("train", *TINY, *words, f"run_dir={tmp_path}/run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.multi_process
+def test_own_objective_trains_on_several_ranks(tmp_path):
+    succeeded("train", *TINY, *OBJECTIVE, "strategy=ddp", "trainer.devices=2", f"run_dir={tmp_path}/run")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
 
 

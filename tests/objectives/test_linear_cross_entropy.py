@@ -118,3 +118,16 @@ def test_weights_multiply_each_tokens_loss_and_gradient(trained):
     torch.testing.assert_close(
         *(torch.autograd.grad(loss, hidden)[0] for loss in (ours, expected)), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_each_tokens_loss_has_a_gradient_of_its_own(trained):
+    hidden, labels, head = problem(torch.float32)
+    head.requires_grad_(trained)
+    scales = torch.linspace(-3.0, 2.0, len(labels))
+    ours = module.linear_token_losses(hidden, labels, head, 50)
+    expected = F.cross_entropy(head(hidden), labels, reduction="none")
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    # A nonlinear function of the losses, as of the log-probability of a sample.
+    gradients = [torch.autograd.grad((losses.sigmoid() * scales).sum(), hidden)[0] for losses in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

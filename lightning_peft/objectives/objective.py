@@ -1,0 +1,37 @@
+"""Everything an objective says about itself: one row, written in its own file; `registry.OBJECTIVES` collects them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lightning_peft.data.config import RowKind
+from lightning_peft.objectives.model_loss import ModelLoss
+
+
+@dataclass
+class ObjectiveConfig:
+    """Options of every objective; each has its own below this."""
+
+    name: str = "sft"
+    """A key of `OBJECTIVES`; set by the option file."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Everything that the rest of the program knows about an objective."""
+
+    config: type[ObjectiveConfig]
+    build: Callable[[PreTrainedModel, Any, bool | str], ModelLoss]
+    """(model, options, `data.packing`) -> the model with its loss."""
+    rows: RowKind = RowKind.answers
+    """What a row must hold."""
+    uses_reference: bool = False
+    """Whether the loss compares with the model as it was before training."""
+    logs: tuple[str, ...] = ()
+    """Names of what `ModelLoss.measured` holds after each forward."""
+    formula: str = ""
+    """The loss, as the table of objectives prints it."""
+    paper: str = ""
+    """Where the objective was published."""
