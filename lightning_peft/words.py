@@ -97,7 +97,7 @@ def everyday(command: str, words: list[str]) -> list[str]:
             written += words_of_file(Path(word))
         else:
             written.append(word)
-    if command in (*RUN_COMMANDS, "evaluate", "generate", "merge"):
+    if command in (*RUN_COMMANDS, "evaluate", "generate", "merge", "export"):
         written = [part for word in written for part in _rewritten(word)]
     if command in RUN_COMMANDS:
         written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out

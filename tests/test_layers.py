@@ -14,7 +14,7 @@ LAYERS = [
     ["objectives"],
     ["checkpoint", "optim"],
     ["inference", "estimation", "cluster"],
-    ["training", "evaluation"],
+    ["training", "evaluation", "serving"],
     ["config"],
     ["options", "words"],
     ["compose"],
