@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
@@ -27,6 +28,7 @@ from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.optim.schedules import ScheduleConfig
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.serving.engines import check_target_servers
 from lightning_peft.sweeps.search import SweepConfig
 from lightning_peft.training.config import (
     ActivationCheckpointing,
@@ -38,6 +40,8 @@ from lightning_peft.training.config import (
     check_compilation,
 )
 from lightning_peft.training.guard import GuardConfig
+
+logger = logging.getLogger(__name__)
 
 CONF_DIR = next(
     folder for parent in (Path(__file__).parent, Path(__file__).parent.parent) if (folder := parent / "conf").is_dir()
@@ -108,6 +112,8 @@ class TrainConfig:
     """Further Lightning callbacks by name, each a `_target_` node."""
     cluster: ClusterConfig | None = None
     """Where `submit` runs it; null under `train`, which runs it here."""
+    target_server: list[str] = field(default_factory=list)
+    """Engines that will serve the adapter: vllm, llama_cpp, sglang, lorax, tgi, ollama; checked before step 0."""
     claim: dict[str, Any] = field(default_factory=dict)
     """What a recipe says it reaches; kept with the run, read by nobody else."""
 
@@ -122,6 +128,8 @@ class TrainConfig:
         check_task(self.data)
         self.check_metrics()
         self.data = rows_of_objective(self.data, self.objective)
+        for line in check_target_servers(self.target_server, self.adapter) if self.target_server else []:
+            logger.info(line)
         if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
             raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
         if self.adapter.init_from is not None and not self.adapter.initialization.is_neutral:
@@ -279,6 +287,55 @@ class MergeCommandConfig:
     merge: MergeConfig = field(default_factory=MergeConfig)
 
 
+class ExportFormat(Enum):
+    """What `export` writes."""
+
+    plain = "plain"
+    """A LoRA folder with the scaling in B, for vLLM, SGLang, LoRAX and HF PEFT."""
+    gguf_lora = "gguf_lora"
+    """The adapter alone, for llama.cpp."""
+    gguf = "gguf"
+    """Base and adapter in one file, for llama.cpp."""
+    ollama = "ollama"
+    """A Modelfile with the adapter, or with base and adapter in one file."""
+
+
+@dataclass
+class ExportConfig:
+    """Writes an adapter as another engine reads it."""
+
+    adapter_path: str = "???"
+    """Run folder or adapter folder."""
+    output: str = "???"
+    """Folder to write; must not exist."""
+    format: ExportFormat = MISSING
+    """plain, gguf_lora, gguf or ollama."""
+    engine: list[str] = field(default_factory=list)
+    """Engines that have to compute the export rightly: vllm, llama_cpp, sglang, lorax, tgi, ollama."""
+    base_name: str | None = None
+    """plain: a hub id or folder by which others find the base; ollama: the base's name there. null takes model.path."""
+    dtype: str = "bf16"
+    """gguf: fp32, bf16 or q8_0."""
+    max_kl: float = 0.01
+    """Largest mean KL(trained || exported) accepted, nats per token."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    precision: str = "auto"
+    """dtype in which trained and exported are compared, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("fp32", "bf16", "q8_0"):
+            raise ValueError(f"dtype={self.dtype}: must be one of fp32, bf16, q8_0")
+        if self.dtype != "bf16" and self.format not in (ExportFormat.gguf, ExportFormat.ollama):
+            raise ValueError(f"dtype={self.dtype}: only format=gguf and ollama have one; an adapter alone is fp32")
+        if self.base_name is not None and self.format not in (ExportFormat.plain, ExportFormat.ollama):
+            raise ValueError(f"base_name={self.base_name}: only format=plain and ollama name their base")
+        if self.max_kl <= 0:
+            raise ValueError(f"max_kl={self.max_kl}: must be above 0")
+
+
 @dataclass
 class PushConfig:
     """Uploads an adapter or a merged model to the hub, with its card."""
@@ -375,6 +432,7 @@ ROOTS: dict[str, type] = {
     "merge": MergeCommandConfig,
     "push": PushConfig,
     "report": ReportConfig,
+    "export": ExportConfig,
     "d90": D90Config,
 }
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
 from lightning_peft.kernels.frozen_linear import Base
 from lightning_peft.kernels.low_rank import add_low_rank
@@ -95,6 +95,13 @@ class AdaLoRALinear(Adapter):
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.float() @ (self.lora_E * self.lora_A).float())
+
+    def low_rank(self) -> LowRank:
+        """Return the triplets that were not cut; one of them, which is zero, where all were."""
+        A, B, E = (part.detach().float() for part in (self.lora_A, self.lora_B, self.lora_E))
+        kept = (E != 0).flatten()
+        kept[0] |= not kept.any()
+        return LowRank((E * A)[kept], B[:, kept], self.scaling)
 
     def schedule_state(self) -> list[Tensor]:
         """Return every weight that may be cut twice: its sensitivity, and how uncertain that is."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -29,6 +29,16 @@ class Target:
     alpha: float | None
     depth: int | None
     """Index of the transformer block, None outside the blocks."""
+
+
+class LowRank(NamedTuple):
+    """The change scaling * B A to a weight, fp32 and detached: what every serving engine can compute."""
+
+    A: Tensor
+    """(rank, in_features); (rank, num_embeddings) of an embedding."""
+    B: Tensor
+    """(out_features, rank); (dim, rank) of an embedding."""
+    scaling: float
 
 
 @dataclass
@@ -199,6 +209,10 @@ class Adapter(nn.Module, ABC):
 
     def delta_bias(self) -> Tensor | None:
         """Return merged minus base bias, fp32, or None."""
+        return None
+
+    def low_rank(self) -> LowRank | None:
+        """Return the whole change to the base as published as a low-rank sum; None where it is none."""
         return None
 
     @abstractmethod

@@ -129,6 +129,9 @@ class DoRALinear(LoRALinear):
         weight = dense_weight(self.base_layer).float()
         return self.gain()[:, None] * (weight + super().delta_weight()) - weight
 
+    def low_rank(self) -> None:
+        """Return None: the gain scales the base's own rows too."""
+
 
 class DoRAEmbedding(LoRAEmbedding):
     """y = m / n * (W[id] + scaling * B A[:, id]),  n and m over the columns of W: one per embedding dimension."""
@@ -165,6 +168,9 @@ class DoRAEmbedding(LoRAEmbedding):
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.base_layer).float()
         return self.gain() * (weight + super().delta_weight()) - weight
+
+    def low_rank(self) -> None:
+        """Return None: the gain scales the base's own columns too."""
 
 
 METHOD = Method(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, Reads, Start, kaiming
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
@@ -164,6 +164,11 @@ class LoRALinear(Adapter):
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
+    def low_rank(self) -> LowRank | None:
+        own = {"lora_A.weight": self.lora_A.weight.detach(), "lora_B.weight": self.lora_B.weight.detach()}
+        tensors = self.on_untouched_base(own)
+        return LowRank(tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float(), self.scaling)
+
 
 class LoRAEmbedding(Adapter):
     """y = W[id] + scaling * B A[:, id]   around an embedding (reference code of the paper).
@@ -198,6 +203,10 @@ class LoRAEmbedding(Adapter):
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).t()
+
+    def low_rank(self) -> LowRank | None:
+        A, B = self.lora_embedding_A.detach().float(), self.lora_embedding_B.detach().float()
+        return LowRank(A, B, self.scaling)
 
 
 def read_lora_words(words: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:

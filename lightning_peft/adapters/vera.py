@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, linears
 from lightning_peft.kernels.frozen_linear import GIVEN, Base
 from lightning_peft.kernels.low_rank import add_vectors
@@ -113,6 +113,11 @@ class VeRALinear(Adapter):
     def delta_weight(self) -> Tensor:
         A, B = self.projection()
         return (self.vera_lambda_b[:, None] * B.float()) @ (self.vera_lambda_d[:, None] * A.float())
+
+    def low_rank(self) -> LowRank:
+        A, B = self.projection()
+        d, b = self.vera_lambda_d.detach(), self.vera_lambda_b.detach()
+        return LowRank(A.float(), b[:, None] * B.float() * d, 1.0)
 
 
 METHOD = Method(

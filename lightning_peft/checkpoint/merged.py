@@ -55,8 +55,12 @@ class Receipt:
         return json.dumps(finite, indent=2, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
+        return self.line("merged against adapter")
+
+    def line(self, compared: str) -> str:
+        """Return the receipt in a line that begins with what was compared with what."""
         return (
-            f"merged against adapter on {self.tokens} tokens: logits differ by {self.mean_logit_difference:.2e} "
+            f"{compared} on {self.tokens} tokens: logits differ by {self.mean_logit_difference:.2e} "
             f"(at most {self.max_logit_difference:.2e}), KL {self.mean_kl:.2e} nats, same first choice for "
             f"{self.top1_agreement:.2%}, {self.recovered:.2%} of the adapter's effect kept"
         )
@@ -152,14 +156,21 @@ class Comparison:
     """Logits of an adapted model on sample text, kept to compare another model with."""
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, samples: Iterable[Tensor], base_logits: list[Tensor] | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        samples: Iterable[Tensor],
+        base_logits: list[Tensor] | None = None,
+        command: str = "merge",
+    ):
         model.eval()
+        self.command = command
         self.samples = [sample.to(model.device) for sample in samples]
         if not self.samples:
-            raise MergeError("merge: no sample text to compare the merged model on")
+            raise MergeError(f"{command}: no sample text to compare the merged model on")
         self.adapted: list[Tensor] = []
         self.effect = 0.0
-        with Part("merge: asking the adapted model", len(self.samples)) as part:
+        with Part(f"{command}: asking the adapted model", len(self.samples)) as part:
             for number, sample in enumerate(self.samples):
                 logits = logits_of(model, sample)
                 if base_logits is not None:
@@ -176,7 +187,7 @@ class Comparison:
         merged.eval()
         tokens = agreeing = 0
         largest = absolute = squared = kl = 0.0
-        with Part("merge: comparing the merged model", len(self.samples)) as part:
+        with Part(f"{self.command}: comparing the written model", len(self.samples)) as part:
             for sample, adapted in zip(self.samples, self.adapted, strict=True):
                 logits = logits_of(merged, sample)
                 difference = (logits - adapted).abs()

@@ -75,7 +75,7 @@ def save_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if lineage is not None:
-            write_lineage(replace(lineage, adapter_sha256=_sha256(partial / WEIGHTS_NAME)), partial)
+            write_lineage(replace(lineage, adapter_sha256=file_sha256(partial / WEIGHTS_NAME)), partial)
         if beside is not None:
             beside(partial)
 
@@ -119,10 +119,14 @@ def changes_base(folder: Path) -> bool:
 
     Disabling the adapters of a model that has loaded it does not give the base back.
     """
-    words, shapes = read_words(folder), _read_shapes(folder)
-    endings = tuple(f".{ending}" for ending in spelling(method_of(folder, words)).tensors)
-    beside = [name for name in shapes if name.startswith(PREFIX) and not name.endswith(endings)]
-    return bool(beside and endings) or words.get("init_lora_weights") in REWRITES_BASE
+    return bool(tensors_beside(folder)) or read_words(folder).get("init_lora_weights") in REWRITES_BASE
+
+
+def tensors_beside(folder: Path) -> list[str]:
+    """Return the names of the base's own tensors that a folder carries: trained modules, biases, embeddings."""
+    endings = tuple(f".{ending}" for ending in spelling(method_of(folder, read_words(folder))).tensors)
+    names = [name for name in _read_shapes(folder) if name.startswith(PREFIX) and not name.endswith(endings)]
+    return [name.removeprefix(PREFIX) for name in names] if endings else []
 
 
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -198,7 +202,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     lineage = read_lineage(folder)
     with _open(folder) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if lineage is not None and lineage.adapter_sha256 not in (None, _sha256(folder / WEIGHTS_NAME)):
+    if lineage is not None and lineage.adapter_sha256 not in (None, file_sha256(folder / WEIGHTS_NAME)):
         raise AdapterFileError(
             f"{folder / WEIGHTS_NAME}: damaged, it is not the file that lineage.json describes; "
             "if it was changed on purpose, delete lineage.json"
@@ -206,7 +210,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

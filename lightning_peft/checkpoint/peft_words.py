@@ -53,7 +53,7 @@ def write_words(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
-        "target_modules": _target_words(model, list(layers)),
+        "target_modules": target_words(model, list(layers)),
         "modules_to_save": _modules_to_save(model, layers, config.trained_biases) or None,
         **row.constants,
         **row.flags,
@@ -84,7 +84,7 @@ def _scaling_of(layer: Any) -> float:
     return layer.scaling
 
 
-def _target_words(model: nn.Module, targets: list[str]) -> list[str] | str:
+def target_words(model: nn.Module, targets: list[str]) -> list[str] | str:
     """Return words that select the adapted layers and no others: last parts of names, else full names, else a regex."""
     inside = tuple(f"{name}." for name in targets)
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]

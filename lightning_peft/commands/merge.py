@@ -29,7 +29,7 @@ from lightning_peft.data.conversation import Message
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, stored_dtypes
-from lightning_peft.models.source import copy_companions
+from lightning_peft.models.source import ModelConfig, copy_companions
 
 SAMPLES = 16
 """Conversations the merged model is compared on."""
@@ -55,7 +55,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     folder = tuned_folder(config.adapter_path)
     is_adapter = not is_whole_model(folder)
-    base_logits = logits_of_base(config) if is_adapter and changes_base(folder) else None
+    base_logits = logits_of_base(config.adapter_path, config.model) if is_adapter and changes_base(folder) else None
     model, tokenizer = load_for_inference(config.adapter_path, config.model, "auto")
     samples = sample_ids(saved_config(config.adapter_path), tokenizer)
     original = None
@@ -73,12 +73,12 @@ def merge(config: MergeCommandConfig) -> Receipt:
     return receipt
 
 
-def logits_of_base(config: MergeCommandConfig) -> list[Tensor]:
+def logits_of_base(adapter_path: str, model: ModelConfig | None) -> list[Tensor]:
     """What the base says to the samples, for an adapter that has written over parts of it."""
-    base, _ = base_of(config.adapter_path, config.model)
-    samples = sample_ids(saved_config(config.adapter_path), load_tokenizer(base))
-    model = load_base(config.adapter_path, config.model, "auto")
-    return [logits_of(model, sample.to(model.device)) for sample in samples]
+    base, _ = base_of(adapter_path, model)
+    samples = sample_ids(saved_config(adapter_path), load_tokenizer(base))
+    loaded = load_base(adapter_path, model, "auto")
+    return [logits_of(loaded, sample.to(loaded.device)) for sample in samples]
 
 
 def sample_ids(saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast) -> list[Tensor]:

@@ -197,13 +197,18 @@ def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
+def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows of each head from transformers' order to llama.cpp's: the inverse of `halves_from_pairs`."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+
 def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast | None:
     """The tokenizer, from the file's metadata; None for a kind not listed here."""
     field = partial(_tokenizer_field, file)
     if field("model") != "gpt2" or field("pre") not in PRE_TOKENIZERS:
         return None
     tokens = field("tokens")
-    merges = [tuple(merge.split(" ")) for merge in field("merges")]
+    merges = [tuple(merge.split(" ")) for merge in field("merges") or []]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[field("pre")]())
     tokenizer.decoder = decoders.ByteLevel()

@@ -176,3 +176,17 @@ def test_rows_need_routes() -> None:
     with pytest.raises(ValueError, match=r"routes \[7\]: the banks hold adapters \[0, 1\]; -1 is the base"):
         with routed(bank, [0, 7]):
             pass
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_in_bf16_a_row_is_its_adapter_alone_to_the_bit(method: str, quantized: bool) -> None:
+    """A change below the rounding of the base's output is kept, as outside a bank."""
+    models = [perturb(adapted(method, torch.bfloat16, quantized), scale) for scale in (1e-3, 2e-3)]
+    layers = [model.get_submodule("model.layers.1.self_attn.v_proj") for model in models]
+    layers[1].base_layer = layers[0].base_layer
+    bank = AdapterBank(layers)
+    bank.routes = torch.tensor([1, 0, 1])
+    x = torch.randn(3, 5, 64, dtype=torch.bfloat16)
+    output = bank(x)
+    assert torch.equal(output[[0, 2]], layers[1](x[[0, 2]])) and torch.equal(output[1:2], layers[0](x[1:2]))

@@ -326,3 +326,14 @@ def test_merge_into_the_original_base_adds_to_its_weights(method: str) -> None:
 
     assert merged is original and merged.state_dict().keys() == llama().state_dict().keys()
     assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in sums.items())
+
+
+@every_base
+@every_method
+def test_low_rank_sum_is_the_change(method: str, quantized: bool) -> None:
+    for _, layer in adapters(perturb(adapted(method, quantized=quantized))):
+        if (change := layer.low_rank()) is not None:
+            product = change.scaling * (change.B @ change.A)
+            torch.testing.assert_close(product, layer.delta_weight(), rtol=1e-5, atol=1e-6)
+        else:
+            assert method in ("dora", "hira", "ia3", "miss", "intrinsic")

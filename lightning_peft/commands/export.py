@@ -1,0 +1,237 @@
+"""`lightning-peft export`: a trained adapter as the files that other engines read, with a receipt."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from lightning_peft.adapters.inject import adapters, inject_adapters
+from lightning_peft.adapters.merge import merge_adapters
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.atomic import atomic_folder
+from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.merged import Comparison, MergeError, Receipt
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, tensors_beside
+from lightning_peft.commands.adapted import (
+    base_of,
+    best_of_sweep,
+    layout_of,
+    load_base,
+    load_for_inference,
+    saved_config,
+)
+from lightning_peft.commands.merge import logits_of_base, sample_ids
+from lightning_peft.config import ExportConfig, ExportFormat
+from lightning_peft.data.layout import PromptLayout
+from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.models.loading import load_model, load_tokenizer, model_config
+from lightning_peft.models.source import MODELS, ModelConfig, locate
+from lightning_peft.serving import gguf_lora, gguf_model, ollama
+from lightning_peft.serving.engines import (
+    check_engines,
+    features_of,
+    largest_rank,
+    not_low_rank,
+    refuse_wrong_engines,
+    spoken,
+    table_of,
+)
+from lightning_peft.serving.plain import inject_pairs, plain_pairs, write_plain
+from lightning_peft.serving.prompt import TEMPLATE_NAME, template_with_system
+
+RECEIPT_NAME = "export_receipt.json"
+LOW_RANK = (ExportFormat.plain, ExportFormat.gguf_lora)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained run, and how it is written."""
+
+    folder: Path
+    base: ModelConfig
+    features: list[str]
+    whole: bool
+    """The run wrote a whole model (method=full)."""
+    merged: bool
+    """The export holds base and adapter in one."""
+    base_name: str
+    """How other programs find the base; empty where the export holds it."""
+
+
+def export(config: ExportConfig) -> Receipt:
+    """Write the adapter in a format of other engines, say what each does with it, and compare the file's logits.
+
+    Raises ValueError, before a model is loaded, where the format cannot hold the adapter or an engine named would
+    refuse it or compute it wrongly; MergeError, with nothing left at `output`, where the file is too far off.
+    """
+    config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
+    disable_progress_bar()  # of transformers; ours stands in its place
+    source = checked(config)
+    model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    layout = layout_of(config.adapter_path, tokenizer)
+    if config.format is ExportFormat.ollama:
+        ollama.modelfile("base", None, layout, tokenizer)  # what it cannot say is said before the work
+    comparison = compared(config, source, model)
+    output = Path(config.output)
+    with atomic_folder(output) as partial:
+        if source.merged:
+            receipt = write_merged(config, source, model, tokenizer, layout, comparison, partial)
+        else:
+            receipt = write_pairs(config, source, model, tokenizer, layout, comparison, partial)
+        (partial / RECEIPT_NAME).write_text(receipt.json_text())
+        write_prompt(layout, tokenizer, partial)
+        if not receipt.mean_kl <= config.max_kl:
+            raise MergeError(
+                f"output={output}: not written, KL {receipt.mean_kl:.3g} nats to the trained model is above "
+                f"max_kl={config.max_kl}; {receipt.line('exported against trained')}"
+            )
+    print(f"{output}: {receipt.line('exported against trained')}")
+    return receipt
+
+
+def checked(config: ExportConfig) -> Source:
+    """Look at the run and the format, without a model; prints what each engine does with the result."""
+    output, format = Path(config.output), config.format.value
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output={output}: exists already; give a new folder")
+    if output.suffix == ".gguf":
+        raise ValueError(f"output={output}: is made a folder, the file in it is model.gguf or adapter.gguf")
+    check_engines("engine", config.engine)
+    folder = tuned_folder(config.adapter_path)
+    base, _ = base_of(config.adapter_path, config.model)
+    whole = is_whole_model(folder)
+    if whole and config.format in LOW_RANK:
+        raise ValueError(f"format={format}: {folder} holds a whole model, which is no adapter; use format=gguf")
+    adapter = METHODS["full"].config(method="full", rank=None) if whole else adapter_config_from_peft(folder)
+    features = features_of(adapter)
+    if not whole and "trained_biases" not in features and (beside := tensors_beside(folder)):
+        ends = ("embed", "lm_head", "wte")
+        features.append("trained_embeddings" if any(end in beside[0] for end in ends) else "trained_modules")
+    blocking = not_low_rank(features)
+    if blocking is not None and config.format in LOW_RANK:
+        raise ValueError(
+            f"format={format}: {folder} has {spoken(blocking)}, which is no low-rank sum; "
+            "use format=gguf, or `lightning-peft merge`"
+        )
+    own_file = base_file(base)
+    merged = config.format is ExportFormat.gguf or (
+        config.format is ExportFormat.ollama
+        and (whole or blocking is not None or (own_file is None and config.base_name is None))
+    )
+    if merged:
+        gguf_model.check_family(str(model_config(base).model_type))
+    rank = 0 if merged else largest_rank(adapter)
+    refuse_wrong_engines(config.engine, features, rank, format)
+    name = ""
+    if config.format is ExportFormat.plain:
+        name = resolving_name(config, base)
+    elif config.format is ExportFormat.ollama and not merged:
+        name = config.base_name or str(own_file)
+    elif config.base_name is not None and merged:
+        raise ValueError(f"base_name={config.base_name}: this export holds the base itself; leave it out")
+    for line in table_of(features, largest_rank(adapter), format, rank):
+        print(line)
+    return Source(folder, base, features, whole, merged, name)
+
+
+def resolving_name(config: ExportConfig, base: ModelConfig) -> str:
+    """Return the base's name for other programs: a hub id, or an absolute path. Raises ValueError for ours alone."""
+    name = config.base_name or base.path
+    if name is None or (config.base_name is None and name.endswith(".gguf")):
+        raise ValueError(
+            f"base_name=null: the adapter's base is {'model=' + base.name if name is None else name}, which only "
+            "lightning-peft finds; give base_name=, a hub id or a folder of the same weights"
+        )
+    if config.base_name in MODELS:
+        raise ValueError(f"base_name={config.base_name}: is our option's name, which other programs do not know")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"base_name={name}: the folder has no config.json, so it holds no model")
+        return str(path.resolve())
+    if not HUB_ID.fullmatch(name):
+        raise ValueError(f"base_name={name}: no such folder, and not a hub id such as org/name")
+    return name
+
+
+def base_file(base: ModelConfig) -> Path | None:
+    """Return the GGUF file that a base is; None for a folder."""
+    if base.is_tiny:
+        return None
+    location = locate(base)
+    return location if location.suffix == ".gguf" else None
+
+
+def compared(config: ExportConfig, source: Source, model: PreTrainedModel) -> Comparison:
+    """Ask the trained model, which the written file is then compared with."""
+    base_logits = None
+    if not source.whole and (tensors_beside(source.folder) or any(layer.rewrote_base for _, layer in adapters(model))):
+        base_logits = logits_of_base(config.adapter_path, config.model)
+    tokenizer = load_tokenizer(source.base)
+    samples = sample_ids(saved_config(config.adapter_path), tokenizer)
+    return Comparison(model, samples, base_logits, "export")
+
+
+def write_pairs(
+    config: ExportConfig,
+    source: Source,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: PromptLayout,
+    comparison: Comparison,
+    folder: Path,
+) -> Receipt:
+    """Write the adapter beside its base, and read it back into a fresh one."""
+    pairs = plain_pairs(model)
+    path = folder / gguf_lora.FILE_NAME
+    if config.format is ExportFormat.plain:
+        write_plain(pairs, model, folder, source.base_name, read_lineage(source.folder))
+    else:
+        gguf_lora.check_pairs(pairs, model, model_config(source.base).get_text_config().tie_word_embeddings)
+        gguf_lora.write_gguf_lora(pairs, model, path, source.folder.parent.name)
+    if config.format is ExportFormat.ollama:
+        text = ollama.modelfile(source.base_name, f"./{path.name}", layout, tokenizer)
+        (folder / ollama.FILE_NAME).write_text(text, encoding="utf-8")
+    model.to_empty(device="meta")  # before the base is loaded again
+    fresh = load_base(config.adapter_path, config.model, config.precision)
+    if config.format is ExportFormat.plain:
+        inject_adapters(fresh, adapter_config_from_peft(folder))
+        load_adapter(fresh, folder)
+    else:
+        inject_pairs(fresh, gguf_lora.read_gguf_lora(path, fresh, list(pairs)))
+    return comparison.receipt(fresh)
+
+
+def write_merged(
+    config: ExportConfig,
+    source: Source,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: PromptLayout,
+    comparison: Comparison,
+    folder: Path,
+) -> Receipt:
+    """Write base and adapter as one GGUF file, and read it back."""
+    path, device, trained_in = folder / gguf_model.FILE_NAME, model.device, model.dtype
+    merged = model if source.whole else merge_adapters(model, None if config.dtype == "bf16" else torch.float32)
+    own_file = base_file(source.base)
+    name = source.folder.parent.name
+    gguf_model.write_gguf_model(merged, tokenizer, layout, path, config.dtype, own_file, name)
+    if config.format is ExportFormat.ollama:
+        text = ollama.modelfile(f"./{path.name}", None, layout, tokenizer)
+        (folder / ollama.FILE_NAME).write_text(text, encoding="utf-8")
+    merged.to_empty(device="meta")  # before the file is loaded
+    dtype = torch.float32 if config.dtype == "fp32" else trained_in
+    written = load_model(ModelConfig(name="hf", path=str(path)), dtype, device=device)
+    return comparison.receipt(written)
+
+
+def write_prompt(layout: PromptLayout, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the prompt beside the file: as we read it, and as a chat template that other engines take."""
+    layout.save(folder)
+    if (template := template_with_system(layout, tokenizer)) is not None:
+        (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")

@@ -1,0 +1,211 @@
+"""A whole model as a GGUF file: weights, and the metadata that llama.cpp and Ollama run it by."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lightning_peft.data.layout import PromptLayout
+from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf_conversion import ARCHITECTURES, ROPE_FACTORS
+from lightning_peft.serving.gguf_names import GGUFNames
+from lightning_peft.serving.prompt import adds_bos, template_with_system
+
+FILE_NAME = "model.gguf"
+DTYPES = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}
+"""What `dtype=` takes, in llama.cpp's words; vectors are fp32 always."""
+FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""llama.cpp's types of tokens."""
+OWN_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type",
+            "general.quantization_version", "tokenizer.chat_template")  # fmt: skip
+"""Keys that are not copied from the base's file."""
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+SPLITS = {LLAMA_3: "llama-bpe", LLAMA_3.replace("{1,3}", ""): "qwen2"}
+"""The regex by which a tokenizer splits text: llama.cpp's name for it."""
+
+
+class GGUFModelError(ValueError):
+    """A model that cannot be written as a GGUF file here."""
+
+
+def check_family(model_type: str) -> None:
+    """Raise GGUFModelError for an architecture whose metadata is not known here."""
+    if model_type not in (*ARCHITECTURES.values(), "mistral"):
+        raise GGUFModelError(
+            f"format=gguf: the metadata of {model_type} is not known here, only that of "
+            f"{', '.join((*ARCHITECTURES.values(), 'mistral'))}; `lightning-peft merge` and llama.cpp's "
+            "convert_hf_to_gguf.py do it"
+        )
+
+
+def write_gguf_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: PromptLayout,
+    path: Path,
+    dtype: str,
+    base_file: Path | None,
+    name: str,
+) -> None:
+    """Write a model without adapters to a GGUF file, its matrices in a dtype of `DTYPES`.
+
+    The metadata are those of `base_file`, the base's own GGUF file, where there is one. The chat template is the one
+    trained with, its system prompt in it. Raises GGUFModelError for what cannot be said in such a file.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants  # only GGUF files need the package
+
+    check_family(str(model.config.model_type))
+    names = GGUFNames(model)
+    writer = GGUFWriter(path, names.architecture)
+    writer.add_file_type(LlamaFileType[FILE_TYPES[dtype]])
+    writer.add_quantization_version(2)
+    if base_file is not None:
+        copy_metadata(writer, base_file, len(tokenizer))
+    else:
+        writer.add_name(name)
+        add_architecture(writer, model)
+        add_tokenizer(writer, tokenizer, int(model.get_input_embeddings().weight.shape[0]), layout)  # type: ignore[union-attr,index]
+    if (template := template_with_system(layout, tokenizer)) is not None:
+        writer.add_chat_template(template)
+
+    def kind_of(tensor: Tensor) -> Any:
+        return GGMLQuantizationType.F32 if tensor.ndim == 1 else GGMLQuantizationType[DTYPES[dtype]]
+
+    found = dict(stored_tensors(model, names))
+    if base_file is not None and ROPE_FACTORS in (base := GGUFFile(base_file)).tensors:
+        found[ROPE_FACTORS] = base.read(ROPE_FACTORS, torch.float32)
+    for stored, tensor in found.items():
+        if dtype == "q8_0" and tensor.ndim == 2 and tensor.shape[1] % 32:
+            raise GGUFModelError(
+                f"dtype=q8_0: {stored} has rows of {tensor.shape[1]}, not a multiple of 32; dtype=bf16"
+            )
+        # Sizes first: the file is then written a tensor at a time.
+        data = quants.quantize(np.zeros((1, *tensor.shape[1:]), np.float32), kind_of(tensor))
+        shape = (tensor.shape[0], *data.shape[1:]) if tensor.ndim == 2 else tuple(tensor.shape)
+        size = int(np.prod(shape)) * data.dtype.itemsize
+        plain = kind_of(tensor) is GGMLQuantizationType.F32
+        writer.add_tensor_info(stored, shape, data.dtype, size, None if plain else kind_of(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in found.values():
+        writer.write_tensor_data(quants.quantize(tensor.float().cpu().contiguous().numpy(), kind_of(tensor)))
+    writer.close()
+
+
+def stored_tensors(model: PreTrainedModel, names: GGUFNames) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the file with its name: the parameters, a tied head's once, and Llama 3's frequencies."""
+    for name, parameter in model.named_parameters():
+        yield names.of(name), names.laid_out(name, parameter.detach())
+    rope: dict[str, Any] = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "llama3":
+        width = head_dim(model)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+        plain = float(rope["rope_theta"]) ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+        yield ROPE_FACTORS, plain / scaled
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    config: Any = model.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def copy_metadata(writer: Any, base_file: Path, tokens: int) -> None:
+    """Take the metadata of the base's own file, in the types it has them in."""
+    from gguf import GGUFReader, GGUFValueType
+
+    for key, entry in GGUFReader(base_file).fields.items():
+        if key in OWN_KEYS:
+            continue
+        kind, *inner = entry.types
+        value = entry.contents()
+        if key == "tokenizer.ggml.tokens" and len(value) < tokens:
+            raise GGUFModelError(
+                f"format=gguf: the run added {tokens - len(value)} tokens to those of {base_file.name}"
+            )
+        if kind == GGUFValueType.ARRAY:
+            writer.add_key_value(key, value, kind, sub_type=inner[0])
+        else:
+            writer.add_key_value(key, value, kind)
+
+
+def add_architecture(writer: Any, model: PreTrainedModel) -> None:
+    """Add the sizes of a model, and how it encodes positions."""
+    from gguf import RopeScalingType
+
+    config: Any = model.config
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim(model))
+    writer.add_value_length(head_dim(model))
+    writer.add_rope_dimension_count(head_dim(model))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[union-attr,index]
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        if kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    elif kind not in ("default", "llama3"):
+        raise GGUFModelError(f"format=gguf: positions scaled by {kind} are not written here; use merge")
+
+
+def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, rows: int, layout: PromptLayout) -> None:
+    """Add a byte-level tokenizer, filled up to the rows of the embedding. Raises GGUFModelError for another kind."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split_name(content))
+    special = {entry["id"] for entry in content["added_tokens"] if entry["special"]}
+    added = {entry["id"] for entry in content["added_tokens"]}
+    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    tokens = [texts.get(number, f"[PAD{number}]") for number in range(rows)]
+    kinds = [
+        CONTROL if number in special else USER_DEFINED if number in added else NORMAL if number in texts else UNUSED
+        for number in range(rows)
+    ]
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = content["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    for key in ("bos", "eos", "unk", "pad"):
+        if (number := getattr(tokenizer, f"{key}_token_id")) is not None:
+            getattr(writer, f"add_{key}_token_id")(number)
+    others = [number for number in layout.stop_token_ids if number != tokenizer.eos_token_id]
+    if others:
+        writer.add_eot_token_id(others[0])
+    writer.add_add_bos_token(adds_bos(tokenizer))
+
+
+def split_name(content: dict[str, Any]) -> str:
+    """Return llama.cpp's name for how a tokenizer (its tokenizer.json) splits text before it merges bytes."""
+    model, splitter = content["model"], content["pre_tokenizer"] or {}
+    parts = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    kinds = [part.get("type") for part in parts]
+    if model["type"] == "BPE" and not model.get("byte_fallback") and kinds and kinds[-1] == "ByteLevel":
+        if not model["merges"] or (kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]):
+            return "smollm"  # without merges every split gives the same tokens
+        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+            return "gpt-2"
+        if kinds == ["Split", "ByteLevel"] and (name := SPLITS.get(parts[0]["pattern"].get("Regex"))):
+            return name
+    raise GGUFModelError(
+        "format=gguf: this tokenizer is none of those written here (byte-level BPE split as in GPT-2, SmolLM, Llama 3 "
+        "or Qwen 2); `lightning-peft merge` and llama.cpp's convert_hf_to_gguf.py do it"
+    )

@@ -1,0 +1,117 @@
+"""Whole models as GGUF files: read back with equal logits, and with all that llama.cpp runs them by."""
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from families import small_model
+from transformers import PreTrainedTokenizerFast
+
+from lightning_peft.data.layout import PromptLayout
+from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.models.source import ModelConfig, locate
+from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
+from lightning_peft.serving.gguf_model import (
+    GGUFModelError,
+    check_family,
+    split_name,
+    write_gguf_model,
+)
+
+IDS = torch.arange(3, 35)[None]
+LAYOUT = PromptLayout(system_prompt='Say "yes".', stop_token_ids=[2])
+
+
+def written(model, folder: Path, dtype: str, base_file: Path | None = None) -> Path:
+    path = folder / "model.gguf"
+    write_gguf_model(model, tiny_tokenizer(), LAYOUT, path, dtype, base_file, "small")
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "q8_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_file_read_back_has_the_logits_of_its_weights(family: str, dtype: str, tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32}  # fmt: skip
+    extra = {"rope_parameters": rope} if family == "llama" else {}
+    model = small_model(family, use_sliding_window=False, sliding_window=None, vocab_size=320, **extra)
+    path = written(model, tmp_path, dtype)
+
+    read = load_model(ModelConfig("hf", str(path), attention="sdpa"), torch.float32)
+
+    kind = gguf.GGMLQuantizationType[{"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}[dtype]]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                packed = gguf.quants.quantize(parameter.numpy(), kind)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind)))
+    # llama3's frequencies are stored as fp32 ratios.
+    torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+    kinds = {tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2}
+    assert kinds == {kind}
+
+
+def test_tokenizer_template_and_stops_are_in_the_file(tmp_path: Path) -> None:
+    path = written(tiny_model(), tmp_path, "bf16")
+    fields = GGUFFile(path).fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert len(tokens) == 320 and tokens[1] == "<|im_start|>" and fields["tokenizer.ggml.token_type"][258:260] == [1, 5]
+    assert fields["tokenizer.ggml.eos_token_id"] == 2 and fields["tokenizer.ggml.add_bos_token"] is False
+    tokenizer = load_tokenizer(ModelConfig("hf", str(path)))
+    text = "Grüße, 12 apples\n"
+    assert tokenizer(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert said == '<|im_start|>system\nSay "yes".<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n'
+
+
+def test_metadata_of_a_base_file_are_kept(tmp_path: Path) -> None:
+    """SmolLM2's own file is the base: everything it says stays, but for what is of the new one."""
+    base = locate(ModelConfig("smollm2_135m"))
+    model = load_model(ModelConfig("smollm2_135m"), torch.bfloat16)
+    path = tmp_path / "model.gguf"
+    tokenizer = load_tokenizer(ModelConfig("smollm2_135m"))
+    write_gguf_model(model, tokenizer, PromptLayout(), path, "bf16", base, "small")
+
+    old, new = GGUFFile(base), GGUFFile(path)
+    changed = {key for key in old.fields | new.fields if old.fields.get(key) != new.fields.get(key)}
+    assert changed == {"general.file_type"}
+    assert old.tensors.keys() == new.tensors.keys()
+    read = load_model(ModelConfig("hf", str(path)), torch.bfloat16)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in read.state_dict().items())
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(GGUFModelError, match="the metadata of gemma2 is not known here, only that of llama, qwen2"):
+        check_family("gemma2")
+    model = small_model("llama", hidden_size=48, num_attention_heads=3, num_key_value_heads=3, vocab_size=320)
+    with pytest.raises(GGUFModelError, match="dtype=q8_0: token_embd.weight has rows of 48, not a multiple of 32"):
+        written(model, tmp_path, "q8_0")
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ([{"type": "ByteLevel", "use_regex": True}], "gpt-2"),
+        ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], "smollm"),
+        ([{"type": "Whitespace"}, {"type": "ByteLevel"}], None),
+    ],
+)
+def test_split_of_a_tokenizer_is_told(parts: list[dict[str, object]], name: str | None) -> None:
+    splitter = {"type": "Sequence", "pretokenizers": parts}
+    content = {"model": {"type": "BPE", "merges": [["a", "b"]]}, "pre_tokenizer": splitter}
+    if name is not None:
+        assert split_name(content) == name
+    else:
+        with pytest.raises(GGUFModelError, match="this tokenizer is none of those written here"):
+            split_name(content)
+
+
+def test_added_tokens_do_not_fit_a_base_file(tmp_path: Path) -> None:
+    path = written(tiny_model(), tmp_path, "bf16")
+    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(70)])
+    with pytest.raises(GGUFModelError, match="the run added 9 tokens to those of model.gguf"):
+        write_gguf_model(tiny_model(), tokenizer, LAYOUT, tmp_path / "b.gguf", "bf16", path, "small")
