@@ -183,3 +183,24 @@ def test_excel_cells_are_text(tmp_path):
     book.save(tmp_path / "rows.xlsx")
     with pytest.raises(ValueError, match="one sheet with rows is read, this file has 'Sheet', 'More'; save one alone"):
         read(str(tmp_path / "rows.xlsx"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        (
+            "rows.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "prompt": "z"}\n',
+            "line 2",
+        ),
+        ("rows.jsonl", '{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n', "line 1"),
+        ("rows.json", '[{"prompt": "a", "prompt": "z", "completion": "b"}]', "not JSON"),
+    ],
+)
+def test_key_that_stands_twice_in_an_object_is_named(tmp_path, name, text, place):
+    """json keeps the last of them and drops the others without a word."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{place}.*key '(prompt|content)' twice in one object"):
+        for row in iterate_rows(DataConfig(train_path=str(tmp_path / name), validation_fraction=0), "train"):
+            if isinstance(row, BadRow):
+                raise row
