@@ -119,8 +119,16 @@ def example(name: str) -> str:
     return f"```python\n{(ROOT / 'examples' / name).read_text()}```\n"
 
 
+def objectives() -> str:
+    rows = [
+        [f"`{name}`", row.formula.replace("|", "\\|"), row.rows.name, row.paper] for name, row in OBJECTIVES.items()
+    ]
+    return table(["objective=", "loss", "rows", "paper"], rows)
+
+
 GENERATED: dict[str, Callable[..., str]] = {
     "methods": methods,
+    "objectives": objectives,
     "method-words": method_words,
     "groups": groups,
     "options": options,

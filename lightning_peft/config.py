@@ -23,6 +23,7 @@ from lightning_peft.evaluation.tasks import TASKS
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.objective import ObjectiveConfig
+from lightning_peft.objectives.reference import starts_as_base
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
@@ -36,6 +37,7 @@ from lightning_peft.training.config import (
     Compilation,
     EarlyStoppingConfig,
     StrategyConfig,
+    StrategyKind,
     ValidationConfig,
     check_compilation,
 )
@@ -149,6 +151,7 @@ class TrainConfig:
                 f"adapter.init={self.adapter.init_name} makes up for what quantisation lost: "
                 "use quantization=nf4 with it"
             )
+        self.check_reference(trains_all)
         if trains_all and self.quantization.is_on:
             raise ValueError(
                 f"method={method} quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "
@@ -172,6 +175,24 @@ class TrainConfig:
                 raise ValueError(
                     f"{option}={metric}: nothing is validated during training; give validation.every_n_steps"
                 )
+
+    def check_reference(self, trains_all: bool) -> None:
+        """Raise ValueError where the objective compares with a model that cannot be had beside the trained one."""
+        if not OBJECTIVES[self.objective.name].uses_reference:
+            return
+        free = [name for name, row in OBJECTIVES.items() if row.rows is self.data.rows and not row.uses_reference]
+        instead = f", or objective={' or '.join(free)}, which compares with none" if free else ""
+        if trains_all:
+            raise ValueError(
+                f"objective={self.objective.name} method={self.adapter.method}: the reference is the model with "
+                f"adapters off, and this method trains the model itself; use method=lora{instead}"
+            )
+        if self.strategy.kind is StrategyKind.fsdp and not starts_as_base(self.adapter):
+            raise ValueError(
+                f"objective={self.objective.name} strategy=fsdp: the reference is a copy of what trains where a run "
+                "starts from adapter.init_from, rewrites the base, or trains modules or biases in full, and slices "
+                f"keep no copy; use strategy=ddp{instead}"
+            )
 
 
 @dataclass

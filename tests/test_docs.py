@@ -58,6 +58,8 @@ def folder(tmp_path, monkeypatch):
     """A working folder with the files that the pages speak of."""
     for name in ("rows.jsonl", "train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"prompt": "1 + 1", "completion": "2"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1", "chosen": "2", "rejected": "3"}\n')
+    (tmp_path / "labels.jsonl").write_text('{"prompt": "1 + 1", "completion": "2", "label": true}\n')
     (tmp_path / "rows.csv").write_text("question,answer\n1 + 1,2\n")
     (tmp_path / "my.yaml").write_text(blocks("README.md", "yaml")[0])
     monkeypatch.chdir(tmp_path)

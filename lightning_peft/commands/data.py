@@ -54,8 +54,10 @@ def show_samples(console: Console, samples: Any, tokenizer: PreTrainedTokenizerB
         legend.append(f" {kind.name.replace('_', ' ')} ", style=style).append(" ")
     console.print(legend)
     for index in range(min(count, len(samples))):
-        console.rule(f"sample {index + 1}, {samples.lengths[index]} tokens")
-        console.print(preview_kinds(samples[index], tokenizer))
+        sample = samples[index]
+        standing = "" if sample.standing is None else f" ({sample.standing.name})"
+        console.rule(f"sample {index + 1}{standing}, {samples.lengths[index]} tokens")
+        console.print(preview_kinds(sample, tokenizer))
     console.rule()
 
 

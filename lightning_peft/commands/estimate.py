@@ -18,6 +18,7 @@ from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_ste
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.loading import empty_model, model_context, model_name
 from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.quantization.config import Kind
@@ -88,7 +89,7 @@ def estimate_of(config: EstimateConfig) -> Estimate:
     plan = plan_of(config)
     accelerator = plan.accelerator
     options = StepOptions(
-        rows=config.data.micro_batch_size,
+        rows=config.data.micro_batch_size * OBJECTIVES[config.objective.name].rows.samples,
         length=config.data.max_length,
         optimizer=config.optimizer.name,
         accumulate=config.trainer.get("accumulate_grad_batches", 1),

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.conversation import BadRow
+from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import Kind
 
 SHOWN_BAD_ROWS = 3
@@ -58,6 +59,9 @@ class Audit:
     """Validation samples that are training samples as well."""
     tools: str | None = None
     """Tools of the first row, as JSON; "" where another row has others."""
+    preferences: dict[str, int] = field(default_factory=dict)
+    """Counts over preference rows: pairs, ties, chosen_tokens, rejected_tokens, chosen_longer, shared_tokens; or wanted
+    and unwanted answers."""
     packing_fill: float | None = None
     """Share of tokens that are not padding, without packing None."""
 
@@ -90,6 +94,27 @@ class Audit:
         self.truncated += sample.truncated
         self.ended += Kind.end in kinds
 
+    def count_unit(self, unit: Sequence[Encoded]) -> None:
+        """Count samples that belong together: both answers of a pair, or a labelled one and its mismatch."""
+        first, second = unit
+        if second.standing is Standing.mismatched:
+            self._count_preferences(**{"wanted" if first.standing is Standing.chosen else "unwanted": 1})
+            return
+        chosen, rejected = ([label for label in sample.labels if label != IGNORED_LABEL] for sample in unit)
+        differ = (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+        self._count_preferences(
+            pairs=1,
+            ties=int(chosen == rejected),
+            chosen_tokens=len(chosen),
+            rejected_tokens=len(rejected),
+            chosen_longer=int(len(chosen) > len(rejected)),
+            shared_tokens=next(differ, min(len(chosen), len(rejected))),
+        )
+
+    def _count_preferences(self, **counts: int) -> None:
+        for name, count in counts.items():
+            self.preferences[name] = self.preferences.get(name, 0) + count
+
     def lines(self) -> list[str]:
         """The counts in words."""
         share = self.supervised / self.tokens if self.tokens else 0.0
@@ -101,6 +126,7 @@ class Audit:
         if set(self.kinds) - {Kind.answer.name, Kind.end.name}:
             parts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.kinds.items())
             lines.append(f"trained tokens: {parts}")
+        lines += self._preference_lines()
         if self.own_turns:
             lines.append(
                 f"{self.own_turns:,} turns are samples of their own: the chat template rewrites them when the "
@@ -113,6 +139,28 @@ class Audit:
             lines.append(f"packed rows are {self.packing_fill:.1%} full")
         return lines
 
+    def _preference_lines(self) -> list[str]:
+        found = self.preferences
+        if pairs := found.get("pairs"):
+            chosen, rejected, shared = (found[f"{name}_tokens"] / pairs for name in ("chosen", "rejected", "shared"))
+            return [
+                f"{pairs:,} pairs: chosen answers of {chosen:.1f} tokens, rejected of {rejected:.1f} (chosen is longer "
+                f"in {found['chosen_longer'] / pairs:.0%}), which share their first {shared:.1f}"
+            ]
+        if found:
+            return [f"{found.get('wanted', 0):,} answers are wanted, {found.get('unwanted', 0):,} are not"]
+        return []
+
+    def _preference_warnings(self) -> list[str]:
+        found = self.preferences
+        if found.get("ties"):
+            return [
+                f"{found['ties']:,} of {found['pairs']:,} pairs have the same tokens in both answers: nothing to prefer"
+            ]
+        if "pairs" not in found and len(found) == 1:
+            return [f"every answer is {next(iter(found))}: a preference needs both"]
+        return []
+
     def warnings(self) -> list[str]:
         """What is left out, cut, or likely to be a mistake; one line each with its number and remedy."""
         lines = []
@@ -124,17 +172,20 @@ class Audit:
                 f"{self.truncated:,} answers are cut at data.max_length: {self.lost:,} of their tokens and their end "
                 "are not trained"
             )
+        lines += self._preference_warnings()
         if self.lost_turns:
             lines.append(f"{self.lost_turns:,} turns are left out, their prompts alone fill data.max_length")
         if self.skipped_long:
             lines.append(f"{self.skipped_long:,} rows over data.max_length are skipped (data.on_too_long=skip)")
         if self.split_long:
             lines.append(f"{self.split_long:,} rows over data.max_length are split into several samples")
+        units = self.preferences.get("pairs", self.samples)
+        what = "pairs" if "pairs" in self.preferences else "samples"
         if self.repeated:
-            lines.append(f"{self.repeated:,} of {self.samples:,} samples are copies of an earlier one")
+            lines.append(f"{self.repeated:,} of {units:,} {what} are copies of an earlier one")
         if self.seen_in_training:
             lines.append(
-                f"{self.seen_in_training:,} of {self.samples:,} samples are training samples as well: their loss says "
+                f"{self.seen_in_training:,} of {units:,} {what} are training {what} as well: their loss says "
                 "nothing of unseen rows"
             )
         if self.samples and not self.ended:

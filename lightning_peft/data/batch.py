@@ -38,6 +38,11 @@ class Batch:
     sample_ids: Tensor | None = None
     """(S,) int64, the number of each sample in the batch it was taken from; None where they are counted as they are."""
 
+    standings: Tensor | None = None
+    """(S,) uint8, the `Standing` of each sample; None where none has one."""
+    num_units: int | None = None
+    """Pairs of samples that belong together, which follow each other; 0 in a filler, None where samples stand alone."""
+
     @property
     def loss_weight(self) -> float:
         """What the summed loss is to be divided by: labels, each counted by its weight."""

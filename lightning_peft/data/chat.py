@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.conversation import TEXT_ROLE, Message
+from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import ConversationRenderer, Kind, Rendered, Rules, Span
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError, template_of
 
@@ -33,6 +34,8 @@ class Encoded:
     """A `Kind` for each token, none where it is not trained."""
     weights: list[float] | None = None
     """Factor of each token's loss; None where all are 1."""
+    standing: Standing | None = None
+    """What the sample is to a preference objective."""
 
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,14 @@ LENGTH_MULTIPLE = 8
 
 
 def collate(
-    rows: Sequence[Sequence[Encoded]], pad_token_id: int, max_length: int, packing: bool, filler: bool = False
+    rows: Sequence[Sequence[Encoded]],
+    pad_token_id: int,
+    max_length: int,
+    packing: bool,
+    filler: bool = False,
+    group: int = 1,
 ) -> Batch:
-    """The batch of these rows, each the samples packed into it.
+    """The batch of these rows, each the samples packed into it; `group` of them follow each other and belong together.
 
     Rows are padded to `max_length` with packing, else to the longest row rounded up to a multiple of 8. A filler has
     no labels and counts no tokens: it keeps a rank in step that has no micro batch left.
@@ -41,6 +46,7 @@ def collate(
             position_ids[number, start:stop] = torch.arange(stop - start)
             starts.append(number * width + start)
         num_tokens += end
+    standings = [sample.standing for row in rows for sample in row if sample.standing is not None]
     cu_seqlens = torch.tensor([*starts, len(rows) * width], dtype=torch.int32)
     return Batch(
         input_ids=input_ids,
@@ -51,5 +57,26 @@ def collate(
         num_tokens=0 if filler else num_tokens,
         num_supervised=int((labels != IGNORED_LABEL).sum()),
         weights=weights,
+        standings=torch.tensor(standings, dtype=torch.uint8) if standings else None,
+        num_units=None if group == 1 else 0 if filler else len(starts) // group,
         weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),
     )
+
+
+def collate_units(
+    rows: Sequence[Sequence[Sequence[Encoded]]],
+    pad_token_id: int,
+    max_length: int,
+    packing: bool,
+    filler: bool = False,
+) -> Batch:
+    """Return the batch of rows of units, each the samples that belong together.
+
+    Packed rows are as many times `max_length` long as a unit has samples; without packing each sample has a row.
+    """
+    group = len(rows[0][0])
+    if packing:
+        samples = [[sample for unit in row for sample in unit] for row in rows]
+        return collate(samples, pad_token_id, max_length * group, packing, filler, group)
+    alone = [[sample] for row in rows for unit in row for sample in unit]
+    return collate(alone, pad_token_id, max_length, packing, filler, group)

@@ -13,6 +13,8 @@ class Format(Enum):
     instruction = "instruction"
     prompt_completion = "prompt_completion"
     text = "text"
+    preference = "preference"
+    labelled = "labelled"
 
 
 class RowKind(Enum):
@@ -21,6 +23,11 @@ class RowKind(Enum):
     answers = "answers"
     pairs = "pairs"
     labelled = "labelled"
+
+    @property
+    def samples(self) -> int:
+        """Return how many samples of a row belong together; a labelled one has the prompt with another answer too."""
+        return 1 if self is RowKind.answers else 2
 
 
 class OnBadRow(Enum):
@@ -87,6 +94,12 @@ class DataConfig:
     """How `evaluate` scores the answers: a name in `lightning_peft.evaluation.tasks.TASKS`; none for the loss only."""
     format: Format = Format.auto
     """Shape of the rows."""
+    chosen_column: str | None = None
+    """Column of the better answer in preference rows, usually `chosen`."""
+    rejected_column: str | None = None
+    """Column of the worse answer in preference rows, usually `rejected`."""
+    label_column: str | None = None
+    """Column that says of a labelled row whether its answer is wanted, usually `label`."""
     prompt_column: str | None = None
     """Column of the prompt in prompt/completion rows, usually `prompt`."""
     completion_column: str | None = None

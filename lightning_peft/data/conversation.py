@@ -34,6 +34,8 @@ class Conversation(list[Message]):
         tools: list[dict[str, Any]] | None = None,
         unread: tuple[str, ...] = (),
         listed: tuple[str, ...] = (),
+        rejected: "Conversation | None" = None,
+        wanted: bool | None = None,
     ) -> None:
         super().__init__(messages)
         self.tools = tools
@@ -41,10 +43,20 @@ class Conversation(list[Message]):
         """Columns and keys of turns that may hold what was to be trained on."""
         self.listed = listed
         """Columns and keys of turns that hold ids, scores and the like."""
+        self.rejected = rejected
+        """The same prompt with the worse answer, of preference rows."""
+        self.wanted = wanted
+        """Whether the answer is one to give, of labelled rows."""
 
     def before(self, index: int) -> "Conversation":
         """The messages before message `index`, with the same tools."""
         return Conversation(self[:index], self.tools)
+
+    @property
+    def first_trained(self) -> int:
+        """Index of the first answer that is trained; the number of messages where there is none."""
+        trained = (i for i, message in enumerate(self) if message.role == "assistant" and message.weight > 0)
+        return next(trained, len(self))
 
     @property
     def last_answer(self) -> int | None:

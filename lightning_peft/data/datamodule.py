@@ -86,7 +86,7 @@ class SFTDataModule(LightningDataModule):
             raise ValueError(f"data.source={self._config.source}: {found}")
         self._train, self.example = train, train[0]
         self._check_vocabulary(train)
-        self.train_audit.repeated = len(train) - len(np.unique(train.digests))
+        self.train_audit.repeated = len(train.digests) - len(np.unique(train.digests))
         plan = self._plan(train)
         self._micro_batches_per_epoch = len(plan)
         self._report("training", train, self.train_audit, plan)
@@ -104,7 +104,7 @@ class SFTDataModule(LightningDataModule):
 
     def _count_copies(self, validation: Samples) -> None:
         audit = self.validation_audit
-        audit.repeated = len(validation) - len(np.unique(validation.digests))
+        audit.repeated = len(validation.digests) - len(np.unique(validation.digests))
         if self._train is not None and len(validation):
             audit.seen_in_training = int(np.isin(validation.digests, self._train.digests).sum())
         formats = {self.train_audit.format, audit.format} - {None}
@@ -137,7 +137,7 @@ class SFTDataModule(LightningDataModule):
     def _report(self, split: str, samples: Samples, audit: Audit, plan: list[MicroBatch]) -> None:
         if self._config.packing and plan:
             packs = [pack for micro_batch in plan for pack in micro_batch]
-            audit.packing_fill = fill_ratio(packs, samples.lengths, self._config.max_length)
+            audit.packing_fill = fill_ratio(packs, samples.unit_lengths, self._config.max_length * samples.group)
         if self._rank_and_world_size()[0] == 0:
             for line in audit.lines():
                 log.info("%s data: %s", split, line)
@@ -214,7 +214,8 @@ class SFTDataModule(LightningDataModule):
 
     def _plan(self, samples: Samples, rng: random.Random | None = None) -> list[MicroBatch]:
         config = self._config
-        return plan_micro_batches(samples.lengths, config.max_length, config.micro_batch_size, config.packing, rng)
+        capacity = config.max_length * samples.group
+        return plan_micro_batches(samples.unit_lengths, capacity, config.micro_batch_size, config.packing, rng)
 
     @property
     def training_samples(self) -> Samples:

@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lightning_peft.data.config import DataConfig, Format
+from lightning_peft.data.config import DataConfig, Format, Layout, RowKind
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Conversation, Message, Row, shown
+from lightning_peft.data.preferences import read_chosen_and_rejected, read_label
 from lightning_peft.data.turns import READ_KEYS, read_turns
 
 SIDE_COLUMNS = ("system", "history", "input", "tools")
@@ -58,7 +59,7 @@ def _read_chat(row: Row, reader: "RowReader") -> list[Message]:
 
 
 def _read_pair(row: Row, reader: "RowReader") -> list[Message]:
-    prompt_column, answer_column = reader.columns
+    prompt_column, answer_column = reader.columns[:2]
     prompt, answer = row.values.get(prompt_column), row.values.get(answer_column)
     if isinstance(prompt, list) and isinstance(answer, list):
         context = [replace(turn, weight=0.0) for turn in read_turns(prompt, row.origin, prompt_column)]
@@ -66,16 +67,31 @@ def _read_pair(row: Row, reader: "RowReader") -> list[Message]:
     return [Message("user", _with_input(row, reader)), Message("assistant", _text(row, answer_column))]
 
 
-def _with_input(row: Row, reader: "RowReader") -> str:
+def _with_input(row: Row, reader: "RowReader", column: str | None = None) -> str:
     if reader.prompt_template is not None:
         return _fill(reader.prompt_template, row)
-    prompt, context = _text(row, reader.columns[0]), _optional(row, reader.side.get("input"))
+    prompt, context = _text(row, column or reader.columns[0]), _optional(row, reader.side.get("input"))
     return f"{prompt}\n\n{context}" if context else prompt
 
 
 def _read_text(row: Row, reader: "RowReader") -> list[Message]:
     (column,) = reader.columns
     return [Message(TEXT_ROLE, _text(row, column))]
+
+
+def _read_chosen(row: Row, reader: "RowReader") -> list[Message]:
+    return _read_both(row, reader)[0]
+
+
+def _read_both(row: Row, reader: "RowReader") -> tuple[list[Message], list[Message]]:
+    column = reader.side.get("prompt")
+    value = row.values.get(column) if column is not None else None
+    prompt: list[Message] | None = None
+    if reader.prompt_template is not None or isinstance(value, str):
+        prompt = [Message("user", _with_input(row, reader, column))]
+    elif value is not None:
+        prompt = read_turns(value, row.origin, column or "prompt")
+    return read_chosen_and_rejected(row, reader.columns[0], reader.columns[1], prompt, reader.is_raw)
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class RowFormat:
     """Those of `SIDE_COLUMNS` that belong to it."""
     copies: tuple[str, ...] = ()
     """Columns that repeat the others, as alpaca's `text` does."""
+    rows: RowKind = RowKind.answers
 
 
 FORMATS = {
@@ -104,6 +121,20 @@ FORMATS = {
         (("prompt", "completion"),), ("prompt_column", "completion_column"), _read_pair, side=SIDE_COLUMNS
     ),
     Format.text: RowFormat((("text",),), ("text_column",), _read_text),
+    Format.preference: RowFormat(
+        (("chosen", "rejected"),),
+        ("chosen_column", "rejected_column"),
+        _read_chosen,
+        side=("prompt", *SIDE_COLUMNS),
+        rows=RowKind.pairs,
+    ),
+    Format.labelled: RowFormat(
+        (("prompt", "completion", "label"),),
+        ("prompt_column", "completion_column", "label_column"),
+        _read_pair,
+        side=SIDE_COLUMNS,
+        rows=RowKind.labelled,
+    ),
 }
 """In the order in which they are looked for: the alpaca data set has a `text` column beside its instructions."""
 
@@ -120,14 +151,25 @@ class RowReader:
     prompt_template: str | None = None
     ignored: frozenset[str] = frozenset()
     """Names of columns and keys of turns that are left out on request."""
+    is_raw: bool = False
+    """Whether texts stand as they are, without a chat template."""
     lists_unread: bool = True
     """Whether columns that nobody reads are of interest; those of generated rows belong to their task."""
 
     def __call__(self, row: Row) -> Conversation:
         """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
+        unread = self._unread(row)
+        if self.format is Format.preference:
+            chosen, rejected = (self._conversation(row, messages) for messages in _read_both(row, self))
+            return Conversation(chosen, chosen.tools, *unread, rejected=rejected)
         messages = FORMATS[self.format].read(row, self)
         if self.format is Format.text:
-            return Conversation(messages, None, *self._unread(row))
+            return Conversation(messages, None, *unread)
+        found = self._conversation(row, messages)
+        wanted = read_label(row, self.columns[2]) if self.format is Format.labelled else None
+        return Conversation(found, found.tools, *unread, wanted=wanted)
+
+    def _conversation(self, row: Row, messages: list[Message]) -> Conversation:
         messages = self._history(row) + messages
         system = _optional(row, self.side.get("system"))
         brings_one = any(message.role == "system" for message in messages)
@@ -137,7 +179,7 @@ class RowReader:
             messages = [Message("system", self.system_prompt), *messages]
         elif system:
             messages = [Message("system", system), *messages]
-        return Conversation(self._weighted(row, messages), self._tools(row), *self._unread(row))
+        return Conversation(self._weighted(row, messages), self._tools(row))
 
     def _history(self, row: Row) -> list[Message]:
         column = self.side.get("history")
@@ -173,6 +215,11 @@ class RowReader:
 
     def _weighted(self, row: Row, messages: list[Message]) -> list[Message]:
         value = row.values.get(WEIGHT_COLUMN)
+        if FORMATS[self.format].rows is not RowKind.answers:
+            for message in messages:
+                if message.weight not in (0.0, 1.0):
+                    raise BadRow(row.origin, "turns of weight 0 or 1 in rows of preferences", message.weight)
+            return messages
         if value is None or WEIGHT_COLUMN in self._read_columns or WEIGHT_COLUMN in self.ignored:
             return messages
         try:
@@ -191,7 +238,8 @@ class RowReader:
     @cached_property
     def _passed(self) -> frozenset[str]:
         """Columns that are read, or ignored on request."""
-        weight = () if self.format is Format.text else (WEIGHT_COLUMN,)
+        is_weighted = self.format is not Format.text and FORMATS[self.format].rows is RowKind.answers
+        weight = (WEIGHT_COLUMN,) if is_weighted else ()
         return self._read_columns.union(self.ignored, weight)
 
     def _unread(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -204,8 +252,10 @@ class RowReader:
             if name not in self._passed and value not in (None, "", [], {}):
                 number = isinstance(value, int | float) and name.lower() not in _WEIGHTY
                 (listed if number or _LISTED.fullmatch(name) else unread).append(f"column {name!r}")
-        for column in self.columns:
+        prompt = self.side.get("prompt")
+        for column in self.columns if prompt is None else (*self.columns, prompt):
             if isinstance(turns := row.values.get(column), list):
+                turns = [turn for turn in turns if isinstance(turn, dict)]
                 for name in dict.fromkeys(key for turn in turns for key in turn):
                     if name in READ_KEYS or name in self.ignored:
                         continue
@@ -263,13 +313,17 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
     Raises ValueError where an option names a column that is not there, or no format fits.
     """
     there = ", ".join(columns)
+    kind = config.rows or RowKind.answers
+    formats = {format: row_format for format, row_format in FORMATS.items() if row_format.rows is kind}
+    _refuse_other_rows(columns, config, kind)
     renamed = {
         option: format
-        for format, row_format in FORMATS.items()
+        for format, row_format in formats.items()
         for option in row_format.options
         if getattr(config, option) is not None
     }
-    side_options = [f"{name}_column" for name in SIDE_COLUMNS if getattr(config, f"{name}_column") is not None]
+    sides = dict.fromkeys(name for row_format in formats.values() for name in row_format.side)
+    side_options = [f"{name}_column" for name in sides if getattr(config, f"{name}_column") is not None]
     for option in [*renamed, *side_options]:
         if (name := getattr(config, option)) not in columns:
             raise ValueError(f"data.{option}={name}: the rows have no such column, only {there}")
@@ -282,13 +336,23 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
             f"data.format={config.format.value} and {', '.join(options)}: these belong to different formats "
             f"({', '.join(sorted(format.value for format in wanted))}); give those of one"
         )
-    for format in wanted or FORMATS:
+    for format in wanted or formats:
         for candidate in (alternatives := _alternatives(FORMATS[format], config)):
             if all(name in columns for name in candidate):
                 return _reader(format, candidate, columns, config)
     if wanted:
         needed = " or ".join(" and ".join(names) for names in alternatives)
         raise ValueError(f"data.format={format.value}: needs a column {needed}; the rows have {there}")
+    if kind is RowKind.pairs:
+        raise ValueError(
+            f"data.format=auto: no pairs of answers, the columns are {there}; name them with data.chosen_column and "
+            "data.rejected_column"
+        )
+    if kind is RowKind.labelled:
+        raise ValueError(
+            f"data.format=auto: no labelled answers, the columns are {there}; name them with data.prompt_column, "
+            "data.completion_column and data.label_column"
+        )
     raise ValueError(
         f"data.format=auto: no known shape of row, the columns are {there}; "
         "name two with data.prompt_column and data.completion_column, "
@@ -296,10 +360,79 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
     )
 
 
+OBJECTIVES_OF = {
+    RowKind.answers: "objective=sft",
+    RowKind.pairs: "objective=dpo (or ipo, simpo, orpo)",
+    RowKind.labelled: "objective=kto",
+}
+"""Words of the command line that train on each kind of rows."""
+
+
+def _refuse_other_rows(columns: Collection[str], config: DataConfig, kind: RowKind) -> None:
+    """Raise ValueError where rows, or options, are those of another kind than the objective takes."""
+    if config.format is not Format.auto and (asked := FORMATS[config.format].rows) is not kind:
+        raise ValueError(
+            f"data.format={config.format.value}: {OBJECTIVES_OF[kind]} takes {kind.name}, and {OBJECTIVES_OF[asked]} "
+            f"trains on {config.format.value} rows"
+        )
+    read = {option for row_format in FORMATS.values() if row_format.rows is kind for option in row_format.options}
+    read |= {f"{name}_column" for row_format in FORMATS.values() if row_format.rows is kind for name in row_format.side}
+    for other, row_format in FORMATS.items():
+        for option in row_format.options:
+            if option not in read and getattr(config, option) is not None:
+                raise ValueError(
+                    f"data.{option}={getattr(config, option)}: names a column of {other.value} rows, which "
+                    f"{OBJECTIVES_OF[row_format.rows]} trains on"
+                )
+    named = {getattr(config, option) for option in read} | set(config.ignore_columns)
+    fits = any(
+        all(name in columns for name in names)
+        for row_format in FORMATS.values()
+        if row_format.rows is kind
+        for names in _alternatives(row_format, config)
+    )
+    both = {"chosen", "rejected"} <= set(columns) and not {"chosen", "rejected"} & named
+    if kind is not RowKind.pairs and both:
+        raise ValueError(
+            f"chosen and rejected answers: {OBJECTIVES_OF[RowKind.pairs]} trains on them; {OBJECTIVES_OF[kind]} takes "
+            f"{kind.name}"
+            + (
+                ", as with data.completion_column=chosen data.ignore_columns=[rejected]"
+                if kind is RowKind.answers
+                else ""
+            )
+        )
+    if fits or kind is RowKind.answers or config.prompt_template is not None:
+        return
+    for row_format in FORMATS.values():
+        if row_format.rows is not kind and any(set(names) <= set(columns) for names in row_format.usual_columns):
+            what = "pairs of chosen and rejected answers" if kind is RowKind.pairs else "answers with a label"
+            raise ValueError(
+                f"rows of {', '.join(columns)}: {OBJECTIVES_OF[kind]} takes {what}; these are for "
+                f"{OBJECTIVES_OF[_kind_of(columns, kind)]}"
+            )
+
+
+def _kind_of(columns: Collection[str], wanted: RowKind) -> RowKind:
+    """Return the most special kind, other than `wanted`, whose usual columns are there."""
+    for kind in (RowKind.pairs, RowKind.labelled, RowKind.answers):
+        alternatives = [names for row_format in FORMATS.values() if row_format.rows is kind
+                        for names in row_format.usual_columns]  # fmt: skip
+        if kind is not wanted and any(set(names) <= set(columns) for names in alternatives):
+            return kind
+    return RowKind.answers
+
+
 def _templated_reader(columns: Collection[str], config: DataConfig, wanted: Iterable[Format]) -> RowReader:
     """The reader of rows whose prompt is `data.prompt_template`, filled with their columns."""
     source = config.prompt_template or ""
-    if set(wanted) - {Format.prompt_completion} or config.prompt_column is not None:
+    if config.rows is RowKind.pairs and config.prompt_column is None:
+        answers = (config.chosen_column or "chosen", config.rejected_column or "rejected")
+        missing = [name for name in (*sorted(template_columns(source)), *answers) if name not in columns]
+        if missing:
+            raise ValueError(f"data.prompt_template: the rows have no column {missing[0]}, only {', '.join(columns)}")
+        return _reader(Format.preference, answers, columns, config)
+    if config.rows is RowKind.labelled or set(wanted) - {Format.prompt_completion} or config.prompt_column is not None:
         raise ValueError(
             f"data.prompt_template={source!r}: makes the prompt of prompt/completion rows; give data.completion_column "
             "with it, and no other format or column of the prompt"
@@ -319,12 +452,13 @@ def _reader(format: Format, names: tuple[str, ...], columns: Collection[str], co
         templated = config.prompt_template is not None and column in template_columns(config.prompt_template)
         if column not in names and not templated and column not in config.ignore_columns:
             side[name] = column
-    for name in SIDE_COLUMNS:
+    for name in FORMATS[format].side if format is Format.preference else SIDE_COLUMNS:
         if getattr(config, f"{name}_column") is not None and name not in side:
             value = getattr(config, f"{name}_column")
             raise ValueError(f"data.{name}_column={shown(value)}: rows of data.format={format.value} have none")
     if config.prompt_template is not None:
         side.pop("input", None)
+        side.pop("prompt", None)
     return RowReader(
         format,
         names,
@@ -332,5 +466,6 @@ def _reader(format: Format, names: tuple[str, ...], columns: Collection[str], co
         side,
         config.prompt_template,
         frozenset(config.ignore_columns),
+        is_raw=config.layout is Layout.raw,
         lists_unread=config.source in ("files", "hub"),
     )

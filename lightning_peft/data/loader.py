@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft.data.batch import Batch
-from lightning_peft.data.collate import collate
+from lightning_peft.data.collate import collate_units
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.sampler import MicroBatchSampler, Request
 from lightning_peft.data.samples import Samples
@@ -26,8 +26,8 @@ class CollatedBatches(Dataset[Batch]):
         self._pad_token_id = pad_token_id
 
     def __getitem__(self, request: Request) -> Batch:
-        rows = [[self._samples[index] for index in row] for row in request.rows]
-        return collate(rows, self._pad_token_id, self._config.max_length, self._config.packing, request.filler)
+        rows = [[self._samples.unit(index) for index in row] for row in request.rows]
+        return collate_units(rows, self._pad_token_id, self._config.max_length, self._config.packing, request.filler)
 
 
 class MicroBatchLoader(DataLoader[Batch]):

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded, Encoder, cut_to, encoder_of
-from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong
+from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.formats import RowReader, row_reader
+from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
 from lightning_peft.data.sources import file_count, iterate_rows
@@ -29,6 +30,8 @@ PARTS = ("tokens", "trained", "starts")
 """Files of saved samples, each a .npy."""
 WEIGHTS = "weights"
 """One more of them where a token's loss has a factor other than 1."""
+STANDINGS = "standings"
+"""One more of them where samples belong together."""
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores; their shapes decide the format."""
 
@@ -46,17 +49,23 @@ class Samples:
         trained: NDArray[np.uint8],
         starts: NDArray[np.int64],
         weights: NDArray[np.float32] | None = None,
+        standings: NDArray[np.uint8] | None = None,
     ) -> None:
         """tokens, trained (a `Kind` each) and weights (T,): the samples one after the other.
 
-        starts (S + 1,): where they begin, then T.
+        starts (S + 1,): where they begin, then T. standings (U, G): a `Standing` each, where G samples that follow each
+        other make one of U units; None where each sample stands alone.
         """
         self._parts: tuple[NDArray[Any], ...] = (tokens, trained, starts)
         self._weights = weights
+        self._standings = standings
+        self.group: int = 1 if standings is None else standings.shape[1]
+        """Samples that belong together."""
         self.lengths: list[int] = np.diff(starts).tolist()
 
     @classmethod
-    def of(cls, samples: Iterable[Encoded]) -> "Samples":
+    def of(cls, samples: Iterable[Encoded], group: int = 1) -> "Samples":
+        standings = array("B")
         tokens, trained, starts = array("i"), array("B"), array("q", [0])
         weights: array[float] | None = None
         for sample in samples:
@@ -64,25 +73,29 @@ class Samples:
                 weights = array("f", [1.0]) * len(tokens)
             if weights is not None:
                 weights.extend(sample.weights or [1.0] * len(sample.input_ids))
+            if sample.standing is not None:
+                standings.append(sample.standing)
             tokens.extend(sample.input_ids)
             trained.frombytes(kinds_of(sample))
             starts.append(len(tokens))
         factors = None if weights is None else np.asarray(weights)
-        return cls(np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors)
+        together = None if group == 1 else np.asarray(standings, dtype=np.uint8).reshape(-1, group)
+        return cls(np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors, together)
 
     def save(self, folder: Path) -> None:
         for name, part in zip(PARTS, self._parts, strict=True):
             np.save(folder / f"{name}.npy", part)
         if self._weights is not None:
             np.save(folder / f"{WEIGHTS}.npy", self._weights)
+        if self._standings is not None:
+            np.save(folder / f"{STANDINGS}.npy", self._standings)
 
     @classmethod
     def mapped(cls, folder: Path) -> "Samples":
         """The samples that were saved there, read when they are asked for. Raises OSError, EOFError or ValueError."""
         parts = [np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS]
-        path = folder / f"{WEIGHTS}.npy"
-        tokens, trained, starts = parts
-        return cls(tokens, trained, starts, np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None)
+        more = [folder / f"{name}.npy" for name in (WEIGHTS, STANDINGS)]
+        return cls(*parts, *(np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None for path in more))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -95,7 +108,17 @@ class Samples:
         kinds = trained[span].tobytes()
         labels = [token if kind else IGNORED_LABEL for token, kind in zip(ids, kinds, strict=True)]
         weights = None if self._weights is None else self._weights[span].tolist()
-        return Encoded(ids, labels, ends=False, kinds=kinds, weights=weights)
+        standing = None if self._standings is None else Standing(int(self._standings.flat[index]))
+        return Encoded(ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing)
+
+    def unit(self, index: int) -> list[Encoded]:
+        """Return the samples of unit `index`, which belong together."""
+        return [self[index * self.group + place] for place in range(self.group)]
+
+    @cached_property
+    def unit_lengths(self) -> list[int]:
+        """Return the tokens of each unit."""
+        return np.asarray(self.lengths, dtype=np.int64).reshape(-1, self.group).sum(1).tolist()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,7 +126,7 @@ class Samples:
         tokens, trained, starts = self._parts
         checksum = 0
         parts = [tokens, (trained != 0).view(np.uint8), starts]
-        for part in parts if self._weights is None else [*parts, self._weights]:
+        for part in [*parts, *(more for more in (self._weights, self._standings) if more is not None)]:
             checksum = zlib.crc32(part.data, checksum)
         return f"{checksum:08x}"
 
@@ -114,7 +137,7 @@ class Samples:
 
     @cached_property
     def digests(self) -> NDArray[np.uint64]:
-        """(S,) a number for each sample that is another where its tokens or labels are, so that copies can be told."""
+        """(U,) a number for each unit that is another where its tokens or labels are, so that copies can be told."""
         tokens, trained, starts = self._parts
         bounds = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
 
@@ -122,7 +145,11 @@ class Samples:
             ids = tokens[start:stop].data
             return zlib.crc32(ids) << 32 | zlib.crc32(ids, zlib.crc32(trained[start:stop].data))
 
-        return np.fromiter((digest(*bound) for bound in bounds), dtype=np.uint64, count=len(self))
+        digests = np.fromiter((digest(*bound) for bound in bounds), dtype=np.uint64, count=len(self))
+        if self._standings is None:
+            return digests
+        own = digests.reshape(self._standings.shape) * (self._standings != Standing.mismatched)
+        return (own * (self._standings.astype(np.uint64) * np.uint64(2) + np.uint64(1))).sum(1, dtype=np.uint64)
 
 
 def kinds_of(sample: Encoded) -> bytes:
@@ -143,7 +170,8 @@ def make_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerB
         rows = islice(rows, config.shuffle_window)
     audit = Audit(files=file_count(config, split))
     with Part(f"tokenising the {split} rows") as part:
-        return Samples.of(encode_rows(part.counting(rows), config, tokenizer, audit)), audit
+        group = (config.rows or RowKind.answers).samples
+        return Samples.of(encode_rows(part.counting(rows), config, tokenizer, audit), group), audit
 
 
 def encode_rows(
@@ -229,6 +257,7 @@ def _unread_message(unread: Counter[str], rows: int) -> str:
         f"nobody reads {counts} of {rows:,} rows: data.ignore_columns=[{names}] leaves them out, data.prompt_template "
         "writes columns into the prompt, and data.system_column, history_column, input_column and tools_column rename "
         "what a row may hold beside its prompt and answer"
+        + ("; objective=kto trains on answers with a label" if "column 'label'" in unread else "")
     )
 
 
@@ -271,6 +300,9 @@ def _encode(
     encoder: Encoder,
     audit: Audit,
 ) -> Iterator[Encoded]:
+    if config.rows not in (None, RowKind.answers):
+        yield from _encode_units(read, config, tokenizer, encoder, audit)
+        return
     outcomes = encoder.encode([conversation for _, conversation in read]) if read else []
     for (origin, _), outcome in zip(read, outcomes, strict=True):
         try:
@@ -291,6 +323,60 @@ def _encode(
             audit.count_bad_row(BadRow.because(origin, str(error).removeprefix(f"{origin}: ")))
         except BadRow as error:
             _refuse(error, config, audit)
+
+
+def _encode_units(
+    read: list[tuple[str, Conversation]],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    audit: Audit,
+) -> Iterator[Encoded]:
+    """Samples of preference rows, those that belong together one after the other; a row gives all of them or none."""
+    units = [_unit(read, place) for place in range(len(read))]
+    outcomes = iter(encoder.encode([conversation for unit in units for conversation, _ in unit]) if read else [])
+    for (origin, _), unit in zip(read, units, strict=True):
+        encoded: list[Encoded] = []
+        try:
+            for (_, standing), outcome in zip(unit, [next(outcomes) for _ in unit], strict=True):
+                if isinstance(outcome, Exception):
+                    raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
+                if len(outcome) > 1:
+                    raise BadRow.because(
+                        origin,
+                        "expected one answer behind the prompt, got several turns that the chat template rewrites as "
+                        "the conversation goes on",
+                    )
+                pieces = _fit(replace(outcome[0], standing=standing, weights=None), origin, config, audit)
+                if not pieces:
+                    break
+                check_sample(pieces[0], origin, tokenizer)
+                encoded += pieces
+            else:
+                audit.count_unit(encoded)
+                for sample in encoded:
+                    if sample.standing is not Standing.mismatched:
+                        audit.count_sample(sample, kinds_of(sample))
+                    yield sample
+        except DuplicateBosError as error:
+            if config.on_bad_row is OnBadRow.error:
+                raise
+            audit.count_bad_row(BadRow.because(origin, str(error).removeprefix(f"{origin}: ")))
+        except BadRow as error:
+            _refuse(error, config, audit)
+
+
+def _unit(read: list[tuple[str, Conversation]], place: int) -> list[tuple[Conversation, Standing]]:
+    """Return what belongs together of a row: both answers, or the answer and that of the row before to its prompt."""
+    conversation = read[place][1]
+    if conversation.rejected is not None:
+        return [(conversation, Standing.chosen), (conversation.rejected, Standing.rejected)]
+    other = read[place - 1][1]
+    mismatched = Conversation(
+        [*conversation[: conversation.first_trained], *other[other.first_trained :]], conversation.tools
+    )
+    standing = Standing.chosen if conversation.wanted else Standing.rejected
+    return [(conversation, standing), (mismatched, Standing.mismatched)]
 
 
 def what_is_wrong(error: Exception) -> str:

@@ -8,7 +8,7 @@ from itertools import islice
 from math import ceil
 from typing import Any
 
-from lightning_peft.data.config import DataConfig
+from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import BadRow, Row
 from lightning_peft.data.files import DataFile, find_files, read_rows
 
@@ -99,12 +99,16 @@ def _numbered_rows(rows: Callable[[], Iterable[dict[str, Any]]], name: str) -> l
 
 
 def _text_to_sql_shards(config: DataConfig, split: str) -> list[Shard]:
-    from lightning_peft.data.text_to_sql import generate_row  # only the source that is asked for is loaded
+    # Only the source that is asked for is loaded.
+    from lightning_peft.data.text_to_sql import generate_preference, generate_row
 
     count = config.max_rows or GENERATED_ROWS
     if split != "train":
         count = config.max_validation_rows or GENERATED_VALIDATION_ROWS
-    rows = partial(map, partial(generate_row, config.split_seed, split), range(count))
+    make = partial(generate_row, config.split_seed, split)
+    if config.rows not in (None, RowKind.answers):
+        make = partial(generate_preference, config.split_seed, split, config.rows is RowKind.labelled)
+    rows = partial(map, make, range(count))
     return _numbered_rows(rows, f"text_to_sql {split}")
 
 

@@ -11,11 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.batch import Batch
-from lightning_peft.data.chat import Encoded
-from lightning_peft.data.collate import collate
-from lightning_peft.data.config import DataConfig
+from lightning_peft.data.collate import collate_units
+from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.packing import MicroBatch, plan_micro_batches
-from lightning_peft.data.samples import encode_rows
+from lightning_peft.data.samples import Samples, encode_rows
 from lightning_peft.data.sources import iterate_rows
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class StreamedBatches(IterableDataset[Batch]):
         self._resuming = False
         epoch, start_row = self._state["epoch"], self._state["window_row"]
         index = self._state["taken"] + self._rank
-        fill_in: tuple[list[Encoded], MicroBatch] | None = None
+        fill_in: tuple[Samples, MicroBatch] | None = None
         for window_row, samples, plan in self._windows(epoch, start_row):
             while index < len(plan):
                 self._advance(epoch, window_row, index - self._rank + self._world_size)
@@ -87,23 +86,24 @@ class StreamedBatches(IterableDataset[Batch]):
     def _begin_epoch(self, epoch: int) -> None:
         self._state = self._saved_state = {"epoch": epoch, "window_row": 0, "taken": 0}
 
-    def _windows(self, epoch: int, start_row: int) -> Iterator[tuple[int, list[Encoded], list[MicroBatch]]]:
+    def _windows(self, epoch: int, start_row: int) -> Iterator[tuple[int, Samples, list[MicroBatch]]]:
         """First row, samples and micro batches of each window from the one that starts at `start_row`."""
         rows = iterate_rows(self._config, "train", random.Random(f"{self._seed} {epoch}"))
         next(islice(rows, start_row, start_row), None)
         row = start_row
         self._audit = Audit()
+        group = (self._config.rows or RowKind.answers).samples
         for number in count(1):
             window = list(islice(rows, self._config.shuffle_window))
             if not window:
                 self._report(epoch)
                 return
-            samples = list(encode_rows(window, self._config, self._tokenizer, self._audit))
+            samples = Samples.of(encode_rows(window, self._config, self._tokenizer, self._audit), group)
             if number > 1 and number.bit_count() == 1:  # rarer and rarer: an epoch may be days away
                 self._report(epoch)
             plan = plan_micro_batches(
-                [len(sample.input_ids) for sample in samples],
-                self._config.max_length,
+                samples.unit_lengths,
+                self._config.max_length * group,
                 self._config.micro_batch_size,
                 self._config.packing,
                 random.Random(f"{self._seed} {epoch} {row}"),
@@ -117,6 +117,6 @@ class StreamedBatches(IterableDataset[Batch]):
             for line in self._audit.warnings():
                 log.warning("training data, epoch %d, %d rows read: %s", epoch, self._audit.rows, line)
 
-    def _batch(self, samples: list[Encoded], rows: MicroBatch, filler: bool = False) -> Batch:
-        packed = [[samples[index] for index in row] for row in rows]
-        return collate(packed, self._pad_token_id, self._config.max_length, self._config.packing, filler)
+    def _batch(self, samples: Samples, rows: MicroBatch, filler: bool = False) -> Batch:
+        packed = [[samples.unit(index) for index in row] for row in rows]
+        return collate_units(packed, self._pad_token_id, self._config.max_length, self._config.packing, filler)

@@ -8,7 +8,7 @@ has one, is free of ties. Validation and test ask about other domains, in other 
 import random
 from typing import Any
 
-from lightning_peft.data.sql_grammar.database import DatabasePair, is_ordered, same_result
+from lightning_peft.data.sql_grammar.database import DatabasePair, QueryError, is_ordered, same_result
 from lightning_peft.data.sql_grammar.draw import Draw, Query, Unavailable
 from lightning_peft.data.sql_grammar.kinds import KINDS, ask, draw_kind
 from lightning_peft.data.sql_grammar.schema import DOMAINS, draw_schema
@@ -31,7 +31,26 @@ def _is_valid(query: Query, databases: DatabasePair) -> bool:
     return True
 
 
-def _draw_row(rng: random.Random, split: str, kind_name: str) -> dict[str, Any] | None:
+def _wrong_answer(rng: random.Random, draw: Draw, query: Query, databases: DatabasePair) -> str | None:
+    """SQL that runs and returns something else: it ignores a part of the question, else answers another one."""
+    results, ordered = databases.run(query.sql), is_ordered(query.sql)
+    candidates = rng.sample(query.simpler, len(query.simpler))
+    for name in rng.choices(list(KINDS), k=ATTEMPTS_PER_SCHEMA):
+        try:
+            candidates.append(KINDS[name].draw(draw).sql)
+        except Unavailable:
+            continue
+    for sql in candidates:
+        try:
+            found = databases.run(sql)
+        except QueryError:
+            continue
+        if not all(same_result(a, b, ordered) for a, b in zip(results, found, strict=True)):
+            return sql
+    return None
+
+
+def _draw_row(rng: random.Random, split: str, kind_name: str, with_wrong: bool) -> dict[str, Any] | None:
     """A row of this kind on a fresh schema, or None when the schema or its rows do not allow one."""
     kind = KINDS[kind_name]
     schema = draw_schema(rng, split)
@@ -44,20 +63,34 @@ def _draw_row(rng: random.Random, split: str, kind_name: str) -> dict[str, Any] 
             except Unavailable:
                 continue
             if _is_valid(query, databases):
-                prompt = f"{schema.line()}\n{ask(draw, query, kind)}"
-                row = {"prompt": prompt, "completion": query.sql, "level": kind.level, "kind": kind_name}
-                return {**row, "schema": schema.line(), "seed": seed}
+                row: dict[str, Any] = {"prompt": f"{schema.line()}\n{ask(draw, query, kind)}", "completion": query.sql}
+                row |= {"level": kind.level, "kind": kind_name, "schema": schema.line(), "seed": seed}
+                if with_wrong:
+                    row["wrong"] = _wrong_answer(rng, draw, query, databases)
+                return row
     return None
 
 
-def generate_row(seed: int, split: str, index: int) -> dict[str, Any]:
-    """A row: `prompt` (schema line, question), `completion` (SQL), `level`, `kind`, `schema`, `seed` (of its rows)."""
+def generate_row(seed: int, split: str, index: int, with_wrong: bool = False) -> dict[str, Any]:
+    """A row: `prompt` (schema line, question), `completion` (SQL), `level`, `kind`, `schema`, `seed` (of its rows).
+
+    With `with_wrong` also `wrong`: SQL that runs and returns other rows.
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
     kind = draw_kind(rng)
     while True:
-        row = _draw_row(rng, split, kind)
-        if row is not None:
+        row = _draw_row(rng, split, kind, with_wrong)
+        if row is not None and (not with_wrong or row["wrong"] is not None):
             return row
+
+
+def generate_preference(seed: int, split: str, labelled: bool, index: int) -> dict[str, Any]:
+    """A row of `prompt`, `chosen`, `rejected`; if labelled of `prompt`, `completion`, `label`, every second right."""
+    row = generate_row(seed, split, index, with_wrong=True)
+    right, wrong = row.pop("completion"), row.pop("wrong")
+    if labelled:
+        return {**row, "completion": wrong if index % 2 else right, "label": index % 2 == 0}
+    return {**row, "chosen": right, "rejected": wrong}
 
 
 def generate_rows(count: int, seed: int, split: str) -> list[dict[str, Any]]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.conversation import Conversation, Message, tools_of
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.data.preferences import Standing
 from lightning_peft.evaluation.tasks import Row, Task
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
@@ -29,17 +31,34 @@ class Scores:
 
 
 @torch.inference_mode()
-def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """Cross entropy per supervised token, in nats."""
+def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
+    """Cross entropy per supervised token, in nats; of preference rows that of the chosen answers.
+
+    The second are scores of pairs of answers: `preference_accuracy`, how often the chosen one is the more likely, and
+    the same by the log-probability per token.
+    """
     objective = SupervisedLoss(model)
     total, tokens = 0.0, 0.0
+    ahead: list[Tensor] = []
     found = iter(batches)  # workers are forked before a thread of ours runs
     with Part("loss of the validation rows", len(batches) if isinstance(batches, Sized) else None) as part:
         for batch in found:
-            total += float(objective(move_data_to_device(batch, model.device)))
-            tokens += batch.loss_weight
+            moved = move_data_to_device(batch, model.device)
+            if moved.standings is None:
+                total += float(objective(moved))
+                tokens += batch.loss_weight
+            elif moved.num_units:
+                sums, counts = objective.sums_per_sample(moved, objective.token_losses(moved))
+                chosen = moved.standings == Standing.chosen
+                total -= float(sums[chosen].sum())
+                tokens += float(counts[chosen].sum())
+                if not bool((moved.standings == Standing.mismatched).any()):
+                    both = torch.stack([sums, sums / counts]).view(2, -1, 2)
+                    ahead.append(both[..., 0] > both[..., 1])
             part.advance()
-    return total / tokens if tokens else 0.0
+    names = ("preference_accuracy", "preference_accuracy_per_token")
+    shares = torch.cat(ahead, 1).float().mean(1).tolist() if ahead else []
+    return (total / tokens if tokens else 0.0), dict(zip(names, shares, strict=False))
 
 
 def answer_rows(
@@ -68,11 +87,11 @@ def score(
     layout: PromptLayout,
 ) -> Scores:
     """Loss over `batches`, and `task`'s metrics of the answers to `conversations`, one for each of `rows`."""
-    loss = mean_loss(model, batches)
+    loss, preferences = mean_loss(model, batches)
     if task.max_new_tokens == 0:
-        return Scores(loss, math.exp(min(loss, 700.0)))
+        return Scores(loss, math.exp(min(loss, 700.0)), preferences)
     answers = answer_rows(model, tokenizer, conversations, task, batch_size, layout)
-    return Scores(loss, math.exp(min(loss, 700.0)), task.score(rows, answers), answers)
+    return Scores(loss, math.exp(min(loss, 700.0)), task.score(rows, answers) | preferences, answers)
 
 
 def with_shots(conversations: Sequence[Sequence[Message]], shots: Sequence[Sequence[Message]]) -> list[Conversation]:

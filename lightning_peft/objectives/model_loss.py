@@ -101,6 +101,16 @@ class ModelLoss(nn.Module, ABC):
         """Return what the loss of a batch counts: its supervised tokens, or for pairs their number."""
         return batch.loss_weight
 
+    def after_step(self, measured: dict[str, Tensor]) -> None:
+        """Take note of what was measured over a whole optimiser step and all ranks, fp64 scalars by name."""
+
+    def step_state(self) -> dict[str, Tensor]:
+        """Return what `after_step` keeps, for a checkpoint."""
+        return {}
+
+    def load_step_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from the state of a checkpoint."""
+
     def assume(self, path: LogitPath) -> None:
         """Take this path unchecked, for a model without values."""
         self.logit_path, self.is_checked = path, True

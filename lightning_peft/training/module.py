@@ -31,6 +31,7 @@ from lightning_peft.models.loading import load_by_block, load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.model_loss import ModelLoss, decoder_inputs
 from lightning_peft.objectives.objective import ObjectiveConfig
+from lightning_peft.objectives.reference import ReferencedLoss, starts_as_base
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
@@ -145,6 +146,11 @@ class FinetuneModule(LightningModule):
             logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
         if self.adapter_config.init_from is not None:
             load_adapter(self.model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
+        if isinstance(self.objective, ReferencedLoss) and not starts_as_base(self.adapter_config):
+            logger.info(
+                "objective=%s: the reference is a copy of what trains, as it is now", self.objective_config.name
+            )
+            self.objective.remember_start()
         self.log_memory(self.model)
 
     def build_objective(self, model: PreTrainedModel) -> ModelLoss:
@@ -279,6 +285,8 @@ class FinetuneModule(LightningModule):
         factor = GRADIENT_UNIT * self.trainer.world_size / divisor(means.weight)
         scale_gradients(self.trainable_parameters(), factor)
         self.step_metrics = {"loss": means.loss, "supervised_tokens": means.tokens} | means.measured
+        assert self.objective is not None
+        self.objective.after_step(means.measured)
 
     def configure_gradient_clipping(
         self,
@@ -329,12 +337,16 @@ class FinetuneModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         adjust_progress(checkpoint, self.trainer.world_size)
+        assert self.objective is not None
+        self.objective.load_step_state(checkpoint.get("objective", {}))
         self.saved_schedule = checkpoint.get("step_schedule")
         if self.step_schedule is not None and self.saved_schedule is not None:
             self.step_schedule.load_state_dict(self.saved_schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_base()
+        if self.objective is not None and (state := self.objective.step_state()):
+            checkpoint["objective"] = state
         if self.step_schedule is not None:
             checkpoint["step_schedule"] = self.step_schedule.state_dict()
 

@@ -4,12 +4,13 @@ import sqlite3
 import pytest
 
 from lightning_peft.data.sql_grammar import phrasings
-from lightning_peft.data.sql_grammar.database import Database, QueryError, same_result
+from lightning_peft.data.sql_grammar.database import Database, DatabasePair, QueryError, same_result
 from lightning_peft.data.sql_grammar.kinds import KINDS, LEVEL_SHARES
 from lightning_peft.data.sql_grammar.phrasings import Wording
 from lightning_peft.data.sql_grammar.questions import QUESTIONS
 from lightning_peft.data.sql_grammar.schema import DOMAINS, fill, parse_schema
-from lightning_peft.data.text_to_sql import generate_rows
+from lightning_peft.data.text_to_sql import generate_preference, generate_row, generate_rows
+from lightning_peft.evaluation.metrics import execution_match
 
 SCHEMA = parse_schema("singer(id, name, country, age) | album(id, title, genre, copies_sold, singer_id)")
 
@@ -186,3 +187,15 @@ def test_results_are_compared_as_multisets_with_float_tolerance():
 def test_ordered_results_are_compared_in_order():
     assert same_result([(1,), (2,)], [(1,), (2,)], ordered=True)
     assert not same_result([(1,), (2,)], [(2,), (1,)], ordered=True)
+
+
+def test_preferences_are_right_answers_against_wrong_ones_of_the_same_rows():
+    for index in range(12):
+        row, plain = generate_preference(0, "train", False, index), generate_row(0, "train", index)
+        with DatabasePair(parse_schema(row["schema"]), row["seed"]) as databases:
+            assert execution_match(row["chosen"], row["chosen"], databases)
+            assert not execution_match(row["rejected"], row["chosen"], databases)
+            databases.run(row["rejected"])
+        assert (row["prompt"], row["chosen"]) == (plain["prompt"], plain["completion"])
+        labelled = generate_preference(0, "train", True, index)
+        assert (labelled["completion"] == row["chosen"]) is labelled["label"] is (index % 2 == 0)

@@ -1,0 +1,36 @@
+"""Preference objectives on several processes: the numbers of one process on the same global batch."""
+
+import pytest
+import torch
+from rank_runs import adapter, column, train_on_ranks
+
+OBJECTIVES = {"dpo": ["objective=dpo", "method=qlora"]}
+STEPS = ["trainer.max_steps=4", "data.packing=true", "data.max_length=512", "data.on_too_long=skip"]
+MEASURED = {"dpo": ("rewards/margin", "rewards/accuracy", "logps/chosen")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("objectives")
+    for ranks, kinds in ((1, ("single",)), (2, ("ddp", "fsdp"))):
+        words = [*STEPS, f"trainer.accumulate_grad_batches={2 // ranks}"]
+        several = {
+            f"{kind}_{name}": [*words, *own, *([f"strategy={kind}"] if ranks > 1 else [])]
+            for kind in kinds
+            for name, own in OBJECTIVES.items()
+        }
+        train_on_ranks(ranks, folder, several)
+    return folder
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_steps_equal_those_of_one_process(runs, kind, name):
+    one, several = runs / f"single_{name}", runs / f"{kind}_{name}"
+    assert len(column(one, "loss")) == 4
+    for measured in ("loss", "grad_norm", "supervised_tokens", *MEASURED[name]):
+        # Sums over the ranks are taken in another order.
+        torch.testing.assert_close(column(several, measured), column(one, measured), rtol=1e-4, atol=1e-4)
+    for parameter, expected in adapter(one).items():
+        torch.testing.assert_close(adapter(several)[parameter], expected, rtol=1e-3, atol=1e-5)
