@@ -31,7 +31,7 @@ from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.checkpoint.peft_methods import spelling
 from lightning_peft.checkpoint.resume import whole_state
 from lightning_peft.config import TrainConfig, plain
-from lightning_peft.data.audit import preview
+from lightning_peft.data.audit import Audit, preview
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
@@ -202,6 +202,7 @@ def train_prepared(
             "train_loss": metrics.loss,
             "validation_loss": final_validation(trainer, module, data),
             "metrics": {} if scored is None else scored.values,
+            "data": counts_of(data.train_audit),
             "trainable_parameters": trainable,
             "total_parameters": total,
             "tokens_per_second": metrics.tokens_per_second(),
@@ -371,6 +372,11 @@ def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModu
     trainer.limit_val_batches = 1.0
     (metrics,) = trainer.validate(module, dataloaders=loader, verbose=False)
     return metrics["validation_loss"]
+
+
+def counts_of(audit: Audit) -> dict[str, int | float]:
+    """The numbers of the audit of the training rows."""
+    return {name: value for name, value in vars(audit).items() if type(value) in (int, float)}
 
 
 def last_validation(trainer: Trainer, scored: TaskMetrics | None) -> dict[str, Any]:

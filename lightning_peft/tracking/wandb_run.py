@@ -38,6 +38,12 @@ FLUSH_SECONDS = 30
 """After so long a row is in W&B's file or on its server; its service keeps the latest 15 seconds in memory."""
 STEP = "trainer/global_step"
 """The x axis of every plot."""
+CONSTANTS = ("trainable_parameters", "rank", "alpha")
+"""Columns that never change within a run: W&B has them in config and summary, and no chart of them."""
+SUMMARIZED = (
+    "steps", "trainable_parameters", "total_parameters", "tokens_per_second", "peak_memory_gib", "seconds", "data",
+)  # fmt: skip
+"""What the summary takes from `result.json` as it stands there."""
 SWEEP_FILES = ("sweep.json", "multirun.yaml")
 """What marks the folder above a run folder as that of a sweep: ours, and Hydra's."""
 
@@ -51,6 +57,18 @@ def has_wandb_key() -> bool:
         return "wandb" in netrc.read_text(encoding="utf-8")
     except OSError:
         return False
+
+
+def charts(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row under the names of W&B's charts: train/loss, validation/loss, validation/METRIC.
+
+    What stands in a row beside a validation loss was taken with it.
+    """
+    is_validation = "validation_loss" in metrics
+    named = {key: value for key, value in metrics.items() if key not in CONSTANTS}
+    if is_validation:
+        return {f"validation/{'loss' if key == 'validation_loss' else key}": value for key, value in named.items()}
+    return {f"train/{key}": value for key, value in named.items()}
 
 
 def sweep_name(run_dir: Path) -> str | None:
@@ -149,6 +167,7 @@ class WandbRun(RunLogger):
             self.run = wandb.init(**options, mode="offline")
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)
+        self.run.define_metric("validation/loss", step_metric=STEP, summary="min,last")
         self.write_lost_rows(step)
 
     def write_lost_rows(self, step: int) -> None:
@@ -169,7 +188,7 @@ class WandbRun(RunLogger):
     def write_metrics(self, metrics: dict[str, float], step: int) -> None:
         # A run that failed after its last checkpoint repeats steps; those that are written stay as they are.
         if step > self.written_step:
-            self.run.log({**metrics, STEP: step})
+            self.run.log({**charts(metrics), STEP: step})
             self.note_written(step)
 
     def note_written(self, step: int) -> None:
@@ -193,11 +212,24 @@ class WandbRun(RunLogger):
             self.save_adapter(adapter, step)
         if status in ("preempted", "paused", "interrupted"):
             self.run.mark_preempting()
+        self.summarize()
+        if status == "diverged":
+            self.run.alert(title=f"{self.run.name} diverged", text=f"{self.run_dir}: ended as diverged at step {step}")
         # Until it finishes, up to 15 seconds of it are in the memory of another process.
         self.run.finish(exit_code=0 if status == "finished" else 1)
         self.forget_data_dir()
         if not self.failed:
             write_record(self.run_dir, {"id": self.run.id, "step": max(step, self.written_step)})
+
+    def summarize(self) -> None:
+        """Put what `result.json` says beside the last values of the charts."""
+        path = self.run_dir / "result.json"
+        if not path.exists():
+            return
+        result = json.loads(path.read_text())
+        summary = {key: result[key] for key in SUMMARIZED if key in result}
+        summary |= {f"validation/{name}": value for name, value in result.get("metrics", {}).items()}
+        self.run.summary.update(summary | {"status": result["status"]})
 
     def forget_data_dir(self) -> None:
         """The next run of this process has its own."""

@@ -137,7 +137,7 @@ def test_run_that_pauses_twice_is_the_run_that_never_does(tmp_path):
     assert rows("paused") == rows("whole")
 
 
-def wait_for(folder, seconds: float = 500) -> Sweep:
+def wait_for(folder, seconds: float = 900) -> Sweep:
     deadline = time.monotonic() + seconds
     while True:
         with changed_sweep(folder) as sweep:
@@ -149,32 +149,22 @@ def wait_for(folder, seconds: float = 500) -> Sweep:
 
 
 @pytest.mark.slow
-def test_asha_sweep_ends_with_its_best_trials_and_pauses_the_others(tmp_path, capsys):
-    """Six learning rates of which large ones learn more in nine steps: one in three goes on at each rung."""
+def test_asha_sweep_ends_with_its_best_trial_and_pauses_the_others(tmp_path, capsys):
     folder = tmp_path / "s"
-    words = ["sweep.pruning=asha", "sweep.parallel=2", "optimizer.lr=1e-6,1e-5,1e-4,3e-3,1e-2,3e-2"]
+    words = ["sweep.pruning=asha", "sweep.min_steps=3", "sweep.parallel=2", "optimizer.lr=1e-5,1e-2,1e-4"]
     assert main(["submit", "-m", "cluster=local", *TINY, *words, f"sweep_dir={folder}"]) == 0
     sweep = wait_for(folder)
-    assert sweep.rungs == [1, 3]
-    finished = [trial for trial in sweep.trials if trial.state == "finished"]
-    assert finished and {trial.state for trial in sweep.trials} == {"finished", "paused"}
+    assert [trial.state for trial in sweep.trials] == ["paused", "finished", "paused"]
     for trial in sweep.trials:
         with (folder / trial.name / "metrics.csv").open() as file:
-            seen = {
-                int(row["step"]): float(row["validation_loss"])
-                for row in csv.DictReader(file)
-                if row["validation_loss"]
-            }
-        assert trial.rung_values == pytest.approx([seen[step] for step in sweep.rungs[: len(trial.rung_values)]])
-        assert (max(seen) == 9) == (trial in finished)
-    at_first = sorted(sweep.trials, key=lambda trial: trial.rung_values[0])
-    assert finished[0] in at_first[:3]
-    steps = sum(trial.result["steps"] for trial in sweep.trials)
-    assert steps <= 0.6 * 9 * 6
+            rows = [row for row in csv.DictReader(file) if row["validation_loss"]]
+        seen = {int(row["step"]): float(row["validation_loss"]) for row in rows}
+        assert trial.rung_values == [pytest.approx(seen[3])]
+        assert max(seen) == (9 if trial.state == "finished" else 3)
+    assert min(trial.rung_values for trial in sweep.trials) == sweep.trials[1].rung_values
     assert main(["sweep", "status", str(folder)]) == 0
-    assert "rungs (asha): 6 reached step 1, " in capsys.readouterr().out
+    assert "rungs (asha): 3 reached step 3, 1 reached the end" in capsys.readouterr().out
     assert main(["sweep", "retry", str(folder), "failed=true"]) == 2, "a paused trial has not failed"
-    paused = next(trial for trial in sweep.trials if trial.state == "paused" and len(trial.rung_values) == 1)
-    assert main(["sweep", "retry", str(folder), f"trials=[{paused.name}]"]) == 0
-    again = wait_for(folder).trial(paused.name)
-    assert len(again.rung_values) == 2 and again.result["steps"] in (3, 9)
+    assert main(["sweep", "retry", str(folder), "trials=[lr1e-4]"]) == 0
+    again = wait_for(folder).trial("lr1e-4")
+    assert (again.state, again.result["steps"], again.rung_values) == ("finished", 9, sweep.trials[2].rung_values)

@@ -26,7 +26,7 @@ def test_requeued_job_goes_on_in_its_run(slurm, tmp_path):
     assert [step for step, _ in logged] == list(range(1, 11))
     # A service that dies with the ranks says so, and the next start writes what it had not written.
     if "nothing more is logged there" in log(tmp_path):
-        assert set(first.scalars("loss") + second.scalars("loss")) == set(logged), said
+        assert set(first.scalars("train/loss") + second.scalars("train/loss")) == set(logged), said
     else:
         assert (first.id, first.preempting, first.exit_code) == (record["id"], True, 1), said
-        assert (first.scalars("loss"), second.scalars("loss")) == (logged[:4], logged[4:]), said
+        assert (first.scalars("train/loss"), second.scalars("train/loss")) == (logged[:4], logged[4:]), said

@@ -80,7 +80,9 @@ def test_wandb_csv_and_tensorboard_get_the_same_scalars(tmp_path):
     assert wanted | {"trainable_parameters", "validation_loss"} <= set(rows[0])
     for key in set(rows[0]) - {"step"}:
         ours = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
-        theirs = run.scalars(key), [(event.step, event.value) for event in events.Scalars(key)]
+        theirs = [[(event.step, event.value) for event in events.Scalars(key)]]
+        if key not in ("rank", "alpha", "trainable_parameters"):
+            theirs.append(run.scalars("validation/loss" if key == "validation_loss" else f"train/{key}"))
         for points in theirs:
             assert [step for step, _ in points] == [step for step, _ in ours], key
             # TensorBoard keeps fp32.
@@ -89,8 +91,38 @@ def test_wandb_csv_and_tensorboard_get_the_same_scalars(tmp_path):
 
 def test_learning_rates_of_lora_plus_differ_by_the_ratio(finished):
     run_dir, run, _ = finished
-    for (_, rate_A), (_, rate_B) in zip(run.scalars("lr/A"), run.scalars("lr/B"), strict=True):
+    for (_, rate_A), (_, rate_B) in zip(run.scalars("train/lr/A"), run.scalars("train/lr/B"), strict=True):
         assert rate_B == pytest.approx(4 * rate_A)
+
+
+def test_charts_have_prefixes_and_none_is_constant(finished):
+    _, run, _ = finished
+    names = {key for row in run.rows for key in row if not key.startswith(("_", "samples"))}
+    assert {name.partition("/")[0] for name in names} == {"train", "validation", "trainer"}
+    constant = {"train/rank", "train/alpha", "train/trainable_parameters", "rank", "alpha", "trainable_parameters"}
+    assert not names & constant
+    epochs = [epoch for _, epoch in run.scalars("train/epoch")]
+    assert 0 < epochs[0] < epochs[1] < epochs[2]
+
+
+def test_tokens_are_counted_over_the_steps(finished):
+    run_dir, run, _ = finished
+    tokens = [int(row["tokens"]) for row in csv_rows(run_dir) if row["tokens"]]
+    assert [total for _, total in run.scalars("train/total_tokens")] == [sum(tokens[: n + 1]) for n in range(3)]
+
+
+def test_summary_has_what_the_result_says(finished):
+    run_dir, run, result = finished
+    for key in ("steps", "trainable_parameters", "peak_memory_gib", "data"):
+        assert run.summary[key] == pytest.approx(result[key])
+    assert run.summary["status"] == "finished" and run.summary["data"]["rows"] == 6
+
+
+def test_diverged_run_is_an_alert(tmp_path):
+    with pytest.raises(SystemExit):
+        train(wandb_config(tmp_path / "run", "optimizer.lr=1e30", "data.packing=false"))
+    (run,) = offline_runs(tmp_path / "run")
+    assert run.alerts == ["run diverged"] and run.summary["status"] == "diverged" and run.exit_code == 1
 
 
 def test_adapter_is_an_artifact_with_its_lineage(finished):
@@ -132,7 +164,7 @@ def test_resumed_run_keeps_its_id_and_repeats_no_step(tmp_path):
     train(wandb_config(tmp_path / "run", *words))
     first, second = offline_runs(tmp_path / "run")
     assert first.id == second.id and (first.exit_code, second.exit_code) == (1, 0)
-    steps = [[step for step, _ in run.scalars("loss")] for run in (first, second)]
+    steps = [[step for step, _ in run.scalars("train/loss")] for run in (first, second)]
     # The failed start logged steps up to the checkpoint's flush and the error; what is written is not written again.
     assert steps[0] + steps[1] == [1, 2, 3, 4, 5]
 
@@ -143,7 +175,7 @@ def test_preempted_run_is_marked(tmp_path):
     run.log_metrics({"loss": 1.0}, step=1)
     run.close("preempted", tmp_path / "adapter")
     (written,) = offline_runs(tmp_path)
-    assert written.preempting and written.exit_code == 1 and written.scalars("loss") == [(1, 1.0)]
+    assert written.preempting and written.exit_code == 1 and written.scalars("train/loss") == [(1, 1.0)]
 
 
 class KillCore(Callback):
@@ -176,9 +208,9 @@ def test_rows_that_a_killed_wandb_core_lost_are_logged_by_the_next_start(tmp_pat
     *lost, run = offline_runs(tmp_path / "run")
     assert not any(start.rows for start in lost)
     rows = csv_rows(tmp_path / "run")
-    for key in ("loss", "lr", "validation_loss"):
-        assert run.scalars(key) == [(int(row["step"]), float(row[key])) for row in rows if row[key]]
-    assert [step for step, _ in run.scalars("loss")] == [1, 2, 3, 4, 5]
+    for key, chart in (("loss", "train/loss"), ("lr", "train/lr"), ("validation_loss", "validation/loss")):
+        assert run.scalars(chart) == [(int(row["step"]), float(row[key])) for row in rows if row[key]]
+    assert [step for step, _ in run.scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_rows_that_outlived_a_killed_trainer_are_not_logged_again(tmp_path, monkeypatch):
@@ -194,8 +226,8 @@ def test_rows_that_outlived_a_killed_trainer_are_not_logged_again(tmp_path, monk
     resumed.start_at(4)
     resumed.close("finished", tmp_path / "adapter")
     first, second = offline_runs(tmp_path)
-    assert first.scalars("loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
-    assert second.scalars("loss") == [(4, 1.0)]  # the last is not known to be written
+    assert first.scalars("train/loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+    assert second.scalars("train/loss") == [(4, 1.0)]  # the last is not known to be written
 
 
 def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
@@ -204,7 +236,7 @@ def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("lightning_peft.tracking.wandb_run.SERVER_SECONDS", 2)
     result = train(wandb_config(tmp_path / "run"))
     (run,) = offline_runs(tmp_path / "run")
-    assert result["status"] == "finished" and [step for step, _ in run.scalars("loss")] == [1, 2, 3]
+    assert result["status"] == "finished" and [step for step, _ in run.scalars("train/loss")] == [1, 2, 3]
     assert sum("wandb: no server" in record.message for record in caplog.records) == 1
 
 
@@ -281,7 +313,7 @@ def test_variables_win_over_defaults_and_a_home_is_not_needed(tmp_path, monkeypa
     (run,) = offline_runs(tmp_path / "run")
     assert (run.project, run.name, run.group, run.job_type) == ("mine", "called", "ours", "sweep")
     assert set(run.tags) == {"a", "b"}
-    assert len(run.scalars("loss")) == 3 and len(run.scalars("samples/path")) == 1
+    assert len(run.scalars("train/loss")) == 3 and len(run.scalars("samples/path")) == 1
     assert "WANDB_DATA_DIR" not in os.environ
 
 

@@ -58,6 +58,8 @@ class OfflineRun:
     name: str = ""
     preempting: bool = False
     exit_code: int | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    alerts: list[str] = field(default_factory=list)
 
     def scalars(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of every row that has the key."""
@@ -85,6 +87,10 @@ def offline_run(path: Path) -> OfflineRun:
             run.artifacts.append(record.artifact)
         elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
             run.artifacts.append(record.request.log_artifact.artifact)
+        elif kind == "summary":
+            run.summary |= values(record.summary.update)
+        elif kind == "alert":
+            run.alerts.append(record.alert.title)
         elif kind == "preempting":
             run.preempting = True
         elif kind == "exit":

@@ -47,8 +47,15 @@ def rank_and_alpha(module: LightningModule) -> dict[str, float]:
     return {"rank": config.rank, "alpha": 2.0 * config.rank if config.alpha is None else config.alpha}
 
 
+def epochs_done(trainer: Trainer) -> float:
+    """Passes over the rows so far; whole ones only where nobody knows how long one is."""
+    batches = trainer.num_training_batches
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return trainer.current_epoch + (done / batches if batches != float("inf") else 0.0)
+
+
 class StepMetrics(Callback):
-    """Logs loss, grad_norm, lr, tokens and step_seconds per optimiser step and keeps what `result.json` needs.
+    """Logs loss, grad_norm, lr, tokens, epoch and step_seconds per optimiser step and keeps what `result.json` needs.
 
     Tokens are those of all ranks, memory is that of the rank that took most.
     Values stay on the device until `trainer.log_every_n_steps` of them have come together.
@@ -59,6 +66,8 @@ class StepMetrics(Callback):
         self.pending: list[tuple[int, dict[str, Any]]] = []
         """Step and row; tokens are this rank's."""
         self.step_tokens = 0
+        self.total_tokens = 0
+        """Of all ranks and steps that are flushed, those of earlier starts included."""
         self.step_started = time.perf_counter()
         self.was_validated = False
         self.durations: list[tuple[float, int]] = []
@@ -95,7 +104,7 @@ class StepMetrics(Callback):
         row["lr"] = groups[0]["lr"]
         if len(groups) > 1:
             row |= {f"lr/{group['name']}": group["lr"] for group in groups}
-        row |= {"tokens": tokens, "step_seconds": seconds} | self.constants
+        row |= {"tokens": tokens, "step_seconds": seconds, "epoch": epochs_done(trainer)} | self.constants
         self.last_loss = row["loss"]
         self.pending.append((trainer.global_step, row))
         if len(self.pending) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -111,6 +120,8 @@ class StepMetrics(Callback):
         peak = worst(peak_memory_gib(device))
         for (step, row), tokens in zip(pending, reduce_sums(counts).tolist(), strict=True):
             row["tokens"] = int(tokens)
+            self.total_tokens += row["tokens"]
+            row["total_tokens"] = self.total_tokens
             self.steps_seen += 1
             if self.steps_seen > WARM_UP_STEPS:
                 self.durations.append((row["step_seconds"], row["tokens"]))
@@ -140,10 +151,13 @@ class StepMetrics(Callback):
         self.flush(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss}
+        # Lightning asks before the rows of this step are flushed.
+        pending = torch.tensor(float(sum(row["tokens"] for _, row in self.pending)), dtype=torch.float64)
+        return {"loss": self.loss, "total_tokens": self.total_tokens + int(reduce_sums(pending))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_loss = state_dict["loss"]
+        self.total_tokens = state_dict.get("total_tokens", 0)
 
     @property
     def loss(self) -> float | None:
