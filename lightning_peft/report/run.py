@@ -13,7 +13,7 @@ from lightning_peft.report.page import Page
 KNOWN = (
     "step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "step_seconds", "tokens_per_second",
     "supervised_tokens_per_second", "peak_memory_gib", "validation_loss", "trainable_parameters", "rank", "alpha",
-    "epoch",
+    "epoch", "total_tokens",
 )  # fmt: skip
 """Columns of metrics.csv that have a picture of their own or need none; others are drawn one by one."""
 SAMPLES = 20
