@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
@@ -10,16 +11,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.kernels.codes import Codes, check_blocks, dequantize
+from lightning_peft.kernels.codes import Codes, check_blocks
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.experts import (
+    ExpertLinear,
+    QuantizedExperts,
+    dequantized_experts,
+    unknown_stacks,
+)
+from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 from lightning_peft.quantization.weights import (
     dense_weight,
     is_linear,
     is_transposed,
     linear_shape,
     reads_weight,
-    stacked_experts,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,16 +72,25 @@ def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]
 
 
 def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
-    """Quantise a dense weight into the layer whose "<module>.weight" it is; False when that is no 4-bit layer.
+    """Give a dense weight to the layer that stands for the parameter of that name, quantising it where it is coded.
 
-    The codes stay on the weight's device.
+    False when the model has the parameter itself. Codes stay on the weight's device.
     """
     module_name, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(module_name)
-    if leaf != "weight" or not isinstance(layer, QuantizedLinear):
+    module = model.get_submodule(module_name)
+    layer = module if leaf == "weight" else getattr(module, leaf, None)
+    if isinstance(layer, ExpertLinear) and layer is not module:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    elif isinstance(layer, QuantizedLinear | QuantizedExperts):
+        layer.load_dense_(weight.mT.contiguous() if layer.transposed else weight)
+    else:
         return False
-    layer.load_dense_(weight.t().contiguous() if layer.transposed else weight)
     return True
+
+
+def dequantized_layer(layer: nn.Module) -> nn.Module:
+    """Return a frozen dense layer, of a stack of experts too, with the weights of a coded one."""
+    return dequantized_experts(layer) if isinstance(layer, QuantizedExperts) else dequantized_linear(layer)
 
 
 def dequantized_linear(layer: nn.Module) -> nn.Linear | Conv1D:
@@ -106,12 +121,12 @@ def layer_fingerprints(module: nn.Module, name: str = "") -> dict[str, str]:
     """Return the SHA-256 of each coded layer's dequantised weight, by its name below `name`, the module's."""
     found = {}
     for path, layer in module.named_modules(prefix=name):
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, CodedWeight):
             device = (layer.weight if layer.absmax_scale is None else layer.absmax_scale).device
             # FSDP leaves buffers on the device when it offloads its slices.
             whole = (t.full_tensor() if isinstance(t, DTensor) else t for t in layer.codes)
             codes = Codes(*(None if t is None else t.to(device) for t in whole))  # type: ignore[arg-type]
-            weight = dequantize(codes, layer.kind, layer.block_size, torch.float32)
+            weight = layer.dequantized(codes, torch.float32)
             found[_plain_name(path)] = hashlib.sha256(weight.cpu().numpy().data).hexdigest()
     return found
 
@@ -136,7 +151,7 @@ def memory_by_group(model: nn.Module) -> dict[str, int]:
             seen.add(id(tensor))
             if tensor.requires_grad:
                 group = "trainable"
-            elif isinstance(module, QuantizedLinear) and name != "bias":
+            elif isinstance(module, CodedWeight) and name != "bias":
                 group = "codes" if name == "weight" else "scales"
             else:
                 group = "embeddings" if isinstance(module, nn.Embedding) or module is head else "other"
@@ -147,9 +162,9 @@ def memory_by_group(model: nn.Module) -> dict[str, int]:
 
 def bits_per_parameter(model: nn.Module) -> float:
     """Return the stored bits for each weight of the model's 4-bit layers, codes and scales; 0 when it has none."""
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, CodedWeight)]
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.codes if tensor is not None)
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    weights = sum(math.prod(layer.shape) for layer in layers)
     return 8 * stored / weights if weights else 0.0
 
 
@@ -205,7 +220,7 @@ def _refusal(name: str, module: nn.Module, config: QuantizationConfig) -> str | 
     """Return why a module that holds linear weights cannot be quantised; None when it can or holds none."""
     if is_linear(module):
         return check_blocks(linear_shape(module)[1], config.block_size) if config.kind is not Kind.int8 else None
-    for own, _ in stacked_experts(name, module):
+    for own, _ in unknown_stacks(name, module):
         return f"holds its experts in one 3-D parameter ({own}), which cannot be stored as {config.kind.name}"
     return None
 
