@@ -17,6 +17,9 @@ from lightning_peft.quantization.experts import (
     ExpertLinear,
     QuantizedExperts,
     dequantized_experts,
+    open_experts,
+    projections,
+    stack_shape,
     unknown_stacks,
 )
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
@@ -40,7 +43,11 @@ def quantize_linears(model: nn.Module, config: QuantizationConfig) -> list[str]:
     ValueError names the layers that cannot be quantised, before any is touched.
     """
 
-    def convert(layer: nn.Module) -> QuantizedLinear:
+    def convert(layer: nn.Module) -> CodedWeight:
+        if isinstance(layer, ExpertLinear):
+            stack = _empty_experts(layer, config)
+            stack.load_dense_(layer.matrices())
+            return stack
         coded = QuantizedLinear.from_weight(
             dense_weight(layer).contiguous(), layer.bias, config.kind.name, config.block_size,  # type: ignore[arg-type]
             config.double_quantization,
@@ -57,7 +64,9 @@ def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]
     Each weight is then handed to `load_weight` as it is read, so that no more than one is dense at a time.
     """
 
-    def convert(layer: nn.Module) -> QuantizedLinear:
+    def convert(layer: nn.Module) -> CodedWeight:
+        if isinstance(layer, ExpertLinear):
+            return _empty_experts(layer, config)
         out_features, in_features = linear_shape(layer)
         weight = dense_weight(layer)
         empty = QuantizedLinear(
@@ -69,6 +78,13 @@ def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]
         return empty
 
     return _replace_linears(model, config, convert)
+
+
+def _empty_experts(layer: ExpertLinear, config: QuantizationConfig) -> QuantizedExperts:
+    return QuantizedExperts(
+        layer.shape, layer.transposed, config.kind.name, config.block_size, config.double_quantization,
+        dtype=layer.weight.dtype,
+    )  # fmt: skip
 
 
 def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
@@ -169,15 +185,18 @@ def bits_per_parameter(model: nn.Module) -> float:
 
 
 def _replace_linears(
-    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Module], QuantizedLinear]
+    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Module], CodedWeight]
 ) -> list[str]:
-    names = _names_to_quantize(model, config)
+    linears, stacks = _names_to_quantize(model, config)
+    open_experts(model, stacks)
+    names = [*linears, *stacks]
     for name in names:
         layer = model.get_submodule(name)
         model.set_submodule(name, convert(layer).train(layer.training))
     logger.info(
-        "%d linear layers stored as %s, %s, %.3f bits a weight",
-        len(names),
+        "%d linear layers%s stored as %s, %s, %.3f bits a weight",
+        len(linears),
+        f" and {len(stacks)} stacks of experts" if stacks else "",
         config.kind.name,
         "a scale a row" if config.kind is Kind.int8 else f"block size {config.block_size}",
         bits_per_parameter(model),
@@ -185,12 +204,14 @@ def _replace_linears(
     return names
 
 
-def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> list[str]:
+def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> tuple[list[str], list[str]]:
+    """Return the names of the linear layers and of the stacks of experts. ValueError as `quantize_linears` has it."""
     if not config.is_on:
         raise ValueError("quantization.kind=none: there is nothing to quantise to; use nf4 or fp4")
     unused = set(config.exclude)
     head = _output_head(model)
     names: list[str] = []
+    stacks: list[str] = []
     read: list[str] = []
     for name, module in model.named_modules():
         hits = {pattern for pattern in config.exclude if _matches(pattern, name)}
@@ -207,13 +228,25 @@ def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> list[str
             )
         if is_linear(module):  # not a subclass whose forward is another, such as a router's
             names.append(name)
+        for own in projections(module):
+            whole = f"{name}.{own}"
+            hits = {pattern for pattern in config.exclude if _matches(pattern, whole)}
+            unused -= hits
+            if hits:
+                continue
+            problem = None if config.kind is Kind.int8 else check_blocks(stack_shape(module, own)[2], config.block_size)
+            if problem:
+                raise ValueError(
+                    f"quantization.kind={config.kind.name}: {whole} {problem}; quantization.exclude keeps it dense"
+                )
+            stacks.append(whole)
     if read:
         logger.info("%d layers stay dense, as the model reads their weights itself: %s", len(read), ", ".join(read[:3]))
     if unused:
         raise ValueError(f"quantization.exclude={sorted(unused)}: matches no module of the model")
-    if not names:
+    if not names and not stacks:
         raise ValueError(f"quantization.kind={config.kind.name}: the model has no linear layer to quantise")
-    return names
+    return names, stacks
 
 
 def _refusal(name: str, module: nn.Module, config: QuantizationConfig) -> str | None:

@@ -75,6 +75,8 @@ class QuantizedExperts(CodedWeight):
     parameter has its inputs first; the codes never have.
     """
 
+    shape: tuple[int, int, int]
+
     def __init__(
         self,
         shape: tuple[int, int, int],
@@ -118,7 +120,7 @@ def expert_stacks(model: nn.Module) -> dict[str, Stack]:
     for prefix, module in model.named_modules():
         names = projections(module)
         for name in names:
-            found[f"{prefix}.{name}"] = Stack(*_shape(module, name), True)
+            found[f"{prefix}.{name}"] = Stack(*stack_shape(module, name), True)
         if not names:
             for name, parameter in unknown_stacks(prefix, module):
                 experts, rows, columns = parameter.shape
@@ -142,15 +144,16 @@ def unknown_stacks(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter
     ]
 
 
-def _shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """Return (experts, out_features, in_features) of a stack, a parameter or a layer under whatever adapts it."""
     part: Any = getattr(module, name)
     if isinstance(part, nn.Parameter):
         experts, rows, columns = part.shape
         return (experts, columns, rows) if _is_transposed(module) else (experts, rows, columns)
     while hasattr(part, "base_layer"):
         part = part.base_layer
-    shape: tuple[int, int, int] = part.shape
-    return shape
+    experts, rows, columns = part.shape
+    return experts, rows, columns
 
 
 def _is_transposed(module: nn.Module) -> bool:

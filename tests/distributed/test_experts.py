@@ -14,7 +14,7 @@ from families import small_model  # noqa: E402
 
 NOISE = {"rtol": 5e-5, "atol": 5e-6}
 """fp32: sums over the ranks are taken in another order."""
-BASES = {"dense": "quantization=none"}
+BASES = {"dense": ["quantization=none"], "nf4": ["quantization=nf4", "quantization.block_size=32"]}
 RANKS = ("ddp", "fsdp")
 
 
@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["model=hf", f"model.path={folder}/model", "method=lora", "rank=r4", "adapter.experts=3"]
     single, shared, resumed = {}, {}, {}
     for base, quantization in BASES.items():
-        own = [*words, quantization, "checkpoint.every_n_steps=1"]
+        own = [*words, *quantization, "checkpoint.every_n_steps=1"]
         single[base] = [*own, "strategy=single", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2"]
         shared |= {f"{base}_{kind}": [*own, f"strategy={kind}", "trainer.max_steps=2"] for kind in RANKS}
         for steps in (1, 2):
