@@ -342,3 +342,19 @@ def test_a_file_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     min(tmp_path.glob("model-*.safetensors")).unlink()
     with pytest.raises(ValueError, match="names model-.*, which is not there"):
         load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [
+        ("mxfp4", "a bf16 copy, .* with Mxfp4Config"),
+        ("fp8", "a bf16 copy, .* with FineGrained"),
+        ("awq", "the original"),
+    ],
+)
+def test_other_codes_are_refused_before_a_weight_is_read(method: str, remedy: str, tmp_path: Path) -> None:
+    config = save_small(tmp_path)
+    words = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**words, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(ValueError, match=f"weights quantised by {method} cannot be trained here; give {remedy}"):
+        empty_model(config)
