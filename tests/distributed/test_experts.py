@@ -23,7 +23,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
     small_model("gpt_oss", vocab_size=320, max_position_embeddings=2048).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    words = ["model=hf", f"model.path={folder}/model", "method=lora", "rank=r4", "adapter.experts=3"]
+    words = [
+        "model=hf",
+        f"model.path={folder}/model",
+        "method=lora",
+        "rank=r4",
+        "adapter.experts=3",
+        "schedule=constant",
+    ]
     single, shared, resumed = {}, {}, {}
     for base, quantization in BASES.items():
         own = [*words, *quantization, "checkpoint.every_n_steps=1"]
