@@ -29,6 +29,8 @@ class Target:
     alpha: float | None
     depth: int | None
     """Index of the transformer block, None outside the blocks."""
+    experts: int = 0
+    """Matrices of this shape in a stack of experts; 0 for a layer of one."""
 
 
 class LowRank(NamedTuple):
@@ -61,6 +63,9 @@ class AdapterConfig:
     """Rank per pattern, as in {q_proj:8,layers.1.*:4} (a colon in a re: pattern is typed \\:); the last match wins."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alpha per pattern, likewise."""
+    experts: Any = "none"
+    """Rank of every expert's matrices in a mixture of experts; auto is `rank` over the experts of a token, none leaves
+    them as they are unless `target_modules` names them."""
     rank_last: int | None = None
     """Rank of the last block when ranks are tapered linearly by depth from `rank`; null: one rank for all."""
     trainable_modules: list[str] = field(default_factory=list)
@@ -79,6 +84,8 @@ class AdapterConfig:
         for key, rank in [("rank", self.rank), ("rank_last", self.rank_last), *self.rank_pattern.items()]:
             if rank is not None and rank < 1:
                 raise ValueError(f"adapter.{key}={rank}: a rank is at least 1 (rank=none for methods without one)")
+        if self.experts not in (None, "none", "auto") and not (type(self.experts) is int and self.experts >= 1):
+            raise ValueError(f"adapter.experts={self.experts}: must be none, auto or a rank of at least 1")
         if self.uses_rank and self.rank is None:
             raise ValueError(f"adapter.rank=null: method {self.method!r} needs a rank, for example rank=r16")
         if not self.uses_rank and self.rank is not None:
@@ -168,7 +175,7 @@ class Adapter(nn.Module, ABC):
             return dense_weight(base_layer) if is_quantized(base_layer) else base_layer.weight  # type: ignore[return-value]
         weight = dense_weight(base_layer)
         whole = (weight.float() + self.delta_weight()).to(weight.dtype)
-        return whole.t() if is_transposed(base_layer) else whole
+        return whole.mT if is_transposed(base_layer) else whole
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features); ids (...) to (..., dim) around an embedding."""

@@ -1,5 +1,6 @@
 """Puts adapters into a model and takes them out again."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from lightning_peft.adapters.targets import (
     nearest_names,
     untie,
 )
-from lightning_peft.quantization.weights import is_quantized, linear_shape
+from lightning_peft.quantization.experts import expert_stacks, open_experts
+from lightning_peft.quantization.weights import is_quantized, weight_shape
 
 BLOCK_NUMBER = re.compile(r"\.\d+\.")
 SHARED = "adapter_shared"
@@ -73,6 +75,7 @@ class Injection:
             untie(model)
         self.targets = find_targets(model, config, tuple(self.method.layers))
         names = {target.name for target in self.targets}
+        open_experts(model, [target.name for target in self.targets if target.experts])
         self.trained = _find_trainable(model, config.trainable_modules, names)
         self.biased = layers_with_bias(model, names, config.trained_biases)
         model.requires_grad_(False)
@@ -144,8 +147,7 @@ def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
     seen: set[int] = set()
     for module in model.modules():
         if is_quantized(module):
-            rows, columns = linear_shape(module)
-            total += rows * columns
+            total += math.prod(weight_shape(module))
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or (is_quantized(module) and name != "bias"):
                 continue
@@ -170,17 +172,24 @@ def describe_targets(targets: list[Target], model: nn.Module) -> Table:
     for target in targets:
         kind = (
             BLOCK_NUMBER.sub(".*.", target.name),
-            f"{target.out_features} x {target.in_features}",
+            f"{f'{target.experts} x ' if target.experts else ''}{target.out_features} x {target.in_features}",
             *("-" if value is None else f"{value:g}" for value in (target.rank, target.alpha)),
         )
         trained = sum(p.numel() for p in found[target.name].parameters() if p.requires_grad)
         alike.setdefault(kind, []).append(trained)
     for (name, *figures), parameters in alike.items():
         table.add_row(name, f"{len(parameters):,}", *figures, f"{sum(parameters):,}")
-    share = expert_share(model)
-    if share > 0:
-        table.add_section()
-        table.add_row("3-D experts (not covered)", "-", f"{share:.1%} of weights", "-", "-", "0")
+    stacks = expert_stacks(model)
+    for words, part in (
+        ("experts, adapted", {name: stack for name, stack in stacks.items() if name in found}),
+        ("experts, as they are", {name: stack for name, stack in stacks.items() if name not in found}),
+    ):
+        if part:
+            factors = [p for name in part if name in found for p in found[name].parameters()]
+            trained = sum(p.numel() for p in factors if p.requires_grad)
+            table.add_section()
+            share = f"{expert_share(model, part):.1%} of weights"
+            table.add_row(words, f"{len(part):,}", share, "-", "-", f"{trained:,}")
     return table
 
 

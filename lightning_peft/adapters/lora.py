@@ -1,7 +1,8 @@
 """LoRA: a low-rank change beside a frozen layer (Hu et al. 2021, arXiv:2106.09685)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, Reads, Start, kaiming
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
 from lightning_peft.kernels.frozen_linear import Base
+from lightning_peft.kernels.grouped import grouped_product
 from lightning_peft.kernels.low_rank import add_low_rank
+from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, product_dtype
 from lightning_peft.quantization.weights import dense_weight, linear_shape, write_weight
 
 
@@ -209,6 +212,58 @@ class LoRAEmbedding(Adapter):
         return LowRank(A, B, self.scaling)
 
 
+class LoRAExperts(Adapter):
+    """y_e = W_e x + scaling * B_e A_e dropout(x) for the rows x of each expert e: factors of its own for every expert.
+
+    lora_A is (experts, rank, in_features), lora_B (experts, out_features, rank), both fp32. Wraps a stack of matrices,
+    dense or coded, and multiplies an expert's factors with that expert's rows alone.
+    """
+
+    base_layer: ExpertLinear | QuantizedExperts
+
+    def __init__(self, base_layer: ExpertLinear | QuantizedExperts, target: Target, config: LoRAConfig):
+        super().__init__(base_layer)
+        if not config.initialization.is_neutral:
+            raise ValueError(
+                f"adapter.init={config.init} is not defined for stacked experts: use kaiming or adapter.experts=none"
+            )
+        assert target.rank is not None and target.alpha is not None
+        experts, out_features, in_features = base_layer.shape
+        self.rank = target.rank
+        self.scaling = config.scaling(target.rank, target.alpha)
+        self.dropout = config.dropout
+        self.initialization = config.initialization
+        device = base_layer.weight.device
+        self.lora_A = nn.Parameter(torch.empty(experts, self.rank, in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(experts, out_features, self.rank, device=device, dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.lora_A.is_meta:
+            return
+        shape = self.lora_A.new_empty(()).expand(self.lora_B.shape[1], self.lora_A.shape[2])
+        for A in self.lora_A:
+            A.copy_(self.initialization.start(shape, self.rank, self.scaling).A)
+        self.lora_B.zero_()
+
+    def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[override]
+        """Map rows sorted by expert, `sizes` of them for each, (N, in_features), to (N, out_features)."""
+        if not self.enabled:
+            return self.base_layer(x, sizes)
+        base = partial(self.base_layer.base, dtype=product_dtype(x))
+        factors = (self.lora_A, self.lora_B)
+        return grouped_product(x, sizes, base, factors, self.scaling, self.active_dropout)
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """Return the formula for as many rows of each expert: (experts, N, in_features), (experts, N, out_features)."""
+        A, B = (factor.to(base_output.dtype) for factor in (self.lora_A, self.lora_B))
+        dropped = F.dropout(x, self.dropout, self.training).to(base_output.dtype)
+        return base_output + self.scaling * (dropped @ A.mT @ B.mT)
+
+    def delta_weight(self) -> Tensor:
+        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+
 def read_lora_words(words: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """Read which biases were trained, and an initialisation that rewrote the base."""
     init = words.get("init_lora_weights")
@@ -230,7 +285,12 @@ PEFT = PeftSpelling(
 
 METHOD = Method(
     LoRAConfig,
-    {**linears(LoRALinear), nn.Embedding: LoRAEmbedding},
+    {
+        **linears(LoRALinear),
+        nn.Embedding: LoRAEmbedding,
+        ExpertLinear: LoRAExperts,
+        QuantizedExperts: LoRAExperts,
+    },
     trained=("lora_A.weight", "lora_B.weight"),
     change="s B A, s = alpha / r (rslora: alpha / sqrt(r))",
     paper="arXiv:2106.09685, 2312.03732",

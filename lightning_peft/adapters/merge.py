@@ -7,8 +7,9 @@ from torch import nn
 
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.targets import is_tied, untie
-from lightning_peft.quantization.convert import dequantized_linear
-from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.convert import dequantized_layer
+from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, close_experts, open_experts
+from lightning_peft.quantization.linear import CodedWeight
 from lightning_peft.quantization.weights import dense_weight, is_quantized, write_weight
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,6 +38,8 @@ def merge_adapters(
     if original is not None and is_tied(original) and not is_tied(model):
         untie(original)
     result = model if original is None or requantise else original
+    if result is not model:
+        open_experts(result, [n for n, m in model.named_modules() if isinstance(m, QuantizedExperts | ExpertLinear)])
     inside = (*(f"{name}." for name in found), f"{SHARED}.")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     for name, layer in found.items():
@@ -56,12 +59,12 @@ def merge_adapters(
             bias.copy_(bias.float() + delta_bias)
         result.set_submodule(name, target)
     for name, module in list(model.named_modules()):
-        if not isinstance(module, QuantizedLinear) or requantise or name.startswith(inside):
+        if not isinstance(module, CodedWeight) or requantise or name.startswith(inside):
             continue
         if result is model:
-            result.set_submodule(name, dequantized_linear(module))
+            result.set_submodule(name, dequantized_layer(module))
         elif from_codes:
-            write_weight(result.get_submodule(name), dense_weight(dequantized_linear(module)))
+            write_weight(result.get_submodule(name), dense_weight(dequantized_layer(module)))
     if result is not model:
         for name, parameter in trained.items():
             target_parameter = result.get_parameter(name)
@@ -69,18 +72,19 @@ def merge_adapters(
             target_parameter.data = parameter.to(wider)
     if hasattr(result, SHARED):
         delattr(result, SHARED)
+    close_experts(result)
     return result
 
 
 def _writable(layer: nn.Module, dtype: torch.dtype | None, requantise: bool) -> nn.Module:
     """Return a layer that holds the sum with no rounding but the one to `dtype`, or to codes."""
-    if isinstance(layer, QuantizedLinear):
+    if isinstance(layer, CodedWeight):
         if requantise:
             return layer
-        layer = dequantized_linear(layer)
+        layer = dequantized_layer(layer)
     return layer if dtype is None else layer.to(torch.promote_types(_stored_dtype(layer), dtype))
 
 
 def _stored_dtype(layer: nn.Module) -> torch.dtype:
-    dtype: Any = layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
+    dtype: Any = layer.dtype if isinstance(layer, CodedWeight) else layer.weight.dtype
     return dtype

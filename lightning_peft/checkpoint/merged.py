@@ -21,6 +21,7 @@ from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.kernels.codes import INT8
 from lightning_peft.models.streaming import fp32_pattern
 from lightning_peft.progress import Part
+from lightning_peft.quantization.experts import QuantizedExperts
 from lightning_peft.quantization.linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,11 @@ def merge(
         raise MergeError("merge.base=original needs the base before quantisation")
     if config.base is MergeBase.requantised and any(getattr(m, "kind", None) == INT8 for m in model.modules()):
         raise MergeError("merge.base=requantised writes 4-bit layers, this base is int8; use merge.base=dequantised")
+    if config.base is MergeBase.requantised and any(isinstance(m, QuantizedExperts) for m in model.modules()):
+        raise MergeError(
+            "merge.base=requantised writes 4-bit linear layers, and this base has stacks of experts in 4 bits, which "
+            "transformers does not read; use merge.base=dequantised"
+        )
     for _, layer in adapters(model):
         layer.check_mergeable()
     _refuse_shared(model)

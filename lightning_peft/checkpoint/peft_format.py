@@ -20,6 +20,7 @@ from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage, write_lineage
+from lightning_peft.checkpoint.peft_experts import from_peft, matrix_shapes, to_peft
 from lightning_peft.checkpoint.peft_methods import REWRITES_BASE, spelling
 from lightning_peft.checkpoint.peft_words import (
     CONFIG_NAME,
@@ -67,6 +68,7 @@ def save_adapter(
         return
     tensors = _on_untouched_base(model, _separate(tensors))
     words = write_words(model, config, tensors, base_model_name)
+    tensors = to_peft(model, tensors, PREFIX)
     if not row.in_peft:
         logger.info("%s: HF PEFT has no method %s; lightning-peft reads this folder", folder, config.method)
     with atomic_folder(Path(folder)) as partial:
@@ -93,7 +95,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     rename = present_name(model)
     got = {
         name if name in expected or not name.startswith(PREFIX) else PREFIX + rename(name.removeprefix(PREFIX)): tensor
-        for name, tensor in _read_tensors(folder).items()
+        for name, tensor in from_peft(model, _read_tensors(folder), PREFIX).items()
         if tensor.numel() or name in expected
     }
     expected |= _base_tensors(model, words, got.keys() - expected.keys())
@@ -253,7 +255,7 @@ def _warn_of_other_scaling(model: nn.Module, words: Words, got: Mapping[str, Ten
     if row.alpha_word is None:
         return
     layers = dict(adapters(model))
-    for name, shape in layer_shapes({name: tuple(tensor.shape) for name, tensor in got.items()}, row).items():
+    for name, shape in layer_shapes(matrix_shapes(got), row).items():
         here: Any = layers[name].scaling
         stored = stored_scaling(words, row, name, shape[0])
         if abs(stored - here) > 1e-6 * stored:

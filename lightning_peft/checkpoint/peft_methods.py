@@ -10,6 +10,7 @@ from lightning_peft.adapters.registry import METHODS
 
 READ_OFF_THE_FILE = (
     "method", "target_modules", "exclude_modules", "layers", "trainable_modules", "init_from", "untie_embeddings",
+    "experts",
 )  # fmt: skip
 """Fields of our config that no spelling has: the tensors say which layers were adapted."""
 
@@ -38,7 +39,6 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
     "use_qalora": (None, False),
@@ -52,7 +52,7 @@ WITHOUT_EFFECT = """
     loftq_config lora_ga_config megatron_core mini_r peft_version qalora_group_size r revision runtime_config task_type
     velora_config
 """.split()
-READ_HERE = ("peft_type", "alpha_pattern", "bias", "init_lora_weights", "modules_to_save")
+READ_HERE = ("peft_type", "alpha_pattern", "bias", "init_lora_weights", "modules_to_save", "target_parameters")
 
 KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 """Values of init_lora_weights that leave the base weights alone."""

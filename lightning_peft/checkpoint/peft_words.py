@@ -15,10 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.adapters.base import Adapter, AdapterConfig
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import SHARED, adapters
+from lightning_peft.adapters.lora import LoRAExperts
 from lightning_peft.adapters.method import PeftSpelling, Shapes
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.peft_experts import matrix_shapes, named_by_parameter, write_parameter_words
 from lightning_peft.checkpoint.peft_methods import (
     KEEPS_BASE,
     READ_HERE,
@@ -53,7 +55,7 @@ def write_words(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
-        "target_modules": target_words(model, list(layers)),
+        "target_modules": target_words(model, [name for name, layer in layers.items() if not _is_stack(layer)]),
         "modules_to_save": _modules_to_save(model, layers, config.trained_biases) or None,
         **row.constants,
         **row.flags,
@@ -61,13 +63,18 @@ def write_words(
     }
     if any(isinstance(m := layer.base_layer, Conv1D) or getattr(m, "transposed", False) for layer in layers.values()):
         words["fan_in_fan_out"] = True
-    shapes = layer_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, row)
+    shapes = layer_shapes(matrix_shapes(tensors), row)
     if row.rank_word is not None:
         _write_per_layer(words, row, row.rank_word, "rank_pattern", {name: shape[0] for name, shape in shapes.items()})
     if row.alpha_word is not None:
         alphas = {name: _alpha(_scaling_of(layers[name]), shape[0], words, row) for name, shape in shapes.items()}
         _write_per_layer(words, row, row.alpha_word, "alpha_pattern", alphas)
+    words |= write_parameter_words(layers)
     return words | (row.write_more(layers, words) if row.write_more is not None else {})
+
+
+def _is_stack(layer: Adapter) -> bool:
+    return isinstance(layer, LoRAExperts)
 
 
 def _write_per_layer(
@@ -149,6 +156,11 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
     method = method_of(folder, words)
     row = spelling(method)
     _check_words(folder, words, row)
+    shapes, unknown = named_by_parameter(words, shapes, PREFIX)
+    if unknown:
+        raise AdapterFileError(
+            f"{folder}: target_parameters names {unknown}; of parameters only stacked experts are read"
+        )
     # A layer that AdaLoRA has cut to rank 0 is the base's.
     layers = {name: shape for name, shape in layer_shapes(shapes, row).items() if shape[0] > 0}
     if row.tensors and not layers:

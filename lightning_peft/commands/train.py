@@ -21,7 +21,7 @@ from lightning_peft import distributed, readable
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import expert_parameters, find_targets
+from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_versions, write_lineage
 from lightning_peft.checkpoint.merged import save_model
@@ -48,6 +48,7 @@ from lightning_peft.models.loading import (
 )
 from lightning_peft.models.packing import packing_of
 from lightning_peft.models.source import copy_companions, name_for_others
+from lightning_peft.quantization.experts import expert_stacks
 from lightning_peft.quantization.weights import reads_weight
 from lightning_peft.runs.folder import Start, check_same_content, end_of, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
@@ -336,7 +337,7 @@ def is_read_otherwise(model: PreTrainedModel) -> bool:
 
     Of others it takes the names as they are, and importing it takes seconds.
     """
-    if expert_parameters(model):
+    if expert_stacks(model):
         return True
     parents = [module for module in model.modules() if not isinstance(module, Adapter)]
     return any(reads_weight(parent, leaf) for parent in parents for leaf, _ in parent.named_children())

@@ -17,7 +17,7 @@ from lightning_peft.kernels.native.library import without_kernels
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.objectives.logits import LogitPath
 from lightning_peft.objectives.sft import SupervisedLoss
-from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.linear import CodedWeight
 
 ACTIVATIONS, LOGITS, GRADIENTS, WORKSPACE = "activations", "logits chunk", "gradients", "workspace"
 BLOCK_INPUTS = "block inputs"
@@ -68,7 +68,7 @@ def trace_step(
     gradients: Held = Counter((GRADIENTS, Array(tuple(p.shape), p.dtype)) for p in trained)
     keep_blocks(model, blocks, sorted(set(stand_ins)))
     recorder = Recorder()
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, CodedWeight) for module in model.modules()):
         dynamic_map(torch.device("cpu"))  # computed from values, so before values are fake
     # Fake tensors lie on the host; what a GPU runs is nearer to what hosts without kernels do.
     kernels = nullcontext() if accelerator == "cpu" else without_kernels()

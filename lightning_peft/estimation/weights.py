@@ -14,7 +14,7 @@ from lightning_peft.estimation.recorder import Array, Held, held_bytes
 from lightning_peft.estimation.trace import WORKSPACE
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.optim.optimizers import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS, OPTIMIZERS, STATE_BLOCK
-from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.linear import CodedWeight
 
 BASE, SCALES, EMBEDDINGS, ADAPTERS = "base", "quantisation scales", "embeddings", "adapters"
 OPTIMIZER, IMPORTANCE, GATHERED = "optimiser states", "importance scores", "gathered weights"
@@ -44,7 +44,7 @@ def stored_weights(model: PreTrainedModel, shards: int = 1, whole: Container[int
             seen.add(id(tensor))
             if id(tensor) in adapted:
                 component = ADAPTERS
-            elif isinstance(module, QuantizedLinear) and name.startswith("absmax"):
+            elif isinstance(module, CodedWeight) and name.startswith("absmax"):
                 component = SCALES
             else:
                 component = EMBEDDINGS if module in ends else BASE
@@ -137,9 +137,10 @@ def loading_scratch(model: PreTrainedModel) -> Held:
 
     Dense weights are read into the memory they stay in.
     """
-    coded = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    coded = [module for module in model.modules() if isinstance(module, CodedWeight)]
     if not coded:
         return Counter()
-    layer = max(coded, key=lambda layer: layer.in_features * layer.out_features)
-    shape = (layer.out_features, layer.in_features)
-    return Counter({(WORKSPACE, Array(shape, layer.dtype)): 1, (WORKSPACE, array_of(layer.weight)): 1})
+    layer = max(coded, key=lambda layer: math.prod(layer.shape))
+    # A stack is made of the tensors of single experts, which lie beside it until it is whole.
+    dense = 2 if len(layer.shape) == 3 else 1
+    return Counter({(WORKSPACE, Array(layer.shape, layer.dtype)): dense, (WORKSPACE, array_of(layer.weight)): 1})

@@ -42,6 +42,8 @@ from lightning_peft.quantization.convert import quantize_linears
 
 logger = logging.getLogger(__name__)
 
+DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Kinds of checkpoints that have no wider original, and the configuration of transformers that reads them dense."""
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes that weights are computed in."""
 SAMPLED_BYTES = 1024
@@ -192,8 +194,11 @@ def _weight_source(location: Path) -> WeightSource | None:
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     method = getattr(getattr(architecture, "quantization_config", None), "get", lambda *_: None)("quant_method")
     if method not in (None, "bitsandbytes"):
+        reader = DEQUANTISED.get(method)
+        copy = f"a bf16 copy, which transformers saves after loading with {reader}(dequantize=True)"
+        remedy = "the original" if reader is None else copy
         raise ValueError(
-            f"model.path={config.path}: weights quantised by {method} cannot be trained here; give the original"
+            f"model.path={config.path}: weights quantised by {method} cannot be trained here; give {remedy}"
         )
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if (attention := choose_attention(architecture, config.attention)) is not None:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from lightning_peft.models.blocks import block_names
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import load_weight, prepare_quantized
-from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -267,8 +267,10 @@ def share_tensor(model: nn.Module, name: str, source: str) -> None:
     """Make a parameter the one that `source` names; a 4-bit layer takes a copy of the other's codes."""
     module_name, _, leaf = name.rpartition(".")
     module, other = model.get_submodule(module_name), model.get_submodule(source.rpartition(".")[0])
-    if leaf == "weight" and isinstance(module, QuantizedLinear) and isinstance(other, QuantizedLinear):
-        module.load_codes_(other.codes)
+    source_leaf = source.rpartition(".")[2]
+    layers = (module, other) if leaf == "weight" else (getattr(module, leaf, None), getattr(other, source_leaf, None))
+    if isinstance(layers[0], CodedWeight) and isinstance(layers[1], CodedWeight):
+        layers[0].load_codes_(layers[1].codes)
     else:
         setattr(module, leaf, other.get_parameter(source.rpartition(".")[2]))
 

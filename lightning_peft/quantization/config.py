@@ -15,7 +15,7 @@ class Kind(Enum):
 
 @dataclass
 class QuantizationConfig:
-    """How the frozen base is stored. Embeddings, norms and the output head always keep the compute dtype."""
+    """How the frozen base is stored: linear layers and stacked experts; the rest always keeps the compute dtype."""
 
     kind: Kind = Kind.none
     """nf4 suits normally distributed weights (QLoRA, section 3); fp4 is kept for comparison; int8 has the smallest
@@ -25,7 +25,7 @@ class QuantizationConfig:
     double_quantization: bool = True
     """Quantise the scales too: 4.127 bits a weight instead of 4.5 (QLoRA, section 3)."""
     exclude: list[str] = field(default_factory=list)
-    """Names or globs of linear layers to keep dense, such as "model.layers.0.*" or "gate_proj"."""
+    """Names or globs of layers to keep dense, such as "model.layers.0.*", "gate_proj" or "experts"."""
     verify: bool = False
     """Log a hash of every dequantised weight after loading, sharding and each checkpoint, and fail if it changes."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
@@ -10,16 +11,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.kernels.codes import Codes, check_blocks, dequantize
+from lightning_peft.kernels.codes import Codes, check_blocks
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.experts import (
+    ExpertLinear,
+    QuantizedExperts,
+    dequantized_experts,
+    open_experts,
+    projections,
+    stack_shape,
+    unknown_stacks,
+)
+from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 from lightning_peft.quantization.weights import (
     dense_weight,
     is_linear,
     is_transposed,
     linear_shape,
     reads_weight,
-    stacked_experts,
 )
 
 logger = logging.getLogger(__name__)
@@ -34,7 +43,11 @@ def quantize_linears(model: nn.Module, config: QuantizationConfig) -> list[str]:
     ValueError names the layers that cannot be quantised, before any is touched.
     """
 
-    def convert(layer: nn.Module) -> QuantizedLinear:
+    def convert(layer: nn.Module) -> CodedWeight:
+        if isinstance(layer, ExpertLinear):
+            stack = _empty_experts(layer, config)
+            stack.load_dense_(layer.matrices())
+            return stack
         coded = QuantizedLinear.from_weight(
             dense_weight(layer).contiguous(), layer.bias, config.kind.name, config.block_size,  # type: ignore[arg-type]
             config.double_quantization,
@@ -51,7 +64,9 @@ def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]
     Each weight is then handed to `load_weight` as it is read, so that no more than one is dense at a time.
     """
 
-    def convert(layer: nn.Module) -> QuantizedLinear:
+    def convert(layer: nn.Module) -> CodedWeight:
+        if isinstance(layer, ExpertLinear):
+            return _empty_experts(layer, config)
         out_features, in_features = linear_shape(layer)
         weight = dense_weight(layer)
         empty = QuantizedLinear(
@@ -65,17 +80,33 @@ def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]
     return _replace_linears(model, config, convert)
 
 
-def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
-    """Quantise a dense weight into the layer whose "<module>.weight" it is; False when that is no 4-bit layer.
+def _empty_experts(layer: ExpertLinear, config: QuantizationConfig) -> QuantizedExperts:
+    return QuantizedExperts(
+        layer.shape, layer.transposed, config.kind.name, config.block_size, config.double_quantization,
+        dtype=layer.weight.dtype,
+    )  # fmt: skip
 
-    The codes stay on the weight's device.
+
+def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
+    """Give a dense weight to the layer that stands for the parameter of that name, quantising it where it is coded.
+
+    False when the model has the parameter itself. Codes stay on the weight's device.
     """
     module_name, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(module_name)
-    if leaf != "weight" or not isinstance(layer, QuantizedLinear):
+    module = model.get_submodule(module_name)
+    layer = module if leaf == "weight" else getattr(module, leaf, None)
+    if isinstance(layer, ExpertLinear) and layer is not module:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    elif isinstance(layer, QuantizedLinear | QuantizedExperts):
+        layer.load_dense_(weight.mT.contiguous() if layer.transposed else weight)
+    else:
         return False
-    layer.load_dense_(weight.t().contiguous() if layer.transposed else weight)
     return True
+
+
+def dequantized_layer(layer: nn.Module) -> nn.Module:
+    """Return a frozen dense layer, of a stack of experts too, with the weights of a coded one."""
+    return dequantized_experts(layer) if isinstance(layer, QuantizedExperts) else dequantized_linear(layer)
 
 
 def dequantized_linear(layer: nn.Module) -> nn.Linear | Conv1D:
@@ -106,12 +137,12 @@ def layer_fingerprints(module: nn.Module, name: str = "") -> dict[str, str]:
     """Return the SHA-256 of each coded layer's dequantised weight, by its name below `name`, the module's."""
     found = {}
     for path, layer in module.named_modules(prefix=name):
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, CodedWeight):
             device = (layer.weight if layer.absmax_scale is None else layer.absmax_scale).device
             # FSDP leaves buffers on the device when it offloads its slices.
             whole = (t.full_tensor() if isinstance(t, DTensor) else t for t in layer.codes)
             codes = Codes(*(None if t is None else t.to(device) for t in whole))  # type: ignore[arg-type]
-            weight = dequantize(codes, layer.kind, layer.block_size, torch.float32)
+            weight = layer.dequantized(codes, torch.float32)
             found[_plain_name(path)] = hashlib.sha256(weight.cpu().numpy().data).hexdigest()
     return found
 
@@ -136,7 +167,7 @@ def memory_by_group(model: nn.Module) -> dict[str, int]:
             seen.add(id(tensor))
             if tensor.requires_grad:
                 group = "trainable"
-            elif isinstance(module, QuantizedLinear) and name != "bias":
+            elif isinstance(module, CodedWeight) and name != "bias":
                 group = "codes" if name == "weight" else "scales"
             else:
                 group = "embeddings" if isinstance(module, nn.Embedding) or module is head else "other"
@@ -147,22 +178,25 @@ def memory_by_group(model: nn.Module) -> dict[str, int]:
 
 def bits_per_parameter(model: nn.Module) -> float:
     """Return the stored bits for each weight of the model's 4-bit layers, codes and scales; 0 when it has none."""
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, CodedWeight)]
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.codes if tensor is not None)
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    weights = sum(math.prod(layer.shape) for layer in layers)
     return 8 * stored / weights if weights else 0.0
 
 
 def _replace_linears(
-    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Module], QuantizedLinear]
+    model: nn.Module, config: QuantizationConfig, convert: Callable[[nn.Module], CodedWeight]
 ) -> list[str]:
-    names = _names_to_quantize(model, config)
+    linears, stacks = _names_to_quantize(model, config)
+    open_experts(model, stacks)
+    names = [*linears, *stacks]
     for name in names:
         layer = model.get_submodule(name)
         model.set_submodule(name, convert(layer).train(layer.training))
     logger.info(
-        "%d linear layers stored as %s, %s, %.3f bits a weight",
-        len(names),
+        "%d linear layers%s stored as %s, %s, %.3f bits a weight",
+        len(linears),
+        f" and {len(stacks)} stacks of experts" if stacks else "",
         config.kind.name,
         "a scale a row" if config.kind is Kind.int8 else f"block size {config.block_size}",
         bits_per_parameter(model),
@@ -170,12 +204,14 @@ def _replace_linears(
     return names
 
 
-def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> list[str]:
+def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> tuple[list[str], list[str]]:
+    """Return the names of the linear layers and of the stacks of experts. ValueError as `quantize_linears` has it."""
     if not config.is_on:
         raise ValueError("quantization.kind=none: there is nothing to quantise to; use nf4 or fp4")
     unused = set(config.exclude)
     head = _output_head(model)
     names: list[str] = []
+    stacks: list[str] = []
     read: list[str] = []
     for name, module in model.named_modules():
         hits = {pattern for pattern in config.exclude if _matches(pattern, name)}
@@ -192,20 +228,32 @@ def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> list[str
             )
         if is_linear(module):  # not a subclass whose forward is another, such as a router's
             names.append(name)
+        for own in projections(module):
+            whole = f"{name}.{own}"
+            hits = {pattern for pattern in config.exclude if _matches(pattern, whole)}
+            unused -= hits
+            if hits:
+                continue
+            problem = None if config.kind is Kind.int8 else check_blocks(stack_shape(module, own)[2], config.block_size)
+            if problem:
+                raise ValueError(
+                    f"quantization.kind={config.kind.name}: {whole} {problem}; quantization.exclude keeps it dense"
+                )
+            stacks.append(whole)
     if read:
         logger.info("%d layers stay dense, as the model reads their weights itself: %s", len(read), ", ".join(read[:3]))
     if unused:
         raise ValueError(f"quantization.exclude={sorted(unused)}: matches no module of the model")
-    if not names:
+    if not names and not stacks:
         raise ValueError(f"quantization.kind={config.kind.name}: the model has no linear layer to quantise")
-    return names
+    return names, stacks
 
 
 def _refusal(name: str, module: nn.Module, config: QuantizationConfig) -> str | None:
     """Return why a module that holds linear weights cannot be quantised; None when it can or holds none."""
     if is_linear(module):
         return check_blocks(linear_shape(module)[1], config.block_size) if config.kind is not Kind.int8 else None
-    for own, _ in stacked_experts(name, module):
+    for own, _ in unknown_stacks(name, module):
         return f"holds its experts in one 3-D parameter ({own}), which cannot be stored as {config.kind.name}"
     return None
 

@@ -10,25 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
+from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 
 
 def is_quantized(layer: nn.Module) -> bool:
     """Return whether the layer's weight is stored as codes, so that it cannot hold an arbitrary dense weight."""
-    return isinstance(layer, QuantizedLinear)
-
-
-def stacked_experts(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """3-D parameters of a module called `name` that hold a matrix for each expert, by their own names.
-
-    Others have three dimensions too: convolutions, the mixing weights of a recurrence, a vision probe.
-    """
-    words = f"{name} {type(module).__name__}".lower()
-    return [
-        (own, parameter)
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and ("expert" in words or "moe" in words or "expert" in own)
-    ]
+    return isinstance(layer, CodedWeight)
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -84,14 +72,21 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     )
 
 
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return `linear_shape`, and (experts, out_features, in_features) of a stack of matrices."""
+    return layer.shape if isinstance(layer, ExpertLinear | QuantizedExperts) else linear_shape(layer)
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
-    """Return the detached weight in the shape `linear_shape` gives.
+    """Return the detached weight in the shape `weight_shape` gives.
 
     A dense layer's is its own storage, in its dtype (Conv1D: a transposed view): read it, do not write to it. A
     quantised one is dequantised afresh in the dtype the layer computes in, the weight its adapters trained against.
     """
-    if isinstance(layer, QuantizedLinear):
+    if isinstance(layer, CodedWeight):
         return layer.dequantize()
+    if isinstance(layer, ExpertLinear):
+        return layer.matrices()
     linear_shape(layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -100,20 +95,21 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def write_weight(layer: nn.Module, weight: Tensor, requantize: bool = False) -> None:
-    """Put a weight of shape `linear_shape(layer)` into the layer, cast once to what the layer stores.
+    """Put a weight of shape `weight_shape(layer)` into the layer, cast once to what the layer stores.
 
     Codes cannot hold it exactly: a quantised layer raises RuntimeError unless `requantize` asks for the nearest codes.
     """
-    if weight.shape != linear_shape(layer):
-        raise ValueError(f"weight of shape {tuple(weight.shape)} for a layer of shape {linear_shape(layer)}")
-    if isinstance(layer, QuantizedLinear):
+    if weight.shape != weight_shape(layer):
+        raise ValueError(f"weight of shape {tuple(weight.shape)} for a layer of shape {weight_shape(layer)}")
+    if isinstance(layer, CodedWeight):
         if not requantize:
             raise RuntimeError(
                 f"a {layer.kind} layer cannot hold a merged weight exactly: "
-                "replace it by dequantized_linear(layer) first, or pass requantize=True"
+                "replace it by dequantized_layer(layer) first, or pass requantize=True"
             )
         layer.load_dense_(weight)
         return
     stored = layer.weight
     assert isinstance(stored, Tensor)
-    stored.copy_(weight.t() if isinstance(layer, Conv1D) else weight)
+    is_turned = isinstance(layer, Conv1D) or (isinstance(layer, ExpertLinear) and layer.transposed)
+    stored.copy_(weight.mT if is_turned else weight)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.adapters.base import AdapterConfig, Target
+from lightning_peft.adapters.dora import DoRAConfig
 from lightning_peft.adapters.inject import describe_targets, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
@@ -219,13 +220,13 @@ def test_stacked_experts_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     found(model)
 
     assert expert_share(model) == pytest.approx(share)
-    assert f"{100 * share:.1f} % of the linear weights are in 3-D expert parameters" in caplog.text
+    assert f"{100 * share:.1f} % of the linear weights are in stacked experts" in caplog.text
 
 
-@pytest.mark.parametrize("wanted", ["mlp", ["gate_up_proj"]])
-def test_stacked_experts_are_refused_by_name(wanted: Any) -> None:
-    with pytest.raises(ValueError, match="the name belongs to 3-D expert parameters"):
-        found(meta_model("MixtralConfig"), target_modules=wanted)
+def test_a_method_without_a_form_for_experts_is_told_by_their_name() -> None:
+    config = DoRAConfig(rank=4, target_modules=["gate_up_proj"])
+    with pytest.raises(ValueError, match="the name belongs to stacked experts, which method dora does not adapt"):
+        find_targets(meta_model("MixtralConfig"), config, tuple(METHODS["dora"].layers))
 
 
 def test_table_has_a_row_per_kind_of_layer_and_the_totals() -> None:

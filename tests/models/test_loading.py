@@ -103,8 +103,7 @@ def filled(model: torch.nn.Module) -> list[bool]:
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_blocks_are_read_when_they_are_asked_for(model_type: str, kind: str, tmp_path: Path) -> None:
     config = save_small(tmp_path, model_type, intermediate_size=128, num_hidden_layers=3)
-    exclude = ["experts"] if model_type == "mixtral" else []
-    quantization = QuantizationConfig(Kind[kind], exclude=exclude if kind == "nf4" else [])
+    quantization = QuantizationConfig(Kind[kind])
     model, blocks = load_by_block(config, torch.float32, quantization)
     assert not any(p.is_meta for name, p in model.named_parameters() if ".layers." not in name)
     seen = [(name, filled(model)) for name in blocks]
@@ -343,3 +342,19 @@ def test_a_file_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     min(tmp_path.glob("model-*.safetensors")).unlink()
     with pytest.raises(ValueError, match="names model-.*, which is not there"):
         load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [
+        ("mxfp4", "a bf16 copy, .* with Mxfp4Config"),
+        ("fp8", "a bf16 copy, .* with FineGrained"),
+        ("awq", "the original"),
+    ],
+)
+def test_other_codes_are_refused_before_a_weight_is_read(method: str, remedy: str, tmp_path: Path) -> None:
+    config = save_small(tmp_path)
+    words = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**words, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(ValueError, match=f"weights quantised by {method} cannot be trained here; give {remedy}"):
+        empty_model(config)

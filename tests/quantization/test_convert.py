@@ -92,15 +92,16 @@ def test_gpt2_has_the_codes_of_its_transposed_weights():
     assert torch.equal(dequantized_linear(layer).weight, layer.dequantize().t())
 
 
-def test_experts_are_refused_unless_excluded():
+def test_excluded_experts_stay_dense():
     config = MixtralConfig(
         vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="model.layers.0.mlp.experts holds its experts in one 3-D parameter"):
-        quantize_linears(MixtralForCausalLM(config), NF4)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     names = quantize_linears(MixtralForCausalLM(config), QuantizationConfig(kind=Kind.nf4, exclude=["experts"]))
-    assert [name.rpartition(".")[2] for name in names] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert [name.rpartition(".")[2] for name in names] == attention
+    names = quantize_linears(MixtralForCausalLM(config), NF4)
+    assert [name.rpartition(".")[2] for name in names] == [*attention, "gate_up_proj", "down_proj"]
 
 
 def test_narrow_layer_is_refused_before_any_is_touched():

@@ -1,0 +1,248 @@
+"""LoRA on the stacked experts of a mixture, against the formula written out and against whole weights."""
+
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.inject import adapters, describe_targets, disable_adapters, inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig, LoRAExperts
+from lightning_peft.adapters.merge import merge_adapters
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.targets import find_targets
+from lightning_peft.quantization.experts import close_experts, expert_stacks, open_experts
+from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.training.config import ActivationCheckpointing
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from families import small_model  # noqa: E402
+
+FAMILIES = [
+    "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4_text", "granitemoe", "phimoe", "lfm2_moe",
+    "ernie4_5_moe", "minimax_m2",
+]  # fmt: skip
+"""With biases and transposed matrices, shared experts, one expert a token, tied embeddings, gates of their own."""
+
+
+def exact_model(family: str) -> Any:
+    """A small model in fp64 whose experts transformers computes one by one."""
+    model = small_model(family).double()
+    model.config._experts_implementation = "eager"
+    return model
+
+
+def adapted(family: str, **options: Any) -> Any:
+    model = exact_model(family)
+    torch.manual_seed(1)
+    inject_adapters(model, LoRAConfig(**{"rank": 4, "experts": 3, **options}))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.double() + 0.1 * torch.randn(parameter.shape, generator=generator).double()
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, 90, (2, 13), generator=torch.Generator().manual_seed(3))
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(tokens(), use_cache=False).logits
+
+
+def whole(model: Any, family: str) -> tuple[Any, dict[str, Tensor]]:
+    """The plain model with s B_e A_e added to every matrix, and what was added, by layer, as leaves of a graph."""
+    plain, factors = exact_model(family), {}
+    for name, layer in adapters(model):
+        stacked = isinstance(layer, LoRAExperts)
+        A, B = (f if stacked else f.weight for f in (layer.lora_A, layer.lora_B))
+        A, B = (f.detach().clone().requires_grad_() for f in (A, B))
+        factors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+        change = layer.scaling * (B @ A)
+        holder, _, leaf = name.rpartition(".")
+        module = plain.get_submodule(holder) if stacked else plain.get_submodule(name)
+        leaf = leaf if stacked else "weight"
+        weight = module._parameters.pop(leaf).detach()
+        setattr(module, leaf, weight + (change.mT if stacked and layer.base_layer.transposed else change))
+    return plain, factors
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_opened_experts_compute_what_transformers_does(family: str) -> None:
+    model = exact_model(family)
+    with torch.no_grad():
+        before = logits(model)
+        names = set(model.state_dict())
+        open_experts(model, [name for name, stack in expert_stacks(model).items() if stack.opens])
+        opened = logits(model)
+        close_experts(model)
+        closed = logits(model)
+
+    torch.testing.assert_close(opened, before, rtol=0, atol=1e-12)  # fp64, sums in another order
+    assert torch.equal(closed, before) and set(model.state_dict()) == names
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_whole_weights(family: str) -> None:
+    model = adapted(family)
+    plain, factors = whole(model, family)
+    assert any(isinstance(layer, LoRAExperts) for _, layer in adapters(model))
+
+    outputs = [logits(model), logits(plain)]
+    for output in outputs:
+        F.cross_entropy(output.flatten(0, 1), tokens().flatten()).backward()
+
+    # fp64, but for the parts of a model that compute in fp32 themselves.
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-6 * float(outputs[1].abs().max()))
+    for name, expected in factors.items():
+        parameters = dict(model.named_parameters())
+        got = parameters.get(name, parameters.get(f"{name}.weight"))
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_expert_layer_is_the_loop_over_its_experts() -> None:
+    layer = next(layer for _, layer in adapters(adapted("gpt_oss")) if isinstance(layer, LoRAExperts))
+    experts, out_features, in_features = layer.base_layer.shape
+    sizes = [3, 0, 5, 1]
+    x = torch.randn(sum(sizes), in_features, dtype=torch.float64, requires_grad=True)
+
+    rows, expected = x.split(sizes), []
+    for expert in range(experts):
+        W = layer.base_layer.matrices()[expert]
+        change = layer.scaling * layer.lora_B[expert] @ layer.lora_A[expert]
+        expected.append(rows[expert] @ (W + change).t())
+
+    torch.testing.assert_close(layer(x, sizes), torch.cat(expected), rtol=0, atol=1e-12)
+    assert layer(x[:0], [0] * experts).shape == (0, out_features)
+
+
+@pytest.mark.parametrize("mode", ["elementwise", "selective", "blocks"])
+def test_recomputation_gives_the_same_gradients(mode: str) -> None:
+    gradients = []
+    for recomputed in (False, True):
+        model = adapted("qwen3_moe", dropout=0.1).float().train()
+        if recomputed:
+            checkpoint_blocks(model, ActivationCheckpointing[mode])
+        torch.manual_seed(5)
+        F.cross_entropy(logits(model).flatten(0, 1), tokens().flatten()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "llama4_text"])
+def test_merged_experts_are_the_adapted_ones(family: str) -> None:
+    model = adapted(family).float()
+    with torch.no_grad():
+        expected = logits(model)
+        merged = merge_adapters(model)
+        got = logits(merged)
+
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)  # fp32 sums of another order
+    assert set(merged.state_dict()) == set(small_model(family).state_dict())
+
+
+def test_the_base_is_back_while_adapters_are_off() -> None:
+    model = adapted("qwen3_moe")
+    with torch.no_grad(), disable_adapters(model):
+        torch.testing.assert_close(logits(model), logits(exact_model("qwen3_moe")), rtol=0, atol=1e-12)
+
+
+def test_routers_stay_frozen() -> None:
+    model = adapted("qwen3_moe")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+
+
+def found(model: nn.Module, config: AdapterConfig) -> dict[str, Any]:
+    return {target.name: target for target in find_targets(model, config, tuple(METHODS[config.method].layers))}
+
+
+def test_experts_are_left_alone_with_the_share_and_the_growth(caplog: pytest.LogCaptureFixture) -> None:
+    model = small_model("mixtral")
+    with caplog.at_level(logging.INFO):
+        targets = found(model, LoRAConfig(rank=4))
+    # Two blocks: q 64 x 64, k and v 32 x 64, o 64 x 64; four experts of 192 x 64 and 64 x 96.
+    attention, experts = 2 * (2 * 64 * 64 + 2 * 32 * 64), 2 * 4 * (192 * 64 + 64 * 96)
+    before = 2 * 4 * (2 * 128 + 2 * 96)
+    after = before + 2 * 4 * 2 * (192 + 64 + 64 + 96)
+    assert all(target.experts == 0 for target in targets.values())
+    assert f"{100 * experts / (experts + attention):.1f} % of the linear weights are in stacked experts" in caplog.text
+    assert f"adapter.experts=auto would adapt them at rank 2, and the adapter would grow from {before:,}" in caplog.text
+    assert f"to {after:,} parameters" in caplog.text
+
+
+@pytest.mark.parametrize(("experts", "rank"), [("auto", 2), (5, 5)])
+def test_experts_have_a_rank_of_their_own(experts: Any, rank: int) -> None:
+    targets = found(small_model("mixtral"), LoRAConfig(rank=4, experts=experts, target_modules="query_value"))
+    stacks = {name: target.rank for name, target in targets.items() if target.experts}
+    assert set(stacks) == {f"model.layers.{i}.mlp.experts.{p}" for i in (0, 1) for p in ("gate_up_proj", "down_proj")}
+    assert set(stacks.values()) == {rank}
+    assert {target.rank for target in targets.values() if not target.experts} == {4}
+
+
+def test_patterns_layers_and_exclusions_hold_for_experts() -> None:
+    config = LoRAConfig(
+        rank=4, experts="auto", layers="1", exclude_modules=["gate_up_proj"], rank_pattern={"experts.down_proj": 7}
+    )
+    stacks = {name: target.rank for name, target in found(small_model("mixtral"), config).items() if target.experts}
+    assert stacks == {"model.layers.1.mlp.experts.down_proj": 7}
+
+
+def test_a_name_that_is_only_theirs_selects_experts() -> None:
+    targets = found(small_model("mixtral"), LoRAConfig(rank=4, target_modules=["q_proj", "experts.down_proj"]))
+    assert {name.rpartition(".")[2] for name in targets} == {"q_proj", "down_proj"}
+    assert all(target.rank == 4 for target in targets.values())
+
+
+@pytest.mark.parametrize("value", [0, -1, "all", 2.5, True])
+def test_other_ranks_for_experts_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"adapter.experts={value}: must be none, auto or a rank of at least 1"):
+        LoRAConfig(experts=value)
+
+
+@pytest.mark.parametrize("method", ["dora", "vera", "adalora", "lora_fa", "miss", "ia3"])
+def test_methods_without_a_form_for_experts_say_so(method: str) -> None:
+    config = METHODS[method].config(experts=2, **({} if METHODS[method].config.uses_rank else {"rank": None}))
+    with pytest.raises(ValueError, match=f"method {method} has no form for stacked experts; use method=lora"):
+        found(small_model("mixtral"), config)
+
+
+def test_a_model_without_experts_says_so() -> None:
+    with pytest.raises(ValueError, match="adapter.experts=auto: this model has no experts"):
+        found(small_model("llama"), LoRAConfig(experts="auto"))
+
+
+def test_experts_of_another_computation_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="input_linear.weight is multiplied by code of its own, which no adapter"):
+        found(small_model("jetmoe"), LoRAConfig(experts=4))
+
+
+def test_starts_that_read_the_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="adapter.init=pissa is not defined for stacked experts"):
+        inject_adapters(small_model("mixtral"), LoRAConfig(rank=4, experts=2, init="pissa"))
+
+
+def test_the_table_lists_experts_and_their_share() -> None:
+    model, config = small_model("mixtral"), LoRAConfig(rank=4, experts=2)
+    targets = find_targets(model, config, tuple(METHODS["lora"].layers))
+    inject_adapters(model, config)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(describe_targets(targets, model))
+    lines = console.export_text().splitlines()
+    (row,) = [line for line in lines if "experts.gate_up_proj" in line]
+    assert "4 x 192 x 64" in row and "4,096" in row  # 2 blocks x 4 experts x rank 2 x (192 + 64)
+    (share,) = [line for line in lines if "experts, adapted" in line]
+    assert "85.7%" in share and "6,656" in share  # 147,456 of 172,032 weights
