@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
     "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),
     "export": ("lightning_peft.commands.export:export", "write an adapter as vLLM, llama.cpp or Ollama read it"),
+    "serve": ("lightning_peft.commands.serve:serve", "one base and many adapters behind OpenAI's endpoints"),
     "init": ("lightning_peft.commands.init:init", "write a YAML file of your own to start from"),
     "config": ("lightning_peft.commands.show_config:show_config", "the composed config of train WORDS, with origins"),
     "schema": ("lightning_peft.commands.schema:schema", "a JSON schema of such a file, for editors"),
