@@ -257,13 +257,14 @@ def test_key_full_queue_and_drain(runs):
 
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(long, number) for number in range(8)]
-        time.sleep(0.3)
+        while sum(future.done() for future in asked) < 6:  # one runs, one waits, the others are refused
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         answers = [future.result() for future in asked]
     refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
     assert refused and all(error.response.headers["retry-after"] == "1" for error in refused)
-    assert len(refused) < 8  # those that were taken on were answered
-    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert len(refused) <= 7  # those that were taken on were answered
+    assert process.wait(120) in (0, -signal.SIGTERM)
 
 
 def test_what_is_not_low_rank_is_served_alone(runs):
