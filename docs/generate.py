@@ -25,7 +25,18 @@ from lightning_peft.words import OURS
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 MARKED = re.compile(r"(<!-- generated ([\w-]+)(?: ([\w.]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-OTHER_COMMANDS = ("data", "estimate", "submit_sweep", "sweep", "evaluate", "generate", "merge", "export", "d90")
+OTHER_COMMANDS = (
+    "data",
+    "estimate",
+    "submit_sweep",
+    "sweep",
+    "evaluate",
+    "generate",
+    "merge",
+    "export",
+    "serve",
+    "d90",
+)
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -106,7 +117,7 @@ def options() -> str:
     return "\n".join(parts)
 
 
-RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "d90")
+RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "d90")
 """Commands whose keys are not those of train."""
 
 

@@ -30,6 +30,7 @@ from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.optim.schedules import ScheduleConfig
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.serving.engines import check_target_servers
+from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.sweeps.search import SweepConfig
 from lightning_peft.training.config import (
     ActivationCheckpointing,
@@ -386,6 +387,29 @@ class ReportConfig:
 
 
 @dataclass
+class ServeConfig:
+    """Serves one base and its adapters behind OpenAI's endpoints."""
+
+    adapters: list[str] = field(default_factory=list)
+    """Adapters by the name clients give: [sql=runs/a,phones=runs/b]."""
+    adapter_dir: str | None = None
+    """Folder whose folders are adapters too, by their names; read when they are asked for."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the first adapter was trained on."""
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+    serve: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.adapters and self.model is None:
+            raise ValueError("adapters=[]: give adapters, as in adapters=[sql=runs/a], or model= for the base")
+        if self.serve.allow_load and self.adapter_dir is None:
+            raise ValueError("serve.allow_load=true: give adapter_dir=, the folder that adapters are loaded from")
+
+
+@dataclass
 class D90Config:
     """Reads the intrinsic dimension of a task off a sweep over `adapter.dimension`."""
 
@@ -454,6 +478,7 @@ ROOTS: dict[str, type] = {
     "push": PushConfig,
     "report": ReportConfig,
     "export": ExportConfig,
+    "serve": ServeConfig,
     "d90": D90Config,
 }
 

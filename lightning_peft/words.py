@@ -110,7 +110,7 @@ def everyday(command: str, words: list[str]) -> list[str]:
             written.append(f"{FIRST_WORD[command]}={word}")
         else:
             written.append(word)
-    if command in (*RUN_COMMANDS, "evaluate", "generate", "merge", "export"):
+    if command in (*RUN_COMMANDS, "evaluate", "generate", "merge", "export", "serve"):
         written = [part for word in written for part in _rewritten(word)]
     if command in RUN_COMMANDS:
         written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out
@@ -165,6 +165,9 @@ def _rewritten(word: str) -> list[str]:
     key, sign, value = word.partition("=")
     if not sign:
         return [word]
+    if key == "adapters" and value.startswith("[") and value.endswith("]"):
+        entries = [entry.strip().strip("'\"") for entry in value[1:-1].split(",")]
+        return ["adapters=[" + ",".join(f"'{entry}'" for entry in entries if entry) + "]"]
     if key == "rank" and re.fullmatch(r"\d+(,\d+)*", value):
         return [f"adapter.rank={value}"]
     if key == "target_modules" and value.replace("-", "_") == "all_linear":

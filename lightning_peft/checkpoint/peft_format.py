@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.base import AdapterConfig, LowRank
 from lightning_peft.adapters.former_names import present_name
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.registry import METHODS
@@ -129,6 +129,38 @@ def tensors_beside(folder: Path) -> list[str]:
     endings = tuple(f".{ending}" for ending in spelling(method_of(folder, read_words(folder))).tensors)
     names = [name for name in _read_shapes(folder) if name.startswith(PREFIX) and not name.endswith(endings)]
     return [name.removeprefix(PREFIX) for name in names] if endings else []
+
+
+def read_low_rank(folder: Path) -> dict[str, LowRank]:
+    """Return the low-rank change of every layer in an adapter folder, on the host, without a model.
+
+    Raises AdapterFileError for a damaged file, for a method whose file is no pair of factors a layer, and for a folder
+    that carries more than them.
+    """
+    words = read_words(folder)
+    method = method_of(folder, words)
+    row = spelling(method)
+    if row.peft_type != "LORA" or "lora_magnitude_vector" in row.tensors:
+        raise AdapterFileError(
+            f"{folder}: method {method} is no file of low-rank pairs; `export format=plain` makes one of AdaLoRA and "
+            "VeRA, another is served alone"
+        )
+    if words.get("init_lora_weights") in REWRITES_BASE:
+        raise AdapterFileError(f"{folder}: is for a base that its start rewrote; `export format=plain` makes it plain")
+    if beside := tensors_beside(folder):
+        raise AdapterFileError(
+            f"{folder}: trains {beside[0]} of the base as well, so it cannot share one: serve it alone"
+        )
+    read_config(folder, words, _read_shapes(folder))  # refuses what we do not have
+    tensors = _read_tensors(folder)
+    found = {}
+    for name, shape in layer_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, row).items():
+        keys = [f"{PREFIX}{name}.lora_{part}.weight" for part in "AB"]
+        if not tensors.keys() >= set(keys):
+            raise AdapterFileError(f"{folder}: {name} is an embedding, whose adapter is served alone")
+        A, B = (tensors[key].float() for key in keys)
+        found[name] = LowRank(A, B, stored_scaling(words, row, name, shape[0]))
+    return found
 
 
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:

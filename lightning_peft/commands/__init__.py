@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("lightning_peft.commands.report:report", "one HTML page of a run or sweep: curves, table, samples"),
     "push": ("lightning_peft.commands.push:push", "upload an adapter or merged model to the hub, with its card"),
     "export": ("lightning_peft.commands.export:export", "write an adapter as vLLM, llama.cpp or Ollama read it"),
+    "serve": ("lightning_peft.commands.serve:serve", "one base and many adapters behind OpenAI's endpoints"),
     "init": ("lightning_peft.commands.init:init", "write a YAML file of your own to start from"),
     "config": ("lightning_peft.commands.show_config:show_config", "the composed config of train WORDS, with origins"),
     "schema": ("lightning_peft.commands.schema:schema", "a JSON schema of such a file, for editors"),

@@ -1,0 +1,111 @@
+"""`lightning-peft serve`: one base and its adapters behind OpenAI's endpoints."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.adapters.slots import Slots
+from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.checkpoint.peft_format import AdapterFileError, read_low_rank
+from lightning_peft.commands.adapted import (
+    base_of,
+    inference_device,
+    inference_dtype,
+    layout_of,
+    load_for_inference,
+)
+from lightning_peft.config import ServeConfig
+from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.generate import declared_end_ids
+from lightning_peft.inference.load import adapter_folder, tuned_folder
+from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name, source_fingerprint
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.serving.engine import Engine
+from lightning_peft.serving.tiers import NAME, AdapterTiers
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RANK = 16
+
+
+def serve(config: ServeConfig) -> None:
+    """Answer requests until the process is asked to leave; then requests in flight are answered first."""
+    try:
+        import uvicorn
+
+        from lightning_peft.serving.server import Serving, build_app
+    except ImportError as error:
+        # An optional extra.
+        raise ValueError("serve: fastapi or uvicorn is not installed; pip install 'lightning-peft[serve]'") from error
+    folders = named_folders(config.adapters)
+    first = str(next(iter(folders.values()))) if folders else None
+    base, quantization = base_of(first, config.model) if first else (config.model or ModelConfig(), None)
+    name = base.label or (base.name if base.path is None else Path(base.path).name)
+    fingerprint = source_fingerprint(base)
+    directory = None if config.adapter_dir is None else Path(config.adapter_dir)
+    if directory is not None and not directory.is_dir():
+        raise ValueError(f"adapter_dir={directory}: no such folder")
+    if name in folders:
+        raise ValueError(f"adapters: {name} is the base's name; call the adapter otherwise")
+    ranks, alone = checked(folders, fingerprint, model_name(base))
+    rank = config.serve.max_rank or max([*ranks, DEFAULT_RANK if not ranks else 1])
+    if alone is not None and (len(folders) > 1 or directory is not None):
+        raise alone
+    says = (
+        "it alone, as its change is no low-rank pair"
+        if alone is not None
+        else f"{config.serve.slots} slots of rank {rank}"
+    )
+    logger.info("%s with %d adapters named: %s", name, len(folders), says)
+    if config.serve.dry_run:
+        print(f"{name}: would serve {', '.join([name, *folders]) if alone is None else ', '.join(folders)}; {says}")
+        return
+    tokenizer = load_tokenizer(base)
+    tiers = None
+    if alone is not None:
+        logger.warning("%s; it is served alone, without its base", alone)
+        name = next(iter(folders))
+        model, tokenizer = load_for_inference(first, config.model, config.precision)
+        layout = layout_of(first, tokenizer)
+        slots = None
+    else:
+        dtype = inference_dtype(first, config.precision)
+        model = load_model(base, dtype, quantization, device=inference_device()).eval()
+        layout = layout_of(None, tokenizer)
+        slots = Slots(model, config.serve.slots, rank, dtype)
+        tiers = AdapterTiers(slots, config.serve.host_adapters, fingerprint, model_name(base), directory)
+        tiers.folders = folders
+    model.requires_grad_(False)
+    layout = layout.with_stops(sorted(declared_end_ids(model)))
+    engine = Engine(Decoder(model, slots), tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
+    serving = Serving(engine, tiers, tokenizer, name, layout, model_context(base), config.serve)
+    uvicorn.run(build_app(serving), host=config.serve.host, port=config.serve.port, log_level="warning")
+
+
+def named_folders(adapters: Sequence[str]) -> dict[str, Path]:
+    """Return the folders of `adapters=[name=path,...]`. Raises ValueError for one that is not of that form."""
+    found: dict[str, Path] = {}
+    for entry in adapters:
+        name, sign, path = entry.partition("=")
+        if not sign or not NAME.fullmatch(name):
+            raise ValueError(f"adapters={entry}: must be name=path, the name of letters, digits, dots and dashes")
+        if name in found:
+            raise ValueError(f"adapters: {name} is there twice")
+        found[name] = tuned_folder(path) if "/" in path or Path(path).exists() else adapter_folder(path, "adapters")
+    return found
+
+
+def checked(folders: dict[str, Path], fingerprint: str, base_name: str) -> tuple[list[int], Any]:
+    """Return the ranks of the adapters, and why one of them cannot share the base. Raises for a wrong base."""
+    ranks: list[int] = []
+    alone: AdapterFileError | None = None
+    for folder in folders.values():
+        check_lineage(folder, fingerprint, base_name=base_name)
+        try:
+            ranks.append(max(len(change.A) for change in read_low_rank(folder).values()))
+        except AdapterFileError as error:
+            if "alone" not in str(error):
+                raise
+            alone = error
+    return ranks, alone

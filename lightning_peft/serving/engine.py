@@ -1,0 +1,215 @@
+"""The thread that answers: requests wait in a queue, join the batch, and leave it when they end."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from lightning_peft.inference.decoding import Choice, Decoder, Row
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.serving.tiers import AdapterTiers
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that are no whole character yet decode to."""
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer."""
+
+    text: str = ""
+    choice: Choice | None = None
+    finish_reason: str | None = None
+    """stop or length, of the last piece."""
+    error: Exception | None = None
+    """Why there is no answer: a ValueError speaks to the client."""
+
+
+@dataclass
+class Job:
+    """A request: its prompt, and who takes its pieces."""
+
+    prompt: list[int]
+    sampling: SamplingConfig
+    end_ids: frozenset[int]
+    """Tokens at which the answer ends."""
+    take: Callable[[Piece], None]
+    """Called in the engine's thread."""
+    folder: Path | None = None
+    """The adapter's folder; None is the model as it was loaded."""
+    stops: tuple[str, ...] = ()
+    """Texts at which the answer ends; they are no part of it."""
+    top_logprobs: int = 0
+    cancelled: bool = False
+    finished: bool = False
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    """What was handed on."""
+
+
+class Engine:
+    """Answers jobs with one model in one thread, up to `max_batch` of them side by side."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tiers: AdapterTiers | None,
+        tokenizer: PreTrainedTokenizerFast,
+        max_batch: int,
+        max_queue: int,
+    ):
+        self.decoder, self.tiers, self.tokenizer = decoder, tiers, tokenizer
+        self.max_batch = max_batch if decoder.can_batch else 1
+        self.max_queue = max_queue
+        self.waiting: deque[Job] = deque()
+        self.running: dict[int, Job] = {}
+        """By the id of its row."""
+        self.generated = 0
+        self.changed = threading.Condition()
+        self.adapters = threading.Lock()
+        """Held by who reads or moves adapters."""
+        self.stopping = False
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait for its turn. Raises QueueFullError."""
+        with self.changed:
+            if len(self.waiting) >= self.max_queue:
+                raise QueueFullError(f"{self.max_queue} requests wait already")
+            self.waiting.append(job)
+            self.changed.notify()
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopping = True
+            self.changed.notify()
+        self.thread.join()
+
+    def forget(self, folder: Path) -> None:
+        """Have an adapter read anew, as its folder was loaded again or taken away."""
+        with self.adapters:
+            if self.tiers is not None:
+                self.tiers.forget(folder)
+
+    def read_anew(self, folder: Path) -> None:
+        """Read an adapter to the host, whatever is there of it. Raises ValueError for one that cannot be served."""
+        with self.adapters:
+            if self.tiers is not None:
+                self.tiers.forget(folder)
+                self.tiers.on_host(folder)
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                while not self.stopping and not self.waiting and not self.running:
+                    self.changed.wait()
+                if self.stopping:
+                    return
+            try:
+                self._turn()
+            except Exception as error:  # the thread goes on: the next request may be another
+                logger.exception("an answer failed")
+                self._fail_all(error)
+
+    def _turn(self) -> None:
+        self._drop_cancelled()
+        while self._admit():
+            pass
+        if self.running:
+            for row in self.decoder.step():
+                self._end(row)
+
+    def _admit(self) -> bool:
+        """Take the next job that waits into the batch; False where none can be taken now."""
+        with self.changed:
+            if not self.waiting or len(self.running) >= self.max_batch:
+                return False
+            job = self.waiting[0]
+        slot: int | None = -1
+        error: Exception | None = None
+        if job.folder is not None and self.tiers is not None and not job.cancelled:
+            try:
+                with self.adapters:
+                    slot = self.tiers.acquire(job.folder)
+            except (ValueError, OSError) as reason:
+                error = reason
+        if slot is None:
+            return False
+        with self.changed:
+            self.waiting.popleft()
+        if error is not None:
+            job.finished = True
+            job.take(Piece(error=error))
+        if error is not None or (job.cancelled and slot < 0):
+            return True
+        row = Row(job.prompt, job.sampling, lambda choice: self._take(job, choice), slot, job.top_logprobs)
+        self.running[id(row)] = job
+        self.decoder.add(row)
+        if not any(row is other for other in self.decoder.rows):
+            self._end(row)
+        return True
+
+    def _take(self, job: Job, choice: Choice) -> bool:
+        """Hand a token on as text; returns whether the answer goes on."""
+        self.generated += 1
+        job.tokens.append(choice.token)
+        if choice.token in job.end_ids:
+            self._hand_on(job, choice, self._decoded(job.tokens[:-1]), "stop")
+            return False
+        text = self._decoded(job.tokens)
+        if found := [at for stop in job.stops if (at := text.find(stop)) >= 0]:
+            self._hand_on(job, choice, text[: min(found)], "stop")
+            return False
+        if len(job.tokens) >= job.sampling.max_new_tokens:
+            self._hand_on(job, choice, text, "length")
+            return False
+        held = max((overlap(text, stop) for stop in job.stops), default=0)
+        ready = text[: len(text) - held] if held else text
+        self._hand_on(job, choice, job.text if ready.endswith(UNFINISHED) else ready, None)
+        return True
+
+    def _hand_on(self, job: Job, choice: Choice, text: str, reason: str | None) -> None:
+        piece, job.text = text[len(job.text) :], text if len(text) > len(job.text) else job.text
+        job.finished = reason is not None
+        job.take(Piece(piece, choice, reason))
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _end(self, row: Row) -> None:
+        self.running.pop(id(row))
+        if row.slot >= 0 and self.tiers is not None:
+            self.tiers.release(row.slot)
+
+    def _drop_cancelled(self) -> None:
+        gone = [row for row in self.decoder.rows if self.running[id(row)].cancelled]
+        if gone:
+            self.decoder.drop(gone)
+            for row in gone:
+                self._end(row)
+
+    def _fail_all(self, error: Exception) -> None:
+        """End every running job with an error, and start from an empty batch."""
+        for job in self.running.values():
+            if not job.finished:
+                job.take(Piece(error=error))
+        if self.tiers is not None:
+            self.tiers.users = [0] * len(self.tiers.users)
+            self.tiers.in_slot = [None] * len(self.tiers.in_slot)
+        self.running.clear()
+        self.decoder.rows, self.decoder.cache = [], None
+
+
+def overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop text."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

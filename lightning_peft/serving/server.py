@@ -1,0 +1,424 @@
+"""OpenAI's endpoints over the engine."""
+
+import asyncio
+import hmac
+import json
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedTokenizerFast
+
+from lightning_peft.data.conversation import Conversation, Message
+from lightning_peft.data.layout import PromptLayout
+from lightning_peft.data.template import ChatTemplateError
+from lightning_peft.inference.load import adapter_folder
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.serving.engine import Engine, Job, Piece, QueueFullError
+from lightning_peft.serving.server_config import ServerConfig
+from lightning_peft.serving.tiers import NAME, AdapterTiers, UnknownModelError
+
+SECONDS_BETWEEN_LOOKS = 0.5
+"""How often a request that waits looks whether its client is still there."""
+RETRY_AFTER = "1"
+
+
+class Sampling(BaseModel):
+    """What both kinds of completion take; a key that is not here is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = 0
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    n: int = Field(default=1, ge=1, le=1)
+    user: str | None = None
+
+
+class Turn(BaseModel):
+    """A message of a chat."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: str
+    content: str
+    name: str | None = None
+
+
+class ChatRequest(Sampling):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Turn] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+
+
+class TextRequest(Sampling):
+    """The body of /v1/completions."""
+
+    prompt: str
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+
+class LoadRequest(BaseModel):
+    """The body of the endpoints that load and unload an adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+    lora_name: str
+    lora_path: str | None = None
+    load_inplace: bool = False
+
+
+class ApiError(Exception):
+    """An answer with a status and one line."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass
+class Serving:
+    """What the endpoints share."""
+
+    engine: Engine
+    tiers: AdapterTiers | None
+    tokenizer: PreTrainedTokenizerFast
+    base_name: str
+    base_layout: PromptLayout
+    context: int | None
+    """Longest prompt and answer in tokens."""
+    config: ServerConfig
+    base_is_served: bool = True
+    """Whether the model answers under its own name; not where an adapter was merged into it."""
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(model, status) -> requests."""
+    layouts: dict[Path, PromptLayout] = field(default_factory=dict)
+    prompting: threading.Lock = field(default_factory=threading.Lock)
+    """The tokenizer takes one chat template at a time."""
+
+    def names(self) -> list[str]:
+        return [self.base_name, *(self.tiers.names() if self.tiers is not None else [])]
+
+    def folder(self, model: str) -> Path | None:
+        """Return the adapter's folder of a model name, None for the base. Raises ApiError."""
+        if model == self.base_name:
+            return None
+        try:
+            if self.tiers is not None:
+                return self.tiers.folder(model)
+        except UnknownModelError:
+            pass
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        raise ApiError(404, f"model={model}: not here; there are {', '.join(self.names())}", "model_not_found")
+
+    def layout(self, folder: Path | None) -> PromptLayout:
+        """Return how prompts of an adapter are written: as `generate` writes them."""
+        if folder is None:
+            return self.base_layout
+        if folder not in self.layouts:
+            saved = PromptLayout.load(folder)
+            self.layouts[folder] = saved if saved is not None else replace(self.base_layout, system_prompt=None)
+        return self.layouts[folder]
+
+    def chat_prompt(self, folder: Path | None, turns: list[Turn]) -> list[int]:
+        layout = self.layout(folder)
+        messages = [Message(turn.role, turn.content, name=turn.name) for turn in turns]
+        if layout.kind != "chat":
+            if len(messages) != 1 or messages[0].role != "user":
+                raise ApiError(400, "messages: this adapter was trained on text without turns; give one user message")
+            return self.laid_out(layout, layout.conversation(messages[0].content))
+        if layout.system_prompt is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", layout.system_prompt))
+        return self.laid_out(layout, Conversation(messages, layout.tools))
+
+    def laid_out(self, layout: PromptLayout, messages: Conversation) -> list[int]:
+        with self.prompting:
+            before = self.tokenizer.chat_template
+            try:
+                return layout.prompt(messages, self.tokenizer)
+            except (ChatTemplateError, ValueError) as error:
+                raise ApiError(400, f"messages: {error}") from error
+            finally:
+                self.tokenizer.chat_template = before
+
+
+def build_app(serving: Serving) -> FastAPI:
+    """Return the application. The engine's thread runs while it does."""
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        serving.engine.thread.start()
+        yield
+        serving.engine.stop()
+
+    app = FastAPI(title="lightning_peft", lifespan=life)
+
+    @app.exception_handler(ApiError)
+    async def say(_: Request, error: ApiError) -> JSONResponse:
+        headers = {"Retry-After": RETRY_AFTER} if error.status == 429 else None
+        return JSONResponse(error_body(str(error), error.code), error.status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def say_what_is_wrong(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        return JSONResponse(error_body(f"{place or 'body'}: {first['msg']}"), 400)
+
+    @app.middleware("http")
+    async def check_key(request: Request, call_next: Any) -> Response:
+        key = serving.config.api_key
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key is not None and request.url.path != "/health" and not hmac.compare_digest(given.encode(), key.encode()):
+            return JSONResponse(error_body("the API key is missing or wrong", "invalid_api_key"), 401)
+        response: Response = await call_next(request)
+        return response
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(metrics_text(serving), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        names = serving.names()
+        entry = {"object": "model", "created": 0, "owned_by": "lightning_peft"}
+        parent = {True: None, False: serving.base_name}
+        return {"object": "list", "data": [{"id": n, **entry, "parent": parent[n == names[0]]} for n in names]}
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        folder = serving.folder(body.model)
+        prompt = serving.chat_prompt(folder, body.messages)
+        top = body.top_logprobs if body.logprobs else 0
+        limit = body.max_completion_tokens or body.max_tokens
+        return await answered(serving, Answer(body, "chat", body.logprobs, top), prompt, folder, limit, request)
+
+    @app.post("/v1/completions")
+    async def completions(body: TextRequest, request: Request) -> Response:
+        folder = serving.folder(body.model)
+        if body.echo:
+            raise ApiError(400, "echo=true: the prompt is not repeated here")
+        prompt = serving.tokenizer(body.prompt)["input_ids"]
+        if not prompt:
+            raise ApiError(400, "prompt: is empty")
+        answer = Answer(body, "text", body.logprobs is not None, body.logprobs or 0)
+        return await answered(serving, answer, prompt, folder, body.max_tokens or 16, request)
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: LoadRequest) -> dict[str, str]:
+        tiers = loading_tiers(serving)
+        if not NAME.fullmatch(body.lora_name):
+            raise ApiError(400, f"lora_name={body.lora_name!r}: letters, digits, dots, dashes and underscores only")
+        if body.lora_name in serving.names() and not body.load_inplace:
+            raise ApiError(400, f"lora_name={body.lora_name}: is loaded already; load_inplace=true reads it anew")
+        assert tiers.directory is not None
+        path = (tiers.directory / (body.lora_path or body.lora_name)).resolve()
+        if not path.is_relative_to(tiers.directory.resolve()):
+            raise ApiError(400, f"lora_path={body.lora_path}: must lie below {tiers.directory}")
+        try:
+            folder = adapter_folder(str(path), "lora_path")
+            await asyncio.to_thread(serving.engine.read_anew, folder)
+        except (ValueError, OSError) as error:
+            raise ApiError(400, str(error)) from error
+        serving.layouts.pop(folder, None)
+        tiers.folders[body.lora_name] = folder
+        return {"status": "loaded", "lora_name": body.lora_name}
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(body: LoadRequest) -> dict[str, str]:
+        tiers = loading_tiers(serving)
+        folder = tiers.folders.pop(body.lora_name, None)
+        if folder is None:
+            raise ApiError(404, f"lora_name={body.lora_name}: not loaded; there are {', '.join(tiers.folders)}")
+        serving.engine.forget(folder)
+        return {"status": "unloaded", "lora_name": body.lora_name}
+
+    return app
+
+
+def loading_tiers(serving: Serving) -> AdapterTiers:
+    """Return the tiers where adapters may be loaded. Raises ApiError."""
+    if not serving.config.allow_load or serving.tiers is None or serving.tiers.directory is None:
+        raise ApiError(403, "adapters are not loaded at run time here: serve.allow_load=true and adapter_dir= open it")
+    return serving.tiers
+
+
+def error_body(message: str, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+
+
+@dataclass
+class Answer:
+    """A completion in OpenAI's words."""
+
+    body: Sampling
+    kind: str
+    """chat or text."""
+    logprobs: bool
+    top_logprobs: int
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def envelope(self, streamed: bool) -> dict[str, Any]:
+        name = "text_completion" if self.kind == "text" else f"chat.completion{'.chunk' if streamed else ''}"
+        return {"id": self.id, "object": name, "created": self.created, "model": self.body.model}
+
+    def choice(self, text: str, pieces: list[Piece], reason: str | None, streamed: bool, tokens: Any) -> dict[str, Any]:
+        said = self._said(pieces, tokens) if self.logprobs else None
+        common = {"index": 0, "finish_reason": reason, "logprobs": said}
+        if self.kind == "text":
+            return {"text": text, **common}
+        return {"delta" if streamed else "message": {"role": "assistant", "content": text}, **common}
+
+    def _said(self, pieces: list[Piece], tokens: Any) -> dict[str, Any]:
+        found = [piece.choice for piece in pieces if piece.choice is not None]
+        if self.kind == "text":
+            return {
+                "tokens": [tokens(c.token) for c in found],
+                "token_logprobs": [c.logprob for c in found],
+                "top_logprobs": [{tokens(t): p for t, p in c.top} for c in found],
+            }
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": tokens(token), "logprob": logprob, "bytes": list(tokens(token).encode())}
+
+        return {
+            "content": [{**entry(c.token, c.logprob), "top_logprobs": [entry(t, p) for t, p in c.top]} for c in found]
+        }
+
+
+async def answered(
+    serving: Serving, answer: Answer, prompt: list[int], folder: Path | None, limit: int | None, request: Request
+) -> Response:
+    """Queue a request and answer it, whole or streamed. A client that goes takes its request with it."""
+    body = answer.body
+    room = (serving.context or len(prompt) + (limit or 256)) - len(prompt)
+    if room < (limit or 1):
+        raise ApiError(
+            400,
+            f"the prompt's {len(prompt)} tokens and {limit or 1} more do not fit the model's {serving.context}",
+            "context_length_exceeded",
+        )
+    sampling = SamplingConfig(
+        limit or min(room, 256), body.temperature, body.top_p if body.temperature > 0 else 1.0, body.seed
+    )
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if any(not stop for stop in stops):
+        raise ApiError(400, "stop: an empty text would end every answer")
+    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+    ends = {*serving.base_layout.stop_token_ids, *serving.layout(folder).stop_token_ids}
+
+    def take(piece: Piece) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+    job = Job(prompt, sampling, frozenset(ends), take, folder, tuple(stops), answer.top_logprobs)
+    try:
+        serving.engine.submit(job)
+    except QueueFullError as error:
+        serving.requests[body.model, 429] += 1
+        raise ApiError(429, f"{error}: try again", "rate_limit_exceeded") from error
+
+    async def each() -> AsyncIterator[Piece]:
+        try:
+            while True:
+                try:
+                    piece = await asyncio.wait_for(pieces.get(), SECONDS_BETWEEN_LOOKS)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return
+                    continue
+                yield piece
+                if piece.finish_reason is not None or piece.error is not None:
+                    return
+        finally:
+            job.cancelled = True
+
+    source = each()
+    first = await anext(source, None)
+    if first is None:
+        serving.requests[body.model, 499] += 1
+        return Response(status_code=499)  # nobody reads it
+    if first.error is not None:
+        spoken = isinstance(first.error, ValueError | OSError)
+        serving.requests[body.model, 400 if spoken else 500] += 1
+        raise ApiError(400 if spoken else 500, str(first.error) if spoken else "the answer failed; see the log")
+    serving.requests[body.model, 200] += 1
+
+    def token_text(token: int) -> str:
+        return str(serving.tokenizer.decode([token]))
+
+    def usage() -> dict[str, int]:
+        return {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(job.tokens),
+            "total_tokens": len(prompt) + len(job.tokens),
+        }
+
+    if not body.stream:
+        found = [first, *[piece async for piece in source]]
+        if (failed := found[-1].error) is not None:
+            raise ApiError(500, "the answer failed; see the log") from failed
+        text = "".join(piece.text for piece in found)
+        choice = answer.choice(text, found, found[-1].finish_reason, False, token_text)
+        return JSONResponse({**answer.envelope(False), "choices": [choice], "usage": usage()})
+
+    async def events() -> AsyncIterator[str]:
+        piece: Piece | None = first
+        while piece is not None:
+            if piece.error is not None:
+                yield f"data: {json.dumps(error_body('the answer failed; see the log'))}\n\n"
+                return
+            choice = answer.choice(piece.text, [piece], piece.finish_reason, True, token_text)
+            yield f"data: {json.dumps({**answer.envelope(True), 'choices': [choice]})}\n\n"
+            piece = await anext(source, None)
+        if (body.stream_options or {}).get("include_usage"):
+            yield f"data: {json.dumps({**answer.envelope(True), 'choices': [], 'usage': usage()})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def until_gone() -> AsyncIterator[str]:
+        try:
+            async for event in events():
+                yield event
+        finally:
+            job.cancelled = True
+
+    return StreamingResponse(until_gone(), media_type="text/event-stream")
+
+
+def metrics_text(serving: Serving) -> str:
+    """Return what Prometheus reads."""
+    engine = serving.engine
+    lines = ["# TYPE lightning_peft_requests_total counter"]
+    for (model, status), count in sorted(serving.requests.items()):
+        lines.append(f'lightning_peft_requests_total{{model="{model}",status="{status}"}} {count}')
+    gauges = {
+        "tokens_generated_total": ("counter", engine.generated),
+        "requests_running": ("gauge", len(engine.running)),
+        "requests_waiting": ("gauge", len(engine.waiting)),
+    }
+    if serving.tiers is not None:
+        gauges["adapter_reads_total"] = ("counter", serving.tiers.loads["disk"])
+        gauges["adapter_slot_loads_total"] = ("counter", serving.tiers.loads["host"])
+    for name, (kind, value) in gauges.items():
+        lines += [f"# TYPE lightning_peft_{name} {kind}", f"lightning_peft_{name} {value}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,42 @@
+"""Options of the server."""
+
+from dataclasses import dataclass
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass
+class ServerConfig:
+    """Where the server listens, and how much it takes on."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; another than this machine's own needs serve.api_key."""
+    port: int = 8000
+    """Port to listen at."""
+    api_key: str | None = None
+    """What clients must send as their API key; null asks for none."""
+    max_batch: int = 16
+    """Requests answered side by side."""
+    max_queue: int = 64
+    """Requests that may wait beside those; more get status 429."""
+    slots: int = 8
+    """Adapters beside the model at once."""
+    max_rank: int | None = None
+    """Rank of a slot; null takes the largest of the adapters named, 16 without any."""
+    host_adapters: int = 64
+    """Adapters kept in the host's memory; others are read from disk when they are asked for."""
+    allow_load: bool = False
+    """Open the endpoints that load and unload adapters, from folders below adapter_dir."""
+    dry_run: bool = False
+    """Say what would be served, then stop."""
+
+    def __post_init__(self) -> None:
+        if self.host not in LOOPBACK and self.api_key is None:
+            raise ValueError(f"serve.host={self.host}: others could use it; give serve.api_key, or leave 127.0.0.1")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"serve.port={self.port}: must be from 0 to 65535")
+        for name in ("max_batch", "max_queue", "slots", "host_adapters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"serve.{name}={getattr(self, name)}: must be at least 1")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise ValueError(f"serve.max_rank={self.max_rank}: must be at least 1")

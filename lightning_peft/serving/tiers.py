@@ -1,0 +1,90 @@
+"""Where adapters are: all on disk, the ones used last on the host, a few in slots beside the model."""
+
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+from lightning_peft.adapters.slots import Factors, Slots, cast_factors
+from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.checkpoint.peft_format import read_low_rank
+from lightning_peft.inference.load import adapter_folder
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a model may be called: a name is checked before it becomes a path."""
+
+
+class UnknownModelError(KeyError):
+    """A model name that is neither the base nor an adapter."""
+
+
+class AdapterTiers:
+    """Adapters of one base by name. Loaded and used by one thread; a slot in use keeps its adapter.
+
+    `folders` are the registered adapters; with `directory` every folder in it is one too, by its name.
+    """
+
+    def __init__(self, slots: Slots, host_limit: int, fingerprint: str, base_name: str, directory: Path | None = None):
+        self.slots, self.host_limit, self.directory = slots, host_limit, directory
+        self.fingerprint, self.base_name = fingerprint, base_name
+        self.folders: dict[str, Path] = {}
+        self.host: OrderedDict[Path, Factors] = OrderedDict()
+        self.in_slot: list[Path | None] = [None] * slots.count
+        self.users = [0] * slots.count
+        self.order: list[int] = list(range(slots.count))
+        """Slots, the one used longest ago first."""
+        self.loads = {"disk": 0, "host": 0}
+
+    def names(self) -> list[str]:
+        """Return every name that a request may give, but the base's."""
+        found = sorted(p.name for p in self.directory.iterdir() if p.is_dir()) if self.directory is not None else []
+        return list(dict.fromkeys([*self.folders, *(name for name in found if NAME.fullmatch(name))]))
+
+    def folder(self, name: str) -> Path:
+        """Return the adapter folder of a name. Raises UnknownModelError."""
+        if name in self.folders:
+            return self.folders[name]
+        if self.directory is not None and NAME.fullmatch(name) and (self.directory / name).is_dir():
+            return adapter_folder(str(self.directory / name), "model")
+        raise UnknownModelError(name)
+
+    def on_host(self, folder: Path) -> Factors:
+        """Return an adapter as the slots take it, read from disk where it is not here. Raises ValueError."""
+        if folder in self.host:
+            self.host.move_to_end(folder)
+            return self.host[folder]
+        check_lineage(folder, self.fingerprint, base_name=self.base_name)
+        factors = cast_factors(read_low_rank(folder), self.slots.dtype)
+        rank = max(len(A) for A, _ in factors.values())
+        if rank > self.slots.rank:
+            raise ValueError(f"{folder}: is of rank {rank}, the slots of {self.slots.rank}; set serve.max_rank={rank}")
+        self.loads["disk"] += 1
+        self.host[folder] = factors
+        while len(self.host) > self.host_limit:
+            self.host.popitem(last=False)
+        return factors
+
+    def acquire(self, folder: Path) -> int | None:
+        """Return the slot that holds an adapter, which it keeps until `release`; None while all slots are in use."""
+        if folder in self.in_slot:
+            slot = self.in_slot.index(folder)
+        else:
+            free = next((slot for slot in self.order if self.users[slot] == 0), None)
+            if free is None:
+                return None
+            slot, factors = free, self.on_host(folder)
+            self.in_slot[slot] = None  # what follows may fail halfway
+            self.slots.load(slot, factors)
+            self.loads["host"] += 1
+            self.in_slot[slot] = folder
+        self.users[slot] += 1
+        self.order.remove(slot)
+        self.order.append(slot)
+        return slot
+
+    def release(self, slot: int) -> None:
+        self.users[slot] -= 1
+
+    def forget(self, folder: Path) -> None:
+        """Read a folder anew when it is next asked for; requests in flight end with what they began with."""
+        self.host.pop(folder, None)
+        self.in_slot = [None if held == folder else held for held in self.in_slot]
