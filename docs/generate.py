@@ -14,12 +14,13 @@ from pathlib import Path
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.compose import compose_config, groups_and_defaults
-from lightning_peft.config import CONF_DIR, ROOTS, TrainConfig, register_schemas
+from lightning_peft.config import TrainConfig
 from lightning_peft.help import GROUPS, TRAINER, none_or
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.options import Option, options_of
+from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
 from lightning_peft.words import OURS
 
 DOCS = Path(__file__).parent

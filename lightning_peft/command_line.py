@@ -25,10 +25,10 @@ from lightning_peft.compose import (
     quote_text_values,
     typed,
 )
-from lightning_peft.config import CONF_DIR, register_schemas
 from lightning_peft.plugins import imported_by_words, is_of_plugin
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
+from lightning_peft.schemas import CONF_DIR, register_schemas
 from lightning_peft.sweeps.foreground import enter_trial
 from lightning_peft.sweeps.sweep import MANIFEST
 from lightning_peft.words import everyday

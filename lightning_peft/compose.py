@@ -20,8 +20,9 @@ from yaml import YAMLError
 
 from lightning_peft import distributed
 from lightning_peft.compat import config_loader_of
-from lightning_peft.config import CONF_DIR, TrainConfig, register_schemas, train_config
+from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
+from lightning_peft.schemas import CONF_DIR, register_schemas
 from lightning_peft.words import ours
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_peft.command_configs import SubmitSweepConfig, SweepVerb
 from lightning_peft.compose import compose_config, groups_and_defaults
-from lightning_peft.config import CONF_DIR, ROOTS, SubmitSweepConfig, SweepVerb, plain
+from lightning_peft.config import plain
 from lightning_peft.options import Option, options_of, shown
+from lightning_peft.schemas import CONF_DIR, ROOTS
 
 WIDTH = 80
 GROUPS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lightning_peft.config import CONF_DIR
+from lightning_peft.schemas import CONF_DIR
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ import pytest
 
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.compose import compose_config, quote_text_values
-from lightning_peft.config import CONF_DIR, plain, train_config, trial_name
+from lightning_peft.config import plain, train_config
 from lightning_peft.optim.optimizers import OPTIMIZERS
+from lightning_peft.schemas import CONF_DIR, trial_name
 
 OPTIONS = [
     f"{path.parent.relative_to(CONF_DIR)}={path.stem}"

@@ -20,10 +20,10 @@ from lightning_peft.commands import COMMANDS
 from lightning_peft.commands.plan_sweep import any_draw, plan, split_words, trial_config
 from lightning_peft.commands.sweep import sweep
 from lightning_peft.compose import compose_config
-from lightning_peft.config import CONF_DIR
 from lightning_peft.help import command_help
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.schemas import CONF_DIR
 from lightning_peft.words import everyday
 
 ROOT = Path(__file__).parent.parent

@@ -18,6 +18,8 @@ LAYERS = [
     ["training", "sweeps", "serving"],
     ["report"],
     ["config"],
+    ["command_configs"],
+    ["schemas"],
     ["warm_start"],
     ["options", "words"],
     ["compose"],

@@ -7,7 +7,8 @@ import yaml
 
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
-from lightning_peft.config import CONF_DIR, TrainConfig
+from lightning_peft.config import TrainConfig
+from lightning_peft.schemas import CONF_DIR
 
 FOLDER = CONF_DIR / "recipe"
 RECIPES = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.glob("*/*.yaml"))

@@ -1,9 +1,9 @@
 """`lightning-peft completion bash|zsh|fish`: a script that completes commands, groups, options and keys."""
 
 from lightning_peft.commands import COMMANDS
-from lightning_peft.config import CONF_DIR, ROOTS
 from lightning_peft.help import TRAINER
 from lightning_peft.options import options_of
+from lightning_peft.schemas import CONF_DIR, ROOTS
 
 SHELLS = {
     "bash": """_lightning_peft() {

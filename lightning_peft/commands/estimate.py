@@ -12,7 +12,8 @@ from rich.table import Table
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.config import EstimateConfig, TrainConfig
+from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.config import TrainConfig
 from lightning_peft.estimation.advice import smallest_change
 from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
 from lightning_peft.models.attention import accept_packed_batches

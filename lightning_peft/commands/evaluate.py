@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
+from lightning_peft.command_configs import EvaluateConfig, Scored
 from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_base, load_for_inference, saved_config
-from lightning_peft.config import EvaluateConfig, Scored
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule

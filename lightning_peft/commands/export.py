@@ -15,6 +15,7 @@ from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.merged import Comparison, MergeError, Receipt
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, tensors_beside
+from lightning_peft.command_configs import ExportConfig, ExportFormat
 from lightning_peft.commands.adapted import (
     base_of,
     best_of_sweep,
@@ -24,7 +25,6 @@ from lightning_peft.commands.adapted import (
     saved_config,
 )
 from lightning_peft.commands.merge import logits_of_base, sample_ids
-from lightning_peft.config import ExportConfig, ExportFormat
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config

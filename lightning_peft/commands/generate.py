@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lightning_peft.command_configs import GenerateConfig
 from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference
-from lightning_peft.config import GenerateConfig
 from lightning_peft.data.conversation import BadRow, Conversation, Message, Row
 from lightning_peft.data.files import find_files, read_rows
 from lightning_peft.data.layout import PromptLayout

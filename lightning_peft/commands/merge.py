@@ -14,6 +14,7 @@ from lightning_peft.checkpoint.merged import MergeError, Receipt, logits_of
 from lightning_peft.checkpoint.merged import merge as write_merged
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
+from lightning_peft.command_configs import MergeCommandConfig
 from lightning_peft.commands.adapted import (
     base_of,
     best_of_sweep,
@@ -23,7 +24,7 @@ from lightning_peft.commands.adapted import (
     load_for_inference,
     saved_config,
 )
-from lightning_peft.config import MergeCommandConfig, TrainConfig
+from lightning_peft.config import TrainConfig
 from lightning_peft.data.chat import encode
 from lightning_peft.data.conversation import Message
 from lightning_peft.data.samples import read_conversations

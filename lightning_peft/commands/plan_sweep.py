@@ -14,16 +14,18 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.command_configs import SubmitSweepConfig
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_script, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
-from lightning_peft.config import CONF_DIR, SubmitSweepConfig, TrainConfig, plain, register_schemas, trial_name
+from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import SOURCES
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
 from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.lock import new_folder, remove_if_empty
+from lightning_peft.schemas import CONF_DIR, register_schemas, trial_name
 from lightning_peft.sweeps.local_worker import start_workers
 from lightning_peft.sweeps.pruning import RUNG_OPTION, rung_steps
 from lightning_peft.sweeps.search import (

@@ -8,8 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from lightning_peft.checkpoint.model_card import write_card
+from lightning_peft.command_configs import PushConfig
 from lightning_peft.commands.adapted import best_of_sweep
-from lightning_peft.config import PushConfig
 from lightning_peft.inference.load import MODEL_FOLDER, tuned_folder
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from lightning_peft.cluster.slurm import find_jobs
-from lightning_peft.config import ReportConfig
+from lightning_peft.command_configs import ReportConfig
 from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,12 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.config import CONF_DIR, TrainConfig
+from lightning_peft.config import TrainConfig
 from lightning_peft.help import GROUPS, TRAINER
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.options import Option, options_of, shown
+from lightning_peft.schemas import CONF_DIR
 
 OPEN = ("model", "data", "rank", "target_modules")
 """Groups that take other words than the names of their options: paths, numbers, lists."""

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_peft.adapters.slots import Slots
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import AdapterFileError, read_low_rank
+from lightning_peft.command_configs import ServeConfig
 from lightning_peft.commands.adapted import (
     base_of,
     inference_device,
@@ -15,7 +16,6 @@ from lightning_peft.commands.adapted import (
     layout_of,
     load_for_inference,
 )
-from lightning_peft.config import ServeConfig
 from lightning_peft.inference.decoding import Decoder
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import adapter_folder, tuned_folder

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from lightning_peft import readable
 from lightning_peft.cluster.slurm import cancel_jobs, find_jobs
+from lightning_peft.command_configs import SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
 from lightning_peft.compose import compose_config
-from lightning_peft.config import SweepCommandConfig, SweepVerb, TrainConfig
+from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.sweeps.foreground import HYDRA
 from lightning_peft.sweeps.local_worker import end

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.methods import METHODS, learning_rate, main, measure_quality
 from benchmarks.results import Results
 from lightning_peft.compose import compose_config
-from lightning_peft.config import CONF_DIR
+from lightning_peft.schemas import CONF_DIR
 
 
 def test_every_method_is_an_option():

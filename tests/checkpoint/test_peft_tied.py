@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter
 from lightning_peft.checkpoint.peft_words import AdapterFileError
+from lightning_peft.command_configs import MergeCommandConfig
 from lightning_peft.commands.adapted import load_for_inference
 from lightning_peft.commands.merge import merge
-from lightning_peft.config import MergeCommandConfig
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer

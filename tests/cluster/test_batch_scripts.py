@@ -18,7 +18,7 @@ from lightning_peft.cluster.slurm import (
     batch_script,
     directive,
 )
-from lightning_peft.config import CONF_DIR, config_digest, register_schemas, set_options
+from lightning_peft.schemas import CONF_DIR, config_digest, register_schemas, set_options
 
 TEMPLATES = Path(__file__).parent.parent.parent / "slurm"
 GPU = {"partition": "gpu", "time": 1440, "setup": ["module load cuda", "source .venv/bin/activate"]}

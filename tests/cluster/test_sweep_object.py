@@ -17,7 +17,7 @@ from lightning_peft.__main__ import main
 from lightning_peft.cluster.process import Process, process, this_process
 from lightning_peft.cluster.slurm import Job
 from lightning_peft.commands.sweep import table_of_trials
-from lightning_peft.config import trial_name
+from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.search import Dimension, SweepConfig, dimension, random_trials
 from lightning_peft.sweeps.sweep import Sweep, Trial, changed_sweep, read_sweep, refresh, state_of, write_sweep
 from lightning_peft.sweeps.table import (

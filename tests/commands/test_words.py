@@ -7,10 +7,10 @@ import yaml
 
 from lightning_peft.__main__ import main
 from lightning_peft.compose import compose_config
-from lightning_peft.config import ROOTS
 from lightning_peft.help import WIDTH, command_help
 from lightning_peft.options import options_of
 from lightning_peft.runs.folder import starting_config
+from lightning_peft.schemas import ROOTS
 from lightning_peft.words import BY_THEIRS, everyday, words_of_file
 
 THEIRS = {

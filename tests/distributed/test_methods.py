@@ -6,7 +6,7 @@ import pytest
 import torch
 from rank_runs import column, result, train_on_ranks
 
-from lightning_peft.config import CONF_DIR
+from lightning_peft.schemas import CONF_DIR
 
 METHODS = sorted({path.stem for path in (CONF_DIR / "method").glob("*.yaml")} - {"qlora", "qdora"})
 """Without those that are another one on a 4-bit base."""

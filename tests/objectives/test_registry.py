@@ -5,11 +5,12 @@ import pytest
 from lightning_peft.commands.completion import all_words
 from lightning_peft.commands.schema import schema_of_file
 from lightning_peft.compose import compose_config
-from lightning_peft.config import CONF_DIR, plain, train_config
+from lightning_peft.config import plain, train_config
 from lightning_peft.data.config import RowKind
 from lightning_peft.help import command_help
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.options import field_docs, options_of
+from lightning_peft.schemas import CONF_DIR
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -9,7 +9,7 @@ from tiny_runs import tiny_config
 
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.commands.train import train
-from lightning_peft.config import CONF_DIR
+from lightning_peft.schemas import CONF_DIR
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 SMALL = {

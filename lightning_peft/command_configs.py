@@ -1,0 +1,284 @@
+"""The root configs of the commands beside `train`."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from lightning_peft.checkpoint.merge_config import MergeConfig
+from lightning_peft.config import TrainConfig, check_task
+from lightning_peft.data.config import DataConfig
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.serving.server_config import ServerConfig
+from lightning_peft.sweeps.search import SweepConfig
+
+
+@dataclass
+class EstimateConfig(TrainConfig):
+    """What `train` would need with the same overrides."""
+
+    output: str | None = None
+    """JSON file for the estimate; null prints it only."""
+
+
+@dataclass
+class DataCommandConfig(TrainConfig):
+    """Shows the rows that `train` would be given with the same words."""
+
+    samples: int = 3
+    """Samples shown."""
+    histogram_path: str | None = None
+    """PNG file for the histogram of their lengths."""
+    strict: bool = False
+    """Exit with status 2 where the audit warns of something."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 0:
+            raise ValueError(f"samples={self.samples}: must be 0 or more")
+
+
+class Scored(Enum):
+    """What `evaluate` runs the rows through."""
+
+    both = "both"
+    base = "base"
+    adapter = "adapter"
+
+
+@dataclass
+class EvaluateConfig:
+    """Scores a base model and its adapter on held-out rows."""
+
+    adapter_path: str | None = None
+    """Run folder, adapter folder, ours or HF PEFT's, or a sweep, of which the best trial is taken."""
+    models: Scored = Scored.both
+    """Score the base, the adapter, or both."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    data: DataConfig | None = None
+    """Rows to score on; null takes the data set the adapter was trained on."""
+    max_rows: int = 200
+    """Rows scored."""
+    batch_size: int = 64
+    """Prompts generated for at once."""
+    samples: int = 4
+    """Answers shown side by side."""
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+    output: str | None = None
+    """JSON file of the scores; null writes evaluation.json beside the adapter."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_rows", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.data is not None:
+            check_task(self.data)
+        if self.adapter_path is None and (self.model is None or self.data is None):
+            raise ValueError("adapter_path=null: give a run or adapter folder, or both model= and data=")
+
+
+@dataclass
+class GenerateConfig:
+    """Answers one prompt, a file of prompts, or an interactive chat."""
+
+    adapter_path: str | None = None
+    """Run folder, adapter folder or sweep; null generates with the base model."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    prompt: str | None = None
+    """The user's message; null with no prompt_path starts a chat."""
+    prompt_path: str | None = None
+    """Text file with one prompt a line, or .jsonl with `prompt`, or `messages` and `tools`, in each row; answers go to
+    `output` as JSONL, or to the terminal."""
+    output: str | None = None
+    """File for the answers of prompt_path."""
+    system_prompt: str | None = None
+    """System message; null takes the one the adapter was trained with."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompt_path is not None:
+            raise ValueError(f"prompt and prompt_path={self.prompt_path} are both given: use one")
+        if self.adapter_path is None and self.model is None:
+            raise ValueError("adapter_path=null: give a run or adapter folder, or model= for the base alone")
+
+
+@dataclass
+class MergeCommandConfig:
+    """Writes base and adapter as one plain model."""
+
+    adapter_path: str = "???"
+    """Run folder or adapter folder, or a sweep, of which the best trial is taken."""
+    output: str = "???"
+    """Folder to write; must not exist."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+    merge: MergeConfig = field(default_factory=MergeConfig)
+
+
+class ExportFormat(Enum):
+    """What `export` writes."""
+
+    plain = "plain"
+    """A LoRA folder with the scaling in B, for vLLM, SGLang, LoRAX and HF PEFT."""
+    gguf_lora = "gguf_lora"
+    """The adapter alone, for llama.cpp."""
+    gguf = "gguf"
+    """Base and adapter in one file, for llama.cpp."""
+    ollama = "ollama"
+    """A Modelfile with the adapter, or with base and adapter in one file."""
+
+
+@dataclass
+class ExportConfig:
+    """Writes an adapter as another engine reads it."""
+
+    adapter_path: str = "???"
+    """Run folder or adapter folder."""
+    output: str = "???"
+    """Folder to write; must not exist."""
+    format: ExportFormat = MISSING
+    """plain, gguf_lora, gguf or ollama."""
+    engine: list[str] = field(default_factory=list)
+    """Engines that have to compute the export rightly: vllm, llama_cpp, sglang, lorax, tgi, ollama."""
+    base_name: str | None = None
+    """plain: a hub id or folder by which others find the base; ollama: the base's name there. null takes model.path."""
+    dtype: str = "bf16"
+    """gguf: fp32, bf16 or q8_0."""
+    max_kl: float = 0.01
+    """Largest mean KL(trained || exported) accepted, nats per token."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    precision: str = "auto"
+    """dtype in which trained and exported are compared, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("fp32", "bf16", "q8_0"):
+            raise ValueError(f"dtype={self.dtype}: must be one of fp32, bf16, q8_0")
+        if self.dtype != "bf16" and self.format not in (ExportFormat.gguf, ExportFormat.ollama):
+            raise ValueError(f"dtype={self.dtype}: only format=gguf and ollama have one; an adapter alone is fp32")
+        if self.base_name is not None and self.format not in (ExportFormat.plain, ExportFormat.ollama):
+            raise ValueError(f"base_name={self.base_name}: only format=plain and ollama name their base")
+        if self.max_kl <= 0:
+            raise ValueError(f"max_kl={self.max_kl}: must be above 0")
+
+
+@dataclass
+class PushConfig:
+    """Uploads an adapter or a merged model to the hub, with its card."""
+
+    adapter_path: str = "???"
+    """Run folder, adapter folder, merged model, or a sweep, of which the best trial is taken."""
+    repo: str = "???"
+    """Name on the hub, as in me/my-adapter."""
+    private: bool = False
+    """Whether a new repository is private."""
+    message: str = "Upload with lightning-peft"
+    """Message of the commit."""
+    dry_run: bool = False
+    """Write the card, list the files and the command that sends them, and send nothing."""
+
+
+@dataclass
+class ReportConfig:
+    """Writes one HTML page of a run or sweep, which needs no network."""
+
+    path: str = "???"
+    """Folder of a run or of a sweep."""
+    output: str | None = None
+    """The .html file; null writes report.html into the folder."""
+    png: bool = False
+    """Whether each picture is written as a PNG beside the page, too."""
+
+
+@dataclass
+class ServeConfig:
+    """Serves one base and its adapters behind OpenAI's endpoints."""
+
+    adapters: list[str] = field(default_factory=list)
+    """Adapters by the name clients give: [sql=runs/a,phones=runs/b]."""
+    adapter_dir: str | None = None
+    """Folder whose folders are adapters too, by their names; read when they are asked for."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the first adapter was trained on."""
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+    serve: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.adapters and self.model is None:
+            raise ValueError("adapters=[]: give adapters, as in adapters=[sql=runs/a], or model= for the base")
+        if self.serve.allow_load and self.adapter_dir is None:
+            raise ValueError("serve.allow_load=true: give adapter_dir=, the folder that adapters are loaded from")
+
+
+@dataclass
+class D90Config:
+    """Reads the intrinsic dimension of a task off a sweep over `adapter.dimension`."""
+
+    sweep_path: str = "???"
+    """Folder of the sweep: one run folder a dimension."""
+    reference_path: str = "???"
+    """Run folder of full fine-tuning or LoRA on the same data, after `evaluate`."""
+    metric: str = "loss"
+    """loss: how far the validation loss falls below the base's; or a metric in every run's evaluation.json."""
+    share: float = 0.9
+    """Share of the reference's score to be reached; d90 takes 0.9."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share}: must be above 0 and at most 1")
+
+
+@dataclass
+class SubmitSweepConfig:
+    """What `submit -m` takes beside the words of a single run."""
+
+    sweep_dir: str | None = None
+    """Folder of the sweep; null takes sweeps/<time>."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+class SweepVerb(Enum):
+    """What to do with a sweep."""
+
+    status = "status"
+    retry = "retry"
+    cancel = "cancel"
+    table = "table"
+    ask = "ask"
+
+
+@dataclass
+class SweepCommandConfig:
+    """Looks at a sweep that `submit -m` started, or changes its course."""
+
+    verb: SweepVerb = MISSING
+    """status, retry, cancel, table; ask draws Optuna's next trial, for the workers."""
+    sweep_dir: str = MISSING
+    """Folder of the sweep."""
+    failed: bool = False
+    """retry: every trial that failed, was lost, preempted or cancelled."""
+    trials: list[str] = field(default_factory=list)
+    """retry, cancel: these trials, by name; cancel without names takes all."""
+    gone: str | None = None
+    """A machine that is no more: what a cluster=local sweep has running on it is taken for over."""
+    sort: str | None = None
+    """table: column to sort by, -column for the largest first; null takes the sweep's metric."""
+    output_path: str | None = None
+    """table: also a .csv, .json, .html or .svg (the heat map) file."""
