@@ -1,5 +1,6 @@
 """Everyday words are understood, and those of other tools are answered with ours in one line."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from lightning_peft.__main__ import main
 from lightning_peft.compose import compose_config
 from lightning_peft.help import WIDTH, command_help
+from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.options import options_of
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.schemas import ROOTS
@@ -50,11 +52,12 @@ def test_word_of_another_tool_is_answered_with_ours(word):
 
 def test_every_answer_is_a_word_we_have():
     known = {option.key for option in options_of(ROOTS["submit_sweep"])}
-    train = {option.key for option in options_of(ROOTS["train"])} | known
+    known |= {option.key for option in options_of(ROOTS["train"])}
     groups = {path.name for path in (Path(__file__).parents[2] / "conf").iterdir() if path.is_dir()}
+    known |= {f"objective.{option.name}" for row in OBJECTIVES.values() for option in fields(row.config)}
     for ours in set(BY_THEIRS.values()):
         key = ours.partition("=")[0]
-        is_known = key in train or key in groups or key.startswith(("trainer.", "logger.", "adapter.", "optimizer."))
+        is_known = key in known or key in groups or key.startswith(("trainer.", "logger.", "adapter.", "optimizer."))
         assert is_known or key.startswith("cluster."), ours
 
 
