@@ -35,6 +35,7 @@ class Prompt:
         return Conversation([*start, *self.messages], self.messages.tools or layout.tools)
 
 
+@torch.no_grad()
 def generate(config: GenerateConfig) -> None:
     """Stream the answer to `prompt`, write those to the lines of `prompt_path`, or chat until an empty line."""
     prompts = read_prompts(config.prompt_path)
@@ -50,7 +51,6 @@ def generate(config: GenerateConfig) -> None:
         layout = replace(layout, system_prompt=config.system_prompt)
     if prompts is not None and layout.kind != "chat" and any(prompt.messages is not None for prompt in prompts):
         raise ValueError(f"prompt_path={config.prompt_path}: has messages, and the adapter was trained without turns")
-    torch.set_grad_enabled(False)
     if config.prompt is not None:
         stream(model, tokenizer, layout.prompt(layout.conversation(config.prompt), tokenizer), config)
     elif prompts is not None:

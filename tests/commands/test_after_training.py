@@ -87,6 +87,7 @@ def test_generate_answers_one_prompt_and_a_file(run_dir, tmp_path, capsys):
     run([*words, f"prompt_path={tmp_path}/prompts.txt", f"output={tmp_path}/answers.jsonl"])
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["one", "two"]
+    assert torch.is_grad_enabled(), "a program that trains afterwards finds gradients as it left them"
 
 
 def test_generate_answers_rows_of_json(run_dir, tmp_path, capsys):
