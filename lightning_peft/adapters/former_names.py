@@ -5,9 +5,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from lightning_peft.adapters.base import AdapterConfig
 
@@ -16,6 +13,11 @@ logger = logging.getLogger(__name__)
 
 def present_name(model: nn.Module) -> Callable[[str], str]:
     """Return what renames a layer or tensor as transformers renames a checkpoint's; names of today stay."""
+    # Models of transformers, which a start that trains nothing does without.
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
     if not isinstance(model, PreTrainedModel):
         return lambda name: name
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]

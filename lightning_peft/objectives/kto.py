@@ -1,10 +1,10 @@
 """KTO: answers that a label wants or does not want, without pairs (Ethayarajh et al. 2024, arXiv:2402.01306)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.config import RowKind
@@ -12,6 +12,9 @@ from lightning_peft.data.preferences import Standing
 from lightning_peft.objectives.objective import Objective, ObjectiveConfig
 from lightning_peft.objectives.preference import check_above_zero
 from lightning_peft.objectives.reference import ReferencedLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a start that trains nothing does without it
 
 MEASURED = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
 
@@ -40,7 +43,7 @@ class KTOLoss(ReferencedLoss):
     the paper takes it from the micro batch. It is 0 in the first step, where model and reference are the same.
     """
 
-    def __init__(self, model: PreTrainedModel, config: KTOConfig, packing: bool | str):
+    def __init__(self, model: "PreTrainedModel", config: KTOConfig, packing: bool | str):
         super().__init__(model, packing)
         self.config = config
         self.distance: Tensor | None = None

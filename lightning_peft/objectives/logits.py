@@ -9,13 +9,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lightning_peft.models.blocks import decoder_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a start that trains nothing does without it
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def own_inputs(input_ids: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def find_logit_path(
-    model: PreTrainedModel, input_ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]
+    model: "PreTrainedModel", input_ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]
 ) -> LogitPath | None:
     """The path of `model`, from a row of token ids (1, T); None, with a logged line, where it is not rebuilt here.
 
@@ -77,7 +79,7 @@ def find_logit_path(
 
 
 @torch.no_grad()
-def refuse_foresight(model: PreTrainedModel, input_ids: Tensor) -> None:
+def refuse_foresight(model: "PreTrainedModel", input_ids: Tensor) -> None:
     """Raise ValueError where the model's logits change with tokens behind them, from a row of token ids (1, T).
 
     A row and its padding would be told apart by no mask then, and a next-token loss would teach the model to copy.
@@ -113,7 +115,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _find(model: PreTrainedModel, ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]) -> LogitPath | str:
+def _find(model: "PreTrainedModel", ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]) -> LogitPath | str:
     """The path, or in words what the model does otherwise."""
     head = model.get_output_embeddings()
     if head is None:
@@ -139,7 +141,7 @@ def _find(model: PreTrainedModel, ids: Tensor, decoder_inputs: Callable[[Tensor]
     return LogitPath(scaled[0], transform[0])
 
 
-def observe(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Any]) -> Observed | None:
+def observe(model: "PreTrainedModel", head: nn.Module, inputs: dict[str, Any]) -> Observed | None:
     """A forward pass with the head's output replaced by numbers from -LARGEST_LOGIT to LARGEST_LOGIT."""
     calls: list[tuple[Tensor, Tensor]] = []
 
@@ -161,7 +163,7 @@ Candidate = tuple[Function | None]
 """A function, or none; in a tuple, so that finding none differs from not finding."""
 
 
-def scalings(model: PreTrainedModel) -> Iterator[Candidate]:
+def scalings(model: "PreTrainedModel") -> Iterator[Candidate]:
     """No change, and products and quotients with every number of the model's configuration."""
     yield (None,)
     for value in numbers(model):
@@ -169,7 +171,7 @@ def scalings(model: PreTrainedModel) -> Iterator[Candidate]:
         yield (partial(torch.div, other=value),)
 
 
-def softcaps(model: PreTrainedModel) -> Iterator[Candidate]:
+def softcaps(model: "PreTrainedModel") -> Iterator[Candidate]:
     for cap in numbers(model):
         yield (partial(softcap, cap),)
 
@@ -178,7 +180,7 @@ def softcap(cap: float, logits: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
-def numbers(model: PreTrainedModel) -> list[float]:
+def numbers(model: "PreTrainedModel") -> list[float]:
     """Numbers other than 0 and 1 that the configuration holds or derives, and attributes of model and decoder."""
     config = model.config.get_text_config()
     derived = {name: getattr(config, name, None) for name, x in vars(type(config)).items() if isinstance(x, property)}

@@ -6,18 +6,16 @@ is supervised fine-tuning; their sums per sample are log-probabilities of answer
 
 import logging
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
 
 from lightning_peft import distributed
 from lightning_peft.data.batch import Batch
-from lightning_peft.models.attention import VARLEN, supports_packing
 from lightning_peft.models.blocks import decoder_of
+from lightning_peft.models.source import VARLEN
 from lightning_peft.objectives.linear_cross_entropy import linear_token_losses
 from lightning_peft.objectives.logits import (
     PROBED_TOKENS,
@@ -31,6 +29,9 @@ from lightning_peft.objectives.logits import (
 )
 from lightning_peft.objectives.unpacking import is_packed, unpacked
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a start that trains nothing does without it
+
 logger = logging.getLogger(__name__)
 
 PACKED_IN_16_BITS = 2**-3
@@ -40,7 +41,7 @@ NEXT_TOKENS = 3
 """Tokens behind the end of another sample that are compared by themselves."""
 
 
-def decoder_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+def decoder_inputs(model: "PreTrainedModel", batch: Batch) -> dict[str, Any]:
     """Keyword arguments with which a decoder keeps the packed samples of a batch apart.
 
     Where samples begin is said only where a row holds several, or to the attention that goes by it: a decoder that
@@ -76,9 +77,9 @@ class ModelLoss(nn.Module, ABC):
     each is run as a row of its own.
     """
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
 
-    def __init__(self, model: PreTrainedModel, packing: bool | str = "auto"):
+    def __init__(self, model: "PreTrainedModel", packing: bool | str = "auto"):
         """packing: `data.packing`; with true, a model that does not keep packed samples apart is refused."""
         super().__init__()
         self.model = model
@@ -121,6 +122,9 @@ class ModelLoss(nn.Module, ABC):
         The first forward does it by itself. Raises ValueError where the model sees the tokens it is to predict, and
         where packed samples see each other with data.packing=true.
         """
+        # Models of transformers, which a start that trains nothing does without.
+        from lightning_peft.models.attention import supports_packing
+
         row = batch.input_ids[0, : 2 * PROBED_TOKENS]
         # Every rank runs the model equally often: blocks of a sharded one are gathered from all.
         if self.packing is not False and supports_packing(self.model) and len(row) > 1:
@@ -168,6 +172,9 @@ class ModelLoss(nn.Module, ABC):
             self.check(batch)
         if not self.runs_apart or not is_packed(batch):
             return self._token_losses(batch)
+        # Sharding, which a start that trains nothing does without.
+        from torch.distributed.fsdp import FSDPModule
+
         # Blocks of a sharded model are gathered from all ranks: each runs it once, whatever its samples.
         parts = unpacked(batch, at_once=any(isinstance(module, FSDPModule) for module in self.model.modules()))
         found = [self._token_losses(part) for part in parts]

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.config import RowKind
 from lightning_peft.objectives.model_loss import ModelLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a start that trains nothing does without it
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Objective:
     """Everything that the rest of the program knows about an objective."""
 
     config: type[ObjectiveConfig]
-    build: Callable[[PreTrainedModel, Any, bool | str], ModelLoss]
+    build: "Callable[[PreTrainedModel, Any, bool | str], ModelLoss]"
     """(model, options, `data.packing`) -> the model with its loss."""
     rows: RowKind = RowKind.answers
     """What a row must hold."""

@@ -6,17 +6,19 @@ pairs were packed, cut into micro batches or shared among ranks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.config import RowKind
 from lightning_peft.objectives.objective import Objective, ObjectiveConfig
 from lightning_peft.objectives.reference import ReferencedLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a start that trains nothing does without it
 
 
 class Pairs(NamedTuple):
@@ -63,7 +65,7 @@ class PreferenceLoss(ReferencedLoss):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         config: ObjectiveConfig,
         packing: bool | str,
         losses: PairLosses,

@@ -87,7 +87,8 @@ def test_prompt_file_is_cut_at_line_ends_only(tmp_path):
 
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufefffirst\u2028still first\nsecond \x0c still second\r\nthird\x85still third\n".encode())
-    assert read_prompts(str(path)) == ["first\u2028still first", "second \x0c still second", "third\x85still third"]
+    prompts = [prompt.row["prompt"] for prompt in read_prompts(str(path))]
+    assert prompts == ["first\u2028still first", "second \x0c still second", "third\x85still third"]
     path.write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match="not UTF-8 text"):
         read_prompts(str(path))

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 from lightning_peft.kernels.attention.grouping import find_samples
 from lightning_peft.models.attention import (
     MASKED_TYPES,
-    VARLEN,
     VARLEN_TYPES,
     accept_packed_batches,
     choose_attention,
     supports_packing,
     varlen_attention,
 )
+from lightning_peft.models.source import VARLEN
 
 LENGTHS = [[7, 13, 12], [20, 12]]
 """Samples of two packed rows; longer than the sliding window of 5."""
