@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lightning_peft
 from lightning_peft.__main__ import main
 from lightning_peft.commands import demo
@@ -13,6 +15,7 @@ from lightning_peft.commands import demo
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_demo_trains_then_scores(tmp_path):
     words = ["model=tiny", "data.max_rows=8", "data.max_validation_rows=4", "trainer.max_steps=2", "logger=none"]
     command = [sys.executable, "-m", "lightning_peft", "demo", *words, f"run_dir={tmp_path}/run"]

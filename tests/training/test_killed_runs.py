@@ -57,6 +57,7 @@ def undisturbed(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_equal(tmp_path, undisturbed):
     start_and_kill(tmp_path / "run", after_steps=5)
     assert not (tmp_path / "run" / "result.json").exists()
