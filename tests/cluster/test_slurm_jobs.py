@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,18 @@ def log(run_dir: Path) -> str:
 
 
 def wait_for_end(job_id: str, run_dir: Path) -> Job:
-    """Wait until the job neither runs nor waits for a continuation."""
-    wait_for(f"end of job {job_id}: {log(run_dir)}", MINUTES * 60, lambda: not job(job_id).is_active)
+    """Wait until the job neither runs nor waits for a continuation.
+
+    Between the end of a batch script and the requeue that it asked for, SLURM has the job as ended for an instant.
+    """
+
+    def has_ended() -> bool:
+        if job(job_id).is_active:
+            return False
+        time.sleep(3)
+        return not job(job_id).is_active
+
+    wait_for(f"end of job {job_id}: {log(run_dir)}", MINUTES * 60, has_ended)
     return job(job_id)
 
 
