@@ -43,27 +43,15 @@ class KTOLoss(ReferencedLoss):
     the paper takes it from the micro batch. It is 0 in the first step, where model and reference are the same.
     """
 
+    measures = MEASURED
+
     def __init__(self, model: "PreTrainedModel", config: KTOConfig, packing: bool | str):
         super().__init__(model, packing)
         self.config = config
         self.distance: Tensor | None = None
         """z, fp32 scalar; None before the first step."""
 
-    def loss_weight(self, batch: Batch) -> float:
-        """Return the number of labelled answers."""
-        assert batch.num_units is not None, "labelled rows"
-        return batch.num_units
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the sum of the answers' losses, fp32 scalar."""
-        if not self.is_checked:
-            self.check(batch)
-        reference = self.reference_log_probabilities(batch)
-        sums, _ = self.sums_per_sample(batch, self.token_losses(batch))
-        if batch.num_units == 0:
-            zero = sums.sum() * 0
-            self.measured = dict.fromkeys(MEASURED, (zero.detach(), zero.detach()))
-            return zero
+    def judged(self, batch: Batch, sums: Tensor, counts: Tensor, reference: Tensor) -> Tensor:
         assert batch.standings is not None
         wanted = (batch.standings.to(sums.device) == Standing.chosen).view(-1, 2)[:, 0]
         answer, mismatched = (sums - reference).view(-1, 2).unbind(1)

@@ -61,7 +61,9 @@ is ahead."""
 
 
 class PreferenceLoss(ReferencedLoss):
-    """The losses of pairs of answers, summed."""
+    """The losses of pairs of answers, summed; a chosen answer stands before its rejected one."""
+
+    measures = MEASURED
 
     def __init__(
         self,
@@ -76,22 +78,7 @@ class PreferenceLoss(ReferencedLoss):
         self.losses = losses
         self.uses_reference = uses_reference
 
-    def loss_weight(self, batch: Batch) -> float:
-        """Return the number of pairs."""
-        assert batch.num_units is not None, "rows of pairs"
-        return batch.num_units
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the sum of the pairs' losses, fp32 scalar; a chosen answer stands before its rejected one."""
-        if not self.is_checked:
-            self.check(batch)
-        reference = self.reference_log_probabilities(batch) if self.uses_reference else None
-        sums, counts = self.sums_per_sample(batch, self.token_losses(batch))
-        if batch.num_units == 0:
-            zero = sums.sum() * 0
-            self.measured = dict.fromkeys(MEASURED, (zero.detach(), zero.detach()))
-            return zero
-        reference = torch.zeros_like(sums) if reference is None else reference
+    def judged(self, batch: Batch, sums: Tensor, counts: Tensor, reference: Tensor) -> Tensor:
         pairs = Pairs(*_split(sums), *_split(counts), *_split(reference))
         judged = self.losses(pairs, self.config)
         self.measured = _measured(pairs, judged)
