@@ -118,10 +118,20 @@ def everyday(command: str, words: list[str]) -> list[str]:
     return written
 
 
+class EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a key that a mapping has twice is an error: yaml keeps the last and drops the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} twice", node.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
 def words_of_file(path: Path) -> list[str]:
     """The words that a YAML file of groups and keys stands for, outer groups before the keys inside them."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), EachKeyOnce)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; `lightning-peft init {path}` writes one to start from") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """What a row becomes: the messages of a conversation, with the tools it offers."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,19 @@ class Row:
 
     values: dict[str, Any]
     origin: str
+
+
+def read_json(text: str) -> Any:
+    """Return what a JSON text says. Raises ValueError, also for a key twice in an object: one would be dropped."""
+    return json.loads(text, object_pairs_hook=_with_each_key_once)
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        raise ValueError(f"key {name!r} twice in one object")
+    return values
 
 
 class BadRow(ValueError):

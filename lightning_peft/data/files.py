@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_peft.data.conversation import BadRow, Row
+from lightning_peft.data.conversation import BadRow, Row, read_json
 
 PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp",
@@ -126,19 +126,10 @@ def _read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
                 yield _json_row(line, f"{file} line {number}")
 
 
-def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Raises ValueError for a key that stands in it twice, of which one would be dropped."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        name = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
-        raise ValueError(f"key {name!r} twice in one object")
-    return values
-
-
 def _json_row(line: bytes, origin: str) -> Row | BadRow:
     try:
         text = line.decode("utf-8-sig").strip()
-        values = json.loads(text, object_pairs_hook=_with_each_key_once)
+        values = read_json(text)
     except UnicodeDecodeError:
         return BadRow(origin, "UTF-8 text", line)
     except json.JSONDecodeError as error:
@@ -159,7 +150,7 @@ def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
         yield from _read_json_lines(file)
         return
     try:
-        rows = json.loads(text, object_pairs_hook=_with_each_key_once)
+        rows = read_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:

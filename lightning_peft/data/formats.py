@@ -1,6 +1,5 @@
 """From a row of a file or data set to the messages of a conversation."""
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lightning_peft.data.config import DataConfig, Format, Layout, RowKind
-from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Conversation, Message, Row, shown
+from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Conversation, Message, Row, read_json, shown
 from lightning_peft.data.preferences import read_chosen_and_rejected, read_label
 from lightning_peft.data.turns import READ_KEYS, read_turns
 
@@ -266,7 +265,7 @@ class RowReader:
 
 def _parsed(row: Row, text: str, expected: str, column: str | None) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text)
     except (ValueError, RecursionError) as error:
         raise BadRow(row.origin, f"{expected} ({error})", text, column) from error
 

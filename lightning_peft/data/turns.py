@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_peft.data.conversation import BadRow, Message
+from lightning_peft.data.conversation import BadRow, Message, read_json
 
 ROLES = {
     "system": "system",
@@ -129,7 +129,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _json_list(text: Any, origin: str, column: str) -> list[Any]:
     try:
-        return _as_list(json.loads(text)) if isinstance(text, str) else _as_list(text)
+        return _as_list(read_json(text)) if isinstance(text, str) else _as_list(text)
     except ValueError as error:
         raise BadRow(origin, f"JSON as value of a function_call ({error})", text, column) from error
 
@@ -141,7 +141,7 @@ def _read_call(call: Any, origin: str, column: str) -> Mapping[str, Any]:
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = read_json(arguments) if arguments.strip() else {}
         except ValueError as error:
             raise BadRow(origin, f"JSON as arguments of a tool call ({error})", arguments, column) from error
     if arguments is None:

@@ -132,6 +132,8 @@ def test_own_file_gives_groups_and_keys_and_later_words_win(tmp_path, monkeypatc
     ("text", "message"),
     [
         ("method: [", "not YAML"),
+        ("rank: 8\nmethod: dora\nrank: 16\n", "not YAML .*key 'rank' twice"),
+        ("data:\n  max_length: 64\n  max_length: 128\n", "not YAML .*key 'max_length' twice"),
         ("- method", "must hold keys and values"),
         ("", "must hold keys and values"),
         ("1: 2", "a key must be text"),

@@ -17,6 +17,7 @@ from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import BadRow
 from lightning_peft.data.samples import make_samples
 from lightning_peft.data.sources import iterate_rows, rows_identity
+from lightning_peft.data.turns import read_turns
 
 ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(6)]
 
@@ -204,3 +205,18 @@ def test_key_that_stands_twice_in_an_object_is_named(tmp_path, name, text, place
         for row in iterate_rows(DataConfig(train_path=str(tmp_path / name), validation_fraction=0), "train"):
             if isinstance(row, BadRow):
                 raise row
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "f", "arguments": '{"city": "A", "city": "B"}'}}],
+        },
+        {"role": "function_call", "content": '{"name": "f", "name": "g", "arguments": {}}'},
+    ],
+)
+def test_key_that_stands_twice_in_json_inside_a_row_is_named(turn):
+    with pytest.raises(BadRow, match="key '(city|name)' twice in one object"):
+        read_turns([{"role": "user", "content": "a"}, turn], "rows.jsonl line 1", "messages")
