@@ -4,6 +4,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, islice
@@ -293,6 +294,19 @@ def _refuse(error: BadRow, config: DataConfig, audit: Audit) -> None:
     audit.count_bad_row(error)
 
 
+@contextmanager
+def _refusing(origin: str, config: DataConfig, audit: Audit) -> Iterator[None]:
+    """Inside, a fault of the row is raised, or counted where bad rows are skipped."""
+    try:
+        yield
+    except DuplicateBosError as error:
+        if config.on_bad_row is OnBadRow.error:
+            raise
+        audit.count_bad_row(BadRow.because(origin, str(error).removeprefix(f"{origin}: ")))
+    except BadRow as error:
+        _refuse(error, config, audit)
+
+
 def _encode(
     read: list[tuple[str, Conversation]],
     config: DataConfig,
@@ -305,7 +319,7 @@ def _encode(
         return
     outcomes = encoder.encode([conversation for _, conversation in read]) if read else []
     for (origin, _), outcome in zip(read, outcomes, strict=True):
-        try:
+        with _refusing(origin, config, audit):
             if isinstance(outcome, Exception):
                 raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
             audit.own_turns += len(outcome) - 1
@@ -317,12 +331,6 @@ def _encode(
             for sample in trained:
                 audit.count_sample(sample, kinds_of(sample))
                 yield sample
-        except DuplicateBosError as error:
-            if config.on_bad_row is OnBadRow.error:
-                raise
-            audit.count_bad_row(BadRow.because(origin, str(error).removeprefix(f"{origin}: ")))
-        except BadRow as error:
-            _refuse(error, config, audit)
 
 
 def _encode_units(
@@ -337,7 +345,7 @@ def _encode_units(
     outcomes = iter(encoder.encode([conversation for unit in units for conversation, _ in unit]) if read else [])
     for (origin, _), unit in zip(read, units, strict=True):
         encoded: list[Encoded] = []
-        try:
+        with _refusing(origin, config, audit):
             for (_, standing), outcome in zip(unit, [next(outcomes) for _ in unit], strict=True):
                 if isinstance(outcome, Exception):
                     raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
@@ -358,12 +366,6 @@ def _encode_units(
                     if sample.standing is not Standing.mismatched:
                         audit.count_sample(sample, kinds_of(sample))
                     yield sample
-        except DuplicateBosError as error:
-            if config.on_bad_row is OnBadRow.error:
-                raise
-            audit.count_bad_row(BadRow.because(origin, str(error).removeprefix(f"{origin}: ")))
-        except BadRow as error:
-            _refuse(error, config, audit)
 
 
 def _unit(read: list[tuple[str, Conversation]], place: int) -> list[tuple[Conversation, Standing]]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CHATML
+from chatml import CHATML
 
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
