@@ -31,8 +31,7 @@ class Prompt:
         """Return the conversation in an adapter's layout: with its system prompt where the row has none."""
         if self.messages is None:
             return layout.conversation(self.row["prompt"])
-        start = layout.conversation("")[:-1] if self.messages[0].role != "system" else []
-        return Conversation([*start, *self.messages], self.messages.tools or layout.tools)
+        return layout.going_on(self.messages, self.messages.tools or None)
 
 
 @torch.no_grad()

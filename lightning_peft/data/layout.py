@@ -79,8 +79,13 @@ class PromptLayout:
         """A question as the beginning of a conversation."""
         if self.kind != "chat":
             return Conversation([Message(TEXT_ROLE, question)])
-        start = [] if self.system_prompt is None else [Message("system", self.system_prompt)]
-        return Conversation([*start, Message("user", question)], self.tools)
+        return self.going_on([Message("user", question)])
+
+    def going_on(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Conversation:
+        """A conversation to be gone on with: behind the system prompt, and with the tools, where it names none."""
+        if self.system_prompt is not None and messages[0].role != "system":
+            messages = [Message("system", self.system_prompt), *messages]
+        return Conversation(messages, self.tools if tools is None else tools)
 
     def prompt(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens to generate the next turn from: exactly those that stand before it in training."""

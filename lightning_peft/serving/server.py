@@ -144,9 +144,7 @@ class Serving:
             if len(messages) != 1 or messages[0].role != "user":
                 raise ApiError(400, "messages: this adapter was trained on text without turns; give one user message")
             return self.laid_out(layout, layout.conversation(messages[0].content))
-        if layout.system_prompt is not None and messages[0].role != "system":
-            messages.insert(0, Message("system", layout.system_prompt))
-        return self.laid_out(layout, Conversation(messages, layout.tools))
+        return self.laid_out(layout, layout.going_on(messages))
 
     def laid_out(self, layout: PromptLayout, messages: Conversation) -> list[int]:
         with self.prompting:
