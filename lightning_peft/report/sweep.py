@@ -1,16 +1,14 @@
 """The page of a sweep: its table, its metric over every swept key, and the curves of all trials."""
 
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lightning_peft.report.figures import SHOWN_NAMES, curves, dots, heat_maps, ordered, parallel, short
 from lightning_peft.report.page import Page
 from lightning_peft.report.run import column, read_metrics
-from lightning_peft.sweeps.sweep import Sweep, score
+from lightning_peft.sweeps.statistics import SEED, best_first, groups_of
+from lightning_peft.sweeps.sweep import Sweep, metric_value, score
 from lightning_peft.sweeps.table import best_trial, column_names, number_or_text, table_rows
-
-SEED = "seed"
 
 
 def sweep_page(folder: Path, sweep: Sweep) -> Page:
@@ -37,18 +35,17 @@ def sweep_page(folder: Path, sweep: Sweep) -> Page:
 def _metric(page: Page, sweep: Sweep, metric: str) -> None:
     """Add pictures of the metric over all swept keys; trials that differ by their seed alone are averaged, and said."""
     names = column_names(sweep)
-    keys = [key for key in sweep.swept_keys if key.rpartition(".")[2] != SEED or len(sweep.swept_keys) == 1]
-    found: dict[tuple[Any, ...], list[float]] = {}
-    for trial in sweep.trials:
-        if (value := score(sweep, trial)) is not None:
-            at = tuple(number_or_text(trial.values[key]) for key in keys)
-            found.setdefault(at, []).append(-value if sweep.metric.startswith("-") else value)
-    if not found or not keys:
+    keys = [key for key in sweep.swept_keys if key != SEED]
+    groups = best_first(groups_of(sweep), sweep.metric)
+    if not groups:
+        return
+    if not keys:
+        _over_seeds(page, sweep, metric)
         return
     page.heading(f"{metric} over {', '.join(names[key] for key in keys)}")
-    if any(len(values) > 1 for values in found.values()):
-        page.note(f"each point or cell is the mean of up to {max(map(len, found.values()))} trials that differ by seed")
-    scores = {at: fmean(values) for at, values in found.items()}
+    if (most := max(len(group.scores) for group in groups)) > 1:
+        page.note(f"each point or cell is the mean of up to {most} trials that differ by seed")
+    scores = {tuple(number_or_text(group.values[key]) for key in keys): group.mean for group in groups}
     shown = [names[key] for key in keys]
     kinds = [ordered({at[i] for at in scores}) for i in range(len(keys))]
     is_gridded = all(len(kind) <= SHOWN_NAMES for kind in kinds)
@@ -70,6 +67,14 @@ def _metric(page: Page, sweep: Sweep, metric: str) -> None:
         page.figure("metric", figure, "dark is good; all panels share one scale" if len(keys) == 3 else "dark is good")
         return
     page.figure("metric", parallel(shown, list(scores), list(scores.values()), metric), "a line a trial")
+
+
+def _over_seeds(page: Page, sweep: Sweep, metric: str) -> None:
+    """Add a picture of a sweep over nothing but seeds, which has one group."""
+    found = {trial.values[SEED]: trial for trial in sweep.trials if score(sweep, trial) is not None}
+    values = {number_or_text(seed): metric_value(trial.result, metric) for seed, trial in found.items()}
+    page.heading(f"{metric} over the seeds")
+    page.figure("metric", dots(SEED, list(values), [value for value in values.values() if value is not None], metric))
 
 
 def _curves(page: Page, folder: Path, sweep: Sweep) -> None:
