@@ -29,7 +29,7 @@ from lightning_peft.plugins import imported_by_words, is_of_plugin
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 from lightning_peft.schemas import CONF_DIR, register_schemas
-from lightning_peft.sweeps.foreground import enter_trial
+from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
 from lightning_peft.sweeps.sweep import MANIFEST
 from lightning_peft.words import everyday
 
@@ -142,6 +142,8 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     swept = [word for word in words if is_swept(word) and not word.startswith("hydra")]
     folders: list[Path] = []
+    if folder and command == "train":
+        check_same_sweep(Path(folder[0].partition("=")[2]), swept)
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]
 

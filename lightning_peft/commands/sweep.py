@@ -19,11 +19,11 @@ from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
-from lightning_peft.sweeps.foreground import HYDRA
 from lightning_peft.sweeps.local_worker import end
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
 from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.sweeps.sweep import (
+    HYDRA,
     RUNNING,
     TO_BE_RETRIED,
     WAITING,

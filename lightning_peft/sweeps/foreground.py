@@ -4,11 +4,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning_peft.cluster.process import this_process
-from lightning_peft.sweeps.sweep import MANIFEST, RUNNING, Sweep, Trial, locked, read_sweep, write_sweep
+from lightning_peft.sweeps.sweep import HYDRA, MANIFEST, RUNNING, Sweep, Trial, locked, read_sweep, write_sweep
 
-HYDRA = "hydra"
-"""`cluster` of a sweep that Hydra's launcher runs: nobody starts its trials again but the command itself."""
 METRIC = "validation_loss"
+
+
+def check_same_sweep(folder: Path, swept: Sequence[str]) -> None:
+    """Raise ValueError where a folder holds another sweep: one that `submit -m` keeps, or one over other keys."""
+    if not (folder / MANIFEST).is_file():
+        return
+    sweep = read_sweep(folder)
+    if sweep.cluster != HYDRA:
+        raise ValueError(f"run_dir={folder}: holds a sweep of submit -m; sweep retry goes on with it, or name another")
+    if {*sweep.swept_keys} != (keys := {_key(word) for word in swept}):
+        raise ValueError(
+            f"run_dir={folder}: holds a sweep over {', '.join(sweep.swept_keys)}, this one is over "
+            f"{', '.join(sorted(keys))}; name another folder"
+        )
 
 
 def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> None:
@@ -18,15 +30,14 @@ def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> No
     already counts one more attempt.
     """
     folder = run_dir.parent
-    swept = list(swept)
-    keys = {word.partition("=")[0].lstrip("+") for word in swept}
-    own = [word for word in words if word.partition("=")[0].lstrip("+") in keys]
+    keys = [_key(word) for word in swept]
+    own = [word for word in words if _key(word) in keys]
     with locked(folder):
         if (folder / MANIFEST).is_file():
             sweep = read_sweep(folder)
         else:
             shared = [word.lstrip("+") for word in words if word not in own and not word.startswith("run_dir=")]
-            sweep = Sweep(shared, swept, HYDRA, METRIC, directory=str(Path.cwd()))
+            sweep = Sweep(shared, [], HYDRA, METRIC, directory=str(Path.cwd()))
         trial = next((trial for trial in sweep.trials if trial.name == run_dir.name), None)
         if trial is None:
             trial = Trial(run_dir.name, own)
@@ -34,4 +45,10 @@ def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> No
         trial.state, trial.is_waiting, trial.process = RUNNING, False, this_process()
         trial.attempts += 1
         sweep.count = len(sweep.trials)
+        # Another start may add values to those of the first.
+        sweep.swept = [f"{key}={','.join(dict.fromkeys(t.values[key] for t in sweep.trials))}" for key in keys]
         write_sweep(sweep, folder)
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")

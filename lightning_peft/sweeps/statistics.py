@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_peft.sweeps.sweep import Sweep, Trial, score
+from lightning_peft.sweeps.sweep import HYDRA, Sweep, Trial, score
 
 SEED = "seed"
 RATE = "optimizer.lr"
@@ -252,6 +252,8 @@ def command(sweep: Sweep, words: dict[str, str], folder: str) -> str:
     if not is_sweep:
         typed = [word for word in typed if not word.startswith(("cluster.", "cluster="))]
         return shlex.join(["lightning-peft", "train", *typed])
+    if sweep.cluster == HYDRA:
+        return shlex.join(["lightning-peft", "train", "-m", *typed, f"run_dir={folder}-next"])
     own = [f"sweep_dir={folder}-next"]
     own += ["cluster=local"] if sweep.cluster == "local" else []
     own += [f"sweep.metric={sweep.metric}"] if sweep.metric != "validation_loss" else []

@@ -27,6 +27,8 @@ RESULT_NUMBERS = (
     "peak_memory_gib", "seconds",
 )  # fmt: skip
 """What `result.json` of a finished run says in numbers."""
+HYDRA = "hydra"
+"""`cluster` of a sweep that Hydra's launcher runs: nobody starts its trials again but the command itself."""
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
 """SLURM's words for a job that does not run yet."""
 TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED)

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from lightning_peft.__main__ import main
+from lightning_peft.sweeps.foreground import enter_trial
 
 
 @pytest.mark.slow
@@ -58,3 +59,47 @@ def test_sweep_that_would_differ_between_ranks_is_refused(monkeypatch, capsys, t
     assert main(["train", "-m", "model=tiny", f"run_dir={tmp_path}/sweep", *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.fixture
+def foreground(tmp_path):
+    """The folder of a sweep over rank that train -m has begun."""
+    for rank in (2, 4):
+        (tmp_path / f"rank{rank}").mkdir()
+        enter_trial(tmp_path / f"rank{rank}", ["model=tiny", f"adapter.rank={rank}"], ["adapter.rank=2,4"])
+        result = {"status": "finished", "validation_loss": float(rank), "trainable_parameters": rank}
+        (tmp_path / f"rank{rank}" / "result.json").write_text(json.dumps(result))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["optimizer.lr=0.1,0.2"],
+            "holds a sweep over adapter.rank, this one is over optimizer.lr; name another",
+        ),
+        (["adapter.rank=8,16", "seed=0,1"], "holds a sweep over adapter.rank, this one is over adapter.rank, seed"),
+    ],
+)
+def test_folder_of_another_sweep_is_refused(foreground, words, message, capsys):
+    before = (foreground / "sweep.json").read_text()
+    assert main(["train", "-m", "model=tiny", f"run_dir={foreground}", *words]) == 2
+    assert f"run_dir={foreground}: {message}" in capsys.readouterr().err
+    assert (foreground / "sweep.json").read_text() == before
+
+
+def test_folder_of_submit_is_no_folder_of_train(foreground, capsys):
+    manifest = json.loads((foreground / "sweep.json").read_text()) | {"cluster": "local"}
+    (foreground / "sweep.json").write_text(json.dumps(manifest))
+    assert main(["train", "-m", "model=tiny", f"run_dir={foreground}", "adapter.rank=2,4"]) == 2
+    assert "holds a sweep of submit -m" in capsys.readouterr().err
+
+
+def test_values_are_added_to_a_sweep_and_the_next_one_is_of_its_kind(foreground, capsys):
+    (foreground / "rank8").mkdir()
+    enter_trial(foreground / "rank8", ["model=tiny", "adapter.rank=8"], ["adapter.rank=8,16"])
+    assert json.loads((foreground / "sweep.json").read_text())["swept"] == ["adapter.rank=2,4,8"]
+    assert main(["sweep", "table", str(foreground)]) == 0
+    command = f"next: lightning-peft train -m model=tiny adapter.rank=2,4 seed=0,1,2 run_dir={foreground}-next"
+    assert command in capsys.readouterr().out.replace("\n", " ")
