@@ -67,6 +67,12 @@ class Receipt:
         )
 
 
+def check_unused(output: Path) -> None:
+    """Raise MergeError where something lies already that a model would be written over."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise MergeError(f"output={output}: exists already; give a new folder")
+
+
 def merge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -86,8 +92,7 @@ def merge(
     """
     config = config or MergeConfig()
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MergeError(f"output={output}: exists already; give a new folder")
+    check_unused(output)
     if config.base is MergeBase.original and original is None:
         raise MergeError("merge.base=original needs the base before quantisation")
     if config.base is MergeBase.requantised and any(getattr(m, "kind", None) == INT8 for m in model.modules()):

@@ -13,7 +13,7 @@ from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import read_lineage
-from lightning_peft.checkpoint.merged import Comparison, MergeError, Receipt
+from lightning_peft.checkpoint.merged import Comparison, MergeError, Receipt, check_unused
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, tensors_beside
 from lightning_peft.command_configs import ExportConfig, ExportFormat
 from lightning_peft.commands.adapted import (
@@ -96,8 +96,7 @@ def export(config: ExportConfig) -> Receipt:
 def checked(config: ExportConfig) -> Source:
     """Look at the run and the format, without a model; prints what each engine does with the result."""
     output, format = Path(config.output), config.format.value
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output={output}: exists already; give a new folder")
+    check_unused(output)
     if output.suffix == ".gguf":
         raise ValueError(f"output={output}: is made a folder, the file in it is model.gguf or adapter.gguf")
     check_engines("engine", config.engine)

@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.merge_config import MergeBase
-from lightning_peft.checkpoint.merged import MergeError, Receipt, logits_of
+from lightning_peft.checkpoint.merged import Receipt, check_unused, logits_of
 from lightning_peft.checkpoint.merged import merge as write_merged
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
@@ -51,8 +51,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
     """
     disable_progress_bar()  # of transformers; ours stands in its place
     output = Path(config.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MergeError(f"output={output}: exists already; give a new folder")
+    check_unused(output)
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     folder = tuned_folder(config.adapter_path)
     is_adapter = not is_whole_model(folder)

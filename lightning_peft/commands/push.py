@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.command_configs import PushConfig
@@ -31,7 +31,8 @@ def push(config: PushConfig) -> str:
         ) from error
     write_card(folder, folder.parent)
     by_hand = f"hf upload {config.repo} {folder}"
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    there = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files = list(filter_repo_objects(there, ignore_patterns=NOT_SENT))
     size = sum((folder / path).stat().st_size for path in files)
     if config.dry_run:
         print(f"{folder}: {len(files)} files, {size / 2**20:.1f} MiB, to {config.repo}: {', '.join(map(str, files))}")
