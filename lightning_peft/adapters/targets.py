@@ -79,7 +79,6 @@ def find_targets(model: nn.Module, config: AdapterConfig, layer_types: tuple[typ
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, layer_types)}
     layers = {name: module for name, module in found.items() if not isinstance(module, ExpertLinear | QuantizedExperts)}
-    layers = {name: module for name, module in found.items() if not isinstance(module, ExpertLinear | QuantizedExperts)}
     candidates = {n: m for n, m in layers.items() if not isinstance(m, nn.Linear) or is_linear(m)}
     if other := sorted({type(module).__name__ for name, module in layers.items() if name not in candidates}):
         logger.info("not adapted, as they compute something else than a product: %s", ", ".join(other))
