@@ -18,9 +18,9 @@ import sys, time, os
 from pathlib import Path
 from lightning_peft.runs.lock import only_writer
 with only_writer(Path(sys.argv[1])):
-    if sys.argv[2] == "fork" and os.fork() == 0:
-        time.sleep(60)
-    print("held", flush=True)
+    # The child says so where there is one: a parent can be killed before its child has run at all.
+    if sys.argv[2] != "fork" or os.fork() == 0:
+        print("held", flush=True)
     time.sleep(60)
 """
 
