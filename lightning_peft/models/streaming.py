@@ -267,6 +267,7 @@ def share_tensor(model: nn.Module, name: str, source: str) -> None:
     """Make a parameter the one that `source` names; a 4-bit layer takes a copy of the other's codes."""
     module_name, _, leaf = name.rpartition(".")
     module, other = model.get_submodule(module_name), model.get_submodule(source.rpartition(".")[0])
+    other = getattr(other, "base_layer", other)  # a block before this one may be adapted already
     source_leaf = source.rpartition(".")[2]
     layers = (module, other) if leaf == "weight" else (getattr(module, leaf, None), getattr(other, source_leaf, None))
     if isinstance(layers[0], CodedWeight) and isinstance(layers[1], CodedWeight):

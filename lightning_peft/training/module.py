@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lightning_peft.adapters.base import AdapterConfig, StepSchedule
 from lightning_peft.adapters.eva import initialize_from_activations
 from lightning_peft.adapters.init import Reads, initialize_from_weights
-from lightning_peft.adapters.inject import Injection, adapters, inject_adapters, regularization, step_schedule
+from lightning_peft.adapters.inject import Injection, adapters, regularization, step_schedule
 from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.compat import clip_unscaled_gradients
@@ -26,8 +26,8 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
 from lightning_peft.distributed import worst
 from lightning_peft.inference.load import adapter_folder
-from lightning_peft.models.blocks import block_names, transformer_blocks
-from lightning_peft.models.loading import load_by_block, load_model
+from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.models.loading import load_by_block, load_model, model_name
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.model_loss import ModelLoss, decoder_inputs
 from lightning_peft.objectives.objective import ObjectiveConfig
@@ -37,6 +37,7 @@ from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
 from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
 from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients, local
+from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import (
     bits_per_parameter,
@@ -134,13 +135,8 @@ class FinetuneModule(LightningModule):
                 f"Trainer(precision={self.trainer.precision!r}) would cast the fp32 adapters: "
                 'use plugins=[ComputePrecision("bf16-true")] instead'
             )
-        if isinstance(strategy, ShardedModel):
-            self.objective = self.load_sharded(strategy)
-        else:
-            device = torch.device("cpu") if strategy is None else strategy.root_device
-            self.objective = self.build_objective(self.load_whole(device))
-            checkpoint_blocks(self.model, self.activation_checkpointing)
-            compile_model(self.model, self.compilation)
+        sharding = strategy if isinstance(strategy, ShardedModel) else None
+        self.objective = self.load(torch.device("cpu") if strategy is None else strategy.root_device, sharding)
         if self.quantization_config.verify:
             self.check_base()
             logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
@@ -158,52 +154,51 @@ class FinetuneModule(LightningModule):
         row = OBJECTIVES[self.objective_config.name]
         return row.build(model, self.objective_config, self.packing).train()
 
-    def load_whole(self, device: torch.device) -> PreTrainedModel:
-        """The model with its adapters on one device."""
-        model = load_model(self.model_config, self.weight_dtype, self.quantization_config, device)
-        torch.manual_seed(self.seed)
-        inject_adapters(model, self.adapter_config)
-        self.start_adapters(model)
-        return model
+    def load(self, device: torch.device, sharding: ShardedModel | None) -> ModelLoss:
+        """Return the model on `device` with its loss; each block is read, quantised and adapted before the next.
 
-    def load_sharded(self, strategy: ShardedModel) -> ModelLoss:
-        """The model with its adapters as this rank's slices: each block is read, adapted and cut before the next."""
-        injection = None
-        if reads_whole_model(self.adapter_config, self.quantization_config):
+        Under FSDP a block is also cut to this rank's slice before the next is read.
+        """
+        reads_all = reads_whole_model(self.adapter_config, self.quantization_config)
+        if sharding is not None and reads_all:
             logger.info(
                 "the adapters' init reads the whole model: every rank holds it on its host before it is sharded"
             )
-            model = self.load_whole(torch.device("cpu"))
-            names = iter(block_names(model))
-        else:
-            model, names = load_by_block(
-                self.model_config, self.weight_dtype, self.quantization_config, strategy.root_device
-            )
-            torch.manual_seed(self.seed)
-            injection = Injection(model, self.adapter_config)
-        transformer_blocks(model)  # says so where there are none
-        checkpoint_blocks(model, self.activation_checkpointing)
-        compile_model(model, self.compilation)
+            device = torch.device("cpu")
         host_memory = 0.0
         fingerprints: dict[str, str] = {}
-        for name in names:
-            if injection is not None:
+        with Part(f"loading {model_name(self.model_config)}"):
+            model, blocks = load_by_block(self.model_config, self.weight_dtype, self.quantization_config, device)
+            torch.manual_seed(self.seed)
+            injection = Injection(model, self.adapter_config)
+            if reads_all:
+                blocks = iter(list(blocks))
+                injection.finish()
+                self.start_adapters(model.to(device))  # type: ignore[arg-type]  # as in load_model
+            if sharding is not None:
+                transformer_blocks(model)  # says so where there are none
+            checkpoint_blocks(model, self.activation_checkpointing)
+            compile_model(model, self.compilation)
+            for name in blocks:
                 injection.adapt(name)
-            block = model.get_submodule(name)
-            if self.quantization_config.verify:
-                fingerprints |= layer_fingerprints(block, name)
-            host_memory = max(host_memory, host_memory_gib())
-            strategy.shard_block(block)
-        if injection is not None:
-            injection.finish()
+                block = model.get_submodule(name)
+                if self.quantization_config.verify:
+                    fingerprints |= layer_fingerprints(block, name)
+                host_memory = max(host_memory, host_memory_gib())
+                if sharding is not None:
+                    sharding.shard_block(block)
+            if not reads_all:
+                injection.finish()
         if self.quantization_config.verify:
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
+        if sharding is None:
+            return self.build_objective(model.to(device))  # type: ignore[arg-type]  # as in load_model
         objective = self.build_objective(model)
         host_memory = max(host_memory, host_memory_gib())
-        strategy.shard_root(objective)
+        sharding.shard_root(objective)
         logger.info(
             "sharded over %d ranks: %.1f MiB on each; host memory at its peak while loading: %.2f GiB",
-            strategy.world_size,
+            sharding.world_size,
             sum(memory_by_group(model).values()) / 2**20,
             worst(host_memory),
         )
@@ -229,7 +224,7 @@ class FinetuneModule(LightningModule):
         logger.info("memory: %s%s", sizes, bits)
 
     def start_adapters(self, model: PreTrainedModel) -> None:
-        """Initialisations that read more than the layer: weights before quantisation, or activations of the data."""
+        """Run an initialisation that reads more than its layer: weights before quantisation, or activations."""
         init, reads = self.adapter_config.init_name, self.adapter_config.initialization.reads
         if reads in (Reads.weight, Reads.quantisation_error) and self.quantization_config.is_on:
             logger.info("adapter.init=%s: reading the weights before quantisation as well", init)
