@@ -5,7 +5,7 @@ Names that other tools use are answered with ours.
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 ROW_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".xlsx", ".arrow", ".gz", ".zst")
 """Endings by which data=FILE is told from the name of an option."""
+OWN_FOLDER = "conf_dir"
+"""The word for a folder of one's own options, as conf_dir=conf with conf/model/mine.yaml for model=mine."""
 RUN_COMMANDS = ("train", "submit", "estimate", "data")
 """Commands whose words describe a training."""
 
@@ -104,14 +106,20 @@ def everyday(command: str, words: list[str]) -> list[str]:
     for word in words:
         if word.startswith("-"):
             raise ValueError(f"{word}: {_without_dashes(word)}")
-        if "=" not in word and word.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
-            written += words_of_file(Path(word))
+        file = word.removeprefix("recipe=")
+        if "=" not in file and file.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
+            written += words_of_file(Path(file))
         elif command in FIRST_WORD and re.fullmatch(r"[^=+~]+", word):
             written.append(f"{FIRST_WORD[command]}={word}")
         else:
             written.append(word)
+    folders = [word.partition("=")[2] for word in written if word.startswith(f"{OWN_FOLDER}=")]
     if command in (*RUN_COMMANDS, "evaluate", "generate", "merge", "export", "serve"):
-        written = [part for word in written for part in _rewritten(word)]
+        own = [Path(folder) for folder in folders]
+        written = [part for word in written for part in _rewritten(word, (CONF_DIR, *own))]
+    if folders:
+        written = [word for word in written if not word.startswith(f"{OWN_FOLDER}=")]
+        written = [_search_path(folders, written), *written]
     if command in RUN_COMMANDS:
         written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out
         written = [*_of_warm_start(written), *written]
@@ -128,8 +136,21 @@ class EachKeyOnce(yaml.SafeLoader):
         return dict(super().construct_mapping(node, deep))
 
 
+def _search_path(folders: list[str], words: list[str]) -> str:
+    """Return Hydra's word for folders with options of one's own. Raises ValueError where one is no folder."""
+    if given := next((word for word in words if word.startswith("hydra.searchpath=")), None):
+        raise ValueError(f"{OWN_FOLDER}={folders[0]} and {given}: give all folders by one of them")
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"{OWN_FOLDER}={folder}: no such folder; it holds GROUP/NAME.yaml, as model/mine.yaml")
+    return f"hydra.searchpath=[{','.join(_value(f'file://{Path(folder).resolve()}') for folder in folders)}]"
+
+
 def words_of_file(path: Path) -> list[str]:
-    """The words that a YAML file of groups and keys stands for, outer groups before the keys inside them."""
+    """Return the words that a YAML file of groups and keys stands for, outer groups before the keys inside them.
+
+    A recipe's list of defaults is read as groups.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), EachKeyOnce)
     except FileNotFoundError as error:
@@ -140,10 +161,24 @@ def words_of_file(path: Path) -> list[str]:
         raise ValueError(f"{path}: must hold keys and values, as in `method: qlora`")
     if content.keys() >= {"adapter", "optimizer", "trainer", "run_dir"}:
         raise ValueError(f"{path}: is the whole config of a run; config_path={path} starts from it")
-    words = list(_flat(content, "", path))
+    groups = _groups_of_recipe(content.pop("defaults", []), path)
+    words = list(_flat(groups | content, "", path))
     return [word for word in words if "." not in word.partition("=")[0]] + [
         word for word in words if "." in word.partition("=")[0]
     ]
+
+
+def _groups_of_recipe(defaults: Any, path: Path) -> dict[str, Any]:
+    """Return group -> option of a list such as [{override /method: qlora}]."""
+    groups: dict[str, Any] = {}
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        if entry == "_self_":
+            continue
+        named = list(entry.items()) if isinstance(entry, dict) else []
+        if len(named) != 1 or not (group := re.fullmatch(r"(?:override )?/?([\w/]+)", str(named[0][0]))):
+            raise ValueError(f"{path}: defaults: {entry!r} must be of the form `override /group: option`")
+        groups[group.group(1)] = named[0][1]
+    return groups
 
 
 def _flat(content: dict[Any, Any], prefix: str, path: Path) -> Iterator[str]:
@@ -171,7 +206,7 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def _rewritten(word: str) -> list[str]:
+def _rewritten(word: str, folders: Sequence[Path]) -> list[str]:
     key, sign, value = word.partition("=")
     if not sign:
         return [word]
@@ -184,17 +219,17 @@ def _rewritten(word: str) -> list[str]:
         return ["target_modules=all_linear"]
     if key == "target_modules" and value.startswith("["):
         return [f"adapter.target_modules={value}"]
-    if key == "target_modules" and all(_no_option("target_modules", name) for name in value.split(",")):
+    if key == "target_modules" and all(_no_option("target_modules", name, folders) for name in value.split(",")):
         return [f"adapter.target_modules=[{value}]"]
-    if key == "model" and "," not in value and _no_option("model", value) and _is_model(value):
+    if key == "model" and "," not in value and _no_option("model", value, folders) and _is_model(value):
         return ["model=hf", f"model.path={value}"]
-    if key == "data" and "," not in value and _no_option("data", value) and _is_rows(value):
+    if key == "data" and "," not in value and _no_option("data", value, folders) and _is_rows(value):
         return ["data=jsonl", f"data.train_path={value}"]
     return [word]
 
 
-def _no_option(group: str, name: str) -> bool:
-    return not (CONF_DIR / group / f"{name}.yaml").is_file()
+def _no_option(group: str, name: str, folders: Sequence[Path]) -> bool:
+    return not any((folder / group / f"{name}.yaml").is_file() for folder in folders)
 
 
 def _is_model(value: str) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from lightning_peft.command_line import first_trial
 from lightning_peft.commands.plan_sweep import plan, trial_config
 from lightning_peft.compose import compose_config
+from lightning_peft.words import everyday
 
 CALLBACK = "from lightning.pytorch import Callback\n\n\nclass Mine(Callback):\n    pass\n"
 
@@ -28,6 +29,37 @@ def conf(tmp_path, monkeypatch):
 def test_own_folder_is_found_by_the_first_trial_of_train_m(conf):
     config = compose_config("train", first_trial([conf, "model=tiny", "data=mine", "+experiment=foo", "seed=1,2"]))
     assert (config.data.train_path, config.adapter.rank, config.seed) == ("rows.jsonl", 4, 1)
+
+
+def test_conf_dir_is_the_folder_of_ones_own_options(conf, tmp_path):
+    words = everyday("train", ["data=mine", "model=tiny", "+experiment=foo", "conf_dir=conf"])
+    config = compose_config("train", words)
+    assert (config.data.train_path, config.adapter.rank, config.seed) == ("rows.jsonl", 4, 7)
+    assert words[0] == f"hydra.searchpath=[file://{tmp_path}/conf]"  # also where a job starts elsewhere
+    with pytest.raises(ValueError, match="conf_dir=lost: no such folder; it holds GROUP/NAME.yaml"):
+        everyday("train", ["conf_dir=lost"])
+    with pytest.raises(ValueError, match="conf_dir=conf and hydra.searchpath=.*: give all folders by one of them"):
+        everyday("train", ["conf_dir=conf", conf])
+
+
+def test_own_option_of_a_group_is_no_module(conf):
+    (Path("conf") / "target_modules").mkdir()
+    (Path("conf") / "target_modules" / "ends.yaml").write_text("# @package adapter\ntarget_modules: [q_proj]\n")
+    for folder, expected in ((["conf_dir=conf"], ["q_proj"]), ([], ["ends"])):
+        config = compose_config("train", everyday("train", ["model=tiny", "target_modules=ends", *folder]))
+        assert config.adapter.target_modules == expected
+
+
+def test_recipe_may_be_a_file(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("# @package _global_\ndefaults:\n  - override /method: dora\n  - _self_\nadapter:\n  rank: 3\n")
+    words = everyday("train", [f"recipe={recipe}", "seed=5"])
+    assert words == ["method=dora", "adapter.rank=3", "seed=5"]
+    recipe.write_text("defaults: [a, b]\n")
+    with pytest.raises(ValueError, match="mine.yaml: defaults: 'a' must be of the form"):
+        everyday("train", [f"recipe={recipe}"])
+    with pytest.raises(ValueError, match="lost.yaml: no such file"):
+        everyday("train", ["recipe=lost.yaml"])
 
 
 @pytest.mark.parametrize("cluster", ["local", "slurm"])
