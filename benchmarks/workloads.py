@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import SFTDataModule
-from lightning_peft.data.text_to_sql import generate_rows
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.tasks.text_to_sql.rows import generate_rows
 
 TokenRow = dict[str, list[int]]
 """input_ids and labels of one sample."""

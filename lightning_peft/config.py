@@ -12,7 +12,6 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.data.config import DataConfig
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics
-from lightning_peft.evaluation.tasks import TASKS
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import starts_as_base
@@ -22,6 +21,7 @@ from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.optim.schedules import ScheduleConfig
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.serving.engines import check_target_servers
+from lightning_peft.tasks.registry import TASKS
 from lightning_peft.training.config import (
     ActivationCheckpointing,
     CheckpointConfig,

@@ -8,7 +8,7 @@ import lightning_peft
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
     ["user_cache", "plugins", "threads", "readable", "compat"],
-    ["kernels", "progress"],
+    ["kernels", "progress", "tasks"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],
     ["objectives"],

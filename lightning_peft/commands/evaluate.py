@@ -23,9 +23,10 @@ from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.runner import Scores, score, with_shots
 from lightning_peft.evaluation.scorers import with_answer
-from lightning_peft.evaluation.tasks import TASKS, Row, Task
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.packing import packing_of
+from lightning_peft.tasks.registry import TASKS
+from lightning_peft.tasks.task import Row, Task
 
 logger = logging.getLogger(__name__)
 

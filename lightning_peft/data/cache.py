@@ -117,9 +117,10 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @cache
 def _code_digest() -> str:
-    """Of the modules that make tokens out of rows: those beside this one."""
+    """Return the digest of the modules that make rows, and tokens out of rows."""
     digest = hashlib.blake2b()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    package = Path(__file__).parents[1]
+    for path in sorted(path for part in ("data", "tasks") for path in (package / part).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

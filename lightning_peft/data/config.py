@@ -91,7 +91,7 @@ class DataConfig:
     """What a row holds: answers, pairs of a chosen and a rejected one, or labelled ones; null takes what the objective
     trains on, and answers where there is none."""
     task: str = "none"
-    """How `evaluate` scores the answers: a name in `lightning_peft.evaluation.tasks.TASKS`; none for the loss only."""
+    """How `evaluate` scores the answers: a name in `lightning_peft.tasks.registry.TASKS`; none for the loss only."""
     format: Format = Format.auto
     """Shape of the rows."""
     chosen_column: str | None = None

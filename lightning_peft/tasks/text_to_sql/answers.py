@@ -1,10 +1,8 @@
-"""Metrics of generated answers: pure functions of text."""
+"""Finds the SQL in an answer and runs it against the right one."""
 
 import re
-from collections.abc import Sequence
-from decimal import Decimal
 
-from lightning_peft.data.sql_grammar.database import DatabasePair, QueryError, is_ordered, same_result
+from lightning_peft.tasks.text_to_sql.grammar.database import DatabasePair, QueryError, is_ordered, same_result
 
 # WITH opens a statement only as a common table expression; in prose it is an ordinary word.
 STATEMENT = re.compile(r"\b(?:SELECT|WITH\s+(?:RECURSIVE\s+)?\w+\s*(?:\([^)]*\)\s*)?AS\s*\()", re.IGNORECASE)
@@ -24,8 +22,6 @@ OPEN_ENDED = re.compile(
     r"|intersect|except|case|when|then|else|as))\s*$",
     re.IGNORECASE,
 )
-# A minus sign belongs to the number unless it stands between two, as in 5-3.
-NUMBER = re.compile(r"(?:(?<!\w)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def extract_sql(text: str) -> str:
@@ -73,43 +69,3 @@ def execution_match(answer: str, gold: str, databases: DatabasePair) -> bool:
         return False
     pairs = zip(databases.run(gold), results, strict=True)
     return all(same_result(expected, result, is_ordered(gold)) for expected, result in pairs)
-
-
-def exact_match(answer: str, gold: str) -> bool:
-    """Equal but for white space."""
-    return answer.split() == gold.split()
-
-
-def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`."""
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        current = [i]
-        for j, y in enumerate(b, start=1):
-            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x != y)))
-        previous = current
-    return previous[-1]
-
-
-def phoneme_error_rate(answers: Sequence[str], golds: Sequence[str]) -> float:
-    """Edits over all answers divided by the phonemes of all references; phonemes are separated by spaces."""
-    edits = sum(edit_distance(answer.split(), gold.split()) for answer, gold in zip(answers, golds, strict=True))
-    return edits / sum(len(gold.split()) for gold in golds)
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after the first `####`, else the last number in the text; None if there is none.
-
-    `$1,234.50` is 1234.5.
-    """
-    _, mark, after = text.partition("####")
-    numbers = NUMBER.findall(after if mark else text)
-    if not numbers:
-        return None
-    return Decimal(re.sub("[$,]", "", numbers[0] if mark else numbers[-1]))
-
-
-def final_number_match(answer: str, gold: str) -> bool:
-    """Equal final numbers, however they are written."""
-    number = final_number(answer)
-    return number is not None and number == final_number(gold)

@@ -1,7 +1,7 @@
 import pytest
 
-from lightning_peft.data.text_to_sql import generate_rows
-from lightning_peft.evaluation.tasks import TASKS
+from lightning_peft.tasks.registry import TASKS
+from lightning_peft.tasks.text_to_sql.rows import generate_rows
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_peft.data.sql_grammar import one_table, several_tables
-from lightning_peft.data.sql_grammar.draw import Draw, Query
-from lightning_peft.data.sql_grammar.questions import QUESTIONS
+from lightning_peft.tasks.text_to_sql.grammar import one_table, several_tables
+from lightning_peft.tasks.text_to_sql.grammar.draw import Draw, Query
+from lightning_peft.tasks.text_to_sql.grammar.questions import QUESTIONS
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@ import sqlite3
 
 import pytest
 
-from lightning_peft.data.sql_grammar import phrasings
-from lightning_peft.data.sql_grammar.database import Database, DatabasePair, QueryError, same_result
-from lightning_peft.data.sql_grammar.kinds import KINDS, LEVEL_SHARES
-from lightning_peft.data.sql_grammar.phrasings import Wording
-from lightning_peft.data.sql_grammar.questions import QUESTIONS
-from lightning_peft.data.sql_grammar.schema import DOMAINS, fill, parse_schema
-from lightning_peft.data.text_to_sql import generate_preference, generate_row, generate_rows
-from lightning_peft.evaluation.metrics import execution_match
+from lightning_peft.tasks.text_to_sql.answers import execution_match
+from lightning_peft.tasks.text_to_sql.grammar import phrasings
+from lightning_peft.tasks.text_to_sql.grammar.database import Database, DatabasePair, QueryError, same_result
+from lightning_peft.tasks.text_to_sql.grammar.kinds import KINDS, LEVEL_SHARES
+from lightning_peft.tasks.text_to_sql.grammar.phrasings import Wording
+from lightning_peft.tasks.text_to_sql.grammar.questions import QUESTIONS
+from lightning_peft.tasks.text_to_sql.grammar.schema import DOMAINS, fill, parse_schema
+from lightning_peft.tasks.text_to_sql.rows import generate_preference, generate_row, generate_rows
 
 SCHEMA = parse_schema("singer(id, name, country, age) | album(id, title, genre, copies_sold, singer_id)")
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lightning_peft.data.sql_grammar import phrasings
-from lightning_peft.data.sql_grammar.phrasings import Wording
-from lightning_peft.data.sql_grammar.schema import Column, Rows, Schema, Table, Value
+from lightning_peft.tasks.text_to_sql.grammar import phrasings
+from lightning_peft.tasks.text_to_sql.grammar.phrasings import Wording
+from lightning_peft.tasks.text_to_sql.grammar.schema import Column, Rows, Schema, Table, Value
 
 T = TypeVar("T")
 NUMBERS = ("integer", "real")

@@ -6,14 +6,19 @@ has one, is free of ties. Validation and test ask about other domains, in other 
 """
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
-from lightning_peft.data.sql_grammar.database import DatabasePair, QueryError, is_ordered, same_result
-from lightning_peft.data.sql_grammar.draw import Draw, Query, Unavailable
-from lightning_peft.data.sql_grammar.kinds import KINDS, ask, draw_kind
-from lightning_peft.data.sql_grammar.schema import DOMAINS, draw_schema
+from lightning_peft.tasks.text_to_sql.grammar.database import DatabasePair, QueryError, is_ordered, same_result
+from lightning_peft.tasks.text_to_sql.grammar.draw import Draw, Query, Unavailable
+from lightning_peft.tasks.text_to_sql.grammar.kinds import KINDS, ask, draw_kind
+from lightning_peft.tasks.text_to_sql.grammar.schema import DOMAINS, draw_schema
 
 ATTEMPTS_PER_SCHEMA = 16
+TRAINING_ROWS = 4000
+"""Training rows where no number is asked for."""
+VALIDATION_ROWS = 200
+"""Validation and test rows where no number is asked for."""
 
 
 def _is_valid(query: Query, databases: DatabasePair) -> bool:
@@ -98,3 +103,11 @@ def generate_rows(count: int, seed: int, split: str) -> list[dict[str, Any]]:
     if split not in DOMAINS:
         raise ValueError(f"split={split!r}: must be one of {', '.join(DOMAINS)}")
     return [generate_row(seed, split, index) for index in range(count)]
+
+
+def rows_of_kind(split: str, seed: int, count: int | None, kind: str) -> Iterator[dict[str, Any]]:
+    """Return rows with answers, or with a right and a wrong one: pairs, or labelled."""
+    numbers = range(count or (TRAINING_ROWS if split == "train" else VALIDATION_ROWS))
+    if kind == "answers":
+        return (generate_row(seed, split, number) for number in numbers)
+    return (generate_preference(seed, split, kind == "labelled", number) for number in numbers)

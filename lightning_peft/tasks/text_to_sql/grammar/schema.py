@@ -4,7 +4,7 @@ import datetime
 import random
 from dataclasses import dataclass
 
-from lightning_peft.data.sql_grammar import domains
+from lightning_peft.tasks.text_to_sql.grammar import domains
 
 Value = str | int | float
 Rows = dict[str, list[dict[str, Value]]]

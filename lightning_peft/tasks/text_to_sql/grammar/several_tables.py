@@ -1,7 +1,7 @@
 """Questions about linked tables: each function draws the SQL of one kind and the words of its question."""
 
-from lightning_peft.data.sql_grammar import phrasings
-from lightning_peft.data.sql_grammar.draw import (
+from lightning_peft.tasks.text_to_sql.grammar import phrasings
+from lightning_peft.tasks.text_to_sql.grammar.draw import (
     Draw,
     Query,
     column_words,

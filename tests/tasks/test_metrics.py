@@ -2,18 +2,12 @@ from decimal import Decimal
 
 import pytest
 
-from lightning_peft.data.sql_grammar.database import DatabasePair
-from lightning_peft.data.sql_grammar.schema import parse_schema
-from lightning_peft.data.text_to_sql import generate_rows
-from lightning_peft.evaluation.metrics import (
-    edit_distance,
-    exact_match,
-    execution_match,
-    extract_sql,
-    final_number,
-    final_number_match,
-    phoneme_error_rate,
-)
+from lightning_peft.tasks.cmudict import edit_distance, exact_match, phoneme_error_rate
+from lightning_peft.tasks.final_number import final_number, final_number_match
+from lightning_peft.tasks.text_to_sql.answers import execution_match, extract_sql
+from lightning_peft.tasks.text_to_sql.grammar.database import DatabasePair
+from lightning_peft.tasks.text_to_sql.grammar.schema import parse_schema
+from lightning_peft.tasks.text_to_sql.rows import generate_rows
 
 SQL = "SELECT name FROM singer WHERE age > 30"
 ANSWERS = {

@@ -1,59 +1,31 @@
-"""What each data set is scored by."""
+"""What a task says about itself: its own rows, the metric of its answers, how they are made and shown."""
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-
-from lightning_peft.data.sql_grammar.database import DatabasePair
-from lightning_peft.data.sql_grammar.kinds import LEVEL_SHARES
-from lightning_peft.data.sql_grammar.schema import parse_schema
-from lightning_peft.evaluation.metrics import (
-    exact_match,
-    execution_match,
-    extract_sql,
-    final_number_match,
-    phoneme_error_rate,
-)
 
 Row = dict[str, Any]
 
 
-def _share(hits: list[bool]) -> float:
+def share(hits: list[bool]) -> float:
+    """Return the share of True."""
     return sum(hits) / len(hits)
-
-
-def _is_right_sql(row: Row, answer: str) -> bool:
-    with DatabasePair(parse_schema(row["schema"]), row["seed"]) as databases:
-        return execution_match(extract_sql(answer), row["completion"], databases)
-
-
-def score_text_to_sql(rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """`execution_accuracy`, and `execution_accuracy/LEVEL` for each level among the rows."""
-    by_level: dict[str, list[bool]] = defaultdict(list)
-    for row, answer in zip(rows, answers, strict=True):
-        by_level[row["level"]].append(_is_right_sql(row, answer))
-    levels = {f"execution_accuracy/{level}": _share(hits) for level, hits in by_level.items()}
-    return {"execution_accuracy": _share([hit for hits in by_level.values() for hit in hits]), **levels}
-
-
-def score_cmudict(rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """`exact_match` and `phoneme_error_rate` (may exceed 1), on the first line of each answer."""
-    golds = [row["completion"] for row in rows]
-    phonemes = [(answer.strip().splitlines() or [""])[0] for answer in answers]
-    hits = [exact_match(answer, gold) for answer, gold in zip(phonemes, golds, strict=True)]
-    return {"exact_match": _share(hits), "phoneme_error_rate": phoneme_error_rate(phonemes, golds)}
-
-
-def score_final_number(rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """`final_number_accuracy`: the number after `####`, or the last one where an answer has no `####`."""
-    hits = [final_number_match(answer, row["completion"]) for row, answer in zip(rows, answers, strict=True)]
-    return {"final_number_accuracy": _share(hits)}
 
 
 def score_nothing(rows: list[Row], answers: list[str]) -> dict[str, float]:
     """No metric besides the loss."""
     return {}
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Rows that a task makes or brings itself, taken by `data.source` of its name."""
+
+    make: Callable[[str, int, int | None, str], Iterable[Row]]
+    """Gives the rows of a split (train, validation or test) for `data.split_seed`, so many of them or the task's own
+    number where none is asked for, of a kind of `data.rows`: answers, pairs or labelled."""
+    version: Callable[[], Any] = lambda: None
+    """What decides the rows beside these arguments and the project's own code, fit for JSON."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +62,8 @@ class Task:
     """Those of the metrics that are to be small; of the others a large one is good."""
     columns: tuple[str, ...] = ()
     """Columns that `score` reads beside `prompt` and `completion`."""
+    own_rows: OwnRows | None = None
+    """The rows the task brings; None for one that scores rows from elsewhere."""
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -122,29 +96,3 @@ class Task:
             )
             for i in chosen
         ]
-
-
-TASKS = {
-    "text_to_sql": Task(
-        "text_to_sql",
-        score_text_to_sql,
-        headline="execution_accuracy",
-        max_new_tokens=64,
-        num_shots=3,
-        spread_shots_by="level",
-        shown=extract_sql,
-        metrics=("execution_accuracy", *(f"execution_accuracy/{level}" for level in LEVEL_SHARES)),
-        columns=("schema", "seed", "level"),
-    ),
-    "cmudict": Task(
-        "cmudict",
-        score_cmudict,
-        headline="exact_match",
-        max_new_tokens=48,
-        num_shots=3,
-        metrics=("exact_match", "phoneme_error_rate"),
-        small_is_good=("phoneme_error_rate",),
-    ),
-    "final_number": Task("final_number", score_final_number, headline="final_number_accuracy", max_new_tokens=256),
-    "none": Task("none", score_nothing, headline=None, max_new_tokens=0),
-}

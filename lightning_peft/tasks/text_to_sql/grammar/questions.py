@@ -1,6 +1,6 @@
 """Whole questions for each kind of query, for training and held out."""
 
-from lightning_peft.data.sql_grammar.phrasings import Wording
+from lightning_peft.tasks.text_to_sql.grammar.phrasings import Wording
 
 # Whole questions for each kind of query. `things` and `thing` are a table's plural and singular, `where` a condition.
 QUESTIONS = {

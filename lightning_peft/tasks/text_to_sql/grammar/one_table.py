@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from lightning_peft.data.sql_grammar import phrasings
-from lightning_peft.data.sql_grammar.draw import (
+from lightning_peft.tasks.text_to_sql.grammar import phrasings
+from lightning_peft.tasks.text_to_sql.grammar.draw import (
     NUMBERS,
     RANGES,
     Condition,
@@ -15,7 +15,7 @@ from lightning_peft.data.sql_grammar.draw import (
     thing_words,
     with_article,
 )
-from lightning_peft.data.sql_grammar.schema import Table
+from lightning_peft.tasks.text_to_sql.grammar.schema import Table
 
 
 def list_columns(draw: Draw) -> Query:
