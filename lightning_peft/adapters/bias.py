@@ -24,6 +24,13 @@ class Bias(Enum):
 class MixedLinear(nn.Linear):
     """A linear layer that computes in the dtype of its input, whatever its bias is kept in."""
 
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "MixedLinear":
+        """Return one with the weight and bias of the layer, not copied."""
+        mixed = cls(layer.in_features, layer.out_features, device="meta")
+        mixed.weight, mixed.bias = layer.weight, layer.bias
+        return mixed.train(layer.training)
+
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None
         return F.linear(x, self.weight, self.bias.to(x.dtype))
@@ -44,17 +51,19 @@ def layers_with_bias(model: nn.Module, adapted: Container[str], which: Bias) -> 
     return found
 
 
-def train_biases(layers: Iterable[nn.Module]) -> int:
-    """Make the biases trainable, those of linear layers in fp32; how many train in a smaller dtype."""
+def train_biases(model: nn.Module, names: Iterable[str]) -> int:
+    """Make the biases of these layers trainable, linear ones' in fp32; return how many train in a smaller dtype."""
     rounded = 0
-    for layer in layers:
+    for name in names:
+        layer = model.get_submodule(name)
         bias = layer.bias
         assert isinstance(bias, nn.Parameter)
         bias.requires_grad_(True)
         if bias.dtype == torch.float32:
             continue
         if type(layer) is nn.Linear:
-            layer.__class__ = MixedLinear
+            layer = MixedLinear.of(layer)
+            model.set_submodule(name, layer)
         if isinstance(layer, MixedLinear) or is_quantized(layer):
             bias.data = bias.data.float()
         else:

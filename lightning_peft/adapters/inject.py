@@ -107,8 +107,9 @@ class Injection:
         _train_in_fp32([self.trained.pop(name) for name in ready])
         ready = [name for name in self.biased if name.startswith(prefix)]
         self.biased = [name for name in self.biased if name not in ready]
-        found = [self.model.get_submodule(name) for name in ready]
-        self.rounded_biases += train_biases(m.base_layer if isinstance(m, Adapter) else m for m in found)
+        wrapped = {name for name, _ in adapters(self.model)}
+        places = [f"{name}.base_layer" if name in wrapped else name for name in ready]
+        self.rounded_biases += train_biases(self.model, places)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
