@@ -36,16 +36,16 @@ docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 # Every result file and the tables of docs/benchmarks.md: an hour and a half on two CPU cores, and it goes on where it was stopped.
-BENCH := .venv/bin/python benchmarks
+BENCH := .venv/bin/python -m benchmarks
 bench: .venv/.installed-test
-	$(BENCH)/compare.py
-	$(BENCH)/floor.py
-	$(BENCH)/scaling.py
-	$(BENCH)/methods.py
-	$(BENCH)/methods.py --part time
-	$(BENCH)/attention.py
-	$(BENCH)/gpu.py
-	$(BENCH)/tables.py
+	$(BENCH).compare
+	$(BENCH).floor
+	$(BENCH).scaling
+	$(BENCH).methods
+	$(BENCH).methods --part time
+	$(BENCH).attention
+	$(BENCH).gpu
+	$(BENCH).tables
 
 # Without a GPU a plain torch would bring gigabytes of CUDA: the pinned build is installed first.
 .venv/.installed: pyproject.toml

