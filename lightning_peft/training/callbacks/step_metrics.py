@@ -4,11 +4,12 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.inject import trainable_parameter_counts
@@ -16,9 +17,16 @@ from lightning_peft.compat import is_accumulating
 from lightning_peft.data.batch import Batch
 from lightning_peft.distributed import reduce_sums, worst
 from lightning_peft.training.guard import Guard
+from lightning_peft.training.model_flops import (
+    attention_flops,
+    linear_flops_per_token,
+    model_flops_utilization,
+    peak_flops,
+    squared_lengths,
+)
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "A6000": 155e12}
-"""Dense bf16 peak per second of known devices, from the vendors' data sheets."""
+BEGAN, ENDED, SQUARES = "began", "ended", "squared_lengths"
+"""Keys of a pending row that no logger is given."""
 WARM_UP_STEPS = 2
 """Steps whose time is not counted: first calls allocate and compile."""
 
@@ -35,6 +43,23 @@ def host_memory_gib() -> float:
     status = Path("/proc/self/status")
     _, found, rest = (status.read_text() if status.is_file() else "").partition("RssAnon:")
     return int(rest.split()[0]) / 2**20 if found else peak_memory_gib(torch.device("cpu"))
+
+
+class Instant:
+    """A moment in a device's queue of work; on a CPU the moment on the clock."""
+
+    def __init__(self, device: torch.device):
+        self.clock = time.perf_counter()
+        self.event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def seconds_since(self, earlier: "Instant") -> float:
+        """Return the time between two moments that the device has passed; the host is ahead of it."""
+        if self.event is None or earlier.event is None:
+            return self.clock - earlier.clock
+        return earlier.event.elapsed_time(self.event) / 1000
 
 
 def rank_and_alpha(module: LightningModule) -> dict[str, float]:
@@ -68,43 +93,50 @@ class StepMetrics(Callback):
         self.step_tokens = 0
         self.total_tokens = 0
         """Of all ranks and steps that are flushed, those of earlier starts included."""
-        self.step_started = time.perf_counter()
+        self.step_started = Instant(torch.device("cpu"))
+        self.step_squares: Tensor | float = 0.0
+        """Squared lengths of the samples of this step, on the device; counted where the peak of the device is known."""
         self.was_validated = False
         self.durations: list[tuple[float, int]] = []
         self.steps_seen = 0
         self.last_loss: Tensor | float | None = None
-        self.flops_per_token = 0.0
+        self.flops_per_token = self.attention_flops = 0.0
+        """Operations of a token in linear layers, and of a sample in attention by its squared length."""
         self.constants: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trained, total = trainable_parameter_counts(pl_module)
-        # Forward and input gradients for all weights, weight gradients for the trained ones: 2 operations each.
-        self.flops_per_token = 4.0 * total + 2.0 * trained
+        trained, _ = trainable_parameter_counts(pl_module)
+        if pl_module.device.type == "cuda" and peak_flops(torch.cuda.get_device_name()) is not None:
+            model = cast(PreTrainedModel, pl_module.model)
+            self.flops_per_token, self.attention_flops = linear_flops_per_token(model), attention_flops(model)
         self.constants = {"trainable_parameters": trained} | rank_and_alpha(pl_module)
-        self.step_started = time.perf_counter()
+        self.step_started = Instant(pl_module.device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.was_validated = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.was_validated:  # what other callbacks did at the validation is no part of the step either
-            self.step_started, self.was_validated = time.perf_counter(), False
+            self.step_started, self.was_validated = Instant(pl_module.device), False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.step_tokens += batch.num_tokens
+        if self.attention_flops:
+            self.step_squares = self.step_squares + squared_lengths(batch)
         if is_accumulating(trainer):
             return
-        now = time.perf_counter()
-        seconds, tokens = now - self.step_started, self.step_tokens
-        self.step_started, self.step_tokens = now, 0
+        now = Instant(pl_module.device)
+        began, tokens, squares = self.step_started, self.step_tokens, self.step_squares
+        self.step_started, self.step_tokens, self.step_squares = now, 0, 0.0
         row = dict(pl_module.step_metrics)  # type: ignore[arg-type]
         groups = trainer.optimizers[0].param_groups
         row["lr"] = groups[0]["lr"]
         if len(groups) > 1:
             row |= {f"lr/{group['name']}": group["lr"] for group in groups}
-        row |= {"tokens": tokens, "step_seconds": seconds, "epoch": epochs_done(trainer)} | self.constants
+        row |= {"tokens": tokens, "epoch": epochs_done(trainer)} | self.constants
+        row |= {BEGAN: began, ENDED: now, SQUARES: squares}
         self.last_loss = row["loss"]
         self.pending.append((trainer.global_step, row))
         if len(self.pending) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -123,26 +155,26 @@ class StepMetrics(Callback):
             self.total_tokens += row["tokens"]
             row["total_tokens"] = self.total_tokens
             self.steps_seen += 1
-            if self.steps_seen > WARM_UP_STEPS:
-                self.durations.append((row["step_seconds"], row["tokens"]))
+            began, ended = row.pop(BEGAN), row.pop(ENDED)
             values = {k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()}
+            squares = values.pop(SQUARES)
+            seconds = values["step_seconds"] = ended.seconds_since(
+                began
+            )  # the device has passed both: a value was read
+            if self.steps_seen > WARM_UP_STEPS:
+                self.durations.append((seconds, row["tokens"]))
             values["tokens_per_second"] = values["tokens"] / values["step_seconds"]
             values["supervised_tokens_per_second"] = values["supervised_tokens"] / values["step_seconds"]
-            if mfu := self.model_flops_utilization(values["tokens_per_second"]):
-                values["mfu"] = mfu
+            if self.flops_per_token:
+                # Attention is this rank's, of tokens all ranks': the others' samples are taken to be as long.
+                ranks = trainer.world_size
+                flops = self.flops_per_token * values["tokens"] + self.attention_flops * squares * ranks
+                values["mfu"] = model_flops_utilization(flops, seconds, ranks)
             values["peak_memory_gib"] = peak
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
             if self.guard is not None:
                 self.guard.look(step, values, pl_module)
-
-    def model_flops_utilization(self, tokens_per_second: float) -> float | None:
-        """Share of the device's bf16 peak, or None on a device whose peak is not in `PEAK_FLOPS`."""
-        if not torch.cuda.is_available():
-            return None
-        name = torch.cuda.get_device_name()
-        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-        return self.flops_per_token * tokens_per_second / peak if peak else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.flush(trainer, pl_module)
