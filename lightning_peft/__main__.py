@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 
 import lightning_peft
+from lightning_peft.allocator import let_segments_grow
 from lightning_peft.commands import COMMANDS
 from lightning_peft.threads import set_up_threads
 from lightning_peft.training.preemption import Preempted, nothing_to_lose
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())  # for callbacks of one's own, as `python -m` and so the ranks have it
     module, function = COMMANDS[command][0].split(":")
     set_up_threads()
+    let_segments_grow()
     if command == "demo":
         return run_demo(overrides)
     try:
