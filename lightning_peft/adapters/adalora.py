@@ -161,9 +161,14 @@ class RankSchedule:
         return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty, "kept": self.kept}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        self.sensitivity = dict(state["sensitivity"])
-        self.uncertainty = dict(state["uncertainty"])
-        self.kept = dict(state["kept"])
+        # A checkpoint is read into host memory.
+        self.sensitivity = {key: value.to(self._device(key)) for key, value in state["sensitivity"].items()}
+        self.uncertainty = {key: value.to(self._device(key)) for key, value in state["uncertainty"].items()}
+        self.kept = {name: value.to(self._device(f"{name}.lora_E")) for name, value in state["kept"].items()}
+
+    def _device(self, key: str) -> torch.device:
+        """Return where the layer of a key such as layers.0.q_proj.lora_A is."""
+        return self.layers[key.rpartition(".")[0]].lora_E.device
 
     def _measure(self) -> None:
         """Smooth |w dL/dw| and its change for every weight   (eqs. 8-10)."""

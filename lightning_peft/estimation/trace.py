@@ -15,6 +15,7 @@ from lightning_peft.estimation.recorder import Array, Held, Recorder, Segment, h
 from lightning_peft.kernels.codes import dynamic_map
 from lightning_peft.kernels.native.library import without_kernels
 from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.objectives.linear_cross_entropy import chunks_as_on
 from lightning_peft.objectives.logits import LogitPath
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.quantization.linear import CodedWeight
@@ -72,7 +73,7 @@ def trace_step(
         dynamic_map(torch.device("cpu"))  # computed from values, so before values are fake
     # Fake tensors lie on the host; what a GPU runs is nearer to what hosts without kernels do.
     kernels = nullcontext() if accelerator == "cpu" else without_kernels()
-    with FakeTensorMode(allow_non_fake_inputs=True), kernels:
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels, chunks_as_on(accelerator):
         make_fake(objective, recorder)
         batch = fake_batch(rows, length, recorder)
         tags = Tags(recorder)

@@ -146,5 +146,5 @@ def factor_gradients(
         return torch.ops.lightning_peft.low_rank_gradients(grad, x, inner, B)
     grad_inner = grad @ B
     # There are two ways to write the last product; this one leaves the wide matrix as it lies.
-    grad_B = (inner.t() @ grad).t().contiguous() if needs_B else None
-    return grad_inner, None if x is None else grad_inner.t() @ x, grad_B
+    grad_B = products.summed_product(inner.t(), grad).t().contiguous() if needs_B else None
+    return grad_inner, None if x is None else products.summed_product(grad_inner.t(), x), grad_B

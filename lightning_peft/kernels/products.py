@@ -93,11 +93,21 @@ def low_rank_gradients(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tup
     """
     if takes_gradients(grad, x, inner):
         return _gradients_by_kernel(grad, x, inner, B)
-    dtype = torch.promote_types(grad.dtype, torch.float32)
     grad_inner = grad @ B
     # Of the two ways to write this product, the one that leaves the wide matrix as it lies.
-    grad_B = (inner.t() @ grad).t().to(dtype).contiguous()
-    return grad_inner, (grad_inner.t() @ x).to(dtype), grad_B
+    grad_B = summed_product(inner.t(), grad).t().contiguous()
+    return grad_inner, summed_product(grad_inner.t(), x), grad_B
+
+
+def summed_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left right, (M, K) and (K, N), in fp32 or fp64, whichever holds it: a gradient summed over K tokens.
+
+    On CUDA the fp32 sums are what is written; elsewhere they are rounded to the factors' dtype first.
+    """
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    if left.is_cuda and left.dtype != dtype and torch.version.hip is None and not torch.compiler.is_compiling():
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
 
 
 @torch.library.register_fake("lightning_peft::low_rank_gradients")

@@ -50,7 +50,7 @@ def varlen_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # fp32 rotary tables made fp32 of q and k
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    if query.is_cuda and dropout == 0 and _has_flash_attention(query):
+    if query.is_cuda and dropout == 0 and _has_flash_attention(query, value):
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = varlen_attn(
             q,
@@ -71,9 +71,12 @@ def varlen_attention(
     return _attend_by_sample(query, key, value, cu_seqlens, scaling, dropout, window)
 
 
-def _has_flash_attention(query: Tensor) -> bool:
+def _has_flash_attention(query: Tensor, value: Tensor) -> bool:
+    """Return whether the kernel takes these: heads of one width for queries and values, a multiple of 8 up to 256."""
     major: int = torch.cuda.get_device_properties(query.device).major
-    return major >= 8 and query.dtype in (torch.float16, torch.bfloat16)
+    width = query.shape[-1]
+    fits = width % 8 == 0 and width <= 256 and value.shape[-1] == width
+    return major >= 8 and fits and query.dtype in (torch.float16, torch.bfloat16)
 
 
 @torch.compiler.disable  # it would compile anew for every composition of a batch

@@ -1,5 +1,9 @@
 """Cross entropy of an output head without ever holding the logits of all tokens: a chunk of tokens at a time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,13 +11,28 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.kernels.cross_entropy import FrozenHeadLosses, LogitTransform, weighted_sum
 
-LOGIT_BYTES, MIN_CHUNK = 2**25, 256
-"""fp32 logits of a chunk, and tokens that a chunk has whatever they take. Ours: on CPU larger ones were no faster."""
+LOGIT_BYTES, MIN_CHUNK = {"cpu": 2**25, "cuda": 2**30}, 256
+"""fp32 logits of a chunk by device, and tokens that a chunk has whatever they take.
+
+Ours: on a CPU larger ones were no faster; a GPU reads the whole head for every chunk.
+"""
+_pretended: ContextVar[str | None] = ContextVar("device whose chunks are taken", default=None)
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Return how many tokens a chunk has, a multiple of 64, as kernels compute in tiles."""
-    return max(MIN_CHUNK, LOGIT_BYTES // (4 * vocabulary) // 64 * 64)
+def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:
+    """Return how many tokens a chunk has on cpu or cuda, a multiple of 64, as kernels compute in tiles."""
+    size = LOGIT_BYTES.get(_pretended.get() or device, LOGIT_BYTES["cuda"])
+    return max(MIN_CHUNK, size // (4 * vocabulary) // 64 * 64)
+
+
+@contextmanager
+def chunks_as_on(device: str) -> Iterator[None]:
+    """Inside, chunks are those of cpu or cuda wherever the tensors are: an estimate computes on the host."""
+    token = _pretended.set(device)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
 
 
 def linear_token_losses(
@@ -25,7 +44,7 @@ def linear_token_losses(
     V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; a
     trained, adapted or quantised one recomputes its chunks in the backward pass.
     """
-    chunk = chunk_tokens(vocabulary)
+    chunk = chunk_tokens(vocabulary, hidden.device.type)
     if hidden.shape[0] == 0:
         return hidden.sum(-1).float()
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):

@@ -83,6 +83,8 @@ def named_state(optimizer: Optimizer) -> dict[str, Any]:
     rows each rank held: the blocks of an 8-bit state begin anew at each.
     """
     state: dict[str, Any] = {}
+    if hasattr(optimizer, "wait_for_states"):
+        optimizer.wait_for_states()
     for name, parameter in named_parameters(optimizer):
         own = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in optimizer.state.get(parameter, {}).items()}
         own = {key: value for key, value in own.items() if key not in LEVELS.values()}

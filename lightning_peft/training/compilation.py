@@ -65,6 +65,12 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
         Compilation.blocks: lambda: list(transformer_blocks(model)),
         Compilation.full: lambda: [decoder_of(model)],
     }[mode]()
+    # DDP's own pass would cut a block's graph wherever its adapters pass a bucket of 1 MiB, and torch 2.11 loses the
+    # policy of selective checkpointing there. Adapters are small: nothing is won by sending them earlier.
+    torch._dynamo.config.optimize_ddp = False
+    if torch.cuda.is_available():
+        # Else a compiled block keeps a quarter more than the same block not compiled, which is what is estimated.
+        torch._functorch.config.ban_recompute_materialized_backward = False
     # Blocks share their code, and ranks that differ by block are compiled each: none may fall back unnoticed.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(parts) + 8)
     for part in parts:

@@ -333,7 +333,7 @@ class FinetuneModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         adjust_progress(checkpoint, self.trainer.world_size)
         assert self.objective is not None
-        self.objective.load_step_state(checkpoint.get("objective", {}))
+        self.objective.load_step_state(move_data_to_device(checkpoint.get("objective", {}), self.device))
         self.saved_schedule = checkpoint.get("step_schedule")
         if self.step_schedule is not None and self.saved_schedule is not None:
             self.step_schedule.load_state_dict(self.saved_schedule)

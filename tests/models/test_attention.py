@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_peft.kernels.attention.grouping import find_samples
+from lightning_peft.models import attention
 from lightning_peft.models.attention import (
     MASKED_TYPES,
     VARLEN_TYPES,
@@ -208,3 +211,17 @@ def test_compiled_block_is_one_graph_and_gives_equal_gradients() -> None:
         output.square().mean().backward()
     for expected, actual in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("major", "dtype", "width", "value_width", "takes"),
+    [
+        (9, torch.bfloat16, 128, 128, True), (8, torch.float16, 256, 256, True), (7, torch.float16, 64, 64, False),
+        (9, torch.float32, 64, 64, False), (9, torch.bfloat16, 257, 257, False), (9, torch.bfloat16, 512, 512, False),
+        (9, torch.bfloat16, 100, 100, False), (9, torch.bfloat16, 192, 128, False),
+    ],
+)  # fmt: skip
+def test_flash_kernel_is_asked_for_heads_it_takes(monkeypatch, major, dtype, width, value_width, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    query, value = torch.empty(1, 2, 4, width, dtype=dtype), torch.empty(1, 2, 4, value_width, dtype=dtype)
+    assert attention._has_flash_attention(query, value) is takes

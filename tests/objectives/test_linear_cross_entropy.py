@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_peft.objectives import linear_cross_entropy as module
-from lightning_peft.objectives.linear_cross_entropy import LOGIT_BYTES, MIN_CHUNK, chunk_tokens, linear_cross_entropy
+from lightning_peft.objectives.linear_cross_entropy import (
+    LOGIT_BYTES,
+    MIN_CHUNK,
+    chunk_tokens,
+    chunks_as_on,
+    linear_cross_entropy,
+)
 
 
 def problem(dtype=torch.float64, tokens=37, width=16, vocabulary=50):
@@ -23,7 +29,7 @@ def plain_loss(hidden, labels, head, transform=lambda logits: logits):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "chunk_tokens", lambda vocabulary: 8)
+    monkeypatch.setattr(module, "chunk_tokens", lambda vocabulary, device: 8)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -86,7 +92,10 @@ def test_trained_bias_of_a_frozen_head_gets_its_gradient():
 def test_chunks_shrink_with_the_vocabulary():
     for vocabulary in (320, 16_000, 32_000):
         assert chunk_tokens(vocabulary) % 64 == 0
-        assert LOGIT_BYTES / 2 < 4 * vocabulary * chunk_tokens(vocabulary) <= LOGIT_BYTES
+        assert LOGIT_BYTES["cpu"] / 2 < 4 * vocabulary * chunk_tokens(vocabulary) <= LOGIT_BYTES["cpu"]
+    assert chunk_tokens(128_256, "cuda") == 2048
+    with chunks_as_on("cuda"):
+        assert chunk_tokens(128_256) == 2048
     assert chunk_tokens(49_152) == chunk_tokens(10_000_000) == MIN_CHUNK
 
 

@@ -5,7 +5,8 @@ the calls are the same. What happens inside an operator of our own is not seen.
 """
 
 import traceback
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,28 @@ def is_watched(trainer: Trainer) -> bool:
     return 0 < trainer.global_step < trainer.max_steps - 1
 
 
+@contextmanager
+def watched_synchronisation(record: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a wait that is no operator, and that CUDA's own debug mode does not see either, is recorded."""
+    places = [(torch.cuda, "synchronize"), (torch.cuda.Event, "synchronize"), (torch.cuda.Stream, "synchronize")]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
+
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            record(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    for owner, name, original in originals:
+        setattr(owner, name, watched(f"{owner.__name__}.{name}", original))
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
 class HostSyncs(Callback):
     """`found` has a stack for each call that waits."""
 
@@ -63,6 +86,7 @@ class HostSyncs(Callback):
         self.modes.close()
         if is_watched(trainer):
             HostSyncs.micro_batches += 1
+            self.modes.enter_context(watched_synchronisation(HostSyncs.record))
             self.modes.enter_context(PythonCalls())
             self.modes.enter_context(Operators())
 
@@ -83,13 +107,23 @@ class CudaSyncs(Callback):
 
     def __init__(self) -> None:
         CudaSyncs.micro_batches = 0
+        self.modes = ExitStack()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.modes.close()
         CudaSyncs.micro_batches += is_watched(trainer)
+        if is_watched(trainer):
+            self.modes.enter_context(watched_synchronisation(CudaSyncs.refuse))
         torch.cuda.set_sync_debug_mode("error" if is_watched(trainer) else "default")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.modes.close()
         torch.cuda.set_sync_debug_mode("default")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.modes.close()
         torch.cuda.set_sync_debug_mode("default")
+
+    @staticmethod
+    def refuse(call: str) -> None:
+        raise RuntimeError(f"{call}: the host waits for the device")
