@@ -50,6 +50,11 @@ def methods() -> str:
     return table(["method", "change to the weight", "paper", "trained per linear (d x k)"], rows)
 
 
+def reconstructions() -> str:
+    rows = [[f"`{name}`", row.paper, row.reconstruction] for name, row in METHODS.items() if row.reconstruction]
+    return table(["method", "paper", "what is ours in it"], rows)
+
+
 def method_words() -> str:
     rows = []
     for path in sorted((CONF_DIR / "method").glob("*.yaml")):
@@ -140,6 +145,7 @@ def objectives() -> str:
 
 GENERATED: dict[str, Callable[..., str]] = {
     "methods": methods,
+    "reconstructions": reconstructions,
     "objectives": objectives,
     "method-words": method_words,
     "groups": groups,

@@ -69,6 +69,8 @@ class Method:
     """The change to a weight W (d x k), as the table of methods prints it."""
     paper: str = ""
     """Where the method was published."""
+    reconstruction: str = ""
+    """What its paper leaves open and this package fills in, for the docs and the cards; empty where nothing is."""
     count: str = ""
     """Numbers trained per linear layer (d x k), as the table of methods prints it."""
     shared: Callable[[Any, Any], nn.Module] | None = None

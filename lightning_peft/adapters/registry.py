@@ -1,6 +1,6 @@
 """The table of methods: each row is written in the method's own file."""
 
-from lightning_peft.adapters import adalora, dora, full, hira, ia3, intrinsic, lora, lora_fa, miss, vera
+from lightning_peft.adapters import adalora, dora, full, hira, ia3, intrinsic, lora, lora_fa, lr_lora, miss, vera
 from lightning_peft.adapters.method import Method
 
 METHODS: dict[str, Method] = {
@@ -12,6 +12,7 @@ METHODS: dict[str, Method] = {
     "intrinsic": intrinsic.METHOD,
     "lora": lora.METHOD,
     "lora_fa": lora_fa.METHOD,
+    "lr_lora": lr_lora.METHOD,
     "miss": miss.METHOD,
     "vera": vera.METHOD,
 }
