@@ -101,6 +101,7 @@ class Injection:
             layer_class: Any = next(layer for kind, layer in self.method.layers.items() if isinstance(base_layer, kind))
             layer = layer_class(base_layer, target, self.config, **self.shared)
             layer.reset_parameters()
+            layer.train(base_layer.training)
             self.model.set_submodule(target.name, layer)
         self.wrapped = max([self.wrapped, *inside])
         ready = [name for name in self.trained if name.startswith(prefix)]

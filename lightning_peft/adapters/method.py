@@ -1,7 +1,7 @@
 """Everything a method says about itself: one row, `METHOD` in its own file; `registry.METHODS` collects the rows."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,8 @@ class PeftSpelling:
     """The ones among rank_pattern and alpha_pattern that HF knows for this type."""
     in_peft: bool = True
     """False when HF has no such method, so that only we can read the folder."""
+    is_read: bool = True
+    """False where the folder is one of another method, which reads it."""
     write_more: Callable[[Mapping[str, Adapter], dict[str, Any]], dict[str, Any]] | None = None
     """(layers by name, HF's words so far) -> HF's words that depend on the layers."""
     read_more: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None
@@ -94,6 +96,11 @@ class Method:
     def merges(self) -> bool:
         """Return whether the change can be written into the base weight."""
         return all(adapter.mergeable for adapter in self.layers.values())
+
+
+def only_written(spelling: PeftSpelling) -> PeftSpelling:
+    """Return the spelling for a method whose folder is an adapter of the method that the spelling belongs to."""
+    return replace(spelling, is_read=False)
 
 
 def linears(adapter: type[Adapter]) -> dict[type[nn.Module], type[Adapter]]:

@@ -1,6 +1,19 @@
 """The table of methods: each row is written in the method's own file."""
 
-from lightning_peft.adapters import adalora, dora, full, hira, ia3, intrinsic, lora, lora_fa, lr_lora, miss, vera
+from lightning_peft.adapters import (
+    adalora,
+    dora,
+    full,
+    hira,
+    ia3,
+    intrinsic,
+    lora,
+    lora_fa,
+    lr_lora,
+    lr_lora_gate,
+    miss,
+    vera,
+)
 from lightning_peft.adapters.method import Method
 
 METHODS: dict[str, Method] = {
@@ -13,6 +26,7 @@ METHODS: dict[str, Method] = {
     "lora": lora.METHOD,
     "lora_fa": lora_fa.METHOD,
     "lr_lora": lr_lora.METHOD,
+    "lr_lora_gate": lr_lora_gate.METHOD,
     "miss": miss.METHOD,
     "vera": vera.METHOD,
 }

@@ -66,7 +66,7 @@ def save_adapter(
     tensors = gathered(file_tensors(model))
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    tensors = _on_untouched_base(model, _separate(tensors))
+    tensors = _published(model, _separate(tensors))
     words = write_words(model, config, tensors, base_model_name)
     tensors = to_peft(model, tensors, PREFIX)
     if not row.in_peft:
@@ -190,19 +190,19 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _on_untouched_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as they are around the base before an initialisation rewrote it."""
-    rewritten = {name: layer for name, layer in adapters(model) if layer.rewrote_base}
-    if any(is_quantized(layer.base_layer) for layer in rewritten.values()):
+def _published(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as each layer publishes its own."""
+    if any(layer.rewrote_base and is_quantized(layer.base_layer) for _, layer in adapters(model)):
         logger.warning(
             "adapter.init rewrote a quantised base: elsewhere the saved adapter is off by the rounding of the rest, "
             "least on the dense base"
         )
-    for name, layer in rewritten.items():
+    found = dict(tensors)
+    for name, layer in adapters(model):
         prefix = f"{PREFIX}{name}."
-        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        tensors |= {prefix + key: tensor for key, tensor in layer.on_untouched_base(own).items()}
-    return tensors
+        own = {key.removeprefix(prefix): found.pop(key) for key in tensors if key.startswith(prefix)}
+        found |= {prefix + key: tensor for key, tensor in layer.published(own).items()}
+    return found
 
 
 def _check_base(model: nn.Module, words: Words, folder: Path) -> None:

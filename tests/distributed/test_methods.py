@@ -13,7 +13,10 @@ METHODS = sorted({path.stem for path in (CONF_DIR / "method").glob("*.yaml")} - 
 BASES = ["none", "nf4"]
 NO_MEANING = {("full", "nf4"), ("loftq", "none")}
 """Refused on one process too."""
-REFUSED = {("adalora", "fsdp"): "method=adalora strategy=fsdp: its penalty reads whole matrices .*; use strategy=ddp"}
+REFUSED = {
+    ("adalora", "fsdp"): "method=adalora strategy=fsdp: its penalty reads whole matrices .*; use strategy=ddp",
+    ("lr_lora_gate", "fsdp"): "method=lr_lora_gate strategy=fsdp: its penalty reads the gates .*; use strategy=ddp",
+}
 SETTINGS = {
     "single": ["strategy=single", "trainer.accumulate_grad_batches=2"],
     "ddp": ["strategy=ddp"],
