@@ -55,7 +55,7 @@ class LRLoRAGateLinear(LoRALinear):
 
     def gates(self, drawn: bool) -> Tensor:
         """Return the gates (rank,), drawn for one step or as they stand without noise."""
-        logits = self.lora_gate
+        logits: Tensor = self.lora_gate
         if drawn:
             logits = (torch.logit(torch.rand_like(logits), eps=1e-6) + logits) / TEMPERATURE
         return (logits.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
