@@ -80,10 +80,10 @@ class Injection:
         self.biased = layers_with_bias(model, names, config.trained_biases)
         model.requires_grad_(False)
         if self.method.shared is not None:
-            self.shared["shared"] = self.method.shared(config, self.targets)
+            self.shared["shared"] = self.method.shared(config, self.targets, model)
             first = next(model.parameters())
             filled = next((parameter for parameter in model.parameters() if not parameter.is_meta), first)
-            setattr(model, SHARED, self.shared["shared"].to(filled.device))
+            setattr(model, SHARED, self.shared["shared"].to(filled.device).train(model.training))
 
     def adapt(self, block: str) -> None:
         """Wrap the targets up to the last one in the block of that name, and train what trains in it."""
@@ -118,9 +118,14 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def regularization(model: nn.Module) -> Tensor | None:
-    """Return the extra loss of the adapters: the mean over the layers that have one, None when no layer has."""
+    """Return the extra loss of the adapters: the mean over the layers that have one, and what their shared state adds.
+
+    None where there is none.
+    """
     losses = [loss for _, adapter in adapters(model) if (loss := adapter.regularization()) is not None]
-    return torch.stack(losses).mean() if losses else None
+    total = torch.stack(losses).mean() if losses else None
+    own = getattr(getattr(model, SHARED, None), "regularization", lambda: None)()
+    return own if total is None else total if own is None else total + own
 
 
 def step_schedule(model: nn.Module, config: AdapterConfig, total_steps: int) -> StepSchedule | None:

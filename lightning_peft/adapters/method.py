@@ -35,6 +35,9 @@ class PeftSpelling:
     """The ones among rank_pattern and alpha_pattern that HF knows for this type."""
     in_peft: bool = True
     """False when HF has no such method, so that only we can read the folder."""
+    shared_file: str = ""
+    """File beside HF's for what the layers share, where HF's has no place for it; a folder without it is another
+    method's."""
     is_read: bool = True
     """False where the folder is one of another method, which reads it."""
     write_more: Callable[[Mapping[str, Adapter], dict[str, Any]], dict[str, Any]] | None = None
@@ -75,8 +78,9 @@ class Method:
     """What its paper leaves open and this package fills in, for the docs and the cards; empty where nothing is."""
     count: str = ""
     """Numbers trained per linear layer (d x k), as the table of methods prints it."""
-    shared: Callable[[Any, Any], nn.Module] | None = None
-    """(config, targets) -> state all layers share, handed to each as `shared`; it has `reset_parameters`."""
+    shared: Callable[[Any, Any, Any], nn.Module] | None = None
+    """(config, targets, model) -> state all layers share, handed to each as `shared`; it has `reset_parameters`, and
+    may have a `regularization` like a layer's."""
     schedule: Callable[[Any, Any, int], StepSchedule] | None = None
     """(adapters by name, config, optimiser steps) -> what changes the adapters between steps."""
     cannot_shard: str = ""

@@ -2,6 +2,7 @@
 
 from lightning_peft.adapters import (
     adalora,
+    balora,
     dora,
     full,
     hira,
@@ -29,5 +30,8 @@ METHODS: dict[str, Method] = {
     "lr_lora_gate": lr_lora_gate.METHOD,
     "miss": miss.METHOD,
     "vera": vera.METHOD,
+    "balora": balora.METHOD,
 }
-"""Name -> row. `METHODS["mine"] = Method(...)` adds one from outside the package."""
+"""Name -> row; of those whose folders look alike, the one that others are kinds of stands first.
+
+`METHODS["mine"] = Method(...)` adds one from outside the package."""

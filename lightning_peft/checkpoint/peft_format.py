@@ -73,6 +73,9 @@ def save_adapter(
         logger.info("%s: HF PEFT has no method %s; lightning-peft reads this folder", folder, config.method)
     with atomic_folder(Path(folder)) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(words, indent=2, sort_keys=True) + "\n")
+        if row.shared_file:
+            shared = {name: tensors.pop(name) for name in list(tensors) if not name.startswith(PREFIX)}
+            save_file(shared, partial / row.shared_file, metadata={"format": "pt"})
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -215,8 +218,14 @@ def _check_base(model: nn.Module, words: Words, folder: Path) -> None:
         )
 
 
-def _open(folder: Path) -> Any:
-    path = folder / WEIGHTS_NAME
+def _files(folder: Path) -> list[str]:
+    """Return the names of the files that hold the tensors of an adapter folder."""
+    shared = spelling(method_of(folder, read_words(folder))).shared_file
+    return [WEIGHTS_NAME, *([shared] if shared else [])]
+
+
+def _open(folder: Path, name: str = WEIGHTS_NAME) -> Any:
+    path = folder / name
     if not path.is_file():
         pickled = " (adapter_model.bin is a pickle, which may run code: convert it)"
         hint = pickled if (folder / "adapter_model.bin").is_file() else ""
@@ -228,14 +237,19 @@ def _open(folder: Path) -> Any:
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    with _open(folder) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in _files(folder):
+        with _open(folder, part) as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return shapes
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     lineage = read_lineage(folder)
-    with _open(folder) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors: dict[str, Tensor] = {}
+    for part in _files(folder):
+        with _open(folder, part) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
     if lineage is not None and lineage.adapter_sha256 not in (None, file_sha256(folder / WEIGHTS_NAME)):
         raise AdapterFileError(
             f"{folder / WEIGHTS_NAME}: damaged, it is not the file that lineage.json describes; "

@@ -16,7 +16,7 @@ from lightning_peft.adapters.registry import METHODS
 TABLE = Path(__file__).with_name("engines.yaml")
 PAIR_FORMATS = ("plain", "gguf_lora")
 """Formats of `export` that hold the adapter alone, as low-rank pairs."""
-PAIRS = ("lora", "lora_fa")
+PAIRS = ("lora", "lora_fa", "balora")
 """Methods whose file is A and B, beside those whose folder is one of these; others have a cell of their own name."""
 NEVER_LOW_RANK = ("dora", "hira", "ia3", "miss", "intrinsic", "other_method")
 """Features whose change is no low-rank sum, whatever the file."""

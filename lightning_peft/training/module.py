@@ -115,7 +115,7 @@ class FinetuneModule(LightningModule):
         self.window = TokenWindow()
         self.validation_window = TokenWindow()
         self.step_metrics: dict[str, Tensor] = {}
-        """Device scalars of the last optimiser step: loss, tokens (supervised), grad_norm."""
+        """Device scalars of the last optimiser step: loss, tokens (supervised), grad_norm, penalty of the adapters."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -261,8 +261,10 @@ class FinetuneModule(LightningModule):
         assert self.objective is not None
         loss = self.objective(batch)
         weight = self.objective.loss_weight(batch)
-        self.window.add(loss, weight, batch.loss_weight, self.objective.measured)
-        penalty = regularization(self.model)
+        penalty, measured = regularization(self.model), self.objective.measured
+        if penalty is not None:
+            measured = measured | {"penalty": (penalty.detach() * weight, loss.new_tensor(weight))}
+        self.window.add(loss, weight, batch.loss_weight, measured)
         if penalty is not None:
             loss = loss + penalty * weight
         # Undo Lightning's division; the true divisor, the window's token count, is known when the window closes.

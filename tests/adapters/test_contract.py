@@ -56,7 +56,7 @@ def test_fresh_adapters_change_nothing(method: str, quantized: bool, dtype: torc
 @every_base
 @every_method
 def test_only_declared_parameters_train(method: str, quantized: bool) -> None:
-    model = adapted(method, torch.bfloat16, quantized)
+    model = adapted(method, torch.bfloat16, quantized).train()
 
     model(tokens(), use_cache=False).logits.float().square().mean().backward()
 
