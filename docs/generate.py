@@ -36,6 +36,7 @@ OTHER_COMMANDS = (
     "merge",
     "export",
     "serve",
+    "calibrate",
     "d90",
 )
 
@@ -123,7 +124,7 @@ def options() -> str:
     return "\n".join(parts)
 
 
-RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "d90")
+RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "calibrate", "d90")
 """Commands whose keys are not those of train."""
 
 

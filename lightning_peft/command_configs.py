@@ -228,6 +228,43 @@ class ServeConfig:
 
 
 @dataclass
+class CalibrateConfig:
+    """Scores how far an adapter's probabilities can be believed, on the rows it was validated on."""
+
+    adapter_path: str = "???"
+    """Run or adapter folder."""
+    passes: int = 8
+    """Draws that are averaged, of a BaLoRA adapter and with dropout."""
+    dropout: float | None = None
+    """Also score draws with this dropout in the adapters (MC dropout); null does not."""
+    ensemble: list[str] = field(default_factory=list)
+    """Other run folders of the same base, whose probabilities are averaged with the adapter's."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    data: DataConfig | None = None
+    """Rows to score on; null takes the data set the adapter was trained on."""
+    max_rows: int = 200
+    """Validation rows scored."""
+    seed: int = 0
+    """Seed of the draws."""
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+    output: str | None = None
+    """JSON file of the scores, the diagram beside it; null writes calibration.json beside the adapter."""
+
+    def __post_init__(self) -> None:
+        for key in ("passes", "max_rows"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.dropout is not None and not 0 < self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be above 0 and below 1, or null")
+        if self.data is not None:
+            check_task(self.data)
+
+
+@dataclass
 class D90Config:
     """Reads the intrinsic dimension of a task off a sweep over `adapter.dimension`."""
 

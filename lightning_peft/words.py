@@ -89,7 +89,7 @@ BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.sp
 
 
 FIRST_WORD = {
-    **dict.fromkeys(("evaluate", "generate", "merge", "export", "push"), "adapter_path"),
+    **dict.fromkeys(("evaluate", "calibrate", "generate", "merge", "export", "push"), "adapter_path"),
     "report": "path",
 }
 """The key of what a command works on, for which its bare word stands."""
@@ -110,7 +110,7 @@ def everyday(command: str, words: list[str]) -> list[str]:
             written.append(f"{FIRST_WORD[command]}={word}")
         else:
             written.append(word)
-    if command in (*RUN_COMMANDS, "evaluate", "generate", "merge", "export", "serve"):
+    if command in (*RUN_COMMANDS, "evaluate", "calibrate", "generate", "merge", "export", "serve"):
         written = [part for word in written for part in _rewritten(word)]
     if command in RUN_COMMANDS:
         written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out
