@@ -117,6 +117,12 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
+def trained_in_full(model: nn.Module) -> set[str]:
+    """Return the names of the trained parameters that belong to no adapter: of modules trained beside them."""
+    inside = tuple(f"{name}." for name, _ in adapters(model)) + (f"{SHARED}.",)
+    return {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(inside)}
+
+
 def regularization(model: nn.Module) -> Tensor | None:
     """Return the extra loss of the adapters: the mean over the layers that have one, and what their shared state adds.
 

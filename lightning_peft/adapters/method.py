@@ -61,6 +61,26 @@ class Contract:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """The modules that a look at the data has chosen to be trained in full, alike on every rank and kept by a run."""
+
+    chosen: list[str]
+    """Best first."""
+    scores: dict[str, float]
+    """Of every candidate."""
+    score: str
+    """What they are."""
+
+    def applied(self, config: AdapterConfig) -> AdapterConfig:
+        """Return the config with the chosen modules trained in full in place of adapted."""
+        return replace(
+            config,
+            exclude_modules=[*config.exclude_modules, *self.chosen],
+            trainable_modules=[*config.trainable_modules, *self.chosen],
+        )
+
+
+@dataclass(frozen=True)
 class Method:
     """Everything that the rest of the program knows about a method."""
 
@@ -83,6 +103,11 @@ class Method:
     may have a `regularization` like a layer's."""
     schedule: Callable[[Any, Any, int], StepSchedule] | None = None
     """(adapters by name, config, optimiser steps) -> what changes the adapters between steps."""
+    select: Callable[[Any, Any, Any, Any], Selection] | None = None
+    """(base model, config, losses of micro batches, device that sums over ranks) -> modules trained in full; before
+    the adapters are made."""
+    largest_selection: Callable[[Any, Any], Selection] | None = None
+    """(base model, config) -> the selection that costs most, for an estimate without data."""
     cannot_shard: str = ""
     """Why slices of the adapters cannot be trained (strategy=fsdp); empty where they can."""
     peft: PeftSpelling | None = None

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft import distributed, readable
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.hybrid_lora import table_of
 from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
+from lightning_peft.adapters.method import Selection
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
@@ -29,7 +31,7 @@ from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.checkpoint.peft_methods import spelling
-from lightning_peft.checkpoint.resume import whole_state
+from lightning_peft.checkpoint.resume import saved_selection, whole_state
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import Audit, preview
 from lightning_peft.data.datamodule import SFTDataModule
@@ -163,6 +165,8 @@ def train_prepared(
         config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
         config.objective,
     )  # fmt: skip
+    if start.checkpoint is not None and (kept := saved_selection(start.checkpoint)) is not None:
+        module.selection = Selection(**kept)
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
 
     def save(module: LightningModule, folder: Path) -> None:
@@ -192,6 +196,9 @@ def train_prepared(
     result: dict[str, Any] = {"status": "failed"}
     try:
         fit(trainer, module, data, start.checkpoint, signals)
+        if module.selection is not None and distributed.rank() == 0:
+            (run_dir / "selection.json").write_text(json.dumps(vars(module.selection), indent=2) + "\n")
+            Console().print(table_of(module.selection))
         save(module, run_dir / "adapter")
         if distributed.rank() == 0 and (run_dir / "adapter").is_dir():
             check_in_peft(run_dir / "adapter", module)

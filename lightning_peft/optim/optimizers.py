@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ class OptimizerConfig:
     lora_plus_ratio: float | None = None
     """Learning rate of lora_B over that of lora_A (LoRA+, arXiv:2402.12354); null trains both at `lr`."""
 
+    full_lr: float | None = None
+    """Peak learning rate of modules of the base that train in full beside adapters; null trains them at `lr`."""
+
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optimizer.name={self.name}: unknown, choose one of {', '.join(OPTIMIZERS)}")
@@ -50,6 +53,8 @@ class OptimizerConfig:
         for name, value in [("beta1", self.beta1), ("beta2", self.beta2)]:
             if not 0 <= value < 1:
                 raise ValueError(f"optimizer.{name}={value}: must be at least 0 and below 1")
+        if self.full_lr is not None and self.full_lr <= 0:
+            raise ValueError(f"optimizer.full_lr={self.full_lr}: must be above 0, or null")
         if self.lora_plus_ratio is not None and self.lora_plus_ratio < 1:
             raise ValueError(f"optimizer.lora_plus_ratio={self.lora_plus_ratio}: must be at least 1, or null")
 
@@ -105,13 +110,26 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
 }
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> Optimizer:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, in_full: Collection[str] = ()
+) -> Optimizer:
     """The configured optimiser over those of the parameters that train, in named groups (see `parameter_groups`).
+
+    `in_full` names those of the base that train beside adapters.
 
     Sharded parameters are stepped through `local_rows`: call `hand_over_gradients` before each step.
     """
     rows = {name: local_rows(parameter) for name, parameter in named_parameters if parameter.requires_grad}
-    groups = parameter_groups(rows.items(), config.lr, config.weight_decay, config.lora_plus_ratio)
+    apart = {} if config.full_lr is None else {name: row for name, row in rows.items() if name in in_full}
+    if config.full_lr is not None and not apart:
+        raise ValueError(
+            f"optimizer.full_lr={config.full_lr}: no module is trained in full beside adapters; leave it null"
+        )
+    others = [(name, row) for name, row in rows.items() if name not in apart]
+    groups = parameter_groups(others, config.lr, config.weight_decay, config.lora_plus_ratio)
+    if config.full_lr is not None:
+        own = parameter_groups(apart.items(), config.full_lr, config.weight_decay)
+        groups += [group | {"name": f"full_{group['name']}"} for group in own]
     if not groups:
         raise ValueError("no parameter requires gradients: there is nothing to train")
     optimizer = OPTIMIZERS[config.name].build(groups, config)

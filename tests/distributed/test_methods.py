@@ -13,6 +13,8 @@ METHODS = sorted({path.stem for path in (CONF_DIR / "method").glob("*.yaml")} - 
 BASES = ["none", "nf4"]
 NO_MEANING = {("full", "nf4"), ("loftq", "none")}
 """Refused on one process too."""
+SMALL = {"hybrid_lora": ["adapter.budget=0.3"]}
+"""Options that suit a model of two blocks."""
 REFUSED = {
     ("adalora", "fsdp"): "method=adalora strategy=fsdp: its penalty reads whole matrices .*; use strategy=ddp",
     ("lr_lora_gate", "fsdp"): "method=lr_lora_gate strategy=fsdp: its penalty reads the gates .*; use strategy=ddp",
@@ -32,7 +34,8 @@ def runs(tmp_path_factory):
     def every(kind: str) -> dict[str, list[str]]:
         words = ["trainer.max_steps=2", *SETTINGS[kind]]
         return {
-            f"{kind}_{method}_{base}": [f"method={method}", f"quantization={base}", *words] for method, base in CASES
+            f"{kind}_{method}_{base}": [f"method={method}", f"quantization={base}", *SMALL.get(method, []), *words]
+            for method, base in CASES
         }
 
     train_on_ranks(1, folder, every("single"))
