@@ -50,6 +50,7 @@ from lightning_peft.models.loading import (
 )
 from lightning_peft.models.packing import packing_of
 from lightning_peft.models.source import copy_companions, name_for_others
+from lightning_peft.optim.routed_adamw import RoutedAdamW
 from lightning_peft.quantization.experts import expert_stacks
 from lightning_peft.quantization.weights import reads_weight
 from lightning_peft.runs.folder import Start, check_same_content, end_of, folder_of, opened_folder
@@ -196,6 +197,8 @@ def train_prepared(
     result: dict[str, Any] = {"status": "failed"}
     try:
         fit(trainer, module, data, start.checkpoint, signals)
+        if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
+            (run_dir / "wins.json").write_text(json.dumps(routed.report(), indent=2) + "\n")
         if module.selection is not None and distributed.rank() == 0:
             (run_dir / "selection.json").write_text(json.dumps(vars(module.selection), indent=2) + "\n")
             Console().print(table_of(module.selection))

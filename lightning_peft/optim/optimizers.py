@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_peft.optim.param_groups import parameter_groups
+from lightning_peft.optim.routed_adamw import SCORES, RoutedAdamW
 from lightning_peft.optim.sharded import STATE_BLOCK, local_rows
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,28 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lora_plus_ratio={self.lora_plus_ratio}: must be at least 1, or null")
 
 
+@dataclass
+class RoutedAdamWConfig(OptimizerConfig):
+    name: str = "routed_adamw"
+    score: str = "epd"
+    """What experts compete by: epd, the expected decrease of the loss, or pfn, the norm of Adam's direction."""
+    winners: int = 1
+    """Experts of a layer that are moved in a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise ValueError(f"optimizer.score={self.score}: must be one of {', '.join(SCORES)}")
+        if self.winners < 1:
+            raise ValueError(f"optimizer.winners={self.winners}: must be at least 1")
+
+
+def _routed_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    assert isinstance(config, RoutedAdamWConfig)
+    betas = (config.beta1, config.beta2)
+    return RoutedAdamW(groups, config.lr, betas, config.eps, config.score, config.winners)
+
+
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
     return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
@@ -105,6 +128,7 @@ class OptimizerChoice:
 OPTIMIZERS: dict[str, OptimizerChoice] = {
     "adamw": OptimizerChoice(_adamw),
     "adamw_8bit": OptimizerChoice(_bitsandbytes_adamw, state_bits=8),
+    "routed_adamw": OptimizerChoice(_routed_adamw, config=RoutedAdamWConfig),
     "paged_adamw_32bit": OptimizerChoice(_bitsandbytes_adamw, is_paged=True),
     "paged_adamw_8bit": OptimizerChoice(_bitsandbytes_adamw, state_bits=8, is_paged=True),
 }
@@ -136,6 +160,8 @@ def build_optimizer(
     names = {parameter: name for name, parameter in rows.items()}
     for group in optimizer.param_groups:
         group["param_names"] = [names[parameter] for parameter in group["params"]]
+    if isinstance(optimizer, RoutedAdamW):
+        optimizer.take_names()
     return optimizer
 
 

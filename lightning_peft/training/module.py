@@ -318,6 +318,7 @@ class FinetuneModule(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.step_metrics |= getattr(self.trainer.optimizers[0], "measured", {})
         if self.step_schedule is not None:
             self.step_schedule.after_step(self.trainer.global_step + 1)
 

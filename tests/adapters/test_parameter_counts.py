@@ -105,6 +105,10 @@ def test_dora_on_llama_3_8b() -> None:
     assert trained("llama_3_8b", "dora", rank=16) == 43_319_296
 
 
+def test_molf_e_on_llama_3_8b() -> None:
+    assert trained("llama_3_8b", "molf_e") == 136 * 2_621_440 == 356_515_840
+
+
 def test_lr_lora_on_llama_3_8b() -> None:
     """LoRA's, and eight coefficients and a width for each of 224 layers."""
     assert trained("llama_3_8b", "lr_lora", rank=16) == 41_943_040 + 224 * 9 == 41_945_056
