@@ -68,8 +68,9 @@ class Injection:
         self.biased: list[str] = []
         """Layers that still wait for their weights and whose bias trains."""
         self.rounded_biases = 0
+        if self.method.trains_all:
+            _train_everything(model, config.method)
         if not self.method.layers:
-            _train_everything(model)
             return
         if config.untie_embeddings and names_an_end(model, config):
             untie(model)
@@ -78,7 +79,8 @@ class Injection:
         open_experts(model, [target.name for target in self.targets if target.experts])
         self.trained = _find_trainable(model, config.trainable_modules, names)
         self.biased = layers_with_bias(model, names, config.trained_biases)
-        model.requires_grad_(False)
+        if not self.method.trains_base:
+            model.requires_grad_(False)
         if self.method.shared is not None:
             self.shared["shared"] = self.method.shared(config, self.targets, model)
             first = next(model.parameters())
@@ -205,10 +207,10 @@ def describe_targets(targets: list[Target], model: nn.Module) -> Table:
     return table
 
 
-def _train_everything(model: nn.Module) -> None:
+def _train_everything(model: nn.Module, method: str) -> None:
     for name, module in model.named_modules():
         if is_quantized(module):
-            raise ValueError(f"method=full cannot train the quantised weight of {name}: use quantization=none")
+            raise ValueError(f"method={method} cannot train the quantised weight of {name}: use quantization=none")
     model.requires_grad_(True)
 
 

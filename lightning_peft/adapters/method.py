@@ -88,6 +88,8 @@ class Method:
     layers: dict[type[nn.Module], type[Adapter]] = field(default_factory=dict)
     """Kind of layer -> the adapter around it, made from (base_layer, target, config); empty where every weight
     trains."""
+    trains_base: bool = False
+    """Whether every weight of the base trains beside the adapters, which a run then merges into a whole model."""
     trained: tuple[str, ...] = ()
     """Ends of the names of the parameters that train."""
     change: str = ""
@@ -115,9 +117,14 @@ class Method:
     contract: Contract = field(default_factory=Contract)
 
     @property
+    def trains_all(self) -> bool:
+        """Return whether every weight trains, so that a run leaves a whole model."""
+        return self.trains_base or not self.layers
+
+    @property
     def cannot_share_base(self) -> str:
         """Return why several adapters of this method cannot share a base in a bank; empty where they can."""
-        if not self.layers:
+        if self.trains_all:
             return "trains the base itself"
         return "" if self.shared is None else "keeps state beside its layers, one a model"
 

@@ -36,12 +36,19 @@ class MoLFEConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.expert_ranks) < 2 or min(self.expert_ranks) < 1:
-            raise ValueError(f"adapter.expert_ranks={self.expert_ranks}: must be two ranks or more, each at least 1")
+        if len(self.expert_ranks) < self.least_experts or min(self.expert_ranks) < 1:
+            raise ValueError(
+                f"adapter.expert_ranks={self.expert_ranks}: must be {self.least_experts} or more ranks of at least 1"
+            )
         if self.expert_alpha <= 0:
             raise ValueError(f"adapter.expert_alpha={self.expert_alpha}: must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout={self.dropout}: must be in [0, 1)")
+
+    @property
+    def least_experts(self) -> int:
+        """Return how many LoRAs there have to be for a choice."""
+        return 2
 
 
 class MoLFELinear(Adapter):

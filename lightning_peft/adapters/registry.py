@@ -14,6 +14,7 @@ from lightning_peft.adapters import (
     lr_lora,
     lr_lora_gate,
     miss,
+    molf,
     molf_e,
     vera,
 )
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
     "lr_lora": lr_lora.METHOD,
     "lr_lora_gate": lr_lora_gate.METHOD,
     "miss": miss.METHOD,
+    "molf": molf.METHOD,
     "molf_e": molf_e.METHOD,
     "vera": vera.METHOD,
     "balora": balora.METHOD,

@@ -60,7 +60,7 @@ def save_adapter(
     SaveError leaves it as it was. With several ranks every one must call this, as sharded tensors are
     gathered; rank zero writes.
     """
-    if not METHODS[config.method].layers:
+    if METHODS[config.method].trains_all:
         raise ValueError(f"{folder}: method {config.method} has no adapter to save, only a whole model")
     row = spelling(config.method)
     tensors = gathered(file_tensors(model))

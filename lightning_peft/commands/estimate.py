@@ -178,7 +178,7 @@ def with_8bit_optimizer(config: EstimateConfig) -> EstimateConfig | None:
 
 
 def with_nf4(config: EstimateConfig) -> EstimateConfig | None:
-    if config.quantization.is_on or not METHODS[config.adapter.method].layers:
+    if config.quantization.is_on or METHODS[config.adapter.method].trains_all:
         return None
     return replace(config, quantization=replace(config.quantization, kind=Kind.nf4))
 

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft import distributed, readable
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.hybrid_lora import table_of
-from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
+from lightning_peft.adapters.inject import adapters, describe_targets, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.method import Selection
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_versions, write_lineage
-from lightning_peft.checkpoint.merged import save_model
+from lightning_peft.checkpoint.merged import merged_state, save_model
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import save_adapter
@@ -321,7 +321,7 @@ def save_tuned(
 ) -> None:
     """Write the adapter folder, or after full fine-tuning a whole model in its place, with the layout of prompts."""
     layout = layout.with_stops(sorted(declared_end_ids(module.model)))
-    if METHODS[module.adapter_config.method].layers:
+    if not METHODS[module.adapter_config.method].trains_all:
         added = tokenizer if module.model_config.new_tokens else None
 
         def beside(partial: Path) -> None:
@@ -331,11 +331,12 @@ def save_tuned(
         base = name_for_others(module.model_config)
         save_adapter(module.model, module.adapter_config, folder, base, lineage, added, beside)
         return
-    state = whole_state(module.model)
+    has_adapters = next(adapters(module.model), None) is not None
+    state = merged_state(module.model) if has_adapters else whole_state(module.model)
     if distributed.rank() != 0:
         return
     with atomic_folder(folder.with_name(folder.name.replace("adapter", MODEL_FOLDER))) as partial:
-        save_model(module.model, tokenizer, partial, module.model.dtype, state)
+        save_model(module.model, tokenizer, partial, None if has_adapters else module.model.dtype, state)
         copy_companions(module.model_config, partial)
         write_lineage(lineage, partial)
         layout.save(partial)

@@ -100,7 +100,7 @@ def check_engines(option: str, names: Iterable[str]) -> None:
 def features_of(config: AdapterConfig) -> list[str]:
     """Return what decides how engines treat an adapter of this config; the keys of an engine's cells."""
     method = METHODS[config.method]
-    if not method.layers:
+    if method.trains_all:
         return []
     known = next(iter(engines().values())).cells
     in_pairs = config.method in PAIRS or (method.peft is not None and not method.peft.is_read)

@@ -11,9 +11,9 @@ from lightning_peft.schemas import CONF_DIR
 METHODS = sorted({path.stem for path in (CONF_DIR / "method").glob("*.yaml")} - {"qlora", "qdora"})
 """Without those that are another one on a 4-bit base."""
 BASES = ["none", "nf4"]
-NO_MEANING = {("full", "nf4"), ("loftq", "none")}
+NO_MEANING = {("full", "nf4"), ("molf", "nf4"), ("loftq", "none")}
 """Refused on one process too."""
-SMALL = {"hybrid_lora": ["adapter.budget=0.3"]}
+SMALL = {"molf": ["adapter.expert_ranks=[4]"], "hybrid_lora": ["adapter.budget=0.3"]}
 """Options that suit a model of two blocks."""
 REFUSED = {
     ("adalora", "fsdp"): "method=adalora strategy=fsdp: its penalty reads whole matrices .*; use strategy=ddp",

@@ -121,6 +121,15 @@ def test_moments_are_fp32_for_any_parameter() -> None:
     assert {p.dtype for p in trained(model).values()} == {torch.bfloat16}
 
 
+def test_a_ratio_of_lora_plus_reaches_every_expert() -> None:
+    optimizer = routed(adapted("molf_e"), lora_plus_ratio=16.0)
+    rates = {n: group["lr"] for group in optimizer.param_groups for n in group["param_names"]}
+
+    assert {round(lr / 1e-2) for name, lr in rates.items() if "lora_B" in name} == {16}
+    assert {round(lr / 1e-2) for name, lr in rates.items() if "lora_A" in name} == {1}
+    assert len(optimizer.layers) == 14
+
+
 def test_nothing_to_choose_from_is_an_error() -> None:
     with pytest.raises(ValueError, match="optimizer=routed_adamw: no layer has two experts"):
         build_optimizer(adapted("lora").named_parameters(), RoutedAdamWConfig())
@@ -144,7 +153,7 @@ def test_bad_option_is_named(options: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"expert_ranks": [8]}, r"adapter.expert_ranks=\[8\]: must be two ranks or more"),
+        ({"expert_ranks": [8]}, r"adapter.expert_ranks=\[8\]: must be 2 or more ranks"),
         ({"expert_alpha": 0.0}, "adapter.expert_alpha=0.0: must be above 0"),
         ({"dropout": 1.0}, r"adapter.dropout=1.0: must be in \[0, 1\)"),
     ],
