@@ -154,6 +154,9 @@ class ExportConfig:
     """Engines that have to compute the export rightly: vllm, llama_cpp, sglang, lorax, tgi, ollama."""
     base_name: str | None = None
     """plain: a hub id or folder by which others find the base; ollama: the base's name there. null takes model.path."""
+    svd_rank: int | None = None
+    """plain, gguf_lora, ollama: cut the change of every layer to this rank by SVD, which also makes a pair of what is
+    no low-rank sum (LR-LoRA, HiRA, DoRA, MiSS); what is lost is printed and written. null cuts nothing."""
     dtype: str = "bf16"
     """gguf: fp32, bf16 or q8_0."""
     max_kl: float = 0.01
@@ -172,6 +175,10 @@ class ExportConfig:
             raise ValueError(f"dtype={self.dtype}: only format=gguf and ollama have one; an adapter alone is fp32")
         if self.base_name is not None and self.format not in (ExportFormat.plain, ExportFormat.ollama):
             raise ValueError(f"base_name={self.base_name}: only format=plain and ollama name their base")
+        if self.svd_rank is not None and self.svd_rank < 1:
+            raise ValueError(f"svd_rank={self.svd_rank}: must be at least 1, or null")
+        if self.svd_rank is not None and self.format is ExportFormat.gguf:
+            raise ValueError(f"svd_rank={self.svd_rank} format=gguf: a whole model has no rank; leave svd_rank out")
         if self.max_kl <= 0:
             raise ValueError(f"max_kl={self.max_kl}: must be above 0")
 
