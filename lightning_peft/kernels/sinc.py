@@ -26,44 +26,61 @@ class Grid(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """What the functions of all nodes share at one place: sin and cos of pi times the distance to the nearest."""
+    """What the functions of all nodes share at a place: node i's is (-1)^i sine / (place - i)."""
 
     sine: Tensor
+    """sin(pi place) / pi."""
     cosine: Tensor
-    odd: Tensor
-    """1 where the nearest node has an even number, -1 where it has an odd one."""
+    """cos(pi place)."""
+    nearest: Tensor
+    """int64; the number of the nearest node, from -1, which stands for none, to the number of nodes, likewise."""
+    near: Tensor
+    """sinc(place - nearest) where the nearest node is nearer than `NEAR`; 0 elsewhere."""
+    gap: Tensor
+    """place - nearest there; 0 elsewhere."""
 
     @classmethod
-    def at(cls, places: Tensor) -> "Wave":
+    def at(cls, places: Tensor, nodes: int) -> "Wave":
         nearest = places.round()
-        angle = (places - nearest).mul_(math.pi)
-        return cls(angle.sin(), angle.cos_(), 1 - 2 * nearest.remainder_(2))
-
-    def sinc(self, places: Tensor, node: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sinc(places - node), cos(pi (places - node)) and the distance, the sinc from the one sine."""
-        sign = self.odd if node % 2 == 0 else -self.odd
-        distance = places - node
-        values = (sign * self.sine).div_(distance).div_(math.pi).masked_fill_(distance == 0, 1.0)
-        return values, sign * self.cosine, distance
+        gap = places - nearest  # exact, so sines next to a node are as well
+        odd = 1 - 2 * nearest.remainder(2)
+        angle = gap * math.pi
+        sine, cosine = angle.sin().mul_(odd).div_(math.pi), angle.cos_().mul_(odd)
+        far = gap.abs() >= NEAR
+        gap.masked_fill_(far, 0.0)
+        return cls(sine, cosine, nearest.clamp_(-1, nodes).to(torch.int64), torch.sinc(gap).masked_fill_(far, 0.0), gap)
 
 
-def slope(sinc: Tensor, cosine: Tensor, distance: Tensor) -> Tensor:
-    """Return the derivative of sinc at a distance from its node."""
-    square = (math.pi * distance) ** 2
-    series = -(math.pi**2) / 3 * distance * (1 - square / 10 * (1 - square / 28 * (1 - square / 54)))
-    return torch.where(distance.abs() < NEAR, series, (cosine - sinc) / distance)
+def reciprocals(places: Tensor, node: int, into: Tensor) -> Tensor:
+    """Write 1 / (places - node) into a tensor, with 0 where the node is near, and return it."""
+    torch.sub(places, node, out=into)
+    near = into.abs() < NEAR
+    return into.reciprocal_().masked_fill_(near, 0.0)
+
+
+def of_nearest(wave: Wave, coefficients: Tensor) -> Tensor:
+    """Return the coefficient of the nearest node at every place, 0 where it is none of them."""
+    return torch.nn.functional.pad(coefficients, (1, 1))[wave.nearest + 1]
+
+
+def values_at_zero(width: Tensor, grid: Grid) -> Tensor:
+    """Return the functions of all nodes at z = 0, (nodes,)."""
+    place = grid.places(torch.zeros_like(width))
+    return torch.sinc(place - torch.arange(grid.nodes, device=width.device, dtype=width.dtype))
 
 
 def bent(product: Tensor, coefficients: Tensor, width: Tensor, grid: Grid) -> Tensor:
-    """Return z + width * sum_i c_i [sinc(v - i) - sinc(v_0 - i)] for every z; v is the place of z / width, v_0 of 0."""
+    """Return z + width * sum_i c_i [sinc(v - i) - sinc(v_0 - i)] for every z; v is the place of z / width, v_0 of 0.
+
+    One sine serves all nodes, three passes a node.
+    """
     places = grid.places(product / width)
-    wave, start = Wave.at(places), grid.places(torch.zeros_like(width))
-    start_wave = Wave.at(start)
-    total = torch.zeros_like(product)
+    wave = Wave.at(places, grid.nodes)
+    total, inverse = torch.zeros_like(product), torch.empty_like(product)
     for node in range(grid.nodes):
-        at_zero = start_wave.sinc(start, node)[0]
-        total += coefficients[node] * (wave.sinc(places, node)[0] - at_zero)
-    return total.mul_(width).add_(product)
+        total.addcmul_(reciprocals(places, node, inverse), coefficients[node], value=(-1) ** node)
+    total.mul_(wave.sine).addcmul_(wave.near, of_nearest(wave, coefficients))
+    return total.sub_(coefficients @ values_at_zero(width, grid)).mul_(width).add_(product)
 
 
 def sinc_product(x: Tensor, A: Tensor, B: Tensor, coefficients: Tensor, width: Tensor, grid: Grid) -> Tensor:
@@ -110,15 +127,24 @@ def _gradients(
     """Return the bent product and the gradient of the product, and add up those of the coefficients and the width."""
     u = product / width
     places = grid.places(u)
-    wave, start = Wave.at(places), grid.places(torch.zeros_like(width))
-    start_wave = Wave.at(start)
-    total, steepness = torch.zeros_like(product), torch.zeros_like(product)
+    wave = Wave.at(places, grid.nodes)
+    weighted, weighted_near = (change * wave.sine).flatten(), (change * wave.near).flatten()
+    first, second, inverse = torch.zeros_like(product), torch.zeros_like(product), torch.empty_like(product)
+    found = []
     for node in range(grid.nodes):
-        values, cosine, distance = wave.sinc(places, node)
-        steepness += coefficients[node] / grid.step * slope(values, cosine, distance)
-        values -= start_wave.sinc(start, node)[0]
-        total += coefficients[node] * values
-        grad_c[node] += width[0] * (change * values).sum()
+        reciprocals(places, node, inverse)
+        # A product with a mask: sums by index are added in another order each time on CUDA.
+        near = (wave.nearest == node).flatten().to(change.dtype)
+        found.append((-1) ** node * torch.dot(weighted, inverse.flatten()) + torch.dot(weighted_near, near))
+        first.addcmul_(inverse, coefficients[node], value=(-1) ** node)
+        second.addcmul_(inverse.square_(), coefficients[node], value=(-1) ** node)
+    # d sinc(x) / dx = (cos(pi x) - sinc(x)) / x; by its series where the node is near, and the quotient cancels.
+    square = (math.pi * wave.gap) ** 2
+    series = -(math.pi**2) / 3 * wave.gap * (1 - square / 10 * (1 - square / 28 * (1 - square / 54)))
+    own = of_nearest(wave, coefficients)
+    steepness = (wave.cosine * first).sub_(wave.sine * second).addcmul_(series, own).div_(grid.step)
+    total = first.mul_(wave.sine).addcmul_(wave.near, own).sub_(coefficients @ values_at_zero(width, grid))
+    grad_c += width * (torch.stack(found) - change.sum() * values_at_zero(width, grid))
     grad_width += (change * (total - u * steepness)).sum()
     return total.mul_(width).add_(product), change * steepness.add_(1)
 
