@@ -119,9 +119,10 @@ def checked(config: ExportConfig) -> Source:
         features = [feature for feature in features if feature != blocking] + ["lora"]
         blocking = not_low_rank(features)
     if blocking is not None and config.format in LOW_RANK:
+        nearest = "; svd_rank= makes the nearest one" if blocking in NEVER_LOW_RANK else ""
         raise ValueError(
             f"format={format}: {folder} has {spoken(blocking)}, which is no low-rank sum; "
-            "use svd_rank=, format=gguf, or `lightning-peft merge`"
+            f"use format=gguf, or `lightning-peft merge`{nearest}"
         )
     own_file = base_file(base)
     merged = config.format is ExportFormat.gguf or (
