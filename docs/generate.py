@@ -36,6 +36,7 @@ OTHER_COMMANDS = (
     "merge",
     "export",
     "serve",
+    "calibrate",
     "d90",
 )
 
@@ -48,6 +49,11 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 def methods() -> str:
     rows = [[f"`{name}`", row.change, row.paper, row.count] for name, row in METHODS.items()]
     return table(["method", "change to the weight", "paper", "trained per linear (d x k)"], rows)
+
+
+def reconstructions() -> str:
+    rows = [[f"`{name}`", row.paper, row.reconstruction] for name, row in METHODS.items() if row.reconstruction]
+    return table(["method", "paper", "what is ours in it"], rows)
 
 
 def method_words() -> str:
@@ -118,7 +124,7 @@ def options() -> str:
     return "\n".join(parts)
 
 
-RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "d90")
+RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "calibrate", "d90")
 """Commands whose keys are not those of train."""
 
 
@@ -140,6 +146,7 @@ def objectives() -> str:
 
 GENERATED: dict[str, Callable[..., str]] = {
     "methods": methods,
+    "reconstructions": reconstructions,
     "objectives": objectives,
     "method-words": method_words,
     "groups": groups,

@@ -154,6 +154,9 @@ class ExportConfig:
     """Engines that have to compute the export rightly: vllm, llama_cpp, sglang, lorax, tgi, ollama."""
     base_name: str | None = None
     """plain: a hub id or folder by which others find the base; ollama: the base's name there. null takes model.path."""
+    svd_rank: int | None = None
+    """plain, gguf_lora, ollama: cut the change of every layer to this rank by SVD, which also makes a pair of what is
+    no low-rank sum (LR-LoRA, HiRA, DoRA, MiSS); what is lost is printed and written. null cuts nothing."""
     dtype: str = "bf16"
     """gguf: fp32, bf16 or q8_0."""
     max_kl: float = 0.01
@@ -172,6 +175,10 @@ class ExportConfig:
             raise ValueError(f"dtype={self.dtype}: only format=gguf and ollama have one; an adapter alone is fp32")
         if self.base_name is not None and self.format not in (ExportFormat.plain, ExportFormat.ollama):
             raise ValueError(f"base_name={self.base_name}: only format=plain and ollama name their base")
+        if self.svd_rank is not None and self.svd_rank < 1:
+            raise ValueError(f"svd_rank={self.svd_rank}: must be at least 1, or null")
+        if self.svd_rank is not None and self.format is ExportFormat.gguf:
+            raise ValueError(f"svd_rank={self.svd_rank} format=gguf: a whole model has no rank; leave svd_rank out")
         if self.max_kl <= 0:
             raise ValueError(f"max_kl={self.max_kl}: must be above 0")
 
@@ -225,6 +232,43 @@ class ServeConfig:
             raise ValueError("adapters=[]: give adapters, as in adapters=[sql=runs/a], or model= for the base")
         if self.serve.allow_load and self.adapter_dir is None:
             raise ValueError("serve.allow_load=true: give adapter_dir=, the folder that adapters are loaded from")
+
+
+@dataclass
+class CalibrateConfig:
+    """Scores how far an adapter's probabilities can be believed, on the rows it was validated on."""
+
+    adapter_path: str = "???"
+    """Run or adapter folder."""
+    passes: int = 8
+    """Draws that are averaged, of a BaLoRA adapter and with dropout."""
+    dropout: float | None = None
+    """Also score draws with this dropout in the adapters (MC dropout); null does not."""
+    ensemble: list[str] = field(default_factory=list)
+    """Other run folders of the same base, whose probabilities are averaged with the adapter's."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    data: DataConfig | None = None
+    """Rows to score on; null takes the data set the adapter was trained on."""
+    max_rows: int = 200
+    """Validation rows scored."""
+    seed: int = 0
+    """Seed of the draws."""
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+    output: str | None = None
+    """JSON file of the scores, the diagram beside it; null writes calibration.json beside the adapter."""
+
+    def __post_init__(self) -> None:
+        for key in ("passes", "max_rows"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.dropout is not None and not 0 < self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be above 0 and below 1, or null")
+        if self.data is not None:
+            check_task(self.data)
 
 
 @dataclass

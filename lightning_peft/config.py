@@ -126,7 +126,7 @@ class TrainConfig:
                 "a warm start brings its own values; use adapter.init=kaiming"
             )
         method = self.adapter.method  # empty in a config that no option file has filled yet
-        trains_all = method in METHODS and not METHODS[method].layers
+        trains_all = method in METHODS and METHODS[method].trains_all
         if self.model.new_tokens and not self.adapter.trainable_modules and not trains_all:
             raise ValueError(
                 f"model.new_tokens={self.model.new_tokens}: their embeddings would never be trained; "

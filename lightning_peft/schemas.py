@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.command_configs import (
+    CalibrateConfig,
     D90Config,
     DataCommandConfig,
     EstimateConfig,
@@ -57,6 +58,7 @@ ROOTS: dict[str, type] = {
     "report": ReportConfig,
     "export": ExportConfig,
     "serve": ServeConfig,
+    "calibrate": CalibrateConfig,
     "d90": D90Config,
 }
 

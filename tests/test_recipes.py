@@ -19,7 +19,10 @@ SMALL = [
     "trainer.max_steps=2",
 ]  # fmt: skip
 OWN_COLUMNS = {"lora/gsm8k": ["data.prompt_column=null", "data.completion_column=null"]}
-SMALL_RANK = {"adalora": ["adapter.rank=4", "adapter.target_rank=2"]}
+SMALL_RANK = {
+    "adalora": ["adapter.rank=4", "adapter.target_rank=2"],
+    "hybrid_lora": ["adapter.rank=4", "adapter.budget=0.3"],
+}
 
 
 def lines(recipe: str) -> list[str]:

@@ -239,8 +239,8 @@ class Adapter(nn.Module, ABC):
         """Return whether the start took a part of the base weight out of it."""
         return self.taken_from_base() is not None
 
-    def on_untouched_base(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this layer's tensors, whole and by name, as they are around the base before a start rewrote it."""
+    def published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this layer's tensors, whole and by name, as its folder has them: around the untouched base."""
         return tensors
 
     def fit_state(self, state: Mapping[str, Tensor]) -> None:

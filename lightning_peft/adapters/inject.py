@@ -68,8 +68,9 @@ class Injection:
         self.biased: list[str] = []
         """Layers that still wait for their weights and whose bias trains."""
         self.rounded_biases = 0
+        if self.method.trains_all:
+            _train_everything(model, config.method)
         if not self.method.layers:
-            _train_everything(model)
             return
         if config.untie_embeddings and names_an_end(model, config):
             untie(model)
@@ -78,12 +79,13 @@ class Injection:
         open_experts(model, [target.name for target in self.targets if target.experts])
         self.trained = _find_trainable(model, config.trainable_modules, names)
         self.biased = layers_with_bias(model, names, config.trained_biases)
-        model.requires_grad_(False)
+        if not self.method.trains_base:
+            model.requires_grad_(False)
         if self.method.shared is not None:
-            self.shared["shared"] = self.method.shared(config, self.targets)
+            self.shared["shared"] = self.method.shared(config, self.targets, model)
             first = next(model.parameters())
             filled = next((parameter for parameter in model.parameters() if not parameter.is_meta), first)
-            setattr(model, SHARED, self.shared["shared"].to(filled.device))
+            setattr(model, SHARED, self.shared["shared"].to(filled.device).train(model.training))
 
     def adapt(self, block: str) -> None:
         """Wrap the targets up to the last one in the block of that name, and train what trains in it."""
@@ -101,6 +103,7 @@ class Injection:
             layer_class: Any = next(layer for kind, layer in self.method.layers.items() if isinstance(base_layer, kind))
             layer = layer_class(base_layer, target, self.config, **self.shared)
             layer.reset_parameters()
+            layer.train(base_layer.training)
             self.model.set_submodule(target.name, layer)
         self.wrapped = max([self.wrapped, *inside])
         ready = [name for name in self.trained if name.startswith(prefix)]
@@ -117,10 +120,21 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
+def trained_in_full(model: nn.Module) -> set[str]:
+    """Return the names of the trained parameters that belong to no adapter: of modules trained beside them."""
+    inside = tuple(f"{name}." for name, _ in adapters(model)) + (f"{SHARED}.",)
+    return {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(inside)}
+
+
 def regularization(model: nn.Module) -> Tensor | None:
-    """Return the extra loss of the adapters: the mean over the layers that have one, None when no layer has."""
+    """Return the extra loss of the adapters: the mean over the layers that have one, and what their shared state adds.
+
+    None where there is none.
+    """
     losses = [loss for _, adapter in adapters(model) if (loss := adapter.regularization()) is not None]
-    return torch.stack(losses).mean() if losses else None
+    total = torch.stack(losses).mean() if losses else None
+    own = getattr(getattr(model, SHARED, None), "regularization", lambda: None)()
+    return own if total is None else total if own is None else total + own
 
 
 def step_schedule(model: nn.Module, config: AdapterConfig, total_steps: int) -> StepSchedule | None:
@@ -194,10 +208,10 @@ def describe_targets(targets: list[Target], model: nn.Module) -> Table:
     return table
 
 
-def _train_everything(model: nn.Module) -> None:
+def _train_everything(model: nn.Module, method: str) -> None:
     for name, module in model.named_modules():
         if is_quantized(module):
-            raise ValueError(f"method=full cannot train the quantised weight of {name}: use quantization=none")
+            raise ValueError(f"method={method} cannot train the quantised weight of {name}: use quantization=none")
     model.requires_grad_(True)
 
 

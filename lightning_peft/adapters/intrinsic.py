@@ -44,7 +44,7 @@ class IntrinsicVector(nn.Module):
     Together they have exactly `dimension` elements.
     """
 
-    def __init__(self, config: IntrinsicConfig, targets: list[Target]):
+    def __init__(self, config: IntrinsicConfig, targets: list[Target], model: nn.Module):
         super().__init__()
         depths = sorted({-1 if target.depth is None else target.depth for target in targets})
         self.row = {depth: row for row, depth in enumerate(depths)}

@@ -122,7 +122,7 @@ class LoRALinear(Adapter):
             return None
         return self.scaling * (self.initial_B.float() @ self.initial_A.float())
 
-    def on_untouched_base(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return [A; A_0] and [B, -B_0], of twice the rank, for a rewritten base: a LoRA with the same scaling."""
         if self.initial_A is None or self.initial_B is None:
             return tensors
@@ -169,7 +169,7 @@ class LoRALinear(Adapter):
 
     def low_rank(self) -> LowRank | None:
         own = {"lora_A.weight": self.lora_A.weight.detach(), "lora_B.weight": self.lora_B.weight.detach()}
-        tensors = self.on_untouched_base(own)
+        tensors = self.published(own)
         return LowRank(tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float(), self.scaling)
 
 

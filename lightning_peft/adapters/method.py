@@ -1,7 +1,7 @@
 """Everything a method says about itself: one row, `METHOD` in its own file; `registry.METHODS` collects the rows."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,11 @@ class PeftSpelling:
     """The ones among rank_pattern and alpha_pattern that HF knows for this type."""
     in_peft: bool = True
     """False when HF has no such method, so that only we can read the folder."""
+    shared_file: str = ""
+    """File beside HF's for what the layers share, where HF's has no place for it; a folder without it is another
+    method's."""
+    is_read: bool = True
+    """False where the folder is one of another method, which reads it."""
     write_more: Callable[[Mapping[str, Adapter], dict[str, Any]], dict[str, Any]] | None = None
     """(layers by name, HF's words so far) -> HF's words that depend on the layers."""
     read_more: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None
@@ -56,6 +61,26 @@ class Contract:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """The modules that a look at the data has chosen to be trained in full, alike on every rank and kept by a run."""
+
+    chosen: list[str]
+    """Best first."""
+    scores: dict[str, float]
+    """Of every candidate."""
+    score: str
+    """What they are."""
+
+    def applied(self, config: AdapterConfig) -> AdapterConfig:
+        """Return the config with the chosen modules trained in full in place of adapted."""
+        return replace(
+            config,
+            exclude_modules=[*config.exclude_modules, *self.chosen],
+            trainable_modules=[*config.trainable_modules, *self.chosen],
+        )
+
+
+@dataclass(frozen=True)
 class Method:
     """Everything that the rest of the program knows about a method."""
 
@@ -63,18 +88,28 @@ class Method:
     layers: dict[type[nn.Module], type[Adapter]] = field(default_factory=dict)
     """Kind of layer -> the adapter around it, made from (base_layer, target, config); empty where every weight
     trains."""
+    trains_base: bool = False
+    """Whether every weight of the base trains beside the adapters, which a run then merges into a whole model."""
     trained: tuple[str, ...] = ()
     """Ends of the names of the parameters that train."""
     change: str = ""
     """The change to a weight W (d x k), as the table of methods prints it."""
     paper: str = ""
     """Where the method was published."""
+    reconstruction: str = ""
+    """What its paper leaves open and this package fills in, for the docs and the cards; empty where nothing is."""
     count: str = ""
     """Numbers trained per linear layer (d x k), as the table of methods prints it."""
-    shared: Callable[[Any, Any], nn.Module] | None = None
-    """(config, targets) -> state all layers share, handed to each as `shared`; it has `reset_parameters`."""
+    shared: Callable[[Any, Any, Any], nn.Module] | None = None
+    """(config, targets, model) -> state all layers share, handed to each as `shared`; it has `reset_parameters`, and
+    may have a `regularization` like a layer's."""
     schedule: Callable[[Any, Any, int], StepSchedule] | None = None
     """(adapters by name, config, optimiser steps) -> what changes the adapters between steps."""
+    select: Callable[[Any, Any, Any, Any], Selection] | None = None
+    """(base model, config, losses of micro batches, device that sums over ranks) -> modules trained in full; before
+    the adapters are made."""
+    largest_selection: Callable[[Any, Any], Selection] | None = None
+    """(base model, config) -> the selection that costs most, for an estimate without data."""
     cannot_shard: str = ""
     """Why slices of the adapters cannot be trained (strategy=fsdp); empty where they can."""
     peft: PeftSpelling | None = None
@@ -82,9 +117,14 @@ class Method:
     contract: Contract = field(default_factory=Contract)
 
     @property
+    def trains_all(self) -> bool:
+        """Return whether every weight trains, so that a run leaves a whole model."""
+        return self.trains_base or not self.layers
+
+    @property
     def cannot_share_base(self) -> str:
         """Return why several adapters of this method cannot share a base in a bank; empty where they can."""
-        if not self.layers:
+        if self.trains_all:
             return "trains the base itself"
         return "" if self.shared is None else "keeps state beside its layers, one a model"
 
@@ -92,6 +132,11 @@ class Method:
     def merges(self) -> bool:
         """Return whether the change can be written into the base weight."""
         return all(adapter.mergeable for adapter in self.layers.values())
+
+
+def only_written(spelling: PeftSpelling) -> PeftSpelling:
+    """Return the spelling for a method whose folder is an adapter of the method that the spelling belongs to."""
+    return replace(spelling, is_read=False)
 
 
 def linears(adapter: type[Adapter]) -> dict[type[nn.Module], type[Adapter]]:

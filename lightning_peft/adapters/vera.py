@@ -49,7 +49,7 @@ class SharedProjection(nn.Module):
     vera_A: Tensor
     vera_B: Tensor
 
-    def __init__(self, config: VeRAConfig, targets: list[Target]):
+    def __init__(self, config: VeRAConfig, targets: list[Target], model: nn.Module):
         super().__init__()
         assert config.rank is not None
         self.seed = config.projection_seed

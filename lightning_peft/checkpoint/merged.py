@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,18 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_peft import distributed
 from lightning_peft.adapters.inject import adapters, disable_adapters
 from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
+from lightning_peft.checkpoint.resume import gathered
 from lightning_peft.kernels.codes import INT8
 from lightning_peft.models.streaming import fp32_pattern
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import QuantizedExperts
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.weights import is_transposed
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +139,29 @@ def _refuse_shared(model: PreTrainedModel) -> None:
         weight = layer.base_layer.get_parameter("weight")
         if (other := names.setdefault(id(weight), name)) != name:
             raise MergeError(f"{other} and {name} share one weight, and their adapters differ: serve them unmerged")
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a model whose LoRAs are added to its weights, whole and on rank zero, the model untouched.
+
+    Sums are taken in fp32 and rounded once, a layer at a time. Every rank must call it where the model is sharded.
+    """
+    state = gathered(model.state_dict(keep_vars=True))
+    if distributed.rank() != 0:
+        return {}
+    for name, layer in adapters(model):
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+        base = {key.removeprefix("base_layer."): own.pop(key) for key in list(own) if key.startswith("base_layer.")}
+        factors = layer.published(own)
+        scaling: Any = layer.scaling
+        change = scaling * (factors["lora_B.weight"].float() @ factors["lora_A.weight"].float())
+        change = change.t() if is_transposed(layer.base_layer) else change
+        weight = base["weight"]
+        base["weight"] = (weight.float() + change).to(weight.dtype)
+        state |= {prefix + key: tensor for key, tensor in base.items()}
+    return state
 
 
 def save_model(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage
 
 FILE_NAME = "README.md"
@@ -54,6 +55,7 @@ def _facts(lineage: Lineage, adapter: dict[str, Any]) -> str:
     facts = {
         "base": f"{lineage.base_name}, weights {lineage.base_fingerprint[:12]}",
         "method": config.get("method") or lineage.method,
+        "reconstructed": METHODS[lineage.method].reconstruction if lineage.method in METHODS else None,
         "rank and alpha": f"{adapter['r']} and {adapter.get('lora_alpha')}" if "r" in adapter else None,
         "base quantised as": lineage.quantization if lineage.quantization != "none" else None,
         "precision": lineage.precision,

@@ -60,19 +60,22 @@ def save_adapter(
     SaveError leaves it as it was. With several ranks every one must call this, as sharded tensors are
     gathered; rank zero writes.
     """
-    if not METHODS[config.method].layers:
+    if METHODS[config.method].trains_all:
         raise ValueError(f"{folder}: method {config.method} has no adapter to save, only a whole model")
     row = spelling(config.method)
     tensors = gathered(file_tensors(model))
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    tensors = _on_untouched_base(model, _separate(tensors))
+    tensors = _published(model, _separate(tensors))
     words = write_words(model, config, tensors, base_model_name)
     tensors = to_peft(model, tensors, PREFIX)
     if not row.in_peft:
         logger.info("%s: HF PEFT has no method %s; lightning-peft reads this folder", folder, config.method)
     with atomic_folder(Path(folder)) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(words, indent=2, sort_keys=True) + "\n")
+        if row.shared_file:
+            shared = {name: tensors.pop(name) for name in list(tensors) if not name.startswith(PREFIX)}
+            save_file(shared, partial / row.shared_file, metadata={"format": "pt"})
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -190,19 +193,19 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _on_untouched_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as they are around the base before an initialisation rewrote it."""
-    rewritten = {name: layer for name, layer in adapters(model) if layer.rewrote_base}
-    if any(is_quantized(layer.base_layer) for layer in rewritten.values()):
+def _published(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as each layer publishes its own."""
+    if any(layer.rewrote_base and is_quantized(layer.base_layer) for _, layer in adapters(model)):
         logger.warning(
             "adapter.init rewrote a quantised base: elsewhere the saved adapter is off by the rounding of the rest, "
             "least on the dense base"
         )
-    for name, layer in rewritten.items():
+    found = dict(tensors)
+    for name, layer in adapters(model):
         prefix = f"{PREFIX}{name}."
-        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        tensors |= {prefix + key: tensor for key, tensor in layer.on_untouched_base(own).items()}
-    return tensors
+        own = {key.removeprefix(prefix): found.pop(key) for key in tensors if key.startswith(prefix)}
+        found |= {prefix + key: tensor for key, tensor in layer.published(own).items()}
+    return found
 
 
 def _check_base(model: nn.Module, words: Words, folder: Path) -> None:
@@ -215,8 +218,14 @@ def _check_base(model: nn.Module, words: Words, folder: Path) -> None:
         )
 
 
-def _open(folder: Path) -> Any:
-    path = folder / WEIGHTS_NAME
+def _files(folder: Path) -> list[str]:
+    """Return the names of the files that hold the tensors of an adapter folder."""
+    shared = spelling(method_of(folder, read_words(folder))).shared_file
+    return [WEIGHTS_NAME, *([shared] if shared else [])]
+
+
+def _open(folder: Path, name: str = WEIGHTS_NAME) -> Any:
+    path = folder / name
     if not path.is_file():
         pickled = " (adapter_model.bin is a pickle, which may run code: convert it)"
         hint = pickled if (folder / "adapter_model.bin").is_file() else ""
@@ -228,14 +237,19 @@ def _open(folder: Path) -> Any:
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    with _open(folder) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in _files(folder):
+        with _open(folder, part) as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return shapes
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     lineage = read_lineage(folder)
-    with _open(folder) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors: dict[str, Tensor] = {}
+    for part in _files(folder):
+        with _open(folder, part) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
     if lineage is not None and lineage.adapter_sha256 not in (None, file_sha256(folder / WEIGHTS_NAME)):
         raise AdapterFileError(
             f"{folder / WEIGHTS_NAME}: damaged, it is not the file that lineage.json describes; "

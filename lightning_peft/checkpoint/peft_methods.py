@@ -16,8 +16,9 @@ READ_OFF_THE_FILE = (
 
 
 def spellings() -> dict[str, PeftSpelling]:
-    """Return how every method with adapters is written, by name; when reading, the first that fits is the method."""
-    return {name: spelling(name) for name, method in METHODS.items() if method.layers}
+    """Return how folders of every method are read, by name; the first that fits is the method."""
+    found = {name: spelling(name) for name, method in METHODS.items() if method.layers}
+    return {name: row for name, row in found.items() if row.is_read}
 
 
 def spelling(name: str) -> PeftSpelling:

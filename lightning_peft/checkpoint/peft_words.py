@@ -202,7 +202,9 @@ def method_of(folder: Path, words: Words) -> str:
     fitting = [
         method
         for method, row in spellings().items()
-        if row.peft_type == words["peft_type"] and all(bool(words.get(k)) == v for k, v in row.flags.items())
+        if row.peft_type == words["peft_type"]
+        and all(bool(words.get(k)) == v for k, v in row.flags.items())
+        and (folder / row.shared_file).exists()
     ]
     if not fitting:
         known = ", ".join(sorted({row.peft_type for row in spellings().values()}))

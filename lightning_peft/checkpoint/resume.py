@@ -182,6 +182,12 @@ def saved_content(path: Path) -> dict[str, str]:
     return dict(_mapped(path)["callbacks"].get("RunRecord", {}).get("content", {}))
 
 
+def saved_selection(path: Path) -> dict[str, Any] | None:
+    """Return the modules that a checkpoint's run has chosen to train in full; None for methods that choose none."""
+    found: dict[str, Any] | None = _mapped(path).get("selection")
+    return found
+
+
 def _mapped(path: Path) -> dict[str, Any]:
     """A checkpoint whose tensors stay on disk."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

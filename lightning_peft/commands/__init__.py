@@ -12,6 +12,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("lightning_peft.commands.sweep:sweep", "status, retry, cancel or table of a sweep"),
     "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
     "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
+    "calibrate": (
+        "lightning_peft.commands.calibrate:calibrate",
+        "how far an adapter's probabilities can be believed: ECE, Brier, entropy",
+    ),
     "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),
     "report": ("lightning_peft.commands.report:report", "one HTML page of a run or sweep: curves, table, samples"),
     "push": ("lightning_peft.commands.push:push", "upload an adapter or merged model to the hub, with its card"),

@@ -1,6 +1,7 @@
 """`lightning-peft estimate`: what `train` would need with the same overrides, and what to change if it is too much."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,6 +31,8 @@ from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, StrategyKind
 from lightning_peft.training.module import reads_whole_model
 from lightning_peft.training.precision import DTYPES
+
+logger = logging.getLogger(__name__)
 
 
 def estimate(config: EstimateConfig) -> dict[str, Any]:
@@ -119,10 +122,16 @@ def empty_objective(config: TrainConfig, dtype: torch.dtype) -> SupervisedLoss:
         for name, parameter in model.named_parameters():
             if kept.search(name):
                 parameter.data = parameter.data.float()
-    if config.quantization.is_on:
-        prepare_quantized(model, config.quantization)
+    adapter, quantization = config.adapter, config.quantization
+    if (largest := METHODS[adapter.method].largest_selection) is not None:
+        selection = largest(model, adapter)
+        logger.info("taken for trained in full, the most that adapter.budget holds: %s", ", ".join(selection.chosen))
+        adapter = selection.applied(adapter)
+        quantization = replace(quantization, exclude=[*quantization.exclude, *selection.chosen])
+    if quantization.is_on:
+        prepare_quantized(model, quantization)
     accept_packed_batches(model)
-    inject_adapters(model, config.adapter)
+    inject_adapters(model, adapter)
     checkpoint_blocks(model, config.activation_checkpointing)
     return SupervisedLoss(model)
 
@@ -169,7 +178,7 @@ def with_8bit_optimizer(config: EstimateConfig) -> EstimateConfig | None:
 
 
 def with_nf4(config: EstimateConfig) -> EstimateConfig | None:
-    if config.quantization.is_on or not METHODS[config.adapter.method].layers:
+    if config.quantization.is_on or METHODS[config.adapter.method].trains_all:
         return None
     return replace(config, quantization=replace(config.quantization, kind=Kind.nf4))
 

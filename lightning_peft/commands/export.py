@@ -1,5 +1,6 @@
 """`lightning-peft export`: a trained adapter as the files that other engines read, with a receipt."""
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from lightning_peft.models.loading import load_model, load_tokenizer, model_conf
 from lightning_peft.models.source import MODELS, ModelConfig, locate
 from lightning_peft.serving import gguf_lora, gguf_model, ollama
 from lightning_peft.serving.engines import (
+    NEVER_LOW_RANK,
     check_engines,
     features_of,
     largest_rank,
@@ -39,10 +41,12 @@ from lightning_peft.serving.engines import (
     spoken,
     table_of,
 )
-from lightning_peft.serving.plain import inject_pairs, plain_pairs, write_plain
+from lightning_peft.serving.plain import cut_pairs, inject_pairs, plain_pairs, write_plain
 from lightning_peft.serving.prompt import TEMPLATE_NAME, template_with_system
 
 RECEIPT_NAME = "export_receipt.json"
+RESIDUAL_NAME = "svd_residual.json"
+"""Layer -> share of its change's energy that svd_rank has cut off."""
 LOW_RANK = (ExportFormat.plain, ExportFormat.gguf_lora)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -111,10 +115,14 @@ def checked(config: ExportConfig) -> Source:
         ends = ("embed", "lm_head", "wte")
         features.append("trained_embeddings" if any(end in beside[0] for end in ends) else "trained_modules")
     blocking = not_low_rank(features)
+    if blocking in NEVER_LOW_RANK and config.svd_rank is not None:
+        features = [feature for feature in features if feature != blocking] + ["lora"]
+        blocking = not_low_rank(features)
     if blocking is not None and config.format in LOW_RANK:
+        nearest = "; svd_rank= makes the nearest one" if blocking in NEVER_LOW_RANK else ""
         raise ValueError(
             f"format={format}: {folder} has {spoken(blocking)}, which is no low-rank sum; "
-            "use format=gguf, or `lightning-peft merge`"
+            f"use format=gguf, or `lightning-peft merge`{nearest}"
         )
     own_file = base_file(base)
     merged = config.format is ExportFormat.gguf or (
@@ -123,7 +131,7 @@ def checked(config: ExportConfig) -> Source:
     )
     if merged:
         gguf_model.check_family(str(model_config(base).model_type))
-    rank = 0 if merged else largest_rank(adapter)
+    rank = 0 if merged else config.svd_rank or largest_rank(adapter)
     refuse_wrong_engines(config.engine, features, rank, format)
     name = ""
     if config.format is ExportFormat.plain:
@@ -185,7 +193,16 @@ def write_pairs(
     folder: Path,
 ) -> Receipt:
     """Write the adapter beside its base, and read it back into a fresh one."""
-    pairs = plain_pairs(model)
+    if config.svd_rank is None:
+        pairs = plain_pairs(model)
+    else:
+        pairs, lost = cut_pairs(model, config.svd_rank)
+        worst = max(lost, key=lambda name: lost[name])
+        print(
+            f"svd_rank={config.svd_rank}: loses {sum(lost.values()) / len(lost):.2%} of a layer's change in the mean, "
+            f"{lost[worst]:.2%} at {worst}"
+        )
+        (folder / RESIDUAL_NAME).write_text(json.dumps(lost, indent=2) + "\n")
     path = folder / gguf_lora.FILE_NAME
     if config.format is ExportFormat.plain:
         write_plain(pairs, model, folder, source.base_name, read_lineage(source.folder))

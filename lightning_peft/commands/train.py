@@ -19,17 +19,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft import distributed, readable
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.inject import describe_targets, inject_adapters, trainable_parameter_counts
+from lightning_peft.adapters.hybrid_lora import table_of
+from lightning_peft.adapters.inject import adapters, describe_targets, inject_adapters, trainable_parameter_counts
+from lightning_peft.adapters.method import Selection
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, check_lineage, installed_versions, write_lineage
-from lightning_peft.checkpoint.merged import save_model
+from lightning_peft.checkpoint.merged import merged_state, save_model
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.checkpoint.peft_methods import spelling
-from lightning_peft.checkpoint.resume import whole_state
+from lightning_peft.checkpoint.resume import saved_selection, whole_state
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import Audit, preview
 from lightning_peft.data.datamodule import SFTDataModule
@@ -48,6 +50,7 @@ from lightning_peft.models.loading import (
 )
 from lightning_peft.models.packing import packing_of
 from lightning_peft.models.source import copy_companions, name_for_others
+from lightning_peft.optim.routed_adamw import RoutedAdamW
 from lightning_peft.quantization.experts import expert_stacks
 from lightning_peft.quantization.weights import reads_weight
 from lightning_peft.runs.folder import Start, check_same_content, end_of, folder_of, opened_folder
@@ -163,6 +166,8 @@ def train_prepared(
         config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
         config.objective,
     )  # fmt: skip
+    if start.checkpoint is not None and (kept := saved_selection(start.checkpoint)) is not None:
+        module.selection = Selection(**kept)
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
 
     def save(module: LightningModule, folder: Path) -> None:
@@ -192,6 +197,11 @@ def train_prepared(
     result: dict[str, Any] = {"status": "failed"}
     try:
         fit(trainer, module, data, start.checkpoint, signals)
+        if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
+            (run_dir / "wins.json").write_text(json.dumps(routed.report(), indent=2) + "\n")
+        if module.selection is not None and distributed.rank() == 0:
+            (run_dir / "selection.json").write_text(json.dumps(vars(module.selection), indent=2) + "\n")
+            Console().print(table_of(module.selection))
         save(module, run_dir / "adapter")
         if distributed.rank() == 0 and (run_dir / "adapter").is_dir():
             check_in_peft(run_dir / "adapter", module)
@@ -311,7 +321,7 @@ def save_tuned(
 ) -> None:
     """Write the adapter folder, or after full fine-tuning a whole model in its place, with the layout of prompts."""
     layout = layout.with_stops(sorted(declared_end_ids(module.model)))
-    if METHODS[module.adapter_config.method].layers:
+    if not METHODS[module.adapter_config.method].trains_all:
         added = tokenizer if module.model_config.new_tokens else None
 
         def beside(partial: Path) -> None:
@@ -321,11 +331,12 @@ def save_tuned(
         base = name_for_others(module.model_config)
         save_adapter(module.model, module.adapter_config, folder, base, lineage, added, beside)
         return
-    state = whole_state(module.model)
+    has_adapters = next(adapters(module.model), None) is not None
+    state = merged_state(module.model) if has_adapters else whole_state(module.model)
     if distributed.rank() != 0:
         return
     with atomic_folder(folder.with_name(folder.name.replace("adapter", MODEL_FOLDER))) as partial:
-        save_model(module.model, tokenizer, partial, module.model.dtype, state)
+        save_model(module.model, tokenizer, partial, None if has_adapters else module.model.dtype, state)
         copy_companions(module.model_config, partial)
         write_lineage(lineage, partial)
         layout.save(partial)

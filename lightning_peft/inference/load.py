@@ -13,6 +13,7 @@ from lightning_peft.checkpoint.peft_words import read_words
 from lightning_peft.models.loading import load_model, model_name, source_fingerprint
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.quantization.convert import dequantize_modules
 
 MODEL_FOLDER = "model"
 """Where a run of full fine-tuning writes its model; other runs write `adapter/`."""
@@ -63,6 +64,7 @@ def load_adapted(
     check_lineage(folder, source_fingerprint(model), quantization.kind.name, model_name(model))
     adapter = adapter_config_from_peft(folder)
     loaded = load_model(model, dtype, quantization, device=device)
+    dequantize_modules(loaded, adapter.trainable_modules)
     inject_adapters(loaded, adapter)
     load_adapter(loaded, folder)
     return loaded.eval()

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_peft.optim.param_groups import parameter_groups
+from lightning_peft.optim.routed_adamw import SCORES, RoutedAdamW
 from lightning_peft.optim.sharded import STATE_BLOCK, local_rows
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class OptimizerConfig:
     lora_plus_ratio: float | None = None
     """Learning rate of lora_B over that of lora_A (LoRA+, arXiv:2402.12354); null trains both at `lr`."""
 
+    full_lr: float | None = None
+    """Peak learning rate of modules of the base that train in full beside adapters; null trains them at `lr`."""
+
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optimizer.name={self.name}: unknown, choose one of {', '.join(OPTIMIZERS)}")
@@ -50,8 +54,32 @@ class OptimizerConfig:
         for name, value in [("beta1", self.beta1), ("beta2", self.beta2)]:
             if not 0 <= value < 1:
                 raise ValueError(f"optimizer.{name}={value}: must be at least 0 and below 1")
+        if self.full_lr is not None and self.full_lr <= 0:
+            raise ValueError(f"optimizer.full_lr={self.full_lr}: must be above 0, or null")
         if self.lora_plus_ratio is not None and self.lora_plus_ratio < 1:
             raise ValueError(f"optimizer.lora_plus_ratio={self.lora_plus_ratio}: must be at least 1, or null")
+
+
+@dataclass
+class RoutedAdamWConfig(OptimizerConfig):
+    name: str = "routed_adamw"
+    score: str = "epd"
+    """What experts compete by: epd, the expected decrease of the loss, or pfn, the norm of Adam's direction."""
+    winners: int = 1
+    """Experts of a layer that are moved in a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise ValueError(f"optimizer.score={self.score}: must be one of {', '.join(SCORES)}")
+        if self.winners < 1:
+            raise ValueError(f"optimizer.winners={self.winners}: must be at least 1")
+
+
+def _routed_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    assert isinstance(config, RoutedAdamWConfig)
+    betas = (config.beta1, config.beta2)
+    return RoutedAdamW(groups, config.lr, betas, config.eps, config.score, config.winners)
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
@@ -100,24 +128,40 @@ class OptimizerChoice:
 OPTIMIZERS: dict[str, OptimizerChoice] = {
     "adamw": OptimizerChoice(_adamw),
     "adamw_8bit": OptimizerChoice(_bitsandbytes_adamw, state_bits=8),
+    "routed_adamw": OptimizerChoice(_routed_adamw, config=RoutedAdamWConfig),
     "paged_adamw_32bit": OptimizerChoice(_bitsandbytes_adamw, is_paged=True),
     "paged_adamw_8bit": OptimizerChoice(_bitsandbytes_adamw, state_bits=8, is_paged=True),
 }
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> Optimizer:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, in_full: Collection[str] = ()
+) -> Optimizer:
     """The configured optimiser over those of the parameters that train, in named groups (see `parameter_groups`).
+
+    `in_full` names those of the base that train beside adapters.
 
     Sharded parameters are stepped through `local_rows`: call `hand_over_gradients` before each step.
     """
     rows = {name: local_rows(parameter) for name, parameter in named_parameters if parameter.requires_grad}
-    groups = parameter_groups(rows.items(), config.lr, config.weight_decay, config.lora_plus_ratio)
+    apart = {} if config.full_lr is None else {name: row for name, row in rows.items() if name in in_full}
+    if config.full_lr is not None and not apart:
+        raise ValueError(
+            f"optimizer.full_lr={config.full_lr}: no module is trained in full beside adapters; leave it null"
+        )
+    others = [(name, row) for name, row in rows.items() if name not in apart]
+    groups = parameter_groups(others, config.lr, config.weight_decay, config.lora_plus_ratio)
+    if config.full_lr is not None:
+        own = parameter_groups(apart.items(), config.full_lr, config.weight_decay)
+        groups += [group | {"name": f"full_{group['name']}"} for group in own]
     if not groups:
         raise ValueError("no parameter requires gradients: there is nothing to train")
     optimizer = OPTIMIZERS[config.name].build(groups, config)
     names = {parameter: name for name, parameter in rows.items()}
     for group in optimizer.param_groups:
         group["param_names"] = [names[parameter] for parameter in group["params"]]
+    if isinstance(optimizer, RoutedAdamW):
+        optimizer.take_names()
     return optimizer
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -107,6 +107,14 @@ def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
 def dequantized_layer(layer: nn.Module) -> nn.Module:
     """Return a frozen dense layer, of a stack of experts too, with the weights of a coded one."""
     return dequantized_experts(layer) if isinstance(layer, QuantizedExperts) else dequantized_linear(layer)
+
+
+def dequantize_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Put dense layers in the place of those named layers that are coded, and return their names."""
+    coded = [name for name in names if isinstance(model.get_submodule(name), QuantizedLinear)]
+    for name in coded:
+        model.set_submodule(name, dequantized_linear(model.get_submodule(name)))
+    return coded
 
 
 def dequantized_linear(layer: nn.Module) -> nn.Linear | Conv1D:

@@ -119,6 +119,23 @@ def parallel(keys: Sequence[str], rows: Sequence[Sequence[Any]], scores: Sequenc
         return figure
 
 
+def reliability(ways: Mapping[str, Sequence[tuple[int, float, float]]]) -> Figure:
+    """Draw accuracy over confidence, a curve a way; a bin is (tokens, confidence, accuracy), the diagonal is honest."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 4.2))
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+        for name, bins in ways.items():
+            most = max(tokens for tokens, _, _ in bins)
+            x, y = [confidence for _, confidence, _ in bins], [accuracy for _, _, accuracy in bins]
+            (line,) = axes.plot(x, y, label=name, linewidth=1.2)
+            axes.scatter(x, y, s=[6 + 60 * tokens / most for tokens, _, _ in bins], color=line.get_color(), alpha=0.6)
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("accuracy")
+        axes.legend(frameon=False, fontsize=8)
+        return figure
+
+
 def svg(figure: Figure) -> str:
     """Return the figure as an SVG element that stands inside a page."""
     with matplotlib.rc_context(STYLE):

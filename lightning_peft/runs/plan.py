@@ -61,7 +61,7 @@ def plan_run(config: TrainConfig, machine: Machine) -> RunPlan:
     check_trainer_options(config.trainer)
     check_nodes(config)
     kind = config.strategy.kind
-    trains_all = not METHODS[config.adapter.method].layers
+    trains_all = METHODS[config.adapter.method].trains_all
     requested = str(config.trainer.get("precision", "auto"))
     precision = resolve_precision(requested, machine.accelerator, machine.has_bf16, trains_all)
     devices, nodes = count_ranks(config.trainer, kind, machine)

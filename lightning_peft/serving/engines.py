@@ -16,8 +16,8 @@ from lightning_peft.adapters.registry import METHODS
 TABLE = Path(__file__).with_name("engines.yaml")
 PAIR_FORMATS = ("plain", "gguf_lora")
 """Formats of `export` that hold the adapter alone, as low-rank pairs."""
-PAIRS = ("lora", "lora_fa")
-"""Methods whose file is A and B; others have a cell of their own name."""
+PAIRS = ("lora", "lora_fa", "balora")
+"""Methods whose file is A and B, beside those whose folder is one of these; others have a cell of their own name."""
 NEVER_LOW_RANK = ("dora", "hira", "ia3", "miss", "intrinsic", "other_method")
 """Features whose change is no low-rank sum, whatever the file."""
 WHOLE_TENSORS = ("trained_modules", "trained_embeddings", "trained_biases")
@@ -100,10 +100,11 @@ def check_engines(option: str, names: Iterable[str]) -> None:
 def features_of(config: AdapterConfig) -> list[str]:
     """Return what decides how engines treat an adapter of this config; the keys of an engine's cells."""
     method = METHODS[config.method]
-    if not method.layers:
+    if method.trains_all:
         return []
     known = next(iter(engines().values())).cells
-    found = ["lora" if config.method in PAIRS else config.method if config.method in known else "other_method"]
+    in_pairs = config.method in PAIRS or (method.peft is not None and not method.peft.is_read)
+    found = ["lora" if in_pairs else config.method if config.method in known else "other_method"]
     if isinstance(config, LoRAConfig):
         if config.rank_stabilized:
             found.append("rslora")

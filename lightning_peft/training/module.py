@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 from lightning_peft.adapters.base import AdapterConfig, StepSchedule
 from lightning_peft.adapters.eva import initialize_from_activations
 from lightning_peft.adapters.init import Reads, initialize_from_weights
-from lightning_peft.adapters.inject import Injection, adapters, regularization, step_schedule
+from lightning_peft.adapters.inject import Injection, adapters, regularization, step_schedule, trained_in_full
+from lightning_peft.adapters.method import Selection
+from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.compat import clip_unscaled_gradients
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
-from lightning_peft.distributed import worst
+from lightning_peft.distributed import rank, world_size, worst
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.models.loading import load_by_block, load_model, model_name
@@ -42,6 +44,7 @@ from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import (
     bits_per_parameter,
     combined_fingerprint,
+    dequantize_modules,
     layer_fingerprints,
     memory_by_group,
     weights_fingerprint,
@@ -68,7 +71,8 @@ logger = logging.getLogger(__name__)
 def reads_whole_model(adapter: AdapterConfig, quantization: QuantizationConfig) -> bool:
     """Whether the adapters start from more than their own layer: weights before quantisation, or activations."""
     reads = adapter.initialization.reads
-    return reads is Reads.activations or (reads is not Reads.shape and quantization.is_on)
+    chooses = METHODS[adapter.method].select is not None
+    return chooses or reads is Reads.activations or (reads is not Reads.shape and quantization.is_on)
 
 
 class FinetuneModule(LightningModule):
@@ -110,13 +114,15 @@ class FinetuneModule(LightningModule):
         self.step_schedule: StepSchedule | None = None
         """The schedule that changes the adapters between steps, for methods that have one."""
         self.saved_schedule: dict[str, Any] | None = None
+        self.selection: Selection | None = None
+        """The modules that a method has chosen to train in full; given before the model is made, they are taken."""
         self.objective: ModelLoss | None = None
         self.base_fingerprint: str | None = None
         """Hash of the quantised base as loaded, with quantization.verify."""
         self.window = TokenWindow()
         self.validation_window = TokenWindow()
         self.step_metrics: dict[str, Tensor] = {}
-        """Device scalars of the last optimiser step: loss, tokens (supervised), grad_norm."""
+        """Device scalars of the last optimiser step: loss, tokens (supervised), grad_norm, penalty of the adapters."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -154,6 +160,32 @@ class FinetuneModule(LightningModule):
         row = OBJECTIVES[self.objective_config.name]
         return row.build(model, self.objective_config, self.packing).train()
 
+    def select_modules(self, model: PreTrainedModel, device: torch.device) -> None:
+        """For methods that choose them, find the modules trained in full, and make their weights dense."""
+        select = METHODS[self.adapter_config.method].select
+        if select is None:
+            return
+        if self.selection is None:
+            data = getattr(self._trainer, "datamodule", None)
+            if data is None:
+                raise ValueError(
+                    f"method={self.adapter_config.method} looks at gradients: call trainer.fit with datamodule="
+                )
+            objective = self.build_objective(model).eval()
+            count = self.adapter_config.probe_batches  # type: ignore[attr-defined]
+            batches = data.first_batches(count)[rank() :: world_size()]
+
+            def loss_of(batch: Batch) -> Callable[[], Tensor]:
+                moved = move_data_to_device(batch, model.device)
+                return lambda: objective(moved) / max(objective.loss_weight(moved), 1.0)
+
+            sums_on = device if self._trainer is None else self.trainer.strategy.root_device
+            self.selection = select(model, self.adapter_config, map(loss_of, batches), sums_on)
+        self.adapter_config = self.selection.applied(self.adapter_config)
+        dense = dequantize_modules(model, self.selection.chosen)
+        found = f", {len(dense)} of them made dense" if dense else ""
+        logger.info("%d of %d modules train in full%s", len(self.selection.chosen), len(self.selection.scores), found)
+
     def load(self, device: torch.device, sharding: ShardedModel | None) -> ModelLoss:
         """Return the model on `device` with its loss; each block is read, quantised and adapted before the next.
 
@@ -169,12 +201,14 @@ class FinetuneModule(LightningModule):
         fingerprints: dict[str, str] = {}
         with Part(f"loading {model_name(self.model_config)}"):
             model, blocks = load_by_block(self.model_config, self.weight_dtype, self.quantization_config, device)
+            if reads_all:
+                blocks = iter(list(blocks))
+                self.select_modules(model.to(device), device)  # type: ignore[arg-type]  # as in load_model
             torch.manual_seed(self.seed)
             injection = Injection(model, self.adapter_config)
             if reads_all:
-                blocks = iter(list(blocks))
                 injection.finish()
-                self.start_adapters(model.to(device))  # type: ignore[arg-type]  # as in load_model
+                self.start_adapters(model)
             if sharding is not None:
                 transformer_blocks(model)  # says so where there are none
             checkpoint_blocks(model, self.activation_checkpointing)
@@ -256,8 +290,10 @@ class FinetuneModule(LightningModule):
         assert self.objective is not None
         loss = self.objective(batch)
         weight = self.objective.loss_weight(batch)
-        self.window.add(loss, weight, batch.loss_weight, self.objective.measured)
-        penalty = regularization(self.model)
+        penalty, measured = regularization(self.model), self.objective.measured
+        if penalty is not None:
+            measured = measured | {"penalty": (penalty.detach() * weight, loss.new_tensor(weight))}
+        self.window.add(loss, weight, batch.loss_weight, measured)
         if penalty is not None:
             loss = loss + penalty * weight
         # Undo Lightning's division; the true divisor, the window's token count, is known when the window closes.
@@ -271,6 +307,7 @@ class FinetuneModule(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.step_metrics |= getattr(self.trainer.optimizers[0], "measured", {})
         if self.step_schedule is not None:
             self.step_schedule.after_step(self.trainer.global_step + 1)
 
@@ -318,7 +355,7 @@ class FinetuneModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        optimizer = build_optimizer(named, self.optimizer_config)
+        optimizer = build_optimizer(named, self.optimizer_config, trained_in_full(self.model))
         clip_unscaled_gradients(optimizer)
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_schedule(optimizer, self.schedule_config, total_steps)
@@ -334,6 +371,9 @@ class FinetuneModule(LightningModule):
         adjust_progress(checkpoint, self.trainer.world_size)
         assert self.objective is not None
         self.objective.load_step_state(move_data_to_device(checkpoint.get("objective", {}), self.device))
+        saved, own = checkpoint.get("selection"), self.selection
+        if saved is not None and (own is None or saved["chosen"] != own.chosen):
+            raise ValueError("checkpoint: other modules were trained in full; set `selection` to those that it holds")
         self.saved_schedule = checkpoint.get("step_schedule")
         if self.step_schedule is not None and self.saved_schedule is not None:
             self.step_schedule.load_state_dict(self.saved_schedule)
@@ -342,6 +382,8 @@ class FinetuneModule(LightningModule):
         self.check_base()
         if self.objective is not None and (state := self.objective.step_state()):
             checkpoint["objective"] = state
+        if self.selection is not None:
+            checkpoint["selection"] = dict(vars(self.selection))
         if self.step_schedule is not None:
             checkpoint["step_schedule"] = self.step_schedule.state_dict()
 

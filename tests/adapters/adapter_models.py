@@ -13,8 +13,8 @@ from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
 from lightning_peft.quantization.weights import linear_shape
 
-WRAPPING = [name for name, method in METHODS.items() if method.layers]
-"""Methods that wrap layers: all but full."""
+WRAPPING = [name for name, method in METHODS.items() if not method.trains_all]
+"""Methods that wrap layers of a frozen base."""
 
 
 def llama(dtype: torch.dtype = torch.float32, quantized: bool = False, **options: Any) -> LlamaForCausalLM:

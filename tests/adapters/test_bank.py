@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import adapted, config_for, llama, logits, perturb, tokens
+from adapter_models import WRAPPING, adapted, config_for, llama, logits, perturb, tokens
 from torch import Tensor, nn
 
 from lightning_peft.adapters.bank import AdapterBank, inject_bank, routed
@@ -13,7 +13,6 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import adapters, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.lora import LoRAConfig
-from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 
 CONFIGS: list[AdapterConfig] = [
@@ -41,7 +40,7 @@ def assert_within_epsilon(actual: Tensor, expected: Tensor, factor: float = 1) -
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.layers and name != "ia3"])
+@pytest.mark.parametrize("method", [name for name in WRAPPING if name != "ia3"])
 def test_layer_equals_each_adapter_alone(method: str, quantized: bool) -> None:
     models = [perturb(adapted(method, quantized=quantized), scale) for scale in (0.05, 0.02)]
     layers = [model.get_submodule("model.layers.1.self_attn.v_proj") for model in models]

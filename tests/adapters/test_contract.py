@@ -56,7 +56,7 @@ def test_fresh_adapters_change_nothing(method: str, quantized: bool, dtype: torc
 @every_base
 @every_method
 def test_only_declared_parameters_train(method: str, quantized: bool) -> None:
-    model = adapted(method, torch.bfloat16, quantized)
+    model = adapted(method, torch.bfloat16, quantized).train()
 
     model(tokens(), use_cache=False).logits.float().square().mean().backward()
 
@@ -336,4 +336,4 @@ def test_low_rank_sum_is_the_change(method: str, quantized: bool) -> None:
             product = change.scaling * (change.B @ change.A)
             torch.testing.assert_close(product, layer.delta_weight(), rtol=1e-5, atol=1e-6)
         else:
-            assert method in ("dora", "hira", "ia3", "miss", "intrinsic")
+            assert method in ("dora", "hira", "ia3", "lr_lora", "miss", "intrinsic")

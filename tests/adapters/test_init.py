@@ -94,7 +94,7 @@ def test_plain_factors_on_a_fresh_base_in_peft_are_the_model(init: str, rank_sta
     ).eval()
     state = {}
     for name, layer in adapters(ours):
-        own = layer.on_untouched_base(dict(layer.named_parameters()))
+        own = layer.published(dict(layer.named_parameters()))
         A, B = own["lora_A.weight"], own["lora_B.weight"]
         assert A.shape[0] == B.shape[1] == 8
         state |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
@@ -110,7 +110,7 @@ def test_plain_factors_of_an_untouched_base_are_the_layers_own() -> None:
 
     own = dict(layer.named_parameters())
 
-    assert layer.on_untouched_base(own) is own
+    assert layer.published(own) is own
 
 
 @pytest.mark.parametrize("init", REWRITING)

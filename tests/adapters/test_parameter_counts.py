@@ -105,6 +105,20 @@ def test_dora_on_llama_3_8b() -> None:
     assert trained("llama_3_8b", "dora", rank=16) == 43_319_296
 
 
+def test_molf_e_on_llama_3_8b() -> None:
+    assert trained("llama_3_8b", "molf_e") == 136 * 2_621_440 == 356_515_840
+
+
+def test_lr_lora_on_llama_3_8b() -> None:
+    """LoRA's, and eight coefficients and a width for each of 224 layers."""
+    assert trained("llama_3_8b", "lr_lora", rank=16) == 41_943_040 + 224 * 9 == 41_945_056
+
+
+def test_balora_on_llama_3_8b() -> None:
+    """LoRA's on q and v, and a network of two hidden layers of 256 for 64 variances."""
+    assert trained("llama_3_8b", "balora", rank=16, target_modules=QV) == 6_815_744 + 1_131_072 == 7_946_816
+
+
 @pytest.mark.parametrize(("model", "expected"), [("llama_2_7b", 1_589_248), ("llama_13b", 2_416_640)])
 def test_vera_of_the_paper(model: str, expected: int) -> None:
     """Table 4: 1.6M and 2.4M at rank 1024 on all linear layers."""

@@ -107,6 +107,11 @@ def test_what_is_not_low_rank_is_written_whole(dora_run, tmp_path, capsys):
     for format in ("plain", "gguf_lora"):
         said = refused([f"adapter_path={dora_run}", f"output={tmp_path / 'x'}", f"format={format}"], capsys)
         assert "has DoRA, which is no low-rank sum; use format=gguf, or `lightning-peft merge`" in said
+        assert "; svd_rank= makes the nearest one" in said
+    cut = [f"adapter_path={dora_run}", f"output={tmp_path / 'cut'}", "format=gguf_lora", "svd_rank=64"]
+    assert main(["export", *cut, "precision=32-true", "max_kl=0.1"]) == 0
+    assert "svd_rank=64: loses" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "cut" / "svd_residual.json").read_text()).values()) <= {0.0}
 
 
 REFUSED = {
@@ -117,6 +122,8 @@ REFUSED = {
     "wrong engine": (["format=plain", "base_name=a/b", "engine=[llama_cpp]"], "does not read format=plain; use"),
     "unknown engine": (["format=gguf_lora", "engine=[lama]"], "engine=lama: no such engine in the table"),
     "dtype of an adapter": (["format=gguf_lora", "dtype=q8_0"], "dtype=q8_0: only format=gguf and ollama have one"),
+    "rank below one": (["format=plain", "svd_rank=0"], "svd_rank=0: must be at least 1, or null"),
+    "rank of a whole model": (["format=gguf", "svd_rank=4"], "svd_rank=4 format=gguf: a whole model has no rank"),
     "unknown dtype": (["format=gguf", "dtype=q4"], "dtype=q4: must be one of fp32, bf16, q8_0"),
     "base of a whole model": (["format=gguf", "base_name=a/b"], "base_name=a/b: only format=plain and ollama"),
 }  # fmt: skip

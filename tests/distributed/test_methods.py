@@ -11,9 +11,14 @@ from lightning_peft.schemas import CONF_DIR
 METHODS = sorted({path.stem for path in (CONF_DIR / "method").glob("*.yaml")} - {"qlora", "qdora"})
 """Without those that are another one on a 4-bit base."""
 BASES = ["none", "nf4"]
-NO_MEANING = {("full", "nf4"), ("loftq", "none")}
+NO_MEANING = {("full", "nf4"), ("molf", "nf4"), ("loftq", "none")}
 """Refused on one process too."""
-REFUSED = {("adalora", "fsdp"): "method=adalora strategy=fsdp: its penalty reads whole matrices .*; use strategy=ddp"}
+SMALL = {"molf": ["adapter.expert_ranks=[4]"], "hybrid_lora": ["adapter.budget=0.3"]}
+"""Options that suit a model of two blocks."""
+REFUSED = {
+    ("adalora", "fsdp"): "method=adalora strategy=fsdp: its penalty reads whole matrices .*; use strategy=ddp",
+    ("lr_lora_gate", "fsdp"): "method=lr_lora_gate strategy=fsdp: its penalty reads the gates .*; use strategy=ddp",
+}
 SETTINGS = {
     "single": ["strategy=single", "trainer.accumulate_grad_batches=2"],
     "ddp": ["strategy=ddp"],
@@ -29,7 +34,8 @@ def runs(tmp_path_factory):
     def every(kind: str) -> dict[str, list[str]]:
         words = ["trainer.max_steps=2", *SETTINGS[kind]]
         return {
-            f"{kind}_{method}_{base}": [f"method={method}", f"quantization={base}", *words] for method, base in CASES
+            f"{kind}_{method}_{base}": [f"method={method}", f"quantization={base}", *SMALL.get(method, []), *words]
+            for method, base in CASES
         }
 
     train_on_ranks(1, folder, every("single"))

@@ -8,10 +8,10 @@ import torch
 from adapter_models import adapted, config_for, llama, logits, perturb
 from peft import PeftModel
 
-from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter
-from lightning_peft.serving.plain import NotLowRankError, inject_pairs, plain_pairs, write_plain
+from lightning_peft.serving.plain import NotLowRankError, cut_pairs, inject_pairs, plain_pairs, write_plain
 
 CASES = {
     "lora": config_for("lora"),
@@ -61,7 +61,31 @@ def test_triplets_that_adalora_has_cut_are_left_out() -> None:
     assert {len(A) for A, _ in plain_pairs(model).values()} == {2}
 
 
-@pytest.mark.parametrize("method", ["dora", "hira", "ia3", "miss", "intrinsic"])
+@pytest.mark.parametrize("method", ["dora", "hira", "ia3", "miss", "intrinsic", "lr_lora"])
 def test_what_is_no_low_rank_sum_is_refused(method: str) -> None:
     with pytest.raises(NotLowRankError, match="is no low-rank sum: use format=gguf, or merge"):
-        plain_pairs(adapted(method))
+        plain_pairs(perturb(adapted(method)))
+
+
+@pytest.mark.parametrize("method", ["lora", "lr_lora", "hira", "dora"])
+def test_cut_is_the_best_of_its_rank_and_names_what_is_lost(method: str) -> None:
+    model = perturb(adapted(method))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_c"):
+                parameter.add_(0.5)
+    changes = {name: layer.delta_weight().detach().double() for name, layer in adapters(model)}
+
+    pairs, lost = cut_pairs(model, 3)
+
+    for name, (A, B) in pairs.items():
+        values = torch.linalg.svdvals(changes[name])
+        residual = (changes[name] - B.double() @ A.double()).square().sum()
+        # The residual of the best approximation is the energy of what follows (Eckart and Young); fp32 factors.
+        torch.testing.assert_close(residual, values[3:].square().sum(), rtol=1e-3, atol=1e-9)
+        assert lost[name] == pytest.approx(float(residual / changes[name].square().sum()), rel=1e-3, abs=1e-6)
+
+
+def test_cut_of_a_changed_bias_is_refused() -> None:
+    with pytest.raises(NotLowRankError, match="changes more than a linear weight"):
+        cut_pairs(perturb(adapted("ia3")), 4)

@@ -17,6 +17,9 @@ SMALL = {
     "adalora": ["adapter.rank=4", "adapter.target_rank=2", "adapter.every_n_steps=1", "adapter.final_share=0.2"],
     "intrinsic": ["adapter.dimension=20"],
     "ia3": [],
+    "molf": ["adapter.expert_ranks=[4]", "optimizer.lr=1e-3"],
+    "molf_e": ["adapter.expert_ranks=[2,6]", "adapter.dropout=0.1"],
+    "hybrid_lora": ["adapter.rank=4", "adapter.budget=0.3"],
     "full": ["optimizer.lr=1e-3"],
 }
 """Options of the run, rank 4 with dropout where there is none."""

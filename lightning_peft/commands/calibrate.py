@@ -1,0 +1,74 @@
+"""`lightning-peft calibrate`: how far an adapter's probabilities can be believed, drawn, dropped and in an ensemble."""
+
+import importlib.util
+import json
+import logging
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_peft.adapters.balora import InputVariance, sampling
+from lightning_peft.command_configs import CalibrateConfig
+from lightning_peft.commands.adapted import load_for_inference, saved_config
+from lightning_peft.commands.evaluate import laid_out_as, validation_loader
+from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
+from lightning_peft.inference.load import tuned_folder
+from lightning_peft.models.packing import packing_of
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
+    """Score the mean adapter and what is random beside it; prints a table, writes the scores and a diagram."""
+    saved = saved_config(config.adapter_path)
+    data = config.data or (saved.data if saved is not None else None)
+    if data is None:
+        raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
+    if config.data is not None and saved is not None:
+        data = laid_out_as(saved.data, data)
+    data = replace(data, streaming=False, max_validation_rows=config.max_rows)
+    model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    ways = {"mean": Way([model])}
+    if any(isinstance(module, InputVariance) for module in model.modules()):
+        ways[f"{config.passes} draws"] = Way([model], config.passes, sampling)
+    if config.dropout is not None:
+        ways[f"{config.passes} passes with dropout"] = Way(
+            [model], config.passes, partial(dropping, dropout=config.dropout)
+        )
+    if config.ensemble:
+        others = [load_for_inference(path, config.model, config.precision)[0] for path in config.ensemble]
+        ways[f"ensemble of {1 + len(others)}"] = Way([model, *others])
+    loader, rows = validation_loader(replace(data, packing=packing_of(data, model)), tokenizer)
+    if not rows:
+        raise ValueError("data has no validation rows: give data.validation_path, or raise data.validation_fraction")
+    found = {name: calibration(way, loader, config.seed) for name, way in ways.items()}
+    show(found, rows)
+    path = Path(config.output) if config.output else tuned_folder(config.adapter_path).parent / "calibration.json"
+    path.write_text(json.dumps({name: asdict(scores) for name, scores in found.items()} | {"rows": rows}, indent=2))
+    print(path)
+    draw(found, path.with_suffix(".png"))
+    return found
+
+
+def draw(found: dict[str, Calibration], path: Path) -> None:
+    """Write the reliability diagram; say so where there is nothing to draw it with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("%s: not drawn, which needs matplotlib; pip install 'lightning-peft[report]'", path)
+        return
+    # matplotlib, which other commands do without.
+    from lightning_peft.report.figures import reliability
+
+    reliability({name: scores.bins for name, scores in found.items()}).savefig(path, dpi=150)
+    print(path)
+
+
+def show(found: dict[str, Calibration], rows: int) -> None:
+    """Print a column for each way."""
+    tokens = next(iter(found.values())).tokens
+    table = Table("", *found, title=f"{tokens:,} supervised tokens of {rows} rows never seen in training")
+    for name in ("accuracy", "nll", "brier", "ece", "entropy"):
+        table.add_row(name, *(f"{getattr(scores, name):.4f}" for scores in found.values()))
+    Console().print(table)

@@ -1,0 +1,74 @@
+"""Scores of probabilities against their formulas, and the command on adapters trained here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import tiny_config
+
+from lightning_peft.commands.calibrate import calibrate
+from lightning_peft.commands.train import train
+from lightning_peft.compose import compose_config
+from lightning_peft.evaluation.calibration import BINS, Tally
+
+
+def tally(probabilities: torch.Tensor, labels: torch.Tensor) -> Tally:
+    found = Tally()
+    for part in (slice(0, 100), slice(100, None)):
+        found.add(probabilities[part], labels[part])
+    return found
+
+
+def test_scores_are_their_formulas() -> None:
+    torch.manual_seed(0)
+    probabilities = torch.softmax(3 * torch.randn(300, 20), -1)
+    labels = torch.randint(0, 20, (300,))
+    confidence, guess = probabilities.max(1)
+    hits = (guess == labels).float()
+    one_hot = torch.nn.functional.one_hot(labels, 20)
+    gaps = 0.0
+    for place in range(BINS):
+        inside = (confidence > place / BINS) & (confidence <= (place + 1) / BINS)
+        if inside.any():
+            gaps += float(inside.float().mean() * (confidence[inside].mean() - hits[inside].mean()).abs())
+
+    scores = tally(probabilities, labels).result()
+
+    assert scores.tokens == 300 and scores.accuracy == pytest.approx(float(hits.mean()))
+    assert scores.nll == pytest.approx(float(-probabilities[torch.arange(300), labels].log().mean()), rel=1e-5)
+    assert scores.brier == pytest.approx(float((probabilities - one_hot).square().sum(1).mean()), rel=1e-5)
+    assert scores.entropy == pytest.approx(float(-(probabilities * probabilities.log()).sum(1).mean()), rel=1e-5)
+    assert scores.ece == pytest.approx(gaps, rel=1e-4)
+
+
+def test_labels_drawn_from_the_probabilities_are_calibrated() -> None:
+    torch.manual_seed(0)
+    probabilities = torch.softmax(2 * torch.randn(20_000, 5), -1)
+    labels = torch.multinomial(probabilities, 1)[:, 0]
+
+    assert tally(probabilities, labels).result().ece < 0.02 < tally(probabilities, (labels + 1) % 5).result().ece
+
+
+def test_nothing_to_score_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no supervised token"):
+        Tally().result()
+
+
+def test_command_scores_every_way(tmp_path: Path) -> None:
+    """The mean's cross entropy is the loss of the run; draws, dropout and an ensemble stand beside it."""
+    runs = [tmp_path / name for name in "ab"]
+    for seed, run in enumerate(runs):
+        words = ("method=balora", "adapter.rank=4", "optimizer.lr=0.01", "trainer.max_steps=4", f"seed={seed}")
+        result = train(tiny_config(run, *words))
+    words = [f"adapter_path={runs[1]}", "passes=3", "max_rows=8", "dropout=0.2", f"ensemble=[{runs[0]}]"]
+
+    found = calibrate(compose_config("calibrate", words))
+
+    assert list(found) == ["mean", "3 draws", "3 passes with dropout", "ensemble of 2"]
+    assert found["mean"].nll == pytest.approx(result["validation_loss"], rel=1e-4)
+    assert len({scores.nll for scores in found.values()}) == 4
+    written = json.loads((runs[1] / "calibration.json").read_text())
+    assert written["3 draws"]["ece"] == found["3 draws"].ece and (runs[1] / "calibration.png").is_file()
+    again = calibrate(compose_config("calibrate", words))
+    assert again == found
