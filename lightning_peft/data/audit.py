@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rich.text import Text
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
+from lightning_peft.data.config import Format
 from lightning_peft.data.conversation import BadRow
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import Kind
@@ -57,6 +58,8 @@ class Audit:
     """Samples that are copies of an earlier one."""
     seen_in_training: int = 0
     """Validation samples that are training samples as well."""
+    seen_in_sources: int = 0
+    """Samples of a source that an earlier one of the mixture has as well."""
     tools: str | None = None
     """Tools of the first row, as JSON; "" where another row has others."""
     preferences: dict[str, int] = field(default_factory=dict)
@@ -64,6 +67,25 @@ class Audit:
     and unwanted answers."""
     packing_fill: float | None = None
     """Share of tokens that are not padding, without packing None."""
+
+    @classmethod
+    def of_all(cls, audits: Sequence["Audit"]) -> "Audit":
+        """Return the counts over several sources together; the format is that of the conversations among them."""
+        formats = [audit.format for audit in audits if audit.format is not None]
+        tools = {audit.tools for audit in audits if audit.tools is not None}
+        found = cls(
+            format=next((name for name in formats if name != Format.text.value), formats[0] if formats else None),
+            files=sum(audit.files or 0 for audit in audits) or None,
+            tools=tools.pop() if len(tools) == 1 else "" if tools else None,
+            bad_row_messages=[line for audit in audits for line in audit.bad_row_messages][:SHOWN_BAD_ROWS],
+        )
+        for entry in fields(cls):
+            values = [getattr(audit, entry.name) for audit in audits]
+            if entry.type is int:
+                setattr(found, entry.name, sum(values))
+            elif isinstance(values[0], dict):
+                setattr(found, entry.name, {name: sum(v.get(name, 0) for v in values) for v in values for name in v})
+        return found
 
     def count_bad_row(self, error: BadRow) -> None:
         self.bad_rows += 1
@@ -183,6 +205,10 @@ class Audit:
         what = "pairs" if "pairs" in self.preferences else "samples"
         if self.repeated:
             lines.append(f"{self.repeated:,} of {units:,} {what} are copies of an earlier one")
+        if self.seen_in_sources:
+            lines.append(
+                f"{self.seen_in_sources:,} of {units:,} {what} are in an earlier source of the mixture as well"
+            )
         if self.seen_in_training:
             lines.append(
                 f"{self.seen_in_training:,} of {units:,} {what} are training {what} as well: their loss says "

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning_peft.data.chat import Encoded, Encoder, cut_to, encoder_of
 from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.formats import RowReader, row_reader
+from lightning_peft.data.mixture import MixedSource, naming, sources_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
@@ -267,24 +268,31 @@ def read_conversations(
 ) -> list[tuple[dict[str, Any], Conversation]]:
     """The first usable rows of a split, each with its messages; bad rows as `data.on_bad_row` says.
 
-    Raises `BadRow`, ValueError for options that do not fit the rows.
+    Those of a mixture come from its sources in turn. Raises `BadRow`, ValueError for options that do not fit the rows.
     """
-    rows = iterate_rows(config, split)
-    first = list(islice(rows, ROWS_AT_ONCE))
-    reader, refused = _find_reader(first, config)
+    turns = zip_longest(*(_conversations(source, split, limit) for source in sources_of(config)))
+    return list(islice((found for turn in turns for found in turn if found is not None), limit))
+
+
+def _conversations(source: MixedSource, split: str, limit: int | None) -> list[tuple[dict[str, Any], Conversation]]:
+    config = source.config
     found: list[tuple[dict[str, Any], Conversation]] = []
-    for row in chain(first, rows):
-        if limit is not None and len(found) >= limit:
-            break
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            if reader is None:
-                raise BadRow.because(row.origin, str(refused))
-            found.append((row.values, reader(row)))
-        except BadRow:
-            if config.on_bad_row is OnBadRow.error:
-                raise
+    with naming(source.name):
+        rows = iterate_rows(config, split)
+        first = list(islice(rows, ROWS_AT_ONCE))
+        reader, refused = _find_reader(first, config)
+        for row in chain(first, rows):
+            if limit is not None and len(found) >= limit:
+                break
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                if reader is None:
+                    raise BadRow.because(row.origin, str(refused))
+                found.append((row.values, reader(row)))
+            except BadRow:
+                if config.on_bad_row is OnBadRow.error:
+                    raise
     return found
 
 
