@@ -13,6 +13,7 @@ class Format(Enum):
     instruction = "instruction"
     prompt_completion = "prompt_completion"
     text = "text"
+    tokens = "tokens"
     preference = "preference"
     labelled = "labelled"
 

@@ -16,7 +16,7 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.batch import Batch, SourceOf
 from lightning_peft.data.cache import cached_samples
 from lightning_peft.data.chat import Encoded
-from lightning_peft.data.config import DataConfig, RowKind
+from lightning_peft.data.config import DataConfig, Format, RowKind
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.loader import CollatedBatches, MicroBatchLoader, unchanged
 from lightning_peft.data.mixed_samples import MixedSamples, MixturePlan
@@ -27,6 +27,9 @@ from lightning_peft.data.samples import Samples
 from lightning_peft.data.streaming import MixedWindows, RowWindows, StreamedBatches
 
 log = logging.getLogger(__name__)
+
+OF_TURNS = ("system_prompt", "template_options", "reasoning", "train_on", "train_on_last_turn")
+"""Options of `data` that speak of the turns of a conversation."""
 
 
 class SFTDataModule(LightningDataModule):
@@ -114,6 +117,7 @@ class SFTDataModule(LightningDataModule):
             audit.seen_in_sources = int(np.isin(part.digests, before).sum())
             before = np.concatenate([before, part.digests])
         self.train_audit = Audit.of_all(list(self.train_audits.values()))
+        self._say_what_rows_without_turns_ignore()
         self._train_plan = self._training_plan(train)
         first = self._train_plan(0)
         self._micro_batches_per_epoch = len(first)
@@ -121,6 +125,15 @@ class SFTDataModule(LightningDataModule):
         self._report("training", self.train_audits, self.train_audit)
         if not self._config.streaming and self._rank_and_world_size()[0] == 0:
             log.info("an epoch is %d optimiser steps", self.steps_per_epoch)
+
+    def _say_what_rows_without_turns_ignore(self) -> None:
+        default = DataConfig()
+        for source in self._sources:
+            given = [name for name in OF_TURNS if getattr(source.config, name) != getattr(default, name)]
+            format = self.train_audits[source.name].format
+            if given and format in (Format.text.value, Format.tokens.value) and self._rank_and_world_size()[0] == 0:
+                prefix, names = f"{source.name}: " * bool(source.name), ", ".join(f"data.{name}" for name in given)
+                log.warning("%s%s: rows of %s have no turns, so it changes nothing of them", prefix, names, format)
 
     def _refuse_empty(self, source: MixedSource) -> None:
         audit = self.train_audits[source.name]
@@ -142,9 +155,10 @@ class SFTDataModule(LightningDataModule):
     def _check_vocabulary(self, samples: Samples | MixedSamples) -> None:
         highest = max(samples.largest_token, self._pad_token_id)
         if self._vocabulary is not None and highest >= self._vocabulary:
-            token = self._tokenizer.convert_ids_to_tokens(highest)
+            token = self._tokenizer.convert_ids_to_tokens(highest) if highest < len(self._tokenizer) else None
+            name = "a token" if token is None else f"token {token!r}"
             raise ValueError(
-                f"token {token!r} has the id {highest}, the model has embeddings for {self._vocabulary}: take the "
+                f"{name} has the id {highest}, the model has embeddings for {self._vocabulary}: take the "
                 "tokenizer that belongs to the model, or give its new tokens as model.new_tokens"
             )
 
@@ -228,10 +242,11 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> MicroBatchLoader | StatefulDataLoader:
         rank, world_size = self._rank_and_world_size()
         if self._config.streaming:
+            common = (self._tokenizer, self._seed, rank == 0, self._check_vocabulary)
             windows = (
-                RowWindows(self._config, self._tokenizer, self._seed, rank == 0)
+                RowWindows(self._sources[0].config, *common)
                 if len(self._sources) == 1
-                else MixedWindows(self._config, self._sources, self._shares, self._tokenizer, self._seed, rank == 0)
+                else MixedWindows(self._config, self._sources, self._shares, *common)
             )
             stream = StreamedBatches(
                 windows, self._config, self._pad_token_id, rank, world_size, lookahead=self.trainer is not None

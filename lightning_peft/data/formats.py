@@ -12,6 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lightning_peft.data.config import DataConfig, Format, Layout, RowKind
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Conversation, Message, Row, read_json, shown
 from lightning_peft.data.preferences import read_chosen_and_rejected, read_label
+from lightning_peft.data.token_rows import COLUMNS as TOKEN_COLUMNS
+from lightning_peft.data.token_rows import read_tokens
 from lightning_peft.data.turns import READ_KEYS, read_turns
 
 SIDE_COLUMNS = ("system", "history", "input", "tools")
@@ -78,6 +80,10 @@ def _read_text(row: Row, reader: "RowReader") -> list[Message]:
     return [Message(TEXT_ROLE, _text(row, column))]
 
 
+def _no_messages(row: Row, reader: "RowReader") -> list[Message]:
+    return []
+
+
 def _read_chosen(row: Row, reader: "RowReader") -> list[Message]:
     return _read_both(row, reader)[0]
 
@@ -120,6 +126,7 @@ FORMATS = {
         (("prompt", "completion"),), ("prompt_column", "completion_column"), _read_pair, side=SIDE_COLUMNS
     ),
     Format.text: RowFormat((("text",),), ("text_column",), _read_text),
+    Format.tokens: RowFormat((("input_ids",),), (), _no_messages, copies=TOKEN_COLUMNS),
     Format.preference: RowFormat(
         (("chosen", "rejected"),),
         ("chosen_column", "rejected_column"),
@@ -161,6 +168,8 @@ class RowReader:
         if self.format is Format.preference:
             chosen, rejected = (self._conversation(row, messages) for messages in _read_both(row, self))
             return Conversation(chosen, chosen.tools, *unread, rejected=rejected)
+        if self.format is Format.tokens:
+            return Conversation((), None, *unread, tokens=read_tokens(row, self._row_weight(row)))
         messages = FORMATS[self.format].read(row, self)
         if self.format is Format.text:
             return Conversation(messages, None, *unread)
@@ -213,21 +222,25 @@ class RowReader:
         return tools
 
     def _weighted(self, row: Row, messages: list[Message]) -> list[Message]:
-        value = row.values.get(WEIGHT_COLUMN)
         if FORMATS[self.format].rows is not RowKind.answers:
             for message in messages:
                 if message.weight not in (0.0, 1.0):
                     raise BadRow(row.origin, "turns of weight 0 or 1 in rows of preferences", message.weight)
             return messages
+        weight = self._row_weight(row)
+        return messages if weight == 1 else [replace(message, weight=message.weight * weight) for message in messages]
+
+    def _row_weight(self, row: Row) -> float:
+        value = row.values.get(WEIGHT_COLUMN)
         if value is None or WEIGHT_COLUMN in self._read_columns or WEIGHT_COLUMN in self.ignored:
-            return messages
+            return 1.0
         try:
             weight = float(value)
         except (TypeError, ValueError):
             weight = -1.0
         if not 0 <= weight < float("inf"):
             raise BadRow(row.origin, "a number from 0 on", value, WEIGHT_COLUMN)
-        return [replace(message, weight=message.weight * weight) for message in messages]
+        return weight
 
     @cached_property
     def _read_columns(self) -> frozenset[str]:

@@ -3,7 +3,7 @@
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
 from lightning_peft.data.batch import IGNORED_LABEL
-from lightning_peft.data.chat import Encoded, Encoder, cut_to, encoder_of
+from lightning_peft.data.chat import Encoded, Encoder, Outcome, cut_to, encoder_of, end_token_ids
 from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.formats import RowReader, row_reader
@@ -26,6 +26,7 @@ from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
 from lightning_peft.data.sources import file_count, iterate_rows
+from lightning_peft.data.token_rows import sample_of
 from lightning_peft.progress import Part
 
 PARTS = ("tokens", "trained", "starts")
@@ -34,6 +35,8 @@ WEIGHTS = "weights"
 """One more of them where a token's loss has a factor other than 1."""
 STANDINGS = "standings"
 """One more of them where samples belong together."""
+WITHOUT_TURNS = (Format.text, Format.tokens)
+"""Rows that no chat template lays out."""
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores; their shapes decide the format."""
 
@@ -204,7 +207,7 @@ def encode_rows(
                 if reader is None:
                     raise BadRow.because(row.origin, str(refused))
                 conversation = reader(row)
-                if config.layout is Layout.chat and reader.format is not Format.text:
+                if config.layout is Layout.chat and reader.format not in WITHOUT_TURNS:
                     rendered = rendered or RenderedText(tokenizer, encoder.template)
                     rendered.refuse(conversation, row.origin)
                 unread.update(conversation.unread)
@@ -244,7 +247,7 @@ def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowR
     if not found:
         return None, refused
     reader = readers[found.most_common(1)[0][0]]
-    if config.on_too_long is OnTooLong.split and reader.format is not Format.text:
+    if config.on_too_long is OnTooLong.split and reader.format not in WITHOUT_TURNS:
         raise ValueError(
             f"data.on_too_long=split: only plain text can be split, these rows are {reader.format.value}; "
             "use truncate, skip or error"
@@ -325,7 +328,12 @@ def _encode(
     if config.rows not in (None, RowKind.answers):
         yield from _encode_units(read, config, tokenizer, encoder, audit)
         return
-    outcomes = encoder.encode([conversation for _, conversation in read]) if read else []
+    outcomes: Sequence[Outcome]
+    if all(conversation.tokens is not None for _, conversation in read):
+        ends = end_token_ids(tokenizer) if read else set()
+        outcomes = [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens]
+    else:
+        outcomes = encoder.encode([conversation for _, conversation in read])
     for (origin, _), outcome in zip(read, outcomes, strict=True):
         with _refusing(origin, config, audit):
             if isinstance(outcome, Exception):

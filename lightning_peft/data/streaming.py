@@ -3,7 +3,7 @@
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -30,9 +30,17 @@ class Windows(ABC):
     start: Any
     """Where the first window of an epoch begins."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, reports: bool) -> None:
-        """reports: whether to say what an audit finds on the way."""
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        reports: bool,
+        check: Callable[[Samples], None],
+    ) -> None:
+        """reports: whether to say what an audit finds on the way; check: raises where a window cannot be trained."""
         self._config = config
+        self._check = check
         self._tokenizer = tokenizer
         self._seed = seed
         self._reports = reports
@@ -43,6 +51,7 @@ class Windows(ABC):
         """Iterate over the windows from the one that begins there: where, its samples and its micro batches."""
 
     def _plan(self, samples: Samples, rng: random.Random) -> list[MicroBatch]:
+        self._check(samples)
         config = self._config
         capacity = config.max_length * self._group
         return plan_micro_batches(samples.unit_lengths, capacity, config.micro_batch_size, config.packing, rng)
@@ -93,8 +102,9 @@ class MixedWindows(Windows):
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         reports: bool,
+        check: Callable[[Samples], None],
     ) -> None:
-        super().__init__(config, tokenizer, seed, reports)
+        super().__init__(config, tokenizer, seed, reports, check)
         self._drawn_from = [(source, share) for source, share in zip(sources, shares, strict=True) if share > 0]
 
     def since(self, epoch: int, begin: Any) -> Iterator[tuple[Any, Samples, list[MicroBatch]]]:
