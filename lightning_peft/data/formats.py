@@ -14,7 +14,7 @@ from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Conversation, Me
 from lightning_peft.data.preferences import read_chosen_and_rejected, read_label
 from lightning_peft.data.token_rows import COLUMNS as TOKEN_COLUMNS
 from lightning_peft.data.token_rows import read_tokens
-from lightning_peft.data.turns import READ_KEYS, read_turns
+from lightning_peft.data.turns import OPTIONAL_KEYS, READ_KEYS, read_turns
 
 SIDE_COLUMNS = ("system", "history", "input", "tools")
 """What a row may hold beside its prompt and answer; `data.system_column` and so on rename them."""
@@ -165,6 +165,8 @@ class RowReader:
     def __call__(self, row: Row) -> Conversation:
         """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
         unread = self._unread(row)
+        if self.ignored & OPTIONAL_KEYS:
+            row = self._without_ignored_keys(row)
         if self.format is Format.preference:
             chosen, rejected = (self._conversation(row, messages) for messages in _read_both(row, self))
             return Conversation(chosen, chosen.tools, *unread, rejected=rejected)
@@ -176,6 +178,21 @@ class RowReader:
         found = self._conversation(row, messages)
         wanted = read_label(row, self.columns[2]) if self.format is Format.labelled else None
         return Conversation(found, found.tools, *unread, wanted=wanted)
+
+    def _without_ignored_keys(self, row: Row) -> Row:
+        keys, values = self.ignored & OPTIONAL_KEYS, dict(row.values)
+        for column in self._turn_columns:
+            if isinstance(turns := values.get(column), list):
+                values[column] = [
+                    {key: value for key, value in turn.items() if key not in keys} if isinstance(turn, dict) else turn
+                    for turn in turns
+                ]
+        return Row(values, row.origin)
+
+    @cached_property
+    def _turn_columns(self) -> tuple[str, ...]:
+        """Columns that may hold lists of turns."""
+        return (*self.columns, *(self.side[name] for name in ("prompt", "history") if name in self.side))
 
     def _conversation(self, row: Row, messages: list[Message]) -> Conversation:
         messages = self._history(row) + messages
@@ -264,8 +281,7 @@ class RowReader:
             if name not in self._passed and value not in (None, "", [], {}):
                 number = isinstance(value, int | float) and name.lower() not in _WEIGHTY
                 (listed if number or _LISTED.fullmatch(name) else unread).append(f"column {name!r}")
-        prompt = self.side.get("prompt")
-        for column in self.columns if prompt is None else (*self.columns, prompt):
+        for column in self._turn_columns:
             if isinstance(turns := row.values.get(column), list):
                 turns = [turn for turn in turns if isinstance(turn, dict)]
                 for name in dict.fromkeys(key for turn in turns for key in turn):

@@ -26,6 +26,7 @@ from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
 from lightning_peft.data.sources import file_count, iterate_rows
+from lightning_peft.data.template import ChatTemplate
 from lightning_peft.data.token_rows import sample_of
 from lightning_peft.progress import Part
 
@@ -210,6 +211,8 @@ def encode_rows(
                 if config.layout is Layout.chat and reader.format not in WITHOUT_TURNS:
                     rendered = rendered or RenderedText(tokenizer, encoder.template)
                     rendered.refuse(conversation, row.origin)
+                    unread.update(name for name, is_id in unwritten(conversation, encoder.template) if not is_id)
+                    audit.count_listed(name for name, is_id in unwritten(conversation, encoder.template) if is_id)
                 unread.update(conversation.unread)
                 audit.count_listed(conversation.listed)
                 audit.count_tools(conversation.tools)
@@ -222,6 +225,16 @@ def encode_rows(
         raise UnreadError(_unread_message(unread, audit.rows))
     if refused is not None and reader is None and audit.rows == audit.bad_rows:
         raise refused
+
+
+def unwritten(conversation: Conversation, template: ChatTemplate) -> list[tuple[str, bool]]:
+    """Name the keys of turns that the chat template does not write, and whether they only identify a call."""
+    found: dict[str, bool] = {}
+    for message in chain(conversation, conversation.rejected or ()):
+        for key in ("name", "tool_call_id"):
+            if getattr(message, key) is not None and not template.writes(message.role, key):
+                found[f"key {key!r} of a turn of the {message.role}"] = message.role == "tool"
+    return list(found.items())
 
 
 def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowReader | None, ValueError | None]:

@@ -29,6 +29,8 @@ READ_KEYS = frozenset(
     + WEIGHT_KEYS
 )
 """Keys of a turn that mean something here."""
+OPTIONAL_KEYS = READ_KEYS - {"role", "content", "from", "value"}
+"""Those that `data.ignore_columns` may leave out."""
 
 
 def read_turns(turns: Any, origin: str, column: str) -> list[Message]:
