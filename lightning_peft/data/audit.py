@@ -1,7 +1,7 @@
 """What is checked and counted before the first step, so that a run does not train on nothing for hours."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -42,6 +42,8 @@ class Audit:
     """Those tokens by what they are: answer, reasoning, tool_call, end."""
     listed: dict[str, int] = field(default_factory=dict)
     """Rows that have a column, or a key of a turn, which nobody reads and which holds an id, a score or the like."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Rows that have what `data.ignore_columns` names."""
     own_turns: int = 0
     """Turns with a sample of their own, as the chat template writes them otherwise once the conversation goes on."""
     lost_turns: int = 0
@@ -105,6 +107,11 @@ class Audit:
         for name in names:
             self.listed[name] = self.listed.get(name, 0) + 1
 
+    def count_ignored(self, counts: Mapping[str, bool]) -> None:
+        """Count a row in which each of the names is there, or not."""
+        for name, is_there in counts.items():
+            self.ignored[name] = self.ignored.get(name, 0) + is_there
+
     def count_sample(self, sample: Encoded, kinds: bytes) -> None:
         """kinds: a `Kind` for each token, as the labels have them."""
         self.samples += 1
@@ -157,6 +164,9 @@ class Audit:
         if self.listed:
             names = ", ".join(f"{name} ({count:,} rows)" for name, count in self.listed.items())
             lines.append(f"not read: {names}")
+        if self.ignored:
+            names = ", ".join(f"{name} ({count:,} rows)" for name, count in self.ignored.items())
+            lines.append(f"left out by data.ignore_columns: {names}")
         if self.packing_fill is not None:
             lines.append(f"packed rows are {self.packing_fill:.1%} full")
         return lines

@@ -14,7 +14,7 @@ from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Conversation, Me
 from lightning_peft.data.preferences import read_chosen_and_rejected, read_label
 from lightning_peft.data.token_rows import COLUMNS as TOKEN_COLUMNS
 from lightning_peft.data.token_rows import read_tokens
-from lightning_peft.data.turns import OPTIONAL_KEYS, READ_KEYS, read_turns
+from lightning_peft.data.turns import OPTIONAL_KEYS, READ_KEYS, is_of_others, read_turns
 
 SIDE_COLUMNS = ("system", "history", "input", "tools")
 """What a row may hold beside its prompt and answer; `data.system_column` and so on rename them."""
@@ -179,6 +179,14 @@ class RowReader:
         wanted = read_label(row, self.columns[2]) if self.format is Format.labelled else None
         return Conversation(found, found.tools, *unread, wanted=wanted)
 
+    def ignores(self, row: Row) -> dict[str, bool]:
+        """Return which of the names that are left out on request are in a row, as a column or a key of a turn."""
+        if not self.ignored:
+            return {}
+        lists = (turns for column in self._turn_columns if isinstance(turns := row.values.get(column), list))
+        keys = {key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn}
+        return {name: name in row.values or name in keys for name in sorted(self.ignored)}
+
     def _without_ignored_keys(self, row: Row) -> Row:
         keys, values = self.ignored & OPTIONAL_KEYS, dict(row.values)
         for column in self._turn_columns:
@@ -289,6 +297,10 @@ class RowReader:
                         continue
                     if any(turn.get(name) not in (None, "", [], {}) for turn in turns):
                         (listed if _LISTED.fullmatch(name) else unread).append(f"key {name!r} of a turn")
+                roles = [(turn.get("role") or turn.get("from"), turn.get(WEIGHT_COLUMN)) for turn in turns]
+                if WEIGHT_COLUMN not in self.ignored:
+                    others = dict.fromkeys(role for role, weight in roles if weight and is_of_others(role))
+                    listed += [f"key 'weight' of a turn of the {role}" for role in others]
         return tuple(unread), tuple(listed)
 
 

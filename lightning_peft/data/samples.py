@@ -208,6 +208,7 @@ def encode_rows(
                 if reader is None:
                     raise BadRow.because(row.origin, str(refused))
                 conversation = reader(row)
+                audit.count_ignored(reader.ignores(row))
                 if config.layout is Layout.chat and reader.format not in WITHOUT_TURNS:
                     rendered = rendered or RenderedText(tokenizer, encoder.template)
                     rendered.refuse(conversation, row.origin)

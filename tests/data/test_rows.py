@@ -389,3 +389,28 @@ def test_raw_rows_with_more_than_text_are_refused(what, chatml, write_jsonl):
     config = DataConfig(train_path=write_jsonl([{"messages": turns}]), validation_fraction=0.0, layout=Layout.raw)
     with pytest.raises(BadRow, match=f"line 1: data.layout=raw: .* this row has {what} beside"):
         make_samples(config, "train", chatml)
+
+
+def test_thought_of_a_user_is_refused(chatml):
+    with pytest.raises(BadRow, match="row 1, .*: expected a thought on turns of the assistant only, got 'user'"):
+        run([{"messages": [HI | {"reasoning_content": "Hmm"}, HELLO]}], chatml)
+
+
+def test_thought_that_stands_twice_is_written_once():
+    tokenizer = tokenizer_of("qwen3")
+    answer = {"role": "assistant", "content": "<think>\nHmm\n</think>\n\nHello", "reasoning_content": "Hmm"}
+    [sample], _ = run([{"messages": [HI, answer]}], tokenizer)
+    assert trained(sample, tokenizer) == "<think>\nHmm\n</think>\n\nHello<|im_end|>"
+    with pytest.raises(BadRow, match="one thought in a message, and its content begins with another"):
+        run([{"messages": [HI, answer | {"reasoning_content": "Other"}]}], tokenizer)
+
+
+def test_what_is_left_out_on_request_is_counted(chatml):
+    rows = [{"messages": [HI | {"mood": "good"}, HELLO], "rating": "A"}, PLAIN]
+    _, audit = run(rows, chatml, ignore_columns=["rating", "mood", "nothing"])
+    assert "left out by data.ignore_columns: mood (1 rows), nothing (0 rows), rating (1 rows)" in audit.lines()
+
+
+def test_weight_of_a_user_is_listed(chatml):
+    _, audit = run([{"messages": [HI | {"weight": 1}, HELLO]}], chatml)
+    assert "not read: key 'weight' of a turn of the user (1 rows)" in audit.lines()
