@@ -95,7 +95,7 @@ class Audit:
             self.bad_row_messages.append(str(error))
 
     def count_tools(self, tools: list[dict[str, Any]] | None) -> None:
-        text = json.dumps(tools, sort_keys=True)
+        text = json.dumps(tools)  # in the order of their keys, in which the template writes them
         self.tools = text if self.tools in (None, text) else ""
 
     @property

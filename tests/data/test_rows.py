@@ -414,3 +414,14 @@ def test_what_is_left_out_on_request_is_counted(chatml):
 def test_weight_of_a_user_is_listed(chatml):
     _, audit = run([{"messages": [HI | {"weight": 1}, HELLO]}], chatml)
     assert "not read: key 'weight' of a turn of the user (1 rows)" in audit.lines()
+
+
+def test_shared_tools_are_written_in_prompts_as_in_training(write_jsonl):
+    tokenizer = tokenizer_of("qwen3")
+    tool = {"type": "function", "function": {"name": "w", "description": "W", "parameters": {"type": "object"}}}
+    path = write_jsonl([PLAIN | {"tools": [tool]}] * 3)
+    module = SFTDataModule(DataConfig(train_path=path, validation_fraction=0.0, cache_dir=None), tokenizer, 0)
+    module.setup()
+    layout = module.prompt_layout
+    prompt = layout.prompt(layout.conversation("Hi"), tokenizer)
+    assert module.training_samples[0].input_ids[: len(prompt)] == prompt
