@@ -11,6 +11,7 @@ from lightning_peft.adapters.init import Reads
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.data.config import DataConfig
+from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.objective import ObjectiveConfig
@@ -116,6 +117,7 @@ class TrainConfig:
         check_task(self.data)
         self.check_metrics()
         self.data = rows_of_objective(self.data, self.objective)
+        sources_of(self.data)
         for line in check_target_servers(self.target_server, self.adapter) if self.target_server else []:
             logger.info(line)
         if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
@@ -146,7 +148,7 @@ class TrainConfig:
 
     def check_metrics(self) -> None:
         """Raise ValueError for a metric that is not known, or that is to choose something and is not computed."""
-        computed = ["validation_loss", *names_of_metrics(self.validation.metrics, self.data.task)]
+        computed = [*validation_losses(self.data), *names_of_metrics(self.validation.metrics, self.data.task)]
         chosen_by = {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
         for option, metric in chosen_by.items():
             if metric is None or (option == "checkpoint.best_by" and metric == "validation_loss"):

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.errors import OverrideParseException
 
+from lightning_peft.data.config import named_sources
 from lightning_peft.schemas import CONF_DIR
 
 logger = logging.getLogger(__name__)
@@ -19,6 +21,8 @@ ROW_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".xlsx", ".a
 """Endings by which data=FILE is told from the name of an option."""
 OWN_FOLDER = "conf_dir"
 """The word for a folder of one's own options, as conf_dir=conf with conf/model/mine.yaml for model=mine."""
+SOURCES_KEY = "data.sources"
+"""The key of a mixture, which may be a list too."""
 RUN_COMMANDS = ("train", "submit", "estimate", "data")
 """Commands whose words describe a training."""
 
@@ -185,6 +189,8 @@ def _flat(content: dict[Any, Any], prefix: str, path: Path) -> Iterator[str]:
     for key, value in content.items():
         if not isinstance(key, str):
             raise ValueError(f"{path}: {prefix}{key}: a key must be text")
+        if f"{prefix}{key}" == SOURCES_KEY and isinstance(value, list):
+            value = named_sources(value)
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.", path)
         else:
@@ -213,6 +219,8 @@ def _rewritten(word: str, folders: Sequence[Path]) -> list[str]:
     if key == "adapters" and value.startswith("[") and value.endswith("]"):
         entries = [entry.strip().strip("'\"") for entry in value[1:-1].split(",")]
         return ["adapters=[" + ",".join(f"'{entry}'" for entry in entries if entry) + "]"]
+    if key == SOURCES_KEY and value.startswith("["):
+        return _words_of_list(word)
     if key == "rank" and re.fullmatch(r"\d+(,\d+)*", value):
         return [f"adapter.rank={value}"]
     if key == "target_modules" and value.replace("-", "_") == "all_linear":
@@ -226,6 +234,20 @@ def _rewritten(word: str, folders: Sequence[Path]) -> list[str]:
     if key == "data" and "," not in value and _no_option("data", value, folders) and _is_rows(value):
         return ["data=jsonl", f"data.train_path={value}"]
     return [word]
+
+
+def _words_of_list(word: str) -> list[str]:
+    """The words that data.sources=[{...},{...}] stands for, each entry by its name."""
+    from hydra.core.override_parser.overrides_parser import (
+        OverridesParser,
+    )  # slow to import
+
+    try:
+        entries = OverridesParser.create().parse_override(word).value()
+    except OverrideParseException as error:
+        raise ValueError(f"{word}: not of the form {SOURCES_KEY}=[{{train_path: FILE}},...]") from error
+    assert isinstance(entries, list)
+    return list(_flat({"data": {"sources": named_sources(entries)}}, "", Path()))
 
 
 def _no_option(group: str, name: str, folders: Sequence[Path]) -> bool:
@@ -245,8 +267,9 @@ def _is_rows(value: str) -> bool:
 def _with_data_option(words: list[str]) -> list[str]:
     """Rows of one's own are read as files where no data set is named: the default's own rows would hide them."""
     keys = [word.partition("=")[0] for word in words]
-    if "data.train_path" in keys and "data" not in keys:
-        logger.info("data=jsonl, as data.train_path is given")
+    given = next((key for key in keys if key == "data.train_path" or key.startswith(f"{SOURCES_KEY}.")), None)
+    if given is not None and "data" not in keys:
+        logger.info("data=jsonl, as %s is given", given)
         return ["data=jsonl", *words]
     return words
 

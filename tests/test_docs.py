@@ -62,6 +62,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "labels.jsonl").write_text('{"prompt": "1 + 1", "completion": "2", "label": true}\n')
     (tmp_path / "rows.csv").write_text("question,answer\n1 + 1,2\n")
     (tmp_path / "my.yaml").write_text(blocks("README.md", "yaml")[0])
+    (tmp_path / "mixed.yaml").write_text(next(block for block in blocks("your-data.md", "yaml") if "mixed" in block))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -37,8 +37,12 @@ def data(config: DataCommandConfig) -> dict[str, Any]:
     if config.histogram_path is not None:
         Path(config.histogram_path).write_bytes(bar_chart(counts))
     audit = module.train_audit
+    if len(module.train_audits) > 1:
+        for name, one in module.train_audits.items():
+            console.print(*(f"{name}: {line}" for line in one.lines()), sep="\n")
     console.print(*audit.lines(), sep="\n")
-    warnings = [*audit.warnings(), *module.validation_audit.warnings()]
+    audits = [*module.train_audits.items(), *module.validation_audits.items()]
+    warnings = [f"{name}: " * bool(name) + line for name, one in audits for line in one.warnings()]
     if config.strict and warnings:
         raise ValueError(f"strict=true: {'; '.join(warnings)}")
     return {

@@ -20,6 +20,7 @@ from lightning_peft.commands.sweep_array import array_script, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.config import DataConfig
+from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import SOURCES
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
@@ -164,10 +165,11 @@ def rungs_of(config: SweepConfig, runs: Sequence[TrainConfig]) -> list[int]:
             "a run, so give trainer.max_steps, one for all trials"
         )
     scored = names_of_metrics(runs[0].validation.metrics, runs[0].data.task)
-    if metric not in ("validation_loss", "train_loss", *scored):
+    known = (*validation_losses(runs[0].data), "train_loss", *scored)
+    if metric not in known:
         raise ValueError(
             f"sweep.pruning={config.pruning.name} sweep.metric={config.metric}: is not taken at a rung; choose one of "
-            f"{', '.join(('validation_loss', 'train_loss', *scored))}"
+            f"{', '.join(known)}"
         )
     return rung_steps(length, config.reduction, config.min_steps)
 
@@ -176,8 +178,9 @@ def check_metric(metric: str, run: TrainConfig) -> None:
     """Raise ValueError for what the result of this trial will not hold, and for a sign that ranks the worst first."""
     name = metric.removeprefix("-")
     scored = names_of_metrics(run.validation.metrics, run.data.task)
-    if name not in (*RESULT_NUMBERS, *scored):
-        known = ", ".join((*scored, *RESULT_NUMBERS))
+    losses = validation_losses(run.data)
+    if name not in (*RESULT_NUMBERS, *losses, *scored):
+        known = ", ".join(dict.fromkeys((*scored, *RESULT_NUMBERS, *losses)))
         is_known = task_of_metric(name, run.data.task) is not None
         hint = f"; add validation.metrics=[{name}] to have it scored" if is_known else ""
         raise ValueError(
@@ -185,13 +188,16 @@ def check_metric(metric: str, run: TrainConfig) -> None:
             f"with a minus sign before it if it is to be large{hint}"
         )
     check_direction("sweep.metric", metric)
-    source = SOURCES.get(run.data.source)
-    has_rows = source is None or "validation" in source.splits(run.data) or run.data.validation_fraction > 0
-    if not has_rows and (name == "validation_loss" or name in scored):
+    if not any(may_be_validated(source.config) for source in sources_of(run.data)) and name in (*losses, *scored):
         raise ValueError(
             f"sweep.metric={metric} data.validation_fraction=0: there are no validation rows; "
             "use sweep.metric=train_loss"
         )
+
+
+def may_be_validated(data: DataConfig) -> bool:
+    source = SOURCES.get(data.source)
+    return source is None or "validation" in source.splits(data) or data.validation_fraction > 0
 
 
 def check_scorers(runs: Sequence[TrainConfig]) -> None:

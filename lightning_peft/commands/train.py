@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,13 +206,14 @@ def train_prepared(
         if distributed.rank() == 0 and (run_dir / "adapter").is_dir():
             check_in_peft(run_dir / "adapter", module)
         trainable, total = trainable_parameter_counts(module.model)
+        losses = final_validation(trainer, module, data)
         result = {
             "status": "finished",
             "end": end_of(config.trainer),
             "steps": trainer.global_step,
             "train_loss": metrics.loss,
-            "validation_loss": final_validation(trainer, module, data),
-            "metrics": {} if scored is None else scored.values,
+            "validation_loss": losses.get("validation_loss"),
+            "metrics": by_source(losses) | ({} if scored is None else scored.values),
             "data": counts_of(data.train_audit),
             "trainable_parameters": trainable,
             "total_parameters": total,
@@ -376,14 +377,19 @@ def task_metrics(config: TrainConfig, data: SFTDataModule, tokenizer: PreTrained
     return TaskMetrics(config.validation, scorers, questions, tokenizer)
 
 
-def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModule) -> float | None:
-    """Loss per supervised token on the validation rows; None when the data set has none."""
+def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModule) -> dict[str, float]:
+    """What a validation gives: the loss per supervised token among it; empty when the data set has no such rows."""
     loader = data.val_dataloader()
     if not loader:
-        return None
+        return {}
     trainer.limit_val_batches = 1.0
     (metrics,) = trainer.validate(module, dataloaders=loader, verbose=False)
-    return metrics["validation_loss"]
+    return dict(metrics)
+
+
+def by_source(losses: Mapping[str, Any]) -> dict[str, float]:
+    """The validation losses of the sources of a mixture."""
+    return {name: float(loss) for name, loss in losses.items() if name.startswith("validation_loss/")}
 
 
 def counts_of(audit: Audit) -> dict[str, int | float]:
@@ -397,7 +403,8 @@ def last_validation(trainer: Trainer, scored: TaskMetrics | None) -> dict[str, A
     if "validation_loss" not in seen or int(seen["step"]) != trainer.global_step:
         return {}
     is_scored = scored is not None and scored.scored_step == trainer.global_step
-    return {"validation_loss": float(seen["validation_loss"]), "metrics": scored.values if scored and is_scored else {}}
+    metrics = by_source(seen) | (scored.values if scored and is_scored else {})
+    return {"validation_loss": float(seen["validation_loss"]), "metrics": metrics}
 
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:

@@ -1,8 +1,8 @@
 """What is checked and counted before the first step, so that a run does not train on nothing for hours."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rich.text import Text
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
+from lightning_peft.data.config import Format
 from lightning_peft.data.conversation import BadRow
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import Kind
@@ -41,6 +42,8 @@ class Audit:
     """Those tokens by what they are: answer, reasoning, tool_call, end."""
     listed: dict[str, int] = field(default_factory=dict)
     """Rows that have a column, or a key of a turn, which nobody reads and which holds an id, a score or the like."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Rows that have what `data.ignore_columns` names."""
     own_turns: int = 0
     """Turns with a sample of their own, as the chat template writes them otherwise once the conversation goes on."""
     lost_turns: int = 0
@@ -57,6 +60,8 @@ class Audit:
     """Samples that are copies of an earlier one."""
     seen_in_training: int = 0
     """Validation samples that are training samples as well."""
+    seen_in_sources: int = 0
+    """Samples of a source that an earlier one of the mixture has as well."""
     tools: str | None = None
     """Tools of the first row, as JSON; "" where another row has others."""
     preferences: dict[str, int] = field(default_factory=dict)
@@ -65,13 +70,32 @@ class Audit:
     packing_fill: float | None = None
     """Share of tokens that are not padding, without packing None."""
 
+    @classmethod
+    def of_all(cls, audits: Sequence["Audit"]) -> "Audit":
+        """Return the counts over several sources together; the format is that of the conversations among them."""
+        formats = [audit.format for audit in audits if audit.format is not None]
+        tools = {audit.tools for audit in audits if audit.tools is not None}
+        found = cls(
+            format=next((name for name in formats if name != Format.text.value), formats[0] if formats else None),
+            files=sum(audit.files or 0 for audit in audits) or None,
+            tools=tools.pop() if len(tools) == 1 else "" if tools else None,
+            bad_row_messages=[line for audit in audits for line in audit.bad_row_messages][:SHOWN_BAD_ROWS],
+        )
+        for entry in fields(cls):
+            values = [getattr(audit, entry.name) for audit in audits]
+            if entry.type is int:
+                setattr(found, entry.name, sum(values))
+            elif isinstance(values[0], dict):
+                setattr(found, entry.name, {name: sum(v.get(name, 0) for v in values) for v in values for name in v})
+        return found
+
     def count_bad_row(self, error: BadRow) -> None:
         self.bad_rows += 1
         if len(self.bad_row_messages) < SHOWN_BAD_ROWS:
             self.bad_row_messages.append(str(error))
 
     def count_tools(self, tools: list[dict[str, Any]] | None) -> None:
-        text = json.dumps(tools, sort_keys=True)
+        text = json.dumps(tools)  # in the order of their keys, in which the template writes them
         self.tools = text if self.tools in (None, text) else ""
 
     @property
@@ -82,6 +106,11 @@ class Audit:
     def count_listed(self, names: Iterable[str]) -> None:
         for name in names:
             self.listed[name] = self.listed.get(name, 0) + 1
+
+    def count_ignored(self, counts: Mapping[str, bool]) -> None:
+        """Count a row in which each of the names is there, or not."""
+        for name, is_there in counts.items():
+            self.ignored[name] = self.ignored.get(name, 0) + is_there
 
     def count_sample(self, sample: Encoded, kinds: bytes) -> None:
         """kinds: a `Kind` for each token, as the labels have them."""
@@ -135,6 +164,9 @@ class Audit:
         if self.listed:
             names = ", ".join(f"{name} ({count:,} rows)" for name, count in self.listed.items())
             lines.append(f"not read: {names}")
+        if self.ignored:
+            names = ", ".join(f"{name} ({count:,} rows)" for name, count in self.ignored.items())
+            lines.append(f"left out by data.ignore_columns: {names}")
         if self.packing_fill is not None:
             lines.append(f"packed rows are {self.packing_fill:.1%} full")
         return lines
@@ -183,6 +215,10 @@ class Audit:
         what = "pairs" if "pairs" in self.preferences else "samples"
         if self.repeated:
             lines.append(f"{self.repeated:,} of {units:,} {what} are copies of an earlier one")
+        if self.seen_in_sources:
+            lines.append(
+                f"{self.seen_in_sources:,} of {units:,} {what} are in an earlier source of the mixture as well"
+            )
         if self.seen_in_training:
             lines.append(
                 f"{self.seen_in_training:,} of {units:,} {what} are training {what} as well: their loss says "

@@ -1,10 +1,18 @@
 """What a training step receives."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 IGNORED_LABEL = -100
+
+
+class SourceOf(NamedTuple):
+    """Which source the rows of a batch are of, among all that are validated on."""
+
+    name: str
+    names: tuple[str, ...]
 
 
 @dataclass
@@ -42,6 +50,9 @@ class Batch:
     """(S,) uint8, the `Standing` of each sample; None where none has one."""
     num_units: int | None = None
     """Pairs of samples that belong together, which follow each other; 0 in a filler, None where samples stand alone."""
+
+    source: SourceOf | None = None
+    """Where the samples come from, in the validation of a mixture; None where it does not matter."""
 
     @property
     def loss_weight(self) -> float:

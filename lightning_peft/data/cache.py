@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 NO_EFFECT = frozenset(
     ("task", "packing", "micro_batch_size", "streaming", "shuffle_window", "num_workers", "preview", "cache_dir")
+    + ("sources", "temperature")
 )
 """Options of `data` that change no token of a sample."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.config import DataConfig, Layout
-from lightning_peft.data.conversation import TEXT_ROLE, Message
+from lightning_peft.data.conversation import TEXT_ROLE, Message, tools_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import ConversationRenderer, Kind, Rendered, Rules, Span
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError, template_of
@@ -208,6 +208,14 @@ def raw_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) ->
     if [message.role for message in messages] != ["user", "assistant"]:
         roles = ", ".join(message.role for message in messages)
         raise ValueError(f"data.layout=raw: takes prompt/completion or text rows, not a conversation of {roles}")
+    for what, is_there in {
+        "tools": tools_of(messages),
+        "a thought": messages[1].reasoning,
+        "tool calls": messages[1].tool_calls,
+        "a name": any(message.name is not None for message in messages),
+    }.items():
+        if is_there:
+            raise ValueError(f"data.layout=raw: writes prompt and answer as they stand, and this row has {what} beside")
     prompt, answer = messages[0].content, messages[1].content
     end = "" if tokenizer.eos_token is None or answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
     text, start = prompt + answer + end, len(prompt)

@@ -13,6 +13,7 @@ class Format(Enum):
     instruction = "instruction"
     prompt_completion = "prompt_completion"
     text = "text"
+    tokens = "tokens"
     preference = "preference"
     labelled = "labelled"
 
@@ -67,6 +68,22 @@ class Trained(Enum):
     answer = "answer"
     reasoning = "reasoning"
     tool_call = "tool_call"
+
+
+def named_sources(entries: list[Any]) -> dict[str, Any]:
+    """Return a list of sources as a mapping, each by its `name`, else by its place in the list from 0 on.
+
+    Raises ValueError where one is no mapping, or two have one name.
+    """
+    found: dict[str, Any] = {}
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"data.sources: entry {place} must hold options, as in {{train_path: FILE}}, got {entry}")
+        name = str(entry.get("name", place))
+        if name in found:
+            raise ValueError(f"data.sources: the name {name} stands twice")
+        found[name] = {key: value for key, value in entry.items() if key != "name"}
+    return found
 
 
 @dataclass
@@ -161,10 +178,19 @@ class DataConfig:
     lightning_peft under $XDG_CACHE_HOME or ~/.cache, null keeps none. Streamed rows are not kept."""
     num_workers: int = 0
     """Processes that prepare batches beside the training process."""
+    sources: Any = field(default_factory=dict)
+    """Several sets of rows that are mixed, each under a name: `data.sources.chat.train_path=chat.jsonl`
+    `data.sources.chat.weight=0.7`. Each takes the options of `data` that say where rows are and how they are read,
+    `weight` (its part of the tokens; null goes by its size) and `max_epochs` (most passes over its rows in the run)."""
+    temperature: float = 1.0
+    """With `sources`: weights, or sizes where none are given, are taken to the power 1 / temperature; above 1 evens
+    them out."""
     preview: bool = False
     """Show one sample before training, trained tokens highlighted."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.sources, list):
+            self.sources = named_sources(self.sources)
         if not self.train_on:
             raise ValueError("data.train_on=[]: name at least one of answer, reasoning, tool_call")
         if self.packing not in ("auto", True, False):
@@ -190,5 +216,9 @@ class DataConfig:
             raise ValueError(f"data.num_workers={self.num_workers}: must be 0 or more")
         if self.streaming and self.num_workers:
             raise ValueError(f"data.num_workers={self.num_workers}: must be 0 with data.streaming=true")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"data.temperature={self.temperature}: must be above 0")
+        if self.temperature != 1 and not self.sources:
+            raise ValueError(f"data.temperature={self.temperature}: needs data.sources, whose weights it evens out")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction={self.validation_fraction}: must be at least 0 and below 1")

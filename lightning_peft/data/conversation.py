@@ -26,6 +26,17 @@ class Message:
     """Factor of the loss of the turn's tokens; 0 trains none of them."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a row holds that was tokenised before: equally long lists."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """Each the token itself where it is trained, else -100."""
+    weights: list[float] | None = None
+    """Factor of each token's loss; None where all are 1."""
+
+
 class Conversation(list[Message]):
     """The messages of a row in their order, the tools the assistant may call, and what nobody read of the row."""
 
@@ -37,6 +48,7 @@ class Conversation(list[Message]):
         listed: tuple[str, ...] = (),
         rejected: "Conversation | None" = None,
         wanted: bool | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         super().__init__(messages)
         self.tools = tools
@@ -48,6 +60,8 @@ class Conversation(list[Message]):
         """The same prompt with the worse answer, of preference rows."""
         self.wanted = wanted
         """Whether the answer is one to give, of labelled rows."""
+        self.tokens = tokens
+        """What the row is, of rows without messages."""
 
     def before(self, index: int) -> "Conversation":
         """The messages before message `index`, with the same tools."""

@@ -3,6 +3,7 @@
 import logging
 import random
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,23 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit
-from lightning_peft.data.batch import Batch
+from lightning_peft.data.batch import Batch, SourceOf
 from lightning_peft.data.cache import cached_samples
 from lightning_peft.data.chat import Encoded
-from lightning_peft.data.config import DataConfig
+from lightning_peft.data.config import DataConfig, Format, RowKind
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.loader import CollatedBatches, MicroBatchLoader, unchanged
+from lightning_peft.data.mixed_samples import MixedSamples, MixturePlan
+from lightning_peft.data.mixture import MixedSource, naming, shares_of, sources_of
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
 from lightning_peft.data.sampler import MicroBatchSampler, Request, check_fingerprint
 from lightning_peft.data.samples import Samples
-from lightning_peft.data.streaming import StreamedBatches
+from lightning_peft.data.streaming import MixedWindows, RowWindows, StreamedBatches
 
 log = logging.getLogger(__name__)
+
+OF_TURNS = ("system_prompt", "template_options", "reasoning", "train_on", "train_on_last_turn")
+"""Options of `data` that speak of the turns of a conversation."""
 
 
 class SFTDataModule(LightningDataModule):
@@ -51,19 +57,25 @@ class SFTDataModule(LightningDataModule):
                 f"data.max_length={config.max_length}: must be at most {model_context}, the model's context"
             )
         self._config = config
+        self._sources = sources_of(config)
         self._tokenizer = tokenizer
         self._seed = seed
         self._accumulate_grad_batches = accumulate_grad_batches
         self._vocabulary = vocabulary
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._pad_token_id: int = next(token for token in ids if token is not None)
-        self._train: Samples | None = None
+        self._train: Samples | MixedSamples | None = None
+        self._train_plan: Callable[[int], list[MicroBatch]] = lambda epoch: []
         self._micro_batches_per_epoch = 0
-        self._validation: Samples | None = None
+        self._shares: list[float] = [1.0]
+        self._validation: Samples | MixedSamples | None = None
         self._validation_plan: list[MicroBatch] = []
         self.train_audit = Audit()
         """Counts of the training samples; when streaming, of the first window."""
         self.validation_audit = Audit()
+        self.train_audits: dict[str, Audit] = {}
+        """Those of each source of a mixture."""
+        self.validation_audits: dict[str, Audit] = {}
         self.example: Encoded | None = None
         """The first training sample, for `audit.preview`."""
 
@@ -72,61 +84,119 @@ class SFTDataModule(LightningDataModule):
         if self._train is None and stage != "validate":
             self._setup_training_rows()
         if self._validation is None:
-            self._validation, self.validation_audit = cached_samples(self._config, "validation", self._tokenizer)
+            parts = self._read("validation", self.validation_audits)
+            self._validation = parts[0] if len(parts) == 1 else MixedSamples(parts)
             self._check_vocabulary(self._validation)
-            self._count_copies(self._validation)
-            self._validation_plan = self._plan(self._validation)
-            self._report("validation", self._validation, self.validation_audit, self._validation_plan)
+            self._validation_plan = self._plan_by_source(parts)
+            self._count_copies(parts)
+            self.validation_audit.packing_fill = self._fill(self._validation, self._validation_plan)
+            self._report("validation", self.validation_audits, self.validation_audit)
+
+    def _read(self, split: str, audits: dict[str, Audit]) -> list[Samples]:
+        """The samples of each source; their counts come into `audits`."""
+        parts = []
+        for source in self._sources:
+            with naming(source.name):
+                samples, audits[source.name] = cached_samples(source.config, split, self._tokenizer)
+            parts.append(samples)
+        return parts
 
     def _setup_training_rows(self) -> None:
-        train, self.train_audit = cached_samples(self._config, "train", self._tokenizer)
-        if len(train) == 0:
-            reasons = "; ".join(self.train_audit.warnings())
-            found = f"nothing to train on in {self.train_audit.rows} rows. {reasons}".strip()
-            raise ValueError(f"data.source={self._config.source}: {found}")
+        parts = self._read("train", self.train_audits)
+        train = parts[0] if len(parts) == 1 else MixedSamples(parts)
+        for source, part in zip(self._sources, parts, strict=True):
+            if len(part) == 0 and source.weight != 0:
+                self._refuse_empty(source)
+        tokens = [sum(part.lengths) for part in parts]
+        self._shares = shares_of(self._sources, tokens, self._config.temperature)
         self._train, self.example = train, train[0]
         self._check_vocabulary(train)
-        self.train_audit.repeated = len(train.digests) - len(np.unique(train.digests))
-        plan = self._plan(train)
-        self._micro_batches_per_epoch = len(plan)
-        self._report("training", train, self.train_audit, plan)
+        before = np.empty(0, dtype=np.uint64)
+        for audit, part in zip(self.train_audits.values(), parts, strict=True):
+            audit.repeated = len(part.digests) - len(np.unique(part.digests))
+            audit.seen_in_sources = int(np.isin(part.digests, before).sum())
+            before = np.concatenate([before, part.digests])
+        self.train_audit = Audit.of_all(list(self.train_audits.values()))
+        self._say_what_rows_without_turns_ignore()
+        self._train_plan = self._training_plan(train)
+        first = self._train_plan(0)
+        self._micro_batches_per_epoch = len(first)
+        self.train_audit.packing_fill = self._fill(train, first)
+        self._report("training", self.train_audits, self.train_audit)
         if not self._config.streaming and self._rank_and_world_size()[0] == 0:
             log.info("an epoch is %d optimiser steps", self.steps_per_epoch)
 
-    def _check_vocabulary(self, samples: Samples) -> None:
+    def _say_what_rows_without_turns_ignore(self) -> None:
+        default = DataConfig()
+        for source in self._sources:
+            given = [name for name in OF_TURNS if getattr(source.config, name) != getattr(default, name)]
+            format = self.train_audits[source.name].format
+            if given and format in (Format.text.value, Format.tokens.value) and self._rank_and_world_size()[0] == 0:
+                prefix, names = f"{source.name}: " * bool(source.name), ", ".join(f"data.{name}" for name in given)
+                log.warning("%s%s: rows of %s have no turns, so it changes nothing of them", prefix, names, format)
+
+    def _refuse_empty(self, source: MixedSource) -> None:
+        audit = self.train_audits[source.name]
+        reasons = "; ".join(audit.warnings())
+        found = f"nothing to train on in {audit.rows} rows. {reasons}".strip()
+        key = f"sources.{source.name}" if source.name else f"source={source.config.source}"
+        raise ValueError(f"data.{key}: {found}")
+
+    def _training_plan(self, samples: Samples | MixedSamples) -> Callable[[int], list[MicroBatch]]:
+        """The micro batches of an epoch by its number."""
+        if isinstance(samples, MixedSamples):
+            plan = MixturePlan(samples, self._sources, self._shares, self._seed, self._plan)
+            if self._rank_and_world_size()[0] == 0 and not self._config.streaming:
+                for source, share, passes in zip(self._sources, self._shares, plan.passes, strict=True):
+                    log.info("%s: %.1f %% of the tokens, %.3g passes an epoch", source.name, 100 * share, passes)
+            return plan
+        return lambda epoch: self._plan(samples.unit_lengths, random.Random(f"{self._seed} {epoch}"))
+
+    def _check_vocabulary(self, samples: Samples | MixedSamples) -> None:
         highest = max(samples.largest_token, self._pad_token_id)
         if self._vocabulary is not None and highest >= self._vocabulary:
-            token = self._tokenizer.convert_ids_to_tokens(highest)
+            token = self._tokenizer.convert_ids_to_tokens(highest) if highest < len(self._tokenizer) else None
+            name = "a token" if token is None else f"token {token!r}"
             raise ValueError(
-                f"token {token!r} has the id {highest}, the model has embeddings for {self._vocabulary}: take the "
+                f"{name} has the id {highest}, the model has embeddings for {self._vocabulary}: take the "
                 "tokenizer that belongs to the model, or give its new tokens as model.new_tokens"
             )
 
-    def _count_copies(self, validation: Samples) -> None:
-        audit = self.validation_audit
-        audit.repeated = len(validation.digests) - len(np.unique(validation.digests))
-        if self._train is not None and len(validation):
-            audit.seen_in_training = int(np.isin(validation.digests, self._train.digests).sum())
-        formats = {self.train_audit.format, audit.format} - {None}
-        if len(formats) > 1 and self._rank_and_world_size()[0] == 0:
-            log.warning(
-                "training rows are %s, validation rows %s: their losses do not compare; data.format= reads both alike",
-                self.train_audit.format,
-                audit.format,
-            )
-        if audit.samples == 0 and self._train is not None and self._rank_and_world_size()[0] == 0:
-            self._say_why_none_is_held_out()
+    def _count_copies(self, validation: Sequence[Samples]) -> None:
+        for audit, part in zip(self.validation_audits.values(), validation, strict=True):
+            audit.repeated = len(part.digests) - len(np.unique(part.digests))
+            if self._train is not None and len(part):
+                audit.seen_in_training = int(np.isin(part.digests, self._train.digests).sum())
+        self.validation_audit = Audit.of_all(list(self.validation_audits.values()))
+        if self._rank_and_world_size()[0] != 0:
+            return
+        for source in self._sources:
+            trained, validated = self.train_audits.get(source.name), self.validation_audits[source.name]
+            if trained is None:
+                continue
+            if len({trained.format, validated.format} - {None}) > 1:
+                log.warning(
+                    "%straining rows are %s, validation rows %s: their losses do not compare; data.format= reads both "
+                    "alike",
+                    f"{source.name}: " * bool(source.name),
+                    trained.format,
+                    validated.format,
+                )
+            if validated.samples == 0:
+                self._say_why_none_is_held_out(source, trained.rows)
 
-    def _say_why_none_is_held_out(self) -> None:
-        config = self._config
+    def _say_why_none_is_held_out(self, source: MixedSource, rows: int) -> None:
+        config, of_it = source.config, f" of {source.name}" * bool(source.name)
         own = config.validation_path if config.source == "files" else config.hub_validation_split
         if own is not None:
-            log.warning("no validation: %s holds no usable row", own)
+            log.warning("no validation%s: %s holds no usable row", of_it, own)
         elif config.validation_fraction > 0:
             log.warning(
-                "no validation: data.validation_fraction=%s of %d rows is none; raise it or give data.validation_path",
+                "no validation%s: data.validation_fraction=%s of %d rows is none; raise it or give "
+                "data.validation_path",
+                of_it,
                 config.validation_fraction,
-                self.train_audit.rows,
+                rows,
             )
 
     @property
@@ -134,15 +204,18 @@ class SFTDataModule(LightningDataModule):
         """How prompts are written in the training rows. Needs `setup`."""
         return PromptLayout.of(self._config, self.train_audit.format, self._tokenizer, self.train_audit.shared_tools)
 
-    def _report(self, split: str, samples: Samples, audit: Audit, plan: list[MicroBatch]) -> None:
-        if self._config.packing and plan:
-            packs = [pack for micro_batch in plan for pack in micro_batch]
-            audit.packing_fill = fill_ratio(packs, samples.unit_lengths, self._config.max_length * samples.group)
-        if self._rank_and_world_size()[0] == 0:
+    def _report(self, split: str, audits: dict[str, Audit], whole: Audit) -> None:
+        if self._rank_and_world_size()[0] != 0:
+            return
+        for name, audit in (audits if len(audits) > 1 else {"": whole}).items():
+            prefix = f"{split} data: " + f"{name}: " * bool(name)
             for line in audit.lines():
-                log.info("%s data: %s", split, line)
+                log.info("%s%s", prefix, line)
             for line in audit.warnings():
-                log.warning("%s data: %s", split, line)
+                log.warning("%s%s", prefix, line)
+        if len(audits) > 1:
+            for line in whole.lines():
+                log.info("%s data: %s", split, line)
 
     @property
     def is_streaming(self) -> bool:
@@ -169,32 +242,27 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> MicroBatchLoader | StatefulDataLoader:
         rank, world_size = self._rank_and_world_size()
         if self._config.streaming:
+            common = (self._tokenizer, self._seed, rank == 0, self._check_vocabulary)
+            windows = (
+                RowWindows(self._sources[0].config, *common)
+                if len(self._sources) == 1
+                else MixedWindows(self._config, self._sources, self._shares, *common)
+            )
             stream = StreamedBatches(
-                self._config,
-                self._tokenizer,
-                self._pad_token_id,
-                self._seed,
-                rank,
-                world_size,
-                lookahead=self.trainer is not None,
+                windows, self._config, self._pad_token_id, rank, world_size, lookahead=self.trainer is not None
             )
             with warnings.catch_warnings():
                 # torchdata 0.11 calls a function that torch 2.13 deprecates.
                 warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
                 return StatefulDataLoader(stream, batch_size=None, collate_fn=unchanged)
         samples = self.training_samples
-
-        def plan(epoch: int) -> list[MicroBatch]:
-            return self._plan(samples, random.Random(f"{self._seed} {epoch}"))
-
-        return self._sampled_loader(samples, MicroBatchSampler(plan, rank, world_size, samples.fingerprint))
+        return self._sampled_loader(samples, MicroBatchSampler(self._train_plan, rank, world_size, samples.fingerprint))
 
     def first_batches(self, count: int) -> list[Batch]:
         """The first micro batches of the first epoch, or window when streaming, alike on every rank. Needs `setup`."""
         samples = self.training_samples
         batches = CollatedBatches(samples, self._config, self._pad_token_id)
-        plan = self._plan(samples, random.Random(f"{self._seed} 0"))
-        return [batches[Request(rows, filler=False)] for rows in plan[:count]]
+        return [batches[Request(rows, filler=False)] for rows in self._train_plan(0)[:count]]
 
     def val_dataloader(self) -> MicroBatchLoader | list[MicroBatchLoader]:
         """The validation rows in the same batches each time; no loader where there are none."""
@@ -208,17 +276,48 @@ class SFTDataModule(LightningDataModule):
         )
         return self._sampled_loader(samples, sampler)
 
-    def _sampled_loader(self, samples: Samples, sampler: MicroBatchSampler) -> MicroBatchLoader:
-        batches = CollatedBatches(samples, self._config, self._pad_token_id)
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """The sources of a mixture whose rows are validated on; empty without a mixture. Needs `setup`."""
+        if not isinstance(self._validation, MixedSamples):
+            return ()
+        counted = zip(self._sources, self._validation.parts, strict=True)
+        return tuple(source.name for source, part in counted if len(part))
+
+    def _sampled_loader(self, samples: Samples | MixedSamples, sampler: MicroBatchSampler) -> MicroBatchLoader:
+        source_of = None
+        if isinstance(samples, MixedSamples) and samples is self._validation:
+            sources, names, place_of = self._sources, self.validation_names, samples.source_of
+
+            def source_of(unit: int) -> SourceOf:
+                return SourceOf(sources[place_of(unit)].name, names)
+
+        batches = CollatedBatches(samples, self._config, self._pad_token_id, source_of)
         return MicroBatchLoader(batches, sampler, self._config.num_workers)
 
-    def _plan(self, samples: Samples, rng: random.Random | None = None) -> list[MicroBatch]:
+    def _plan_by_source(self, parts: Sequence[Samples]) -> list[MicroBatch]:
+        """Micro batches of validation rows, each of one source."""
+        plans, first = [], 0
+        for part in parts:
+            lengths = part.unit_lengths
+            plans += [[[first + unit for unit in row] for row in batch] for batch in self._plan(lengths)]
+            first += len(lengths)
+        return plans
+
+    def _fill(self, samples: Samples | MixedSamples, plan: list[MicroBatch]) -> float | None:
+        """The share of packed rows that is no padding; None without packing."""
+        if not self._config.packing or not plan:
+            return None
+        packs = [pack for micro_batch in plan for pack in micro_batch]
+        return fill_ratio(packs, samples.unit_lengths, self._config.max_length * samples.group)
+
+    def _plan(self, lengths: Sequence[int], rng: random.Random | None = None) -> list[MicroBatch]:
         config = self._config
-        capacity = config.max_length * samples.group
-        return plan_micro_batches(samples.unit_lengths, capacity, config.micro_batch_size, config.packing, rng)
+        group = (config.rows or RowKind.answers).samples
+        return plan_micro_batches(lengths, config.max_length * group, config.micro_batch_size, config.packing, rng)
 
     @property
-    def training_samples(self) -> Samples:
+    def training_samples(self) -> Samples | MixedSamples:
         """The tokenised training rows, of the first window when streaming. Needs `setup`."""
         if self._train is None:
             raise RuntimeError("call SFTDataModule.setup first")

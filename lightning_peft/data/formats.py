@@ -12,7 +12,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lightning_peft.data.config import DataConfig, Format, Layout, RowKind
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Conversation, Message, Row, read_json, shown
 from lightning_peft.data.preferences import read_chosen_and_rejected, read_label
-from lightning_peft.data.turns import READ_KEYS, read_turns
+from lightning_peft.data.token_rows import COLUMNS as TOKEN_COLUMNS
+from lightning_peft.data.token_rows import read_tokens
+from lightning_peft.data.turns import OPTIONAL_KEYS, READ_KEYS, is_of_others, read_turns
 
 SIDE_COLUMNS = ("system", "history", "input", "tools")
 """What a row may hold beside its prompt and answer; `data.system_column` and so on rename them."""
@@ -78,6 +80,10 @@ def _read_text(row: Row, reader: "RowReader") -> list[Message]:
     return [Message(TEXT_ROLE, _text(row, column))]
 
 
+def _no_messages(row: Row, reader: "RowReader") -> list[Message]:
+    return []
+
+
 def _read_chosen(row: Row, reader: "RowReader") -> list[Message]:
     return _read_both(row, reader)[0]
 
@@ -120,6 +126,7 @@ FORMATS = {
         (("prompt", "completion"),), ("prompt_column", "completion_column"), _read_pair, side=SIDE_COLUMNS
     ),
     Format.text: RowFormat((("text",),), ("text_column",), _read_text),
+    Format.tokens: RowFormat((("input_ids",),), (), _no_messages, copies=TOKEN_COLUMNS),
     Format.preference: RowFormat(
         (("chosen", "rejected"),),
         ("chosen_column", "rejected_column"),
@@ -158,15 +165,42 @@ class RowReader:
     def __call__(self, row: Row) -> Conversation:
         """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
         unread = self._unread(row)
+        if self.ignored & OPTIONAL_KEYS:
+            row = self._without_ignored_keys(row)
         if self.format is Format.preference:
             chosen, rejected = (self._conversation(row, messages) for messages in _read_both(row, self))
             return Conversation(chosen, chosen.tools, *unread, rejected=rejected)
+        if self.format is Format.tokens:
+            return Conversation((), None, *unread, tokens=read_tokens(row, self._row_weight(row)))
         messages = FORMATS[self.format].read(row, self)
         if self.format is Format.text:
             return Conversation(messages, None, *unread)
         found = self._conversation(row, messages)
         wanted = read_label(row, self.columns[2]) if self.format is Format.labelled else None
         return Conversation(found, found.tools, *unread, wanted=wanted)
+
+    def ignores(self, row: Row) -> dict[str, bool]:
+        """Return which of the names that are left out on request are in a row, as a column or a key of a turn."""
+        if not self.ignored:
+            return {}
+        lists = (turns for column in self._turn_columns if isinstance(turns := row.values.get(column), list))
+        keys = {key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn}
+        return {name: name in row.values or name in keys for name in sorted(self.ignored)}
+
+    def _without_ignored_keys(self, row: Row) -> Row:
+        keys, values = self.ignored & OPTIONAL_KEYS, dict(row.values)
+        for column in self._turn_columns:
+            if isinstance(turns := values.get(column), list):
+                values[column] = [
+                    {key: value for key, value in turn.items() if key not in keys} if isinstance(turn, dict) else turn
+                    for turn in turns
+                ]
+        return Row(values, row.origin)
+
+    @cached_property
+    def _turn_columns(self) -> tuple[str, ...]:
+        """Columns that may hold lists of turns."""
+        return (*self.columns, *(self.side[name] for name in ("prompt", "history") if name in self.side))
 
     def _conversation(self, row: Row, messages: list[Message]) -> Conversation:
         messages = self._history(row) + messages
@@ -213,21 +247,25 @@ class RowReader:
         return tools
 
     def _weighted(self, row: Row, messages: list[Message]) -> list[Message]:
-        value = row.values.get(WEIGHT_COLUMN)
         if FORMATS[self.format].rows is not RowKind.answers:
             for message in messages:
                 if message.weight not in (0.0, 1.0):
                     raise BadRow(row.origin, "turns of weight 0 or 1 in rows of preferences", message.weight)
             return messages
+        weight = self._row_weight(row)
+        return messages if weight == 1 else [replace(message, weight=message.weight * weight) for message in messages]
+
+    def _row_weight(self, row: Row) -> float:
+        value = row.values.get(WEIGHT_COLUMN)
         if value is None or WEIGHT_COLUMN in self._read_columns or WEIGHT_COLUMN in self.ignored:
-            return messages
+            return 1.0
         try:
             weight = float(value)
         except (TypeError, ValueError):
             weight = -1.0
         if not 0 <= weight < float("inf"):
             raise BadRow(row.origin, "a number from 0 on", value, WEIGHT_COLUMN)
-        return [replace(message, weight=message.weight * weight) for message in messages]
+        return weight
 
     @cached_property
     def _read_columns(self) -> frozenset[str]:
@@ -251,8 +289,7 @@ class RowReader:
             if name not in self._passed and value not in (None, "", [], {}):
                 number = isinstance(value, int | float) and name.lower() not in _WEIGHTY
                 (listed if number or _LISTED.fullmatch(name) else unread).append(f"column {name!r}")
-        prompt = self.side.get("prompt")
-        for column in self.columns if prompt is None else (*self.columns, prompt):
+        for column in self._turn_columns:
             if isinstance(turns := row.values.get(column), list):
                 turns = [turn for turn in turns if isinstance(turn, dict)]
                 for name in dict.fromkeys(key for turn in turns for key in turn):
@@ -260,6 +297,10 @@ class RowReader:
                         continue
                     if any(turn.get(name) not in (None, "", [], {}) for turn in turns):
                         (listed if _LISTED.fullmatch(name) else unread).append(f"key {name!r} of a turn")
+                roles = [(turn.get("role") or turn.get("from"), turn.get(WEIGHT_COLUMN)) for turn in turns]
+                if WEIGHT_COLUMN not in self.ignored:
+                    others = dict.fromkeys(role for role, weight in roles if weight and is_of_others(role))
+                    listed += [f"key 'weight' of a turn of the {role}" for role in others]
         return tuple(unread), tuple(listed)
 
 

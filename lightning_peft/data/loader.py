@@ -1,15 +1,17 @@
 """Batches of tokenised samples, collated here or by worker processes, from any place of an epoch on."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_peft.data.batch import Batch
+from lightning_peft.data.batch import Batch, SourceOf
 from lightning_peft.data.collate import collate_units
 from lightning_peft.data.config import DataConfig
+from lightning_peft.data.mixed_samples import MixedSamples
 from lightning_peft.data.sampler import MicroBatchSampler, Request
 from lightning_peft.data.samples import Samples
 
@@ -20,14 +22,24 @@ SECONDS_AFTER_SIGTERM = 60
 class CollatedBatches(Dataset[Batch]):
     """The batch of each request."""
 
-    def __init__(self, samples: Samples, config: DataConfig, pad_token_id: int) -> None:
+    def __init__(
+        self,
+        samples: Samples | MixedSamples,
+        config: DataConfig,
+        pad_token_id: int,
+        source_of: Callable[[int], SourceOf] | None = None,
+    ) -> None:
+        """source_of: where a unit comes from, if all of a batch come from there."""
         self._samples = samples
         self._config = config
         self._pad_token_id = pad_token_id
+        self._source_of = source_of
 
     def __getitem__(self, request: Request) -> Batch:
         rows = [[self._samples.unit(index) for index in row] for row in request.rows]
-        return collate_units(rows, self._pad_token_id, self._config.max_length, self._config.packing, request.filler)
+        config = self._config
+        batch = collate_units(rows, self._pad_token_id, config.max_length, config.packing, request.filler)
+        return batch if self._source_of is None else replace(batch, source=self._source_of(request.rows[0][0]))
 
 
 class MicroBatchLoader(DataLoader[Batch]):

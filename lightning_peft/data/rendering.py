@@ -119,7 +119,8 @@ class ConversationRenderer:
 
     def _check_context(self, messages: Sequence[Message], prompt: str) -> None:
         for index, message in enumerate(messages):
-            if message.role in ("system", "user") and message.content.strip() not in prompt:
+            parts = _SWITCHES.split(message.content) if message.role == "system" else [message.content]
+            if message.role in ("system", "user") and any(part.strip() not in prompt for part in parts):
                 raise ChatTemplateError(
                     f"the chat template does not write the content of message {index + 1}, which is of the "
                     f"{message.role}"
@@ -232,6 +233,8 @@ class ConversationRenderer:
         return self._next_role[calls]
 
 
+_SWITCHES = re.compile(r"/(?:no_)?think\b|/system_override\b")
+"""Words of a system message that some templates take out: they say how the prompt is written."""
 _CLOSED_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
 

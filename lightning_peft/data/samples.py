@@ -3,11 +3,11 @@
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
 from lightning_peft.data.batch import IGNORED_LABEL
-from lightning_peft.data.chat import Encoded, Encoder, cut_to, encoder_of
+from lightning_peft.data.chat import Encoded, Encoder, Outcome, cut_to, encoder_of, end_token_ids
 from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.formats import RowReader, row_reader
+from lightning_peft.data.mixture import MixedSource, naming, sources_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
 from lightning_peft.data.sources import file_count, iterate_rows
+from lightning_peft.data.template import ChatTemplate
+from lightning_peft.data.token_rows import sample_of
 from lightning_peft.progress import Part
 
 PARTS = ("tokens", "trained", "starts")
@@ -33,6 +36,8 @@ WEIGHTS = "weights"
 """One more of them where a token's loss has a factor other than 1."""
 STANDINGS = "standings"
 """One more of them where samples belong together."""
+WITHOUT_TURNS = (Format.text, Format.tokens)
+"""Rows that no chat template lays out."""
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores; their shapes decide the format."""
 
@@ -203,9 +208,12 @@ def encode_rows(
                 if reader is None:
                     raise BadRow.because(row.origin, str(refused))
                 conversation = reader(row)
-                if config.layout is Layout.chat and reader.format is not Format.text:
+                audit.count_ignored(reader.ignores(row))
+                if config.layout is Layout.chat and reader.format not in WITHOUT_TURNS:
                     rendered = rendered or RenderedText(tokenizer, encoder.template)
                     rendered.refuse(conversation, row.origin)
+                    unread.update(name for name, is_id in unwritten(conversation, encoder.template) if not is_id)
+                    audit.count_listed(name for name, is_id in unwritten(conversation, encoder.template) if is_id)
                 unread.update(conversation.unread)
                 audit.count_listed(conversation.listed)
                 audit.count_tools(conversation.tools)
@@ -218,6 +226,16 @@ def encode_rows(
         raise UnreadError(_unread_message(unread, audit.rows))
     if refused is not None and reader is None and audit.rows == audit.bad_rows:
         raise refused
+
+
+def unwritten(conversation: Conversation, template: ChatTemplate) -> list[tuple[str, bool]]:
+    """Name the keys of turns that the chat template does not write, and whether they only identify a call."""
+    found: dict[str, bool] = {}
+    for message in chain(conversation, conversation.rejected or ()):
+        for key in ("name", "tool_call_id"):
+            if getattr(message, key) is not None and not template.writes(message.role, key):
+                found[f"key {key!r} of a turn of the {message.role}"] = message.role == "tool"
+    return list(found.items())
 
 
 def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowReader | None, ValueError | None]:
@@ -243,7 +261,7 @@ def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowR
     if not found:
         return None, refused
     reader = readers[found.most_common(1)[0][0]]
-    if config.on_too_long is OnTooLong.split and reader.format is not Format.text:
+    if config.on_too_long is OnTooLong.split and reader.format not in WITHOUT_TURNS:
         raise ValueError(
             f"data.on_too_long=split: only plain text can be split, these rows are {reader.format.value}; "
             "use truncate, skip or error"
@@ -267,24 +285,31 @@ def read_conversations(
 ) -> list[tuple[dict[str, Any], Conversation]]:
     """The first usable rows of a split, each with its messages; bad rows as `data.on_bad_row` says.
 
-    Raises `BadRow`, ValueError for options that do not fit the rows.
+    Those of a mixture come from its sources in turn. Raises `BadRow`, ValueError for options that do not fit the rows.
     """
-    rows = iterate_rows(config, split)
-    first = list(islice(rows, ROWS_AT_ONCE))
-    reader, refused = _find_reader(first, config)
+    turns = zip_longest(*(_conversations(source, split, limit) for source in sources_of(config)))
+    return list(islice((found for turn in turns for found in turn if found is not None), limit))
+
+
+def _conversations(source: MixedSource, split: str, limit: int | None) -> list[tuple[dict[str, Any], Conversation]]:
+    config = source.config
     found: list[tuple[dict[str, Any], Conversation]] = []
-    for row in chain(first, rows):
-        if limit is not None and len(found) >= limit:
-            break
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            if reader is None:
-                raise BadRow.because(row.origin, str(refused))
-            found.append((row.values, reader(row)))
-        except BadRow:
-            if config.on_bad_row is OnBadRow.error:
-                raise
+    with naming(source.name):
+        rows = iterate_rows(config, split)
+        first = list(islice(rows, ROWS_AT_ONCE))
+        reader, refused = _find_reader(first, config)
+        for row in chain(first, rows):
+            if limit is not None and len(found) >= limit:
+                break
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                if reader is None:
+                    raise BadRow.because(row.origin, str(refused))
+                found.append((row.values, reader(row)))
+            except BadRow:
+                if config.on_bad_row is OnBadRow.error:
+                    raise
     return found
 
 
@@ -317,7 +342,12 @@ def _encode(
     if config.rows not in (None, RowKind.answers):
         yield from _encode_units(read, config, tokenizer, encoder, audit)
         return
-    outcomes = encoder.encode([conversation for _, conversation in read]) if read else []
+    outcomes: Sequence[Outcome]
+    if all(conversation.tokens is not None for _, conversation in read):
+        ends = end_token_ids(tokenizer) if read else set()
+        outcomes = [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens]
+    else:
+        outcomes = encoder.encode([conversation for _, conversation in read])
     for (origin, _), outcome in zip(read, outcomes, strict=True):
         with _refusing(origin, config, audit):
             if isinstance(outcome, Exception):

@@ -47,7 +47,7 @@ INLINE_THOUGHT = re.compile(
 )
 """A thought at the beginning of an answer, as models write it; its opening may have been in the prompt."""
 
-_ASKED, _ANSWERED, _THOUGHT = "Qzx asks", "Qzy answers", "Qzw thinks"
+_ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qzn_name"
 _CALL = {"type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
 _TOOL = {
     "type": "function",
@@ -96,6 +96,8 @@ class ChatTemplate:
             if not re.search(rf"\b{re.escape(str(name))}\b", source):
                 raise ValueError(f"data.template_options: the chat template reads no option {name!r}")
         self._variables = {**special_tokens, **options}
+        self._tool_variables = [name for name in ("tools", "xml_tools") if name == "tools" or name in source]
+        self._written: dict[tuple[str, str], bool] = {}
         try:
             self._compiled = _compile_jinja_template(source)
         except TemplateError as error:
@@ -116,7 +118,7 @@ class ChatTemplate:
             return compiled.render(
                 **(self._variables | more),
                 messages=list(messages),
-                tools=tools,
+                **dict.fromkeys(self._tool_variables, tools),
                 documents=None,
                 add_generation_prompt=generation,
             )
@@ -185,6 +187,18 @@ class ChatTemplate:
         turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [self._spelled_call(_CALL)]}
         return _THOUGHT in self._try([{"role": "user", "content": _ASKED}, turn | reasoning_keys(_THOUGHT)])
 
+    def writes(self, role: str, key: str) -> bool:
+        """Return whether the template writes a key of turns of this role, beside their content."""
+        if (role, key) not in self._written:
+            question, turn = {"role": "user", "content": _ASKED}, {"role": role, "content": _ANSWERED, key: _NAME}
+            before: list[dict[str, Any]] = [question] if role in ("assistant", "tool") else []
+            if role == "tool" and self.call_spelling is not None:
+                call = self._spelled_call(_CALL)
+                before.append({"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [call]})
+            text = self._try([*before, turn] if role != "system" else [turn, question])
+            self._written[role, key] = _NAME in text
+        return self._written[role, key]
+
     @cached_property
     def _names_reasoning(self) -> bool:
         """Whether thoughts have a place of their own, so that `<think>` in the content would be something else."""
@@ -246,15 +260,11 @@ class ChatTemplate:
 
     def spelled(self, message: Message) -> dict[str, Any]:
         """A message as the template takes it. Raises `ChatTemplateError` for what the template cannot write."""
+        named = {"name": message.name, "tool_call_id": message.tool_call_id}
+        keys: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
         if message.role != "assistant":
-            turn: dict[str, Any] = {"role": message.role, "content": message.content}
-            if message.name is not None:
-                turn["name"] = message.name
-            if message.tool_call_id is not None:
-                turn["tool_call_id"] = message.tool_call_id
-            return turn
+            return {"role": message.role, "content": message.content, **keys}
         thought, content = message.reasoning, message.content
-        keys: dict[str, Any] = {}
         if thought is None and self._names_reasoning:
             thought, content = split_thought(content)
         if thought and self._names_reasoning:
@@ -264,7 +274,7 @@ class ChatTemplate:
                     f"the chat template does not write the thought of a turn {turn_is}; data.reasoning=drop leaves it "
                     "out"
                 )
-            keys = reasoning_keys(thought)
+            keys |= reasoning_keys(thought)
         elif thought:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
         if not message.tool_calls:

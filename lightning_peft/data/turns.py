@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_peft.data.conversation import BadRow, Message, read_json
+from lightning_peft.data.template import split_thought
 
 ROLES = {
     "system": "system",
@@ -22,6 +23,7 @@ ROLES = {
 }
 """Names of a turn's author, those of ShareGPT among them."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_THOUGHTS_BEGIN = ("<think>", "<|channel>thought", "[THINK]")
 WEIGHT_KEYS = ("weight", "train", "loss")
 READ_KEYS = frozenset(
     ("role", "content", "from", "value", "tool_calls", "function_call", "name", "tool_call_id")
@@ -29,6 +31,13 @@ READ_KEYS = frozenset(
     + WEIGHT_KEYS
 )
 """Keys of a turn that mean something here."""
+OPTIONAL_KEYS = READ_KEYS - {"role", "content", "from", "value"}
+"""Those that `data.ignore_columns` may leave out."""
+
+
+def is_of_others(name: Any) -> bool:
+    """Return whether a turn's author is known and not the assistant, whose turns alone are trained."""
+    return isinstance(name, str) and ROLES.get(name.lower(), "assistant") != "assistant"
 
 
 def read_turns(turns: Any, origin: str, column: str) -> list[Message]:
@@ -63,10 +72,13 @@ def _read_turn(turn: Any, origin: str, column: str) -> Message:
     content = "" if content is None and calls else _joined(content, origin, column)
     if not isinstance(content, str) or (role == "assistant" and not content.strip() and not calls):
         raise BadRow(origin, f"non-empty text as content of each {name} message", content, column)
+    reasoning, content = _one_thought(_reasoning(turn, origin, column), content, origin, column)
+    if reasoning is not None and role != "assistant":
+        raise BadRow(origin, "a thought on turns of the assistant only", name, column)
     return Message(
         role,
         content,
-        reasoning=_reasoning(turn, origin, column),
+        reasoning=reasoning,
         tool_calls=tuple(_read_call(call, origin, column) for call in calls),
         name=_optional_text(turn, "name", origin, column),
         tool_call_id=_optional_text(turn, "tool_call_id", origin, column),
@@ -98,6 +110,16 @@ def _reasoning(turn: dict[str, Any], origin: str, column: str) -> str | None:
     if len(set(values)) > 1:
         raise BadRow(origin, "one thought in a message", given, column)
     return values[0] if values[0].strip() else None
+
+
+def _one_thought(reasoning: str | None, content: str, origin: str, column: str) -> tuple[str | None, str]:
+    """The thought that a key holds, and the content without the same one."""
+    if reasoning is None or not content.lstrip().startswith(_THOUGHTS_BEGIN):
+        return reasoning, content
+    inline, rest = split_thought(content)
+    if inline is not None and inline != reasoning.strip():
+        raise BadRow(origin, "one thought in a message, and its content begins with another", reasoning, column)
+    return reasoning, content if inline is None else rest
 
 
 def _weight(turn: dict[str, Any], role: str, origin: str, column: str) -> float:

@@ -66,7 +66,7 @@ def check_direction(option: str, metric: str) -> None:
     """
     name = metric.removeprefix("-")
     owner = next((task for task in TASKS.values() if name in task.metric_names), None)
-    if owner is None and name != "validation_loss":
+    if owner is None and name.partition("/")[0] != "validation_loss":
         return
     is_small_good = owner is None or name in owner.small_is_good
     if is_small_good == metric.startswith("-"):

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -41,6 +42,8 @@ FREE_TO_CHANGE = (
 stay; the schedule's length may change and is said."""
 TOLD_BY_CONTENT = ("data.train_path", "data.validation_path", "data.hub_name", "model.path")
 """Options that may name the same content elsewhere: `check_same_content` compares the rows and the weights."""
+_SOURCE = re.compile(r"^data\.sources\.[\w-]+\.")
+"""What stands before an option of a source of a mixture."""
 PATIENCE_SECONDS = {"SLURM_RESTART_COUNT": 120.0, "SLURM_JOB_ID": 15.0}
 """How long a run waits for the folder where this variable is set: a requeued one for the processes of its last start, a
 job for the `submit` that has just handed it over."""
@@ -266,7 +269,7 @@ def check_same_config(
     changed = [
         f"{key} (was {_show(before, key)}, is {_show(now, key)})"
         for key in sorted(before.keys() | now.keys())
-        if key not in free and before.get(key, absent) != now.get(key, absent)
+        if not {key, _SOURCE.sub("data.", key)} & set(free) and before.get(key, absent) != now.get(key, absent)
     ]
     if changed:
         raise ValueError(

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,13 @@ def charts(metrics: dict[str, Any]) -> dict[str, Any]:
     is_validation = "validation_loss" in metrics
     named = {key: value for key, value in metrics.items() if key not in CONSTANTS}
     if is_validation:
-        return {f"validation/{'loss' if key == 'validation_loss' else key}": value for key, value in named.items()}
+        return {validation_chart(key): value for key, value in named.items()}
     return {f"train/{key}": value for key, value in named.items()}
+
+
+def validation_chart(name: str) -> str:
+    """The chart of what a validation gave: validation/loss, validation/loss/SOURCE, validation/METRIC."""
+    return "validation/" + re.sub(r"^validation_loss(?=/|$)", "loss", name)
 
 
 def sweep_name(run_dir: Path) -> str | None:
@@ -228,7 +234,7 @@ class WandbRun(RunLogger):
             return
         result = json.loads(path.read_text())
         summary = {key: result[key] for key in SUMMARIZED if key in result}
-        summary |= {f"validation/{name}": value for name, value in result.get("metrics", {}).items()}
+        summary |= {validation_chart(name): value for name, value in result.get("metrics", {}).items()}
         self.run.summary.update(summary | {"status": result["status"]})
 
     def forget_data_dir(self) -> None:

@@ -46,7 +46,8 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Train on while a thread writes, from a copy in host memory."""
     best_by: str = "validation_loss"
-    """What adapter_best/ is the best by: validation_loss, or one of validation.metrics; -NAME where large is good."""
+    """What adapter_best/ is the best by: validation_loss, validation_loss/SOURCE of a mixture, or one of
+    validation.metrics; -NAME where large is good."""
 
     def __post_init__(self) -> None:
         if self.every_n_steps is not None and self.every_n_steps < 1:
@@ -95,7 +96,8 @@ class EarlyStoppingConfig:
     """When a run ends before its last step because it gets no better."""
 
     metric: str | None = None
-    """validation_loss, or one of validation.metrics; -NAME where large is good; null trains to the end."""
+    """validation_loss, validation_loss/SOURCE of a mixture, or one of validation.metrics; -NAME where large is good;
+    null trains to the end."""
     patience: int = 3
     """Validations in a row that are no better than the best one before the run ends."""
     min_delta: float = 0.0

@@ -121,6 +121,8 @@ class FinetuneModule(LightningModule):
         """Hash of the quantised base as loaded, with quantization.verify."""
         self.window = TokenWindow()
         self.validation_window = TokenWindow()
+        self.source_windows: dict[str, TokenWindow] = {}
+        """Those of each source of a mixture, in the validation that goes on."""
         self.step_metrics: dict[str, Tensor] = {}
         """Device scalars of the last optimiser step: loss, tokens (supervised), grad_norm, penalty of the adapters."""
 
@@ -344,6 +346,12 @@ class FinetuneModule(LightningModule):
         loss = self.objective(batch)
         weight = self.objective.loss_weight(batch)
         self.validation_window.add(loss, weight, batch.loss_weight, self.objective.measured)
+        if batch.source is not None:
+            # Every rank adds to the window of every source, as all of them close each.
+            for name in batch.source.names:
+                is_of_it = name == batch.source.name
+                window = self.source_windows.setdefault(name, TokenWindow())
+                window.add(loss if is_of_it else torch.zeros_like(loss), weight * is_of_it)
 
     def on_validation_epoch_end(self) -> None:
         means = self.validation_window.close()
@@ -352,6 +360,9 @@ class FinetuneModule(LightningModule):
         self.log("validation_loss", means.loss.float(), prog_bar=True, batch_size=1, sync_dist=True)
         for name, mean in means.measured.items():
             self.log(f"validation_{name}", mean.float(), batch_size=1, sync_dist=True)
+        for name, window in self.source_windows.items():
+            self.log(f"validation_loss/{name}", window.close().loss.float(), batch_size=1, sync_dist=True)
+        self.source_windows = {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -51,6 +51,36 @@ GRANITE = (
     "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
 )
+SMOLLM_3 = (
+    "{% set thinks = enable_thinking | default(true) %}{% set said = '' %}"
+    "{% if messages[0].role == 'system' %}{% set said = messages[0].content %}"
+    "{% if '/no_think' in said %}{% set thinks = false %}{% endif %}"
+    "{% set said = said.replace('/no_think', '').replace('/think', '').rstrip() %}{% endif %}"
+    "{{ '<|im_start|>system\n## Metadata\n\nToday Date: ' + strftime_now('%d %B %Y') + '\nReasoning Mode: ' }}"
+    "{{ ('/think' if thinks else '/no_think') + '\n\n## Custom Instructions\n\n' }}"
+    "{{ (said or 'Answer as well as you can.') + '\n\n' }}"
+    "{% if xml_tools %}{{ '### Tools\n\n' + xml_tools | tojson }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'assistant' %}"
+    "{% if thinks %}{{ '<|im_start|>assistant\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}"
+    "{% endif %}"
+    "{% elif m.role == 'tool' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + ('' if thinks else '<think>\n\n</think>\n') }}"
+    "{% endif %}"
+)
+PHI_4 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+PHI_4_MINI = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' and m.tools is defined and m.tools is not none %}"
+    "{{ '<|system|>' + m.content + '<|tool|>' + m.tools + '<|/tool|><|end|>' }}"
+    "{% else %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
 OPENS_THOUGHT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
@@ -63,6 +93,9 @@ OURS = {
     "tekken": (TEKKEN, "</s>"),
     "olmo": (OLMO, "<|endoftext|>"),
     "granite": (GRANITE, "<|end_of_text|>"),
+    "smollm3": (SMOLLM_3, "<|im_end|>"),
+    "phi4": (PHI_4, "<|im_end|>"),
+    "phi4_mini": (PHI_4_MINI, "<|endoftext|>"),
     "opens_thought": (OPENS_THOUGHT, "<|im_end|>"),
 }
 
@@ -75,7 +108,9 @@ STORED = {
     "deepseekv3": "<｜end▁of▁sentence｜>", "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
     "cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>", "gptoss": "<|return|>",
     "nemotron_3_nano": "<|im_end|>", "nemotron_3_super": "<|im_end|>", "nemotron_3_ultra": "<|im_end|>",
-    "lfm2_2_5": "<|im_end|>",
+    "lfm2": "<|im_end|>", "lfm2_v2": "<|im_end|>", "lfm2_2_5": "<|im_end|>", "lfm2_2_5_v2": "<|im_end|>",
+    "gemma4_v2": "<turn|>", "gemma4_v3": "<turn|>", "gemma4_v4": "<turn|>", "nemotron_3_5_lightning": "<|im_end|>",
+    "muse_glimmer": "<|im_end|>",
 }  # fmt: skip
 """Templates of `trl`, each with the EOS of its models."""
 

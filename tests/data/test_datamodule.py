@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_peft.data.config import DataConfig, OnBadRow
 from lightning_peft.data.datamodule import SFTDataModule, adjust_progress
-from lightning_peft.data.streaming import StreamedBatches
+from lightning_peft.data.streaming import RowWindows, StreamedBatches
 
 COUNT = 90
 
@@ -367,7 +367,8 @@ def test_place_that_the_ranks_cannot_share_is_an_error():
 
 def test_lookahead_state_is_one_batch_behind(path, chatml):
     config = DataConfig(train_path=path, max_length=64, micro_batch_size=2, shuffle_window=25, streaming=True)
-    ahead, plain = (StreamedBatches(config, chatml, 0, 0, 0, 1, lookahead) for lookahead in (True, False))
+    windows = RowWindows(config, chatml, 0, False, lambda samples: None)
+    ahead, plain = (StreamedBatches(windows, config, 0, 0, 1, lookahead) for lookahead in (True, False))
     list(islice(ahead, 5)), list(islice(plain, 4))
     assert ahead.state_dict() == plain.state_dict()
 

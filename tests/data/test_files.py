@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import openpyxl
 import pyarrow
 import pytest
 
@@ -170,7 +171,6 @@ def test_arrow_files_are_read(tmp_path):
 
 
 def test_excel_cells_are_text(tmp_path):
-    openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     for cells in (["prompt", "completion"], ["2 + 2?", 4], ["Half?", 0.5], ["Empty?", None]):
         book.active.append(cells)

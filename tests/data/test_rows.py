@@ -337,3 +337,91 @@ def test_token_beyond_the_embedding_is_an_error(write_jsonl, chatml):
     config = config_of(write_jsonl([PLAIN]), max_length=64)
     with pytest.raises(ValueError, match=r"has the id \d+, the model has embeddings for 100: take the tokenizer"):
         SFTDataModule(config, chatml, 0, vocabulary=100).setup()
+
+
+NAMED = "{% for m in messages %}{{ '<|im_start|>' + m.role + (' ' + m.name if m.name else '') + '\n' + m.content }}"
+NAMED += "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def named_turns(role):
+    turns = [{"role": "system", "content": "Be"}, {"role": "user", "content": "Hi"}]
+    turns += [{"role": "assistant", "content": "Hello"}]
+    return {"messages": [turn | ({"name": "Ada"} if turn["role"] == role else {}) for turn in turns]}
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_name_of_a_turn_is_written_or_said_to_be_unread(role, chatml, make_tokenizer, write_jsonl):
+    path = write_jsonl([named_turns(role)])
+    with pytest.raises(UnreadError, match=rf"nobody reads key 'name' of a turn of the {role} \(1 rows\)"):
+        make_samples(DataConfig(train_path=path, validation_fraction=0.0), "train", chatml)
+    without = DataConfig(train_path=path, validation_fraction=0.0, ignore_columns=["name"])
+    samples, _ = make_samples(without, "train", chatml)
+    assert "Ada" not in chatml.decode(samples[0].input_ids)
+    tokenizer = make_tokenizer(NAMED, bos="<|im_start|>", eos="<|im_end|>")
+    if role == "assistant":  # a prompt to generate from does not have it
+        with pytest.raises(BadRow, match="line 1: the chat template is not prefix-stable"):
+            make_samples(DataConfig(train_path=path, validation_fraction=0.0), "train", tokenizer)
+        return
+    samples, _ = make_samples(DataConfig(train_path=path, validation_fraction=0.0), "train", tokenizer)
+    assert f"{role} Ada\n" in tokenizer.decode(samples[0].input_ids)
+
+
+@pytest.mark.parametrize("key", ["weight", "reasoning_content", "name"])
+def test_any_key_of_a_turn_can_be_ignored(key, chatml, write_jsonl):
+    value = {"weight": 0, "reasoning_content": "Hmm", "name": "Ada"}[key]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", key: value}]
+    path = write_jsonl([{"messages": turns}])
+    config = DataConfig(train_path=path, validation_fraction=0.0, ignore_columns=[key])
+    samples, audit = make_samples(config, "train", chatml)
+    assert chatml.decode([label for label in samples[0].labels if label != -100]) == "Hello<|im_end|>"
+
+
+BESIDE = {
+    "a thought": {"reasoning_content": "Hmm"},
+    "tool calls": {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+    "a name": {"name": "Ada"},
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_raw_rows_with_more_than_text_are_refused(what, chatml, write_jsonl):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"} | BESIDE[what]]
+    config = DataConfig(train_path=write_jsonl([{"messages": turns}]), validation_fraction=0.0, layout=Layout.raw)
+    with pytest.raises(BadRow, match=f"line 1: data.layout=raw: .* this row has {what} beside"):
+        make_samples(config, "train", chatml)
+
+
+def test_thought_of_a_user_is_refused(chatml):
+    with pytest.raises(BadRow, match="row 1, .*: expected a thought on turns of the assistant only, got 'user'"):
+        run([{"messages": [HI | {"reasoning_content": "Hmm"}, HELLO]}], chatml)
+
+
+def test_thought_that_stands_twice_is_written_once():
+    tokenizer = tokenizer_of("qwen3")
+    answer = {"role": "assistant", "content": "<think>\nHmm\n</think>\n\nHello", "reasoning_content": "Hmm"}
+    [sample], _ = run([{"messages": [HI, answer]}], tokenizer)
+    assert trained(sample, tokenizer) == "<think>\nHmm\n</think>\n\nHello<|im_end|>"
+    with pytest.raises(BadRow, match="one thought in a message, and its content begins with another"):
+        run([{"messages": [HI, answer | {"reasoning_content": "Other"}]}], tokenizer)
+
+
+def test_what_is_left_out_on_request_is_counted(chatml):
+    rows = [{"messages": [HI | {"mood": "good"}, HELLO], "rating": "A"}, PLAIN]
+    _, audit = run(rows, chatml, ignore_columns=["rating", "mood", "nothing"])
+    assert "left out by data.ignore_columns: mood (1 rows), nothing (0 rows), rating (1 rows)" in audit.lines()
+
+
+def test_weight_of_a_user_is_listed(chatml):
+    _, audit = run([{"messages": [HI | {"weight": 1}, HELLO]}], chatml)
+    assert "not read: key 'weight' of a turn of the user (1 rows)" in audit.lines()
+
+
+def test_shared_tools_are_written_in_prompts_as_in_training(write_jsonl):
+    tokenizer = tokenizer_of("qwen3")
+    tool = {"type": "function", "function": {"name": "w", "description": "W", "parameters": {"type": "object"}}}
+    path = write_jsonl([PLAIN | {"tools": [tool]}] * 3)
+    module = SFTDataModule(DataConfig(train_path=path, validation_fraction=0.0, cache_dir=None), tokenizer, 0)
+    module.setup()
+    layout = module.prompt_layout
+    prompt = layout.prompt(layout.conversation("Hi"), tokenizer)
+    assert module.training_samples[0].input_ids[: len(prompt)] == prompt

@@ -1,6 +1,7 @@
 """Every template against what it renders itself: prompts token for token, and the text that follows each."""
 
 import random
+import time
 
 import pytest
 from chat_templates import OURS, STORED, TRL, tokenizer_of
@@ -62,8 +63,13 @@ NAMES = [*OURS, *STORED]
 NO_SYSTEM = {"gemma"}
 NO_TOOLS = {
     *OURS, "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
+    "lfm2",
 }  # fmt: skip
-NO_THOUGHT = {("gemma4", "thought"), ("gemma4", "thoughts"), ("gemma4", "thoughts and calls")}
+NO_THOUGHT = {
+    (name, kind)
+    for name in ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4")
+    for kind in ("thought", "thoughts", "thoughts and calls")
+}
 NO_THOUGHT |= {(name, "thoughts and calls") for name in ("llama3_1", "llama3_2")}  # a turn is a call or text
 OPENS = ("deepseekv3", "deepseek_r1_distill", "nemotron", "opens_thought")
 """Their prompts open a thought that their renderings of an answer do not begin with, or not always."""
@@ -83,6 +89,7 @@ def applied(tokenizer, conversation, messages, generation, **more):
         dicts(tokenizer, messages),
         chat_template=template_of(tokenizer).source,  # the tokenizer's own, but for today's date
         tools=conversation.tools,
+        xml_tools=conversation.tools,  # SmolLM 3's name for them
         tokenize=False,
         add_generation_prompt=generation,
         **more,
@@ -112,7 +119,7 @@ def test_each_turn_follows_its_prompt_as_the_template_renders_it(name, kind):
         or (name, kind) in NO_THOUGHT
     )
     if refused:
-        with pytest.raises(ChatTemplateError, match="refuses a conversation|does not write the"):
+        with pytest.raises(ChatTemplateError, match="refuses a conversation|does not write"):
             encode_all([conversation], tokenizer)
         return
     turns = samples_by_turn(tokenizer, conversation)
@@ -194,6 +201,38 @@ STOPS = {
 def test_stop_tokens_are_those_that_end_an_answer_or_a_call(name):
     tokenizer = tokenizer_of(name)
     assert {tokenizer.decode([token]) for token in end_token_ids(tokenizer)} == STOPS[name]
+
+
+def test_tools_reach_a_template_that_calls_them_otherwise():
+    """SmolLM 3 names them xml_tools."""
+    tokenizer = tokenizer_of("smollm3")
+    [[sample]] = encode_all([Conversation([ASKED, ANSWERED], TOOLS)], tokenizer)
+    assert "Weather of a city" in tokenizer.decode(sample.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "system"), [({"enable_thinking": False}, "Be terse."), ({}, "Be terse. /no_think")]
+)
+def test_switch_of_thinking_is_in_prompt_and_training_alike(options, system):
+    tokenizer = tokenizer_of("smollm3")
+    encoder = Encoder(tokenizer, template_options=options)
+    conversation = Conversation([Message("system", system), ASKED, ANSWERED])
+    [[sample]] = encoder.encode([conversation])
+    prompt = encoder.prompt(conversation.before(2))
+    assert sample.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt).endswith("assistant\n<think>\n\n</think>\n")
+    assert tokenizer.decode([label for label in sample.labels if label != -100]) == "It is 4.<|im_end|>"
+
+
+NAMED = "{% for m in messages %}{{ '<|im_start|>' + m.role + (' ' + m.name if m.name else '') + '\n' + m.content }}"
+NAMED += "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def test_template_says_which_keys_of_turns_it_writes():
+    tokenizer = tokenizer_of("chatml")
+    assert not any(template_of(tokenizer).writes(role, "name") for role in ("system", "user", "assistant", "tool"))
+    tokenizer.chat_template = NAMED
+    assert all(template_of(tokenizer).writes(role, "name") for role in ("system", "user", "assistant", "tool"))
 
 
 def test_parts_of_a_turn_are_told_apart():
@@ -298,3 +337,16 @@ def random_conversation(rng):
         thought = random_text(rng) if rng.random() < 0.3 else None
         messages.append(Message("assistant", random_text(rng), reasoning=thought))
     return Conversation(messages, tools)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cost_is_linear_in_the_turns(name):
+    """200 turns on any template in a second of processor time; Gemma 4's once took 32."""
+    tokenizer = tokenizer_of(name)
+    turns = [
+        message for number in range(100) for message in (Message("user", f"Q{number}"), answer("llama3_1", number))
+    ]
+    encode_all([Conversation(turns[:4])], tokenizer)  # what is found out about a template once
+    started = time.process_time()
+    encode_all([Conversation(turns)], tokenizer)
+    assert time.process_time() - started < 1

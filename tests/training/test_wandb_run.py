@@ -20,7 +20,7 @@ from wandb_records import offline_runs
 from lightning_peft.commands.train import train
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.tracking.wandb_record import wandb_record
-from lightning_peft.tracking.wandb_run import WandbRun, sweep_name
+from lightning_peft.tracking.wandb_run import WandbRun, charts, sweep_name
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # wandb's own
 
@@ -103,6 +103,11 @@ def test_charts_have_prefixes_and_none_is_constant(finished):
     assert not names & constant
     epochs = [epoch for _, epoch in run.scalars("train/epoch")]
     assert 0 < epochs[0] < epochs[1] < epochs[2]
+
+
+def test_losses_of_a_mixture_are_charts_beside_the_loss():
+    row = {"validation_loss": 1.0, "validation_loss/sql": 2.0, "exact_match": 0.5}
+    assert charts(row) == {"validation/loss": 1.0, "validation/loss/sql": 2.0, "validation/exact_match": 0.5}
 
 
 def test_tokens_are_counted_over_the_steps(finished):
