@@ -207,7 +207,7 @@ class Engine:
             self.tiers.users = [0] * len(self.tiers.users)
             self.tiers.in_slot = [None] * len(self.tiers.in_slot)
         self.running.clear()
-        self.decoder.rows, self.decoder.cache = [], None
+        self.decoder.clear()
 
 
 def overlap(text: str, stop: str) -> int:
