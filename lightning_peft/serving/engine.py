@@ -116,12 +116,13 @@ class Engine:
                 if self.stopping:
                     return
             try:
-                self._turn()
+                self.turn()
             except Exception as error:  # the thread goes on: the next request may be another
                 logger.exception("an answer failed")
                 self._fail_all(error)
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """Take in what waits, and give every running answer its next token. The engine's thread calls it."""
         self._drop_cancelled()
         while self._admit():
             pass
