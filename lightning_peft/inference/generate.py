@@ -251,13 +251,15 @@ def decoded(
     rows = [answer_row(prompts[i], sampling, ends, i, part) for i in order]
     if len(prompts) > 1 and (prefix := common_prefix(prompts)):
         decoder.steps.share(prompts[0][:prefix])
+    longest = len(prompts[order[0]])
+    batch_size = decoder.steps.reserve(min(batch_size, len(prompts)), longest + sampling.max_new_tokens)
     waiting = deque(rows)
     while waiting or decoder.rows:
         free = batch_size - len(decoder.rows)
         # Several prompts at once make better use of the weights that are read for them.
         if waiting and (free >= batch_size * JOIN_SHARE or not decoder.rows):
-            width = len(waiting[0].prompt) - len(decoder.steps.prefix)
-            decoder.add(*(waiting.popleft() for _ in range(min(len(waiting), free, max(1, PREFILL_TOKENS // width)))))
+            together = max(1, PREFILL_TOKENS // len(waiting[0].prompt))
+            decoder.add(*(waiting.popleft() for _ in range(min(len(waiting), free, together))))
         elif decoder.rows:
             decoder.step()
     texts = tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)

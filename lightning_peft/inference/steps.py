@@ -26,9 +26,11 @@ from lightning_peft.quantization.frozen_base import frozen_base
 STATIC_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Blocks of transformers that are Llama's: two RMS norms, rotary attention, a gated MLP."""
 PREFILL_TOKENS = 2048
-"""Most tokens of prompts, padding included, that run at once."""
+"""Most positions of prompts, a shared prefix and padding included, that run at once."""
 WIDTH_STEP = 64
 """Positions by which a static cache grows at least."""
+CACHE_BYTES = 2**30
+"""Memory that a reserved cache may take in any case; beyond, as much as the weights."""
 FEW_ROWS = 64
 """Rows up to which a product is computed the other way around on a CPU."""
 
@@ -236,7 +238,7 @@ class StaticSteps:
         self.cache: Tensor | None = None
         self.prefix: list[int] = []
         """Tokens whose keys and values are kept for the prompts that begin with them."""
-        self.prefix_cache: Tensor | None = None
+        self.prefix_cache: list[tuple[Tensor, Tensor]] = []
 
     def _read(self) -> tuple[list[Block], Products]:
         self.wrapped = 0 if self.slots is None else len(self.slots.layers)
@@ -245,21 +247,32 @@ class StaticSteps:
 
     def share(self, prefix: list[int], route: int = -1) -> None:
         """Run what the prompts that follow begin with."""
-        found = self._prefill([prefix], [route], 0)[1]
-        self.prefix, self.prefix_cache = prefix, found[:, :, :1, :, : len(prefix)].clone()
+        layers = self._prefill([prefix], [route], 0)[1]
+        self.prefix, self.prefix_cache = prefix, [(layer.keys, layer.values) for layer in layers]
+
+    def reserve(self, rows: int, width: int) -> int:
+        """Make room for rows of so many positions, as many of them as memory is meant for; return how many."""
+        weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+        heads = self.model.config.get_text_config().num_key_value_heads
+        token = 2 * len(self.blocks) * heads * self.blocks[0].head_dim * self.model.dtype.itemsize
+        rows = max(1, min(rows, max(CACHE_BYTES, weights) // (token * width)))
+        self._room(rows, width, heads)
+        return rows
 
     def begin(self, prompts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
         """Run prompts, which become the last rows; return the scores (prompts, V) of their first tokens."""
         shared = len(self.prefix) if all(prompt[: len(self.prefix)] == self.prefix for prompt in prompts) else 0
-        scores, found = self._prefill(prompts, routes, shared)
+        scores, layers = self._prefill(prompts, routes, shared)
         first = len(self.lengths)
         self.lengths += map(len, prompts)
-        cache = self._room(len(self.lengths), max(self.lengths) + 1, found)
-        cache[:, :, first : len(self.lengths), :, : found.shape[4]] = found
+        cache = self._room(len(self.lengths), max(self.lengths) + 1, layers[0].keys.shape[1])
+        for kept, layer in zip(cache[:, :, first : len(self.lengths)], layers, strict=True):
+            for into, found in zip(kept, (layer.keys, layer.values), strict=True):
+                into[:, :, : found.shape[2]] = found
         return scores
 
-    def _prefill(self, prompts: Sequence[list[int]], routes: Sequence[int], shared: int) -> tuple[Tensor, Tensor]:
-        """Return scores (prompts, V), and keys and values (layers, 2, prompts, heads, positions, head_dim).
+    def _prefill(self, prompts: Sequence[list[int]], routes: Sequence[int], shared: int) -> tuple[Tensor, list[Any]]:
+        """Return scores (prompts, V), and for each layer keys and values (prompts, heads, positions, head_dim).
 
         Padding is on the right, where no token of the prompt sees it.
         """
@@ -269,26 +282,26 @@ class StaticSteps:
         last = torch.tensor([len(prompt) - 1 - shared for prompt in prompts], device=device)
         cache = DynamicCache(config=self.model.config)
         if shared:
-            assert self.prefix_cache is not None
-            for number, (keys, values) in enumerate(self.prefix_cache.expand(-1, -1, len(prompts), -1, -1, -1)):
+            for number, pair in enumerate(self.prefix_cache):
+                keys, values = (part.expand(len(prompts), -1, -1, -1) for part in pair)
                 cache.update(keys, values, number)
         needed, row = last.unique(return_inverse=True)
         keywords: dict[str, Any] = {str(cache_keyword(self.model)): cache, "logits_to_keep": needed}
         with routed(self.slots, routes):
             logits = self.model(input_ids=ids, use_cache=True, **keywords).logits
-        kept: list[Any] = cache.layers
-        found = torch.stack([torch.stack([layer.keys, layer.values]) for layer in kept])
-        return logits[torch.arange(len(prompts), device=device), row], found
+        return logits[torch.arange(len(prompts), device=device), row], list(cache.layers)
 
-    def _room(self, rows: int, width: int, like: Tensor) -> Tensor:
+    def _room(self, rows: int, width: int, heads: int) -> Tensor:
         """Return the cache, of at least so many rows and positions."""
         if self.cache is not None and rows <= self.cache.shape[2] and width <= self.cache.shape[4]:
             return self.cache
         old_rows, old_width = (0, 0) if self.cache is None else (self.cache.shape[2], self.cache.shape[4])
         rows = old_rows if rows <= old_rows else max(rows, min(2 * old_rows, rows + 8))
         width = old_width if width <= old_width else (width // WIDTH_STEP + 1) * WIDTH_STEP
-        layers, _, _, heads, _, size = like.shape
-        grown = like.new_zeros(layers, 2, rows, heads, width, size)
+        size = self.blocks[0].head_dim
+        grown = torch.zeros(
+            len(self.blocks), 2, rows, heads, width, size, dtype=self.model.dtype, device=self.model.device
+        )
         if self.cache is not None:
             grown[:, :, :old_rows, :, :old_width] = self.cache
         self.cache = grown
@@ -301,7 +314,7 @@ class StaticSteps:
             self.blocks, self.head = self._read()
         device = self.model.device
         rows, width = len(tokens), max(self.lengths) + 1
-        cache = self._room(rows, width, self.cache)[:, :, :rows]
+        cache = self._room(rows, width, self.cache.shape[3])[:, :, :rows]
         lengths = torch.tensor(self.lengths, device=device)
         ids = torch.tensor(tokens, device=device)[:, None]
         x = self.model.get_input_embeddings()(ids)

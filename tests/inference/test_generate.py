@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import small_model
 
+import lightning_peft.inference.steps as steps_module
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.inference.generate import (
@@ -179,6 +180,16 @@ def test_more_prompts_than_places_take_those_of_answers_that_ended(tokenizer):
     prompts = [torch.randint(3, 90, (length,), generator=generator).tolist() for length in range(2, 15)]
     answers = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=8), batch_size=4)
     assert answers == [greedy_alone(model, tokenizer, prompt, 8) for prompt in prompts]
+
+
+def test_a_cache_takes_as_many_rows_as_memory_is_meant_for(monkeypatch):
+    """As much as the weights where no more is meant for it in any case."""
+    model = static_model("llama")
+    row = 2 * 2 * 2 * 16 * 4 * 32  # layers, keys and values, heads, head_dim, bytes, positions
+    monkeypatch.setattr(steps_module, "CACHE_BYTES", 0)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert StaticSteps(model).reserve(10**6, 32) == weights // row
+    assert StaticSteps(model).reserve(2, 32) == 2
 
 
 def test_a_quantised_base_answers_in_a_batch_as_alone(tokenizer):

@@ -30,7 +30,7 @@ QUESTIONS = (
 TRAINING = (
     "model=smollm2_135m", "data=text_to_sql", "data.max_rows=64", "data.max_validation_rows=8", "data.max_length=128",
     "data.micro_batch_size=4", "trainer.accumulate_grad_batches=1", "trainer.max_steps=6", "optimizer.lr=2e-3",
-    "rank=r8", "precision=32-true",
+    "rank=r8", "trainer.precision=32-true",
 )  # fmt: skip
 
 
