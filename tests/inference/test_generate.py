@@ -4,16 +4,23 @@ import pytest
 import torch
 from families import small_model
 
+import lightning_peft.inference.steps as steps_module
+from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
+from lightning_peft.adapters.registry import METHODS
 from lightning_peft.inference.generate import (
     Batching,
     choose_batching,
     common_prefix,
     generate_batch,
     generate_stream,
+    say_once,
+    why_not_decoded,
 )
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.steps import StaticSteps, why_not_static
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.quantization.config import Kind, QuantizationConfig
 
 TINY = ModelConfig(name="tiny")
 
@@ -105,3 +112,114 @@ def test_wrong_sampling_names_the_option(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"sampling.{name}="):
         SamplingConfig(**option)
+
+
+STATIC = ["llama", "qwen2", "qwen3", "mistral"]
+
+
+def static_model(family):
+    """A model of a family whose attention sees all positions."""
+    model = small_model(family, sliding_window=None, use_sliding_window=False)
+    assert why_not_static(model) is None
+    return model
+
+
+def draw_adapter(model, method="lora"):
+    """Adapters of all linear layers that change what the model says."""
+    inject_adapters(model, METHODS[method].config(method=method, rank=4))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", STATIC)
+@pytest.mark.parametrize("method", [None, "lora", "dora"])
+def test_steps_on_a_static_cache_are_those_of_the_model(family, method):
+    """Prompts of unlike lengths, a row that leaves, one that comes: the scores are those of each row's text alone."""
+    model = static_model(family)
+    if method is not None:
+        draw_adapter(model, method)
+    steps = StaticSteps(model)
+    texts = [[5, 6, 7, 8, 9], [11, 12], [5, 6, 20, 21, 22, 23, 24, 25, 26]]
+    with torch.inference_mode():
+        steps.share([5, 6])
+        check(model, texts, steps.begin(texts, [-1] * 3))
+        texts = [[*text, token] for text, token in zip(texts, (30, 31, 32), strict=True)]
+        check(model, texts, steps.step([30, 31, 32], [-1] * 3))
+        steps.keep([0, 2])
+        texts = [texts[0], texts[2], [5, 6, 40]]
+        check(model, texts[2:], steps.begin(texts[2:], [-1]))
+        texts = [[*text, token] for text, token in zip(texts, (33, 34, 35), strict=True)]
+        check(model, texts, steps.step([33, 34, 35], [-1] * 3))
+
+
+def check(model, texts, scores):
+    expected = torch.stack([model(input_ids=torch.tensor([text])).logits[0, -1] for text in texts])
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)  # fp32: sums of other orders
+
+
+def test_factors_are_read_anew_for_each_call(tokenizer):
+    """What training changed in an adapter changes the answers that follow."""
+    model, prompts = draw_adapter(static_model("llama")), [[5, 6, 7], [5, 6, 9, 10]]
+    first = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=12))
+    for _, adapter in adapters(model):
+        adapter.lora_B.weight.data.neg_()
+    second = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=12))
+    assert first != second == [greedy_alone(model, tokenizer, prompt, 12) for prompt in prompts]
+    with disable_adapters(model):
+        base = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=12))
+        assert second != base == [greedy_alone(model, tokenizer, prompt, 12) for prompt in prompts]
+
+
+def test_more_prompts_than_places_take_those_of_answers_that_ended(tokenizer):
+    model = static_model("llama")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 90, (length,), generator=generator).tolist() for length in range(2, 15)]
+    answers = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=8), batch_size=4)
+    assert answers == [greedy_alone(model, tokenizer, prompt, 8) for prompt in prompts]
+
+
+def test_a_cache_takes_as_many_rows_as_memory_is_meant_for(monkeypatch):
+    """As much as the weights where no more is meant for it in any case."""
+    model = static_model("llama")
+    row = 2 * 2 * 2 * 16 * 4 * 32  # layers, keys and values, heads, head_dim, bytes, positions
+    monkeypatch.setattr(steps_module, "CACHE_BYTES", 0)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert StaticSteps(model).reserve(10**6, 32) == weights // row
+    assert StaticSteps(model).reserve(2, 32) == 2
+
+
+def test_a_quantised_base_answers_in_a_batch_as_alone(tokenizer):
+    model = load_model(TINY, torch.float32, QuantizationConfig(kind=Kind.nf4)).eval()
+    draw_adapter(model)
+    prompts = [[5, 6, 7], [5, 6, 9, 10, 11]]
+    answers = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=8))
+    assert answers == [greedy_alone(model, tokenizer, prompt, 8) for prompt in prompts]
+
+
+def test_a_family_that_transformers_answers_for_is_named_once(tokenizer, caplog):
+    say_once.cache_clear()
+    model = small_model("mamba")
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            generate_batch(model, tokenizer, [[5, 6, 7]], SamplingConfig(max_new_tokens=2))
+    assert [r.message for r in caplog.records if "transformers' generate" in r.message] == [
+        "MambaForCausalLM: answers come from transformers' generate, slower, as its blocks are not Llama's"
+    ]
+
+
+def test_a_penalty_that_the_model_declares_is_kept(tokenizer):
+    """Scores that transformers changes are left to it, also where answers are greedy."""
+    model = static_model("qwen2")
+    assert why_not_decoded(model) is None
+    model.generation_config.repetition_penalty = 1.1
+    assert why_not_decoded(model) == "its generation_config.json sets repetition_penalty"
+
+
+def test_equal_prompts_of_a_call_draw_different_answers(model, tokenizer):
+    sampling = SamplingConfig(max_new_tokens=16, temperature=1.0)
+    first, second = generate_batch(model, tokenizer, [[5, 6, 7], [5, 6, 7]], sampling)
+    assert first != second

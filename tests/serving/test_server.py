@@ -17,6 +17,7 @@ import openai
 import pytest
 import torch
 from adapter_models import config_for, perturb
+from browser import Browser
 from safetensors.torch import load_file, save_file
 
 from lightning_peft.__main__ import main
@@ -28,6 +29,7 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.loading import load_model, source_fingerprint
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import CHAT_TEMPLATE
+from lightning_peft.serving.server import PAGE
 
 QUESTIONS = ("How many singers are there?", "List all.", "What is the largest?", "Show the names of all people.")
 
@@ -226,6 +228,40 @@ def test_changed_file_is_read_when_it_is_loaded_in_place(client, runs):
     assert httpx.post(f"{client.base_url}load_lora_adapter", json=body, timeout=60).status_code == 200
     assert ask(client, "changing", QUESTIONS[0]) != before
     shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_page_shows_two_adapters_beside_the_base(client, tmp_path):
+    """A real browser asks the base and two adapters at once, twice, and shows what OpenAI's client gets."""
+    turns = (
+        "[...document.querySelectorAll('section')].map(s => [...s.querySelectorAll('.turn')].map(t => t.textContent))"
+    )
+    names = ("tiny", "b", "copy")
+    first = {name: ask(client, name, "List all.", 8) for name in names}
+    with Browser(f"{str(client.base_url).removesuffix('v1/')}?left=b&right=copy&tokens=8", tmp_path) as page:
+        page.wait("document.querySelectorAll('section').length === 3")
+        assert page.value("[...document.querySelectorAll('select')].map(s => s.value)") == ["b", "copy"]
+        page.value("at('question').value = 'List all.', at('form').requestSubmit()")
+        page.wait("document.body.dataset.answered === '3'")
+        assert page.value(turns) == [["List all.", first[name]] for name in names]
+        page.value("const s = document.querySelector('select'); s.value = 'damaged', s.onchange()")
+        page.value("delete document.body.dataset.answered, send('And the names?')")
+        page.wait("document.body.dataset.answered === '3'")
+        base, damaged, copy = page.value(turns)
+        assert base[2] == copy[2] == "And the names?" and len(copy) == 4
+        assert damaged[0] == "And the names?" and "adapter_model.safetensors" in damaged[1]
+    assert "http://" not in PAGE.read_text() and "https://" not in PAGE.read_text()
+
+
+def test_page_is_there_without_the_key_and_the_models_are_not(runs):
+    process, client = start([f"adapters=[a={runs}/a]", "serve.api_key=secret"], "secret")
+    try:
+        address = str(client.base_url).removesuffix("/v1/")
+        assert httpx.get(address).headers["content-type"].startswith("text/html")
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def test_metrics_count(client):

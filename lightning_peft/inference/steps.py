@@ -1,0 +1,375 @@
+"""A batch's keys and values, and the model's step from its last tokens to the scores of the next ones.
+
+`PlainSteps` are a model's own forward with a cache that is padded on the left. `StaticSteps` are Llama's plan written
+out: products, and a cache that lies still. At one token a row the modules, masks and growing caches of the general
+forward cost as much as the products do.
+"""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.lora import LoRALinear
+from lightning_peft.adapters.slots import SlotLinear, Slots
+from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product
+from lightning_peft.quantization.frozen_base import frozen_base
+
+STATIC_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+"""Blocks of transformers that are Llama's: two RMS norms, rotary attention, a gated MLP."""
+PREFILL_TOKENS = 2048
+"""Most positions of prompts, a shared prefix and padding included, that run at once."""
+WIDTH_STEP = 64
+"""Positions by which a static cache grows at least."""
+CACHE_BYTES = 2**30
+"""Memory that a reserved cache may take in any case; beyond, as much as the weights."""
+FEW_ROWS = 64
+"""Rows up to which a product is computed the other way around on a CPU."""
+
+
+def cache_keyword(model: PreTrainedModel) -> str | None:
+    """Return what the model calls the cache it is given, renamed in transformers 5.24; None where it takes none."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
+
+
+def can_repeat_prefix(model: PreTrainedModel) -> bool:
+    """Return whether a cache of this model holds all positions of all layers, and nothing in it counts positions.
+
+    A sliding window, a recurrence or a convolution would see the padding that follows the prefix.
+    """
+    if cache_keyword(model) is None:
+        return False
+    layers = DynamicCache(config=model.config).layers
+    options = model.config.get_text_config().to_dict()
+    names = [name for name in options if "window" in name and name != "max_window_layers"]  # Qwen's says which layers
+    windows = [name for name in names if type(options[name]) is int and options[name]]
+    return not windows and all(type(layer) is DynamicLayer for layer in layers)
+
+
+class Steps(Protocol):
+    """The rows of one batch."""
+
+    def begin(self, prompts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
+        """Run prompts, which become the last rows; return the scores (prompts, V) of their first tokens."""
+
+    def step(self, tokens: Sequence[int], routes: Sequence[int]) -> Tensor:
+        """Run a token of each row; return the scores (rows, V) of the next ones."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Take all other rows out."""
+
+
+class PlainSteps:
+    """The model's own forward. Padding is on the left, so a row's last position is the batch's."""
+
+    def __init__(self, model: PreTrainedModel, slots: Slots | None):
+        self.model, self.slots = model, slots
+        self.lengths: list[int] = []
+        self.cache: Any = None
+
+    def begin(self, prompts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
+        scores = []
+        for prompt, route in zip(prompts, routes, strict=True):
+            cache = DynamicCache(config=self.model.config)
+            scores.append(self._logits([prompt], [route], cache, {}))
+            self.cache = cache if self.cache is None else joined(self.cache, cache)
+            self.lengths.append(len(prompt))
+        return torch.cat(scores)
+
+    def step(self, tokens: Sequence[int], routes: Sequence[int]) -> Tensor:
+        inputs: dict[str, Tensor] = {}
+        if len(tokens) > 1:
+            device, width = self.model.device, max(self.lengths) + 1
+            mask = [[0] * (width - 1 - length) + [1] * (length + 1) for length in self.lengths]
+            inputs["attention_mask"] = torch.tensor(mask, device=device)
+            inputs["position_ids"] = torch.tensor([[length] for length in self.lengths], device=device)
+        self.lengths = [length + 1 for length in self.lengths]
+        return self._logits([[token] for token in tokens], routes, self.cache, inputs)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.lengths = [self.lengths[i] for i in rows]
+        if not rows:
+            self.cache = None
+        elif len(rows) < len(self.cache.layers[0].keys):
+            index = torch.tensor(rows, device=self.model.device)
+            for layer in self.cache.layers:
+                layer.keys, layer.values = (x[index][:, :, -max(self.lengths) :] for x in (layer.keys, layer.values))
+
+    def _logits(self, ids: list[list[int]], routes: Sequence[int], cache: Any, inputs: dict[str, Tensor]) -> Tensor:
+        keyword = {str(cache_keyword(self.model)): cache}
+        with routed(self.slots, routes):
+            output = self.model(
+                input_ids=torch.tensor(ids, device=self.model.device), **inputs, **keyword, use_cache=True
+            )
+        return output.logits[:, -1]
+
+
+def routed(slots: Slots | None, routes: Sequence[int]) -> AbstractContextManager[None]:
+    return slots.routed(routes) if slots is not None else nullcontext()
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Return the caches of two batches as one, the shorter padded on the left."""
+    for ours, other in zip(first.layers, second.layers, strict=True):
+        width = max(ours.keys.shape[2], other.keys.shape[2])
+        for name in ("keys", "values"):
+            both = getattr(ours, name), getattr(other, name)
+            parts = [F.pad(x, (0, 0, width - x.shape[2], 0)) for x in both]
+            setattr(ours, name, torch.cat(parts))
+    return first
+
+
+def why_not_static(model: PreTrainedModel) -> str | None:
+    """Return why `StaticSteps` do not compute this model; None where they do."""
+    blocks = getattr(model.base_model, "layers", None)
+    if blocks is None or any(type(block).__name__ not in STATIC_BLOCKS for block in blocks):
+        return "its blocks are not Llama's"
+    if not can_repeat_prefix(model):
+        return "its cache is more than keys and values of all positions"
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "its weights are sharded"
+    called = (part for block in blocks for part in (block, block.self_attn, block.mlp))
+    if any(part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part) for part in called):
+        return "its blocks have hooks"
+    return None
+
+
+class Products:
+    """Linear layers that read one input; the factors of their adapters are scaled, cast and stacked once."""
+
+    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype):
+        self.layers: list[tuple[nn.Module, Base | None, Tensor | None]] = []
+        self.slices: list[slice] = []
+        stacked: list[Tensor] = []
+        probe, end = torch.empty(0, dtype=dtype, device=next(layers[0].parameters()).device), 0
+        for layer in layers:
+            if isinstance(layer, Adapter) and not layer.enabled:
+                layer = layer.base_layer
+            base, B = None, None
+            if isinstance(layer, Adapter) and is_plain_lora(layer):
+                base = frozen_base(layer.base_layer, probe)
+                if base is not None:
+                    A, factor = layer.factors()
+                    stacked.append((layer.scaling * A).to(dtype))
+                    B = factor.to(dtype)
+            elif not isinstance(layer, Adapter | SlotLinear):
+                base = frozen_base(layer, probe)
+            start, end = end, end + (0 if B is None else B.shape[1])
+            self.layers.append((layer, base, B))
+            self.slices.append(slice(start, end))
+        self.A = torch.cat(stacked).t() if stacked else None
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Map (rows, in_features) to (rows, out_features) of each layer."""
+        inner = None if self.A is None else x @ self.A
+        outputs = []
+        for (layer, base, B), columns in zip(self.layers, self.slices, strict=True):
+            if base is None:
+                outputs.append(layer(x))
+            elif B is None or inner is None:
+                outputs.append(dense_product(x, base) if base.form == DENSE else layer(x))
+            elif base.form == DENSE and x.dtype is torch.float32:
+                outputs.append(dense_product(x, base).addmm_(inner[:, columns], B.t()))
+            else:
+                # In 16 bits the change is added in fp32, as in training.
+                outputs.append(base_with_product(x, base, inner[:, columns].contiguous(), B))
+        return outputs
+
+
+def dense_product(x: Tensor, base: Base) -> Tensor:
+    """Return x W^T + bias, (rows, out_features)."""
+    weight, bias = base.first, base.tensors[-1]
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or not 1 < len(x) <= FEW_ROWS:
+        return F.linear(x, weight, bias)
+    # The library reads a large matrix faster as the first factor: 0.5 (4 rows) to 0.8 (32) of the time, on AVX2.
+    output = (weight @ x.t()).t().contiguous()
+    return output if bias is None else output.add_(bias)
+
+
+def is_plain_lora(layer: Adapter) -> bool:
+    """Return whether a layer computes its base and scaling * B A x, and nothing else."""
+    kind = type(layer)
+    return (
+        isinstance(layer, LoRALinear)
+        and kind.forward is Adapter.forward
+        and kind.fused is LoRALinear.fused
+        and kind.base_input is Adapter.base_input
+        and not layer.active_dropout
+    )
+
+
+class Block:
+    """One block of Llama's plan."""
+
+    def __init__(self, block: Any, dtype: torch.dtype):
+        attention, mlp = block.self_attn, block.mlp
+        self.norms = block.input_layernorm, block.post_attention_layernorm
+        self.head_norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.query_key_value = Products([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.output = Products([attention.o_proj], dtype)
+        self.gate_up = Products([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = Products([mlp.down_proj], dtype)
+        self.activation = mlp.act_fn
+
+
+class StaticSteps:
+    """Llama's plan on a cache (layers, 2, rows, heads, positions, head_dim); row i's tokens lie at the first ones.
+
+    Made anew after the weights of an adapter changed: its factors are cast here.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: Slots | None = None):
+        if (reason := why_not_static(model)) is not None:
+            raise ValueError(f"{type(model).__name__}: {reason}")
+        self.model, self.slots = model, slots
+        self.wrapped = 0
+        self.blocks, self.head = self._read()
+        self.lengths: list[int] = []
+        self.cache: Tensor | None = None
+        self.prefix: list[int] = []
+        """Tokens whose keys and values are kept for the prompts that begin with them."""
+        self.prefix_cache: list[tuple[Tensor, Tensor]] = []
+
+    def _read(self) -> tuple[list[Block], Products]:
+        self.wrapped = 0 if self.slots is None else len(self.slots.layers)
+        blocks = [Block(block, self.model.dtype) for block in self.model.base_model.layers]  # type: ignore[union-attr]
+        return blocks, Products([self.model.get_output_embeddings()], self.model.dtype)  # type: ignore[list-item]
+
+    def share(self, prefix: list[int], route: int = -1) -> None:
+        """Run what the prompts that follow begin with."""
+        layers = self._prefill([prefix], [route], 0)[1]
+        self.prefix, self.prefix_cache = prefix, [(layer.keys, layer.values) for layer in layers]
+
+    def reserve(self, rows: int, width: int) -> int:
+        """Make room for rows of so many positions, as many of them as memory is meant for; return how many."""
+        weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+        heads = self.model.config.get_text_config().num_key_value_heads
+        token = 2 * len(self.blocks) * heads * self.blocks[0].head_dim * self.model.dtype.itemsize
+        rows = max(1, min(rows, max(CACHE_BYTES, weights) // (token * width)))
+        self._room(rows, width, heads)
+        return rows
+
+    def begin(self, prompts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
+        """Run prompts, which become the last rows; return the scores (prompts, V) of their first tokens."""
+        shared = len(self.prefix) if all(prompt[: len(self.prefix)] == self.prefix for prompt in prompts) else 0
+        scores, layers = self._prefill(prompts, routes, shared)
+        first = len(self.lengths)
+        self.lengths += map(len, prompts)
+        cache = self._room(len(self.lengths), max(self.lengths) + 1, layers[0].keys.shape[1])
+        for kept, layer in zip(cache[:, :, first : len(self.lengths)], layers, strict=True):
+            for into, found in zip(kept, (layer.keys, layer.values), strict=True):
+                into[:, :, : found.shape[2]] = found
+        return scores
+
+    def _prefill(self, prompts: Sequence[list[int]], routes: Sequence[int], shared: int) -> tuple[Tensor, list[Any]]:
+        """Return scores (prompts, V), and for each layer keys and values (prompts, heads, positions, head_dim).
+
+        Padding is on the right, where no token of the prompt sees it.
+        """
+        device = self.model.device
+        longest = max(map(len, prompts))
+        ids = torch.tensor([p[shared:] + [p[-1]] * (longest - len(p)) for p in prompts], device=device)
+        last = torch.tensor([len(prompt) - 1 - shared for prompt in prompts], device=device)
+        cache = DynamicCache(config=self.model.config)
+        if shared:
+            for number, pair in enumerate(self.prefix_cache):
+                keys, values = (part.expand(len(prompts), -1, -1, -1) for part in pair)
+                cache.update(keys, values, number)
+        needed, row = last.unique(return_inverse=True)
+        keywords: dict[str, Any] = {str(cache_keyword(self.model)): cache, "logits_to_keep": needed}
+        with routed(self.slots, routes):
+            logits = self.model(input_ids=ids, use_cache=True, **keywords).logits
+        return logits[torch.arange(len(prompts), device=device), row], list(cache.layers)
+
+    def _room(self, rows: int, width: int, heads: int) -> Tensor:
+        """Return the cache, of at least so many rows and positions."""
+        if self.cache is not None and rows <= self.cache.shape[2] and width <= self.cache.shape[4]:
+            return self.cache
+        old_rows, old_width = (0, 0) if self.cache is None else (self.cache.shape[2], self.cache.shape[4])
+        rows = old_rows if rows <= old_rows else max(rows, min(2 * old_rows, rows + 8))
+        width = old_width if width <= old_width else (width // WIDTH_STEP + 1) * WIDTH_STEP
+        size = self.blocks[0].head_dim
+        grown = torch.zeros(
+            len(self.blocks), 2, rows, heads, width, size, dtype=self.model.dtype, device=self.model.device
+        )
+        if self.cache is not None:
+            grown[:, :, :old_rows, :, :old_width] = self.cache
+        self.cache = grown
+        return grown
+
+    def step(self, tokens: Sequence[int], routes: Sequence[int]) -> Tensor:
+        """Run a token of each row; return the scores (rows, V) of the next ones."""
+        assert self.cache is not None
+        if self.slots is not None and len(self.slots.layers) != self.wrapped:  # an adapter of other layers came
+            self.blocks, self.head = self._read()
+        device = self.model.device
+        rows, width = len(tokens), max(self.lengths) + 1
+        cache = self._room(rows, width, self.cache.shape[3])[:, :, :rows]
+        lengths = torch.tensor(self.lengths, device=device)
+        ids = torch.tensor(tokens, device=device)[:, None]
+        x = self.model.get_input_embeddings()(ids)
+        cosine, sine = self.model.base_model.rotary_emb(x, lengths[:, None])  # type: ignore[operator, union-attr]
+        sine = torch.cat([-sine[..., : sine.shape[-1] // 2], sine[..., sine.shape[-1] // 2 :]], -1)
+        mask = None
+        if min(self.lengths) + 1 < width:
+            hidden = torch.arange(width, device=device) > lengths[:, None]
+            mask = x.new_zeros(rows, width).masked_fill_(hidden, -torch.inf)[:, None, None]
+        place = torch.arange(rows, device=device), lengths
+        with routed(self.slots, routes):
+            x = x[:, 0]
+            for block, kept in zip(self.blocks, cache, strict=True):
+                x = attend(block, x, kept, place, (cosine, sine), mask, width)
+            x = self.model.base_model.norm(x)  # type: ignore[operator, union-attr]
+            (logits,) = self.head(x)
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Take all other rows out; those kept stay in order."""
+        if list(rows) != list(range(len(rows))) and self.cache is not None:
+            width = max((self.lengths[i] for i in rows), default=0)
+            index = torch.tensor(rows, device=self.model.device)
+            self.cache[:, :, : len(rows), :, :width] = self.cache[:, :, :, :, :width].index_select(2, index)
+        self.lengths = [self.lengths[i] for i in rows]
+
+
+def attend(
+    block: Block, x: Tensor, kept: Tensor, place: tuple[Tensor, Tensor], turn: tuple[Tensor, Tensor],
+    mask: Tensor | None, width: int,
+) -> Tensor:  # fmt: skip
+    """Return a block's output (rows, D); the rows' keys and values go to their places in `kept`."""
+    rows, size = len(x), block.head_dim
+    queries, keys, values = (y.view(rows, -1, size) for y in block.query_key_value(normed(block.norms[0], x)))
+    if block.head_norms[0] is not None:
+        queries, keys = normed(block.head_norms[0], queries), normed(block.head_norms[1], keys)
+    heads = keys.shape[1]
+    cosine, sine = turn
+    both = torch.cat([queries, keys], 1)
+    both = torch.addcmul(both * cosine, both.roll(size // 2, -1), sine)
+    kept[0].index_put_((place[0][:, None], torch.arange(heads, device=x.device), place[1][:, None]), both[:, -heads:])
+    kept[1].index_put_((place[0][:, None], torch.arange(heads, device=x.device), place[1][:, None]), values)
+    # The queries that share a head of keys stand in the place of positions, so that nothing is repeated.
+    mixed = F.scaled_dot_product_attention(
+        both[:, :-heads].reshape(rows, heads, -1, size), kept[0, :, :, :width], kept[1, :, :, :width], mask,
+        scale=block.scaling,
+    )  # fmt: skip
+    x = x + block.output(mixed.reshape(rows, -1))[0]
+    gate, up = block.gate_up(normed(block.norms[1], x))
+    return x + block.down(block.activation(gate) * up)[0]
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """Return the norm of x; one that is no module's call in fp32, where both round alike."""
+    if x.dtype is torch.float32 and norm.weight.dtype is torch.float32 and not norm._forward_pre_hooks:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return norm(x)
