@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_peft.data.text_to_sql import generate_rows
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -23,7 +24,6 @@ from benchmarks.results import FOLDER, Results
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.compose import compose_config
-from lightning_peft.data.text_to_sql import generate_rows
 from lightning_peft.inference.decoding import Decoder, Row
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer

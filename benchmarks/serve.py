@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_peft.data.text_to_sql import generate_rows
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -28,7 +29,6 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.slots import Slots, cast_factors
 from lightning_peft.checkpoint.peft_format import read_low_rank, save_adapter
 from lightning_peft.compose import compose_config
-from lightning_peft.data.text_to_sql import generate_rows
 from lightning_peft.inference.decoding import Decoder, Row
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer, model_name, source_fingerprint
