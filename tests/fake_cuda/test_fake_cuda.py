@@ -28,7 +28,7 @@ PLAIN: dict[str, Any] = {
 def takes(method: str, kind: str) -> bool:
     """Return whether a method trains on a base of that kind."""
     row = METHODS[method]
-    return kind == "none" or not (row.trains_all or row.trains_base)
+    return kind == "none" or not row.trains_all
 
 
 CASES = [PLAIN | {"method": method, "kind": kind} for method in METHODS for kind in KINDS if takes(method, kind)]
