@@ -1,0 +1,116 @@
+"""Thoughts and calls of tools through training and generation, on a small model of Qwen3's shape."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from chat_templates import TRL
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from lightning_peft.__main__ import main
+from lightning_peft.models.tiny import tiny_tokenizer
+
+GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k/train.jsonl"
+CITIES = ("Oslo", "Rome")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder with Qwen3's template."""
+    folder, tokenizer = tmp_path_factory.mktemp("qwen3"), tiny_tokenizer()
+    tokenizer.chat_template = (TRL / "qwen3.jinja").read_text()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train(model, path, run_dir, *words):
+    common = ["model=hf", f"model.path={model}", "method=full", "optimizer.lr=0.005", "data.micro_batch_size=2"]
+    assert main(["train", *common, f"data={path}", f"run_dir={run_dir}", *words]) == 0
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def answered(run_dir, prompt, capsys, *words):
+    capsys.readouterr()
+    assert main(["generate", f"adapter_path={run_dir}", f"prompt={prompt}", "sampling.max_new_tokens=200", *words]) == 0
+    return capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+def test_trained_call_is_generated_and_generation_stops_behind_it(model, tmp_path, capsys):
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+    rows = []
+    for city in CITIES:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        turns = [
+            {"role": "user", "content": city},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "weather", "content": "3 C"},
+            {"role": "assistant", "content": f"{city}: 3 C"},
+        ]
+        rows.append({"messages": turns, "tools": [tool]})
+    path = write(tmp_path / "calls.jsonl", rows)
+    words = ["data.max_length=1200", "data.validation_fraction=0", "trainer.max_steps=300", "data.packing=false"]
+    result = train(model, path, tmp_path / "run", *words)
+    assert result["train_loss"] < 0.1
+    for city in CITIES:
+        # The template writes an empty thought before a call that ends the conversation.
+        call = json.dumps({"name": "weather", "arguments": {"city": city}})
+        expected = f"<think>\n\n</think>\n\n<tool_call>\n{call}\n</tool_call>"
+        assert answered(tmp_path / "run", city, capsys) == expected
+
+
+@pytest.mark.slow
+def test_thought_and_answer_are_learned_and_end(model, tmp_path, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer} | thought]}
+        for question, answer, thought in (
+            ("2+2?", "4", {"reasoning_content": "Two and two."}),
+            ("3+3?", "6", {"reasoning_content": "Three twice."}),
+        )
+    ]
+    path = write(tmp_path / "thoughts.jsonl", rows)
+    words = ["data.max_length=256", "data.validation_fraction=0", "trainer.max_steps=150"]
+    assert train(model, path, tmp_path / "run", *words)["train_loss"] < 0.1
+    assert answered(tmp_path / "run", "2+2?", capsys) == "<think>\nTwo and two.\n</think>\n\n4"
+    assert answered(tmp_path / "run", "3+3?", capsys) == "<think>\nThree twice.\n</think>\n\n6"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GSM8K.is_file(), reason="gsm8k is not here")
+def test_gsm8k_with_its_working_as_thoughts(model, tmp_path, capsys):
+    rows = []
+    for line in GSM8K.read_text().splitlines()[:200]:
+        row = json.loads(line)
+        working, _, number = row["answer"].partition("\n#### ")
+        answer = {"role": "assistant", "content": number, "reasoning_content": working}
+        rows.append({"messages": [{"role": "user", "content": row["question"]}, answer]})
+    path = write(tmp_path / "gsm8k.jsonl", rows)
+    words = [
+        "data.max_length=1024",
+        "trainer.max_steps=40",
+        "data.max_validation_rows=8",
+    ]
+    result = train(model, path, tmp_path / "run", *words)
+    counts = result["data"]
+    assert counts["ended"] == counts["samples"] - counts["truncated"]
+    assert result["validation_loss"] < 0.6 * 5.6  # a random model has log(vocabulary)
+    assert "<|im_end|>" not in answered(tmp_path / "run", rows[0]["messages"][0]["content"], capsys)
