@@ -25,6 +25,7 @@ from lightning_peft.adapters.inject import adapters, disable_adapters, inject_ad
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.compose import compose_config
 from lightning_peft.inference.decoding import Decoder, Row
+from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
 
@@ -99,13 +100,21 @@ def measure(batch: int, count: int, turns: int, dtype: torch.dtype, folder: Path
                 if turn:  # the first one allocates
                     seconds[name].append(time.process_time() - started)
     rate = {name: batch * count / statistics.median(values) for name, values in seconds.items()}
-    same = [ours == theirs for ours, theirs in zip(answers["ours"], answers["before"], strict=True)]
+    ends = declared_end_ids(model)  # transformers pads what follows one of them
+    same = [
+        until_end(ours, ends) == until_end(theirs, ends)
+        for ours, theirs in zip(answers["ours"], answers["before"], strict=True)
+    ]
     return {
         "tokens_per_cpu_second": rate,
         "ours_to": {name: statistics.median(map(ratio, seconds[name], seconds["ours"])) for name in ways},
         "cpu_seconds": seconds,
         "same_greedy_answers_as_before": f"{sum(same)} of {len(same)}",
     }
+
+
+def until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def ratio(theirs: float, ours: float) -> float:

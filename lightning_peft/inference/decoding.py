@@ -90,8 +90,11 @@ class Decoder:
         return self._choose(scores, list(self.rows))
 
     def drop(self, rows: list[Row]) -> None:
-        """Take rows out that nobody waits for any more."""
-        self._keep([i for i, row in enumerate(self.rows) if not any(row is other for other in rows)])
+        """Take rows out; the last ones take their places, so that no other moves."""
+        gone = set(map(id, rows))
+        kept = [i for i, row in enumerate(self.rows) if id(row) not in gone]
+        last = [i for i in kept if i >= len(kept)]
+        self._keep([i if id(self.rows[i]) not in gone else last.pop() for i in range(len(kept))])
 
     def clear(self) -> None:
         """Take all rows out."""

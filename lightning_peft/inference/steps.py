@@ -65,7 +65,7 @@ class Steps(Protocol):
         """Run a token of each row; return the scores (rows, V) of the next ones."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Take all other rows out."""
+        """Take all other rows out; row i is then the one that was rows[i], which does not lie before i."""
 
 
 class PlainSteps:
@@ -335,11 +335,11 @@ class StaticSteps:
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Take all other rows out; those kept stay in order."""
-        if list(rows) != list(range(len(rows))) and self.cache is not None:
-            width = max((self.lengths[i] for i in rows), default=0)
-            index = torch.tensor(rows, device=self.model.device)
-            self.cache[:, :, : len(rows), :, :width] = self.cache[:, :, :, :, :width].index_select(2, index)
+        """Take all other rows out; row i is then the one that was rows[i], which must not lie before i."""
+        if self.cache is not None:
+            for place, row in enumerate(rows):
+                if place != row:  # one at a time: a copy of them all would be as large as the cache
+                    self.cache[:, :, place, :, : self.lengths[row]] = self.cache[:, :, row, :, : self.lengths[row]]
         self.lengths = [self.lengths[i] for i in rows]
 
 
