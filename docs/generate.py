@@ -37,6 +37,7 @@ OTHER_COMMANDS = (
     "export",
     "serve",
     "calibrate",
+    "inspect",
     "d90",
 )
 
@@ -124,7 +125,7 @@ def options() -> str:
     return "\n".join(parts)
 
 
-RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "calibrate", "d90")
+RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "calibrate", "inspect", "d90")
 """Commands whose keys are not those of train."""
 
 

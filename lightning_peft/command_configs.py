@@ -272,6 +272,31 @@ class CalibrateConfig:
 
 
 @dataclass
+class InspectConfig:
+    """Measures what an adapter has learned: the size, the ranks and the directions of each layer's change."""
+
+    adapter_path: str = "???"
+    """Run or adapter folder, or a sweep for its best trial."""
+    other_path: str | None = None
+    """Another adapter of the same base, to see how many directions the two have in common."""
+    intruders: int = 0
+    """Largest directions of each tuned weight among which those are counted that are none of the base's; 0 counts none.
+    It takes two singular value decompositions of every weight."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    precision: str = "auto"
+    """dtype of the weights, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method of an adapter made with one's own."""
+    output: str | None = None
+    """JSON file of every layer's figures, the picture beside it; null writes inspection.json beside the adapter."""
+
+    def __post_init__(self) -> None:
+        if self.intruders < 0:
+            raise ValueError(f"intruders={self.intruders}: must be at least 0")
+
+
+@dataclass
 class D90Config:
     """Reads the intrinsic dimension of a task off a sweep over `adapter.dimension`."""
 

@@ -20,6 +20,7 @@ from lightning_peft.command_configs import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    InspectConfig,
     MergeCommandConfig,
     PushConfig,
     ReportConfig,
@@ -59,6 +60,7 @@ ROOTS: dict[str, type] = {
     "export": ExportConfig,
     "serve": ServeConfig,
     "calibrate": CalibrateConfig,
+    "inspect": InspectConfig,
     "d90": D90Config,
 }
 

@@ -95,7 +95,7 @@ BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.sp
 
 
 FIRST_WORD = {
-    **dict.fromkeys(("evaluate", "calibrate", "generate", "merge", "export", "push"), "adapter_path"),
+    **dict.fromkeys(("evaluate", "calibrate", "inspect", "generate", "merge", "export", "push"), "adapter_path"),
     "report": "path",
 }
 """The key of what a command works on, for which its bare word stands."""
@@ -118,7 +118,7 @@ def everyday(command: str, words: list[str]) -> list[str]:
         else:
             written.append(word)
     folders = [word.partition("=")[2] for word in written if word.startswith(f"{OWN_FOLDER}=")]
-    if command in (*RUN_COMMANDS, "evaluate", "calibrate", "generate", "merge", "export", "serve"):
+    if command in (*RUN_COMMANDS, "evaluate", "calibrate", "inspect", "generate", "merge", "export", "serve"):
         own = [Path(folder) for folder in folders]
         written = [part for word in written for part in _rewritten(word, (CONF_DIR, *own))]
     if folders:

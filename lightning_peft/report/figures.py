@@ -136,6 +136,32 @@ def reliability(ways: Mapping[str, Sequence[tuple[int, float, float]]]) -> Figur
         return figure
 
 
+def layer_map(
+    cells: Mapping[tuple[str, int | None], float], spectra: Mapping[str, Sequence[float]], label: str
+) -> Figure:
+    """Draw a value by kind of layer and block, and beside it every layer's singular values by their number."""
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    blocks = sorted({-1 if block is None else block for _, block in cells})
+    grid = [[cells.get((kind, None if block < 0 else block), math.nan) for block in blocks] for kind in kinds]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.6 + 0.28 * len(kinds)), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+        image = left.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+        left.set_yticks(range(len(kinds)), kinds)
+        places = range(0, len(blocks), max(1, len(blocks) // 8))
+        left.set_xticks(places, ["-" if blocks[place] < 0 else str(blocks[place]) for place in places])
+        left.set_xlabel("block")
+        left.grid(False)
+        figure.colorbar(image, ax=left, label=label)
+        for values in spectra.values():
+            right.plot(range(1, len(values) + 1), values, linewidth=0.6, alpha=0.5, color="#1f6f8b")
+        if any(value > 0 for values in spectra.values() for value in values):
+            right.set_yscale("log")
+        right.set_xlabel("singular value")
+        right.set_ylabel("size")
+        return figure
+
+
 def svg(figure: Figure) -> str:
     """Return the figure as an SVG element that stands inside a page."""
     with matplotlib.rc_context(STYLE):

@@ -1,0 +1,136 @@
+"""`inspect` measures what plain linear algebra on the whole matrices measures, and says what looks wrong."""
+
+import json
+
+import pytest
+import torch
+from tiny_runs import TINY
+from torch import nn
+
+from lightning_peft.__main__ import main
+from lightning_peft.adapters.base import Target
+from lightning_peft.adapters.inject import adapters
+from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
+from lightning_peft.adapters.spectrum import (
+    count_intruders,
+    energy_shares,
+    layer_spectrum,
+    low_rank_values,
+    overlap,
+    warnings_of,
+)
+from lightning_peft.commands.adapted import load_for_inference
+
+OUT, IN, RANK = 24, 40, 6
+
+
+def lora(seed: int, scaling: float = 0.5) -> LoRALinear:
+    torch.manual_seed(seed)
+    base = nn.Linear(IN, OUT, bias=False)
+    layer = LoRALinear(base, Target("q", OUT, IN, RANK, scaling * RANK, 0), LoRAConfig(rank=RANK, alpha=scaling * RANK))
+    layer.set_factors(torch.randn(RANK, IN), torch.randn(OUT, RANK))
+    return layer
+
+
+def test_figures_are_those_of_the_whole_matrices():
+    layer = lora(0)
+    found = layer_spectrum(layer)
+    A, B, W = layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.base_layer.weight.detach()
+    change = (0.5 * B @ A).double()
+    values = torch.linalg.svdvals(change)[:RANK]
+    torch.testing.assert_close(torch.tensor(found.singular_values, dtype=torch.float64), values, rtol=1e-5, atol=0)
+    assert found.norm == pytest.approx(change.norm().item(), rel=1e-5)
+    assert found.relative_norm == pytest.approx((change.norm() / W.double().norm()).item(), rel=1e-5)
+    assert found.stable_rank == pytest.approx((change.norm() / values[0]).square().item(), rel=1e-5)
+    shares = values / values.sum()
+    assert found.effective_rank == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=1e-5)
+    assert found.balance == pytest.approx((B.norm() / A.norm()).item(), rel=1e-6)
+    assert (found.rank, found.dead, found.intruders) == (RANK, 0, None)
+
+
+def test_directions_that_nothing_uses_are_dead():
+    layer = lora(1)
+    B = layer.lora_B.weight.detach().clone()
+    B[:, 2:] = 0
+    layer.set_factors(layer.lora_A.weight.detach(), B)
+    found = layer_spectrum(layer)
+    assert (found.dead, found.rank) == (RANK - 2, RANK) and found.effective_rank <= 2
+
+
+def test_layer_that_did_not_move_has_no_rank():
+    layer = lora(2)
+    layer.set_factors(layer.lora_A.weight.detach(), torch.zeros(OUT, RANK))
+    found = layer_spectrum(layer)
+    assert (found.norm, found.stable_rank, found.effective_rank, found.dead) == (0.0, 0.0, 0.0, RANK)
+    assert warnings_of({"q": found}) == ["the adapter changes nothing: every layer is its base"]
+
+
+def test_values_of_a_product_need_no_product():
+    A, B = torch.randn(5, 30, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64)
+    expected = torch.linalg.svdvals(B @ A)[:5].float()
+    torch.testing.assert_close(low_rank_values(A, B), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_intruder_is_a_large_direction_that_the_base_has_not():
+    U, _ = torch.linalg.qr(torch.randn(16, 16))
+    V, _ = torch.linalg.qr(torch.randn(16, 16))
+    weight = U[:, :8] @ torch.diag(torch.arange(8.0, 0.0, -1)) @ V[:, :8].mT
+    assert count_intruders(weight, weight, 4) == 0
+    # The base writes into eight directions with a value and eight without; a mixture of the latter is close to no one.
+    new = U[:, 8:].sum(1, keepdim=True) / 8**0.5
+    assert count_intruders(weight, weight + 20 * new @ V[:, 15:].mT, 4) in (0, 1)
+    own = torch.linalg.svd(weight, full_matrices=False).U
+    mixed = own.sum(1, keepdim=True) / 16**0.5  # a quarter of each direction
+    assert count_intruders(weight, weight + 100 * mixed @ torch.randn(1, 16), 1) == 1
+
+
+def test_overlap_is_one_for_the_same_directions_and_zero_for_others():
+    first, second = lora(3), lora(4)
+    turn, _ = torch.linalg.qr(torch.randn(RANK, RANK))
+    second.set_factors(torch.randn(RANK, IN), first.lora_B.weight.detach() @ turn)
+    assert overlap(first, second) == pytest.approx(1.0, abs=1e-5)
+    basis, _ = torch.linalg.qr(first.lora_B.weight.detach(), mode="complete")
+    second.set_factors(torch.randn(RANK, IN), basis[:, RANK : 2 * RANK].contiguous())
+    assert overlap(first, second) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_shares_and_warnings():
+    small, large = layer_spectrum(lora(5, 0.1)), layer_spectrum(lora(6, 1.0))
+    shares = energy_shares({"a": small, "b": large}, {"a": "q", "b": "k"})
+    assert shares["q"] == pytest.approx(small.norm**2 / (small.norm**2 + large.norm**2))
+    assert sum(shares.values()) == pytest.approx(1)
+    assert warnings_of({"a": small, "b": large}) == [f"b holds {shares['k']:.0%} of the change"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspected")
+    for name, words in (("lora", ["method=lora", "rank=4"]), ("vera", ["method=vera", "quantization=nf4"])):
+        assert main(["train", *TINY, *words, "trainer.max_steps=2", "logger=none", f"run_dir={folder / name}"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_command_writes_every_layer(runs, method, capsys):
+    words = [f"other_path={runs / method}"] if method == "lora" else []
+    assert main(["inspect", str(runs / method), "intruders=2", *words]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((runs / method / "inspection.json").read_text())
+    model, _ = load_for_inference(str(runs / method), None, "auto")
+    found = dict(adapters(model))
+    assert content["layers"].keys() == found.keys() and "q_proj" in printed
+    assert max(map(len, printed.splitlines()[:8])) <= 80
+    name, layer = next(iter(found.items()))
+    change = layer.delta_weight().detach().double()
+    assert content["layers"][name]["norm"] == pytest.approx(change.norm().item(), rel=1e-3)
+    assert sum(content["energy_by_block"].values()) == pytest.approx(1)
+    assert (runs / method / "inspection.png").stat().st_size > 1000
+    if words:
+        assert all(share == pytest.approx(1, abs=1e-4) for share in content["overlap"].values())
+
+
+def test_wrong_words_are_one_line(runs, capsys):
+    assert main(["inspect", str(runs / "lora"), "intruders=-1"]) == 2
+    assert "intruders=-1: must be at least 0" in capsys.readouterr().err
+    assert main(["inspect", str(runs / "nowhere")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
