@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_peft.data.text_to_sql import generate_rows
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -28,6 +27,7 @@ from lightning_peft.inference.decoding import Decoder, Row
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.tasks.text_to_sql.rows import generate_rows
 
 WORDS = ["model=smollm2_135m", "rank=r16", "target_modules=all_linear"]
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_peft.data.text_to_sql import generate_rows
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -34,6 +33,7 @@ from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer, model_name, source_fingerprint
 from lightning_peft.serving.engine import Engine, Job
 from lightning_peft.serving.tiers import AdapterTiers
+from lightning_peft.tasks.text_to_sql.rows import generate_rows
 
 WORDS = ["model=smollm2_135m", "rank=r8", "target_modules=all_linear"]
 ROWS, SLOTS, MANY, REGISTERED = 16, 8, 64, 1000

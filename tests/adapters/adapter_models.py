@@ -42,7 +42,8 @@ def config_for(method: str, **options: Any) -> AdapterConfig:
 
 def wrapped(kind: type[Adapter], base_layer: nn.Module, rank: int = 4, alpha: float = 8.0, **options: Any) -> Any:
     """A fresh adapter of one kind around one layer."""
-    row = next(row for row in METHODS.values() if kind in row.layers.values())
+    rows = [row for row in METHODS.values() if kind in row.layers.values()]
+    row = min(rows, key=lambda row: row.config.__module__ != kind.__module__)  # the layer's own, not who borrows it
     config_class, options = row.config, row.contract.options | options
     sizes = {"rank": rank, "alpha": alpha} if config_class.uses_rank else {}
     if not config_class.uses_alpha:

@@ -240,6 +240,7 @@ def test_full_disk_during_training_stops_with_the_last_good_checkpoint(tmp_path:
     assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_sigkill_during_saves_always_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     script = Path(__file__).with_name("kill_during_save.py")
 

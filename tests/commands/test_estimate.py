@@ -37,6 +37,7 @@ def test_advice_makes_it_fit(share, tmp_path):
     assert after["fits"] is True and after["peak"] == before["peak_after_change"]
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_said(tmp_path, capsys):
     report = estimated(tmp_path, "trainer.precision=32-true", "device_memory_gib=0.51")
     assert report["change"] is None

@@ -27,6 +27,7 @@ def words(run_dir, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 100])
 def test_training_has_one_bar_that_nothing_tears(columns, folder):
     capture = run_in_terminal(words(f"at_{columns}"), columns, folder)
@@ -51,6 +52,7 @@ def test_paused_and_resumed_run_says_nothing_else(folder):
     assert [line for line in capture.screen if "tok/s" in line] == []
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines(folder):
     done = subprocess.run([COMMAND, *words("piped")], cwd=folder, capture_output=True, text=True, check=True)
     assert "\x1b" not in done.stderr + done.stdout and "\r" not in done.stderr

@@ -52,6 +52,7 @@ def test_own_option_is_checked(tmp_path):
     assert done.stderr.strip() == "error: adapter.largest=2.0: must be above 0 and at most 1"
 
 
+@pytest.mark.slow
 def test_folder_of_somebody_else_runs_no_code(run, tmp_path):
     # The module lies where it would be found, and leaves a file if it is imported.
     (tmp_path / "own_method.py").write_text("open('imported', 'w')\n" + (EXAMPLES / "own_method.py").read_text())
@@ -64,12 +65,14 @@ def test_folder_of_somebody_else_runs_no_code(run, tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text())["adapter"]["loss"] > 0
 
 
+@pytest.mark.slow
 def test_own_method_is_merged(run, tmp_path):
     out = succeeded("merge", f"adapter_path={run}", f"output={tmp_path}/merged", "imports=own_method")
     assert "100.00% of the adapter's effect kept" in out or "99." in out
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_own_method_resumes_from_its_saved_config(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -80,6 +83,7 @@ def test_own_method_resumes_from_its_saved_config(run, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 5
 
 
+@pytest.mark.slow
 def test_own_initialisation_and_optimiser(tmp_path):
     words = ["imports=[own_optimizer]", "adapter.init=orthonormal", "optimizer=sgd", "optimizer.momentum=0.5", *SHORT]
     succeeded("train", *TINY, *words, f"run_dir={tmp_path}/run")
@@ -89,6 +93,7 @@ def test_own_initialisation_and_optimiser(tmp_path):
 OBJECTIVE = ["imports=[own_objective]", "objective=focal", "objective.focus=1", "validation.every_n_steps=2", *SHORT]
 
 
+@pytest.mark.slow
 def test_own_objective_trains_measures_and_is_recorded(tmp_path):
     succeeded("train", *TINY, *OBJECTIVE, f"run_dir={tmp_path}/run")
     lineage = json.loads((tmp_path / "run" / "adapter" / "lineage.json").read_text())
@@ -103,6 +108,7 @@ def test_own_objective_trains_measures_and_is_recorded(tmp_path):
     assert other.returncode == 2 and "objective.name (was 'focal', is 'sft')" in other.stderr
 
 
+@pytest.mark.slow
 def test_own_rows_and_their_score(tmp_path):
     words = ["imports=[own_data]", "data=jsonl", "data.source=sums", "data.task=sums", *SHORT]
     succeeded("train", *TINY, *words, f"run_dir={tmp_path}/run")

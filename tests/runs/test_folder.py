@@ -63,6 +63,7 @@ def everybodys_folder():
         yield Path(name)
 
 
+@pytest.mark.slow
 def test_starts_in_one_second_take_folders_of_their_own(tmp_path):
     words = ["dry_run=false", "trainer.max_steps=1"]
     processes = [started(*words, f"seed={seed}", cwd=tmp_path) for seed in range(3)]
@@ -73,12 +74,14 @@ def test_starts_in_one_second_take_folders_of_their_own(tmp_path):
     assert sorted(yaml.safe_load((run / "config.yaml").read_text())["seed"] for run in runs) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_default_folder_of_a_wrong_start_is_not_left_behind(tmp_path):
     status, text = ended("data=jsonl", "data.train_path=absent.jsonl", cwd=tmp_path)
     assert status == 2 and "absent.jsonl" in text
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_second_start_of_a_folder_is_refused_and_changes_nothing(tmp_path):
     run_dir = stopped(tmp_path / "run")
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
@@ -152,6 +155,7 @@ def test_finished_run_answers_only_for_its_own_rows(tmp_path):
     assert train(tiny_config(tmp_path / "run", *words))["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_changed_rows_are_one_line_before_the_model_is_loaded(tmp_path):
     path = write_rows(tmp_path / "r.jsonl", ROWS)
     words = [*RUN, *FILES, f"data.train_path={path}"]
@@ -239,6 +243,7 @@ def test_wrong_time_limit_is_one_line(tmp_path, value):
         train(tiny_config(tmp_path, *RUN, f"+trainer.max_time='{value}'"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     words = [*RUN, "validation.every_n_steps=4", f"run_dir={run_dir}"]
@@ -264,6 +269,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, undisturbed):
     assert_equal_runs(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_two_sweeps_do_not_share_a_folder(tmp_path):
     words = ["cluster=local", "trainer.max_steps=1", "sweep.parallel=1", f"sweep_dir={tmp_path / 'S'}"]
     submit = [sys.executable, "-m", "lightning_peft", "submit", "-m", *TINY]

@@ -66,6 +66,7 @@ def test_tokenizer_template_and_stops_are_in_the_file(tmp_path: Path) -> None:
     assert said == '<|im_start|>system\nSay "yes".<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n'
 
 
+@pytest.mark.slow
 def test_metadata_of_a_base_file_are_kept(tmp_path: Path) -> None:
     """SmolLM2's own file is the base: everything it says stays, but for what is of the new one."""
     base = locate(ModelConfig("smollm2_135m"))

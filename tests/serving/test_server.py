@@ -253,6 +253,7 @@ def test_page_shows_two_adapters_beside_the_base(client, tmp_path):
     assert "http://" not in PAGE.read_text() and "https://" not in PAGE.read_text()
 
 
+@pytest.mark.slow
 def test_page_is_there_without_the_key_and_the_models_are_not(runs):
     process, client = start([f"adapters=[a={runs}/a]", "serve.api_key=secret"], "secret")
     try:
@@ -284,6 +285,7 @@ def test_a_client_that_leaves_takes_its_request_along(client):
     pytest.fail("the request still runs")
 
 
+@pytest.mark.slow
 def test_key_full_queue_and_drain(runs):
     words = [f"adapters=[a={runs / 'a'}]", "serve.api_key=secret", "serve.max_batch=1", "serve.max_queue=1"]
     process, client = start(words, "secret")
@@ -310,6 +312,7 @@ def test_key_full_queue_and_drain(runs):
     ended(process)
 
 
+@pytest.mark.slow
 def test_what_is_not_low_rank_is_served_alone(runs):
     process, client = start([f"adapters=[d={runs / 'dora'}]"])
     assert [model.id for model in client.models.list()] == ["d"]

@@ -101,6 +101,7 @@ def test_loss_and_gradients_are_those_without_compiling(mode, checkpointing, kin
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [Compilation.blocks, slow(Compilation.full)])
 def test_packed_batches_are_not_compiled_again(mode):
     loss = objective(mode, "none", Kind.none)

@@ -235,6 +235,7 @@ def test_rows_that_outlived_a_killed_trainer_are_not_logged_again(tmp_path, monk
     assert second.scalars("train/loss") == [(4, 1.0)]  # the last is not known to be written
 
 
+@pytest.mark.slow
 def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
