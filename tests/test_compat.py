@@ -107,3 +107,16 @@ def test_nobody_else_uses_what_is_hidden():
     assert {path.name: used for path in PACKAGE.rglob("*.py") if (used := hidden_members_of(path))}.keys() == {
         "compat.py"
     }
+
+
+def test_compiler_takes_what_it_is_set_to():
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+
+    kept = dynamo.patch(recompile_limit=8, optimize_ddp=True), functorch.patch(ban_recompute_materialized_backward=True)
+    with kept[0], kept[1]:
+        compat.set_up_compiler(graphs=10_000, on_cuda=False)
+        assert (dynamo.recompile_limit, dynamo.optimize_ddp) == (10_000, False)
+        assert functorch.ban_recompute_materialized_backward is True
+        compat.set_up_compiler(graphs=1, on_cuda=True)
+        assert dynamo.recompile_limit == 10_000 and functorch.ban_recompute_materialized_backward is False

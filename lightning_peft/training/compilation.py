@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
+from lightning_peft.compat import set_up_compiler
 from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
 
@@ -65,14 +66,8 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
         Compilation.blocks: lambda: list(transformer_blocks(model)),
         Compilation.full: lambda: [decoder_of(model)],
     }[mode]()
-    # DDP's own pass would cut a block's graph wherever its adapters pass a bucket of 1 MiB, and torch 2.11 loses the
-    # policy of selective checkpointing there. Adapters are small: nothing is won by sending them earlier.
-    torch._dynamo.config.optimize_ddp = False
-    if torch.cuda.is_available():
-        # Else a compiled block keeps a quarter more than the same block not compiled, which is what is estimated.
-        torch._functorch.config.ban_recompute_materialized_backward = False
     # Blocks share their code, and ranks that differ by block are compiled each: none may fall back unnoticed.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(parts) + 8)
+    set_up_compiler(graphs=len(parts) + 8, on_cuda=torch.cuda.is_available())
     for part in parts:
         # On the instance, so that names in the state dict stay what they are.
         part.forward = _compiled_in_training(part, part.forward, backend)  # type: ignore[method-assign]
