@@ -128,14 +128,15 @@ def _gradients(
     u = product / width
     places = grid.places(u)
     wave = Wave.at(places, grid.nodes)
-    weighted, weighted_near = (change * wave.sine).flatten(), (change * wave.near).flatten()
     first, second, inverse = torch.zeros_like(product), torch.zeros_like(product), torch.empty_like(product)
-    found = []
+    at_zero, found = values_at_zero(width, grid), []
     for node in range(grid.nodes):
         reciprocals(places, node, inverse)
         # A product with a mask: sums by index are added in another order each time on CUDA.
-        near = (wave.nearest == node).flatten().to(change.dtype)
-        found.append((-1) ** node * torch.dot(weighted, inverse.flatten()) + torch.dot(weighted_near, near))
+        near = (wave.nearest == node).to(change.dtype)
+        # The value at zero is taken off before the sum: the sums of both are far larger than their difference.
+        value = (near.mul_(wave.near)).addcmul_(inverse, wave.sine, value=(-1) ** node).sub_(at_zero[node])
+        found.append(torch.dot(change.flatten(), value.flatten()))
         first.addcmul_(inverse, coefficients[node], value=(-1) ** node)
         second.addcmul_(inverse.square_(), coefficients[node], value=(-1) ** node)
     # d sinc(x) / dx = (cos(pi x) - sinc(x)) / x; by its series where the node is near, and the quotient cancels.
@@ -143,8 +144,8 @@ def _gradients(
     series = -(math.pi**2) / 3 * wave.gap * (1 - square / 10 * (1 - square / 28 * (1 - square / 54)))
     own = of_nearest(wave, coefficients)
     steepness = (wave.cosine * first).sub_(wave.sine * second).addcmul_(series, own).div_(grid.step)
-    total = first.mul_(wave.sine).addcmul_(wave.near, own).sub_(coefficients @ values_at_zero(width, grid))
-    grad_c += width * (torch.stack(found) - change.sum() * values_at_zero(width, grid))
+    total = first.mul_(wave.sine).addcmul_(wave.near, own).sub_(coefficients @ at_zero)
+    grad_c += width * torch.stack(found)
     grad_width += (change * (total - u * steepness)).sum()
     return total.mul_(width).add_(product), change * steepness.add_(1)
 
