@@ -6,8 +6,8 @@
 
 `benchmarks/gpu_wheels.sh` collects what a machine without a network lacks beside torch (2.11 or newer), transformers
 (5.10 or newer), lightning, peft and their dependencies. No model and no data is read: `model.random_weights=true` draws
-the weights on the device, tensor by tensor and quantised at once, rows are generated. The losses of runs on one
-shape, rows and seed are compared: one that is off by more than 2 % is named, and the command fails.
+the weights on the device, tensor by tensor and quantised at once, rows are generated. The losses of runs that
+learn the same are compared: one that is off by more than 2 % is named, and the command fails.
 """
 
 import argparse
@@ -44,9 +44,11 @@ class Run:
     """tokens_per_second at least, peak_gib at most."""
 
     @property
-    def is_coded(self) -> bool:
-        """Return whether the base is quantised: its losses are compared with those of other quantised ones."""
-        return any(word in ("method=qlora", "quantization=nf4") for word in self.words)
+    def learning(self) -> str:
+        """Return what decides the losses: runs that share it differ in speed and memory alone."""
+        starts = ("method=", "rank=", "optimizer=", "quantization=", "adapter.")
+        words = [word for word in self.words or LORA if word.startswith(starts)]  # a rival is given none
+        return " ".join([self.shape, f"{self.rows}x{self.tokens}", f"packed={self.packed}", *words])
 
 
 LORA = ["method=lora", "rank=r16", "target_modules=all_linear"]
@@ -135,9 +137,7 @@ def measure_part(runs: dict[str, Run], results: Results, device: str, ends: floa
         try:
             row = measure(run, device, left)
             row |= {"bar": run.bar, "met": verdict(row, run.bar)}
-            row["same_as"] = (
-                f"{run.shape} {run.rows}x{run.tokens} packed={run.packed} {'quantized' if run.is_coded else 'dense'}"
-            )
+            row["same_as"] = run.learning
             print(
                 f"{name}: {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.2f} GiB"
                 + "".join(f", {key} {'met' if met else 'MISSED'}" for key, met in row["met"].items()),
