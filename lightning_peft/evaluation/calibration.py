@@ -1,7 +1,7 @@
 """How far a model's probabilities for the tokens of right answers can be believed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.data.batch import Batch
-from lightning_peft.models.blocks import decoder_of
-from lightning_peft.objectives.model_loss import decoder_inputs
 from lightning_peft.objectives.sft import SupervisedLoss
 
 BINS = 15
@@ -114,33 +112,19 @@ def calibration(way: Way, batches: Iterable[Batch], seed: int) -> Calibration:
         if not batch.num_supervised:
             continue
         total: Tensor | None = None
-        for objective in objectives:
-            if not objective.is_checked:
+        if not objectives[0].is_checked:
+            for objective in objectives:
                 objective.check(moved)
+            # Where one model needs samples apart, all have them apart: tokens come in one order.
+            apart = any(objective.runs_apart for objective in objectives)
+            for objective in objectives:
+                objective.runs_apart = apart
+        for objective in objectives:
             for _ in range(way.passes):
-                if way.drawing is None:
-                    logits, labels = answer_logits(objective, moved)
-                else:
-                    with way.drawing(objective.model):
-                        logits, labels = answer_logits(objective, moved)
+                with nullcontext() if way.drawing is None else way.drawing(objective.model):
+                    logits, labels = objective.token_logits(moved)
                 probabilities = F.softmax(logits, -1, dtype=torch.float32)
                 total = probabilities if total is None else total.add_(probabilities)
         assert total is not None
         tally.add(total.div_(way.passes * len(objectives)), labels)
     return tally.result()
-
-
-def answer_logits(objective: SupervisedLoss, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits (N, V) of a batch's supervised tokens and the tokens (N,). The objective was checked before."""
-    model, path = objective.model, objective.logit_path
-    next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100).reshape(-1)
-    positions = (next_labels != -100).nonzero()[:, 0]
-    inputs = decoder_inputs(model, batch)
-    if path is None:
-        logits = model(**inputs).logits
-        return logits.reshape(-1, logits.shape[-1])[positions], next_labels[positions]
-    hidden = decoder_of(model)(**inputs).last_hidden_state
-    chosen = hidden.reshape(-1, hidden.shape[-1])[positions]
-    logits = model.get_output_embeddings()(chosen if path.scaled is None else path.scaled(chosen))
-    logits = logits[:, : model.config.get_text_config().vocab_size]
-    return (logits if path.transform is None else path.transform(logits)), next_labels[positions]

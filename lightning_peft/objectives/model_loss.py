@@ -170,14 +170,9 @@ class ModelLoss(nn.Module, ABC):
         """
         if not self.is_checked:
             self.check(batch)
-        if not self.runs_apart or not is_packed(batch):
-            return self._token_losses(batch)
-        # Sharding, which a start that trains nothing does without.
-        from torch.distributed.fsdp import FSDPModule
-
-        # Blocks of a sharded model are gathered from all ranks: each runs it once, whatever its samples.
-        parts = unpacked(batch, at_once=any(isinstance(module, FSDPModule) for module in self.model.modules()))
-        found = [self._token_losses(part) for part in parts]
+        found = [self._token_losses(part) for part in self._parts(batch)]
+        if len(found) == 1:
+            return found[0]
         weights = [part.weights for part in found if part.weights is not None]
         return TokenLosses(
             torch.cat([part.losses for part in found]),
@@ -185,17 +180,41 @@ class ModelLoss(nn.Module, ABC):
             torch.cat(weights) if weights else None,
         )
 
+    def token_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, V) of every supervised token and the tokens (N,), all at once; a call may check first.
+
+        They are what `token_losses` takes the cross entropy of, for those who need the whole distribution.
+        """
+        if not self.is_checked:
+            self.check(batch)
+        logits, labels = zip(*(self._token_logits(part) for part in self._parts(batch)), strict=True)
+        return torch.cat(logits), torch.cat(labels)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Return what is run together: the batch, or its samples where they would see each other."""
+        if not self.runs_apart or not is_packed(batch):
+            return [batch]
+        # Sharding, which a start that trains nothing does without.
+        from torch.distributed.fsdp import FSDPModule
+
+        # Blocks of a sharded model are gathered from all ranks: each runs it once, whatever its samples.
+        return list(unpacked(batch, at_once=any(isinstance(module, FSDPModule) for module in self.model.modules())))
+
     def sums_per_sample(self, batch: Batch, tokens: TokenLosses) -> tuple[Tensor, Tensor]:
         """Return the log-probability of each sample's supervised tokens, and their number, (S,) fp32 each."""
         zeros = tokens.losses.new_zeros(batch.cu_seqlens.numel() - 1)
         counts = zeros.index_add(0, tokens.samples, torch.ones_like(tokens.losses))
         return -zeros.index_add(0, tokens.samples, tokens.losses), counts
 
-    def _token_losses(self, batch: Batch) -> TokenLosses:
+    def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return where the next token is supervised, (N,) in the flattened batch, and those tokens (N,)."""
         next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100).reshape(-1)
         # The count is known from the collation, so the device is not asked for it.
         positions = torch.nonzero_static(next_labels != -100, size=batch.num_supervised).squeeze(1)
-        labels = next_labels.index_select(0, positions)
+        return positions, next_labels.index_select(0, positions)
+
+    def _token_losses(self, batch: Batch) -> TokenLosses:
+        positions, labels = self._supervised(batch)
         weights = None
         if batch.weights is not None:
             weights = F.pad(batch.weights[:, 1:], (0, 1)).reshape(-1).index_select(0, positions)
@@ -207,20 +226,35 @@ class ModelLoss(nn.Module, ABC):
 
     def _cross_entropy(self, batch: Batch, positions: Tensor, labels: Tensor) -> Tensor:
         if self.logit_path is None:
-            inputs = decoder_inputs(self.model, batch) if is_packed(batch) else own_inputs(batch.input_ids)
-            logits = self.model(**inputs).logits
-            chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, positions)
-            return F.cross_entropy(chosen.float(), labels, reduction="none")
-        inputs = own_inputs(batch.input_ids) if self.runs_apart else decoder_inputs(self.model, batch)
-        hidden = decoder_of(self.model)(**inputs).last_hidden_state
-        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+            return F.cross_entropy(self._own_logits(batch, positions).float(), labels, reduction="none")
         return linear_token_losses(
-            chosen if self.logit_path.scaled is None else self.logit_path.scaled(chosen),
+            self._hidden(batch, positions, self.logit_path),
             labels,
             self.model.get_output_embeddings(),
             self.model.config.get_text_config().vocab_size,
             self.logit_path.transform,
         )
+
+    def _token_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        positions, labels = self._supervised(batch)
+        if self.logit_path is None:
+            return self._own_logits(batch, positions), labels
+        logits = self.model.get_output_embeddings()(self._hidden(batch, positions, self.logit_path))
+        logits = logits[:, : self.model.config.get_text_config().vocab_size]
+        return (logits if self.logit_path.transform is None else self.logit_path.transform(logits)), labels
+
+    def _own_logits(self, batch: Batch, positions: Tensor) -> Tensor:
+        """Return the model's own logits at these positions of the flattened batch, (N, V)."""
+        inputs = decoder_inputs(self.model, batch) if is_packed(batch) else own_inputs(batch.input_ids)
+        logits = self.model(**inputs).logits
+        return logits.reshape(-1, logits.shape[-1]).index_select(0, positions)
+
+    def _hidden(self, batch: Batch, positions: Tensor, path: LogitPath) -> Tensor:
+        """Return what the head is fed at these positions of the flattened batch, (N, D)."""
+        inputs = own_inputs(batch.input_ids) if self.runs_apart else decoder_inputs(self.model, batch)
+        hidden = decoder_of(self.model)(**inputs).last_hidden_state
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+        return chosen if path.scaled is None else path.scaled(chosen)
 
     def _row_inputs(self, ids: Tensor) -> dict[str, Any]:
         """The decoder's arguments for rows of ids (B, T) that are one sample each."""

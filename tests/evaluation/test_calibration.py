@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from families import small_model
 from tiny_runs import tiny_config
 
 from lightning_peft.commands.calibrate import calibrate
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
+from lightning_peft.data.batch import Batch
 from lightning_peft.evaluation.calibration import BINS, Tally
+from lightning_peft.objectives.sft import SupervisedLoss
 
 
 def tally(probabilities: torch.Tensor, labels: torch.Tensor) -> Tally:
@@ -72,3 +76,26 @@ def test_command_scores_every_way(tmp_path: Path) -> None:
     assert written["3 draws"]["ece"] == found["3 draws"].ece and (runs[1] / "calibration.png").is_file()
     again = calibrate(compose_config("calibrate", words))
     assert again == found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "mamba"])
+def test_logits_are_those_the_loss_is_taken_of(name: str) -> None:
+    """Also of a model whose logits are scaled or capped, and of one that would mix the samples of a row."""
+    model = small_model(name).eval()
+    torch.manual_seed(0)
+    ids = torch.randint(5, model.config.vocab_size - 1, (1, 24))
+    labels = ids.clone()
+    labels[0, [0, 10]] = -100
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    batch = Batch(ids, labels, positions, torch.tensor([0, 10, 24], dtype=torch.int32), 14, 24, 22)
+    objective = SupervisedLoss(model)
+    with torch.no_grad():
+        objective.check(batch)
+        objective.runs_apart = objective.runs_apart or name == "mamba"
+        logits, tokens = objective.token_logits(batch)
+        losses = objective.token_losses(batch).losses
+    assert logits.shape == (22, model.config.vocab_size)
+    torch.testing.assert_close(F.cross_entropy(logits.float(), tokens, reduction="none"), losses)
+    alone = [model(input_ids=ids[:, part]).logits[0, :-1] for part in (slice(0, 10), slice(10, 24))]
+    expected = F.cross_entropy(torch.cat(alone).float(), torch.cat([ids[0, 1:10], ids[0, 11:24]]), reduction="none")
+    torch.testing.assert_close(losses.sort().values, expected.sort().values, rtol=1e-4, atol=1e-4)
