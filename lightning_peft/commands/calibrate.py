@@ -1,11 +1,10 @@
 """`lightning-peft calibrate`: how far an adapter's probabilities can be believed, drawn, dropped and in an ensemble."""
 
-import importlib.util
 import json
-import logging
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,11 +13,10 @@ from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.command_configs import CalibrateConfig
 from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.commands.evaluate import laid_out_as, validation_loader
+from lightning_peft.commands.picture import write_picture
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
 from lightning_peft.inference.load import tuned_folder
 from lightning_peft.models.packing import packing_of
-
-logger = logging.getLogger(__name__)
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
@@ -49,20 +47,15 @@ def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
     path = Path(config.output) if config.output else tuned_folder(config.adapter_path).parent / "calibration.json"
     path.write_text(json.dumps({name: asdict(scores) for name, scores in found.items()} | {"rows": rows}, indent=2))
     print(path)
-    draw(found, path.with_suffix(".png"))
+    write_picture(path.with_suffix(".png"), partial(diagram, found))
     return found
 
 
-def draw(found: dict[str, Calibration], path: Path) -> None:
-    """Write the reliability diagram; say so where there is nothing to draw it with."""
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("%s: not drawn, which needs matplotlib; pip install 'lightning-peft[report]'", path)
-        return
-    # matplotlib, which other commands do without.
-    from lightning_peft.report.figures import reliability
+def diagram(found: dict[str, Calibration]) -> Any:
+    """Draw the reliability of each way."""
+    from lightning_peft.report.figures import reliability  # matplotlib
 
-    reliability({name: scores.bins for name, scores in found.items()}).savefig(path, dpi=150)
-    print(path)
+    return reliability({name: scores.bins for name, scores in found.items()})
 
 
 def show(found: dict[str, Calibration], rows: int) -> None:

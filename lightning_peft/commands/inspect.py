@@ -1,15 +1,16 @@
 """`lightning-peft inspect`: what an adapter has learned, in a table, a JSON file and a picture."""
 
-import importlib.util
 import json
 import logging
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import adapters
@@ -17,8 +18,10 @@ from lightning_peft.adapters.spectrum import LayerSpectrum, energy_shares, layer
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.command_configs import InspectConfig
 from lightning_peft.commands.adapted import best_of_sweep, load_for_inference
+from lightning_peft.commands.picture import write_picture
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.progress import Part
+from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +36,22 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     common = _overlaps(found, config)
     kinds = {name: _kind(name) for name in spectra}
     blocks = {name: str(block_depth(name)) for name in spectra}
+    warnings = warnings_of(spectra)
     content = {
         "layers": {name: asdict(spectrum) for name, spectrum in spectra.items()},
         "energy_by_kind": energy_shares(spectra, kinds),
         "energy_by_block": energy_shares(spectra, blocks),
-        "warnings": warnings_of(spectra),
+        "warnings": warnings,
     }
     if common:
         content["overlap"] = common
     _show(spectra, kinds, common)
-    for warning in warnings_of(spectra):
+    for warning in warnings:
         print(warning)
     output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"
     output.write_text(json.dumps(content, indent=2, allow_nan=False))
     print(output)
-    _draw(spectra, kinds, output.with_suffix(".png"))
+    write_picture(output.with_suffix(".png"), partial(_map, spectra, kinds))
     return spectra
 
 
@@ -55,7 +59,13 @@ def _adapters_of(path: str, config: InspectConfig) -> dict[str, Adapter]:
     if is_whole_model(tuned_folder(path)):
         raise ValueError(f"adapter_path={path}: a whole model, and inspect looks at adapters")
     model, _ = load_for_inference(path, config.model, config.precision)
-    return {name: layer for name, layer in adapters(model) if not getattr(layer.base_layer, "experts", 0)}
+    found = dict(adapters(model))
+    stacks = [name for name, layer in found.items() if isinstance(layer.base_layer, ExpertLinear | QuantizedExperts)]
+    if stacks:
+        logger.info("%d stacks of experts are left out, as %s: their matrices are not one", len(stacks), stacks[0])
+    if len(stacks) == len(found):
+        raise ValueError(f"adapter_path={path}: adapts no layer of one matrix, and others are not inspected")
+    return {name: layer for name, layer in found.items() if name not in stacks}
 
 
 def _overlaps(found: dict[str, Adapter], config: InspectConfig) -> dict[str, float]:
@@ -66,7 +76,13 @@ def _overlaps(found: dict[str, Adapter], config: InspectConfig) -> dict[str, flo
     if not (both := found.keys() & others.keys()):
         raise ValueError(f"other_path={config.other_path}: adapts no layer that the first adapter adapts")
     shared = {name: overlap(found[name], others[name]) for name in found if name in both}
-    return {name: value for name, value in shared.items() if value is not None}
+    found_common = {name: value for name, value in shared.items() if value is not None}
+    if len(found_common) < len(shared):
+        logger.info(
+            "%d of %d layers are not compared: the change of one of the two is no low-rank sum",
+            len(shared) - len(found_common), len(shared),
+        )  # fmt: skip
+    return found_common
 
 
 def _kind(name: str) -> str:
@@ -81,7 +97,7 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
     columns += ["intruders"] if any(spectrum.intruders is not None for spectrum in spectra.values()) else []
     columns += ["in common"] if common else []
     short = {kind: kind.rpartition(".")[2] for kind in shares}
-    table = Table("", *columns, box=None, pad_edge=False)
+    table = Table("", *(Column(name, justify="right") for name in columns), box=None, pad_edge=False)
     for kind in shares:
         names = [name for name in spectra if kinds[name] == kind]
         group = [spectra[name] for name in names]
@@ -99,15 +115,10 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
     Console().print(table)
 
 
-def _draw(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], path: Path) -> None:
-    """Write a map of the layers and the spectra; say so where there is nothing to draw them with."""
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("%s: not drawn, which needs matplotlib; pip install 'lightning-peft[report]'", path)
-        return
-    # matplotlib, which other commands do without.
-    from lightning_peft.report.figures import layer_map
+def _map(spectra: dict[str, LayerSpectrum], kinds: dict[str, str]) -> Any:
+    """Draw a map of the layers and the spectra."""
+    from lightning_peft.report.figures import layer_map  # matplotlib
 
     cells = {(kinds[name], block_depth(name)): spectrum.relative_norm for name, spectrum in spectra.items()}
     curves = {name: spectrum.singular_values for name, spectrum in spectra.items()}
-    layer_map(cells, curves, "||dW|| / ||W||").savefig(path, dpi=150)
-    print(path)
+    return layer_map(cells, curves, "||dW|| / ||W||")

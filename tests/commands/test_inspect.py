@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_runs import TINY
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.base import Target
@@ -20,6 +21,7 @@ from lightning_peft.adapters.spectrum import (
     warnings_of,
 )
 from lightning_peft.commands.adapted import load_for_inference
+from lightning_peft.models.tiny import tiny_tokenizer
 
 OUT, IN, RANK = 24, 40, 6
 
@@ -105,8 +107,22 @@ def test_shares_and_warnings():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspected")
-    for name, words in (("lora", ["method=lora", "rank=4"]), ("vera", ["method=vera", "quantization=nf4"])):
-        assert main(["train", *TINY, *words, "trainer.max_steps=2", "logger=none", f"run_dir={folder / name}"]) == 0
+    methods = {"lora": ["rank=4"], "vera": ["quantization=nf4"], "dora": ["rank=4"]}
+    for name, words in methods.items():
+        assert (
+            main(
+                [
+                    "train",
+                    *TINY,
+                    f"method={name}",
+                    *words,
+                    "trainer.max_steps=2",
+                    "logger=none",
+                    f"run_dir={folder / name}",
+                ]
+            )
+            == 0
+        )
     return folder
 
 
@@ -129,8 +145,37 @@ def test_command_writes_every_layer(runs, method, capsys):
         assert all(share == pytest.approx(1, abs=1e-4) for share in content["overlap"].values())
 
 
+def test_layers_that_cannot_be_compared_are_counted(runs, capsys):
+    output = runs / "both.json"
+    assert main(["inspect", str(runs / "dora"), f"other_path={runs / 'lora'}", f"output={output}"]) == 0
+    said = "14 of 14 layers are not compared: the change of one of the two is no low-rank sum"
+    assert said in capsys.readouterr().err and "overlap" not in json.loads(output.read_text())
+
+
 def test_wrong_words_are_one_line(runs, capsys):
     assert main(["inspect", str(runs / "lora"), "intruders=-1"]) == 2
     assert "intruders=-1: must be at least 0" in capsys.readouterr().err
     assert main(["inspect", str(runs / "nowhere")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_stacks_of_experts_are_left_out_with_a_line(tmp_path, capsys):
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+    config = Qwen3MoeConfig(
+        **sizes, num_key_value_heads=4, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for name, words in (
+        ("both", ["adapter.experts=2"]),
+        ("alone", ["adapter.experts=2", "adapter.target_modules=[experts.gate_up_proj,experts.down_proj]"]),
+    ):
+        run_dir = tmp_path / name
+        words = ["model=hf", f"model.path={tmp_path / 'model'}", *words, "trainer.max_steps=1", "logger=none"]
+        assert main(["train", *TINY[1:], *words, f"run_dir={run_dir}"]) == 0
+    assert main(["inspect", str(tmp_path / "both")]) == 0
+    content = json.loads((tmp_path / "both" / "inspection.json").read_text())
+    assert content["layers"] and not any("experts" in name for name in content["layers"])
+    assert "4 stacks of experts are left out, as model.layers.0.mlp.experts" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "alone")]) == 2
+    assert "adapts no layer of one matrix, and others are not inspected" in capsys.readouterr().err

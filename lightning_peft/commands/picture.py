@@ -1,0 +1,21 @@
+"""The picture beside a command's figures, where there is something to draw it with."""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def write_picture(path: Path, draw: Callable[[], Any]) -> None:
+    """Write the matplotlib figure that `draw` makes as a PNG; say so where matplotlib is not there.
+
+    `draw` imports what it draws with, which is slow and which other commands do without.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("%s: not drawn, which needs matplotlib; pip install 'lightning-peft[report]'", path)
+        return
+    draw().savefig(path, dpi=150)
+    print(path)
