@@ -141,8 +141,8 @@ def keep_blocks(model: PreTrainedModel, blocks: list[nn.Module], indices: list[i
             del holder[index]
 
 
-def make_fake(module: nn.Module, recorder: Recorder) -> None:
-    """Give every parameter and buffer a fake tensor on the CPU, shared ones a shared one."""
+def make_fake(module: nn.Module, recorder: Recorder | None = None, device: str = "cpu") -> None:
+    """Give every parameter and buffer a fake tensor on the device, shared ones a shared one; none is recorded."""
     memo: dict[int, Tensor] = {}
     for part in module.modules():
         named: list[dict[str, Any]] = [part._parameters, part._buffers]
@@ -151,8 +151,9 @@ def make_fake(module: nn.Module, recorder: Recorder) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in memo:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    recorder.ignore(fake)
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    if recorder is not None:
+                        recorder.ignore(fake)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
                 tensors[name] = memo[id(tensor)]

@@ -119,7 +119,7 @@ def test_each_turn_follows_its_prompt_as_the_template_renders_it(name, kind):
         or (name, kind) in NO_THOUGHT
     )
     if refused:
-        with pytest.raises(ChatTemplateError, match="refuses a conversation|does not write"):
+        with pytest.raises(ChatTemplateError, match="refuses a conversation|does not write (the|tool calls)"):
             encode_all([conversation], tokenizer)
         return
     turns = samples_by_turn(tokenizer, conversation)
@@ -341,12 +341,15 @@ def random_conversation(rng):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cost_is_linear_in_the_turns(name):
-    """200 turns on any template in a second of processor time; Gemma 4's once took 32."""
+    """200 turns on any template in a second of processor time, the least of three; Gemma 4's once took 32."""
     tokenizer = tokenizer_of(name)
     turns = [
         message for number in range(100) for message in (Message("user", f"Q{number}"), answer("llama3_1", number))
     ]
     encode_all([Conversation(turns[:4])], tokenizer)  # what is found out about a template once
-    started = time.process_time()
-    encode_all([Conversation(turns)], tokenizer)
-    assert time.process_time() - started < 1
+    seconds = []
+    for _ in range(3):  # a core that others use, or a collection of garbage, adds to one of them
+        started = time.process_time()
+        encode_all([Conversation(turns)], tokenizer)
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 1

@@ -9,11 +9,11 @@ state that a checkpoint keeps, which is read into host memory.
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import device  # noqa: F401  before torch
 import torch
+from host_syncs import makes_the_host_wait, watched_synchronisation
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +23,7 @@ import lightning_peft.kernels.codes as codes
 from lightning_peft.adapters.inject import inject_adapters, regularization, step_schedule
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.data.batch import Batch
+from lightning_peft.estimation.trace import make_fake
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.loading import empty_model
 from lightning_peft.models.source import ModelConfig
@@ -38,11 +39,6 @@ from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.token_scaling import TokenWindow, divisor, scale_gradients
 
 ROWS, TOKENS = 2, 64
-aten = torch.ops.aten
-WAITING = {
-    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2, aten.unique_consecutive,
-    aten.unique_dim, aten.bincount, aten.is_nonzero,
-}  # fmt: skip
 
 
 class Waits(TorchDispatchMode):
@@ -54,27 +50,12 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         on_device = any(isinstance(value, Tensor) and value.is_cuda for value in args)
-        if func.overloadpacket in WAITING and on_device:
+        if on_device and makes_the_host_wait(func, args):
             self.found.append(str(func))
-        if func.overloadpacket is aten._to_copy and on_device and (kwargs or {}).get("device") == torch.device("cpu"):
+        to = (kwargs or {}).get("device")
+        if on_device and func.overloadpacket is torch.ops.aten._to_copy and to == torch.device("cpu"):
             self.found.append("copy to the host")
         return func(*args, **(kwargs or {}))
-
-
-def make_fake(module: nn.Module) -> None:
-    """Give every parameter and buffer a fake tensor on the device, shared ones a shared one."""
-    memo: dict[int, Tensor] = {}
-    for part in module.modules():
-        named: list[dict[str, Any]] = [part._parameters, part._buffers]
-        for tensors in named:
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in memo:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda:0")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                tensors[name] = memo[id(tensor)]
 
 
 def on_host(state: Any) -> Any:
@@ -111,7 +92,7 @@ def build(case: dict[str, Any]) -> tuple[SupervisedLoss, Any]:
 def run(case: dict[str, Any], objective: SupervisedLoss, config: Any, waits: Waits) -> None:
     """Take two steps of a case, the second resumed. Raises what a GPU would have raised."""
     model = objective.model
-    make_fake(objective)
+    make_fake(objective, device="cuda:0")
     table = torch.empty(256, device="cuda:0")
     # Two tables that are made from values.
     codes.dynamic_map = lambda _: table
@@ -151,12 +132,13 @@ def run(case: dict[str, Any], objective: SupervisedLoss, config: Any, waits: Wai
         optimizer.zero_grad()
 
 
-def outcome(case: dict[str, Any], synchronize: Callable[[Waits], None]) -> dict[str, Any]:
+def outcome(case: dict[str, Any]) -> dict[str, Any]:
     waits = Waits()
-    synchronize(waits)
+    # A CPU build refuses to synchronise; that it is called is what counts.
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     try:
         objective, config = build(case)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), watched_synchronisation(waits.found.append):
             run(case, objective, config, waits)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300], "waits": []}
@@ -165,12 +147,8 @@ def outcome(case: dict[str, Any], synchronize: Callable[[Waits], None]) -> dict[
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-
-    def watch_synchronize(waits: Waits) -> None:
-        torch.cuda.synchronize = lambda *_: waits.found.append("synchronize")  # type: ignore[assignment]
-
     for case in json.loads(open(sys.argv[1]).read()):
-        print(json.dumps(case | outcome(case, watch_synchronize)), flush=True)
+        print(json.dumps(case | outcome(case)), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What they compute is not seen here; that is what the same steps on a CPU are for
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,12 @@ def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / "cases.json"
     file.write_text(json.dumps(CASES))
     done = subprocess.run(
-        [sys.executable, "steps.py", str(file)], cwd=HERE, capture_output=True, text=True, timeout=1800
+        [sys.executable, "steps.py", str(file)],
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent / "training")},
+        capture_output=True,
+        text=True,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]

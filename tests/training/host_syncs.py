@@ -35,12 +35,17 @@ class PythonCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def makes_the_host_wait(func: Any, args: Any) -> bool:
+    """Return whether an operator's result, or its shape, is read off values on the device."""
+    by_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+        isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
+    )
+    return func.overloadpacket in WAITING_OPERATORS or by_mask
+
+
 class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        by_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
-        )
-        if func.overloadpacket in WAITING_OPERATORS or by_mask:
+        if makes_the_host_wait(func, args):
             HostSyncs.record(str(func))
         return func(*args, **(kwargs or {}))
 
