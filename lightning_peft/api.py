@@ -7,7 +7,11 @@ run.metrics["validation_loss"], run.generate("How many singers are there?"), run
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.merged import Receipt
+from lightning_peft.command_line import LIBRARY_NOISE
 from lightning_peft.commands.adapted import layout_of, load_for_inference
 from lightning_peft.commands.merge import merge
 from lightning_peft.commands.train import train
@@ -101,13 +106,36 @@ def finetune(rows: Rows | str | Path, *words: str, validation_rows: Rows | None 
         config = replace(config, data=data)
     elif validation_rows is not None:
         raise ValueError("validation_rows: rows of a file have theirs in data.validation_path=FILE")
-    train(config)
+    with shown():
+        train(config)
     return Run(folder_of(config))
 
 
 def load(folder: str | Path) -> Run:
     """Return a run, or an adapter of ours or of HF PEFT, by its folder."""
     return Run(folder)
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Inside, audit and losses appear on stderr, as in a notebook's cell, unless the program set up logging itself."""
+    ours = logging.getLogger("lightning_peft")
+    if ours.hasHandlers():
+        yield
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            for message in LIBRARY_NOISE:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
 
 
 def _written(rows: Rows, path: Path) -> str:

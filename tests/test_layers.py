@@ -26,7 +26,8 @@ LAYERS = [
     ["help"],
     ["runs"],
     ["commands"],
-    ["command_line", "api"],
+    ["command_line"],
+    ["api"],
     ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
