@@ -113,11 +113,11 @@ def write_gguf_model(
 
 def attention_window(model: PreTrainedModel) -> int | None:
     """Return the tokens that a sliding window of the model reaches over; None where all layers attend to everything."""
-    window = getattr(model.config, "sliding_window", None)
-    kinds = getattr(model.config, "layer_types", None)
-    has_window = window is not None and (kinds is None or "sliding_attention" in kinds)
+    config: Any = model.config
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     # Mistral's layers have no kinds, and Llama's and Qwen's without kinds have no window.
-    return int(window) if has_window and (kinds or model.config.model_type == "mistral") else None
+    slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
+    return int(window) if window is not None and slides else None
 
 
 def stored_tensors(model: PreTrainedModel, names: GGUFNames) -> Iterator[tuple[str, Tensor]]:
