@@ -252,7 +252,8 @@ class LoRAExperts(Adapter):
             return self.base_layer(x, sizes)
         base = partial(self.base_layer.base, dtype=product_dtype(x))
         factors = (self.lora_A, self.lora_B)
-        return grouped_product(x, sizes, base, factors, self.scaling, self.active_dropout)
+        stack = self.base_layer.matrices() if isinstance(self.base_layer, ExpertLinear) else None
+        return grouped_product(x, sizes, base, factors, self.scaling, self.active_dropout, stack)
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
         """Return the formula for as many rows of each expert: (experts, N, in_features), (experts, N, out_features)."""

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from lightning_peft.adapters.inject import adapters
 from lightning_peft.models.streaming import parameters_on_meta
+from lightning_peft.quantization.weights import never_calls
 
 
 def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
@@ -32,4 +34,10 @@ def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
             return f"HF PEFT does not read it: {' '.join(str(error).split())[:160]}"
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         return f"HF PEFT finds no place for some of its tensors in {type(model).__name__}, and gives other outputs"
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in adapters(model)}
+    if bypassed := [name for name, parent in parents.items() if never_calls(parent, name.rpartition(".")[2])]:
+        return (
+            f"HF PEFT leaves out the change of {bypassed[0]}, whose weight {type(model).__name__} multiplies with by "
+            "itself, and gives other outputs"
+        )
     return None

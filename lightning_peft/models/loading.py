@@ -143,7 +143,18 @@ def load_by_block(
     if config.new_tokens:
         add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
     accept_packed_batches(model)
+    keep_weights_in_evaluation(model)
     return model.eval(), blocks
+
+
+def keep_weights_in_evaluation(model: PreTrainedModel) -> None:
+    """Stop RWKV from dividing weights in place for evaluation: adapters beside them, and codes, do not follow.
+
+    The division guards fp16 against overflow; by powers of two, it changes no other result.
+    """
+    if getattr(model.config, "rescale_every", 0):
+        logger.info("%s: weights are not divided for evaluation (rescale_every=0)", type(model).__name__)
+        model.config.rescale_every = 0
 
 
 def _load_parts(

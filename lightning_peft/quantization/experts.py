@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.kernels.frozen_linear import DENSE, Base
-from lightning_peft.kernels.grouped import grouped_product, rows_per_expert
+from lightning_peft.kernels.grouped import RowsPerExpert, grouped_product
 from lightning_peft.quantization.linear import CodedWeight
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -65,7 +65,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Map rows sorted by expert, (N, in_features), to (N, out_features)."""
-        return grouped_product(x, sizes, partial(self.base, dtype=product_dtype(x)))
+        return grouped_product(x, sizes, partial(self.base, dtype=product_dtype(x)), stack=self.matrices())
 
 
 class QuantizedExperts(CodedWeight):
@@ -112,6 +112,15 @@ def projections(module: nn.Module) -> tuple[str, ...]:
     if not is_routed and type(module).__name__ != LLAMA4:
         return ()
     return tuple(name for name in PROJECTIONS if hasattr(module, name))
+
+
+def routed_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of experts that are given each token's choice, by name, opened or not."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if projections(module) and type(module).__name__ != LLAMA4 and getattr(module, "num_experts", 0) > 1
+    }
 
 
 def expert_stacks(model: nn.Module) -> dict[str, Stack]:
@@ -202,7 +211,7 @@ def _routed(
     assert not unused and not none
     chosen = top_k_index.shape[-1]
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    sizes = rows_per_expert(experts, self.num_experts)
+    sizes = RowsPerExpert(experts, self.num_experts)
     first = "gate_up_proj" if self.has_gate else "up_proj"
     inner = _with_bias(self, first, hidden_states[order // chosen], sizes, experts)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)

@@ -46,8 +46,16 @@ def is_linear(layer: nn.Module) -> bool:
 
 def reads_weight(parent: nn.Module, leaf: str) -> bool:
     """Whether the code of a module multiplies with the weight of its layer `leaf` by itself, as Mamba's mixer does."""
+    return _code_has(parent, rf"self\.{leaf}\.weight(?!\.(device|dtype|shape))")
+
+
+def never_calls(parent: nn.Module, leaf: str) -> bool:
+    """Whether the code of a module multiplies with its layer's weight on every device, where others only do on some."""
+    return _code_has(parent, rf"self\.{leaf}\.weight @")
+
+
+def _code_has(parent: nn.Module, pattern: str) -> bool:
     methods = [method for method in vars(type(parent)).values() if inspect.isfunction(method)]
-    pattern = rf"self\.{leaf}\.weight(?!\.(device|dtype|shape))"
     return any(re.search(pattern, _source(method)) for method in methods)
 
 

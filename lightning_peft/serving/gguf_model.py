@@ -1,6 +1,7 @@
 """A whole model as a GGUF file: weights, and the metadata that llama.cpp and Ollama run it by."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_conversion import ARCHITECTURES, ROPE_FACTORS
 from lightning_peft.serving.gguf_names import GGUFNames
 from lightning_peft.serving.prompt import adds_bos, template_with_system
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "model.gguf"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -65,6 +68,11 @@ def write_gguf_model(
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants  # only GGUF files need the package
 
     check_family(str(model.config.model_type))
+    if (window := attention_window(model)) is not None:
+        logger.warning(
+            "%s: this model attends to the last %d tokens, llama.cpp to all: answers to longer texts differ",
+            path.name, window,
+        )  # fmt: skip
     names = GGUFNames(model)
     writer = GGUFWriter(path, names.architecture)
     writer.add_file_type(LlamaFileType[FILE_TYPES[dtype]])
@@ -101,6 +109,15 @@ def write_gguf_model(
     for tensor in found.values():
         writer.write_tensor_data(quants.quantize(tensor.float().cpu().contiguous().numpy(), kind_of(tensor)))
     writer.close()
+
+
+def attention_window(model: PreTrainedModel) -> int | None:
+    """Return the tokens that a sliding window of the model reaches over; None where all layers attend to everything."""
+    config: Any = model.config
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    # Mistral's layers have no kinds, and Llama's and Qwen's without kinds have no window.
+    slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
+    return int(window) if window is not None and slides else None
 
 
 def stored_tensors(model: PreTrainedModel, names: GGUFNames) -> Iterator[tuple[str, Tensor]]:

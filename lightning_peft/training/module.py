@@ -49,12 +49,14 @@ from lightning_peft.quantization.convert import (
     memory_by_group,
     weights_fingerprint,
 )
+from lightning_peft.quantization.experts import routed_modules
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.callbacks.step_metrics import host_memory_gib
 from lightning_peft.training.compilation import compile_model
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
 from lightning_peft.training.host_memory import keep_freed_memory
+from lightning_peft.training.router_load import RouterLoad
 from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.token_scaling import TokenWindow, divisor, scale_gradients
 
@@ -123,6 +125,8 @@ class FinetuneModule(LightningModule):
         self.validation_window = TokenWindow()
         self.source_windows: dict[str, TokenWindow] = {}
         """Those of each source of a mixture, in the validation that goes on."""
+        self.router_load: RouterLoad | None = None
+        """Counts the rows that experts are given; None for a model without, and under the compiler, which hooks cut."""
         self.step_metrics: dict[str, Tensor] = {}
         """Device scalars of the last optimiser step: loss, tokens (supervised), grad_norm, penalty of the adapters."""
 
@@ -155,6 +159,11 @@ class FinetuneModule(LightningModule):
                 "objective=%s: the reference is a copy of what trains, as it is now", self.objective_config.name
             )
             self.objective.remember_start()
+        if routed_modules(self.model):
+            if self.compilation is Compilation.none:
+                self.router_load = RouterLoad(self.model)
+            else:
+                logger.info("the load of the experts is not logged under the compiler; compile=none logs it")
         self.log_memory(self.model)
 
     def build_objective(self, model: PreTrainedModel) -> ModelLoss:
@@ -290,9 +299,13 @@ class FinetuneModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.objective is not None
+        if self.router_load is not None:
+            self.router_load.start()
         loss = self.objective(batch)
         weight = self.objective.loss_weight(batch)
         penalty, measured = regularization(self.model), self.objective.measured
+        if self.router_load is not None:
+            measured = measured | self.router_load.measured()
         if penalty is not None:
             measured = measured | {"penalty": (penalty.detach() * weight, loss.new_tensor(weight))}
         self.window.add(loss, weight, batch.loss_weight, measured)

@@ -18,6 +18,7 @@ from lightning_peft.adapters.lora import LoRAConfig, LoRAExperts
 from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
+from lightning_peft.kernels.grouped import RowsPerExpert, product_at_once, runs_at_once
 from lightning_peft.quantization.experts import close_experts, expert_stacks, open_experts
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
@@ -124,6 +125,34 @@ def test_an_expert_layer_is_the_loop_over_its_experts() -> None:
 
     torch.testing.assert_close(layer(x, sizes), torch.cat(expected), rtol=0, atol=1e-12)
     assert layer(x[:0], [0] * experts).shape == (0, out_features)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_torchs_grouped_products_are_the_loop(family: str, dtype: torch.dtype) -> None:
+    """A rank that is no multiple of eight, an expert without rows, and a stack that lies the other way round."""
+    layer = next(layer for _, layer in adapters(adapted(family).float()) if isinstance(layer, LoRAExperts))
+    stack = layer.base_layer.matrices().to(dtype)
+    layer.base_layer.weight.data = layer.base_layer.weight.data.to(dtype)
+    ids = torch.tensor([0, 0, 2, 3, 3, 3, 3, 2, 0]).sort().values
+    rows = RowsPerExpert(ids, 4)
+    assert list(rows) == [3, 0, 2, 4] and rows.ends.tolist() == [3, 3, 5, 9] and rows.ends.dtype is torch.int32
+    x, direction = (torch.randn(9, size).to(dtype) for size in (stack.shape[2], stack.shape[1]))
+    factors = (layer.lora_A, layer.lora_B)
+
+    found = []
+    for way in (lambda x: layer(x, rows), lambda x: product_at_once(x, rows.ends, stack, factors, layer.scaling)):
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        output = way(leaf)
+        output.backward(direction)
+        found.append((output.detach(), leaf.grad, *(factor.grad.clone() for factor in factors)))
+
+    # bf16: three roundings of sums that the loop takes in one product.
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=tolerance * float(expected.abs().max()))
+    assert not found[1][2][1].any() and not runs_at_once(x, stack, dtype)
 
 
 @pytest.mark.parametrize("mode", ["elementwise", "selective", "blocks"])

@@ -10,8 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Gemma3Config
 
-from lightning_peft.adapters.inject import inject_adapters
-from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter
+from lightning_peft.adapters.inject import adapters, inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.checkpoint.peft_check import objection_of_peft
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 from lightning_peft.checkpoint.peft_words import AdapterFileError
 
 IDS = torch.arange(3, 43)[None]
@@ -86,3 +88,19 @@ def test_trained_rows_of_the_embedding_are_refused_with_what_to_do(tmp_path):
         AdapterFileError, match=re.escape("(trainable_token_indices), which are not read here; merge it")
     ):
         adapter_config_from_peft(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_peft_adapts_in_vain_are_said(tmp_path):
+    """Jamba multiplies with the weight of dt_proj by itself: PEFT's change of that layer has no effect."""
+    model, config = small_model("jamba"), LoRAConfig(rank=4, target_modules=["dt_proj"])
+    inject_adapters(model, config)
+    for _, layer in adapters(model):
+        torch.nn.init.normal_(layer.lora_B.weight)
+    save_adapter(model, config, tmp_path)
+    plain = small_model("jamba")
+    theirs = PeftModel.from_pretrained(small_model("jamba"), str(tmp_path)).eval()
+
+    torch.testing.assert_close(logits(theirs), logits(plain))
+    assert not torch.allclose(logits(model.eval()), logits(plain), atol=1e-2)
+    assert "leaves out the change of model.layers.0.mamba.dt_proj" in objection_of_peft(tmp_path, model)

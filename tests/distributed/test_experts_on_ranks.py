@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("base", BASES)
 def test_ranks_train_experts_as_one_process_does(runs: Path, base: str, kind: str) -> None:
     one, two = runs / base, runs / f"{base}_{kind}"
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "router_load", "router_entropy"):
         torch.testing.assert_close(column(two, name), column(one, name), **NOISE)
     trained, expected = adapter(two), adapter(one)
     assert trained.keys() == expected.keys() and any(".experts." in name for name in expected)

@@ -116,3 +116,13 @@ def test_added_tokens_do_not_fit_a_base_file(tmp_path: Path) -> None:
     tokenizer.add_tokens([f"<new{i}>" for i in range(70)])
     with pytest.raises(GGUFModelError, match="the run added 9 tokens to those of model.gguf"):
         write_gguf_model(tiny_model(), tokenizer, LAYOUT, tmp_path / "b.gguf", "bf16", path, "small")
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_a_window_that_llama_cpp_does_not_have_is_said(
+    window: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small_model("mistral", sliding_window=window, vocab_size=320)
+    written(model, tmp_path, "fp32")
+    said = "this model attends to the last 8 tokens, llama.cpp to all" in caplog.text
+    assert said is (window is not None)

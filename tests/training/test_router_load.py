@@ -1,0 +1,82 @@
+"""The load of a mixture's experts in the run's metrics, against the routers' own choices counted by hand."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import small_model
+
+from lightning_peft.__main__ import main
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.models.tiny import tiny_tokenizer
+from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.training.config import ActivationCheckpointing
+from lightning_peft.training.router_load import RouterLoad
+
+
+def values(load: RouterLoad) -> dict[str, float]:
+    return {name: float(total / count) for name, (total, count) in load.measured().items()}
+
+
+@pytest.mark.parametrize(
+    ("choice", "load", "entropy"),
+    [([[0, 1], [2, 3]], 1.0, 1.0), ([[2, 2], [2, 2]], 4.0, 0.0), ([[0, 1], [0, 1]], 2.0, 0.5)],
+)
+def test_even_use_is_one(choice: list[list[int]], load: float, entropy: float) -> None:
+    model = small_model("mixtral", num_hidden_layers=1).train()
+    found = RouterLoad(model)
+    model.model.layers[0].mlp.experts(torch.randn(2, 64), torch.tensor(choice), torch.ones(2, 2))
+    assert values(found) == pytest.approx({"router_load": load, "router_entropy": entropy}, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("experts", ["none", 2])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_counts_are_the_routers_choices(family: str, experts: Any) -> None:
+    """Two forward passes, as of a loss with a reference, and a recomputation of the last step that does not count."""
+    model = small_model(family)
+    inject_adapters(model, LoRAConfig(rank=2, experts=experts))
+    checkpoint_blocks(model, ActivationCheckpointing.blocks)
+    model.train()
+    found, chosen = RouterLoad(model), {}
+    for name, module in model.named_modules():
+        if name.endswith("mlp.experts"):
+            module.register_forward_pre_hook(
+                lambda module, inputs, name=name: chosen.setdefault(name, []).append(inputs[1].flatten())
+            )
+    model(torch.arange(3, 43)[None], use_cache=False).logits.sum().backward()
+    chosen.clear()
+    found.start()
+    for ids in (torch.arange(3, 43), torch.arange(40, 90)):
+        model(ids[None], use_cache=False)
+    model.eval()(torch.arange(3, 43)[None], use_cache=False)
+
+    shares = [
+        torch.bincount(torch.cat(ids[:2]), minlength=4).double() / sum(map(len, ids[:2])) for ids in chosen.values()
+    ]
+    assert len(shares) == 2
+    load = sum(float(share.max() * 4) for share in shares) / 2
+    entropy = sum(float(-(s[s > 0] * s[s > 0].log()).sum()) for s in shares) / 2 / torch.tensor(4.0).log().item()
+    assert values(found) == pytest.approx({"router_load": load, "router_entropy": entropy}, rel=1e-5)
+
+
+def test_a_run_of_a_mixture_has_them_in_its_metrics(tmp_path: Path) -> None:
+    small_model("mixtral", vocab_size=320).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [json.dumps({"prompt": f"Add {a}.", "completion": f"It is {a + 1}."}) + "\n" for a in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    words = [
+        "train", f"model={tmp_path}/model", f"data={tmp_path}/rows.jsonl", "data.max_length=56", "rank=r2",
+        "data.micro_batch_size=2", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "schedule=constant",
+        "trainer.accelerator=cpu", "trainer.precision=32-true", f"run_dir={tmp_path}/run",
+    ]  # fmt: skip
+    assert main(words) == 0
+    with (tmp_path / "run/metrics.csv").open() as file:
+        steps = [row for row in csv.DictReader(file) if row["loss"]]
+    assert len(steps) == 2
+    for row in steps:
+        assert 1 <= float(row["router_load"]) <= 4 and 0 < float(row["router_entropy"]) <= 1
