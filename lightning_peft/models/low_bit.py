@@ -86,7 +86,8 @@ class LowBitSource:
                 f"{fusion.name} is made of weights whose columns are grouped by activation order (desc_act), each in "
                 "its own way; give a checkpoint without it"
             )
-        if any(weight.codes.weight.shape[0] % weight.block_size for weight in weights.values()):
+        puts_below = any(isinstance(operation, Concatenate) for operation in fusion.rule.operations)
+        if puts_below and any(weight.codes.weight.shape[0] % weight.block_size for weight in weights.values()):
             weights = {key: scale_a_row(weight) for key, weight in weights.items()}
         parts: list[Tensor | None] = []
         for field in range(len(first.codes)):

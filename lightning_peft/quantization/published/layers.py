@@ -52,6 +52,8 @@ def prepare_low_bit(model: nn.Module, names: Mapping[str, str], form: PublishedF
         stack = model.get_submodule(name)
         shape = stack_shape(model.get_submodule(holder), leaf)
         empty = form.layout(names[name], *shape[1:])
+        if leaf == "gate_up_proj" and (shape[1] // 2) % empty.block_size:
+            empty = scale_a_row(empty)  # no block of the two projections lies in both
         coded = QuantizedExperts(
             shape,
             bool(stack.transposed),
