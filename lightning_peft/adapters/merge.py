@@ -63,6 +63,8 @@ def merge_adapters(
             continue
         if result is model:
             result.set_submodule(name, dequantized_layer(module))
+        elif is_quantized(published := result.get_submodule(name)):
+            result.set_submodule(name, dequantized_layer(published))
         elif from_codes:
             write_weight(result.get_submodule(name), dense_weight(dequantized_layer(module)))
     if result is not model:

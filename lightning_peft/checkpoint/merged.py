@@ -22,6 +22,7 @@ from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.checkpoint.resume import gathered
 from lightning_peft.kernels.codes import INT8
+from lightning_peft.kernels.low_bit import LOW_BIT
 from lightning_peft.models.streaming import fp32_pattern
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import QuantizedExperts
@@ -101,6 +102,11 @@ def merge(
         raise MergeError("merge.base=original needs the base before quantisation")
     if config.base is MergeBase.requantised and any(getattr(m, "kind", None) == INT8 for m in model.modules()):
         raise MergeError("merge.base=requantised writes 4-bit layers, this base is int8; use merge.base=dequantised")
+    if config.base is MergeBase.requantised and any(getattr(m, "kind", None) in LOW_BIT for m in model.modules()):
+        raise MergeError(
+            "merge.base=requantised writes 4-bit layers of bitsandbytes, and this base keeps the codes it was "
+            "published in; use merge.base=dequantised"
+        )
     if config.base is MergeBase.requantised and any(isinstance(m, QuantizedExperts) for m in model.modules()):
         raise MergeError(
             "merge.base=requantised writes 4-bit linear layers, and this base has stacks of experts in 4 bits, which "

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.command_configs import EstimateConfig
 from lightning_peft.config import TrainConfig
 from lightning_peft.estimation.advice import smallest_change
 from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
 from lightning_peft.models.attention import accept_packed_batches
-from lightning_peft.models.loading import empty_model, model_context, model_name
+from lightning_peft.models.loading import empty_model, model_config, model_context, model_name, prepare_as_published
 from lightning_peft.models.streaming import fp32_pattern
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SupervisedLoss
@@ -113,8 +114,14 @@ def estimate_of(config: EstimateConfig) -> Estimate:
 def empty_objective(config: TrainConfig, dtype: torch.dtype) -> SupervisedLoss:
     """Model and loss as `train` makes them, on the meta device."""
     model = empty_model(config.model, dtype)
-    stored_kind = getattr(model.config, "quantization_config", None)
-    if stored_kind is not None and not config.quantization.is_on:
+    form = prepare_as_published(model, config.model)
+    if form is not None:
+        check_fits_published(form, config.adapter, config.quantization)
+    elif (
+        not config.model.random_weights
+        and hasattr(model.config, "quantization_config")
+        and not config.quantization.is_on
+    ):
         raise ValueError(
             "quantization.kind=none: the checkpoint holds 4-bit codes; estimate it with quantization=nf4 or fp4"
         )
@@ -178,7 +185,8 @@ def with_8bit_optimizer(config: EstimateConfig) -> EstimateConfig | None:
 
 
 def with_nf4(config: EstimateConfig) -> EstimateConfig | None:
-    if config.quantization.is_on or METHODS[config.adapter.method].trains_all:
+    is_published = hasattr(model_config(config.model), "quantization_config")
+    if is_published or config.quantization.is_on or METHODS[config.adapter.method].trains_all:
         return None
     return replace(config, quantization=replace(config.quantization, kind=Kind.nf4))
 

@@ -22,6 +22,7 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.hybrid_lora import table_of
 from lightning_peft.adapters.inject import adapters, describe_targets, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.method import Selection
+from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file, atomic_folder
@@ -46,6 +47,7 @@ from lightning_peft.models.loading import (
     model_context,
     model_name,
     model_vocabulary,
+    prepare_as_published,
     source_fingerprint,
 )
 from lightning_peft.models.packing import packing_of
@@ -295,6 +297,8 @@ def check_model(config: TrainConfig) -> bool:
         folder = adapter_folder(config.adapter.init_from, "adapter.init_from")
         check_lineage(folder, source_fingerprint(config.model), config.quantization.kind.name, model_name(config.model))
     model = empty_model(config.model)
+    if (form := prepare_as_published(model, config.model)) is not None:
+        check_fits_published(form, config.adapter, config.quantization)
     method = METHODS[config.adapter.method]
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
     packs = packing_of(config.data, model)

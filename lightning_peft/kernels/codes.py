@@ -1,7 +1,8 @@
 """Weights stored as codes and products with them, as operators over the kernels of bitsandbytes.
 
 Codes have 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), or 8 bits and one scale a row (the weights of
-LLM.int8, Dettmers et al. 2022, arXiv:2208.07339). The plain form of a product is `dequantize` and a product of torch.
+LLM.int8, Dettmers et al. 2022, arXiv:2208.07339), or are those of a published checkpoint (`kernels/low_bit.py`). The
+plain form of a product is `dequantize` and a product of torch.
 
 Importing bitsandbytes takes about four seconds, most of it torch's compiler, so the import waits until the first layer
 is quantised.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.kernels import products  # noqa: F401  registers low_rank_sum
+from lightning_peft.kernels.low_bit import LOW_BIT, dequantize_low_bit
 
 ABSMAX_BLOCK = 256
 """Block size of the second quantisation, fixed in bitsandbytes; the paper's section 3 also uses 256."""
@@ -25,7 +27,10 @@ INT8 = "int8"
 
 
 class Codes(NamedTuple):
-    """A quantised weight of shape (out, in): what is stored of it."""
+    """A quantised weight of shape (out, in): what is stored of it.
+
+    Of a kind of `LOW_BIT` the four are the codes, scales, zeros and groups that `dequantize_low_bit` takes.
+    """
 
     weight: Tensor
     """(out, in / 2) uint8: two codes a byte, the even column in the high half. For int8 (out, in), its bytes."""
@@ -99,6 +104,8 @@ def quantize(weight: Tensor, kind: str = "nf4", block_size: int = 64, double_qua
 def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return the dense (out, in) weight: level times absmax in fp32, rounded once to `dtype`."""
     weight, absmax, scale, offset = codes
+    if kind in LOW_BIT:
+        return dequantize_low_bit(*codes, kind, block_size, dtype)
     if kind == INT8:
         return weight.view(torch.int8).float().mul_(absmax / 127).to(dtype)
     if scale is not None and offset is not None:
@@ -155,7 +162,12 @@ def _dequantize_fake(
 
 def in_features_of(weight: Tensor, kind: str) -> int:
     """Return the columns of the weight that codes (out, columns of codes) stand for."""
-    return weight.shape[1] * (1 if kind == INT8 else 2)
+    return weight.shape[1] * codes_per_byte(kind)
+
+
+def codes_per_byte(kind: str) -> int:
+    """Return how many codes of a kind lie in a byte."""
+    return LOW_BIT[kind].per_byte if kind in LOW_BIT else 1 if kind == INT8 else 2
 
 
 @torch.library.impl("lightning_peft::coded_matmul", "CompositeExplicitAutograd", lib=_library)

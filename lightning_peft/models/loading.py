@@ -22,28 +22,29 @@ from transformers import (
 
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
 from lightning_peft.models.blocks import block_names
+from lightning_peft.models.conversion import plan_loading
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_conversion import GGUFSource, check_read, gguf_config, gguf_tokenizer, is_known
+from lightning_peft.models.low_bit import (
+    LowBitSource,
+    Names,
+    check_named,
+    format_of,
+    prepare_by_config,
+    prepare_low_bit_layers,
+)
 from lightning_peft.models.random_weights import RandomWeights
 from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
-from lightning_peft.models.streaming import (
-    SafetensorsSource,
-    WeightSource,
-    map_file,
-    parameters_on_meta,
-    stored_kinds,
-    stored_tensors,
-    stream_weights,
-)
+from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
+from lightning_peft.models.weight_files import SafetensorsSource, WeightSource, map_file, stored_kinds, stored_tensors
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.published.format import PublishedFormat
 
 logger = logging.getLogger(__name__)
 
-DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-"""Kinds of checkpoints that have no wider original, and the configuration of transformers that reads them dense."""
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes that weights are computed in."""
 SAMPLED_BYTES = 1024
@@ -87,6 +88,24 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreT
         text.vocab_size = max(text.vocab_size, len(load_tokenizer(config)))
     with readable_errors(config):
         return _build(config, architecture, dtype)
+
+
+def prepare_as_published(model: PreTrainedModel, config: ModelConfig) -> PublishedFormat | None:
+    """Make those layers of an empty model coded ones that its checkpoint holds in few bits; which format that is.
+
+    They are known by the names of the tensors where files or their index are at hand, else by config.json alone.
+    """
+    if config.is_tiny or config.random_weights or (form := format_of(model.config)) is None:
+        return None
+    with readable_errors(config):
+        folder = locate(config)
+        if keys := [*(weight_index(folder) or (SafetensorsSource(weight_files(folder)).names()))]:
+            source = LowBitSource(Names(keys), form)
+            direct, fused, _ = plan_loading(model, source.names(), set(model.state_dict()))
+            prepare_low_bit_layers(model, source, direct, fused)
+        else:
+            prepare_by_config(model, form)
+    return form
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
@@ -172,6 +191,8 @@ def _load_parts(
     with readable_errors(config):
         source: WeightSource | None
         if config.random_weights:
+            if (form := format_of(model_config(config))) is not None:
+                logger.info("model.random_weights=true: drawn dense, not as %s", form.describe())
             model = _build(config, model_config(config), dtype or torch.float32)
             source = RandomWeights(model, device)
         else:
@@ -180,7 +201,12 @@ def _load_parts(
             if source is None:
                 model = _load_by_transformers(config, location, dtype or torch.float32, quantization)
                 return model, iter(block_names(model))
-            model = _build(config, model_config(config), dtype or torch.float32)
+            architecture = model_config(config)
+            if (form := format_of(architecture)) is not None:
+                source = LowBitSource(source, form)
+            elif getattr(architecture, "quantization_config", None) is None:
+                check_named(source)
+            model = _build(config, architecture, dtype or torch.float32)
             if (location / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(location)
         parts = stream_weights(model, source, dtype, device, quantization)
@@ -203,14 +229,7 @@ def _weight_source(location: Path) -> WeightSource | None:
 
 
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    method = getattr(getattr(architecture, "quantization_config", None), "get", lambda *_: None)("quant_method")
-    if method not in (None, "bitsandbytes"):
-        reader = DEQUANTISED.get(method)
-        copy = f"a bf16 copy, which transformers saves after loading with {reader}(dequantize=True)"
-        remedy = "the original" if reader is None else copy
-        raise ValueError(
-            f"model.path={config.path}: weights quantised by {method} cannot be trained here; give {remedy}"
-        )
+    format_of(architecture)  # refuses what cannot be read
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
@@ -242,6 +261,8 @@ def _load_by_transformers(
         model = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
         check_read(GGUFFile(location), model)
     else:
+        if (form := format_of(model_config(config))) is not None:
+            raise ValueError(f"model.path={config.path}: {form.describe()} is read from .safetensors files only")
         if not config.allow_pickle:
             raise ValueError(
                 f"model.path={config.path}: no .safetensors file; .bin weights can run code when read, "

@@ -5,102 +5,27 @@ nothing dense outlives its own step. The transformer blocks come last, one after
 before the next is read.
 """
 
-import json
 import logging
-import mmap
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lightning_peft.models.blocks import block_names
+from lightning_peft.models.conversion import Fusion, plan_loading
+from lightning_peft.models.low_bit import LowBitSource, prepare_low_bit_layers
+from lightning_peft.models.weight_files import WeightSource
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import load_weight, prepare_quantized
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
+from lightning_peft.quantization.published.formats import check_not_requantised
+from lightning_peft.quantization.published.layers import load_low_bit
 
 logger = logging.getLogger(__name__)
-
-
-class WeightSource(Protocol):
-    """Named tensors of a checkpoint, read when asked for."""
-
-    def names(self) -> list[str]: ...
-
-    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        """The tensor in its own memory, in `dtype` when given and floating, else as stored."""
-        ...
-
-
-class SafetensorsSource:
-    """The tensors of one or more safetensors files, each from the one that `index` names where it names one.
-
-    Raises ValueError for a file that is none, and for a tensor that two files hold and the index does not name.
-    """
-
-    def __init__(self, paths: list[Path], index: Mapping[str, str] | None = None):
-        self.files: dict[str, Any] = {}
-        held: dict[str, Path] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
-            for name in file.keys():
-                place = (index or {}).get(name)
-                if place is None and name in held:
-                    raise ValueError(f"model.path={path}: holds {name}, and so does {held[name].name}: delete one")
-                if place in (None, path.name):
-                    self.files[name], held[name] = file, path
-        if lacking := sorted((index or {}).keys() - self.files.keys()):
-            raise ValueError(f"model.path={paths[0].parent}: its index names {lacking[0]}, which no file holds")
-
-    def names(self) -> list[str]:
-        return list(self.files)
-
-    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        mapped = self.files[name].get_tensor(name)
-        # A copy: the mapped pages would change under us if the file did.
-        return mapped.to(dtype if dtype is not None and mapped.is_floating_point() else mapped.dtype, copy=True)
-
-
-def map_file(path: Path) -> memoryview:
-    """The file's bytes, read from disk where they are looked at."""
-    with open(path, "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def stored_tensors(path: Path) -> Iterator[tuple[str, list[int], memoryview]]:
-    """Name, shape and mapped bytes of every tensor in a safetensors file, by its header."""
-    for name, entry, data in _entries(path):
-        yield name, entry["shape"], data
-
-
-def stored_kinds(path: Path) -> set[str]:
-    """Safetensors' names of the dtypes in a file."""
-    return {entry["dtype"] for _, entry, _ in _entries(path)}
-
-
-def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
-    data = map_file(path)
-    start = 8 + int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(bytes(data[8:start]))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                yield name, entry, data[start + begin : start + end]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
 
 
 @contextmanager
@@ -132,20 +57,26 @@ def stream_weights(
 
     Yields "" once all outside the transformer blocks is filled and tied weights are tied, then the name of each block
     once it is filled; a part is read when it is asked for. Renames and fused parameters follow transformers' conversion
-    rules; layers that bitsandbytes has quantised in the checkpoint keep their codes. Raises ValueError where the
-    checkpoint lacks a weight or has one of another shape.
+    rules; layers that the checkpoint holds in codes keep them. Raises ValueError where the checkpoint lacks a weight or
+    has one of another shape or kind of number.
     """
     targets = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     missing = set(targets)
     codes = bitsandbytes_layers(source)
-    direct, fused, unexpected = plan_loading(model, source, set(targets), skip=set().union(*codes.values()))
+    skipped = set().union(*codes.values())
+    direct, fused, unexpected = plan_loading(model, [k for k in source.names() if k not in skipped], set(targets))
     known = model._keys_to_ignore_on_load_unexpected or []
     if unused := [key for key in unexpected if not any(re.search(p, key) for p in [*known, r"rotary_emb\.inv_freq"])]:
         logger.warning("%d weights of the checkpoint are not in the model: %s", len(unused), _some(unused))
     if codes:
         check_quantization(codes, quantization)
         prepare_bitsandbytes_layers(model, source, codes)
-    elif quantization is not None and quantization.is_on:
+    low_bit: set[str] = set()
+    if isinstance(source, LowBitSource):
+        check_not_requantised(source.form, quantization)
+        low_bit = set(prepare_low_bit_layers(model, source, direct, fused))
+    elif not codes and quantization is not None and quantization.is_on:
         prepare_quantized(model, quantization)
     fp32_names = fp32_pattern(model, dtype)
     optional = model._keys_to_ignore_on_load_missing or []
@@ -159,15 +90,31 @@ def stream_weights(
                 f"{name} has shape {tuple(tensor.shape)} in the file and {tuple(targets[name])} in the model: "
                 "its configuration belongs to other weights"
             )
+        if name in floating and (not tensor.is_floating_point() or tensor.itemsize == 1):
+            raise ValueError(
+                f"{name} is stored as {tensor.dtype}, which needs scales, and config.json has no quantization_config "
+                "that says which: give the config.json that the weights were published with"
+            )
         put_tensor(model, name, tensor.to(device))
         missing.discard(name)
 
     def read(name: str, key: str) -> None:
-        place(name, source.read(key, dtype_of(name)))
+        if name in low_bit:
+            assert isinstance(source, LowBitSource)
+            load_low_bit(model, name, source.read_codes(key).to(device))
+            missing.discard(name)
+        else:
+            place(name, source.read(key, dtype_of(name)))
 
-    def convert(converter: Converter) -> None:
-        for name, tensor in converter():
-            place(name, tensor.to(dtype_of(name) or tensor.dtype) if tensor.is_floating_point() else tensor)
+    def convert(fusion: Fusion) -> None:
+        if fusion.name in low_bit:
+            assert isinstance(source, LowBitSource)
+            load_low_bit(model, fusion.name, source.read_fused(model, fusion).to(device))
+            missing.discard(fusion.name)
+            return
+        for name, tensor in fusion.run(model, lambda key: source.read(key, None)):
+            wanted = dtype_of(name) if tensor.is_floating_point() and tensor.itemsize > 1 else None
+            place(name, tensor.to(wanted or tensor.dtype))
 
     def read_codes(name: str, keys: set[str]) -> None:
         assert dtype is not None, "codes are computed with in some dtype"
@@ -177,15 +124,15 @@ def stream_weights(
     steps: dict[str, list[Callable[[], None]]] = {part: [] for part in ("", *block_names(model))}
     for name, key in direct.items():
         steps[part_of(name, steps)].append(partial(read, name, key))
-    for name, converter in fused.items():
-        steps[part_of(name, steps)].append(partial(convert, converter))
+    for name, fusion in fused.items():
+        steps[part_of(name, steps)].append(partial(convert, fusion))
     for name, keys in codes.items():
         steps[part_of(name, steps)].append(partial(read_codes, name, keys))
 
     for part in steps:
         for step in steps[part]:
             step()
-        steps[part].clear()  # a converter holds what it has made
+        steps[part].clear()
         if not part:
             model.tie_weights(missing_keys=missing, recompute_mapping=False)
             for buffer_name, buffer in model.named_buffers():
@@ -207,47 +154,6 @@ def part_of(name: str, parts: Container[str]) -> str:
     """The part that a parameter's name lies in; "" where that is none of them."""
     words = name.split(".")
     return next((part for end in range(1, len(words)) if (part := ".".join(words[:end])) in parts), "")
-
-
-Converter = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Reads the tensors of one conversion rule and yields the parameters made of them, by name."""
-
-
-def plan_loading(
-    model: PreTrainedModel, source: WeightSource, targets: set[str], skip: set[str]
-) -> tuple[dict[str, str], dict[str, Converter], list[str]]:
-    """Parameter name to checkpoint key; the rules that fuse or split tensors, by one of the parameters they make; the
-    keys that have no place."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    exists = dict.fromkeys(targets, True)
-    direct: dict[str, str] = {}
-    fused: dict[str, WeightConverter] = {}
-    unexpected: list[str] = []
-    # The order of the keys is the order of the experts in a fused parameter.
-    for key in sorted(source.names(), key=dot_natural_key):
-        if key in skip:
-            continue
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, exists)
-        if name not in targets and key in targets:
-            name, pattern = key, None
-        if name not in targets:
-            unexpected.append(key)
-        elif pattern is None:
-            direct[name] = key
-        else:
-            converter = fused.setdefault(name, deepcopy(by_pattern[pattern]))
-            # A callable is read when the rule runs.
-            converter.add_tensor(name, key, pattern, partial(source.read, key, None))  # type: ignore[arg-type]
-
-    def run(name: str, converter: WeightConverter) -> Iterator[tuple[str, Tensor]]:
-        made = converter.convert(name, model=model, config=model.config)
-        for target, value in made.items():
-            yield target, value[0] if isinstance(value, list) else value
-
-    return direct, {name: partial(run, name, converter) for name, converter in fused.items()}, unexpected
 
 
 def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

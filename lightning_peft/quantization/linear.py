@@ -7,12 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.kernels.codes import ABSMAX_BLOCK, INT8, CodedMatmul, Codes, check_blocks, quantize
+from lightning_peft.kernels.codes import (
+    ABSMAX_BLOCK,
+    INT8,
+    CodedMatmul,
+    Codes,
+    check_blocks,
+    codes_per_byte,
+    quantize,
+)
+from lightning_peft.kernels.low_bit import LOW_BIT
 
 
 class CodedWeight(nn.Module):
     """A frozen weight (..., out, in) in 4-bit codes, kind "nf4" or "fp4"   (eq. 5 and 6), or 8-bit ones, "int8".
 
+    Kinds of `LOW_BIT` are read from published checkpoints and never made here.
     The codes and their absmax are frozen uint8 (absmax: fp32 unless quantised twice) parameters whose rows are the rows
     of W, so FSDP2 shards them like any weight; the small rest are buffers every rank keeps. Matrices of a stack are
     quantised each by itself. A layer starts without values, on the meta device by default: `load_dense_` or
@@ -31,13 +41,14 @@ class CodedWeight(nn.Module):
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ):
-        import bitsandbytes  # noqa: F401  registers the kernels; slow import, see the module docstring
+        if kind not in LOW_BIT:
+            import bitsandbytes  # noqa: F401  registers the kernels; slow import, see the module docstring
 
         super().__init__()
         *stacked, out_features, in_features = shape
         if kind == INT8:
             block_size, double_quantization = in_features, False
-        if problem := check_blocks(in_features, block_size):
+        if kind not in LOW_BIT and (problem := check_blocks(in_features, block_size)):
             raise ValueError(f"quantization.block_size={block_size}: {problem}")
         self.shape = shape
         self.kind = kind
@@ -45,8 +56,8 @@ class CodedWeight(nn.Module):
         self.double_quantization = double_quantization
         self.dtype = dtype or torch.get_default_dtype()
         """dtype before quantisation, which `dequantize` gives; `.to(dtype)` changes it. `forward` computes in x's."""
-        blocks = in_features // block_size
-        columns = in_features // (1 if kind == INT8 else 2)
+        blocks = math.ceil(in_features / block_size)
+        columns = in_features // codes_per_byte(kind)
         self.weight = nn.Parameter(
             torch.empty(*stacked, out_features, columns, dtype=torch.uint8, device=device), requires_grad=False
         )
@@ -64,6 +75,8 @@ class CodedWeight(nn.Module):
         """Hold the codes of a dense weight of this shape, on its device, and its dtype. Works on a meta layer."""
         if weight.shape != self.shape:
             raise ValueError(f"weight of shape {tuple(weight.shape)} for a layer of shape {self.shape}")
+        if self.kind in LOW_BIT:
+            raise RuntimeError(f"a layer whose {self.kind} codes were published cannot take another weight")
         self.load_codes_(self._quantize(weight))
         self.dtype = weight.dtype
 

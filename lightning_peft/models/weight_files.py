@@ -1,0 +1,85 @@
+"""The tensors of a checkpoint, each read when it is asked for."""
+
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class WeightSource(Protocol):
+    """Named tensors of a checkpoint, read when asked for."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """The tensor in its own memory, in `dtype` when given and floating, else as stored."""
+        ...
+
+
+class SafetensorsSource:
+    """The tensors of one or more safetensors files, each from the one that `index` names where it names one.
+
+    Raises ValueError for a file that is none, and for a tensor that two files hold and the index does not name.
+    """
+
+    def __init__(self, paths: list[Path], index: Mapping[str, str] | None = None):
+        self.files: dict[str, Any] = {}
+        held: dict[str, Path] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
+            for name in file.keys():
+                place = (index or {}).get(name)
+                if place is None and name in held:
+                    raise ValueError(f"model.path={path}: holds {name}, and so does {held[name].name}: delete one")
+                if place in (None, path.name):
+                    self.files[name], held[name] = file, path
+        if lacking := sorted((index or {}).keys() - self.files.keys()):
+            raise ValueError(f"model.path={paths[0].parent}: its index names {lacking[0]}, which no file holds")
+
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        mapped = self.files[name].get_tensor(name)
+        # FP8 is no number without its scale: it stays as stored for whoever has one.
+        is_cast = dtype is not None and mapped.is_floating_point() and mapped.itemsize > 1
+        # A copy: the mapped pages would change under us if the file did.
+        return mapped.to(dtype if is_cast else mapped.dtype, copy=True)
+
+
+def map_file(path: Path) -> memoryview:
+    """The file's bytes, read from disk where they are looked at."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def stored_tensors(path: Path) -> Iterator[tuple[str, list[int], memoryview]]:
+    """Name, shape and mapped bytes of every tensor in a safetensors file, by its header."""
+    for name, entry, data in _entries(path):
+        yield name, entry["shape"], data
+
+
+def stored_kinds(path: Path) -> set[str]:
+    """Safetensors' names of the dtypes in a file."""
+    return {entry["dtype"] for _, entry, _ in _entries(path)}
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
+    data = map_file(path)
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(bytes(data[8:start]))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                yield name, entry, data[start + begin : start + end]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
