@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
-from lightning_peft.kernels.frozen_linear import Base
-from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.weights import linear_shape
 
 
@@ -90,8 +88,8 @@ class AdaLoRALinear(Adapter):
         A, E, B = (factor.to(dropped.dtype) for factor in (self.lora_A, self.lora_E, self.lora_B))
         return base_output + self.scaling * (E.t() * (dropped @ A.t()) @ B.t())
 
-    def fused(self, x: Tensor, base: Base) -> Tensor | None:
-        return add_low_rank(base, x, self.lora_E * self.lora_A, self.lora_B, self.scaling, self.active_dropout)
+    def product(self) -> tuple[Tensor, Tensor]:
+        return self.lora_E * self.lora_A, self.lora_B
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.float() @ (self.lora_E * self.lora_A).float())

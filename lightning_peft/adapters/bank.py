@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig
-from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import adapters, inject_adapters
-from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.segments import change_of_base
 
 
 class AdapterBank(nn.Module):
@@ -89,15 +88,5 @@ def routed(model: nn.Module, routes: Sequence[int]) -> Iterator[None]:
 
 def _check_private(number: int, config: AdapterConfig) -> None:
     """Raise ValueError for an adapter that would change what the others of a bank see."""
-    method = METHODS[config.method]
-    reason = method.cannot_share_base
-    if reason:
-        pass
-    elif config.trainable_modules:
-        reason = f"trains {config.trainable_modules} of the base"
-    elif config.trained_biases is not Bias.none:
-        reason = "trains biases of the base"
-    elif config.initialization.rewrites_base:
-        reason = f"starts by rewriting the base (adapter.init={config.init_name})"
-    if reason:
+    if reason := change_of_base(config):
         raise ValueError(f"adapter {number} of the bank, method {config.method}, {reason}: run it alone")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, Initialization
 from lightning_peft.kernels.frozen_linear import Base, given
+from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.weights import dense_weight, is_quantized, is_transposed
 
@@ -146,6 +147,8 @@ class Adapter(nn.Module, ABC):
     """The row of `INITS` the layer starts by."""
     dropout: float = 0.0
     """Probability of dropping an input of the change, for methods that drop."""
+    scaling: float = 1.0
+    """The factor before `product`."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -195,7 +198,24 @@ class Adapter(nn.Module, ABC):
 
         In 16 bits the kernel adds the change in fp32: a young adapter's is below what rounding the base's output loses.
         """
+        factors = self.product()
+        if factors is None:
+            return None
+        return add_low_rank(base, x, *factors, self.scaling, self.active_dropout)
+
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """Return A (rank, in_features) and B (out_features, rank) of a layer whose output is, and is no more than, the
+        base's plus `scaling` * B A dropout(x); gradients reach what trains through them. None of any other layer.
+        """
         return None
+
+    @classmethod
+    def is_product(cls) -> bool:
+        """Return whether layers of this class are what `product` says, so that several can share one base's product."""
+        own = (cls.forward, cls.fused, cls.adapted_output, cls.base_input)
+        return cls.product is not Adapter.product and own == (
+            Adapter.forward, Adapter.fused, Adapter.adapted_output, Adapter.base_input,
+        )  # fmt: skip
 
     @property
     def active_dropout(self) -> float:

@@ -13,9 +13,7 @@ from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, Reads, Start, kaiming
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
-from lightning_peft.kernels.frozen_linear import Base
 from lightning_peft.kernels.grouped import grouped_product
-from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, product_dtype
 from lightning_peft.quantization.weights import dense_weight, linear_shape, write_weight
 
@@ -161,8 +159,8 @@ class LoRALinear(Adapter):
         A, B = (factor.to(x.dtype) for factor in self.factors())
         return self.scaling * (x @ A.t() @ B.t())
 
-    def fused(self, x: Tensor, base: Base) -> Tensor | None:
-        return add_low_rank(base, x, *self.factors(), self.scaling, self.active_dropout)
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        return self.factors()
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())

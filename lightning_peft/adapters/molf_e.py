@@ -15,8 +15,6 @@ from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.init import kaiming
 from lightning_peft.adapters.lora import PEFT
 from lightning_peft.adapters.method import Contract, Method, linears, only_written
-from lightning_peft.kernels.frozen_linear import Base
-from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.weights import linear_shape
 
 
@@ -88,8 +86,8 @@ class MoLFELinear(Adapter):
         A, B = (factor.to(dropped.dtype) for factor in self.factors())
         return base_output + dropped @ A.t() @ B.t()
 
-    def fused(self, x: Tensor, base: Base) -> Tensor | None:
-        return add_low_rank(base, x, *self.factors(), 1.0, self.active_dropout)
+    def product(self) -> tuple[Tensor, Tensor]:
+        return self.factors()
 
     def delta_weight(self) -> Tensor:
         A, B = self.factors()

@@ -197,14 +197,7 @@ def dense_product(x: Tensor, base: Base) -> Tensor:
 
 def is_plain_lora(layer: Adapter) -> bool:
     """Return whether a layer computes its base and scaling * B A x, and nothing else."""
-    kind = type(layer)
-    return (
-        isinstance(layer, LoRALinear)
-        and kind.forward is Adapter.forward
-        and kind.fused is LoRALinear.fused
-        and kind.base_input is Adapter.base_input
-        and not layer.active_dropout
-    )
+    return isinstance(layer, LoRALinear) and layer.is_product() and not layer.active_dropout
 
 
 class Block:

@@ -54,7 +54,7 @@ def low_rank_sum(
     output = x.new_empty(*x.shape[:-1], out_features)
     rows, into = x.reshape(-1, x.shape[-1]), output.view(-1, out_features)
     if takes_sum(rows, weight, inner, transposed):
-        _sum_by_kernel(rows, weight, inner, factor, gain, bias, transposed, into)
+        sum_by_kernel(rows, weight, inner, factor, gain, bias, transposed, into)
         return output
     if transposed:
         weight, factor = weight.t(), factor.t()
@@ -196,7 +196,7 @@ def columns_scratch(left: Tensor, right: Tensor) -> Scratch:
     return [(tuple(left.shape), left.dtype)]
 
 
-def _sum_by_kernel(
+def sum_by_kernel(
     rows: Tensor,
     weight: Tensor,
     inner: Tensor,
@@ -206,6 +206,7 @@ def _sum_by_kernel(
     transposed: bool,
     into: Tensor,
 ) -> None:
+    """Write `low_rank_sum` of rows (N, in) into a tensor (N, out), where `takes_sum` says that there is a kernel."""
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     if inner.shape[1] % 2:

@@ -231,7 +231,8 @@ def test_fused_step_is_the_formula(method: str, quantized: bool, form: str, drop
     torch.manual_seed(5)
     fused = kernel()
     if fused is None:
-        assert type(layer).fused is Adapter.fused or dropout > 0 or form == "run inside"
+        has_kernel = type(layer).fused is not Adapter.fused or type(layer).is_product()
+        assert not has_kernel or dropout > 0 or form == "run inside"
         return
     torch.manual_seed(5)
     formula = layer.adapt(x, layer.base_layer(x))

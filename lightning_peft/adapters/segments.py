@@ -1,0 +1,122 @@
+"""Adapters of several models around one frozen base: each has its own rows of a batch, the base's product is shared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterConfig
+from lightning_peft.adapters.bias import Bias
+from lightning_peft.adapters.inject import adapters
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.kernels.frozen_linear import given
+from lightning_peft.kernels.segments import RandomState, Segment, add_segments
+from lightning_peft.quantization.frozen_base import frozen_base
+
+
+def change_of_base(config: AdapterConfig) -> str:
+    """Return what adapters of this config do to a base that others would see, as in "trains biases of the base"; empty
+    where they leave it as it is."""
+    if reason := METHODS[config.method].cannot_share_base:
+        return reason
+    if config.trainable_modules:
+        return f"trains {config.trainable_modules} of the base"
+    if config.trained_biases is not Bias.none:
+        return "trains biases of the base"
+    if config.initialization.rewrites_base:
+        return f"starts by rewriting the base (adapter.init={config.init_name})"
+    return ""
+
+
+@dataclass
+class Share:
+    """The rows of a batch that go through one model's adapters, and the random numbers that these drop by."""
+
+    start: int
+    stop: int
+    random: Tensor
+    """State of the device's generator where the model's own forward would begin."""
+
+
+@dataclass
+class Batching:
+    """Whose rows a batch holds. One forward after the other: a backward pass comes before the next `begin`."""
+
+    shares: Mapping[int, Share] = field(default_factory=dict)
+    """By the model's number, in the order of rows, without gaps."""
+    random: dict[int, RandomState] = field(default_factory=dict)
+    number: int = 0
+
+    def begin(self, shares: Mapping[int, Share]) -> None:
+        """Take the next batch."""
+        self.shares = shares
+        self.random = {number: RandomState(share.random) for number, share in shares.items()}
+        self.number += 1
+
+    @property
+    def rows(self) -> int:
+        return max((share.stop for share in self.shares.values()), default=0)
+
+
+class SegmentedLinear(nn.Module):
+    """A frozen layer and the adapters that several models have around it, each on its rows of the present batch.
+
+    The adapters are the models' own layers, and no modules of this one. A model without one has the base's output.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, batching: Batching):
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.batching = batching
+        self.adapters: dict[int, Adapter] = {}
+        self.drawn: tuple[int, dict[int, Tensor]] = (0, {})
+        """Number of a batch, and where each model's random numbers stood in it when they were drawn here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features), rows as `batching` has them."""
+        shares = self.batching.shares
+        if (rows := x.numel() // x.shape[-1]) != self.batching.rows:
+            raise ValueError(
+                f"sweep.together: {self.name} is fed {rows} rows of a batch of {self.batching.rows} tokens, so nobody "
+                "knows whose they are; leave it out of adapter.target_modules, or train the trials apart"
+            )
+        present = {number: adapter for number, adapter in self.adapters.items() if number in shares}
+        if not present:
+            return self.base_layer(x)
+        base = frozen_base(self.base_layer, x) or given(self.base_layer(x))
+        segments, factors = [], []
+        for number, adapter in present.items():
+            product = adapter.product()
+            assert product is not None, "segment_layers takes no other adapters"
+            random = self.random(number) if adapter.active_dropout else None
+            share = shares[number]
+            segments.append(Segment(share.start, share.stop, adapter.scaling, adapter.active_dropout, random))
+            factors.append(product)
+        return add_segments(base, x, segments, factors)
+
+    def random(self, number: int) -> RandomState:
+        """Return where a model's random numbers are drawn from; again the same where a block is run a second time."""
+        batch, states = self.drawn
+        if batch != self.batching.number:
+            self.drawn = batch, states = self.batching.number, {}
+        if number in states:
+            return RandomState(states[number])
+        states[number] = self.batching.random[number].state
+        return self.batching.random[number]
+
+
+def segment_layers(model: nn.Module, batching: Batching, models: Mapping[int, nn.Module]) -> None:
+    """Put the adapters of `models`, by number, around the layers of `model`, which are of the same base.
+
+    Raises ValueError for an adapter whose output is not the base's and a low-rank product.
+    """
+    for number, adapted in models.items():
+        for name, adapter in adapters(adapted):
+            if not adapter.is_product():
+                raise ValueError(f"{name}: {type(adapter).__name__} is no low-rank product beside its base")
+            layer = model.get_submodule(name)
+            if not isinstance(layer, SegmentedLinear):
+                layer = SegmentedLinear(layer, name, batching)
+                model.set_submodule(name, layer)
+            layer.adapters[number] = adapter
