@@ -28,12 +28,12 @@ from lightning_peft.training.config import (
     CheckpointConfig,
     Compilation,
     EarlyStoppingConfig,
+    GuardConfig,
     StrategyConfig,
     StrategyKind,
     ValidationConfig,
     check_compilation,
 )
-from lightning_peft.training.guard import GuardConfig
 
 logger = logging.getLogger(__name__)
 

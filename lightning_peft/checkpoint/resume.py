@@ -188,6 +188,11 @@ def saved_selection(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def saved_guard(path: Path) -> dict[str, Any]:
+    """Return what the guard of a checkpoint's run had seen; empty where it kept nothing."""
+    return dict(_mapped(path).get("guard", {}))
+
+
 def _mapped(path: Path) -> dict[str, Any]:
     """A checkpoint whose tensors stay on disk."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -1,5 +1,6 @@
 """`lightning-peft train`: from a resolved config to an adapter, its metrics and its lineage in one run folder."""
 
+import gc
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,15 @@ from lightning_peft.runs.folder import Start, check_same_content, end_of, folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
 from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
+from lightning_peft.runs.rollback import (
+    Rollback,
+    can_roll_back,
+    end_of_divergence,
+    lr_factor_of,
+    roll_back,
+    rollbacks_of,
+    taken_along,
+)
 from lightning_peft.runs.trainer import build_trainer, count_steps
 from lightning_peft.threads import described
 from lightning_peft.tracking.loggers import RunLogger
@@ -69,12 +80,16 @@ from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
 from lightning_peft.training.callbacks.task_metrics import Questions, TaskMetrics
-from lightning_peft.training.guard import Guard
+from lightning_peft.training.config import GuardAction
+from lightning_peft.training.guard import Diverged, Guard
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
 logger = logging.getLogger(__name__)
+
+ROLLED_BACK = "rolled back"
+"""Status that loggers are told where a run goes on from an earlier checkpoint; no result has it."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -111,7 +126,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             prepare_folder(config, run_dir)
             run_ranks(run_dir / "config.yaml", plan.devices)
             return json.loads((run_dir / "result.json").read_text())
-        return train_prepared(config, plan, start, data, tokenizer, scored, content, leaves_ranks, started)
+        return train_with_rollbacks(config, plan, start, data, tokenizer, scored, content, leaves_ranks, started)
 
 
 def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +165,7 @@ def read_data(config: TrainConfig, packs: bool, tokenizer: PreTrainedTokenizerFa
     return data
 
 
-def train_prepared(
+def train_with_rollbacks(
     config: TrainConfig,
     plan: RunPlan,
     start: Start,
@@ -161,15 +176,50 @@ def train_prepared(
     leaves_ranks: bool,
     started: float,
 ) -> dict[str, Any]:
-    """Train in this process. Leaves the adapter and `result.json` in the run's folder, and returns what that holds."""
+    """Train in this process, with guard.action=rollback from an earlier checkpoint once more where the run diverges."""
+    run_dir, checkpoint = folder_of(config), start.checkpoint
+    rollbacks = distributed.on_rank_zero(lambda: taken_along(run_dir, checkpoint))
+    while True:
+        try:
+            return train_prepared(
+                config, plan, checkpoint, rollbacks, data, tokenizer, scored, content, leaves_ranks, started
+            )
+        except Diverged as found:
+            if not can_roll_back(config.guard, rollbacks, found):
+                logger.error("%s", end_of_divergence(config.guard, rollbacks, found))
+                raise
+            go_back = partial(roll_back, config.guard, run_dir, found.step, found.reason)
+        gc.collect()  # Trainer and module know each other, and the next ones take their place in memory
+        checkpoint = distributed.on_rank_zero(go_back)
+        rollbacks = distributed.on_rank_zero(lambda: rollbacks_of(run_dir))
+
+
+def train_prepared(
+    config: TrainConfig,
+    plan: RunPlan,
+    resumed: Path | None,
+    rollbacks: list[Rollback],
+    data: SFTDataModule,
+    tokenizer: PreTrainedTokenizerFast,
+    scored: TaskMetrics | None,
+    content: dict[str, str],
+    leaves_ranks: bool,
+    started: float,
+) -> dict[str, Any]:
+    """Train in this process, on from the checkpoint `resumed`. Returns what `result.json` holds.
+
+    Leaves that and the adapter in the run's folder. Raises Diverged, with no result where the run is to be rolled back.
+    """
     run_dir = folder_of(config)
     module = FinetuneModule(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
         config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
         config.objective,
     )  # fmt: skip
-    if start.checkpoint is not None and (kept := saved_selection(start.checkpoint)) is not None:
+    if resumed is not None and (kept := saved_selection(resumed)) is not None:
         module.selection = Selection(**kept)
+    module.lr_factor = lr_factor_of(rollbacks)
+    module.leaves_out_steps = config.guard.action is GuardAction.skip
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
 
     def save(module: LightningModule, folder: Path) -> None:
@@ -178,10 +228,11 @@ def train_prepared(
         found = replace(lineage, packing_difference=module.objective.packing_difference)
         save_tuned(module, tokenizer, folder, found, layout)
 
-    metrics = StepMetrics(Guard(config.guard, plan.precision == "16-mixed"))
+    guard = Guard(config.guard, plan.precision == "16-mixed")
+    metrics = StepMetrics(guard)
     samples = read_conversations(config.data, "validation", config.validation.samples)
     signals = PreemptionSignals(plan.max_seconds)
-    checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save)
+    checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save, metrics.is_calm)
     stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
     callbacks: list[Callback] = [
         RunRecord(plain(config), content),
@@ -198,7 +249,7 @@ def train_prepared(
         torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"status": "failed"}
     try:
-        fit(trainer, module, data, start.checkpoint, signals)
+        fit(trainer, module, data, resumed, signals)
         if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
             (run_dir / "wins.json").write_text(json.dumps(routed.report(), indent=2) + "\n")
         if module.selection is not None and distributed.rank() == 0:
@@ -228,17 +279,26 @@ def train_prepared(
         result |= {"status": left.status, "steps": trainer.global_step, "train_loss": metrics.loss}
         result |= last_validation(trainer, scored)
         leaves_ranks = leaves_ranks and left.__cause__ is None
+        if isinstance(left, Diverged):
+            result["diverged"] = {"step": left.step, "reason": left.reason}
+            if can_roll_back(config.guard, rollbacks, left):
+                result["status"], leaves_ranks = ROLLED_BACK, False
         raise
     finally:
         SIGNAL_WATCH.leaves_by_itself()
         result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
         result |= {"seconds": time.perf_counter() - started, "versions": installed_versions()}
-        if distributed.rank() == 0:
+        if rollbacks:
+            result |= {"rollbacks": len(rollbacks), "lr_factor": module.lr_factor}
+        if guard.left_out:
+            result["steps_left_out"] = guard.left_out
+        if distributed.rank() == 0 and result["status"] != ROLLED_BACK:
             with atomic_file(run_dir / "result.json") as path:
                 path.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
             for folder in (run_dir / "adapter", run_dir / MODEL_FOLDER):
                 if folder.is_dir() and result["status"] == "finished":
                     write_card(folder, run_dir)
+        if distributed.rank() == 0:
             for run_logger in trainer.loggers:
                 if isinstance(run_logger, RunLogger):
                     run_logger.close(result["status"], run_dir / "adapter")

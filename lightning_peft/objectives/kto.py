@@ -70,7 +70,9 @@ class KTOLoss(ReferencedLoss):
         return (weights * (1 - torch.sigmoid(beta * gains))).sum()
 
     def after_step(self, measured: dict[str, Tensor]) -> None:
-        self.distance = measured["kl"].float().clamp(min=0)
+        found = measured["kl"].float().clamp(min=0)
+        before = torch.zeros_like(found) if self.distance is None else self.distance.to(found.device)
+        self.distance = torch.where(found.isfinite(), found, before)  # of a step that may be left out
 
     def step_state(self) -> dict[str, Tensor]:
         return {} if self.distance is None else {"distance": self.distance}

@@ -92,6 +92,8 @@ class RoutedAdamW(Optimizer):
                     self._follow(parameter, group)
                     if (place := self.places.get(parameter)) is not None:
                         pieces[place].append(self._gain(parameter, group))
+        if not pieces:  # a step without gradients is one that is left out
+            return loss
         won = self._winners(pieces)
         for group in self.param_groups:
             for parameter in group["params"]:

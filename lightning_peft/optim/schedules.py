@@ -72,8 +72,19 @@ def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
 
 
-def build_schedule(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
-    """A scheduler to be stepped after every optimiser step; every group follows the factor from its own rate."""
+def build_schedule(
+    optimizer: Optimizer, config: ScheduleConfig, total_steps: int, rate_factor: float = 1.0
+) -> LambdaLR:
+    """A scheduler to be stepped after every optimiser step; every group follows the factor from its own rate.
+
+    All rates are multiplied by `rate_factor` besides.
+    """
     if total_steps < 1:
         raise ValueError(f"trainer.max_steps={total_steps}: a schedule needs a run of at least 1 step")
-    return LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, config))
+    return LambdaLR(optimizer, lambda step: rate_factor * lr_factor(step, total_steps, config))
+
+
+def set_rates(optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    """Set every group to the rate that the scheduler gives for the step it is at."""
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)

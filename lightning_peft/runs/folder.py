@@ -23,7 +23,7 @@ from lightning_peft.runs.lock import new_folder, only_writer
 
 logger = logging.getLogger(__name__)
 
-LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model")
+LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model", "rollbacks.json")
 """What a run folder holds once something happened in it."""
 NOT_COMPARED = ("resume", "dry_run", "pause_at", "run_dir", "logger", "callbacks", "cluster", "claim", "method")
 """What may differ between the starts of one run."""
@@ -34,7 +34,8 @@ FREE_TO_CHANGE = (
     "trainer.detect_anomaly", "trainer.barebones", "strategy.kind", "strategy.cpu_offload", "data.cache_dir",
     "data.num_workers", "data.preview", "checkpoint.every_n_steps", "checkpoint.keep_last", "checkpoint.asynchronous",
     "validation.samples", "compile", "activation_checkpointing", "device_memory_gib", "quantization.verify",
-    "model.label", "guard.action", "guard.factor", "guard.patience", "checkpoint.best_by", "validation.metrics",
+    "model.label", "guard.action", "guard.factor", "guard.patience", "guard.no_op_steps",
+    "guard.lr_factor", "guard.max_rollbacks", "checkpoint.best_by", "validation.metrics",
     "validation.at_steps", "validation.metric_rows", "validation.max_new_tokens", "validation.budget",
     "early_stopping.metric", "early_stopping.patience", "early_stopping.min_delta",
 )  # fmt: skip

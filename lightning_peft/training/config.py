@@ -110,6 +110,48 @@ class EarlyStoppingConfig:
             raise ValueError(f"early_stopping.min_delta={self.min_delta}: must be 0 or more")
 
 
+class GuardAction(Enum):
+    stop = "stop"
+    """End the run as diverged; checkpoints and the best adapter of before stay."""
+    rollback = "rollback"
+    """Go back to the last good checkpoint and on from there at a lower learning rate."""
+    skip = "skip"
+    """Leave a step that is not finite out, and end the run as diverged after `patience` of them in a row."""
+    none = "none"
+    """Go on."""
+
+
+@dataclass
+class GuardConfig:
+    """When a run counts as diverged, and what follows."""
+
+    action: GuardAction = GuardAction.stop
+    """stop ends the run as diverged, with exit status 3; rollback goes back to the last good checkpoint and on at a
+    lower rate; skip leaves a step that is not finite out, and stops for the rest; none goes on whatever the loss is."""
+    factor: float | None = 10.0
+    """Times the median of the last hundred losses that a loss may be; null looks at finiteness alone."""
+    patience: int = 20
+    """Steps in a row above that before the run counts as diverged; with skip also steps in a row that are left out."""
+    no_op_steps: int | None = 50
+    """Optimiser steps after which an adapter that still changes no layer counts as diverged; null for never."""
+    lr_factor: float = 0.5
+    """What a rollback multiplies the learning rate by, once more at each."""
+    max_rollbacks: int = 3
+    """Rollbacks of a run, over all its starts, before it ends as diverged."""
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and self.factor <= 1:
+            raise ValueError(f"guard.factor={self.factor}: must be above 1, or null")
+        if self.patience < 1:
+            raise ValueError(f"guard.patience={self.patience}: must be at least 1")
+        if self.no_op_steps is not None and self.no_op_steps < 1:
+            raise ValueError(f"guard.no_op_steps={self.no_op_steps}: must be at least 1, or null")
+        if not 0 < self.lr_factor < 1:
+            raise ValueError(f"guard.lr_factor={self.lr_factor}: must be above 0 and below 1")
+        if self.max_rollbacks < 1:
+            raise ValueError(f"guard.max_rollbacks={self.max_rollbacks}: must be at least 1")
+
+
 class ActivationCheckpointing(Enum):
     none = "none"
     elementwise = "elementwise"

@@ -4,13 +4,16 @@ import logging
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_peft import distributed
+from lightning_peft.optim.sharded import local
+from lightning_peft.training.config import GuardAction, GuardConfig
+from lightning_peft.training.health import NOTHING, Change, is_no_op
 from lightning_peft.training.preemption import Preempted
 
 logger = logging.getLogger(__name__)
@@ -21,36 +24,19 @@ ENOUGH = 20
 """Losses after which there is a median to compare with."""
 
 
-class GuardAction(Enum):
-    stop = "stop"
-    """End the run as diverged; checkpoints and the best adapter of before stay."""
-    none = "none"
-    """Go on."""
-
-
-@dataclass
-class GuardConfig:
-    """When a run counts as diverged, and what follows."""
-
-    action: GuardAction = GuardAction.stop
-    """stop ends the run as diverged, with exit status 3; none goes on whatever the loss is."""
-    factor: float | None = 10.0
-    """Times the median of the last hundred losses that a loss may be; null looks at finiteness alone."""
-    patience: int = 20
-    """Steps in a row above that before the run counts as diverged."""
-
-    def __post_init__(self) -> None:
-        if self.factor is not None and self.factor <= 1:
-            raise ValueError(f"guard.factor={self.factor}: must be above 1, or null")
-        if self.patience < 1:
-            raise ValueError(f"guard.patience={self.patience}: must be at least 1")
-
-
 class Diverged(Preempted):
     """Raised on every rank: the run is over, and no checkpoint or adapter of this step is written."""
 
     status = "diverged"
     exit_status = 3
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__()
+        self.step = step
+        self.reason = reason
+        """What was seen at the step, in words."""
+        self.can_be_undone = True
+        """Whether another rate may help."""
 
 
 class Guard:
@@ -62,6 +48,17 @@ class Guard:
         self.has_scaled_gradients = has_scaled_gradients
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
         self.above = 0
+        """Steps in a row, the last one included, whose loss was above the bound."""
+        self.left_out = 0
+        """Steps of the run that were left out."""
+        self.left_out_in_a_row = 0
+        self.is_learning = config.no_op_steps is None
+        """Whether the adapter is known to change a layer, or nobody asks."""
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether the last step looked at was a good one: a checkpoint written now is one to go back to."""
+        return self.above == 0 and self.left_out_in_a_row == 0
 
     def look(self, step: int, values: dict[str, Any], model: nn.Module) -> None:
         """Raise Diverged where the step's loss or gradient says so. All ranks see the same numbers."""
@@ -69,25 +66,75 @@ class Guard:
             return
         loss, norm = values["loss"], values.get("grad_norm", 0.0)
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.has_scaled_gradients):
-            raise self.diverged(f"step {step}: loss {loss:g}, norm of the gradient {norm:g}{not_finite(model)}")
+            seen = f"loss {loss:g}, norm of the gradient {norm:g}{not_finite(model)}"
+            if self.config.action is not GuardAction.skip:
+                raise Diverged(step, seen)
+            self.note_left_out(step, seen, model)
+            return
+        self.left_out_in_a_row = 0
         median = statistics.median(self.losses) if len(self.losses) >= ENOUGH else math.inf
         is_above = self.config.factor is not None and loss > self.config.factor * median
         self.above = self.above + 1 if is_above else 0
         if self.above >= self.config.patience:
-            raise self.diverged(
-                f"step {step}: loss {loss:.4g}, for {self.above} steps above guard.factor={self.config.factor:g} times "
-                f"the median {median:.4g} of those before"
+            raise Diverged(
+                step,
+                f"loss {loss:.4g}, for {self.above} steps above guard.factor={self.config.factor:g} times the median "
+                f"{median:.4g} of those before",
             )
         if not is_above:
             self.losses.append(loss)
 
-    def diverged(self, reason: str) -> Diverged:
-        logger.error(
-            "diverged at %s; checkpoints of before stay. A lower optimizer.lr or a longer schedule.warmup_steps helps; "
-            "guard.action=none goes on",
-            reason,
-        )
-        return Diverged()
+    def note_left_out(self, step: int, seen: str, model: nn.Module) -> None:
+        """Count a step that moved nothing. Raises Diverged where there are too many, or where a weight is broken."""
+        self.left_out += 1
+        self.left_out_in_a_row += 1
+        if has_broken_weight(model):
+            raise Diverged(step, f"{seen}; leaving steps out mends no weight")
+        if self.left_out_in_a_row >= self.config.patience:
+            raise Diverged(step, f"{seen}, the last of guard.patience={self.config.patience} steps left out in a row")
+        logger.warning(
+            "step %d is left out: %s; %d of the run so far, %d in a row", step, seen, self.left_out,
+            self.left_out_in_a_row,
+        )  # fmt: skip
+
+    def is_no_op_due(self, step: int) -> bool:
+        """Whether it is time to look if the adapter changes anything."""
+        due = self.config.no_op_steps
+        return self.config.action is not GuardAction.none and not self.is_learning and due is not None and step >= due
+
+    def look_at_changes(self, step: int, changes: Mapping[str, Change]) -> None:
+        """Raise Diverged where no layer differs from its base."""
+        if is_no_op(changes.values()):
+            found = Diverged(
+                step,
+                f"the adapter still changes nothing: after guard.no_op_steps={self.config.no_op_steps} steps none of "
+                f"{len(changes)} layers differs from its base by more than {NOTHING:g} of it",
+            )
+            found.can_be_undone = False
+            raise found
+        self.is_learning = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": list(self.losses),
+            "above": self.above,
+            "left_out": self.left_out,
+            "left_out_in_a_row": self.left_out_in_a_row,
+            "is_learning": self.is_learning,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state; one of a program that kept none begins anew."""
+        self.losses.extend(state.get("losses", []))
+        self.above, self.left_out = state.get("above", 0), state.get("left_out", 0)
+        self.left_out_in_a_row = state.get("left_out_in_a_row", 0)
+        self.is_learning = self.is_learning or state.get("is_learning", False)
+
+
+def has_broken_weight(model: nn.Module) -> bool:
+    """Return on every rank whether any has a trained number that is not finite."""
+    parameters = [local(parameter.detach()) for parameter in model.parameters() if parameter.requires_grad]
+    return bool(distributed.highest(int(any(not bool(torch.isfinite(part).all()) for part in parameters))))
 
 
 def not_finite(model: nn.Module) -> str:
@@ -96,6 +143,6 @@ def not_finite(model: nn.Module) -> str:
         if not parameter.requires_grad:
             continue
         for what, tensor in (("", parameter), ("the gradient of ", parameter.grad)):
-            if tensor is not None and not bool(torch.isfinite(tensor.detach()).all()):
+            if tensor is not None and not bool(torch.isfinite(local(tensor.detach())).all()):
                 return f"; {what}{name} is not finite"
     return ""

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import AdapterConfig, StepSchedule
@@ -36,8 +37,9 @@ from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import ReferencedLoss, starts_as_base
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SFTConfig
+from lightning_peft.optim.left_out import leave_out_if
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer, optimizer_state_bytes
-from lightning_peft.optim.schedules import ScheduleConfig, build_schedule
+from lightning_peft.optim.schedules import ScheduleConfig, build_schedule, set_rates
 from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients, local
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
@@ -113,6 +115,10 @@ class FinetuneModule(LightningModule):
         self.seed = seed
         self.packing = packing
         self.objective_config = objective or SFTConfig()
+        self.lr_factor = 1.0
+        """What the learning rate of all groups is multiplied by; below 1 after rollbacks of `training/guard.py`."""
+        self.leaves_out_steps = False
+        """Whether a step whose loss or gradient is not finite changes nothing."""
         self.step_schedule: StepSchedule | None = None
         """The schedule that changes the adapters between steps, for methods that have one."""
         self.saved_schedule: dict[str, Any] | None = None
@@ -289,6 +295,10 @@ class FinetuneModule(LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def on_train_start(self) -> None:
+        if self.lr_factor != 1:  # the checkpoint's rate may be the one of before a rollback
+            scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+            assert isinstance(scheduler, LambdaLR)
+            set_rates(self.trainer.optimizers[0], scheduler)
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -347,6 +357,19 @@ class FinetuneModule(LightningModule):
         norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), limit)
         self.step_metrics["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         hand_over_gradients(optimizer)
+        if self.leaves_out_steps:
+            self.leave_out_if_wrong(optimizer)
+
+    def leave_out_if_wrong(self, optimizer: Optimizer) -> None:
+        """Have the step change nothing where its loss or gradient is not finite: the same on every rank."""
+        norm, loss = self.step_metrics["grad_norm"], self.step_metrics["loss"]
+        is_wrong = ~(norm.isfinite() & loss.to(norm.device).isfinite())
+        leave_out_if(is_wrong, optimizer)
+        if self.step_schedule is not None:  # it reads the gradients after the step
+            for parameter in self.trainable_parameters():
+                if parameter.grad is not None:
+                    gradient = local(parameter.grad)
+                    gradient.masked_fill_(is_wrong.to(gradient.device), 0.0)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         drop_gradients(optimizer)
@@ -382,7 +405,7 @@ class FinetuneModule(LightningModule):
         optimizer = build_optimizer(named, self.optimizer_config, trained_in_full(self.model))
         clip_unscaled_gradients(optimizer)
         total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = build_schedule(optimizer, self.schedule_config, total_steps)
+        scheduler = build_schedule(optimizer, self.schedule_config, total_steps, self.lr_factor)
         self.step_schedule = step_schedule(self.model, self.adapter_config, total_steps)
         if self.step_schedule is not None and self.saved_schedule is not None:
             self.step_schedule.load_state_dict(self.saved_schedule)

@@ -91,7 +91,27 @@ class PauseBeforeSteps(Callback):
 
 
 class ExplodeAt(Callback):
-    """Makes the gradients of a step infinite."""
+    """Makes the gradients of a step infinite; with `once` only the first time that the run gets there."""
+
+    def __init__(self, step: int, once: bool = False):
+        self.step = step
+        self.once = once
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step + 1 == self.step and not (self.once and self.was_there(trainer)):
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))
+
+    def was_there(self, trainer: Trainer) -> bool:
+        marker = Path(trainer.default_root_dir).with_name(f"exploded-{trainer.global_rank}")
+        found = marker.exists()
+        marker.touch()
+        return found
+
+
+class DropGradientsAt(Callback):
+    """Leaves the optimiser nothing to step by."""
 
     def __init__(self, step: int):
         self.step = step
@@ -99,5 +119,4 @@ class ExplodeAt(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step + 1 == self.step:
             for parameter in pl_module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.fill_(float("inf"))
+                parameter.grad = None

@@ -25,7 +25,14 @@ METHODS = ["lora", "dora", "qlora", "adalora", "lora_plus", "intrinsic", "full"]
 
 @pytest.mark.parametrize(
     "words",
-    [*([f"method={name}"] for name in METHODS), ["optimizer=adamw_8bit"], ["optimizer=paged_adamw_8bit"]],
+    [
+        *([f"method={name}"] for name in METHODS),
+        ["optimizer=adamw_8bit"],
+        ["optimizer=paged_adamw_8bit"],
+        ["guard.action=skip"],
+        ["guard.action=skip", "method=adalora"],
+        ["guard.action=rollback"],
+    ],
     ids=" ".join,
 )
 def test_no_step_waits_for_the_device(words, tmp_path, monkeypatch):

@@ -19,13 +19,22 @@ class AdapterCheckpoint(Callback):
     """Writes `checkpoints/step-XXXXXXXX.ckpt` between optimiser steps, and `adapter_best/` after a better validation.
 
     Where a validation follows the step, the checkpoint is written after it: a resumed run starts behind both. The files
-    hold adapters, optimiser, schedule and loader state only. `save_adapter` writes an adapter folder.
+    hold adapters, optimiser, schedule and loader state only. `save_adapter` writes an adapter folder. A checkpoint that
+    is due waits until `is_calm` is true: one behind a loss that explodes would push out those to go back to.
     """
 
-    def __init__(self, config: CheckpointConfig, run_dir: Path, save_adapter: Callable[[LightningModule, Path], None]):
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        run_dir: Path,
+        save_adapter: Callable[[LightningModule, Path], None],
+        is_calm: Callable[[Trainer, LightningModule], bool] = lambda trainer, module: True,
+    ):
         self.config = config
         self.run_dir = run_dir
         self.save_adapter = save_adapter
+        self.is_calm = is_calm
+        self.is_due = False
         self.best = math.inf
         """Of `config.best_by`, negative where large is good."""
         self.saved_step = 0
@@ -37,17 +46,21 @@ class AdapterCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not is_accumulating(trainer) and not validation_follows(trainer):
-            self.save_if_due(trainer)
+            self.save_if_due(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self.keep_best(trainer, pl_module)
         if not is_accumulating(trainer):
-            self.save_if_due(trainer)
+            self.save_if_due(trainer, pl_module)
 
-    def save_if_due(self, trainer: Trainer) -> None:
-        if self.config.every_n_steps is not None and trainer.global_step % self.config.every_n_steps == 0:
+    def save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.config.every_n_steps is None:
+            return
+        self.is_due = self.is_due or trainer.global_step % self.config.every_n_steps == 0
+        if self.is_due and self.is_calm(trainer, pl_module):
+            self.is_due = False
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

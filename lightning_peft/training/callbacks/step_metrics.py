@@ -8,15 +8,16 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import AdapterConfig
-from lightning_peft.adapters.inject import trainable_parameter_counts
+from lightning_peft.adapters.inject import trainable_parameter_counts, trained_in_full
 from lightning_peft.compat import is_accumulating
 from lightning_peft.data.batch import Batch
 from lightning_peft.distributed import reduce_sums, worst
 from lightning_peft.training.guard import Guard
+from lightning_peft.training.health import Change, ChangeMeter
 from lightning_peft.training.model_flops import (
     attention_flops,
     linear_flops_per_token,
@@ -77,6 +78,13 @@ def epochs_done(trainer: Trainer) -> float:
     batches = trainer.num_training_batches
     done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return trainer.current_epoch + (done / batches if batches != float("inf") else 0.0)
+
+
+def changes_alone(module: LightningModule) -> dict[str, Change]:
+    """Return the changes of the adapted layers; empty where other modules train beside them. All ranks call it."""
+    model, root = cast(PreTrainedModel, module.model), module.objective
+    assert isinstance(root, nn.Module)
+    return {} if trained_in_full(model) else ChangeMeter().measure(model, root)
 
 
 class StepMetrics(Callback):
@@ -175,12 +183,25 @@ class StepMetrics(Callback):
                 logger.log_metrics(values, step)
             if self.guard is not None:
                 self.guard.look(step, values, pl_module)
+        if self.guard is not None and self.guard.is_no_op_due(trainer.global_step):
+            self.guard.look_at_changes(trainer.global_step, changes_alone(pl_module))
+
+    def is_calm(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Return whether the step that ends is no part of a loss that explodes. Raises Diverged as `flush` does."""
+        self.flush(trainer, pl_module)
+        return self.guard is None or self.guard.is_calm
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.flush(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.flush(trainer, pl_module)
+        if self.guard is not None:
+            checkpoint["guard"] = self.guard.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.guard is not None:
+            self.guard.load_state_dict(checkpoint.get("guard", {}))
 
     def state_dict(self) -> dict[str, Any]:
         # Lightning asks before the rows of this step are flushed.

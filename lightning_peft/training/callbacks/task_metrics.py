@@ -97,6 +97,7 @@ class TaskMetrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = self.clock()
+        self.scored_step = -1  # a run that was rolled back comes by the same steps again
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for scorer in self.scorers:

@@ -1,0 +1,97 @@
+"""Goes back to the last good checkpoint of a run that diverged, and remembers the lower learning rate in its folder."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.checkpoint.resume import checkpoints, latest_checkpoint, saved_guard, saved_step
+from lightning_peft.training.config import GuardAction, GuardConfig
+from lightning_peft.training.guard import Diverged
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "rollbacks.json"
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """One time that a run went back."""
+
+    diverged_at: int
+    """Optimiser step at which it was noticed."""
+    back_to: int
+    """Optimiser step of the checkpoint; 0 for the start of the run."""
+    lr_factor: float
+    """What the learning rate is multiplied by from there on, rollbacks of before included."""
+    reason: str
+
+
+def rollbacks_of(run_dir: Path) -> list[Rollback]:
+    """Return the rollbacks of a run, the oldest first."""
+    path = run_dir / FILE_NAME
+    return [Rollback(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+
+
+def write_rollbacks(rollbacks: Sequence[Rollback], run_dir: Path) -> None:
+    with atomic_file(run_dir / FILE_NAME) as path:
+        path.write_text(json.dumps([asdict(rollback) for rollback in rollbacks], indent=2) + "\n")
+
+
+def taken_along(run_dir: Path, checkpoint: Path | None) -> list[Rollback]:
+    """Return the rollbacks behind a start, and keep those of another folder whose checkpoint is gone on from here."""
+    if checkpoint is None or checkpoint.resolve().parent.parent == run_dir.resolve():
+        return rollbacks_of(run_dir)
+    found = rollbacks_of(checkpoint.resolve().parent.parent)
+    if found:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_rollbacks(found, run_dir)
+    return found
+
+
+def lr_factor_of(rollbacks: Sequence[Rollback]) -> float:
+    return rollbacks[-1].lr_factor if rollbacks else 1.0
+
+
+def can_roll_back(config: GuardConfig, rollbacks: Sequence[Rollback], found: Diverged) -> bool:
+    """Return whether the run is to go back once more."""
+    is_asked = config.action is GuardAction.rollback and found.can_be_undone
+    return is_asked and len(rollbacks) < config.max_rollbacks
+
+
+def end_of_divergence(config: GuardConfig, rollbacks: Sequence[Rollback], found: Diverged) -> str:
+    """Say how a run ends that does not go back."""
+    line = f"diverged at step {found.step}: {found.reason}; checkpoints of before stay"
+    if not found.can_be_undone:
+        return f"{line}. Look at optimizer.lr, the labels of the rows (lightning-peft data) and adapter.target_modules"
+    if config.action is GuardAction.rollback:
+        return f"{line}, and the guard.max_rollbacks={config.max_rollbacks} rollbacks are used up"
+    return (
+        f"{line}. A lower optimizer.lr or a longer schedule.warmup_steps helps; guard.action=rollback lowers the rate, "
+        "none goes on"
+    )
+
+
+def roll_back(config: GuardConfig, run_dir: Path, step: int, reason: str) -> Path | None:
+    """Return the checkpoint to go on from, None for the start of the run, once newer ones are away and the rate is
+    noted. For rank zero.
+
+    A good checkpoint is one behind a step whose loss was not above the guard's bound.
+    """
+    folder = run_dir / "checkpoints"
+    for path in reversed(checkpoints(folder)):
+        if saved_guard(path).get("above", 0) == 0:
+            break
+        path.unlink()
+    checkpoint = latest_checkpoint(folder)
+    before = rollbacks_of(run_dir)
+    back_to = 0 if checkpoint is None else saved_step(checkpoint)
+    found = Rollback(step, back_to, lr_factor_of(before) * config.lr_factor, reason)
+    write_rollbacks([*before, found], run_dir)
+    logger.warning(
+        "diverged at step %d: %s; rollback %d of guard.max_rollbacks=%d: back to step %d, and on at %g times the "
+        "learning rate", step, reason, len(before) + 1, config.max_rollbacks, back_to, found.lr_factor,
+    )  # fmt: skip
+    return checkpoint

@@ -1,0 +1,154 @@
+"""How an adapter changes its layers while it trains: the size and the rank of every change."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.inject import adapters
+from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
+from lightning_peft.quantization.weights import dense_weight
+
+NOTHING = 1e-9
+"""||dW|| / ||W|| up to which a layer counts as unchanged: fp32 rounds at 1e-7, and a weight at least moves its last
+digit before outputs do. Ours."""
+POWER_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change dW of one layer beside its base weight W, as it is now."""
+
+    relative_norm: float
+    """||dW|| / ||W||, Frobenius norms."""
+    norm: float
+    stable_rank: float
+    """||dW||^2 over the largest singular value squared; 0 for no change."""
+    rank: int | None
+    """Directions that the factors have; None for a change that is no low-rank sum."""
+    effective_rank: float | None
+    """exp of the entropy of the singular values' shares (Roy & Vetterli 2007); None likewise."""
+
+
+class ChangeMeter:
+    """Measures the layers of a model again and again; the norms of the frozen weights are taken once."""
+
+    def __init__(self) -> None:
+        self.weight_norms: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, root: nn.Module) -> dict[str, Change]:
+        """Return each adapted layer's change by its name. Stacks of experts are left out: their matrices are not one.
+
+        `root` is the model, or what is sharded around it. The host reads the small matrices once. All ranks call it
+        together: sharded blocks are gathered one by one.
+        """
+        grams: dict[str, tuple[Tensor, Tensor, float]] = {}
+        others: dict[str, tuple[Tensor, Tensor]] = {}
+        for owner, layers in by_owner(model, root):
+            with gathered_block(owner):
+                for name, layer in layers:
+                    if name not in self.weight_norms:
+                        self.weight_norms[name] = dense_weight(layer.base_layer).float().norm()
+                    factors = layer.low_rank()
+                    if factors is None:
+                        others[name] = norm_and_largest(layer.delta_weight().float())
+                    else:
+                        A, B = factors.A.double(), factors.B.double()
+                        grams[name] = (A @ A.mT, B.mT @ B, factors.scaling)
+        found = {name: self._of_values(name, *sizes) for name, sizes in others.items()}
+        for name, values in singular_values(grams).items():
+            squares = float(values.square().sum())
+            largest = float(values.max()) if len(values) else 0.0
+            norm = math.sqrt(squares)
+            shares = values[values > 0] / values.sum()
+            effective = float(torch.exp(-(shares * shares.log()).sum())) if squares else 0.0
+            relative = norm / float(self.weight_norms[name])
+            stable = squares / largest**2 if squares else 0.0
+            found[name] = Change(relative, norm, stable, len(values), effective)
+        return {name: found[name] for name, _ in measured_layers(model)}
+
+    def _of_values(self, name: str, norm: Tensor, largest: Tensor) -> Change:
+        size, first = float(norm), float(largest)
+        stable = (size / first) ** 2 if first else 0.0
+        return Change(size / float(self.weight_norms[name]), size, stable, None, None)
+
+
+def measured_layers(model: nn.Module) -> list[tuple[str, Adapter]]:
+    """Return the adapters around one matrix each, by name."""
+    return [
+        (n, layer) for n, layer in adapters(model) if not isinstance(layer.base_layer, ExpertLinear | QuantizedExperts)
+    ]
+
+
+def by_owner(model: nn.Module, root: nn.Module) -> list[tuple[FSDPModule | None, list[tuple[str, Adapter]]]]:
+    """Return the measured layers in groups, each with the module that gathers its shards; None where nothing does.
+
+    `root` holds the model, and what is sharded with none of its blocks.
+    """
+    owner_of: dict[nn.Module, FSDPModule | None] = {}
+
+    def walk(module: nn.Module, owner: FSDPModule | None) -> None:
+        owner = module if isinstance(module, FSDPModule) else owner
+        owner_of[module] = owner
+        for child in module.children():
+            walk(child, owner)
+
+    walk(root, None)
+    groups: dict[FSDPModule | None, list[tuple[str, Adapter]]] = {}
+    for name, layer in measured_layers(model):
+        groups.setdefault(owner_of[layer], []).append((name, layer))
+    return list(groups.items())
+
+
+@contextmanager
+def gathered_block(owner: FSDPModule | None) -> Iterator[None]:
+    """Inside, the parameters of a sharded module are whole."""
+    if owner is None:
+        yield
+        return
+    owner.unshard()
+    try:
+        yield
+    finally:
+        owner.reshard()
+
+
+def singular_values(grams: dict[str, tuple[Tensor, Tensor, float]]) -> dict[str, Tensor]:
+    """Return the singular values of scaling B A by layer, fp64 on the host, from A A^T, B^T B and scaling.
+
+    Those of B A squared are the eigenvalues of sqrt(B^T B) A A^T sqrt(B^T B), matrices of rank x rank.
+    """
+    by_rank: dict[int, list[str]] = {}
+    for name, (gram, _, _) in grams.items():
+        by_rank.setdefault(gram.shape[0], []).append(name)
+    found: dict[str, Tensor] = {}
+    for names in by_rank.values():
+        gram_A = torch.stack([grams[name][0] for name in names]).cpu()
+        gram_B = torch.stack([grams[name][1] for name in names]).cpu()
+        squares, U = torch.linalg.eigh(gram_B)
+        roots = squares.clamp_min(0).sqrt()[:, :, None]
+        inner = roots * (U.mT @ gram_A @ U) * roots.mT
+        values = torch.linalg.eigvalsh(inner).clamp_min(0).sqrt()
+        found |= {name: row * abs(grams[name][2]) for name, row in zip(names, values, strict=True)}
+    return found
+
+
+def norm_and_largest(change: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Frobenius norm and largest singular value of a matrix, the second by power iteration."""
+    x = torch.ones(change.shape[1], dtype=change.dtype, device=change.device)
+    x += torch.arange(len(x), dtype=change.dtype, device=change.device) / len(x)  # no direction of a symmetric matrix
+    for _ in range(POWER_STEPS):
+        x = nn.functional.normalize(change.mT @ (change @ x), dim=0)
+    return change.norm(), (change @ x).norm()
+
+
+def is_no_op(changes: Iterable[Change]) -> bool:
+    """Return whether no layer differs from its base; False where nothing was measured."""
+    sizes = [change.relative_norm for change in changes]
+    return bool(sizes) and max(sizes) <= NOTHING
