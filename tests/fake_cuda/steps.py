@@ -11,7 +11,10 @@ import sys
 import warnings
 from typing import Any
 
-import device  # noqa: F401  before torch
+import benchmarks.fake_cuda  # noqa: F401  before torch
+
+# isort: split
+
 import torch
 from host_syncs import makes_the_host_wait, watched_synchronisation
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """A CUDA device in name only, in this process, so that fake tensors on cuda:0 can go through autograd.
 
-Import it before anything else of torch: `python -c "import device"` says whether it can be built here.
+Import it before anything else of torch: `python -c "import benchmarks.fake_cuda"` says whether it can be built here.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import types
 from hashlib import sha256
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("device.cpp")
+SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
 
 def torch_folder() -> Path:
@@ -31,7 +31,7 @@ def built() -> Path:
     include = torch / "include"
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "device.so"
-        words = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", SOURCE, "-o", made, f"-I{include}"]
+        words: list[str | Path] = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", SOURCE, "-o", made, f"-I{include}"]
         words += [f"-I{include / 'torch/csrc/api/include'}", f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
         subprocess.run([*words, f"-Wl,-rpath,{torch / 'lib'}"], check=True, capture_output=True)
         made.rename(path)

@@ -1,0 +1,34 @@
+"""What a compiled block asks of a GPU, held: launches, bytes, what it keeps for the backward pass, graphs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the device in name with"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="no triton (pip install triton)"),
+]
+
+LIMITS = {
+    "lora": {"launches_a_block": 141, "adapters_gb": 131, "kept_gb_a_block": 0.79},
+    "qlora": {"launches_a_block": 183, "adapters_gb": 133, "kept_gb_a_block": 0.79},
+    "dora": {"launches_a_block": 231, "adapters_gb": 295, "kept_gb_a_block": 0.94},
+}
+"""The most of each on an 8B block of 2 x 4,096 tokens; bytes are those of a step of 32 blocks."""
+
+
+@pytest.mark.parametrize("variant", LIMITS)
+def test_a_block_asks_for_no_more_than_its_limits(variant, tmp_path):
+    file = tmp_path / "figures.json"
+    words = [sys.executable, "-m", "benchmarks.roofline", "--variants", variant, "--json", str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(file.read_text())[variant]
+    figures = {name: found[name] for name in LIMITS[variant]}
+    assert all(figures[name] <= limit for name, limit in LIMITS[variant].items()), figures
+    assert found["graphs"] == 2  # one forward, one backward
