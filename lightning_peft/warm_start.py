@@ -46,6 +46,9 @@ def _base(folder: Path, lineage: Lineage | None) -> Iterator[tuple[str, Any]]:
         for option in ("path", "revision", "new_tokens", "label"):
             if model.get(option):
                 yield f"model.{option}", model[option]
+        for key, value in (model.get("rope_scaling") or {}).items():
+            if value is not None:
+                yield f"model.rope_scaling.{key}", value
         return
     if (named := base_named_by(folder)) is not None:
         yield "model", "hf"

@@ -53,6 +53,9 @@ def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelC
     if model is not None and saved is not None and saved.model.new_tokens and not model.new_tokens:
         logger.info("the adapter knows %d tokens more than its base: they are added", len(saved.model.new_tokens))
         model = replace(model, new_tokens=saved.model.new_tokens)
+    if model is not None and saved is not None and saved.model.rope_scaling.is_on and not model.rope_scaling.is_on:
+        logger.info("%s, as the adapter was trained", saved.model.rope_scaling)
+        model = replace(model, rope_scaling=saved.model.rope_scaling)
     if saved is not None:
         return model or saved.model, saved.quantization
     if model is None and adapter_path is not None and (model := base_named_by(tuned_folder(adapter_path))) is not None:

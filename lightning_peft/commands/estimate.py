@@ -16,6 +16,7 @@ from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.command_configs import EstimateConfig
 from lightning_peft.config import TrainConfig
+from lightning_peft.data.datamodule import beyond_context
 from lightning_peft.estimation.advice import smallest_change
 from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
 from lightning_peft.models.attention import accept_packed_batches
@@ -41,7 +42,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     machine = plan_of(config).machine
     context = model_context(config.model)
     if context is not None and config.data.max_length > context:
-        raise ValueError(f"data.max_length={config.data.max_length}: must be at most {context}, the model's context")
+        raise ValueError(beyond_context(config.data.max_length, context))
     found = estimate_of(config)
     limit = machine.memory(config.device_memory_gib)
     report: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """The data of a run as Lightning takes them."""
 
 import logging
+import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +33,15 @@ OF_TURNS = ("system_prompt", "template_options", "reasoning", "train_on", "train
 """Options of `data` that speak of the turns of a conversation."""
 
 
+def beyond_context(length: int, context: int) -> str:
+    """Say that rows of a length are longer than a model's context, and what reaches farther."""
+    factor = max(2, math.ceil(length / context))
+    return (
+        f"data.max_length={length}: must be at most {context}, the model's context; model.rope_scaling.type=yarn "
+        f"model.rope_scaling.factor={factor} reaches beyond it"
+    )
+
+
 class SFTDataModule(LightningDataModule):
     """Batches to fine-tune on, in an order that depends on seed and epoch and not on the number of ranks.
 
@@ -53,9 +63,7 @@ class SFTDataModule(LightningDataModule):
         """vocabulary: tokens the model has embeddings for."""
         super().__init__()
         if model_context is not None and config.max_length > model_context:
-            raise ValueError(
-                f"data.max_length={config.max_length}: must be at most {model_context}, the model's context"
-            )
+            raise ValueError(beyond_context(config.max_length, model_context))
         self._config = config
         self._sources = sources_of(config)
         self._tokenizer = tokenizer

@@ -34,6 +34,7 @@ from lightning_peft.models.low_bit import (
     prepare_low_bit_layers,
 )
 from lightning_peft.models.random_weights import RandomWeights
+from lightning_peft.models.rope import check_scaled, context_length, scale_positions
 from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
 from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -64,14 +65,18 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
         location = locate(config)
         if location.suffix == ".gguf":
             file = GGUFFile(location)
-            return gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
-        return AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+            if not is_known(file) and config.rope_scaling.is_on:
+                raise ValueError(f"{config.rope_scaling}: not for {location.name}, which transformers reads by itself")
+            architecture = gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
+        else:
+            architecture = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+        scale_positions(architecture, config.rope_scaling)
+        return architecture
 
 
 def model_context(config: ModelConfig) -> int | None:
     """Longest sequence the model was built for, in tokens; None when its configuration does not say."""
-    architecture = model_config(config).get_text_config()
-    return getattr(architecture, "max_position_embeddings", None)
+    return context_length(model_config(config))
 
 
 def model_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -234,7 +239,9 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
     with parameters_on_meta():
-        return _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
+        model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
+    check_scaled(model, config.rope_scaling)
+    return model
 
 
 def _auto_class(config: ModelConfig, architecture: PreTrainedConfig) -> Any:
@@ -270,8 +277,9 @@ def _load_by_transformers(
             )
         logger.info("%s holds pickled weights: read whole by transformers, not streamed", location)
         model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, use_safetensors=False, trust_remote_code=config.trust_remote_code
-        )
+            location, config=model_config(config), dtype=dtype, use_safetensors=False,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
     if (attention := choose_attention(model.config, config.attention)) is not None:
         model.set_attn_implementation(attention)
     if quantization is not None and quantization.is_on:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.data.config import DataConfig
 from lightning_peft.models.attention import supports_packing
+from lightning_peft.models.rope import follows_length
 
 logger = logging.getLogger(__name__)
 
@@ -15,15 +16,15 @@ def packing_of(config: DataConfig, model: PreTrainedModel) -> bool:
 
     `auto` packs where samples stay apart, and says so where they would not. ValueError for true where they would not.
     """
-    if supports_packing(model):
+    if follows_length(model.config):
+        problem = "the longest of packed samples would set the dynamic rotary frequencies of all"
+    elif not supports_packing(model):
+        problem = f"packed samples would see each other in {type(model).__name__}"
+    else:
         return bool(config.packing)
     if config.packing == "auto":
-        logger.info(
-            "data.packing=false: packed samples would see each other in %s, so rows are padded", type(model).__name__
-        )
+        logger.info("data.packing=false: %s, so rows are padded", problem)
         return False
     if config.packing:
-        raise ValueError(
-            f"data.packing=true: packed samples would see each other in {type(model).__name__}; use data.packing=auto"
-        )
+        raise ValueError(f"data.packing=true: {problem}; use data.packing=auto")
     return False

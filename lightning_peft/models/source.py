@@ -18,6 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from lightning_peft.models.rope import RopeScaling
+
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,6 +52,8 @@ class ModelConfig:
     """Draw the weights instead of reading them: only config.json and the tokenizer are needed. For measuring."""
     new_tokens: list[str] = field(default_factory=list)
     """Tokens added to the tokenizer; their embeddings start at the mean of the others."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """Positions beyond the model's context."""
 
     label: str | None = None
     """What runs, jobs and W&B tags call the model; null takes `name`, or the last part of `path`."""
@@ -63,6 +67,9 @@ class ModelConfig:
             raise ValueError(f"model.path={self.path}: model={self.name} has its own weights; use model=hf with a path")
         if self.random_weights and self.is_tiny:
             raise ValueError(f"model.random_weights=true: the weights of model={self.name} are random without it")
+
+        if self.rope_scaling.is_on and self.is_tiny:
+            raise ValueError(f"{self.rope_scaling}: not for model={self.name}, whose context is 2,048")
 
     @property
     def is_tiny(self) -> bool:

@@ -1,0 +1,128 @@
+"""Longer than a model's context: rotary positions scaled before the model is built."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
+
+SCALINGS = ("linear", "dynamic", "yarn")
+"""Ways to scale, by transformers' names: all positions divided by the factor (Chen et al. 2023, arXiv:2306.15595), a
+base that grows with the longest sample of a batch, and YaRN (Peng et al. 2023, arXiv:2309.00071)."""
+KEPT = ("rope_theta", "partial_rotary_factor")
+"""What the model's own rotary parameters keep."""
+
+
+@dataclass
+class RopeScaling:
+    """How rotary positions reach beyond the context the model was trained on."""
+
+    type: str | None = None
+    """linear, dynamic or yarn; null keeps the model's own positions. yarn needs the least training; dynamic changes
+    nothing within the model's context, and is never packed, as the longest sample of a batch decides for all."""
+    factor: float | None = None
+    """Context wanted over the context trained on, above 1."""
+    original_max_position_embeddings: int | None = None
+    """Tokens the model was trained on; null takes its `max_position_embeddings`."""
+
+    def __post_init__(self) -> None:
+        if self.type is None:
+            if self.factor is not None or self.original_max_position_embeddings is not None:
+                raise ValueError(
+                    f"model.rope_scaling.type=null: give one of {', '.join(SCALINGS)}, or none of its keys"
+                )
+            return
+        if self.type not in SCALINGS:
+            raise ValueError(f"model.rope_scaling.type={self.type}: must be one of {', '.join(SCALINGS)}")
+        if self.factor is None or not self.factor > 1:
+            raise ValueError(f"model.rope_scaling.factor={self.factor}: must be above 1")
+        original = self.original_max_position_embeddings
+        if original is not None and original < 1:
+            raise ValueError(f"model.rope_scaling.original_max_position_embeddings={original}: must be at least 1")
+
+    @property
+    def is_on(self) -> bool:
+        return self.type is not None
+
+    def __str__(self) -> str:
+        return f"model.rope_scaling.type={self.type} model.rope_scaling.factor={self.factor}"
+
+
+def scale_positions(architecture: PreTrainedConfig, scaling: RopeScaling) -> None:
+    """Set a model's configuration to positions scaled so, and to the context that gives.
+
+    ValueError where it has no rotary positions, or has scaled ones and nobody says what it was trained on.
+    """
+    if not scaling.is_on:
+        return
+    text: Any = architecture.get_text_config()
+    parameters = getattr(text, "rope_parameters", None)
+    if not parameters:
+        raise ValueError(f"model.rope_scaling.type={scaling.type}: {text.model_type} has no rotary positions to scale")
+    nested = text.nested_rope_parameter_keys(parameters)
+    # Layers with a sliding window never see farther than it.
+    scaled = [parameters[key] for key in nested if "sliding" not in key and parameters[key]] if nested else [parameters]
+    own = {part.get("rope_type", "default") for part in scaled} - {"default"}
+    original = scaling.original_max_position_embeddings
+    if own and original is None:
+        raise ValueError(
+            f"model.rope_scaling.type={scaling.type}: the model's positions are scaled by {', '.join(sorted(own))} "
+            "already; give model.rope_scaling.original_max_position_embeddings, the context they start from"
+        )
+    if own:
+        logger.info("%s in place of the model's own scaling, %s", scaling, ", ".join(sorted(own)))
+    original = original or text.max_position_embeddings
+    for part in scaled:
+        kept = {key: part[key] for key in KEPT if key in part}
+        part.clear()
+        part.update(kept, rope_type=scaling.type, factor=scaling.factor)
+        if scaling.type == "yarn":
+            part["original_max_position_embeddings"] = original
+    if hasattr(text, "original_max_position_embeddings"):
+        text.original_max_position_embeddings = original
+    # The dynamic base is computed from the context trained on, which transformers reads there.
+    assert scaling.factor is not None
+    text.max_position_embeddings = original if scaling.type == "dynamic" else int(original * scaling.factor)
+    try:  # as a saved config.json would be read again: a family may know some ways alone, as Phi 3 does
+        read = type(text).from_dict(text.to_dict()).rope_parameters
+    except (KeyError, ValueError):
+        read = None
+    if read != text.rope_parameters:
+        raise ValueError(
+            f"model.rope_scaling.type={scaling.type}: transformers knows no such type for {text.model_type}"
+        )
+
+
+def check_scaled(model: nn.Module, scaling: RopeScaling) -> None:
+    """Raise ValueError for a built model whose code has not taken the scaling of its configuration."""
+    kinds: set[str] = set()
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds |= set(kind.values()) if isinstance(kind, dict) else {kind} if kind else set()
+    if scaling.is_on and scaling.type not in kinds:
+        raise ValueError(
+            f"model.rope_scaling.type={scaling.type}: transformers does not scale the positions of "
+            f"{type(model).__name__}"
+        )
+
+
+def context_length(architecture: PreTrainedConfig) -> int | None:
+    """Return the longest sequence a model was made for, in tokens; None when its configuration does not say."""
+    text = architecture.get_text_config()
+    length: int | None = getattr(text, "max_position_embeddings", None)
+    if length is not None and follows_length(architecture):
+        return int(length * max(part.get("factor", 1) for part in _parts(text)))
+    return length
+
+
+def follows_length(architecture: PreTrainedConfig) -> bool:
+    """Whether the rotary frequencies are those of the longest sample of a batch, so that samples change one another."""
+    return any(part.get("rope_type") == "dynamic" for part in _parts(architecture.get_text_config()))
+
+
+def _parts(text: Any) -> list[dict[str, Any]]:
+    parameters = getattr(text, "rope_parameters", None) or {}
+    return [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
