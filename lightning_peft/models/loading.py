@@ -24,6 +24,7 @@ from lightning_peft.models.attention import accept_packed_batches, choose_attent
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_conversion import GGUFSource, check_read, gguf_config, gguf_tokenizer, is_known
+from lightning_peft.models.multimodal import leave_on_disk
 from lightning_peft.models.random_weights import RandomWeights
 from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
 from lightning_peft.models.streaming import (
@@ -46,6 +47,8 @@ DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 """Kinds of checkpoints that have no wider original, and the configuration of transformers that reads them dense."""
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes that weights are computed in."""
+NEED_IMAGES = {"Llama4ForConditionalGeneration"}
+"""Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
 SAMPLED_BYTES = 1024
 """Bytes of each weight's start, middle and end that go into a fingerprint."""
 
@@ -215,20 +218,34 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
     with parameters_on_meta():
-        return _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
+        model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
+    leave_on_disk(model)
+    return model
 
 
 def _auto_class(config: ModelConfig, architecture: PreTrainedConfig) -> Any:
     """The class of transformers that knows the architecture: a causal language model, or one inside a multimodal model.
 
+    Where both know it, the one that the checkpoint names: Llama 4's text alone has another layout than the whole.
     Raises ValueError for one that is neither, such as an encoder-decoder.
     """
     remote = getattr(architecture, "auto_map", None) or {}
-    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(architecture) in auto_class._model_mapping or auto_class.__name__ in remote:
-            return auto_class
+    known = [
+        auto_class
+        for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText)
+        if type(architecture) in auto_class._model_mapping or auto_class.__name__ in remote
+    ]
+    wanted = {*(architecture.architectures or [])} - NEED_IMAGES
+    named = [auto_class for auto_class in known if _class_name(auto_class, architecture) in wanted]
+    if known:
+        return (named or known)[0]
     kind = "an encoder-decoder" if architecture.is_encoder_decoder else "not a causal language model"
     raise ValueError(f"model.path={config.path}: {architecture.model_type} is {kind}; give a decoder, such as a Llama")
+
+
+def _class_name(auto_class: Any, architecture: PreTrainedConfig) -> str:
+    found = auto_class._model_mapping.get(type(architecture), None)
+    return getattr(found, "__name__", "")
 
 
 def _load_by_transformers(

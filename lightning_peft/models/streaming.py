@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lightning_peft.models.blocks import block_names
+from lightning_peft.models.multimodal import names_left, remember_files
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import load_weight, prepare_quantized
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
@@ -49,7 +50,8 @@ class SafetensorsSource:
 
     def __init__(self, paths: list[Path], index: Mapping[str, str] | None = None):
         self.files: dict[str, Any] = {}
-        held: dict[str, Path] = {}
+        self.paths: dict[str, Path] = {}
+        """The file that holds each tensor."""
         for path in paths:
             try:
                 file = safe_open(path, framework="pt", device="cpu")
@@ -57,10 +59,12 @@ class SafetensorsSource:
                 raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
             for name in file.keys():
                 place = (index or {}).get(name)
-                if place is None and name in held:
-                    raise ValueError(f"model.path={path}: holds {name}, and so does {held[name].name}: delete one")
+                if place is None and name in self.paths:
+                    raise ValueError(
+                        f"model.path={path}: holds {name}, and so does {self.paths[name].name}: delete one"
+                    )
                 if place in (None, path.name):
-                    self.files[name], held[name] = file, path
+                    self.files[name], self.paths[name] = file, path
         if lacking := sorted((index or {}).keys() - self.files.keys()):
             raise ValueError(f"model.path={paths[0].parent}: its index names {lacking[0]}, which no file holds")
 
@@ -138,7 +142,11 @@ def stream_weights(
     targets = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing = set(targets)
     codes = bitsandbytes_layers(source)
-    direct, fused, unexpected = plan_loading(model, source, set(targets), skip=set().union(*codes.values()))
+    plan = plan_loading(model, source, set(targets), skip=set().union(*codes.values()))
+    direct, fused, unexpected = plan.direct, plan.fused, plan.unexpected
+    if plan.left:
+        assert isinstance(source, SafetensorsSource), "others hold the text alone"
+        remember_files(model, {key: source.paths[key] for key in plan.left})
     known = model._keys_to_ignore_on_load_unexpected or []
     if unused := [key for key in unexpected if not any(re.search(p, key) for p in [*known, r"rotary_emb\.inv_freq"])]:
         logger.warning("%d weights of the checkpoint are not in the model: %s", len(unused), _some(unused))
@@ -213,27 +221,41 @@ Converter = Callable[[], Iterator[tuple[str, Tensor]]]
 """Reads the tensors of one conversion rule and yields the parameters made of them, by name."""
 
 
-def plan_loading(
-    model: PreTrainedModel, source: WeightSource, targets: set[str], skip: set[str]
-) -> tuple[dict[str, str], dict[str, Converter], list[str]]:
-    """Parameter name to checkpoint key; the rules that fuse or split tensors, by one of the parameters they make; the
-    keys that have no place."""
+class LoadingPlan(NamedTuple):
+    """What each key of a checkpoint becomes."""
+
+    direct: dict[str, str]
+    """Parameter name: key."""
+    fused: dict[str, Converter]
+    """The rules that fuse or split tensors, by one of the parameters they make."""
+    unexpected: list[str]
+    """Keys that have no place."""
+    left: list[str]
+    """Keys of parts that are left on disk."""
+
+
+def plan_loading(model: PreTrainedModel, source: WeightSource, targets: set[str], skip: set[str]) -> LoadingPlan:
+    """Find the parameters that a checkpoint's keys become, by transformers' conversion rules."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    exists = dict.fromkeys(targets, True)
+    elsewhere = names_left(model)
+    exists = dict.fromkeys(targets | elsewhere, True)
     direct: dict[str, str] = {}
     fused: dict[str, WeightConverter] = {}
     unexpected: list[str] = []
+    left: list[str] = []
     # The order of the keys is the order of the experts in a fused parameter.
     for key in sorted(source.names(), key=dot_natural_key):
         if key in skip:
             continue
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, exists)
-        if name not in targets and key in targets:
+        if name not in exists and key in exists:
             name, pattern = key, None
-        if name not in targets:
+        if name in elsewhere:
+            left.append(key)
+        elif name not in targets:
             unexpected.append(key)
         elif pattern is None:
             direct[name] = key
@@ -247,7 +269,8 @@ def plan_loading(
         for target, value in made.items():
             yield target, value[0] if isinstance(value, list) else value
 
-    return direct, {name: partial(run, name, converter) for name, converter in fused.items()}, unexpected
+    converted: dict[str, Converter] = {name: partial(run, name, converter) for name, converter in fused.items()}
+    return LoadingPlan(direct, converted, unexpected, left)
 
 
 def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
