@@ -23,6 +23,7 @@ from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.checkpoint.resume import gathered
 from lightning_peft.kernels.codes import INT8
 from lightning_peft.kernels.low_bit import LOW_BIT
+from lightning_peft.models.multimodal import LeftOnDisk, save_left
 from lightning_peft.models.streaming import fp32_pattern
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import QuantizedExperts
@@ -193,6 +194,7 @@ def save_model(
         _save_coded(model, coded, folder)
     else:
         model.save_pretrained(folder, state_dict=state)
+    save_left(model, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -276,7 +278,7 @@ def _save_coded(model: PreTrainedModel, coded: dict[str, QuantizedLinear], folde
         bnb_4bit_quant_type=first.kind,
         bnb_4bit_use_double_quant=first.double_quantization,
         bnb_4bit_compute_dtype=first.dtype,
-        llm_int8_skip_modules=[name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        llm_int8_skip_modules=[n for n, module in model.named_modules() if isinstance(module, nn.Linear | LeftOnDisk)],
     ).to_dict()
     model.config.dtype = first.dtype
     model.config.architectures = [type(model).__name__]

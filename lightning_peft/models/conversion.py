@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from lightning_peft.models.multimodal import names_left
+
 
 class Fusion(NamedTuple):
     """A rule that makes one or more parameters of several tensors."""
@@ -30,28 +32,39 @@ class Fusion(NamedTuple):
             yield target, value[0] if isinstance(value, list) else value
 
 
-def plan_loading(
-    model: PreTrainedModel, keys: list[str], targets: set[str]
-) -> tuple[dict[str, str], dict[str, Fusion], list[str]]:
-    """Parameter name to checkpoint key; the rules that fuse or split tensors, by one of the parameters they make; the
-    keys that have no place."""
+class LoadingPlan(NamedTuple):
+    """What each key of a checkpoint becomes."""
+
+    direct: dict[str, str]
+    """Parameter name: key."""
+    fused: dict[str, Fusion]
+    """The rules that fuse or split tensors, by one of the parameters they make."""
+    unexpected: list[str]
+    """Keys that have no place."""
+    left: list[str]
+    """Keys of parts that are left on disk."""
+
+
+def plan_loading(model: PreTrainedModel, keys: list[str], targets: set[str]) -> LoadingPlan:
+    """Find the parameters that a checkpoint's keys become, by transformers' conversion rules."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    exists = dict.fromkeys(targets, True)
-    direct: dict[str, str] = {}
-    fused: dict[str, Fusion] = {}
-    unexpected: list[str] = []
+    elsewhere = names_left(model)
+    exists = dict.fromkeys(targets | elsewhere, True)
+    plan = LoadingPlan({}, {}, [], [])
     # The order of the keys is the order of the experts in a fused parameter.
     for key in sorted(keys, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, exists)
-        if name not in targets and key in targets:
+        if name not in exists and key in exists:
             name, pattern = key, None
-        if name not in targets:
-            unexpected.append(key)
+        if name in elsewhere:
+            plan.left.append(key)
+        elif name not in targets:
+            plan.unexpected.append(key)
         elif pattern is None:
-            direct[name] = key
+            plan.direct[name] = key
         else:
-            fused.setdefault(name, Fusion(name, by_pattern[pattern], [])).members.append((key, pattern))
-    return direct, fused, unexpected
+            plan.fused.setdefault(name, Fusion(name, by_pattern[pattern], [])).members.append((key, pattern))
+    return plan

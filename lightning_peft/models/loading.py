@@ -33,6 +33,7 @@ from lightning_peft.models.low_bit import (
     prepare_by_config,
     prepare_low_bit_layers,
 )
+from lightning_peft.models.multimodal import leave_on_disk
 from lightning_peft.models.random_weights import RandomWeights
 from lightning_peft.models.rope import check_scaled, context_length, scale_positions
 from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes that weights are computed in."""
+NEED_IMAGES = {"Llama4ForConditionalGeneration"}
+"""Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
 SAMPLED_BYTES = 1024
 """Bytes of each weight's start, middle and end that go into a fingerprint."""
 
@@ -106,8 +109,8 @@ def prepare_as_published(model: PreTrainedModel, config: ModelConfig) -> Publish
         folder = locate(config)
         if keys := [*(weight_index(folder) or (SafetensorsSource(weight_files(folder)).names()))]:
             source = LowBitSource(Names(keys), form)
-            direct, fused, _ = plan_loading(model, source.names(), set(model.state_dict()))
-            prepare_low_bit_layers(model, source, direct, fused)
+            plan = plan_loading(model, source.names(), set(model.state_dict()))
+            prepare_low_bit_layers(model, source, plan.direct, plan.fused)
         else:
             prepare_by_config(model, form)
     return form
@@ -241,20 +244,33 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     with parameters_on_meta():
         model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
     check_scaled(model, config.rope_scaling)
+    leave_on_disk(model)
     return model
 
 
 def _auto_class(config: ModelConfig, architecture: PreTrainedConfig) -> Any:
     """The class of transformers that knows the architecture: a causal language model, or one inside a multimodal model.
 
+    Where both know it, the one that the checkpoint names: Llama 4's text alone has another layout than the whole.
     Raises ValueError for one that is neither, such as an encoder-decoder.
     """
     remote = getattr(architecture, "auto_map", None) or {}
-    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(architecture) in auto_class._model_mapping or auto_class.__name__ in remote:
-            return auto_class
+    known = [
+        auto_class
+        for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText)
+        if type(architecture) in auto_class._model_mapping or auto_class.__name__ in remote
+    ]
+    wanted = {*(architecture.architectures or [])} - NEED_IMAGES
+    named = [auto_class for auto_class in known if _class_name(auto_class, architecture) in wanted]
+    if known:
+        return (named or known)[0]
     kind = "an encoder-decoder" if architecture.is_encoder_decoder else "not a causal language model"
     raise ValueError(f"model.path={config.path}: {architecture.model_type} is {kind}; give a decoder, such as a Llama")
+
+
+def _class_name(auto_class: Any, architecture: PreTrainedConfig) -> str:
+    found = auto_class._model_mapping.get(type(architecture), None)
+    return getattr(found, "__name__", "")
 
 
 def _load_by_transformers(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from transformers import PreTrainedModel
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.conversion import Fusion, plan_loading
 from lightning_peft.models.low_bit import LowBitSource, prepare_low_bit_layers
-from lightning_peft.models.weight_files import WeightSource
+from lightning_peft.models.multimodal import remember_files
+from lightning_peft.models.weight_files import SafetensorsSource, WeightSource
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import load_weight, prepare_quantized
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
@@ -65,7 +67,10 @@ def stream_weights(
     missing = set(targets)
     codes = bitsandbytes_layers(source)
     skipped = set().union(*codes.values())
-    direct, fused, unexpected = plan_loading(model, [k for k in source.names() if k not in skipped], set(targets))
+    plan = plan_loading(model, [k for k in source.names() if k not in skipped], set(targets))
+    direct, fused, unexpected = plan.direct, plan.fused, plan.unexpected
+    if plan.left:
+        remember_files(model, files_of(source, plan.left))
     known = model._keys_to_ignore_on_load_unexpected or []
     if unused := [key for key in unexpected if not any(re.search(p, key) for p in [*known, r"rotary_emb\.inv_freq"])]:
         logger.warning("%d weights of the checkpoint are not in the model: %s", len(unused), _some(unused))
@@ -154,6 +159,19 @@ def part_of(name: str, parts: Container[str]) -> str:
     """The part that a parameter's name lies in; "" where that is none of them."""
     words = name.split(".")
     return next((part for end in range(1, len(words)) if (part := ".".join(words[:end])) in parts), "")
+
+
+def files_of(source: WeightSource, keys: list[str]) -> dict[str, Path]:
+    """Return the file of each key of a part that stays on disk. Raises ValueError for one in few bits."""
+    if isinstance(source, LowBitSource):
+        if coded := [key for key in keys if key in source.coded]:
+            raise ValueError(
+                f"{coded[0]} is {source.form.describe()} in a part that reads no text and would be saved back as it "
+                "is, beside dense text; give the original model"
+            )
+        source = source.source
+    assert isinstance(source, SafetensorsSource), "others hold the text alone"
+    return {key: source.paths[key] for key in keys}
 
 
 def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

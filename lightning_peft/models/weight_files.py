@@ -29,7 +29,8 @@ class SafetensorsSource:
 
     def __init__(self, paths: list[Path], index: Mapping[str, str] | None = None):
         self.files: dict[str, Any] = {}
-        held: dict[str, Path] = {}
+        self.paths: dict[str, Path] = {}
+        """The file that holds each tensor."""
         for path in paths:
             try:
                 file = safe_open(path, framework="pt", device="cpu")
@@ -37,10 +38,12 @@ class SafetensorsSource:
                 raise ValueError(f"model.path={path}: truncated or corrupt safetensors file ({error})") from error
             for name in file.keys():
                 place = (index or {}).get(name)
-                if place is None and name in held:
-                    raise ValueError(f"model.path={path}: holds {name}, and so does {held[name].name}: delete one")
+                if place is None and name in self.paths:
+                    raise ValueError(
+                        f"model.path={path}: holds {name}, and so does {self.paths[name].name}: delete one"
+                    )
                 if place in (None, path.name):
-                    self.files[name], held[name] = file, path
+                    self.files[name], self.paths[name] = file, path
         if lacking := sorted((index or {}).keys() - self.files.keys()):
             raise ValueError(f"model.path={paths[0].parent}: its index names {lacking[0]}, which no file holds")
 
