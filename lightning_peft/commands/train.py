@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,15 @@ from lightning_peft.training.guard import Guard
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
+from lightning_peft.training.together import Member, MemberSignals, TogetherModule
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
     """Run a training to its end, or on from its last checkpoint. Returns what `result.json` holds.
+
+    With `member` it is one of several that share this process and a base (`commands/together.py`), and its ranks exist.
 
     Raises ValueError, before a weight is read, for anything wrong with the config, the data or the run folder; the
     reasons of `training/preemption.py` where the run is left before its end, with `result.json` written.
@@ -87,9 +91,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise ValueError("cluster: train runs here; submit takes the same words and hands them to the cluster")
     plan = plan_run(config, Machine.here(config.trainer))
     check_ranks_can_start(plan)
-    if plan.is_rank:
+    if plan.is_rank and member is None:
         leave_with_launcher()
-    leaves_ranks = plan.is_rank and distributed.connect(plan.accelerator)
+    leaves_ranks = plan.is_rank and member is None and distributed.connect(plan.accelerator)
     run_dir = folder_of(config)
     with opened_folder(config) as start:
         if start.result is not None and not config.dry_run:
@@ -109,7 +113,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             prepare_folder(config, run_dir)
             run_ranks(run_dir / "config.yaml", plan.devices)
             return json.loads((run_dir / "result.json").read_text())
-        return train_prepared(config, plan, start, data, tokenizer, scored, content, leaves_ranks, started)
+        return train_prepared(config, plan, start, data, tokenizer, scored, content, leaves_ranks, started, member)
 
 
 def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: dict[str, Any]) -> dict[str, Any]:
@@ -158,10 +162,12 @@ def train_prepared(
     content: dict[str, str],
     leaves_ranks: bool,
     started: float,
+    member: Member | None = None,
 ) -> dict[str, Any]:
     """Train in this process. Leaves the adapter and `result.json` in the run's folder, and returns what that holds."""
     run_dir = folder_of(config)
-    module = FinetuneModule(
+    make = FinetuneModule if member is None else partial(TogetherModule, member)
+    module = make(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
         config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
         config.objective,
@@ -179,6 +185,8 @@ def train_prepared(
     metrics = StepMetrics(Guard(config.guard, plan.precision == "16-mixed"))
     samples = read_conversations(config.data, "validation", config.validation.samples)
     signals = PreemptionSignals(plan.max_seconds)
+    if member is not None:
+        signals = MemberSignals(member.group, plan.max_seconds, run_dir)
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save)
     stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
     callbacks: list[Callback] = [
