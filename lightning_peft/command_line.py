@@ -17,7 +17,6 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from lightning_peft import distributed
-from lightning_peft.cluster.slurm import SlurmError
 from lightning_peft.compose import (
     SEARCH_PATH,
     compose_config,
@@ -25,7 +24,8 @@ from lightning_peft.compose import (
     quote_text_values,
     typed,
 )
-from lightning_peft.plugins import imported_by_words, is_of_plugin
+from lightning_peft.plugins import imported_by_words
+from lightning_peft.runs.errors import WrongInput, is_input_error, one_line
 from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 from lightning_peft.schemas import CONF_DIR, register_schemas
@@ -48,10 +48,6 @@ BY_WORDS = ("sweep", "init", "config", "schema", "completion")
 """Commands that take the words themselves: they belong to two configs, or to none."""
 
 
-class WrongInput(ValueError):
-    """A trial's error that speaks to the user; on its way out of another process it loses its traceback."""
-
-
 def run_command(command: str, function: Callable[[Any], Any], overrides: list[str]) -> int:
     """Compose, run, and return the exit status. LIGHTNING_PEFT_TRACEBACK=1 shows where a one-line error came from."""
     set_up_logging()
@@ -66,8 +62,20 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             from lightning_peft.commands.plan_sweep import submit_sweep
 
             submit_sweep([word for word in overrides if word not in sweep])
+        elif sweep and any(word.startswith("sweep.") for word in overrides):
+            if command != "train":
+                raise ValueError(f"{command} -m: takes no options of a sweep; train -m and submit -m do")
+            from lightning_peft.commands.sweep_together import sweep_together
+
+            folder, status = sweep_together([word for word in overrides if word not in sweep])
+            show_sweep(folder)
+            return status
         elif sweep:
             run_sweep(command, function, [word for word in overrides if word not in sweep])
+        elif command == "train" and is_list(overrides):
+            from lightning_peft.commands.together import train_listed
+
+            return train_listed(Path(overrides[0].partition("=")[2]))
         elif command == "train":
             function(starting_config(overrides))
         else:
@@ -84,6 +92,11 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
         leave_last_words(f"{type(error).__name__}: {one_line(error)}")
         raise
     return DONE
+
+
+def is_list(words: list[str]) -> bool:
+    """Return whether the words name a list of run folders, to be trained together."""
+    return len(words) == 1 and words[0].startswith("config_path=") and words[0].endswith(".txt")
 
 
 def show_help(command: str, words: list[str]) -> int:
@@ -110,22 +123,6 @@ def say_what_is_wrong(error: Exception) -> int:
     elif not leave_last_words(one_line(error)):
         print(f"error: rank {rank}: {one_line(error)}", file=sys.stderr)
     return WRONG_INPUT
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def is_input_error(error: Exception) -> bool:
-    """Whether an exception speaks to the user: a failed file operation, SLURM's refusal, or our own ValueError.
-
-    A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
-    """
-    if isinstance(error, OSError | WrongInput | SlurmError):
-        return True
-    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    is_own = Path(innermost).is_relative_to(Path(__file__).parent) or is_of_plugin(innermost)
-    return isinstance(error, ValueError) and is_own
 
 
 def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]) -> None:

@@ -5,6 +5,9 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+LEAVE = "leave"
+"""File in a run's folder that asks this run to save and leave, where others share its process."""
+
 
 @dataclass(frozen=True)
 class Process:

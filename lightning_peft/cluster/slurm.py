@@ -82,7 +82,8 @@ while is_taken "$MASTER_ADDR" || is_taken localhost; do MASTER_PORT=$((MASTER_PO
 trap : TERM USR1 USR2
 
 run_dir={run_dir}
-checkpoints=$(ls "$run_dir/checkpoints" 2> /dev/null)
+written() {{ {written}; }}
+checkpoints=$(written)
 # The ranks get the environment of this script, also where sbatch was told to export nothing.
 srun --export=ALL --kill-on-bad-exit=1 {python} -m lightning_peft train {train}
 status=$?
@@ -94,7 +95,7 @@ job=${{job:-$SLURM_JOB_ID}}
 if [ "$status" -eq 75 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
   # A job that never gets as far as a checkpoint would be requeued for ever.
   stalls=$run_dir/starts_without_checkpoint
-  if [ "$(ls "$run_dir/checkpoints" 2> /dev/null)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
+  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
   if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
     rm "$stalls"
     echo "error: three starts in a row had to leave before a checkpoint: give more cluster.time, or less cluster.grace"
@@ -104,6 +105,11 @@ if [ "$status" -eq 75 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = 
 fi
 exit "$status"
 """
+
+ONE_RUN = 'ls "$run_dir/checkpoints" 2> /dev/null'
+"""`written` of `batch_script` for one run."""
+TOGETHER = 'while read -r trial; do ls "$trial/checkpoints" 2> /dev/null; done < "$run_dir/trials.txt"'
+"""`written` of `batch_script` for trials that train together, whose folders stand in trials.txt."""
 
 WANDB = """
 # Started here, Weights & Biases' service outlives the signals that end the ranks, and finishes writing.
@@ -121,11 +127,13 @@ def batch_script(
     array: str | None = None,
     wandb: bool = False,
     directory: str | None = None,
+    written: str = ONE_RUN,
 ) -> str:
     """A batch script of one run, or of an array of runs with `array` as sbatch takes it ("0-7%4").
 
     `log` may hold sbatch's %j, %A and %a. `run_dir`, the run's folder, and `train`, the words after `lightning-peft
-    train`, every rank's own, are bash. Relative paths count from `directory`; null leaves that to whoever submits.
+    train`, every rank's own, are bash, and so is `written`, which lists what tells whether a start got on. Relative
+    paths count from `directory`; null leaves that to whoever submits.
     """
     needs = [
         directive("job-name", name),
@@ -150,7 +158,8 @@ def batch_script(
     python = " ".join([*([cluster.container] if cluster.container else []), shlex.quote(cluster.python or "python")])
     setup = "\n".join(["", "# The environment of the ranks.", *cluster.setup, ""]) if cluster.setup else ""
     service = WANDB.format(wandb=f"{python} -m wandb") if wandb else ""
-    return "\n".join([*head, BODY.format(setup=setup, wandb=service, python=python, train=train, run_dir=run_dir)])
+    body = BODY.format(setup=setup, wandb=service, python=python, train=train, run_dir=run_dir, written=written)
+    return "\n".join([*head, body])
 
 
 def directive(option: str, value: str) -> str:
@@ -178,6 +187,10 @@ def train_words(config_path: Path) -> str:
 
 ARRAY_TRAIN_WORDS = 'config_path="$run_dir/config.yaml"'
 """`train` of `batch_script` for an array."""
+
+
+TOGETHER_TRAIN_WORDS = 'config_path="$run_dir/trials.txt"'
+"""`train` of `batch_script` for an array whose tasks train several trials each."""
 
 
 def array_run_dir(run_dirs: Path) -> str:

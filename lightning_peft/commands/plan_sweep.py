@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.command_configs import SubmitSweepConfig
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
-from lightning_peft.commands.sweep_array import array_script, submit_array
+from lightning_peft.commands.sweep_array import array_script, groups_of_tasks, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.config import DataConfig
@@ -93,9 +93,12 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
         runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
     for run in runs:
         check_metric(sweep.metric, run)
+    if config.sweep.together is not None:
+        share_bases(sweep, runs, config.sweep.together)
     check_scorers(runs)
     if runs[0].cluster is not None and runs[0].cluster.dry_run:
-        print(array_script(sweep, sweep.count, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
+        tasks = len(groups_of_tasks(sweep.trials, sweep.together)) or sweep.count
+        print(array_script(sweep, tasks, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
         return
     with nothing_left_if_refused(folder):
         with locked(folder):
@@ -108,6 +111,25 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
             write_sweep(sweep, folder)
         start(folder, [trial.name for trial in sweep.trials], runs[0])
     logger.info("%s: %d trials", folder, sweep.count)
+
+
+def share_bases(sweep: Sweep, runs: Sequence[TrainConfig], together: int | str) -> None:
+    """Note which trials can train together, and how many do."""
+    # Models, which a sweep whose trials have processes of their own does without.
+    from lightning_peft.commands.together import bases, most_that_fit
+    from lightning_peft.runs.machine import Machine
+
+    cluster = runs[0].cluster
+    machine = Machine.here(runs[0].trainer) if cluster is None else Machine.of_cluster(runs[0].trainer, cluster)
+    resolved = [run if run.cluster is None else for_cluster(run, run.cluster) for run in runs]
+    found = bases({trial.name: run for trial, run in zip(sweep.trials, resolved, strict=True)}, machine)
+    for trial in sweep.trials:
+        trial.base = found[trial.name]
+    if isinstance(together, str):
+        sharing = [run for trial, run in zip(sweep.trials, resolved, strict=True) if trial.base is not None]
+        processes = (sweep.parallel or 1) if cluster is None else 1
+        together = most_that_fit(sharing, machine, processes) if sharing else 1
+    sweep.together = together
 
 
 def start(folder: Path, names: list[str], run: TrainConfig) -> None:
@@ -215,6 +237,18 @@ def check_scorers(runs: Sequence[TrainConfig]) -> None:
 
 
 def parse(words: list[str]) -> list[Override]:
+    """Hydra's reading of the words of `submit -m`. Raises ValueError for those that are not for it."""
+    overrides = read_words(words)
+    for override in overrides:
+        if override.is_hydra_override() and override.get_key_element() != SEARCH_PATH:
+            raise ValueError(f"{override.input_line}: submit starts its trials itself; Hydra's launchers and sweepers "
+                             "are for train -m")  # fmt: skip
+        if override.get_key_element().lstrip("+") in ("resume", "dry_run", "config_path"):
+            raise ValueError(f"{override.input_line}: not for a sweep; its trials are resumed by `sweep retry`")
+    return overrides
+
+
+def read_words(words: list[str]) -> list[Override]:
     """Hydra's reading of the words, globs over option files included, those of one's own folders too."""
     words = imported_by_words(words)
     register_schemas()
@@ -223,16 +257,9 @@ def parse(words: list[str]) -> list[Override]:
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
         parser = OverridesParser.create(config_loader=config_loader(words))
         try:
-            overrides = parser.parse_overrides(words)
+            return parser.parse_overrides(words)
         except OverrideParseException as error:
             raise ValueError(f"{error.override}: not of the form key=value (quote special characters)") from error
-    for override in overrides:
-        if override.is_hydra_override() and override.get_key_element() != SEARCH_PATH:
-            raise ValueError(f"{override.input_line}: submit starts its trials itself; Hydra's launchers and sweepers "
-                             "are for train -m")  # fmt: skip
-        if override.get_key_element().lstrip("+") in ("resume", "dry_run", "config_path"):
-            raise ValueError(f"{override.input_line}: not for a sweep; its trials are resumed by `sweep retry`")
-    return overrides
 
 
 def absolute_search_path(word: str) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft import readable
+from lightning_peft.cluster.process import LEAVE
 from lightning_peft.cluster.slurm import cancel_jobs, find_jobs
 from lightning_peft.command_configs import SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
@@ -187,9 +188,15 @@ def cancel(config: SweepCommandConfig) -> None:
         if not config.trials:
             sweep.count = len(sweep.trials)
     if sweep.arrays:
-        cancel_jobs([trial.job for trial in stopped if trial.job is not None] if config.trials else sweep.arrays)
+        kept = {trial.job for trial in sweep.trials if trial not in stopped and trial.state in (WAITING, RUNNING)}
+        for trial in stopped:
+            if trial.job in kept:  # others train in the same task: this one leaves at its next step
+                (folder / trial.name / LEAVE).touch()
+        jobs = {trial.job for trial in stopped if trial.job is not None} - kept
+        if not config.trials or jobs:
+            cancel_jobs(sorted(job for job in jobs if job is not None) if config.trials else sweep.arrays)
     for trial in stopped:
-        end(trial)
+        end(trial, sweep, folder)
     logger.info("%s: %d trials cancelled", folder, len(stopped))
 
 

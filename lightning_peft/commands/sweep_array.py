@@ -2,11 +2,15 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lightning_peft.cluster.slurm import (
     ARRAY_TRAIN_WORDS,
+    ONE_RUN,
+    TOGETHER,
+    TOGETHER_TRAIN_WORDS,
     ClusterConfig,
     array_run_dir,
     batch_script,
@@ -14,24 +18,44 @@ from lightning_peft.cluster.slurm import (
     submit_script,
 )
 from lightning_peft.config import TrainConfig
-from lightning_peft.sweeps.sweep import Sweep, begin, changed_sweep
+from lightning_peft.sweeps.sweep import Sweep, Trial, begin, changed_sweep
 
 
 def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: TrainConfig) -> None:
     """Submit these trials, or with no names as many tasks as Optuna has trials to draw. Prints the job's number."""
     with changed_sweep(folder) as sweep:
-        tasks = len(names) or sweep.count - len(sweep.trials)
+        groups = groups_of_tasks([sweep.trial(name) for name in names], sweep.together)
+        tasks = len(groups) or sweep.count - len(sweep.trials)
         run_dirs = list_path(sweep, folder)
-        run_dirs.write_text("".join(f"{folder / name}\n" for name in names), encoding="utf-8")
+        places = [folder / name for name in names]
+        if sweep.together > 1:
+            places = [run_dirs.with_suffix("") / str(task) for task in range(tasks)]
+            for place, group in zip(places, groups, strict=True):
+                place.mkdir(parents=True)
+                (place / "trials.txt").write_text("".join(f"{folder / trial.name}\n" for trial in group))
+        run_dirs.write_text("".join(f"{place}\n" for place in places), encoding="utf-8")
         script = run_dirs.with_suffix(".sbatch")
         script.write_text(array_script(sweep, tasks, folder, cluster, run, bool(names)), encoding="utf-8")
         job = submit_script(script)
         sweep.arrays.append(job)
-        for task, name in enumerate(names):
-            trial = sweep.trial(name)
-            begin(trial, folder)
-            trial.job = f"{job}_{task}"
-    print(f"job {job}: {tasks} trials in {folder}")
+        for task, group in enumerate(groups):
+            for trial in group:
+                begin(trial, folder)
+                trial.job = f"{job}_{task}"
+    print(f"job {job}: {len(names) or tasks} trials in {folder}" + (f", {tasks} tasks" if sweep.together > 1 else ""))
+
+
+def groups_of_tasks(trials: Sequence[Trial], most: int) -> list[list[Trial]]:
+    """Return the trials of each task of an array: up to `most` of one base, in the order of their first."""
+    groups: list[list[Trial]] = []
+    for trial in trials:
+        fitting = (g for g in groups if trial.base is not None and g[0].base == trial.base and len(g) < most)
+        group = next(fitting, None)
+        if group is None:
+            groups.append([trial])
+        else:
+            group.append(trial)
+    return groups
 
 
 def list_path(sweep: Sweep, folder: Path) -> Path:
@@ -51,9 +75,10 @@ def array_script(
         replace(cluster, python=python),
         name=folder.name,
         log=log_path(folder, "slurm-%A_%a.log"),
-        train=ARRAY_TRAIN_WORDS,
+        train=TOGETHER_TRAIN_WORDS if sweep.together > 1 else ARRAY_TRAIN_WORDS,
         run_dir=run_dir,
         array=f"0-{tasks - 1}" + (f"%{sweep.parallel}" if sweep.parallel else ""),
         wandb="wandb" in run.logger,
         directory=sweep.directory,
+        written=TOGETHER if sweep.together > 1 else ONE_RUN,
     )

@@ -85,6 +85,7 @@ from lightning_peft.training.guard import Diverged, Guard
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
+from lightning_peft.training.together import Member, MemberSignals, TogetherModule
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,10 @@ ROLLED_BACK = "rolled back"
 """Status that loggers are told where a run goes on from an earlier checkpoint; no result has it."""
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
     """Run a training to its end, or on from its last checkpoint. Returns what `result.json` holds.
+
+    With `member` it is one of several that share this process and a base (`commands/together.py`), and its ranks exist.
 
     Raises ValueError, before a weight is read, for anything wrong with the config, the data or the run folder; the
     reasons of `training/preemption.py` where the run is left before its end, with `result.json` written.
@@ -104,9 +107,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise ValueError("cluster: train runs here; submit takes the same words and hands them to the cluster")
     plan = plan_run(config, Machine.here(config.trainer))
     check_ranks_can_start(plan)
-    if plan.is_rank:
+    if plan.is_rank and member is None:
         leave_with_launcher()
-    leaves_ranks = plan.is_rank and distributed.connect(plan.accelerator)
+    leaves_ranks = plan.is_rank and member is None and distributed.connect(plan.accelerator)
     run_dir = folder_of(config)
     with opened_folder(config) as start:
         if start.result is not None and not config.dry_run:
@@ -126,7 +129,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             prepare_folder(config, run_dir)
             run_ranks(run_dir / "config.yaml", plan.devices)
             return json.loads((run_dir / "result.json").read_text())
-        return train_with_rollbacks(config, plan, start, data, tokenizer, scored, content, leaves_ranks, started)
+        return train_with_rollbacks(
+            config, plan, start, data, tokenizer, scored, content, leaves_ranks, started, member
+        )
 
 
 def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +180,7 @@ def train_with_rollbacks(
     content: dict[str, str],
     leaves_ranks: bool,
     started: float,
+    member: Member | None = None,
 ) -> dict[str, Any]:
     """Train in this process, with guard.action=rollback from an earlier checkpoint once more where the run diverges."""
     run_dir, checkpoint = folder_of(config), start.checkpoint
@@ -182,7 +188,7 @@ def train_with_rollbacks(
     while True:
         try:
             return train_prepared(
-                config, plan, checkpoint, rollbacks, data, tokenizer, scored, content, leaves_ranks, started
+                config, plan, checkpoint, rollbacks, data, tokenizer, scored, content, leaves_ranks, started, member
             )
         except Diverged as found:
             if not can_roll_back(config.guard, rollbacks, found):
@@ -205,13 +211,15 @@ def train_prepared(
     content: dict[str, str],
     leaves_ranks: bool,
     started: float,
+    member: Member | None = None,
 ) -> dict[str, Any]:
     """Train in this process, on from the checkpoint `resumed`. Returns what `result.json` holds.
 
     Leaves that and the adapter in the run's folder. Raises Diverged, with no result where the run is to be rolled back.
     """
     run_dir = folder_of(config)
-    module = FinetuneModule(
+    make = FinetuneModule if member is None else partial(TogetherModule, member)
+    module = make(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
         config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
         config.objective,
@@ -232,6 +240,8 @@ def train_prepared(
     metrics = StepMetrics(guard)
     samples = read_conversations(config.data, "validation", config.validation.samples)
     signals = PreemptionSignals(plan.max_seconds)
+    if member is not None:
+        signals = MemberSignals(member.group, plan.max_seconds, run_dir)
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save, metrics.is_calm)
     stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
     callbacks: list[Callback] = [

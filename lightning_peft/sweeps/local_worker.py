@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cluster.process import process, this_process
+from lightning_peft.cluster.process import LEAVE, process, this_process
 from lightning_peft.sweeps.pruning import begin_at_rung, promoted
 from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
 from lightning_peft.threads import available_cores
@@ -57,32 +58,45 @@ def work(folder: Path, slot: int) -> None:
     """Run trials until none is left to begin or to go on with."""
     os.chdir(read_sweep(folder).directory)
     while True:
-        trial = claim(folder)
-        if trial is not None:
-            run(trial, folder, slot)
+        trials = claim(folder)
+        if trials:
+            run(trials, folder, slot)
         elif is_awaited(folder):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         elif not drew_another(folder):
             return
 
 
-def claim(folder: Path) -> Trial | None:
-    """The next trial, now begun by this process: one that a rung lets on, else one that nobody has begun.
+def claim(folder: Path) -> list[Trial]:
+    """The next trials, now begun by this process: those that a rung lets on, else those that nobody has begun.
 
-    Without one, and none to be drawn or to be waited for, this process signs off.
+    One, or as many as train together and share a base. Without any, and none to be drawn or to be waited for, this
+    process signs off.
     """
+    claimed: list[Trial] = []
     with changed_sweep(folder) as sweep:
         if sweep.rungs:
             refresh(sweep, folder, {})
-        waiting = next((trial for trial in sweep.trials if trial.is_waiting), None)
-        trial = (promoted(sweep) if sweep.rungs else None) or waiting
-        if trial is not None:
+        while len(claimed) < sweep.together and (trial := next_trial(sweep, claimed)) is not None:
             begin_at_rung(sweep, trial, folder)
-            trial.process = this_process()
-            return trial
-        if len(sweep.trials) >= sweep.count and not others_run(sweep):
+            trial.process, trial.state = this_process(), RUNNING
+            claimed.append(trial)
+        if not claimed and len(sweep.trials) >= sweep.count and not others_run(sweep):
             sweep.workers.remove(this_process())
-    return None
+    return claimed
+
+
+def next_trial(sweep: Sweep, beside: Sequence[Trial]) -> Trial | None:
+    """The trial to begin next, where some are claimed already one that can train beside them."""
+    trial = promoted(sweep) if sweep.rungs else None
+    if not beside:
+        return trial or next((trial for trial in sweep.trials if trial.is_waiting), None)
+    base = beside[0].base
+    if base is None:
+        return None
+    if trial is not None and trial.base == base:
+        return trial
+    return next((trial for trial in sweep.trials if trial.is_waiting and trial.base == base), None)
 
 
 def others_run(sweep: Sweep) -> bool:
@@ -109,10 +123,14 @@ def drew_another(folder: Path) -> bool:
     return asked.returncode == 0
 
 
-def run(trial: Trial, folder: Path, slot: int) -> None:
-    run_dir = folder / trial.name
-    command = [sys.executable, "-m", "lightning_peft", "train", f"config_path={run_dir / 'config.yaml'}"]
-    with (run_dir / LOG).open("a") as log:
+def run(trials: Sequence[Trial], folder: Path, slot: int) -> None:
+    """Train a trial in a process of its own, or several together in one."""
+    config, log_path = folder / trials[0].name / "config.yaml", folder / trials[0].name / LOG
+    if len(trials) > 1:  # each has a log of its own all the same
+        config, log_path = folder / f"together-{slot}.txt", folder / f"together-{slot}.log"
+        config.write_text("".join(f"{folder / trial.name}\n" for trial in trials), encoding="utf-8")
+    command = [sys.executable, "-m", "lightning_peft", "train", f"config_path={config}"]
+    with log_path.open("a") as log:
         training = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -122,11 +140,14 @@ def run(trial: Trial, folder: Path, slot: int) -> None:
             env=os.environ | share_of_machine(read_sweep(folder), slot),
         )
         with changed_sweep(folder) as sweep:
-            sweep.trial(trial.name).process = process(training.pid)
+            for trial in trials:
+                sweep.trial(trial.name).process = process(training.pid)
         exit_code = training.wait()
     with changed_sweep(folder) as sweep:
-        sweep.trial(trial.name).exit_code = exit_code
-    logger.info("%s: exit status %d", trial.name, exit_code)
+        for trial in map(sweep.trial, [trial.name for trial in trials]):
+            if trial.process is not None:  # one that ended before the others has said how
+                trial.exit_code = exit_code
+    logger.info("%s: exit status %d", ", ".join(trial.name for trial in trials), exit_code)
 
 
 def share_of_machine(sweep: Sweep, slot: int) -> dict[str, str]:
@@ -149,9 +170,16 @@ def visible_devices() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def end(trial: Trial) -> None:
-    """Ask a running trial to leave, and make it leave after GRACE_SECONDS; its ranks are in its process group."""
+def end(trial: Trial, sweep: Sweep, folder: Path) -> None:
+    """Ask a running trial to leave, and make it leave after GRACE_SECONDS; its ranks are in its process group.
+
+    One whose process others go on in is asked by a file, and leaves at its next step.
+    """
     if trial.process is None or not trial.process.is_alive:
+        return
+    if any(other.process == trial.process and not other.is_cancelled for other in sweep.trials):
+        (folder / trial.name / LEAVE).touch()
+        logger.info("%s: leaves at its next step; others train in its process", trial.name)
         return
     os.killpg(trial.process.pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS

@@ -65,10 +65,21 @@ class SweepConfig:
     """Step of the first rung; null has two rungs before trainer.max_steps."""
     parallel: int | None = None
     """Trials at once; null takes one on this machine, and on a cluster as many as it will run."""
+    together: Any = None
+    """Trials that share one process and one base: a number, or auto for as many as the memory holds; null gives each a
+    process."""
 
     def __post_init__(self) -> None:
         if self.parallel is not None and self.parallel < 1:
             raise ValueError(f"sweep.parallel={self.parallel}: must be at least 1")
+        is_count = type(self.together) is int and self.together >= 1
+        if self.together not in (None, "auto") and not is_count:
+            raise ValueError(f"sweep.together={self.together}: must be a number of at least 1, auto or null")
+        if self.together is not None and self.search is Search.optuna:
+            raise ValueError(
+                f"sweep.together={self.together} sweep.search=optuna: each trial is drawn from what those before have "
+                "shown; use grid or random, or leave sweep.together out"
+            )
         if self.search is Search.grid and self.trials is not None:
             raise ValueError(f"sweep.trials={self.trials}: a grid has all its combinations; add sweep.search=random")
         if self.search is not Search.grid and (self.trials is None or self.trials < 1):

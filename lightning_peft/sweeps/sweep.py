@@ -58,6 +58,8 @@ class Trial:
     number: int | None = None
     """Optuna's number of the trial."""
     is_cancelled: bool = False
+    base: str | None = None
+    """What it shares with trials of the same word that train together; null for one that trains by itself."""
     rung_values: list[float | None] = field(default_factory=list)
     """The sweep's metric at each rung that the trial has reached, so that small is good; null for one not finite."""
 
@@ -90,6 +92,8 @@ class Sweep:
     """Trials in all, of which optuna's are not drawn yet."""
     seed: int = 0
     parallel: int | None = None
+    together: int = 1
+    """Trials that share one process."""
     directory: str = "."
     """Where the sweep was submitted: relative paths of its words start there."""
     trials: list[Trial] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """The Lightning module: a causal language model with adapters, its loss, its optimiser."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -172,6 +172,10 @@ class FinetuneModule(LightningModule):
                 logger.info("the load of the experts is not logged under the compiler; compile=none logs it")
         self.log_memory(self.model)
 
+    def read_base(self, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:
+        """Return the quantised base as `load_by_block` does."""
+        return load_by_block(self.model_config, self.weight_dtype, self.quantization_config, device)
+
     def build_objective(self, model: PreTrainedModel) -> ModelLoss:
         """Return the model with the loss it is trained on."""
         row = OBJECTIVES[self.objective_config.name]
@@ -217,7 +221,7 @@ class FinetuneModule(LightningModule):
         host_memory = 0.0
         fingerprints: dict[str, str] = {}
         with Part(f"loading {model_name(self.model_config)}"):
-            model, blocks = load_by_block(self.model_config, self.weight_dtype, self.quantization_config, device)
+            model, blocks = self.read_base(device)
             if reads_all:
                 blocks = iter(list(blocks))
                 self.select_modules(model.to(device), device)  # type: ignore[arg-type]  # as in load_model

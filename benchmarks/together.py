@@ -1,0 +1,195 @@
+"""Trials that train together on one base: a step of all beside each alone, and beside one LoRA of the summed rank.
+
+    python benchmarks/together.py
+
+Processor time of one thread, the ways in turn, ratios of neighbours and their median. A step is forward, backward,
+clipping and optimiser; each trial has one row of its own tokens. `alone` runs the trials one after the other on the
+same base, `one_lora` one adapter of the summed rank on all tokens. Memory is the most a step has allocated at a time;
+that of a 1.2 B NF4 base is the planner's, for one process with eight trials and for eight processes.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.floor import peak_allocation, random_batch, ratio
+from benchmarks.machine import fastest_dtype
+from benchmarks.results import FOLDER, Results
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.commands.estimate import estimate_of
+from lightning_peft.compose import compose_config
+from lightning_peft.data.batch import Batch
+from lightning_peft.estimation.together import memory_together
+from lightning_peft.models.loading import load_model
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
+from lightning_peft.training.host_memory import keep_freed_memory
+from lightning_peft.training.together import (
+    Group,
+    HandedLoss,
+    SharedPasses,
+    TogetherLoss,
+    around_same_tensors,
+    random_states,
+    trained_parameters,
+)
+
+RANKS, RATES = (4, 8, 16, 32), (1e-3, 5e-4, 2e-4, 1e-4)
+LARGE = [
+    "model=llama_3_2_1b", "method=qlora", "data.max_length=512", "data.micro_batch_size=1", "trainer.accelerator=cpu",
+    "trainer.precision=bf16-true", "rank=r16",
+]  # fmt: skip
+IMPORTS_BYTES = 400 * 2**20
+"""Anonymous memory of a process after its imports, which the planner leaves out; measured."""
+
+
+class Trained:
+    """A model's adapters with their optimiser."""
+
+    def __init__(self, model: nn.Module, rate: float):
+        self.parameters = trained_parameters(model)
+        named = [(str(number), parameter) for number, parameter in enumerate(self.parameters)]
+        self.optimizer = build_optimizer(named, OptimizerConfig(lr=rate))
+
+    def step(self, loss: Tensor, tokens: int) -> None:
+        (loss / tokens).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Ways:
+    """The ways to take a step of all trials."""
+
+    def __init__(self, base: Any, batches: Sequence[Batch]):
+        self.batches = batches
+        self.group = Group([str(rank) for rank in RANKS])
+        self.group.template = base
+        self.members, self.losses = [], []
+        for member, rank, rate in zip(self.group.members, RANKS, RATES, strict=True):
+            for kind in ("together", "alone"):
+                torch.manual_seed(rank)
+                model = around_same_tensors(base)
+                inject_adapters(model, LoRAConfig(rank=rank))
+                if kind == "together":
+                    TogetherLoss(model, "auto", member)
+                    self.members.append(Trained(model, rate))
+                else:
+                    self.losses.append((SupervisedLoss(model).train(), Trained(model, rate)))
+        checked = self.losses[0][0]
+        checked.check(batches[0])
+        assert self.group.members[0].loss is not None
+        self.group.members[0].loss.logit_path = checked.logit_path
+        self.passes = SharedPasses(self.group, self.group.members)
+        model = around_same_tensors(base)
+        inject_adapters(model, LoRAConfig(rank=sum(RANKS)))
+        self.one = SupervisedLoss(model).train(), Trained(model, RATES[-1])
+        rows = [
+            torch.cat(parts) for parts in zip(*((b.input_ids, b.labels, b.position_ids) for b in batches), strict=True)
+        ]
+        width = rows[0].shape[1]
+        bounds = torch.arange(0, rows[0].numel() + 1, width, dtype=torch.int32)
+        self.all = Batch(*rows, bounds, width, rows[0].numel(), sum(b.num_supervised for b in batches))
+
+    def together(self) -> list[float]:
+        for member, batch in zip(self.group.members, self.batches, strict=True):
+            member.batch, member.random = batch, random_states()
+        answers = self.passes.take(self.group.members)
+        for trained, answer, batch in zip(self.members, answers, self.batches, strict=True):
+            trained.step(HandedLoss.apply(*answer, *trained.parameters), batch.num_supervised)
+        return [float(loss) / batch.num_supervised for (loss, _), batch in zip(answers, self.batches, strict=True)]
+
+    def alone(self) -> list[float]:
+        found = []
+        for (objective, trained), batch in zip(self.losses, self.batches, strict=True):
+            loss = objective(batch)
+            trained.step(loss, batch.num_supervised)
+            found.append(float(loss.detach()) / batch.num_supervised)
+        return found
+
+    def one_lora(self) -> None:
+        objective, trained = self.one
+        trained.step(objective(self.all), self.all.num_supervised)
+
+
+def measure(base: Any, tokens: int, repeats: int) -> dict[str, Any]:
+    torch.manual_seed(tokens)
+    vocabulary = base.config.get_text_config().vocab_size
+    ways = Ways(base, [random_batch(vocabulary, 1, tokens) for _ in RANKS])
+    runs: dict[str, Callable[[], Any]] = {name: getattr(ways, name) for name in ("together", "alone", "one_lora")}
+    together, alone = ways.together(), ways.alone()
+    ways.one_lora()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - started)
+    return {
+        "cpu_seconds": seconds,
+        "alone_over_together": ratio(seconds["alone"], seconds["together"]),
+        "together_over_one_lora": ratio(seconds["together"], seconds["one_lora"]),
+        "first_losses_differ_by": max(abs(a - b) for a, b in zip(together, alone, strict=True)),
+        "peak_mib": {name: peak_allocation(run) / 2**20 for name, run in runs.items()},
+    }
+
+
+def planned_memory(trials: int) -> dict[str, Any]:
+    """Return the planner's bytes for a large NF4 base: one process with so many trials, and so many processes."""
+    config: EstimateConfig = compose_config("estimate", LARGE)
+    found = estimate_of(config)
+    together = memory_together([found] * trials) + IMPORTS_BYTES
+    apart = trials * (found.peak + IMPORTS_BYTES)
+    return {"trials": trials, "words": LARGE, "together": together, "apart": apart, "ratio": together / apart}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2_135m")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 512], help="of each trial")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=fastest_dtype("cpu"))
+    parser.add_argument("--output", type=Path, default=FOLDER / "together.json")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    settings = {"model": options.model, "dtype": options.dtype, "repeats": options.repeats, "ranks": list(RANKS)}
+    results = Results(options.output, settings)
+    base = load_model(ModelConfig(name=options.model), getattr(torch, options.dtype)).requires_grad_(False)
+    for tokens in options.tokens:
+        if (name := f"{tokens} tokens a trial") not in results.rows:
+            results.add(name, measure(base, tokens, options.repeats))
+    if "1.2 B NF4 base" not in results.rows:
+        results.add("1.2 B NF4 base", planned_memory(8))
+    show(results.rows)
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    table = Table("", "together s", "alone s", "alone / together", "together / one LoRA", "step MiB", "alone MiB")
+    for name, row in rows.items():
+        if "cpu_seconds" not in row:
+            continue
+        medians = {way: statistics.median(row["cpu_seconds"][way]) for way in ("together", "alone")}
+        table.add_row(
+            name, f"{medians['together']:.2f}", f"{medians['alone']:.2f}", f"{row['alone_over_together']:.2f}",
+            f"{row['together_over_one_lora']:.2f}", *(f"{row['peak_mib'][way]:.0f}" for way in ("together", "alone")),
+        )  # fmt: skip
+    Console().print(table)
+    memory = rows["1.2 B NF4 base"]
+    together, apart = (memory[key] / 2**30 for key in ("together", "apart"))
+    print(f"{memory['trials']} trials on a 1.2 B NF4 base: {together:.2f} GiB together, {apart:.2f} in processes")
+
+
+if __name__ == "__main__":
+    main()

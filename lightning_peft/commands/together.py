@@ -1,0 +1,351 @@
+"""Trials that train together: which of them can share one process and one base, and their training in groups."""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_peft import distributed
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.segments import change_of_base
+from lightning_peft.adapters.targets import find_targets
+from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.commands.estimate import estimate_of
+from lightning_peft.commands.train import prepare_folder, train
+from lightning_peft.compose import compose_config
+from lightning_peft.config import TrainConfig, plain
+from lightning_peft.distributed import LAUNCHER
+from lightning_peft.estimation.together import most_together
+from lightning_peft.models.blocks import block_names
+from lightning_peft.models.loading import empty_model
+from lightning_peft.objectives.sft import SFTConfig
+from lightning_peft.runs.errors import is_input_error, one_line
+from lightning_peft.runs.folder import folder_of, opened_folder
+from lightning_peft.runs.machine import GIB, Machine
+from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, plan_run
+from lightning_peft.runs.ranks import WRONG_INPUT, leave_with_launcher, run_ranks
+from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
+from lightning_peft.training.config import Compilation, GuardAction, StrategyKind
+from lightning_peft.training.preemption import REASONS, Preempted
+from lightning_peft.training.together import Group, Member, Outcome, obstacle_of_model
+
+logger = logging.getLogger(__name__)
+
+FAILED = 1
+LOG = "log.txt"
+"""What a trial logs, in its folder, as that of a trial with a process of its own."""
+SHARED = ("model", "quantization", "strategy", "activation_checkpointing", "compile", "device_memory_gib")
+"""Options of which trials that train together have the same values: they make the base, and how it is run."""
+OWN_TRAINER_OPTIONS = (
+    "max_steps", "max_epochs", "max_time", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm",
+    "log_every_n_steps", "enable_progress_bar",
+)  # fmt: skip
+"""Of the trainer's, what each trial has for itself."""
+
+
+def obstacle(config: TrainConfig, plan: RunPlan) -> str:
+    """Return why a trial trains by itself, with the option that says so; empty where it can share its base.
+
+    Raises ValueError for target modules that the model has not.
+    """
+    method, name = METHODS[config.adapter.method], config.adapter.method
+    if method.select is not None:
+        return f"method={config.method}: chooses modules of the base to train in full"
+    if reason := change_of_base(config.adapter):
+        return f"method={config.method}: {reason}"
+    if config.objective.name != SFTConfig.name:
+        return f"objective={config.objective.name}: trials together learn by sft"
+    if config.strategy.kind is StrategyKind.fsdp:
+        return "strategy=fsdp: a slice of the base belongs to one trial; use strategy=ddp or single"
+    if plan.precision.endswith("-mixed"):
+        return f"trainer.precision={plan.precision}: use bf16-true or 32-true"
+    if config.guard.action is GuardAction.rollback:
+        return "guard.action=rollback: a trial that goes back would hold up the others; use stop or skip"
+    if config.compile in (Compilation.blocks, Compilation.full):
+        return f"compile={config.compile.name}: passes taken together are not compiled; use auto or none"
+    if config.adapter.untie_embeddings or config.model.new_tokens:
+        return "adapter.untie_embeddings or model.new_tokens: its embeddings are its own"
+    model = empty_model(config.model, plan.weight_dtype)
+    if reason := obstacle_of_model(model):
+        return f"model: {reason}"
+    blocks = tuple(f"{block}." for block in block_names(model))
+    for target in find_targets(model, config.adapter, tuple(method.layers)):
+        layer = model.get_submodule(target.name)
+        kind = next(adapter for base, adapter in method.layers.items() if isinstance(layer, base))
+        if not kind.is_product():
+            return f"method={config.method}: {name} is no low-rank product beside its base"
+        if target.experts or not target.name.startswith(blocks):
+            return f"adapter.target_modules: {target.name} is no linear layer of a block that is fed every token"
+    return ""
+
+
+def shared_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that are the same for all trials of a group, flat."""
+    options = plain(config)
+    shared = {f"trainer.{key}": v for key, v in options["trainer"].items() if key not in OWN_TRAINER_OPTIONS}
+    for name in SHARED:
+        value = options[name]
+        shared |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    shared.pop("model.label", None)
+    return shared
+
+
+def bases(configs: Mapping[str, TrainConfig], machine: Machine | None = None) -> dict[str, str | None]:
+    """Return for each trial a word that it has in common with those it can train together with.
+
+    None for a trial that has to train by itself. One line says why, and one what keeps trials apart. `machine` is where
+    they will run, null this one.
+    """
+    found: dict[str, str | None] = {}
+    first: dict[str, dict[str, Any]] = {}
+    for name, config in configs.items():
+        if reason := obstacle(config, plan_run(config, machine or Machine.here(config.trainer))):
+            logger.info("%s trains by itself: %s", name, reason)
+            found[name] = None
+            continue
+        own = shared_options(config)
+        word = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        if first and word not in first:
+            other, options = next((n, first[w]) for n, w in found.items() if w is not None)
+            changed = next(key for key in own | options if own.get(key) != options.get(key))
+            logger.info("%s trains apart from %s: %s differs", name, other, changed)
+        first.setdefault(word, own)
+        found[name] = word
+    return found
+
+
+def grouped(configs: Mapping[str, TrainConfig], most: int) -> list[list[str]]:
+    """Return the trials, by name, in groups of up to `most` that can train together, in their order."""
+    groups: list[list[str]] = []
+    open_groups: dict[str, list[str]] = {}
+    for name, base in bases(configs).items():
+        group = [] if base is None else open_groups.get(base, [])
+        if not group:
+            groups.append(group)
+        group.append(name)
+        if base is not None:
+            open_groups[base] = group if len(group) < most else []
+    return groups
+
+
+def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: int = 1) -> int:
+    """Return how many of these trials the memory of a machine holds together, in each of so many processes at once.
+
+    Raises ValueError where nobody knows the memory, or not one trial fits.
+    """
+    estimates, limit = [], None
+    for config in configs:
+        options = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+        limit = machine.memory(config.device_memory_gib)
+        if limit is None:
+            raise ValueError("sweep.together=auto: no GPU here to ask for its memory; give a number, or "
+                             "device_memory_gib")  # fmt: skip
+        estimates.append(estimate_of(EstimateConfig(**options)))
+    assert limit is not None, "a sweep has trials"
+    if (most := most_together(estimates, limit / processes)) == 0:
+        raise ValueError(
+            f"sweep.together=auto: a trial takes up to {max(found.peak for found in estimates) / GIB:.2f} GiB, and "
+            f"there are {limit / processes / GIB:.2f} for each of {processes} processes"
+        )
+    logger.info("sweep.together=auto: up to %d trials in a process", most)
+    return most
+
+
+def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
+    """Train these runs in this process on one base, each as if alone; return the exit status for all of them.
+
+    `list_path` is where ranks find the run folders, one a line. The runs are a group of `grouped`. Every run's end is
+    in its own folder; a manifest above it is told as soon as it ends. Raises Preempted where a signal ended them all.
+    """
+    plans = [plan_run(config, Machine.here(config.trainer)) for config in configs]
+    plan = plans[0]
+    check_ranks_can_start(plan)
+    if plan.starts_ranks:
+        return with_ranks(configs, plan, list_path)
+    if plan.is_rank:
+        leave_with_launcher()
+    has_joined = plan.is_rank and distributed.connect(plan.accelerator)
+    names = [folder_of(config).name for config in configs]
+    group = Group(names)
+
+    def ended(number: int, outcome: Outcome[dict[str, Any]]) -> None:
+        status = exit_status(outcome.error)
+        if distributed.rank() == 0:
+            say(names[number], outcome.error, status)
+            note_end(folder_of(configs[number]), status)
+
+    with logs_of_members(configs):
+        outcomes = group.run([partial(work, config) for config in configs], ended)
+    statuses = [exit_status(outcome.error) for outcome in outcomes]
+    left = [outcome.error for outcome in outcomes if isinstance(outcome.error, Preempted)]
+    if has_joined:
+        distributed.disconnect()
+    if group.signals.received is not None and left:
+        raise max(left, key=lambda reason: REASONS.index(type(reason)) if type(reason) in REASONS else -1)
+    return max(statuses, key=lambda status: (status not in (0, Preempted.exit_status), status))
+
+
+def train_listed(path: Path) -> int:
+    """Train the runs whose folders a file lists, one a line; return the exit status.
+
+    A trial that was cancelled, or whose end the sweep knows, is left out when a job goes on. Raises ValueError where
+    there is no such file.
+    """
+    try:
+        run_dirs = [Path(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except OSError as error:
+        raise ValueError(f"config_path={path}: cannot be read ({error.strerror})") from error
+    configs = [compose_config("train", [f"config_path={run_dir / 'config.yaml'}"]) for run_dir in wanted(run_dirs)]
+    if not configs:
+        logger.info("%s: nothing left to train", path)
+        return 0
+    if len(configs) == 1:
+        train(configs[0])
+        return 0
+    return train_together(configs, path)
+
+
+def wanted(run_dirs: Sequence[Path]) -> list[Path]:
+    """Return the folders of trials that their sweep has neither cancelled nor seen end in this job."""
+    found = []
+    for run_dir in run_dirs:
+        has_sweep = (run_dir.parent / MANIFEST).is_file()
+        trials = [t for t in read_sweep(run_dir.parent).trials if t.name == run_dir.name] if has_sweep else []
+        if any(trial.is_cancelled for trial in trials):
+            logger.info("%s: cancelled, left out", run_dir.name)
+        elif trials and "SLURM_ARRAY_JOB_ID" in os.environ and trials[0].job is None:
+            logger.info("%s: has ended before this start of the job, left out", run_dir.name)
+        else:
+            found.append(run_dir)
+    return found
+
+
+def work(config: TrainConfig, member: Member) -> dict[str, Any]:
+    return train(config, member)
+
+
+def with_ranks(configs: Sequence[TrainConfig], plan: RunPlan, list_path: Path) -> int:
+    """Start the ranks of a group, each of which trains all its runs, and wait for them."""
+    with ExitStack() as stack:
+        for config in configs:
+            if stack.enter_context(opened_folder(config)).result is None:
+                prepare_folder(config, folder_of(config))
+        write_list(list_path, [folder_of(config) for config in configs])
+        run_ranks(list_path, plan.devices)
+    return 0
+
+
+def write_list(path: Path, run_dirs: Sequence[Path]) -> None:
+    """Write the file that `train config_path=FILE.txt` trains: run folders, one a line."""
+    with atomic_file(path) as partial_path:
+        partial_path.write_text("".join(f"{run_dir.resolve()}\n" for run_dir in run_dirs), encoding="utf-8")
+
+
+def exit_status(error: BaseException | None) -> int:
+    """Return the exit status of a lone run that ends by this error."""
+    if error is None:
+        return 0
+    if isinstance(error, Preempted):
+        return error.exit_status
+    return WRONG_INPUT if is_input_error(error) else FAILED
+
+
+def say(name: str, error: BaseException | None, status: int) -> None:
+    """Say how a run ended that did not end well."""
+    if status == WRONG_INPUT and error is not None:
+        print(f"error: {name}: {one_line(error)}", file=sys.stderr)
+    elif status == FAILED and error is not None:
+        traceback.print_exception(error)
+        print(f"error: {name}: {type(error).__name__}: {one_line(error)}; the others go on", file=sys.stderr)
+    else:
+        logger.info("%s has ended%s", name, f" with status {status}" if status else "")
+
+
+def note_end(run_dir: Path, status: int) -> None:
+    """Tell the manifest of the sweep that a run stands in that it has ended, while its process goes on."""
+    folder = run_dir.parent
+    if not (folder / MANIFEST).is_file():
+        return
+    job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format_map(defaultdict(str, os.environ))
+    own = (os.getpid(), int(os.environ.get(LAUNCHER, "0")))  # a rank is not the process that the sweep knows
+    with changed_sweep(folder) as sweep:
+        for trial in sweep.trials:
+            if trial.name != run_dir.name:
+                continue
+            if trial.process is not None and trial.process.pid in own:
+                trial.process, trial.exit_code = None, status
+            elif trial.job is not None and trial.job == job and status not in (0, Preempted.exit_status):
+                trial.job, trial.exit_code = None, status
+
+
+class OfThread(logging.Filter):
+    """Lets the records of one member's thread through."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.thread = name
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.threadName == self.thread
+
+
+class OfOthers(logging.Filter):
+    """Lets through what no member says, what the first one says, and every warning."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.names = names
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_shown = record.levelno >= logging.WARNING or record.threadName not in self.names[1:]
+        return is_shown
+
+
+class WithName(logging.Formatter):
+    """Writes a record as another formatter does, behind the name of the member that it is of."""
+
+    def __init__(self, names: Sequence[str], formatter: logging.Formatter | None):
+        super().__init__()
+        self.names, self.formatter = names, formatter or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self.formatter.format(record)
+        return f"{record.threadName}: {text}" if record.threadName in self.names else text
+
+
+@contextmanager
+def logs_of_members(configs: Sequence[TrainConfig]) -> Iterator[None]:
+    """Inside, each member's log is in its folder, and on stderr the first one's and all warnings."""
+    root = logging.getLogger()
+    names = [folder_of(config).name for config in configs]
+    others = OfOthers(names)
+    handlers = [(handler, handler.formatter) for handler in root.handlers]
+    for handler, formatter in handlers:
+        handler.addFilter(others)
+        handler.setFormatter(WithName(names, formatter))
+    files = []
+    for config, name in zip(configs, names, strict=True):
+        folder_of(config).mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder_of(config) / LOG, encoding="utf-8", delay=True)
+        file.addFilter(OfThread(name))
+        files.append(file)
+        root.addHandler(file)
+    try:
+        yield
+    finally:
+        for file in files:
+            root.removeHandler(file)
+            file.close()
+        for handler, formatter in handlers:
+            handler.removeFilter(others)
+            handler.setFormatter(formatter)

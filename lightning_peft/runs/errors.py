@@ -1,0 +1,28 @@
+"""Which errors speak to the user, and how: one line, and the exit status for wrong input."""
+
+import traceback
+from pathlib import Path
+
+import lightning_peft
+from lightning_peft.cluster.slurm import SlurmError
+from lightning_peft.plugins import is_of_plugin
+
+
+class WrongInput(ValueError):
+    """A trial's error that speaks to the user; on its way out of another process it loses its traceback."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def is_input_error(error: BaseException) -> bool:
+    """Whether an exception speaks to the user: a failed file operation, SLURM's refusal, or our own ValueError.
+
+    A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
+    """
+    if isinstance(error, OSError | WrongInput | SlurmError):
+        return True
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    is_own = Path(innermost).is_relative_to(Path(lightning_peft.__file__).parent) or is_of_plugin(innermost)
+    return isinstance(error, ValueError) and is_own

@@ -1,0 +1,332 @@
+"""Several runs in one process on one frozen base: each its own Trainer, the passes through the base taken together.
+
+Each run is a thread in which the code of a lone run works: its trainer, callbacks, optimiser, checkpoints and loggers.
+Only one thread works at a time, in a fixed order, so that ranks do the same things in the same order and a run finds
+the random numbers where it left them. In a training step a run hands over its micro batch and waits; once all have,
+one forward and one backward pass take the tokens of all as one row of packed samples, and every run is given its loss
+and the gradients of its adapters. Its own backward pass puts them where autograd would have, so DDP's hooks see them.
+"""
+
+import copy
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_peft.adapters.segments import Batching, Share, segment_layers
+from lightning_peft.cluster.process import LEAVE
+from lightning_peft.data.batch import Batch
+from lightning_peft.kernels.cross_entropy import weighted_sum
+from lightning_peft.models.blocks import block_names
+from lightning_peft.models.source import VARLEN
+from lightning_peft.objectives.model_loss import ModelLoss
+from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.training.config import ActivationCheckpointing
+from lightning_peft.training.module import FinetuneModule
+from lightning_peft.training.preemption import Preempted, PreemptionSignals
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class HandedLoss(torch.autograd.Function):
+    """A loss whose gradients are known already: the backward pass scales them and hands them on."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grads[0])
+        return None, None, *gradients
+
+
+class Member:
+    """One of the runs of a group, as its thread sees it."""
+
+    def __init__(self, group: "Group", number: int, name: str):
+        self.group, self.number, self.name = group, number, name
+        self.model: PreTrainedModel | None = None
+        """Its tree of modules: adapters of its own around weights that all share."""
+        self.loss: ModelLoss | None = None
+        self.batch: Batch | None = None
+        """What it waits to have run."""
+        self.answer: tuple[Tensor, list[Tensor | None]] | BaseException | None = None
+        self.random: dict[str, Tensor] = {}
+        """Where its random numbers stand while another thread works."""
+        self.turn = threading.Semaphore(0)
+        self.is_done = False
+
+    def base(self, module: FinetuneModule, device: torch.device) -> tuple[PreTrainedModel, Any]:
+        """Return a model of its own around the weights that all share, and the names of its blocks."""
+        model = self.group.base(module, device)
+        return model, iter(block_names(model))
+
+    def train_on(self, batch: Batch) -> Tensor:
+        """Return the loss of a micro batch, fp32 scalar, from a pass that all members' batches share."""
+        assert self.model is not None
+        self.batch = batch
+        self.group.back.release()
+        self.turn.acquire()
+        answer, self.answer = self.answer, None
+        if isinstance(answer, BaseException):
+            raise answer
+        assert answer is not None
+        return HandedLoss.apply(*answer, *trained_parameters(self.model))
+
+
+class TogetherLoss(SupervisedLoss):
+    """The loss of supervised fine-tuning, its training passes taken together with those of the other members."""
+
+    def __init__(self, model: PreTrainedModel, packing: bool | str, member: Member):
+        super().__init__(model, packing)
+        self._member = (member,)  # in a tuple: not for copies of this module
+        member.model, member.loss = model, self
+
+    def forward(self, batch: Batch) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(batch)
+        if not self.is_checked:
+            self.check(batch)
+        return self._member[0].train_on(batch)
+
+
+class TogetherModule(FinetuneModule):
+    """A `FinetuneModule` whose base is one that other runs of this process have too."""
+
+    def __init__(self, member: Member, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._member = (member,)
+
+    def read_base(self, device: torch.device) -> tuple[PreTrainedModel, Any]:
+        return self._member[0].base(self, device)
+
+    def build_objective(self, model: PreTrainedModel) -> ModelLoss:
+        return TogetherLoss(model, self.packing, self._member[0]).train()
+
+
+class MemberSignals(PreemptionSignals):
+    """The reasons for which one run of a group leaves: those of the process, its own time limit, or the file LEAVE."""
+
+    def __init__(self, group: "Group", max_seconds: float | None, run_dir: Path):
+        super().__init__(max_seconds)
+        self.group, self.leave = group, run_dir / LEAVE
+
+    @property
+    def reason(self) -> type[Preempted] | None:
+        self.received = self.group.signals.received
+        if (reason := super().reason) is not None or not self.leave.exists():
+            return reason
+        logger.info("%s: asked to leave", self.leave)
+        return Preempted
+
+    def start(self) -> None:
+        self.leave.unlink(missing_ok=True)
+        self._started_at = time.monotonic()
+
+    def stop(self) -> None:
+        self.leave.unlink(missing_ok=True)
+
+
+@dataclass
+class Outcome(Generic[Result]):
+    """How one member ended: what it returned, or what it raised."""
+
+    value: Result | None = None
+    error: BaseException | None = None
+
+
+class Group:
+    """Runs that train together. The thread that calls `run` takes the shared passes and the signals."""
+
+    def __init__(self, names: Sequence[str]):
+        self.members = [Member(self, number, name) for number, name in enumerate(names)]
+        self.signals = PreemptionSignals()
+        self.back = threading.Semaphore(0)
+        self.passes: SharedPasses | None = None
+        self.template: PreTrainedModel | None = None
+        self.checkpointing = ActivationCheckpointing.none
+        self.device = torch.device("cpu")
+
+    def base(self, module: FinetuneModule, device: torch.device) -> PreTrainedModel:
+        """Return a new tree of modules around the base's weights, which the first call reads."""
+        if self.template is None:
+            model, blocks = FinetuneModule.read_base(module, device)
+            for _ in blocks:
+                pass
+            self.template = model.to(device).requires_grad_(False)  # type: ignore[arg-type]  # as in load_model
+            self.checkpointing, self.device = module.activation_checkpointing, device
+        return around_same_tensors(self.template)
+
+    def run(
+        self,
+        works: Sequence[Callable[[Member], Result]],
+        ended: Callable[[int, Outcome[Result]], None] = lambda number, outcome: None,
+    ) -> list[Outcome[Result]]:
+        """Do each member's work until all have ended, and return how each did; `ended` is called when one has."""
+        outcomes: list[Outcome[Result]] = [Outcome() for _ in self.members]
+
+        def work(member: Member) -> None:
+            member.turn.acquire()
+            try:
+                outcomes[member.number].value = works[member.number](member)
+            except BaseException as error:
+                outcomes[member.number].error = error
+            member.is_done = True
+            self.back.release()
+
+        start = random_states()
+        for member in self.members:
+            member.random = start
+            threading.Thread(target=work, args=(member,), name=member.name, daemon=True).start()
+        present = list(self.members)
+        try:
+            while present:
+                for member in present:
+                    self.give_turn(member)
+                    if member.is_done:
+                        ended(member.number, outcomes[member.number])
+                present = [member for member in present if not member.is_done]
+                if present:
+                    self.take_pass(present)
+        finally:
+            self.signals.stop()
+        return outcomes
+
+    def give_turn(self, member: Member) -> None:
+        """Let a member work until it waits for a pass, or has ended."""
+        restore_random(member.random)
+        member.turn.release()
+        self.back.acquire()
+        member.random = random_states()
+
+    def take_pass(self, present: Sequence[Member]) -> None:
+        """Answer the members that wait: all of those that have not ended."""
+        try:
+            if self.passes is None:
+                self.signals.start()
+                self.passes = SharedPasses(self, present)
+            answers: Sequence[Any] = self.passes.take(present)
+        except Exception as error:  # each of them fails by it, as a lone run does
+            answers = [error] * len(present)
+        for member, answer in zip(present, answers, strict=True):
+            member.batch, member.answer = None, answer
+
+
+class SharedPasses:
+    """The model that takes the tokens of all members in one row, and the passes through it."""
+
+    def __init__(self, group: Group, members: Sequence[Member]):
+        assert group.template is not None
+        self.batching = Batching()
+        model = around_same_tensors(group.template)
+        models = {member.number: member.model for member in members if member.model is not None}
+        segment_layers(model, self.batching, models)
+        checkpoint_blocks(model, group.checkpointing)
+        self.loss = SupervisedLoss(model).train()
+        checked = members[0].loss
+        assert checked is not None
+        self.loss.logit_path, self.loss.is_checked = checked.logit_path, True
+
+    def take(self, members: Sequence[Member]) -> list[tuple[Tensor, list[Tensor | None]]]:
+        """Return each member's loss, summed over its batch, and the gradients of its trained parameters, fp32."""
+        batches = [member.batch for member in members if member.batch is not None]
+        joined = in_one_row(batches)
+        shares, start = {}, 0
+        for member, batch in zip(members, batches, strict=True):
+            stop = start + batch.input_ids.numel()
+            shares[member.number] = Share(start, stop, member.random[batch.input_ids.device.type])
+            start = stop
+        self.batching.begin(shares)
+        with torch.enable_grad():
+            tokens = self.loss.token_losses(joined)
+            counts = [batch.num_supervised for batch in batches]
+            weights = [None] * len(batches) if tokens.weights is None else tokens.weights.split(counts)
+            losses = [
+                weighted_sum(own, None if batch.weights is None else weight)
+                for own, weight, batch in zip(tokens.losses.split(counts), weights, batches, strict=True)
+            ]
+            trained = [trained_parameters(member.model) for member in members]
+            gradients = list(torch.autograd.grad(
+                torch.stack(losses).sum(), [parameter for own in trained for parameter in own], allow_unused=True
+            ))  # fmt: skip
+        answers: list[tuple[Tensor, list[Tensor | None]]] = []
+        for member, loss, own in zip(members, losses, trained, strict=True):
+            member.random[joined.input_ids.device.type] = self.batching.random[member.number].state
+            answers.append((loss.detach(), [*gradients[: len(own)]]))
+            del gradients[: len(own)]
+        return answers
+
+
+def in_one_row(batches: Sequence[Batch]) -> Batch:
+    """Return the batches' rows one after the other as a single row of packed samples."""
+    starts = [0]
+    for batch in batches:
+        starts.append(starts[-1] + batch.input_ids.numel())
+    bounds = [batch.cu_seqlens[:-1] + start for batch, start in zip(batches, starts, strict=False)]
+    weights = None
+    if any(batch.weights is not None for batch in batches):
+        each = [torch.ones_like(b.labels, dtype=torch.float32) if b.weights is None else b.weights for b in batches]
+        weights = torch.cat([weight.reshape(1, -1) for weight in each], 1)
+    return Batch(
+        input_ids=torch.cat([batch.input_ids.reshape(1, -1) for batch in batches], 1),
+        labels=torch.cat([batch.labels.reshape(1, -1) for batch in batches], 1),
+        position_ids=torch.cat([batch.position_ids.reshape(1, -1) for batch in batches], 1),
+        cu_seqlens=torch.cat([*bounds, bounds[-1].new_tensor([starts[-1]])]),
+        max_seqlen=max(batch.max_seqlen for batch in batches),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        num_supervised=sum(batch.num_supervised for batch in batches),
+        weights=weights,
+    )
+
+
+def around_same_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of the tree of modules whose parameters and buffers are the same tensors."""
+    same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, same)
+
+
+def trained_parameters(model: nn.Module | None) -> list[nn.Parameter]:
+    assert model is not None
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def random_states() -> dict[str, Tensor]:
+    """Return where the generators stand that torch's functions draw from, by kind of device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def obstacle_of_model(model: PreTrainedModel) -> str:
+    """Return why the passes of several runs through this model cannot be taken together; empty where they can.
+
+    The model may be on the meta device.
+    """
+    kind = model.config.model_type
+    if model.config._attn_implementation != VARLEN:
+        return f"the samples of several trials in one row would see each other in models of type {kind}"
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates.append(float(getattr(model.config.get_text_config(), "attention_dropout", None) or 0))
+    if any(rates):
+        return f"models of type {kind} drop activations of the base, which would not be those of a trial alone"
+    return ""

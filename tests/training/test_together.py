@@ -1,0 +1,173 @@
+"""Several runs on one base in one process: each is what it is alone, whatever happens to the others."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from equal_runs import rows
+from safetensors.torch import load_file
+from tiny_runs import tiny_config
+
+from lightning_peft.cluster.process import LEAVE
+from lightning_peft.commands.together import grouped, train_together
+from lightning_peft.commands.train import train
+from lightning_peft.config import TrainConfig
+
+COMMON = ["trainer.max_steps=3", "validation.every_n_steps=2"]
+TRIALS: dict[str, list[str]] = {
+    "plain": ["adapter.rank=4", "adapter.alpha=8"],
+    "dropped": ["method=rslora", "adapter.rank=8", "adapter.dropout=0.3", "optimizer.lr=0.003", "seed=3"],
+    "windows": ["data.micro_batch_size=2", "trainer.accumulate_grad_batches=3", "trainer.gradient_clip_val=0.1"],
+    "adalora": ["method=adalora", "adapter.rank=6", "adapter.target_rank=3", "adapter.target_modules=[q_proj,v_proj]"],
+}
+NUMBERS = ("loss", "grad_norm", "lr", "tokens", "supervised_tokens", "validation_loss")
+
+
+def configs(folder: Path, trials: Mapping[str, Sequence[str]], *words: str) -> dict[str, TrainConfig]:
+    return {name: tiny_config(folder / name, *COMMON, *words, *own) for name, own in trials.items()}
+
+
+def together(folder: Path, trials: Mapping[str, Sequence[str]], *words: str) -> int:
+    made = configs(folder, trials, *words)
+    assert grouped(made, len(made)) == [list(made)]
+    return train_together(list(made.values()), folder / "list.txt")
+
+
+def result(run_dir: Path) -> dict[str, object]:
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def assert_as_alone(run_dir: Path, alone: Path, limit: float = 1e-6) -> None:
+    """Equal but for the order in which fp32 sums of more rows are taken.
+
+    AdamW divides by a gradient's size, so that an element whose gradient is nothing but rounding moves by its sign:
+    weights are compared as a whole.
+    """
+    ours, expected = rows(run_dir), rows(alone)
+    assert [row["step"] for row in ours] == [row["step"] for row in expected]
+    for row, other in zip(ours, expected, strict=True):
+        for key in NUMBERS:
+            assert bool(row[key]) == bool(other[key])
+            if row[key]:
+                assert float(row[key]) == pytest.approx(float(other[key]), abs=limit, rel=limit), (row["step"], key)
+    folders = [folder / "adapter" / "adapter_model.safetensors" for folder in (run_dir, alone)]
+    found, wanted = map(load_file, folders)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+    states = [
+        torch.load(sorted((folder / "checkpoints").glob("*.ckpt"))[-1], weights_only=True)
+        for folder in (run_dir, alone)
+        if list((folder / "checkpoints").glob("*.ckpt"))
+    ]
+    assert len(states) in (0, 2) and all(state.keys() == states[0].keys() for state in states)
+
+
+@pytest.mark.parametrize(("base", "names"), [("none", list(TRIALS)), ("nf4", ["plain", "dropped"])])
+def test_each_run_is_what_it_is_alone(tmp_path: Path, base: str, names: list[str]) -> None:
+    words = [f"quantization={base}", "checkpoint.every_n_steps=2"]
+    trials = {name: TRIALS[name] for name in names}
+    assert together(tmp_path / "together", trials, *words) == 0
+    for name, config in configs(tmp_path / "alone", trials, *words).items():
+        train(config)
+        assert_as_alone(tmp_path / "together" / name, tmp_path / "alone" / name)
+        found, expected = result(tmp_path / "together" / name), result(tmp_path / "alone" / name)
+        for key in ("status", "steps", "end", "data", "trainable_parameters", "total_parameters"):
+            assert found[key] == expected[key]
+
+
+def test_first_step_in_bf16_is_that_of_a_run_alone(tmp_path: Path) -> None:
+    words = ["trainer.precision=bf16-true", "trainer.max_steps=1", "validation.every_n_steps=null"]
+    trials = {name: TRIALS[name] for name in ("plain", "dropped")}
+    assert together(tmp_path / "together", trials, *words) == 0
+    for name, config in configs(tmp_path / "alone", trials, *words).items():
+        train(config)
+        found, expected = (rows(tmp_path / kind / name)[0] for kind in ("together", "alone"))
+        assert found["loss"] == expected["loss"]
+
+
+def test_run_that_diverges_or_is_wrong_leaves_the_others_alone(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    trials = {
+        "good": TRIALS["dropped"],
+        "wild": ["optimizer.lr=1e30", "trainer.gradient_clip_val=null", "trainer.log_every_n_steps=3"],
+        "wrong": ["data.max_length=64"],
+    }
+    assert together(tmp_path / "together", trials) == 3
+    assert "error: wrong: text_to_sql train row" in capfd.readouterr().err
+    assert not (tmp_path / "together" / "wrong" / "result.json").exists()
+    assert result(tmp_path / "together" / "wild")["status"] == "diverged"
+    train(configs(tmp_path / "alone", trials)["good"])
+    assert_as_alone(tmp_path / "together" / "good", tmp_path / "alone" / "good")
+
+
+def test_run_that_left_goes_on_alone_and_together(tmp_path: Path) -> None:
+    """One pauses by itself; later it goes on beside a new run, and ends as one that never paused."""
+    early = tiny_config(tmp_path / "plain", *COMMON, *TRIALS["plain"], "pause_at=1")
+    other = tiny_config(tmp_path / "windows", *COMMON, *TRIALS["windows"])
+    assert train_together([early, other], tmp_path / "list.txt") == 75
+    assert result(tmp_path / "plain")["status"] == "paused" and result(tmp_path / "plain")["steps"] == 1
+    assert result(tmp_path / "windows")["status"] == "finished"
+    again = [
+        tiny_config(tmp_path / name, *COMMON, *TRIALS[name], "resume=auto") for name in ("plain", "windows", "dropped")
+    ]
+    assert train_together(again, tmp_path / "list.txt") == 0
+    alone = tiny_config(tmp_path / "alone", *COMMON, *TRIALS["plain"])
+    train(alone)
+    assert_as_alone(tmp_path / "plain", tmp_path / "alone")
+
+
+def test_one_run_is_asked_to_leave(tmp_path: Path) -> None:
+    trials = {name: TRIALS[name] for name in ("plain", "dropped")}
+    longer = configs(tmp_path, trials, "trainer.max_steps=300", "validation.every_n_steps=null")
+    longer["dropped"].trainer["max_steps"] = 8
+
+    def ask() -> None:
+        while not (tmp_path / "plain" / "metrics.csv").exists():
+            time.sleep(0.01)
+        (tmp_path / "plain" / LEAVE).touch()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    status = train_together(list(longer.values()), tmp_path / "list.txt")
+    asking.join()
+    assert status == 75
+    assert result(tmp_path / "plain")["status"] == "preempted"
+    assert result(tmp_path / "dropped")["status"] == "finished"
+    assert not (tmp_path / "plain" / LEAVE).exists()
+    assert len(list((tmp_path / "plain" / "checkpoints").glob("*.ckpt"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["method=dora"], "method=dora: dora is no low-rank product beside its base"),
+        (["method=pissa"], r"method=pissa: starts by rewriting the base \(adapter.init=pissa\)"),
+        (["method=full"], "method=full: trains the base itself"),
+        (["method=vera"], "method=vera: keeps state beside its layers"),
+        (["adapter.target_modules=[q_proj,lm_head]"], "adapter.target_modules: lm_head is no linear layer of a block"),
+        (["adapter.trainable_modules=[norm]"], "trains .'norm'. of the base"),
+        (["model.attention=eager"], "the samples of several trials in one row would see each other"),
+        (["trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed: use bf16-true or 32-true"),
+    ],
+)
+def test_what_cannot_share_trains_by_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, words: list[str], reason: str
+) -> None:
+    caplog.set_level("INFO", logger="lightning_peft")
+    found = grouped(configs(tmp_path, {"a": [], "other": words, "b": ["adapter.rank=2"]}), 4)
+    assert sorted(map(sorted, found)) == [["a", "b"], ["other"]]
+    (line,) = [record.getMessage() for record in caplog.records if "by itself" in record.getMessage()]
+    assert line.startswith("other trains by itself: ")
+    assert re.search(reason, line)
+
+
+def test_trials_of_another_base_are_another_group(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="lightning_peft")
+    trials = {"a": [], "b": ["quantization=nf4"], "c": ["seed=1"], "d": ["quantization=nf4", "seed=1"], "e": ["seed=2"]}
+    assert grouped(configs(tmp_path, trials), 2) == [["a", "c"], ["b", "d"], ["e"]]
+    assert "b trains apart from a: quantization.kind differs" in caplog.text
