@@ -38,6 +38,7 @@ OTHER_COMMANDS = (
     "serve",
     "calibrate",
     "inspect",
+    "convert",
     "d90",
 )
 
@@ -125,7 +126,7 @@ def options() -> str:
     return "\n".join(parts)
 
 
-RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "calibrate", "inspect", "d90")
+RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "calibrate", "inspect", "convert", "d90")
 """Commands whose keys are not those of train."""
 
 

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
+from lightning_peft.adapters.combine import DENSITY, Combine
 from lightning_peft.checkpoint.merge_config import MergeConfig
 from lightning_peft.config import TrainConfig, check_task
 from lightning_peft.data.config import DataConfig
@@ -269,6 +271,85 @@ class CalibrateConfig:
             raise ValueError(f"dropout={self.dropout}: must be above 0 and below 1, or null")
         if self.data is not None:
             check_task(self.data)
+
+
+class LowRankMethod(Enum):
+    """The methods that `convert` writes."""
+
+    lora = "lora"
+    dora = "dora"
+
+
+@dataclass
+class ConvertConfig:
+    """Cuts an adapter to a rank, makes several of one base one, or moves between LoRA and DoRA."""
+
+    adapter_path: Any = "???"
+    """Run or adapter folder, or a sweep for its best trial; or a list of them, as in [runs/a,runs/b]."""
+    output: str = "???"
+    """Folder to write; must not exist."""
+    svd_rank: int | None = None
+    """Typed rank=8 as well: cut the change of every layer to this rank by SVD; a layer of a smaller one keeps it. null
+    cuts nothing, but what is no low-rank sum, which is cut to the largest rank of what it is made of."""
+    energy: float | None = None
+    """Cut every layer to the smallest rank that keeps this share of its squared singular values, as in 0.99."""
+    to: LowRankMethod | None = None
+    """Typed method=dora as well: what is written, lora or dora. null keeps a LoRA a LoRA. A DoRA made of a LoRA gives
+    the same outputs; a LoRA made of a DoRA is the nearest of its rank, and the same where no magnitude has moved."""
+    combine: Combine = Combine.linear
+    """How several adapters become one: linear, their exact sum; svd, the sum cut to the largest rank; ties; dare."""
+    weights: list[float] = field(default_factory=list)
+    """Factor of each adapter; empty takes equal parts that add up to one, and one for each with ties, which takes a
+    mean itself."""
+    density: float | None = None
+    """Share of each change's numbers that ties and dare keep; null is 0.2 with ties, as in its paper, 0.5 with dare."""
+    seed: int = 0
+    """Seed of what dare drops."""
+    max_kl: float | None = None
+    """Largest mean KL(asked || written) accepted, nats per token; null is 0.01 where nothing is cut off, and none where
+    something is."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the first adapter was trained on."""
+    precision: str = "auto"
+    """dtype in which asked and written are compared, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method of an adapter made with one's own."""
+
+    def __post_init__(self) -> None:
+        paths = self.adapter_path
+        if isinstance(paths, str) and paths.startswith("[") and paths.endswith("]"):
+            # The command line takes the words of a path as they stand, those of a list too.
+            paths = [path.strip(" '\"") for path in paths[1:-1].split(",") if path.strip()]
+        self.paths: list[str] = [paths] if isinstance(paths, str) else paths
+        if not isinstance(self.paths, list) or not self.paths or not all(isinstance(p, str) for p in self.paths):
+            raise ValueError(f"adapter_path={self.adapter_path}: must be a folder, or a list of them")
+        for key in ("svd_rank", "energy", "density", "max_kl"):
+            if (value := getattr(self, key)) is not None and value <= 0:
+                raise ValueError(f"{key}={value}: must be above 0, or null")
+        for key in ("energy", "density"):
+            if (value := getattr(self, key)) is not None and value > 1:
+                raise ValueError(f"{key}={value}: is a share, above 0 and at most 1")
+        if len(self.paths) == 1:
+            if self.weights or self.combine is not Combine.linear or self.density is not None:
+                raise ValueError(
+                    f"adapter_path={self.paths[0]}: weights, combine and density are for several adapters, as in "
+                    "adapter_path=[runs/a,runs/b]"
+                )
+        elif self.weights and len(self.weights) != len(self.paths):
+            raise ValueError(
+                f"weights={self.weights}: must be one for each of the {len(self.paths)} adapters, as in "
+                f"[{','.join(['0.5'] * len(self.paths))}]"
+            )
+        if self.density is not None and self.combine not in DENSITY:
+            raise ValueError(f"density={self.density}: only combine=ties and combine=dare leave numbers out")
+
+    @property
+    def shares(self) -> list[float]:
+        """Return the factor of each adapter."""
+        if self.weights:
+            return self.weights
+        takes_mean = self.combine is Combine.ties or len(self.paths) == 1
+        return [1.0 if takes_mean else 1 / len(self.paths)] * len(self.paths)
 
 
 @dataclass

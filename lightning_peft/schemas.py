@@ -14,6 +14,7 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.cluster.slurm import ClusterConfig
 from lightning_peft.command_configs import (
     CalibrateConfig,
+    ConvertConfig,
     D90Config,
     DataCommandConfig,
     EstimateConfig,
@@ -61,6 +62,7 @@ ROOTS: dict[str, type] = {
     "serve": ServeConfig,
     "calibrate": CalibrateConfig,
     "inspect": InspectConfig,
+    "convert": ConvertConfig,
     "d90": D90Config,
 }
 

@@ -95,7 +95,9 @@ BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.sp
 
 
 FIRST_WORD = {
-    **dict.fromkeys(("evaluate", "calibrate", "inspect", "generate", "merge", "export", "push"), "adapter_path"),
+    **dict.fromkeys(
+        ("evaluate", "calibrate", "inspect", "convert", "generate", "merge", "export", "push"), "adapter_path"
+    ),
     "report": "path",
 }
 """The key of what a command works on, for which its bare word stands."""
@@ -107,6 +109,7 @@ def everyday(command: str, words: list[str]) -> list[str]:
     Raises ValueError for a word of another tool, or in another tool's form, with ours beside it.
     """
     written: list[str] = []
+    bare: list[str] = []
     for word in words:
         if word.startswith("-"):
             raise ValueError(f"{word}: {_without_dashes(word)}")
@@ -114,13 +117,14 @@ def everyday(command: str, words: list[str]) -> list[str]:
         if "=" not in file and file.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
             written += words_of_file(Path(file))
         elif command in FIRST_WORD and re.fullmatch(r"[^=+~]+", word):
-            written.append(f"{FIRST_WORD[command]}={word}")
+            bare.append(word)
         else:
             written.append(word)
+    written += _of_bare_words(command, bare)
     folders = [word.partition("=")[2] for word in written if word.startswith(f"{OWN_FOLDER}=")]
-    if command in (*RUN_COMMANDS, "evaluate", "calibrate", "inspect", "generate", "merge", "export", "serve"):
+    if command in (*RUN_COMMANDS, "serve", *FIRST_WORD.keys() - {"push", "report"}):
         own = [Path(folder) for folder in folders]
-        written = [part for word in written for part in _rewritten(word, (CONF_DIR, *own))]
+        written = [part for word in written for part in _rewritten(word, (CONF_DIR, *own), command)]
     if folders:
         written = [word for word in written if not word.startswith(f"{OWN_FOLDER}=")]
         written = [_search_path(folders, written), *written]
@@ -212,7 +216,21 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def _rewritten(word: str, folders: Sequence[Path]) -> list[str]:
+def _of_bare_words(command: str, words: list[str]) -> list[str]:
+    """Return what a command works on, by its key. Raises ValueError for more of them than the command takes."""
+    if not words:
+        return []
+    key = FIRST_WORD[command]
+    if command == "convert" and len(words) > 1:
+        return [f"{key}=[{','.join(words)}]"]
+    if command == "inspect" and len(words) == 2:
+        return [f"{key}={words[0]}", f"other_path={words[1]}"]
+    if len(words) > 1:
+        raise ValueError(f"{' '.join(words)}: {command} takes one of them; its options are key=value")
+    return [f"{key}={words[0]}"]
+
+
+def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     key, sign, value = word.partition("=")
     if not sign:
         return [word]
@@ -221,7 +239,9 @@ def _rewritten(word: str, folders: Sequence[Path]) -> list[str]:
         return ["adapters=[" + ",".join(f"'{entry}'" for entry in entries if entry) + "]"]
     if key == SOURCES_KEY and value.startswith("["):
         return _words_of_list(word)
-    if key == "rank" and re.fullmatch(r"\d+(,\d+)*", value):
+    if command == "convert" and key in ("rank", "method"):  # which Hydra knows as groups
+        return [f"{'svd_rank' if key == 'rank' else 'to'}={value}"]
+    if key == "rank" and command in RUN_COMMANDS and re.fullmatch(r"\d+(,\d+)*", value):
         return [f"adapter.rank={value}"]
     if key == "target_modules" and value.replace("-", "_") == "all_linear":
         return ["target_modules=all_linear"]

@@ -58,6 +58,8 @@ class Lineage:
     """The command that wrote the adapter."""
     objective: str = "sft"
     """Key of `OBJECTIVES`: what the adapter was trained for."""
+    parents: list[dict[str, Any]] = field(default_factory=list)
+    """The adapters that `convert` made it of: name, method, rank, weight and adapter_sha256 of each."""
 
 
 def write_lineage(lineage: Lineage, folder: Path) -> None:

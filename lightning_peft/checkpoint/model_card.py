@@ -32,7 +32,7 @@ def write_card(folder: Path, run: Path | None = None, lineage: Lineage | None = 
         _facts(lineage, adapter),
         _scores(result, evaluation, _json(folder / "merge_receipt.json")),
         _prompt(_json(folder / "prompt_layout.json")),
-        _use(bool(adapter)),
+        _use(bool(adapter), bool(lineage.parents)),
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
@@ -52,17 +52,24 @@ def _facts(lineage: Lineage, adapter: dict[str, Any]) -> str:
     trainer = config.get("trainer", {})
     steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
     length = f"{steps} steps" if steps not in (None, -1) else f"{epochs} epochs"
+    own_run = len(lineage.parents) <= 1  # of several, the config is that of the first alone
     facts = {
         "base": f"{lineage.base_name}, weights {lineage.base_fingerprint[:12]}",
         "method": config.get("method") or lineage.method,
+        "made of": "; ".join(
+            f"{part['weight']:g} x {part['name']} ({part['method']}, weights {part['adapter_sha256'][:12]})"
+            for part in lineage.parents
+        ),
         "reconstructed": METHODS[lineage.method].reconstruction if lineage.method in METHODS else None,
         "rank and alpha": f"{adapter['r']} and {adapter.get('lora_alpha')}" if "r" in adapter else None,
         "base quantised as": lineage.quantization if lineage.quantization != "none" else None,
         "precision": lineage.precision,
-        "rows": f"{_listed(rows)}, fingerprint {(lineage.data_fingerprint or 'unknown')[:12]}" if rows else None,
-        "length": length if trainer else None,
-        "learning rate": config.get("optimizer", {}).get("lr"),
-        "seed": config.get("seed"),
+        "rows": f"{_listed(rows)}, fingerprint {(lineage.data_fingerprint or 'unknown')[:12]}"
+        if rows and own_run
+        else None,
+        "length": length if trainer and own_run else None,
+        "learning rate": config.get("optimizer", {}).get("lr") if own_run else None,
+        "seed": config.get("seed") if own_run else None,
         "written by": f"{lineage.created_by} ({', '.join(f'{k} {v}' for k, v in sorted(lineage.versions.items()))})",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items() if value)])
@@ -103,16 +110,18 @@ def _prompt(layout: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _use(is_adapter: bool) -> str:
+def _use(is_adapter: bool, is_converted: bool) -> str:
     if not is_adapter:
         return "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n" + (
             'model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_REPOSITORY")\n```'
         )
-    return (
-        "## Use\n\n```bash\nlightning-peft generate adapter_path=FOLDER prompt='...'\n```\n\n"
-        "`config` of `lineage.json` is the whole config of the run; `lightning-peft train config_path=RUN/config.yaml` "
-        "trains it again."
+    again = (
+        "`parents` of `lineage.json` names the adapters that it was made of, `convert_receipt.json` what that cost."
+        if is_converted
+        else "`config` of `lineage.json` is the whole config of the run; `lightning-peft train "
+        "config_path=RUN/config.yaml` trains it again."
     )
+    return f"## Use\n\n```bash\nlightning-peft generate adapter_path=FOLDER prompt='...'\n```\n\n{again}"
 
 
 def _listed(value: Any) -> str:

@@ -17,6 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "how far an adapter's probabilities can be believed: ECE, Brier, entropy",
     ),
     "inspect": ("lightning_peft.commands.inspect:inspect", "what an adapter has learned: sizes, ranks, directions"),
+    "convert": (
+        "lightning_peft.commands.convert:convert",
+        "cut an adapter to a rank, make several one, LoRA to DoRA and back",
+    ),
     "merge": ("lightning_peft.commands.merge:merge", "write base and adapter as one plain model, with a receipt"),
     "report": ("lightning_peft.commands.report:report", "one HTML page of a run or sweep: curves, table, samples"),
     "push": ("lightning_peft.commands.push:push", "upload an adapter or merged model to the hub, with its card"),

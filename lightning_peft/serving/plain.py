@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.adapters.base import LowRank
+from lightning_peft.adapters.combine import Cut, cut, cut_dense
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from lightning_peft.checkpoint.lineage import Lineage, write_lineage
@@ -37,30 +38,6 @@ def plain_pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: padded(change.A.cpu(), change.scaling * change.B.cpu(), rank) for name, change in layers.items()}
 
 
-def cut(change: LowRank, rank: int) -> tuple[LowRank, float]:
-    """Return the best approximation of this rank, with scaling one, and the share of the energy that is lost.
-
-    Works on the factors: the product is never formed.
-    """
-    Q_B, R_B = torch.linalg.qr(change.scaling * change.B)
-    Q_A, R_A = torch.linalg.qr(change.A.t())
-    U, S, V = torch.linalg.svd(R_B @ R_A.t())
-    return _leading(Q_B @ U, S, V @ Q_A.t(), rank)
-
-
-def cut_dense(change: Tensor, rank: int) -> tuple[LowRank, float]:
-    """Return the same of a dense change (out_features, in_features)."""
-    U, S, V = torch.linalg.svd(change, full_matrices=False)
-    return _leading(U, S, V, rank)
-
-
-def _leading(U: Tensor, S: Tensor, V: Tensor, rank: int) -> tuple[LowRank, float]:
-    energy = S.double().square()
-    lost = float(energy[rank:].sum() / energy.sum().clamp_min(torch.finfo(torch.float64).tiny))
-    root = S[:rank].sqrt()
-    return LowRank(root[:, None] * V[:rank], U[:, :rank] * root, 1.0), lost
-
-
 @torch.no_grad()
 def cut_pairs(model: nn.Module, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
     """Return the adapters of a model as plain pairs of one rank, and the share of each layer's energy that is lost.
@@ -74,7 +51,8 @@ def cut_pairs(model: nn.Module, rank: int) -> tuple[dict[str, tuple[Tensor, Tens
             raise NotLowRankError(
                 f"{type(layer).__name__} at {name} changes more than a linear weight: use format=gguf"
             )
-        cut_change, lost[name] = cut_dense(layer.delta_weight().float(), rank) if change is None else cut(change, rank)
+        to = Cut(rank)
+        cut_change, lost[name] = cut_dense(layer.delta_weight().float(), to) if change is None else cut(change, to)
         pairs[name] = padded(cut_change.A.cpu(), cut_change.B.cpu(), rank)
     return pairs, lost
 
