@@ -73,6 +73,9 @@ def believe() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.version.cuda = "13.0"
+    # A CPU build would take attention apart.
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    attention.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(_cudnn_attention)
     interface = device_interface.CudaInterface
     more: dict[str, Callable[..., Any]] = {
         "get_compute_capability": lambda *_: 90,
@@ -91,6 +94,15 @@ def believe() -> None:
         device_interface.device_interfaces[device] = interface
     for name in ("has_triton", "has_triton_package"):
         setattr(_triton, name, lambda *_, **__: True)
+
+
+def _cudnn_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention
+    output: Tensor = operator(query, key, value, mask, True, dropout_p, is_causal, False, scale=scale)[0]
+    return output
 
 
 @dataclass

@@ -33,12 +33,13 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.shapes import SHAPES, write_shape
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.shared_input import FactorCopies, adapt_together
 from lightning_peft.compat import set_up_compiler
 from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.trace import make_fake
 from lightning_peft.kernels import codes
 from lightning_peft.models.attention import accept_packed_batches
-from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.models.loading import empty_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.logits import LogitPath
@@ -52,9 +53,11 @@ VARIANTS = ("frozen", "lora", "qlora", "dora", "qdora")
 PRODUCTS, SKINNY, ATTENTION, PASSES, DECODING = "frozen products", "adapters", "attention", "fused passes", "codes"
 SKINNY_SIDE = 128
 """Products with a side up to this are bound by bandwidth: those of the factors. Ours."""
-ATTENTION_LAUNCHES = {"_varlen_attn": 2, "_varlen_attn_backward": 5}
+ATTENTION_LAUNCHES = {
+    "_varlen_attn": 2, "_varlen_attn_backward": 5, "_scaled_dot_product_cudnn_attention_backward": 3,
+}  # fmt: skip
 """FlashAttention-2 forward: its kernel and the seed it clears; backward: dot, main, a cast and two sums over groups of
-heads. Read in its source."""
+heads, as its source has it. cuDNN backward: dot, main and a cast, from others' profiles."""
 ATTENTION_OPERATORS = {
     "_varlen_attn": (0, 1), "_varlen_attn_backward": (1, 2.5), "_scaled_dot_product_cudnn_attention": (0, 1),
     "_scaled_dot_product_cudnn_attention_backward": (1, 2.5),
@@ -65,7 +68,7 @@ WITHOUT_KERNEL = frozenset(
     view _unsafe_view reshape t transpose permute expand slice select unsqueeze squeeze as_strided detach alias split
     split_with_sizes unbind unflatten flatten empty new_empty empty_like empty_strided new_empty_strided lift_fresh
     _reshape_alias view_as set_ resize_ chunk narrow diagonal t_ transpose_ movedim mT sym_size sym_stride sym_numel
-    is_same_size promote_types result_type
+    is_same_size promote_types result_type device
     """.split()
 )
 
@@ -196,8 +199,10 @@ def bytes_of(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> in
                 key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape))
                 moved[key] = max(moved.get(key, 0), times * tensor.numel() * tensor.element_size())
 
+    is_read = kwargs.get("beta", 1) != 0
     for argument, value in zip(func._schema.arguments, args, strict=False):
-        see(value, 2 if argument.alias_info is not None and argument.alias_info.is_write else 1)
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        see(value, 2 if is_written and is_read else 1)
     see(kwargs, 1)
     see(output, 1)
     return sum(moved.values())
@@ -229,6 +234,7 @@ def build(variant: str, shape: str, layers: int, rank: int, head: bool) -> Super
     if method != "frozen":
         trained = ["embed_tokens", "lm_head"] if head else []
         inject_adapters(model, METHODS[method].config(method=method, rank=rank, trainable_modules=trained))
+        adapt_together(model, decoder_of(model))
     objective = SupervisedLoss(model).train()
     objective.assume(LogitPath())
     return objective
@@ -277,6 +283,18 @@ def measure_rest(objective: SupervisedLoss, rows: int, tokens: int, rates: Rates
     return counting.work
 
 
+def measure_casts(objective: SupervisedLoss, rates: Rates) -> Work:
+    """Follow what happens once before the blocks: the factors of both are cast."""
+    counting = Counting(rates, 1, passes=True)
+    for hook in decoder_of(objective.model)._forward_pre_hooks.values():
+        copies = getattr(hook, "__self__", None)
+        if isinstance(copies, FactorCopies):
+            copies.refresh()  # makes room
+            with counting:
+                copies.refresh()
+    return counting.work
+
+
 def measure_optimizer(objective: SupervisedLoss, rates: Rates) -> Work:
     """Follow scaling, clipping and AdamW over the adapters of one block."""
     block = transformer_blocks(objective.model)[1]
@@ -305,12 +323,13 @@ def measure(variant: str, shape: str, rows: int, tokens: int, rank: int, rates: 
         codes.dynamic_map(torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(objective, device="cuda:0")
+        casts = measure_casts(objective, rates)
         table = torch.empty(256, device="cuda:0")
         codes.dynamic_map = lambda _: table  # type: ignore[assignment]  # made from values
         block = measure_block(objective, rows, tokens, rates)
         optimizer = measure_optimizer(objective, rates)
         rest = measure_rest(objective, rows, tokens, rates)
-    total = rest.plus(block.work, layers).plus(optimizer, layers)
+    total = rest.plus(casts, layers // 2).plus(block.work, layers).plus(optimizer, layers)
     seconds = sum(total.seconds.values())
     return {
         "graphs": block.graphs,

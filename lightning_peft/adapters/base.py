@@ -135,6 +135,13 @@ class StepSchedule(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class SharedOutputs(Protocol):
+    """Layers that read one input and are computed together."""
+
+    def output(self, place: int, x: Tensor) -> Tensor | None:
+        """Return the output of the layer at a place; None where it has to compute it by itself."""
+
+
 class Adapter(nn.Module, ABC):
     """A frozen layer with a small trainable change around it.
 
@@ -154,6 +161,8 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.base_layer = base_layer
         self.enabled = True
+        self.shared_input: tuple[SharedOutputs, int] | None = None
+        """The layers that are computed together with this one, and its place among them."""
 
     def __getattr__(self, name: str) -> Any:
         """What the base layer has: models read sizes, scales and even weights of their layers.
@@ -184,6 +193,10 @@ class Adapter(nn.Module, ABC):
         """Map (..., in_features) to (..., out_features); ids (...) to (..., dim) around an embedding."""
         if not self.enabled:
             return self.base_layer(x)
+        if self.shared_input is not None:
+            group, place = self.shared_input
+            if (shared := group.output(place, x)) is not None:
+                return shared
         base = frozen_base(self.base_layer, x)
         output = None if base is None else self.fused(x, base)
         return output if output is not None else self.adapted_output(x, self.base_layer(self.base_input(x)))

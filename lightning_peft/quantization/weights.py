@@ -101,6 +101,15 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight.detach().t() if isinstance(layer, Conv1D) else weight.detach()
 
 
+def dense_dtype(layer: nn.Module) -> torch.dtype:
+    """Return the dtype of `dense_weight(layer)`."""
+    if isinstance(layer, CodedWeight):
+        return layer.dtype
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype
+
+
 @torch.no_grad()
 def write_weight(layer: nn.Module, weight: Tensor, requantize: bool = False) -> None:
     """Put a weight of shape `weight_shape(layer)` into the layer, cast once to what the layer stores.

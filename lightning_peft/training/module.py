@@ -22,6 +22,7 @@ from lightning_peft.adapters.init import Reads, initialize_from_weights
 from lightning_peft.adapters.inject import Injection, adapters, regularization, step_schedule, trained_in_full
 from lightning_peft.adapters.method import Selection
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.shared_input import adapt_together
 from lightning_peft.checkpoint.peft_format import load_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.compat import clip_unscaled_gradients
@@ -29,7 +30,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
 from lightning_peft.distributed import rank, world_size, worst
 from lightning_peft.inference.load import adapter_folder
-from lightning_peft.models.blocks import transformer_blocks
+from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.models.loading import load_by_block, load_model, model_name
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.model_loss import ModelLoss, decoder_inputs
@@ -244,6 +245,7 @@ class FinetuneModule(LightningModule):
                     sharding.shard_block(block)
             if not reads_all:
                 injection.finish()
+            adapt_together(model, decoder_of(model), is_sharded=sharding is not None)
         if self.quantization_config.verify:
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
         if sharding is None:

@@ -25,9 +25,11 @@ from torch.utils._pytree import tree_map
 import lightning_peft.kernels.codes as codes
 from lightning_peft.adapters.inject import inject_adapters, regularization, step_schedule
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.adapters.shared_input import adapt_together
 from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.trace import make_fake
 from lightning_peft.models.attention import accept_packed_batches
+from lightning_peft.models.blocks import decoder_of
 from lightning_peft.models.loading import empty_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.logits import LogitPath
@@ -86,6 +88,7 @@ def build(case: dict[str, Any]) -> tuple[SupervisedLoss, Any]:
         options["dropout"] = case["dropout"]
     config = method.config(**options)
     inject_adapters(model, config)
+    adapt_together(model, decoder_of(model))
     objective = SupervisedLoss(model).train()
     checkpoint_blocks(model, ActivationCheckpointing[case["checkpointing"]])
     objective.assume(LogitPath())
@@ -118,7 +121,7 @@ def run(case: dict[str, Any], objective: SupervisedLoss, config: Any, waits: Wai
         ids, labels, positions = (torch.empty(ROWS, TOKENS, dtype=torch.int64, device="cuda:0") for _ in range(3))
         samples = torch.empty(ROWS + 2, dtype=torch.int32, device="cuda:0")
         batch = Batch(ids, labels, positions, samples, TOKENS, ROWS * TOKENS, ROWS * (TOKENS - 1))
-        with waits:
+        with waits, watched_synchronisation(waits.found.append):
             loss = objective(batch)
             window = TokenWindow()
             window.add(loss, objective.loss_weight(batch))
@@ -141,7 +144,7 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     try:
         objective, config = build(case)
-        with FakeTensorMode(allow_non_fake_inputs=True), watched_synchronisation(waits.found.append):
+        with FakeTensorMode(allow_non_fake_inputs=True):
             run(case, objective, config, waits)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300], "waits": []}

@@ -19,7 +19,7 @@ from lightning_peft.adapters.registry import METHODS
 HERE = Path(__file__).parent
 KINDS = ("none", "nf4", "int8")
 MODES = ("none", "elementwise", "blocks", "selective")
-OPTIMIZERS = ("adamw", "adamw_8bit")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 PLAIN: dict[str, Any] = {
     "method": "lora", "kind": "none", "checkpointing": "elementwise", "head": False, "dropout": 0.0,
     "optimizer": "adamw",

@@ -1,0 +1,158 @@
+"""Several frozen layers that read one input, each with a low-rank change, in one autograd function.
+
+Queries, keys and values read the same tensor, and so do gate and up. Their A are stacked: the input is read once for
+all changes, once for all gradients of A, and its own gradient is one sum. Each layer's output is that of
+`low_rank.add_low_rank`, and a test holds the two together.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.kernels.codes import Codes, dequantize, in_features_of
+from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product
+from lightning_peft.kernels.products import summed_product
+
+torch.library.define("lightning_peft::scaled_products", "(Tensor[] rows, Tensor[] factors, float scaling) -> Tensor")
+torch.library.define("lightning_peft::factor_gradient", "(Tensor left, Tensor right) -> Tensor")
+torch.library.define(
+    "lightning_peft::shared_input_gradient",
+    "(Tensor[] grads, Tensor?[] weights, Tensor inner, Tensor factor, str form, int block_size) -> Tensor",
+)
+
+
+def can_share(bases: Sequence[Base]) -> bool:
+    """Return whether layers with these bases, all frozen, can be computed together: alike but for their weights."""
+    first = bases[0]
+    frozen = all(base.tensors[-1] is None or not base.tensors[-1].requires_grad for base in bases)
+    return frozen and all(base[:3] == first[:3] for base in bases)
+
+
+def add_low_rank_to_each(
+    bases: Sequence[Base],
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    scaling: float,
+    copies: tuple[Tensor, Sequence[Tensor]] | None = None,
+) -> tuple[Tensor, ...]:
+    """Return base_i + scaling * x A_i^T B_i^T of every layer, (..., out_features_i).
+
+    `copies` are all A below each other, and each B, in the products' dtype: where they are given, nothing is cast.
+    """
+    first = bases[0]
+    tensors = [tensor for base in bases for tensor in base.tensors]
+    A, B = zip(*factors, strict=True)
+    stack, cast_B = (None, [None] * len(B)) if copies is None else copies
+    form = first.dtype, first.form, first.block_size
+    return SharedLowRankProduct.apply(x, len(bases), scaling, *form, *A, *B, stack, *cast_B, *tensors)
+
+
+class SharedLowRankProduct(torch.autograd.Function):
+    """base_i + scaling * x A_i^T B_i^T for every i. Keeps x once, and the (N, R) products of all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, count: int, scaling: float, dtype: torch.dtype, form: str, block_size: int, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        A, B, (stack, *cast_B), frozen = _parts(tensors, count)
+        stack = torch.cat(A).to(dtype) if stack is None else stack
+        factors = [factor.to(dtype) if given is None else given for factor, given in zip(B, cast_B, strict=True)]
+        cast = x.to(dtype)
+        inner = torch.ops.lightning_peft.scaled_products([cast.reshape(-1, x.shape[-1])], [stack.t()], scaling)
+        outputs = tuple(
+            base_with_product(cast, Base(dtype, form, block_size, tuple(own)), part, factor)
+            for own, part, factor in zip(frozen, inner.split([len(factor) for factor in A], 1), factors, strict=True)
+        )
+        ctx.save_for_backward(x, inner, stack, *factors, *(tensor for own in frozen for tensor in own[:-1]))
+        ctx.form, ctx.scaling, ctx.count = (form, block_size), scaling, count
+        ctx.ranks, ctx.factor_dtypes = [len(factor) for factor in A], (A[0].dtype, B[0].dtype)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, stack, *rest = ctx.saved_tensors
+        factors, frozen = rest[: ctx.count], rest[ctx.count :]
+        dtype_A, dtype_B = ctx.factor_dtypes
+        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        dtype = rows[0].dtype
+        grad_inner = torch.ops.lightning_peft.scaled_products(rows, factors, ctx.scaling)
+        parts = inner.split(ctx.ranks, 1)
+        grad_B = [
+            torch.ops.lightning_peft.factor_gradient(own, part).to(dtype_B)
+            for own, part in zip(rows, parts, strict=True)
+        ]
+        x_rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        grad_A = torch.ops.lightning_peft.factor_gradient(grad_inner, x_rows).to(dtype_A).split(ctx.ranks)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            x_shape, x_dtype = x.shape, x.dtype
+            del x, x_rows  # large, and its gradient is about to be made
+            grad_x = torch.ops.lightning_peft.shared_input_gradient(rows, frozen, grad_inner, stack, *ctx.form)
+            grad_x = grad_x.view(x_shape).to(x_dtype)
+        nothing = (None,) * (len(ctx.needs_input_grad) - 6 - 2 * ctx.count)
+        return grad_x, None, None, None, None, None, *grad_A, *grad_B, *nothing
+
+
+def _parts(tensors: Sequence[Any], count: int) -> tuple[list[Tensor], list[Tensor], list[Any], list[list[Any]]]:
+    """Return A, B, the copies, and every layer's own tensors, from the end of the function's arguments."""
+    A, B = list(tensors[:count]), list(tensors[count : 2 * count])
+    copies, frozen = list(tensors[2 * count : 3 * count + 1]), tensors[3 * count + 1 :]
+    width = len(frozen) // count
+    return A, B, copies, [list(frozen[start : start + width]) for start in range(0, len(frozen), width)]
+
+
+@torch.library.impl("lightning_peft::scaled_products", "CompositeExplicitAutograd")
+def scaled_products(rows: list[Tensor], factors: list[Tensor], scaling: float) -> Tensor:
+    """Return scaling * rows_i factor_i of every i, (N, R_i), beside each other: (N, sum of R_i)."""
+    result = rows[0].new_empty(len(rows[0]), sum(factor.shape[1] for factor in factors))
+    parts = result.split([factor.shape[1] for factor in factors], 1)
+    for part, own, factor in zip(parts, rows, factors, strict=True):
+        part.addmm_(own, factor, beta=0, alpha=scaling)  # the product applies the factor by itself
+    return result
+
+
+@torch.library.register_fake("lightning_peft::scaled_products")
+def _(rows: list[Tensor], factors: list[Tensor], scaling: float) -> Tensor:
+    return rows[0].new_empty(len(rows[0]), sum(factor.shape[1] for factor in factors))
+
+
+@torch.library.impl("lightning_peft::factor_gradient", "CompositeExplicitAutograd")
+def factor_gradient(left: Tensor, right: Tensor) -> Tensor:
+    """Return left^T right, (N, M) and (N, K), in at least fp32: a gradient summed over N tokens."""
+    return summed_product(left.t(), right)
+
+
+@torch.library.register_fake("lightning_peft::factor_gradient")
+def _(left: Tensor, right: Tensor) -> Tensor:
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    return left.new_empty(left.shape[1], right.shape[1], dtype=dtype)
+
+
+@torch.library.impl("lightning_peft::shared_input_gradient", "CompositeExplicitAutograd")
+def shared_input_gradient(
+    grads: list[Tensor], weights: list[Tensor | None], inner: Tensor, factor: Tensor, form: str, block_size: int
+) -> Tensor:
+    """Return the sum of grad_i W_i plus inner factor, (N, in_features).
+
+    `weights` has each layer's weight, or its codes; one dense weight exists at a time.
+    """
+    result = inner @ factor  # the small product first, for its digits: see `low_rank_sum`
+    width = len(weights) // len(grads)
+    for place, grad in enumerate(grads):
+        own = weights[place * width : (place + 1) * width]
+        assert own[0] is not None
+        dense = own[0] if form == DENSE else dequantize(Codes(*own), form, block_size, grad.dtype)  # type: ignore[arg-type]
+        result.addmm_(grad, dense.to(grad.dtype))
+        del dense
+    return result
+
+
+@torch.library.register_fake("lightning_peft::shared_input_gradient")
+def _(
+    grads: list[Tensor], weights: list[Tensor | None], inner: Tensor, factor: Tensor, form: str, block_size: int
+) -> Tensor:
+    first = weights[0]
+    assert first is not None
+    return inner.new_empty(len(inner), first.shape[1] if form == DENSE else in_features_of(first, form))
