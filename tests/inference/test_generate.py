@@ -223,3 +223,12 @@ def test_equal_prompts_of_a_call_draw_different_answers(model, tokenizer):
     sampling = SamplingConfig(max_new_tokens=16, temperature=1.0)
     first, second = generate_batch(model, tokenizer, [[5, 6, 7], [5, 6, 7]], sampling)
     assert first != second
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_answer_that_ends_early_is_compared_up_to_its_end():
+    """Alone the shortest prompt's answer ends with its second token, beside a longer one the batch goes on."""
+    model, prompts = small_model("apertus"), [[5, 6, 7], [8, 70, 20, 30, 40, 46]]
+    answer = model.generate(torch.tensor(prompts[:1]), max_new_tokens=2, do_sample=False, eos_token_id=None)
+    model.generation_config.eos_token_id = [int(answer[0, -1])]
+    assert choose_batching(model, prompts, 0).batching is not Batching.alone
