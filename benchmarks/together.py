@@ -95,12 +95,12 @@ class Ways:
         model = around_same_tensors(base)
         inject_adapters(model, LoRAConfig(rank=sum(RANKS)))
         self.one = SupervisedLoss(model).train(), Trained(model, RATES[-1])
-        rows = [
-            torch.cat(parts) for parts in zip(*((b.input_ids, b.labels, b.position_ids) for b in batches), strict=True)
-        ]
-        width = rows[0].shape[1]
-        bounds = torch.arange(0, rows[0].numel() + 1, width, dtype=torch.int32)
-        self.all = Batch(*rows, bounds, width, rows[0].numel(), sum(b.num_supervised for b in batches))
+        ids, labels, positions = (
+            torch.cat([getattr(batch, name) for batch in batches]) for name in ("input_ids", "labels", "position_ids")
+        )
+        width = ids.shape[1]
+        bounds = torch.arange(0, ids.numel() + 1, width, dtype=torch.int32)
+        self.all = Batch(ids, labels, positions, bounds, width, ids.numel(), sum(b.num_supervised for b in batches))
 
     def together(self) -> list[float]:
         for member, batch in zip(self.group.members, self.batches, strict=True):
