@@ -52,7 +52,7 @@ from lightning_peft.sweeps.sweep import (
     score,
     write_sweep,
 )
-from lightning_peft.tracking.wandb_record import wandb_record
+from lightning_peft.tracking.service_record import SERVICES, service_record
 
 logger = logging.getLogger(__name__)
 
@@ -284,15 +284,16 @@ def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] =
 
 
 def write_run(config: TrainConfig) -> None:
-    """Leave `config.yaml` in the run folder, and the id of its W&B run where it has one."""
+    """Leave `config.yaml` in the run folder, and the id of its run in each service that logs it."""
     if config.cluster is not None:
         config = for_cluster(config, config.cluster)
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     with atomic_file(run_dir / "config.yaml") as path:
         OmegaConf.save(OmegaConf.create(plain(config)), path)
-    if any(node.get("_target_", "").endswith(".WandbRun") for node in config.logger.values()):
-        wandb_record(run_dir)
+    for name in config.logger:
+        if name in SERVICES:
+            service_record(run_dir, name)
 
 
 def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
