@@ -315,12 +315,33 @@ class D90Config:
 
 
 @dataclass
+class PriceConfig:
+    """Where `estimate -m` and `submit -m dry_run=true` know from how fast the trials of a sweep are."""
+
+    measured: list[str] = field(default_factory=lambda: ["runs", "sweeps"])
+    """Folders below which finished runs of the same kind, on the same device, say how fast a trial is."""
+    gpu: str | None = None
+    """GPU that the trials will run on, as "H100" or "A100"; null takes this machine's."""
+    utilization: float = 0.35
+    """Share of a GPU's bf16 peak that is taken for reached where no run was measured. Ours."""
+    output: str | None = None
+    """JSON file for the prices; null prints them only."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"price.utilization={self.utilization}: must be above 0 and at most 1")
+
+
+@dataclass
 class SubmitSweepConfig:
     """What `submit -m` takes beside the words of a single run."""
 
     sweep_dir: str | None = None
     """Folder of the sweep; null takes sweeps/<time>."""
+    dry_run: bool = False
+    """Print what the sweep takes, by trial; write and submit nothing."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    price: PriceConfig = field(default_factory=PriceConfig)
 
 
 class SweepVerb(Enum):

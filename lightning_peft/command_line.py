@@ -66,6 +66,10 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             from lightning_peft.commands.plan_sweep import submit_sweep
 
             submit_sweep([word for word in overrides if word not in sweep])
+        elif command == "estimate" and sweep:
+            from lightning_peft.commands.plan_sweep import estimate_sweep
+
+            estimate_sweep([word for word in overrides if word not in sweep])
         elif sweep:
             run_sweep(command, function, [word for word in overrides if word not in sweep])
         elif command == "train":

@@ -270,6 +270,7 @@ def train_prepared(
             "total_parameters": total,
             "tokens_per_second": metrics.tokens_per_second(),
             "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
+            "device": torch.cuda.get_device_name() if plan.accelerator == "cuda" else "cpu",
         }
         if stopping is not None and stopping.reason is not None:
             result["stopped_early"] = stopping.reason
