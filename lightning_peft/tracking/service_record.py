@@ -29,8 +29,9 @@ def write_record(run_dir: Path, record: dict[str, Any], service: str) -> None:
         path.write_text(json.dumps(record) + "\n")
 
 
-def forget_steps(run_dir: Path) -> None:
-    """For a folder that is trained in from step 0 again: nothing of it is written yet."""
+def forget_steps(run_dir: Path, behind: int = 0) -> None:
+    """For a folder that is trained in from an earlier step again: nothing behind it counts as written."""
     for service in SERVICES:
         if record_path(run_dir, service).exists():
-            write_record(run_dir, service_record(run_dir, service) | {"step": 0}, service)
+            record = service_record(run_dir, service)
+            write_record(run_dir, record | {"step": min(record["step"], behind)}, service)
