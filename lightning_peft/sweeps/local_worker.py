@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.process import process, this_process
-from lightning_peft.sweeps.pruning import begin_at_rung, promoted
+from lightning_peft.sweeps.pruning import begin_at_rung, preempted, promoted
 from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
 from lightning_peft.threads import available_cores
 
@@ -35,7 +35,7 @@ def start_workers(folder: Path) -> None:
     with changed_sweep(folder) as sweep:
         sweep.workers = [worker for worker in sweep.workers if worker.is_alive]
         work = sum(trial.is_waiting for trial in sweep.trials) + sweep.count - len(sweep.trials)
-        work += sweep.pruning != "none" and promoted(sweep) is not None
+        work += sweep.pruning != "none" and (preempted(sweep) or promoted(sweep)) is not None
         for slot in range(len(sweep.workers), min(sweep.parallel or 1, work)):
             command = [sys.executable, "-m", "lightning_peft.sweeps.local_worker", str(folder), str(slot)]
             # Not subprocess, which takes a child that is left alone for a mistake.
@@ -67,7 +67,8 @@ def work(folder: Path, slot: int) -> None:
 
 
 def claim(folder: Path) -> Trial | None:
-    """The next trial, now begun by this process: one that a rung lets on, else one that nobody has begun.
+    """The next trial, now begun by this process: of a pruned sweep one that was preempted, or that a rung lets on, else
+    one that nobody has begun.
 
     Without one, and none to be drawn or to be waited for, this process signs off.
     """
@@ -75,7 +76,7 @@ def claim(folder: Path) -> Trial | None:
         if sweep.rungs:
             refresh(sweep, folder, {})
         waiting = next((trial for trial in sweep.trials if trial.is_waiting), None)
-        trial = (promoted(sweep) if sweep.rungs else None) or waiting
+        trial = (preempted(sweep) or promoted(sweep) if sweep.rungs else None) or waiting
         if trial is not None:
             begin_at_rung(sweep, trial, folder)
             trial.process = this_process()

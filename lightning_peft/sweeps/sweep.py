@@ -58,6 +58,8 @@ class Trial:
     number: int | None = None
     """Optuna's number of the trial."""
     is_cancelled: bool = False
+    resumed_at: int | None = None
+    """Step at which it was preempted when a worker last took it up again by itself."""
     rung_values: list[float | None] = field(default_factory=list)
     """The sweep's metric at each rung that the trial has reached, so that small is good; null for one not finite."""
 
