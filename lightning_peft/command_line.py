@@ -62,6 +62,10 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             from lightning_peft.commands.plan_sweep import submit_sweep
 
             submit_sweep([word for word in overrides if word not in sweep])
+        elif command == "estimate" and sweep:
+            from lightning_peft.commands.plan_sweep import estimate_sweep
+
+            estimate_sweep([word for word in overrides if word not in sweep])
         elif sweep and any(word.startswith("sweep.") for word in overrides):
             if command != "train":
                 raise ValueError(f"{command} -m: takes no options of a sweep; train -m and submit -m do")

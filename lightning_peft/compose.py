@@ -49,7 +49,7 @@ def quote_text_values(overrides: list[str]) -> list[str]:
 
 SEARCH_PATH = "hydra.searchpath"
 """Hydra's key for folders of one's own option files, as in hydra.searchpath=[file:///home/me/conf]."""
-OPEN = re.compile(r"^(?:trainer|callbacks|logger|claim)\.")
+OPEN = re.compile(r"^(?:(?:trainer|callbacks|logger|claim|gate)\.|gate=)")
 """Keys below which anything may be added: arguments of what is not ours."""
 
 

@@ -29,6 +29,7 @@ from lightning_peft.training.config import (
     Compilation,
     EarlyStoppingConfig,
     GuardConfig,
+    HealthConfig,
     StrategyConfig,
     StrategyKind,
     ValidationConfig,
@@ -93,6 +94,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.pytorch.Trainer."""
     logger: dict[str, Any] = field(default_factory=dict)

@@ -220,7 +220,7 @@ class Job:
 
 def submit_script(script: Path) -> str:
     """Hand a batch script to SLURM. Returns the job's id; raises SlurmError with what sbatch said."""
-    return _slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    return slurm_output("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
 
 def find_jobs(job_ids: Iterable[str]) -> dict[str, Job]:
@@ -236,15 +236,16 @@ def find_jobs(job_ids: Iterable[str]) -> dict[str, Job]:
 
 
 def cancel_jobs(job_ids: Iterable[str]) -> None:
-    _slurm("scancel", *job_ids)
+    slurm_output("scancel", *job_ids)
 
 
 def requeue_job(job_id: str) -> None:
     """Start a job again; its ranks are signalled first and resume where they were."""
-    _slurm("scontrol", "requeue", job_id)
+    slurm_output("scontrol", "requeue", job_id)
 
 
-def _slurm(*command: str) -> str:
+def slurm_output(*command: str) -> str:
+    """Run one of SLURM's commands. Returns what it prints; raises SlurmError with what it said was wrong."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except OSError as error:
@@ -261,7 +262,7 @@ def _slurm(*command: str) -> str:
 
 def _from_slurmctld(job_id: str) -> list[Job]:
     try:
-        lines = _slurm("scontrol", "--oneliner", "show", "job", job_id).splitlines()
+        lines = slurm_output("scontrol", "--oneliner", "show", "job", job_id).splitlines()
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return []
@@ -280,7 +281,9 @@ def _from_slurmctld(job_id: str) -> list[Job]:
 def _from_accounting(job_id: str) -> list[Job]:
     fields = "JobID,State,ExitCode"
     try:
-        table = _slurm("sacct", "--noheader", "--parsable2", "--allocations", f"--format={fields}", f"--jobs={job_id}")
+        table = slurm_output(
+            "sacct", "--noheader", "--parsable2", "--allocations", f"--format={fields}", f"--jobs={job_id}"
+        )
     except SlurmError as error:
         logger.info("no accounting to ask about job %s: %s", job_id, error)
         return []

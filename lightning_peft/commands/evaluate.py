@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.checkpoint.model_card import write_card
@@ -21,6 +21,8 @@ from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
+from lightning_peft.evaluation.gate import DoNotShip, Metric, verdicts
+from lightning_peft.evaluation.harness import check_harness, run_harness
 from lightning_peft.evaluation.runner import Scores, score, with_shots
 from lightning_peft.evaluation.scorers import with_answer
 from lightning_peft.inference.load import is_whole_model, tuned_folder
@@ -29,6 +31,8 @@ from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Row, Task
 
 logger = logging.getLogger(__name__)
+
+LOSSES = ("loss", "perplexity")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -45,6 +49,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         data_config = laid_out_as(saved.data, data_config)
     data_config = replace(data_config, streaming=False, max_validation_rows=config.max_rows)
     task = TASKS[data_config.task]
+    if config.benchmark is not None:
+        check_harness(config.tasks, config.tasks_path)
+    check_gate(config, task)
     found = read_conversations(data_config, "test")
     if not found:
         raise ValueError(
@@ -69,6 +76,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     loader, loss_rows = validation_loader(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
     answered = task.max_new_tokens > 0
     results: dict[str, Scores] = {}
+    metrics: dict[str, dict[str, Metric]] = {}
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):
         shots = shot_conversations(task, data_config)
@@ -77,20 +85,70 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             started = time.perf_counter()
             base_questions = with_shots(questions, shots)
             results["base"] = score(base, tokenizer, loader, rows, base_questions, task, config.batch_size, layout)
+            metrics["base"] = metrics_of(results["base"], task) | benchmarked(base, tokenizer, config)
             seconds["base"] = time.perf_counter() - started
     if config.models in (Scored.both, Scored.adapter):
         logger.info("the adapter: loss of %d validation rows, answers to %d", loss_rows, len(rows) if answered else 0)
         started = time.perf_counter()
         results["adapter"] = score(tuned, tokenizer, loader, rows, questions, task, config.batch_size, layout)
+        metrics["adapter"] = metrics_of(results["adapter"], task) | benchmarked(tuned, tokenizer, config)
         seconds["adapter"] = time.perf_counter() - started
     show(results, task, loss_rows, len(rows))
+    show_benchmark(metrics)
     show_samples(results, task, rows, config.samples)
-    report = {
-        name: {key: value for key, value in asdict(scores).items() if key != "answers"} | {"seconds": seconds[name]}
+    report: dict[str, Any] = {
+        name: {"loss": scores.loss, "perplexity": scores.perplexity}
+        | {"metrics": {key: metric.value for key, metric in metrics[name].items() if key not in LOSSES}}
+        | {"intervals": {key: metric.interval for key, metric in metrics[name].items() if metric.interval is not None}}
+        | {"seconds": seconds[name]}
         for name, scores in results.items()
     } | {"rows": len(rows), "loss_rows": loss_rows, "task": task.name, "base_shots": task.num_shots}
+    if config.gate:
+        judged = verdicts(config.gate, metrics["base"], metrics["adapter"])
+        report["gate"] = {v.name: asdict(v) | {"passes": v.passes} for v in judged}
+        report["ship"] = all(verdict.passes for verdict in judged)
     write_report(report, config)
+    if config.gate:
+        for verdict in judged:
+            print(verdict.words())
+        print("ship" if report["ship"] else "do not ship")
+        if not report["ship"]:
+            raise DoNotShip
     return report
+
+
+def check_gate(config: EvaluateConfig, task: Task) -> None:
+    """Raise ValueError for a threshold of a metric that will not be scored, as far as that is known without rows."""
+    known = [*LOSSES, *task.metric_names]
+    for name, least in config.gate.items():
+        is_of_rows = any(name == each or name.startswith(f"{each}_") for each in (*known, "preference_accuracy"))
+        suite = name.rpartition("/")[0]
+        is_of_suite = bool(suite) and any(suite == each or suite.startswith(f"{each}_") for each in config.tasks)
+        if not is_of_rows and not is_of_suite:
+            more = [f"{each}/acc" for each in config.tasks] or ["TASK/METRIC with benchmark=lm_eval tasks=[TASK]"]
+            raise ValueError(f"gate.{name}={least:g}: is not scored; choose one of {', '.join([*known, *more])}")
+
+
+def metrics_of(scores: Scores, task: Task) -> dict[str, Metric]:
+    """Return loss, perplexity and the task's metrics with their values on every row."""
+    losses = {"loss": Metric(scores.loss, small_is_good=True), "perplexity": Metric(scores.perplexity, [], True)}
+    return losses | {
+        name: Metric(value, scores.row_metrics.get(name, []), name in task.small_is_good)
+        for name, value in scores.metrics.items()
+    }
+
+
+def benchmarked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: EvaluateConfig
+) -> dict[str, Metric]:
+    """Return what `benchmark` gives; empty without one."""
+    if config.benchmark is None:
+        return {}
+    logger.info("lm_eval: %s", ", ".join(config.tasks))
+    batch = min(config.batch_size, 16)  # rows of whole contexts, unlike prompts that are answered
+    return run_harness(
+        model, tokenizer, config.tasks, config.tasks_path, config.benchmark_limit, batch, config.num_fewshot
+    )
 
 
 def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:
@@ -135,6 +193,22 @@ def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int) -> N
         table.add_row(metric.replace("_", " "), *(f"{s.metrics[metric]:.1%}" for s in results.values()))
     if "base" in results and task.num_shots:
         table.caption = f"the base answers with {task.num_shots} solved examples before each question"
+    console().print(table)
+
+
+def show_benchmark(metrics: dict[str, dict[str, Metric]]) -> None:
+    """Print what the harness gave, each value with its 95 % interval."""
+    names = [name for name in next(iter(metrics.values())) if "/" in name]
+    if not names:
+        return
+    table = Table("", *metrics, title="lm-evaluation-harness")
+    for name in names:
+        cells = []
+        for found in metrics.values():
+            interval = found[name].interval
+            within = "" if interval is None else f"  ({interval[0]:.4g} to {interval[1]:.4g})"
+            cells.append(f"{found[name].value:.4g}{within}")
+        table.add_row(name, *cells)
     console().print(table)
 
 

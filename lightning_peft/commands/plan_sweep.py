@@ -52,11 +52,11 @@ from lightning_peft.sweeps.sweep import (
     score,
     write_sweep,
 )
-from lightning_peft.tracking.wandb_record import wandb_record
+from lightning_peft.tracking.service_record import SERVICES, service_record
 
 logger = logging.getLogger(__name__)
 
-OWN_KEYS = ("sweep", "sweep_dir")
+OWN_KEYS = ("sweep", "sweep_dir", "price", "dry_run")
 """First part of the words that speak to the sweep; the others are those of a single `submit` or `train`."""
 
 
@@ -74,6 +74,9 @@ def submit_sweep(words: list[str]) -> None:
     """Plan and start a sweep. Raises ValueError, with nothing written, if any trial's config is wrong."""
     own, run_words = split_words(words)
     config: SubmitSweepConfig = compose_config("submit_sweep", own)
+    if config.dry_run:
+        price_sweep(config, run_words)
+        return
     default = Path(f"sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     folder = (Path(config.sweep_dir) if config.sweep_dir else new_folder(default)).resolve()
     try:
@@ -82,7 +85,27 @@ def submit_sweep(words: list[str]) -> None:
         remove_if_empty(folder)
 
 
-def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> None:
+def estimate_sweep(words: list[str]) -> None:
+    """Print what every trial of the sweep takes, as `submit -m dry_run=true` does. Raises ValueError as it does."""
+    own, run_words = split_words([word for word in words if word.partition("=")[0] != "dry_run"])
+    renamed = [f"price.{word}" if word.startswith("output=") else word for word in run_words]
+    price_words = [word for word in renamed if word.startswith("price.")]
+    config: SubmitSweepConfig = compose_config("submit_sweep", [*own, *price_words])
+    price_sweep(config, [word for word in renamed if word not in price_words])
+
+
+def price_sweep(config: SubmitSweepConfig, run_words: list[str]) -> None:
+    """Print the prices of a sweep that is planned and checked, and not begun."""
+    # Models, tokenizers and rows, which a sweep that is only planned does without.
+    from lightning_peft.commands.price_sweep import prices, show_prices
+
+    folder = Path(config.sweep_dir or "sweeps/planned").resolve()
+    sweep, runs = planned(config, run_words, folder)
+    show_prices(sweep, runs, prices(sweep, runs, config.price), config.price.output)
+
+
+def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tuple[Sweep, list[TrainConfig]]:
+    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one."""
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
     runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
@@ -96,6 +119,11 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
     if config.sweep.together is not None:
         share_bases(sweep, runs, config.sweep.together)
     check_scorers(runs)
+    return sweep, runs
+
+
+def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> None:
+    sweep, runs = planned(config, run_words, folder)
     if runs[0].cluster is not None and runs[0].cluster.dry_run:
         tasks = len(groups_of_tasks(sweep.trials, sweep.together)) or sweep.count
         print(array_script(sweep, tasks, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
@@ -311,15 +339,16 @@ def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] =
 
 
 def write_run(config: TrainConfig) -> None:
-    """Leave `config.yaml` in the run folder, and the id of its W&B run where it has one."""
+    """Leave `config.yaml` in the run folder, and the id of its run in each service that logs it."""
     if config.cluster is not None:
         config = for_cluster(config, config.cluster)
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     with atomic_file(run_dir / "config.yaml") as path:
         OmegaConf.save(OmegaConf.create(plain(config)), path)
-    if any(node.get("_target_", "").endswith(".WandbRun") for node in config.logger.values()):
-        wandb_record(run_dir)
+    for name in config.logger:
+        if name in SERVICES:
+            service_record(run_dir, name)
 
 
 def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:

@@ -44,7 +44,7 @@ from lightning_peft.sweeps.table import (
     svg_text,
     table_rows,
 )
-from lightning_peft.tracking.wandb_record import forget_steps
+from lightning_peft.tracking.service_record import forget_steps
 
 logger = logging.getLogger(__name__)
 

@@ -74,6 +74,7 @@ from lightning_peft.runs.trainer import build_trainer, count_steps
 from lightning_peft.threads import described
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_peft.training.callbacks.adapter_health import AdapterHealth
 from lightning_peft.training.callbacks.early_stopping import EarlyStopping
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
@@ -246,6 +247,7 @@ def train_prepared(
     stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
     callbacks: list[Callback] = [
         RunRecord(plain(config), content),
+        AdapterHealth(config.health),
         metrics,
         *([scored] if scored is not None else []),
         *([stopping] if stopping is not None else []),
@@ -282,6 +284,7 @@ def train_prepared(
             "total_parameters": total,
             "tokens_per_second": metrics.tokens_per_second(),
             "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
+            "device": torch.cuda.get_device_name() if plan.accelerator == "cuda" else "cpu",
         }
         if stopping is not None and stopping.reason is not None:
             result["stopped_early"] = stopping.reason

@@ -13,6 +13,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.data.conversation import Conversation, Message, tools_of
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.preferences import Standing
+from lightning_peft.evaluation.gate import row_scores
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.objectives.sft import SupervisedLoss
@@ -28,6 +29,8 @@ class Scores:
     perplexity: float
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    row_metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Those of the metrics that are means over rows, for each row."""
 
 
 @torch.inference_mode()
@@ -91,7 +94,9 @@ def score(
     if task.max_new_tokens == 0:
         return Scores(loss, math.exp(min(loss, 700.0)), preferences)
     answers = answer_rows(model, tokenizer, conversations, task, batch_size, layout)
-    return Scores(loss, math.exp(min(loss, 700.0)), task.score(rows, answers) | preferences, answers)
+    metrics = task.score(rows, answers)
+    by_row = row_scores(task, rows, answers, metrics)
+    return Scores(loss, math.exp(min(loss, 700.0)), metrics | preferences, answers, by_row)
 
 
 def with_shots(conversations: Sequence[Sequence[Message]], shots: Sequence[Sequence[Message]]) -> list[Conversation]:

@@ -35,7 +35,7 @@ FREE_TO_CHANGE = (
     "data.num_workers", "data.preview", "checkpoint.every_n_steps", "checkpoint.keep_last", "checkpoint.asynchronous",
     "validation.samples", "compile", "activation_checkpointing", "device_memory_gib", "quantization.verify",
     "model.label", "guard.action", "guard.factor", "guard.patience", "guard.no_op_steps",
-    "guard.lr_factor", "guard.max_rollbacks", "checkpoint.best_by", "validation.metrics",
+    "guard.lr_factor", "guard.max_rollbacks", "health.every_n_steps", "checkpoint.best_by", "validation.metrics",
     "validation.at_steps", "validation.metric_rows", "validation.max_new_tokens", "validation.budget",
     "early_stopping.metric", "early_stopping.patience", "early_stopping.min_delta",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from lightning_peft.training.config import StrategyKind
 OWNED = {
     "strategy": "strategy=single, ddp or fsdp",
     "callbacks": "callbacks.NAME._target_",
-    "logger": "logger=csv, wandb, tensorboard or none",
+    "logger": "logger=csv, wandb, mlflow, trackio, comet, tensorboard or none",
     "plugins": "trainer.precision",
     "val_check_interval": "validation.every_n_steps",
     "check_val_every_n_epoch": "validation.every_n_steps",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.resume import checkpoints, latest_checkpoint, saved_guard, saved_step
+from lightning_peft.tracking.service_record import forget_steps
 from lightning_peft.training.config import GuardAction, GuardConfig
 from lightning_peft.training.guard import Diverged
 
@@ -90,6 +91,7 @@ def roll_back(config: GuardConfig, run_dir: Path, step: int, reason: str) -> Pat
     back_to = 0 if checkpoint is None else saved_step(checkpoint)
     found = Rollback(step, back_to, lr_factor_of(before) * config.lr_factor, reason)
     write_rollbacks([*before, found], run_dir)
+    forget_steps(run_dir, back_to)
     logger.warning(
         "diverged at step %d: %s; rollback %d of guard.max_rollbacks=%d: back to step %d, and on at %g times the "
         "learning rate", step, reason, len(before) + 1, config.max_rollbacks, back_to, found.lr_factor,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.process import LEAVE, process, this_process
-from lightning_peft.sweeps.pruning import begin_at_rung, promoted
+from lightning_peft.sweeps.pruning import begin_at_rung, preempted, promoted
 from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
 from lightning_peft.threads import available_cores
 
@@ -36,7 +36,7 @@ def start_workers(folder: Path) -> None:
     with changed_sweep(folder) as sweep:
         sweep.workers = [worker for worker in sweep.workers if worker.is_alive]
         work = sum(trial.is_waiting for trial in sweep.trials) + sweep.count - len(sweep.trials)
-        work += sweep.pruning != "none" and promoted(sweep) is not None
+        work += sweep.pruning != "none" and (preempted(sweep) or promoted(sweep)) is not None
         for slot in range(len(sweep.workers), min(sweep.parallel or 1, work)):
             command = [sys.executable, "-m", "lightning_peft.sweeps.local_worker", str(folder), str(slot)]
             # Not subprocess, which takes a child that is left alone for a mistake.
@@ -68,7 +68,8 @@ def work(folder: Path, slot: int) -> None:
 
 
 def claim(folder: Path) -> list[Trial]:
-    """The next trials, now begun by this process: those that a rung lets on, else those that nobody has begun.
+    """The next trials, now begun by this process: of a pruned sweep those that were preempted, or that a rung lets on,
+    else those that nobody has begun.
 
     One, or as many as train together and share a base. Without any, and none to be drawn or to be waited for, this
     process signs off.
@@ -88,7 +89,7 @@ def claim(folder: Path) -> list[Trial]:
 
 def next_trial(sweep: Sweep, beside: Sequence[Trial]) -> Trial | None:
     """The trial to begin next, where some are claimed already one that can train beside them."""
-    trial = promoted(sweep) if sweep.rungs else None
+    trial = preempted(sweep) or promoted(sweep) if sweep.rungs else None
     if not beside:
         return trial or next((trial for trial in sweep.trials if trial.is_waiting), None)
     base = beside[0].base

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.sweeps.search import Pruning
-from lightning_peft.sweeps.sweep import FINISHED, PAUSED, RUNNING, WAITING, Sweep, Trial, begin
+from lightning_peft.sweeps.sweep import FINISHED, PAUSED, PREEMPTED, RUNNING, WAITING, Sweep, Trial, begin
 
 RUNG_OPTION = "validation.at_steps"
 """The option of `train` that has every trial validated at the rungs, also one that does not pause there."""
@@ -82,8 +82,19 @@ def promoted(sweep: Sweep) -> Trial | None:
     return paused[0] if is_over and not has_winner else None
 
 
+def preempted(sweep: Sweep) -> Trial | None:
+    """The first trial that was told to leave on its way to a rung, to be gone on with at once; None without one.
+
+    One that has come no further since it was last taken up is left to `sweep retry`.
+    """
+    left = [trial for trial in sweep.trials if trial.state == PREEMPTED and trial.result is not None]
+    return next((trial for trial in left if int(trial.result["steps"]) > (trial.resumed_at or 0)), None)  # type: ignore[index]
+
+
 def begin_at_rung(sweep: Sweep, trial: Trial, folder: Path) -> None:
     """Count an attempt that ends at the trial's next rung, which its config.yaml says."""
+    if sweep.rungs and trial.state == PREEMPTED and trial.result is not None:
+        trial.resumed_at = int(trial.result["steps"])
     begin(trial, folder)
     if not sweep.rungs:
         return

@@ -60,6 +60,8 @@ class Trial:
     is_cancelled: bool = False
     base: str | None = None
     """What it shares with trials of the same word that train together; null for one that trains by itself."""
+    resumed_at: int | None = None
+    """Step at which it was preempted when a worker last took it up again by itself."""
     rung_values: list[float | None] = field(default_factory=list)
     """The sweep's metric at each rung that the trial has reached, so that small is good; null for one not finite."""
 

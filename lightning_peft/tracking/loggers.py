@@ -1,5 +1,6 @@
 """What every logger of a run shares: one folder, one rank, and failures that never reach the training."""
 
+import importlib.util
 import logging
 from abc import abstractmethod
 from argparse import Namespace
@@ -68,12 +69,19 @@ class RunLogger(Logger):
         """
         self._try(self.end, status, adapter)
 
+    @rank_zero_only
+    def log_alert(self, title: str, text: str) -> None:
+        """Something a person should look at."""
+        self._try(self.write_alert, title, text)
+
     def write_config(self, config: dict[str, Any]) -> None: ...
 
     @abstractmethod
     def write_metrics(self, metrics: dict[str, float], step: int) -> None: ...
 
     def write_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None: ...
+
+    def write_alert(self, title: str, text: str) -> None: ...
 
     def begin(self, step: int) -> None: ...
 
@@ -98,16 +106,21 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__} ({' '.join(str(error).split()) or 'no message'})"
 
 
+def check_installed(logger_name: str, module: str) -> None:
+    """Raise ValueError with the extra to install where a logger's package is not there. Imports nothing."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"logger={logger_name}: not installed; pip install 'lightning-peft[{logger_name}]'")
+
+
 class TensorBoard(RunLogger):
     """Event files under `<run_dir>/tensorboard`."""
 
     def __init__(self, run_dir: str):
         super().__init__(run_dir)
-        try:
-            # An optional extra.
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("logger=tensorboard: not installed; pip install 'lightning-peft[tensorboard]'") from error
+        check_installed("tensorboard", "tensorboard")
+        # An optional extra.
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer_class = SummaryWriter
         self._writer: SummaryWriter | None = None
 

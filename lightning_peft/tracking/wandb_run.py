@@ -4,15 +4,15 @@ import inspect
 import json
 import logging
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint.lineage import FILE_NAME as LINEAGE
+from lightning_peft.tracking.charts import STEP, charts, summary_of, sweep_name
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.tracking.metrics_csv import MetricsCSV
-from lightning_peft.tracking.wandb_record import wandb_record, write_record
+from lightning_peft.tracking.service_record import service_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +37,6 @@ VARIABLES = {
 }
 FLUSH_SECONDS = 30
 """After so long a row is in W&B's file or on its server; its service keeps the latest 15 seconds in memory."""
-STEP = "trainer/global_step"
-"""The x axis of every plot."""
-CONSTANTS = ("trainable_parameters", "rank", "alpha")
-"""Columns that never change within a run: W&B has them in config and summary, and no chart of them."""
-SUMMARIZED = (
-    "steps", "trainable_parameters", "total_parameters", "tokens_per_second", "peak_memory_gib", "seconds", "data",
-)  # fmt: skip
-"""What the summary takes from `result.json` as it stands there."""
-SWEEP_FILES = ("sweep.json", "multirun.yaml")
-"""What marks the folder above a run folder as that of a sweep: ours, and Hydra's."""
 
 
 def has_wandb_key() -> bool:
@@ -60,27 +50,12 @@ def has_wandb_key() -> bool:
         return False
 
 
-def charts(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row under the names of W&B's charts: train/loss, validation/loss, validation/METRIC.
+def run_of_agent() -> str | None:
+    """Return the id of the run that `wandb agent` has started this process for; None outside of its sweeps.
 
-    What stands in a row beside a validation loss was taken with it.
+    W&B takes id and project of such a run from the agent alone.
     """
-    is_validation = "validation_loss" in metrics
-    named = {key: value for key, value in metrics.items() if key not in CONSTANTS}
-    if is_validation:
-        return {validation_chart(key): value for key, value in named.items()}
-    return {f"train/{key}": value for key, value in named.items()}
-
-
-def validation_chart(name: str) -> str:
-    """The chart of what a validation gave: validation/loss, validation/loss/SOURCE, validation/METRIC."""
-    return "validation/" + re.sub(r"^validation_loss(?=/|$)", "loss", name)
-
-
-def sweep_name(run_dir: Path) -> str | None:
-    """Name of the sweep folder a run folder stands in; None outside a sweep."""
-    parent = run_dir.resolve().parent
-    return parent.name if any((parent / name).exists() for name in SWEEP_FILES) else None
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 class WandbRun(RunLogger):
@@ -155,15 +130,22 @@ class WandbRun(RunLogger):
             # Tables are staged there; in a home that cannot be written to each would fail.
             os.environ[DATA_DIR] = str(self.run_dir.resolve() / "wandb")
             self.sets_data_dir = True
-        record = wandb_record(self.run_dir)
+        record = service_record(self.run_dir, "wandb")
+        if (of_agent := run_of_agent()) is not None and record["id"] != of_agent:
+            record = {"id": of_agent, "step": 0}  # what the folder has logged elsewhere is logged there as well
+            write_record(self.run_dir, record, "wandb")
         self.written_step = record["step"]
-        options = self.options | {
-            "id": record["id"],
-            "dir": str(self.run_dir),
-            "settings": wandb.Settings(
-                **{key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
-            ),
-        }
+        given = {"id": record["id"]} if of_agent is None else {"project": None}
+        options = (
+            self.options
+            | given
+            | {
+                "dir": str(self.run_dir),
+                "settings": wandb.Settings(
+                    **{key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
+                ),
+            }
+        )
         try:
             self.run = wandb.init(**options, mode=self.mode, resume="allow" if self.mode == "online" else None)
         except wandb.errors.CommError as error:
@@ -201,7 +183,7 @@ class WandbRun(RunLogger):
         """What a start behind a killed one need not log again."""
         noted, logged = self.logged
         if time.monotonic() - noted >= FLUSH_SECONDS:
-            write_record(self.run_dir, {"id": self.run.id, "step": max(logged, self.written_step)})
+            write_record(self.run_dir, {"id": self.run.id, "step": max(logged, self.written_step)}, "wandb")
             self.logged = (time.monotonic(), step)
 
     def write_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None:
@@ -210,32 +192,33 @@ class WandbRun(RunLogger):
         if step > self.written_step:
             self.run.log({"samples": wandb.Table(columns=[*columns], data=rows), STEP: step})
 
+    def write_alert(self, title: str, text: str) -> None:
+        self.run.alert(title=f"{self.run.name}: {title}", text=f"{self.run_dir}: {text}")
+
     def end(self, status: str, adapter: Path) -> None:
         if self.run is None:
             return
         step = int(self.run.summary.get(STEP) or 0)
         if status == "finished" and (adapter / LINEAGE).exists():
             self.save_adapter(adapter, step)
-        if status in ("preempted", "paused", "interrupted"):
+        if status in ("preempted", "paused", "interrupted", "rolled back"):
             self.run.mark_preempting()
         self.summarize()
         if status == "diverged":
             self.run.alert(title=f"{self.run.name} diverged", text=f"{self.run_dir}: ended as diverged at step {step}")
+        if status == "rolled back":
+            text = f"{self.run_dir}: diverged after step {step}, and goes on from an earlier checkpoint"
+            self.run.alert(title=f"{self.run.name} rolled back", text=text)
         # Until it finishes, up to 15 seconds of it are in the memory of another process.
         self.run.finish(exit_code=0 if status == "finished" else 1)
         self.forget_data_dir()
         if not self.failed:
-            write_record(self.run_dir, {"id": self.run.id, "step": max(step, self.written_step)})
+            write_record(self.run_dir, {"id": self.run.id, "step": max(step, self.written_step)}, "wandb")
 
     def summarize(self) -> None:
         """Put what `result.json` says beside the last values of the charts."""
-        path = self.run_dir / "result.json"
-        if not path.exists():
-            return
-        result = json.loads(path.read_text())
-        summary = {key: result[key] for key in SUMMARIZED if key in result}
-        summary |= {validation_chart(name): value for name, value in result.get("metrics", {}).items()}
-        self.run.summary.update(summary | {"status": result["status"]})
+        if summary := summary_of(self.run_dir):
+            self.run.summary.update(summary)
 
     def forget_data_dir(self) -> None:
         """The next run of this process has its own."""

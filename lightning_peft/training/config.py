@@ -152,6 +152,19 @@ class GuardConfig:
             raise ValueError(f"guard.max_rollbacks={self.max_rollbacks}: must be at least 1")
 
 
+@dataclass
+class HealthConfig:
+    """What of the adapter itself is measured while it trains."""
+
+    every_n_steps: int | None = 100
+    """Optimiser steps between measurements of every adapted layer: ||dW|| / ||W||, stable rank, and B's share of the
+    gradient, as columns of metrics.csv; null for none."""
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ValueError(f"health.every_n_steps={self.every_n_steps}: must be at least 1, or null")
+
+
 class ActivationCheckpointing(Enum):
     none = "none"
     elementwise = "elementwise"

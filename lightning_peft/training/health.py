@@ -1,7 +1,7 @@
-"""How an adapter changes its layers while it trains: the size and the rank of every change."""
+"""How an adapter changes its layers while it trains: the size and rank of every change, and what looks wrong."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,10 @@ from lightning_peft.quantization.weights import dense_weight
 NOTHING = 1e-9
 """||dW|| / ||W|| up to which a layer counts as unchanged: fp32 rounds at 1e-7, and a weight at least moves its last
 digit before outputs do. Ours."""
+HOLDS_THE_CHANGE = 0.5
+"""Share of the squared norm of all changes from which on one layer is said to hold the change."""
+LEAST_RANK, UNUSED = 8, 0.25
+"""From this rank on, ranks count as unused where the effective rank is below this share of them, as 6 of 64 is."""
 POWER_STEPS = 20
 
 
@@ -152,3 +156,21 @@ def is_no_op(changes: Iterable[Change]) -> bool:
     """Return whether no layer differs from its base; False where nothing was measured."""
     sizes = [change.relative_norm for change in changes]
     return bool(sizes) and max(sizes) <= NOTHING
+
+
+def alarms_of(changes: Mapping[str, Change]) -> dict[str, str]:
+    """Say what looks wrong, by kind: no change, one layer that holds it, ranks that are not used."""
+    if is_no_op(changes.values()):
+        return {"no change": "the adapter changes nothing: every layer is its base"}
+    told = {}
+    total = sum(change.norm**2 for change in changes.values())
+    name, most = max(changes.items(), key=lambda item: item[1].norm, default=("", None))
+    if most is not None and len(changes) > 1 and most.norm**2 > HOLDS_THE_CHANGE * total:
+        told["one layer"] = f"{name} holds {most.norm**2 / total:.0%} of the adapter's change"
+    ranks = [(c.rank, c.effective_rank) for c in changes.values() if c.rank and c.effective_rank]
+    if ranks:
+        rank = sum(rank for rank, _ in ranks) / len(ranks)
+        effective = sum(value for _, value in ranks) / len(ranks)
+        if rank >= LEAST_RANK and effective < UNUSED * rank:
+            told["unused rank"] = f"rank {rank:.0f} is used as if it were {effective:.1f}: a smaller one may do"
+    return told

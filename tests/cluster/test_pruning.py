@@ -8,10 +8,12 @@ import pytest
 from safetensors.torch import load_file
 
 from lightning_peft.__main__ import main
+from lightning_peft.cluster.process import this_process
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
+from lightning_peft.sweeps.local_worker import claim
 from lightning_peft.sweeps.pruning import may_go_on, promoted, rung_steps, rungs_in_words
-from lightning_peft.sweeps.sweep import ENDED, Sweep, Trial, changed_sweep, note_rung, read_sweep, refresh
+from lightning_peft.sweeps.sweep import ENDED, Sweep, Trial, changed_sweep, note_rung, read_sweep, refresh, write_sweep
 
 TINY = [
     "model=tiny", "data.max_rows=24", "data.max_validation_rows=4", "data.micro_batch_size=1", "data.packing=false",
@@ -72,6 +74,32 @@ def test_sweep_too_small_for_its_reduction_has_a_winner_once_nothing_runs():
     assert promoted(sweep_of([[5.0], [3.0]], t0="failed")).name == "t1"
     assert promoted(sweep_of([[5.0, 4.0], [3.0]])).name == "t0"
     assert promoted(sweep_of([[5.0], [3.0, 2.0]], t1="finished")) is None
+
+
+def test_preempted_trial_is_taken_up_again_by_a_worker_while_it_gets_further(tmp_path):
+    sweep = sweep_of([[5.0], [3.0], []], t2="preempted")
+    write_sweep(sweep, tmp_path)
+
+    def preempted_at(step: int) -> None:
+        (tmp_path / "t2").mkdir(exist_ok=True)
+        (tmp_path / "t2" / "config.yaml").write_text("pause_at: null\n")
+        (tmp_path / "t2" / "result.json").write_text(json.dumps({"status": "preempted", "steps": step}))
+
+    for step, expected in ((1, "t2"), (2, "t2"), (2, "t1")):  # once it gets no further, the best of the others ends
+        preempted_at(step)
+        with changed_sweep(tmp_path) as changed:
+            changed.trial("t2").process = None
+            changed.workers = [this_process()]
+            for paused in changed.trials[:2]:  # as they were left, without a folder of their own here
+                paused.process = None
+                (tmp_path / paused.name).mkdir(exist_ok=True)
+                (tmp_path / paused.name / "config.yaml").write_text("pause_at: 3\n")
+                (tmp_path / paused.name / "result.json").write_text(json.dumps({"status": "paused", "steps": 3}))
+        taken = claim(tmp_path)
+        assert taken is not None and taken.name == expected
+        assert read_sweep(tmp_path).trial("t2").attempts == min(step + 1, 3)
+        assert "pause_at: 3" in (tmp_path / "t2" / "config.yaml").read_text()
+    assert read_sweep(tmp_path).trial("t2").resumed_at == 2
 
 
 def test_median_rule_lets_on_what_is_no_worse():

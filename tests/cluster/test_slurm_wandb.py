@@ -6,7 +6,7 @@ from test_slurm_jobs import PAUSED, log, submit, wait_for_end, wait_for_step
 from wandb_records import offline_runs
 
 from lightning_peft.cluster.slurm import requeue_job
-from lightning_peft.tracking.wandb_record import wandb_record
+from lightning_peft.tracking.service_record import service_record
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -19,7 +19,7 @@ def test_requeued_job_goes_on_in_its_run(slurm, tmp_path):
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), log(tmp_path)
 
     first, second = offline_runs(tmp_path)
-    record = wandb_record(tmp_path)
+    record = service_record(tmp_path, "wandb")
     said = f"{log(tmp_path)}\n{[vars(run) for run in (first, second)]}"
     assert (second.id, second.preempting, second.exit_code) == (record["id"], False, 0), said
     logged = [(int(row["step"]), float(row["loss"])) for row in rows(tmp_path) if row["loss"]]

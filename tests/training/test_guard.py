@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,23 @@ def test_rollback_is_the_run_resumed_at_a_lower_rate(tmp_path):
     assert_same_bits(tmp_path / "r", tmp_path / "by_hand")
     rates = [float(row["lr"]) for row in rows_of(tmp_path / "r").values()]
     assert rates[6] < 0.25 * full < rates[5]
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_roll_back_together(tmp_path, strategy):
+    words = [*TINY, *SHORT, f"strategy={strategy}", "trainer.devices=2", "guard.action=rollback", ONCE]
+    words += ["health.every_n_steps=4", "guard.no_op_steps=4"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "lightning_peft", "train", *words, f"run_dir={tmp_path}/r"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert (result["status"], result["rollbacks"], result["lr_factor"]) == ("finished", 1, 0.5)
+    assert done.stderr.count("back to step 6, and on at 0.5 times the learning rate") == 1
+    rows = rows_of(tmp_path / "r")
+    assert float(rows[4]["health/model.layers.0.self_attn.q_proj/change"]) > 0
 
 
 @pytest.mark.slow

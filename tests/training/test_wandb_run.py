@@ -14,13 +14,14 @@ import pytest
 import wandb
 import yaml
 from lightning.pytorch import Callback
-from tiny_runs import tiny_config
+from tiny_runs import TINY, tiny_config
 from wandb_records import offline_runs
 
 from lightning_peft.commands.train import train
+from lightning_peft.tracking.charts import charts, sweep_name
 from lightning_peft.tracking.loggers import RunLogger
-from lightning_peft.tracking.wandb_record import wandb_record
-from lightning_peft.tracking.wandb_run import WandbRun, charts, sweep_name
+from lightning_peft.tracking.service_record import service_record
+from lightning_peft.tracking.wandb_run import WandbRun
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # wandb's own
 
@@ -58,7 +59,7 @@ def finished(tmp_path_factory):
 
 def test_run_says_what_it_is(finished):
     run_dir, run, result = finished
-    assert (run.id, run.group, run.job_type) == (wandb_record(run_dir)["id"], "ranks", "train")
+    assert (run.id, run.group, run.job_type) == (service_record(run_dir, "wandb")["id"], "ranks", "train")
     assert (run.project, run.name) == ("lightning-peft", "rank4")
     assert set(run.tags) == {"lora", "tiny"} and run.exit_code == 0
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -181,6 +182,9 @@ def test_preempted_run_is_marked(tmp_path):
     run.close("preempted", tmp_path / "adapter")
     (written,) = offline_runs(tmp_path)
     assert written.preempting and written.exit_code == 1 and written.scalars("train/loss") == [(1, 1.0)]
+
+
+WORDS_OF_AGENT = ["logger=wandb", "trainer.max_steps=2", *TINY[:4], "trainer.accelerator=cpu"]
 
 
 class KillCore(Callback):
@@ -375,3 +379,30 @@ def test_run_outside_a_sweep_has_no_group(tmp_path):
     assert sweep_name(tmp_path / "run") is None
     (tmp_path / "multirun.yaml").touch()
     assert sweep_name(tmp_path / "run") == tmp_path.name
+
+
+def test_command_of_a_wandb_agent_is_one_of_its_trials(tmp_path, monkeypatch):
+    """The agent's own code makes the command line; what it sets for the process decides run and sweep."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    macro = ["${interpreter}", "-m", "lightning_peft", "train", *WORDS_OF_AGENT, "${args_no_hyphens}"]
+    parameters = {"adapter.rank": {"value": 4}, "optimizer.lr": {"value": 0.002}}
+    filled = create_sweep_command_args({"args": parameters})["args_no_hyphens"]
+    command = [part for word in create_sweep_command(macro) for part in (filled if "args_no" in word else [word])]
+    command = [sys.executable if "interpreter" in word else word for word in command]
+    (tmp_path / "parameters.yaml").write_text(yaml.safe_dump({"wandb_version": 1, **parameters}))
+    variables = {
+        "WANDB_SWEEP_ID": "sweep123",
+        "WANDB_RUN_ID": "run456",
+        "WANDB_SWEEP_PARAM_PATH": str(tmp_path / "parameters.yaml"),
+        "WANDB_MODE": "offline",
+        "WANDB_PROJECT": "theirs",
+    }
+    done = subprocess.run(
+        [*command, f"run_dir={tmp_path}/run"], env=os.environ | variables, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = offline_runs(tmp_path / "run")
+    assert (run.id, run.project) == ("run456", "theirs")
+    assert run.config["adapter"]["rank"] == 4 and run.scalars("train/loss")
+    assert service_record(tmp_path / "run", "wandb")["id"] == "run456"

@@ -1,0 +1,102 @@
+"""Whether an adapter may be shipped: how much better than its base it is by each metric, and within what interval."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lightning_peft.tasks.task import Row, Task
+
+DRAWS = 2000
+"""Resamples of the rows behind an interval."""
+CONFIDENCE = 0.95
+
+
+class DoNotShip(SystemExit):
+    """The adapter fails its gate."""
+
+    exit_status = 4
+
+    def __init__(self) -> None:
+        super().__init__(self.exit_status)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one model."""
+
+    value: float
+    rows: list[float] = field(default_factory=list)
+    """Its value on each row alone, nan where a row has none; empty where the metric is no mean over rows."""
+    small_is_good: bool = False
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % bootstrap interval of the mean over rows; None where it is no such mean."""
+        return bootstrap(self.rows)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of one metric."""
+
+    name: str
+    least: float
+    """The improvement that is asked for; below 0 it is what may be lost."""
+    improvement: float
+    """Adapter minus base, the other way round where small is good."""
+    interval: tuple[float, float] | None
+    """Of the improvement, from the same rows resampled for both."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the lower end of the interval is enough; the improvement itself where there is no interval."""
+        lower = self.improvement if self.interval is None else self.interval[0]
+        return lower >= self.least - 1e-12
+
+    def words(self) -> str:
+        """Return one line for people."""
+        within = "no interval" if self.interval is None else f"95 % {self.interval[0]:+.4g} to {self.interval[1]:+.4g}"
+        line = f"{self.name}: {self.improvement:+.4g} ({within}), asked for at least {self.least:+.4g}: "
+        if self.passes:
+            return line + "passes"
+        is_open = self.interval is not None and self.interval[1] >= self.least
+        return line + ("not shown, more rows would tell" if is_open else "fails")
+
+
+def bootstrap(rows: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean of what is no nan; None without two values."""
+    values = np.asarray([value for value in rows if not math.isnan(value)], dtype=np.float64)
+    if len(values) < 2:
+        return None
+    chosen = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values[chosen].mean(1), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def row_scores(task: Task, rows: list[Row], answers: list[str], metrics: Mapping[str, float]) -> dict[str, list[float]]:
+    """Return each metric's value on every row alone, for the metrics that are means over rows."""
+    singles = [task.score([row], [answer]) for row, answer in zip(rows, answers, strict=True)]
+    found = {}
+    for name, value in metrics.items():
+        values = [float(single.get(name, math.nan)) for single in singles]
+        kept = [each for each in values if not math.isnan(each)]
+        if kept and math.isclose(sum(kept) / len(kept), value, rel_tol=1e-6, abs_tol=1e-9):
+            found[name] = values
+    return found
+
+
+def verdicts(gate: Mapping[str, float], base: Mapping[str, Metric], adapter: Mapping[str, Metric]) -> list[Verdict]:
+    """Compare adapter and base by every threshold. Raises ValueError for a metric that was not taken."""
+    found = []
+    for name, least in gate.items():
+        if name not in base or name not in adapter:
+            raise ValueError(f"gate.{name}={least:g}: was not scored; there are {', '.join(adapter)}")
+        one, other = adapter[name], base[name]
+        sign = -1.0 if one.small_is_good else 1.0
+        pairs = zip(one.rows, other.rows, strict=True) if len(one.rows) == len(other.rows) else []
+        differences = [sign * (own - before) for own, before in pairs]
+        found.append(Verdict(name, least, sign * (one.value - other.value), bootstrap(differences)))
+    return found

@@ -1,0 +1,55 @@
+"""Under which names services show what a run logs: train/..., validation/..., and the result as a summary."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+STEP = "trainer/global_step"
+"""The x axis of every plot."""
+CONSTANTS = ("trainable_parameters", "rank", "alpha")
+"""Columns that never change within a run: services have them in config and summary, and no chart of them."""
+SUMMARIZED = (
+    "steps", "trainable_parameters", "total_parameters", "tokens_per_second", "peak_memory_gib", "seconds", "data",
+)  # fmt: skip
+"""What the summary takes from `result.json` as it stands there."""
+SWEEP_FILES = ("sweep.json", "multirun.yaml")
+"""What marks the folder above a run folder as that of a sweep: ours, and Hydra's."""
+
+
+HEALTH = "health/"
+"""Columns that measure the adapter itself have charts of their own section."""
+
+
+def charts(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row under the names of W&B's charts: train/loss, validation/loss, validation/METRIC.
+
+    What stands in a row beside a validation loss was taken with it.
+    """
+    is_validation = "validation_loss" in metrics
+    named = {key: value for key, value in metrics.items() if key not in CONSTANTS}
+    if is_validation:
+        return {validation_chart(key): value for key, value in named.items()}
+    return {key if key.startswith(HEALTH) else f"train/{key}": value for key, value in named.items()}
+
+
+def validation_chart(name: str) -> str:
+    """The chart of what a validation gave: validation/loss, validation/loss/SOURCE, validation/METRIC."""
+    return "validation/" + re.sub(r"^validation_loss(?=/|$)", "loss", name)
+
+
+def sweep_name(run_dir: Path) -> str | None:
+    """Name of the sweep folder a run folder stands in; None outside a sweep."""
+    parent = run_dir.resolve().parent
+    return parent.name if any((parent / name).exists() for name in SWEEP_FILES) else None
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    """Return what `result.json` says beside the last values of the charts; empty where there is none."""
+    path = run_dir / "result.json"
+    if not path.exists():
+        return {}
+    result = json.loads(path.read_text())
+    summary = {key: result[key] for key in SUMMARIZED if key in result}
+    summary |= {validation_chart(name): value for name, value in result.get("metrics", {}).items()}
+    return summary | {"status": result["status"]}

@@ -1,0 +1,37 @@
+"""What a run folder remembers of its runs in tracking services, `SERVICE_run.json`; readable without their packages."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.checkpoint.atomic import atomic_file
+
+SERVICES = ("wandb", "mlflow", "trackio", "comet")
+
+
+def record_path(run_dir: Path, service: str) -> Path:
+    return run_dir / f"{service}_run.json"
+
+
+def service_record(run_dir: Path, service: str) -> dict[str, Any]:
+    """Return {"id", "step"}: a folder's run, its id drawn the first time, and the last step known to be written."""
+    path = record_path(run_dir, service)
+    if not path.exists():
+        write_record(run_dir, {"id": uuid.uuid4().hex[:12], "step": 0}, service)
+    record = json.loads(path.read_text())
+    assert isinstance(record, dict)
+    return record
+
+
+def write_record(run_dir: Path, record: dict[str, Any], service: str) -> None:
+    with atomic_file(record_path(run_dir, service)) as path:
+        path.write_text(json.dumps(record) + "\n")
+
+
+def forget_steps(run_dir: Path, behind: int = 0) -> None:
+    """For a folder that is trained in from an earlier step again: nothing behind it counts as written."""
+    for service in SERVICES:
+        if record_path(run_dir, service).exists():
+            record = service_record(run_dir, service)
+            write_record(run_dir, record | {"step": min(record["step"], behind)}, service)
