@@ -386,6 +386,11 @@ class InspectConfig:
     intruders: int = 0
     """Largest directions of each tuned weight among which those are counted that are none of the base's; 0 counts none.
     It takes two singular value decompositions of every weight."""
+    smaller_ranks: bool = False
+    """Score the adapter cut to half its rank, a quarter and so on, without training, on rows that the run was
+    validated on."""
+    max_rows: int = 200
+    """Validation rows for smaller_ranks."""
     model: ModelConfig | None = None
     """Base model; null takes the one the adapter was trained on."""
     precision: str = "auto"
@@ -398,6 +403,8 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if self.intruders < 0:
             raise ValueError(f"intruders={self.intruders}: must be at least 0")
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows={self.max_rows}: must be at least 1")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.base import Adapter, LowRank
+from lightning_peft.adapters.changes import NotOneMatrixError, changes_of
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.adapters.spectrum import LayerSpectrum, energy_shares, layer_spectrum, mean, overlap, warnings_of
 from lightning_peft.adapters.targets import block_depth
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import InspectConfig
-from lightning_peft.commands.adapted import best_of_sweep, load_for_inference
+from lightning_peft.commands.adapted import best_of_sweep, load_for_inference, saved_config
+from lightning_peft.commands.evaluate import validation_loader
 from lightning_peft.commands.picture import write_picture
+from lightning_peft.data.config import DataConfig
+from lightning_peft.evaluation.smaller_ranks import score_ranks, smallest_as_good
 from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.models.packing import packing_of
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
 
@@ -30,6 +36,7 @@ logger = logging.getLogger(__name__)
 def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     """Measure the change of every layer: print a table by kind of layer, write every layer's figures and a picture."""
     path = best_of_sweep(config.adapter_path)
+    data = _validation_rows(path, config) if config.smaller_ranks else None
     found = _adapters_of(path, config)
     with Part("inspecting", len(found)) as part:
         spectra = {name: layer_spectrum(layer, config.intruders) for name, layer in part.counting(found.items())}
@@ -48,6 +55,8 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     _show(spectra, kinds, common)
     for warning in warnings:
         print(warning)
+    if data is not None:
+        content["smaller_ranks"] = _smaller_ranks(path, data, config)
     output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"
     output.write_text(json.dumps(content, indent=2, allow_nan=False))
     print(output)
@@ -66,6 +75,53 @@ def _adapters_of(path: str, config: InspectConfig) -> dict[str, Adapter]:
     if len(stacks) == len(found):
         raise ValueError(f"adapter_path={path}: adapts no layer of one matrix, and others are not inspected")
     return {name: layer for name, layer in found.items() if name not in stacks}
+
+
+def _validation_rows(path: str, config: InspectConfig) -> DataConfig:
+    saved = saved_config(path)
+    if saved is None:
+        raise ValueError(f"smaller_ranks=true: {path} does not say its data, on whose rows a cut adapter is scored")
+    return replace(saved.data, streaming=False, max_validation_rows=config.max_rows)
+
+
+def _smaller_ranks(path: str, data: DataConfig, config: InspectConfig) -> dict[str, Any]:
+    """Score the adapter at halved ranks, and print what was found and the words that cut it."""
+    model, tokenizer = load_for_inference(path, config.model, config.precision)
+    if any(layer.rewrote_base for _, layer in adapters(model)):
+        raise ValueError(
+            f"smaller_ranks=true: {path} is for a base that its start rewrote; `lightning-peft export format=plain` "
+            "makes it one of the published base"
+        )
+    loader, rows = validation_loader(replace(data, packing=packing_of(data, model)), tokenizer)
+    if not rows:
+        raise ValueError("smaller_ranks=true: the run's data has no validation rows")
+    adapter = adapter_config_from_peft(tuned_folder(path))
+    try:
+        changes = changes_of(model)
+    except NotOneMatrixError as error:
+        raise ValueError(f"smaller_ranks=true: {error}, which is not cut") from error
+    ranks = [adapter.rank, *adapter.rank_pattern.values()]
+    largest = max((rank for rank in ranks if rank is not None), default=None)
+    whole, scores = score_ranks(model, changes, largest, loader)
+    table = Table(
+        "rank", *(Column(name, justify="right") for name in ("loss", "more", "95 %")), box=None, pad_edge=False
+    )
+    table.add_row("whole", f"{whole:.4f}", "", "")
+    for score in scores:
+        low, high = score.interval
+        table.add_row(str(score.rank), f"{score.loss:.4f}", f"{score.difference:+.4f}", f"{low:+.4f} to {high:+.4f}")
+    Console().print(table)
+    best = smallest_as_good(scores)
+    if best is None:
+        print(f"no smaller rank does as well on {rows} validation rows")
+    else:
+        print(f"rank {best.rank} does as well as the whole adapter on {rows} validation rows:")
+        method = "" if all(isinstance(change, LowRank) for change in changes.values()) else " method=lora"
+        print(f"lightning-peft convert {path} rank={best.rank}{method} output={path}-r{best.rank}")
+    return {
+        "loss": whole, "rows": rows, "as_good": best.rank if best is not None else None,
+        "ranks": [asdict(score) for score in scores],
+    }  # fmt: skip
 
 
 def _overlaps(found: dict[str, Adapter], config: InspectConfig) -> dict[str, float]:

@@ -145,6 +145,17 @@ def test_command_writes_every_layer(runs, method, capsys):
         assert all(share == pytest.approx(1, abs=1e-4) for share in content["overlap"].values())
 
 
+def test_smaller_ranks_are_scored_and_the_words_that_cut_are_printed(runs, capsys):
+    output = runs / "ranks.json"
+    assert main(["inspect", str(runs / "lora"), "smaller_ranks=true", "max_rows=4", f"output={output}"]) == 0
+    said, found = capsys.readouterr().out, json.loads(output.read_text())["smaller_ranks"]
+    assert [score["rank"] for score in found["ranks"]] == [2, 1] and found["rows"] == 4
+    if found["as_good"] is None:
+        assert "no smaller rank does as well on 4 validation rows" in said
+    else:
+        assert f"lightning-peft convert {runs / 'lora'} rank={found['as_good']} output=" in said
+
+
 def test_layers_that_cannot_be_compared_are_counted(runs, capsys):
     output = runs / "both.json"
     assert main(["inspect", str(runs / "dora"), f"other_path={runs / 'lora'}", f"output={output}"]) == 0
