@@ -256,6 +256,14 @@ def _train_in_fp32(modules: list[nn.Module]) -> None:
             part.register_forward_hook(_To(compute_dtype))
 
 
+def computes_in(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the activations around a layer that trains in fp32 and has no hooks but its casts."""
+    before, after = list(module._forward_pre_hooks.values()), list(module._forward_hooks.values())
+    if before == [_to_fp32] and len(after) == 1 and isinstance(after[0], _To):
+        return after[0].dtype
+    return None
+
+
 def _own(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
 

@@ -8,7 +8,9 @@ Importing bitsandbytes takes about four seconds, most of it torch's compiler, so
 is quantised.
 """
 
+import logging
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from lightning_peft.kernels.low_bit import LOW_BIT, dequantize_low_bit
 
 ABSMAX_BLOCK = 256
 """Block size of the second quantisation, fixed in bitsandbytes; the paper's section 3 also uses 256."""
+
+logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -100,6 +104,23 @@ def quantize(weight: Tensor, kind: str = "nf4", block_size: int = 64, double_qua
     return Codes(codes, absmax.view(rows, -1), scale, offset)
 
 
+@cache
+def levels(kind: str, device: torch.device) -> Tensor:
+    """Return the sixteen values that the codes of nf4 or fp4 stand for, fp32: one tensor per device."""
+    from bitsandbytes.functional import get_4bit_type  # slow import, see the module docstring
+
+    return get_4bit_type(kind, device=str(device)).float()
+
+
+@cache
+def has_decoder() -> bool:
+    """Return whether there is Triton to decode with in one launch; without it bitsandbytes takes three."""
+    if find_spec("triton") is not None:
+        return True
+    logger.info("4-bit weights are decoded by three kernels of bitsandbytes: there is no triton for one")
+    return False
+
+
 @torch.no_grad()
 def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return the dense (out, in) weight: level times absmax in fp32, rounded once to `dtype`."""
@@ -108,6 +129,10 @@ def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> 
         return dequantize_low_bit(*codes, kind, block_size, dtype)
     if kind == INT8:
         return weight.view(torch.int8).float().mul_(absmax / 127).to(dtype)
+    if weight.is_cuda and has_decoder():
+        tables = dynamic_map(weight.device), levels(kind, weight.device)
+        kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
+        return torch.ops.lightning_peft.decode(*codes, *tables, block_size, kernel_dtype).to(dtype)
     if scale is not None and offset is not None:
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(
             absmax, scale, dynamic_map(absmax.device), ABSMAX_BLOCK, torch.float32
@@ -132,6 +157,34 @@ _library.define(
     "dequantize(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, str kind, int block_size, "
     "ScalarType dtype) -> Tensor"
 )
+
+
+_library.define(
+    "decode(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor absmax_levels, "
+    "Tensor levels, int block_size, ScalarType dtype) -> Tensor"
+)
+
+
+@torch.library.impl("lightning_peft::decode", "CUDA", lib=_library)
+def _decode(
+    weight: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    absmax_levels: Tensor,
+    code_levels: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from lightning_peft.kernels.triton_codes import decode  # Triton is there where CUDA is
+
+    options = ABSMAX_BLOCK, code_levels, block_size, dtype
+    return decode(weight, absmax, absmax_scale, absmax_offset, absmax_levels, *options)
+
+
+@torch.library.register_fake("lightning_peft::decode", lib=_library)
+def _decode_fake(weight: Tensor, *rest: Any) -> Tensor:
+    return weight.new_empty(weight.shape[0], 2 * weight.shape[1], dtype=rest[-1])
 
 
 @torch.library.impl("lightning_peft::dequantize", "CompositeExplicitAutograd", lib=_library)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.kernels.native.library import LANES, address, kernels, library
+from lightning_peft.kernels.products import summed_product
 
 SOFTMAX_BYTES = 2**22
 """fp32 probabilities taken at a time on a CPU without the kernel. Ours: a third of the time that whole chunks take."""
@@ -134,3 +135,54 @@ class FrozenHeadLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grads[0][:, None].to(grad_hidden.dtype), None, None, None, None, None
+
+
+class TrainedHeadLosses(torch.autograd.Function):
+    """Cross entropy (N,) of each row of 16-bit hidden (N, D) under a head whose weight (V, D) trains in fp32.
+
+    The weight is cast once and the products are those of a frozen head, as autocast has them; the weight's gradient is
+    summed over the tokens in fp32. Logits exist a chunk at a time, and are computed again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        transform: LogitTransform | None,
+    ) -> Tensor:
+        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        cast = weight.to(hidden.dtype)
+        for start in range(0, hidden.shape[0], chunk):
+            tokens = slice(start, start + chunk)
+            logits = _logits(hidden[tokens], cast, bias).float()
+            values = logits if transform is None else transform(logits)
+            losses[tokens] = F.cross_entropy(values, labels[tokens], reduction="none")
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.chunk, ctx.transform = chunk, transform
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        cast = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            tokens = slice(start, start + ctx.chunk)
+            logits = _logits(hidden[tokens], cast, bias)
+            cross_entropy_with_gradient_(logits, labels[tokens][:, None], ctx.transform)
+            logits *= grads[0][tokens, None].to(logits.dtype)
+            torch.mm(logits, cast, out=grad_hidden[tokens])
+            grad_weight += summed_product(logits.t(), hidden[tokens])
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden @ weight.t() if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight.t())

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.kernels.cross_entropy import FrozenHeadLosses, LogitTransform, weighted_sum
+from lightning_peft.adapters.inject import computes_in
+from lightning_peft.kernels.cross_entropy import FrozenHeadLosses, LogitTransform, TrainedHeadLosses, weighted_sum
 
 LOGIT_BYTES, MIN_CHUNK = {"cpu": 2**25, "cuda": 2**30}, 256
 """fp32 logits of a chunk by device, and tokens that a chunk has whatever they take.
@@ -41,14 +42,17 @@ def linear_token_losses(
     """Return the cross entropy of each token, (N,) fp32; each has a gradient of its own.
 
     hidden (N, D) and labels (N,) int64, already shifted and without ignored positions. `head` is any module from D to
-    V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; a
-    trained, adapted or quantised one recomputes its chunks in the backward pass.
+    V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; any
+    other recomputes its chunks in the backward pass, one that trains in fp32 beside 16-bit activations in their dtype.
     """
     chunk = chunk_tokens(vocabulary, hidden.device.type)
     if hidden.shape[0] == 0:
         return hidden.sum(-1).float()
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
         return FrozenHeadLosses.apply(hidden, head.weight, head.bias, labels, chunk, transform)
+
+    if type(head) is nn.Linear and computes_in(head) == hidden.dtype:
+        return TrainedHeadLosses.apply(hidden, head.weight, head.bias, labels, chunk, transform)
 
     def chunk_losses(chunk_hidden: Tensor, chunk_labels: Tensor) -> Tensor:
         logits = head(chunk_hidden).float()

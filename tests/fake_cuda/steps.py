@@ -100,8 +100,8 @@ def run(case: dict[str, Any], objective: SupervisedLoss, config: Any, waits: Wai
     model = objective.model
     make_fake(objective, device="cuda:0")
     table = torch.empty(256, device="cuda:0")
-    # Two tables that are made from values.
-    codes.dynamic_map = lambda _: table
+    # Tables that are made from values.
+    codes.dynamic_map = codes.levels = lambda *_: table
     BitsandbytesAdamW.fill_qmap = lambda self: self.name2qmap.update(dynamic=table, udynamic=table)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [parameter for _, parameter in trained]

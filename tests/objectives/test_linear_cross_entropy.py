@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.objectives import linear_cross_entropy as module
 from lightning_peft.objectives.linear_cross_entropy import (
     LOGIT_BYTES,
@@ -140,3 +142,34 @@ def test_each_tokens_loss_has_a_gradient_of_its_own(trained):
     # A nonlinear function of the losses, as of the log-probability of a sample.
     gradients = [torch.autograd.grad((losses.sigmoid() * scales).sum(), hidden)[0] for losses in (ours, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def trained_head(bias=False):
+    """Return a head that trains in fp32 beside bf16 activations, as the injector makes it."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(64, 97, bias=bias)}).to(torch.bfloat16)
+    inject_adapters(model, LoRAConfig(target_modules=["body"], trainable_modules=["head"]))
+    return model["head"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_trained_in_fp32_takes_its_products_in_the_activations_dtype(bias):
+    torch.manual_seed(0)
+    head, weights = trained_head(bias), torch.rand(60)
+    hidden, labels = torch.randn(60, 64, dtype=torch.bfloat16, requires_grad=True), torch.randint(0, 97, (60,))
+    wanted = [hidden, *head.parameters()]
+    loss = linear_cross_entropy(hidden, labels, head, 97, weights=weights)
+    gradients = torch.autograd.grad(loss, wanted)
+    expected = F.cross_entropy(F.linear(hidden.float(), *head.parameters()), labels, reduction="none") @ weights
+    # bf16 keeps eight bits of weights, of logits and of their gradients.
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
+    for found, plain in zip(gradients, torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(found, plain, rtol=0.03, atol=0.02 * float(plain.abs().max()))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients[1:])
+
+
+def test_head_with_a_hook_of_its_own_is_called():
+    head, seen = trained_head(), []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    hidden = torch.randn(8, 64, dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy(hidden, torch.arange(8), head, 97).backward()
+    assert seen
