@@ -107,16 +107,17 @@ def test_run_that_diverges_or_is_wrong_leaves_the_others_alone(tmp_path: Path, c
 
 def test_run_that_left_goes_on_alone_and_together(tmp_path: Path) -> None:
     """One pauses by itself; later it goes on beside a new run, and ends as one that never paused."""
-    early = tiny_config(tmp_path / "plain", *COMMON, *TRIALS["plain"], "pause_at=1")
-    other = tiny_config(tmp_path / "windows", *COMMON, *TRIALS["windows"])
+    words = [*COMMON, "checkpoint.every_n_steps=2"]
+    early = tiny_config(tmp_path / "plain", *words, *TRIALS["plain"], "pause_at=1")
+    other = tiny_config(tmp_path / "windows", *words, *TRIALS["windows"])
     assert train_together([early, other], tmp_path / "list.txt") == 75
     assert result(tmp_path / "plain")["status"] == "paused" and result(tmp_path / "plain")["steps"] == 1
     assert result(tmp_path / "windows")["status"] == "finished"
     again = [
-        tiny_config(tmp_path / name, *COMMON, *TRIALS[name], "resume=auto") for name in ("plain", "windows", "dropped")
+        tiny_config(tmp_path / name, *words, *TRIALS[name], "resume=auto") for name in ("plain", "windows", "dropped")
     ]
     assert train_together(again, tmp_path / "list.txt") == 0
-    alone = tiny_config(tmp_path / "alone", *COMMON, *TRIALS["plain"])
+    alone = tiny_config(tmp_path / "alone", *words, *TRIALS["plain"])
     train(alone)
     assert_as_alone(tmp_path / "plain", tmp_path / "alone")
 
