@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.kernels.codes import Codes, dequantize
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
@@ -90,3 +92,26 @@ def test_fp8_is_what_transformers_makes_of_it() -> None:
     )
     theirs = Fp8Dequantize(None)._dequantize_one(parts[".weight"], parts[".weight_scale_inv"], torch.bfloat16)
     assert torch.equal(dequantize(weight.codes, weight.kind, weight.block_size, torch.bfloat16), theirs)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8_128", "awq"])
+def test_adapters_of_coded_experts_have_the_gradients_of_dense_ones(name: str, tmp_path: Path) -> None:
+    if name == "mxfp4":
+        publish_mxfp4(small_model("gpt_oss"), tmp_path / "low", tmp_path / "dense")
+    else:
+        publish_experts(small_model("qwen3_moe"), tmp_path / "low", PUBLISHED[name], tmp_path / "dense")
+    gradients = []
+    for folder in ("low", "dense"):
+        model = load_model(ModelConfig("hf", str(tmp_path / folder), attention="eager"), torch.float32)
+        torch.manual_seed(0)
+        inject_adapters(model, LoRAConfig(rank=4, experts=2))
+        generator = torch.Generator().manual_seed(2)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for parameter in trained.values():
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        ids = torch.randint(3, 90, (2, 13), generator=torch.Generator().manual_seed(3))
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in trained.items()})
+    assert any(".experts." in name for name in gradients[1]) and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
