@@ -140,3 +140,30 @@ def test_each_tokens_loss_has_a_gradient_of_its_own(trained):
     # A nonlinear function of the losses, as of the log-probability of a sample.
     gradients = [torch.autograd.grad((losses.sigmoid() * scales).sum(), hidden)[0] for losses in (ours, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, lambda logits: 2.0 * torch.tanh(logits / 2.0)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_smoothed_loss_and_gradient_are_torchs(trained, softcap):
+    hidden, labels, head = problem(torch.float32)
+    head.requires_grad_(trained)
+    scales = torch.linspace(-3.0, 2.0, len(labels))
+    ours = module.linear_token_losses(hidden, labels, head, 50, softcap, 0.1)
+    logits = head(hidden) if softcap is None else softcap(head(hidden))
+    expected = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(losses @ scales, hidden)[0] for losses in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        kept = module.linear_token_losses(hidden, labels, head, 50, softcap, 0.1)
+    torch.testing.assert_close(kept, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_smoothed_loss_of_a_frozen_bf16_head_is_torchs_but_for_rounding():
+    hidden, labels, head = problem(torch.bfloat16, vocabulary=64)
+    head.requires_grad_(False)
+    ours = module.linear_token_losses(hidden, labels, head, 64, None, 0.2)
+    expected = F.cross_entropy(head(hidden).float(), labels, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(losses.sum(), hidden)[0] for losses in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=2**-6, atol=2**-8)
