@@ -58,8 +58,13 @@ def softmax_rows(vocabulary: int) -> int:
     return max(1, SOFTMAX_BYTES // (4 * vocabulary))
 
 
-def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, transform: LogitTransform | None) -> Tensor:
-    """Return the cross entropy (N, 1) of logits (N, V), and overwrite them with its gradient; labels (N, 1)."""
+def cross_entropy_with_gradient_(
+    logits: Tensor, labels: Tensor, transform: LogitTransform | None, smoothing: float = 0.0
+) -> Tensor:
+    """Return the cross entropy (N, 1) of logits (N, V), and overwrite them with its gradient; labels (N, 1).
+
+    With smoothing the label has so much less than one, which all tokens share: log Z - (1 - s) z_label - s mean(z).
+    """
     transformed = logits
     if transform is not None:
         leaf = logits.float().requires_grad_()
@@ -68,9 +73,13 @@ def cross_entropy_with_gradient_(logits: Tensor, labels: Tensor, transform: Logi
     values = transformed.detach()
     probabilities = F.softmax(values, -1, dtype=torch.float32)
     normalizers = values.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
-    loss = normalizers - values.gather(1, labels)
+    loss = normalizers - (1 - smoothing) * values.gather(1, labels).float()
+    if smoothing:
+        loss -= smoothing * values.mean(-1, keepdim=True, dtype=torch.float32)
     # softmax - onehot in fp32: near a certain prediction the difference is below bf16's resolution.
-    gradient = probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1))
+    gradient = probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, smoothing - 1))
+    if smoothing:
+        gradient -= smoothing / logits.shape[1]
     if transform is not None:
         (gradient,) = torch.autograd.grad(transformed, leaf, gradient)
     logits.copy_(gradient)
@@ -97,6 +106,7 @@ class FrozenHeadLosses(torch.autograd.Function):
         labels: Tensor,
         chunk: int,
         transform: LogitTransform | None,
+        smoothing: float = 0.0,
     ) -> Tensor:
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         # In the weight's dtype: autocast does not reach a product with out=, and a layer norm under it gives fp32.
@@ -113,7 +123,8 @@ class FrozenHeadLosses(torch.autograd.Function):
             else:
                 torch.addmm(bias, hidden[tokens], weight.t(), out=logits)
             # The compiler would copy what an operator writes over.
-            if transform is None and not torch.compiler.is_compiling() and takes(logits):
+            plain = transform is None and not smoothing
+            if plain and not torch.compiler.is_compiling() and takes(logits):
                 losses[tokens] = torch.ops.lightning_peft.cross_entropy_gradient_(logits, labels[tokens])
             else:
                 for place in range(start, start + logits.shape[0], rows):
@@ -121,9 +132,11 @@ class FrozenHeadLosses(torch.autograd.Function):
                     part_logits = logits[place - start : part.stop - start]
                     if grad_hidden is None:
                         values = part_logits.float() if transform is None else transform(part_logits.float())
-                        losses[part] = F.cross_entropy(values, labels[part], reduction="none")
+                        losses[part] = F.cross_entropy(
+                            values, labels[part], reduction="none", label_smoothing=smoothing
+                        )
                     else:
-                        own = cross_entropy_with_gradient_(part_logits, labels[part][:, None], transform)
+                        own = cross_entropy_with_gradient_(part_logits, labels[part][:, None], transform, smoothing)
                         losses[part] = own.flatten()
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[tokens])
@@ -134,7 +147,7 @@ class FrozenHeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grads[0][:, None].to(grad_hidden.dtype), None, None, None, None, None
+        return grad_hidden * grads[0][:, None].to(grad_hidden.dtype), None, None, None, None, None, None
 
 
 class TrainedHeadLosses(torch.autograd.Function):
@@ -153,6 +166,7 @@ class TrainedHeadLosses(torch.autograd.Function):
         labels: Tensor,
         chunk: int,
         transform: LogitTransform | None,
+        smoothing: float = 0.0,
     ) -> Tensor:
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         cast = weight.to(hidden.dtype)
@@ -160,9 +174,9 @@ class TrainedHeadLosses(torch.autograd.Function):
             tokens = slice(start, start + chunk)
             logits = _logits(hidden[tokens], cast, bias).float()
             values = logits if transform is None else transform(logits)
-            losses[tokens] = F.cross_entropy(values, labels[tokens], reduction="none")
+            losses[tokens] = F.cross_entropy(values, labels[tokens], reduction="none", label_smoothing=smoothing)
         ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.chunk, ctx.transform = chunk, transform
+        ctx.chunk, ctx.transform, ctx.smoothing = chunk, transform, smoothing
         return losses
 
     @staticmethod
@@ -175,13 +189,13 @@ class TrainedHeadLosses(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.chunk):
             tokens = slice(start, start + ctx.chunk)
             logits = _logits(hidden[tokens], cast, bias)
-            cross_entropy_with_gradient_(logits, labels[tokens][:, None], ctx.transform)
+            cross_entropy_with_gradient_(logits, labels[tokens][:, None], ctx.transform, ctx.smoothing)
             logits *= grads[0][tokens, None].to(logits.dtype)
             torch.mm(logits, cast, out=grad_hidden[tokens])
             grad_weight += summed_product(logits.t(), hidden[tokens])
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=grad_bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -37,27 +37,33 @@ def chunks_as_on(device: str) -> Iterator[None]:
 
 
 def linear_token_losses(
-    hidden: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, transform: LogitTransform | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    vocabulary: int,
+    transform: LogitTransform | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Return the cross entropy of each token, (N,) fp32; each has a gradient of its own.
 
     hidden (N, D) and labels (N,) int64, already shifted and without ignored positions. `head` is any module from D to
     V = `vocabulary`, whose logits `transform` changes (softcap, scale). A frozen plain linear takes the fast path; any
     other recomputes its chunks in the backward pass, one that trains in fp32 beside 16-bit activations in their dtype.
+    `smoothing` is that of torch's cross_entropy(label_smoothing=).
     """
     chunk = chunk_tokens(vocabulary, hidden.device.type)
     if hidden.shape[0] == 0:
         return hidden.sum(-1).float()
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        return FrozenHeadLosses.apply(hidden, head.weight, head.bias, labels, chunk, transform)
+        return FrozenHeadLosses.apply(hidden, head.weight, head.bias, labels, chunk, transform, smoothing)
 
     if type(head) is nn.Linear and computes_in(head) == hidden.dtype:
-        return TrainedHeadLosses.apply(hidden, head.weight, head.bias, labels, chunk, transform)
+        return TrainedHeadLosses.apply(hidden, head.weight, head.bias, labels, chunk, transform, smoothing)
 
     def chunk_losses(chunk_hidden: Tensor, chunk_labels: Tensor) -> Tensor:
         logits = head(chunk_hidden).float()
         logits = transform(logits) if transform else logits
-        return F.cross_entropy(logits, chunk_labels, reduction="none")
+        return F.cross_entropy(logits, chunk_labels, reduction="none", label_smoothing=smoothing)
 
     chunks = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     return torch.cat([checkpoint(chunk_losses, *parts, use_reentrant=False) for parts in chunks])

@@ -6,6 +6,7 @@ is supervised fine-tuning; their sums per sample are log-probabilities of answer
 
 import logging
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from lightning_peft import distributed
 from lightning_peft.data.batch import Batch
 from lightning_peft.models.blocks import decoder_of
 from lightning_peft.models.source import VARLEN
+from lightning_peft.objectives.embedding_noise import noisy_embeddings
 from lightning_peft.objectives.linear_cross_entropy import linear_token_losses
 from lightning_peft.objectives.logits import (
     PROBED_TOKENS,
@@ -78,6 +80,10 @@ class ModelLoss(nn.Module, ABC):
     """
 
     model: "PreTrainedModel"
+    label_smoothing: float = 0.0
+    """Share of a label's probability that all tokens get, while training."""
+    noise_alpha: float = 0.0
+    """Size of the noise on the embeddings while training (`embedding_noise`); 0 adds none."""
 
     def __init__(self, model: "PreTrainedModel", packing: bool | str = "auto"):
         """packing: `data.packing`; with true, a model that does not keep packed samples apart is refused."""
@@ -225,14 +231,17 @@ class ModelLoss(nn.Module, ABC):
         return TokenLosses(self._cross_entropy(batch, positions, labels), samples, weights)
 
     def _cross_entropy(self, batch: Batch, positions: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.label_smoothing if self.training else 0.0
         if self.logit_path is None:
-            return F.cross_entropy(self._own_logits(batch, positions).float(), labels, reduction="none")
+            logits = self._own_logits(batch, positions).float()
+            return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         return linear_token_losses(
             self._hidden(batch, positions, self.logit_path),
             labels,
             self.model.get_output_embeddings(),
             self.model.config.get_text_config().vocab_size,
             self.logit_path.transform,
+            smoothing,
         )
 
     def _token_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -246,15 +255,22 @@ class ModelLoss(nn.Module, ABC):
     def _own_logits(self, batch: Batch, positions: Tensor) -> Tensor:
         """Return the model's own logits at these positions of the flattened batch, (N, V)."""
         inputs = decoder_inputs(self.model, batch) if is_packed(batch) else own_inputs(batch.input_ids)
-        logits = self.model(**inputs).logits
+        with self._noise(batch):
+            logits = self.model(**inputs).logits
         return logits.reshape(-1, logits.shape[-1]).index_select(0, positions)
 
     def _hidden(self, batch: Batch, positions: Tensor, path: LogitPath) -> Tensor:
         """Return what the head is fed at these positions of the flattened batch, (N, D)."""
         inputs = own_inputs(batch.input_ids) if self.runs_apart else decoder_inputs(self.model, batch)
-        hidden = decoder_of(self.model)(**inputs).last_hidden_state
+        with self._noise(batch):
+            hidden = decoder_of(self.model)(**inputs).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
         return chosen if path.scaled is None else path.scaled(chosen)
+
+    def _noise(self, batch: Batch) -> AbstractContextManager[None]:
+        if not self.noise_alpha or not self.training:
+            return nullcontext()
+        return noisy_embeddings(self.model, batch, self.noise_alpha)
 
     def _row_inputs(self, ids: Tensor) -> dict[str, Any]:
         """The decoder's arguments for rows of ids (B, T) that are one sample each."""

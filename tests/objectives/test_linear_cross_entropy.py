@@ -151,15 +151,21 @@ def trained_head(bias=False):
     return model["head"]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("bias", [False, True])
-def test_head_trained_in_fp32_takes_its_products_in_the_activations_dtype(bias):
+def test_head_trained_in_fp32_takes_its_products_in_the_activations_dtype(bias, smoothing):
     torch.manual_seed(0)
     head, weights = trained_head(bias), torch.rand(60)
     hidden, labels = torch.randn(60, 64, dtype=torch.bfloat16, requires_grad=True), torch.randint(0, 97, (60,))
     wanted = [hidden, *head.parameters()]
-    loss = linear_cross_entropy(hidden, labels, head, 97, weights=weights)
+    loss = module.linear_token_losses(hidden, labels, head, 97, None, smoothing) @ weights
     gradients = torch.autograd.grad(loss, wanted)
-    expected = F.cross_entropy(F.linear(hidden.float(), *head.parameters()), labels, reduction="none") @ weights
+    expected = (
+        F.cross_entropy(
+            F.linear(hidden.float(), *head.parameters()), labels, reduction="none", label_smoothing=smoothing
+        )
+        @ weights
+    )
     # bf16 keeps eight bits of weights, of logits and of their gradients.
     torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
     for found, plain in zip(gradients, torch.autograd.grad(expected, wanted), strict=True):
@@ -173,3 +179,30 @@ def test_head_with_a_hook_of_its_own_is_called():
     hidden = torch.randn(8, 64, dtype=torch.bfloat16, requires_grad=True)
     linear_cross_entropy(hidden, torch.arange(8), head, 97).backward()
     assert seen
+
+
+@pytest.mark.parametrize("softcap", [None, lambda logits: 2.0 * torch.tanh(logits / 2.0)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_smoothed_loss_and_gradient_are_torchs(trained, softcap):
+    hidden, labels, head = problem(torch.float32)
+    head.requires_grad_(trained)
+    scales = torch.linspace(-3.0, 2.0, len(labels))
+    ours = module.linear_token_losses(hidden, labels, head, 50, softcap, 0.1)
+    logits = head(hidden) if softcap is None else softcap(head(hidden))
+    expected = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(losses @ scales, hidden)[0] for losses in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        kept = module.linear_token_losses(hidden, labels, head, 50, softcap, 0.1)
+    torch.testing.assert_close(kept, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_smoothed_loss_of_a_frozen_bf16_head_is_torchs_but_for_rounding():
+    hidden, labels, head = problem(torch.bfloat16, vocabulary=64)
+    head.requires_grad_(False)
+    ours = module.linear_token_losses(hidden, labels, head, 64, None, 0.2)
+    expected = F.cross_entropy(head(hidden).float(), labels, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(losses.sum(), hidden)[0] for losses in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=2**-6, atol=2**-8)

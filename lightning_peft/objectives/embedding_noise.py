@@ -1,0 +1,47 @@
+"""NEFTune: uniform noise on the embeddings while training (Jain et al. 2023, arXiv:2310.05914)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.data.batch import IGNORED_LABEL, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a start that trains nothing does without it
+
+
+@contextmanager
+def noisy_embeddings(model: "PreTrainedModel", batch: Batch, alpha: float) -> Iterator[None]:
+    """Inside, the model's embeddings of this batch have noise, uniform in +-alpha / sqrt(L d) for a sample of L tokens.
+
+    It is drawn from torch's own generator, which training seeds anew for every batch.
+    """
+    lengths = sample_lengths(batch)
+
+    def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+        size = alpha / (lengths.to(embedded.device).float() * embedded.shape[-1]).sqrt()
+        noise = torch.empty(embedded.shape, device=embedded.device).uniform_(-1, 1)
+        return embedded + (size[..., None] * noise).to(embedded.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def sample_lengths(batch: Batch) -> Tensor:
+    """Return for each token (B, T) the length of its sample up to the last label, int64; 1 for one without a label.
+
+    What follows the last label is seen by no loss, and includes the padding, which depends on how rows are packed.
+    """
+    bounds = batch.cu_seqlens[1:].to(batch.labels.device, torch.int64)
+    places = torch.arange(batch.labels.numel(), device=batch.labels.device)
+    samples = torch.searchsorted(bounds, places, right=True)
+    labelled = batch.labels.flatten() != IGNORED_LABEL
+    ends = torch.where(labelled, batch.position_ids.flatten() + 1, 1)
+    lengths = ends.new_ones(len(bounds)).scatter_reduce(0, samples, ends, "amax")
+    return lengths.index_select(0, samples).view_as(batch.labels)
