@@ -82,7 +82,8 @@ def test_preempted_trial_is_taken_up_again_by_a_worker_while_it_gets_further(tmp
 
     def preempted_at(step: int) -> None:
         (tmp_path / "t2").mkdir(exist_ok=True)
-        (tmp_path / "t2" / "config.yaml").write_text("pause_at: null\n")
+        if not (tmp_path / "t2" / "config.yaml").exists():
+            (tmp_path / "t2" / "config.yaml").write_text("pause_at: null\n")
         (tmp_path / "t2" / "result.json").write_text(json.dumps({"status": "preempted", "steps": step}))
 
     for step, expected in ((1, "t2"), (2, "t2"), (2, "t1")):  # once it gets no further, the best of the others ends
