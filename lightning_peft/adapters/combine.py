@@ -93,7 +93,7 @@ def ties(changes: Sequence[Tensor], density: float, generator: torch.Generator) 
 
 
 def dare(changes: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
-    """Return the sum of changes of which each number is kept with probability `density` and divided by it (eq. 2-3)."""
+    """Return the sum of changes of which each number is kept with probability `density` and divided by it."""
     kept = [torch.rand(change.shape, generator=generator).to(change.device) < density for change in changes]
     return torch.stack([change * keep / density for change, keep in zip(changes, kept, strict=True)]).sum(0)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.dora import DoRAEmbedding, DoRALinear
 from lightning_peft.quantization.weights import dense_weight
 
 DEAD = 1e-3
@@ -37,6 +38,10 @@ class LayerSpectrum:
     """The largest first, as many as `rank`."""
     intruders: int | None = None
     """Among the largest left singular directions of W + dW, those that are none of W's; None where not looked for."""
+    magnitude: float | None = None
+    """Share of a DoRA's change that is its magnitude's: ||m - n||^2 beside ||s B A||^2, n the norms that m began as."""
+    quantization_error: float | None = None
+    """||W - what its codes stand for|| / ||W|| of a quantised base; None of a dense one."""
 
 
 def layer_spectrum(layer: Adapter, intruders: int = 0) -> LayerSpectrum:
@@ -71,7 +76,19 @@ def layer_spectrum(layer: Adapter, intruders: int = 0) -> LayerSpectrum:
         balance=balance,
         singular_values=values.tolist(),
         intruders=found,
+        magnitude=magnitude_share(layer) if isinstance(layer, DoRALinear | DoRAEmbedding) else None,
     )
+
+
+def magnitude_share(layer: DoRALinear | DoRAEmbedding) -> float:
+    """Return how much of a DoRA layer's change its magnitudes make, beside s B A; 0 for a layer that has not moved.
+
+    The change is s B A + (m / n - 1) (W + s B A), and the rows of the second part have norm |m - n|.
+    """
+    A, B = (factor.detach().float() for factor in layer.factors())
+    moved = float((layer.lora_magnitude_vector.detach() - layer.weight_norms()).double().square().sum())
+    turned = float((low_rank_values(A, B).double() * layer.scaling).square().sum())
+    return moved / (moved + turned) if moved + turned else 0.0
 
 
 def low_rank_values(A: Tensor, B: Tensor) -> Tensor:

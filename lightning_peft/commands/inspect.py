@@ -19,17 +19,22 @@ from lightning_peft.adapters.spectrum import LayerSpectrum, energy_shares, layer
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import InspectConfig
-from lightning_peft.commands.adapted import best_of_sweep, load_for_inference, saved_config
+from lightning_peft.commands.adapted import base_of, best_of_sweep, inference_dtype, load_for_inference, saved_config
 from lightning_peft.commands.evaluate import validation_loader
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.data.config import DataConfig
 from lightning_peft.evaluation.smaller_ranks import score_ranks, smallest_as_good
 from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.models.loading import load_model
 from lightning_peft.models.packing import packing_of
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
+from lightning_peft.quantization.weights import dense_weight, is_quantized
 
 logger = logging.getLogger(__name__)
+
+OF_SOME = {"magnitude": "magnitude", "codes / W": "quantization_error"}
+"""Columns that only a DoRA, or an adapter of a quantised base, has -> the figure in them."""
 
 
 @torch.no_grad()
@@ -40,6 +45,7 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     found = _adapters_of(path, config)
     with Part("inspecting", len(found)) as part:
         spectra = {name: layer_spectrum(layer, config.intruders) for name, layer in part.counting(found.items())}
+    spectra |= _with_quantization_errors(path, found, spectra, config)
     common = _overlaps(found, config)
     kinds = {name: _kind(name) for name in spectra}
     blocks = {name: str(block_depth(name)) for name in spectra}
@@ -75,6 +81,23 @@ def _adapters_of(path: str, config: InspectConfig) -> dict[str, Adapter]:
     if len(stacks) == len(found):
         raise ValueError(f"adapter_path={path}: adapts no layer of one matrix, and others are not inspected")
     return {name: layer for name, layer in found.items() if name not in stacks}
+
+
+def _with_quantization_errors(
+    path: str, found: dict[str, Adapter], spectra: dict[str, LayerSpectrum], config: InspectConfig
+) -> dict[str, LayerSpectrum]:
+    """Return the figures of layers whose base is quantised, with the error of its codes: the base is read once more."""
+    coded = {name: layer for name, layer in found.items() if is_quantized(layer.base_layer) and not layer.rewrote_base}
+    if not coded:
+        return {}
+    base, _ = base_of(path, config.model)
+    whole = load_model(base, inference_dtype(path, config.precision))
+    result = {}
+    for name, layer in coded.items():
+        weight = dense_weight(whole.get_submodule(name)).float()
+        error = dense_weight(layer.base_layer).float().cpu() - weight
+        result[name] = replace(spectra[name], quantization_error=float(error.norm() / weight.norm()))
+    return result
 
 
 def _validation_rows(path: str, config: InspectConfig) -> DataConfig:
@@ -151,6 +174,7 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
     shares = energy_shares(spectra, kinds)
     columns = ["dW / W", "share", "rank", "effective", "stable", "dead"]
     columns += ["intruders"] if any(spectrum.intruders is not None for spectrum in spectra.values()) else []
+    columns += [column for column, key in OF_SOME.items() if any(getattr(s, key) is not None for s in spectra.values())]
     columns += ["in common"] if common else []
     short = {kind: kind.rpartition(".")[2] for kind in shares}
     table = Table("", *(Column(name, justify="right") for name in columns), box=None, pad_edge=False)
@@ -164,6 +188,10 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
         ]  # fmt: skip
         if "intruders" in columns:
             row.append(f"{sum(s.intruders or 0 for s in group):,}")
+        for column, key in OF_SOME.items():
+            if column in columns:
+                values = [value for s in group if (value := getattr(s, key)) is not None]
+                row.append(f"{mean(values):.2%}" if values else "-")
         if common:
             shared = [common[name] for name in names if name in common]
             row.append(f"{mean(shared):.0%}" if shared else "-")

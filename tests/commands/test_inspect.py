@@ -10,6 +10,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.base import Target
+from lightning_peft.adapters.dora import DoRAConfig, DoRALinear
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
 from lightning_peft.adapters.spectrum import (
@@ -21,7 +22,10 @@ from lightning_peft.adapters.spectrum import (
     warnings_of,
 )
 from lightning_peft.commands.adapted import load_for_inference
+from lightning_peft.models.loading import load_model
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
+from lightning_peft.quantization.weights import dense_weight
 
 OUT, IN, RANK = 24, 40, 6
 
@@ -154,6 +158,32 @@ def test_smaller_ranks_are_scored_and_the_words_that_cut_are_printed(runs, capsy
         assert "no smaller rank does as well on 4 validation rows" in said
     else:
         assert f"lightning-peft convert {runs / 'lora'} rank={found['as_good']} output=" in said
+
+
+def test_magnitude_has_its_share_of_a_doras_change():
+    torch.manual_seed(0)
+    base = nn.Linear(IN, OUT, bias=False)
+    layer = DoRALinear(base, Target("q", OUT, IN, RANK, 3.0, 0), DoRAConfig(rank=RANK, alpha=3.0))
+    layer.set_factors(torch.randn(RANK, IN), torch.randn(OUT, RANK))
+    assert layer_spectrum(layer).magnitude == pytest.approx(0, abs=1e-10)
+    layer.lora_magnitude_vector.data *= torch.linspace(0.8, 1.3, OUT)
+    turned = 0.5 * layer.lora_B.weight.detach() @ layer.lora_A.weight.detach()
+    moved = layer.delta_weight().detach() - turned  # what is not s B A
+    expected = moved.square().sum() / (moved.square().sum() + turned.square().sum())
+    assert layer_spectrum(layer).magnitude == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_effect_stands_beside_the_error_of_the_codes(runs, capsys):
+    output = runs / "coded.json"
+    assert main(["inspect", str(runs / "vera"), f"output={output}"]) == 0
+    assert "codes / W" in capsys.readouterr().out
+    model, _ = load_for_inference(str(runs / "vera"), None, "auto")
+    whole = load_model(ModelConfig(name="tiny"), torch.float32)
+    for name, figures in json.loads(output.read_text())["layers"].items():
+        weight = whole.get_submodule(name).weight.detach()
+        error = dense_weight(model.get_submodule(name).base_layer) - weight
+        assert figures["quantization_error"] == pytest.approx(float(error.norm() / weight.norm()), rel=1e-5)
+        assert 0.05 < figures["quantization_error"] < 0.15  # of normal weights in NF4, blocks of 64: about 0.09
 
 
 def test_layers_that_cannot_be_compared_are_counted(runs, capsys):
