@@ -21,7 +21,8 @@ from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.command_configs import EstimateConfig
 from lightning_peft.commands.estimate import estimate_of
-from lightning_peft.commands.train import prepare_folder, train
+from lightning_peft.commands.train import train
+from lightning_peft.commands.training import prepare_folder
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.distributed import LAUNCHER

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from rank_runs import TINY, result, rows
 
-from lightning_peft.commands.train import prepare_folder
+from lightning_peft.commands.training import prepare_folder
 from lightning_peft.compose import compose_config
 from lightning_peft.training.signal_watch import HANG_SECONDS
 

@@ -1,0 +1,307 @@
+"""One training in this process, from checked rows and options to an adapter and `result.json` in the run's folder."""
+
+import gc
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+
+from lightning_peft import distributed, readable
+from lightning_peft.adapters.hybrid_lora import table_of
+from lightning_peft.adapters.inject import trainable_parameter_counts
+from lightning_peft.adapters.method import Selection
+from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.checkpoint.lineage import installed_versions
+from lightning_peft.checkpoint.model_card import write_card
+from lightning_peft.checkpoint.resume import saved_selection
+from lightning_peft.commands.tuned import check_in_peft, lineage_of, save_tuned
+from lightning_peft.config import TrainConfig, plain
+from lightning_peft.data.audit import Audit
+from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.samples import read_conversations
+from lightning_peft.inference.load import MODEL_FOLDER
+from lightning_peft.optim.routed_adamw import RoutedAdamW
+from lightning_peft.runs.folder import end_of, folder_of
+from lightning_peft.runs.plan import RunPlan
+from lightning_peft.runs.rollback import (
+    Rollback,
+    can_roll_back,
+    end_of_divergence,
+    lr_factor_of,
+    roll_back,
+    rollbacks_of,
+    taken_along,
+)
+from lightning_peft.runs.trainer import build_trainer, count_steps
+from lightning_peft.tracking.loggers import RunLogger
+from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_peft.training.callbacks.adapter_health import AdapterHealth
+from lightning_peft.training.callbacks.early_stopping import EarlyStopping
+from lightning_peft.training.callbacks.preemption import Preemption
+from lightning_peft.training.callbacks.run_record import RunRecord
+from lightning_peft.training.callbacks.samples import Samples
+from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
+from lightning_peft.training.callbacks.task_metrics import TaskMetrics
+from lightning_peft.training.config import GuardAction
+from lightning_peft.training.guard import Diverged, Guard
+from lightning_peft.training.module import FinetuneModule
+from lightning_peft.training.preemption import Preempted, PreemptionSignals
+from lightning_peft.training.signal_watch import SIGNAL_WATCH
+from lightning_peft.training.together import Member, MemberSignals, TogetherModule
+
+logger = logging.getLogger(__name__)
+
+ROLLED_BACK = "rolled back"
+"""Status that loggers are told where a run goes on from an earlier checkpoint; no result has it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose options, rows and folder are checked."""
+
+    config: TrainConfig
+    plan: RunPlan
+    data: SFTDataModule
+    tokenizer: PreTrainedTokenizerFast
+    scored: TaskMetrics | None
+    """What scores answers while it trains."""
+    content: dict[str, str]
+    """Name and fingerprint of what decides the run beside its options."""
+    started: float
+    """`time.perf_counter()` at its start."""
+    leaves_ranks: bool
+    """Whether this process is a rank that leaves the others at the end."""
+    member: Member | None = None
+    """Of several runs that share this process and a base, which one it is."""
+
+    @property
+    def run_dir(self) -> Path:
+        return folder_of(self.config)
+
+
+def train_with_rollbacks(run: Prepared, checkpoint: Path | None) -> dict[str, Any]:
+    """Train in this process, with guard.action=rollback from an earlier checkpoint once more where the run diverges."""
+    config, run_dir = run.config, run.run_dir
+    rollbacks = distributed.on_rank_zero(lambda: taken_along(run_dir, checkpoint))
+    while True:
+        try:
+            return train_prepared(run, checkpoint, rollbacks)
+        except Diverged as found:
+            if not can_roll_back(config.guard, rollbacks, found):
+                logger.error("%s", end_of_divergence(config.guard, rollbacks, found))
+                raise
+            go_back = partial(roll_back, config.guard, run_dir, found.step, found.reason)
+        gc.collect()  # Trainer and module know each other, and the next ones take their place in memory
+        checkpoint = distributed.on_rank_zero(go_back)
+        rollbacks = distributed.on_rank_zero(lambda: rollbacks_of(run_dir))
+
+
+def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback]) -> dict[str, Any]:
+    """Train in this process, on from the checkpoint `resumed`. Returns what `result.json` holds.
+
+    Leaves that and the adapter in the run's folder. Raises Diverged, with no result where the run is to be rolled back.
+    """
+    config, plan, data, tokenizer, scored = run.config, run.plan, run.data, run.tokenizer, run.scored
+    run_dir, content, member, leaves_ranks = run.run_dir, run.content, run.member, run.leaves_ranks
+    make = FinetuneModule if member is None else partial(TogetherModule, member)
+    module = make(
+        config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
+        config.activation_checkpointing, plan.compilation, plan.weight_dtype, config.seed, config.data.packing,
+        config.objective,
+    )  # fmt: skip
+    if resumed is not None and (kept := saved_selection(resumed)) is not None:
+        module.selection = Selection(**kept)
+    module.lr_factor = lr_factor_of(rollbacks)
+    module.leaves_out_steps = config.guard.action is GuardAction.skip
+    lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
+
+    def save(module: LightningModule, folder: Path) -> None:
+        assert isinstance(module, FinetuneModule)
+        assert module.objective is not None
+        found = replace(lineage, packing_difference=module.objective.packing_difference)
+        save_tuned(module, tokenizer, folder, found, layout)
+
+    guard = Guard(config.guard, plan.precision == "16-mixed")
+    metrics = StepMetrics(guard)
+    samples = read_conversations(config.data, "validation", config.validation.samples)
+    signals = PreemptionSignals(plan.max_seconds)
+    if member is not None:
+        signals = MemberSignals(member.group, plan.max_seconds, run_dir)
+    checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save, metrics.is_calm)
+    stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
+    callbacks: list[Callback] = [
+        RunRecord(plain(config), content),
+        AdapterHealth(config.health),
+        metrics,
+        *([scored] if scored is not None else []),
+        *([stopping] if stopping is not None else []),
+        Samples([conversation for _, conversation in samples], tokenizer, run_dir, layout),
+        checkpoint,
+        Preemption(signals, checkpoint, config.pause_at),
+    ]
+    trainer = build_trainer(config, plan, count_steps(config.trainer, data), callbacks)
+    distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
+    if plan.accelerator == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    result: dict[str, Any] = {"status": "failed"}
+    try:
+        fit(trainer, module, data, resumed, signals)
+        if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
+            (run_dir / "wins.json").write_text(json.dumps(routed.report(), indent=2) + "\n")
+        if module.selection is not None and distributed.rank() == 0:
+            (run_dir / "selection.json").write_text(json.dumps(vars(module.selection), indent=2) + "\n")
+            Console().print(table_of(module.selection))
+        save(module, run_dir / "adapter")
+        if distributed.rank() == 0 and (run_dir / "adapter").is_dir():
+            check_in_peft(run_dir / "adapter", module)
+        trainable, total = trainable_parameter_counts(module.model)
+        losses = final_validation(trainer, module, data)
+        result = {
+            "status": "finished",
+            "end": end_of(config.trainer),
+            "steps": trainer.global_step,
+            "train_loss": metrics.loss,
+            "validation_loss": losses.get("validation_loss"),
+            "metrics": by_source(losses) | ({} if scored is None else scored.values),
+            "data": counts_of(data.train_audit),
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "tokens_per_second": metrics.tokens_per_second(),
+            "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
+            "device": torch.cuda.get_device_name() if plan.accelerator == "cuda" else "cpu",
+        }
+        if stopping is not None and stopping.reason is not None:
+            result["stopped_early"] = stopping.reason
+    except Preempted as left:
+        result |= {"status": left.status, "steps": trainer.global_step, "train_loss": metrics.loss}
+        result |= last_validation(trainer, scored)
+        leaves_ranks = leaves_ranks and left.__cause__ is None
+        if isinstance(left, Diverged):
+            result["diverged"] = {"step": left.step, "reason": left.reason}
+            if can_roll_back(config.guard, rollbacks, left):
+                result["status"], leaves_ranks = ROLLED_BACK, False
+        raise
+    finally:
+        SIGNAL_WATCH.leaves_by_itself()
+        result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
+        result |= {"seconds": time.perf_counter() - run.started, "versions": installed_versions()}
+        if rollbacks:
+            result |= {"rollbacks": len(rollbacks), "lr_factor": module.lr_factor}
+        if guard.left_out:
+            result["steps_left_out"] = guard.left_out
+        if distributed.rank() == 0 and result["status"] != ROLLED_BACK:
+            with atomic_file(run_dir / "result.json") as path:
+                path.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+            for folder in (run_dir / "adapter", run_dir / MODEL_FOLDER):
+                if folder.is_dir() and result["status"] == "finished":
+                    write_card(folder, run_dir)
+        if distributed.rank() == 0:
+            for run_logger in trainer.loggers:
+                if isinstance(run_logger, RunLogger):
+                    run_logger.close(result["status"], run_dir / "adapter")
+        if leaves_ranks and result["status"] not in ("finished", "failed"):
+            distributed.disconnect()  # one that leaves alone has srun end the others, which may still be writing
+        signals.stop()
+    if distributed.rank() == 0:
+        show_result(result, run_dir)
+    if leaves_ranks:
+        distributed.disconnect()
+    return result
+
+
+def fit(
+    trainer: Trainer, module: FinetuneModule, data: SFTDataModule, checkpoint: Path | None, signals: PreemptionSignals
+) -> None:
+    """`trainer.fit`, with the ways it can be ended from outside told apart."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except Preempted:
+        raise
+    except SystemExit as stop:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from stop
+        raise
+    except Exception as error:
+        if signals.received is None:
+            raise
+        # The signal also went to other ranks and to services that this one talks to. A defect shows again next time.
+        has_reason = not distributed.is_lost_rank(error)
+        logger.warning("%s, then an error taken for its consequence", signals.received.name, exc_info=has_reason)
+        raise Preempted from error
+
+
+def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModule) -> dict[str, float]:
+    """What a validation gives: the loss per supervised token among it; empty when the data set has no such rows."""
+    loader = data.val_dataloader()
+    if not loader:
+        return {}
+    trainer.limit_val_batches = 1.0
+    (metrics,) = trainer.validate(module, dataloaders=loader, verbose=False)
+    return dict(metrics)
+
+
+def by_source(losses: Mapping[str, Any]) -> dict[str, float]:
+    """The validation losses of the sources of a mixture."""
+    return {name: float(loss) for name, loss in losses.items() if name.startswith("validation_loss/")}
+
+
+def counts_of(audit: Audit) -> dict[str, int | float]:
+    """The numbers of the audit of the training rows."""
+    return {name: value for name, value in vars(audit).items() if type(value) in (int, float)}
+
+
+def last_validation(trainer: Trainer, scored: TaskMetrics | None) -> dict[str, Any]:
+    """What a validation after the step at which the run is left has given; empty where there was none."""
+    seen = trainer.callback_metrics
+    if "validation_loss" not in seen or int(seen["step"]) != trainer.global_step:
+        return {}
+    is_scored = scored is not None and scored.scored_step == trainer.global_step
+    metrics = by_source(seen) | (scored.values if scored and is_scored else {})
+    return {"validation_loss": float(seen["validation_loss"]), "metrics": metrics}
+
+
+def finite(value: Any) -> Any:
+    """Return the value with null for the numbers that JSON does not have: nan and inf."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
+    """Leave the resolved config in the run's folder, from which ranks start, and no result of an earlier start."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "result.json").unlink(missing_ok=True)
+    with atomic_file(run_dir / "config.yaml") as path:
+        OmegaConf.save(OmegaConf.create(plain(config)), path)
+
+
+def show_result(result: dict[str, Any], run_dir: Path) -> None:
+    table = Table(show_header=False, title=f"{result['status']}: {os.path.relpath(run_dir)}")
+    rows: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "steps": ("steps", readable.number),
+        "train_loss": ("train loss", readable.loss),
+        "validation_loss": ("validation loss", readable.loss),
+        **{name: (name, readable.loss) for name in result["metrics"]},
+        "trainable_parameters": ("trainable parameters", readable.number),
+        "total_parameters": ("total parameters", readable.number),
+        "tokens_per_second": ("tokens per second", readable.number),
+        "peak_memory_gib": ("peak memory", lambda value: f"{value:.2f} GiB"),
+        "seconds": ("time", readable.duration),
+    }
+    for name, (label, written) in rows.items():
+        value = result.get(name, result["metrics"].get(name))
+        table.add_row(label, "-" if value is None else written(value))
+    Console().print(table)
