@@ -142,6 +142,12 @@ class TrainConfig:
                 "use quantization=nf4 with it"
             )
         self.check_reference(trains_all)
+        noise = self.objective.noise_alpha if isinstance(self.objective, SFTConfig) else 0
+        if noise and self.compile is Compilation.full:
+            raise ValueError(
+                f"objective.noise_alpha={noise} compile=full: the noise is another for every batch, "
+                "so that each would be compiled anew; use compile=blocks"
+            )
         if trains_all and self.quantization.is_on:
             raise ValueError(
                 f"method={method} quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "

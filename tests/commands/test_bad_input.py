@@ -54,6 +54,7 @@ TRAIN_CASES = {
     "LoftQ without quantisation": (["method=loftq", "quantization=none"], r"adapter.init=loftq .*quantization=nf4"),
     "accumulation 0": (["trainer.accumulate_grad_batches=0"], r"trainer.accumulate_grad_batches=0: must be at least 1"),
     "unknown Trainer argument": (["+trainer.speed=9"], r"trainer.speed: lightning.pytorch.Trainer has no such argument"),
+    "noise in a compiled embedding": (["objective.noise_alpha=5", "compile=full"], r"noise_alpha=5.0 compile=full: .*use compile=blocks"),
     "clipping by value": (["+trainer.gradient_clip_algorithm=value"], r"gradient_clip_algorithm='value': only norm"),
     "mistyped Trainer argument": (["trainer.max_stps=9"], r"trainer.max_stps: .* did you mean trainer.max_steps"),
     "added to a dataclass": (["+data.micro_batchsize=16"], r"data.micro_batchsize: no such option; did you mean data.micro_batch_size"),
