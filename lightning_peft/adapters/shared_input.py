@@ -129,10 +129,11 @@ class FactorCopies:
 
     def before_forward(self, module: nn.Module, inputs: object) -> None:
         """Refresh where the forward pass that begins reads copies: a forward pre-hook."""
-        if module.training and torch.is_grad_enabled():
-            first = next(iter(self.groups[0].all_factors()))
-            if first.device.type in SHARING_DEVICES:
-                self.refresh()
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        first = self.groups[0].layers[0]
+        if first.factors()[0].device.type in SHARING_DEVICES and dense_dtype(first.base_layer).itemsize == 2:
+            self.refresh()
 
 
 def adapt_together(model: nn.Module, decoder: nn.Module, is_sharded: bool = False) -> None:

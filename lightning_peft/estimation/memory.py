@@ -16,6 +16,7 @@ from lightning_peft.estimation.weights import (
     IMPORTANCE,
     OPTIMIZER,
     SCALES,
+    factor_copies,
     gathered_weights,
     importance_scores,
     loaded_weights,
@@ -125,6 +126,8 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     process: Held = Counter({(PROCESS, Array((PROCESS_BYTES[options.accelerator],), torch.uint8)): 1})
     states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
     states += importance_scores(model)
+    if options.accelerator == "cuda" and options.strategy != "fsdp":
+        states += factor_copies(model)
     stored = stored_weights(model, shards)
     gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
     loaded = stored_weights(model) if options.loads_whole else loaded_weights(model, shards)

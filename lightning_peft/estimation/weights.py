@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import SHARED
+from lightning_peft.adapters.shared_input import is_plain
 from lightning_peft.estimation.recorder import Array, Held, held_bytes
 from lightning_peft.estimation.trace import WORKSPACE
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.optim.optimizers import MIN_8BIT_ELEMENTS, MIN_PAGED_ELEMENTS, OPTIMIZERS, STATE_BLOCK
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.weights import dense_dtype
 
 BASE, SCALES, EMBEDDINGS, ADAPTERS = "base", "quantisation scales", "embeddings", "adapters"
 OPTIMIZER, IMPORTANCE, GATHERED = "optimiser states", "importance scores", "gathered weights"
@@ -93,6 +95,18 @@ def optimizer_states(trained: Iterable[Tensor], name: str, shards: int, pages: b
         else:
             held[(OPTIMIZER, state)] += 2
     return held, paged
+
+
+def factor_copies(model: PreTrainedModel) -> Held:
+    """Count the factors in the dtype of the products, which a CUDA run keeps where each rank has whole ones."""
+    layers = [module for module in model.modules() if is_plain(module)]
+    if not layers or dense_dtype(layers[0].base_layer).itemsize != 2:
+        return Counter()
+    return Counter(
+        (ADAPTERS, Array(tuple(factor.shape), dense_dtype(layer.base_layer)))
+        for layer in layers
+        for factor in layer.factors()
+    )
 
 
 def importance_scores(model: PreTrainedModel) -> Held:

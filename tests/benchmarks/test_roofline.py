@@ -15,9 +15,9 @@ pytestmark = [
 ]
 
 LIMITS = {
-    "lora": {"launches_a_block": 141, "adapters_gb": 131, "kept_gb_a_block": 0.79},
-    "qlora": {"launches_a_block": 183, "adapters_gb": 133, "kept_gb_a_block": 0.79},
-    "dora": {"launches_a_block": 231, "adapters_gb": 295, "kept_gb_a_block": 0.94},
+    "lora": {"launches_a_block": 62, "adapters_gb": 111, "kept_gb_a_block": 0.79},
+    "qlora": {"launches_a_block": 76, "adapters_gb": 111, "kept_gb_a_block": 0.79},
+    "dora": {"launches_a_block": 205, "adapters_gb": 295, "kept_gb_a_block": 0.94},
 }
 """The most of each on an 8B block of 2 x 4,096 tokens; bytes are those of a step of 32 blocks."""
 

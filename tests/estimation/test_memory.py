@@ -57,6 +57,15 @@ def test_offloaded_block_inputs_leave_a_cuda_device_and_stay_on_a_cpu():
     assert tiny_estimate("activation_checkpointing=offload").host == 0
 
 
+def test_a_gpu_keeps_the_factors_in_the_dtype_of_the_products():
+    bf16 = ("rank=r16", "trainer.precision=bf16-true")
+    host, device = tiny_estimate(*bf16), tiny_estimate(*bf16, "trainer.accelerator=gpu")
+    trained = size(host, "gradients")
+    assert size(device, "adapters") - size(host, "adapters") == trained // 2  # 2 bytes for every 4
+    single = tiny_estimate("rank=r16", "trainer.accelerator=gpu", "trainer.precision=32-true")
+    assert size(single, "adapters") == size(host, "adapters")
+
+
 def test_fsdp_shards_what_is_stored():
     words = ("rank=r64", "data.max_length=8", "strategy=fsdp", "trainer.devices=2")
     alone, sharded = tiny_estimate(*words[:2]), tiny_estimate(*words)
