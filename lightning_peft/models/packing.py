@@ -16,8 +16,8 @@ def packing_of(config: DataConfig, model: PreTrainedModel) -> bool:
 
     `auto` packs where samples stay apart, and says so where they would not. ValueError for true where they would not.
     """
-    if follows_length(model.config):
-        problem = "the longest of packed samples would set the dynamic rotary frequencies of all"
+    if follows_length(model.config, config.max_length):
+        problem = "the longest of packed samples would set the rotary frequencies of all"
     elif not supports_packing(model):
         problem = f"packed samples would see each other in {type(model).__name__}"
     else:

@@ -113,14 +113,26 @@ def context_length(architecture: PreTrainedConfig) -> int | None:
     """Return the longest sequence a model was made for, in tokens; None when its configuration does not say."""
     text = architecture.get_text_config()
     length: int | None = getattr(text, "max_position_embeddings", None)
-    if length is not None and follows_length(architecture):
+    if length is not None and _has(architecture, "dynamic"):
         return int(length * max(part.get("factor", 1) for part in _parts(text)))
     return length
 
 
-def follows_length(architecture: PreTrainedConfig) -> bool:
-    """Whether the rotary frequencies are those of the longest sample of a batch, so that samples change one another."""
-    return any(part.get("rope_type") == "dynamic" for part in _parts(architecture.get_text_config()))
+def follows_length(architecture: PreTrainedConfig, longest: int | None) -> bool:
+    """Whether the rotary frequencies are those of the longest sample of a batch, so that samples change one another.
+
+    longrope has two sets, the second for batches with a sample beyond the context trained on; `longest` are the tokens
+    that a sample may have.
+    """
+    text = architecture.get_text_config()
+    original = getattr(text, "original_max_position_embeddings", None)
+    originals = [part.get("original_max_position_embeddings", original) for part in _parts(text)]
+    is_beyond = longest is None or any(start is not None and longest > start for start in originals)
+    return _has(architecture, "dynamic") or (_has(architecture, "longrope") and is_beyond)
+
+
+def _has(architecture: PreTrainedConfig, kind: str) -> bool:
+    return any(part.get("rope_type") == kind for part in _parts(architecture.get_text_config()))
 
 
 def _parts(text: Any) -> list[dict[str, Any]]:

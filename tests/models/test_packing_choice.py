@@ -1,7 +1,9 @@
 import logging
 
 import pytest
+import torch
 from families import small_model
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from lightning_peft.data.config import DataConfig
 from lightning_peft.models.packing import packing_of
@@ -27,3 +29,17 @@ def test_false_never_packs() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(ValueError, match="data.packing=yes: must be auto, true or false"):
         DataConfig(packing="yes")
+
+
+@pytest.mark.parametrize(("max_length", "packs"), [(64, True), (65, False)])
+def test_two_sets_of_frequencies_are_not_mixed(max_length: int, packs: bool) -> None:
+    """Phi 3's longrope takes the second set for a whole batch that has one sample beyond the context trained on."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = Phi3Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96, pad_token_id=0,
+        max_position_embeddings=256, original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Phi3ForCausalLM(config)
+    assert packing_of(DataConfig(max_length=max_length), model) is packs

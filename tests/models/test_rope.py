@@ -151,5 +151,5 @@ def test_a_run_takes_its_positions_to_evaluate_merge_and_export(base, tmp_path):
 def test_samples_under_a_dynamic_base_are_not_packed(base, tmp_path, capsys):
     words = ["model.rope_scaling.type=dynamic", "model.rope_scaling.factor=2"]
     assert train(base, tmp_path / "run", *words) == 0
-    assert "would set the dynamic rotary frequencies of all, so rows are padded" in capsys.readouterr().err
+    assert "would set the rotary frequencies of all, so rows are padded" in capsys.readouterr().err
     assert train(base, tmp_path / "packed", *words, "data.packing=true") == 2
