@@ -87,12 +87,30 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
     if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
         raise ValueError("run_dir: give one, or config_path=, where several ranks are started: each would name its own")
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
-        config = compose(command, open_words(quote_text_values(overrides)))
+        words = open_words(quote_text_values(overrides))
+        check_parts_are_there(command, words)
+        config = compose(command, words)
         unknown = next(unknown_keys(config), None)
         groups = config_loader(overrides).list_groups("") if unknown is not None else []
     if unknown is not None:
         raise ValueError(f"{unknown}: no such option{nearest(unknown, command, groups)}")
     return config
+
+
+def check_parts_are_there(command: str, words: list[str]) -> None:
+    """Raise ValueError for a key of a part that is null unless it is chosen, as data.x of evaluate, which takes a run's."""
+    keys = [(word, word.partition("=")[0]) for word in words]
+    nested = [key for _, key in keys if "." in key and not key.startswith(("+", "~"))]
+    if not nested:
+        return
+    config = compose(command, [word for word, key in keys if "." not in key])
+    for key in nested:
+        parent, *names = key.split(".")
+        if parent in config and OmegaConf.is_missing(config, parent) is False and config[parent] is None:
+            raise ValueError(
+                f"{key}: {command} takes {parent} from the run unless it is given whole; choose one first, as in "
+                f"{parent}=NAME {key}=VALUE"
+            )
 
 
 def check_adapter_has_method(overrides: list[str]) -> None:

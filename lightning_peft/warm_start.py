@@ -70,13 +70,21 @@ def _adapter(folder: Path, lineage: Lineage | None) -> Iterator[tuple[str, Any]]
             yield f"adapter.{option}", value
 
 
+SCALING = ("alpha", "rank_stabilized")
+"""Options that a file's factors are to be read with."""
+
+
 def is_as_trained(trained: AdapterConfig, in_file: AdapterConfig) -> bool:
-    """Return whether a run's own options still describe its file: no start rewrote the base, no rank was changed."""
+    """Return whether a run's own options still describe its file.
+
+    Not where a start rewrote the base, a rank was changed, or an export has put the scaling into the factors.
+    """
     ranks = {in_file.rank, *in_file.rank_pattern.values()}
     return (
         trained.method == in_file.method
         and trained.initialization.is_neutral
         and (ranks == {trained.rank} or bool(trained.rank_pattern or trained.rank_last))
+        and all(getattr(trained, name, None) == getattr(in_file, name, None) for name in SCALING)
     )
 
 

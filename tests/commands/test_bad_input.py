@@ -89,6 +89,10 @@ OTHER_CASES = {
     "unknown command": (["tarin"], r"tarin: no such command; choose one of demo, train, "),
     "evaluate nothing": (["evaluate"], r"adapter_path=null: give a run or adapter folder"),
     "evaluate a missing folder": (["evaluate", "adapter_path=/no/run"], r"adapter_path=/no/run: no such folder"),
+    "evaluate with a part of null": (
+        ["evaluate", "adapter_path=x", "data.validation_path=b.jsonl"],
+        r"data.validation_path: evaluate takes data from the run .*data=NAME data.validation_path=VALUE",
+    ),
     "evaluate no rows": (["evaluate", "adapter_path=x", "max_rows=0"], r"max_rows=0: must be at least 1"),
     "generate nothing": (["generate"], r"adapter_path=null: give a run or adapter folder, or model="),
     "two kinds of prompt": (["generate", "model=tiny", "prompt=a", "prompt_path=b"], r"prompt and prompt_path=b"),

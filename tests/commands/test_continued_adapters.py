@@ -143,3 +143,17 @@ def test_push_without_a_hub_says_what_sends_the_folder(own_run, capsys, monkeypa
 def test_push_refuses_what_is_no_name(own_run, repo, capsys):
     assert main(["push", str(own_run), f"repo='{repo}'"]) == 2
     assert f"repo={repo}: not a name such as me/my-adapter" in capsys.readouterr().err
+
+
+def test_exported_scaling_is_not_taken_twice(base, tmp_path, capsys):
+    """An export has the scaling in its factors: it is read as the file says, not as its run once did."""
+    run = tmp_path / "run"
+    words = ["method=rslora", "adapter.rank=4", "adapter.alpha=32", f"run_dir={run}"]
+    assert main(["train", *without_model(TINY), f"model={base}", *SHORT, *words]) == 0
+    plain = ["format=plain", f"base_name={base}", f"output={tmp_path}/plain"]
+    assert main(["export", f"adapter_path={run}", *plain]) == 0
+    capsys.readouterr()
+    assert main(["config", "train", f"adapter.init_from={tmp_path}/plain", f"run_dir={tmp_path}/next"]) == 0
+    shown = yaml.safe_load("\n".join(line.partition("#")[0] for line in capsys.readouterr().out.splitlines()))
+    assert (shown["adapter.rank"], shown["adapter.alpha"]) == (4, 4)
+    assert not shown.get("adapter.rank_stabilized")
