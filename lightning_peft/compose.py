@@ -98,7 +98,7 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
 
 
 def check_parts_are_there(command: str, words: list[str]) -> None:
-    """Raise ValueError for a key of a part that is null unless it is chosen, as data.x of evaluate, which takes a run's."""
+    """Raise ValueError for a key of a part that is null until it is chosen, as data.x of evaluate."""
     keys = [(word, word.partition("=")[0]) for word in words]
     nested = [key for _, key in keys if "." in key and not key.startswith(("+", "~"))]
     if not nested:
