@@ -16,6 +16,7 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.compose import compose_config, groups_and_defaults
 from lightning_peft.config import TrainConfig
 from lightning_peft.help import GROUPS, TRAINER, none_or
+from lightning_peft.models.families import CHECKS, COLUMNS, families, in_short, refusals
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
@@ -146,6 +147,26 @@ def objectives() -> str:
     return table(["objective=", "loss", "rows", "paper"], rows)
 
 
+def family_table() -> str:
+    rows = [[f"`{name}`", *(in_short(row, column) for column in COLUMNS)] for name, row in families().items()]
+    return table(["family", *COLUMNS], rows)
+
+
+def family_checks() -> str:
+    versions = ", ".join(sorted({row.transformers for row in families().values()}))
+    columns = {check: column for column, checks in COLUMNS.items() for check in checks}
+    rows = [[f"`{check}`", columns[check], meaning] for check, meaning in CHECKS.items()]
+    return f"{len(families())} families, with transformers {versions}:\n\n" + table(["check", "in", "ok means"], rows)
+
+
+def family_refusals() -> str:
+    rows = [
+        [f"`{check}`", reason.replace("|", "\\|").replace("<", "&lt;"), ", ".join(names)]
+        for (check, reason), names in sorted(refusals().items(), key=lambda item: list(CHECKS).index(item[0][0]))
+    ]
+    return table(["check", "what is said", "families"], rows)
+
+
 GENERATED: dict[str, Callable[..., str]] = {
     "methods": methods,
     "reconstructions": reconstructions,
@@ -155,6 +176,9 @@ GENERATED: dict[str, Callable[..., str]] = {
     "options": options,
     "words": words,
     "example": example,
+    "families": family_table,
+    "family-checks": family_checks,
+    "family-refusals": family_refusals,
 }
 
 

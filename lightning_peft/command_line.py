@@ -44,7 +44,7 @@ LIBRARY_NOISE = (
 """What torchdata and Lightning say and a user can do nothing about, or need not: `train` starts its ranks itself."""
 
 
-BY_WORDS = ("sweep", "init", "config", "schema", "completion")
+BY_WORDS = ("sweep", "init", "config", "schema", "completion", "models")
 """Commands that take the words themselves: they belong to two configs, or to none."""
 
 

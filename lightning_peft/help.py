@@ -68,6 +68,8 @@ WORDS_ONLY = {
     "schema": "usage: lightning-peft schema [FILE]\n\nPrints the JSON schema of train's files, or writes it to FILE.",
     "completion": "usage: lightning-peft completion bash|zsh|fish\n\n"
     "Prints a script: source <(lightning-peft completion bash)",
+    "models": "usage: lightning-peft models [FAMILY|DIR|ORG/NAME|OPTION]\n\n"
+    "Prints what was verified of each family of models; of one, check by check, with the reasons of refusals.",
 }
 
 

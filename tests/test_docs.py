@@ -76,7 +76,7 @@ def test_command_composes(page, line, folder):
         save_adapter(model, config, folder / "runs" / "mine" / "adapter")
     if "--help" in words:
         assert command_help(command, everyday(command, [word for word in words if word != "--help"]))
-    elif command in ("init", "config", "schema", "completion"):
+    elif command in ("init", "config", "schema", "completion", "models"):
         (folder / "my.yaml").unlink() if command == "init" else None
         assert main([command, *words]) == 0
     elif command == "sweep":

@@ -8,6 +8,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "hand a training to SLURM: cluster.partition=... cluster.nodes=2",
     ),
     "data": ("lightning_peft.commands.data:data", "what train would be given: samples, audit, lengths; no model"),
+    "models": ("lightning_peft.commands.models:models", "what was verified of each family of models, or of MODEL"),
     "estimate": ("lightning_peft.commands.estimate:estimate", "memory and work that train would need; no weights read"),
     "sweep": ("lightning_peft.commands.sweep:sweep", "status, retry, cancel or table of a sweep"),
     "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),

@@ -44,6 +44,8 @@ CLOSE, CLOSE_IN_16_BITS = 1e-4, 2**-4
 """Largest difference of two logits, as a share of the largest, taken for the rounding of another batch."""
 JOIN_SHARE = 0.25
 """Share of a batch's places that is free before further prompts run."""
+NOT_GENERATED = {"xlstm": "transformers 5.24 hands it a cache that it cannot use"}
+"""Model types that transformers' `generate` ends with an error for, and why."""
 CHANGE_SCORES = (
     "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
     "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "min_length",
@@ -218,6 +220,7 @@ def generate_batch(
     with Part("answers", len(prompts)) as part:
         if (reason := why_not_decoded(model)) is None:
             return decoded(model, tokenizer, prompts, sampling, batch_size, part)
+        check_generates(model)
         say_once(f"{type(model).__name__}: answers come from transformers' generate, slower, as {reason}")
         return generated(model, tokenizer, prompts, sampling, batch_size, part)
 
@@ -225,6 +228,12 @@ def generate_batch(
 @cache
 def say_once(line: str) -> None:
     logger.info("%s", line)
+
+
+def check_generates(model: PreTrainedModel) -> None:
+    """Raise ValueError for a family that transformers cannot generate with."""
+    if (reason := NOT_GENERATED.get(model.config.model_type)) is not None:
+        raise ValueError(f"{type(model).__name__} gives no answers: {reason}; it trains, scores its loss and merges")
 
 
 def why_not_decoded(model: PreTrainedModel) -> str | None:
@@ -316,6 +325,7 @@ def generate_stream(
     """Pieces of the answer to one prompt (token ids) as they come."""
     if (reason := why_not_decoded(model)) is None:
         return streamed(model, tokenizer, prompt, sampling)
+    check_generates(model)
     say_once(f"{type(model).__name__}: answers come from transformers' generate, slower, as {reason}")
     return generated_stream(model, tokenizer, prompt, sampling)
 

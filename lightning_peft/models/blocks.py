@@ -22,15 +22,16 @@ def decoder_of(model: "PreTrainedModel") -> nn.Module:
 def block_names(model: "PreTrainedModel") -> list[str]:
     """Names of the decoder layers in order, by the class names transformers keeps on one device; [] if it has none.
 
-    Embeddings are no layer. A model that names no classes has its layers in its largest list of modules of one class.
+    Embeddings are no layer, nor is a part of a layer, as the mixers are that Falcon Mamba names too. A model that names
+    no classes has its layers in its largest list of modules of one class.
     """
     classes = set(model._no_split_modules or ())
     embeddings = model.get_input_embeddings()
-    found = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__ in classes and all(part is not embeddings for part in module.modules())
-    ]
+    found: list[str] = []
+    for name, module in model.named_modules():
+        is_inside = bool(found) and name.startswith(f"{found[-1]}.")
+        if type(module).__name__ in classes and not is_inside and all(m is not embeddings for m in module.modules()):
+            found.append(name)
     return found or _largest_list(model)
 
 
