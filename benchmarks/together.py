@@ -10,6 +10,7 @@ that of a 1.2 B NF4 base is the planner's, for one process with eight trials and
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from benchmarks.floor import peak_allocation, random_batch, ratio
 from benchmarks.machine import fastest_dtype
 from benchmarks.results import FOLDER, Results
+from benchmarks.shapes import write_shape
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.command_configs import EstimateConfig
@@ -47,9 +49,14 @@ from lightning_peft.training.together import (
 
 RANKS, RATES = (4, 8, 16, 32), (1e-3, 5e-4, 2e-4, 1e-4)
 LARGE = [
-    "model=llama_3_2_1b", "method=qlora", "data.max_length=512", "data.micro_batch_size=1", "trainer.accelerator=cpu",
-    "trainer.precision=bf16-true", "rank=r16",
+    "method=qlora", "rank=r16", "data.micro_batch_size=1", "trainer.accelerator=cpu",
+    "trainer.precision=bf16-true",
 ]  # fmt: skip
+MEMORY = {
+    "1.2 B NF4 base, 128 tokens": ["data.max_length=128"],
+    "1.2 B NF4 base, 512 tokens": ["data.max_length=512"],
+    "1.2 B NF4 base, 512 tokens, blocks": ["data.max_length=512", "activation_checkpointing=blocks"],
+}
 IMPORTS_BYTES = 400 * 2**20
 """Anonymous memory of a process after its imports, which the planner leaves out; measured."""
 
@@ -145,13 +152,21 @@ def measure(base: Any, tokens: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def planned_memory(trials: int) -> dict[str, Any]:
+def planned_memory(trials: int, words: Sequence[str]) -> dict[str, Any]:
     """Return the planner's bytes for a large NF4 base: one process with so many trials, and so many processes."""
-    config: EstimateConfig = compose_config("estimate", LARGE)
-    found = estimate_of(config)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = write_shape("llama_1b", Path(folder))
+        config: EstimateConfig = compose_config("estimate", [*shape, *LARGE, *words])
+        found = estimate_of(config)
     together = memory_together([found] * trials) + IMPORTS_BYTES
     apart = trials * (found.peak + IMPORTS_BYTES)
-    return {"trials": trials, "words": LARGE, "together": together, "apart": apart, "ratio": together / apart}
+    return {
+        "trials": trials,
+        "words": [*LARGE, *words],
+        "together": together,
+        "apart": apart,
+        "ratio": together / apart,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -170,8 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
     for tokens in options.tokens:
         if (name := f"{tokens} tokens a trial") not in results.rows:
             results.add(name, measure(base, tokens, options.repeats))
-    if "1.2 B NF4 base" not in results.rows:
-        results.add("1.2 B NF4 base", planned_memory(8))
+    for name, words in MEMORY.items():
+        if name not in results.rows:
+            results.add(name, planned_memory(8, words))
     show(results.rows)
 
 
@@ -186,9 +202,10 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
             f"{row['together_over_one_lora']:.2f}", *(f"{row['peak_mib'][way]:.0f}" for way in ("together", "alone")),
         )  # fmt: skip
     Console().print(table)
-    memory = rows["1.2 B NF4 base"]
-    together, apart = (memory[key] / 2**30 for key in ("together", "apart"))
-    print(f"{memory['trials']} trials on a 1.2 B NF4 base: {together:.2f} GiB together, {apart:.2f} in processes")
+    for name in MEMORY:
+        row = rows[name]
+        together, apart = (row[key] / 2**30 for key in ("together", "apart"))
+        print(f"{row['trials']} trials, {name}: {together:.2f} GiB together, {apart:.2f} in processes")
 
 
 if __name__ == "__main__":
