@@ -82,7 +82,7 @@ def test_command_composes(page, line, folder):
     elif command == "sweep":
         with pytest.raises(ValueError, match="holds no sweep.json"):  # the words are right, the folder is not there
             sweep(words)
-    elif command == "submit" and "-m" in words:
+    elif command in ("submit", "estimate") and "-m" in words:
         own, words = split_words(everyday(command, [word for word in words if word != "-m"]))
         planned = plan(compose_config("submit_sweep", own), words)
         for trial in planned.trials or [any_draw(planned)]:
