@@ -90,7 +90,10 @@ def test_command_composes(page, line, folder):
     elif command not in ("demo", "--version"):
         assert command in COMMANDS
         words = everyday(command, [word for word in words if word != "-m"])
-        compose_config(command, first_trial(words) if "-m" in line.split() else words)
+        if "-m" in line.split():  # train -m takes one option of a sweep
+            compose_config("submit_sweep", [word for word in words if word.startswith("sweep.")])
+            words = first_trial([word for word in words if not word.startswith("sweep.")])
+        compose_config(command, words)
 
 
 @pytest.mark.parametrize(("page", "line"), [pair for pair in SHELL_LINES if pair not in COMMAND_LINES and pair[1]])
