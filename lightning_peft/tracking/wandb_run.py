@@ -146,6 +146,8 @@ class WandbRun(RunLogger):
                 ),
             }
         )
+        if wandb.run is not None:
+            options |= {"reinit": "create_new"}  # a run that trains beside this one in the process
         try:
             self.run = wandb.init(**options, mode=self.mode, resume="allow" if self.mode == "online" else None)
         except wandb.errors.CommError as error:

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback
 from tiny_runs import TINY, tiny_config
 from wandb_records import offline_runs
 
+from lightning_peft.commands.together import train_together
 from lightning_peft.commands.train import train
 from lightning_peft.tracking.charts import charts, sweep_name
 from lightning_peft.tracking.loggers import RunLogger
@@ -65,6 +66,16 @@ def test_run_says_what_it_is(finished):
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert {key: run.config[key] for key in saved} == saved
     assert run.config["trainable_parameters"] == result["trainable_parameters"]
+
+
+def test_runs_that_train_together_have_a_run_each(tmp_path):
+    configs = [wandb_config(tmp_path / name, f"adapter.rank={name}", "trainer.max_steps=2") for name in ("2", "4")]
+    assert train_together(configs, tmp_path / "list.txt") == 0
+    for name in ("2", "4"):
+        (run,) = offline_runs(tmp_path / name)
+        assert run.config["adapter"]["rank"] == int(name) and run.exit_code == 0
+        assert [step for step, _ in run.scalars("train/loss")] == [1, 2]
+        assert run.artifacts
 
 
 def test_wandb_csv_and_tensorboard_get_the_same_scalars(tmp_path):
