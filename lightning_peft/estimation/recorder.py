@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lightning_peft.kernels import codes, cross_entropy, products  # noqa: F401  registers the operators below
+from lightning_peft.kernels import codes, cross_entropy, products, shared_input  # noqa: F401  registers the operators
 from lightning_peft.kernels.attention import operator
 from lightning_peft.kernels.native.library import Scratch
 
@@ -32,6 +32,9 @@ class Array(NamedTuple):
 OPENED = {
     torch.ops.lightning_peft.coded_matmul.default,
     torch.ops.lightning_peft.dequantize.default,
+    torch.ops.lightning_peft.scaled_products.default,
+    torch.ops.lightning_peft.factor_gradient.default,
+    torch.ops.lightning_peft.shared_input_gradient.default,
 }
 """Operators of ours that are followed inside, being written in operators that have fake forms."""
 
@@ -53,6 +56,7 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.lightning_peft.low_rank_gradients.default: products.gradients_scratch,
     torch.ops.lightning_peft.column_dots.default: products.columns_scratch,
     torch.ops.lightning_peft.cross_entropy_gradient_.default: lambda *_: [],
+    torch.ops.lightning_peft.decode.default: lambda *_: [],
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 
