@@ -11,6 +11,7 @@ from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.peft_format import file_tensors
 from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.models.loading import keep_weights_in_evaluation
 from lightning_peft.quantization.convert import dequantized_linear, quantize_linears
 from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.weights import acts_as_linear, is_quantized
@@ -40,7 +41,9 @@ def merged_by_hand(model, family):
 @pytest.mark.parametrize("family", READ_THEIR_WEIGHTS)
 def test_all_linear_adapts_what_reads_its_weights(family):
     """Every layer's change counts, and reaches its gradient, as if its weight were the sum."""
-    model = perturbed(small_model(family))
+    base = small_model(family)
+    keep_weights_in_evaluation(base)  # as loading does
+    model = perturbed(base)
     logits = model(input_ids=IDS, use_cache=False).logits
     expected = merged_by_hand(model, family)(input_ids=IDS, use_cache=False).logits.detach()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
