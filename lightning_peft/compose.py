@@ -100,10 +100,10 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
 def check_parts_are_there(command: str, words: list[str]) -> None:
     """Raise ValueError for a key of a part that is null until it is chosen, as data.x of evaluate."""
     keys = [(word, word.partition("=")[0]) for word in words]
-    nested = [key for _, key in keys if "." in key and not key.startswith(("+", "~"))]
+    nested = [key for _, key in keys if "." in key and not key.startswith(("+", "~", "hydra."))]
     if not nested:
         return
-    config = compose(command, [word for word, key in keys if "." not in key])
+    config = compose(command, [word for word, key in keys if "." not in key or key.startswith("hydra.")])
     for key in nested:
         parent, *names = key.split(".")
         if parent in config and OmegaConf.is_missing(config, parent) is False and config[parent] is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.checkpoint.lineage import Lineage, read_lineage
+from lightning_peft.checkpoint.lineage import EXPORTED_BY, Lineage, read_lineage
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.config import train_config
 from lightning_peft.inference.load import adapter_folder, base_named_by
@@ -60,7 +60,8 @@ def _base(folder: Path, lineage: Lineage | None) -> Iterator[tuple[str, Any]]:
 def _adapter(folder: Path, lineage: Lineage | None) -> Iterator[tuple[str, Any]]:
     config = adapter_config_from_peft(folder)
     options, method = _changed(config), config.method
-    saved = lineage.config if lineage is not None else {}
+    # An export has put scaling and ranks of its own into the factors: its file alone says how they are read.
+    saved = lineage.config if lineage is not None and lineage.created_by != EXPORTED_BY else {}
     if saved.get("adapter") and is_as_trained(train_config(saved).adapter, config):
         # The same in the user's own words: a preset of layers instead of all their names, and the preset of options.
         options, method = _changed(train_config(saved).adapter), saved.get("method") or method
@@ -70,21 +71,13 @@ def _adapter(folder: Path, lineage: Lineage | None) -> Iterator[tuple[str, Any]]
             yield f"adapter.{option}", value
 
 
-SCALING = ("alpha", "rank_stabilized")
-"""Options that a file's factors are to be read with."""
-
-
 def is_as_trained(trained: AdapterConfig, in_file: AdapterConfig) -> bool:
-    """Return whether a run's own options still describe its file.
-
-    Not where a start rewrote the base, a rank was changed, or an export has put the scaling into the factors.
-    """
+    """Return whether a run's own options still describe its file: no start rewrote the base, no rank was changed."""
     ranks = {in_file.rank, *in_file.rank_pattern.values()}
     return (
         trained.method == in_file.method
         and trained.initialization.is_neutral
         and (ranks == {trained.rank} or bool(trained.rank_pattern or trained.rank_last))
-        and all(getattr(trained, name, None) == getattr(in_file, name, None) for name in SCALING)
     )
 
 

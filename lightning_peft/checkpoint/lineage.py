@@ -29,6 +29,10 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
+EXPORTED_BY = "lightning-peft export"
+"""What wrote an adapter whose factors no longer are those of the options in its lineage."""
+
+
 @dataclass
 class Lineage:
     """The record beside an adapter, `lineage.json`."""

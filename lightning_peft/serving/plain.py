@@ -15,7 +15,7 @@ from lightning_peft.adapters.base import LowRank
 from lightning_peft.adapters.combine import Cut, cut, cut_dense
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
-from lightning_peft.checkpoint.lineage import Lineage, write_lineage
+from lightning_peft.checkpoint.lineage import EXPORTED_BY, Lineage, write_lineage
 from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, file_sha256
 from lightning_peft.checkpoint.peft_words import CONFIG_NAME, PREFIX, target_words
 
@@ -90,7 +90,7 @@ def write_plain(pairs: Pairs, model: PreTrainedModel, folder: Path, base_name: s
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     if lineage is not None:
         checksum = file_sha256(folder / WEIGHTS_NAME)
-        exported = replace(lineage, method="lora", adapter_sha256=checksum, created_by="lightning-peft export")
+        exported = replace(lineage, method="lora", adapter_sha256=checksum, created_by=EXPORTED_BY)
         write_lineage(exported, folder)
 
 

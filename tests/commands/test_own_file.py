@@ -68,7 +68,7 @@ def test_schema_describes_a_file(capsys):
     properties = json.loads(Path("schema.json").read_text())["properties"]
     assert "qlora" in properties["method"]["enum"]
     assert properties["guard"]["properties"]["patience"]["type"] == ["integer"]
-    assert properties["guard"]["properties"]["action"]["enum"] == ["stop", "none"]
+    assert properties["guard"]["properties"]["action"]["enum"] == ["stop", "rollback", "skip", "none"]
     (data,) = [part for part in properties["data"]["anyOf"] if "properties" in part]
     assert "Longest sample in tokens" in data["properties"]["max_length"]["description"]
 
