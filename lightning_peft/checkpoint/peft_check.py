@@ -1,6 +1,7 @@
 """Whether HF PEFT, where it is installed, reads a folder as the adapter that it is."""
 
 import importlib.util
+import re
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -31,7 +32,7 @@ def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
         try:
             PeftModel.from_pretrained(base, str(folder))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            return f"HF PEFT does not read it: {' '.join(str(error).split())[:160]}"
+            return f"HF PEFT does not read it: {_one_line(error)[:160]}"
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         return f"HF PEFT finds no place for some of its tensors in {type(model).__name__}, and gives other outputs"
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in adapters(model)}
@@ -41,3 +42,9 @@ def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
             "itself, and gives other outputs"
         )
     return None
+
+
+def _one_line(error: BaseException) -> str:
+    """Return what PEFT says, with the members of a set, which Python prints in any order, in one order."""
+    text = " ".join(str(error).split())
+    return re.sub(r"\{('[^{}]*')\}", lambda found: f"{{{', '.join(sorted(found[1].split(', ')))}}}", text)
