@@ -58,7 +58,9 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("check", DEFAULT)
 @pytest.mark.parametrize("family", MOST_USED, indirect=True)
 def test_most_used_family(family: Family, check: str) -> None:
-    assert (QUICK[check](family) or OK) == families()[family.name].cells[check]
+    found, expected = QUICK[check](family) or OK, families()[family.name].cells[check]
+    # What stands behind a colon may be another package's words, which change with its version.
+    assert found.partition(": ")[0] == expected.partition(": ")[0]
 
 
 @pytest.mark.families
