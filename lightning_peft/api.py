@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.merged import Receipt
-from lightning_peft.command_line import LIBRARY_NOISE
+from lightning_peft.command_line import ignore_library_noise
 from lightning_peft.commands.adapted import layout_of, load_for_inference
 from lightning_peft.commands.merge import merge
 from lightning_peft.commands.train import train
@@ -130,8 +130,7 @@ def shown() -> Iterator[None]:
     ours.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
-            for message in LIBRARY_NOISE:
-                warnings.filterwarnings("ignore", message)
+            ignore_library_noise()
             yield
     finally:
         ours.removeHandler(handler)

@@ -215,6 +215,11 @@ def first_trial(words: list[str]) -> list[str]:
     return singles
 
 
+def ignore_library_noise() -> None:
+    for message in LIBRARY_NOISE:
+        warnings.filterwarnings("ignore", message)
+
+
 def set_up_logging() -> None:
     """One line a message, on stderr, ours from INFO (of rank zero) and others' from WARNING.
 
@@ -225,5 +230,4 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lightning_peft").setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in LIBRARY_NOISE:
-        warnings.filterwarnings("ignore", message)
+    ignore_library_noise()

@@ -88,8 +88,16 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
         raise ValueError("run_dir: give one, or config_path=, where several ranks are started: each would name its own")
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
         words = open_words(quote_text_values(overrides))
-        check_parts_are_there(command, words)
-        config = compose(command, words)
+        try:
+            config = compose(command, words)
+        except AssertionError as error:  # OmegaConf's, for a key below null
+            if (key := key_of_null_part(command, words)) is None:
+                raise
+            part = key.partition(".")[0]
+            raise ValueError(
+                f"{key}: {part} is null for {command} until one is chosen; choose one first, as in "
+                f"{part}=NAME {key}=VALUE"
+            ) from error
         unknown = next(unknown_keys(config), None)
         groups = config_loader(overrides).list_groups("") if unknown is not None else []
     if unknown is not None:
@@ -97,20 +105,11 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
     return config
 
 
-def check_parts_are_there(command: str, words: list[str]) -> None:
-    """Raise ValueError for a key of a part that is null until it is chosen, as data.x of evaluate."""
-    keys = [(word, word.partition("=")[0]) for word in words]
-    nested = [key for _, key in keys if "." in key and not key.startswith(("+", "~", "hydra."))]
-    if not nested:
-        return
+def key_of_null_part(command: str, words: list[str]) -> str | None:
+    """Return the first key below a part that is null until it is chosen, as data.x of evaluate; None without one."""
+    keys = [(word, word.partition("=")[0].lstrip("+~")) for word in words]
     config = compose(command, [word for word, key in keys if "." not in key or key.startswith("hydra.")])
-    for key in nested:
-        parent, *names = key.split(".")
-        if parent in config and OmegaConf.is_missing(config, parent) is False and config[parent] is None:
-            raise ValueError(
-                f"{key}: {command} takes {parent} from the run unless it is given whole; choose one first, as in "
-                f"{parent}=NAME {key}=VALUE"
-            )
+    return next((key for _, key in keys if "." in key and config.get(key.partition(".")[0], "") is None), None)
 
 
 def check_adapter_has_method(overrides: list[str]) -> None:

@@ -2,12 +2,11 @@
 
 import io
 import logging
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import small_model
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,9 +21,6 @@ from lightning_peft.kernels.grouped import RowsPerExpert, product_at_once, runs_
 from lightning_peft.quantization.experts import close_experts, expert_stacks, open_experts
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from families import small_model  # noqa: E402
 
 FAMILIES = [
     "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4_text", "granitemoe", "phimoe", "lfm2_moe",

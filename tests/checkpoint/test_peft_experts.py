@@ -1,12 +1,12 @@
 """Adapters of stacked experts in HF PEFT's `target_parameters` form, both ways."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import small_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -15,9 +15,6 @@ from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 from lightning_peft.checkpoint.peft_words import AdapterFileError
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from families import small_model  # noqa: E402
 
 FAMILIES = ["mixtral", "gpt_oss", "llama4_text", "qwen3_moe", "granitemoe", "deepseek_v3"]
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -91,7 +91,11 @@ OTHER_CASES = {
     "evaluate a missing folder": (["evaluate", "adapter_path=/no/run"], r"adapter_path=/no/run: no such folder"),
     "evaluate with a part of null": (
         ["evaluate", "adapter_path=x", "data.validation_path=b.jsonl"],
-        r"data.validation_path: evaluate takes data from the run .*data=NAME data.validation_path=VALUE",
+        r"data.validation_path: data is null for evaluate until .*data=NAME data.validation_path=VALUE",
+    ),
+    "a cluster's key without a cluster": (
+        ["train", "model=tiny", "+cluster.partition=x"],
+        r"cluster.partition: cluster is null for train until .*cluster=NAME cluster.partition=VALUE",
     ),
     "evaluate no rows": (["evaluate", "adapter_path=x", "max_rows=0"], r"max_rows=0: must be at least 1"),
     "generate nothing": (["generate"], r"adapter_path=null: give a run or adapter folder, or model="),

@@ -1,11 +1,11 @@
 """Published low-bit checkpoints through the commands: trained, scored, merged and estimated, or refused in a line."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from families import small_model
+from published_checkpoints import PUBLISHED, publish, publish_experts, publish_mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -16,11 +16,6 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.quantization.convert import bits_per_parameter
 from lightning_peft.quantization.linear import CodedWeight
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / "models"), str(TESTS / "quantization")]
-from families import small_model  # noqa: E402
-from published_checkpoints import PUBLISHED, publish, publish_experts, publish_mxfp4  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,9 @@ TINY = [
     "trainer.precision=32-true", "trainer.accelerator=cpu", "optimizer.lr=0.01", "validation.samples=0",
 ]  # fmt: skip
 
+NOISE = {"rtol": 5e-5, "atol": 5e-6}
+"""fp32: sums over the ranks are taken in another order."""
+
 
 def train_on_ranks(count: int, folder: Path, runs: dict[str, list[str]], seconds: int = 600) -> None:
     """Train every run, named by its folder in `folder`, on so many processes. The limit is a busy machine's."""
@@ -47,3 +50,25 @@ def adapter(run_dir: Path) -> dict[str, Tensor]:
 
 def result(run_dir: Path) -> dict[str, object]:
     return json.loads((run_dir / "result.json").read_text())
+
+
+KINDS = ("ddp", "fsdp")
+
+
+def train_every_way(folder: Path, runs: dict[str, list[str]]) -> None:
+    """Train two steps of every run by one process, by one that stops and resumes, and by two ranks of each kind.
+
+    The runs are named NAME, NAME_halves and NAME_KIND; one process takes the micro batches of two ranks in each step.
+    """
+    by_one = ["strategy=single", "trainer.accumulate_grad_batches=2"]
+    own = {name: [*words, "checkpoint.every_n_steps=1"] for name, words in runs.items()}
+    train_on_ranks(1, folder, {name: [*words, *by_one, "trainer.max_steps=2"] for name, words in own.items()})
+    for steps in (1, 2):
+        halves = [*by_one, f"trainer.max_steps={steps}", "resume=auto"]
+        train_on_ranks(1, folder, {f"{name}_halves": [*words, *halves] for name, words in own.items()})
+    by_two = {
+        f"{name}_{kind}": [*words, f"strategy={kind}", "trainer.max_steps=2"]
+        for name, words in own.items()
+        for kind in KINDS
+    }
+    train_on_ranks(2, folder, by_two)

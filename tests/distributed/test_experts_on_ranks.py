@@ -1,21 +1,15 @@
 """Adapters of stacked experts under DDP and FSDP, and resumed: what one process trains in one go."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import adapter, column, train_on_ranks
+from families import small_model
+from rank_runs import KINDS, NOISE, adapter, column, train_every_way
 
 from lightning_peft.models.tiny import tiny_tokenizer
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from families import small_model  # noqa: E402
-
-NOISE = {"rtol": 5e-5, "atol": 5e-6}
-"""fp32: sums over the ranks are taken in another order."""
 BASES = {"dense": ["quantization=none"], "nf4": ["quantization=nf4", "quantization.block_size=32"]}
-RANKS = ("ddp", "fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +25,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "adapter.experts=3",
         "schedule=constant",
     ]
-    single, shared, resumed = {}, {}, {}
-    for base, quantization in BASES.items():
-        own = [*words, *quantization, "checkpoint.every_n_steps=1"]
-        single[base] = [*own, "strategy=single", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2"]
-        shared |= {f"{base}_{kind}": [*own, f"strategy={kind}", "trainer.max_steps=2"] for kind in RANKS}
-        for steps in (1, 2):
-            halves = [*own, "strategy=single", f"trainer.max_steps={steps}", "trainer.accumulate_grad_batches=2"]
-            resumed[steps] = resumed.get(steps, {}) | {f"{base}_halves": [*halves, "resume=auto"]}
-    train_on_ranks(1, folder, single)
-    for steps in (1, 2):
-        train_on_ranks(1, folder, resumed[steps])
-    train_on_ranks(2, folder, shared)
+    train_every_way(folder, {base: [*words, *quantization] for base, quantization in BASES.items()})
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize("kind", RANKS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", BASES)
 def test_ranks_train_experts_as_one_process_does(runs: Path, base: str, kind: str) -> None:
     one, two = runs / base, runs / f"{base}_{kind}"

@@ -1,23 +1,16 @@
 """Adapters on published low-bit bases under DDP and FSDP, and resumed: what one process trains in one go."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import adapter, column, train_on_ranks
+from families import small_model
+from published_checkpoints import PUBLISHED, publish, publish_experts, publish_mxfp4
+from rank_runs import KINDS, NOISE, adapter, column, train_every_way
 
 from lightning_peft.models.tiny import tiny_tokenizer
 
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / "models"), str(TESTS / "quantization")]
-from families import small_model  # noqa: E402
-from published_checkpoints import PUBLISHED, publish, publish_experts, publish_mxfp4  # noqa: E402
-
-NOISE = {"rtol": 5e-5, "atol": 5e-6}
-"""fp32: sums over the ranks are taken in another order."""
 BASES = ("fp8_blocks", "gptq_desc_act", "moe_awq", "mxfp4")
-RANKS = ("ddp", "fsdp")
 ROOM = {"vocab_size": 320, "max_position_embeddings": 2048}
 
 
@@ -36,25 +29,14 @@ def published(folder: Path, base: str) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
-    single, shared, resumed = {}, {}, {}
-    for base in BASES:
-        words = ["model=hf", f"model.path={published(folder, base)}", "method=lora", "rank=r4", "schedule=constant"]
-        own = [*words, "quantization.verify=true", "checkpoint.every_n_steps=1"]
-        single[base] = [*own, "strategy=single", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2"]
-        shared |= {f"{base}_{kind}": [*own, f"strategy={kind}", "trainer.max_steps=2"] for kind in RANKS}
-        for steps in (1, 2):
-            halves = [*own, "strategy=single", f"trainer.max_steps={steps}", "trainer.accumulate_grad_batches=2"]
-            resumed[steps] = resumed.get(steps, {}) | {f"{base}_halves": [*halves, "resume=auto"]}
-    train_on_ranks(1, folder, single)
-    for steps in (1, 2):
-        train_on_ranks(1, folder, resumed[steps])
-    train_on_ranks(2, folder, shared)
+    words = ["model=hf", "method=lora", "rank=r4", "schedule=constant", "quantization.verify=true"]
+    train_every_way(folder, {base: [*words, f"model.path={published(folder, base)}"] for base in BASES})
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize("kind", RANKS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", BASES)
 def test_ranks_train_as_one_process_does(runs: Path, base: str, kind: str) -> None:
     one, two = runs / base, runs / f"{base}_{kind}"

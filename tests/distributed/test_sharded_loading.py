@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import TINY, adapter, column, result, train_on_ranks
+from rank_runs import NOISE, TINY, adapter, column, result, train_on_ranks
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,8 +17,6 @@ from lightning_peft.models.tiny import tiny_config, tiny_tokenizer
 BLOCKS = 20
 LARGE_TENSORS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc keeps freed tensors under 32 MiB, and so all of this model's; it treats these as those of a large model."""
-NOISE = {"rtol": 5e-5, "atol": 5e-6}
-"""fp32: sums over the ranks are taken in another order."""
 
 
 def save_tiny(folder: Path, **options: object) -> str:

@@ -1,11 +1,12 @@
 """Published low-bit checkpoints are held as they are, and stand for the weights that their writers meant."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import small_model
+from published_checkpoints import PUBLISHED, fp8, mxfp4, publish, publish_experts, publish_mxfp4
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,10 +20,6 @@ from lightning_peft.quantization.experts import QuantizedExperts
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 from lightning_peft.quantization.published.fp8 import FP8
 from lightning_peft.quantization.published.mxfp4 import MXFP4
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from families import small_model  # noqa: E402
-from published_checkpoints import PUBLISHED, fp8, mxfp4, publish, publish_experts, publish_mxfp4  # noqa: E402
 
 
 def logits(model: Any) -> Tensor:

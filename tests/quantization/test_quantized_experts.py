@@ -1,11 +1,11 @@
 """Stacked experts in codes: each expert as a linear layer of its own would be, and computed as its dense weight."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import small_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -24,9 +24,6 @@ from lightning_peft.quantization.convert import (
 )
 from lightning_peft.quantization.experts import QuantizedExperts, close_experts
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from families import small_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = {
