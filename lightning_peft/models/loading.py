@@ -43,6 +43,7 @@ from lightning_peft.models.weight_files import SafetensorsSource, WeightSource, 
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.linear import CodedWeight
 from lightning_peft.quantization.published.format import PublishedFormat
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ def prepare_as_published(model: PreTrainedModel, config: ModelConfig) -> Publish
             prepare_low_bit_layers(model, source, plan.direct, plan.fused)
         else:
             prepare_by_config(model, form)
+    if config.new_tokens:
+        check_ends_are_dense(model)
     return form
 
 
@@ -358,9 +361,23 @@ def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], m
                 yield path.name, [len(data)], data
 
 
+def check_ends_are_dense(model: PreTrainedModel) -> None:
+    """Raise ValueError where new tokens would need rows of an embedding or a head that is held in codes."""
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(end, CodedWeight):
+            raise ValueError(
+                f"model.new_tokens: the checkpoint holds embeddings or head as {end.kind} codes, to which no row can "
+                "be added; give the original model"
+            )
+
+
 @torch.no_grad()
 def add_embeddings(model: PreTrainedModel, known: int, wanted: int) -> None:
-    """Give the tokens from `known` up to `wanted` the mean embedding of those before, in the input and the head."""
+    """Give the tokens from `known` up to `wanted` the mean embedding of those before, in the input and the head.
+
+    Raises ValueError where one of the two is held in codes.
+    """
+    check_ends_are_dense(model)
     if wanted > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(wanted, mean_resizing=False)
     layers: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -1,7 +1,6 @@
 """A checkpoint in a published low-bit format as a source of weights: dense ones as tensors, the others as codes."""
 
 import logging
-import re
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +12,7 @@ from lightning_peft.kernels.codes import Codes
 from lightning_peft.models.conversion import Fusion
 from lightning_peft.models.weight_files import WeightSource
 from lightning_peft.quantization.experts import expert_stacks
-from lightning_peft.quantization.published.format import LowBitWeight, PublishedFormat
+from lightning_peft.quantization.published.format import LowBitWeight, PublishedFormat, matches_target
 from lightning_peft.quantization.published.formats import published_format
 from lightning_peft.quantization.published.layers import dense_low_bit, prepare_low_bit, scale_a_row
 from lightning_peft.quantization.published.mxfp4 import MXFP4
@@ -81,6 +80,8 @@ class LowBitSource:
         """Return the codes of a parameter that is made of several weights, put together as these would be dense."""
         weights = {key: self.read_codes(key) for key, _ in fusion.members}
         first = next(iter(weights.values()))
+        if len({(weight.kind, weight.block_size) for weight in weights.values()}) > 1:
+            raise ValueError(f"{fusion.name} is made of weights in different bits or groups; give the original model")
         if any(weight.codes.absmax_offset is not None for weight in weights.values()):
             raise ValueError(
                 f"{fusion.name} is made of weights whose columns are grouped by activation order (desc_act), each in "
@@ -153,10 +154,7 @@ def prepare_by_config(model: PreTrainedModel, form: PublishedFormat) -> list[str
 
 
 def _is_skipped(layer: str, form: PublishedFormat) -> bool:
-    return any(
-        re.match(given.removeprefix("re:"), layer) if given.startswith("re:") else f".{given}." in f".{layer}."
-        for given in form.skipped()
-    )
+    return any(matches_target(given, layer) or f".{given}." in f".{layer}." for given in form.skipped())
 
 
 def _layer(key: str) -> str:

@@ -12,8 +12,12 @@ logger = logging.getLogger(__name__)
 SCALINGS = ("linear", "dynamic", "yarn")
 """Ways to scale, by transformers' names: all positions divided by the factor (Chen et al. 2023, arXiv:2306.15595), a
 base that grows with the longest sample of a batch, and YaRN (Peng et al. 2023, arXiv:2309.00071)."""
-KEPT = ("rope_theta", "partial_rotary_factor")
-"""What the model's own rotary parameters keep."""
+OF_A_SCALING = {
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor",
+    "low_freq_factor", "high_freq_factor",
+}  # fmt: skip
+"""Rotary parameters that belong to one way of scaling; all others say how the model is computed whatever it is."""
+ALWAYS_NEW = ("rope_type", "type", "factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -76,7 +80,12 @@ def scale_positions(architecture: PreTrainedConfig, scaling: RopeScaling) -> Non
         logger.info("%s in place of the model's own scaling, %s", scaling, ", ".join(sorted(own)))
     original = original or text.max_position_embeddings
     for part in scaled:
-        kept = {key: part[key] for key in KEPT if key in part}
+        dropped = {*ALWAYS_NEW}
+        if part.get("rope_type") != scaling.type:
+            dropped |= OF_A_SCALING
+        elif part.get("factor") != scaling.factor:
+            dropped.add("attention_factor")  # of that factor
+        kept = {key: value for key, value in part.items() if key not in dropped}
         part.clear()
         part.update(kept, rope_type=scaling.type, factor=scaling.factor)
         if scaling.type == "yarn":

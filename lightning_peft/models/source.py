@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -178,6 +179,8 @@ def readable_errors(config: ModelConfig) -> Iterator[None]:
     shown = f"model.path={config.path}" if config.path else f"model={config.name}"
     try:
         yield
+    except HFValidationError as error:
+        raise ValueError(f"{shown}: no such folder here, and not a name that the hub can have") from error
     except ValueError as error:
         if "\n" not in str(error):
             raise

@@ -7,7 +7,7 @@ before the next is read.
 
 import logging
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_peft.models.blocks import block_names
-from lightning_peft.models.conversion import Fusion, plan_loading
+from lightning_peft.models.conversion import Fusion, LoadingPlan, plan_loading
 from lightning_peft.models.low_bit import LowBitSource, prepare_low_bit_layers
 from lightning_peft.models.multimodal import remember_files
 from lightning_peft.models.weight_files import SafetensorsSource, WeightSource
@@ -66,8 +66,9 @@ def stream_weights(
     floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     missing = set(targets)
     codes = bitsandbytes_layers(source)
-    skipped = set().union(*codes.values())
-    plan = plan_loading(model, [k for k in source.names() if k not in skipped], set(targets))
+    beside = {key for keys in codes.values() for key in keys if ".weight." in key}
+    plan = plan_loading(model, [k for k in source.names() if k not in beside], set(targets))
+    coded = take_coded_layers(plan, codes)
     direct, fused, unexpected = plan.direct, plan.fused, plan.unexpected
     if plan.left:
         remember_files(model, files_of(source, plan.left))
@@ -76,7 +77,7 @@ def stream_weights(
         logger.warning("%d weights of the checkpoint are not in the model: %s", len(unused), _some(unused))
     if codes:
         check_quantization(codes, quantization)
-        prepare_bitsandbytes_layers(model, source, codes)
+        prepare_bitsandbytes_layers(model, source, codes, coded)
     low_bit: set[str] = set()
     if isinstance(source, LowBitSource):
         check_not_requantised(source.form, quantization)
@@ -121,18 +122,19 @@ def stream_weights(
             wanted = dtype_of(name) if tensor.is_floating_point() and tensor.itemsize > 1 else None
             place(name, tensor.to(wanted or tensor.dtype))
 
-    def read_codes(name: str, keys: set[str]) -> None:
+    def read_codes(name: str, stored: str) -> None:
         assert dtype is not None, "codes are computed with in some dtype"
-        put_bitsandbytes_layer(model, name, {key: source.read(key, None) for key in keys}, dtype, device)
-        missing.difference_update({f"{name}.weight", *keys})
+        tensors = {key.removeprefix(f"{stored}."): source.read(key, None) for key in codes[stored]}
+        put_bitsandbytes_layer(model, name, tensors, dtype, device)
+        missing.difference_update(f"{name}.{end}" for end in tensors)
 
     steps: dict[str, list[Callable[[], None]]] = {part: [] for part in ("", *block_names(model))}
     for name, key in direct.items():
         steps[part_of(name, steps)].append(partial(read, name, key))
     for name, fusion in fused.items():
         steps[part_of(name, steps)].append(partial(convert, fusion))
-    for name, keys in codes.items():
-        steps[part_of(name, steps)].append(partial(read_codes, name, keys))
+    for name, stored in coded.items():
+        steps[part_of(name, steps)].append(partial(read_codes, name, stored))
 
     for part in steps:
         for step in steps[part]:
@@ -225,6 +227,25 @@ def bitsandbytes_layers(source: WeightSource) -> dict[str, set[str]]:
     return layers
 
 
+def take_coded_layers(plan: LoadingPlan, codes: Mapping[str, set[str]]) -> dict[str, str]:
+    """Take the layers that bitsandbytes has quantised out of a plan; model's name of each: the checkpoint's.
+
+    ValueError for one that is no layer by itself in the model, or is in a part that stays on disk.
+    """
+    found: dict[str, str] = {}
+    for name, key in list(plan.direct.items()):
+        if (stored := key.rpartition(".")[0]) in codes:
+            found[name.rpartition(".")[0]] = stored
+            del plan.direct[name]
+    members = [key for fusion in plan.fused.values() for key, _ in fusion.members]
+    if lost := [key for key in [*members, *plan.left] if key.rpartition(".")[0] in codes]:
+        raise ValueError(
+            f"{lost[0]} is held as 4-bit codes of bitsandbytes, in a part that reads no text or as no layer by itself; "
+            "give the original model with quantization=nf4"
+        )
+    return found
+
+
 def check_quantization(layers: dict[str, set[str]], quantization: QuantizationConfig | None) -> None:
     """Raise ValueError where the checkpoint's own 4-bit kind is not the one asked for."""
     kinds = {key.rpartition("__")[2] for keys in layers.values() for key in keys if "bitsandbytes__" in key}
@@ -236,13 +257,15 @@ def check_quantization(layers: dict[str, set[str]], quantization: QuantizationCo
         )
 
 
-def prepare_bitsandbytes_layers(model: nn.Module, source: WeightSource, layers: dict[str, set[str]]) -> None:
-    """Replace the linear layers the checkpoint holds as codes by 4-bit ones without values."""
+def prepare_bitsandbytes_layers(
+    model: nn.Module, source: WeightSource, codes: Mapping[str, set[str]], layers: Mapping[str, str]
+) -> None:
+    """Replace the linear layers the checkpoint holds as codes, by its names, by 4-bit ones without values."""
     # Imports bitsandbytes, four seconds that only such a checkpoint needs.
     from lightning_peft.quantization.bitsandbytes_format import PACKED, layer_without_codes
 
-    for name, keys in layers.items():
-        (packed,) = (key for key in keys if key.startswith(f"{name}.{PACKED}"))
+    for name, stored in layers.items():
+        (packed,) = (key for key in codes[stored] if key.startswith(f"{stored}.{PACKED}"))
         layer = layer_without_codes(source.read(packed, None))
         layer.bias = model.get_submodule(name).bias  # type: ignore[assignment]
         model.set_submodule(name, layer)
@@ -251,10 +274,10 @@ def prepare_bitsandbytes_layers(model: nn.Module, source: WeightSource, layers: 
 def put_bitsandbytes_layer(
     model: nn.Module, name: str, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Fill a layer with the codes bitsandbytes stored, computing in `dtype`."""
+    """Fill a layer with the codes bitsandbytes stored, by their names below the layer, computing in `dtype`."""
     from lightning_peft.quantization.bitsandbytes_format import from_bitsandbytes_state  # as slow as above
 
-    stored = from_bitsandbytes_state({key[len(name) + 1 :]: tensor for key, tensor in tensors.items()})
+    stored = from_bitsandbytes_state(tensors)
     stored = stored.to(device=device, dtype=dtype)
     layer = model.get_submodule(name)
     assert isinstance(layer, QuantizedLinear)

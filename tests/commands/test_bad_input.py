@@ -97,6 +97,7 @@ OTHER_CASES = {
         ["train", "model=tiny", "+cluster.partition=x"],
         r"cluster.partition: cluster is null for train until .*cluster=NAME cluster.partition=VALUE",
     ),
+    "a name no hub has": (["models", "a b/c"], r"a b/c: no such folder here, and not a name that the hub can have"),
     "evaluate no rows": (["evaluate", "adapter_path=x", "max_rows=0"], r"max_rows=0: must be at least 1"),
     "generate nothing": (["generate"], r"adapter_path=null: give a run or adapter folder, or model="),
     "two kinds of prompt": (["generate", "model=tiny", "prompt=a", "prompt_path=b"], r"prompt and prompt_path=b"),

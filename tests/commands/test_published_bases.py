@@ -165,6 +165,11 @@ VARIANTS = {
     "2:4": ("packed_int4", {"format": "marlin-24"}, "format=marlin-24 of compressed-tensors is not read"),
     "nvfp4": ("packed_int4", {"format": "nvfp4-pack-quantized"}, "format=nvfp4-pack-quantized of compressed"),
     "sparse": ("packed_int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format=sparse-24"),
+    "turned": (
+        "packed_int4",
+        {"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}},
+        "transform_config of compressed-tensors, which turns activations, is not read",
+    ),
     "fp4 experts": ("fp8_blocks", {"expert_dtype": "fp4"}, "expert_dtype=fp4 of fp8 is not read"),
 }
 
@@ -181,6 +186,30 @@ def test_a_variant_that_is_not_read_is_refused_by_config_alone(what, tmp_path):
         empty_model(ModelConfig("hf", str(tmp_path)))
     assert message in str(caught.value) and "give the original model" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_eight_bits_of_bitsandbytes_are_refused_by_name(tmp_path):
+    small_model("llama").save_pretrained(tmp_path)
+    words = json.loads((tmp_path / "config.json").read_text())
+    words["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    with pytest.raises(ValueError, match="load_in_8bit of bitsandbytes is not read; give the original model"):
+        empty_model(ModelConfig("hf", str(tmp_path)))
+
+
+def test_a_head_in_codes_gets_no_new_rows(tmp_path):
+    model = small_model("llama", tie_word_embeddings=False)
+    publish(model, tmp_path, PUBLISHED["gptq"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    parts, _ = PUBLISHED["gptq"].layer(tensors.pop("lm_head.weight").float())
+    save_file(tensors | {f"lm_head{end}": part for end, part in parts.items()}, tmp_path / "model.safetensors")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = ModelConfig("hf", str(tmp_path), new_tokens=["<sql>"])
+    for load in (lambda: load_model(config, torch.float32), lambda: prepare_as_published(empty_model(config), config)):
+        with pytest.raises(
+            ValueError, match="model.new_tokens: the checkpoint holds embeddings or head as uint4 codes"
+        ):
+            load()
 
 
 def drop_config(folder, words, tensors):

@@ -24,6 +24,7 @@ from lightning_peft.models.loading import (
 )
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
+from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import dequantized_linear, quantize_linears
 from lightning_peft.quantization.linear import QuantizedLinear
@@ -140,6 +141,26 @@ def test_bitsandbytes_checkpoint_keeps_its_codes(tmp_path: Path) -> None:
     assert torch.equal(by_block(IDS).logits, model(IDS).logits)
     with pytest.raises(ValueError, match="quantization.kind=fp4: the checkpoint holds nf4 codes"):
         load_model(config, torch.float32, QuantizationConfig(Kind.fp4))
+
+
+def test_codes_are_found_under_the_names_that_transformers_renames(tmp_path: Path) -> None:
+    """Keys without the model's prefix, as of a checkpoint of the model without its head."""
+    save_small(tmp_path, intermediate_size=128)
+    dense = load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        short = name.removeprefix("model.")
+        if name.endswith("down_proj.weight"):
+            layer = QuantizedLinear.from_weight(tensor)
+            own = {f"{short.removesuffix('.weight')}.{end}": part for end, part in to_bitsandbytes_state(layer).items()}
+            tensors |= own
+            dense.get_parameter(name).data.copy_(layer.dequantize())
+        else:
+            tensors[short] = tensor
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+    assert isinstance(model.model.layers[1].mlp.down_proj, QuantizedLinear)
+    torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_generation_config_is_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from families import DELTA_NET
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,7 +22,9 @@ from lightning_peft.models.loading import empty_model, load_model
 from lightning_peft.models.multimodal import LeftOnDisk
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
+from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.linear import QuantizedLinear
 
 IDS = torch.arange(3, 43)[None]
 FAMILIES = {
@@ -155,3 +159,14 @@ def test_llama_4_is_its_text_alone(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "weights of the checkpoint are not in the model: multi_modal_projector" in caplog.text
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-4 * float(logits(plain).abs().max()))
+
+
+def test_a_tower_in_codes_is_refused(tmp_path: Path) -> None:
+    config = multimodal_folder("mistral3", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = next(name for name in tensors if "vision" in name and name.endswith("q_proj.weight"))
+    codes = to_bitsandbytes_state(QuantizedLinear.from_weight(tensors.pop(key)))
+    tensors |= {f"{key.removesuffix('.weight')}.{end}": part for end, part in codes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{re.escape(key)} is held as 4-bit codes .*give the original model"):
+        load_model(config, torch.float32)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_peft.__main__ import main
 from lightning_peft.models.loading import empty_model, load_model, model_config, model_context
-from lightning_peft.models.rope import RopeScaling
+from lightning_peft.models.rope import RopeScaling, scale_positions
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -56,6 +56,38 @@ def test_logits_are_those_of_transformers_with_the_same_configuration(family: st
     theirs = expected(tmp_path, scaling)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert (ours - plain).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("llama", {"beta_fast": 16.0}),
+        ("deepseek_v3", {"mscale": 1.0, "mscale_all_dim": 1.0}),
+        ("gpt_oss", {"truncate": False}),
+        ("ministral3", {"llama_4_scaling_beta": 0.1}),
+    ],
+)
+def test_a_models_own_scaling_asked_for_again_changes_nothing(family: str, own: dict, tmp_path: Path) -> None:
+    small_model(family).save_pretrained(tmp_path)
+    words = json.loads((tmp_path / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    words["rope_parameters"] = {"rope_theta": words["rope_parameters"]["rope_theta"], **own, **yarn}
+    words["max_position_embeddings"] = 128
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    plain = ModelConfig("hf", str(tmp_path), attention="eager")
+    again = ModelConfig("hf", str(tmp_path), attention="eager", rope_scaling=RopeScaling("yarn", 4.0, 32))
+    with torch.no_grad():
+        logits, expected = (load_model(one, torch.float32)(IDS, use_cache=False).logits for one in (again, plain))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+
+
+def test_what_is_no_scaling_is_kept_beside_another() -> None:
+    section = {"mrope_section": [4, 2, 2], "rope_type": "default", "rope_theta": 1e4}
+    architecture = small_model("qwen3").config
+    architecture.rope_parameters = dict(section)
+    scale_positions(architecture, RopeScaling("linear", 2.0))
+    assert architecture.rope_parameters == section | {"rope_type": "linear", "factor": 2.0}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Weights of the compressed-tensors library, which llm-compressor writes: integers, packed or not, and FP8."""
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_peft.quantization.published.format import (
     empty_weight,
     even_groups,
     from_words,
+    matches_target,
 )
 from lightning_peft.quantization.published.fp8 import fp8_layout, fp8_weight
 
@@ -41,6 +41,8 @@ class CompressedTensors(PublishedFormat):
         sparsity = (options.get("sparsity_config") or {}).get("format", "dense")
         if sparsity != "dense":
             raise ValueError(f"sparsity_config.format={sparsity} of compressed-tensors is not read, only dense")
+        if (options.get("transform_config") or {}).get("config_groups"):
+            raise ValueError("transform_config of compressed-tensors, which turns activations, is not read")
         self.groups = [dict(group) for group in (options.get("config_groups") or {}).values() if group.get("weights")]
         if not self.groups:
             raise ValueError("config_groups of compressed-tensors gives no weights a form")
@@ -123,13 +125,6 @@ class CompressedTensors(PublishedFormat):
     def is_whole(self, parts: Collection[str]) -> bool:
         packed_parts = ".weight_packed" in parts and ".weight_shape" in parts
         return (packed_parts or ".weight" in parts) and ".weight_scale" in parts
-
-
-def matches_target(target: str, name: str) -> bool:
-    """Whether a layer is what compressed-tensors calls by this target: its name, or a pattern after "re:"."""
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
-    return target == name
 
 
 def _strategy(weights: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What a published low-bit format is: which tensors make a weight, and which codes they are."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +14,13 @@ from lightning_peft.kernels.low_bit import LOW_BIT
 
 NAMED = {2: "uint2", 3: "uint4", 4: "uint4", 8: "uint8"}
 """Kind of codes that holds integers of so many bits; those of three bits take four."""
+
+
+def matches_target(target: str, name: str) -> bool:
+    """Whether a layer is what config.json calls by this target: its name, or a pattern after "re:"."""
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return target == name
 
 
 class LowBitWeight(NamedTuple):

@@ -29,6 +29,11 @@ def published_format(options: Mapping[str, Any] | None) -> PublishedFormat | Non
     """
     method = None if options is None else options.get("quant_method")
     if options is None or method in (None, "bitsandbytes"):
+        if options is not None and options.get("load_in_8bit"):
+            raise ValueError(
+                "quantization_config of config.json: load_in_8bit of bitsandbytes is not read; give the original model "
+                "with quantization=int8"
+            )
         return None
     if method not in FORMATS:
         raise ValueError(

@@ -1,6 +1,5 @@
 """The layers of a model that a published checkpoint holds in few bits."""
 
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -11,8 +10,6 @@ from lightning_peft.quantization.experts import QuantizedExperts, open_experts, 
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 from lightning_peft.quantization.published.format import LowBitWeight, PublishedFormat
 from lightning_peft.quantization.weights import is_linear, is_transposed, linear_shape, reads_weight
-
-logger = logging.getLogger(__name__)
 
 
 def prepare_low_bit(model: nn.Module, names: Mapping[str, str], form: PublishedFormat) -> list[str]:
