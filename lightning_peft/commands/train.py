@@ -22,6 +22,7 @@ from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.scorers import scorers_of
 from lightning_peft.inference.load import adapter_folder
+from lightning_peft.models.blocks import check_blocks_can_be_sharded
 from lightning_peft.models.loading import (
     empty_model,
     load_tokenizer,
@@ -38,6 +39,7 @@ from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_lef
 from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
 from lightning_peft.threads import described
 from lightning_peft.training.callbacks.task_metrics import Questions, TaskMetrics
+from lightning_peft.training.config import StrategyKind
 from lightning_peft.training.together import Member
 
 logger = logging.getLogger(__name__)
@@ -130,6 +132,8 @@ def check_model(config: TrainConfig) -> bool:
     model = empty_model(config.model)
     if (form := prepare_as_published(model, config.model)) is not None:
         check_fits_published(form, config.adapter, config.quantization)
+    if config.strategy.kind is StrategyKind.fsdp:
+        check_blocks_can_be_sharded(model)
     method = METHODS[config.adapter.method]
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
     packs = packing_of(config.data, model)

@@ -52,3 +52,15 @@ def transformer_blocks(model: "PreTrainedModel") -> list[nn.Module]:
     if not blocks:
         raise ValueError(f"{type(model).__name__} does not say which of its modules are the transformer blocks")
     return blocks
+
+
+def check_blocks_can_be_sharded(model: "PreTrainedModel") -> None:
+    """Raise ValueError where blocks share weights: a rank holds its slices of each block apart. May be on meta."""
+    first: dict[int, str] = {}
+    for name in block_names(model):
+        for parameter in model.get_submodule(name).parameters():
+            if first.setdefault(id(parameter), name) != name:
+                raise ValueError(
+                    f"strategy=fsdp: {first[id(parameter)]} and {name} of {type(model).__name__} share weights, of "
+                    "which no block can have slices of its own; use strategy=ddp"
+                )
