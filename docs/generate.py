@@ -13,6 +13,8 @@ from pathlib import Path
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.cluster.job import ClusterConfig
+from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.compose import compose_config, groups_and_defaults
 from lightning_peft.config import TrainConfig
 from lightning_peft.help import GROUPS, TRAINER, none_or
@@ -110,6 +112,7 @@ def options() -> str:
     for group, table_of, base in (
         ("optimizer", OPTIMIZERS, OptimizerConfig),
         ("objective", OBJECTIVES, ObjectiveConfig),
+        ("cluster", CLUSTERS, ClusterConfig),
     ):
         known = {option.key for option in options_of(base, f"{group}.")}
         for name, choice in table_of.items():

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.init import Reads
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.cluster.slurm import ClusterConfig
+from lightning_peft.cluster.job import ClusterConfig
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics

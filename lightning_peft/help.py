@@ -143,8 +143,9 @@ def choices_help(command: str, choices: list[str]) -> str:
 
 
 def every_option() -> Iterable[Option]:
-    """Options of `train`, with those of every method, optimiser and objective."""
+    """Options of `train`, with those of every method, optimiser, objective and cluster."""
     from lightning_peft.adapters.registry import METHODS  # with torch, which the pages of other commands do without
+    from lightning_peft.cluster.registry import CLUSTERS
     from lightning_peft.objectives.registry import OBJECTIVES
     from lightning_peft.optim.optimizers import OPTIMIZERS
 
@@ -155,6 +156,8 @@ def every_option() -> Iterable[Option]:
         yield from options_of(optimizer.config, "optimizer.")
     for objective in OBJECTIVES.values():
         yield from options_of(objective.config, "objective.")
+    for cluster in CLUSTERS.values():
+        yield from options_of(cluster.config, "cluster.")
 
 
 def sections() -> list[str]:

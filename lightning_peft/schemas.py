@@ -11,7 +11,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.cluster.slurm import ClusterConfig
+from lightning_peft.cluster.registry import CLUSTERS
+from lightning_peft.cluster.slurm import SlurmConfig
 from lightning_peft.command_configs import (
     CalibrateConfig,
     ConvertConfig,
@@ -83,6 +84,8 @@ def _register(methods: tuple[str, ...], optimizers: tuple[str, ...], objectives:
         store.store(group="optimizer", name=f"{name}_schema", node=optimizer.config)
     for name, objective in OBJECTIVES.items():
         store.store(group="objective", name=f"{name}_schema", node=with_open_dictionaries(objective.config))
+    for name, row in CLUSTERS.items():
+        store.store(group="cluster", name=f"{name}_schema", node=with_open_dictionaries(row.config))
     for name in methods:
         if (CONF_DIR / "adapter" / f"{name}.yaml").exists():
             continue
@@ -97,7 +100,7 @@ def _register(methods: tuple[str, ...], optimizers: tuple[str, ...], objectives:
                 store.store(group=group, name=name, node={"defaults": [f"{name}_schema"]})
     singles = {
         "model": ModelConfig, "quantization": QuantizationConfig, "schedule": ScheduleConfig, "data": DataConfig,
-        "strategy": StrategyConfig, "cluster": ClusterConfig,
+        "strategy": StrategyConfig, "cluster": SlurmConfig,
     }  # fmt: skip
     for group, node in singles.items():
         store.store(group=group, name="schema", node=with_open_dictionaries(node))

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from lightning_peft.cluster.slurm import slurm_output
+from lightning_peft.cluster.slurm import SLURM_COMMANDS
 
 GPU_GIB = {
     "GB200": 186, "B200": 180, "H200": 141, "H100 NVL": 94, "H100": 80, "H800": 80, "H20": 96, "GH200": 96,
@@ -36,8 +36,8 @@ class Partition:
 
 
 def find_partitions() -> list[Partition]:
-    """Return what sinfo says, a row for each kind of node. Raises SlurmError where there is no SLURM."""
-    lines = slurm_output("sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G|%l").splitlines()
+    """Return what sinfo says, a row for each kind of node. Raises ClusterError where there is no SLURM."""
+    lines = SLURM_COMMANDS.run("sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G|%l").splitlines()
     return [parsed(line) for line in lines if line.strip()]
 
 

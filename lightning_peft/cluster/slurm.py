@@ -3,35 +3,28 @@
 import logging
 import re
 import shlex
-import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
+
+from lightning_peft.cluster.job import SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 60
-"""What a SLURM command may take; a controller that is away makes it wait for about as long."""
-
-
-class SlurmError(RuntimeError):
-    """SLURM is not there, or refuses what it was asked; says why in one line."""
-
-
-class SlurmSilent(SlurmError):
-    """SLURM gave no answer, and may have done what it was asked all the same."""
+SLURM_COMMANDS = Commands(
+    "SLURM's commands have to be on PATH here", f"no answer from SLURM in {SECONDS} s; squeue shows what became of it"
+)
 
 
 @dataclass
-class ClusterConfig:
-    """Where `submit` runs a training, and what it asks for there."""
+class SlurmConfig(ClusterConfig):
+    """Where on a SLURM cluster `submit` runs a training, and what it asks for there."""
 
+    name: str = "slurm"
     partition: str | None = None
     """SLURM partition; null takes the cluster's default."""
-    nodes: int = 1
-    """Nodes of a run."""
-    gpus_per_node: int = 0
-    """GPUs on each node; 0 runs on CPUs."""
     tasks_per_node: int | None = None
     """Ranks on each node; null takes one for each GPU, else one."""
     cpus_per_task: int | None = None
@@ -40,23 +33,17 @@ class ClusterConfig:
     """Minutes until SLURM ends the job; null takes the partition's limit."""
     grace: int = 120
     """Seconds before the end of `time` at which the run is told to save and make way for its continuation."""
-    setup: list[str] = field(default_factory=list)
-    """Lines of bash before the ranks start: modules, a virtual environment, variables."""
     container: str | None = None
     """Command that runs the ranks in a container, as "apptainer exec --nv image.sif"."""
-    python: str | None = None
-    """Python that runs the ranks; null takes the one that submits."""
     sbatch: list[str] = field(default_factory=list)
     """Further options of sbatch, as [--account physics, --exclusive]."""
-    dry_run: bool = False
-    """Print the batch script; write and submit nothing."""
+
+    MINIMUMS: ClassVar[Mapping[str, int]] = {
+        "nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "time": 1, "grace": 1
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        minimums = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "time": 1, "grace": 1}
-        for key, minimum in minimums.items():
-            value = getattr(self, key)
-            if value is not None and value < minimum:
-                raise ValueError(f"cluster.{key}={value}: must be at least {minimum}")
+        super().__post_init__()
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ValueError(
                 f"cluster.tasks_per_node={self.tasks_per_node} cluster.gpus_per_node={self.gpus_per_node}: "
@@ -119,7 +106,7 @@ export WANDB_SERVICE=$({wandb} beta core start --idle-timeout 5m 2>&1 | grep -oE
 
 
 def batch_script(
-    cluster: ClusterConfig,
+    cluster: SlurmConfig,
     name: str,
     log: str,
     train: str,
@@ -201,69 +188,61 @@ def array_run_dir(run_dirs: Path) -> str:
     return f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(run_dirs))})'
 
 
-@dataclass(frozen=True)
-class Job:
-    """What SLURM says about a job, or about one task of an array."""
+class Slurm(Cluster):
+    """Batch scripts, job arrays and requeues."""
 
-    id: str
-    """As 71, or 71_4 for task 4 of array 71."""
-    state: str
-    """As PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, PREEMPTED."""
-    exit_code: int
-    restarts: int
+    file = "job.sbatch"
 
-    @property
-    def is_active(self) -> bool:
-        """Whether it runs or will run."""
-        return self.state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING")
+    def check(self, config: ClusterConfig, work: Work) -> None:
+        log_path(work.folder, "")
 
+    def text(self, config: ClusterConfig, work: Work) -> str:
+        assert isinstance(config, SlurmConfig)
+        python = config.python or ("python" if config.container else sys.executable)
+        train, run_dir = train_words(work.folder / "config.yaml"), shlex.quote(str(work.folder))
+        if work.run_dirs is not None:
+            train = TOGETHER_TRAIN_WORDS if work.is_together else ARRAY_TRAIN_WORDS
+            run_dir = array_run_dir(work.run_dirs)
+        if work.is_asking:
+            run_dir = f"$({shlex.quote(python)} -m lightning_peft sweep ask {shlex.quote(str(work.folder))})"
+        return batch_script(
+            replace(config, python=python),
+            name=work.name,
+            log=log_path(work.folder, "slurm-%j.log" if work.run_dirs is None else "slurm-%A_%a.log"),
+            train=train,
+            run_dir=run_dir,
+            array=None if work.run_dirs is None
+            else f"0-{work.tasks - 1}" + (f"%{work.parallel}" if work.parallel else ""),
+            wandb=work.has_wandb,
+            directory=work.directory,
+            written=TOGETHER if work.is_together else ONE_RUN,
+        )  # fmt: skip
 
-def submit_script(script: Path) -> str:
-    """Hand a batch script to SLURM. Returns the job's id; raises SlurmError with what sbatch said."""
-    return slurm_output("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    def submit(self, path: Path, work: Work) -> str:
+        return SLURM_COMMANDS.run("sbatch", "--parsable", str(path)).strip().partition(";")[0]
 
+    def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
+        """Return the jobs by id, an array by its tasks (71_0, 71_1 ...). What SLURM has forgotten is absent.
 
-def find_jobs(job_ids: Iterable[str]) -> dict[str, Job]:
-    """The jobs by id, an array by its tasks (71_0, 71_1 ...). What SLURM has forgotten is absent.
+        slurmctld forgets finished jobs after minutes (MinJobAge); sacct, where there is accounting, remembers them.
+        """
+        found: dict[str, Job] = {}
+        for job_id in job_ids:
+            jobs = _from_slurmctld(job_id) or _from_accounting(job_id)
+            found |= {job.id: job for job in jobs}
+        return found
 
-    slurmctld forgets finished jobs after minutes (MinJobAge); sacct, where there is accounting, remembers them.
-    """
-    found: dict[str, Job] = {}
-    for job_id in job_ids:
-        jobs = _from_slurmctld(job_id) or _from_accounting(job_id)
-        found |= {job.id: job for job in jobs}
-    return found
+    def cancel(self, job_ids: Iterable[str]) -> None:
+        SLURM_COMMANDS.run("scancel", *job_ids)
 
-
-def cancel_jobs(job_ids: Iterable[str]) -> None:
-    slurm_output("scancel", *job_ids)
-
-
-def requeue_job(job_id: str) -> None:
-    """Start a job again; its ranks are signalled first and resume where they were."""
-    slurm_output("scontrol", "requeue", job_id)
-
-
-def slurm_output(*command: str) -> str:
-    """Run one of SLURM's commands. Returns what it prints; raises SlurmError with what it said was wrong."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except OSError as error:
-        raise SlurmError(f"{command[0]}: not found; SLURM's commands have to be on PATH here") from error
-    except subprocess.TimeoutExpired as error:
-        raise SlurmSilent(
-            f"{command[0]}: no answer from SLURM in {SECONDS} s; squeue shows what became of it"
-        ) from error
-    if done.returncode:
-        said = done.stderr.replace(f"{command[0]}: error: ", "").strip() or f"exit status {done.returncode}"
-        raise SlurmError(f"{' '.join(command)}: {said}")
-    return done.stdout
+    def how_to_cancel(self, job_id: str) -> str:
+        return f"scancel {job_id}"
 
 
 def _from_slurmctld(job_id: str) -> list[Job]:
     try:
-        lines = slurm_output("scontrol", "--oneliner", "show", "job", job_id).splitlines()
-    except SlurmError as error:
+        lines = SLURM_COMMANDS.run("scontrol", "--oneliner", "show", "job", job_id).splitlines()
+    except ClusterError as error:
         if "Invalid job id" in str(error):
             return []
         raise
@@ -281,10 +260,10 @@ def _from_slurmctld(job_id: str) -> list[Job]:
 def _from_accounting(job_id: str) -> list[Job]:
     fields = "JobID,State,ExitCode"
     try:
-        table = slurm_output(
+        table = SLURM_COMMANDS.run(
             "sacct", "--noheader", "--parsable2", "--allocations", f"--format={fields}", f"--jobs={job_id}"
         )
-    except SlurmError as error:
+    except ClusterError as error:
         logger.info("no accounting to ask about job %s: %s", job_id, error)
         return []
     jobs = []

@@ -5,7 +5,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("lightning_peft.commands.train:train", "fine-tune a model; -m sweeps over comma-separated values"),
     "submit": (
         "lightning_peft.commands.submit:submit",
-        "hand a training to SLURM: cluster.partition=... cluster.nodes=2",
+        "hand a training to SLURM, Kubernetes or SkyPilot: cluster.partition=... cluster.nodes=2",
     ),
     "data": ("lightning_peft.commands.data:data", "what train would be given: samples, audit, lengths; no model"),
     "models": ("lightning_peft.commands.models:models", "what was verified of each family of models, or of MODEL"),

@@ -14,9 +14,10 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.command_configs import SubmitSweepConfig
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
-from lightning_peft.commands.sweep_array import array_script, groups_of_tasks, submit_array
+from lightning_peft.commands.sweep_array import array_text, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.config import DataConfig
@@ -124,10 +125,11 @@ def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tu
 
 def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> None:
     sweep, runs = planned(config, run_words, folder)
-    if runs[0].cluster is not None and runs[0].cluster.dry_run:
-        tasks = len(groups_of_tasks(sweep.trials, sweep.together)) or sweep.count
-        print(array_script(sweep, tasks, folder, runs[0].cluster, runs[0], bool(sweep.trials)), end="")
-        return
+    if runs[0].cluster is not None:
+        text = array_text(sweep, folder, runs[0].cluster, runs[0])  # what the cluster cannot do is said now
+        if runs[0].cluster.dry_run:
+            print(text, end="")
+            return
     with nothing_left_if_refused(folder):
         with locked(folder):
             if (folder / MANIFEST).exists():
@@ -331,6 +333,8 @@ def any_draw(sweep: Sweep) -> Trial:
 def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] = ()) -> TrainConfig:
     """The config of a trial, which continues where an earlier attempt left a checkpoint."""
     words = [*sweep.words, *trial.overrides, *more, f"run_dir={folder / trial.name}", "resume=auto"]
+    if sweep.cluster in CLUSTERS:
+        words.insert(0, f"cluster={sweep.cluster}")
     if sweep.cluster == "local" and (typed := [word for word in words if word.startswith("cluster.")]):
         raise ValueError(f"{typed[0]}: cluster=local has no such option")
     config = compose_config("train" if sweep.cluster == "local" else "submit", words)

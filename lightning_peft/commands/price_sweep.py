@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft import readable
+from lightning_peft.cluster.job import ClusterError
 from lightning_peft.cluster.partitions import Partition, find_partitions
-from lightning_peft.cluster.slurm import SlurmError
 from lightning_peft.command_configs import EstimateConfig, PriceConfig
 from lightning_peft.commands.estimate import estimate_of, plan_of
 from lightning_peft.config import TrainConfig
@@ -215,7 +215,7 @@ def show_prices(
     """Print what every trial and the whole sweep take, and which partitions they fit into. Returns the same."""
     try:
         partitions = find_partitions() if sweep.cluster == "slurm" else []
-    except SlurmError as error:
+    except ClusterError as error:
         logger.info("partitions are not known: %s", error)
         partitions = []
     device = "GPU" if found[0].accelerator == "cuda" else "CPU process"

@@ -4,8 +4,8 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from lightning_peft.cluster.slurm import find_jobs
 from lightning_peft.command_configs import ReportConfig
+from lightning_peft.sweeps.place import find_jobs
 from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def report(config: ReportConfig) -> Path:
 
     if (folder / MANIFEST).is_file():
         sweep = read_sweep(folder)
-        refresh(sweep, folder, find_jobs(sweep.arrays))
+        refresh(sweep, folder, find_jobs(sweep))
         page = sweep_page(folder, sweep)
     else:
         page = run_page(folder)

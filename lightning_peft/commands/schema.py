@@ -7,6 +7,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
 from lightning_peft.help import GROUPS, TRAINER
 from lightning_peft.objectives.registry import OBJECTIVES
@@ -40,6 +41,8 @@ def schema_of_file() -> dict[str, Any]:
         options += options_of(optimizer.config, "optimizer.")
     for objective in OBJECTIVES.values():
         options += options_of(objective.config, "objective.")
+    for cluster in CLUSTERS.values():
+        options += options_of(cluster.config, "cluster.")
     for option in options:
         section, _, name = option.key.rpartition(".")
         target = properties

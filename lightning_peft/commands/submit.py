@@ -1,11 +1,9 @@
-"""`lightning-peft submit`: a training handed to SLURM, to be requeued and resumed until it is finished."""
+"""`lightning-peft submit`: a training handed to a cluster, to be started again and resumed until it is finished."""
 
 import json
 import logging
 import os
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,16 +13,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.slurm import (
-    ClusterConfig,
-    SlurmError,
-    SlurmSilent,
-    batch_script,
-    find_jobs,
-    log_path,
-    submit_script,
-    train_words,
-)
+from lightning_peft.cluster.job import ClusterConfig, ClusterError, ClusterSilent, Work
+from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.runs.folder import find_start
 from lightning_peft.runs.lock import only_writer
@@ -36,7 +26,7 @@ JOB = "job.json"
 
 
 def submit(config: TrainConfig) -> None:
-    """Write config and batch script into the run folder, submit, print the job's id, and return without waiting.
+    """Write config and job into the run folder, submit, print the job's id, and return without waiting.
 
     Raises ValueError for options that contradict each other, and for a run folder that a job has already.
     """
@@ -46,9 +36,11 @@ def submit(config: TrainConfig) -> None:
     config = for_cluster(config, cluster)
     assert config.run_dir is not None, "the config composes a run_dir"
     run_dir = Path(config.run_dir)
-    script = run_script(config, cluster, run_dir)
+    kind, work = CLUSTERS[cluster.name].cluster, work_of(config, run_dir)
+    kind.check(cluster, work)
+    text = kind.text(cluster, work)
     if cluster.dry_run:
-        print(script, end="")
+        print(text, end="")
         return
     refuse_second_job(run_dir)  # a job that runs holds the lock, and is named better by its number
     with only_writer(run_dir):  # a second submit, or a run that is in the folder
@@ -58,23 +50,23 @@ def submit(config: TrainConfig) -> None:
         refuse_second_job(run_dir)
         with nothing_left_if_refused(run_dir):
             OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
-            (run_dir / "job.sbatch").write_text(script, encoding="utf-8")
-            job_id = submit_script(run_dir / "job.sbatch")
+            (run_dir / kind.file).write_text(text, encoding="utf-8")
+            job_id = kind.submit(run_dir / kind.file, work)
         with atomic_file(run_dir / JOB) as path:
-            path.write_text(json.dumps({"job_id": job_id}) + "\n")
+            path.write_text(json.dumps({"job_id": job_id, "cluster": cluster.name}) + "\n")
     print(f"job {job_id}: {run_dir}")
 
 
 @contextmanager
 def nothing_left_if_refused(folder: Path) -> Iterator[None]:
-    """Inside, what is written into a folder, and the folders on the way, go again if SLURM refuses the job."""
+    """Inside, what is written into a folder, and the folders on the way, go again if the cluster refuses the job."""
     before = set(folder.iterdir()) if folder.exists() else set()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
-    except SlurmSilent:
+    except ClusterSilent:
         raise
-    except SlurmError:
+    except ClusterError:
         for path in set(folder.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in made:
@@ -88,7 +80,7 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
     Raises ValueError where trainer.num_nodes or trainer.devices say something else, or the run could not resume.
     """
     if config.resume == "never":
-        raise ValueError("resume=never: a job that SLURM requeues has to go on where it was; leave it out")
+        raise ValueError("resume=never: a job that the cluster starts again has to go on where it was; leave it out")
     derived: dict[str, Any] = {"num_nodes": cluster.nodes, "devices": cluster.ranks_per_node}
     for key, value in derived.items():
         if (given := config.trainer.get(key, 1)) not in (1, "auto", value):
@@ -105,30 +97,17 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
     return config
 
 
-def run_script(config: TrainConfig, cluster: ClusterConfig, run_dir: Path) -> str:
-    """The batch script of one run, which stands in its folder beside the log."""
-    cluster = replace(cluster, python=cluster.python or ("python" if cluster.container else sys.executable))
-    return batch_script(
-        cluster,
-        name=run_dir.name,
-        log=log_path(run_dir.resolve(), "slurm-%j.log"),
-        train=train_words(run_dir / "config.yaml"),
-        run_dir=shlex.quote(str(run_dir.resolve())),
-        wandb="wandb" in config.logger,
-        directory=os.getcwd(),
-    )
+def work_of(config: TrainConfig, run_dir: Path) -> Work:
+    """What a job of one run is to do."""
+    return Work(run_dir.name, run_dir.resolve(), os.getcwd(), has_wandb="wandb" in config.logger)
 
 
 def refuse_second_job(run_dir: Path) -> None:
     """Raise ValueError where a job that is not over has the folder."""
-    if (job_id := active_job(run_dir)) is not None:
-        raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; scancel {job_id} ends it")
-
-
-def active_job(run_dir: Path) -> str | None:
-    """The id of the job that has this run folder and is not over."""
     path = run_dir / JOB
     if not path.exists():
-        return None
-    job_id = json.loads(path.read_text())["job_id"]
-    return job_id if any(job.is_active for job in find_jobs([job_id]).values()) else None
+        return
+    record = json.loads(path.read_text())
+    job_id, cluster = record["job_id"], CLUSTERS[record.get("cluster", "slurm")].cluster
+    if any(job.is_active for job in cluster.find([job_id]).values()):
+        raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; {cluster.how_to_cancel(job_id)} ends it")

@@ -1,7 +1,6 @@
 """`lightning-peft sweep status|retry|cancel|table DIR`: a look at a sweep, or a change of its course."""
 
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -13,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft import readable
+from lightning_peft.cluster.job import own_task
 from lightning_peft.cluster.process import LEAVE
-from lightning_peft.cluster.slurm import cancel_jobs, find_jobs
 from lightning_peft.command_configs import SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.sweeps.local_worker import end
+from lightning_peft.sweeps.place import cluster_of, find_jobs
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
 from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.sweeps.sweep import (
@@ -83,7 +83,7 @@ def look(sweep: Sweep, folder: Path, gone: str | None = None) -> None:
     """Bring the states up to date."""
     if gone is not None:
         sweep.forget_machine(gone)
-    refresh(sweep, folder, find_jobs(sweep.arrays))
+    refresh(sweep, folder, find_jobs(sweep))
 
 
 def status(config: SweepCommandConfig) -> None:
@@ -148,7 +148,7 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
 
 
 def has_active_array(sweep: Sweep) -> bool:
-    return any(job.is_active for job in find_jobs(sweep.arrays).values())
+    return any(job.is_active for job in find_jobs(sweep).values())
 
 
 def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path) -> None:
@@ -188,13 +188,15 @@ def cancel(config: SweepCommandConfig) -> None:
         if not config.trials:
             sweep.count = len(sweep.trials)
     if sweep.arrays:
+        cluster = cluster_of(sweep)
         kept = {trial.job for trial in sweep.trials if trial not in stopped and trial.state in (WAITING, RUNNING)}
         for trial in stopped:
-            if trial.job in kept:  # others train in the same task: this one leaves at its next step
+            # Where others train in the same task, or no task can be ended alone, a trial leaves at its next step.
+            if trial.job in kept or not cluster.cancels_tasks:
                 (folder / trial.name / LEAVE).touch()
         jobs = {trial.job for trial in stopped if trial.job is not None} - kept
         if not config.trials or jobs:
-            cancel_jobs(sorted(job for job in jobs if job is not None) if config.trials else sweep.arrays)
+            cluster.cancel(sorted(job for job in jobs if job is not None) if config.trials else sweep.arrays)
     for trial in stopped:
         end(trial, sweep, folder)
     logger.info("%s: %d trials cancelled", folder, len(stopped))
@@ -263,8 +265,7 @@ def ask_for_trial(config: SweepCommandConfig) -> None:
     folder = Path(config.sweep_dir).resolve()
     with changed_sweep(folder) as sweep:
         look(sweep, folder)
-        array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
-        trial = ask(sweep, folder, None if array is None else f"{array}_{task}")
+        trial = ask(sweep, folder, own_task())
     print(folder / trial.name)
 
 

@@ -1,28 +1,18 @@
-"""A sweep's trials as the tasks of one SLURM job array."""
+"""A sweep's trials as the tasks of one job of a cluster, as SLURM's job arrays are."""
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_peft.cluster.slurm import (
-    ARRAY_TRAIN_WORDS,
-    ONE_RUN,
-    TOGETHER,
-    TOGETHER_TRAIN_WORDS,
-    ClusterConfig,
-    array_run_dir,
-    batch_script,
-    log_path,
-    submit_script,
-)
+from lightning_peft.cluster.job import ClusterConfig, Work
+from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.sweep import Sweep, Trial, begin, changed_sweep
 
 
 def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: TrainConfig) -> None:
     """Submit these trials, or with no names as many tasks as Optuna has trials to draw. Prints the job's number."""
+    kind = CLUSTERS[cluster.name].cluster
     with changed_sweep(folder) as sweep:
         groups = groups_of_tasks([sweep.trial(name) for name in names], sweep.together)
         tasks = len(groups) or sweep.count - len(sweep.trials)
@@ -34,9 +24,10 @@ def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: Tr
                 place.mkdir(parents=True)
                 (place / "trials.txt").write_text("".join(f"{folder / trial.name}\n" for trial in group))
         run_dirs.write_text("".join(f"{place}\n" for place in places), encoding="utf-8")
-        script = run_dirs.with_suffix(".sbatch")
-        script.write_text(array_script(sweep, tasks, folder, cluster, run, bool(names)), encoding="utf-8")
-        job = submit_script(script)
+        path = run_dirs.with_suffix(Path(kind.file).suffix)
+        work = array_work(sweep, tasks, folder, run, are_drawn=bool(names))
+        path.write_text(kind.text(cluster, work), encoding="utf-8")
+        job = kind.submit(path, work)
         sweep.arrays.append(job)
         for task, group in enumerate(groups):
             for trial in group:
@@ -63,22 +54,16 @@ def list_path(sweep: Sweep, folder: Path) -> Path:
     return folder / f"array-{len(sweep.arrays) + 1}.txt"
 
 
-def array_script(
-    sweep: Sweep, tasks: int, folder: Path, cluster: ClusterConfig, run: TrainConfig, are_drawn: bool = True
-) -> str:
-    """The batch script of the next array; its tasks draw their own trials unless they `are_drawn`."""
-    python = cluster.python or ("python" if cluster.container else sys.executable)
-    run_dir = array_run_dir(list_path(sweep, folder))
-    if not are_drawn:
-        run_dir = f"$({shlex.quote(python)} -m lightning_peft sweep ask {shlex.quote(str(folder))})"
-    return batch_script(
-        replace(cluster, python=python),
-        name=folder.name,
-        log=log_path(folder, "slurm-%A_%a.log"),
-        train=TOGETHER_TRAIN_WORDS if sweep.together > 1 else ARRAY_TRAIN_WORDS,
-        run_dir=run_dir,
-        array=f"0-{tasks - 1}" + (f"%{sweep.parallel}" if sweep.parallel else ""),
-        wandb="wandb" in run.logger,
-        directory=sweep.directory,
-        written=TOGETHER if sweep.together > 1 else ONE_RUN,
-    )
+def array_text(sweep: Sweep, folder: Path, cluster: ClusterConfig, run: TrainConfig) -> str:
+    """Return what the first job of a sweep hands to the cluster. Raises ValueError for what the cluster cannot do."""
+    kind = CLUSTERS[cluster.name].cluster
+    tasks = len(groups_of_tasks(sweep.trials, sweep.together)) or sweep.count
+    work = array_work(sweep, tasks, folder, run, are_drawn=bool(sweep.trials))
+    kind.check(cluster, work)
+    return kind.text(cluster, work)
+
+
+def array_work(sweep: Sweep, tasks: int, folder: Path, run: TrainConfig, are_drawn: bool) -> Work:
+    """What the next array is to do; its tasks draw their own trials unless they `are_drawn`."""
+    work = Work(folder.name, folder, sweep.directory, list_path(sweep, folder), tasks, sweep.parallel)
+    return replace(work, is_asking=not are_drawn, is_together=sweep.together > 1, has_wandb="wandb" in run.logger)

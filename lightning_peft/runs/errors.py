@@ -4,7 +4,7 @@ import traceback
 from pathlib import Path
 
 import lightning_peft
-from lightning_peft.cluster.slurm import SlurmError
+from lightning_peft.cluster.job import ClusterError
 from lightning_peft.plugins import is_of_plugin
 
 
@@ -17,11 +17,11 @@ def one_line(error: BaseException) -> str:
 
 
 def is_input_error(error: BaseException) -> bool:
-    """Whether an exception speaks to the user: a failed file operation, SLURM's refusal, or our own ValueError.
+    """Whether an exception speaks to the user: a failed file operation, a cluster's refusal, or our own ValueError.
 
     A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
     """
-    if isinstance(error, OSError | WrongInput | SlurmError):
+    if isinstance(error, OSError | WrongInput | ClusterError):
         return True
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     is_own = Path(innermost).is_relative_to(Path(lightning_peft.__file__).parent) or is_of_plugin(innermost)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_peft.cluster.slurm import ClusterConfig
+from lightning_peft.cluster.job import ClusterConfig
 from lightning_peft.training.precision import has_fast_bf16
 
 GIB = 2**30
@@ -47,7 +47,7 @@ class Machine:
 
     @classmethod
     def of_cluster(cls, trainer: dict[str, Any], cluster: ClusterConfig) -> "Machine":
-        """A node that SLURM will give the run; whether it has GPUs may be up to its partition."""
+        """A node that a cluster will give the run; whether it has GPUs may be up to a partition of SLURM."""
         return cls(_named(trainer) or "cuda", cluster.gpus_per_node or None, has_bf16=True, is_here=False)
 
     def memory(self, named_gib: float | None) -> float | None:

@@ -39,6 +39,10 @@ class SweepPlace(Enum):
 
     slurm = "slurm"
     """A job array."""
+    kubernetes = "kubernetes"
+    """The pods of a Job."""
+    skypilot = "skypilot"
+    """Managed jobs."""
     local = "local"
     """Processes of this machine."""
 
@@ -54,7 +58,7 @@ class SweepConfig:
     metric: str = "validation_loss"
     """A number of result.json, or of its metrics, that is to be small; with a minus sign before it, large."""
     cluster: SweepPlace = SweepPlace.slurm
-    """slurm or local; written cluster=local on the command line."""
+    """slurm, kubernetes, skypilot or local; written cluster=local on the command line."""
     seed: int = 0
     """Of the draws; the training's is `seed`."""
     pruning: Pruning = Pruning.none
@@ -90,8 +94,8 @@ class SweepConfig:
             raise ValueError(f"sweep.min_steps={self.min_steps}: must be at least 1, or null")
         if self.pruning is not Pruning.none and self.cluster is not SweepPlace.local:
             raise ValueError(
-                f"sweep.pruning={self.pruning.name}: trials are paused and promoted with cluster=local only; job "
-                "arrays run each trial to its end"
+                f"sweep.pruning={self.pruning.name}: trials are paused and promoted with cluster=local only; "
+                "clusters run each trial to its end"
             )
         if not self.metric.removeprefix("-"):
             raise ValueError(f"sweep.metric={self.metric!r}: name a number of result.json")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process
-from lightning_peft.cluster.slurm import Job
 
 MANIFEST = "sweep.json"
 
@@ -54,7 +54,7 @@ class Trial:
     """Its result.json."""
     process: Process | None = None
     job: str | None = None
-    """SLURM's number, as in 123_4."""
+    """The cluster's id of the task, as 123_4."""
     number: int | None = None
     """Optuna's number of the trial."""
     is_cancelled: bool = False
@@ -81,7 +81,7 @@ class Sweep:
     swept: list[str]
     """The words that say what is swept."""
     cluster: str
-    """local or slurm."""
+    """local, hydra, or a key of `CLUSTERS`."""
     metric: str
     """A number of result.json that is to be small, or large with a minus sign before its name."""
     search: str = "grid"
@@ -102,7 +102,7 @@ class Sweep:
     workers: list[Process] = field(default_factory=list)
     """On this machine."""
     arrays: list[str] = field(default_factory=list)
-    """SLURM's numbers of the job arrays."""
+    """The cluster's ids of the jobs, each with several tasks."""
 
     def trial(self, name: str) -> Trial:
         for trial in self.trials:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, open_dict
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.slurm import (
     ARRAY_TRAIN_WORDS,
-    ClusterConfig,
+    SlurmConfig,
     array_run_dir,
     array_tasks,
     batch_script,
@@ -24,14 +24,14 @@ TEMPLATES = Path(__file__).parent.parent.parent / "slurm"
 GPU = {"partition": "gpu", "time": 1440, "setup": ["module load cuda", "source .venv/bin/activate"]}
 RENDERED = {
     "single_node.sbatch": batch_script(
-        ClusterConfig(nodes=1, gpus_per_node=4, cpus_per_task=8, **GPU),
+        SlurmConfig(nodes=1, gpus_per_node=4, cpus_per_task=8, **GPU),
         "finetune",
         "runs/mine-%j.log",
         "method=qlora model=llama_3_1_8b strategy=fsdp trainer.devices=4 run_dir=runs/mine resume=auto",
         "runs/mine",
     ),
     "multi_node.sbatch": batch_script(
-        ClusterConfig(nodes=2, gpus_per_node=8, cpus_per_task=8, **GPU),
+        SlurmConfig(nodes=2, gpus_per_node=8, cpus_per_task=8, **GPU),
         "finetune",
         "runs/mine-%j.log",
         "method=qlora model=llama_3_1_70b strategy=fsdp trainer.devices=8 trainer.num_nodes=2 "
@@ -39,7 +39,7 @@ RENDERED = {
         "runs/mine",
     ),
     "sweep_array.sbatch": batch_script(
-        ClusterConfig(nodes=1, gpus_per_node=1, cpus_per_task=8, **GPU),
+        SlurmConfig(nodes=1, gpus_per_node=1, cpus_per_task=8, **GPU),
         "sweep",
         "sweeps/mine/%a.log",
         ARRAY_TRAIN_WORDS,
@@ -72,7 +72,7 @@ def run_body(tmp_path: Path, exit_status: int, state: str, train: str = "") -> t
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "my run" / "checkpoints").mkdir(parents=True, exist_ok=True)
-    script = batch_script(ClusterConfig(), "name", "log", "config_path=run/config.yaml", f"'{tmp_path}/my run'")
+    script = batch_script(SlurmConfig(), "name", "log", "config_path=run/config.yaml", f"'{tmp_path}/my run'")
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "71", "SLURM_JOB_NODELIST": "node[1-2]"}
     status = subprocess.run(["bash"], input=script, text=True, env=environment).returncode
     return status, log.read_text().splitlines()[1:]
@@ -157,7 +157,7 @@ def compose(words: list[str]) -> DictConfig:
         (["cluster.gpus_per_node=4", "cluster.tasks_per_node=2"], "a rank takes one GPU"),
         (["cluster.nodes=0"], "cluster.nodes=0: must be at least 1"),
         (["cluster.time=1", "cluster.grace=60"], "cluster.grace=60 cluster.time=1"),
-        (["resume=never"], "resume=never: a job that SLURM requeues"),
+        (["resume=never"], "resume=never: a job that the cluster starts again"),
         (["cluster.partiton=a"], "did you mean cluster.partition"),
     ],
 )

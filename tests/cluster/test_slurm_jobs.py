@@ -12,7 +12,8 @@ from slurm_cluster import NODES, wait_for
 from tiny_runs import TINY
 
 from lightning_peft.__main__ import main
-from lightning_peft.cluster.slurm import Job, cancel_jobs, find_jobs, requeue_job
+from lightning_peft.cluster.job import Job
+from lightning_peft.cluster.slurm import SLURM_COMMANDS, Slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -34,7 +35,7 @@ def submit(run_dir: Path, *overrides: str) -> str:
 
 
 def job(job_id: str) -> Job:
-    return find_jobs([job_id])[job_id]
+    return Slurm().find([job_id])[job_id]
 
 
 def log(run_dir: Path) -> str:
@@ -91,7 +92,7 @@ def test_signalled_job_is_requeued_and_ends_bit_equal(slurm, tmp_path, undisturb
 def test_requeued_job_ends_bit_equal(slurm, tmp_path, undisturbed):
     job_id = submit(tmp_path, PAUSED)
     wait_for_step(tmp_path, 3)
-    requeue_job(job_id)
+    SLURM_COMMANDS.run("scontrol", "requeue", job_id)
     ended = wait_for_end(job_id, tmp_path)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), log(tmp_path)
     assert "SIGTERM: saved after step 4" in log(tmp_path)
@@ -132,7 +133,7 @@ def test_cancelled_job_stays_cancelled(slurm, tmp_path, capsys):
     capsys.readouterr()
     assert main(["submit", *RUN, f"run_dir={tmp_path}"]) == 2
     assert f"job {job_id} runs it" in capsys.readouterr().err
-    cancel_jobs([job_id])
+    Slurm().cancel([job_id])
     ended = wait_for_end(job_id, tmp_path)
     assert (ended.state, ended.restarts) == ("CANCELLED", 0), log(tmp_path)
 
@@ -183,12 +184,12 @@ def test_ranks_are_found_without_tasks_per_node(slurm, tmp_path):
 
 
 def test_forgotten_job_is_absent(slurm):
-    assert find_jobs(["1"]) == {}
+    assert Slurm().find(["1"]) == {}
 
 
 def test_command_that_slurm_refuses_says_why(slurm):
     with pytest.raises(RuntimeError, match="Invalid job id"):
-        requeue_job("1")
+        SLURM_COMMANDS.run("scontrol", "requeue", "1")
 
 
 def test_array_states_are_told_apart(slurm, tmp_path):
@@ -198,9 +199,9 @@ def test_array_states_are_told_apart(slurm, tmp_path):
         ["sbatch", "--parsable", "--array=0-3%1", f"--output={tmp_path}/%a.log", str(script)],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    assert set(find_jobs([array])) == {f"{array}_{task}" for task in range(4)}
-    wait_for("end of the array", 60, lambda: not any(one.is_active for one in find_jobs([array]).values()))
-    ends = {one.id: (one.state, one.exit_code) for one in find_jobs([array]).values()}
+    assert set(Slurm().find([array])) == {f"{array}_{task}" for task in range(4)}
+    wait_for("end of the array", 60, lambda: not any(one.is_active for one in Slurm().find([array]).values()))
+    ends = {one.id: (one.state, one.exit_code) for one in Slurm().find([array]).values()}
     assert ends == {f"{array}_{task}": ("FAILED" if task else "COMPLETED", task) for task in range(4)}
 
 

@@ -9,7 +9,7 @@ from slurm_cluster import wait_for
 from test_local_sweep import TINY, has_ended
 
 from lightning_peft.__main__ import main
-from lightning_peft.cluster.slurm import find_jobs
+from lightning_peft.sweeps.place import find_jobs
 from lightning_peft.sweeps.sweep import Sweep, changed_sweep, refresh
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -21,7 +21,7 @@ SECONDS = 400
 
 def seen(folder: Path) -> Sweep:
     with changed_sweep(folder) as sweep:
-        refresh(sweep, folder, find_jobs(sweep.arrays))
+        refresh(sweep, folder, find_jobs(sweep))
     return sweep
 
 

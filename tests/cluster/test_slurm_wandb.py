@@ -5,7 +5,7 @@ from equal_runs import rows
 from test_slurm_jobs import PAUSED, log, submit, wait_for_end, wait_for_step
 from wandb_records import offline_runs
 
-from lightning_peft.cluster.slurm import requeue_job
+from lightning_peft.cluster.slurm import SLURM_COMMANDS
 from lightning_peft.tracking.service_record import service_record
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 def test_requeued_job_goes_on_in_its_run(slurm, tmp_path):
     job_id = submit(tmp_path, PAUSED, "logger=wandb", "logger.wandb.mode=offline")
     wait_for_step(tmp_path, 3)
-    requeue_job(job_id)
+    SLURM_COMMANDS.run("scontrol", "requeue", job_id)
     ended = wait_for_end(job_id, tmp_path)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), log(tmp_path)
 

@@ -14,8 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
 from lightning_peft.__main__ import main
+from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process, process, this_process
-from lightning_peft.cluster.slurm import Job
 from lightning_peft.commands.sweep import table_of_trials
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.search import Dimension, SweepConfig, dimension, random_trials

@@ -1,0 +1,157 @@
+"""What clusters have in common: what a run asks for, what a job runs, how it stands, and commands that can fail."""
+
+import os
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+SECONDS = 60
+"""What a cluster's command may take; a controller that is away makes it wait for about as long."""
+TASK = "LIGHTNING_PEFT_TASK"
+"""Environment variable with the task that a process runs, where the cluster has no variable for it."""
+
+
+class ClusterError(RuntimeError):
+    """A cluster's command is not there, or refuses what it was asked; says why in one line."""
+
+
+class ClusterSilent(ClusterError):
+    """A cluster gave no answer, and may have done what it was asked all the same."""
+
+
+@dataclass
+class ClusterConfig:
+    """Where `submit` runs a training, and what it asks for there."""
+
+    name: str = ""
+    """The cluster's row in `CLUSTERS`, set by its option file."""
+    nodes: int = 1
+    """Nodes of a run."""
+    gpus_per_node: int = 0
+    """GPUs on each node; 0 runs on CPUs."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of bash before the ranks start: modules, a virtual environment, variables."""
+    python: str | None = None
+    """Python that runs the ranks; null takes the one that submits, in a container the one on its PATH."""
+    grace: int = 120
+    """Seconds that a run gets to save and make way for its continuation."""
+    dry_run: bool = False
+    """Print what would be handed to the cluster; write and submit nothing."""
+
+    MINIMUMS: ClassVar[Mapping[str, int]] = {"nodes": 1, "gpus_per_node": 0, "grace": 1}
+
+    def __post_init__(self) -> None:
+        for key, minimum in self.MINIMUMS.items():
+            value = getattr(self, key)
+            if value is not None and value < minimum:
+                raise ValueError(f"cluster.{key}={value}: must be at least {minimum}")
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.gpus_per_node or 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cluster says about a job, or about one task of several."""
+
+    id: str
+    """As 71, or 71_4 for task 4 of job 71."""
+    state: str
+    """As PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, PREEMPTED."""
+    exit_code: int
+    restarts: int
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it runs or will run."""
+        return self.state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job is to do: one run, or the trials of a sweep, one or several in each task."""
+
+    name: str
+    """For people."""
+    folder: Path
+    """Absolute folder for the job's file and logs."""
+    directory: str
+    """Where relative paths of the run count from."""
+    run_dirs: Path | None = None
+    """File with the folders that the tasks run, a line each; None for one run, which `folder` is of."""
+    tasks: int = 1
+    parallel: int | None = None
+    """Tasks at once; None for as many as the cluster will run."""
+    is_asking: bool = False
+    """Whether each task asks the sweep for a trial, which is drawn then."""
+    is_together: bool = False
+    """Whether a folder in `run_dirs` lists, in trials.txt, several that train in one process."""
+    has_wandb: bool = False
+
+
+class Cluster(ABC):
+    """How jobs of one kind of cluster are written, submitted, watched and cancelled."""
+
+    file: ClassVar[str]
+    """Name of a job's file, with the extension that is the cluster's."""
+    cancels_tasks: ClassVar[bool] = True
+    """Whether one task of a job can be ended, and the others go on."""
+
+    @abstractmethod
+    def check(self, config: ClusterConfig, work: Work) -> None:
+        """Raise ValueError for work that this cluster cannot do as it is asked."""
+
+    @abstractmethod
+    def text(self, config: ClusterConfig, work: Work) -> str:
+        """Return the file that is handed to the cluster."""
+
+    @abstractmethod
+    def submit(self, path: Path, work: Work) -> str:
+        """Hand the file over. Returns the job's id; raises ClusterError with what was wrong."""
+
+    @abstractmethod
+    def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
+        """Return the jobs by id, one of several tasks by these (71_0, 71_1 ...). What is forgotten is absent."""
+
+    @abstractmethod
+    def cancel(self, job_ids: Iterable[str]) -> None:
+        """End jobs, or single tasks of them."""
+
+    @abstractmethod
+    def how_to_cancel(self, job_id: str) -> str:
+        """Return the command with which a person ends a job."""
+
+
+@dataclass(frozen=True)
+class Commands:
+    """The commands of a cluster, and what a person is told where one gives no answer."""
+
+    missing: str
+    """As in "SLURM's commands have to be on PATH here"."""
+    silent: str
+    """As in "no answer from SLURM in 60 s; squeue shows what became of it"."""
+
+    def run(self, *command: str) -> str:
+        """Run one of them. Returns what it prints; raises ClusterError with what it said was wrong."""
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        except OSError as error:
+            raise ClusterError(f"{command[0]}: not found; {self.missing}") from error
+        except subprocess.TimeoutExpired as error:
+            raise ClusterSilent(f"{command[0]}: {self.silent}") from error
+        if done.returncode:
+            said = done.stderr.replace(f"{command[0]}: error: ", "").strip() or f"exit status {done.returncode}"
+            raise ClusterError(f"{' '.join(command)}: {said}")
+        return done.stdout
+
+
+def own_task() -> str | None:
+    """Return the id of the task that this process runs for a sweep, as 71_4; None outside of one."""
+    if TASK in os.environ:
+        return os.environ[TASK]
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    return None if array is None else f"{array}_{task}"

@@ -1,0 +1,24 @@
+"""The table of clusters: the options of each, and how its jobs are handled."""
+
+from dataclasses import dataclass
+
+from lightning_peft.cluster.job import Cluster, ClusterConfig
+from lightning_peft.cluster.kubernetes import Kubernetes, KubernetesConfig
+from lightning_peft.cluster.skypilot import SkyPilot, SkyPilotConfig
+from lightning_peft.cluster.slurm import Slurm, SlurmConfig
+
+
+@dataclass(frozen=True)
+class ClusterRow:
+    """A kind of cluster."""
+
+    config: type[ClusterConfig]
+    cluster: Cluster
+
+
+CLUSTERS: dict[str, ClusterRow] = {
+    "slurm": ClusterRow(SlurmConfig, Slurm()),
+    "kubernetes": ClusterRow(KubernetesConfig, Kubernetes()),
+    "skypilot": ClusterRow(SkyPilotConfig, SkyPilot()),
+}
+"""Name, as in cluster=slurm -> row."""

@@ -1,0 +1,106 @@
+"""The bash that runs one start of a training where no `srun` does: in a pod of Kubernetes, on machines of SkyPilot.
+
+It starts the ranks of its node, hands signals on to them, lets a trial leave that was cancelled, ends all when one
+fails, and says by its exit status how the start ended: 75 where the run is saved and is to go on.
+"""
+
+import shlex
+
+from lightning_peft.cluster.job import TASK, ClusterConfig, Work
+from lightning_peft.cluster.process import LEAVE
+
+PORT = 29500
+"""Where the ranks of several nodes meet, on the first of them."""
+
+BODY = """\
+{setup}
+cd {directory} 2> /dev/null || echo {directory} is not here, so relative paths count from "$PWD"
+export {task_variable}={task}
+run_dir={run_dir}
+[ -n "$run_dir" ] || exit 1
+exec > >(tee -a "$run_dir/job.log") 2>&1
+if [ -e "$run_dir/{leave}" ]; then echo "cancelled: not started"; exit 0; fi
+
+written() {{ {written}; }}
+checkpoints=$(written)
+ranks=()
+train() {{ {python} -m lightning_peft train {train} & ranks+=($!); }}
+tell() {{ for rank in "${{ranks[@]}}"; do kill -s "$1" "$rank" 2> /dev/null; done; }}
+# The signals are for the ranks; this shell outlives them.
+trap 'tell TERM' TERM INT USR1 USR2
+{start}
+
+# Until the ranks have left: one that fails ends the others, and {leave} asks all to save and go.
+status=0
+declare -A codes
+while [ "${{#codes[@]}}" -lt "${{#ranks[@]}}" ]; do
+  sleep 1 & wait $!
+  for rank in "${{ranks[@]}}"; do
+    if [ -n "${{codes[$rank]:-}}" ] || kill -0 "$rank" 2> /dev/null; then continue; fi
+    wait "$rank"
+    codes[$rank]=$?
+    case $status in 0 | 75) [ "${{codes[$rank]}}" -eq 0 ] || status=${{codes[$rank]}} ;; esac
+  done
+  if [ -e "$run_dir/{leave}" ] && [ -z "${{is_leaving:-}}" ]; then is_leaving=1; tell TERM; fi
+  case $status in
+    0 | 75) ;;
+    # Those that lost another rank say so by themselves within seconds.
+    *) waited=$((${{waited:-0}} + 1)); [ "$waited" -lt 15 ] || tell KILL ;;
+  esac
+done
+
+if [ -e "$run_dir/{leave}" ]; then exit 0; fi
+if [ "$status" -eq 75 ]; then
+  # A job that never gets as far as a checkpoint would start again for ever.
+  stalls=$run_dir/starts_without_checkpoint
+  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
+  if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
+    rm "$stalls"
+    echo "error: three starts in a row had to leave before a checkpoint: give more cluster.grace"
+    exit 1
+  fi
+fi
+exit "$status"
+"""
+
+
+ONE_RUN = 'ls "$run_dir/checkpoints" 2> /dev/null'
+TOGETHER = 'while read -r trial; do ls "$trial/checkpoints" 2> /dev/null; done < "$run_dir/trials.txt"'
+
+
+def script(config: ClusterConfig, work: Work, task: str, number: str, node: str, first_node: str, python: str) -> str:
+    """Return the bash of one start.
+
+    `task`, the id of what it runs, `number`, which of the job's tasks that is, `node`, the number of this node, and
+    `first_node`, where the ranks meet, are bash.
+    """
+    run_dir, train = shlex.quote(str(work.folder)), f"config_path={shlex.quote(str(work.folder / 'config.yaml'))}"
+    python = shlex.quote(python)
+    if work.run_dirs is not None:
+        run_dir = f'$(sed -n "$(({number} + 1))p" {shlex.quote(str(work.run_dirs))})'
+        train = f'config_path="$run_dir/{"trials.txt" if work.is_together else "config.yaml"}"'
+    if work.is_asking:
+        run_dir = f"$({python} -m lightning_peft sweep ask {shlex.quote(str(work.folder))})"
+    start = "train"
+    if config.nodes > 1:
+        local = config.ranks_per_node
+        start = (
+            f"export MASTER_ADDR={first_node} MASTER_PORT=${{MASTER_PORT:-{PORT}}} GROUP_RANK={node}\n"
+            f"export WORLD_SIZE={config.nodes * local} LOCAL_WORLD_SIZE={local}\n"
+            f"for LOCAL_RANK in {' '.join(map(str, range(local)))}; do\n"
+            f"  export LOCAL_RANK RANK=$((GROUP_RANK * {local} + LOCAL_RANK))\n"
+            "  train\n"
+            "done"
+        )
+    return BODY.format(
+        setup="\n".join(config.setup),
+        directory=shlex.quote(work.directory),
+        task_variable=TASK,
+        task=task,
+        run_dir=run_dir,
+        leave=LEAVE,
+        written=TOGETHER if work.is_together else ONE_RUN,
+        python=python,
+        train=train,
+        start=start,
+    ).lstrip("\n")
