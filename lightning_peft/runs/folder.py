@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_peft import distributed
+from lightning_peft.cluster.job import TASK
 from lightning_peft.compose import compose_config, composed, explained, typed
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.distributed import LAUNCHER
@@ -45,7 +46,7 @@ TOLD_BY_CONTENT = ("data.train_path", "data.validation_path", "data.hub_name", "
 """Options that may name the same content elsewhere: `check_same_content` compares the rows and the weights."""
 _SOURCE = re.compile(r"^data\.sources\.[\w-]+\.")
 """What stands before an option of a source of a mixture."""
-PATIENCE_SECONDS = {"SLURM_RESTART_COUNT": 120.0, "SLURM_JOB_ID": 15.0}
+PATIENCE_SECONDS = {"SLURM_RESTART_COUNT": 120.0, TASK: 120.0, "SLURM_JOB_ID": 15.0}
 """How long a run waits for the folder where this variable is set: a requeued one for the processes of its last start, a
 job for the `submit` that has just handed it over."""
 
