@@ -76,7 +76,7 @@ class Audit:
         formats = [audit.format for audit in audits if audit.format is not None]
         tools = {audit.tools for audit in audits if audit.tools is not None}
         found = cls(
-            format=next((name for name in formats if name != Format.text.value), formats[0] if formats else None),
+            format=next((name for name in formats if name != Format.text), formats[0] if formats else None),
             files=sum(audit.files or 0 for audit in audits) or None,
             tools=tools.pop() if len(tools) == 1 else "" if tools else None,
             bad_row_messages=[line for audit in audits for line in audit.bad_row_messages][:SHOWN_BAD_ROWS],

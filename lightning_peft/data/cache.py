@@ -6,6 +6,7 @@ tokenizer, library versions or code of this package give another name. Deleting 
 
 import fcntl
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, Format
+from lightning_peft.data.formats import FORMATS, RowFormat
 from lightning_peft.data.samples import Samples, make_samples
 from lightning_peft.data.sources import rows_identity
 from lightning_peft.data.template import log_layout
@@ -68,7 +70,7 @@ def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenize
         log.info("%s rows: the process waited for kept no tokens", split)
         return make_samples(config, split, tokenizer)
     samples, audit = found
-    if audit.format not in (None, Format.text.value):
+    if audit.format not in (None, Format.text):
         log_layout(tokenizer)
     log.info("%s rows: tokens read from %s (%.1f MiB)", split, entry, _mebibytes(entry))
     return samples, audit
@@ -98,6 +100,9 @@ def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBas
             getattr(tokenizer, "split_special_tokens", None),
         ],
         "code": _code_digest(),
+        "own formats": {
+            name: _source_digest(row_format) for name, row_format in FORMATS.items() if name not in Format.__members__
+        },
         "versions": [platform.python_version(), *(version(library) for library in LIBRARIES)],
     }
     text = json.dumps(decides, sort_keys=True, default=_choice)
@@ -124,6 +129,12 @@ def _code_digest() -> str:
     for path in sorted(path for part in ("data", "tasks") for path in (package / part).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _source_digest(row_format: RowFormat) -> str:
+    """Return the digest of the file that a format from outside the package is read by."""
+    path = inspect.getsourcefile(inspect.unwrap(row_format.read))
+    return "" if path is None else hashlib.blake2b(Path(path).read_bytes()).hexdigest()
 
 
 def _read(entry: Path, report_damage: bool = False) -> tuple[Samples, Audit] | None:

@@ -1,12 +1,12 @@
 """The `data.*` options."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 
-class Format(Enum):
-    """Shape of a row; `auto` goes by the columns of the first row."""
+class Format(StrEnum):
+    """Shapes of rows that this package reads; `auto` goes by the columns. Modules of one's own may add others."""
 
     auto = "auto"
     messages = "messages"
@@ -109,8 +109,9 @@ class DataConfig:
     trains on, and answers where there is none."""
     task: str = "none"
     """How `evaluate` scores the answers: a name in `lightning_peft.tasks.registry.TASKS`; none for the loss only."""
-    format: Format = Format.auto
-    """Shape of the rows."""
+    format: str = "auto"
+    """Shape of the rows: messages, instruction, prompt_completion, text, tokens, preference, labelled, or one of your
+    own; auto goes by the columns."""
     chosen_column: str | None = None
     """Column of the better answer in preference rows, usually `chosen`."""
     rejected_column: str | None = None

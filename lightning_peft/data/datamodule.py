@@ -139,7 +139,7 @@ class SFTDataModule(LightningDataModule):
         for source in self._sources:
             given = [name for name in OF_TURNS if getattr(source.config, name) != getattr(default, name)]
             format = self.train_audits[source.name].format
-            if given and format in (Format.text.value, Format.tokens.value) and self._rank_and_world_size()[0] == 0:
+            if given and format in (Format.text, Format.tokens) and self._rank_and_world_size()[0] == 0:
                 prefix, names = f"{source.name}: " * bool(source.name), ", ".join(f"data.{name}" for name in given)
                 log.warning("%s%s: rows of %s have no turns, so it changes nothing of them", prefix, names, format)
 

@@ -45,7 +45,7 @@ class PromptLayout:
         tools: list[dict[str, Any]] | None = None,
     ) -> "PromptLayout":
         """The layout that rows of a format (of `Format`; None where no row was read) are trained in."""
-        kind = "text" if format == Format.text.value else config.layout.value
+        kind = "text" if format == Format.text else config.layout.value
         template = None
         stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
         if kind == "chat":

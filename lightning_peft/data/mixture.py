@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_peft.data.config import DataConfig
+from lightning_peft.data.formats import check_format
 
 OF_THE_MIXTURE = frozenset(
     ("rows", "task", "layout", "template_options", "max_length", "packing", "micro_batch_size", "streaming")
@@ -51,6 +52,7 @@ def sources_of(config: DataConfig) -> list[MixedSource]:
     Raises ValueError for options that a source does not have, and for weights that say nothing.
     """
     if not config.sources:
+        check_format(config.format)
         return [MixedSource("", config)]
     if not isinstance(config.sources, dict):
         raise ValueError(
@@ -118,6 +120,7 @@ def _source_of(name: str, given: Any, config: DataConfig) -> MixedSource:
     with naming(name):
         own = OmegaConf.to_object(merged)
     assert isinstance(own, DataConfig)
+    check_format(own.format, f"{key}.format")
     return MixedSource(name, own, None if weight is None else float(weight), max_epochs)
 
 

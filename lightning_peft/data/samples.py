@@ -20,11 +20,11 @@ from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded, Encoder, Outcome, cut_to, encoder_of, end_token_ids
 from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
-from lightning_peft.data.formats import RowReader, row_reader
 from lightning_peft.data.mixture import MixedSource, naming, sources_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
+from lightning_peft.data.row_reader import RowReader, row_reader
 from lightning_peft.data.sources import file_count, iterate_rows
 from lightning_peft.data.template import ChatTemplate
 from lightning_peft.data.token_rows import sample_of
@@ -198,7 +198,7 @@ def encode_rows(
         if reader is None:
             reader, refused = _find_reader(several, config)
             if reader is not None:
-                audit.format = reader.format.value
+                audit.format = reader.format
         read: list[tuple[str, Conversation]] = []
         for row in several:
             audit.rows += 1
@@ -243,8 +243,8 @@ def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowR
 
     With `data.on_bad_row=error` the first row that was read decides.
     """
-    found: Counter[tuple[Format, tuple[str, ...]]] = Counter()
-    readers: dict[tuple[Format, tuple[str, ...]], RowReader] = {}
+    found: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    readers: dict[tuple[str, tuple[str, ...]], RowReader] = {}
     refused: ValueError | None = None
     for row in rows:
         if isinstance(row, BadRow):
@@ -263,7 +263,7 @@ def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowR
     reader = readers[found.most_common(1)[0][0]]
     if config.on_too_long is OnTooLong.split and reader.format not in WITHOUT_TURNS:
         raise ValueError(
-            f"data.on_too_long=split: only plain text can be split, these rows are {reader.format.value}; "
+            f"data.on_too_long=split: only plain text can be split, these rows are {reader.format}; "
             "use truncate, skip or error"
         )
     return reader, refused

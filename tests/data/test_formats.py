@@ -2,7 +2,7 @@ import pytest
 
 from lightning_peft.data.config import DataConfig, Format
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, Row
-from lightning_peft.data.formats import row_reader
+from lightning_peft.data.row_reader import row_reader
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [

@@ -10,8 +10,8 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Row
 from lightning_peft.data.datamodule import SFTDataModule
-from lightning_peft.data.formats import row_reader
 from lightning_peft.data.preferences import Standing
+from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.samples import Samples, UnreadError, encode_rows
 
 USER, YES, NO = {"role": "user", "content": "Hi"}, *({"role": "assistant", "content": x} for x in ("Hello", "there"))

@@ -10,7 +10,7 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, Layout, OnBadRow, Reasoning, Trained
 from lightning_peft.data.conversation import BadRow, Message, Row
 from lightning_peft.data.datamodule import SFTDataModule
-from lightning_peft.data.formats import row_reader
+from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.samples import UnreadError, encode_rows, make_samples
 
 HI, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}

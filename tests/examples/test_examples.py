@@ -117,6 +117,23 @@ def test_own_rows_and_their_score(tmp_path):
     assert 0 <= scores["adapter"]["metrics"]["right"] <= 1
 
 
+@pytest.mark.slow
+def test_own_row_format(tmp_path):
+    rows = [{"problem": f"{a} + 1?", "steps": [f"{a} + 1 = {a + 1}"], "solution": str(a + 1), "system": "Count."}
+            for a in range(16)]  # fmt: skip
+    (tmp_path / "worked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ["imports=[own_rows]", f"data={tmp_path}/worked.jsonl", "data.cache_dir=null"]
+    shown = succeeded("data", *words, "model=tiny")
+    assert "Count." in shown and "Answer: " in shown
+    succeeded("train", *words, *SHORT, "model=tiny", "trainer.accelerator=cpu", f"run_dir={tmp_path}/run")
+    unknown = command("data", *words[1:], "data.format=worked", "model=tiny")
+    assert unknown.returncode == 2 and "data.format=worked: no such format" in unknown.stderr
+    rows[3]["steps"] = "none"
+    (tmp_path / "worked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    refused = command("data", *words, "model=tiny")
+    assert refused.returncode == 2 and "worked.jsonl:4" in refused.stderr and "a list of texts" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
