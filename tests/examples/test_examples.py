@@ -131,7 +131,7 @@ def test_own_row_format(tmp_path):
     rows[3]["steps"] = "none"
     (tmp_path / "worked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     refused = command("data", *words, "model=tiny")
-    assert refused.returncode == 2 and "worked.jsonl:4" in refused.stderr and "a list of texts" in refused.stderr
+    assert refused.returncode == 2 and "worked.jsonl line 4" in refused.stderr and "a list of texts" in refused.stderr
 
 
 @pytest.mark.parametrize(
