@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,15 @@ from rich.table import Column, Table
 from lightning_peft.adapters.base import Adapter, LowRank
 from lightning_peft.adapters.changes import NotOneMatrixError, changes_of
 from lightning_peft.adapters.inject import adapters
-from lightning_peft.adapters.spectrum import LayerSpectrum, energy_shares, layer_spectrum, mean, overlap, warnings_of
+from lightning_peft.adapters.spectrum import (
+    LayerSpectrum,
+    energy_shares,
+    layer_spectrum,
+    mean,
+    overlap,
+    relative,
+    warnings_of,
+)
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import InspectConfig
@@ -80,7 +89,14 @@ def _adapters_of(path: str, config: InspectConfig) -> dict[str, Adapter]:
         logger.info("%d stacks of experts are left out, as %s: their matrices are not one", len(stacks), stacks[0])
     if len(stacks) == len(found):
         raise ValueError(f"adapter_path={path}: adapts no layer of one matrix, and others are not inspected")
-    return {name: layer for name, layer in found.items() if name not in stacks}
+    found = {name: layer for name, layer in found.items() if name not in stacks}
+    for name, layer in found.items():
+        for key, parameter in layer.named_parameters():
+            if not key.startswith("base_layer.") and not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"adapter_path={path}: {name}.{key} has numbers that are not finite, as of a run that diverged"
+                )
+    return found
 
 
 def _with_quantization_errors(
@@ -96,7 +112,7 @@ def _with_quantization_errors(
     for name, layer in coded.items():
         weight = dense_weight(whole.get_submodule(name)).float()
         error = dense_weight(layer.base_layer).float().cpu() - weight
-        result[name] = replace(spectra[name], quantization_error=float(error.norm() / weight.norm()))
+        result[name] = replace(spectra[name], quantization_error=relative(error.norm(), weight.norm()))
     return result
 
 
@@ -182,7 +198,7 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
         names = [name for name in spectra if kinds[name] == kind]
         group = [spectra[name] for name in names]
         row = [
-            f"{mean(s.relative_norm for s in group):.2%}", f"{shares[kind]:.1%}",
+            _mean_share(s.relative_norm for s in group), f"{shares[kind]:.1%}",
             f"{mean(s.rank for s in group):.4g}", f"{mean(s.effective_rank for s in group):.1f}",
             f"{mean(s.stable_rank for s in group):.1f}", f"{sum(s.dead for s in group):,}",
         ]  # fmt: skip
@@ -190,8 +206,7 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
             row.append(f"{sum(s.intruders or 0 for s in group):,}")
         for column, key in OF_SOME.items():
             if column in columns:
-                values = [value for s in group if (value := getattr(s, key)) is not None]
-                row.append(f"{mean(values):.2%}" if values else "-")
+                row.append(_mean_share(getattr(s, key) for s in group))
         if common:
             shared = [common[name] for name in names if name in common]
             row.append(f"{mean(shared):.0%}" if shared else "-")
@@ -199,10 +214,17 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
     Console().print(table)
 
 
+def _mean_share(values: Iterable[float | None]) -> str:
+    """Write the mean of the values that there are; a dash without any."""
+    found = [value for value in values if value is not None]
+    return f"{mean(found):.2%}" if found else "-"
+
+
 def _map(spectra: dict[str, LayerSpectrum], kinds: dict[str, str]) -> Any:
     """Draw a map of the layers and the spectra."""
     from lightning_peft.report.figures import layer_map  # matplotlib
 
-    cells = {(kinds[name], block_depth(name)): spectrum.relative_norm for name, spectrum in spectra.items()}
+    found = {name: spectrum.relative_norm for name, spectrum in spectra.items()}
+    cells = {(kinds[name], block_depth(name)): size for name, size in found.items() if size is not None}
     curves = {name: spectrum.singular_values for name, spectrum in spectra.items()}
     return layer_map(cells, curves, "||dW|| / ||W||")
