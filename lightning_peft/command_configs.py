@@ -204,7 +204,7 @@ class ExportConfig:
             raise ValueError(f"svd_rank={self.svd_rank}: must be at least 1, or null")
         if self.svd_rank is not None and self.format is ExportFormat.gguf:
             raise ValueError(f"svd_rank={self.svd_rank} format=gguf: a whole model has no rank; leave svd_rank out")
-        if self.max_kl <= 0:
+        if not self.max_kl > 0:
             raise ValueError(f"max_kl={self.max_kl}: must be above 0")
 
 
@@ -347,10 +347,10 @@ class ConvertConfig:
         if not isinstance(self.paths, list) or not self.paths or not all(isinstance(p, str) for p in self.paths):
             raise ValueError(f"adapter_path={self.adapter_path}: must be a folder, or a list of them")
         for key in ("svd_rank", "energy", "density", "max_kl"):
-            if (value := getattr(self, key)) is not None and value <= 0:
+            if (value := getattr(self, key)) is not None and not value > 0:
                 raise ValueError(f"{key}={value}: must be above 0, or null")
         for key in ("energy", "density"):
-            if (value := getattr(self, key)) is not None and value > 1:
+            if (value := getattr(self, key)) is not None and not value <= 1:
                 raise ValueError(f"{key}={value}: is a share, above 0 and at most 1")
         if len(self.paths) == 1:
             if self.weights or self.combine is not Combine.linear or self.density is not None:
