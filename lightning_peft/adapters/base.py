@@ -99,6 +99,12 @@ class AdapterConfig:
             raise ValueError(f"adapter.alpha={self.alpha}: must be above 0, or null for 2 x rank")
 
     @property
+    def largest_rank(self) -> int | None:
+        """Return the largest rank that a layer may have, patterns included; None for a method without one."""
+        ranks = (self.rank, self.rank_last, *self.rank_pattern.values())
+        return max((rank for rank in ranks if rank is not None), default=None)
+
+    @property
     def initialization(self) -> Initialization:
         """Return the row of `INITS` the layers start by."""
         return INITS[self.init_name]
