@@ -238,6 +238,10 @@ def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
     if (known := ours(key)) is not None and known != key:
         return f"; use {known}"
     choices, config = groups_and_defaults(command)
+    group = key.partition(".")[0]
+    if group in choices and key in leaf_keys(config):  # another choice than the default was made
+        owner = "method" if group == "adapter" else group
+        return f"; {owner}={choices[owner]} has it, and what was chosen has not"
     matches = difflib.get_close_matches(key, dict.fromkeys([*choices, *groups, *leaf_keys(config)]), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(matches)}?" if matches else ""
 
