@@ -249,9 +249,6 @@ class ReportConfig:
     png: bool = False
     """Whether each picture is written as a PNG beside the page, too."""
 
-    def __post_init__(self) -> None:
-        check_folder_of("output", self.output)
-
 
 @dataclass
 class ServeConfig:

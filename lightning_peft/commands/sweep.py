@@ -20,6 +20,7 @@ from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
+from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.local_worker import end
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
 from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, next_command, sentence
@@ -216,6 +217,8 @@ def table(config: SweepCommandConfig) -> None:
         Console().print(table_of_groups(sweep))
     if (said := sentence(sweep)) is not None:
         print(said)
+        if (cut := cut_sentence(sweep, folder, config.sweep_dir.rstrip("/"))) is not None:
+            print(cut)
         print(f"next: {next_command(sweep, config.sweep_dir.rstrip('/'))}")
     if output is None:
         return
