@@ -197,7 +197,9 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     finally:
         SIGNAL_WATCH.leaves_by_itself()
         result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
-        result |= {"seconds": time.perf_counter() - run.started, "versions": installed_versions()}
+        seconds = time.perf_counter() - run.started
+        hours = seconds * trainer.world_size / 3600 / (1 if member is None else len(member.group.members))
+        result |= {"seconds": seconds, "device_hours": hours, "versions": installed_versions()}
         if rollbacks:
             result |= {"rollbacks": len(rollbacks), "lr_factor": module.lr_factor}
         if guard.left_out:
