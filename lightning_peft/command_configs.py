@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -16,12 +17,22 @@ from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.sweeps.search import SweepConfig
 
 
+def check_folder_of(key: str, file: str | None) -> None:
+    """Raise ValueError for a file in a folder that is not there, before anything is computed for it."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"{key}={file}: there is no folder {Path(file).parent}; make it first")
+
+
 @dataclass
 class EstimateConfig(TrainConfig):
     """What `train` would need with the same overrides."""
 
     output: str | None = None
     """JSON file for the estimate; null prints it only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_folder_of("output", self.output)
 
 
 @dataclass
@@ -39,6 +50,7 @@ class DataCommandConfig(TrainConfig):
         super().__post_init__()
         if self.samples < 0:
             raise ValueError(f"samples={self.samples}: must be 0 or more")
+        check_folder_of("histogram_path", self.histogram_path)
 
 
 class Scored(Enum):
@@ -99,6 +111,7 @@ class EvaluateConfig:
             raise ValueError(f"benchmark_limit={self.benchmark_limit}: must be at least 1, or null")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"num_fewshot={self.num_fewshot}: must be 0 or more, or null")
+        check_folder_of("output", self.output)
         if self.gate and (self.models is not Scored.both or self.adapter_path is None):
             raise ValueError("gate: compares an adapter with its base; give adapter_path and leave models=both")
         if self.data is not None:
@@ -135,6 +148,7 @@ class GenerateConfig:
             raise ValueError(f"prompt and prompt_path={self.prompt_path} are both given: use one")
         if self.adapter_path is None and self.model is None:
             raise ValueError("adapter_path=null: give a run or adapter folder, or model= for the base alone")
+        check_folder_of("output", self.output)
 
 
 @dataclass
@@ -204,7 +218,7 @@ class ExportConfig:
             raise ValueError(f"svd_rank={self.svd_rank}: must be at least 1, or null")
         if self.svd_rank is not None and self.format is ExportFormat.gguf:
             raise ValueError(f"svd_rank={self.svd_rank} format=gguf: a whole model has no rank; leave svd_rank out")
-        if self.max_kl <= 0:
+        if not self.max_kl > 0:
             raise ValueError(f"max_kl={self.max_kl}: must be above 0")
 
 
@@ -292,6 +306,7 @@ class CalibrateConfig:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         if self.dropout is not None and not 0 < self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be above 0 and below 1, or null")
+        check_folder_of("output", self.output)
         if self.data is not None:
             check_task(self.data)
 
@@ -347,10 +362,10 @@ class ConvertConfig:
         if not isinstance(self.paths, list) or not self.paths or not all(isinstance(p, str) for p in self.paths):
             raise ValueError(f"adapter_path={self.adapter_path}: must be a folder, or a list of them")
         for key in ("svd_rank", "energy", "density", "max_kl"):
-            if (value := getattr(self, key)) is not None and value <= 0:
+            if (value := getattr(self, key)) is not None and not value > 0:
                 raise ValueError(f"{key}={value}: must be above 0, or null")
         for key in ("energy", "density"):
-            if (value := getattr(self, key)) is not None and value > 1:
+            if (value := getattr(self, key)) is not None and not value <= 1:
                 raise ValueError(f"{key}={value}: is a share, above 0 and at most 1")
         if len(self.paths) == 1:
             if self.weights or self.combine is not Combine.linear or self.density is not None:
@@ -403,6 +418,7 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if self.intruders < 0:
             raise ValueError(f"intruders={self.intruders}: must be at least 0")
+        check_folder_of("output", self.output)
         if self.max_rows < 1:
             raise ValueError(f"max_rows={self.max_rows}: must be at least 1")
 
@@ -441,6 +457,7 @@ class PriceConfig:
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
             raise ValueError(f"price.utilization={self.utilization}: must be above 0 and at most 1")
+        check_folder_of("price.output", self.output)
 
 
 @dataclass
@@ -483,3 +500,6 @@ class SweepCommandConfig:
     """table: column to sort by, -column for the largest first; null takes the sweep's metric."""
     output_path: str | None = None
     """table: also a .csv, .json, .html or .svg (the heat map) file."""
+
+    def __post_init__(self) -> None:
+        check_folder_of("output_path", self.output_path)

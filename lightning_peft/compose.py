@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from lightning_peft import distributed
 from lightning_peft.compat import config_loader_of
-from lightning_peft.config import TrainConfig, train_config
+from lightning_peft.config import TrainConfig, check_finite, train_config
 from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
 from lightning_peft.schemas import CONF_DIR, register_schemas
 from lightning_peft.words import ours
@@ -179,6 +179,7 @@ def typed(config: DictConfig) -> Any:
         # First, and once: it may hold a digest of the config, which resolving changes, and other values refer to it.
         config.run_dir = config.run_dir
     OmegaConf.resolve(config)
+    check_finite(OmegaConf.to_container(config))
     return OmegaConf.to_object(config)
 
 
@@ -237,6 +238,10 @@ def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
     if (known := ours(key)) is not None and known != key:
         return f"; use {known}"
     choices, config = groups_and_defaults(command)
+    group = key.partition(".")[0]
+    if group in choices and key in leaf_keys(config):  # another choice than the default was made
+        owner = "method" if group == "adapter" else group
+        return f"; {owner}={choices[owner]} has it, and what was chosen has not"
     matches = difflib.get_close_matches(key, dict.fromkeys([*choices, *groups, *leaf_keys(config)]), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(matches)}?" if matches else ""
 

@@ -1,6 +1,7 @@
 """The root config of `train`: every option, checked before anything expensive."""
 
 import logging
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +38,26 @@ from lightning_peft.training.config import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+THEIRS = ("trainer", "callbacks", "logger", "claim")
+"""Parts with arguments of what is not ours, where inf may mean something."""
+
+
+def check_finite(options: Any, key: str = "") -> None:
+    """Raise ValueError for a number that is nan or infinite in the nested dictionaries of a config: none means that.
+
+    Comparisons with nan are false, so that it would pass most checks of a range.
+    """
+    if isinstance(options, dict):
+        for name, value in options.items():
+            check_finite(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(options, list):
+        for value in options:
+            check_finite(value, key)
+    elif isinstance(options, float) and not math.isfinite(options):
+        if math.isnan(options) or key.partition(".")[0] not in THEIRS:
+            raise ValueError(f"{key}={options}: must be a finite number")
 
 
 def check_task(data: DataConfig) -> None:
@@ -113,7 +134,7 @@ class TrainConfig:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
         if self.pause_at is not None and self.pause_at < 1:
             raise ValueError(f"pause_at={self.pause_at}: must be at least 1, or null")
-        if self.device_memory_gib is not None and self.device_memory_gib <= 0:
+        if self.device_memory_gib is not None and not self.device_memory_gib > 0:
             raise ValueError(f"device_memory_gib={self.device_memory_gib}: must be above 0")
         check_compilation(self.compile, self.activation_checkpointing)
         check_task(self.data)
@@ -196,6 +217,7 @@ def train_config(saved: dict[str, Any]) -> TrainConfig:
 
     Raises ValueError for a method that is not known here; nothing that the dictionary names is imported.
     """
+    check_finite(saved)
     method, modules = saved["adapter"]["method"], ",".join(saved.get("imports", []))
     if method not in METHODS:
         hint = f"it was made with imports=[{modules}]: give that too, if you trust it" if modules else "not one of ours"

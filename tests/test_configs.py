@@ -1,14 +1,24 @@
 """Every option file composes to a typed config, alone and for every method."""
 
+import copy
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, FloatNode, OmegaConf
 
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.compose import compose_config, quote_text_values
+from lightning_peft.checkpoint.merge_config import MergeConfig
+from lightning_peft.compose import compose_config, composed, quote_text_values, typed
 from lightning_peft.config import plain, train_config
-from lightning_peft.optim.optimizers import OPTIMIZERS
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.objectives.kto import KTOConfig
+from lightning_peft.objectives.sft import SFTConfig
+from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.schemas import CONF_DIR, trial_name
+from lightning_peft.training.config import EarlyStoppingConfig, GuardConfig
 
 OPTIONS = [
     f"{path.parent.relative_to(CONF_DIR)}={path.stem}"
@@ -114,3 +124,59 @@ def test_other_dictionaries_take_new_keys_and_dataclasses_none():
     for word in ("adapter.rank_patern={q_proj:8}", "+adapter.rank_patern.q_proj=8", "data.template_option.a=1"):
         with pytest.raises(ValueError, match="no such option"):
             compose_config("train", [*words, word])
+
+
+def float_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, config):
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from float_keys(node, f"{prefix}{key}.")
+        elif isinstance(node, FloatNode):
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("words", [["method=adalora", "objective=dpo"], ["method=balora"]], ids=" ".join)
+def test_numbers_that_are_not_finite_are_refused(words):
+    whole = composed("train", ["model=tiny", *words])
+    keys = list(float_keys(whole))
+    assert {"optimizer.lr", "guard.factor", "schedule.min_lr_ratio"} <= {*keys}
+    for key in keys:
+        for value in (math.nan, math.inf):
+            config = copy.deepcopy(whole)
+            OmegaConf.update(config, key, value)
+            with pytest.raises(ValueError, match=rf"^{key}={value}: must be a finite number$"):
+                typed(config)
+
+
+def test_nan_is_refused_in_open_dictionaries_and_in_saved_configs():
+    for words in (
+        ["trainer.gradient_clip_val=nan"],
+        ["data.sources.a.weight=nan"],
+        ["adapter.alpha_pattern={q: .nan}"],
+    ):
+        with pytest.raises(ValueError, match="nan"):
+            compose_config("train", ["model=tiny", *words])
+    saved = plain(compose_config("train", ["model=tiny"]))
+    saved["objective"]["noise_alpha"] = math.nan
+    with pytest.raises(ValueError, match="objective.noise_alpha=nan: must be a finite number"):
+        train_config(saved)
+    assert compose_config("train", ["model=tiny", "trainer.gradient_clip_val=inf"]).trainer["gradient_clip_val"] > 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GuardConfig(factor=math.nan),
+        lambda: EarlyStoppingConfig(min_delta=math.nan),
+        lambda: SFTConfig(noise_alpha=math.nan),
+        lambda: KTOConfig(desirable_weight=math.nan),
+        lambda: OptimizerConfig(name="adamw", lr=math.nan),
+        lambda: OptimizerConfig(name="adamw", weight_decay=math.nan),
+        lambda: SamplingConfig(temperature=math.nan),
+        lambda: LoRAConfig(rank=4, alpha=math.nan),
+        lambda: MergeConfig(max_kl=math.nan),
+    ],
+)
+def test_ranges_are_checked_so_that_nan_is_outside(make):
+    with pytest.raises(ValueError, match="=nan: must be "):
+        make()

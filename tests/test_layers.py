@@ -7,7 +7,7 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
-    ["user_cache", "plugins", "threads", "allocator", "readable", "compat"],
+    ["user_cache", "plugins", "threads", "allocator", "readable", "strict_json", "compat"],
     ["kernels", "progress", "tasks"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],

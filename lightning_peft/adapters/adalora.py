@@ -53,7 +53,7 @@ class AdaLoRAConfig(AdapterConfig):
                 raise ValueError(f"adapter.{name}={getattr(self, name)}: must be in (0, 1)")
         if self.every_n_steps < 1:
             raise ValueError(f"adapter.every_n_steps={self.every_n_steps}: must be at least 1")
-        if self.orthogonality < 0:
+        if not self.orthogonality >= 0:
             raise ValueError(f"adapter.orthogonality={self.orthogonality}: must be 0 or more")
 
 

@@ -37,7 +37,7 @@ class BaLoRAConfig(LoRAConfig):
         super().__post_init__()
         if not 0 < self.prior < 1:
             raise ValueError(f"adapter.prior={self.prior}: must be above 0 and below 1")
-        if self.kl_weight < 0:
+        if not self.kl_weight >= 0:
             raise ValueError(f"adapter.kl_weight={self.kl_weight}: must be 0 or more")
         if self.kl_warmup_steps < 0:
             raise ValueError(f"adapter.kl_warmup_steps={self.kl_warmup_steps}: must be 0 or more")

@@ -95,8 +95,14 @@ class AdapterConfig:
             raise ValueError(f"adapter.rank_pattern and rank_last: method {self.method!r} has no rank")
         if not self.uses_alpha and (self.alpha is not None or self.alpha_pattern):
             raise ValueError(f"adapter.alpha={self.alpha}: method {self.method!r} has no scaling; leave it null")
-        if self.alpha is not None and self.alpha <= 0:
+        if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"adapter.alpha={self.alpha}: must be above 0, or null for 2 x rank")
+
+    @property
+    def largest_rank(self) -> int | None:
+        """Return the largest rank that a layer may have, patterns included; None for a method without one."""
+        ranks = (self.rank, self.rank_last, *self.rank_pattern.values())
+        return max((rank for rank in ranks if rank is not None), default=None)
 
     @property
     def initialization(self) -> Initialization:

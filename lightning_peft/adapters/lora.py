@@ -38,7 +38,7 @@ class LoRAConfig(AdapterConfig):
             raise ValueError(f"adapter.init={self.init}: must be one of {', '.join(INITS)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout={self.dropout}: must be in [0, 1)")
-        if self.eva_rho < 1:
+        if not self.eva_rho >= 1:
             raise ValueError(f"adapter.eva_rho={self.eva_rho}: must be at least 1")
 
     @property

@@ -36,7 +36,7 @@ class LRLoRAConfig(AdapterConfig):
             raise ValueError(f"adapter.dropout={self.dropout}: must be in [0, 1)")
         if self.nodes < 2:
             raise ValueError(f"adapter.nodes={self.nodes}: must be at least 2, the ends of the grid")
-        if self.reach <= 0:
+        if not self.reach > 0:
             raise ValueError(f"adapter.reach={self.reach}: must be above 0")
 
     @property

@@ -31,7 +31,7 @@ class LRLoRAGateConfig(LoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.penalty < 0:
+        if not self.penalty >= 0:
             raise ValueError(f"adapter.penalty={self.penalty}: must be 0 or more")
         if not self.initialization.is_neutral:
             raise ValueError(f"adapter.init={self.init}: gates drop directions that the base has lost; use kaiming")

@@ -38,7 +38,7 @@ class MoLFEConfig(AdapterConfig):
             raise ValueError(
                 f"adapter.expert_ranks={self.expert_ranks}: must be {self.least_experts} or more ranks of at least 1"
             )
-        if self.expert_alpha <= 0:
+        if not self.expert_alpha > 0:
             raise ValueError(f"adapter.expert_alpha={self.expert_alpha}: must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout={self.dropout}: must be in [0, 1)")

@@ -20,8 +20,8 @@ INTRUDER = 0.5
 class LayerSpectrum:
     """The change dW of one layer beside its base weight W; singular values are those of dW."""
 
-    relative_norm: float
-    """||dW|| / ||W||, Frobenius norms."""
+    relative_norm: float | None
+    """||dW|| / ||W||, Frobenius norms; None where W is all zero."""
     norm: float
     """||dW||."""
     rank: int
@@ -41,7 +41,7 @@ class LayerSpectrum:
     magnitude: float | None = None
     """Share of a DoRA's change that is its magnitude's: ||m - n||^2 beside ||s B A||^2, n the norms that m began as."""
     quantization_error: float | None = None
-    """||W - what its codes stand for|| / ||W|| of a quantised base; None of a dense one."""
+    """||W - what its codes stand for|| / ||W|| of a quantised base; None of a dense one, and where W is all zero."""
 
 
 def layer_spectrum(layer: Adapter, intruders: int = 0) -> LayerSpectrum:
@@ -67,7 +67,7 @@ def layer_spectrum(layer: Adapter, intruders: int = 0) -> LayerSpectrum:
         whole = weight + (layer.delta_weight().detach().float() if change is None else change)
         found = count_intruders(weight, whole, intruders)
     return LayerSpectrum(
-        relative_norm=float(squares.sqrt() / weight.norm().double()),
+        relative_norm=relative(squares.sqrt(), weight.norm()),
         norm=float(squares.sqrt()),
         rank=rank,
         stable_rank=float(squares / largest.square()) if squares else 0.0,
@@ -78,6 +78,11 @@ def layer_spectrum(layer: Adapter, intruders: int = 0) -> LayerSpectrum:
         intruders=found,
         magnitude=magnitude_share(layer) if isinstance(layer, DoRALinear | DoRAEmbedding) else None,
     )
+
+
+def relative(norm: Tensor, weight_norm: Tensor) -> float | None:
+    """Return one norm as a share of another; None where that is zero."""
+    return float(norm.double() / weight_norm.double()) if weight_norm else None
 
 
 def magnitude_share(layer: DoRALinear | DoRAEmbedding) -> float:

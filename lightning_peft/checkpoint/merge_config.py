@@ -31,7 +31,7 @@ class MergeConfig:
     """fp32, bf16 or fp16; null keeps the dtype the model was loaded in."""
 
     def __post_init__(self) -> None:
-        if self.max_kl <= 0:
+        if not self.max_kl > 0:
             raise ValueError(f"merge.max_kl={self.max_kl}: must be above 0")
         if self.min_recovered is not None and not self.min_recovered <= 1:
             raise ValueError(f"merge.min_recovered={self.min_recovered}: must be at most 1")

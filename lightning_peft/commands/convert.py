@@ -241,7 +241,7 @@ def cut_all(
     config: ConvertConfig, parents: list[Parent], asked: dict[str, Change]
 ) -> tuple[dict[str, LowRank], dict[str, float]]:
     """Return every layer's change as a low-rank sum of scaling one, and the share of its energy that is lost."""
-    largest = max((parent.adapter.rank or 0 for parent in parents), default=0) or None
+    largest = max((parent.adapter.largest_rank or 0 for parent in parents), default=0) or None
     changes, lost = {}, {}
     with Part("convert: cutting", len(asked)) as part:
         for name, change in part.counting(asked.items()):

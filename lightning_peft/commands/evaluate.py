@@ -1,6 +1,5 @@
 """`lightning-peft evaluate`: loss, perplexity and the data set's own metric, base against adapter in one table."""
 
-import json
 import logging
 import time
 from dataclasses import asdict, replace
@@ -17,16 +16,17 @@ from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.command_configs import EvaluateConfig, Scored
 from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_base, load_for_inference, saved_config
-from lightning_peft.data.config import DataConfig
+from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.gate import DoNotShip, Metric, verdicts
 from lightning_peft.evaluation.harness import check_harness, run_harness
-from lightning_peft.evaluation.runner import Scores, score, with_shots
+from lightning_peft.evaluation.runner import PREFERENCES, Scores, score, with_shots
 from lightning_peft.evaluation.scorers import with_answer
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.packing import packing_of
+from lightning_peft.strict_json import json_text
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Row, Task
 
@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     task = TASKS[data_config.task]
     if config.benchmark is not None:
         check_harness(config.tasks, config.tasks_path)
-    check_gate(config, task)
+    check_gate(config, task, has_pairs=data_config.rows is RowKind.pairs)
     found = read_conversations(data_config, "test")
     if not found:
         raise ValueError(
@@ -103,12 +103,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         | {"seconds": seconds[name]}
         for name, scores in results.items()
     } | {"rows": len(rows), "loss_rows": loss_rows, "task": task.name, "base_shots": task.num_shots}
+    write_report(report, config)
     if config.gate:
         judged = verdicts(config.gate, metrics["base"], metrics["adapter"])
         report["gate"] = {v.name: asdict(v) | {"passes": v.passes} for v in judged}
         report["ship"] = all(verdict.passes for verdict in judged)
-    write_report(report, config)
-    if config.gate:
+        write_report(report, config)
         for verdict in judged:
             print(verdict.words())
         print("ship" if report["ship"] else "do not ship")
@@ -117,11 +117,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def check_gate(config: EvaluateConfig, task: Task) -> None:
+def check_gate(config: EvaluateConfig, task: Task, has_pairs: bool) -> None:
     """Raise ValueError for a threshold of a metric that will not be scored, as far as that is known without rows."""
-    known = [*LOSSES, *task.metric_names]
+    known = [*LOSSES, *task.metric_names, *(PREFERENCES if has_pairs else ())]
     for name, least in config.gate.items():
-        is_of_rows = any(name == each or name.startswith(f"{each}_") for each in (*known, "preference_accuracy"))
+        # A task that names no metrics may score others beside its headline.
+        is_beside = not task.metrics and task.headline is not None and name.startswith(f"{task.headline}_")
+        is_of_rows = name in known or is_beside
         suite = name.rpartition("/")[0]
         is_of_suite = bool(suite) and any(suite == each or suite.startswith(f"{each}_") for each in config.tasks)
         if not is_of_rows and not is_of_suite:
@@ -242,6 +244,6 @@ def write_report(report: dict[str, Any], config: EvaluateConfig) -> None:
         path = tuned_folder(config.adapter_path).parent / "evaluation.json"
     else:
         return
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json_text(report))
     if config.output is None and config.adapter_path is not None:
         write_card(tuned_folder(config.adapter_path), path.parent)

@@ -1,21 +1,30 @@
 """`lightning-peft inspect`: what an adapter has learned, in a table, a JSON file and a picture."""
 
-import json
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Column, Table
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.base import Adapter, LowRank
-from lightning_peft.adapters.changes import NotOneMatrixError, changes_of
+from lightning_peft.adapters.changes import Change, NotOneMatrixError, changes_of
 from lightning_peft.adapters.inject import adapters
-from lightning_peft.adapters.spectrum import LayerSpectrum, energy_shares, layer_spectrum, mean, overlap, warnings_of
+from lightning_peft.adapters.spectrum import (
+    LayerSpectrum,
+    energy_shares,
+    layer_spectrum,
+    mean,
+    overlap,
+    relative,
+    warnings_of,
+)
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import InspectConfig
@@ -30,6 +39,7 @@ from lightning_peft.models.packing import packing_of
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
 from lightning_peft.quantization.weights import dense_weight, is_quantized
+from lightning_peft.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +52,9 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     """Measure the change of every layer: print a table by kind of layer, write every layer's figures and a picture."""
     path = best_of_sweep(config.adapter_path)
     data = _validation_rows(path, config) if config.smaller_ranks else None
-    found = _adapters_of(path, config)
+    model, tokenizer = _model_of(path, config)
+    found = _adapters_in(model, path)
+    to_cut = None if data is None else _to_cut(path, model, data, tokenizer)
     with Part("inspecting", len(found)) as part:
         spectra = {name: layer_spectrum(layer, config.intruders) for name, layer in part.counting(found.items())}
     spectra |= _with_quantization_errors(path, found, spectra, config)
@@ -50,7 +62,7 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     kinds = {name: _kind(name) for name in spectra}
     blocks = {name: str(block_depth(name)) for name in spectra}
     warnings = warnings_of(spectra)
-    content = {
+    content: dict[str, Any] = {
         "layers": {name: asdict(spectrum) for name, spectrum in spectra.items()},
         "energy_by_kind": energy_shares(spectra, kinds),
         "energy_by_block": energy_shares(spectra, blocks),
@@ -61,26 +73,38 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     _show(spectra, kinds, common)
     for warning in warnings:
         print(warning)
-    if data is not None:
-        content["smaller_ranks"] = _smaller_ranks(path, data, config)
     output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"
-    output.write_text(json.dumps(content, indent=2, allow_nan=False))
+    output.write_text(json_text(content))
     print(output)
     write_picture(output.with_suffix(".png"), partial(_map, spectra, kinds))
+    if to_cut is not None:
+        content["smaller_ranks"] = _smaller_ranks(path, model, to_cut)
+        output.write_text(json_text(content))
     return spectra
 
 
-def _adapters_of(path: str, config: InspectConfig) -> dict[str, Adapter]:
+def _model_of(path: str, config: InspectConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if is_whole_model(tuned_folder(path)):
         raise ValueError(f"adapter_path={path}: a whole model, and inspect looks at adapters")
-    model, _ = load_for_inference(path, config.model, config.precision)
+    return load_for_inference(path, config.model, config.precision)
+
+
+def _adapters_in(model: PreTrainedModel, path: str) -> dict[str, Adapter]:
+    """Return the adapters around one matrix each, by name. Raises ValueError without any, or for broken numbers."""
     found = dict(adapters(model))
     stacks = [name for name, layer in found.items() if isinstance(layer.base_layer, ExpertLinear | QuantizedExperts)]
     if stacks:
         logger.info("%d stacks of experts are left out, as %s: their matrices are not one", len(stacks), stacks[0])
     if len(stacks) == len(found):
         raise ValueError(f"adapter_path={path}: adapts no layer of one matrix, and others are not inspected")
-    return {name: layer for name, layer in found.items() if name not in stacks}
+    found = {name: layer for name, layer in found.items() if name not in stacks}
+    for name, layer in found.items():
+        for key, parameter in layer.named_parameters():
+            if not key.startswith("base_layer.") and not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"adapter_path={path}: {name}.{key} has numbers that are not finite, as of a run that diverged"
+                )
+    return found
 
 
 def _with_quantization_errors(
@@ -96,7 +120,7 @@ def _with_quantization_errors(
     for name, layer in coded.items():
         weight = dense_weight(whole.get_submodule(name)).float()
         error = dense_weight(layer.base_layer).float().cpu() - weight
-        result[name] = replace(spectra[name], quantization_error=float(error.norm() / weight.norm()))
+        result[name] = replace(spectra[name], quantization_error=relative(error.norm(), weight.norm()))
     return result
 
 
@@ -107,9 +131,17 @@ def _validation_rows(path: str, config: InspectConfig) -> DataConfig:
     return replace(saved.data, streaming=False, max_validation_rows=config.max_rows)
 
 
-def _smaller_ranks(path: str, data: DataConfig, config: InspectConfig) -> dict[str, Any]:
-    """Score the adapter at halved ranks, and print what was found and the words that cut it."""
-    model, tokenizer = load_for_inference(path, config.model, config.precision)
+class _ToCut(NamedTuple):
+    """What the scores of smaller ranks are made of."""
+
+    changes: dict[str, Change]
+    largest: int | None
+    loader: Any
+    rows: int
+
+
+def _to_cut(path: str, model: PreTrainedModel, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _ToCut:
+    """Return the changes and the rows to score them on. Raises ValueError where there are none, or no such changes."""
     if any(layer.rewrote_base for _, layer in adapters(model)):
         raise ValueError(
             f"smaller_ranks=true: {path} is for a base that its start rewrote; `lightning-peft export format=plain` "
@@ -118,13 +150,19 @@ def _smaller_ranks(path: str, data: DataConfig, config: InspectConfig) -> dict[s
     loader, rows = validation_loader(replace(data, packing=packing_of(data, model)), tokenizer)
     if not rows:
         raise ValueError("smaller_ranks=true: the run's data has no validation rows")
-    adapter = adapter_config_from_peft(tuned_folder(path))
     try:
         changes = changes_of(model)
     except NotOneMatrixError as error:
         raise ValueError(f"smaller_ranks=true: {error}, which is not cut") from error
-    ranks = [adapter.rank, *adapter.rank_pattern.values()]
-    largest = max((rank for rank in ranks if rank is not None), default=None)
+    return _ToCut(changes, adapter_config_from_peft(tuned_folder(path)).largest_rank, loader, rows)
+
+
+def _smaller_ranks(path: str, model: PreTrainedModel, to_cut: _ToCut) -> dict[str, Any]:
+    """Score the adapter at halved ranks, and print what was found and the words that cut it; `model` ends as its base.
+
+    The losses of the file are per supervised token.
+    """
+    changes, largest, loader, rows = to_cut
     whole, scores = score_ranks(model, changes, largest, loader)
     table = Table(
         "rank", *(Column(name, justify="right") for name in ("loss", "more", "95 %")), box=None, pad_edge=False
@@ -151,7 +189,8 @@ def _overlaps(found: dict[str, Adapter], config: InspectConfig) -> dict[str, flo
     """Return by layer what the adapter has in common with another; empty without another."""
     if config.other_path is None:
         return {}
-    others = _adapters_of(best_of_sweep(config.other_path), config)
+    path = best_of_sweep(config.other_path)
+    others = _adapters_in(_model_of(path, config)[0], path)
     if not (both := found.keys() & others.keys()):
         raise ValueError(f"other_path={config.other_path}: adapts no layer that the first adapter adapts")
     shared = {name: overlap(found[name], others[name]) for name in found if name in both}
@@ -182,7 +221,7 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
         names = [name for name in spectra if kinds[name] == kind]
         group = [spectra[name] for name in names]
         row = [
-            f"{mean(s.relative_norm for s in group):.2%}", f"{shares[kind]:.1%}",
+            _mean_share(s.relative_norm for s in group), f"{shares[kind]:.1%}",
             f"{mean(s.rank for s in group):.4g}", f"{mean(s.effective_rank for s in group):.1f}",
             f"{mean(s.stable_rank for s in group):.1f}", f"{sum(s.dead for s in group):,}",
         ]  # fmt: skip
@@ -190,8 +229,7 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
             row.append(f"{sum(s.intruders or 0 for s in group):,}")
         for column, key in OF_SOME.items():
             if column in columns:
-                values = [value for s in group if (value := getattr(s, key)) is not None]
-                row.append(f"{mean(values):.2%}" if values else "-")
+                row.append(_mean_share(getattr(s, key) for s in group))
         if common:
             shared = [common[name] for name in names if name in common]
             row.append(f"{mean(shared):.0%}" if shared else "-")
@@ -199,10 +237,17 @@ def _show(spectra: dict[str, LayerSpectrum], kinds: dict[str, str], common: dict
     Console().print(table)
 
 
+def _mean_share(values: Iterable[float | None]) -> str:
+    """Write the mean of the values that there are; a dash without any."""
+    found = [value for value in values if value is not None]
+    return f"{mean(found):.2%}" if found else "-"
+
+
 def _map(spectra: dict[str, LayerSpectrum], kinds: dict[str, str]) -> Any:
     """Draw a map of the layers and the spectra."""
     from lightning_peft.report.figures import layer_map  # matplotlib
 
-    cells = {(kinds[name], block_depth(name)): spectrum.relative_norm for name, spectrum in spectra.items()}
+    found = {name: spectrum.relative_norm for name, spectrum in spectra.items()}
+    cells = {(kinds[name], block_depth(name)): size for name, size in found.items() if size is not None}
     curves = {name: spectrum.singular_values for name, spectrum in spectra.items()}
     return layer_map(cells, curves, "||dW|| / ||W||")

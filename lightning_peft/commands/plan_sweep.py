@@ -29,7 +29,7 @@ from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.lock import new_folder, remove_if_empty
 from lightning_peft.schemas import CONF_DIR, register_schemas, trial_name
 from lightning_peft.sweeps.local_worker import start_workers
-from lightning_peft.sweeps.pruning import RUNG_OPTION, rung_steps
+from lightning_peft.sweeps.pruning import RUNG_OPTION, enter_brackets, rung_steps
 from lightning_peft.sweeps.search import (
     Dimension,
     OptunaStudy,
@@ -112,6 +112,7 @@ def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tu
     runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
     if config.sweep.pruning is not Pruning.none:
         sweep.rungs = rungs_of(config.sweep, runs)
+        enter_brackets(sweep, sweep.trials)
         steps = sorted({*sweep.rungs, *(step for run in runs for step in run.validation.at_steps)})
         sweep.words.append(f"{RUNG_OPTION}=[{','.join(map(str, steps))}]")
         runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
@@ -184,6 +185,7 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
         search=config.sweep.search.name,
         pruning=config.sweep.pruning.name,
         reduction=config.sweep.reduction,
+        budget_gpu_hours=config.sweep.budget_gpu_hours,
         seed=config.sweep.seed,
         parallel=config.sweep.parallel,
         directory=str(Path.cwd()),
@@ -370,7 +372,7 @@ def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
     study.tell(
         {number: score(sweep, t) for number, t in drawn.items() if not (t.state == PAUSED and t.rung_values)},
         {
-            number: {step: v for step, v in zip(sweep.rungs, t.rung_values, strict=False) if v is not None}
+            number: {step: v for step, v in zip(sweep.rungs[t.bracket :], t.rung_values, strict=False) if v is not None}
             for number, t in drawn.items()
             if t.state == PAUSED
         },
@@ -378,6 +380,7 @@ def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
     number, overrides = study.ask()
     (trial,) = add_trials(sweep, [overrides])
     trial.number = number
+    enter_brackets(sweep, [trial])
     write_run(trial_config(sweep, trial, folder))
     if job is not None:
         begin(trial, folder)

@@ -14,14 +14,17 @@ from rich.table import Table
 from lightning_peft import readable
 from lightning_peft.cluster.job import own_task
 from lightning_peft.cluster.process import LEAVE
-from lightning_peft.command_configs import SweepCommandConfig, SweepVerb
+from lightning_peft.command_configs import SubmitSweepConfig, SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
-from lightning_peft.sweeps.local_worker import end
+from lightning_peft.sweeps.budget import budget_in_words, hours_of_trial, is_over_budget
+from lightning_peft.sweeps.cuts import cut_sentence
+from lightning_peft.sweeps.local_worker import end, start_workers
 from lightning_peft.sweeps.place import cluster_of, find_jobs
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
+from lightning_peft.sweeps.search import SweepPlace
 from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.sweeps.sweep import (
     HYDRA,
@@ -58,6 +61,8 @@ SHOWN_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("time", readable.short_duration),
 }
 """What fits 80 columns beside the trial: a heading and how it is written; files have every column."""
+BUDGET = "sweep.budget_gpu_hours"
+"""The one key of the sweep that a retry may change."""
 OWN_KEYS = tuple(SweepCommandConfig.__dataclass_fields__)
 
 
@@ -99,6 +104,8 @@ def status(config: SweepCommandConfig) -> None:
     print(summary(sweep))
     if sweep.rungs:
         print(rungs_in_words(sweep))
+    if sweep.budget_gpu_hours is not None:
+        print(budget_in_words(sweep, folder, config.sweep_dir.rstrip("/")))
     if others := sweep.other_machines():
         print(f"taken to run on {others}, which cannot be seen from here; gone=NAME says that a machine is no more")
 
@@ -114,24 +121,33 @@ def summary(sweep: Sweep) -> str:
 def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
     """Run trials again: from their checkpoints, or afresh where the overrides change what is trained."""
     folder = Path(config.sweep_dir).resolve()
-    if config.failed == bool(config.trials):
-        raise ValueError("sweep retry: say which, failed=true or trials=[NAME,...]")
     own, run_words = split_words(overrides)
-    if own:
-        raise ValueError(f"{own[0]}: of the sweep as it was submitted; a retry changes those of its runs")
+    budget = more_budget([word for word in own if word.startswith(f"{BUDGET}=")])
+    if config.failed == bool(config.trials) and (config.failed or budget is None):
+        raise ValueError("sweep retry: say which, failed=true or trials=[NAME,...]")
+    if kept := [word for word in own if not word.startswith(f"{BUDGET}=")]:
+        raise ValueError(f"{kept[0]}: of the sweep as it was submitted; a retry changes those of its runs")
     with changed_sweep(folder) as sweep:
         if sweep.cluster == HYDRA:
             raise ValueError(
                 f"sweep retry: train -m ran {folder}; its own words with run_dir={folder} resume=auto go on with it"
             )
         look(sweep, folder, config.gone)
-        chosen = [sweep.trial(name) for name in config.trials] or sweep.trials
+        if budget is not None and sweep.cluster != SweepPlace.local.name:
+            raise ValueError(
+                f"{BUDGET}={budget:g}: is kept with cluster=local only, and {folder} runs on {sweep.cluster}"
+            )
+        if budget is not None:
+            sweep.budget_gpu_hours, sweep.is_spent = budget, False
+        if is_over_budget(sweep, folder):
+            raise ValueError(f"sweep retry: {budget_in_words(sweep, folder, config.sweep_dir.rstrip('/'))}")
+        chosen = [sweep.trial(name) for name in config.trials] or (sweep.trials if config.failed else [])
         # One that a rung stopped has not failed; by its name it can be let on all the same.
         stopped = [trial for trial in paused_at_rung(sweep) if not config.trials]
         again = [trial for trial in chosen if trial.state in TO_BE_RETRIED and trial not in stopped]
         is_drawing = any(worker.is_alive for worker in sweep.workers) or has_active_array(sweep)
         undrawn = 0 if is_drawing else sweep.count - len(sweep.trials)
-        if not again and not undrawn:
+        if not again and not undrawn and budget is None:
             states = [f"{trial.name} is {trial.state}" for trial in chosen] if config.trials else [summary(sweep)]
             hint = (
                 f"; gone=NAME says that a machine is no more ({others})" if (others := sweep.other_machines()) else ""
@@ -139,12 +155,23 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
             raise ValueError(f"sweep retry: nothing to run again: {', '.join(states)}{hint}")
         runs = [trial_config(sweep, trial, folder, run_words) for trial in again]
         for trial, run in zip(again, runs, strict=True):
+            trial.spent_hours = hours_of_trial(sweep, trial, folder / trial.name)
             prepare_again(trial, run, folder / trial.name)
     logger.info("%s: %d trials run again", folder, len(again) + undrawn)
     if again:
         start(folder, [trial.name for trial in again], runs[0])
     if undrawn:
         start(folder, [], trial_config(sweep, any_draw(sweep), folder, run_words))
+    if budget is not None and not again and not undrawn:
+        start_workers(folder)
+
+
+def more_budget(words: list[str]) -> float | None:
+    """Return the budget that a retry is given; None without one. Raises ValueError as `submit -m` does."""
+    if not words:
+        return None
+    config: SubmitSweepConfig = compose_config("submit_sweep", [*words, "sweep.cluster=local"])
+    return config.sweep.budget_gpu_hours
 
 
 def has_active_array(sweep: Sweep) -> bool:
@@ -218,6 +245,8 @@ def table(config: SweepCommandConfig) -> None:
         Console().print(table_of_groups(sweep))
     if (said := sentence(sweep)) is not None:
         print(said)
+        if (cut := cut_sentence(sweep, folder, config.sweep_dir.rstrip("/"))) is not None:
+            print(cut)
         print(f"next: {next_command(sweep, config.sweep_dir.rstrip('/'))}")
     if output is None:
         return

@@ -3,7 +3,6 @@
 import gc
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +45,7 @@ from lightning_peft.runs.rollback import (
     taken_along,
 )
 from lightning_peft.runs.trainer import build_trainer, count_steps
+from lightning_peft.strict_json import json_text
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.adapter_health import AdapterHealth
@@ -197,14 +197,16 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     finally:
         SIGNAL_WATCH.leaves_by_itself()
         result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
-        result |= {"seconds": time.perf_counter() - run.started, "versions": installed_versions()}
+        seconds = time.perf_counter() - run.started
+        hours = seconds * trainer.world_size / 3600 / (1 if member is None else len(member.group.members))
+        result |= {"seconds": seconds, "device_hours": hours, "versions": installed_versions()}
         if rollbacks:
             result |= {"rollbacks": len(rollbacks), "lr_factor": module.lr_factor}
         if guard.left_out:
             result["steps_left_out"] = guard.left_out
         if distributed.rank() == 0 and result["status"] != ROLLED_BACK:
             with atomic_file(run_dir / "result.json") as path:
-                path.write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+                path.write_text(json_text(result))
             for folder in (run_dir / "adapter", run_dir / MODEL_FOLDER):
                 if folder.is_dir() and result["status"] == "finished":
                     write_card(folder, run_dir)
@@ -271,13 +273,6 @@ def last_validation(trainer: Trainer, scored: TaskMetrics | None) -> dict[str, A
     is_scored = scored is not None and scored.scored_step == trainer.global_step
     metrics = by_source(seen) | (scored.values if scored and is_scored else {})
     return {"validation_loss": float(seen["validation_loss"]), "metrics": metrics}
-
-
-def finite(value: Any) -> Any:
-    """Return the value with null for the numbers that JSON does not have: nan and inf."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def prepare_folder(config: TrainConfig, run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Metric:
     """Its value on each row alone, nan where a row has none; empty where the metric is no mean over rows."""
     small_is_good: bool = False
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % bootstrap interval of the mean over rows; None where it is no such mean."""
         return bootstrap(self.rows)
@@ -76,16 +77,26 @@ def bootstrap(rows: Sequence[float], seed: int = 0) -> tuple[float, float] | Non
     return float(low), float(high)
 
 
-def row_scores(task: Task, rows: list[Row], answers: list[str], metrics: Mapping[str, float]) -> dict[str, list[float]]:
-    """Return each metric's value on every row alone, for the metrics that are means over rows."""
+def row_scores(task: Task, rows: list[Row], answers: list[str]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the task's metrics, and of those that are means over rows the value on every row alone, else nan."""
     singles = [task.score([row], [answer]) for row, answer in zip(rows, answers, strict=True)]
+    metrics = mean_over_rows(singles) if task.is_mean_of_rows else task.score(rows, answers)
     found = {}
     for name, value in metrics.items():
         values = [float(single.get(name, math.nan)) for single in singles]
         kept = [each for each in values if not math.isnan(each)]
         if kept and math.isclose(sum(kept) / len(kept), value, rel_tol=1e-6, abs_tol=1e-9):
             found[name] = values
-    return found
+    return metrics, found
+
+
+def mean_over_rows(singles: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of every metric over the rows that have it."""
+    values: dict[str, list[float]] = {}
+    for single in singles:
+        for name, value in single.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def verdicts(gate: Mapping[str, float], base: Mapping[str, Metric], adapter: Mapping[str, Metric]) -> list[Verdict]:

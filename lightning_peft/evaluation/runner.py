@@ -20,6 +20,9 @@ from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.progress import Part
 from lightning_peft.tasks.task import Row, Task
 
+PREFERENCES = ("preference_accuracy", "preference_accuracy_per_token")
+"""What is scored of rows that are pairs of answers."""
+
 
 @dataclass
 class Scores:
@@ -59,9 +62,8 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, 
                     both = torch.stack([sums, sums / counts]).view(2, -1, 2)
                     ahead.append(both[..., 0] > both[..., 1])
             part.advance()
-    names = ("preference_accuracy", "preference_accuracy_per_token")
     shares = torch.cat(ahead, 1).float().mean(1).tolist() if ahead else []
-    return (total / tokens if tokens else 0.0), dict(zip(names, shares, strict=False))
+    return (total / tokens if tokens else 0.0), dict(zip(PREFERENCES, shares, strict=False))
 
 
 def answer_rows(
@@ -94,8 +96,7 @@ def score(
     if task.max_new_tokens == 0:
         return Scores(loss, math.exp(min(loss, 700.0)), preferences)
     answers = answer_rows(model, tokenizer, conversations, task, batch_size, layout)
-    metrics = task.score(rows, answers)
-    by_row = row_scores(task, rows, answers, metrics)
+    metrics, by_row = row_scores(task, rows, answers)
     return Scores(loss, math.exp(min(loss, 700.0)), metrics | preferences, answers, by_row)
 
 

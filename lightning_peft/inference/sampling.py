@@ -19,7 +19,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"sampling.max_new_tokens={self.max_new_tokens}: must be at least 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p}: must be above 0 and at most 1")

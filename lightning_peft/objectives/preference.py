@@ -116,7 +116,7 @@ def pairwise(
 def check_above_zero(**options: float) -> None:
     """Raise ValueError for an option of the objective that is not above 0."""
     for name, value in options.items():
-        if value <= 0:
+        if not value > 0:
             raise ValueError(f"objective.{name}={value}: must be above 0")
 
 
@@ -172,7 +172,7 @@ class SimPOConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         check_above_zero(beta=self.beta)
-        if self.gamma < 0:
+        if not self.gamma >= 0:
             raise ValueError(f"objective.gamma={self.gamma}: must be 0 or more")
 
 

@@ -26,7 +26,7 @@ class SFTConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 1")
-        if self.noise_alpha < 0:
+        if not self.noise_alpha >= 0:
             raise ValueError(f"objective.noise_alpha={self.noise_alpha}: must be 0 or more")
 
 

@@ -47,16 +47,16 @@ class OptimizerConfig:
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optimizer.name={self.name}: unknown, choose one of {', '.join(OPTIMIZERS)}")
         for name, value in [("lr", self.lr), ("eps", self.eps)]:
-            if value <= 0:
+            if not value > 0:
                 raise ValueError(f"optimizer.{name}={value}: must be above 0")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay}: must be at least 0")
         for name, value in [("beta1", self.beta1), ("beta2", self.beta2)]:
             if not 0 <= value < 1:
                 raise ValueError(f"optimizer.{name}={value}: must be at least 0 and below 1")
-        if self.full_lr is not None and self.full_lr <= 0:
+        if self.full_lr is not None and not self.full_lr > 0:
             raise ValueError(f"optimizer.full_lr={self.full_lr}: must be above 0, or null")
-        if self.lora_plus_ratio is not None and self.lora_plus_ratio < 1:
+        if self.lora_plus_ratio is not None and not self.lora_plus_ratio >= 1:
             raise ValueError(f"optimizer.lora_plus_ratio={self.lora_plus_ratio}: must be at least 1, or null")
 
 

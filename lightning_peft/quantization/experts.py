@@ -4,6 +4,7 @@ transformers keeps a projection of all experts in one 3-D parameter that the mod
 opened module has a layer in the place of each, and a forward that feeds it the rows of every expert.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import MethodType
@@ -114,13 +115,28 @@ def projections(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in PROJECTIONS if hasattr(module, name))
 
 
-def routed_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of experts that are given each token's choice, by name, opened or not."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if projections(module) and type(module).__name__ != LLAMA4 and getattr(module, "num_experts", 0) > 1
-    }
+CHOICE = "top_k_index"
+"""What most of transformers' modules of experts call the argument with each token's choice."""
+
+
+def routed_modules(model: nn.Module) -> dict[str, int]:
+    """Return the modules of experts that are given each token's choice, by name, and how many experts each has.
+
+    Opened or not; those that compute in a way of their own too. Experts that do nothing count.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        experts = getattr(module, "total_experts", getattr(module, "num_experts", None))
+        is_known = bool(projections(module)) and type(module).__name__ != LLAMA4
+        is_given = is_known or CHOICE in inspect.signature(module.forward).parameters
+        if isinstance(experts, int) and experts > 1 and is_given:
+            found[name] = experts
+    return found
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a module of the model is one of experts, known here or not."""
+    return any("Expert" in type(module).__name__ for module in model.modules())
 
 
 def expert_stacks(model: nn.Module) -> dict[str, Stack]:

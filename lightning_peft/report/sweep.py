@@ -6,7 +6,8 @@ from typing import Any
 from lightning_peft.report.figures import SHOWN_NAMES, curves, dots, heat_maps, ordered, parallel, short
 from lightning_peft.report.page import Page
 from lightning_peft.report.run import column, read_metrics
-from lightning_peft.sweeps.statistics import SEED, best_first, groups_of
+from lightning_peft.sweeps.cuts import cut_sentence
+from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, sentence
 from lightning_peft.sweeps.sweep import Sweep, metric_value, score
 from lightning_peft.sweeps.table import best_trial, column_names, number_or_text, table_rows
 
@@ -18,6 +19,9 @@ def sweep_page(folder: Path, sweep: Sweep) -> Page:
     page.note(f"{len(sweep.trials)} trials over {', '.join(sweep.swept)}")
     if (best := best_trial(sweep)) is not None:
         page.note(f"best {metric}: {best[1]:.6g} of {best[0]}")
+    for said in (sentence(sweep), cut_sentence(sweep, folder, str(folder))):
+        if said is not None:
+            page.note(said)
     without = [trial for trial in sweep.trials if score(sweep, trial) is None]
     if without:
         page.note(f"without a number, and in no picture: {', '.join(f'{t.name} ({t.state})' for t in without)}")

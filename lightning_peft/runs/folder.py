@@ -24,7 +24,9 @@ from lightning_peft.runs.lock import new_folder, only_writer
 
 logger = logging.getLogger(__name__)
 
-LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model", "rollbacks.json")
+ROLLBACKS = "rollbacks.json"
+"""What `runs/rollback.py` remembers in a run's folder."""
+LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model", ROLLBACKS)
 """What a run folder holds once something happened in it."""
 NOT_COMPARED = ("resume", "dry_run", "pause_at", "run_dir", "logger", "callbacks", "cluster", "claim", "method")
 """What may differ between the starts of one run."""
@@ -137,12 +139,26 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     result = finished_result(config, run_dir)
     if checkpoint is None and result is None:
+        if not config.dry_run:
+            forget_rollbacks(config, run_dir)
         return Start()
     check_saved_config(config, run_dir)
     if result is None:
         assert checkpoint is not None
         check_length(config, run_dir, checkpoint)
     return Start(checkpoint, result)
+
+
+def forget_rollbacks(config: TrainConfig, run_dir: Path) -> None:
+    """Drop the rollbacks of a folder without a checkpoint whose run had other options: this one begins anew."""
+    path = run_dir / ROLLBACKS
+    if not path.exists():
+        return
+    try:
+        check_saved_config(config, run_dir)
+    except ValueError as difference:
+        path.unlink()
+        logger.warning("%s: dropped, as this run begins anew (%s)", path, difference)
 
 
 def finished_result(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.checkpoint.resume import checkpoints, latest_checkpoint, saved_guard, saved_step
+from lightning_peft.checkpoint.resume import latest_checkpoint, saved_guard, saved_step
+from lightning_peft.runs.folder import ROLLBACKS
 from lightning_peft.tracking.service_record import forget_steps
 from lightning_peft.training.config import GuardAction, GuardConfig
 from lightning_peft.training.guard import Diverged
 
 logger = logging.getLogger(__name__)
-
-FILE_NAME = "rollbacks.json"
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,32 @@ class Rollback:
 
 def rollbacks_of(run_dir: Path) -> list[Rollback]:
     """Return the rollbacks of a run, the oldest first."""
-    path = run_dir / FILE_NAME
+    path = run_dir / ROLLBACKS
     return [Rollback(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
 
 def write_rollbacks(rollbacks: Sequence[Rollback], run_dir: Path) -> None:
-    with atomic_file(run_dir / FILE_NAME) as path:
+    with atomic_file(run_dir / ROLLBACKS) as path:
         path.write_text(json.dumps([asdict(rollback) for rollback in rollbacks], indent=2) + "\n")
 
 
 def taken_along(run_dir: Path, checkpoint: Path | None) -> list[Rollback]:
-    """Return the rollbacks behind a start, and keep those of another folder whose checkpoint is gone on from here."""
-    if checkpoint is None or checkpoint.resolve().parent.parent == run_dir.resolve():
-        return rollbacks_of(run_dir)
-    found = rollbacks_of(checkpoint.resolve().parent.parent)
+    """Return the rollbacks behind a start, and say what they do to the learning rate.
+
+    Of another folder, whose checkpoint is gone on from here, those up to that checkpoint are kept here.
+    """
+    origin = run_dir if checkpoint is None else checkpoint.resolve().parent.parent
+    found = rollbacks_of(origin)
+    if checkpoint is not None and origin != run_dir.resolve():
+        step = saved_step(checkpoint)
+        if found := [rollback for rollback in found if rollback.back_to <= step]:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_rollbacks(found, run_dir)
     if found:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_rollbacks(found, run_dir)
+        logger.warning(
+            "%s: %d rollbacks so far, the last from step %d to %d: the learning rate is %g times the given one",
+            origin / ROLLBACKS, len(found), found[-1].diverged_at, found[-1].back_to, lr_factor_of(found),
+        )  # fmt: skip
     return found
 
 
@@ -82,11 +90,8 @@ def roll_back(config: GuardConfig, run_dir: Path, step: int, reason: str) -> Pat
     A good checkpoint is one behind a step whose loss was not above the guard's bound.
     """
     folder = run_dir / "checkpoints"
-    for path in reversed(checkpoints(folder)):
-        if saved_guard(path).get("above", 0) == 0:
-            break
-        path.unlink()
-    checkpoint = latest_checkpoint(folder)
+    while (checkpoint := latest_checkpoint(folder)) is not None and saved_guard(checkpoint).get("above", 0):
+        checkpoint.unlink()
     before = rollbacks_of(run_dir)
     back_to = 0 if checkpoint is None else saved_step(checkpoint)
     found = Rollback(step, back_to, lr_factor_of(before) * config.lr_factor, reason)

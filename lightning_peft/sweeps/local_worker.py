@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.process import LEAVE, process, this_process
+from lightning_peft.sweeps.budget import budget_in_words, is_over_budget
 from lightning_peft.sweeps.pruning import begin_at_rung, preempted, promoted
 from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
 from lightning_peft.threads import available_cores
@@ -61,6 +62,8 @@ def work(folder: Path, slot: int) -> None:
         trials = claim(folder)
         if trials:
             run(trials, folder, slot)
+        elif this_process() not in read_sweep(folder).workers:
+            return
         elif is_awaited(folder):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         elif not drew_another(folder):
@@ -72,12 +75,17 @@ def claim(folder: Path) -> list[Trial]:
     else those that nobody has begun.
 
     One, or as many as train together and share a base. Without any, and none to be drawn or to be waited for, this
-    process signs off.
+    process signs off, as it does where the sweep's budget is spent.
     """
     claimed: list[Trial] = []
     with changed_sweep(folder) as sweep:
-        if sweep.rungs:
+        if sweep.rungs or sweep.budget_gpu_hours is not None:
             refresh(sweep, folder, {})
+        if is_over_budget(sweep, folder):
+            logger.info("%s", budget_in_words(sweep, folder, str(folder)))
+            sweep.is_spent = True
+            sweep.workers.remove(this_process())
+            return []
         while len(claimed) < sweep.together and (trial := next_trial(sweep, claimed)) is not None:
             begin_at_rung(sweep, trial, folder)
             trial.process, trial.state = this_process(), RUNNING

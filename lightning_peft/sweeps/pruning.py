@@ -4,7 +4,10 @@ A trial that stops at a rung is paused, not ended: its schedule spans the whole 
 from its checkpoint as if it had never stopped.
 """
 
+import random
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -34,9 +37,34 @@ def rung_steps(max_steps: int, reduction: int, min_steps: int | None) -> list[in
     return steps
 
 
+def brackets(count: int, rungs: int, reduction: int, seed: int) -> list[int]:
+    """Return for each of `count` trials how many of the first rungs it does not pause at, from 0 to `rungs`.
+
+    Bracket b has s = rungs - b halvings, and of the trials a share of reduction^s / (s + 1): each bracket then takes
+    about as many steps as another (Li et al. 2018, algorithm 1). Which trial is in which is drawn.
+    """
+    halvings = range(rungs, -1, -1)
+    weights = [reduction**s / (s + 1) for s in halvings]
+    exact = [count * weight / sum(weights) for weight in weights]
+    sizes = [int(size) for size in exact]
+    for b in sorted(range(rungs + 1), key=lambda b: sizes[b] - exact[b])[: count - sum(sizes)]:
+        sizes[b] += 1
+    found = [b for b, size in enumerate(sizes) for _ in range(size)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def enter_brackets(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Give new trials of the sweep the bracket of their place where hyperband prunes."""
+    if sweep.pruning == Pruning.hyperband.name:
+        found = brackets(sweep.count, len(sweep.rungs), sweep.reduction, sweep.seed)
+        for trial in trials:
+            trial.bracket = found[sweep.trials.index(trial)]
+
+
 def target(sweep: Sweep, trial: Trial) -> int | None:
     """The step at which the trial's next start pauses; None for one that runs to the end."""
-    passed = len(trial.rung_values)
+    passed = trial.bracket + len(trial.rung_values)
     return sweep.rungs[passed] if passed < len(sweep.rungs) else None
 
 
@@ -58,28 +86,33 @@ def may_go_on(sweep: Sweep, trial: Trial) -> bool:
 
 
 def has_passed(other: Trial, trial: Trial) -> bool:
-    """Whether another trial has a value at the rung at which `trial` is paused."""
-    return len(other.rung_values) >= len(trial.rung_values)
+    """Whether another trial of the same bracket has a value at the rung at which `trial` is paused."""
+    return other.bracket == trial.bracket and len(other.rung_values) >= len(trial.rung_values)
 
 
 def paused_at_rung(sweep: Sweep) -> list[Trial]:
     """The trials that stopped at a rung, the furthest first, and of those the best."""
     paused = [trial for trial in sweep.trials if trial.state == PAUSED and trial.rung_values]
-    return sorted(paused, key=lambda t: (-len(t.rung_values), t.rung_values[-1] is None, t.rung_values[-1] or 0.0))
+    return sorted(
+        paused, key=lambda t: (-t.bracket - len(t.rung_values), t.rung_values[-1] is None, t.rung_values[-1] or 0.0)
+    )
 
 
 def promoted(sweep: Sweep) -> Trial | None:
     """The trial to go on with, the furthest first; None where the rule lets none on.
 
-    When nothing runs or waits and none has reached the end, the best of the furthest does: a sweep has a winner.
+    When nothing runs or waits and none has reached the end, the best of the furthest does: a sweep has a winner, and
+    each of its brackets.
     """
     paused = paused_at_rung(sweep)
     found = next((trial for trial in paused if may_go_on(sweep, trial)), None)
     if found is not None or not paused or len(sweep.trials) < sweep.count:
         return found
-    is_over = not any(trial.state in (RUNNING, WAITING) or trial.is_waiting for trial in sweep.trials)
-    has_winner = any(trial.state == FINISHED for trial in sweep.trials)
-    return paused[0] if is_over and not has_winner else None
+    # A bracket that has one at the end, or may yet have one, needs no other.
+    settled = {
+        trial.bracket for trial in sweep.trials if trial.state in (RUNNING, WAITING, FINISHED) or trial.is_waiting
+    }
+    return next((trial for trial in paused if trial.bracket not in settled), None)
 
 
 def preempted(sweep: Sweep) -> Trial | None:
@@ -108,8 +141,13 @@ def begin_at_rung(sweep: Sweep, trial: Trial, folder: Path) -> None:
 def rungs_in_words(sweep: Sweep) -> str:
     """As in "rungs: 9 trials reached step 4, 3 reached step 12, 1 reached the end"."""
     reached = [
-        f"{sum(len(trial.rung_values) > number for trial in sweep.trials)} reached step {step}"
+        f"{sum(t.bracket <= number < t.bracket + len(t.rung_values) for t in sweep.trials)} reached step {step}"
         for number, step in enumerate(sweep.rungs)
     ]
     ended = sum(trial.state == FINISHED for trial in sweep.trials)
-    return f"rungs ({sweep.pruning}): {', '.join(reached)}, {ended} reached the end"
+    said = f"rungs ({sweep.pruning}): {', '.join(reached)}, {ended} reached the end"
+    if sweep.pruning == Pruning.hyperband.name:
+        sizes = Counter(trial.bracket for trial in sweep.trials)
+        firsts = [*(f"step {step}" for step in sweep.rungs), "the end"]
+        said += "; first looked at: " + ", ".join(f"{sizes[b]} at {first}" for b, first in enumerate(firsts))
+    return said

@@ -32,6 +32,9 @@ class Pruning(Enum):
     """Asynchronous successive halving: at each rung the best one in `sweep.reduction` goes on."""
     median = "median"
     """At each rung those go on that are no worse than the median there."""
+    hyperband = "hyperband"
+    """Several halvings as asha's side by side, each of which leaves out one rung more: what is slow to get good is
+    stopped early by the first of them only (Li et al. 2018, arXiv:1603.06560)."""
 
 
 class SweepPlace(Enum):
@@ -62,11 +65,14 @@ class SweepConfig:
     seed: int = 0
     """Of the draws; the training's is `seed`."""
     pruning: Pruning = Pruning.none
-    """none, asha or median: stop trials at rungs, where they pause with a checkpoint; with cluster=local."""
+    """none, asha, median or hyperband: stop trials at rungs, where they pause with a checkpoint; with cluster=local."""
     reduction: int = 3
-    """Steps between two rungs grow by this factor, and of asha's trials one in so many goes on."""
+    """Steps between two rungs grow by this factor, and of asha's and hyperband's trials one in so many goes on."""
     min_steps: int | None = None
     """Step of the first rung; null has two rungs before trainer.max_steps."""
+    budget_gpu_hours: float | None = None
+    """Device hours (of GPUs, else of processes) after which no trial and no rung begins any more, counted over all
+    trials; what runs goes on to its next rung or its end. null for no limit; with cluster=local."""
     parallel: int | None = None
     """Trials at once; null takes one on this machine, and on a cluster as many as it will run."""
     together: Any = None
@@ -96,6 +102,13 @@ class SweepConfig:
             raise ValueError(
                 f"sweep.pruning={self.pruning.name}: trials are paused and promoted with cluster=local only; "
                 "clusters run each trial to its end"
+            )
+        if self.budget_gpu_hours is not None and not self.budget_gpu_hours > 0:
+            raise ValueError(f"sweep.budget_gpu_hours={self.budget_gpu_hours}: must be above 0, or null")
+        if self.budget_gpu_hours is not None and self.cluster is not SweepPlace.local:
+            raise ValueError(
+                f"sweep.budget_gpu_hours={self.budget_gpu_hours:g}: is kept with cluster=local only; the tasks of a "
+                "job array begin by themselves"
             )
         if not self.metric.removeprefix("-"):
             raise ValueError(f"sweep.metric={self.metric!r}: name a number of result.json")

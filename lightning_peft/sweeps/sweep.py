@@ -64,6 +64,10 @@ class Trial:
     """Step at which it was preempted when a worker last took it up again by itself."""
     rung_values: list[float | None] = field(default_factory=list)
     """The sweep's metric at each rung that the trial has reached, so that small is good; null for one not finite."""
+    bracket: int = 0
+    """Rungs that it does not pause at: of hyperband, which compares it with others of the same number."""
+    spent_hours: float = 0.0
+    """Device hours of the attempts before the last one."""
 
     @property
     def values(self) -> dict[str, str]:
@@ -90,6 +94,10 @@ class Sweep:
     """Of asha's trials one in so many goes on from a rung."""
     rungs: list[int] = field(default_factory=list)
     """Steps at which trials pause; empty without pruning."""
+    budget_gpu_hours: float | None = None
+    """Device hours after which nothing begins any more; null for no limit."""
+    is_spent: bool = False
+    """Whether the workers left because of that."""
     count: int = 0
     """Trials in all, of which optuna's are not drawn yet."""
     seed: int = 0
@@ -168,8 +176,9 @@ def changed_sweep(folder: Path) -> Iterator[Sweep]:
 
 
 def begin(trial: Trial, folder: Path) -> None:
-    """Count an attempt and drop what the last one left behind as its end."""
+    """Count an attempt and drop what the last one left behind as its end, but for the hours it took."""
     trial.attempts += 1
+    trial.spent_hours += hours_of(read_result(folder / trial.name))
     trial.is_waiting = False
     trial.exit_code = None
     (folder / trial.name / "result.json").unlink(missing_ok=True)
@@ -177,7 +186,7 @@ def begin(trial: Trial, folder: Path) -> None:
 
 def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:
     """Look at run folders, processes and the queue (job number to job), and set every trial's state by what is seen."""
-    has_worker = any(worker.is_alive for worker in sweep.workers)
+    has_worker = any(worker.is_alive for worker in sweep.workers) or sweep.is_spent
     for trial in sweep.trials:
         job = queue.get(trial.job) if trial.job is not None else None
         if job is not None and not job.is_active:
@@ -189,7 +198,7 @@ def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:
 
 def note_rung(sweep: Sweep, trial: Trial) -> None:
     """Keep the metric of a trial that is paused at its next rung."""
-    passed = len(trial.rung_values)
+    passed = trial.bracket + len(trial.rung_values)
     if trial.state != PAUSED or passed >= len(sweep.rungs) or trial.result is None:
         return
     if trial.result.get("steps") == sweep.rungs[passed]:
@@ -224,6 +233,13 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
         return None
     assert isinstance(result, dict)
     return result
+
+
+def hours_of(result: Mapping[str, Any] | None) -> float:
+    """Return the device hours of the start that a result is of; 0 without one."""
+    if result is None:
+        return 0.0
+    return float(result.get("device_hours", (result.get("seconds") or 0.0) / 3600))  # written since there are budgets
 
 
 def score(sweep: Sweep, trial: Trial) -> float | None:

@@ -33,4 +33,6 @@ def score_final_number(rows: list[Row], answers: list[str]) -> dict[str, float]:
     return {"final_number_accuracy": share(hits)}
 
 
-TASK = Task("final_number", score_final_number, headline="final_number_accuracy", max_new_tokens=256)
+TASK = Task(
+    "final_number", score_final_number, headline="final_number_accuracy", max_new_tokens=256, is_mean_of_rows=True
+)

@@ -60,6 +60,9 @@ class Task:
     """What `score` returns; where it is left out, the headline alone is known before rows are scored."""
     small_is_good: tuple[str, ...] = ()
     """Those of the metrics that are to be small; of the others a large one is good."""
+    is_mean_of_rows: bool = False
+    """Whether each metric of `score` is the mean of its values on single rows, over the rows that have it; then a row
+    is scored once, where its own values are wanted too."""
     columns: tuple[str, ...] = ()
     """Columns that `score` reads beside `prompt` and `completion`."""
     own_rows: OwnRows | None = None

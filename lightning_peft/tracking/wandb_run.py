@@ -10,8 +10,10 @@ from typing import Any
 
 from lightning_peft.checkpoint.lineage import FILE_NAME as LINEAGE
 from lightning_peft.tracking.charts import STEP, charts, summary_of, sweep_name
+from lightning_peft.tracking.git_state import git_state
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.tracking.metrics_csv import MetricsCSV
+from lightning_peft.tracking.run_log import RunLog
 from lightning_peft.tracking.service_record import service_record, write_record
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,10 @@ SETTINGS: dict[str, Any] = {
     "console": "off",
     "quiet": True,
 }
+CONSOLE = "output.log"
+"""The file of a run that W&B shows as its console."""
+PRINTED = "log.txt"
+"""What the trial of a local sweep prints, in its folder."""
 DATA_DIR = "WANDB_DATA_DIR"
 PROJECT = "lightning-peft"
 VARIABLES = {
@@ -103,6 +109,7 @@ class WandbRun(RunLogger):
             self.options = self.options | {key: value for key, value in more.items() if value is not None}
         self.check_options()
         self.run: Any = None
+        self.log: RunLog | None = None
         self.sets_data_dir = False
         self.written_step = 0
         self.logged = (time.monotonic(), 0)
@@ -136,16 +143,11 @@ class WandbRun(RunLogger):
             write_record(self.run_dir, record, "wandb")
         self.written_step = record["step"]
         given = {"id": record["id"]} if of_agent is None else {"project": None}
-        options = (
-            self.options
-            | given
-            | {
-                "dir": str(self.run_dir),
-                "settings": wandb.Settings(
-                    **{key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
-                ),
-            }
-        )
+        git = None if os.environ.get("WANDB_DISABLE_GIT") else git_state(Path.cwd())
+        settings = {key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
+        if git is not None:  # W&B itself would send the remote with the name in it
+            settings |= {"git_commit": git["commit"], "git_remote_url": git["remote"]}
+        options = self.options | given | {"dir": str(self.run_dir), "settings": wandb.Settings(**settings)}
         if wandb.run is not None:
             options |= {"reinit": "create_new"}  # a run that trains beside this one in the process
         try:
@@ -155,10 +157,28 @@ class WandbRun(RunLogger):
             logger.warning("wandb: no server (%s); logging offline to %s/wandb", reason, self.run_dir)
             wandb.teardown()
             self.run = wandb.init(**options, mode="offline")
+        if git is not None:
+            self.run.config.update({"git": git}, allow_val_change=True)
+        self.begin_log()
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)
         self.run.define_metric("validation/loss", step_metric=STEP, summary="min,last")
         self.write_lost_rows(step)
+
+    def begin_log(self) -> None:
+        """Keep the run's log as its console, and the file that a sweep writes what a trial prints to.
+
+        Both are uploaded as they grow. The console itself is not wrapped: `SETTINGS`.
+        """
+        self.log = RunLog(Path(self.run.dir) / CONSOLE)
+        self.run.save(str(self.log.path), base_path=self.run.dir, policy="live")
+        if (printed := self.run_dir / PRINTED).is_file():
+            self.run.save(str(printed.resolve()), base_path=str(self.run_dir.resolve()), policy="live")
+
+    def end_log(self) -> None:
+        if self.log is not None:
+            self.log.close()
+            self.log = None
 
     def write_lost_rows(self, step: int) -> None:
         """Log what metrics.csv has up to `step` and W&B has not: its service was killed, or its disk full."""
@@ -211,6 +231,7 @@ class WandbRun(RunLogger):
         if status == "rolled back":
             text = f"{self.run_dir}: diverged after step {step}, and goes on from an earlier checkpoint"
             self.run.alert(title=f"{self.run.name} rolled back", text=text)
+        self.end_log()
         # Until it finishes, up to 15 seconds of it are in the memory of another process.
         self.run.finish(exit_code=0 if status == "finished" else 1)
         self.forget_data_dir()
@@ -232,6 +253,7 @@ class WandbRun(RunLogger):
         import wandb
 
         self.forget_data_dir()
+        self.end_log()
         # A service that is dead would be asked again by the next run of this process.
         wandb.teardown()
 

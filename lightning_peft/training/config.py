@@ -106,7 +106,7 @@ class EarlyStoppingConfig:
     def __post_init__(self) -> None:
         if self.patience < 1:
             raise ValueError(f"early_stopping.patience={self.patience}: must be at least 1")
-        if self.min_delta < 0:
+        if not self.min_delta >= 0:
             raise ValueError(f"early_stopping.min_delta={self.min_delta}: must be 0 or more")
 
 
@@ -140,7 +140,7 @@ class GuardConfig:
     """Rollbacks of a run, over all its starts, before it ends as diverged."""
 
     def __post_init__(self) -> None:
-        if self.factor is not None and self.factor <= 1:
+        if self.factor is not None and not self.factor > 1:
             raise ValueError(f"guard.factor={self.factor}: must be above 1, or null")
         if self.patience < 1:
             raise ValueError(f"guard.patience={self.patience}: must be at least 1")

@@ -29,7 +29,8 @@ class Change:
     """The change dW of one layer beside its base weight W, as it is now."""
 
     relative_norm: float
-    """||dW|| / ||W||, Frobenius norms."""
+    """||dW|| / ||W||, Frobenius norms; inf where W is all zero and dW is not, nan as the others where dW is not
+    finite."""
     norm: float
     stable_rank: float
     """||dW||^2 over the largest singular value squared; 0 for no change."""
@@ -72,15 +73,20 @@ class ChangeMeter:
             norm = math.sqrt(squares)
             shares = values[values > 0] / values.sum()
             effective = float(torch.exp(-(shares * shares.log()).sum())) if squares else 0.0
-            relative = norm / float(self.weight_norms[name])
+            effective = effective if math.isfinite(norm) else math.nan
             stable = squares / largest**2 if squares else 0.0
-            found[name] = Change(relative, norm, stable, len(values), effective)
+            found[name] = Change(self._relative(name, norm), norm, stable, len(values), effective)
         return {name: found[name] for name, _ in measured_layers(model)}
 
     def _of_values(self, name: str, norm: Tensor, largest: Tensor) -> Change:
         size, first = float(norm), float(largest)
         stable = (size / first) ** 2 if first else 0.0
-        return Change(size / float(self.weight_norms[name]), size, stable, None, None)
+        return Change(self._relative(name, size), size, stable, None, None)
+
+    def _relative(self, name: str, norm: float) -> float:
+        """Return a change's norm beside that of its base weight, which may be all zero."""
+        weight = float(self.weight_norms[name])
+        return norm / weight if weight else math.inf * norm if norm else 0.0
 
 
 def measured_layers(model: nn.Module) -> list[tuple[str, Adapter]]:
@@ -126,7 +132,8 @@ def gathered_block(owner: FSDPModule | None) -> Iterator[None]:
 def singular_values(grams: dict[str, tuple[Tensor, Tensor, float]]) -> dict[str, Tensor]:
     """Return the singular values of scaling B A by layer, fp64 on the host, from A A^T, B^T B and scaling.
 
-    Those of B A squared are the eigenvalues of sqrt(B^T B) A A^T sqrt(B^T B), matrices of rank x rank.
+    Those of B A squared are the eigenvalues of sqrt(B^T B) A A^T sqrt(B^T B), matrices of rank x rank. Where a number
+    is not finite they are nan.
     """
     by_rank: dict[int, list[str]] = {}
     for name, (gram, _, _) in grams.items():
@@ -135,10 +142,13 @@ def singular_values(grams: dict[str, tuple[Tensor, Tensor, float]]) -> dict[str,
     for names in by_rank.values():
         gram_A = torch.stack([grams[name][0] for name in names]).cpu()
         gram_B = torch.stack([grams[name][1] for name in names]).cpu()
-        squares, U = torch.linalg.eigh(gram_B)
+        is_finite = (gram_A.isfinite() & gram_B.isfinite()).all(2).all(1)
+        gram_A, gram_B = (torch.where(is_finite[:, None, None], gram, 0.0) for gram in (gram_A, gram_B))
+        squares, U = torch.linalg.eigh(gram_B)  # raises for nan
         roots = squares.clamp_min(0).sqrt()[:, :, None]
         inner = roots * (U.mT @ gram_A @ U) * roots.mT
         values = torch.linalg.eigvalsh(inner).clamp_min(0).sqrt()
+        values = torch.where(is_finite[:, None], values, math.nan)
         found |= {name: row * abs(grams[name][2]) for name, row in zip(names, values, strict=True)}
     return found
 
@@ -153,15 +163,19 @@ def norm_and_largest(change: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_no_op(changes: Iterable[Change]) -> bool:
-    """Return whether no layer differs from its base; False where nothing was measured."""
+    """Return whether no layer differs from its base; False where nothing was measured, or where one is not finite."""
     sizes = [change.relative_norm for change in changes]
-    return bool(sizes) and max(sizes) <= NOTHING
+    return bool(sizes) and all(size <= NOTHING for size in sizes)
 
 
 def alarms_of(changes: Mapping[str, Change]) -> dict[str, str]:
-    """Say what looks wrong, by kind: no change, one layer that holds it, ranks that are not used."""
+    """Say what looks wrong, by kind: no change, one layer that holds it, ranks that are not used.
+
+    Layers that are not finite are left out: of them the guard speaks.
+    """
     if is_no_op(changes.values()):
         return {"no change": "the adapter changes nothing: every layer is its base"}
+    changes = {name: change for name, change in changes.items() if math.isfinite(change.norm)}
     told = {}
     total = sum(change.norm**2 for change in changes.values())
     name, most = max(changes.items(), key=lambda item: item[1].norm, default=("", None))

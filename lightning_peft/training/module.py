@@ -52,7 +52,7 @@ from lightning_peft.quantization.convert import (
     memory_by_group,
     weights_fingerprint,
 )
-from lightning_peft.quantization.experts import routed_modules
+from lightning_peft.quantization.experts import has_experts, routed_modules
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.callbacks.step_metrics import host_memory_gib
@@ -171,6 +171,8 @@ class FinetuneModule(LightningModule):
                 self.router_load = RouterLoad(self.model)
             else:
                 logger.info("the load of the experts is not logged under the compiler; compile=none logs it")
+        elif has_experts(self.model):
+            logger.info("the load of the experts is not logged: this model's are not given their choice of tokens")
         self.log_memory(self.model)
 
     def read_base(self, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:

@@ -1,6 +1,7 @@
 """How evenly the routers of a mixture use its experts, measured on the device in every forward pass of the training."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ class RouterLoad:
         self.counts: dict[str, Tensor] = {}
         """(experts,) int64 of each module since `start`."""
         self.handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(lambda module, inputs, name=name: self._count(name, module, inputs))
-            for name, module in routed_modules(model).items()
+            model.get_submodule(name).register_forward_pre_hook(partial(self._count, name, experts), with_kwargs=True)
+            for name, experts in routed_modules(model).items()
         ]
 
     def start(self) -> None:
@@ -32,11 +33,14 @@ class RouterLoad:
         self.counts = {}
 
     @torch.no_grad()
-    def _count(self, name: str, module: Any, inputs: tuple[Any, ...]) -> None:
+    def _count(
+        self, name: str, experts: int, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
         if not module.training:
             return
-        chosen = inputs[1].reshape(-1)
-        counts = torch.zeros(module.num_experts, dtype=torch.int64, device=chosen.device)
+        values = (*inputs, *named.values())
+        chosen = next(v for v in values if isinstance(v, Tensor) and not v.is_floating_point()).reshape(-1)
+        counts = torch.zeros(experts, dtype=torch.int64, device=chosen.device)
         counts.scatter_add_(0, chosen, torch.ones_like(chosen))
         self.counts[name] = self.counts[name] + counts if name in self.counts else counts
 

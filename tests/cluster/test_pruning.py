@@ -12,7 +12,7 @@ from lightning_peft.cluster.process import this_process
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.sweeps.local_worker import claim
-from lightning_peft.sweeps.pruning import may_go_on, promoted, rung_steps, rungs_in_words
+from lightning_peft.sweeps.pruning import brackets, may_go_on, promoted, rung_steps, rungs_in_words, target
 from lightning_peft.sweeps.sweep import ENDED, Sweep, Trial, changed_sweep, note_rung, read_sweep, refresh, write_sweep
 
 TINY = [
@@ -122,10 +122,52 @@ def test_rung_keeps_the_metric_by_its_sign_and_only_at_its_step():
     assert rungs_in_words(sweep) == "rungs (asha): 1 reached step 3, 0 reached step 9, 0 reached the end"
 
 
+def test_brackets_take_about_as_many_steps_each():
+    found = brackets(17, 2, 3, seed=0)
+    assert [found.count(b) for b in range(3)] == [9, 5, 3]  # of the paper: 3^2 / 3, 3 / 2 and 1 of 5.5
+    assert brackets(17, 2, 3, seed=0) == found != brackets(17, 2, 3, seed=1)
+    for count in range(1, 40):
+        assert len(brackets(count, 3, 4, 0)) == count and max(brackets(count, 3, 4, 0)) <= 3
+    steps = [size * sum(81 / 3**h * 3**-b for h, b in zip(range(s, -1, -1), range(s + 1), strict=True))
+             for size, s in zip((9, 4.5, 3), (2, 1, 0), strict=True)]  # fmt: skip
+    assert steps == [243, 243, 243]  # one in three goes on to three times as many
+
+
+def of_brackets(values: dict[str, tuple[int, list[float]]]) -> Sweep:
+    sweep = sweep_of([reached for _, reached in values.values()], "hyperband")
+    for trial, (name, (bracket, _)) in zip(sweep.trials, values.items(), strict=True):
+        trial.name, trial.bracket = name, bracket
+    return sweep
+
+
+def test_trial_of_hyperband_is_compared_with_those_of_its_bracket():
+    sweep = of_brackets({"a": (0, [5.0]), "b": (0, [3.0]), "c": (0, [4.0]), "d": (1, [1.0]), "e": (1, [2.0])})
+    assert going_on(sweep) == ["b"] == [promoted(sweep).name]
+    sweep.trials[1].state, sweep.trials[4].state = "finished", "running"
+    assert promoted(sweep) is None
+    sweep.trials[4].state = "paused"
+    assert promoted(sweep).name == "d"  # too few to be halved, and a bracket of its own has a winner all the same
+    sweep.trials[3].state = "finished"
+    assert promoted(sweep) is None
+    assert rungs_in_words(sweep) == (
+        "rungs (hyperband): 3 reached step 3, 2 reached step 9, 2 reached the end; first looked at: 3 at step 3, "
+        "2 at step 9, 0 at the end"
+    )
+
+
+def test_trial_of_a_later_bracket_pauses_at_its_first_rung():
+    sweep = of_brackets({"a": (0, []), "b": (1, []), "c": (2, [])})
+    assert [target(sweep, trial) for trial in sweep.trials] == [3, 9, None]
+    trial = sweep.trials[1]
+    trial.result = {"status": "paused", "steps": 9, "validation_loss": 2.5}
+    note_rung(sweep, trial)
+    assert trial.rung_values == [2.5] and target(sweep, trial) is None
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sweep.pruning=hyperband"], "sweep.pruning=hyperband"),
+        (["sweep.pruning=halving"], "sweep.pruning=halving"),
         (["sweep.reduction=1"], "sweep.reduction=1: must be at least 2"),
         (
             ["sweep.pruning=asha", "sweep.min_steps=9"],
@@ -154,7 +196,8 @@ def test_run_that_pauses_twice_is_the_run_that_never_does(tmp_path):
         assert left.value.code == 75
         result = json.loads((tmp_path / "paused" / "result.json").read_text())
         assert (result["status"], result["steps"]) == ("paused", step) and result["validation_loss"] > 0
-    assert train(config("paused", "resume=auto"))["steps"] == 9
+    result = train(config("paused", "resume=auto"))
+    assert result["steps"] == 9 and result["device_hours"] == pytest.approx(result["seconds"] / 3600)
     one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "paused"))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 

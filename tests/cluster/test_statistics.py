@@ -4,14 +4,18 @@ import csv
 import itertools
 import json
 import math
+import os
 import random
 import shlex
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from lightning_peft.__main__ import main
+from lightning_peft.evaluation.smaller_ranks import RankScore, smallest_as_good
+from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.statistics import (
     Group,
     best_of_ranks,
@@ -103,6 +107,34 @@ def test_sentence_has_the_figures_of_the_files(folder):
     )
 
 
+def test_largest_rank_cut_by_svd_is_spoken_of(folder):
+    sweep = read_sweep(folder)
+    best = min(SEEDS, key=lambda seed: loss_at(64, "1e-3", seed))
+    trial = f"rank64_lr1e-3_seed{best}"
+    asked = f"lightning-peft inspect s/{trial} smaller_ranks=true"
+    assert cut_sentence(sweep, folder, "s").endswith(f"not known yet: {asked}")
+    cuts = [
+        RankScore(32, 1.5, 0.0, (-0.01, 0.01)),
+        RankScore(8, 1.51, 0.01, (-0.001, 0.02)),
+        RankScore(4, 2, 0.5, (0.4, 0.6)),
+    ]
+    ranks = {"loss": 1.5, "rows": 200, "as_good": smallest_as_good(cuts).rank, "ranks": [asdict(cut) for cut in cuts]}
+    (folder / trial / "inspection.json").write_text(json.dumps({"layers": {}, "smaller_ranks": ranks}))
+    assert cut_sentence(sweep, folder, "s") == (
+        f"{trial}, cut by SVD without training: rank 8 is within noise of the whole of rank 64 at an eighth of the "
+        "parameters: loss 1.51 and 1.5, 95 % of the difference from -0.001 to 0.02 over 200 rows"
+    )
+    ranks |= {"as_good": None, "ranks": [asdict(cuts[2])]}
+    (folder / trial / "inspection.json").write_text(json.dumps({"layers": {}, "smaller_ranks": ranks}))
+    assert "rank 4 is worse than the whole beyond noise: loss 2 and 1.5" in cut_sentence(sweep, folder, "s")
+    (folder / trial / "adapter").mkdir()
+    (folder / trial / "adapter" / "adapter_model.safetensors").write_bytes(b"trained on")
+    os.utime(folder / trial / "inspection.json", (0, 0))
+    assert cut_sentence(sweep, folder, "s").endswith(asked)
+    sweep.trials = [one for one in sweep.trials if one.values["adapter.rank"] == "64"]
+    assert cut_sentence(sweep, folder, "s") is None
+
+
 def test_difference_beyond_noise_is_said(folder):
     sweep = read_sweep(folder)
     sweep.trials = [trial for trial in sweep.trials if trial.values["adapter.rank"] != "8"]
@@ -190,6 +222,7 @@ def test_table_and_its_json_hold_the_groups(folder, capsys):
     printed = capsys.readouterr().out
     assert "validation_loss over the seeds" in printed and "rank 8 is within noise of rank 64" in printed
     assert "next: lightning-peft submit -m model=tiny adapter.rank=8" in printed
+    assert f"lightning-peft inspect {folder}/rank64_lr1e-3_seed" in printed.replace("\n", "")
     row = next(row for row in json.loads((folder / "t.json").read_text()) if row["trial"] == "rank8_lr1e-2_seed1")
     losses = last_validations(folder, 8, "1e-2")
     assert row["seeds"] == 3 and row["validation_loss_mean"] == pytest.approx(statistics.fmean(losses))

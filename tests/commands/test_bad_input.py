@@ -13,6 +13,13 @@ TRAIN_CASES = {
     "unknown rank option": (["rank=r3"], r"rank=r3: no such option; rank is one of .*r16"),
     "unknown key": (["foo=1"], r"foo: no such option"),
     "mistyped key": (["adapter.rnk=3"], r"adapter.rnk: no such option; did you mean .*adapter.rank"),
+    "key of another choice": (
+        ["objective=dpo", "objective.noise_alpha=5"],
+        r"objective.noise_alpha: no such option; objective=sft has it, and what was chosen has not$",
+    ),
+    "key of another method": (
+        ["method=ia3", "adapter.bias=all"], r"adapter.bias: no such option; method=lora has it",
+    ),
     "mistyped group": (["metod=lora"], r"metod: no such option; did you mean method"),
     "text for a number": (["adapter.rank=x"], r"adapter.rank=x: .*'x'.*Integer"),
     "text for a rate": (["optimizer.lr=fast"], r"optimizer.lr=fast: .*Float"),
@@ -99,6 +106,14 @@ OTHER_CASES = {
     ),
     "a name no hub has": (["models", "a b/c"], r"a b/c: no such folder here, and not a name that the hub can have"),
     "evaluate no rows": (["evaluate", "adapter_path=x", "max_rows=0"], r"max_rows=0: must be at least 1"),
+    "prices into a missing folder": (
+        ["estimate", "-m", "model=tiny", "seed=1,2", "output=/no/such/p.json"],
+        r"price.output=/no/such/p.json: there is no folder /no/such; make it first",
+    ),
+    "inspection into a missing folder": (
+        ["inspect", "x", "output=/no/such/p.json"],
+        r"output=/no/such/p.json: there is no",
+    ),
     "generate nothing": (["generate"], r"adapter_path=null: give a run or adapter folder, or model="),
     "two kinds of prompt": (["generate", "model=tiny", "prompt=a", "prompt_path=b"], r"prompt and prompt_path=b"),
     "missing prompts": (["generate", "model=tiny", "prompt_path=/no/p.txt"], r"prompt_path=/no/p.txt: no such file"),

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.inject import adapters
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.peft_format import file_sha256
 from lightning_peft.commands.adapted import load_for_inference
@@ -27,6 +28,7 @@ METHODS = {
     "ia3": ["method=ia3"],
     "hira": ["method=hira", "rank=4"],
     "nf4": ["method=qlora", "rank=4"],
+    "wide": ["method=lora", "rank=2", "adapter.rank_pattern={q_proj:6}", "seed=5"],
 }
 
 
@@ -116,6 +118,12 @@ def test_combinations_are_cut_to_the_largest_rank(runs, tmp_path, combine, rank)
     assert max(receipt["ranks"].values()) == rank and max(receipt["lost"].values()) > 0
     if combine != "dare":  # of which half was noise
         assert receipt["recovered"] > 0.8
+
+
+def test_largest_rank_counts_those_of_patterns(runs, tmp_path):
+    receipt = converted([f"[{runs / 'wide'},{runs / 'few'}]", "combine=svd"], tmp_path / "svd")
+    assert max(receipt["ranks"].values()) == 6  # 2 and 6 beside 2: cut to the largest of all
+    assert LoRAConfig(rank=2, rank_last=3, rank_pattern={"q": 6}).largest_rank == 6 == LoRAConfig(rank=6).largest_rank
 
 
 def test_dare_follows_its_seed(runs, tmp_path):

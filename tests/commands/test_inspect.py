@@ -21,7 +21,9 @@ from lightning_peft.adapters.spectrum import (
     overlap,
     warnings_of,
 )
+from lightning_peft.commands import inspect as command
 from lightning_peft.commands.adapted import load_for_inference
+from lightning_peft.evaluation.smaller_ranks import score_ranks
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -149,10 +151,14 @@ def test_command_writes_every_layer(runs, method, capsys):
         assert all(share == pytest.approx(1, abs=1e-4) for share in content["overlap"].values())
 
 
-def test_smaller_ranks_are_scored_and_the_words_that_cut_are_printed(runs, capsys):
-    output = runs / "ranks.json"
+def test_smaller_ranks_are_scored_and_the_words_that_cut_are_printed(runs, capsys, monkeypatch):
+    output, loads, written = runs / "ranks.json", [], []
+    monkeypatch.setattr(command, "load_for_inference", lambda *a: loads.append(a) or load_for_inference(*a))
+    monkeypatch.setattr(command, "score_ranks", lambda *a: written.append(output.read_text()) or score_ranks(*a))
     assert main(["inspect", str(runs / "lora"), "smaller_ranks=true", "max_rows=4", f"output={output}"]) == 0
-    said, found = capsys.readouterr().out, json.loads(output.read_text())["smaller_ranks"]
+    said, content = capsys.readouterr().out, json.loads(output.read_text())
+    found = content.pop("smaller_ranks")
+    assert len(loads) == 1 and json.loads(written[0]) == content  # one load, and the inspection before the scores
     assert [score["rank"] for score in found["ranks"]] == [2, 1] and found["rows"] == 4
     if found["as_good"] is None:
         assert "no smaller rank does as well on 4 validation rows" in said
@@ -214,6 +220,9 @@ def test_stacks_of_experts_are_left_out_with_a_line(tmp_path, capsys):
         run_dir = tmp_path / name
         words = ["model=hf", f"model.path={tmp_path / 'model'}", *words, "trainer.max_steps=1", "logger=none"]
         assert main(["train", *TINY[1:], *words, f"run_dir={run_dir}"]) == 0
+    assert main(["inspect", str(tmp_path / "both"), "smaller_ranks=true"]) == 2
+    assert "smaller_ranks=true: model.layers.0.mlp.experts" in capsys.readouterr().err
+    assert not (tmp_path / "both" / "inspection.json").exists()
     assert main(["inspect", str(tmp_path / "both")]) == 0
     content = json.loads((tmp_path / "both" / "inspection.json").read_text())
     assert content["layers"] and not any("experts" in name for name in content["layers"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from tiny_runs import tiny_config
 from lightning_peft.__main__ import main
 from lightning_peft.commands.train import train
 from lightning_peft.evaluation.gate import Metric, bootstrap, row_scores, verdicts
+from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Task
+from lightning_peft.tasks.text_to_sql.task import TASK as TEXT_TO_SQL
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,9 @@ def test_gate_ships_and_does_not_ship(run_dir, capsys):
 
 
 WRONG = {
+    "gate={loss_per_token:0.1}": "gate.loss_per_token=0.1: is not scored; choose one of loss, perplexity, exec",
+    "gate={preference_accuracy:0.1}": "gate.preference_accuracy=0.1: is not scored",
+    "gate={loss:nan}": "gate.loss=nan: must be a finite number",
     "gate={bleu:0.1}": "gate.bleu=0.1: is not scored; choose one of loss, perplexity, execution_accuracy",
     "models=adapter gate={loss:0}": "gate: compares an adapter with its base",
     "benchmark=helm": "benchmark=helm: must be lm_eval",
@@ -89,7 +95,7 @@ def test_only_means_over_rows_have_an_interval():
 
     task = Task("t", score, "exact", 4)
     rows, answers = [{"completion": "a"}, {"completion": "b"}, {"completion": "c"}], ["a", "x", "c"]
-    assert row_scores(task, rows, answers, score(rows, answers)) == {"exact": [1.0, 0.0, 1.0]}
+    assert row_scores(task, rows, answers) == (score(rows, answers), {"exact": [1.0, 0.0, 1.0]})
     assert bootstrap([1.0]) is None and bootstrap([1.0, math.nan, 1.0]) == (1.0, 1.0)
 
 
@@ -150,3 +156,29 @@ def accuracy_by_hand(run_dir: Path, rows: list[dict], name: str) -> float:
             sums.append(sum(float(logs[i - 1, whole[i]]) for i in range(len(start), len(whole))))
         right += int(max(range(2), key=lambda i: sums[i]) == row["answer"])
     return right / len(rows)
+
+
+def test_row_is_scored_once_where_metrics_are_means_of_rows():
+    rows = list(TEXT_TO_SQL.own_rows.make("test", 0, 6, "answers"))
+    answers = [row["completion"] if i % 2 else "no query" for i, row in enumerate(rows)]
+    asked = []
+
+    def score(some, given):
+        asked.append(len(some))
+        return TEXT_TO_SQL.score(some, given)
+
+    metrics, by_row = row_scores(replace(TEXT_TO_SQL, score=score), rows, answers)
+    assert asked == [1] * 6
+    assert metrics == TEXT_TO_SQL.score(rows, answers) and by_row["execution_accuracy"] == [0.0, 1.0] * 3
+
+
+def test_scores_stay_where_a_gate_names_what_these_rows_lack(run_dir, monkeypatch, capsys):
+    """A task may name a metric that its rows turn out not to have."""
+    output = run_dir / "kept.json"
+    words = ["gate={execution_accuracy/unheard:0}", f"output={output}"]
+    named = replace(TEXT_TO_SQL, metrics=(*TEXT_TO_SQL.metrics, "execution_accuracy/unheard"))
+    monkeypatch.setitem(TASKS, "text_to_sql", named)
+    assert evaluated(run_dir, *words) == 2
+    assert "execution_accuracy/unheard=0: was not scored" in capsys.readouterr().err
+    report = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert report["adapter"]["loss"] < report["base"]["loss"] and "ship" not in report

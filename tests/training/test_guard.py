@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from safetensors.torch import load_file
 from tiny_runs import TINY, tiny_config
 from torch import nn
 
+from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.commands.train import train
-from lightning_peft.runs.rollback import Rollback, rollbacks_of, write_rollbacks
+from lightning_peft.commands.training import prepare_folder
+from lightning_peft.runs.folder import Start, find_start
+from lightning_peft.runs.rollback import Rollback, roll_back, rollbacks_of, taken_along, write_rollbacks
 from lightning_peft.training.config import GuardAction, GuardConfig
 from lightning_peft.training.guard import Diverged, Guard
 from lightning_peft.training.preemption import Paused
@@ -163,6 +167,43 @@ def test_rollback_before_the_first_checkpoint_starts_again_and_is_bounded(tmp_pa
     assert "the guard.max_rollbacks=2 rollbacks are used up" in caplog.text
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert (result["status"], result["rollbacks"], result["diverged"]["step"]) == ("diverged", 2, 5)
+
+
+def checkpoint_of(step: int, folder: Path, above: int = 0) -> Path:
+    path = checkpoint_path(folder / "checkpoints", step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step, "guard": {"above": above}, "callbacks": {}}, path)
+    return path
+
+
+def test_rollback_steps_back_over_a_damaged_checkpoint(tmp_path, caplog):
+    kept, _, newest = checkpoint_of(2, tmp_path), checkpoint_of(4, tmp_path, above=1), checkpoint_of(6, tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-40])
+    assert roll_back(GuardConfig(), tmp_path, 7, "by hand") == kept
+    assert "step-00000006.ckpt: truncated" in caplog.text and rollbacks_of(tmp_path)[0].back_to == 2
+
+
+def test_rollbacks_behind_another_folders_checkpoint_are_left_there(tmp_path, caplog):
+    one, other = tmp_path / "one", tmp_path / "other"
+    path = checkpoint_of(4, one)
+    write_rollbacks([Rollback(5, 4, 0.5, "first"), Rollback(9, 8, 0.25, "second")], one)
+    assert taken_along(other, path) == rollbacks_of(other) == rollbacks_of(one)[:1]
+    assert "the learning rate is 0.5 times the given one" in caplog.text
+    assert len(taken_along(one, path)) == 2
+    assert taken_along(tmp_path / "third", checkpoint_of(3, one)) == [] and not (tmp_path / "third").exists()
+
+
+def test_rollbacks_of_a_run_that_begins_anew_are_dropped_with_its_options(tmp_path, caplog):
+    run_dir = tmp_path / "r"
+    before, now = tiny_config(run_dir, *RUN), tiny_config(run_dir, *RUN, "optimizer.lr=0.003")
+    prepare_folder(before, run_dir)
+    write_rollbacks([Rollback(1, 0, 0.5, "by hand")], run_dir)
+    for config, kept in ((before, True), (replace(now, dry_run=True), True), (now, False)):
+        assert find_start(config, run_dir) == Start()
+        assert bool(rollbacks_of(run_dir)) is kept
+    assert "dropped, as this run begins anew (resume: the checkpoint was made with another config: optimizer.lr" in (
+        caplog.text
+    )
 
 
 SLOW = [pytest.param(word, marks=pytest.mark.slow) for word in ("optimizer=adamw_8bit", "method=adalora")]

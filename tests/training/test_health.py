@@ -1,17 +1,21 @@
 """What is said of an adapter while it trains is what its matrices say, and what looks wrong is told once."""
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import plain_trainer, tiny_config, tiny_parts
+from torch import nn
 
-from lightning_peft.adapters.inject import adapters
+from lightning_peft.adapters.inject import adapters, inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.spectrum import layer_spectrum
 from lightning_peft.commands.train import train
 from lightning_peft.training.callbacks.adapter_health import AdapterHealth, gradient_shares
 from lightning_peft.training.config import HealthConfig
+from lightning_peft.training.guard import Diverged
 from lightning_peft.training.health import Change, ChangeMeter, alarms_of, is_no_op
 
 RUN = ["trainer.max_steps=4", "health.every_n_steps=2", "data.packing=false", "checkpoint.every_n_steps=2"]
@@ -89,3 +93,39 @@ def test_alarm_is_told_once(tmp_path, caplog):
     train(tiny_config(tmp_path / "run", *RUN, "optimizer.lr=1e-30", "guard.no_op_steps=null"))
     assert caplog.text.count("step 2: the adapter changes nothing: every layer is its base") == 1
     assert caplog.text.count("the adapter changes nothing") == 1
+
+
+def lora_model(*spoilt: str) -> nn.Module:
+    """Layers a, b and c whose adapters change them; the named ones have an infinite B."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(20, 12, bias=False) for name in "abc"})
+    inject_adapters(model, LoRAConfig(method="lora", rank=8, target_modules=["a", "b", "c"]))
+    for name, layer in adapters(model):
+        layer.set_factors(torch.randn(8, 20), torch.randn(12, 8) * (math.inf if name in spoilt else 1.0))
+    return model
+
+
+def test_what_is_not_finite_is_measured_as_nan_and_gives_no_alarm():
+    sound, model = (ChangeMeter().measure(model, model) for model in (lora_model(), lora_model("b")))
+    assert sound["a"] == model["a"] and sound["c"] == model["c"]
+    assert all(math.isnan(value) for value in (model["b"].norm, model["b"].stable_rank, model["b"].effective_rank))
+    assert not is_no_op(model.values()) and not is_no_op([model["b"]])
+    assert alarms_of(model) == alarms_of({name: sound[name] for name in "ac"}) and alarms_of({"b": model["b"]}) == {}
+
+
+def test_run_that_diverged_is_told_by_the_guard_and_not_by_the_measuring(tmp_path):
+    words = ["health.every_n_steps=1", "guard.no_op_steps=1", "optimizer.lr=1e38", "schedule.warmup_steps=0"]
+    with pytest.raises(Diverged) as found:
+        train(tiny_config(tmp_path / "run", *RUN, *words))
+    assert found.value.reason.startswith("loss nan") and found.value.step == 2
+
+
+def test_base_weight_of_zeros_has_no_share():
+    model = lora_model()
+    model["a"].base_layer.weight.data.zero_()
+    found = ChangeMeter().measure(model, model)["a"]
+    assert found.relative_norm == math.inf and not is_no_op([found])
+    spectrum = layer_spectrum(model["a"])
+    assert spectrum.relative_norm is None and spectrum.norm == pytest.approx(found.norm, rel=1e-5)
+    model["a"].set_factors(torch.randn(8, 20), torch.zeros(12, 8))
+    assert is_no_op([ChangeMeter().measure(model, model)["a"]])

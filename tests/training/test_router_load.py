@@ -13,6 +13,7 @@ from lightning_peft.__main__ import main
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.models.tiny import tiny_tokenizer
+from lightning_peft.quantization.experts import has_experts, routed_modules
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.router_load import RouterLoad
@@ -62,6 +63,31 @@ def test_counts_are_the_routers_choices(family: str, experts: Any) -> None:
     load = sum(float(share.max() * 4) for share in shares) / 2
     entropy = sum(float(-(s[s > 0] * s[s > 0].log()).sum()) for s in shares) / 2 / torch.tensor(4.0).log().item()
     assert values(found) == pytest.approx({"router_load": load, "router_entropy": entropy}, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "options", "modules"),
+    [
+        ("longcat_flash", {"zero_expert_num": 2}, 1),
+        ("gemma4_text", {"enable_moe_block": True, "moe_intermediate_size": 32, "top_k_experts": 2}, 2),
+        ("granitemoehybrid", {"num_local_experts": 4, "num_experts_per_tok": 2}, 2),
+        ("nemotron_h", {"layers_block_type": ["attention", "moe"]}, 1),
+    ],
+)
+def test_experts_of_every_kind_are_counted(family: str, options: dict[str, Any], modules: int) -> None:
+    model = small_model(family, **options).train()
+    found = RouterLoad(model)
+    model(torch.arange(3, 43)[None], use_cache=False)
+    assert len(found.counts) == modules and {len(counts) for counts in found.counts.values()} <= {4, 6}
+    per_token = {int(counts.sum()) / 40 for counts in found.counts.values()}
+    assert per_token == {float(getattr(model.config, "num_experts_per_tok", None) or model.config.top_k_experts)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_without_a_choice_to_count_are_told_from_none() -> None:
+    assert has_experts(small_model("llama4_text")) and not routed_modules(small_model("llama4_text"))
+    assert not has_experts(small_model("llama"))
 
 
 def test_a_run_of_a_mixture_has_them_in_its_metrics(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from wandb_records import offline_runs
 from lightning_peft.commands.together import train_together
 from lightning_peft.commands.train import train
 from lightning_peft.tracking.charts import charts, sweep_name
+from lightning_peft.tracking.git_state import git_state, without_credentials
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.tracking.service_record import service_record
 from lightning_peft.tracking.wandb_run import WandbRun
@@ -42,6 +44,21 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
 
 
+def checkout(folder: Path) -> str:
+    """A git checkout with a change that is in no commit and a remote with a password; returns the commit."""
+    for words in (
+        ["init", "-q", "-b", "main"], ["add", "notes.txt"],
+        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "first"],
+        ["remote", "add", "origin", "https://me:secret@example.org/me/code.git"],
+    ):  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        (folder / "notes.txt").write_text("first")
+        subprocess.run(["git", "-C", str(folder), *words], check=True)
+    (folder / "notes.txt").write_text("second")
+    asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run inside a sweep's folder, and what W&B has of it."""
@@ -53,7 +70,13 @@ def finished(tmp_path_factory):
         for key in ("WANDB_API_KEY", "WANDB_MODE"):
             patch.delenv(key, raising=False)
         patch.setenv("HOME", str(sweep.parent / "home"))
+        checkout(sweep.parent / "code")
+        patch.chdir(sweep.parent / "code")
+        (sweep / "rank4").mkdir()
+        (sweep / "rank4" / "log.txt").write_text("what a trial prints")
+        logging.getLogger("lightning_peft").setLevel(logging.INFO)
         result = train(wandb_config(sweep / "rank4", *words))
+        logging.getLogger("lightning_peft").setLevel(logging.NOTSET)
     (run,) = offline_runs(sweep / "rank4")
     return sweep / "rank4", run, result
 
@@ -66,6 +89,31 @@ def test_run_says_what_it_is(finished):
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert {key: run.config[key] for key in saved} == saved
     assert run.config["trainable_parameters"] == result["trainable_parameters"]
+
+
+def test_run_has_its_log_and_the_commit_it_was_started_from(finished):
+    run_dir, run, _ = finished
+    assert run.files["log.txt"] == "what a trial prints" and set(run.files) == {"log.txt", "output.log"}
+    assert "INFO" in run.files["output.log"] and "step 3/3" in run.files["output.log"]
+    code = run_dir.parent.parent / "code"
+    state = git_state(code)
+    assert run.config["git"] == state and state["dirty"] is True and state["branch"] == "main"
+    assert run.git == (state["commit"], state["remote"]) and state["remote"] == "https://example.org/me/code.git"
+
+
+def test_where_there_is_no_git_nothing_is_recorded(tmp_path, monkeypatch):
+    assert git_state(tmp_path) is None
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert git_state(tmp_path) is None  # no commit yet
+    checkout(tmp_path / "code")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state(tmp_path / "code") is None
+
+
+def test_remote_loses_what_is_secret():
+    assert without_credentials("https://ghp_token@github.com:443/a/b") == "https://github.com:443/a/b"
+    assert without_credentials("git@github.com:a/b.git") == "git@github.com:a/b.git"
+    assert without_credentials("/srv/git/b.git") == "/srv/git/b.git"
 
 
 def test_runs_that_train_together_have_a_run_each(tmp_path):

@@ -60,6 +60,10 @@ class OfflineRun:
     exit_code: int | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     alerts: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    """Text of the files that are uploaded as they grow, by name."""
+    git: tuple[str, str] = ("", "")
+    """Commit and remote."""
 
     def scalars(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of every row that has the key."""
@@ -78,7 +82,11 @@ def offline_run(path: Path) -> OfflineRun:
             run.id, run.group, run.job_type = record.run.run_id, record.run.run_group, record.run.job_type
             run.tags = list(record.run.tags)
             run.project, run.name = record.run.project, record.run.display_name
+            run.git = record.run.git.commit, record.run.git.remote_url
             run.config |= values(record.run.config.update)
+        elif kind == "files":
+            live = [file.path for file in record.files.files if file.policy == file.LIVE]
+            run.files |= {name: (path.parent / "files" / name).read_text() for name in live}
         elif kind == "config":
             run.config |= values(record.config.update)
         elif kind == "history":

@@ -33,6 +33,7 @@ TASK = Task(
     spread_shots_by="level",
     shown=extract_sql,
     metrics=("execution_accuracy", *(f"execution_accuracy/{level}" for level in LEVEL_SHARES)),
+    is_mean_of_rows=True,
     columns=("schema", "seed", "level"),
     own_rows=OwnRows(rows_of_kind),
 )

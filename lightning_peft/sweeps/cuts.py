@@ -1,0 +1,58 @@
+"""What the largest rank of a sweep does when it is cut by SVD, without training, beside what smaller ranks learn."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.sweeps.statistics import Group, best_of_ranks, share_of_parameters
+from lightning_peft.sweeps.sweep import Sweep, score
+
+INSPECTION, ADAPTER = "inspection.json", "adapter/adapter_model.safetensors"
+
+
+def cut_sentence(sweep: Sweep, folder: Path, shown: str) -> str | None:
+    """Say what `inspect smaller_ranks=true` found of the best trial of the largest rank, or how to have it found.
+
+    `shown` is the sweep's folder as it was typed. None where no two ranks are compared.
+    """
+    ranks = best_of_ranks(sweep)
+    if len(ranks) < 2:
+        return None
+    largest = max(ranks)
+    trial = best_trial_of(sweep, ranks[largest])
+    if (found := scores_of_cuts(folder / trial)) is None:
+        ask = shlex.join(["lightning-peft", "inspect", f"{shown}/{trial}", "smaller_ranks=true"])
+        return f"whether rank {largest} can be cut without training is not known yet: {ask}"
+    where = f"{trial}, cut by SVD without training"
+    if (rank := found["as_good"]) is None:
+        worse = max(found["ranks"], key=lambda entry: entry["rank"], default=None)
+        if worse is None:
+            return f"{where}: there is no smaller rank"
+        low, high = worse["interval"]
+        return (
+            f"{where}: rank {worse['rank']} is worse than the whole beyond noise: loss {worse['loss']:.4g} and "
+            f"{found['loss']:.4g}, 95 % of the difference from {low:.2g} to {high:.2g} over {found['rows']} rows"
+        )
+    entry = next(entry for entry in found["ranks"] if entry["rank"] == rank)
+    low, high = entry["interval"]
+    share = share_of_parameters(ranks[rank], ranks[largest]) if rank in ranks else ""
+    return (
+        f"{where}: rank {rank} is within noise of the whole of rank {largest}{share}: loss {entry['loss']:.4g} and "
+        f"{found['loss']:.4g}, 95 % of the difference from {low:.2g} to {high:.2g} over {found['rows']} rows"
+    )
+
+
+def best_trial_of(sweep: Sweep, group: Group) -> str:
+    """Return the name of a group's best trial."""
+    scored = {name: value for name in group.names if (value := score(sweep, sweep.trial(name))) is not None}
+    return min(scored, key=lambda name: scored[name])
+
+
+def scores_of_cuts(run_dir: Path) -> dict[str, Any] | None:
+    """Return what the run's inspection says of smaller ranks; None without one, or where the adapter is newer."""
+    path, adapter = run_dir / INSPECTION, run_dir / ADAPTER
+    if not path.is_file() or (adapter.is_file() and adapter.stat().st_mtime > path.stat().st_mtime):
+        return None
+    found: dict[str, Any] | None = json.loads(path.read_text()).get("smaller_ranks")
+    return found
