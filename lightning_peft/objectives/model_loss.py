@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft import distributed
 from lightning_peft.data.batch import Batch
+from lightning_peft.kernels.cross_entropy import LogitTransform
 from lightning_peft.models.blocks import decoder_of
 from lightning_peft.models.source import VARLEN
 from lightning_peft.objectives.embedding_noise import noisy_embeddings
@@ -69,6 +70,20 @@ class TokenLosses(NamedTuple):
     """(N,) int64, the sample each belongs to, counted through the batch."""
     weights: Tensor | None
     """(N,) fp32, the factor of each; None where all are 1."""
+
+
+class Readout(NamedTuple):
+    """The supervised tokens of a batch before the output head, in the order of `TokenLosses`."""
+
+    hidden: Tensor
+    """(N, D), what the head is fed; (N, V) final logits where they are not rebuilt here, `head` being an identity."""
+    head: nn.Module
+    transform: LogitTransform | None
+    """What the head's output goes through."""
+    labels: Tensor
+    """(N,) int64, the tokens."""
+    vocabulary: int
+    """V, tokens that the head has rows for."""
 
 
 class ModelLoss(nn.Module, ABC):
@@ -198,6 +213,28 @@ class ModelLoss(nn.Module, ABC):
         logits, labels = zip(*(self._token_logits(part) for part in self._parts(batch)), strict=True)
         return torch.cat(logits), torch.cat(labels)
 
+    def readout(self, batch: Batch) -> Readout:
+        """Return the hidden states of every supervised token with what makes logits of them; a call may check first."""
+        if not self.is_checked:
+            self.check(batch)
+        found = []
+        for part in self._parts(batch):
+            positions, labels = self._supervised(part)
+            path = self.logit_path
+            hidden = self._own_logits(part, positions) if path is None else self._hidden(part, positions, path)
+            found.append((hidden, labels))
+        hidden, labels = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if self.logit_path is None:
+            return Readout(hidden, nn.Identity(), None, labels, vocabulary)
+        return Readout(hidden, self.model.get_output_embeddings(), self.logit_path.transform, labels, vocabulary)
+
+    def token_weights(self, batch: Batch) -> Tensor | None:
+        """Return the factor of each token of `readout`, (N,) fp32; None where all are 1."""
+        found = [self._weights(part, self._supervised(part)[0]) for part in self._parts(batch)]
+        weights = [part for part in found if part is not None]
+        return torch.cat(weights) if weights else None
+
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return what is run together: the batch, or its samples where they would see each other."""
         if not self.runs_apart or not is_packed(batch):
@@ -223,14 +260,16 @@ class ModelLoss(nn.Module, ABC):
 
     def _token_losses(self, batch: Batch) -> TokenLosses:
         positions, labels = self._supervised(batch)
-        weights = None
-        if batch.weights is not None:
-            weights = F.pad(batch.weights[:, 1:], (0, 1)).reshape(-1).index_select(0, positions)
         bounds = batch.cu_seqlens[1:].to(positions.device, torch.int64)
         samples = torch.searchsorted(bounds, positions, right=True)
         if batch.sample_ids is not None:
             samples = batch.sample_ids.index_select(0, samples)
-        return TokenLosses(self._cross_entropy(batch, positions, labels), samples, weights)
+        return TokenLosses(self._cross_entropy(batch, positions, labels), samples, self._weights(batch, positions))
+
+    def _weights(self, batch: Batch, positions: Tensor) -> Tensor | None:
+        if batch.weights is None:
+            return None
+        return F.pad(batch.weights[:, 1:], (0, 1)).reshape(-1).index_select(0, positions)
 
     def _cross_entropy(self, batch: Batch, positions: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.label_smoothing if self.training else 0.0
