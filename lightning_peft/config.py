@@ -193,13 +193,12 @@ class TrainConfig:
                 f"keep no copy; use strategy=ddp{instead}"
             )
 
-
     def check_teacher(self, objective: DistillConfig) -> None:
         """Raise ValueError where a run cannot have a teacher beside it."""
         if self.strategy.kind is StrategyKind.fsdp:
             raise ValueError(
-                "objective=distill strategy=fsdp: every rank holds the teacher whole, and slices of a base share nothing "
-                "with it; use strategy=ddp, or quantization=nf4 where memory is short"
+                "objective=distill strategy=fsdp: every rank holds the teacher whole, and slices of a base share "
+                "nothing with it; use strategy=ddp, or quantization=nf4 where memory is short"
             )
         if self.adapter.method in METHODS and METHODS[self.adapter.method].select is not None:
             raise ValueError(
@@ -209,8 +208,8 @@ class TrainConfig:
         if objective.teacher is None and self.adapter.initialization.rewrites_base:
             raise ValueError(
                 f"objective=distill adapter.init={self.adapter.init_name}: the start takes a part out of the base that "
-                f"the teacher shares; use adapter.init=kaiming, or objective.teacher={self.model.path or self.model.name}, "
-                "which reads it once more"
+                "the teacher shares; use adapter.init=kaiming, or read it once more with "
+                f"objective.teacher={self.model.path or self.model.name}"
             )
 
 

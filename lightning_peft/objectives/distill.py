@@ -46,9 +46,9 @@ class DistillConfig(ObjectiveConfig):
     temperature: float = 1.0
     """What both models' logits are divided by in the divergence; above 1 small probabilities count for more."""
     divergence: Divergence = Divergence.forward_kl
-    """forward_kl: KL(q || p) of teacher q and student p, which covers all that the teacher does; reverse_kl: KL(p || q),
-    which keeps to what it does most (Gu et al. 2023, arXiv:2306.08543); jsd: between them (Agarwal et al. 2024,
-    arXiv:2306.13649)."""
+    """Of teacher q and student p. forward_kl: KL(q || p), which covers all that the teacher does; reverse_kl:
+    KL(p || q), which keeps to what it does most (Gu et al. 2023, arXiv:2306.08543); jsd: between them (Agarwal et al.
+    2024, arXiv:2306.13649)."""
     jsd_beta: float = 0.5
     """b in b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p, of divergence=jsd."""
 

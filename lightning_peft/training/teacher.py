@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import inject_adapters
@@ -87,8 +87,8 @@ def check_same_tokens(name: str, theirs: PreTrainedTokenizerFast, ours: PreTrain
         own = f"{by_id[number]!r}" if number in by_id else "no token"
         found = f"its token {number} is {token!r}, here {own}"
     raise ValueError(
-        f"objective.teacher={name}: {found} ({len(there):,} and {len(here):,} tokens): distributions are compared token by "
-        "token; give a teacher with the vocabulary of the model"
+        f"objective.teacher={name}: {found} ({len(there):,} and {len(here):,} tokens): distributions are compared "
+        "token by token; give a teacher with the vocabulary of the model"
     )
 
 
@@ -124,12 +124,16 @@ def give_teacher(
             inject_adapters(teacher, adapter_config_from_peft(folder))
             load_adapter(teacher, folder)
     objective.teacher = Teacher(teacher.eval(), objective.packing)
-    trained_on = {tensor.data_ptr() for tensor in (*student.parameters(), *student.buffers())}
-    own = {t.data_ptr(): t.nbytes for t in (*teacher.parameters(), *teacher.buffers()) if t.data_ptr() not in trained_on}
+    own, of_student = ({t.data_ptr(): t.nbytes for t in tensors_of(part)} for part in (teacher, student))
+    beside = sum(size for place, size in own.items() if place not in of_student)
     sizes = [module.config.get_text_config().vocab_size for module in (teacher, student)]
-    logger.info("memory: teacher %.1f MiB beside the base", sum(own.values()) / 2**20)
+    logger.info("memory: teacher %.1f MiB beside the base", beside / 2**20)
     if sizes[0] != sizes[1]:
         logger.info("heads of %d (teacher) and %d tokens: compared over the first %d", *sizes, min(sizes))
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _load(
@@ -170,5 +174,3 @@ def keep_from_training(teacher: PreTrainedModel, student: PreTrainedModel) -> No
     for parameter in teacher.parameters():
         if parameter.data_ptr() in trained:
             parameter.data = parameter.data.clone()
-
-
