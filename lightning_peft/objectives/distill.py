@@ -11,7 +11,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.kernels.divergence import Mix
 from lightning_peft.objectives.linear_divergence import taught_token_losses
-from lightning_peft.objectives.model_loss import ModelLoss
+from lightning_peft.objectives.model_loss import ModelLoss, Readout
 from lightning_peft.objectives.objective import Objective, ObjectiveConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 
@@ -104,9 +104,7 @@ class DistilledLoss(ModelLoss):
         """Return the loss summed over the batch's supervised tokens, each times its weight, fp32 scalar."""
         if not self.is_checked:
             self.check(batch)
-        assert self.teacher is not None
-        with torch.no_grad():  # before the step's own forward, whose activations then are not there yet
-            taught = self.teacher.loss.readout(batch)
+        taught = self.teacher_readout(batch)  # before the step's own forward, whose activations are not there yet
         losses = taught_token_losses(self.readout(batch), taught, self.config.mix)
         weights = self.token_weights(batch)
         count = losses.mixed.new_tensor(batch.loss_weight)
@@ -115,6 +113,12 @@ class DistilledLoss(ModelLoss):
             "divergence": (weighted_sum(losses.divergence, weights), count),
         }
         return weighted_sum(losses.mixed, weights)
+
+    @torch.no_grad()
+    def teacher_readout(self, batch: Batch) -> Readout:
+        """Return the teacher's hidden states and head, without a gradient."""
+        assert self.teacher is not None, "a teacher is given before the first batch"
+        return self.teacher.loss.readout(batch)
 
 
 OBJECTIVE = Objective(
