@@ -32,7 +32,7 @@ class EmptyDistilledLoss(DistilledLoss):
         _, labels = self._supervised(batch)
         weight = self.head.weight
         hidden = torch.empty(len(labels), weight.shape[1], dtype=weight.dtype, device=weight.device)
-        return Readout(hidden, self.head, None, labels, self.vocabulary)
+        return Readout(hidden, self.head, None, labels, labels, None, self.vocabulary)
 
 
 def stored_by_teacher(teacher: PreTrainedModel, student: PreTrainedModel, shares_base: bool) -> Counter[Array]:

@@ -105,8 +105,8 @@ class DistilledLoss(ModelLoss):
         if not self.is_checked:
             self.check(batch)
         taught = self.teacher_readout(batch)  # before the step's own forward, whose activations are not there yet
-        losses = taught_token_losses(self.readout(batch), taught, self.config.mix)
-        weights = self.token_weights(batch)
+        readout = self.readout(batch)
+        losses, weights = taught_token_losses(readout, taught, self.config.mix), readout.weights
         count = losses.mixed.new_tensor(batch.loss_weight)
         self.measured = {
             "cross_entropy": (weighted_sum(losses.cross_entropy, weights), count),

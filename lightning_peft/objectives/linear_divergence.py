@@ -42,11 +42,11 @@ def taught_token_losses(student: Readout, teacher: Readout, mix: Mix) -> TaughtL
 
     A frozen plain head takes the fast path; any other recomputes its chunks in the backward pass.
     """
-    hidden, head, transform, labels, vocabulary = student
+    hidden, head, transform, labels = student[:4]
     if hidden.shape[0] == 0:
         zeros = hidden.sum(-1).float()
         return TaughtLosses(zeros, zeros.detach(), zeros.detach())
-    largest = max(vocabulary, teacher.vocabulary)
+    largest = max(student.vocabulary, teacher.vocabulary)
     chunk = max(SMALLEST_CHUNK, chunk_tokens(largest, hidden.device.type) // CHUNKS_AT_ONCE // 64 * 64)
 
     @torch.no_grad()

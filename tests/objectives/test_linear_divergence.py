@@ -37,7 +37,7 @@ def readouts(dtype=torch.float64, tokens=37, transform=None, teacher_rows=VOCABU
         head = nn.Linear(width, rows, dtype=dtype, bias=bias)
         for parameter in head.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) / 3
-        found.append(Readout(hidden, head, transform, labels, rows))
+        found.append(Readout(hidden, head, transform, labels, torch.zeros_like(labels), None, rows))
     return found
 
 
