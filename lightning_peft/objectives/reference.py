@@ -117,7 +117,7 @@ class ReferencedLoss(ModelLoss, ABC):
 
 
 class ReferenceHead(nn.Module):
-    """The head, adapted or trained, of a model as it was. For validation: it may write to weights that a backward reads."""
+    """The adapted or trained head of a model as it was. For validation: it may write to weights a backward reads."""
 
     def __init__(self, loss: ReferencedLoss):
         super().__init__()
