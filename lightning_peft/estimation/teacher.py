@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_peft.adapters.inject import trained_in_full
+from lightning_peft.adapters.inject import adapters, trained_in_full
 from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.recorder import Array
 from lightning_peft.estimation.weights import adapter_parts, array_of, tensors_of
@@ -41,8 +41,7 @@ def stored_by_teacher(teacher: PreTrainedModel, student: PreTrainedModel, shares
         return _distinct(tensors_of(teacher))
     own = dict(student.named_parameters())
     adapted = [tensor for part in adapter_parts(teacher) for tensor in tensors_of(part)]
-    layers = [part.base_layer for part in adapter_parts(teacher) if hasattr(part, "base_layer")]
-    base = {id(tensor) for layer in layers for tensor in tensors_of(layer)}
+    base = {id(tensor) for _, layer in adapters(teacher) for tensor in tensors_of(layer.base_layer)}
     kept = [tensor for tensor in adapted if id(tensor) not in base]
     return _distinct([*kept, *(own[name] for name in trained_in_full(student))])
 
