@@ -87,6 +87,16 @@ def test_weight_0_is_sft(tmp_path):
     assert measured["divergence"] > 1e-4
 
 
+def test_weighted_tokens_count_by_their_weights(tmp_path):
+    module, data = taught(tmp_path)
+    batch = next(iter(data.train_dataloader()))
+    loss, measured = module.objective(batch).detach(), module.objective.measured
+    batch.weights, batch.weight_sum = torch.full(batch.labels.shape, 0.25), 0.25 * batch.num_supervised
+    torch.testing.assert_close(module.objective(batch), 0.25 * loss, **FP32)
+    for name, (total, count) in module.objective.measured.items():
+        torch.testing.assert_close((total, count), tuple(0.25 * part for part in measured[name]), **FP32)
+
+
 CUTS = [("true", 1), ("true", 3), ("false", 1), ("false", 5)]
 
 

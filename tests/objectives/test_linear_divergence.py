@@ -98,6 +98,20 @@ def test_heads_padded_to_other_sizes_are_compared_over_the_tokens_of_both(teache
 
 
 @pytest.mark.parametrize("kind", BETAS)
+def test_models_whose_logits_are_not_rebuilt_are_compared_by_their_own(kind):
+    own = [r._replace(hidden=r.head(r.hidden).detach().requires_grad_(), head=nn.Identity()) for r in readouts()]
+    mix = Mix(0.7, 2.0, BETAS[kind])
+    cross_entropy, divergence = plain(*own, mix)
+    expected = 0.3 * cross_entropy + 0.7 * 4 * divergence
+    for teacher in (own[1], readouts()[1]):  # of the teacher, logits or hidden states
+        losses = taught_token_losses(own[0], teacher, mix)
+        torch.testing.assert_close(losses.mixed, expected, **TOLERANCES[torch.float64])
+    (ours,) = torch.autograd.grad(losses.mixed.sum(), own[0].hidden)
+    (theirs,) = torch.autograd.grad(expected.sum(), own[0].hidden)
+    torch.testing.assert_close(ours, theirs, **TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("kind", BETAS)
 def test_equal_heads_diverge_by_nothing_and_have_no_gradient(kind):
     student, _ = readouts(torch.float32)
     student.head.requires_grad_(False)
