@@ -15,6 +15,7 @@ from lightning_peft.data.config import DataConfig
 from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import starts_as_base
 from lightning_peft.objectives.registry import OBJECTIVES
@@ -163,6 +164,8 @@ class TrainConfig:
                 "use quantization=nf4 with it"
             )
         self.check_reference(trains_all)
+        if isinstance(self.objective, DistillConfig):
+            self.check_teacher(self.objective)
         noise = self.objective.noise_alpha if isinstance(self.objective, SFTConfig) else 0
         if noise and self.compile is Compilation.full:
             raise ValueError(
@@ -209,6 +212,25 @@ class TrainConfig:
                 f"objective={self.objective.name} strategy=fsdp: the reference is a copy of what trains where a run "
                 "starts from adapter.init_from, rewrites the base, or trains modules or biases in full, and slices "
                 f"keep no copy; use strategy=ddp{instead}"
+            )
+
+    def check_teacher(self, objective: DistillConfig) -> None:
+        """Raise ValueError where a run cannot have a teacher beside it."""
+        if self.strategy.kind is StrategyKind.fsdp:
+            raise ValueError(
+                "objective=distill strategy=fsdp: every rank holds the teacher whole, and slices of a base share "
+                "nothing with it; use strategy=ddp, or quantization=nf4 where memory is short"
+            )
+        if self.adapter.method in METHODS and METHODS[self.adapter.method].select is not None:
+            raise ValueError(
+                f"objective=distill method={self.adapter.method}: chooses its modules by gradients of the loss, before "
+                "there is a teacher; use another method"
+            )
+        if objective.teacher is None and self.adapter.initialization.rewrites_base:
+            raise ValueError(
+                f"objective=distill adapter.init={self.adapter.init_name}: the start takes a part out of the base that "
+                "the teacher shares; use adapter.init=kaiming, or read it once more with "
+                f"objective.teacher={self.model.path or self.model.name}"
             )
 
 

@@ -56,6 +56,9 @@ OURS = {
     "objective.label_smoothing": "label_smoothing cdpo_label_smoothing dpo_label_smoothing",
     "objective.beta": "beta dpo_beta pref_beta rl_beta",
     "objective.gamma": "simpo_gamma",
+    "objective.teacher": "teacher teacher_model teacher_model_name_or_path",
+    "objective.weight": "kd_alpha",
+    "objective.temperature": "kd_temperature",
     "data.train_on_last_turn": "train_on_last_turn",
     "data.task": "task metric",
     "adapter.alpha": "alpha lora_alpha",
@@ -251,6 +254,8 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
         return [f"adapter.target_modules=[{value}]"]
     if key == "model" and "," not in value and _no_option("model", value, folders) and _is_model(value):
         return ["model=hf", f"model.path={value}"]
+    if key == "objective.teacher":
+        return [f"{key}={_of_preset(value, folders)}"]
     if key == "data" and "," not in value and _no_option("data", value, folders) and _is_rows(value):
         return ["data=jsonl", f"data.train_path={value}"]
     return [word]
@@ -272,6 +277,14 @@ def _words_of_list(word: str) -> list[str]:
 
 def _no_option(group: str, name: str, folders: Sequence[Path]) -> bool:
     return not any((folder / group / f"{name}.yaml").is_file() for folder in folders)
+
+
+def _of_preset(name: str, folders: Sequence[Path]) -> str:
+    """Return the path that the model option file of this name holds, and the name where there is no such file."""
+    files = [folder / "model" / f"{name}.yaml" for folder in folders]
+    found = next((file for file in files if file.is_file()), None)
+    path = yaml.safe_load(found.read_text(encoding="utf-8")).get("path") if found is not None else None
+    return str(path or name)
 
 
 def _is_model(value: str) -> bool:

@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import EstimateConfig
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import beyond_context
 from lightning_peft.estimation.advice import smallest_change
 from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
+from lightning_peft.estimation.teacher import EmptyDistilledLoss, stored_by_teacher
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.loading import empty_model, model_config, model_context, model_name, prepare_as_published
 from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.objectives.distill import DistillConfig
+from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OPTIMIZERS
@@ -33,6 +38,7 @@ from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, StrategyKind
 from lightning_peft.training.module import reads_whole_model
 from lightning_peft.training.precision import DTYPES
+from lightning_peft.training.teacher import shares_base, teacher_folder, teacher_model
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,8 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     else:
         print(f"fits: no, {found.peak / GIB:.2f} of {limit / GIB:.2f} GiB usable")
         report |= advise(config, limit)
+    if isinstance(config.objective, DistillConfig):
+        print("the teacher's own pass is not in the work of a step")
     if config.output is not None:
         with open(config.output, "w") as file:
             json.dump(report, file, indent=2)
@@ -109,7 +117,26 @@ def estimate_of(config: EstimateConfig) -> Estimate:
         loads_whole=accelerator == "cpu" and reads_whole_model(config.adapter, config.quantization),
         adapter_rank=config.adapter.rank,
     )
-    return estimate_step(empty_objective(config, plan.weight_dtype), options)
+    objective: ModelLoss = empty_objective(config, plan.weight_dtype)
+    if isinstance(config.objective, DistillConfig):
+        teacher = empty_teacher(config, config.objective, plan.weight_dtype)
+        stored = stored_by_teacher(teacher, objective.model, shares_base(config.objective))
+        options = replace(options, teacher=stored)
+        objective = EmptyDistilledLoss(objective.model, config.objective, teacher)
+    return estimate_step(objective, options)
+
+
+def empty_teacher(config: TrainConfig, objective: DistillConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The teacher as `train` loads it, on the meta device."""
+    named, folder = teacher_model(objective), teacher_folder(objective)
+    source = named or config.model
+    teacher = empty_model(source, dtype)
+    is_quantized = config.quantization.is_on and (named is None or objective.quantize_teacher)
+    if prepare_as_published(teacher, source) is None and is_quantized:
+        prepare_quantized(teacher, config.quantization)
+    if folder is not None:
+        inject_adapters(teacher, adapter_config_from_peft(folder))
+    return teacher
 
 
 def empty_objective(config: TrainConfig, dtype: torch.dtype) -> SupervisedLoss:

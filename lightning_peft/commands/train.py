@@ -33,6 +33,7 @@ from lightning_peft.models.loading import (
     source_fingerprint,
 )
 from lightning_peft.models.packing import packing_of
+from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
@@ -40,6 +41,7 @@ from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
 from lightning_peft.threads import described
 from lightning_peft.training.callbacks.task_metrics import Questions, TaskMetrics
 from lightning_peft.training.config import StrategyKind
+from lightning_peft.training.teacher import check_teacher, content_of_teacher
 from lightning_peft.training.together import Member
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
         with logging_left_to_ranks(plan.starts_ranks and not config.dry_run):
             packs = check_model(config)
         tokenizer = load_tokenizer(config.model)
+        if isinstance(config.objective, DistillConfig):
+            check_teacher(config.objective, config.model, config.quantization, tokenizer)
         data = read_data(config, packs, tokenizer, plan)
         scored = task_metrics(config, data, tokenizer)
         if config.dry_run:
@@ -104,6 +108,8 @@ def content_of(config: TrainConfig, data: SFTDataModule) -> dict[str, str]:
     content = {"training rows": data.fingerprint, "base weights": source_fingerprint(config.model)}
     if data.validation_fingerprint is not None:
         content["validation rows"] = data.validation_fingerprint
+    if isinstance(config.objective, DistillConfig):
+        content |= content_of_teacher(config.objective)
     return content
 
 

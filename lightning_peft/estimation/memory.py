@@ -1,7 +1,7 @@
 """Peak memory and work of one training step on one rank, by component and with the formula of each."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,14 +27,14 @@ from lightning_peft.estimation.weights import (
     stored_weights,
     whole_weights,
 )
-from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.model_loss import ModelLoss
 
-PROCESS = "process"
+PROCESS, TEACHER = "process", "teacher"
 PROCESS_BYTES = {"cpu": 24 * 2**20, "cuda": 32 * 2**20}
 """CPU: tokenizer, rows, the Trainer and the matrix library's buffers, measured on Linux; CUDA: cuBLAS' workspace."""
 COMPONENTS = (
-    BASE, SCALES, EMBEDDINGS, ADAPTERS, GRADIENTS, OPTIMIZER, IMPORTANCE, ACTIVATIONS, LOGITS, WORKSPACE, GATHERED,
-    PROCESS,
+    BASE, SCALES, EMBEDDINGS, ADAPTERS, TEACHER, GRADIENTS, OPTIMIZER, IMPORTANCE, ACTIVATIONS, LOGITS, WORKSPACE,
+    GATHERED, PROCESS,
 )  # fmt: skip
 
 
@@ -55,6 +55,8 @@ class StepOptions:
     """Whether FSDP's slices, their gradients and optimiser states wait in host memory."""
     loads_whole: bool = False
     """Whether FSDP's ranks read the whole model before they shard it, as some inits need."""
+    teacher: Counter[Array] = field(default_factory=Counter)
+    """What a teacher stores beside the base."""
     adapter_rank: int | None = None
     """For the formulas only."""
 
@@ -115,7 +117,7 @@ class Estimate:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
+def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     """The estimate for a model on the meta device, quantised, adapted and checkpointed as for training.
 
     The model is used up. Every token counts as supervised, every row as full.
@@ -131,12 +133,13 @@ def estimate_step(objective: SupervisedLoss, options: StepOptions) -> Estimate:
     stored = stored_weights(model, shards)
     gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
     loaded = stored_weights(model) if options.loads_whole else loaded_weights(model, shards)
-    always, on_host = stored + states + process, 0
+    teacher: Held = Counter({(TEACHER, array): count for array, count in options.teacher.items()})
+    always, on_host = stored + states + process + teacher, 0
     if options.slices_on_host:
         slices = stored_weights(model, shards, buffers=False) + states
         always, on_host = always - slices, held_bytes(slices)
         loaded = gathered + always - process
-    moments = {"loading": loaded + loading_scratch(model) + process}
+    moments = {"loading": loaded + loading_scratch(model) + process + teacher}
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 
     trace = trace_step(

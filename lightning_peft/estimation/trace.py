@@ -17,7 +17,7 @@ from lightning_peft.kernels.native.library import without_kernels
 from lightning_peft.models.blocks import transformer_blocks
 from lightning_peft.objectives.linear_cross_entropy import chunks_as_on
 from lightning_peft.objectives.logits import LogitPath
-from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.quantization.linear import CodedWeight
 
 ACTIVATIONS, LOGITS, GRADIENTS, WORKSPACE = "activations", "logits chunk", "gradients", "workspace"
@@ -49,7 +49,7 @@ class StepTrace:
 
 
 def trace_step(
-    objective: SupervisedLoss,
+    objective: ModelLoss,
     rows: int,
     length: int,
     keeps_gradients: bool = False,

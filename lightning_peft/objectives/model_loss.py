@@ -6,6 +6,7 @@ is supervised fine-tuning; their sums per sample are log-probabilities of answer
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft import distributed
 from lightning_peft.data.batch import Batch
+from lightning_peft.kernels.cross_entropy import LogitTransform
 from lightning_peft.models.blocks import decoder_of
 from lightning_peft.models.source import VARLEN
 from lightning_peft.objectives.embedding_noise import noisy_embeddings
@@ -69,6 +71,28 @@ class TokenLosses(NamedTuple):
     """(N,) int64, the sample each belongs to, counted through the batch."""
     weights: Tensor | None
     """(N,) fp32, the factor of each; None where all are 1."""
+
+
+class Readout(NamedTuple):
+    """The supervised tokens of a batch before the output head, N of them, in the order of `TokenLosses`."""
+
+    hidden: Tensor
+    """(N, D), what the head is fed; (N, V) final logits where they are not rebuilt here, `head` being an identity."""
+    head: nn.Module
+    transform: LogitTransform | None
+    """What the head's output goes through."""
+    labels: Tensor
+    """(N,) int64, the tokens."""
+    samples: Tensor
+    """(N,) int64, the sample each belongs to, counted through the batch."""
+    weights: Tensor | None
+    """(N,) fp32, the factor of each; None where all are 1."""
+    vocabulary: int
+    """V, tokens that the head has rows for."""
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class ModelLoss(nn.Module, ABC):
@@ -176,27 +200,43 @@ class ModelLoss(nn.Module, ABC):
 
         Position t is scored on the label at t + 1; a packed sample's first label is -100, so none predicts the next.
         """
-        if not self.is_checked:
-            self.check(batch)
-        found = [self._token_losses(part) for part in self._parts(batch)]
-        if len(found) == 1:
-            return found[0]
-        weights = [part.weights for part in found if part.weights is not None]
-        return TokenLosses(
-            torch.cat([part.losses for part in found]),
-            torch.cat([part.samples for part in found]),
-            torch.cat(weights) if weights else None,
-        )
+        readout = self.readout(batch)
+        return TokenLosses(self.losses_of(readout), readout.samples, readout.weights)
 
     def token_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) of every supervised token and the tokens (N,), all at once; a call may check first.
 
         They are what `token_losses` takes the cross entropy of, for those who need the whole distribution.
         """
+        readout = self.readout(batch)
+        if self.logit_path is None:
+            return readout.hidden, readout.labels
+        logits = readout.head(readout.hidden)[:, : readout.vocabulary]
+        return (logits if readout.transform is None else readout.transform(logits)), readout.labels
+
+    def readout(self, batch: Batch) -> Readout:
+        """Return the hidden states of every supervised token with what makes logits of them; a call may check first."""
         if not self.is_checked:
             self.check(batch)
-        logits, labels = zip(*(self._token_logits(part) for part in self._parts(batch)), strict=True)
-        return torch.cat(logits), torch.cat(labels)
+        hidden, labels, samples, weights = zip(*(self._read(part) for part in self._parts(batch)), strict=True)
+        path, head = self.logit_path, self.model.get_output_embeddings()
+        return Readout(
+            _joined(hidden),
+            nn.Identity() if path is None else head,
+            None if path is None else path.transform,
+            _joined(labels),
+            _joined(samples),
+            None if batch.weights is None else _joined(weights),
+            self.model.config.get_text_config().vocab_size,
+        )
+
+    def losses_of(self, readout: Readout) -> Tensor:
+        """Return the cross entropy of each token, (N,) fp32, each with a gradient of its own."""
+        smoothing = self.label_smoothing if self.training else 0.0
+        hidden, head, transform, labels = readout[:4]
+        if self.logit_path is None:
+            return F.cross_entropy(hidden.float(), labels, reduction="none", label_smoothing=smoothing)
+        return linear_token_losses(hidden, labels, head, readout.vocabulary, transform, smoothing)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return what is run together: the batch, or its samples where they would see each other."""
@@ -221,7 +261,8 @@ class ModelLoss(nn.Module, ABC):
         positions = torch.nonzero_static(next_labels != -100, size=batch.num_supervised).squeeze(1)
         return positions, next_labels.index_select(0, positions)
 
-    def _token_losses(self, batch: Batch) -> TokenLosses:
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return what the head is fed (or logits where they are not rebuilt), tokens, samples and weights, (N, ...)."""
         positions, labels = self._supervised(batch)
         weights = None
         if batch.weights is not None:
@@ -230,29 +271,9 @@ class ModelLoss(nn.Module, ABC):
         samples = torch.searchsorted(bounds, positions, right=True)
         if batch.sample_ids is not None:
             samples = batch.sample_ids.index_select(0, samples)
-        return TokenLosses(self._cross_entropy(batch, positions, labels), samples, weights)
-
-    def _cross_entropy(self, batch: Batch, positions: Tensor, labels: Tensor) -> Tensor:
-        smoothing = self.label_smoothing if self.training else 0.0
-        if self.logit_path is None:
-            logits = self._own_logits(batch, positions).float()
-            return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        return linear_token_losses(
-            self._hidden(batch, positions, self.logit_path),
-            labels,
-            self.model.get_output_embeddings(),
-            self.model.config.get_text_config().vocab_size,
-            self.logit_path.transform,
-            smoothing,
-        )
-
-    def _token_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        positions, labels = self._supervised(batch)
-        if self.logit_path is None:
-            return self._own_logits(batch, positions), labels
-        logits = self.model.get_output_embeddings()(self._hidden(batch, positions, self.logit_path))
-        logits = logits[:, : self.model.config.get_text_config().vocab_size]
-        return (logits if self.logit_path.transform is None else self.logit_path.transform(logits)), labels
+        path = self.logit_path
+        hidden = self._own_logits(batch, positions) if path is None else self._hidden(batch, positions, path)
+        return hidden, labels, samples, weights
 
     def _own_logits(self, batch: Batch, positions: Tensor) -> Tensor:
         """Return the model's own logits at these positions of the flattened batch, (N, V)."""

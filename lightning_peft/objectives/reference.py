@@ -11,8 +11,14 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.data.batch import Batch
+from lightning_peft.data.preferences import Standing
+from lightning_peft.kernels.divergence import Mix
+from lightning_peft.objectives.linear_divergence import taught_token_losses
 from lightning_peft.objectives.logits import in_eval_mode
-from lightning_peft.objectives.model_loss import ModelLoss
+from lightning_peft.objectives.model_loss import ModelLoss, Readout, TokenLosses
+
+KL = "kl_per_token"
+"""What validation measures beside `measures`: the mean of KL(p || p_ref) over the tokens of the answers."""
 
 
 def starts_as_base(adapter: AdapterConfig) -> bool:
@@ -48,13 +54,35 @@ class ReferencedLoss(ModelLoss, ABC):
         """Return the losses summed over the batch's units, fp32 scalar; 0 for a batch without any."""
         if not self.is_checked:
             self.check(batch)
-        reference = self.reference_log_probabilities(batch) if self.uses_reference else None
-        sums, counts = self.sums_per_sample(batch, self.token_losses(batch))
+        start, reference = self.reference_readout(batch) if self.uses_reference else (None, None)
+        readout = self.readout(batch)
+        sums, counts = self.sums_of(batch, readout)
+        loss = sums.sum() * 0
         if batch.num_units == 0:
-            zero = sums.sum() * 0
-            self.measured = dict.fromkeys(self.measures, (zero.detach(), zero.detach()))
-            return zero
-        return self.judged(batch, sums, counts, torch.zeros_like(sums) if reference is None else reference)
+            self.measured = dict.fromkeys(self.measures, (loss.detach(), loss.detach()))
+        else:
+            loss = self.judged(batch, sums, counts, torch.zeros_like(sums) if reference is None else reference)
+        if start is not None and not self.training:
+            self.measured |= {KL: self.divergence_from(start, readout, batch)}
+        return loss
+
+    def sums_of(self, batch: Batch, readout: Readout) -> tuple[Tensor, Tensor]:
+        """Return the log-probability of each sample's supervised tokens, and their number, (S,) fp32 each."""
+        tokens = TokenLosses(self.losses_of(readout), readout.samples, readout.weights)
+        return self.sums_per_sample(batch, tokens)
+
+    @torch.no_grad()
+    def divergence_from(self, start: Readout, readout: Readout, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return KL(p || p_ref) over the whole vocabulary, summed over the tokens of the answers, and their number.
+
+        It is that of the model's next-token distributions after each part of the given answers, in nats, and exact: an
+        estimate from the answers' own log-probabilities would be of answers that the model has not written.
+        """
+        found = taught_token_losses(readout, start, Mix(weight=1.0, temperature=1.0, beta=1.0)).divergence
+        counted = torch.ones_like(found)
+        if batch.standings is not None:
+            counted = (batch.standings.to(found.device) != Standing.mismatched).index_select(0, readout.samples).float()
+        return found @ counted, counted.sum()
 
     def remember_start(self) -> None:
         """Take the present values of what trains for the reference: those of a warm start, or of a rewritten base."""
@@ -78,7 +106,24 @@ class ReferencedLoss(ModelLoss, ABC):
                 for (parameter, _), value in zip(self.start, now, strict=True):
                     parameter.copy_(value)
 
-    def reference_log_probabilities(self, batch: Batch) -> Tensor:
-        """Return what the reference gives each sample's supervised tokens, (S,) fp32, without a gradient."""
+    def reference_readout(self, batch: Batch) -> tuple[Readout, Tensor]:
+        """Return the reference's hidden states and head, and what it gives each sample, (S,) fp32; no gradients."""
         with self.as_reference():
-            return self.sums_per_sample(batch, self.token_losses(batch))[0]
+            readout = self.readout(batch)
+            sums, _ = self.sums_of(batch, readout)
+        head = readout.head
+        is_shared = isinstance(head, nn.Identity | nn.Linear) and not any(p.requires_grad for p in head.parameters())
+        return (readout if is_shared else readout._replace(head=ReferenceHead(self))), sums
+
+
+class ReferenceHead(nn.Module):
+    """The adapted or trained head of a model as it was. For validation: it may write to weights a backward reads."""
+
+    def __init__(self, loss: ReferencedLoss):
+        super().__init__()
+        self.loss = (loss,)  # in a tuple, as the model is no part of its head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        (loss,) = self.loss
+        with loss.as_reference():
+            return loss.model.get_output_embeddings()(hidden)

@@ -33,6 +33,7 @@ from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.models.loading import load_by_block, load_model, model_name
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
 from lightning_peft.objectives.model_loss import ModelLoss, decoder_inputs
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import ReferencedLoss, starts_as_base
@@ -61,6 +62,7 @@ from lightning_peft.training.config import ActivationCheckpointing, Compilation
 from lightning_peft.training.host_memory import keep_freed_memory
 from lightning_peft.training.router_load import RouterLoad
 from lightning_peft.training.strategies import ShardedModel
+from lightning_peft.training.teacher import copy_around_same_tensors, give_teacher, shares_base
 from lightning_peft.training.token_scaling import TokenWindow, divisor, scale_gradients
 
 GRADIENT_UNIT = 1024.0
@@ -215,7 +217,9 @@ class FinetuneModule(LightningModule):
 
         Under FSDP a block is also cut to this rank's slice before the next is read.
         """
-        reads_all = reads_whole_model(self.adapter_config, self.quantization_config)
+        has_twin = isinstance(self.objective_config, DistillConfig) and shares_base(self.objective_config)
+        reads_all = reads_whole_model(self.adapter_config, self.quantization_config) or has_twin
+        twin: PreTrainedModel | None = None
         if sharding is not None and reads_all:
             logger.info(
                 "the adapters' init reads the whole model: every rank holds it on its host before it is sharded"
@@ -228,6 +232,7 @@ class FinetuneModule(LightningModule):
             if reads_all:
                 blocks = iter(list(blocks))
                 self.select_modules(model.to(device), device)  # type: ignore[arg-type]  # as in load_model
+                twin = copy_around_same_tensors(model) if has_twin else None
             torch.manual_seed(self.seed)
             injection = Injection(model, self.adapter_config)
             if reads_all:
@@ -251,7 +256,12 @@ class FinetuneModule(LightningModule):
         if self.quantization_config.verify:
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
         if sharding is None:
-            return self.build_objective(model.to(device))  # type: ignore[arg-type]  # as in load_model
+            objective = self.build_objective(model.to(device))  # type: ignore[arg-type]  # as in load_model
+            if isinstance(objective, DistilledLoss):
+                give_teacher(
+                    objective, twin, self.model_config, self.quantization_config, self.weight_dtype, device
+                )  # fmt: skip
+            return objective
         objective = self.build_objective(model)
         host_memory = max(host_memory, host_memory_gib())
         sharding.shard_root(objective)

@@ -5,7 +5,11 @@ import re
 import pytest
 from empty_models import config_folder, tiny_estimate
 
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.estimation.memory import Estimate
+from lightning_peft.models.tiny import tiny_model
 
 CASES = [(), ("method=qlora", "activation_checkpointing=blocks"), ("method=full",), ("method=dora", "rank=r4")]
 
@@ -39,6 +43,28 @@ def test_printed_formulas_give_the_bytes(words):
 
 def size(estimate: Estimate, name: str) -> int:
     return sum(component.largest for component in estimate.components if component.name == name)
+
+
+def test_teacher_counts_as_what_it_stores_beside_the_base_and_its_hidden_states(tmp_path):
+    words = ["objective=distill", "data.micro_batch_size=2"]
+    shared, own = tiny_estimate(*words), tiny_estimate(*words, "objective.teacher=tiny_tied")
+    model = tiny_model(tied=True)
+    assert size(shared, "teacher") == 0
+    assert size(own, "teacher") == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert own.peak - shared.peak == size(own, "teacher")
+    head = tiny_estimate(*words, "adapter.trainable_modules=[lm_head]")
+    assert size(head, "teacher") == model.lm_head.weight.nbytes
+    folders = [config_folder(tmp_path / str(width), hidden_size=width) for width in (64, 512)]
+    narrow, wide = (tiny_estimate(*words, f"objective.teacher={folder}") for folder in folders)
+    stored = size(wide, "teacher") - size(narrow, "teacher")
+    assert wide.phases["optimiser"] - narrow.phases["optimiser"] == stored
+    hidden = wide.phases["loss"] - narrow.phases["loss"] - stored
+    assert hidden == 2 * 63 * (512 - 64) * 4  # rows, supervised tokens, width, fp32
+    base = tiny_model()
+    inject_adapters(base, LoRAConfig(rank=8))
+    save_adapter(base, LoRAConfig(rank=8), tmp_path / "adapter")
+    adapted = tiny_estimate(*words, f"objective.teacher_adapter={tmp_path}/adapter")
+    assert size(adapted, "teacher") == sum(p.nbytes for p in base.parameters() if p.requires_grad)
 
 
 def test_accumulation_and_ddp_keep_gradients_through_the_backward_pass():

@@ -166,6 +166,35 @@ def test_kto_is_the_papers_formula_with_the_distance_of_the_step_before(tmp_path
     assert measured["rewards/chosen"] == pytest.approx(float((0.1 * ratios.detach())[wanted].mean()), rel=1e-4)
 
 
+HEADS = [[], ["adapter.trainable_modules=[lm_head]"], ["adapter.target_modules=[q_proj,lm_head]"]]
+
+
+@pytest.mark.parametrize(("name", "words"), [*(("dpo", words) for words in HEADS), ("kto", [])])
+def test_validation_measures_the_divergence_from_the_reference_over_the_vocabulary(name, words, tmp_path):
+    """KL(p || p_ref) by torch's kl_div of whole logits, over the answers' tokens; not in training."""
+    module, data = parts(tmp_path, name, labelled_rows(6) if name == "kto" else PAIRS, *words)
+    with torch.no_grad():
+        if "adapter.trainable_modules=[lm_head]" in words:
+            module.model.lm_head.weight.mul_(1.5)
+        found = []
+        for sample in (data.training_samples[place] for place in range(len(data.training_samples))):
+            if sample.standing is Standing.mismatched:
+                continue
+            kept = torch.tensor(sample.labels[1:]) != IGNORED_LABEL
+            inputs = {"input_ids": torch.tensor([sample.input_ids]), "use_cache": False}
+            own = module.model(**inputs).logits[0, :-1][kept].log_softmax(-1)
+            with module.objective.as_reference():
+                start = module.model(**inputs).logits[0, :-1][kept].log_softmax(-1)
+            found.append(F.kl_div(start, own, reduction="none", log_target=True).sum(-1))
+    _, trained = mean_loss(module, data)
+    assert "kl_per_token" not in trained
+    module.eval()
+    with torch.inference_mode():
+        _, measured = mean_loss(module, data)
+    assert measured.pop("kl_per_token") == pytest.approx(float(torch.cat(found).mean()), rel=1e-4) != 0
+    assert measured == pytest.approx(trained, rel=1e-4, abs=1e-6)
+
+
 CUTS = [("true", 1), ("true", 3), ("false", 1), ("false", 5)]
 
 

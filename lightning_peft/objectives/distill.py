@@ -1,0 +1,130 @@
+"""Distillation: the answers' tokens, and at each of them a teacher's whole distribution (Hinton et al. 2015)."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_peft.data.batch import Batch
+from lightning_peft.kernels.cross_entropy import weighted_sum
+from lightning_peft.kernels.divergence import Mix
+from lightning_peft.objectives.linear_divergence import taught_token_losses
+from lightning_peft.objectives.model_loss import ModelLoss, Readout
+from lightning_peft.objectives.objective import Objective, ObjectiveConfig
+from lightning_peft.objectives.sft import SupervisedLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a start that trains nothing does without it
+
+MEASURED = ("cross_entropy", "divergence")
+"""Means over supervised tokens that are logged, neither with its factor in the loss."""
+
+
+class Divergence(Enum):
+    """How far the student's distribution p is from the teacher's q."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+
+
+@dataclass
+class DistillConfig(ObjectiveConfig):
+    name: str = "distill"
+    teacher: str | None = None
+    """Model that teaches, with the vocabulary of the one that learns: a preset of `model=`, a folder, a hub id or a
+    .gguf file; null is the base itself, of whose weights there is no second copy."""
+    teacher_adapter: str | None = None
+    """Run or adapter folder that the teacher has; without `teacher` it stands on the same base."""
+    quantize_teacher: bool = False
+    """Whether weights read for `teacher` are quantised as the base is; false reads them as they are stored."""
+    weight: float = 0.5
+    """w in (1 - w) * cross entropy + w * temperature^2 * divergence, over supervised tokens (Hinton et al. 2015,
+    arXiv:1503.02531); 0 is sft, 1 does not look at the tokens themselves."""
+    temperature: float = 1.0
+    """What both models' logits are divided by in the divergence; above 1 small probabilities count for more."""
+    divergence: Divergence = Divergence.forward_kl
+    """Of teacher q and student p. forward_kl: KL(q || p), which covers all that the teacher does; reverse_kl:
+    KL(p || q), which keeps to what it does most (Gu et al. 2023, arXiv:2306.08543); jsd: between them (Agarwal et al.
+    2024, arXiv:2306.13649)."""
+    jsd_beta: float = 0.5
+    """b in b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p, of divergence=jsd."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"objective.weight={self.weight}: must be at least 0 and at most 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"objective.temperature={self.temperature}: must be above 0")
+        if not 0 < self.jsd_beta < 1:
+            raise ValueError(
+                f"objective.jsd_beta={self.jsd_beta}: must be above 0 and below 1; the ends are "
+                "objective.divergence=forward_kl and reverse_kl"
+            )
+        if self.quantize_teacher and self.teacher is None:
+            raise ValueError(
+                "objective.quantize_teacher=true: the teacher is the base, quantised as that is; give objective.teacher"
+            )
+
+    @property
+    def mix(self) -> Mix:
+        """Return the options in the terms of the kernel."""
+        beta = {Divergence.forward_kl: 0.0, Divergence.reverse_kl: 1.0, Divergence.jsd: self.jsd_beta}[self.divergence]
+        return Mix(self.weight, self.temperature, beta)
+
+
+class Teacher:
+    """A frozen model beside the one that trains: no module of it, so that it is neither trained, saved nor reduced."""
+
+    def __init__(self, model: "PreTrainedModel", packing: bool | str = "auto"):
+        model.requires_grad_(False)
+        self.loss = SupervisedLoss(model, packing).eval()
+
+
+class DistilledLoss(ModelLoss):
+    """(1 - w) * cross entropy + w T^2 D(teacher, student), each summed over supervised tokens."""
+
+    teacher: Teacher | None = None
+    """Given by whoever has loaded the model, before the first batch."""
+
+    def __init__(self, model: "PreTrainedModel", config: DistillConfig, packing: bool | str):
+        super().__init__(model, packing)
+        self.config = config
+
+    def check(self, batch: Batch) -> None:
+        """See how both models make logits and keep samples apart; where one does not, both are run by single rows."""
+        assert self.teacher is not None, "a teacher is given before the first batch"
+        super().check(batch)
+        self.teacher.loss.check(batch)
+        # The order of a batch's tokens depends on it.
+        self.runs_apart = self.teacher.loss.runs_apart = self.runs_apart or self.teacher.loss.runs_apart
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss summed over the batch's supervised tokens, each times its weight, fp32 scalar."""
+        if not self.is_checked:
+            self.check(batch)
+        taught = self.teacher_readout(batch)  # before the step's own forward, whose activations are not there yet
+        readout = self.readout(batch)
+        losses, weights = taught_token_losses(readout, taught, self.config.mix), readout.weights
+        count = losses.mixed.new_tensor(batch.loss_weight)
+        self.measured = {
+            "cross_entropy": (weighted_sum(losses.cross_entropy, weights), count),
+            "divergence": (weighted_sum(losses.divergence, weights), count),
+        }
+        return weighted_sum(losses.mixed, weights)
+
+    @torch.no_grad()
+    def teacher_readout(self, batch: Batch) -> Readout:
+        """Return the teacher's hidden states and head, without a gradient."""
+        assert self.teacher is not None, "a teacher is given before the first batch"
+        return self.teacher.loss.readout(batch)
+
+
+OBJECTIVE = Objective(
+    DistillConfig,
+    DistilledLoss,
+    logs=MEASURED,
+    formula="(1 - w) (-log p(answer)) + w T^2 D(teacher, p at T), per token",
+    paper="arXiv:1503.02531",
+)

@@ -1,0 +1,72 @@
+"""Divergence of a model from its teacher over the vocabulary, with the logits of neither ever held for all tokens."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_peft.kernels.divergence import FrozenHeadTaughtLosses, Mix, in_fp32, mixed, taught_losses
+from lightning_peft.objectives.linear_cross_entropy import chunk_tokens
+from lightning_peft.objectives.model_loss import Readout
+
+CHUNKS_AT_ONCE, SMALLEST_CHUNK = 4, 64
+"""A chunk is a fourth of the cross entropy's: some four times as many arrays of its size exist at once."""
+
+
+class TaughtLosses(NamedTuple):
+    """Losses of N tokens, (N,) fp32 each."""
+
+    mixed: Tensor
+    """(1 - weight) * cross entropy + weight * temperature^2 * divergence, with a gradient for the student alone."""
+    cross_entropy: Tensor
+    """Without a gradient, as `divergence` is."""
+    divergence: Tensor
+
+
+def final_logits(readout: Readout, tokens: slice) -> Tensor:
+    """Return the logits that the model itself would give these tokens, (n, V)."""
+    hidden, head = readout.hidden[tokens], readout.head
+    if type(head) is nn.Linear:
+        # In the weight's dtype, as the student's: two equal models are to give equal logits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    else:
+        logits = head(hidden)
+    return logits if readout.transform is None else readout.transform(in_fp32(logits))
+
+
+def taught_token_losses(student: Readout, teacher: Readout, mix: Mix) -> TaughtLosses:
+    """Return the losses of each token of two readouts of one batch; the teacher's gets no gradient.
+
+    A frozen plain head takes the fast path; any other recomputes its chunks in the backward pass.
+    """
+    hidden, head, transform, labels = student[:4]
+    if hidden.shape[0] == 0:
+        zeros = hidden.sum(-1).float()
+        return TaughtLosses(zeros, zeros.detach(), zeros.detach())
+    largest = max(student.vocabulary, teacher.vocabulary)
+    chunk = max(SMALLEST_CHUNK, chunk_tokens(largest, hidden.device.type) // CHUNKS_AT_ONCE // 64 * 64)
+
+    @torch.no_grad()
+    def taught(tokens: slice) -> Tensor:
+        return final_logits(teacher, tokens)
+
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        return TaughtLosses(
+            *FrozenHeadTaughtLosses.apply(hidden, head.weight, head.bias, labels, taught, chunk, transform, mix)
+        )
+
+    def chunk_losses(chunk_hidden: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        tokens = slice(start, start + chunk)
+        logits = head(chunk_hidden)
+        logits = logits if transform is None else transform(in_fp32(logits))
+        return taught_losses(logits, taught(tokens), labels[tokens], mix)
+
+    parts = [
+        checkpoint(chunk_losses, part, start, use_reentrant=False)
+        for part, start in zip(hidden.split(chunk), range(0, len(hidden), chunk), strict=True)
+    ]
+    cross_entropy, divergence = (torch.cat(losses) for losses in zip(*parts, strict=True))
+    return TaughtLosses(mixed(cross_entropy, divergence, mix), cross_entropy.detach(), divergence.detach())

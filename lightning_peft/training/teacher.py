@@ -1,0 +1,176 @@
+"""The frozen model that `objective=distill` learns from: another model, or the base itself, with an adapter or without.
+
+A teacher on the base is a second tree of modules around the same tensors, so that it takes no memory but its adapter's.
+"""
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lightning_peft.adapters.inject import inject_adapters
+from lightning_peft.checkpoint.lineage import check_lineage, read_lineage
+from lightning_peft.checkpoint.peft_format import (
+    WEIGHTS_NAME,
+    adapter_config_from_peft,
+    changes_base,
+    file_sha256,
+    load_adapter,
+)
+from lightning_peft.inference.load import adapter_folder, load_adapted
+from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_name, source_fingerprint
+from lightning_peft.models.source import MODELS, ModelConfig
+from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
+from lightning_peft.quantization.config import QuantizationConfig
+
+logger = logging.getLogger(__name__)
+
+
+def teacher_model(objective: DistillConfig) -> ModelConfig | None:
+    """Return the model that `objective.teacher` names, None where it is the base."""
+    name = objective.teacher
+    if name is None:
+        return None
+    return ModelConfig(name=name) if name in MODELS and name != "hf" else ModelConfig(name="hf", path=name)
+
+
+def teacher_folder(objective: DistillConfig) -> Path | None:
+    """Return the adapter folder that the teacher has, None where it has none. Raises ValueError for another path."""
+    if objective.teacher_adapter is None:
+        return None
+    return adapter_folder(objective.teacher_adapter, "objective.teacher_adapter")
+
+
+def shares_base(objective: DistillConfig) -> bool:
+    """Return whether the teacher stands on the tensors of the base that is trained on."""
+    folder = teacher_folder(objective)
+    return objective.teacher is None and (folder is None or not changes_base(folder))
+
+
+def check_teacher(
+    objective: DistillConfig, model: ModelConfig, quantization: QuantizationConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Raise ValueError for a teacher that is not there, or has other tokens. Reads no weights but to fingerprint them.
+
+    `model`, `quantization` and `tokenizer` are those that train.
+    """
+    named = teacher_model(objective)
+    if named is not None:
+        try:
+            model_config(named)
+            theirs = load_tokenizer(named)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.path=", "objective.teacher=", 1)) from error
+        check_same_tokens(str(objective.teacher), theirs, tokenizer)
+    if (folder := teacher_folder(objective)) is not None:
+        base = named or model
+        kind = quantization.kind.name if named is None or objective.quantize_teacher else "none"
+        check_lineage(folder, source_fingerprint(base), kind, model_name(base))
+
+
+def check_same_tokens(name: str, theirs: PreTrainedTokenizerFast, ours: PreTrainedTokenizerFast) -> None:
+    """Raise ValueError where a token id stands for another text in the teacher `name`, or for none."""
+    there, here = theirs.get_vocab(), ours.get_vocab()
+    if there == here:
+        return
+    by_id = {number: token for token, number in here.items()}
+    token, number = min(there.items() - here.items(), key=lambda entry: entry[1], default=("", -1))
+    if number < 0:
+        token, number = min(here.items() - there.items(), key=lambda entry: entry[1])
+        found = f"token {number}, {token!r} here, is not in it"
+    else:
+        own = f"{by_id[number]!r}" if number in by_id else "no token"
+        found = f"its token {number} is {token!r}, here {own}"
+    raise ValueError(
+        f"objective.teacher={name}: {found} ({len(there):,} and {len(here):,} tokens): distributions are compared "
+        "token by token; give a teacher with the vocabulary of the model"
+    )
+
+
+def content_of_teacher(objective: DistillConfig) -> dict[str, str]:
+    """Return name and fingerprint of what the teacher is beside the base."""
+    content = {}
+    if (named := teacher_model(objective)) is not None:
+        content["teacher weights"] = source_fingerprint(named)
+    if (folder := teacher_folder(objective)) is not None:
+        content["teacher adapter"] = file_sha256(folder / WEIGHTS_NAME)
+    return content
+
+
+def give_teacher(
+    objective: DistilledLoss,
+    twin: PreTrainedModel | None,
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Load the teacher that the options name; `model`, `quantization`, `dtype` and `device` are those that train.
+
+    `twin` is the base once more, around the same tensors, for a teacher that shares it.
+    """
+    config, student = objective.config, objective.model
+    teacher = twin
+    if teacher is None:
+        teacher = _load(config, model, quantization, dtype, device)
+    else:
+        keep_from_training(teacher, student)
+        if (folder := teacher_folder(config)) is not None:
+            inject_adapters(teacher, adapter_config_from_peft(folder))
+            load_adapter(teacher, folder)
+    objective.teacher = Teacher(teacher.eval(), objective.packing)
+    own, of_student = ({t.data_ptr(): t.nbytes for t in tensors_of(part)} for part in (teacher, student))
+    beside = sum(size for place, size in own.items() if place not in of_student)
+    sizes = [module.config.get_text_config().vocab_size for module in (teacher, student)]
+    logger.info("memory: teacher %.1f MiB beside the base", beside / 2**20)
+    if sizes[0] != sizes[1]:
+        logger.info("heads of %d (teacher) and %d tokens: compared over the first %d", *sizes, min(sizes))
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _load(
+    objective: DistillConfig,
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Return a teacher with weights of its own, in eval mode."""
+    named, folder = teacher_model(objective), teacher_folder(objective)
+    if named is not None and not objective.quantize_teacher:
+        quantization = QuantizationConfig()
+    if folder is None:
+        assert named is not None, "a teacher without a name or an adapter is the base"
+        return load_model(named, dtype, quantization, device)
+    if named is None:
+        logger.info("objective.teacher_adapter=%s: trains more than adapters: it has a base of its own", folder)
+        if (lineage := read_lineage(folder)) is not None:  # tokens that it brings are rows of its embeddings
+            model = replace(model, new_tokens=lineage.config.get("model", {}).get("new_tokens", model.new_tokens))
+    return load_adapted(folder, named or model, quantization, dtype, device)
+
+
+def copy_around_same_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model once more, around parameters and buffers of the same storage. It must hold all its weights."""
+    shared: dict[int, Any] = {}
+    for parameter in model.parameters():
+        shared[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
+    for buffer in model.buffers():
+        shared[id(buffer)] = buffer
+    return copy.deepcopy(model, shared)
+
+
+@torch.no_grad()
+def keep_from_training(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Give the teacher tensors of its own for those that train: of a module beside the adapters, or the whole base."""
+    trained = {parameter.data_ptr() for parameter in student.parameters() if parameter.requires_grad}
+    for parameter in teacher.parameters():
+        if parameter.data_ptr() in trained:
+            parameter.data = parameter.data.clone()
