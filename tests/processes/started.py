@@ -131,8 +131,8 @@ def run(arguments: Sequence[str | Path], timeout: float = 600, **options: Any) -
         return subprocess.CompletedProcess(process.args, process.returncode, *printed)
 
 
-def run_on_ranks(count: int, *program: str | Path, seconds: float = 600) -> str:
-    """Run a program on so many processes of one thread as torchrun does, one of them alone: what they printed.
+def run_on_ranks(count: int, *program: str | Path, seconds: float = 600) -> tuple[str, str]:
+    """Run a program on so many processes of one thread as torchrun does, one of them alone: stdout and stderr of all.
 
     They meet in a store of this process. Where one fails the others are ended; AssertionError with their messages.
     """
@@ -160,5 +160,6 @@ def run_on_ranks(count: int, *program: str | Path, seconds: float = 600) -> str:
                 rank.wait()
         for file in (out, messages):
             file.seek(0)
-        assert statuses == [0] * count, (statuses, messages.read()[-4000:])
-        return out.read()
+        printed, said = out.read(), messages.read()
+        assert statuses == [0] * count, f"exit statuses {statuses}\n{said[-4000:]}"
+        return printed, said

@@ -80,7 +80,7 @@ def test_ranks_are_processes_that_meet(tmp_path):
         "if sys.argv[1] == 'fail' and dist.get_rank() == 1: sys.exit('one has failed')\n"
         "if sys.argv[1] == 'fail': dist.barrier()\n"
     )
-    lines = [line.partition(" ") for line in run_on_ranks(3, program, "end").splitlines()]
+    lines = [line.partition(" ") for line in run_on_ranks(3, program, "end")[0].splitlines()]
     assert [numbers for _, _, numbers in lines] == ["[7.0, 3.0]"] * 3 and len({pid for pid, _, _ in lines}) == 3
     with pytest.raises(AssertionError, match="one has failed"):
         run_on_ranks(2, program, "fail")
