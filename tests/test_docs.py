@@ -2,13 +2,13 @@
 
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from started import run
 
 from docs.generate import index, with_generated
 from lightning_peft.__main__ import main
@@ -119,7 +119,7 @@ def test_toml_is_read(page):
 @pytest.mark.parametrize("page", [page for page in WRITTEN if blocks(page, "python")])
 def test_python_runs(page, tmp_path):
     code = "\n".join(blocks(page, "python"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     if page == "python.md":
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Started with torchrun on two gloo ranks: adapters on a sharded model train as on a whole one."""
+"""Started on two gloo ranks: adapters on a sharded model train as on a whole one."""
 
 import sys
 

@@ -96,7 +96,7 @@ def test_rivals_clip_and_keep_the_order():
 
 
 @pytest.mark.slow
-def test_losses_agree_with_every_rival(tmp_path):
+def test_losses_agree_with_every_rival(tmp_path, forked_starts):
     words = ["--model", "tiny", "--steps", "4", "--dtype", "float32", "--workload", "4x512", "short rows"]
     assert main([*words, "--output", f"{tmp_path}/compare.json"]) == 0
     rows = json.loads((tmp_path / "compare.json").read_text())["rows"]

@@ -45,7 +45,7 @@ def test_bars_are_floors_for_rates_and_ceilings_for_memory():
 
 
 @pytest.mark.slow
-def test_every_part_is_measured_on_a_tiny_shape(tmp_path):
+def test_every_part_is_measured_on_a_tiny_shape(tmp_path, forked_starts):
     words = ["--device", "cpu", "--shape", "tiny", "--tokens", "512", "--output", f"{tmp_path}/gpu.json"]
     assert main(words) == 0
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
@@ -56,7 +56,7 @@ def test_every_part_is_measured_on_a_tiny_shape(tmp_path):
 
 
 @pytest.mark.slow
-def test_failed_run_is_a_row_that_says_why(tmp_path, monkeypatch):
+def test_failed_run_is_a_row_that_says_why(tmp_path, monkeypatch, forked_starts):
     broken = {"broken": Run("tiny", 1, 64, ["method=lora", "optimizer.lr=-1"])}
     monkeypatch.setitem(PARTS, "lora", broken)
     main(["--part", "lora", "--device", "cpu", "--output", f"{tmp_path}/gpu.json"])

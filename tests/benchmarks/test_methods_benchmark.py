@@ -26,7 +26,7 @@ def test_rows_come_back_and_other_settings_are_refused(tmp_path):
         Results(path, {"steps": 3})
 
 
-def test_failed_method_is_reported_and_leaves_no_row(tmp_path, capfd):
+def test_failed_method_is_reported_and_leaves_no_row(tmp_path, capfd, forked_starts):
     results = Results(tmp_path / "methods.json", {})
     assert measure_quality(["lora"], results, steps=2, rows=4, model="no_such_model") == ["lora"]
     assert "no_such_model: no such option" in capfd.readouterr().err
@@ -34,7 +34,7 @@ def test_failed_method_is_reported_and_leaves_no_row(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_methods_are_trained_and_scored_once(tmp_path, capfd):
+def test_methods_are_trained_and_scored_once(tmp_path, capfd, forked_starts):
     words = ["--model", "tiny", "--steps", "2", "--rows", "4", "--output", f"{tmp_path}/methods.json"]
     assert main([*words, "--methods", "lora", "full"]) == 0
     rows = json.loads((tmp_path / "methods.json").read_text())["rows"]

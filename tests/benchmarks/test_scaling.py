@@ -46,7 +46,7 @@ def test_point_composes(words):
 
 
 @pytest.mark.slow
-def test_the_ladder_is_climbed_on_a_tiny_shape(tmp_path):
+def test_the_ladder_is_climbed_on_a_tiny_shape(tmp_path, forked_starts):
     words = ["--part", "ladder", "rank", "--shape", "tiny", "--steps", "3", "--output", f"{tmp_path}/scaling.json"]
     assert main(words) == 0
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import resource
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from started import run
 from training import SaveEachStep, TinyFinetune, batches, trainer
 
 from lightning_peft.adapters.inject import adapters, inject_adapters
@@ -244,7 +244,7 @@ def test_full_disk_during_training_stops_with_the_last_good_checkpoint(tmp_path:
 def test_sigkill_during_saves_always_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     script = Path(__file__).with_name("kill_during_save.py")
 
-    result = subprocess.run([sys.executable, script, tmp_path, "4"], capture_output=True, text=True)
+    result = run([sys.executable, script, tmp_path, "4"])
 
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout)["killed_while_saving"] >= 1
@@ -254,7 +254,7 @@ def test_sigkill_during_saves_always_leaves_a_good_checkpoint(tmp_path: Path) ->
 def test_sigkill_sixty_times(tmp_path: Path) -> None:
     script = Path(__file__).with_name("kill_during_save.py")
 
-    result = subprocess.run([sys.executable, script, tmp_path, "60"], capture_output=True, text=True)
+    result = run([sys.executable, script, tmp_path, "60"])
 
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout)["killed_while_saving"] >= 10

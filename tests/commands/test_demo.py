@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import started
 
 import lightning_peft
 from lightning_peft.__main__ import main
@@ -18,8 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_demo_trains_then_scores(tmp_path):
     words = ["model=tiny", "data.max_rows=8", "data.max_validation_rows=4", "trainer.max_steps=2", "logger=none"]
-    command = [sys.executable, "-m", "lightning_peft", "demo", *words, f"run_dir={tmp_path}/run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = started.run([*started.COMMAND, "demo", *words, f"run_dir={tmp_path}/run"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 2
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["base"]["loss"] > 0

@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 
 TRIAL = [
     "model=tiny", "data.max_rows=8", "data.max_validation_rows=2", "trainer.max_steps=1", "trainer.accelerator=cpu",
@@ -17,11 +17,10 @@ PATH = os.pathsep.join([str(Path(__file__).parent.parent / "training"), os.envir
 
 
 def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_peft", "train", "-m", *TRIAL, f"run_dir={folder}", *words],
-        capture_output=True, text=True, timeout=600,
+    return started.run(
+        [*started.COMMAND, "train", "-m", *TRIAL, f"run_dir={folder}", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH},
-    )  # fmt: skip
+    )
 
 
 def results(folder: Path) -> dict[str, dict[str, object]]:

@@ -1,4 +1,4 @@
-"""Started with torchrun: bytes that a forward and backward pass of a sharded model gathers and reduces, as JSON."""
+"""Started on every rank: bytes that a forward and backward pass of a sharded model gathers and reduces, as JSON."""
 
 import json
 import sys

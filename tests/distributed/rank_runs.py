@@ -2,12 +2,10 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
+from started import run_on_ranks
 from torch import Tensor
 
 TINY = [
@@ -24,14 +22,7 @@ def train_on_ranks(count: int, folder: Path, runs: dict[str, list[str]], seconds
     configs = [[*TINY, f"trainer.devices={count}", f"run_dir={folder}/{name}", *words] for name, words in runs.items()]
     file = folder / f"runs{count}.json"
     file.write_text(json.dumps(configs))
-    program = Path(__file__).with_name("train_many.py")
-    options = [f"--nproc-per-node={count}"] if count > 1 else []
-    launcher = ["-m", "torch.distributed.run", "--standalone", *options] if count > 1 else []
-    process = subprocess.run(
-        [sys.executable, *launcher, str(program), str(file)],
-        capture_output=True, text=True, timeout=seconds, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_on_ranks(count, Path(__file__).with_name("train_many.py"), file, seconds=seconds)
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:

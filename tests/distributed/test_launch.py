@@ -11,18 +11,22 @@ from pathlib import Path
 import pytest
 import yaml
 from rank_runs import TINY, result, rows
+from started import COMMAND, Started, run
 
 from lightning_peft.commands.training import prepare_folder
 from lightning_peft.compose import compose_config
 from lightning_peft.training.signal_watch import HANG_SECONDS
 
 PATH = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
-TRAIN = [sys.executable, "-m", "lightning_peft", "train", *TINY, "strategy=ddp", "trainer.devices=2"]
+TRAIN = [*COMMAND, "train", *TINY, "strategy=ddp", "trainer.devices=2"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 
 
 def command(*words: str, seconds: int = 400) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TRAIN, *words], capture_output=True, text=True, timeout=seconds, env=ENVIRONMENT)
+    return run([*TRAIN, *words], timeout=seconds, env=environment())
 
 
 def error_lines(stderr: str) -> list[str]:
@@ -71,8 +75,8 @@ def test_last_words_are_those_of_the_rank_that_was_first(tmp_path, how, status, 
 @pytest.mark.slow
 def test_signal_ends_a_run_one_of_whose_ranks_hangs(tmp_path):
     words = ["+callbacks.end._target_=ending.RankOneEnds", "+callbacks.end.how=sleep"]
-    launcher = subprocess.Popen(
-        [*TRAIN, f"run_dir={tmp_path}", "trainer.max_steps=4", *words], stderr=subprocess.PIPE, env=ENVIRONMENT
+    launcher = Started(
+        [*TRAIN, f"run_dir={tmp_path}", "trainer.max_steps=4", *words], stderr=subprocess.PIPE, env=environment()
     )
     while not (tmp_path / "asleep").exists():
         assert launcher.poll() is None
@@ -89,7 +93,7 @@ def test_signal_ends_a_run_one_of_whose_ranks_hangs(tmp_path):
 def test_signal_ends_a_rank_that_waits_for_others(tmp_path, number, status):
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     rank = subprocess.Popen(
-        [*TRAIN, f"run_dir={tmp_path}"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | alone,
+        [*TRAIN, f"run_dir={tmp_path}"], stderr=subprocess.PIPE, text=True, env=environment() | alone,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert "rank 0 of 2 waits for the others, who meet at 127.0.0.1:" in next(iter(rank.stderr))
@@ -104,7 +108,7 @@ def test_ignored_hangup_spares_the_ranks(tmp_path):
     words = ["+callbacks.end._target_=ending.SignalLauncher", "+callbacks.end.name=SIGHUP"]
     run = subprocess.run(
         ["nohup", *TRAIN, f"run_dir={tmp_path}/run", "trainer.max_steps=3", *words],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=400, env=ENVIRONMENT,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=400, env=environment(),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert result(tmp_path / "run")["steps"] == 3

@@ -10,10 +10,12 @@ import pytest
 import torch
 from rank_runs import NOISE, TINY, adapter, column, result, train_on_ranks
 from safetensors.torch import save_file
+from started import run_on_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.models.tiny import tiny_config, tiny_tokenizer
 
+MEASURE = Path(__file__).with_name("measure_loading.py")
 BLOCKS = 20
 LARGE_TENSORS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc keeps freed tensors under 32 MiB, and so all of this model's; it treats these as those of a large model."""
@@ -123,10 +125,9 @@ def large_model(tmp_path_factory):
 
 def loading(folder: Path, model: Path, *words: str) -> tuple[list[dict[str, int]], str]:
     """What each of two ranks measured, and the log."""
-    program = Path(__file__).with_name("measure_loading.py")
     run = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program),
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(MEASURE),
             str(folder), *TINY, "model=hf", f"model.path={model}", "strategy=fsdp", "trainer.devices=2", *words,
         ],
         capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1", **LARGE_TENSORS},
@@ -153,5 +154,6 @@ def test_rank_holds_its_slices_and_one_block(method, large_model, tmp_path):
 @pytest.mark.parametrize(("init", "reads_whole"), [("kaiming", False), ("loftq", True)])
 def test_init_that_reads_the_whole_model_says_so(init, reads_whole, tmp_path):
     save_tiny(tmp_path / "model")
-    _, log = loading(tmp_path, tmp_path / "model", "method=qlora", f"adapter.init={init}")
+    model = ["model=hf", f"model.path={tmp_path}/model", "method=qlora", f"adapter.init={init}"]
+    _, log = run_on_ranks(2, MEASURE, tmp_path, *TINY, *model, "strategy=fsdp", "trainer.devices=2")
     assert ("the adapters' init reads the whole model" in log) == reads_whole

@@ -1,24 +1,16 @@
 """What a sharded step sends between ranks and keeps for gradients."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from started import run_on_ranks
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     file = tmp_path_factory.mktemp("traffic") / "measured.json"
-    program = Path(__file__).with_name("count_traffic.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*launcher, str(program), str(file)],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_on_ranks(2, Path(__file__).with_name("count_traffic.py"), file, seconds=240)
     return json.loads(file.read_text())
 
 

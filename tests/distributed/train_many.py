@@ -1,4 +1,4 @@
-"""Started with torchrun: trains one config after the other, given as a JSON list of lists of overrides.
+"""Started on every rank: trains one config after the other, given as a JSON list of lists of overrides.
 
 What a config raises goes to `error.txt` in its run folder, on rank zero.
 """

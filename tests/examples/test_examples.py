@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import started
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import TINY
@@ -19,10 +20,7 @@ METHOD = ["imports=[own_method]", "method=row_gain", *SHORT]
 
 
 def command(*words: str, cwd: Path = EXAMPLES) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_peft", *words], cwd=cwd, capture_output=True, text=True, timeout=600
-    )
-    return done
+    return started.run([*started.COMMAND, *words], cwd=cwd)
 
 
 def succeeded(*words: str, cwd: Path = EXAMPLES) -> str:

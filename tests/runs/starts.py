@@ -1,16 +1,16 @@
 """Starts of the command line, as a person or a scheduler makes them."""
 
 import subprocess
-import sys
 from pathlib import Path
 
+from started import COMMAND, Started
 from tiny_runs import TINY
 
-TRAIN = [sys.executable, "-m", "lightning_peft", "train", *TINY]
+TRAIN = [*COMMAND, "train", *TINY]
 
 
 def started(*words: str, cwd: Path, command: list[str] = TRAIN) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return Started(
         [*command, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 

@@ -16,6 +16,7 @@ import yaml
 from equal_runs import assert_equal_runs
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from started import run
 from starts import ended, started
 from tiny_runs import TINY, tiny_config
 
@@ -137,7 +138,7 @@ def test_checkpoints_that_may_not_be_read_stop_the_run(everybodys_folder, undist
         "from lightning_peft.checkpoint.resume import latest_checkpoint\n"
         "os.setuid(65534)\ntry: latest_checkpoint(Path(sys.argv[1]))\nexcept Exception as e: print(type(e).__name__, e)"
     )
-    printed = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    printed = run([sys.executable, "-c", code, folder])
     expected = "PermissionError" if what == "folder" else "UnreadableCheckpoint"
     assert printed.stdout.startswith(expected) and "Permission denied" in printed.stdout, printed
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import torch
 from adapter_models import config_for, perturb
 from browser import Browser
 from safetensors.torch import load_file, save_file
+from started import COMMAND, Started
 
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.base import AdapterConfig
@@ -70,17 +70,8 @@ def free_port() -> int:
 
 def start(words: list[str], key: str = "none") -> tuple[subprocess.Popen[str], openai.OpenAI]:
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_peft",
-        "serve",
-        "model=tiny",
-        f"serve.port={port}",
-        "precision=32-true",
-        *words,
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [*COMMAND, "serve", "model=tiny", f"serve.port={port}", "precision=32-true", *words]
+    process = Started(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for _ in range(600):
         try:
             httpx.get(f"http://127.0.0.1:{port}/health")

@@ -4,12 +4,11 @@ import csv
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import started
 import torch
 from safetensors.torch import load_file
 from tiny_runs import TINY, tiny_config
@@ -28,17 +27,7 @@ RUN = ["trainer.max_steps=12", "checkpoint.every_n_steps=2", "data.packing=false
 
 
 def test_exploding_rate_ends_the_run_as_diverged(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_peft",
-        "train",
-        *TINY,
-        *RUN,
-        "optimizer.lr=1e30",
-        f"run_dir={tmp_path}/r",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = started.run([*started.COMMAND, "train", *TINY, *RUN, "optimizer.lr=1e30", f"run_dir={tmp_path}/r"])
     assert done.returncode == 3, done.stderr
     assert "diverged at step 2: loss nan" in done.stderr and "is not finite" in done.stderr
     assert "Traceback" not in done.stderr
@@ -147,8 +136,7 @@ def test_ranks_roll_back_together(tmp_path, strategy):
     words = [*TINY, *SHORT, f"strategy={strategy}", "trainer.devices=2", "guard.action=rollback", ONCE]
     words += ["health.every_n_steps=4", "guard.no_op_steps=4"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-m", "lightning_peft", "train", *words, f"run_dir={tmp_path}/r"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
+    done = started.run([*started.COMMAND, "train", *words, f"run_dir={tmp_path}/r"], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert (result["status"], result["rollbacks"], result["lr_factor"]) == ("finished", 1, 0.5)

@@ -3,13 +3,12 @@
 import csv
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from started import COMMAND, Started
 from tiny_runs import TINY, tiny_config
 
 from lightning_peft.commands.train import train
@@ -27,10 +26,10 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 
 def start_and_kill(run_dir: Path, after_steps: int, *overrides: str) -> None:
     """Start the command line and SIGKILL it once it has logged so many steps."""
-    command = [sys.executable, "-m", "lightning_peft", "train", *TINY, *RUN, f"run_dir={run_dir}", *overrides]
+    command = [*COMMAND, "train", *TINY, *RUN, f"run_dir={run_dir}", *overrides]
     messages = run_dir.with_name("messages.txt")
     with messages.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = Started(command, stdout=file, stderr=file)
     deadline = time.monotonic() + 120
     while len(rows(run_dir)) < after_steps:
         assert process.poll() is None, messages.read_text()

@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from equal_runs import assert_equal_runs
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from started import COMMAND, Started
 from tiny_runs import TINY, tiny_config
 
 from lightning_peft.checkpoint.atomic import SaveError
@@ -106,15 +106,15 @@ def test_error_without_a_signal_is_a_failure(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
 
 
-def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "lightning_peft", "train", *TINY, *RUN, f"run_dir={run_dir}", *overrides]
+def start(run_dir: Path, *overrides: str, how: type[subprocess.Popen[bytes]] = Started) -> subprocess.Popen[bytes]:
+    command = [*COMMAND, "train", *TINY, *RUN, f"run_dir={run_dir}", *overrides]
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    return how(command, stderr=subprocess.PIPE, env=environment, start_new_session=True)
 
 
 def test_signal_during_the_imports_is_no_crash(tmp_path):
-    process = start(tmp_path)
+    process = start(tmp_path, how=subprocess.Popen)
     while not handles_sigterm(process.pid):
         assert process.poll() is None
         time.sleep(0.01)
