@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.process import Process
+from lightning_peft.cluster.process import LEAVE, Process
 from lightning_peft.cluster.slurm import Job
 
 MANIFEST = "sweep.json"
@@ -168,11 +168,12 @@ def changed_sweep(folder: Path) -> Iterator[Sweep]:
 
 
 def begin(trial: Trial, folder: Path) -> None:
-    """Count an attempt and drop what the last one left behind as its end."""
+    """Count an attempt and drop what the last one left behind as its end, or was asked and did not live to do."""
     trial.attempts += 1
     trial.is_waiting = False
     trial.exit_code = None
     (folder / trial.name / "result.json").unlink(missing_ok=True)
+    (folder / trial.name / LEAVE).unlink(missing_ok=True)
 
 
 def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:

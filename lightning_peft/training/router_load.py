@@ -20,6 +20,8 @@ class RouterLoad:
     """
 
     def __init__(self, model: nn.Module):
+        self.rows = slice(None)
+        """Those that are counted, of the flattened batch."""
         self.counts: dict[str, Tensor] = {}
         """(experts,) int64 of each module since `start`."""
         self.handles: list[RemovableHandle] = [
@@ -31,11 +33,16 @@ class RouterLoad:
         """Forget what was counted, a recomputation in the last backward pass included."""
         self.counts = {}
 
+    def stop(self) -> None:
+        """Count no more."""
+        for handle in self.handles:
+            handle.remove()
+
     @torch.no_grad()
     def _count(self, name: str, module: Any, inputs: tuple[Any, ...]) -> None:
         if not module.training:
             return
-        chosen = inputs[1].reshape(-1)
+        chosen = inputs[1].reshape(-1, inputs[1].shape[-1])[self.rows].reshape(-1)
         counts = torch.zeros(module.num_experts, dtype=torch.int64, device=chosen.device)
         counts.scatter_add_(0, chosen, torch.ones_like(chosen))
         self.counts[name] = self.counts[name] + counts if name in self.counts else counts
