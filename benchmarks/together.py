@@ -34,7 +34,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.together import memory_together
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
-from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.training.host_memory import keep_freed_memory
 from lightning_peft.training.together import (
@@ -90,7 +90,7 @@ class Ways:
                 model = around_same_tensors(base)
                 inject_adapters(model, LoRAConfig(rank=rank))
                 if kind == "together":
-                    TogetherLoss(model, "auto", member)
+                    TogetherLoss(model, "auto", SFTConfig(), member)
                     self.members.append(Trained(model, rate))
                 else:
                     self.losses.append((SupervisedLoss(model).train(), Trained(model, rate)))

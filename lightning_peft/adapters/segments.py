@@ -57,6 +57,10 @@ class Batching:
     def rows(self) -> int:
         return max((share.stop for share in self.shares.values()), default=0)
 
+    def forget(self, number: int) -> None:
+        """Let go of what is kept of a model that has no rows any more."""
+        self.random.pop(number, None)
+
 
 class SegmentedLinear(nn.Module):
     """A frozen layer and the adapters that several models have around it, each on its rows of the present batch.
@@ -94,6 +98,11 @@ class SegmentedLinear(nn.Module):
             segments.append(Segment(share.start, share.stop, adapter.scaling, adapter.active_dropout, random))
             factors.append(product)
         return add_segments(base, x, segments, factors)
+
+    def forget(self, number: int) -> None:
+        """Let go of a model's adapter: it has no rows any more."""
+        self.adapters.pop(number, None)
+        self.drawn[1].pop(number, None)
 
     def random(self, number: int) -> RandomState:
         """Return where a model's random numbers are drawn from; again the same where a block is run a second time."""

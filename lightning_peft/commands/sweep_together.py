@@ -8,7 +8,15 @@ from pathlib import Path
 from lightning_peft import distributed
 from lightning_peft.command_configs import SubmitSweepConfig
 from lightning_peft.commands.plan_sweep import grid, read_words
-from lightning_peft.commands.together import exit_status, grouped, most_that_fit, say, train_together
+from lightning_peft.commands.together import (
+    BY_SIGNAL,
+    exit_status,
+    grouped,
+    most_that_fit,
+    note_end,
+    say,
+    train_together,
+)
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
@@ -16,7 +24,6 @@ from lightning_peft.runs.lock import new_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
-from lightning_peft.training.preemption import Interrupted, Preempted
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +64,10 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
     for number, names in enumerate(grouped(configs, together or 1), 1):
         for name in names:
             enter_trial(folder / name, [*fixed, *trials[name]], swept_words)
-        status = max(status, train_group(names, configs, folder / f"together-{number}.txt"))
+        ended = train_group(names, configs, folder / f"together-{number}.txt")
+        for name in names:  # those that could not tell the manifest themselves
+            note_end(folder / name, ended)
+        status = max(status, ended)
     return folder, status
 
 
@@ -72,10 +82,10 @@ def train_one(name: str, config: TrainConfig) -> int:
     """Train one trial by itself; return the exit status, a wrong input or a failure said."""
     try:
         train(config)
-    except Preempted as left:
-        if type(left) in (Preempted, Interrupted):  # a signal, which ends the sweep
+    except SystemExit as left:  # its ranks have said themselves what they failed by
+        if type(left) in BY_SIGNAL:  # which ends the sweep
             raise
-        return left.exit_status
+        return int(left.code or 0)
     except Exception as error:
         status = exit_status(error)
         say(name, error, status)

@@ -29,29 +29,40 @@ from lightning_peft.distributed import LAUNCHER
 from lightning_peft.estimation.together import most_together
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.loading import empty_model
+from lightning_peft.models.packing import obstacle_to_one_row
 from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.runs.errors import is_input_error, one_line
 from lightning_peft.runs.folder import folder_of, opened_folder
 from lightning_peft.runs.machine import GIB, Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, plan_run
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_with_launcher, run_ranks
+from lightning_peft.sweeps.local_worker import LOG
 from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
 from lightning_peft.training.config import Compilation, GuardAction, StrategyKind
-from lightning_peft.training.preemption import REASONS, Preempted
-from lightning_peft.training.together import Group, Member, Outcome, obstacle_of_model
+from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
+from lightning_peft.training.together import Group, Member, Outcome
 
 logger = logging.getLogger(__name__)
 
 FAILED = 1
-LOG = "log.txt"
-"""What a trial logs, in its folder, as that of a trial with a process of its own."""
 SHARED = ("model", "quantization", "strategy", "activation_checkpointing", "compile", "device_memory_gib")
 """Options of which trials that train together have the same values: they make the base, and how it is run."""
+ONE_RUN_LOGGERS = ("comet", "trackio")
+"""Loggers whose services keep one run of a process, as far as anybody has tried."""
+OF_ALL_TOKENS = "objective.label_smoothing"
+"""One more: the cross entropy is taken of all their tokens at once."""
+BY_SIGNAL = (Preempted, Interrupted)
+"""What a signal to this process ends a training with; other kinds of `Preempted` are of one trial."""
 OWN_TRAINER_OPTIONS = (
     "max_steps", "max_epochs", "max_time", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm",
     "log_every_n_steps", "enable_progress_bar",
 )  # fmt: skip
 """Of the trainer's, what each trial has for itself."""
+NOT_OF_ONE_TRIAL = {
+    "detect_anomaly": "a number of one trial that is not finite would end all",
+    "profiler": "it would time what all trials do",
+}
+"""Options of the trainer that say something about passes, which are those of all trials."""
 
 
 def obstacle(config: TrainConfig, plan: RunPlan) -> str:
@@ -70,6 +81,11 @@ def obstacle(config: TrainConfig, plan: RunPlan) -> str:
         return "strategy=fsdp: a slice of the base belongs to one trial; use strategy=ddp or single"
     if plan.precision.endswith("-mixed"):
         return f"trainer.precision={plan.precision}: use bf16-true or 32-true"
+    for option, reason in NOT_OF_ONE_TRIAL.items():
+        if config.trainer.get(option):
+            return f"trainer.{option}={config.trainer[option]}: {reason}"
+    if found := [name for name in ONE_RUN_LOGGERS if name in config.logger]:
+        return f"logger={found[0]}: logs one run of a process; use wandb, mlflow, tensorboard or csv"
     if config.guard.action is GuardAction.rollback:
         return "guard.action=rollback: a trial that goes back would hold up the others; use stop or skip"
     if config.compile in (Compilation.blocks, Compilation.full):
@@ -77,7 +93,7 @@ def obstacle(config: TrainConfig, plan: RunPlan) -> str:
     if config.adapter.untie_embeddings or config.model.new_tokens:
         return "adapter.untie_embeddings or model.new_tokens: its embeddings are its own"
     model = empty_model(config.model, plan.weight_dtype)
-    if reason := obstacle_of_model(model):
+    if reason := obstacle_to_one_row(model, config.data.max_length):
         return f"model: {reason}"
     blocks = tuple(f"{block}." for block in block_names(model))
     for target in find_targets(model, config.adapter, tuple(method.layers)):
@@ -98,7 +114,8 @@ def shared_options(config: TrainConfig) -> dict[str, Any]:
         value = options[name]
         shared |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
     shared.pop("model.label", None)
-    return shared
+    assert isinstance(config.objective, SFTConfig), "an obstacle to all others"
+    return shared | {OF_ALL_TOKENS: config.objective.label_smoothing}
 
 
 def bases(configs: Mapping[str, TrainConfig], machine: Machine | None = None) -> dict[str, str | None]:
@@ -177,23 +194,33 @@ def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
         leave_with_launcher()
     has_joined = plan.is_rank and distributed.connect(plan.accelerator)
     names = [folder_of(config).name for config in configs]
-    group = Group(names)
+    group, statuses = Group(names), [0] * len(names)
+    if any(config.callbacks for config in configs):
+        logger.info("callbacks: hooks on a model's layers see validations only, as one model takes all training passes")
 
     def ended(number: int, outcome: Outcome[dict[str, Any]]) -> None:
-        status = exit_status(outcome.error)
+        status = statuses[number] = exit_status(outcome.error)  # its traceback, which tells, is let go of behind this
         if distributed.rank() == 0:
             say(names[number], outcome.error, status)
             note_end(folder_of(configs[number]), status)
 
     with logs_of_members(configs):
         outcomes = group.run([partial(work, config) for config in configs], ended)
-    statuses = [exit_status(outcome.error) for outcome in outcomes]
     left = [outcome.error for outcome in outcomes if isinstance(outcome.error, Preempted)]
     if has_joined:
         distributed.disconnect()
     if group.signals.received is not None and left:
         raise max(left, key=lambda reason: REASONS.index(type(reason)) if type(reason) in REASONS else -1)
-    return max(statuses, key=lambda status: (status not in (0, Preempted.exit_status), status))
+    return status_of_all([folder_of(config) for config in configs], statuses)
+
+
+def status_of_all(run_dirs: Sequence[Path], statuses: Sequence[int]) -> int:
+    """Return the exit status of trials that shared a process: 75 where one is to be gone on with, which a job is
+    requeued for and nothing else; else the largest. One that was cancelled is not gone on with."""
+    left = [run_dir for run_dir, status in zip(run_dirs, statuses, strict=True) if status == Preempted.exit_status]
+    if left and wanted(left):
+        return Preempted.exit_status
+    return max((status for status in statuses if status != Preempted.exit_status), default=0)
 
 
 def train_listed(path: Path) -> int:
@@ -236,13 +263,21 @@ def work(config: TrainConfig, member: Member) -> dict[str, Any]:
 
 
 def with_ranks(configs: Sequence[TrainConfig], plan: RunPlan, list_path: Path) -> int:
-    """Start the ranks of a group, each of which trains all its runs, and wait for them."""
+    """Start the ranks of a group, each of which trains all its runs, and wait for them. Return the exit status.
+
+    Raises Preempted or Interrupted where a signal ended them.
+    """
     with ExitStack() as stack:
         for config in configs:
             if stack.enter_context(opened_folder(config)).result is None:
                 prepare_folder(config, folder_of(config))
         write_list(list_path, [folder_of(config) for config in configs])
-        run_ranks(list_path, plan.devices)
+        try:
+            run_ranks(list_path, plan.devices)
+        except SystemExit as left:
+            if type(left) in BY_SIGNAL:
+                raise
+            return int(left.code or 0)
     return 0
 
 

@@ -4,7 +4,8 @@ The layer's product is taken once for all rows, each change's on its own rows. W
 not finite ones included, they stay in its rows: `LowRankProduct` on the rows alone is what a test holds this to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,15 +32,22 @@ class RandomState:
     state: Tensor
     """As the generator of the device has it."""
 
-    def dropout(self, x: Tensor, probability: float) -> Tensor:
-        """Return what `F.dropout` gives with the device's generator at this place; that generator stays where it is."""
-        generator = random_state(x.device)
+    @contextmanager
+    def drawn_from(self, device: torch.device) -> Iterator[None]:
+        """Inside, torch's functions on the device draw from this stream; the device's own stays where it is."""
+        generator = random_state(device)
         before = generator.get_state()
         generator.set_state(self.state)
-        dropped = F.dropout(x.contiguous(), probability)
-        self.state = generator.get_state()
-        generator.set_state(before)
-        return dropped
+        try:
+            yield
+            self.state = generator.get_state()
+        finally:
+            generator.set_state(before)
+
+    def dropout(self, x: Tensor, probability: float) -> Tensor:
+        """Return what `F.dropout` gives with the device's generator at this place."""
+        with self.drawn_from(x.device):
+            return F.dropout(x.contiguous(), probability)
 
 
 class Segment(NamedTuple):

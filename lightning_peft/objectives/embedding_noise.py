@@ -1,6 +1,6 @@
 """NEFTune: uniform noise on the embeddings while training (Jain et al. 2023, arXiv:2310.05914)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,18 +19,30 @@ def noisy_embeddings(model: "PreTrainedModel", batch: Batch, alpha: float) -> It
 
     It is drawn from torch's own generator, which training seeds anew for every batch.
     """
-    lengths = sample_lengths(batch)
+    with changed_embeddings(model, lambda embedded: with_noise(embedded, batch, alpha)):
+        yield
 
-    def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-        size = alpha / (lengths.to(embedded.device).float() * embedded.shape[-1]).sqrt()
-        noise = torch.empty(embedded.shape, device=embedded.device).uniform_(-1, 1)
-        return embedded + (size[..., None] * noise).to(embedded.dtype)
 
-    hook = model.get_input_embeddings().register_forward_hook(add_noise)
+@contextmanager
+def changed_embeddings(model: "PreTrainedModel", change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the model goes on with what `change` makes of its embeddings, (B, T, D)."""
+
+    def changed(module: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+        return change(embedded)
+
+    hook = model.get_input_embeddings().register_forward_hook(changed)
     try:
         yield
     finally:
         hook.remove()
+
+
+def with_noise(embedded: Tensor, batch: Batch, alpha: float) -> Tensor:
+    """Return the embeddings of a batch, (B, T, D), with noise of this size; as many numbers are drawn for it."""
+    lengths = sample_lengths(batch).to(embedded.device).float()
+    size = alpha / (lengths * embedded.shape[-1]).sqrt()
+    noise = torch.empty(embedded.shape, device=embedded.device).uniform_(-1, 1)
+    return embedded + (size[..., None] * noise).to(embedded.dtype)
 
 
 def sample_lengths(batch: Batch) -> Tensor:

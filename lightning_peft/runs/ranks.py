@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing import (
 from lightning_peft import distributed
 from lightning_peft.distributed import LAUNCHER
 from lightning_peft.threads import available_cores
-from lightning_peft.training.preemption import INTERRUPTED, PREEMPTED, REPEAT_SECONDS, Interrupted, Preempted
+from lightning_peft.training.preemption import INTERRUPTED, PREEMPTED, REPEAT_SECONDS, Interrupted, Paused, Preempted
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
 
 WRONG_INPUT = 2
@@ -44,7 +44,8 @@ SECONDS_FOR_LAST_WORDS = 5.0
 def run_ranks(config_path: Path, count: int) -> None:
     """Train with `count` processes and wait for them. Raises SystemExit with the exit status of the first that fails.
 
-    Preempted where they were asked to leave. A rank that fails ends the others. The command is the one a cluster's
+    Interrupted or Preempted where they left because a signal to this process asked them to, Paused where they left
+    without one. A rank that fails ends the others. The command is the one a cluster's
     `srun` uses, `python -m lightning_peft train config_path=...`: the words of a sweep never reach a rank.
     """
     # The ranks meet in a store of this process: a port found free would be someone else's a moment later.
@@ -74,18 +75,21 @@ def run_ranks(config_path: Path, count: int) -> None:
         )
         assert isinstance(ranks, SubprocessContext)
         try:
-            failed = first_failures(ranks)
+            failed, is_asked = first_failures(ranks)
         finally:
             ranks.close()
-        for reason in (Interrupted, Preempted):
+        for reason in (Interrupted, Preempted if is_asked else Paused):
             if reason.exit_status in failed.values():
                 raise reason
         if failed:
             raise SystemExit(report(failed, ranks))
 
 
-def first_failures(ranks: SubprocessContext) -> dict[int, int]:
-    """Wait until a rank fails, or all are done; the exit status of each that failed by itself. Passes signals on."""
+def first_failures(ranks: SubprocessContext) -> tuple[dict[int, int], bool]:
+    """Wait until a rank fails, or all are done. Passes signals on.
+
+    Return the exit status of each that failed by itself, and whether a signal to this process asked them to leave.
+    """
     signalled_at = give_up_at = math.inf
     while True:
         try:
@@ -93,12 +97,12 @@ def first_failures(ranks: SubprocessContext) -> dict[int, int]:
             failed = {rank: code for rank, code in status.items() if code and code not in (PREEMPTED, INTERRUPTED)}
             if failed:
                 wait_for_last_words(ranks)
-                return failed
+                return failed, math.isfinite(signalled_at)
             if None not in status.values():
-                return {rank: code for rank, code in status.items() if code}
+                return {rank: code for rank, code in status.items() if code}, math.isfinite(signalled_at)
             # Ranks asked to leave are waited for: one may still be flushing its logger.
             if time.monotonic() > give_up_at:
-                return dict.fromkeys(status, PREEMPTED)
+                return dict.fromkeys(status, PREEMPTED), math.isfinite(signalled_at)
             if {PREEMPTED, INTERRUPTED} & set(status.values()):
                 give_up_at = min(give_up_at, time.monotonic() + SECONDS_TO_FOLLOW)
             time.sleep(SECONDS_BETWEEN_LOOKS)

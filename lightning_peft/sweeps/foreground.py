@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lightning_peft.cluster.process import this_process
+from lightning_peft.cluster.process import LEAVE, this_process
 from lightning_peft.sweeps.sweep import HYDRA, MANIFEST, RUNNING, Sweep, Trial, locked, read_sweep, write_sweep
 
 METRIC = "validation_loss"
@@ -44,6 +44,7 @@ def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> No
             sweep.trials.append(trial)
         trial.state, trial.is_waiting, trial.process = RUNNING, False, this_process()
         trial.attempts += 1
+        (run_dir / LEAVE).unlink(missing_ok=True)  # of an earlier start that did not live to leave
         sweep.count = len(sweep.trials)
         # Another start may add values to those of the first.
         sweep.swept = [f"{key}={','.join(dict.fromkeys(t.values[key] for t in sweep.trials))}" for key in keys]

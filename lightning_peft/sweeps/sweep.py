@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import Job
-from lightning_peft.cluster.process import Process
+from lightning_peft.cluster.process import LEAVE, Process
 
 MANIFEST = "sweep.json"
 
@@ -176,12 +176,16 @@ def changed_sweep(folder: Path) -> Iterator[Sweep]:
 
 
 def begin(trial: Trial, folder: Path) -> None:
-    """Count an attempt and drop what the last one left behind as its end, but for the hours it took."""
+    """Count an attempt and drop what the last one left behind as its end, but for the hours it took.
+
+    What it was asked and did not live to do goes too.
+    """
     trial.attempts += 1
     trial.spent_hours += hours_of(read_result(folder / trial.name))
     trial.is_waiting = False
     trial.exit_code = None
     (folder / trial.name / "result.json").unlink(missing_ok=True)
+    (folder / trial.name / LEAVE).unlink(missing_ok=True)
 
 
 def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from lightning_peft.checkpoint.lineage import FILE_NAME as LINEAGE
 from lightning_peft.tracking.charts import STEP, charts, summary_of, sweep_name
@@ -64,6 +65,20 @@ def run_of_agent() -> str | None:
     return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
+OPEN: "WeakSet[WandbRun]" = WeakSet()
+"""The runs of this process that log: several where trials train together."""
+SET_HERE: dict[str, str] = {}
+"""Environment variables that the first of them has set."""
+
+
+def end_service() -> None:
+    """End W&B's service for this process, unless a run still logs through it."""
+    import wandb
+
+    if not OPEN:
+        wandb.teardown()
+
+
 class WandbRun(RunLogger):
     """Online where there is a key and a server that answers, else into `<run_dir>/wandb` for a later `wandb sync`.
 
@@ -110,7 +125,6 @@ class WandbRun(RunLogger):
         self.check_options()
         self.run: Any = None
         self.log: RunLog | None = None
-        self.sets_data_dir = False
         self.written_step = 0
         self.logged = (time.monotonic(), 0)
         """When the record last went forward, and to what step rows had been logged then."""
@@ -135,8 +149,7 @@ class WandbRun(RunLogger):
 
         if DATA_DIR not in os.environ:
             # Tables are staged there; in a home that cannot be written to each would fail.
-            os.environ[DATA_DIR] = str(self.run_dir.resolve() / "wandb")
-            self.sets_data_dir = True
+            os.environ[DATA_DIR] = SET_HERE[DATA_DIR] = str(self.run_dir.resolve() / "wandb")
         record = service_record(self.run_dir, "wandb")
         if (of_agent := run_of_agent()) is not None and record["id"] != of_agent:
             record = {"id": of_agent, "step": 0}  # what the folder has logged elsewhere is logged there as well
@@ -148,18 +161,21 @@ class WandbRun(RunLogger):
         if git is not None:  # W&B itself would send the remote with the name in it
             settings |= {"git_commit": git["commit"], "git_remote_url": git["remote"]}
         options = self.options | given | {"dir": str(self.run_dir), "settings": wandb.Settings(**settings)}
-        if wandb.run is not None:
+        if OPEN or wandb.run is not None:
             options |= {"reinit": "create_new"}  # a run that trains beside this one in the process
         try:
             self.run = wandb.init(**options, mode=self.mode, resume="allow" if self.mode == "online" else None)
         except wandb.errors.CommError as error:
             reason = " ".join(str(error).split())
             logger.warning("wandb: no server (%s); logging offline to %s/wandb", reason, self.run_dir)
-            wandb.teardown()
+            end_service()
+            if OPEN:  # the service goes on, and holds the id that the server was asked for
+                options |= {"id": f"{record['id']}-offline"}
             self.run = wandb.init(**options, mode="offline")
         if git is not None:
             self.run.config.update({"git": git}, allow_val_change=True)
         self.begin_log()
+        OPEN.add(self)
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)
         self.run.define_metric("validation/loss", step_metric=STEP, summary="min,last")
@@ -234,7 +250,7 @@ class WandbRun(RunLogger):
         self.end_log()
         # Until it finishes, up to 15 seconds of it are in the memory of another process.
         self.run.finish(exit_code=0 if status == "finished" else 1)
-        self.forget_data_dir()
+        self.forget()
         if not self.failed:
             write_record(self.run_dir, {"id": self.run.id, "step": max(step, self.written_step)}, "wandb")
 
@@ -243,19 +259,19 @@ class WandbRun(RunLogger):
         if summary := summary_of(self.run_dir):
             self.run.summary.update(summary)
 
-    def forget_data_dir(self) -> None:
-        """The next run of this process has its own."""
-        if self.sets_data_dir:
+    def forget(self) -> None:
+        """Leave the process to its other runs; the folder for staged tables is that of the first until the last."""
+        OPEN.discard(self)
+        if not OPEN and SET_HERE.pop(DATA_DIR, None) is not None:
             os.environ.pop(DATA_DIR, None)
-            self.sets_data_dir = False
 
     def abandon(self) -> None:
-        import wandb
-
-        self.forget_data_dir()
         self.end_log()
+        self.forget()
+        if OPEN and self.run is not None:  # else the next run of this process would be told to go on with this one
+            self.run.finish(exit_code=1)
         # A service that is dead would be asked again by the next run of this process.
-        wandb.teardown()
+        end_service()
 
     def save_adapter(self, adapter: Path, step: int) -> None:
         """The adapter folder as an artifact whose metadata is its lineage; the files are not copied."""

@@ -104,10 +104,15 @@ class PreemptionSignals:
     def __init__(self, max_seconds: float | None = None) -> None:
         """`max_seconds` is `trainer.max_time`, counted from `start`."""
         self.max_seconds = max_seconds
-        self.received: signal.Signals | None = None
+        self._received: signal.Signals | None = None
         self._received_at = 0.0
         self._started_at = time.monotonic()
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The first signal that came; None before one has."""
+        return self._received
 
     @property
     def reason(self) -> type[Preempted] | None:
@@ -132,11 +137,11 @@ class PreemptionSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received is None:
-            self.received, self._received_at = signal.Signals(number), now
+        if self._received is None:
+            self._received, self._received_at = signal.Signals(number), now
             if number == signal.SIGINT:
                 os.write(2, b"Ctrl-C: the step is finished and saved; again to leave at once\n")
             return
-        is_ctrl_c = number == self.received == signal.SIGINT
+        is_ctrl_c = number == self._received == signal.SIGINT
         if now - self._received_at > (REPEAT_SECONDS_OF_CTRL_C if is_ctrl_c else REPEAT_SECONDS):
             leave_at_once(number, frame)

@@ -21,6 +21,8 @@ class RouterLoad:
     """
 
     def __init__(self, model: nn.Module):
+        self.rows = slice(None)
+        """Those that are counted, of the flattened batch."""
         self.counts: dict[str, Tensor] = {}
         """(experts,) int64 of each module since `start`."""
         self.handles: list[RemovableHandle] = [
@@ -32,6 +34,11 @@ class RouterLoad:
         """Forget what was counted, a recomputation in the last backward pass included."""
         self.counts = {}
 
+    def stop(self) -> None:
+        """Count no more."""
+        for handle in self.handles:
+            handle.remove()
+
     @torch.no_grad()
     def _count(
         self, name: str, experts: int, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
@@ -39,7 +46,8 @@ class RouterLoad:
         if not module.training:
             return
         values = (*inputs, *named.values())
-        chosen = next(v for v in values if isinstance(v, Tensor) and not v.is_floating_point()).reshape(-1)
+        chosen = next(value for value in values if isinstance(value, Tensor) and not value.is_floating_point())
+        chosen = chosen.reshape(-1, chosen.shape[-1])[self.rows].reshape(-1)
         counts = torch.zeros(experts, dtype=torch.int64, device=chosen.device)
         counts.scatter_add_(0, chosen, torch.ones_like(chosen))
         self.counts[name] = self.counts[name] + counts if name in self.counts else counts

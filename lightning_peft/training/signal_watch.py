@@ -34,6 +34,8 @@ class SignalWatch:
         self._patience = math.inf
         self._longest = 0.0
         self._last = (0.0, 0.0)
+        self._works_in_threads = False
+        """Whether other threads than the main one train, one at a time."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -44,7 +46,7 @@ class SignalWatch:
             # Processes forked from this one are signalled for themselves.
             os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
             threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
-        self._told, self._patience = None, LEAVES_WITHIN
+        self._told, self._patience, self._works_in_threads = None, LEAVES_WITHIN, False
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         try:
             yield
@@ -57,7 +59,8 @@ class SignalWatch:
         self._told, self._patience = None, math.inf
 
     def begins_to_train(self) -> None:
-        """The first step is about to be taken."""
+        """The first step is about to be taken, in this thread."""
+        self._works_in_threads = threading.current_thread() is not threading.main_thread()
         self._patience, self._longest, self._last = HANG_SECONDS, 0.0, self._clocks()
 
     def progress(self) -> None:
@@ -71,7 +74,9 @@ class SignalWatch:
         self._patience = math.inf
 
     def _clocks(self) -> tuple[float, float]:
-        """(time, time for which the main thread computed), seconds."""
+        """(time, time for which the main thread computed, or the process where others train), seconds."""
+        if self._works_in_threads:
+            return time.monotonic(), time.process_time()
         identity = threading.main_thread().ident
         assert identity is not None
         if not hasattr(time, "pthread_getcpuclockid"):  # macOS: time without progress decides alone

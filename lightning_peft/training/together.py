@@ -8,10 +8,13 @@ and the gradients of its adapters. Its own backward pass puts them where autogra
 """
 
 import copy
+import gc
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,18 +23,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_peft.adapters.segments import Batching, Share, segment_layers
+from lightning_peft.adapters.segments import Batching, SegmentedLinear, Share, segment_layers
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.models.blocks import block_names
-from lightning_peft.models.source import VARLEN
+from lightning_peft.objectives.embedding_noise import changed_embeddings, with_noise
 from lightning_peft.objectives.model_loss import ModelLoss
-from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
+from lightning_peft.training.router_load import RouterLoad
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class Member:
         self.model: PreTrainedModel | None = None
         """Its tree of modules: adapters of its own around weights that all share."""
         self.loss: ModelLoss | None = None
+        self.router_load: RouterLoad | None = None
+        """What it logs of its experts; None where it has none, or does not log them."""
         self.batch: Batch | None = None
         """What it waits to have run."""
         self.answer: tuple[Tensor, list[Tensor | None]] | BaseException | None = None
@@ -90,8 +96,9 @@ class Member:
 class TogetherLoss(SupervisedLoss):
     """The loss of supervised fine-tuning, its training passes taken together with those of the other members."""
 
-    def __init__(self, model: PreTrainedModel, packing: bool | str, member: Member):
-        super().__init__(model, packing)
+    def __init__(self, model: PreTrainedModel, packing: bool | str, config: SFTConfig, member: Member):
+        # Whatever this run asks for, its rows are packed behind those of the others: that is to be checked.
+        super().__init__(model, packing or "auto", config)
         self._member = (member,)  # in a tuple: not for copies of this module
         member.model, member.loss = model, self
 
@@ -100,6 +107,11 @@ class TogetherLoss(SupervisedLoss):
             return super().forward(batch)
         if not self.is_checked:
             self.check(batch)
+        if self.runs_apart:
+            raise ValueError(
+                f"sweep.together: packed samples see each other in {type(self.model).__name__}, and so would those of "
+                "several trials; train them apart, without sweep.together"
+            )
         return self._member[0].train_on(batch)
 
 
@@ -114,7 +126,12 @@ class TogetherModule(FinetuneModule):
         return self._member[0].base(self, device)
 
     def build_objective(self, model: PreTrainedModel) -> ModelLoss:
-        return TogetherLoss(model, self.packing, self._member[0]).train()
+        assert isinstance(self.objective_config, SFTConfig), "runs together learn by sft"
+        return TogetherLoss(model, self.packing, self.objective_config, self._member[0]).train()
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self._member[0].router_load = self.router_load
 
 
 class MemberSignals(PreemptionSignals):
@@ -125,15 +142,17 @@ class MemberSignals(PreemptionSignals):
         self.group, self.leave = group, run_dir / LEAVE
 
     @property
+    def received(self) -> signal.Signals | None:
+        return self.group.signals.received
+
+    @property
     def reason(self) -> type[Preempted] | None:
-        self.received = self.group.signals.received
         if (reason := super().reason) is not None or not self.leave.exists():
             return reason
         logger.info("%s: asked to leave", self.leave)
         return Preempted
 
     def start(self) -> None:
-        self.leave.unlink(missing_ok=True)
         self._started_at = time.monotonic()
 
     def stop(self) -> None:
@@ -198,6 +217,7 @@ class Group:
                     self.give_turn(member)
                     if member.is_done:
                         ended(member.number, outcomes[member.number])
+                        self.forget(member, outcomes[member.number])
                 present = [member for member in present if not member.is_done]
                 if present:
                     self.take_pass(present)
@@ -211,6 +231,18 @@ class Group:
         member.turn.release()
         self.back.acquire()
         member.random = random_states()
+
+    def forget(self, member: Member, outcome: Outcome[Result]) -> None:
+        """Free what a member that has ended still holds: the others may train for days."""
+        member.model = member.loss = member.router_load = None
+        if self.passes is not None:
+            self.passes.forget(member.number)
+        error, seen = outcome.error, set[int]()
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
+            error.__traceback__ = None  # whose frames hold its trainer
+            error = error.__cause__ or error.__context__
+        gc.collect()  # Trainer and module know each other
 
     def take_pass(self, present: Sequence[Member]) -> None:
         """Answer the members that wait: all of those that have not ended."""
@@ -239,6 +271,8 @@ class SharedPasses:
         checked = members[0].loss
         assert checked is not None
         self.loss.logit_path, self.loss.is_checked = checked.logit_path, True
+        self.loss.label_smoothing = checked.label_smoothing  # the same for all
+        self.router_loads = {member.number: RouterLoad(model) for member in members if member.router_load is not None}
 
     def take(self, members: Sequence[Member]) -> list[tuple[Tensor, list[Tensor | None]]]:
         """Return each member's loss, summed over its batch, and the gradients of its trained parameters, fp32."""
@@ -248,10 +282,18 @@ class SharedPasses:
         for member, batch in zip(members, batches, strict=True):
             stop = start + batch.input_ids.numel()
             shares[member.number] = Share(start, stop, member.random[batch.input_ids.device.type])
+            if member.router_load is not None:
+                load = self.router_loads[member.number]
+                load.start()
+                load.rows = slice(start, stop)
             start = stop
         self.batching.begin(shares)
         with torch.enable_grad():
-            tokens = self.loss.token_losses(joined)
+            with self.noise(members, batches):
+                tokens = self.loss.token_losses(joined)
+            for member in members:
+                if member.router_load is not None:  # as counted up to here: the backward pass may run blocks again
+                    member.router_load.counts = dict(self.router_loads[member.number].counts)
             counts = [batch.num_supervised for batch in batches]
             weights = [None] * len(batches) if tokens.weights is None else tokens.weights.split(counts)
             losses = [
@@ -268,6 +310,34 @@ class SharedPasses:
             answers.append((loss.detach(), [*gradients[: len(own)]]))
             del gradients[: len(own)]
         return answers
+
+    def noise(self, members: Sequence[Member], batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        """Inside, the embeddings of each batch have the noise that its member trains with, drawn as by itself."""
+        alphas = [0.0 if member.loss is None else member.loss.noise_alpha for member in members]
+        if not any(alphas):
+            return nullcontext()
+
+        def change(embedded: Tensor) -> Tensor:
+            parts = []
+            for member, batch, alpha in zip(members, batches, alphas, strict=True):
+                share = self.batching.shares[member.number]
+                part = embedded[0, share.start : share.stop].view(*batch.input_ids.shape, -1)
+                if alpha:
+                    with self.batching.random[member.number].drawn_from(embedded.device):
+                        part = with_noise(part, batch, alpha)
+                parts.append(part.reshape(1, -1, embedded.shape[-1]))
+            return torch.cat(parts, 1)
+
+        return changed_embeddings(self.loss.model, change)
+
+    def forget(self, number: int) -> None:
+        """Let go of what belongs to a member that has ended."""
+        self.batching.forget(number)
+        if (load := self.router_loads.pop(number, None)) is not None:
+            load.stop()
+        for module in self.loss.model.modules():
+            if isinstance(module, SegmentedLinear):
+                module.forget(number)
 
 
 def in_one_row(batches: Sequence[Batch]) -> Batch:
@@ -315,18 +385,3 @@ def restore_random(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def obstacle_of_model(model: PreTrainedModel) -> str:
-    """Return why the passes of several runs through this model cannot be taken together; empty where they can.
-
-    The model may be on the meta device.
-    """
-    kind = model.config.model_type
-    if model.config._attn_implementation != VARLEN:
-        return f"the samples of several trials in one row would see each other in models of type {kind}"
-    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    rates.append(float(getattr(model.config.get_text_config(), "attention_dropout", None) or 0))
-    if any(rates):
-        return f"models of type {kind} drop activations of the base, which would not be those of a trial alone"
-    return ""

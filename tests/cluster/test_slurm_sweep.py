@@ -55,6 +55,26 @@ def test_cancel_ends_running_and_queued_trials(slurm, tmp_path):
     assert [trial.state for trial in seen(folder).trials] == ["cancelled", "cancelled"]
 
 
+def test_trials_of_a_task_train_together_and_one_is_cancelled(slurm, tmp_path):
+    """Four trials in two tasks: what is cancelled leaves the other of its task alone, and is not started again."""
+    folder = tmp_path / "sweep"
+    words = ["method=lora,rslora", "adapter.rank=2,4", "trainer.max_steps=60", "sweep.together=2", "logger=csv"]
+    assert main(["submit", "-m", *TINY, *words, f"sweep_dir={folder}", SETUP]) == 0
+    (array,) = seen(folder).arrays
+    cancelled, beside, *others = seen(folder).trials
+    assert {trial.job for trial in (cancelled, beside)} == {f"{array}_0"}
+    assert {trial.job for trial in others} == {f"{array}_1"}
+    wait_for("a step", SECONDS, (folder / cancelled.name / "metrics.csv").exists)
+    assert main(["sweep", "cancel", str(folder), f"trials=[{cancelled.name}]"]) == 0
+    wait_for("the end of the array", SECONDS, lambda: is_over(seen(folder)))
+    assert [(trial.state, trial.exit_code) for trial in seen(folder).trials] == [
+        ("cancelled", 0),
+        *3 * [("finished", 0)],
+    ]
+    assert json.loads((folder / cancelled.name / "result.json").read_text())["steps"] < 60
+    assert {job.restarts for job in find_jobs([array]).values()} == {0}
+
+
 def test_tasks_of_an_array_draw_their_trials_from_one_study(slurm, tmp_path):
     pytest.importorskip("optuna", reason="pip install 'lightning-peft[optuna]'")
     folder = tmp_path / "sweep"

@@ -1,13 +1,24 @@
 """Sweeps whose trials train together: the same folders, manifest and table; one can be stopped without the others."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
+import torch
+from equal_runs import compared_rows, rows
+from safetensors.torch import load_file
 from test_local_sweep import TINY, has_ended, seen, wait_until
 
 from lightning_peft.__main__ import main
+from lightning_peft.cluster.process import LEAVE
 from lightning_peft.commands.sweep_array import groups_of_tasks
+from lightning_peft.commands.together import train_together
+from lightning_peft.commands.train import train
+from lightning_peft.compose import compose_config
+from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.local_worker import claim
 from lightning_peft.sweeps.sweep import Sweep, Trial, read_sweep, write_sweep
 
@@ -21,11 +32,20 @@ def sweep_of(folder: Path, bases: list[str | None], together: int) -> Sweep:
     return sweep
 
 
+def in_folder(run_dir: Path, other: Path) -> TrainConfig:
+    """Return the config of a run, of one that begins in another folder."""
+    other.mkdir()
+    shutil.copy(run_dir / "config.yaml", other)
+    return compose_config("train", [f"config_path={other / 'config.yaml'}"])
+
+
 def test_worker_claims_trials_of_one_base(tmp_path):
     sweep_of(tmp_path, ["a", None, "b", "a", "a", "b"], together=2)
+    (tmp_path / "t0" / LEAVE).touch()  # of a start that was killed before it could leave
     claimed = [[trial.name for trial in claim(tmp_path)] for _ in range(4)]
     assert claimed == [["t0", "t3"], ["t1"], ["t2", "t5"], ["t4"]]
     assert all(trial.attempts == 1 for trial in read_sweep(tmp_path).trials)
+    assert not (tmp_path / "t0" / LEAVE).exists()
 
 
 def test_task_of_an_array_takes_trials_of_one_base(tmp_path):
@@ -88,6 +108,17 @@ def test_foreground_sweep_trains_together(tmp_path, capsys):
     assert (folder / "rank2_methodlora" / "log.txt").read_text()
 
 
+@pytest.mark.multi_process
+@pytest.mark.slow
+def test_trials_that_leave_their_ranks_end_no_foreground_sweep(tmp_path, capsys):
+    """One by itself, then two in a group, all of which pause."""
+    folder = tmp_path / "sweep"
+    words = ["strategy=ddp", "trainer.devices=2", "pause_at=1", "method=dora,lora,rslora", "sweep.together=2"]
+    assert main(["train", "-m", *TINY, *words, f"run_dir={folder}"]) == 75
+    assert "shows it again" in capsys.readouterr().out
+    assert [(trial.state, trial.exit_code) for trial in seen(folder).trials] == 3 * [("paused", 75)]
+
+
 @pytest.mark.slow
 def test_one_trial_of_a_group_is_cancelled_and_retried(tmp_path):
     folder = tmp_path / "sweep"
@@ -103,3 +134,53 @@ def test_one_trial_of_a_group_is_cancelled_and_retried(tmp_path):
     assert main(["sweep", "retry", str(folder), "trials=[lr1e-4]"]) == 0
     ended = wait_until(folder, has_ended)
     assert [(trial.state, trial.attempts) for trial in ended.trials] == [("finished", 2), ("finished", 1)]
+
+
+@pytest.mark.slow
+def test_killed_group_resumes_bit_equal_and_the_others_go_on(tmp_path):
+    folder = tmp_path / "sweep"
+    words = [
+        "method=lora,rslora,dora", "adapter.dropout=0.1", "trainer.max_steps=60", "checkpoint.every_n_steps=5",
+        "logger=csv", "sweep.together=2", "cluster=local",
+    ]  # fmt: skip
+    assert main(["submit", "-m", *TINY, *words, f"sweep_dir={folder}"]) == 0
+    wait_until(folder, lambda sweep: (folder / "methodrslora" / "checkpoints" / "step-00000010.ckpt").exists())
+    process = read_sweep(folder).trial("methodlora").process
+    assert process is not None and process == read_sweep(folder).trial("methodrslora").process
+    os.kill(process.pid, signal.SIGKILL)
+    ended = wait_until(folder, has_ended)
+    assert [trial.state for trial in ended.trials] == ["failed", "failed", "finished"]
+    assert [trial.exit_code for trial in ended.trials[:2]] == [-9, -9]
+    assert main(["sweep", "retry", str(folder), "failed=true"]) == 0
+    ended = wait_until(folder, has_ended)
+    assert [(t.state, t.attempts) for t in ended.trials] == [("finished", 2), ("finished", 2), ("finished", 1)]
+
+    names = ("methodlora", "methodrslora")
+    undisturbed = [in_folder(folder / name, tmp_path / name) for name in names]
+    assert train_together(undisturbed, tmp_path / "list.txt") == 0
+    for name in names:
+        assert compared_rows(folder / name) == compared_rows(tmp_path / name)
+        found, expected = (
+            load_file(run / name / "adapter" / "adapter_model.safetensors") for run in (folder, tmp_path)
+        )
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+def test_group_of_a_pruned_sweep_goes_on_with_those_that_a_rung_lets_on(tmp_path):
+    folder = tmp_path / "sweep"
+    words = [
+        "optimizer.lr=1e-5,1e-2,1e-6", "trainer.max_steps=8", "sweep.pruning=asha", "sweep.min_steps=3",
+        "sweep.reduction=3", "sweep.together=3", "logger=csv", "cluster=local",
+    ]  # fmt: skip
+    assert main(["submit", "-m", *TINY, *words, f"sweep_dir={folder}"]) == 0
+    ended = wait_until(folder, lambda sweep: has_ended(sweep) and any(t.state == "finished" for t in sweep.trials))
+    assert [(t.state, t.attempts) for t in ended.trials] == [("paused", 1), ("finished", 2), ("paused", 1)]
+    assert len({json.dumps(t.rung_values) for t in ended.trials}) == 3
+    assert [int(row["step"]) for row in rows(folder / "lr1e-5") if row["loss"]] == [1, 2, 3]
+    config = in_folder(folder / "lr1e-2", tmp_path / "alone")
+    assert config.pause_at is None
+    train(config)
+    for row, expected in zip(rows(folder / "lr1e-2"), rows(tmp_path / "alone"), strict=True):
+        for key in ("loss", "validation_loss"):
+            assert float(row[key] or 0) == pytest.approx(float(expected[key] or 0), rel=1e-5), row["step"]

@@ -6,7 +6,8 @@ from families import small_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from lightning_peft.data.config import DataConfig
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing import obstacle_to_one_row, packing_of
+from lightning_peft.models.source import VARLEN
 
 
 def test_auto_packs_where_samples_stay_apart(caplog: pytest.LogCaptureFixture) -> None:
@@ -43,3 +44,27 @@ def test_two_sets_of_frequencies_are_not_mixed(max_length: int, packs: bool) -> 
     with torch.device("meta"):
         model = Phi3ForCausalLM(config)
     assert packing_of(DataConfig(max_length=max_length), model) is packs
+    model.set_attn_implementation(VARLEN)
+    assert ("would set the rotary frequencies" in obstacle_to_one_row(model, max_length)) is not packs
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [
+        ("llama", "attention_dropout"),
+        ("opt", "dropout"),
+        ("opt", "layerdrop"),
+        ("seed_oss", "residual_dropout"),
+        ("mixtral", "router_jitter_noise"),
+        ("gpt2", "resid_pdrop"),
+    ],
+)
+def test_model_that_draws_random_numbers_takes_no_samples_of_several_runs(family: str, option: str) -> None:
+    """They are drawn in functions as well as in modules, so the configuration tells."""
+    model = small_model(family, **({"residual_dropout": 0.0} if family == "seed_oss" else {}))
+    model.set_attn_implementation(VARLEN)
+    assert obstacle_to_one_row(model, 64) == ""  # GPT-2's summary_first_dropout is for another head
+    setattr(model.config, option, 0.1)
+    assert obstacle_to_one_row(model, 64) == (
+        f"models of type {family} draw random numbers ({option}=0.1), which would not be those of a trial alone"
+    )

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tiny_runs import TINY, tiny_config
 from lightning_peft.checkpoint.atomic import SaveError
 from lightning_peft.commands.train import train
 from lightning_peft.training.preemption import PREEMPTED, REPEAT_SECONDS, SIGNALS, Preempted
+from lightning_peft.training.signal_watch import SignalWatch
 
 RUN = [
     "data.packing=true", "data.max_length=512", "adapter.dropout=0.1", "trainer.max_steps=11", "trainer.max_epochs=4",
@@ -158,3 +160,23 @@ def test_signal_to_the_whole_process_group_spares_the_data_workers(tmp_path, und
     assert b"saved after step" in messages
     train(tiny_config(tmp_path, *RUN, "data.num_workers=1"))
     assert_equal_runs(tmp_path, undisturbed)
+
+
+def test_thread_that_trains_is_no_hang_while_it_computes():
+    """Trials that share a process train in threads: what the main thread does says nothing."""
+    watch = SignalWatch()
+
+    def train_a_while():
+        watch.begins_to_train()
+        while time.thread_time() < 1:
+            pass
+
+    thread = threading.Thread(target=train_a_while)
+    thread.start()
+    thread.join()
+    watch._patience = 0.0
+    assert not watch._is_stuck(time.monotonic())
+    watch.progress()
+    watch._patience = 0.0
+    time.sleep(1)
+    assert watch._is_stuck(time.monotonic())

@@ -12,11 +12,14 @@ from families import small_model
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.commands.together import train_together
+from lightning_peft.compose import compose_config
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.experts import has_experts, routed_modules
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.router_load import RouterLoad
+from lightning_peft.words import everyday
 
 
 def values(load: RouterLoad) -> dict[str, float]:
@@ -90,19 +93,38 @@ def test_experts_without_a_choice_to_count_are_told_from_none() -> None:
     assert not has_experts(small_model("llama"))
 
 
-def test_a_run_of_a_mixture_has_them_in_its_metrics(tmp_path: Path) -> None:
+def small_mixture(tmp_path: Path) -> list[str]:
+    """Words of `train` for a mixture and a few rows in a folder."""
     small_model("mixtral", vocab_size=320).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [json.dumps({"prompt": f"Add {a}.", "completion": f"It is {a + 1}."}) + "\n" for a in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
-    words = [
-        "train", f"model={tmp_path}/model", f"data={tmp_path}/rows.jsonl", "data.max_length=56", "rank=r2",
+    return [
+        f"model={tmp_path}/model", f"data={tmp_path}/rows.jsonl", "data.max_length=56", "rank=r2",
         "data.micro_batch_size=2", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "schedule=constant",
-        "trainer.accelerator=cpu", "trainer.precision=32-true", f"run_dir={tmp_path}/run",
+        "activation_checkpointing=blocks", "trainer.accelerator=cpu", "trainer.precision=32-true",
     ]  # fmt: skip
-    assert main(words) == 0
-    with (tmp_path / "run/metrics.csv").open() as file:
-        steps = [row for row in csv.DictReader(file) if row["loss"]]
+
+
+def steps_of(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["loss"]]
+
+
+def test_a_run_of_a_mixture_has_them_in_its_metrics(tmp_path: Path) -> None:
+    """Alone, and beside another in one process, where each has those of its own rows."""
+    words = small_mixture(tmp_path)
+    assert main(["train", *words, f"run_dir={tmp_path}/run"]) == 0
+    steps = steps_of(tmp_path / "run")
     assert len(steps) == 2
     for row in steps:
         assert 1 <= float(row["router_load"]) <= 4 and 0 < float(row["router_entropy"]) <= 1
+    made = [
+        compose_config("train", everyday("train", [*words, *own, f"run_dir={tmp_path}/{name}"]))
+        for name, own in {"other": ["seed=5"], "same": []}.items()
+    ]
+    assert train_together(made, tmp_path / "list.txt") == 0
+    for row, expected in zip(steps_of(tmp_path / "same"), steps, strict=True):
+        for key in ("loss", "router_load", "router_entropy"):
+            assert float(row[key]) == pytest.approx(float(expected[key]), rel=1e-5)
+    assert steps_of(tmp_path / "other")[0]["router_load"] != steps[0]["router_load"]

@@ -2,8 +2,8 @@
 
 import json
 import re
-import threading
-import time
+import signal
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,17 +12,22 @@ import torch
 from equal_runs import rows
 from safetensors.torch import load_file
 from tiny_runs import tiny_config
+from torch import nn
 
 from lightning_peft.cluster.process import LEAVE
-from lightning_peft.commands.together import grouped, train_together
+from lightning_peft.commands.together import grouped, status_of_all, train_together
 from lightning_peft.commands.train import train
 from lightning_peft.config import TrainConfig
+from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
+from lightning_peft.training.preemption import Preempted
+from lightning_peft.training.together import Group, Member, MemberSignals
 
 COMMON = ["trainer.max_steps=3", "validation.every_n_steps=2"]
 TRIALS: dict[str, list[str]] = {
     "plain": ["adapter.rank=4", "adapter.alpha=8"],
     "dropped": ["method=rslora", "adapter.rank=8", "adapter.dropout=0.3", "optimizer.lr=0.003", "seed=3"],
     "windows": ["data.micro_batch_size=2", "trainer.accumulate_grad_batches=3", "trainer.gradient_clip_val=0.1"],
+    "noisy": ["adapter.rank=4", "adapter.dropout=0.2", "objective.noise_alpha=5", "data.packing=false"],
     "adalora": ["method=adalora", "adapter.rank=6", "adapter.target_rank=3", "adapter.target_modules=[q_proj,v_proj]"],
 }
 NUMBERS = ("loss", "grad_norm", "lr", "tokens", "supervised_tokens", "validation_loss")
@@ -68,9 +73,11 @@ def assert_as_alone(run_dir: Path, alone: Path, limit: float = 1e-6) -> None:
     assert len(states) in (0, 2) and all(state.keys() == states[0].keys() for state in states)
 
 
-@pytest.mark.parametrize(("base", "names"), [("none", list(TRIALS)), ("nf4", ["plain", "dropped"])])
-def test_each_run_is_what_it_is_alone(tmp_path: Path, base: str, names: list[str]) -> None:
-    words = [f"quantization={base}", "checkpoint.every_n_steps=2"]
+@pytest.mark.parametrize(
+    ("base", "smoothing", "names"), [("none", 0, list(TRIALS)), ("nf4", 0.1, ["plain", "dropped"])]
+)
+def test_each_run_is_what_it_is_alone(tmp_path: Path, base: str, smoothing: float, names: list[str]) -> None:
+    words = [f"quantization={base}", f"objective.label_smoothing={smoothing}", "checkpoint.every_n_steps=2"]
     trials = {name: TRIALS[name] for name in names}
     assert together(tmp_path / "together", trials, *words) == 0
     for name, config in configs(tmp_path / "alone", trials, *words).items():
@@ -122,25 +129,52 @@ def test_run_that_left_goes_on_alone_and_together(tmp_path: Path) -> None:
     assert_as_alone(tmp_path / "plain", tmp_path / "alone")
 
 
-def test_one_run_is_asked_to_leave(tmp_path: Path) -> None:
+def test_one_run_is_asked_to_leave_while_the_base_loads(tmp_path: Path) -> None:
     trials = {name: TRIALS[name] for name in ("plain", "dropped")}
-    longer = configs(tmp_path, trials, "trainer.max_steps=300", "validation.every_n_steps=null")
-    longer["dropped"].trainer["max_steps"] = 8
-
-    def ask() -> None:
-        while not (tmp_path / "plain" / "metrics.csv").exists():
-            time.sleep(0.01)
-        (tmp_path / "plain" / LEAVE).touch()
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    status = train_together(list(longer.values()), tmp_path / "list.txt")
-    asking.join()
-    assert status == 75
-    assert result(tmp_path / "plain")["status"] == "preempted"
+    made = configs(tmp_path, trials, "validation.every_n_steps=null")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / LEAVE).touch()
+    assert train_together(list(made.values()), tmp_path / "list.txt") == 75
+    assert (result(tmp_path / "plain")["status"], result(tmp_path / "plain")["steps"]) == ("preempted", 1)
     assert result(tmp_path / "dropped")["status"] == "finished"
     assert not (tmp_path / "plain" / LEAVE).exists()
     assert len(list((tmp_path / "plain" / "checkpoints").glob("*.ckpt"))) == 1
+
+
+def test_member_that_has_ended_is_freed_while_the_others_go_on(tmp_path: Path) -> None:
+    held: list[weakref.ref[nn.Module]] = []
+
+    def fail(member: Member) -> None:
+        model = nn.Linear(2, 2)
+        held.append(weakref.ref(model))
+        try:
+            model(torch.ones(3))
+        except RuntimeError as error:
+            raise ValueError("wrong") from error
+
+    def look(member: Member) -> bool:
+        return held[0]() is None
+
+    failed, looked = Group(["a", "b"]).run([fail, look])
+    assert isinstance(failed.error, ValueError) and looked.value is True
+
+
+def test_signals_of_a_member_are_those_of_its_process(tmp_path: Path) -> None:
+    group = Group(["a"])
+    signals = MemberSignals(group, None, tmp_path)
+    before = signals.received
+    group.signals._remember(signal.SIGUSR1, None)
+    assert (before, signals.received, signals.reason) == (None, signal.SIGUSR1, Preempted)
+
+
+def test_exit_status_of_a_group_has_it_gone_on_with_where_one_is_to(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    assert status_of_all(folders, [0, 1, 3]) == 3
+    assert status_of_all(folders, [0, 3, 75]) == 75
+    trials = [Trial(folder.name, [], is_cancelled=folder.name == "c") for folder in folders]
+    write_sweep(Sweep([], [], "slurm", "validation_loss", trials=trials), tmp_path)
+    assert status_of_all(folders, [0, 0, 75]) == 0
+    assert status_of_all(folders, [1, 75, 75]) == 75
 
 
 @pytest.mark.parametrize(
@@ -153,6 +187,8 @@ def test_one_run_is_asked_to_leave(tmp_path: Path) -> None:
         (["adapter.target_modules=[q_proj,lm_head]"], "adapter.target_modules: lm_head is no linear layer of a block"),
         (["adapter.trainable_modules=[norm]"], "trains .'norm'. of the base"),
         (["model.attention=eager"], "the samples of several trials in one row would see each other"),
+        (["+trainer.detect_anomaly=true"], "trainer.detect_anomaly=True: a number of one trial that is not finite"),
+        (["+trainer.profiler=simple"], "trainer.profiler=simple: it would time what all trials do"),
         (["trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed: use bf16-true or 32-true"),
     ],
 )
@@ -172,3 +208,6 @@ def test_trials_of_another_base_are_another_group(tmp_path: Path, caplog: pytest
     trials = {"a": [], "b": ["quantization=nf4"], "c": ["seed=1"], "d": ["quantization=nf4", "seed=1"], "e": ["seed=2"]}
     assert grouped(configs(tmp_path, trials), 2) == [["a", "c"], ["b", "d"], ["e"]]
     assert "b trains apart from a: quantization.kind differs" in caplog.text
+    smoothed = {"a": [], "b": ["objective.label_smoothing=0.1"], "c": ["objective.noise_alpha=5"]}
+    assert grouped(configs(tmp_path, smoothed), 2) == [["a", "c"], ["b"]]
+    assert "b trains apart from a: objective.label_smoothing differs" in caplog.text

@@ -20,6 +20,7 @@ from wandb_records import offline_runs
 
 from lightning_peft.commands.together import train_together
 from lightning_peft.commands.train import train
+from lightning_peft.tracking import wandb_run
 from lightning_peft.tracking.charts import charts, sweep_name
 from lightning_peft.tracking.git_state import git_state, without_credentials
 from lightning_peft.tracking.loggers import RunLogger
@@ -124,6 +125,31 @@ def test_runs_that_train_together_have_a_run_each(tmp_path):
         assert run.config["adapter"]["rank"] == int(name) and run.exit_code == 0
         assert [step for step, _ in run.scalars("train/loss")] == [1, 2]
         assert run.artifacts
+
+
+@pytest.mark.parametrize("how", ["abandons", pytest.param("finds no server", marks=pytest.mark.slow)])
+def test_run_beside_one_that_fails_goes_on(tmp_path, monkeypatch, how):
+    monkeypatch.setattr("lightning_peft.tracking.wandb_run.SETTINGS", wandb_run.SETTINGS | {"init_timeout": 2})
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb.teardown()  # reads the environment when the first run of a process starts
+    kept = WandbRun(str(tmp_path / "kept"), "p", mode="offline")
+    kept.start_at(0)
+    kept.log_metrics({"loss": 3.0}, step=1)
+    failing = WandbRun(str(tmp_path / "failing"), "p", mode="offline" if how == "abandons" else "online")
+    failing.start_at(0)
+    failing.log_metrics({"loss": 5.0}, step=1)
+    if how == "abandons":
+        failing.abandon()
+    else:
+        failing.close("finished", tmp_path / "adapter")
+        assert offline_runs(tmp_path / "failing")[0].scalars("train/loss") == [(1, 5.0)]
+    kept.log_metrics({"loss": 2.0}, step=2)
+    kept.close("finished", tmp_path / "adapter")
+    (run,) = offline_runs(tmp_path / "kept")
+    assert run.scalars("train/loss") == [(1, 3.0), (2, 2.0)] and run.exit_code == 0
+    assert not kept.failed
+    wandb.teardown()
 
 
 def test_wandb_csv_and_tensorboard_get_the_same_scalars(tmp_path):
