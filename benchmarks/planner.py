@@ -25,7 +25,7 @@ import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_peft.commands.estimate import estimate_of
+from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.models.tiny import tiny_tokenizer

@@ -7,38 +7,21 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
-from lightning_peft.adapters.inject import inject_adapters
-from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import EstimateConfig
-from lightning_peft.config import TrainConfig
+from lightning_peft.commands.step_estimate import estimate_of, plan_of, with_fitting_checkpointing
 from lightning_peft.data.datamodule import beyond_context
 from lightning_peft.estimation.advice import smallest_change
-from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
-from lightning_peft.estimation.teacher import EmptyDistilledLoss, stored_by_teacher
-from lightning_peft.models.attention import accept_packed_batches
-from lightning_peft.models.loading import empty_model, model_config, model_context, model_name, prepare_as_published
-from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.estimation.memory import Estimate
+from lightning_peft.models.loading import model_config, model_context, model_name
 from lightning_peft.objectives.distill import DistillConfig
-from lightning_peft.objectives.model_loss import ModelLoss
-from lightning_peft.objectives.registry import OBJECTIVES
-from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.quantization.config import Kind
-from lightning_peft.quantization.convert import prepare_quantized
-from lightning_peft.runs.machine import GIB, Machine
-from lightning_peft.runs.plan import RunPlan, plan_run
-from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.runs.machine import GIB
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, StrategyKind
-from lightning_peft.training.module import reads_whole_model
-from lightning_peft.training.precision import DTYPES
-from lightning_peft.training.teacher import shares_base, teacher_folder, teacher_model
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +29,7 @@ logger = logging.getLogger(__name__)
 def estimate(config: EstimateConfig) -> dict[str, Any]:
     """Print the estimate and return what `output` holds. Reads no weights, no tokenizer and no data."""
     machine = plan_of(config).machine
+    config = with_fitting_checkpointing(config, machine)
     context = model_context(config.model)
     if context is not None and config.data.max_length > context:
         raise ValueError(beyond_context(config.data.max_length, context))
@@ -92,83 +76,6 @@ def advise(config: EstimateConfig, limit: float) -> dict[str, Any]:
     words = difference(config, changed)
     print(f"fits with {' '.join(words)}: {peak(changed) / GIB:.2f} GiB")
     return {"change": words, "peak_after_change": peak(changed)}
-
-
-def plan_of(config: EstimateConfig) -> RunPlan:
-    return plan_run(config, Machine.planned(config.trainer))
-
-
-def estimate_of(config: EstimateConfig) -> Estimate:
-    """The estimate of one run."""
-    plan = plan_of(config)
-    accelerator = plan.accelerator
-    options = StepOptions(
-        rows=config.data.micro_batch_size * OBJECTIVES[config.objective.name].rows.samples,
-        length=config.data.max_length,
-        optimizer=config.optimizer.name,
-        accumulate=config.trainer.get("accumulate_grad_batches", 1),
-        autocast=DTYPES[plan.precision] if plan.precision.endswith("-mixed") else None,
-        offloads_activations=config.activation_checkpointing is ActivationCheckpointing.offload,
-        accelerator=accelerator,
-        strategy=config.strategy.kind.name,
-        ranks=plan.ranks,
-        slices_on_host=config.strategy.cpu_offload and accelerator == "cuda",
-        # On a GPU such a model is read by the host, and reaches the device block by block.
-        loads_whole=accelerator == "cpu" and reads_whole_model(config.adapter, config.quantization),
-        adapter_rank=config.adapter.rank,
-    )
-    objective: ModelLoss = empty_objective(config, plan.weight_dtype)
-    if isinstance(config.objective, DistillConfig):
-        teacher = empty_teacher(config, config.objective, plan.weight_dtype)
-        stored = stored_by_teacher(teacher, objective.model, shares_base(config.objective))
-        options = replace(options, teacher=stored)
-        objective = EmptyDistilledLoss(objective.model, config.objective, teacher)
-    return estimate_step(objective, options)
-
-
-def empty_teacher(config: TrainConfig, objective: DistillConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The teacher as `train` loads it, on the meta device."""
-    named, folder = teacher_model(objective), teacher_folder(objective)
-    source = named or config.model
-    teacher = empty_model(source, dtype)
-    is_quantized = config.quantization.is_on and (named is None or objective.quantize_teacher)
-    if prepare_as_published(teacher, source) is None and is_quantized:
-        prepare_quantized(teacher, config.quantization)
-    if folder is not None:
-        inject_adapters(teacher, adapter_config_from_peft(folder))
-    return teacher
-
-
-def empty_objective(config: TrainConfig, dtype: torch.dtype) -> SupervisedLoss:
-    """Model and loss as `train` makes them, on the meta device."""
-    model = empty_model(config.model, dtype)
-    form = prepare_as_published(model, config.model)
-    if form is not None:
-        check_fits_published(form, config.adapter, config.quantization)
-    elif (
-        not config.model.random_weights
-        and hasattr(model.config, "quantization_config")
-        and not config.quantization.is_on
-    ):
-        raise ValueError(
-            "quantization.kind=none: the checkpoint holds 4-bit codes; estimate it with quantization=nf4 or fp4"
-        )
-    if (kept := fp32_pattern(model, dtype)) is not None:
-        for name, parameter in model.named_parameters():
-            if kept.search(name):
-                parameter.data = parameter.data.float()
-    adapter, quantization = config.adapter, config.quantization
-    if (largest := METHODS[adapter.method].largest_selection) is not None:
-        selection = largest(model, adapter)
-        logger.info("taken for trained in full, the most that adapter.budget holds: %s", ", ".join(selection.chosen))
-        adapter = selection.applied(adapter)
-        quantization = replace(quantization, exclude=[*quantization.exclude, *selection.chosen])
-    if quantization.is_on:
-        prepare_quantized(model, quantization)
-    accept_packed_batches(model)
-    inject_adapters(model, adapter)
-    checkpoint_blocks(model, config.activation_checkpointing)
-    return SupervisedLoss(model)
 
 
 def changes(config: EstimateConfig) -> list[Callable[[EstimateConfig], EstimateConfig | None]]:

@@ -17,7 +17,7 @@ from lightning_peft import readable
 from lightning_peft.cluster.job import ClusterError
 from lightning_peft.cluster.partitions import Partition, find_partitions
 from lightning_peft.command_configs import EstimateConfig, PriceConfig
-from lightning_peft.commands.estimate import estimate_of, plan_of
+from lightning_peft.commands.step_estimate import estimate_of, plan_of
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.estimation.memory import Estimate

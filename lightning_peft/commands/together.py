@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import traceback
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -19,8 +18,9 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.segments import change_of_base
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.cluster.job import own_task
 from lightning_peft.command_configs import EstimateConfig
-from lightning_peft.commands.estimate import estimate_of
+from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.commands.train import train
 from lightning_peft.commands.training import prepare_folder
 from lightning_peft.compose import compose_config
@@ -38,7 +38,7 @@ from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, plan_run
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_with_launcher, run_ranks
 from lightning_peft.sweeps.local_worker import LOG
 from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
-from lightning_peft.training.config import Compilation, GuardAction, StrategyKind
+from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction, StrategyKind
 from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
 from lightning_peft.training.together import Group, Member, Outcome
 
@@ -90,6 +90,8 @@ def obstacle(config: TrainConfig, plan: RunPlan) -> str:
         return "guard.action=rollback: a trial that goes back would hold up the others; use stop or skip"
     if config.compile in (Compilation.blocks, Compilation.full):
         return f"compile={config.compile.name}: passes taken together are not compiled; use auto or none"
+    if config.activation_checkpointing is ActivationCheckpointing.auto:
+        return "activation_checkpointing=auto: is chosen for a trial alone; name a mode"
     if config.adapter.untie_embeddings or config.model.new_tokens:
         return "adapter.untie_embeddings or model.new_tokens: its embeddings are its own"
     model = empty_model(config.model, plan.weight_dtype)
@@ -251,7 +253,7 @@ def wanted(run_dirs: Sequence[Path]) -> list[Path]:
         trials = [t for t in read_sweep(run_dir.parent).trials if t.name == run_dir.name] if has_sweep else []
         if any(trial.is_cancelled for trial in trials):
             logger.info("%s: cancelled, left out", run_dir.name)
-        elif trials and "SLURM_ARRAY_JOB_ID" in os.environ and trials[0].job is None:
+        elif trials and own_task() is not None and trials[0].job is None:
             logger.info("%s: has ended before this start of the job, left out", run_dir.name)
         else:
             found.append(run_dir)
@@ -312,7 +314,7 @@ def note_end(run_dir: Path, status: int) -> None:
     folder = run_dir.parent
     if not (folder / MANIFEST).is_file():
         return
-    job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format_map(defaultdict(str, os.environ))
+    job = own_task()
     own = (os.getpid(), int(os.environ.get(LAUNCHER, "0")))  # a rank is not the process that the sweep knows
     with changed_sweep(folder) as sweep:
         for trial in sweep.trials:

@@ -15,6 +15,7 @@ from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.commands.step_estimate import with_fitting_checkpointing
 from lightning_peft.commands.training import Prepared, prepare_folder, train_with_rollbacks
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.audit import preview
@@ -40,7 +41,7 @@ from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_lef
 from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
 from lightning_peft.threads import described
 from lightning_peft.training.callbacks.task_metrics import Questions, TaskMetrics
-from lightning_peft.training.config import StrategyKind
+from lightning_peft.training.config import ActivationCheckpointing, StrategyKind
 from lightning_peft.training.teacher import check_teacher, content_of_teacher
 from lightning_peft.training.together import Member
 
@@ -64,6 +65,9 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
     if plan.is_rank and member is None:
         leave_with_launcher()
     leaves_ranks = plan.is_rank and member is None and distributed.connect(plan.accelerator)
+    if config.activation_checkpointing is ActivationCheckpointing.auto:
+        given = config
+        config = distributed.on_rank_zero(lambda: with_fitting_checkpointing(given, plan.machine))
     run_dir = folder_of(config)
     with opened_folder(config) as start:
         if start.result is not None and not config.dry_run:

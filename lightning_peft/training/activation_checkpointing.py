@@ -30,7 +30,12 @@ def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 
 
 def checkpoint_blocks(model: PreTrainedModel, mode: ActivationCheckpointing) -> None:
-    """Switch recomputation on for every block of the model; it acts in training mode only."""
+    """Switch recomputation on for every block of the model; it acts in training mode only.
+
+    Raises ValueError for auto, which only the commands can decide.
+    """
+    if mode is ActivationCheckpointing.auto:
+        raise ValueError("activation_checkpointing=auto: is chosen by train and estimate; name a mode here")
     if mode is ActivationCheckpointing.none:
         return
     options: dict[str, Any] = {"use_reentrant": False}

@@ -166,6 +166,8 @@ class HealthConfig:
 
 
 class ActivationCheckpointing(Enum):
+    auto = "auto"
+    """Whichever of none, elementwise, selective and blocks recomputes least and is estimated to fit the device."""
     none = "none"
     elementwise = "elementwise"
     """Recompute activation functions, norms and products of elements, and no matrix product. The compiler, where there

@@ -18,7 +18,7 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.merged import merge
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
-from lightning_peft.commands.estimate import empty_objective
+from lightning_peft.commands.step_estimate import empty_objective
 from lightning_peft.config import TrainConfig, plain, train_config
 from lightning_peft.estimation.memory import StepOptions, estimate_step
 from lightning_peft.models.source import ModelConfig
