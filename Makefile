@@ -6,7 +6,7 @@ RUN := .venv/bin/lightning-peft
 # A file a worker, a thread each: the models of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-long test-families test-engines test-trackers test-all lint docs bench clean
+.PHONY: demo test test-long test-families test-engines test-trackers test-skypilot test-all lint docs bench clean
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
@@ -31,6 +31,10 @@ test-engines: .venv/.installed-test .venv/engines/llama_cpp/.installed .venv/eng
 # MLflow with a server of its own, Trackio and Comet, in an environment beside the tests' own: 600 MB.
 test-trackers: .venv/trackers/.installed
 	.venv/trackers/bin/python -m pytest tests/training/test_services.py
+
+# SkyPilot's own reader on what is written for it, in an environment beside the tests' own: 460 MB.
+test-skypilot: .venv/.installed-test .venv/skypilot/.installed
+	SKYPILOT_PYTHON=$(CURDIR)/.venv/skypilot/bin/python .venv/bin/python -m pytest tests/cluster/test_clouds.py -k skypilot
 
 test-all: test test-long
 
@@ -88,6 +92,11 @@ bench: .venv/.installed-test
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) "$(TORCH)"
 	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e ".[test,mlflow,trackio,comet]"
+	touch $@
+
+.venv/skypilot/.installed: .venv/.installed-test
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) "skypilot>=0.14"
 	touch $@
 
 clean:
