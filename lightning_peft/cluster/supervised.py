@@ -17,9 +17,12 @@ BODY = """\
 cd {directory} 2> /dev/null || echo {directory} is not here, so relative paths count from "$PWD"
 export {task_variable}={task}
 run_dir={run_dir}
-[ -n "$run_dir" ] || exit 1
+[ -d "$run_dir" ] || {{ echo "error: run_dir=$run_dir: no such folder here"; exit 1; }}
 exec > >(tee -a "$run_dir/job.log") 2>&1
-if [ -e "$run_dir/{leave}" ]; then echo "cancelled: not started"; exit 0; fi
+log=$!
+# A container is gone with this shell: the log gets three seconds to be written to its end.
+finish() {{ exec > /dev/null 2>&1; for _ in 1 2 3; do kill -0 "$log" || break; sleep 1; done; exit "$1"; }}
+if [ -e "$run_dir/{leave}" ]; then echo "cancelled: not started"; finish 0; fi
 
 written() {{ {written}; }}
 checkpoints=$(written)
@@ -49,7 +52,7 @@ while [ "${{#codes[@]}}" -lt "${{#ranks[@]}}" ]; do
   esac
 done
 
-if [ -e "$run_dir/{leave}" ]; then exit 0; fi
+if [ -e "$run_dir/{leave}" ]; then finish 0; fi
 if [ "$status" -eq 75 ]; then
   # A job that never gets as far as a checkpoint would start again for ever.
   stalls=$run_dir/starts_without_checkpoint
@@ -57,10 +60,10 @@ if [ "$status" -eq 75 ]; then
   if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
     rm "$stalls"
     echo "error: three starts in a row had to leave before a checkpoint: give more cluster.grace"
-    exit 1
+    finish 1
   fi
 fi
-exit "$status"
+finish "$status"
 """
 
 
