@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from lightning_peft.cluster.job import ClusterConfig, Work
+
 
 class _Dumper(yaml.SafeDumper):
     """Writes text of several lines as a block."""
@@ -37,4 +39,13 @@ def check_is_shared(volumes: Mapping[str, str], work_folder: Path, cluster: str)
         raise ValueError(
             f"cluster.volumes: {place} is no folder of this machine; mount the volume here too, under the same path, "
             "so that configs get there and results are seen"
+        )
+
+
+def check_draws_nothing(config: ClusterConfig, work: Work) -> None:
+    """Raise ValueError for tasks that would draw their trials: they cannot ask the cluster how the others stand."""
+    if work.is_asking:
+        raise ValueError(
+            f"sweep.search=optuna cluster={config.name}: a trial is drawn from how the others ended, which its task "
+            "cannot ask there; use grid or random, or cluster=slurm or local"
         )

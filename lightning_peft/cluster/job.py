@@ -41,6 +41,8 @@ class ClusterConfig:
     dry_run: bool = False
     """Print what would be handed to the cluster; write and submit nothing."""
 
+    ranks_option: ClassVar[str] = "gpus_per_node"
+    """What says how many ranks a node has."""
     MINIMUMS: ClassVar[Mapping[str, int]] = {"nodes": 1, "gpus_per_node": 0, "grace": 1}
 
     def __post_init__(self) -> None:
@@ -134,11 +136,12 @@ class Commands:
     """As in "SLURM's commands have to be on PATH here"."""
     silent: str
     """As in "no answer from SLURM in 60 s; squeue shows what became of it"."""
+    seconds: float = SECONDS
 
     def run(self, *command: str) -> str:
         """Run one of them. Returns what it prints; raises ClusterError with what it said was wrong."""
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=self.seconds)
         except OSError as error:
             raise ClusterError(f"{command[0]}: not found; {self.missing}") from error
         except subprocess.TimeoutExpired as error:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cluster.documents import check_is_shared, yaml_text
+import yaml
+
+from lightning_peft.cluster.documents import check_draws_nothing, check_is_shared, yaml_text
 from lightning_peft.cluster.job import SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
 from lightning_peft.cluster.supervised import PORT, script
 
@@ -79,6 +81,7 @@ class Kubernetes(Cluster):
                 "with more cluster.gpus_per_node"
             )
         check_is_shared(config.volumes, work.folder, config.name)
+        check_draws_nothing(config, work)
 
     def text(self, config: ClusterConfig, work: Work) -> str:
         assert isinstance(config, KubernetesConfig)
@@ -92,8 +95,8 @@ class Kubernetes(Cluster):
         written = KUBECTL.run("kubectl", "create", "--filename", str(path), "--output", "name")
         found = [line.partition("/") for line in written.split()]
         (name,) = [name for kind, _, name in found if kind.startswith("job")]
-        space = re.search(r"^  namespace: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        return f"{space[1]}/{name}" if space else name
+        document = next(iter(yaml.safe_load_all(path.read_text(encoding="utf-8"))))
+        return job_id_of(document["metadata"].get("namespace"), name)
 
     def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
         found: dict[str, Job] = {}
@@ -113,7 +116,7 @@ class Kubernetes(Cluster):
         """End whole jobs. A single trial leaves by the file that its pod watches for."""
         for job_id in sorted({job_id.partition("_")[0] for job_id in job_ids if "_" not in job_id}):
             kubectl, name = at(job_id)
-            KUBECTL.run(*kubectl, "delete", "job", name, "--wait=false", "--ignore-not-found")
+            KUBECTL.run(*kubectl, "delete", "job,service", name, "--wait=false", "--ignore-not-found")
 
     def how_to_cancel(self, job_id: str) -> str:
         kubectl, name = at(job_id)
@@ -125,6 +128,10 @@ def job_name(name: str) -> str:
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     plain = plain if plain[:1].isalpha() else f"run-{plain}"
     return f"{plain[: NAME_LENGTH - 7].rstrip('-')}-{secrets.token_hex(3)}"
+
+
+def job_id_of(namespace: str | None, name: str) -> str:
+    return f"{namespace}/{name}" if namespace else name
 
 
 def at(job_id: str) -> tuple[list[str], str]:
@@ -186,7 +193,7 @@ def pod(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
     text = script(
         config,
         work,
-        task=f"{name}_{number}",
+        task=f"{job_id_of(config.namespace, name)}_{number}",
         number="JOB_COMPLETION_INDEX",
         node=number,
         first_node=f"{name}-0.{name}",
@@ -206,7 +213,7 @@ def pod(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
     container = {
         "name": CONTAINER,
         "image": config.image,
-        "command": ["bash", "-c", text],
+        "command": ["bash", "-c", text.replace("$$", "$$$$")],  # of two $ Kubernetes takes one for itself
         "volumeMounts": mounts,
         **({"resources": {"limits": limits}} if limits else {}),
         **({"envFrom": [{"secretRef": {"name": secret}} for secret in config.secrets]} if config.secrets else {}),

@@ -5,6 +5,7 @@ checkpoint in the bucket.
 """
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterable
@@ -12,18 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cluster.documents import check_is_shared, yaml_text
-from lightning_peft.cluster.job import SECONDS, TASK, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
+from lightning_peft.cluster.documents import check_draws_nothing, check_is_shared, yaml_text
+from lightning_peft.cluster.job import TASK, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
 from lightning_peft.cluster.supervised import script
 
+SECONDS = 900
+"""What a launch may take, which starts a controller first where none is up."""
 SKY = Commands(
     "SkyPilot's command has to be on PATH here: pip install skypilot",
     f"no answer from SkyPilot in {SECONDS} s; sky jobs queue shows what became of it",
+    SECONDS,
 )
+MODE = "MOUNT_CACHED"
+"""How buckets are mounted: through a cache on the node's disk, as what is mounted directly takes no appended lines."""
 SAVED = 75
 """Exit status of `train` that is saved and to be started again."""
 NUMBER = "LIGHTNING_PEFT_TASK_NUMBER"
 """Environment variable with the number of a task."""
+NO_JOBS = ("ClusterNotUp", "No in-progress managed jobs")
+"""Said where the controller, which stops when it has been idle, is not up."""
+OF_A_SWEEP = re.compile(r"_\d+$")
+"""Ends the id of a task; a job's own ends with six letters that are no number behind a _."""
 WORDS = {
     "PENDING": "PENDING", "SUBMITTED": "PENDING", "STARTING": "PENDING", "RECOVERING": "REQUEUED",
     "RUNNING": "RUNNING", "CANCELLING": "RUNNING", "SUCCEEDED": "COMPLETED", "CANCELLED": "CANCELLED",
@@ -55,7 +65,7 @@ class SkyPilotConfig(ClusterConfig):
     volumes: dict[str, str] = field(default_factory=dict)
     """Path to the bucket that is mounted there, as {/runs: "s3://my-runs"}; this machine has to see the bucket of the
     run's folder under the same path."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str | None] = field(default_factory=dict)
     """Environment variables of the job; null as a value takes this machine's."""
 
     def __post_init__(self) -> None:
@@ -75,6 +85,8 @@ class SkyPilot(Cluster):
     def check(self, config: ClusterConfig, work: Work) -> None:
         assert isinstance(config, SkyPilotConfig)
         check_is_shared(config.volumes, work.folder, config.name)
+        check_draws_nothing(config, work)
+        environment_of(config)
         if work.parallel is not None:
             raise ValueError(
                 f"sweep.parallel={work.parallel} cluster=skypilot: SkyPilot decides how many managed jobs run at once; "
@@ -109,8 +121,8 @@ class SkyPilot(Cluster):
             "resources": {key: value for key, value in resources.items() if value is not None},
             "num_nodes": config.nodes,
             "workdir": config.workdir,
-            "file_mounts": {path: {"source": bucket, "mode": "MOUNT"} for path, bucket in config.volumes.items()},
-            "envs": dict(config.environment) or None,
+            "file_mounts": {path: {"source": bucket, "mode": MODE} for path, bucket in config.volumes.items()},
+            "envs": environment_of(config) or None,
             "run": run,
         }
         return yaml_text({key: value for key, value in task.items() if value is not None})
@@ -118,7 +130,7 @@ class SkyPilot(Cluster):
     def submit(self, path: Path, work: Work) -> str:
         text = path.read_text(encoding="utf-8")
         (name,) = re.findall(r"^name: (\S+)$", text, re.MULTILINE)
-        launch = ("sky", "jobs", "launch", "--yes", "--detach-run", "--async")
+        launch = ("sky", "jobs", "launch", "--yes", "--detach-run")
         if work.run_dirs is None:
             SKY.run(*launch, "--name", name, str(path))
             return str(name)
@@ -139,7 +151,12 @@ class SkyPilot(Cluster):
         ids = list(job_ids)
         if not ids:
             return {}
-        records = json.loads(SKY.run("sky", "jobs", "queue", "--all", "--output", "json"))
+        try:
+            records = json.loads(SKY.run("sky", "jobs", "queue", "--all", "--output", "json"))
+        except ClusterError as error:
+            if not any(words in str(error) for words in NO_JOBS):
+                raise
+            return {}
         return {job.id: job for job in jobs_of(ids, records)}
 
     def cancel(self, job_ids: Iterable[str]) -> None:
@@ -149,7 +166,7 @@ class SkyPilot(Cluster):
 
     def names_of(self, job_id: str) -> list[str]:
         """Return SkyPilot's names of a job: of a sweep's, all its tasks' that are not over."""
-        if "_" in job_id:
+        if OF_A_SWEEP.search(job_id):
             return [sky_name(job_id)]
         found = self.find([job_id])
         return [sky_name(job.id) for job in found.values() if job.is_active]
@@ -158,16 +175,28 @@ class SkyPilot(Cluster):
         return f"sky jobs cancel --name {job_id}"
 
 
+def environment_of(config: SkyPilotConfig) -> dict[str, str]:
+    """Return the variables with their values. Raises ValueError for one that this machine does not have."""
+    found = {}
+    for name, value in config.environment.items():
+        if value is None and name not in os.environ:
+            raise ValueError(f"cluster.environment={{{name}: null}}: this machine has no such variable")
+        found[name] = os.environ[name] if value is None else value
+    return found
+
+
 def sky_name(job_id: str) -> str:
     """Return SkyPilot's name of task 4 of a job, which we write as NAME_4."""
-    return "-task-".join(job_id.rsplit("_", 1)) if re.search(r"_\d+$", job_id) else job_id
+    return "-task-".join(job_id.rsplit("_", 1)) if OF_A_SWEEP.search(job_id) else job_id
 
 
 def jobs_of(ids: Iterable[str], records: Iterable[dict[str, Any]]) -> list[Job]:
     """Return the jobs of these ids, and their tasks, from the records of SkyPilot's queue, the latest first."""
     found: dict[str, Job] = {}
     for record in records:
-        name, _, number = str(record.get("job_name")).partition("-task-")
+        name, number = str(record.get("job_name")), ""
+        if name not in ids and (task := re.fullmatch(r"(.*)-task-(\d+)", name)):
+            name, number = task.groups()
         if name not in ids:
             continue
         job_id = f"{name}_{number}" if number else name

@@ -38,6 +38,7 @@ class SlurmConfig(ClusterConfig):
     sbatch: list[str] = field(default_factory=list)
     """Further options of sbatch, as [--account physics, --exclusive]."""
 
+    ranks_option: ClassVar[str] = "tasks_per_node"
     MINIMUMS: ClassVar[Mapping[str, int]] = {
         "nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "time": 1, "grace": 1
     }  # fmt: skip

@@ -14,6 +14,8 @@ PORT = 29500
 
 BODY = """\
 {setup}
+# What the lines above have set is theirs.
+set +eu +o pipefail
 cd {directory} 2> /dev/null || echo {directory} is not here, so relative paths count from "$PWD"
 export {task_variable}={task}
 run_dir={run_dir}
@@ -56,11 +58,11 @@ if [ -e "$run_dir/{leave}" ]; then finish 0; fi
 if [ "$status" -eq 75 ]; then
   # A job that never gets as far as a checkpoint would start again for ever.
   stalls=$run_dir/starts_without_checkpoint
-  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
-  if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
+  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; elif [ {node} = 0 ]; then date >> "$stalls"; fi
+  if [ {node} = 0 ] && [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
     rm "$stalls"
     echo "error: three starts in a row had to leave before a checkpoint: give more cluster.grace"
-    finish 1
+    finish 2
   fi
 fi
 finish "$status"
@@ -106,4 +108,5 @@ def script(config: ClusterConfig, work: Work, task: str, number: str, node: str,
         python=python,
         train=train,
         start=start,
+        node=node if config.nodes > 1 else "0",
     ).lstrip("\n")

@@ -17,7 +17,7 @@ from lightning_peft import readable
 from lightning_peft.cluster.job import ClusterError
 from lightning_peft.cluster.partitions import Partition, find_partitions
 from lightning_peft.command_configs import EstimateConfig, PriceConfig
-from lightning_peft.commands.step_estimate import estimate_of, plan_of
+from lightning_peft.commands.step_estimate import estimate_of, plan_of, with_fitting_checkpointing
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.estimation.memory import Estimate
@@ -25,6 +25,7 @@ from lightning_peft.models.loading import empty_model, load_tokenizer, model_con
 from lightning_peft.models.packing import packing_of
 from lightning_peft.runs.machine import GIB, RESERVED
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, read_result
+from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.model_flops import peak_flops
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> li
     """Return the price of each trial. Reads the rows and counts their tokens; no weights."""
     measured = list(finished_runs(config.measured))
     estimates: dict[str, Estimate] = {}
+    fitting: dict[str, ActivationCheckpointing] = {}
     rows: dict[str, tuple[int, float]] = {}
     found = []
     names = [trial.name for trial in sweep.trials] or ["each trial"]
@@ -75,8 +77,9 @@ def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> li
         planned = planned_run(run)
         plan = plan_of(planned)
         if (key := memory_key(planned)) not in estimates:
-            estimates[key] = estimate_of(planned)
-        estimate = estimates[key]
+            fitting[key] = with_fitting_checkpointing(planned, plan.machine).activation_checkpointing
+            estimates[key] = estimate_of(replace(planned, activation_checkpointing=fitting[key]))
+        estimate, planned = estimates[key], replace(planned, activation_checkpointing=fitting[key])
         steps, tokens = length_of(planned, estimate, plan.ranks, rows)
         speed, source = speed_of(planned, estimate, plan.accelerator, plan.ranks, measured, config)
         hours = None if speed is None else tokens / speed / 3600

@@ -84,7 +84,7 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
     derived: dict[str, Any] = {"num_nodes": cluster.nodes, "devices": cluster.ranks_per_node}
     for key, value in derived.items():
         if (given := config.trainer.get(key, 1)) not in (1, "auto", value):
-            source = "cluster.nodes" if key == "num_nodes" else "cluster.tasks_per_node"
+            source = "cluster.nodes" if key == "num_nodes" else f"cluster.{cluster.ranks_option}"
             raise ValueError(f"trainer.{key}={given} {source}={value}: leave trainer.{key} out, it follows the cluster")
     assert config.run_dir is not None, "the config composes a run_dir"
     run_dir = os.path.abspath(config.run_dir)  # the job may be submitted again from another folder

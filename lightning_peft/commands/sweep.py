@@ -16,6 +16,7 @@ from lightning_peft.cluster.job import own_task
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.command_configs import SubmitSweepConfig, SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
+from lightning_peft.commands.sweep_array import check_array, task_folder
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
@@ -154,6 +155,8 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
             )
             raise ValueError(f"sweep retry: nothing to run again: {', '.join(states)}{hint}")
         runs = [trial_config(sweep, trial, folder, run_words) for trial in again]
+        if runs and runs[0].cluster is not None:
+            check_array(sweep, again, folder, runs[0].cluster, runs[0])
         for trial, run in zip(again, runs, strict=True):
             trial.spent_hours = hours_of_trial(sweep, trial, folder / trial.name)
             prepare_again(trial, run, folder / trial.name)
@@ -171,6 +174,8 @@ def more_budget(words: list[str]) -> float | None:
     if not words:
         return None
     config: SubmitSweepConfig = compose_config("submit_sweep", [*words, "sweep.cluster=local"])
+    if config.sweep.budget_gpu_hours is None:
+        raise ValueError(f"{words[0]}: give the hours that the sweep may take in all")
     return config.sweep.budget_gpu_hours
 
 
@@ -221,6 +226,8 @@ def cancel(config: SweepCommandConfig) -> None:
             # Where others train in the same task, or no task can be ended alone, a trial leaves at its next step.
             if trial.job in kept or not cluster.cancels_tasks:
                 (folder / trial.name / LEAVE).touch()
+            if trial.job is not None and trial.job not in kept and not cluster.cancels_tasks:
+                (task_folder(sweep, folder, trial.job) / LEAVE).touch()
         jobs = {trial.job for trial in stopped if trial.job is not None} - kept
         if not config.trials or jobs:
             cluster.cancel(sorted(job for job in jobs if job is not None) if config.trials else sweep.arrays)

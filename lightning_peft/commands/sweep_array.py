@@ -54,6 +54,19 @@ def list_path(sweep: Sweep, folder: Path) -> Path:
     return folder / f"array-{len(sweep.arrays) + 1}.txt"
 
 
+def task_folder(sweep: Sweep, folder: Path, task: str) -> Path:
+    """Return the folder that a task, as 71_4, runs: that of its trial, or the one that lists several."""
+    job, _, number = task.rpartition("_")
+    lines = (folder / f"array-{sweep.arrays.index(job) + 1}.txt").read_text(encoding="utf-8").splitlines()
+    return Path(lines[int(number)])
+
+
+def check_array(sweep: Sweep, trials: Sequence[Trial], folder: Path, cluster: ClusterConfig, run: TrainConfig) -> None:
+    """Raise ValueError where a cluster cannot run these trials as they are to be run."""
+    work = array_work(sweep, len(groups_of_tasks(trials, sweep.together)), folder, run, are_drawn=True)
+    CLUSTERS[cluster.name].cluster.check(cluster, work)
+
+
 def array_text(sweep: Sweep, folder: Path, cluster: ClusterConfig, run: TrainConfig) -> str:
     """Return what the first job of a sweep hands to the cluster. Raises ValueError for what the cluster cannot do."""
     kind = CLUSTERS[cluster.name].cluster

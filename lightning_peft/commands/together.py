@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,6 @@ def obstacle(config: TrainConfig, plan: RunPlan) -> str:
         return "guard.action=rollback: a trial that goes back would hold up the others; use stop or skip"
     if config.compile in (Compilation.blocks, Compilation.full):
         return f"compile={config.compile.name}: passes taken together are not compiled; use auto or none"
-    if config.activation_checkpointing is ActivationCheckpointing.auto:
-        return "activation_checkpointing=auto: is chosen for a trial alone; name a mode"
     if config.adapter.untie_embeddings or config.model.new_tokens:
         return "adapter.untie_embeddings or model.new_tokens: its embeddings are its own"
     model = empty_model(config.model, plan.weight_dtype)
@@ -164,7 +162,7 @@ def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: i
     Raises ValueError where nobody knows the memory, or not one trial fits.
     """
     estimates, limit = [], None
-    for config in configs:
+    for config in map(as_member, configs):
         options = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
         limit = machine.memory(config.device_memory_gib)
         if limit is None:
@@ -181,12 +179,21 @@ def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: i
     return most
 
 
+def as_member(config: TrainConfig) -> TrainConfig:
+    """Return the config of a trial among others: what checkpointing fits is chosen for a run alone only."""
+    if config.activation_checkpointing is not ActivationCheckpointing.auto:
+        return config
+    logger.info("%s: activation_checkpointing=auto is elementwise among others", folder_of(config).name)
+    return replace(config, activation_checkpointing=ActivationCheckpointing.elementwise)
+
+
 def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
     """Train these runs in this process on one base, each as if alone; return the exit status for all of them.
 
     `list_path` is where ranks find the run folders, one a line. The runs are a group of `grouped`. Every run's end is
     in its own folder; a manifest above it is told as soon as it ends. Raises Preempted where a signal ended them all.
     """
+    configs = [as_member(config) for config in configs]
     plans = [plan_run(config, Machine.here(config.trainer)) for config in configs]
     plan = plans[0]
     check_ranks_can_start(plan)

@@ -51,6 +51,9 @@ def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenize
     """
     if config.cache_dir is None or config.streaming:
         return make_samples(config, split, tokenizer)
+    if hidden := next((name for name, row_format in own_formats() if _source_digest(row_format) is None), None):
+        log.info("data.format=%s: its code is in no file, so tokens are not kept", hidden)
+        return make_samples(config, split, tokenizer)
     entry = cache_folder(config.cache_dir) / entry_name(config, split, tokenizer)
     found = _read(entry)
     if found is None:
@@ -100,9 +103,7 @@ def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBas
             getattr(tokenizer, "split_special_tokens", None),
         ],
         "code": _code_digest(),
-        "own formats": {
-            name: _source_digest(row_format) for name, row_format in FORMATS.items() if name not in Format.__members__
-        },
+        "own formats": {name: _source_digest(row_format) for name, row_format in own_formats()},
         "versions": [platform.python_version(), *(version(library) for library in LIBRARIES)],
     }
     text = json.dumps(decides, sort_keys=True, default=_choice)
@@ -131,10 +132,18 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _source_digest(row_format: RowFormat) -> str:
-    """Return the digest of the file that a format from outside the package is read by."""
-    path = inspect.getsourcefile(inspect.unwrap(row_format.read))
-    return "" if path is None else hashlib.blake2b(Path(path).read_bytes()).hexdigest()
+def own_formats() -> list[tuple[str, RowFormat]]:
+    """Return the row formats from outside the package."""
+    return [(name, row_format) for name, row_format in FORMATS.items() if name not in Format.__members__]
+
+
+def _source_digest(row_format: RowFormat) -> str | None:
+    """Return the digest of the file that a format is read by; None where there is none, as in a notebook."""
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(row_format.read))
+        return None if path is None else hashlib.blake2b(Path(path).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        return None
 
 
 def _read(entry: Path, report_damage: bool = False) -> tuple[Samples, Audit] | None:

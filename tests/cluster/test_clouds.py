@@ -17,7 +17,7 @@ import yaml
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.job import Work
 from lightning_peft.cluster.kubernetes import Kubernetes, KubernetesConfig, indexes, jobs_of
-from lightning_peft.cluster.skypilot import SkyPilot, SkyPilotConfig
+from lightning_peft.cluster.skypilot import SkyPilot, SkyPilotConfig, sky_name
 from lightning_peft.cluster.skypilot import jobs_of as jobs_of_queue
 from lightning_peft.sweeps.sweep import CANCELLED, FINISHED, read_sweep
 
@@ -87,6 +87,10 @@ def test_skypilot_gets_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["cluster=slurn"], "slurm"),
         (["-m", "adapter.rank=2,4", "cluster=kubernetes", "cluster.image=x", "cluster.nodes=2", "strategy=ddp"],
          "each trial of a sweep on Kubernetes is one pod"),
+        (["-m", "optimizer.lr=interval(1e-4,1e-2)", "sweep.search=optuna", "sweep.trials=4", "cluster=kubernetes",
+          "cluster.image=x", "cluster.volumes={/tmp: claim}"], "use grid or random"),
+        (["cluster=skypilot", "cluster.volumes={/tmp: \"s3://x\"}", "cluster.environment={NOT_SET_HERE: null}"],
+         "this machine has no such variable"),
         (["-m", "adapter.rank=2,4", "cluster=skypilot", "sweep.parallel=2", "cluster.volumes={/tmp: \"s3://x\"}"],
          "SkyPilot decides how many"),
         (["-m", "adapter.rank=2,4", "cluster=kubernetes", "sweep.pruning=asha", "trainer.max_steps=8"],
@@ -138,7 +142,7 @@ def pod(index: int, phase: str, exit_code: int | None = None) -> dict[str, Any]:
 
 def run_index(job: dict[str, Any], index: int) -> subprocess.CompletedProcess[str]:
     """What the pod of an index does, here."""
-    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    command = [word.replace("$$", "$") for word in job["spec"]["template"]["spec"]["containers"][0]["command"]]
     environment = {**os.environ, "JOB_COMPLETION_INDEX": str(index)}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
@@ -255,16 +259,46 @@ def test_states_of_a_job_are_told_apart() -> None:
 
 def test_states_in_the_queue_are_told_apart() -> None:
     records = [
+        {"job_name": "a-task-1", "status": "RUNNING"},
         {"job_name": "x-0a1b2c-task-0", "status": "RECOVERING", "recovery_count": 2},
         {"job_name": "x-0a1b2c-task-1", "status": "FAILED_NO_RESOURCE"},
         {"job_name": "other", "status": "RUNNING"},
         {"job_name": "alone-000000", "status": "SUCCEEDED"},
     ]
-    found = {job.id: job for job in jobs_of_queue(["x-0a1b2c", "alone-000000"], records)}
+    found = {job.id: job for job in jobs_of_queue(["x-0a1b2c", "alone-000000", "a-task-1"], records)}
     assert {name: job.state for name, job in found.items()} == {
-        "x-0a1b2c_0": "REQUEUED", "x-0a1b2c_1": "FAILED", "alone-000000": "COMPLETED"
+        "x-0a1b2c_0": "REQUEUED", "x-0a1b2c_1": "FAILED", "alone-000000": "COMPLETED", "a-task-1": "RUNNING",
     }  # fmt: skip
     assert found["x-0a1b2c_0"].restarts == 2
+    assert [sky_name(job_id) for job_id in ("my_sweep-0a1b2c_3", "my_sweep-0a1b2c")] == [
+        "my_sweep-0a1b2c-task-3", "my_sweep-0a1b2c",
+    ]  # fmt: skip
+
+
+def start_of(folder: Path, exit_code: int, index: int = 0, nodes: int = 1, setup: str = "") -> tuple[int, str]:
+    """How one start of a pod ends, and its output, whose ranks end so after a moment."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/bash\nsleep 0.2\necho trained with $LIGHTNING_PEFT_TASK\nexit {exit_code}\n")
+    python.chmod(0o755)
+    config = KubernetesConfig(image="x", nodes=nodes, setup=[setup], python=str(python), namespace="research")
+    document = list(yaml.safe_load_all(Kubernetes().text(config, Work("x", folder, "/no such folder"))))[-1]
+    done = run_index(document, index)
+    return done.returncode, done.stdout
+
+
+def test_what_setup_sets_does_not_end_the_script(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    status, said = start_of(folder, 75, setup="set -euo pipefail; echo $$ > /dev/null")
+    assert status == 75, said
+    status, said = start_of(folder, 0, setup="set -eu")
+    assert status == 0 and re.search(r"trained with research/x-[0-9a-f]{6}_0\n", said)
+    assert said.rstrip().splitlines()[-1] == (folder / "job.log").read_text().rstrip().splitlines()[-1]
+
+
+def test_third_start_of_a_run_without_a_checkpoint_ends_its_job(tmp_path: Path) -> None:
+    ends = [start_of(tmp_path, 75, index, nodes=2)[0] for _ in range(3) for index in (1, 0)]
+    assert ends == [75, 75, 75, 75, 75, 2]
 
 
 def test_every_job_has_a_name_of_its_own() -> None:
