@@ -18,7 +18,7 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import starts_as_base
-from lightning_peft.objectives.registry import OBJECTIVES
+from lightning_peft.objectives.registry import OBJECTIVES, validation_numbers
 from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.optim.schedules import ScheduleConfig
@@ -41,8 +41,8 @@ from lightning_peft.training.config import (
 logger = logging.getLogger(__name__)
 
 
-THEIRS = ("trainer", "callbacks", "logger", "claim")
-"""Parts with arguments of what is not ours, where inf may mean something."""
+MAY_BE_INFINITE = ("trainer", "callbacks", "logger", "claim", "gate", "max_kl")
+"""Parts with arguments of what is not ours, where inf may mean something, and limits that inf takes away."""
 
 
 def check_finite(options: Any, key: str = "") -> None:
@@ -57,7 +57,7 @@ def check_finite(options: Any, key: str = "") -> None:
         for value in options:
             check_finite(value, key)
     elif isinstance(options, float) and not math.isfinite(options):
-        if math.isnan(options) or key.partition(".")[0] not in THEIRS:
+        if math.isnan(options) or key.partition(".")[0] not in MAY_BE_INFINITE:
             raise ValueError(f"{key}={options}: must be a finite number")
 
 
@@ -180,7 +180,11 @@ class TrainConfig:
 
     def check_metrics(self) -> None:
         """Raise ValueError for a metric that is not known, or that is to choose something and is not computed."""
-        computed = [*validation_losses(self.data), *names_of_metrics(self.validation.metrics, self.data.task)]
+        computed = [
+            *validation_losses(self.data),
+            *validation_numbers(self.objective.name),
+            *names_of_metrics(self.validation.metrics, self.data.task),
+        ]
         chosen_by = {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
         for option, metric in chosen_by.items():
             if metric is None or (option == "checkpoint.best_by" and metric == "validation_loss"):

@@ -25,6 +25,7 @@ from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import SOURCES
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
+from lightning_peft.objectives.registry import validation_numbers
 from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.lock import new_folder, remove_if_empty
 from lightning_peft.schemas import CONF_DIR, register_schemas, trial_name
@@ -219,7 +220,7 @@ def rungs_of(config: SweepConfig, runs: Sequence[TrainConfig]) -> list[int]:
             "a run, so give trainer.max_steps, one for all trials"
         )
     scored = names_of_metrics(runs[0].validation.metrics, runs[0].data.task)
-    known = (*validation_losses(runs[0].data), "train_loss", *scored)
+    known = (*validation_losses(runs[0].data), *validation_numbers(runs[0].objective.name), "train_loss", *scored)
     if metric not in known:
         raise ValueError(
             f"sweep.pruning={config.pruning.name} sweep.metric={config.metric}: is not taken at a rung; choose one of "
@@ -232,7 +233,7 @@ def check_metric(metric: str, run: TrainConfig) -> None:
     """Raise ValueError for what the result of this trial will not hold, and for a sign that ranks the worst first."""
     name = metric.removeprefix("-")
     scored = names_of_metrics(run.validation.metrics, run.data.task)
-    losses = validation_losses(run.data)
+    losses = [*validation_losses(run.data), *validation_numbers(run.objective.name)]
     if name not in (*RESULT_NUMBERS, *losses, *scored):
         known = ", ".join(dict.fromkeys((*scored, *RESULT_NUMBERS, *losses)))
         is_known = task_of_metric(name, run.data.task) is not None

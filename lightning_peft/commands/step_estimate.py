@@ -1,6 +1,7 @@
 """The estimate of a run's step from its config alone, and the checkpointing that it lets `auto` choose."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.module import reads_whole_model
 from lightning_peft.training.precision import DTYPES
-from lightning_peft.training.teacher import shares_base, teacher_folder, teacher_model
+from lightning_peft.training.teacher import named_as_teacher, shares_base, teacher_folder, teacher_model
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ def empty_teacher(config: TrainConfig, objective: DistillConfig, dtype: torch.dt
     """The teacher as `train` loads it, on the meta device."""
     named, folder = teacher_model(objective), teacher_folder(objective)
     source = named or config.model
-    teacher = empty_model(source, dtype)
+    with named_as_teacher() if named is not None else nullcontext():
+        teacher = empty_model(source, dtype)
     is_quantized = config.quantization.is_on and (named is None or objective.quantize_teacher)
     if prepare_as_published(teacher, source) is None and is_quantized:
         prepare_quantized(teacher, config.quantization)

@@ -42,7 +42,7 @@ from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
 from lightning_peft.threads import described
 from lightning_peft.training.callbacks.task_metrics import Questions, TaskMetrics
 from lightning_peft.training.config import ActivationCheckpointing, StrategyKind
-from lightning_peft.training.teacher import check_teacher, content_of_teacher
+from lightning_peft.training.teacher import check_teacher, content_of_teacher, teacher_packs
 from lightning_peft.training.together import Member
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
             packs = check_model(config)
         tokenizer = load_tokenizer(config.model)
         if isinstance(config.objective, DistillConfig):
-            check_teacher(config.objective, config.model, config.quantization, tokenizer)
+            length = config.data.max_length
+            check_teacher(config.objective, config.model, config.quantization, tokenizer, length)
+            packs = packs and teacher_packs(config.objective, config.data)
         data = read_data(config, packs, tokenizer, plan)
         scored = task_metrics(config, data, tokenizer)
         if config.dry_run:
@@ -98,7 +100,10 @@ def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: di
     run_dir = folder_of(config)
     try:
         with logging_left_to_ranks(True):
-            content = content_of(config, read_data(config, check_model(config), load_tokenizer(config.model), plan))
+            packs = check_model(config)
+            if isinstance(config.objective, DistillConfig):
+                packs = packs and teacher_packs(config.objective, config.data)
+            content = content_of(config, read_data(config, packs, load_tokenizer(config.model), plan))
     except (ValueError, OSError) as error:
         logger.warning("%s: its rows and base cannot be compared with those it was trained on: %s", run_dir, error)
     else:

@@ -175,7 +175,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
             "steps": trainer.global_step,
             "train_loss": metrics.loss,
             "validation_loss": losses.get("validation_loss"),
-            "metrics": by_source(losses) | ({} if scored is None else scored.values),
+            "metrics": beside_the_loss(losses) | ({} if scored is None else scored.values),
             "data": counts_of(data.train_audit),
             "trainable_parameters": trainable,
             "total_parameters": total,
@@ -255,9 +255,10 @@ def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModu
     return dict(metrics)
 
 
-def by_source(losses: Mapping[str, Any]) -> dict[str, float]:
-    """The validation losses of the sources of a mixture."""
-    return {name: float(loss) for name, loss in losses.items() if name.startswith("validation_loss/")}
+def beside_the_loss(found: Mapping[str, Any]) -> dict[str, float]:
+    """What a validation gives beside its loss: those of the sources of a mixture, and what the objective measures."""
+    is_wanted = (name.startswith("validation_") and name != "validation_loss" for name in found)
+    return {name: float(value) for (name, value), wanted in zip(found.items(), is_wanted, strict=True) if wanted}
 
 
 def counts_of(audit: Audit) -> dict[str, int | float]:
@@ -271,7 +272,7 @@ def last_validation(trainer: Trainer, scored: TaskMetrics | None) -> dict[str, A
     if "validation_loss" not in seen or int(seen["step"]) != trainer.global_step:
         return {}
     is_scored = scored is not None and scored.scored_step == trainer.global_step
-    metrics = by_source(seen) | (scored.values if scored and is_scored else {})
+    metrics = beside_the_loss(seen) | (scored.values if scored and is_scored else {})
     return {"validation_loss": float(seen["validation_loss"]), "metrics": metrics}
 
 

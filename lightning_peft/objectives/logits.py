@@ -131,7 +131,8 @@ def _find(model: "PreTrainedModel", ids: Tensor, decoder_inputs: Callable[[Tenso
         return f"feeds its head {tuple(seen.head_input.shape)} where the decoder gives {tuple(hidden.shape)}"
     if seen.logits.shape != seen.head_output.shape:
         return "changes the shape of its head's output"
-    scaled = next((f for f in scalings(model) if is_same(apply(f, hidden), seen.head_input)), None)
+    fed = seen.head_input.to(hidden.dtype)  # a head that trains in fp32 casts what it is fed
+    scaled = next((f for f in scalings(model) if is_same(apply(f, hidden), fed)), None)
     if scaled is None:
         return "changes hidden states before its head"
     candidates = [*scalings(model), *softcaps(model)]

@@ -55,6 +55,8 @@ class ReferencedLoss(ModelLoss, ABC):
         if not self.is_checked:
             self.check(batch)
         start, reference = self.reference_readout(batch) if self.uses_reference else (None, None)
+        if self.training:
+            start = None  # of validations only, and large where it is logits
         readout = self.readout(batch)
         sums, counts = self.sums_of(batch, readout)
         loss = sums.sum() * 0
@@ -62,7 +64,7 @@ class ReferencedLoss(ModelLoss, ABC):
             self.measured = dict.fromkeys(self.measures, (loss.detach(), loss.detach()))
         else:
             loss = self.judged(batch, sums, counts, torch.zeros_like(sums) if reference is None else reference)
-        if start is not None and not self.training:
+        if start is not None:
             self.measured |= {KL: self.divergence_from(start, readout, batch)}
         return loss
 

@@ -158,8 +158,10 @@ class WandbRun(RunLogger):
         given = {"id": record["id"]} if of_agent is None else {"project": None}
         git = None if os.environ.get("WANDB_DISABLE_GIT") else git_state(Path.cwd())
         settings = {key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
-        if git is not None:  # W&B itself would send the remote with the name in it
-            settings |= {"git_commit": git["commit"], "git_remote_url": git["remote"]}
+        # W&B itself would send the remote with the name in it, which may be a token.
+        settings |= (
+            {"disable_git": True} if git is None else {"git_commit": git["commit"], "git_remote_url": git["remote"]}
+        )
         options = self.options | given | {"dir": str(self.run_dir), "settings": wandb.Settings(**settings)}
         if OPEN or wandb.run is not None:
             options |= {"reinit": "create_new"}  # a run that trains beside this one in the process
@@ -174,7 +176,8 @@ class WandbRun(RunLogger):
             self.run = wandb.init(**options, mode="offline")
         if git is not None:
             self.run.config.update({"git": git}, allow_val_change=True)
-        self.begin_log()
+        if self.mode != "disabled":
+            self.begin_log()
         OPEN.add(self)
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)

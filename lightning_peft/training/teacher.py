@@ -5,6 +5,8 @@ A teacher on the base is a second tree of modules around the same tensors, so th
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,17 @@ from lightning_peft.checkpoint.peft_format import (
     file_sha256,
     load_adapter,
 )
+from lightning_peft.data.config import DataConfig
 from lightning_peft.inference.load import adapter_folder, load_adapted
-from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_name, source_fingerprint
+from lightning_peft.models.loading import (
+    empty_model,
+    load_model,
+    load_tokenizer,
+    model_context,
+    model_name,
+    source_fingerprint,
+)
+from lightning_peft.models.packing import packing_of
 from lightning_peft.models.source import MODELS, ModelConfig
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
 from lightning_peft.quantization.config import QuantizationConfig
@@ -52,25 +63,61 @@ def shares_base(objective: DistillConfig) -> bool:
     return objective.teacher is None and (folder is None or not changes_base(folder))
 
 
-def check_teacher(
-    objective: DistillConfig, model: ModelConfig, quantization: QuantizationConfig, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Raise ValueError for a teacher that is not there, or has other tokens. Reads no weights but to fingerprint them.
+@contextmanager
+def named_as_teacher() -> Iterator[None]:
+    """Inside, what is wrong with a model is said of `objective.teacher`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path=", "objective.teacher=", 1)) from error
 
-    `model`, `quantization` and `tokenizer` are those that train.
+
+def check_teacher(
+    objective: DistillConfig,
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    longest: int,
+) -> None:
+    """Raise ValueError for a teacher that is not there, has other tokens, or reads fewer of them than a sample has.
+
+    Reads no weights but to fingerprint them. `model`, `quantization` and `tokenizer` are those that train, `longest`
+    is `data.max_length`.
     """
     named = teacher_model(objective)
     if named is not None:
-        try:
-            model_config(named)
-            theirs = load_tokenizer(named)
-        except ValueError as error:
-            raise ValueError(str(error).replace("model.path=", "objective.teacher=", 1)) from error
+        with named_as_teacher():
+            context, theirs = model_context(named), load_tokenizer(named)
+        if context is not None and longest > context:
+            raise ValueError(
+                f"objective.teacher={objective.teacher}: reads up to {context} tokens, and data.max_length={longest}; "
+                f"give a teacher of a longer context, or data.max_length={context}"
+            )
         check_same_tokens(str(objective.teacher), theirs, tokenizer)
     if (folder := teacher_folder(objective)) is not None:
         base = named or model
         kind = quantization.kind.name if named is None or objective.quantize_teacher else "none"
         check_lineage(folder, source_fingerprint(base), kind, model_name(base))
+        if named is None:
+            check_same_new_tokens(folder, model)
+
+
+def check_same_new_tokens(folder: Path, model: ModelConfig) -> None:
+    """Raise ValueError where tokens that an adapter brings are others than those that the run adds."""
+    lineage = read_lineage(folder)
+    theirs = [] if lineage is None else list(lineage.config.get("model", {}).get("new_tokens", []))
+    both = min(len(theirs), len(model.new_tokens))
+    if theirs[:both] != list(model.new_tokens[:both]):
+        raise ValueError(
+            f"objective.teacher_adapter={folder}: was trained with model.new_tokens={theirs}, and here they are "
+            f"{list(model.new_tokens)}: the same ids would stand for other texts"
+        )
+
+
+def teacher_packs(objective: DistillConfig, data: DataConfig) -> bool:
+    """Return whether a named teacher keeps packed samples apart too. Raises ValueError where data.packing=true."""
+    named = teacher_model(objective)
+    return named is None or packing_of(data, empty_model(named))
 
 
 def check_same_tokens(name: str, theirs: PreTrainedTokenizerFast, ours: PreTrainedTokenizerFast) -> None:

@@ -1,5 +1,6 @@
 """Distillation against TRL's divergence and our own sft on the same rows, and the teachers there can be."""
 
+import json
 import warnings
 
 import pytest
@@ -22,7 +23,7 @@ from lightning_peft.models.loading import load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.training.teacher import check_teacher
+from lightning_peft.training.teacher import check_teacher, teacher_packs
 from lightning_peft.words import everyday
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
@@ -209,6 +210,48 @@ def test_larger_head_of_the_same_tokens_teaches(tmp_path, caplog):
     torch.testing.assert_close(loss, expected, **FP32)
 
 
+def checked(config):
+    tokenizer = load_tokenizer(config.model)
+    check_teacher(config.objective, config.model, config.quantization, tokenizer, config.data.max_length)
+
+
+def test_teacher_that_mixes_packed_samples_or_reads_fewer_tokens_is_noticed(tmp_path):
+    path = folder_with(tmp_path / "teacher")
+    shape = json.loads((path / "config.json").read_text())
+    words = ["model=tiny", "objective=distill", f"objective.teacher={path}", "data.max_length=64"]
+    config = compose_config("train", words)
+    assert teacher_packs(config.objective, config.data)
+    shape |= {"max_position_embeddings": 32, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    shape.pop("rope_parameters", None)
+    (path / "config.json").write_text(json.dumps(shape))
+    assert not teacher_packs(config.objective, config.data)
+    with pytest.raises(ValueError, match="data.packing=true: the longest of packed samples"):
+        teacher_packs(config.objective, compose_config("train", [*words, "data.packing=true"]).data)
+    shape |= {"rope_scaling": None}
+    (path / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(ValueError, match=r"objective.teacher=.*: reads up to 32 tokens, and data.max_length=64"):
+        checked(config)
+
+
+def test_new_tokens_of_an_adapter_that_teaches_are_those_of_the_run(tmp_path):
+    added = ["adapter.trainable_modules=[embed_tokens,lm_head]", "trainer.max_steps=1", "logger=none"]
+    train(run_config(tmp_path / "run", *added, "model.new_tokens=['<a>']"))
+    words = ["model=tiny", "objective=distill", f"objective.teacher_adapter={tmp_path}/run", *added[:1]]
+    checked(compose_config("train", [*words, "model.new_tokens=['<a>','<b>']"]))
+    with pytest.raises(ValueError, match=r"objective.teacher_adapter=.*new_tokens=\['<a>'\], and here they are \['<b>"):
+        checked(compose_config("train", [*words, "model.new_tokens=['<b>']"]))
+
+
+def test_trained_head_in_bf16_is_rebuilt_and_the_result_has_both_losses(tmp_path, caplog):
+    options = ["objective=distill", "objective.teacher=tiny_tied", "adapter.trainable_modules=[lm_head]"]
+    train(run_config(tmp_path / "run", *options, "trainer.precision=bf16-true", "trainer.max_steps=1", "logger=none"))
+    assert "model's own logits" not in caplog.text
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics.keys() == {"validation_cross_entropy", "validation_divergence"}
+    words = ["model=tiny", "objective=distill", "early_stopping.metric=validation_divergence"]
+    assert compose_config("train", [*words, "validation.every_n_steps=1"]).early_stopping.metric is not None
+
+
 def test_teacher_with_other_tokens_is_refused_before_its_weights(tmp_path):
     path = folder_with(tmp_path / "teacher", token="<tool>")
     config = compose_config("train", ["model=tiny", "objective=distill", f"objective.teacher={path}"])
@@ -216,16 +259,16 @@ def test_teacher_with_other_tokens_is_refused_before_its_weights(tmp_path):
     with pytest.raises(
         ValueError, match=r"objective.teacher=.*its token 259 is '<tool>', here no token \(260 and 259 t"
     ):
-        check_teacher(config.objective, config.model, config.quantization, load_tokenizer(config.model))
+        checked(config)
 
 
 def test_teacher_that_is_not_there_is_refused(tmp_path):
     config = compose_config("train", ["model=tiny", "objective=distill", "objective.teacher=/no/model"])
     with pytest.raises(ValueError, match="objective.teacher=/no/model: no such file or folder"):
-        check_teacher(config.objective, config.model, config.quantization, load_tokenizer(config.model))
+        checked(config)
     config = compose_config("train", ["model=tiny", "objective=distill", f"objective.teacher_adapter={tmp_path}"])
     with pytest.raises(ValueError, match="objective.teacher_adapter=.*: neither a run nor an adapter folder"):
-        check_teacher(config.objective, config.model, config.quantization, load_tokenizer(config.model))
+        checked(config)
 
 
 @pytest.mark.slow
