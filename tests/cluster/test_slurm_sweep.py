@@ -72,7 +72,7 @@ def test_trials_of_a_task_train_together_and_one_is_cancelled(slurm, tmp_path):
         *3 * [("finished", 0)],
     ]
     assert json.loads((folder / cancelled.name / "result.json").read_text())["steps"] < 60
-    assert {job.restarts for job in find_jobs([array]).values()} == {0}
+    assert {job.restarts for job in find_jobs(seen(folder)).values()} == {0}
 
 
 def test_tasks_of_an_array_draw_their_trials_from_one_study(slurm, tmp_path):
