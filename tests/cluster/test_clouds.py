@@ -114,7 +114,8 @@ from pathlib import Path
 import yaml
 folder = Path(__file__).parent
 words = sys.argv[1:]
-(folder / "asked").open("a").write(" ".join(words) + "\\n")
+with (folder / "asked").open("a") as asked:
+    asked.write(" ".join(words) + "\\n")
 if "create" in words:
     for document in yaml.safe_load_all(Path(words[words.index("--filename") + 1]).read_text()):
         (folder / f"{{document['kind']}}.json").write_text(json.dumps(document))
@@ -177,7 +178,8 @@ def test_sweep_on_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (cluster / "status.json").write_text(json.dumps({"completedIndexes": "0", "conditions": []}))
     assert main(["sweep", "cancel", str(sweep)]) == 0
     assert [trial.state for trial in read_sweep(sweep).trials][1] == FINISHED
-    assert any("delete job" in line and "--namespace research" in line for line in (cluster / "asked").open())
+    asked = (cluster / "asked").read_text().splitlines()
+    assert any("delete job" in line and "--namespace research" in line for line in asked)
 
 
 @pytest.mark.slow
