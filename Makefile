@@ -15,9 +15,10 @@ demo: .venv/.installed
 test: .venv/.installed-test lint
 	$(PYTEST)
 
-# What make test leaves out and needs no GPU: the slow tests, several processes, SLURM.
+# What make test leaves out and needs no GPU: the slow tests, several processes, SLURM. Those wait for SLURM and for each
+# other about half of their time, so that one file more than there are cores is under way.
 test-long: .venv/.installed-test
-	$(PYTEST) -m "slow or multi_process or slurm"
+	$(PYTEST) -n $$(($$(nproc) + 1)) -m "slow or multi_process or slurm"
 
 # Every family of models through every check: an hour, and not part of test-all.
 test-families: .venv/.installed-test
