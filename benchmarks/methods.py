@@ -25,7 +25,7 @@ from lightning_peft.compose import compose_config
 
 METHODS = (
     "lora", "qlora", "dora", "qdora", "rslora", "lora_plus", "vera", "pissa", "olora", "eva", "loftq", "lora_fa",
-    "adalora", "ia3", "intrinsic", "full",
+    "adalora", "ia3", "intrinsic", "full", "hybrid_lora", "lr_lora", "lr_lora_gate", "balora", "molf", "molf_e",
 )  # fmt: skip
 
 LEARNING_RATE_FACTOR = 7.5
