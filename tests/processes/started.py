@@ -11,12 +11,14 @@ import inspect
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,23 @@ OF_ONE_START = (
 """Variables that no import reads. Starts that differ in any other are forked from different processes."""
 
 
+AT_THE_BEGINNING = {
+    number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+}
+"""What signals do in this process before a test runs in it."""
+
+
+@contextmanager
+def signals_of_the_beginning() -> Iterator[None]:
+    """Inside, what is started inherits no signal that a test left ignored: all forks of later tests would have it."""
+    now = {number: signal.signal(number, handler) for number, handler in AT_THE_BEGINNING.items()}
+    try:
+        yield
+    finally:
+        for number, handler in now.items():
+            signal.signal(number, handler)
+
+
 class Preloaded:
     """The process that starts of one environment are forked from."""
 
@@ -39,10 +58,11 @@ class Preloaded:
         with theirs:
             command = [sys.executable, str(Path(__file__).with_name("preloaded.py")), str(theirs.fileno())]
             # Pipes, as its stream objects stay: those that were opened for a file would seek in a fork's pipe.
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-            )  # fmt: skip
+            with signals_of_the_beginning():
+                self.process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    pass_fds=[theirs.fileno()],
+                )  # fmt: skip
         atexit.register(self.close)
 
     def fork(self, request: dict[str, Any], files: dict[int, int]) -> tuple[int, socket.socket]:
