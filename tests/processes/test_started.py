@@ -42,7 +42,10 @@ def test_signal_and_poll_reach_it(tmp_path):
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == process.poll() == -signal.SIGTERM
+        try:
+            assert process.wait(timeout=10) == process.poll() == -signal.SIGTERM
+        finally:
+            process.kill()  # what sleeps on would be waited for
 
 
 def test_command_is_the_real_one(tmp_path):
