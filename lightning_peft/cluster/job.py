@@ -10,6 +10,12 @@ from typing import ClassVar
 
 SECONDS = 60
 """What a cluster's command may take; a controller that is away makes it wait for about as long."""
+SAVED = 75
+"""Exit status of `train` that has saved and is to be started again."""
+ONE_RUN = 'ls "$run_dir/checkpoints" 2> /dev/null'
+"""Bash that lists what tells whether a start of one run got on."""
+TOGETHER = 'while read -r trial; do ls "$trial/checkpoints" 2> /dev/null; done < "$run_dir/trials.txt"'
+"""The same for trials that train together, whose folders stand in trials.txt."""
 TASK = "LIGHTNING_PEFT_TASK"
 """Environment variable with the task that a process runs, where the cluster has no variable for it."""
 
@@ -93,6 +99,11 @@ class Work:
     is_together: bool = False
     """Whether a folder in `run_dirs` lists, in trials.txt, several that train in one process."""
     has_wandb: bool = False
+
+    @property
+    def written(self) -> str:
+        """Bash that lists what tells whether a start got on."""
+        return TOGETHER if self.is_together else ONE_RUN
 
 
 class Cluster(ABC):

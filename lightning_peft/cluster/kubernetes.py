@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from lightning_peft.cluster.documents import check_draws_nothing, check_is_shared, yaml_text
-from lightning_peft.cluster.job import SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
-from lightning_peft.cluster.supervised import PORT, script
+from lightning_peft.cluster.documents import yaml_text
+from lightning_peft.cluster.job import SAVED, SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
+from lightning_peft.cluster.supervised import PORT, check_draws_nothing, check_is_shared, script
 
 KUBECTL = Commands(
     "Kubernetes' command has to be on PATH here",
@@ -25,8 +25,8 @@ KUBECTL = Commands(
 NAME_LENGTH = 50
 """Of a Job; its pods' names, with their number and five letters, are names of hosts, of up to 63."""
 CONTAINER = "train"
-SAVED, WRONG_INPUT = 75, 2
-"""Exit statuses of `train`: to be started again; not to be."""
+WRONG_INPUT = 2
+"""Exit status of `train` that is not to be started again."""
 RESTARTS = 6
 """How often the nodes of one run may fail together: those left over when one of them is lost do."""
 
@@ -114,7 +114,7 @@ class Kubernetes(Cluster):
 
     def cancel(self, job_ids: Iterable[str]) -> None:
         """End whole jobs. A single trial leaves by the file that its pod watches for."""
-        for job_id in sorted({job_id.partition("_")[0] for job_id in job_ids if "_" not in job_id}):
+        for job_id in (job_id for job_id in job_ids if "_" not in job_id):
             kubectl, name = at(job_id)
             KUBECTL.run(*kubectl, "delete", "job,service", name, "--wait=false", "--ignore-not-found")
 
@@ -197,7 +197,6 @@ def pod(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
         number="JOB_COMPLETION_INDEX",
         node=number,
         first_node=f"{name}-0.{name}",
-        python=config.python or "python",
     )
     limits = {"cpu": config.cpus, "memory": config.memory}
     limits |= {config.gpu: str(config.gpus_per_node)} if config.gpus_per_node else {}

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cluster.documents import check_draws_nothing, check_is_shared, yaml_text
-from lightning_peft.cluster.job import TASK, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
-from lightning_peft.cluster.supervised import script
+from lightning_peft.cluster.documents import yaml_text
+from lightning_peft.cluster.job import SAVED, TASK, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
+from lightning_peft.cluster.supervised import check_draws_nothing, check_is_shared, script
 
 SECONDS = 900
 """What a launch may take, which starts a controller first where none is up."""
@@ -26,8 +26,6 @@ SKY = Commands(
 )
 MODE = "MOUNT_CACHED"
 """How buckets are mounted: through a cache on the node's disk, as what is mounted directly takes no appended lines."""
-SAVED = 75
-"""Exit status of `train` that is saved and to be started again."""
 NUMBER = "LIGHTNING_PEFT_TASK_NUMBER"
 """Environment variable with the number of a task."""
 NO_JOBS = ("ClusterNotUp", "No in-progress managed jobs")
@@ -114,7 +112,6 @@ class SkyPilot(Cluster):
             number=NUMBER,
             node="$SKYPILOT_NODE_RANK",
             first_node='"$(head -n 1 <<< "$SKYPILOT_NODE_IPS")"',
-            python=config.python or "python",
         )
         task = {
             "name": name,

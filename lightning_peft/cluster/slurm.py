@@ -9,7 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
-from lightning_peft.cluster.job import SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
+from lightning_peft.cluster.job import (
+    ONE_RUN,
+    SECONDS,
+    Cluster,
+    ClusterConfig,
+    ClusterError,
+    Commands,
+    Job,
+    Work,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +103,6 @@ fi
 exit "$status"
 """
 
-ONE_RUN = 'ls "$run_dir/checkpoints" 2> /dev/null'
-"""`written` of `batch_script` for one run."""
-TOGETHER = 'while read -r trial; do ls "$trial/checkpoints" 2> /dev/null; done < "$run_dir/trials.txt"'
-"""`written` of `batch_script` for trials that train together, whose folders stand in trials.txt."""
 
 WANDB = """
 # Started here, Weights & Biases' service outlives the signals that end the ranks, and finishes writing.
@@ -216,7 +221,7 @@ class Slurm(Cluster):
             else f"0-{work.tasks - 1}" + (f"%{work.parallel}" if work.parallel else ""),
             wandb=work.has_wandb,
             directory=work.directory,
-            written=TOGETHER if work.is_together else ONE_RUN,
+            written=work.written,
         )  # fmt: skip
 
     def submit(self, path: Path, work: Work) -> str:

@@ -5,6 +5,8 @@ fails, and says by its exit status how the start ended: 75 where the run is save
 """
 
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
 
 from lightning_peft.cluster.job import TASK, ClusterConfig, Work
 from lightning_peft.cluster.process import LEAVE
@@ -69,18 +71,14 @@ finish "$status"
 """
 
 
-ONE_RUN = 'ls "$run_dir/checkpoints" 2> /dev/null'
-TOGETHER = 'while read -r trial; do ls "$trial/checkpoints" 2> /dev/null; done < "$run_dir/trials.txt"'
-
-
-def script(config: ClusterConfig, work: Work, task: str, number: str, node: str, first_node: str, python: str) -> str:
+def script(config: ClusterConfig, work: Work, task: str, number: str, node: str, first_node: str) -> str:
     """Return the bash of one start.
 
     `task`, the id of what it runs, `number`, which of the job's tasks that is, `node`, the number of this node, and
     `first_node`, where the ranks meet, are bash.
     """
     run_dir, train = shlex.quote(str(work.folder)), f"config_path={shlex.quote(str(work.folder / 'config.yaml'))}"
-    python = shlex.quote(python)
+    python = shlex.quote(config.python or "python")
     if work.run_dirs is not None:
         run_dir = f'$(sed -n "$(({number} + 1))p" {shlex.quote(str(work.run_dirs))})'
         train = f'config_path="$run_dir/{"trials.txt" if work.is_together else "config.yaml"}"'
@@ -104,9 +102,36 @@ def script(config: ClusterConfig, work: Work, task: str, number: str, node: str,
         task=task,
         run_dir=run_dir,
         leave=LEAVE,
-        written=TOGETHER if work.is_together else ONE_RUN,
+        written=work.written,
         python=python,
         train=train,
         start=start,
         node=node if config.nodes > 1 else "0",
     ).lstrip("\n")
+
+
+def check_is_shared(volumes: Mapping[str, str], work_folder: Path, cluster: str) -> None:
+    """Raise ValueError where a run's folder does not stand in a volume, or this machine cannot see the volume.
+
+    `volumes` has paths as keys, the same here and where the run will be.
+    """
+    place = next((path for path in volumes if work_folder.is_relative_to(path)), None)
+    if place is None:
+        raise ValueError(
+            f"run_dir={work_folder}: cluster={cluster} keeps runs in a volume; give a folder below one of "
+            f"cluster.volumes={dict(volumes) or '{}'}, as cluster.volumes={{{work_folder.parent}: NAME}}"
+        )
+    if not Path(place).is_dir():
+        raise ValueError(
+            f"cluster.volumes: {place} is no folder of this machine; mount the volume here too, under the same path, "
+            "so that configs get there and results are seen"
+        )
+
+
+def check_draws_nothing(config: ClusterConfig, work: Work) -> None:
+    """Raise ValueError for tasks that would draw their trials: they cannot ask the cluster how the others stand."""
+    if work.is_asking:
+        raise ValueError(
+            f"sweep.search=optuna cluster={config.name}: a trial is drawn from how the others ended, which its task "
+            "cannot ask there; use grid or random, or cluster=slurm or local"
+        )

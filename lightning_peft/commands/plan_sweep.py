@@ -17,7 +17,7 @@ from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.command_configs import SubmitSweepConfig
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
-from lightning_peft.commands.sweep_array import array_text, submit_array
+from lightning_peft.commands.sweep_array import array_work, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.config import DataConfig
@@ -128,9 +128,10 @@ def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tu
 def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> None:
     sweep, runs = planned(config, run_words, folder)
     if runs[0].cluster is not None:
-        text = array_text(sweep, folder, runs[0].cluster, runs[0])  # what the cluster cannot do is said now
+        kind, work = CLUSTERS[runs[0].cluster.name].cluster, array_work(sweep, sweep.trials, folder, runs[0])
+        kind.check(runs[0].cluster, work)
         if runs[0].cluster.dry_run:
-            print(text, end="")
+            print(kind.text(runs[0].cluster, work), end="")
             return
     with nothing_left_if_refused(folder):
         with locked(folder):

@@ -68,8 +68,7 @@ class Measured:
 def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> list[Price]:
     """Return the price of each trial. Reads the rows and counts their tokens; no weights."""
     measured = list(finished_runs(config.measured))
-    estimates: dict[str, Estimate] = {}
-    fitting: dict[str, ActivationCheckpointing] = {}
+    estimates: dict[str, tuple[ActivationCheckpointing, Estimate]] = {}
     rows: dict[str, tuple[int, float]] = {}
     found = []
     names = [trial.name for trial in sweep.trials] or ["each trial"]
@@ -77,9 +76,10 @@ def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> li
         planned = planned_run(run)
         plan = plan_of(planned)
         if (key := memory_key(planned)) not in estimates:
-            fitting[key] = with_fitting_checkpointing(planned, plan.machine).activation_checkpointing
-            estimates[key] = estimate_of(replace(planned, activation_checkpointing=fitting[key]))
-        estimate, planned = estimates[key], replace(planned, activation_checkpointing=fitting[key])
+            fitting = with_fitting_checkpointing(planned, plan.machine)
+            estimates[key] = fitting.activation_checkpointing, estimate_of(fitting)
+        mode, estimate = estimates[key]
+        planned = replace(planned, activation_checkpointing=mode)
         steps, tokens = length_of(planned, estimate, plan.ranks, rows)
         speed, source = speed_of(planned, estimate, plan.accelerator, plan.ranks, measured, config)
         hours = None if speed is None else tokens / speed / 3600

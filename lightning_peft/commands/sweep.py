@@ -16,7 +16,7 @@ from lightning_peft.cluster.job import own_task
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.command_configs import SubmitSweepConfig, SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
-from lightning_peft.commands.sweep_array import check_array, task_folder
+from lightning_peft.commands.sweep_array import array_work, task_folder
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
@@ -156,7 +156,7 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
             raise ValueError(f"sweep retry: nothing to run again: {', '.join(states)}{hint}")
         runs = [trial_config(sweep, trial, folder, run_words) for trial in again]
         if runs and runs[0].cluster is not None:
-            check_array(sweep, again, folder, runs[0].cluster, runs[0])
+            cluster_of(sweep).check(runs[0].cluster, array_work(sweep, again, folder, runs[0]))
         for trial, run in zip(again, runs, strict=True):
             trial.spent_hours = hours_of_trial(sweep, trial, folder / trial.name)
             prepare_again(trial, run, folder / trial.name)

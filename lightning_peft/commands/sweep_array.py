@@ -1,7 +1,6 @@
 """A sweep's trials as the tasks of one job of a cluster, as SLURM's job arrays are."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from lightning_peft.cluster.job import ClusterConfig, Work
@@ -14,9 +13,9 @@ def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: Tr
     """Submit these trials, or with no names as many tasks as Optuna has trials to draw. Prints the job's number."""
     kind = CLUSTERS[cluster.name].cluster
     with changed_sweep(folder) as sweep:
-        groups = groups_of_tasks([sweep.trial(name) for name in names], sweep.together)
-        tasks = len(groups) or sweep.count - len(sweep.trials)
-        run_dirs = list_path(sweep, folder)
+        trials = [sweep.trial(name) for name in names]
+        groups, work = groups_of_tasks(trials, sweep.together), array_work(sweep, trials, folder, run)
+        tasks, run_dirs = work.tasks, list_path(sweep, folder)
         places = [folder / name for name in names]
         if sweep.together > 1:
             places = [run_dirs.with_suffix("") / str(task) for task in range(tasks)]
@@ -25,7 +24,6 @@ def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: Tr
                 (place / "trials.txt").write_text("".join(f"{folder / trial.name}\n" for trial in group))
         run_dirs.write_text("".join(f"{place}\n" for place in places), encoding="utf-8")
         path = run_dirs.with_suffix(Path(kind.file).suffix)
-        work = array_work(sweep, tasks, folder, run, are_drawn=bool(names))
         path.write_text(kind.text(cluster, work), encoding="utf-8")
         job = kind.submit(path, work)
         sweep.arrays.append(job)
@@ -61,22 +59,19 @@ def task_folder(sweep: Sweep, folder: Path, task: str) -> Path:
     return Path(lines[int(number)])
 
 
-def check_array(sweep: Sweep, trials: Sequence[Trial], folder: Path, cluster: ClusterConfig, run: TrainConfig) -> None:
-    """Raise ValueError where a cluster cannot run these trials as they are to be run."""
-    work = array_work(sweep, len(groups_of_tasks(trials, sweep.together)), folder, run, are_drawn=True)
-    CLUSTERS[cluster.name].cluster.check(cluster, work)
+def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> Work:
+    """What the next array is to do: train these trials, or where there are none draw those that are still to be drawn.
 
-
-def array_text(sweep: Sweep, folder: Path, cluster: ClusterConfig, run: TrainConfig) -> str:
-    """Return what the first job of a sweep hands to the cluster. Raises ValueError for what the cluster cannot do."""
-    kind = CLUSTERS[cluster.name].cluster
-    tasks = len(groups_of_tasks(sweep.trials, sweep.together)) or sweep.count
-    work = array_work(sweep, tasks, folder, run, are_drawn=bool(sweep.trials))
-    kind.check(cluster, work)
-    return kind.text(cluster, work)
-
-
-def array_work(sweep: Sweep, tasks: int, folder: Path, run: TrainConfig, are_drawn: bool) -> Work:
-    """What the next array is to do; its tasks draw their own trials unless they `are_drawn`."""
-    work = Work(folder.name, folder, sweep.directory, list_path(sweep, folder), tasks, sweep.parallel)
-    return replace(work, is_asking=not are_drawn, is_together=sweep.together > 1, has_wandb="wandb" in run.logger)
+    `run` is the config of one of them.
+    """
+    return Work(
+        name=folder.name,
+        folder=folder,
+        directory=sweep.directory,
+        run_dirs=list_path(sweep, folder),
+        tasks=len(groups_of_tasks(trials, sweep.together)) or sweep.count - len(sweep.trials),
+        parallel=sweep.parallel,
+        is_asking=not trials,
+        is_together=sweep.together > 1,
+        has_wandb="wandb" in run.logger,
+    )

@@ -80,7 +80,6 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
         if isinstance(config.objective, DistillConfig):
             length = config.data.max_length
             check_teacher(config.objective, config.model, config.quantization, tokenizer, length)
-            packs = packs and teacher_packs(config.objective, config.data)
         data = read_data(config, packs, tokenizer, plan)
         scored = task_metrics(config, data, tokenizer)
         if config.dry_run:
@@ -100,10 +99,7 @@ def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: di
     run_dir = folder_of(config)
     try:
         with logging_left_to_ranks(True):
-            packs = check_model(config)
-            if isinstance(config.objective, DistillConfig):
-                packs = packs and teacher_packs(config.objective, config.data)
-            content = content_of(config, read_data(config, packs, load_tokenizer(config.model), plan))
+            content = content_of(config, read_data(config, check_model(config), load_tokenizer(config.model), plan))
     except (ValueError, OSError) as error:
         logger.warning("%s: its rows and base cannot be compared with those it was trained on: %s", run_dir, error)
     else:
@@ -152,6 +148,8 @@ def check_model(config: TrainConfig) -> bool:
     method = METHODS[config.adapter.method]
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
     packs = packing_of(config.data, model)
+    if isinstance(config.objective, DistillConfig):
+        packs = packs and teacher_packs(config.objective, config.data)
     if config.dry_run:
         inject_adapters(model, config.adapter)
         Console().print(describe_targets(targets, model))

@@ -257,8 +257,8 @@ def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModu
 
 def beside_the_loss(found: Mapping[str, Any]) -> dict[str, float]:
     """What a validation gives beside its loss: those of the sources of a mixture, and what the objective measures."""
-    is_wanted = (name.startswith("validation_") and name != "validation_loss" for name in found)
-    return {name: float(value) for (name, value), wanted in zip(found.items(), is_wanted, strict=True) if wanted}
+    names = (name for name in found if name.startswith("validation_") and name != "validation_loss")
+    return {name: float(found[name]) for name in names}
 
 
 def counts_of(audit: Audit) -> dict[str, int | float]:

@@ -91,6 +91,14 @@ def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
     return losses.sum() if weights is None else losses @ weights
 
 
+def write_logits_(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Overwrite logits (N, V) with those of hidden (N, D) under a head of weight (V, D)."""
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=logits)
+
+
 class FrozenHeadLosses(torch.autograd.Function):
     """Cross entropy (N,) of each row of hidden (N, D) under a frozen head weight (V, D); gradient for hidden only.
 
@@ -118,10 +126,7 @@ class FrozenHeadLosses(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             tokens = slice(start, start + chunk)
             logits = buffer[: hidden[tokens].shape[0]]
-            if bias is None:
-                torch.mm(hidden[tokens], weight.t(), out=logits)
-            else:
-                torch.addmm(bias, hidden[tokens], weight.t(), out=logits)
+            write_logits_(logits, hidden[tokens], weight, bias)
             # The compiler would copy what an operator writes over.
             plain = transform is None and not smoothing
             if plain and not torch.compiler.is_compiling() and takes(logits):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.kernels.cross_entropy import LogitTransform, softmax_rows
+from lightning_peft.kernels.cross_entropy import LogitTransform, softmax_rows, write_logits_
 
 
 class Mix(NamedTuple):
@@ -135,10 +135,7 @@ class FrozenHeadTaughtLosses(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             tokens = slice(start, min(start + chunk, hidden.shape[0]))
             logits = buffer[: tokens.stop - start]
-            if bias is None:
-                torch.mm(hidden[tokens], weight.t(), out=logits)
-            else:
-                torch.addmm(bias, hidden[tokens], weight.t(), out=logits)
+            write_logits_(logits, hidden[tokens], weight, bias)
             taught = teacher(tokens)
             for place in range(start, tokens.stop, rows):
                 part = slice(place, min(place + rows, tokens.stop))

@@ -116,8 +116,11 @@ def check_same_new_tokens(folder: Path, model: ModelConfig) -> None:
 
 def teacher_packs(objective: DistillConfig, data: DataConfig) -> bool:
     """Return whether a named teacher keeps packed samples apart too. Raises ValueError where data.packing=true."""
-    named = teacher_model(objective)
-    return named is None or packing_of(data, empty_model(named))
+    if (named := teacher_model(objective)) is None:
+        return True
+    with named_as_teacher():
+        teacher = empty_model(named)
+    return packing_of(data, teacher)
 
 
 def check_same_tokens(name: str, theirs: PreTrainedTokenizerFast, ours: PreTrainedTokenizerFast) -> None:
