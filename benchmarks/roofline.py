@@ -170,6 +170,7 @@ class Counting(TorchDispatchMode):
                 kind, share = DECODING, rates.decoding_share
             elif self.inside:
                 kind = SKINNY
+                share = rates.skinny_share if name == "read_once" else 1.0
             elif not self.passes:
                 return
             seconds = moved / bandwidth / share

@@ -34,6 +34,7 @@ OPENED = {
     torch.ops.lightning_peft.dequantize.default,
     torch.ops.lightning_peft.scaled_products.default,
     torch.ops.lightning_peft.factor_gradient.default,
+    torch.ops.lightning_peft.output_gradients.default,
     torch.ops.lightning_peft.shared_input_gradient.default,
 }
 """Operators of ours that are followed inside, being written in operators that have fake forms."""
@@ -57,6 +58,8 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.lightning_peft.column_dots.default: products.columns_scratch,
     torch.ops.lightning_peft.cross_entropy_gradient_.default: lambda *_: [],
     torch.ops.lightning_peft.decode.default: lambda *_: [],
+    torch.ops.lightning_peft.read_once.default: lambda *_, **__: [],
+    torch.ops.lightning_peft.add_up.default: lambda *_: [],
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 

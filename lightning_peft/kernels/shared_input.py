@@ -5,7 +5,10 @@ all changes, once for all gradients of A, and its own gradient is one sum. Each 
 `low_rank.add_low_rank`, and a test holds the two together.
 """
 
+import math
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,9 +21,29 @@ from lightning_peft.kernels.products import summed_product
 torch.library.define("lightning_peft::scaled_products", "(Tensor[] rows, Tensor[] factors, float scaling) -> Tensor")
 torch.library.define("lightning_peft::factor_gradient", "(Tensor left, Tensor right) -> Tensor")
 torch.library.define(
+    "lightning_peft::output_gradients",
+    "(Tensor[] grads, Tensor[] factors, Tensor inner, float scaling) -> (Tensor, Tensor[])",
+)
+torch.library.define(
+    "lightning_peft::read_once",
+    "(Tensor grad, Tensor factor, Tensor inner, float scaling, *, Tensor(a!) inner_parts, Tensor(b!) B_parts) -> ()",
+)
+torch.library.define(
+    "lightning_peft::add_up", "(Tensor inner_parts, Tensor B_parts, ScalarType dtype) -> (Tensor, Tensor)"
+)
+torch.library.define(
     "lightning_peft::shared_input_gradient",
     "(Tensor[] grads, Tensor?[] weights, Tensor inner, Tensor factor, str form, int block_size) -> Tensor",
 )
+
+SUMS = 8192
+"""Sums that a program of `read_once` keeps in its registers: the columns that it reads times the rank. Ours."""
+PROGRAMS = 256
+"""Its programs to aim for: twice the multiprocessors of an H100. Ours."""
+LEAST_ROWS = 256
+"""Rows of a program at the least, so that what it writes is small beside what it reads. Ours."""
+LARGEST_RANK = 32
+"""Above it, what `read_once` writes is as large as what it saves. Ours."""
 
 
 def can_share(bases: Sequence[Base]) -> bool:
@@ -77,12 +100,8 @@ class SharedLowRankProduct(torch.autograd.Function):
         dtype_A, dtype_B = ctx.factor_dtypes
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         dtype = rows[0].dtype
-        grad_inner = torch.ops.lightning_peft.scaled_products(rows, factors, ctx.scaling)
-        parts = inner.split(ctx.ranks, 1)
-        grad_B = [
-            torch.ops.lightning_peft.factor_gradient(own, part).to(dtype_B)
-            for own, part in zip(rows, parts, strict=True)
-        ]
+        grad_inner, grad_B = torch.ops.lightning_peft.output_gradients(rows, factors, inner, ctx.scaling)
+        grad_B = [own.to(dtype_B) for own in grad_B]
         x_rows = x.reshape(-1, x.shape[-1]).to(dtype)
         grad_A = torch.ops.lightning_peft.factor_gradient(grad_inner, x_rows).to(dtype_A).split(ctx.ranks)
         grad_x = None
@@ -128,6 +147,83 @@ def factor_gradient(left: Tensor, right: Tensor) -> Tensor:
 def _(left: Tensor, right: Tensor) -> Tensor:
     dtype = torch.promote_types(left.dtype, torch.float32)
     return left.new_empty(left.shape[1], right.shape[1], dtype=dtype)
+
+
+@torch.library.impl("lightning_peft::output_gradients", "CompositeExplicitAutograd")
+def output_gradients(
+    grads: list[Tensor], factors: list[Tensor], inner: Tensor, scaling: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the products scaling * grad_i B_i beside each other, (N, sum of R_i), and each grad_i^T inner_i.
+
+    The latter are (out_i, R_i), in at least fp32. grad_i (N, out_i), B_i (out_i, R_i) and inner (N, sum of R_i) have
+    one dtype.
+    """
+    ranks = [factor.shape[1] for factor in factors]
+    if not reads_once(grads, ranks):
+        made = torch.ops.lightning_peft.scaled_products(grads, factors, scaling)
+        pairs = zip(grads, inner.split(ranks, 1), strict=True)
+        return made, [torch.ops.lightning_peft.factor_gradient(*pair) for pair in pairs]
+    rows, sizes = len(inner), [factor.numel() for factor in factors]
+    chunks = math.ceil(max(grad.shape[1] for grad in grads) / (SUMS // padded(max(ranks))))
+    parts = min(math.ceil(PROGRAMS / chunks), math.ceil(rows / LEAST_ROWS))
+    inner_parts = inner.new_empty(chunks, rows, sum(ranks), dtype=torch.float32)
+    B_parts = inner.new_empty(parts, sum(sizes), dtype=torch.float32)
+    into = inner.split(ranks, 1), inner_parts.split(ranks, 2), B_parts.split(sizes, 1)
+    for grad, factor, own, own_inner_parts, own_B_parts in zip(grads, factors, *into, strict=True):
+        options = {"inner_parts": own_inner_parts, "B_parts": own_B_parts}
+        torch.ops.lightning_peft.read_once(grad.contiguous(), factor.contiguous(), own, scaling, **options)
+    grad_inner, grad_B = torch.ops.lightning_peft.add_up(inner_parts, B_parts, inner.dtype)
+    return grad_inner, [own.view(factor.shape) for own, factor in zip(grad_B.split(sizes), factors, strict=True)]
+
+
+@torch.library.register_fake("lightning_peft::output_gradients")
+def _(grads: list[Tensor], factors: list[Tensor], inner: Tensor, scaling: float) -> tuple[Tensor, list[Tensor]]:
+    dtype = torch.promote_types(inner.dtype, torch.float32)
+    return inner.new_empty(inner.shape), [factor.new_empty(factor.shape, dtype=dtype) for factor in factors]
+
+
+def reads_once(grads: Sequence[Tensor], ranks: Sequence[int]) -> bool:
+    """Return whether Triton's kernels compute `output_gradients`: in 16 bits, of many rows, for small ranks."""
+    first = grads[0]
+    suits = first.is_cuda and first.dtype.itemsize == 2 and torch.version.hip is None and has_triton()
+    return suits and len(first) >= LEAST_ROWS and max(ranks) <= LARGEST_RANK
+
+
+def padded(rank: int) -> int:
+    """Return the power of two that a kernel computes a rank as: its products have no side below 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+@cache
+def has_triton() -> bool:
+    """Return whether there is Triton, which comes with torch where there is CUDA."""
+    return find_spec("triton") is not None
+
+
+@torch.library.impl("lightning_peft::read_once", "CUDA")
+def _read_once(
+    grad: Tensor, factor: Tensor, inner: Tensor, scaling: float, *, inner_parts: Tensor, B_parts: Tensor
+) -> None:
+    from lightning_peft.kernels.triton_gradients import read_once
+
+    read_once(grad, factor, inner, scaling, inner_parts, B_parts)
+
+
+@torch.library.impl("lightning_peft::add_up", "CUDA")
+def _add_up(inner_parts: Tensor, B_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from lightning_peft.kernels.triton_gradients import add_up
+
+    return add_up(inner_parts, B_parts, dtype)
+
+
+@torch.library.register_fake("lightning_peft::read_once")
+def _(*_: Any, **__: Any) -> None:
+    pass
+
+
+@torch.library.register_fake("lightning_peft::add_up")
+def _(inner_parts: Tensor, B_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return inner_parts.new_empty(inner_parts.shape[1:], dtype=dtype), B_parts.new_empty(B_parts.shape[1:])
 
 
 @torch.library.impl("lightning_peft::shared_input_gradient", "CompositeExplicitAutograd")
