@@ -1,11 +1,8 @@
 """The real server process, asked by OpenAI's own client: answers, streams, errors, and leaving."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,36 +11,15 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import torch
-from adapter_models import config_for, perturb
+from adapter_models import config_for
 from browser import Browser
 from safetensors.torch import load_file, save_file
-from started import COMMAND, Started
+from server_process import ask, ended, save, start
 
 from lightning_peft.__main__ import main
-from lightning_peft.adapters.base import AdapterConfig
-from lightning_peft.adapters.inject import inject_adapters
-from lightning_peft.checkpoint.lineage import Lineage
-from lightning_peft.checkpoint.peft_format import save_adapter
-from lightning_peft.data.layout import PromptLayout
-from lightning_peft.models.loading import load_model, source_fingerprint
-from lightning_peft.models.source import ModelConfig
-from lightning_peft.models.tiny import CHAT_TEMPLATE
 from lightning_peft.serving.server import PAGE
 
 QUESTIONS = ("How many singers are there?", "List all.", "What is the largest?", "Show the names of all people.")
-
-
-def save(folder: Path, config: AdapterConfig, scale: float, base: str = "tiny") -> None:
-    """An adapter as `train` leaves it, its weights moved at random instead."""
-    source = ModelConfig(base)
-    model = load_model(source, torch.float32)
-    torch.manual_seed(0)
-    inject_adapters(model, config)
-    perturb(model, scale)
-    lineage = Lineage(source_fingerprint(source), base, config.method, precision="32-true")
-    save_adapter(model, config, folder, base, lineage)
-    PromptLayout(system_prompt="Answer in SQL.", template=CHAT_TEMPLATE, stop_token_ids=[2]).save(folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,33 +38,6 @@ def runs(tmp_path_factory) -> Path:
     return place
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start(words: list[str], key: str = "none") -> tuple[subprocess.Popen[str], openai.OpenAI]:
-    port = free_port()
-    command = [*COMMAND, "serve", "model=tiny", f"serve.port={port}", "precision=32-true", *words]
-    process = Started(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for _ in range(600):
-        try:
-            httpx.get(f"http://127.0.0.1:{port}/health")
-            break
-        except httpx.TransportError:
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            time.sleep(0.2)
-    return process, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    """What the server wrote to stderr, once it has left as it was asked to."""
-    _, said = process.communicate(timeout=120)
-    assert process.returncode in (0, -signal.SIGTERM)
-    return said
-
-
 @pytest.fixture(scope="module")
 def client(runs) -> Iterator[openai.OpenAI]:
     words = [f"adapters=[a={runs / 'a'},b={runs / 'b'}]", f"adapter_dir={runs / 'adapters'}", "serve.allow_load=true"]
@@ -96,12 +45,6 @@ def client(runs) -> Iterator[openai.OpenAI]:
     yield client
     process.send_signal(signal.SIGTERM)
     ended(process)
-
-
-def ask(client: openai.OpenAI, model: str, question: str, tokens: int = 12, **more) -> str:
-    messages = [{"role": "user", "content": question}]
-    answer = client.chat.completions.create(model=model, messages=messages, max_tokens=tokens, **more)
-    return str(answer.choices[0].message.content)
 
 
 def generated(runs: Path, adapter: str | None, capsys, tmp_path: Path, tokens: int = 12) -> list[str]:
