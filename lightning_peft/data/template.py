@@ -39,7 +39,8 @@ _RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupE
 """What a template, which is a program, raises on a conversation it was not written for."""
 
 _MARK = "mark_message_"
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: around the number of a message in a marked rendering
+# Around the number of a message in a marked rendering: private use, and not of the plane that icons are taken from.
+_OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
 _MARKS = re.compile(f"{_OPEN}(end|[0-9]+){_CLOSE}")
 
 INLINE_THOUGHT = re.compile(
@@ -49,6 +50,8 @@ INLINE_THOUGHT = re.compile(
 
 _ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qzn_name"
 _CALL = {"type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
+_OTHER_CALL = {"type": "function", "function": {"name": "qzp_other", "arguments": {"qzu": "qzq"}}}
+_RESULT = "Qzo results"
 _TOOL = {
     "type": "function",
     "function": {
@@ -98,6 +101,7 @@ class ChatTemplate:
         self._variables = {**special_tokens, **options}
         self._tool_variables = [name for name in ("tools", "xml_tools") if name == "tools" or name in source]
         self._written: dict[tuple[str, str], bool] = {}
+        self._takes_result: dict[bool, bool] = {}
         try:
             self._compiled = _compile_jinja_template(source)
         except TemplateError as error:
@@ -186,6 +190,31 @@ class ChatTemplate:
             return False
         turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [self._spelled_call(_CALL)]}
         return _THOUGHT in self._try([{"role": "user", "content": _ASKED}, turn | reasoning_keys(_THOUGHT)])
+
+    @cached_property
+    def takes_several_calls(self) -> bool:
+        """Whether the template writes all calls of a turn, or refuses several itself."""
+        if self.call_spelling is None:
+            return False
+        calls = [self._spelled_call(call) for call in (_CALL, _OTHER_CALL)]
+        turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": calls}
+        text = self._try([{"role": "user", "content": _ASKED}, turn])
+        return not text or ("qzv_call" in text and "qzp_other" in text)
+
+    def takes_result(self, of_a_call: bool) -> bool:
+        """Return whether the template writes what a tool says, or refuses it itself.
+
+        of_a_call: after a turn with `tool_calls`, not one whose text is the call.
+        """
+        if of_a_call not in self._takes_result:
+            turn: dict[str, Any] = {"role": "assistant", "content": _ANSWERED}
+            if of_a_call and self.call_spelling is not None:
+                call = self._spelled_call(_CALL)
+                turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [call]}
+            result = {"role": "tool", "content": _RESULT, "name": "qzv_call"}
+            text = self._try([{"role": "user", "content": _ASKED}, turn, result], generation=True)
+            self._takes_result[of_a_call] = not text or _RESULT in text
+        return self._takes_result[of_a_call]
 
     def writes(self, role: str, key: str) -> bool:
         """Return whether the template writes a key of turns of this role, beside their content."""
@@ -282,6 +311,10 @@ class ChatTemplate:
         spelling = self.call_spelling
         if spelling is None:
             raise ChatTemplateError("the chat template does not write tool calls")
+        if len(message.tool_calls) > 1 and not self.takes_several_calls:
+            raise ChatTemplateError(
+                f"the chat template writes one call of a turn, and a turn has {len(message.tool_calls)} of them"
+            )
         given = {"content": content} if content.strip() else spelling.empty_content
         return {
             "role": "assistant",
