@@ -199,6 +199,7 @@ def encode_rows(
     rows = iter(rows)
     reader: RowReader | None = None
     refused: ValueError | None = None
+    template: ChatTemplate | None = None
     rendered: RenderedText | None = None
     unread: Counter[str] = Counter()
     while several := list(islice(rows, ROWS_AT_ONCE)):
@@ -217,10 +218,13 @@ def encode_rows(
                 conversation = _read(reader, row)
                 audit.count_ignored(reader.ignores(row))
                 if config.layout is Layout.chat and reader.format not in WITHOUT_TURNS:
-                    rendered = rendered or RenderedText(tokenizer, encoder.template, encoder.end_token_ids())
+                    if template is None or rendered is None:  # once: the tokenizer's own is asked for each time
+                        template = encoder.template
+                        rendered = RenderedText(tokenizer, template, encoder.end_token_ids())
                     rendered.refuse([*conversation, *(conversation.rejected or ())], row.origin)
-                    unread.update(name for name, is_id in unwritten(conversation, encoder.template) if not is_id)
-                    audit.count_listed(name for name, is_id in unwritten(conversation, encoder.template) if is_id)
+                    not_written = unwritten(conversation, template)
+                    unread.update(name for name, is_id in not_written if not is_id)
+                    audit.count_listed(name for name, is_id in not_written if is_id)
                 unread.update(conversation.unread)
                 audit.count_listed(conversation.listed)
                 if conversation.trailing:
