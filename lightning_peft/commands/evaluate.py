@@ -19,6 +19,7 @@ from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_base,
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.mixture import sources_of
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.gate import DoNotShip, Metric, verdicts
 from lightning_peft.evaluation.harness import check_harness, run_harness
@@ -51,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     task = TASKS[data_config.task]
     if config.benchmark is not None:
         check_harness(config.tasks, config.tasks_path)
-    check_gate(config, task, has_pairs=data_config.rows is RowKind.pairs)
+    check_gate(config, task, data_config)
     found = read_conversations(data_config, "test")
     if not found:
         raise ValueError(
@@ -117,9 +118,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def check_gate(config: EvaluateConfig, task: Task, has_pairs: bool) -> None:
+def check_gate(config: EvaluateConfig, task: Task, data: DataConfig) -> None:
     """Raise ValueError for a threshold of a metric that will not be scored, as far as that is known without rows."""
-    known = [*LOSSES, *task.metric_names, *(PREFERENCES if has_pairs else ())]
+    sources = [f"loss/{source.name}" for source in sources_of(data) if source.name]
+    known = [*LOSSES, *sources, *task.metric_names, *(PREFERENCES if data.rows is RowKind.pairs else ())]
     for name, least in config.gate.items():
         # A task that names no metrics may score others beside its headline.
         is_beside = not task.metrics and task.headline is not None and name.startswith(f"{task.headline}_")
@@ -132,8 +134,9 @@ def check_gate(config: EvaluateConfig, task: Task, has_pairs: bool) -> None:
 
 
 def metrics_of(scores: Scores, task: Task) -> dict[str, Metric]:
-    """Return loss, perplexity and the task's metrics with their values on every row."""
+    """Return loss, perplexity, the loss of each source and the task's metrics with their values on every row."""
     losses = {"loss": Metric(scores.loss, small_is_good=True), "perplexity": Metric(scores.perplexity, [], True)}
+    losses |= {f"loss/{name}": Metric(loss, small_is_good=True) for name, loss in scores.source_losses.items()}
     return losses | {
         name: Metric(value, scores.row_metrics.get(name, []), name in task.small_is_good)
         for name, value in scores.metrics.items()
@@ -190,6 +193,8 @@ def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int) -> N
         title = f"loss of {loss_rows} validation rows, metrics of {rows} rows, none seen in training"
     table = Table("", *results, title=title)
     table.add_row("loss per token", *(f"{s.loss:.4f}" for s in results.values()))
+    for name in next(iter(results.values())).source_losses:
+        table.add_row(f"  of {name}", *(f"{s.source_losses[name]:.4f}" for s in results.values()))
     table.add_row("perplexity", *(f"{s.perplexity:,.2f}" for s in results.values()))
     for metric in next(iter(results.values())).metrics:
         table.add_row(metric.replace("_", " "), *(f"{s.metrics[metric]:.1%}" for s in results.values()))
@@ -200,7 +205,7 @@ def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int) -> N
 
 def show_benchmark(metrics: dict[str, dict[str, Metric]]) -> None:
     """Print what the harness gave, each value with its 95 % interval."""
-    names = [name for name in next(iter(metrics.values())) if "/" in name]
+    names = [name for name in next(iter(metrics.values())) if "/" in name and not name.startswith("loss/")]
     if not names:
         return
     table = Table("", *metrics, title="lm-evaluation-harness")

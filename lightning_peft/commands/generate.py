@@ -14,7 +14,7 @@ from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_i
 from lightning_peft.data.conversation import BadRow, Conversation, Message, Row
 from lightning_peft.data.files import find_files, read_rows
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.data.turns import read_turns
+from lightning_peft.data.turns import read_turns, unread_keys
 from lightning_peft.inference.generate import generate_batch, generate_stream
 
 
@@ -96,6 +96,8 @@ def prompt_of_row(row: Row | BadRow) -> Prompt:
     if values.get("messages") is None:
         raise BadRow(row.origin, "text under prompt, or turns under messages", values)
     messages = read_turns(values["messages"], row.origin, "messages")
+    if unread := next(unread_keys(values["messages"]), None):
+        raise BadRow.because(row.origin, f"nobody reads key {unread[0]!r} of a {unread[1]}; leave it out")
     if messages[-1].role == "assistant":
         raise BadRow.because(row.origin, "its messages end in an answer; leave that out to have one generated")
     tools = values.get("tools")

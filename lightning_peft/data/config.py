@@ -134,6 +134,8 @@ class DataConfig:
     """Column of what an instruction or prompt is about, usually `input`."""
     tools_column: str | None = None
     """Column of the tools a conversation offers, usually `tools`: a list, or JSON."""
+    reasoning_column: str | None = None
+    """Column of the thought before the answer, of rows that are no turns; usually `reasoning_content`."""
     prompt_template: str | None = None
     """Jinja text over the columns of a row that makes its prompt; the answer is `completion_column`."""
     ignore_columns: list[str] = field(default_factory=list)

@@ -78,6 +78,11 @@ class Conversation(list[Message]):
         """Index of the last message of the assistant; None where there is none."""
         return next((index for index in range(len(self) - 1, -1, -1) if self[index].role == "assistant"), None)
 
+    @property
+    def trailing(self) -> int:
+        """Messages after the last answer, which are no part of any sample."""
+        return 0 if self.last_answer is None else len(self) - 1 - self.last_answer
+
 
 def tools_of(messages: Iterable[Message]) -> list[dict[str, Any]] | None:
     """The tools that come with the messages; None for a plain list of them."""
@@ -90,6 +95,20 @@ class Row:
 
     values: dict[str, Any]
     origin: str
+
+
+def without_absent_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow without the keys of objects in it that hold null.
+
+    There all objects of a column have the same keys, so that a tool, or a call, has null for those of the others.
+    """
+    return {name: _dense(value) if isinstance(value, dict | list) else value for name, value in values.items()}
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _dense(inner) for key, inner in value.items() if inner is not None}
+    return [_dense(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_json(text: str) -> Any:
@@ -117,7 +136,8 @@ class BadRow(ValueError):
     def because(cls, origin: str, reason: str) -> "BadRow":
         """The row that another error, or a sentence, is about."""
         error = cls.__new__(cls)
-        ValueError.__init__(error, f"{origin}: {reason}")
+        line = " ".join(f"{origin}: {reason}".splitlines())
+        ValueError.__init__(error, line.encode("utf-8", "backslashreplace").decode())
         return error
 
 

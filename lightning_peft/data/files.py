@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import sys
 import zlib
 from collections import Counter
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_peft.data.conversation import BadRow, Row, read_json
+from lightning_peft.data.conversation import BadRow, Row, read_json, without_absent_keys
 
 PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp",
@@ -199,9 +200,11 @@ def _read_parquet(file: DataFile) -> Iterator[Row | BadRow]:
 
     try:
         with file.open() as content:
-            empty = pyarrow.parquet.ParquetFile(content).metadata.num_rows == 0
+            opened = pyarrow.parquet.ParquetFile(content)
+            empty, names = opened.metadata.num_rows == 0, opened.schema_arrow.names
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a parquet file ({error})") from error
+        raise ValueError(f"{file}: not a parquet file ({_first_line(error)})") from error
+    _refuse_copies(names, str(file))
     if empty:
         raise ValueError(f"{file}: holds no rows")
     yield from _read_by_datasets(file, "parquet")
@@ -213,9 +216,10 @@ def _read_by_datasets(file: DataFile, kind: str) -> Iterator[Row | BadRow]:
     try:
         rows = load_dataset(kind, data_files=file.path, split="train", streaming=True)
         for number, values in enumerate(rows, start=1):
-            yield Row(values, f"{file} row {number}")
+            yield Row(without_absent_keys(values), f"{file} row {number}")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not {'an' if kind == 'arrow' else 'a'} {kind} file ({error})") from error
+        article = "an" if kind == "arrow" else "a"
+        raise ValueError(f"{file}: not {article} {kind} file ({_first_line(error)})") from error
 
 
 def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
@@ -269,6 +273,8 @@ def find_files(option: str, value: str | list[str]) -> list[DataFile]:
     if twice := [str(file) for file, count in Counter(files).items() if count > 1]:
         raise ValueError(f"{option}={value}: {', '.join(twice)} would be read more than once")
     for file in files:
+        if not file.is_remote and not Path(file.path).exists():
+            raise ValueError(f"{option}={value}: {file} is a link to a file that is not there")
         kind, packed = file.suffixes
         if kind not in FILE_READERS or (packed and kind not in COMPRESSIBLE):
             raise ValueError(
@@ -285,8 +291,8 @@ def _files_of(given: str, entry: str) -> list[DataFile]:
         return _remote_files(given, entry)
     pattern = str(Path(entry).expanduser())
     if Path(pattern).is_dir():
-        return _readable(given, (str(path) for path in Path(pattern).rglob("*") if path.is_file()), pattern)
-    found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        return _readable(given, (str(path) for path in Path(pattern).rglob("*") if not path.is_dir()), pattern)
+    found = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
     files = [DataFile(path) for path in found if found == [pattern] or not Path(path).is_dir()]
     if not files:
         raise ValueError(f"{given}: there is no such file (working folder {Path.cwd()})")

@@ -5,17 +5,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lightning_peft.data.config import Format, RowKind
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, Row, read_json
 from lightning_peft.data.preferences import read_chosen_and_rejected
 from lightning_peft.data.token_rows import COLUMNS as TOKEN_COLUMNS
-from lightning_peft.data.turns import read_turns
+from lightning_peft.data.turns import is_turn, one_thought, read_turns
 
-SIDE_COLUMNS = ("system", "history", "input", "tools")
+_BESIDE_TURNS = ("system", "history", "input", "tools")
+SIDE_COLUMNS = (*_BESIDE_TURNS, "reasoning")
 """What a row may hold beside its prompt and answer; `data.system_column` and so on rename them."""
+USUAL_NAMES = {"reasoning": "reasoning_content"}
+"""Their columns where those are named otherwise: a `reasoning` column is as often a switch, or a rating."""
 
 Answers = list[Message] | tuple[list[Message], list[Message]]
 """The messages of a row; of a pair, those up to the chosen and those up to the rejected answer."""
@@ -66,10 +69,19 @@ def _read_chat(row: Row, shape: Shape) -> list[Message]:
 def _read_pair(row: Row, shape: Shape) -> list[Message]:
     prompt_column, answer_column = shape.columns[:2]
     prompt, answer = row.values.get(prompt_column), row.values.get(answer_column)
-    if isinstance(prompt, list) and isinstance(answer, list):
+    if isinstance(prompt, list) and shape.prompt_template is None:
+        _refuse_input(row, shape, prompt_column)
         context = [replace(turn, weight=0.0) for turn in read_turns(prompt, row.origin, prompt_column)]
+    else:
+        context = [Message("user", _with_input(row, shape))]
+    thought = optional_text(row, shape.side.get("reasoning")) or None
+    if isinstance(answer, list):
+        if thought is not None:
+            expected = f"no thought beside the turns of {answer_column}, which may hold theirs"
+            raise BadRow(row.origin, expected, thought, shape.side["reasoning"])
         return context + read_turns(answer, row.origin, answer_column)
-    return [Message("user", _with_input(row, shape)), Message("assistant", text_of(row, answer_column))]
+    thought, content = one_thought(thought, text_of(row, answer_column), row.origin, answer_column)
+    return [*context, Message("assistant", content, reasoning=thought)]
 
 
 def _with_input(row: Row, shape: Shape, column: str | None = None) -> str:
@@ -77,6 +89,12 @@ def _with_input(row: Row, shape: Shape, column: str | None = None) -> str:
         return _fill(shape.prompt_template, row)
     prompt, context = text_of(row, column or shape.columns[0]), optional_text(row, shape.side.get("input"))
     return f"{prompt}\n\n{context}" if context else prompt
+
+
+def _refuse_input(row: Row, shape: Shape, column: str) -> None:
+    """Raise `BadRow` where a row has an input beside a prompt of turns, which has no place for it."""
+    if given := optional_text(row, shape.side.get("input")):
+        raise BadRow(row.origin, f"no input beside the turns of {column}", given, shape.side["input"])
 
 
 def _read_text(row: Row, shape: Shape) -> list[Message]:
@@ -95,6 +113,7 @@ def _read_both(row: Row, shape: Shape) -> tuple[list[Message], list[Message]]:
     if shape.prompt_template is not None or isinstance(value, str):
         prompt = [Message("user", _with_input(row, shape, column))]
     elif value is not None:
+        _refuse_input(row, shape, column or "prompt")
         prompt = read_turns(value, row.origin, column or "prompt")
     return read_chosen_and_rejected(row, shape.columns[0], shape.columns[1], prompt, shape.is_raw)
 
@@ -120,9 +139,7 @@ FORMATS: dict[str, RowFormat] = {
     Format.messages: RowFormat(
         (("messages",), ("conversations",)), ("messages_column",), _read_chat, side=("system", "tools")
     ),
-    Format.instruction: RowFormat(
-        (("instruction", "output"),), (), _read_pair, side=("system", "history", "input", "tools"), copies=("text",)
-    ),
+    Format.instruction: RowFormat((("instruction", "output"),), (), _read_pair, side=SIDE_COLUMNS, copies=("text",)),
     Format.prompt_completion: RowFormat(
         (("prompt", "completion"),), ("prompt_column", "completion_column"), _read_pair, side=SIDE_COLUMNS
     ),
@@ -132,7 +149,7 @@ FORMATS: dict[str, RowFormat] = {
         (("chosen", "rejected"),),
         ("chosen_column", "rejected_column"),
         _read_both,
-        side=("prompt", *SIDE_COLUMNS),
+        side=("prompt", *_BESIDE_TURNS),
         rows=RowKind.pairs,
     ),
     Format.labelled: RowFormat(
@@ -149,6 +166,17 @@ FORMATS: dict[str, RowFormat] = {
 """
 
 
+def turns_of(text: str) -> list[Any] | None:
+    """The turns that a text holds as JSON; None for a text of any other kind, which says what it says."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        turns = read_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return turns if isinstance(turns, list) and turns and all(map(is_turn, turns)) else None
+
+
 def parsed(row: Row, text: str, expected: str, column: str | None) -> Any:
     """Return what a column's JSON holds. Raises `BadRow` for other text."""
     try:
@@ -159,7 +187,15 @@ def parsed(row: Row, text: str, expected: str, column: str | None) -> Any:
 
 @lru_cache
 def _row_template(source: str) -> Any:
-    return ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(source)
+    strict = {"undefined": StrictUndefined, "finalize": _written}
+    return ImmutableSandboxedEnvironment(keep_trailing_newline=True, **strict).from_string(source)
+
+
+def _written(value: Any) -> Any:
+    """What a row template puts into a prompt. Raises ValueError for nothing, which would be the word None or nan."""
+    if value is None or value != value:
+        raise ValueError("a column is empty; {{ column or '' }} writes nothing then")
+    return value
 
 
 @lru_cache
@@ -174,6 +210,9 @@ def template_columns(source: str) -> set[str]:
 def _fill(source: str, row: Row) -> str:
     try:
         prompt = _row_template(source).render(row.values)
+    except UndefinedError as error:
+        hint = "{{ column | default('') }} takes rows without one"
+        raise BadRow.because(row.origin, f"data.prompt_template cannot be filled in ({error}; {hint})") from error
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise BadRow.because(row.origin, f"data.prompt_template cannot be filled in ({error})") from error
     if not prompt.strip():

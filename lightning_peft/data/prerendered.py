@@ -1,6 +1,6 @@
 """Rows whose text already holds what the chat template would write."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,12 +12,13 @@ _QUESTION = "\ue002"
 
 
 class RenderedText:
-    """Finds questions that a chat template has written already.
+    """Finds turns that a chat template has written already.
 
     A token of the template inside a text is left alone: data sets about templates, and attacks on them, have it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, ends: Iterable[int]) -> None:
+        """ends: tokens at which an answer ends."""
         question = [{"role": "user", "content": _QUESTION}]
         text = template.render(question, None, True)
         before, after = text.split(_QUESTION)[0], text.split(_QUESTION)[-1]
@@ -26,16 +27,29 @@ class RenderedText:
         marked = template.marked(question, None, True)
         header = (text[marked.end :] if marked is not None else after).strip()
         self._ending = header if any(token in header for token in special) else ""
+        opening = next((token for token in special if header.startswith(token)), None)
+        self._answer_beginnings = self._beginnings + (() if opening is None else (opening,))
+        self._ends = tuple(str(tokenizer.convert_ids_to_tokens(token)) for token in ends)
 
     def refuse(self, messages: Sequence[Message], origin: str) -> None:
-        """Raises `BadRow` for a question that begins with a turn's first token, or ends with a generation prompt."""
+        """Raises `BadRow` for a message with tokens of the template around it.
+
+        Any that begins with a turn's first token, a question that ends with a generation prompt, and an answer that
+        ends with an end token, which the template would write a second time.
+        """
         for message in messages:
-            if message.role != "user":
-                continue
             text = message.content.strip()
-            if text.startswith(self._beginnings) or (self._ending and text.endswith(self._ending)):
+            if message.role == "tool":
+                continue
+            if message.role == "assistant":
+                found = text.startswith(self._answer_beginnings) or text.endswith(self._ends)
+            else:
+                found = text.startswith(self._beginnings) or bool(self._ending and text.endswith(self._ending))
+            if found:
+                shown = text if len(text) <= 60 else f"{text[:28]} ... {text[-28:]}"
                 raise BadRow(
                     origin,
-                    "text without the chat template's own tokens (data.layout=raw trains rows that hold them)",
-                    message.content,
+                    "text without the chat template's own tokens (data.layout=raw trains rows that hold them) from the "
+                    f"{message.role}",
+                    shown,
                 )

@@ -118,7 +118,13 @@ class ConversationRenderer:
             )
 
     def _check_context(self, messages: Sequence[Message], prompt: str) -> None:
+        called = False
         for index, message in enumerate(messages):
+            called = called or bool(message.tool_calls)
+            if message.role == "tool" and not self._template.takes_result(called):
+                raise ChatTemplateError(
+                    f"the chat template does not write the content of message {index + 1}, which is of a tool"
+                )
             parts = _SWITCHES.split(message.content) if message.role == "system" else [message.content]
             if message.role in ("system", "user") and any(part.strip() not in prompt for part in parts):
                 raise ChatTemplateError(

@@ -1,5 +1,6 @@
 """From a row of a file or data set to the messages of a conversation."""
 
+import json
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -7,20 +8,22 @@ from functools import cached_property
 from typing import Any
 
 from lightning_peft.data.config import DataConfig, Format, Layout, RowKind
-from lightning_peft.data.conversation import BadRow, Conversation, Message, Row, shown
+from lightning_peft.data.conversation import BadRow, Conversation, Message, Row, shown, without_absent_keys
 from lightning_peft.data.formats import (
     FORMATS,
     SIDE_COLUMNS,
+    USUAL_NAMES,
     RowFormat,
     Shape,
     check_format,
     optional_text,
     parsed,
     template_columns,
+    turns_of,
 )
 from lightning_peft.data.preferences import read_label
 from lightning_peft.data.token_rows import read_tokens
-from lightning_peft.data.turns import OPTIONAL_KEYS, READ_KEYS, is_of_others, read_turns
+from lightning_peft.data.turns import HEAVIEST, OPTIONAL_KEYS, is_of_others, read_turns, unread_keys
 
 WEIGHT_COLUMN = "weight"
 
@@ -28,10 +31,10 @@ _LISTED = re.compile(
     r"(?:.*_)?(?:id|ids|idx|index|uuid|hash|scores?|ratings?|sources?|origin|category|categories|level|difficulty|type|"
     r"kind|task|tasks|lang|language|split|date|time|timestamp|created|created_at|updated_at|url|license|tokens|length|"
     r"len|model|meta|_?metadata|topics?|tags?|quality|domain|dataset|version|title|author|subject|subset|seed|schema|"
-    r"number|count|num_turns)",
+    r"number|count|num_turns)|(?:unnamed: \d+|__index_level_\d+__)?",
     re.IGNORECASE,
 )
-"""Names of columns that carry no part of a conversation."""
+"""Names of columns that carry no part of a conversation, those that pandas gives its row numbers among them."""
 _WEIGHTY = frozenset(("weight", "weights", "train", "loss", "mask", "label", "labels", "target"))
 """Numbers under these names change what is trained."""
 
@@ -50,6 +53,9 @@ class RowReader(Shape):
 
     def __call__(self, row: Row) -> Conversation:
         """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
+        row = self.parsed(row)
+        if _has_null_property(row.values.get(self.side.get("tools", ""))):  # exported from Arrow as JSON
+            row = Row(without_absent_keys(row.values), row.origin)
         unread = self._unread(row)
         if self.ignored & OPTIONAL_KEYS:
             row = self._without_ignored_keys(row)
@@ -70,9 +76,19 @@ class RowReader(Shape):
         """Return which of the names that are left out on request are in a row, as a column or a key of a turn."""
         if not self.ignored:
             return {}
-        lists = (turns for column in self._turn_columns if isinstance(turns := row.values.get(column), list))
+        values = self.parsed(row).values
+        lists = (turns for column in self._turn_columns if isinstance(turns := values.get(column), list))
         keys = {key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn}
         return {name: name in row.values or name in keys for name in sorted(self.ignored)}
+
+    def parsed(self, row: Row) -> Row:
+        """The row with the turns that it holds as JSON, as tables of text do, in place of their text."""
+        found = {
+            column: turns
+            for column in self._turn_columns
+            if isinstance(text := row.values.get(column), str) and (turns := turns_of(text)) is not None
+        }
+        return Row({**row.values, **found}, row.origin) if found else row
 
     def _without_ignored_keys(self, row: Row) -> Row:
         keys, values = self.ignored & OPTIONAL_KEYS, dict(row.values)
@@ -131,6 +147,10 @@ class RowReader(Shape):
         tools = [parsed(row, tool, "JSON", column) if isinstance(tool, str) else tool for tool in tools]
         if not all(isinstance(tool, dict) for tool in tools):
             raise BadRow(row.origin, "a list of tools, each an object", value, column)
+        try:
+            json.dumps(tools)
+        except (TypeError, ValueError) as error:  # a date, or bytes
+            raise BadRow(row.origin, f"tools that JSON can say ({error})", value, column) from error
         return tools
 
     def _weighted(self, row: Row, messages: list[Message]) -> list[Message]:
@@ -144,13 +164,13 @@ class RowReader(Shape):
 
     def _row_weight(self, row: Row) -> float:
         value = row.values.get(WEIGHT_COLUMN)
-        if value is None or WEIGHT_COLUMN in self._read_columns or WEIGHT_COLUMN in self.ignored:
+        if value in (None, "") or WEIGHT_COLUMN in self._read_columns or WEIGHT_COLUMN in self.ignored:
             return 1.0
         try:
             weight = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             weight = -1.0
-        if not 0 <= weight < float("inf"):
+        if not 0 <= weight <= HEAVIEST:
             raise BadRow(row.origin, "a number from 0 on", value, WEIGHT_COLUMN)
         return weight
 
@@ -179,16 +199,25 @@ class RowReader(Shape):
         for column in self._turn_columns:
             if isinstance(turns := row.values.get(column), list):
                 turns = [turn for turn in turns if isinstance(turn, dict)]
-                for name in dict.fromkeys(key for turn in turns for key in turn):
-                    if name in READ_KEYS or name in self.ignored:
-                        continue
-                    if any(turn.get(name) not in (None, "", [], {}) for turn in turns):
-                        (listed if _LISTED.fullmatch(name) else unread).append(f"key {name!r} of a turn")
+                for name, place in dict.fromkeys(unread_keys(turns)):
+                    if name not in self.ignored:
+                        (listed if _LISTED.fullmatch(name) else unread).append(f"key {name!r} of a {place}")
                 roles = [(turn.get("role") or turn.get("from"), turn.get(WEIGHT_COLUMN)) for turn in turns]
                 if WEIGHT_COLUMN not in self.ignored:
                     others = dict.fromkeys(role for role, weight in roles if weight and is_of_others(role))
                     listed += [f"key 'weight' of a turn of the {role}" for role in others]
         return tuple(unread), tuple(listed)
+
+
+def _has_null_property(tools: Any) -> bool:
+    """Return whether a tool has a property without a schema, as no tool is written."""
+    if isinstance(tools, list):
+        return any(map(_has_null_property, tools))
+    if not isinstance(tools, dict):
+        return False
+    properties = tools.get("properties")
+    is_here = isinstance(properties, dict) and None in properties.values()
+    return is_here or any(map(_has_null_property, tools.values()))
 
 
 def _alternatives(row_format: RowFormat, config: DataConfig) -> list[tuple[str, ...]]:
@@ -345,14 +374,19 @@ def _templated_reader(columns: Collection[str], config: DataConfig, wanted: Iter
 def _reader(format: str, names: tuple[str, ...], columns: Collection[str], config: DataConfig) -> RowReader:
     side = {}
     for name in FORMATS[format].side:
-        column = getattr(config, f"{name}_column") or name
+        column = getattr(config, f"{name}_column") or USUAL_NAMES.get(name, name)
         templated = config.prompt_template is not None and column in template_columns(config.prompt_template)
         if column not in names and not templated and column not in config.ignore_columns:
             side[name] = column
-    for name in FORMATS[format].side if format == Format.preference else SIDE_COLUMNS:
+    for name in dict.fromkeys((*FORMATS[format].side, *SIDE_COLUMNS)):
         if getattr(config, f"{name}_column") is not None and name not in side:
             value = getattr(config, f"{name}_column")
             raise ValueError(f"data.{name}_column={shown(value)}: rows of data.format={format} have none")
+    read = {*names, *(template_columns(config.prompt_template) if config.prompt_template is not None else ())}
+    if taken := [name for name in config.ignore_columns if name in read]:
+        raise ValueError(
+            f"data.ignore_columns: names {', '.join(taken)}, which rows of data.format={format} are made of"
+        )
     if config.prompt_template is not None:
         side.pop("input", None)
         side.pop("prompt", None)

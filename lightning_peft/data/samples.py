@@ -1,5 +1,6 @@
 """From rows to tokenised samples, under the options for bad and too long rows."""
 
+import re
 import zlib
 from array import array
 from collections import Counter
@@ -40,6 +41,12 @@ WITHOUT_TURNS = (Format.text, Format.tokens)
 """Rows that no chat template lays out."""
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores; their shapes decide the format."""
+
+
+_QUOTED = re.compile(r"""(['"])(.*)\1""")
+"""The name in "column 'name'"."""
+_PLAIN = re.compile(r"[\w.-]+")
+"""Names that need no quotes on the command line."""
 
 
 class UnreadError(ValueError):
@@ -192,6 +199,7 @@ def encode_rows(
     rows = iter(rows)
     reader: RowReader | None = None
     refused: ValueError | None = None
+    template: ChatTemplate | None = None
     rendered: RenderedText | None = None
     unread: Counter[str] = Counter()
     while several := list(islice(rows, ROWS_AT_ONCE)):
@@ -207,15 +215,20 @@ def encode_rows(
                     raise row
                 if reader is None:
                     raise BadRow.because(row.origin, str(refused))
-                conversation = reader(row)
+                conversation = _read(reader, row)
                 audit.count_ignored(reader.ignores(row))
                 if config.layout is Layout.chat and reader.format not in WITHOUT_TURNS:
-                    rendered = rendered or RenderedText(tokenizer, encoder.template)
-                    rendered.refuse(conversation, row.origin)
-                    unread.update(name for name, is_id in unwritten(conversation, encoder.template) if not is_id)
-                    audit.count_listed(name for name, is_id in unwritten(conversation, encoder.template) if is_id)
+                    if template is None or rendered is None:  # once: the tokenizer's own is asked for each time
+                        template = encoder.template
+                        rendered = RenderedText(tokenizer, template, encoder.end_token_ids())
+                    rendered.refuse([*conversation, *(conversation.rejected or ())], row.origin)
+                    not_written = unwritten(conversation, template)
+                    unread.update(name for name, is_id in not_written if not is_id)
+                    audit.count_listed(name for name, is_id in not_written if is_id)
                 unread.update(conversation.unread)
                 audit.count_listed(conversation.listed)
+                if conversation.trailing:
+                    audit.count_listed(["turns after the last answer"])
                 audit.count_tools(conversation.tools)
                 read.append((row.origin, conversation))
             except BadRow as error:
@@ -271,11 +284,12 @@ def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowR
 
 def _unread_message(unread: Counter[str], rows: int) -> str:
     counts = ", ".join(f"{name} ({count:,} rows)" for name, count in unread.most_common())
-    names = ",".join(dict.fromkeys(name.split("'")[1] for name in unread))
+    found = (match[2] for name in unread if (match := _QUOTED.search(name)))
+    names = ",".join(dict.fromkeys(name if _PLAIN.fullmatch(name) else repr(name) for name in found))
     return (
         f"nobody reads {counts} of {rows:,} rows: data.ignore_columns=[{names}] leaves them out, data.prompt_template "
-        "writes columns into the prompt, and data.system_column, history_column, input_column and tools_column rename "
-        "what a row may hold beside its prompt and answer"
+        "writes columns into the prompt, and data.system_column, history_column, input_column, tools_column and "
+        "reasoning_column rename what a row may hold beside its prompt and answer"
         + ("; objective=kto trains on answers with a label" if "column 'label'" in unread else "")
     )
 
@@ -306,11 +320,21 @@ def _conversations(source: MixedSource, split: str, limit: int | None) -> list[t
                     raise row
                 if reader is None:
                     raise BadRow.because(row.origin, str(refused))
-                found.append((row.values, reader(row)))
+                found.append((row.values, _read(reader, row)))
             except BadRow:
                 if config.on_bad_row is OnBadRow.error:
                     raise
     return found
+
+
+def _read(reader: RowReader, row: Row) -> Conversation:
+    """The conversation of a row. Raises `BadRow` whatever is wrong with it, also in a format of one's own."""
+    try:
+        return reader(row)
+    except BadRow:
+        raise
+    except Exception as error:
+        raise BadRow.because(row.origin, f"cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _refuse(error: BadRow, config: DataConfig, audit: Audit) -> None:
@@ -348,10 +372,12 @@ def _encode(
         outcomes = [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens]
     else:
         outcomes = encoder.encode([conversation for _, conversation in read])
-    for (origin, _), outcome in zip(read, outcomes, strict=True):
+    for (origin, conversation), outcome in zip(read, outcomes, strict=True):
         with _refusing(origin, config, audit):
             if isinstance(outcome, Exception):
                 raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
+            if conversation.last_answer is not None and conversation.first_trained == len(conversation):
+                raise BadRow.because(origin, "expected an answer to train, got weight 0 for all of them")
             audit.own_turns += len(outcome) - 1
             samples = list(chain.from_iterable(_fit(encoded, origin, config, audit) for encoded in outcome))
             trained = [sample for sample in samples if any(kinds_of(sample))]

@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 from lightning_peft.data.config import DataConfig, RowKind
-from lightning_peft.data.conversation import BadRow, Row
+from lightning_peft.data.conversation import BadRow, Row, without_absent_keys
 from lightning_peft.data.files import DataFile, find_files, read_rows
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import OwnRows
@@ -79,7 +79,7 @@ def _hub_split(config: DataConfig, split: str) -> str | None:
 
 def _hub_shards(config: DataConfig, split: str) -> list[Shard]:
     rows = _hub_rows(config, split)
-    return _numbered_rows(lambda: rows, f"{config.hub_name} {_hub_split(config, split)}")
+    return _numbered_rows(lambda: map(without_absent_keys, rows), f"{config.hub_name} {_hub_split(config, split)}")
 
 
 def _hub_identity(config: DataConfig, split: str) -> str:

@@ -6,7 +6,7 @@ What a template takes is found by trying it on a short conversation, not by the 
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lightning_peft.data.conversation import Message
+from lightning_peft.data.text_calls import writer_of
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ _RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupE
 """What a template, which is a program, raises on a conversation it was not written for."""
 
 _MARK = "mark_message_"
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: around the number of a message in a marked rendering
+# Around the number of a message in a marked rendering: private use, and not of the plane that icons are taken from.
+_OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
 _MARKS = re.compile(f"{_OPEN}(end|[0-9]+){_CLOSE}")
 
 INLINE_THOUGHT = re.compile(
@@ -47,8 +49,13 @@ INLINE_THOUGHT = re.compile(
 )
 """A thought at the beginning of an answer, as models write it; its opening may have been in the prompt."""
 
+_OWN_THOUGHT = re.compile(r"""reasoning_content|\.\s*reasoning\b|["']reasoning["']|<\|channel>|\[THINK\]""")
+"""What the source of a template has that reads thoughts from a key, or spells them its own way."""
+
 _ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qzn_name"
 _CALL = {"type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
+_OTHER_CALL = {"type": "function", "function": {"name": "qzp_other", "arguments": {"qzu": "qzq"}}}
+_RESULT = "Qzo results"
 _TOOL = {
     "type": "function",
     "function": {
@@ -98,6 +105,7 @@ class ChatTemplate:
         self._variables = {**special_tokens, **options}
         self._tool_variables = [name for name in ("tools", "xml_tools") if name == "tools" or name in source]
         self._written: dict[tuple[str, str], bool] = {}
+        self._takes_result: dict[bool, bool] = {}
         try:
             self._compiled = _compile_jinja_template(source)
         except TemplateError as error:
@@ -187,6 +195,31 @@ class ChatTemplate:
         turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [self._spelled_call(_CALL)]}
         return _THOUGHT in self._try([{"role": "user", "content": _ASKED}, turn | reasoning_keys(_THOUGHT)])
 
+    @cached_property
+    def takes_several_calls(self) -> bool:
+        """Whether the template writes all calls of a turn, or refuses several itself."""
+        if self.call_spelling is None:
+            return self.calls_as_text is not None
+        calls = [self._spelled_call(call) for call in (_CALL, _OTHER_CALL)]
+        turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": calls}
+        text = self._try([{"role": "user", "content": _ASKED}, turn])
+        return not text or ("qzv_call" in text and "qzp_other" in text)
+
+    def takes_result(self, of_a_call: bool) -> bool:
+        """Return whether the template writes what a tool says, or refuses it itself.
+
+        of_a_call: after a turn with `tool_calls`, not one whose text is the call.
+        """
+        if of_a_call not in self._takes_result:
+            turn: dict[str, Any] = {"role": "assistant", "content": _ANSWERED}
+            if of_a_call and self.call_spelling is not None:
+                call = self._spelled_call(_CALL)
+                turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [call]}
+            result = {"role": "tool", "content": _RESULT, "name": "qzv_call"}
+            text = self._try([{"role": "user", "content": _ASKED}, turn, result], generation=True)
+            self._takes_result[of_a_call] = not text or _RESULT in text
+        return self._takes_result[of_a_call]
+
     def writes(self, role: str, key: str) -> bool:
         """Return whether the template writes a key of turns of this role, beside their content."""
         if (role, key) not in self._written:
@@ -202,8 +235,7 @@ class ChatTemplate:
     @cached_property
     def _names_reasoning(self) -> bool:
         """Whether thoughts have a place of their own, so that `<think>` in the content would be something else."""
-        own_marks = any(mark in self.source for mark in ("reasoning", "<|channel>", "[THINK]"))
-        return own_marks or self.takes_reasoning or self.takes_reasoning_with_calls
+        return _OWN_THOUGHT.search(self.source) is not None or self.takes_reasoning or self.takes_reasoning_with_calls
 
     @cached_property
     def call_spelling(self) -> CallSpelling | None:
@@ -218,6 +250,11 @@ class ChatTemplate:
                 if "qzv_call" in text and "qzt" in text and "None" not in text:
                     return CallSpelling(arguments_as_text, empty)
         return None
+
+    @cached_property
+    def calls_as_text(self) -> Callable[[str, Sequence[Mapping[str, Any]]], str] | None:
+        """Makes the content of a turn that calls tools, where the template has no other place for calls."""
+        return writer_of(self._try([{"role": "user", "content": _ASKED}], [_TOOL], True))
 
     @cached_property
     def thought_end(self) -> str:
@@ -265,11 +302,15 @@ class ChatTemplate:
         if message.role != "assistant":
             return {"role": message.role, "content": message.content, **keys}
         thought, content = message.reasoning, message.content
+        spelling, calls = self.call_spelling, message.tool_calls
+        if calls and spelling is None and self.calls_as_text is not None:
+            _log_calls_as_text()
+            content, calls = self.calls_as_text(content, calls), ()
         if thought is None and self._names_reasoning:
             thought, content = split_thought(content)
         if thought and self._names_reasoning:
-            if not (self.takes_reasoning_with_calls if message.tool_calls else self.takes_reasoning):
-                turn_is = "that calls tools" if message.tool_calls else "without calls of tools"
+            if not (self.takes_reasoning_with_calls if calls else self.takes_reasoning):
+                turn_is = "that calls tools" if calls else "without calls of tools"
                 raise ChatTemplateError(
                     f"the chat template does not write the thought of a turn {turn_is}; data.reasoning=drop leaves it "
                     "out"
@@ -277,18 +318,24 @@ class ChatTemplate:
             keys |= reasoning_keys(thought)
         elif thought:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
-        if not message.tool_calls:
+        if not calls:
             return {"role": "assistant", "content": content, **keys}
-        spelling = self.call_spelling
         if spelling is None:
             raise ChatTemplateError("the chat template does not write tool calls")
+        if len(calls) > 1 and not self.takes_several_calls:
+            raise ChatTemplateError(f"the chat template writes one call of a turn, and a turn has {len(calls)} of them")
         given = {"content": content} if content.strip() else spelling.empty_content
         return {
             "role": "assistant",
             **given,
-            "tool_calls": [self._spelled_call(call) for call in message.tool_calls],
+            "tool_calls": [self._spelled_call(call) for call in calls],
             **keys,
         }
+
+
+@lru_cache
+def _log_calls_as_text() -> None:
+    log.info("The chat template has no place for calls of tools: they are the text of their turn, as its prompt asks.")
 
 
 def reasoning_keys(thought: str) -> dict[str, str]:

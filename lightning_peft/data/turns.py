@@ -1,30 +1,39 @@
 """From one turn of a chat row, in any of the shapes in use, to a message."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning_peft.data.conversation import BadRow, Message, read_json
+import numpy as np
+
+from lightning_peft.data.conversation import BadRow, Message
 from lightning_peft.data.template import split_thought
+from lightning_peft.data.tool_calls import CALL_ROLES, EMPTY, read_calls, unread_keys_of_calls
 
 ROLES = {
     "system": "system",
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
-    "function_call": "assistant",
+    "bot": "assistant",
+    **dict.fromkeys(CALL_ROLES, "assistant"),
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
+    "environment": "tool",
+    "tool_response": "tool",
 }
 """Names of a turn's author, those of ShareGPT among them."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _THOUGHTS_BEGIN = ("<think>", "<|channel>thought", "[THINK]")
 WEIGHT_KEYS = ("weight", "train", "loss")
+HEAVIEST = float(np.finfo(np.float32).max)
+"""Largest factor of a loss."""
 READ_KEYS = frozenset(
     ("role", "content", "from", "value", "tool_calls", "function_call", "name", "tool_call_id")
     + REASONING_KEYS
@@ -33,11 +42,22 @@ READ_KEYS = frozenset(
 """Keys of a turn that mean something here."""
 OPTIONAL_KEYS = READ_KEYS - {"role", "content", "from", "value"}
 """Those that `data.ignore_columns` may leave out."""
+_PART_TYPES = frozenset(("text", "image", "image_url", "audio", "input_audio", "video", "file"))
+_PART_KEYS = frozenset(("type", "text"))
+_SAID = frozenset(("content", "value", "tool_calls", "function_call"))
 
 
 def is_of_others(name: Any) -> bool:
     """Return whether a turn's author is known and not the assistant, whose turns alone are trained."""
     return isinstance(name, str) and ROLES.get(name.lower(), "assistant") != "assistant"
+
+
+def is_turn(turn: Any) -> bool:
+    """Return whether a value looks like a turn: an author that is known, and something said."""
+    if not isinstance(turn, dict) or not turn.keys() & _SAID:
+        return False
+    name = turn.get("role") or turn.get("from")
+    return isinstance(name, str) and name.lower() in ROLES
 
 
 def read_turns(turns: Any, origin: str, column: str) -> list[Message]:
@@ -50,44 +70,66 @@ def read_turns(turns: Any, origin: str, column: str) -> list[Message]:
 def _read_turn(turn: Any, origin: str, column: str) -> Message:
     if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
         raise BadRow(origin, "messages with role and content (or from and value)", turn, column)
-    name = turn["role"] if turn.get("role") is not None else turn.get("from")
+    name: Any = turn["role"] if turn.get("role") is not None else turn.get("from")
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise BadRow(origin, f"a role among {', '.join(ROLES)}", name, column)
     other = turn.get("from")
     if other is not None and (not isinstance(other, str) or ROLES.get(other.lower()) != role):
         raise BadRow(origin, f"one author of a turn, role={name!r}", other, column)
-    if not turn.keys() & {"content", "value", "tool_calls", "function_call"}:
+    if not turn.keys() & _SAID:
         raise BadRow(origin, "messages with role and content (or from and value)", turn, column)
-    content = turn["content"] if turn.get("content") is not None else turn.get("value")
-    if role == "tool" and isinstance(content, dict | list) and not _are_parts(content):
-        content = json.dumps(content, ensure_ascii=False)
-    calls: list[Any] = []
-    if name == "function_call":
-        calls, content = _json_list(content, origin, column), ""
-    else:
-        calls = _as_list(turn.get("tool_calls")) or _as_list(turn.get("function_call"))
+    content, value = turn.get("content"), turn.get("value")
+    if content is not None and value not in (None, content):
+        raise BadRow(origin, "text as content or as value of a message, not both", value, column)
+    content = value if content is None else content
+    calls = read_calls(turn, content, name, origin, column)
     if calls and role != "assistant":
         raise BadRow(origin, "tool calls in turns of the assistant only", name, column)
-    content = "" if content is None and calls else _joined(content, origin, column)
+    if name.lower() in CALL_ROLES or (content is None and calls):
+        content = ""
+    elif role == "tool" and content is not None and not isinstance(content, str) and not _are_parts(content):
+        content = _as_json(content, origin, column)
+    else:
+        content = _joined(content, origin, column)
     if not isinstance(content, str) or (role == "assistant" and not content.strip() and not calls):
         raise BadRow(origin, f"non-empty text as content of each {name} message", content, column)
-    reasoning, content = _one_thought(_reasoning(turn, origin, column), content, origin, column)
+    reasoning, content = one_thought(_reasoning(turn, origin, column), content, origin, column)
     if reasoning is not None and role != "assistant":
         raise BadRow(origin, "a thought on turns of the assistant only", name, column)
     return Message(
         role,
         content,
         reasoning=reasoning,
-        tool_calls=tuple(_read_call(call, origin, column) for call in calls),
+        tool_calls=calls,
         name=_optional_text(turn, "name", origin, column),
         tool_call_id=_optional_text(turn, "tool_call_id", origin, column),
         weight=_weight(turn, role, origin, column),
     )
 
 
+def unread_keys(turns: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What of turns means nothing here: the name of each key that holds something, and where it stands."""
+    for turn in turns:
+        yield from ((str(key), "turn") for key in turn if key not in READ_KEYS and turn[key] not in EMPTY)
+        content = turn.get("content") or turn.get("value")
+        if isinstance(content, list) and _are_parts(content):
+            for part in content:
+                yield from ((str(key), "part") for key in part if key not in _PART_KEYS and part[key] not in EMPTY)
+        yield from ((key, "tool call") for key in unread_keys_of_calls(turn))
+
+
 def _are_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+    parts = content if isinstance(content, list) else []
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    return bool(kinds) and all(isinstance(kind, str) and kind in _PART_TYPES for kind in kinds)
+
+
+def _as_json(result: Any, origin: str, column: str) -> str:
+    try:
+        return json.dumps(result, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(origin, f"text or JSON as the result of a tool ({error})", result, column) from error
 
 
 def _joined(content: Any, origin: str, column: str) -> Any:
@@ -112,7 +154,7 @@ def _reasoning(turn: dict[str, Any], origin: str, column: str) -> str | None:
     return values[0] if values[0].strip() else None
 
 
-def _one_thought(reasoning: str | None, content: str, origin: str, column: str) -> tuple[str | None, str]:
+def one_thought(reasoning: str | None, content: str, origin: str, column: str) -> tuple[str | None, str]:
     """The thought that a key holds, and the content without the same one."""
     if reasoning is None or not content.lstrip().startswith(_THOUGHTS_BEGIN):
         return reasoning, content
@@ -128,12 +170,12 @@ def _weight(turn: dict[str, Any], role: str, origin: str, column: str) -> float:
         value = turn.get(key)
         if value is None:
             continue
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        if not isinstance(value, int | float) or not 0 <= value <= HEAVIEST:
             raise BadRow(origin, f"true, false or a number from 0 on as {key} of a message", value, column)
         if value and role != "assistant" and key != "weight":
             raise BadRow(origin, f"{key} on turns of the assistant only, no other is trained", value, column)
-        weight *= float(value)
-    return weight
+        weight *= value
+    return float(weight)
 
 
 def _optional_text(turn: dict[str, Any], key: str, origin: str, column: str) -> str | None:
@@ -141,34 +183,3 @@ def _optional_text(turn: dict[str, Any], key: str, origin: str, column: str) -> 
     if value is not None and not isinstance(value, str):
         raise BadRow(origin, f"text as {key} of a message", value, column)
     return value
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def _json_list(text: Any, origin: str, column: str) -> list[Any]:
-    try:
-        return _as_list(read_json(text)) if isinstance(text, str) else _as_list(text)
-    except ValueError as error:
-        raise BadRow(origin, f"JSON as value of a function_call ({error})", text, column) from error
-
-
-def _read_call(call: Any, origin: str, column: str) -> Mapping[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(origin, "tool calls with a function of name and arguments", call, column)
-    arguments = function.get("arguments", function.get("parameters"))
-    if isinstance(arguments, str):
-        try:
-            arguments = read_json(arguments) if arguments.strip() else {}
-        except ValueError as error:
-            raise BadRow(origin, f"JSON as arguments of a tool call ({error})", arguments, column) from error
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise BadRow(origin, "an object as arguments of a tool call", arguments, column)
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

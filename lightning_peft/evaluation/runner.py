@@ -1,6 +1,7 @@
 """Runs a model over held-out rows: loss per supervised token, and the data set's own metric on generated answers."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 
@@ -32,38 +33,45 @@ class Scores:
     perplexity: float
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    source_losses: dict[str, float] = field(default_factory=dict)
+    """The loss over the rows of each source of a mixture."""
     row_metrics: dict[str, list[float]] = field(default_factory=dict)
     """Those of the metrics that are means over rows, for each row."""
 
 
 @torch.inference_mode()
-def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, dict[str, float]]:
+def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, dict[str, float], dict[str, float]]:
     """Cross entropy per supervised token, in nats; of preference rows that of the chosen answers.
 
     The second are scores of pairs of answers: `preference_accuracy`, how often the chosen one is the more likely, and
-    the same by the log-probability per token.
+    the same by the log-probability per token. The third are the losses of the sources of a mixture.
     """
     objective = SupervisedLoss(model)
-    total, tokens = 0.0, 0.0
+    sums_of: dict[str, float] = defaultdict(float)
+    tokens_of: dict[str, float] = defaultdict(float)
     ahead: list[Tensor] = []
     found = iter(batches)  # workers are forked before a thread of ours runs
     with Part("loss of the validation rows", len(batches) if isinstance(batches, Sized) else None) as part:
         for batch in found:
             moved = move_data_to_device(batch, model.device)
+            name = "" if batch.source is None else batch.source.name
             if moved.standings is None:
-                total += float(objective(moved))
-                tokens += batch.loss_weight
+                sums_of[name] += float(objective(moved))
+                tokens_of[name] += batch.loss_weight
             elif moved.num_units:
                 sums, counts = objective.sums_per_sample(moved, objective.token_losses(moved))
                 chosen = moved.standings == Standing.chosen
-                total -= float(sums[chosen].sum())
-                tokens += float(counts[chosen].sum())
+                sums_of[name] -= float(sums[chosen].sum())
+                tokens_of[name] += float(counts[chosen].sum())
                 if not bool((moved.standings == Standing.mismatched).any()):
                     both = torch.stack([sums, sums / counts]).view(2, -1, 2)
                     ahead.append(both[..., 0] > both[..., 1])
             part.advance()
     shares = torch.cat(ahead, 1).float().mean(1).tolist() if ahead else []
-    return (total / tokens if tokens else 0.0), dict(zip(PREFERENCES, shares, strict=False))
+    tokens = sum(tokens_of.values())
+    losses = {name: sums_of[name] / count for name, count in tokens_of.items() if name and count}
+    mean = sum(sums_of.values()) / tokens if tokens else 0.0
+    return mean, dict(zip(PREFERENCES, shares, strict=False)), losses
 
 
 def answer_rows(
@@ -92,12 +100,13 @@ def score(
     layout: PromptLayout,
 ) -> Scores:
     """Loss over `batches`, and `task`'s metrics of the answers to `conversations`, one for each of `rows`."""
-    loss, preferences = mean_loss(model, batches)
+    loss, preferences, source_losses = mean_loss(model, batches)
+    perplexity = math.exp(min(loss, 700.0))
     if task.max_new_tokens == 0:
-        return Scores(loss, math.exp(min(loss, 700.0)), preferences)
+        return Scores(loss, perplexity, preferences, source_losses=source_losses)
     answers = answer_rows(model, tokenizer, conversations, task, batch_size, layout)
     metrics, by_row = row_scores(task, rows, answers)
-    return Scores(loss, math.exp(min(loss, 700.0)), metrics | preferences, answers, by_row)
+    return Scores(loss, perplexity, metrics | preferences, answers, source_losses, by_row)
 
 
 def with_shots(conversations: Sequence[Sequence[Message]], shots: Sequence[Sequence[Message]]) -> list[Conversation]:

@@ -44,7 +44,11 @@ def test_a_run_of_a_mixture_has_a_validation_loss_of_each_source(words):
     assert losses == {name: pytest.approx(loss, rel=1e-5) for name, loss in evaluated.items()}
     assert min(losses.values()) < result["validation_loss"] < max(losses.values())
     assert main(["evaluate", "adapter_path=mixed", "models=adapter", "output=all.json"]) == 0
-    assert json.loads(Path("all.json").read_text())["adapter"]["loss"] == pytest.approx(result["validation_loss"])
+    scored = json.loads(Path("all.json").read_text())["adapter"]
+    assert scored["loss"] == pytest.approx(result["validation_loss"])
+    assert {name: scored["metrics"][f"loss/{name}"] for name in losses} == pytest.approx(losses, rel=1e-5)
+    assert main(["evaluate", "adapter_path=mixed", "gate={loss/chat:-9}", "output=gate.json"]) == 0
+    assert json.loads(Path("gate.json").read_text())["gate"]["loss/chat"]["passes"]
 
 
 def steps_of(folder):

@@ -63,8 +63,7 @@ NAMES = [*OURS, *STORED]
 NO_SYSTEM = {"gemma"}
 NO_TOOLS = {
     *OURS, "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
-    "lfm2",
-}  # fmt: skip
+} - {"smollm3"}  # fmt: skip
 NO_THOUGHT = {
     (name, kind)
     for name in ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4")
@@ -208,6 +207,46 @@ def test_tools_reach_a_template_that_calls_them_otherwise():
     tokenizer = tokenizer_of("smollm3")
     [[sample]] = encode_all([Conversation([ASKED, ANSWERED], TOOLS)], tokenizer)
     assert "Weather of a city" in tokenizer.decode(sample.input_ids)
+
+
+SAID = {"a": "it's\n", "b": [1, {"c": "é"}], "d": True, "e": 1.5}
+SEVERAL = Conversation(
+    [
+        Message("user", "Weather in Oslo and Rome?"),
+        Message("assistant", "I look.", tool_calls=(CALL, CALL)),
+        Message("tool", "3 C", name="weather"),
+        Message(
+            "assistant",
+            "",
+            tool_calls=({"type": "function", "function": {"name": "say", "arguments": SAID}},),
+        ),
+        Message("tool", "ok", name="say"),
+        Message("assistant", "Done."),
+    ],
+    TOOLS,
+)  # fmt: skip
+CALLED = {"lfm2": ("lfm2_v2", "<|tool_call_start|>"), "smollm3": ("qwen3", "<tool_call>")}
+"""Templates that leave calls to the text, each with one that writes them the same way from their key."""
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_calls_are_the_text_of_a_turn_where_the_template_has_no_place_for_them(name):
+    other, opening = CALLED[name]
+    tokenizer, oracle = tokenizer_of(name), tokenizer_of(other)
+    [samples] = encode_all([SEVERAL], tokenizer)
+    ours = [tokenizer.decode(trained) for _, trained in samples_by_turn(tokenizer, SEVERAL)]
+    for said, index in zip(ours, (1, 3, 5), strict=True):
+        message = SEVERAL[index]
+        turn = {"role": "assistant", "content": message.content, "tool_calls": list(message.tool_calls)}
+        asked = [{"role": "user", "content": "Q"}]
+        prompt, whole = (
+            oracle.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+            for turns, generation in ((asked, True), ([*asked, turn], False))
+        )
+        assert said == whole.removeprefix(prompt).removeprefix("<think>\n\n</think>\n\n").rstrip("\n")
+        assert (opening in said) == bool(message.tool_calls)
+    kinds = b"".join(sample.kinds for sample in samples)
+    assert {Kind.answer, Kind.tool_call, Kind.end} == set(kinds) - {0}
 
 
 @pytest.mark.parametrize(
