@@ -196,6 +196,12 @@ def test_run_that_pauses_twice_is_the_run_that_never_does(tmp_path):
         assert left.value.code == 75
         result = json.loads((tmp_path / "paused" / "result.json").read_text())
         assert (result["status"], result["steps"]) == ("paused", step) and result["validation_loss"] > 0
+        # Killed behind the checkpoint, before it could say so: the next start takes no step beyond the rung.
+        (tmp_path / "paused" / "result.json").unlink()
+        with pytest.raises(SystemExit):
+            train(config("paused", f"pause_at={step}", "resume=auto"))
+        again = json.loads((tmp_path / "paused" / "result.json").read_text())
+        assert all(again[key] == result[key] for key in ("status", "steps", "validation_loss", "train_loss", "metrics"))
     result = train(config("paused", "resume=auto"))
     assert result["steps"] == 9 and result["device_hours"] == pytest.approx(result["seconds"] / 3600)
     one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "paused"))
