@@ -27,6 +27,8 @@ RESULT_NUMBERS = (
     "peak_memory_gib", "seconds",
 )  # fmt: skip
 """What `result.json` of a finished run says in numbers."""
+LOCAL = "local"
+"""`cluster` of a sweep of this machine's processes."""
 HYDRA = "hydra"
 """`cluster` of a sweep that Hydra's launcher runs: nobody starts its trials again but the command itself."""
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
@@ -136,6 +138,11 @@ class Sweep:
         return ", ".join(sorted({process.host for process in [*running, *self.workers] if not process.is_here}))
 
     @property
+    def has_slots(self) -> bool:
+        """Whether tasks of a job array run one trial after the other, as workers of this machine do."""
+        return self.cluster not in (LOCAL, HYDRA) and (self.pruning != "none" or self.budget_gpu_hours is not None)
+
+    @property
     def swept_keys(self) -> list[str]:
         return [word.partition("=")[0].lstrip("+") for word in self.swept]
 
@@ -176,21 +183,27 @@ def changed_sweep(folder: Path) -> Iterator[Sweep]:
 
 
 def begin(trial: Trial, folder: Path) -> None:
-    """Count an attempt and drop what the last one left behind as its end, but for the hours it took.
+    """Count an attempt and drop what the last one left behind as its end.
 
     What it was asked and did not live to do goes too.
     """
     trial.attempts += 1
-    trial.spent_hours += hours_of(read_result(folder / trial.name))
     trial.is_waiting = False
     trial.exit_code = None
-    (folder / trial.name / "result.json").unlink(missing_ok=True)
+    drop_result(trial, folder)
     (folder / trial.name / LEAVE).unlink(missing_ok=True)
+
+
+def drop_result(trial: Trial, folder: Path) -> None:
+    """Drop how the last start of a trial ended, and keep the hours it took."""
+    trial.spent_hours += hours_of(read_result(folder / trial.name))
+    (folder / trial.name / "result.json").unlink(missing_ok=True)
 
 
 def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:
     """Look at run folders, processes and the queue (job number to job), and set every trial's state by what is seen."""
     has_worker = any(worker.is_alive for worker in sweep.workers) or sweep.is_spent
+    has_worker = has_worker or (sweep.has_slots and any(job.is_active for job in queue.values()))
     for trial in sweep.trials:
         job = queue.get(trial.job) if trial.job is not None else None
         if job is not None and not job.is_active:

@@ -176,7 +176,7 @@ def test_trial_of_a_later_bracket_pauses_at_its_first_rung():
         (["sweep.pruning=asha", "sweep.metric=seconds"], "sweep.metric=seconds: is not taken at a rung; choose one of"),
         (["sweep.pruning=asha", "trainer.max_steps=9,12"], "trainer.max_steps=9,12: rungs are steps of a run"),
         (["sweep.pruning=asha", "trainer.max_steps=-1"], "rungs are steps of a run, so give trainer.max_steps"),
-        (["sweep.pruning=asha", "cluster=slurm"], "with cluster=local only"),
+        (["sweep.pruning=asha", "cluster=kubernetes"], "sweep.pruning=asha cluster=kubernetes: trials are paused and"),
     ],
 )
 def test_wrong_words_start_nothing(tmp_path, capsys, words, message):
