@@ -10,7 +10,7 @@ job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 # What was given is a trial's folder, or one that lists several, which train together.
 trials() {{ if [ -e "$run_dir/trials.txt" ]; then cat "$run_dir/trials.txt"; else echo "$run_dir"; fi; }}
 written() {{ trials | while read -r trial; do ls "$trial/checkpoints" 2> /dev/null; done; }}
-# Trials that a signal made leave, and that are to be gone on with: none that is at a rung or was cancelled.
+# Trials that are to be gone on with: none that has said how it ended, is at a rung, or was cancelled.
 saved() {{
   trials | while read -r trial; do
     [ -e "$trial/{leave}" ] || grep -Eqs '"status": "(paused|finished|failed|diverged)"' "$trial/result.json" ||
@@ -29,10 +29,29 @@ ask() {{
   return 1
 }}
 
+# The same trial in a fresh start of this job, unless that was cancelled.
+start_again() {{
+  is_running || exit 75
+  # A job that never gets as far as a checkpoint would be requeued for ever.
+  stalls=$run_dir/starts_without_checkpoint
+  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
+  if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
+    rm "$stalls"
+    echo "error: three starts in a row ended before a checkpoint; give more cluster.time or less cluster.grace"
+    exit 1
+  fi
+  scontrol requeue "$job"
+  exit 75
+}}
+
 ended=
 worst=0
 while true; do
-  run_dir=$(ask ${{ended:+ended=$ended}}) || {{ echo "error: the sweep could not be asked for a trial"; exit 1; }}
+  run_dir=$(ask ${{ended:+ended=$ended}}) || {{
+    is_running || exit 75
+    echo "error: the sweep could not be asked for a trial"
+    exit 1
+  }}
   [ -n "$run_dir" ] || exit "$worst"
   if [ -n "$ended" ]; then
     is_running || exit 75
@@ -63,19 +82,12 @@ while true; do
   wait "$ranks"
   ended=$?
 
-  if [ "$ended" -eq 75 ] && [ -n "$(saved)" ]; then
-    is_running || exit 75
-    # A job that never gets as far as a checkpoint would be requeued for ever.
-    stalls=$run_dir/starts_without_checkpoint
-    if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
-    if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
-      rm "$stalls"
-      echo "error: three starts in a row had to leave before a checkpoint; give more cluster.time or less cluster.grace"
-      exit 1
-    fi
-    scontrol requeue "$job"
-    exit 75
-  fi
+  case $ended in
+    # Told to leave, and saved; told before Python heeds a signal; or no step is made any more, as the job is to end.
+    75 | 138 | 140 | 143 | 1) [ -z "$(saved)" ] || start_again ;;
+  esac
+  # What ended because the job is ended is not for the sweep to judge.
+  is_running || exit "$ended"
   if [ "$ended" -ne 75 ] && [ "$ended" -gt "$worst" ]; then worst=$ended; fi
 done
 """.replace("{leave}", LEAVE)
