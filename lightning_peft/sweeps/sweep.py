@@ -6,6 +6,7 @@ the process and the queue, each time anew; the file keeps what was seen last.
 
 import fcntl
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from typing import Any
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import LEAVE, Process
+from lightning_peft.strict_json import read_object
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "sweep.json"
 
@@ -152,9 +156,14 @@ def read_sweep(folder: Path) -> Sweep:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder}: holds no {MANIFEST}; name the folder given as sweep_dir to submit -m")
-    values = json.loads(path.read_text())
-    trials = [Trial(**(t | {"process": Process(**t["process"]) if t["process"] else None})) for t in values["trials"]]
-    return Sweep(**(values | {"trials": trials, "workers": [Process(**worker) for worker in values["workers"]]}))
+    values = read_object(path, "each trial's folder stands for itself, and goes on with train config_path=")
+    try:
+        found = [t | {"process": Process(**t["process"]) if t["process"] else None} for t in values["trials"]]
+        workers = [Process(**worker) for worker in values["workers"]]
+        return Sweep(**(values | {"trials": [Trial(**trial) for trial in found], "workers": workers}))
+    except (KeyError, TypeError) as error:
+        reason = f"{path}: not a sweep as this version writes it ({error})"
+        raise ValueError(f"{reason}; use the version that wrote it") from error
 
 
 def write_sweep(sweep: Sweep, folder: Path) -> None:
@@ -244,12 +253,18 @@ def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """What `result.json` holds; None when the run has not ended by itself."""
+    path = run_dir / "result.json"
     try:
-        result = json.loads((run_dir / "result.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # a kill while it was written leaves half of it
+        result = read_object(path, "taken for a run that did not live to write it")
+        numbers = [result.get(name) for name in RESULT_NUMBERS]
+        if not isinstance(result.get("status"), str) or any(isinstance(number, str) for number in numbers):
+            raise ValueError(f"{path}: damaged (not what a run writes); taken for a run that did not live to write it")
+    except FileNotFoundError:
         return None
-    assert isinstance(result, dict)
-    return result
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+    return result | {"metrics": result.get("metrics") or {}}
 
 
 def hours_of(result: Mapping[str, Any] | None) -> float:

@@ -1,6 +1,7 @@
 """The run's own log: metrics.csv, one row an optimiser step, continuous over resumes."""
 
 import csv
+import math
 from typing import Any
 
 from lightning_peft.tracking.loggers import RunLogger
@@ -10,6 +11,15 @@ COLUMNS = [
     "peak_memory_gib", "validation_loss",
 ]  # fmt: skip
 """The first columns; scalars of other names get columns after these."""
+
+
+def number_of(cell: str | None) -> float | None:
+    """Return the finite number in a cell; None where there is none, as in one that a kill cut short."""
+    try:
+        number = float(cell or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 class MetricsCSV(RunLogger):
@@ -42,7 +52,7 @@ class MetricsCSV(RunLogger):
         """(columns, rows) of the file as it stands."""
         if not self.path.exists():
             return list(COLUMNS), []
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8", errors="replace") as file:  # a crash may leave anything
             reader = csv.DictReader(file)
             rows = list(reader)
         return list(reader.fieldnames or COLUMNS), rows

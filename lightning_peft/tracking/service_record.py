@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.strict_json import read_object
 
 SERVICES = ("wandb", "mlflow", "trackio", "comet")
 
@@ -19,8 +20,9 @@ def service_record(run_dir: Path, service: str) -> dict[str, Any]:
     path = record_path(run_dir, service)
     if not path.exists():
         write_record(run_dir, {"id": uuid.uuid4().hex[:12], "step": 0}, service)
-    record = json.loads(path.read_text())
-    assert isinstance(record, dict)
+    record = read_object(path, f"delete it to log as another run of {service}")
+    if not isinstance(record.get("id"), str) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{path}: damaged (no id and step); delete it to log as another run of {service}")
     return record
 
 
