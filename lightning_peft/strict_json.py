@@ -20,6 +20,14 @@ def json_text(value: Any) -> str:
     return json.dumps(strict(value), indent=2, allow_nan=False) + "\n"
 
 
+def is_copy(path: Path, folder: str | None) -> bool:
+    """Whether a file was copied from `folder`, where it was written and still is; one that was moved is none."""
+    if not folder or Path(folder) == path.resolve().parent:
+        return False
+    original = Path(folder) / path.name
+    return original.is_file() and not original.samefile(path)
+
+
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """Return what a file holds, which is one of ours. Raises ValueError with the remedy where it is damaged."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_peft.report.figures import curves
 from lightning_peft.report.page import Page
 from lightning_peft.strict_json import read_object
-from lightning_peft.tracking.metrics_csv import number_of
+from lightning_peft.tracking.cells import number_of
 
 KNOWN = (
     "step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "step_seconds", "tokens_per_second",

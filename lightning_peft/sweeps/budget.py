@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_peft.sweeps.sweep import PAUSED, Sweep, Trial, hours_of
-from lightning_peft.tracking.metrics_csv import number_of
+from lightning_peft.tracking.cells import number_of
 
 
 def spent_hours(sweep: Sweep, folder: Path) -> float:

@@ -54,7 +54,12 @@ def to_log(folder: Path) -> list[tuple[Any, ...]]:
 
 def work(folder: Path, slot: int) -> None:
     """Run trials until none is left to begin or to go on with."""
-    os.chdir(read_sweep(folder).directory)
+    directory = read_sweep(folder).directory
+    try:
+        os.chdir(directory)
+    except OSError as error:  # a trial that needs something from there says so
+        logger.warning("%s, where the sweep was submitted: %s; trials run in %s", directory, error.strerror, folder)
+        os.chdir(folder)
     while True:
         trials = claim(folder)
         if trials:

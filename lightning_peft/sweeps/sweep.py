@@ -4,12 +4,14 @@
 the process and the queue, each time anew; the file keeps what was seen last.
 """
 
+import errno
 import fcntl
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,15 @@ from typing import Any
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import LEAVE, Process
-from lightning_peft.strict_json import read_object
+from lightning_peft.strict_json import is_copy, read_object
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "sweep.json"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What `flock` raises on a file system without locks, as Lustre is where it was mounted so."""
+SECONDS_TO_CHANGE = 600.0
+"""More than any change of a sweep takes, with a cluster that does not answer."""
 
 WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED = (
     "waiting", "running", "finished", "failed", "lost", "preempted", "interrupted", "paused", "diverged", "cancelled",
@@ -110,6 +116,8 @@ class Sweep:
     parallel: int | None = None
     together: int = 1
     """Trials that share one process."""
+    folder: str | None = None
+    """Where this file was written: a copy of the folder has no processes and no jobs."""
     directory: str = "."
     """Where the sweep was submitted: relative paths of its words start there."""
     trials: list[Trial] = field(default_factory=list)
@@ -160,24 +168,56 @@ def read_sweep(folder: Path) -> Sweep:
     try:
         found = [t | {"process": Process(**t["process"]) if t["process"] else None} for t in values["trials"]]
         workers = [Process(**worker) for worker in values["workers"]]
-        return Sweep(**(values | {"trials": [Trial(**trial) for trial in found], "workers": workers}))
+        sweep = Sweep(**(values | {"trials": [Trial(**trial) for trial in found], "workers": workers}))
     except (KeyError, TypeError) as error:
         reason = f"{path}: not a sweep as this version writes it ({error})"
         raise ValueError(f"{reason}; use the version that wrote it") from error
+    if is_copy(path, sweep.folder):
+        logger.info("%s: a copy of %s, to which what runs there belongs", folder, sweep.folder)
+        sweep.workers, sweep.arrays = [], []
+        for trial in sweep.trials:
+            trial.process = trial.job = None
+    return sweep
 
 
 def write_sweep(sweep: Sweep, folder: Path) -> None:
+    sweep.folder = str(folder.resolve())
     with atomic_file(folder / MANIFEST) as path:
         path.write_text(json.dumps(asdict(sweep), indent=1) + "\n")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, nobody else changes the sweep. The lock goes with the process that holds it."""
+    """Inside, nobody else changes the sweep. The lock goes with the process that holds it.
+
+    On a file system without locks a file that only one can make stands for it; one that a killed process left behind
+    counts no longer after SECONDS_TO_CHANGE.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        else:
+            yield
+            return
+    made = folder / ".changing"
+    while True:
+        try:
+            made.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                if time.time() - made.stat().st_mtime > SECONDS_TO_CHANGE:
+                    logger.warning("%s: left behind by a process that was killed; removed", made)
+                    made.unlink()
+            time.sleep(0.1)
+    try:
         yield
+    finally:
+        made.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The run's own log: metrics.csv, one row an optimiser step, continuous over resumes."""
 
 import csv
-import math
 from typing import Any
 
 from lightning_peft.tracking.loggers import RunLogger
@@ -11,15 +10,6 @@ COLUMNS = [
     "peak_memory_gib", "validation_loss",
 ]  # fmt: skip
 """The first columns; scalars of other names get columns after these."""
-
-
-def number_of(cell: str | None) -> float | None:
-    """Return the finite number in a cell; None where there is none, as in one that a kill cut short."""
-    try:
-        number = float(cell or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 class MetricsCSV(RunLogger):

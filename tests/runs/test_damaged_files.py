@@ -13,6 +13,7 @@ from lightning_peft.__main__ import main
 from lightning_peft.commands.train import train
 from lightning_peft.sweeps.budget import logged_hours
 from lightning_peft.sweeps.sweep import Sweep, Trial, read_result, write_sweep
+from lightning_peft.tracking.service_record import service_record, write_record
 
 WORDS = ["trainer.max_steps=4", "checkpoint.every_n_steps=1", "validation.every_n_steps=2", "validation.samples=0"]
 
@@ -128,3 +129,18 @@ def test_trial_with_a_damaged_result_has_none(tmp_path, capsys, text):
     assert read_result(tmp_path / "t0") is None
     assert main(["sweep", "table", str(tmp_path)]) == 0
     assert "best validation_loss: 1.5 of t1" in capsys.readouterr().out
+
+
+def test_copy_of_a_run_is_logged_as_a_run_of_its_own(tmp_path):
+    """Two folders with one id wrote into one run of the service, each over the other."""
+    original = tmp_path / "one"
+    original.mkdir()
+    record = service_record(original, "wandb")
+    write_record(original, record | {"step": 7}, "wandb")
+    shutil.copytree(original, tmp_path / "two")
+    copied = service_record(tmp_path / "two", "wandb")
+    assert copied["id"] != record["id"] and copied["step"] == 0
+    assert service_record(tmp_path / "two", "wandb") == copied
+    assert service_record(original, "wandb")["step"] == 7
+    moved = original.rename(tmp_path / "three")
+    assert service_record(moved, "wandb")["id"] == record["id"]
