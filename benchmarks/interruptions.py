@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -181,11 +182,12 @@ def sweeps(folder: Path, pending: list[signal.Signals], rng: random.Random) -> d
         sweep = look(place)
         assert {trial.state for trial in sweep.trials} == {FINISHED, PAUSED}, [t.state for t in sweep.trials]
         for trial in sweep.trials:
-            config = compose_config("train", [f"config_path={place / trial.name / 'config.yaml'}"])
-            config.run_dir = str(folder / "alone" / place.name / trial.name)
-            start(config).join()
+            alone = folder / "alone" / place.name / trial.name
+            alone.mkdir(parents=True)
+            shutil.copy(place / trial.name / "config.yaml", alone)  # a copy trains in its own folder
+            start(compose_config("train", [f"config_path={alone / 'config.yaml'}"])).join()
             trials += 1
-            identical += outcome(Path(config.run_dir)) == outcome(place / trial.name)
+            identical += outcome(alone) == outcome(place / trial.name)
     print(f"{trials} trials of two sweeps, {identical} as if undisturbed", flush=True)
     return {
         "signals": dict(seen),

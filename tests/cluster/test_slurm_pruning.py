@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def test_slots_run_prune_and_go_on_bit_equal(slurm: SlurmCluster, tmp_path: Path
     assert main(["sweep", "retry", str(folder), "failed=true"]) == 2, "a paused trial has not failed"
 
     # The one that paused and was promoted is the run that never paused.
-    config = compose_config("train", [f"config_path={folder}/lr1e-2/config.yaml"])
-    config.run_dir, config.pause_at = str(tmp_path / "alone"), None
+    (tmp_path / "alone").mkdir()
+    shutil.copy(folder / "lr1e-2" / "config.yaml", tmp_path / "alone")  # a copy trains in its own folder
+    config = compose_config("train", [f"config_path={tmp_path}/alone/config.yaml"])
+    assert config.pause_at is None
     train(config)
     one, other = (
         load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder / "lr1e-2", tmp_path / "alone")
