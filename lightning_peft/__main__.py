@@ -46,8 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: {command}: no such command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    if not sys.flags.safe_path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # for callbacks of one's own, as `python -m` and so the ranks have it
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        print("error: the working folder is there no more; cd to one that is", file=sys.stderr)
+        return 2
+    if not sys.flags.safe_path and here not in sys.path:
+        sys.path.insert(0, here)  # for callbacks of one's own, as `python -m` and so the ranks have it
     module, function = COMMANDS[command][0].split(":")
     set_up_threads()
     let_segments_grow()

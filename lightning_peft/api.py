@@ -30,6 +30,7 @@ from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.load import tuned_folder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.runs.folder import folder_of, starting_config
+from lightning_peft.strict_json import read_object
 from lightning_peft.tracking.metrics_csv import MetricsCSV
 from lightning_peft.words import everyday
 
@@ -55,7 +56,7 @@ class Run:
         path = self.folder / "result.json"
         if not path.is_file():
             raise ValueError(f"{self.folder}: no result.json, so it is an adapter folder and no run")
-        return json.loads(path.read_text())
+        return read_object(path, "the run did not live to write it")
 
     @property
     def history(self) -> list[dict[str, str]]:

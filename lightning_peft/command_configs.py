@@ -487,7 +487,7 @@ class SweepCommandConfig:
     """Looks at a sweep that `submit -m` started, or changes its course."""
 
     verb: SweepVerb = MISSING
-    """status, retry, cancel, table; ask draws Optuna's next trial, for the workers."""
+    """status, retry, cancel, table; ask gives a worker or a task of a job array its next trial."""
     sweep_dir: str = MISSING
     """Folder of the sweep."""
     failed: bool = False
@@ -496,6 +496,8 @@ class SweepCommandConfig:
     """retry, cancel: these trials, by name; cancel without names takes all."""
     gone: str | None = None
     """A machine that is no more: what a cluster=local sweep has running on it is taken for over."""
+    ended: int | None = None
+    """ask: the exit status of what the task has run since it began; null where it begins."""
     sort: str | None = None
     """table: column to sort by, -column for the largest first; null takes the sweep's metric."""
     output_path: str | None = None

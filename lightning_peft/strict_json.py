@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 
@@ -17,3 +18,22 @@ def strict(value: Any) -> Any:
 def json_text(value: Any) -> str:
     """Return a value as the text of a file."""
     return json.dumps(strict(value), indent=2, allow_nan=False) + "\n"
+
+
+def is_copy(path: Path, folder: str | None) -> bool:
+    """Whether a file was copied from `folder`, where it was written and still is; one that was moved is none."""
+    if not folder or Path(folder) == path.resolve().parent:
+        return False
+    original = Path(folder) / path.name
+    return original.is_file() and not original.samefile(path)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Return what a file holds, which is one of ours. Raises ValueError with the remedy where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path}: damaged ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: damaged (no object of JSON); {remedy}")
+    return found

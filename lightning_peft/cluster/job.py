@@ -96,6 +96,8 @@ class Work:
     """Tasks at once; None for as many as the cluster will run."""
     is_asking: bool = False
     """Whether each task asks the sweep for a trial, which is drawn then."""
+    takes_turns: bool = False
+    """Whether each task is a slot, which asks the sweep for one trial after the other until it has none."""
     is_together: bool = False
     """Whether a folder in `run_dirs` lists, in trials.txt, several that train in one process."""
     has_wandb: bool = False

@@ -19,6 +19,7 @@ from lightning_peft.cluster.job import (
     Job,
     Work,
 )
+from lightning_peft.cluster.slurm_slot import SECONDS_TO_START, SLOT
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,10 @@ is_taken() {{ (: > "/dev/tcp/$1/$MASTER_PORT") 2> /dev/null; }}
 while is_taken "$MASTER_ADDR" || is_taken localhost; do MASTER_PORT=$((MASTER_PORT + 1)); done
 {wandb}
 # The signals are for the ranks; this shell outlives them.
-trap : TERM USR1 USR2
+trap {on_signal} TERM USR1 USR2
 
+"""
+ONE = """\
 run_dir={run_dir}
 written() {{ {written}; }}
 checkpoints=$(written)
@@ -121,12 +124,14 @@ def batch_script(
     wandb: bool = False,
     directory: str | None = None,
     written: str = ONE_RUN,
+    slot_of: Path | None = None,
 ) -> str:
     """A batch script of one run, or of an array of runs with `array` as sbatch takes it ("0-7%4").
 
     `log` may hold sbatch's %j, %A and %a. `run_dir`, the run's folder, and `train`, the words after `lightning-peft
     train`, every rank's own, are bash, and so is `written`, which lists what tells whether a start got on. Relative
-    paths count from `directory`; null leaves that to whoever submits.
+    paths count from `directory`; null leaves that to whoever submits. With `slot_of`, a sweep's folder, the tasks run
+    what that sweep gives them instead, one trial after the other.
     """
     needs = [
         directive("job-name", name),
@@ -151,7 +156,11 @@ def batch_script(
     python = " ".join([*([cluster.container] if cluster.container else []), shlex.quote(cluster.python or "python")])
     setup = "\n".join(["", "# The environment of the ranks.", *cluster.setup, ""]) if cluster.setup else ""
     service = WANDB.format(wandb=f"{python} -m wandb") if wandb else ""
-    body = BODY.format(setup=setup, wandb=service, python=python, train=train, run_dir=run_dir, written=written)
+    body = BODY.format(setup=setup, wandb=service, on_signal=":" if slot_of is None else "told=1")
+    if slot_of is None:
+        body += ONE.format(python=python, train=train, run_dir=run_dir, written=written)
+    else:
+        body += SLOT.format(python=python, folder=shlex.quote(str(slot_of)), least=cluster.grace + SECONDS_TO_START)
     return "\n".join([*head, body])
 
 
@@ -201,6 +210,13 @@ class Slurm(Cluster):
 
     def check(self, config: ClusterConfig, work: Work) -> None:
         log_path(work.folder, "")
+        assert isinstance(config, SlurmConfig)
+        if work.is_asking and config.container is not None:
+            raise ValueError(
+                f"cluster.container={config.container}: here each task asks the sweep for its trial, with SLURM's "
+                "commands, which are outside of the container; bring the environment by cluster.setup and "
+                "cluster.python, or use a grid or random draws without sweep.pruning and sweep.budget_gpu_hours"
+            )
 
     def text(self, config: ClusterConfig, work: Work) -> str:
         assert isinstance(config, SlurmConfig)
@@ -222,6 +238,7 @@ class Slurm(Cluster):
             wandb=work.has_wandb,
             directory=work.directory,
             written=work.written,
+            slot_of=work.folder if work.takes_turns else None,
         )  # fmt: skip
 
     def submit(self, path: Path, work: Work) -> str:

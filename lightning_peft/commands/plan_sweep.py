@@ -1,6 +1,7 @@
 """`submit -m`: the words of a sweep become trials with resolved configs in one folder, and that is started."""
 
 import itertools
+import json
 import logging
 import re
 import time
@@ -117,6 +118,7 @@ def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tu
         steps = sorted({*sweep.rungs, *(step for run in runs for step in run.validation.at_steps)})
         sweep.words.append(f"{RUNG_OPTION}=[{','.join(map(str, steps))}]")
         runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
+    check_trials_differ(sweep.trials, runs)
     for run in runs:
         check_metric(sweep.metric, run)
     if config.sweep.together is not None:
@@ -179,6 +181,7 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
     swept = [override for override in overrides if override.is_sweep_override()]
     if not swept:
         raise ValueError("-m: no word sweeps; give several values, as in adapter.rank=4,8, or leave -m out")
+    check_given_once(overrides)
     sweep = Sweep(
         words=[str(override.input_line) for override in overrides if not override.is_sweep_override()],
         swept=[str(override.input_line) for override in swept],
@@ -205,6 +208,26 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
         import_optuna()
         sweep.count = config.sweep.trials
     return sweep
+
+
+def check_given_once(overrides: Sequence[Override]) -> None:
+    """Raise ValueError for a swept key that another word gives as well, and for one without a value."""
+    keys = [str(override.key_or_group) for override in overrides]
+    for override in overrides:
+        if override.is_sweep_override() and keys.count(str(override.key_or_group)) > 1:
+            raise ValueError(f"{override.input_line}: {override.key_or_group} is given twice; leave one of them out")
+        if override.is_discrete_sweep() and not typed_choices(override):
+            raise ValueError(f"{override.input_line}: holds no value, so there is nothing to train")
+
+
+def check_trials_differ(trials: Sequence[Trial], runs: Sequence[TrainConfig]) -> None:
+    """Raise ValueError where two trials are one training: it would count twice, as if it were another seed."""
+    seen: dict[str, Trial] = {}
+    for trial, run in zip(trials, runs, strict=False):
+        options = json.dumps(plain(run), sort_keys=True, default=str).replace(json.dumps(run.run_dir)[1:-1], "")
+        if (other := seen.setdefault(options, trial)) is not trial:
+            one, another = (" ".join(found.overrides) for found in (trial, other))
+            raise ValueError(f"{one}: is the same training as {another}; give each value once")
 
 
 def rungs_of(config: SweepConfig, runs: Sequence[TrainConfig]) -> list[int]:

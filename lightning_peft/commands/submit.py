@@ -18,6 +18,7 @@ from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.runs.folder import find_start
 from lightning_peft.runs.lock import only_writer
+from lightning_peft.strict_json import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def refuse_second_job(run_dir: Path) -> None:
     path = run_dir / JOB
     if not path.exists():
         return
-    record = json.loads(path.read_text())
+    record = read_object(path, "delete it once the cluster shows no job in this folder")
     job_id, cluster = record["job_id"], CLUSTERS[record.get("cluster", "slurm")].cluster
     if any(job.is_active for job in cluster.find([job_id]).values()):
         raise ValueError(f"run_dir={run_dir}: job {job_id} runs it; {cluster.how_to_cancel(job_id)} ends it")

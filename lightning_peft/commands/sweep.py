@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft import readable
-from lightning_peft.cluster.job import own_task
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.command_configs import SubmitSweepConfig, SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
-from lightning_peft.commands.sweep_array import array_work, task_folder
+from lightning_peft.commands.sweep_array import array_work, task_folder, turn
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.sweeps.budget import budget_in_words, hours_of_trial, is_over_budget
 from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.local_worker import end, start_workers
-from lightning_peft.sweeps.place import cluster_of, find_jobs
+from lightning_peft.sweeps.place import cluster_of, find_jobs, task_of
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
-from lightning_peft.sweeps.search import SweepPlace
+from lightning_peft.sweeps.search import WITH_TURNS, SweepPlace
 from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.sweeps.sweep import (
     HYDRA,
@@ -48,6 +48,7 @@ from lightning_peft.sweeps.table import (
     svg_text,
     table_rows,
 )
+from lightning_peft.sweeps.turns import work_to_begin
 from lightning_peft.tracking.service_record import forget_steps
 
 logger = logging.getLogger(__name__)
@@ -134,10 +135,12 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
                 f"sweep retry: train -m ran {folder}; its own words with run_dir={folder} resume=auto go on with it"
             )
         look(sweep, folder, config.gone)
-        if budget is not None and sweep.cluster != SweepPlace.local.name:
+        if budget is not None and SweepPlace[sweep.cluster] not in WITH_TURNS:
             raise ValueError(
-                f"{BUDGET}={budget:g}: is kept with cluster=local only, and {folder} runs on {sweep.cluster}"
+                f"{BUDGET}={budget:g}: is kept with cluster=local or slurm, and {folder} runs on {sweep.cluster}"
             )
+        if budget is not None and sweep.budget_gpu_hours is None and sweep.pruning == "none" and sweep.arrays:
+            raise ValueError(f"{BUDGET}={budget:g}: {folder} was submitted without one, so its tasks ask for nothing")
         if budget is not None:
             sweep.budget_gpu_hours, sweep.is_spent = budget, False
         if is_over_budget(sweep, folder):
@@ -148,7 +151,9 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
         again = [trial for trial in chosen if trial.state in TO_BE_RETRIED and trial not in stopped]
         is_drawing = any(worker.is_alive for worker in sweep.workers) or has_active_array(sweep)
         undrawn = 0 if is_drawing else sweep.count - len(sweep.trials)
-        if not again and not undrawn and budget is None:
+        # Slots leave when there is nothing for them; what ends then may let a trial on that nobody is there for.
+        is_left = sweep.has_slots and not is_drawing and work_to_begin(sweep) > 0
+        if not again and not undrawn and budget is None and not is_left:
             states = [f"{trial.name} is {trial.state}" for trial in chosen] if config.trials else [summary(sweep)]
             hint = (
                 f"; gone=NAME says that a machine is no more ({others})" if (others := sweep.other_machines()) else ""
@@ -161,6 +166,10 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
             trial.spent_hours = hours_of_trial(sweep, trial, folder / trial.name)
             prepare_again(trial, run, folder / trial.name)
     logger.info("%s: %d trials run again", folder, len(again) + undrawn)
+    if sweep.has_slots:
+        one = next(iter([*again, *sweep.trials]), None) or any_draw(sweep)
+        start(folder, [trial.name for trial in again], trial_config(sweep, one, folder, run_words))
+        return
     if again:
         start(folder, [trial.name for trial in again], runs[0])
     if undrawn:
@@ -219,7 +228,11 @@ def cancel(config: SweepCommandConfig) -> None:
             trial.is_cancelled, trial.is_waiting = True, False
         if not config.trials:
             sweep.count = len(sweep.trials)
-    if sweep.arrays:
+    if sweep.has_slots and config.trials:
+        for trial in stopped:  # the slot goes on with another
+            if trial.job is not None:
+                (folder / trial.name / LEAVE).touch()
+    elif sweep.arrays:
         cluster = cluster_of(sweep)
         kept = {trial.job for trial in sweep.trials if trial not in stopped and trial.state in (WAITING, RUNNING)}
         for trial in stopped:
@@ -297,12 +310,17 @@ def table_of_groups(sweep: Sweep) -> Table:
 
 
 def ask_for_trial(config: SweepCommandConfig) -> None:
-    """Draw the next trial and print its folder."""
+    """Draw the next trial, or give a slot its next one, and print its folder; print nothing where none is left."""
     folder = Path(config.sweep_dir).resolve()
     with changed_sweep(folder) as sweep:
-        look(sweep, folder)
-        trial = ask(sweep, folder, own_task())
-    print(folder / trial.name)
+        task = task_of(sweep)
+        if sweep.has_slots and task is not None:
+            place = turn(sweep, folder, task, config.ended, partial(ask, sweep, folder, None))
+        else:
+            look(sweep, folder)
+            place = folder / ask(sweep, folder, task).name
+    if place is not None:
+        print(place)
 
 
 VERBS: dict[SweepVerb, Callable[[SweepCommandConfig], None]] = {

@@ -1,23 +1,30 @@
 """A sweep's trials as the tasks of one job of a cluster, as SLURM's job arrays are."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import ClusterConfig, Work
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
+from lightning_peft.sweeps.place import find_jobs
 from lightning_peft.sweeps.sweep import Sweep, Trial, begin, changed_sweep
+from lightning_peft.sweeps.turns import turn_of_slot, work_to_begin
 
 
 def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: TrainConfig) -> None:
-    """Submit these trials, or with no names as many tasks as Optuna has trials to draw. Prints the job's number."""
+    """Submit these trials, or with no names as many tasks as Optuna has trials to draw. Prints the job's number.
+
+    Of a sweep with slots it submits these, which take by themselves what there is to begin.
+    """
     kind = CLUSTERS[cluster.name].cluster
     with changed_sweep(folder) as sweep:
-        trials = [sweep.trial(name) for name in names]
+        trials = [] if sweep.has_slots else [sweep.trial(name) for name in names]
         groups, work = groups_of_tasks(trials, sweep.together), array_work(sweep, trials, folder, run)
         tasks, run_dirs = work.tasks, list_path(sweep, folder)
-        places = [folder / name for name in names]
-        if sweep.together > 1:
+        places = [folder / trial.name for trial in trials]
+        if trials and sweep.together > 1:
             places = [run_dirs.with_suffix("") / str(task) for task in range(tasks)]
             for place, group in zip(places, groups, strict=True):
                 place.mkdir(parents=True)
@@ -31,7 +38,9 @@ def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: Tr
             for trial in group:
                 begin(trial, folder)
                 trial.job = f"{job}_{task}"
-    print(f"job {job}: {len(names) or tasks} trials in {folder}" + (f", {tasks} tasks" if sweep.together > 1 else ""))
+    count = len(names) or (sweep.count if sweep.has_slots else tasks)
+    in_tasks = f", {tasks} tasks" if sweep.together > 1 or sweep.has_slots else ""
+    print(f"job {job}: {count} trials in {folder}{in_tasks}")
 
 
 def groups_of_tasks(trials: Sequence[Trial], most: int) -> list[list[Trial]]:
@@ -62,16 +71,40 @@ def task_folder(sweep: Sweep, folder: Path, task: str) -> Path:
 def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> Work:
     """What the next array is to do: train these trials, or where there are none draw those that are still to be drawn.
 
-    `run` is the config of one of them.
+    `run` is the config of one of them. Slots are as many as have something to do at once.
     """
+    tasks, parallel = len(groups_of_tasks(trials, sweep.together)) or sweep.count - len(sweep.trials), sweep.parallel
+    if sweep.has_slots:
+        most = math.ceil(work_to_begin(sweep) / sweep.together)
+        tasks, parallel = max(1, min(parallel or most, most)), None
     return Work(
         name=folder.name,
         folder=folder,
         directory=sweep.directory,
         run_dirs=list_path(sweep, folder),
-        tasks=len(groups_of_tasks(trials, sweep.together)) or sweep.count - len(sweep.trials),
-        parallel=sweep.parallel,
-        is_asking=not trials,
-        is_together=sweep.together > 1,
+        tasks=tasks,
+        parallel=parallel,
+        is_asking=not trials or sweep.has_slots,
+        takes_turns=sweep.has_slots,
+        is_together=sweep.together > 1 and not sweep.has_slots,
         has_wandb="wandb" in run.logger,
     )
+
+
+def turn(sweep: Sweep, folder: Path, task: str, ended: int | None, draw: Callable[[], Trial]) -> Path | None:
+    """Return what a slot is to run now: a trial's folder, or one that lists several; None for it to leave.
+
+    `draw` adds Optuna's next trial to the sweep.
+    """
+    queue = find_jobs(sweep)
+    trials = turn_of_slot(sweep, folder, task, ended, queue)
+    if not trials and not sweep.is_spent and len(sweep.trials) < sweep.count:
+        draw()
+        trials = turn_of_slot(sweep, folder, task, None, queue)
+    if len(trials) < 2:
+        return folder / trials[0].name if trials else None
+    place = folder / "slots" / task
+    place.mkdir(parents=True, exist_ok=True)
+    with atomic_file(place / "trials.txt") as path:
+        path.write_text("".join(f"{folder / trial.name}\n" for trial in trials), encoding="utf-8")
+    return place

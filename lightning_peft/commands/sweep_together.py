@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_peft import distributed
 from lightning_peft.command_configs import SubmitSweepConfig
-from lightning_peft.commands.plan_sweep import grid, read_words
+from lightning_peft.commands.plan_sweep import check_given_once, check_trials_differ, grid, read_words
 from lightning_peft.commands.together import (
     BY_SIGNAL,
     exit_status,
@@ -24,6 +24,7 @@ from lightning_peft.runs.lock import new_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
+from lightning_peft.sweeps.sweep import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,14 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
     if not swept:
         raise ValueError("-m: no word sweeps; give several values, as in adapter.rank=4,8, or leave -m out")
     fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    check_given_once(overrides)
     folder = Path(named[0]) if named else new_folder(Path(f"sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}"))
-    trials = {trial_name(",".join(sorted(choice))): choice for choice in grid(swept)}
+    listed = [Trial(trial_name(",".join(sorted(choice))), choice) for choice in grid(swept)]
+    trials = {trial.name: trial.overrides for trial in listed}
     configs: dict[str, TrainConfig] = {
         name: compose_config("train", [*fixed, *choice, f"run_dir={folder / name}"]) for name, choice in trials.items()
     }
+    check_trials_differ(listed, [configs[trial.name] for trial in listed])
     swept_words = [str(override.input_line) for override in swept]
     check_same_sweep(folder, swept_words)
     if any(config.dry_run for config in configs.values()):

@@ -18,7 +18,6 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.segments import change_of_base
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.job import own_task
 from lightning_peft.command_configs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.commands.train import train
@@ -37,6 +36,7 @@ from lightning_peft.runs.machine import GIB, Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, plan_run
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_with_launcher, run_ranks
 from lightning_peft.sweeps.local_worker import LOG
+from lightning_peft.sweeps.place import task_of
 from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction, StrategyKind
 from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
@@ -256,11 +256,13 @@ def wanted(run_dirs: Sequence[Path]) -> list[Path]:
     """Return the folders of trials that their sweep has neither cancelled nor seen end in this job."""
     found = []
     for run_dir in run_dirs:
-        has_sweep = (run_dir.parent / MANIFEST).is_file()
-        trials = [t for t in read_sweep(run_dir.parent).trials if t.name == run_dir.name] if has_sweep else []
-        if any(trial.is_cancelled for trial in trials):
+        sweep = read_sweep(run_dir.parent) if (run_dir.parent / MANIFEST).is_file() else None
+        trial = next((t for t in sweep.trials if t.name == run_dir.name), None) if sweep is not None else None
+        if sweep is None or trial is None:
+            found.append(run_dir)
+        elif trial.is_cancelled:
             logger.info("%s: cancelled, left out", run_dir.name)
-        elif trials and own_task() is not None and trials[0].job is None:
+        elif task_of(sweep) is not None and trial.job is None:
             logger.info("%s: has ended before this start of the job, left out", run_dir.name)
         else:
             found.append(run_dir)
@@ -321,9 +323,9 @@ def note_end(run_dir: Path, status: int) -> None:
     folder = run_dir.parent
     if not (folder / MANIFEST).is_file():
         return
-    job = own_task()
     own = (os.getpid(), int(os.environ.get(LAUNCHER, "0")))  # a rank is not the process that the sweep knows
     with changed_sweep(folder) as sweep:
+        job = task_of(sweep)
         for trial in sweep.trials:
             if trial.name != run_dir.name:
                 continue

@@ -142,6 +142,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         signals = MemberSignals(member.group, plan.max_seconds, run_dir)
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save, metrics.is_calm)
     stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
+    preemption = Preemption(signals, checkpoint, config.pause_at, lambda trainer: last_validation(trainer, scored))
     callbacks: list[Callback] = [
         RunRecord(plain(config), content),
         AdapterHealth(config.health),
@@ -150,7 +151,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         *([stopping] if stopping is not None else []),
         Samples([conversation for _, conversation in samples], tokenizer, run_dir, layout),
         checkpoint,
-        Preemption(signals, checkpoint, config.pause_at),
+        preemption,
     ]
     trainer = build_trainer(config, plan, count_steps(config.trainer, data), callbacks)
     distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
@@ -187,7 +188,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
             result["stopped_early"] = stopping.reason
     except Preempted as left:
         result |= {"status": left.status, "steps": trainer.global_step, "train_loss": metrics.loss}
-        result |= last_validation(trainer, scored)
+        result |= preemption.last_validation()
         leaves_ranks = leaves_ranks and left.__cause__ is None
         if isinstance(left, Diverged):
             result["diverged"] = {"step": left.step, "reason": left.reason}

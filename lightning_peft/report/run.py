@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning_peft.report.figures import curves
 from lightning_peft.report.page import Page
+from lightning_peft.strict_json import read_object
+from lightning_peft.tracking.cells import number_of
 
 KNOWN = (
     "step", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "step_seconds", "tokens_per_second",
@@ -45,11 +47,11 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.csv"
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return [
-            {name: number for name, cell in row.items() if cell and math.isfinite(number := float(cell))}
+            {name: number for name, cell in row.items() if (number := number_of(cell)) is not None}
             for row in csv.DictReader(file)
-            if row.get("step")
+            if number_of(row.get("step")) is not None
         ]
 
 
@@ -138,4 +140,4 @@ def _samples(page: Page, path: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path, "the page needs what it says") if path.is_file() else {}

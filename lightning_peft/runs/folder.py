@@ -1,7 +1,6 @@
 """What a run folder says about the run in it: unused, to be resumed from a checkpoint, or finished."""
 
 import copy
-import json
 import logging
 import math
 import os
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lightning_peft import distributed
 from lightning_peft.cluster.job import TASK
@@ -20,7 +21,9 @@ from lightning_peft.compose import compose_config, composed, explained, typed
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.distributed import LAUNCHER
 from lightning_peft.optim.schedules import ScheduleKind
+from lightning_peft.runs.errors import one_line
 from lightning_peft.runs.lock import new_folder, only_writer
+from lightning_peft.sweeps.sweep import read_result
 
 logger = logging.getLogger(__name__)
 
@@ -163,13 +166,15 @@ def forget_rollbacks(config: TrainConfig, run_dir: Path) -> None:
 
 def finished_result(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
     """`result.json` of a run that reached the end it was given, if that is the end it is given now."""
-    path = run_dir / "result.json"
-    if not path.exists():
+    result = read_result(run_dir)
+    if result is None or result["status"] != "finished":
         return None
-    result = json.loads(path.read_text())
+    if not any((run_dir / name).is_dir() for name in ("adapter", "model")):
+        logger.warning("%s: finished, but what it trained is gone; it goes on from its last checkpoint", run_dir)
+        return None
     # Results written before they named their end: the config beside them does, unless somebody has edited it since.
-    end = result["end"] if "end" in result else end_of(OmegaConf.load(run_dir / "config.yaml").trainer)
-    return result if result["status"] == "finished" and end == end_of(config.trainer) else None
+    end = result["end"] if "end" in result else end_of(saved_options(run_dir)["trainer"])
+    return result if end == end_of(config.trainer) else None
 
 
 def end_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,11 +187,7 @@ def check_saved_config(config: TrainConfig, run_dir: Path, is_content_compared: 
 
     With `is_content_compared` an option that names rows or weights may differ: what it names is compared later.
     """
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        raise ValueError(f"{path}: missing, so the checkpoint's options cannot be compared with these")
-    saved = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(saved, dict)
+    saved = saved_options(run_dir)
     free = (*FREE_TO_CHANGE, *(TOLD_BY_CONTENT if is_content_compared else ()))
     now = compared(plain(config))
     check_same_config(with_options_since(compared(saved), now, config), now, free)
@@ -198,17 +199,34 @@ def check_saved_config(config: TrainConfig, run_dir: Path, is_content_compared: 
         )
 
 
+def saved_options(run_dir: Path) -> dict[Any, Any]:
+    """Return what the folder's `config.yaml` holds. Raises ValueError where it is missing or damaged."""
+    path = run_dir / "config.yaml"
+    remedy = (
+        "so the checkpoint's options cannot be compared with these; bring it back, or start afresh in a new run_dir"
+    )
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing, {remedy}") from None
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({one_line(error)}), {remedy}") from error
+    if not isinstance(saved, dict) or "trainer" not in saved:
+        raise ValueError(f"{path}: damaged (not the options of a run), {remedy}")
+    return saved
+
+
 def check_length(config: TrainConfig, run_dir: Path, checkpoint: Path) -> None:
     """Raise ValueError for an end before the checkpoint; log one line where a schedule gets another length."""
     # torch, which a folder that is not resumed does without.
     from lightning_peft.checkpoint.resume import saved_step
 
-    saved = OmegaConf.load(run_dir / "config.yaml")
+    saved = saved_options(run_dir)["trainer"]
     max_steps, step = config.trainer.get("max_steps"), saved_step(checkpoint)
     if max_steps not in (None, -1) and max_steps < step:
         raise ValueError(f"trainer.max_steps={max_steps}: the run is at step {step} already ({checkpoint})")
     for key in ("max_steps", "max_epochs"):
-        before, now = saved.trainer.get(key), config.trainer.get(key)
+        before, now = saved.get(key), config.trainer.get(key)
         if before != now and config.schedule.kind is not ScheduleKind.constant:
             logger.warning(
                 "resume: trainer.%s was %s, is %s: schedule=%s spans the whole run, so from step %d on the learning "

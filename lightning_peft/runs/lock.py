@@ -5,7 +5,6 @@ Two things keep a second writer out. `flock` does on one node, and between nodes
 seconds, and whoever finds a holder on another node watches the time stamp before taking over.
 """
 
-import errno
 import fcntl
 import json
 import logging
@@ -19,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from lightning_peft.sweeps.sweep import NO_LOCKS
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".writer"
@@ -29,8 +30,6 @@ WATCH_SECONDS = 4 * BEAT_SECONDS
 """How long the time stamp of a holder on another node is watched."""
 SURELY_OLD_SECONDS = 600.0
 """A time stamp older than this is not watched; clocks of two nodes differ by less."""
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What `flock` raises on a file system without locks."""
 
 _open_locks: set[int] = set()
 """File descriptors of held locks. A forked child closes them: else a DataLoader worker would hold its parent's lock."""

@@ -32,7 +32,12 @@ class Rollback:
 def rollbacks_of(run_dir: Path) -> list[Rollback]:
     """Return the rollbacks of a run, the oldest first."""
     path = run_dir / ROLLBACKS
-    return [Rollback(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    try:
+        return [Rollback(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}), so the learning rate to go on at is not known; delete it to take the one given"
+        ) from error
 
 
 def write_rollbacks(rollbacks: Sequence[Rollback], run_dir: Path) -> None:

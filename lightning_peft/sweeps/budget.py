@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_peft.sweeps.sweep import PAUSED, Sweep, Trial, hours_of
+from lightning_peft.tracking.cells import number_of
 
 
 def spent_hours(sweep: Sweep, folder: Path) -> float:
@@ -26,8 +27,9 @@ def hours_of_trial(sweep: Sweep, trial: Trial, run_dir: Path) -> float:
 def logged_hours(sweep: Sweep, trial: Trial, run_dir: Path) -> float:
     """Return the hours of the steps in `metrics.csv`, on the devices that `config.yaml` names."""
     try:
-        with (run_dir / "metrics.csv").open(encoding="utf-8") as file:
-            seconds = sum(float(row.get("step_seconds") or 0.0) for row in csv.DictReader(file))
+        with (run_dir / "metrics.csv").open(encoding="utf-8", errors="replace") as file:
+            # The last row of a run that is writing it may be there in part.
+            seconds = sum(number_of(row.get("step_seconds")) or 0.0 for row in csv.DictReader(file))
         trainer: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))["trainer"]  # type: ignore[index, call-overload, assignment]
     except FileNotFoundError:
         return 0.0

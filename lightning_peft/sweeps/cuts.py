@@ -1,10 +1,10 @@
 """What the largest rank of a sweep does when it is cut by SVD, without training, beside what smaller ranks learn."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.strict_json import read_object
 from lightning_peft.sweeps.statistics import Group, best_of_ranks, share_of_parameters
 from lightning_peft.sweeps.sweep import Sweep, score
 
@@ -54,5 +54,5 @@ def scores_of_cuts(run_dir: Path) -> dict[str, Any] | None:
     path, adapter = run_dir / INSPECTION, run_dir / ADAPTER
     if not path.is_file() or (adapter.is_file() and adapter.stat().st_mtime > path.stat().st_mtime):
         return None
-    found: dict[str, Any] | None = json.loads(path.read_text()).get("smaller_ranks")
+    found: dict[str, Any] | None = read_object(path, "inspect it again").get("smaller_ranks")
     return found

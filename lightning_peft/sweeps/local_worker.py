@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.process import LEAVE, process, this_process
-from lightning_peft.sweeps.budget import budget_in_words, is_over_budget
-from lightning_peft.sweeps.pruning import begin_at_rung, preempted, promoted
 from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
+from lightning_peft.sweeps.turns import claim_next, work_to_begin
 from lightning_peft.threads import available_cores
 
 logger = logging.getLogger(__name__)
@@ -36,9 +35,7 @@ def start_workers(folder: Path) -> None:
     """Start as many workers as there is work for and leave them to themselves."""
     with changed_sweep(folder) as sweep:
         sweep.workers = [worker for worker in sweep.workers if worker.is_alive]
-        work = sum(trial.is_waiting for trial in sweep.trials) + sweep.count - len(sweep.trials)
-        work += sweep.pruning != "none" and (preempted(sweep) or promoted(sweep)) is not None
-        for slot in range(len(sweep.workers), min(sweep.parallel or 1, work)):
+        for slot in range(len(sweep.workers), min(sweep.parallel or 1, work_to_begin(sweep))):
             command = [sys.executable, "-m", "lightning_peft.sweeps.local_worker", str(folder), str(slot)]
             # Not subprocess, which takes a child that is left alone for a mistake.
             worker = os.posix_spawn(sys.executable, command, os.environ, file_actions=to_log(folder), setsid=True)
@@ -57,7 +54,12 @@ def to_log(folder: Path) -> list[tuple[Any, ...]]:
 
 def work(folder: Path, slot: int) -> None:
     """Run trials until none is left to begin or to go on with."""
-    os.chdir(read_sweep(folder).directory)
+    directory = read_sweep(folder).directory
+    try:
+        os.chdir(directory)
+    except OSError as error:  # a trial that needs something from there says so
+        logger.warning("%s, where the sweep was submitted: %s; trials run in %s", directory, error.strerror, folder)
+        os.chdir(folder)
     while True:
         trials = claim(folder)
         if trials:
@@ -77,35 +79,16 @@ def claim(folder: Path) -> list[Trial]:
     One, or as many as train together and share a base. Without any, and none to be drawn or to be waited for, this
     process signs off, as it does where the sweep's budget is spent.
     """
-    claimed: list[Trial] = []
     with changed_sweep(folder) as sweep:
         if sweep.rungs or sweep.budget_gpu_hours is not None:
             refresh(sweep, folder, {})
-        if is_over_budget(sweep, folder):
-            logger.info("%s", budget_in_words(sweep, folder, str(folder)))
-            sweep.is_spent = True
-            sweep.workers.remove(this_process())
-            return []
-        while len(claimed) < sweep.together and (trial := next_trial(sweep, claimed)) is not None:
-            begin_at_rung(sweep, trial, folder)
-            trial.process, trial.state = this_process(), RUNNING
-            claimed.append(trial)
-        if not claimed and len(sweep.trials) >= sweep.count and not others_run(sweep):
+        claimed = claim_next(sweep, folder)
+        for trial in claimed:
+            trial.process = this_process()
+        is_over = not claimed and len(sweep.trials) >= sweep.count and not others_run(sweep)
+        if sweep.is_spent or is_over:
             sweep.workers.remove(this_process())
     return claimed
-
-
-def next_trial(sweep: Sweep, beside: Sequence[Trial]) -> Trial | None:
-    """The trial to begin next, where some are claimed already one that can train beside them."""
-    trial = preempted(sweep) or promoted(sweep) if sweep.rungs else None
-    if not beside:
-        return trial or next((trial for trial in sweep.trials if trial.is_waiting), None)
-    base = beside[0].base
-    if base is None:
-        return None
-    if trial is not None and trial.base == base:
-        return trial
-    return next((trial for trial in sweep.trials if trial.is_waiting and trial.base == base), None)
 
 
 def others_run(sweep: Sweep) -> bool:

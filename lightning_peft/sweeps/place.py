@@ -1,6 +1,6 @@
 """Where the jobs of a sweep are, and what is known there of them."""
 
-from lightning_peft.cluster.job import Cluster, Job
+from lightning_peft.cluster.job import Cluster, Job, own_task
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.sweeps.sweep import Sweep
 
@@ -13,3 +13,11 @@ def cluster_of(sweep: Sweep) -> Cluster:
 def find_jobs(sweep: Sweep) -> dict[str, Job]:
     """Return the tasks of a sweep's jobs, by id; empty for a sweep of this machine."""
     return cluster_of(sweep).find(sweep.arrays) if sweep.arrays else {}
+
+
+def task_of(sweep: Sweep) -> str | None:
+    """Return the id of the sweep's task that this process runs in; None elsewhere.
+
+    A sweep of this machine has none, also where it was started inside a job array.
+    """
+    return own_task() if sweep.cluster in CLUSTERS else None

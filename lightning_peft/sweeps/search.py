@@ -50,6 +50,10 @@ class SweepPlace(Enum):
     """Processes of this machine."""
 
 
+WITH_TURNS = (SweepPlace.local, SweepPlace.slurm)
+"""Where a trial begins when the sweep says so."""
+
+
 @dataclass
 class SweepConfig:
     """Which trials a sweep has and how many run at once."""
@@ -65,14 +69,15 @@ class SweepConfig:
     seed: int = 0
     """Of the draws; the training's is `seed`."""
     pruning: Pruning = Pruning.none
-    """none, asha, median or hyperband: stop trials at rungs, where they pause with a checkpoint; with cluster=local."""
+    """none, asha, median or hyperband: stop trials at rungs, where they pause with a checkpoint; with cluster=local or
+    slurm."""
     reduction: int = 3
     """Steps between two rungs grow by this factor, and of asha's and hyperband's trials one in so many goes on."""
     min_steps: int | None = None
     """Step of the first rung; null has two rungs before trainer.max_steps."""
     budget_gpu_hours: float | None = None
     """Device hours (of GPUs, else of processes) after which no trial and no rung begins any more, counted over all
-    trials; what runs goes on to its next rung or its end. null for no limit; with cluster=local."""
+    trials; what runs goes on to its next rung or its end. null for no limit; with cluster=local or slurm."""
     parallel: int | None = None
     """Trials at once; null takes one on this machine, and on a cluster as many as it will run."""
     together: Any = None
@@ -98,17 +103,17 @@ class SweepConfig:
             raise ValueError(f"sweep.reduction={self.reduction}: must be at least 2")
         if self.min_steps is not None and self.min_steps < 1:
             raise ValueError(f"sweep.min_steps={self.min_steps}: must be at least 1, or null")
-        if self.pruning is not Pruning.none and self.cluster is not SweepPlace.local:
+        if self.pruning is not Pruning.none and self.cluster not in WITH_TURNS:
             raise ValueError(
-                f"sweep.pruning={self.pruning.name}: trials are paused and promoted with cluster=local only; "
-                "clusters run each trial to its end"
+                f"sweep.pruning={self.pruning.name} cluster={self.cluster.name}: trials are paused and promoted with "
+                "cluster=local or slurm; other clusters run each trial to its end"
             )
         if self.budget_gpu_hours is not None and not self.budget_gpu_hours > 0:
             raise ValueError(f"sweep.budget_gpu_hours={self.budget_gpu_hours}: must be above 0, or null")
-        if self.budget_gpu_hours is not None and self.cluster is not SweepPlace.local:
+        if self.budget_gpu_hours is not None and self.cluster not in WITH_TURNS:
             raise ValueError(
-                f"sweep.budget_gpu_hours={self.budget_gpu_hours:g}: is kept with cluster=local only; the tasks of a "
-                "job array begin by themselves"
+                f"sweep.budget_gpu_hours={self.budget_gpu_hours:g} cluster={self.cluster.name}: is kept with "
+                "cluster=local or slurm; the tasks of other clusters begin by themselves"
             )
         if not self.metric.removeprefix("-"):
             raise ValueError(f"sweep.metric={self.metric!r}: name a number of result.json")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_peft.sweeps.sweep import HYDRA, Sweep, Trial, score
+from lightning_peft.sweeps.sweep import HYDRA, PAUSED, Sweep, Trial, score
 
 SEED = "seed"
 RATE = "optimizer.lr"
@@ -172,18 +172,19 @@ def sentence(sweep: Sweep) -> str | None:
                 f"rank {rank} is within noise of rank {name}{share_of_parameters(group, reference)}: {metric} "
                 f"{group.mean:.4g} and {reference.mean:.4g}, 95 % of the difference from {interval[0]:.2g} to "
                 f"{interval[1]:.2g} over {seeds_of(group, reference)} seeds; {how}"
+                + of_those_pruned(sweep, group, reference)
             )
     others = [rank for rank in ranks if rank != best_rank]
     second = min(others, key=lambda rank: ordered.index(ranks[rank]))
     said = f"rank {best_rank} is best: {metric} {best.mean:.4g}, against {ranks[second].mean:.4g} of rank {second}"
     interval = difference_interval(best, ranks[second])
     if interval is None:
-        return f"{said}; one seed each, so noise is unknown; {how}"
+        return f"{said}; one seed each, so noise is unknown; {how}" + of_those_pruned(sweep, best, ranks[second])
     verdict = "within" if interval[0] <= 0 <= interval[1] else "beyond"
     return (
         f"{said}, {verdict} noise: 95 % of the difference from {interval[0]:.2g} to {interval[1]:.2g} over "
         f"{seeds_of(best, ranks[second])} seeds; {how}"
-    )
+    ) + of_those_pruned(sweep, best, ranks[second])
 
 
 def setting_sentence(sweep: Sweep, ordered: Sequence[Group]) -> str:
@@ -191,10 +192,19 @@ def setting_sentence(sweep: Sweep, ordered: Sequence[Group]) -> str:
     best, metric = ordered[0], sweep.metric.removeprefix("-")
     said = f"{best.label} is best: {metric} {best.mean:.4g}"
     if best.interval is None:
-        return f"{said}; one seed, so noise is unknown"
+        return f"{said}; one seed, so noise is unknown" + of_those_pruned(sweep, best)
     said += f", 95 % from {best.interval[0]:.4g} to {best.interval[1]:.4g} over {len(best.scores)} seeds"
     near = [group.label for group in ordered[1:] if is_within_noise(group, best)]
-    return f"{said}; within noise of it: {'; '.join(near) or 'none'}"
+    return f"{said}; within noise of it: {'; '.join(near) or 'none'}" + of_those_pruned(sweep, best)
+
+
+def of_those_pruned(sweep: Sweep, *groups: Group) -> str:
+    """Say that a mean is of the trials that rungs let on, so better than of all; empty where none was stopped."""
+    names = [name for group in groups for name in group.names]
+    stopped = [trial for trial in sweep.trials if trial.name in names and trial.state == PAUSED and trial.rung_values]
+    if not stopped:
+        return ""
+    return f"; of these {len(names)} trials rungs stopped {len(stopped)}, so the means are of those that were ahead"
 
 
 def seeds_of(one: Group, other: Group) -> str:

@@ -4,11 +4,14 @@
 the process and the queue, each time anew; the file keeps what was seen last.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,15 @@ from typing import Any
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import LEAVE, Process
+from lightning_peft.strict_json import is_copy, read_object
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "sweep.json"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What `flock` raises on a file system without locks, as Lustre is where it was mounted so."""
+SECONDS_TO_CHANGE = 600.0
+"""More than any change of a sweep takes, with a cluster that does not answer."""
 
 WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED = (
     "waiting", "running", "finished", "failed", "lost", "preempted", "interrupted", "paused", "diverged", "cancelled",
@@ -27,6 +37,8 @@ RESULT_NUMBERS = (
     "peak_memory_gib", "seconds",
 )  # fmt: skip
 """What `result.json` of a finished run says in numbers."""
+LOCAL = "local"
+"""`cluster` of a sweep of this machine's processes."""
 HYDRA = "hydra"
 """`cluster` of a sweep that Hydra's launcher runs: nobody starts its trials again but the command itself."""
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
@@ -104,6 +116,8 @@ class Sweep:
     parallel: int | None = None
     together: int = 1
     """Trials that share one process."""
+    folder: str | None = None
+    """Where this file was written: a copy of the folder has no processes and no jobs."""
     directory: str = "."
     """Where the sweep was submitted: relative paths of its words start there."""
     trials: list[Trial] = field(default_factory=list)
@@ -136,6 +150,11 @@ class Sweep:
         return ", ".join(sorted({process.host for process in [*running, *self.workers] if not process.is_here}))
 
     @property
+    def has_slots(self) -> bool:
+        """Whether tasks of a job array run one trial after the other, as workers of this machine do."""
+        return self.cluster not in (LOCAL, HYDRA) and (self.pruning != "none" or self.budget_gpu_hours is not None)
+
+    @property
     def swept_keys(self) -> list[str]:
         return [word.partition("=")[0].lstrip("+") for word in self.swept]
 
@@ -145,23 +164,60 @@ def read_sweep(folder: Path) -> Sweep:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder}: holds no {MANIFEST}; name the folder given as sweep_dir to submit -m")
-    values = json.loads(path.read_text())
-    trials = [Trial(**(t | {"process": Process(**t["process"]) if t["process"] else None})) for t in values["trials"]]
-    return Sweep(**(values | {"trials": trials, "workers": [Process(**worker) for worker in values["workers"]]}))
+    values = read_object(path, "each trial's folder stands for itself, and goes on with train config_path=")
+    try:
+        found = [t | {"process": Process(**t["process"]) if t["process"] else None} for t in values["trials"]]
+        workers = [Process(**worker) for worker in values["workers"]]
+        sweep = Sweep(**(values | {"trials": [Trial(**trial) for trial in found], "workers": workers}))
+    except (KeyError, TypeError) as error:
+        reason = f"{path}: not a sweep as this version writes it ({error})"
+        raise ValueError(f"{reason}; use the version that wrote it") from error
+    if is_copy(path, sweep.folder):
+        logger.info("%s: a copy of %s, to which what runs there belongs", folder, sweep.folder)
+        sweep.workers, sweep.arrays = [], []
+        for trial in sweep.trials:
+            trial.process = trial.job = None
+    return sweep
 
 
 def write_sweep(sweep: Sweep, folder: Path) -> None:
+    sweep.folder = str(folder.resolve())
     with atomic_file(folder / MANIFEST) as path:
         path.write_text(json.dumps(asdict(sweep), indent=1) + "\n")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, nobody else changes the sweep. The lock goes with the process that holds it."""
+    """Inside, nobody else changes the sweep. The lock goes with the process that holds it.
+
+    On a file system without locks a file that only one can make stands for it; one that a killed process left behind
+    counts no longer after SECONDS_TO_CHANGE.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        else:
+            yield
+            return
+    made = folder / ".changing"
+    while True:
+        try:
+            made.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                if time.time() - made.stat().st_mtime > SECONDS_TO_CHANGE:
+                    logger.warning("%s: left behind by a process that was killed; removed", made)
+                    made.unlink()
+            time.sleep(0.1)
+    try:
         yield
+    finally:
+        made.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -176,21 +232,27 @@ def changed_sweep(folder: Path) -> Iterator[Sweep]:
 
 
 def begin(trial: Trial, folder: Path) -> None:
-    """Count an attempt and drop what the last one left behind as its end, but for the hours it took.
+    """Count an attempt and drop what the last one left behind as its end.
 
     What it was asked and did not live to do goes too.
     """
     trial.attempts += 1
-    trial.spent_hours += hours_of(read_result(folder / trial.name))
     trial.is_waiting = False
     trial.exit_code = None
-    (folder / trial.name / "result.json").unlink(missing_ok=True)
+    drop_result(trial, folder)
     (folder / trial.name / LEAVE).unlink(missing_ok=True)
+
+
+def drop_result(trial: Trial, folder: Path) -> None:
+    """Drop how the last start of a trial ended, and keep the hours it took."""
+    trial.spent_hours += hours_of(read_result(folder / trial.name))
+    (folder / trial.name / "result.json").unlink(missing_ok=True)
 
 
 def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:
     """Look at run folders, processes and the queue (job number to job), and set every trial's state by what is seen."""
     has_worker = any(worker.is_alive for worker in sweep.workers) or sweep.is_spent
+    has_worker = has_worker or (sweep.has_slots and any(job.is_active for job in queue.values()))
     for trial in sweep.trials:
         job = queue.get(trial.job) if trial.job is not None else None
         if job is not None and not job.is_active:
@@ -231,12 +293,18 @@ def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """What `result.json` holds; None when the run has not ended by itself."""
+    path = run_dir / "result.json"
     try:
-        result = json.loads((run_dir / "result.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # a kill while it was written leaves half of it
+        result = read_object(path, "taken for a run that did not live to write it")
+        numbers = [result.get(name) for name in RESULT_NUMBERS]
+        if not isinstance(result.get("status"), str) or any(isinstance(number, str) for number in numbers):
+            raise ValueError(f"{path}: damaged (not what a run writes); taken for a run that did not live to write it")
+    except FileNotFoundError:
         return None
-    assert isinstance(result, dict)
-    return result
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+    return result | {"metrics": result.get("metrics") or {}}
 
 
 def hours_of(result: Mapping[str, Any] | None) -> float:

@@ -1,9 +1,10 @@
 """Under which names services show what a run logs: train/..., validation/..., and the result as a summary."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+from lightning_peft.strict_json import read_object
 
 STEP = "trainer/global_step"
 """The x axis of every plot."""
@@ -49,7 +50,7 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "result.json"
     if not path.exists():
         return {}
-    result = json.loads(path.read_text())
+    result = read_object(path, "the summary is left out")
     summary = {key: result[key] for key in SUMMARIZED if key in result}
     summary |= {validation_chart(name): value for name, value in result.get("metrics", {}).items()}
     return summary | {"status": result["status"]}

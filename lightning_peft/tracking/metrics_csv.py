@@ -42,7 +42,7 @@ class MetricsCSV(RunLogger):
         """(columns, rows) of the file as it stands."""
         if not self.path.exists():
             return list(COLUMNS), []
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8", errors="replace") as file:  # a crash may leave anything
             reader = csv.DictReader(file)
             rows = list(reader)
         return list(reader.fieldnames or COLUMNS), rows

@@ -57,12 +57,28 @@ def has_wandb_key() -> bool:
         return False
 
 
-def run_of_agent() -> str | None:
-    """Return the id of the run that `wandb agent` has started this process for; None outside of its sweeps.
+def is_of_agent() -> bool:
+    """Whether `wandb agent` has started this process: W&B takes id and project of the run from it alone."""
+    return bool(os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"))
 
-    W&B takes id and project of such a run from the agent alone.
+
+def id_of_user(run_dir: Path) -> str | None:
+    """Return the id that WANDB_RUN_ID gives the run, an agent's or a person's; None without one.
+
+    The trials of a sweep of ours have ids of their own: with one id they would write over each other.
     """
-    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    given = os.environ.get("WANDB_RUN_ID") or None
+    if given is None or is_of_agent() or (sweep := sweep_name(run_dir)) is None:
+        return given
+    logger.warning("wandb: WANDB_RUN_ID=%s is of one run; each trial of %s has an id of its own", given, sweep)
+    return None
+
+
+def mode_of_user() -> str:
+    """Return what W&B's variables say of where to log to, else online where there is a key."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "disabled"
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
 
 
 OPEN: "WeakSet[WandbRun]" = WeakSet()
@@ -81,6 +97,8 @@ def end_service() -> None:
 
 class WandbRun(RunLogger):
     """Online where there is a key and a server that answers, else into `<run_dir>/wandb` for a later `wandb sync`.
+
+    WANDB_MODE, WANDB_DISABLED, WANDB_DIR and WANDB_RUN_ID are heeded, the last one outside of our own sweeps.
 
     The run's id stands in `<run_dir>/wandb_run.json`, so every start of a folder continues one run. `options` go to
     `wandb.init`. What is null is taken from W&B's environment variable (WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
@@ -103,9 +121,9 @@ class WandbRun(RunLogger):
         if mode not in ("auto", *MODES):
             raise ValueError(f"logger.wandb.mode={mode!r}: must be auto, online, offline or disabled")
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "online" if has_wandb_key() else "offline")
+            mode = mode_of_user()
             if mode == "offline":
-                logger.info("wandb: logging offline to %s/wandb (wandb sync uploads it)", run_dir)
+                logger.info("wandb: logging offline to %s/wandb (wandb sync uploads it)", self.place)
         self.mode: Any = mode  # wandb names a Literal
         given = {"project": project, "group": group, "job_type": job_type, "tags": tags, "name": None, **options}
         defaults = {
@@ -133,6 +151,11 @@ class WandbRun(RunLogger):
     def name(self) -> str:
         return "wandb"
 
+    @property
+    def place(self) -> str:
+        """The folder that W&B makes its own one in."""
+        return os.environ.get("WANDB_DIR") or str(self.run_dir)
+
     def check_options(self) -> None:
         # wandb takes a second to import.
         import wandb
@@ -151,25 +174,25 @@ class WandbRun(RunLogger):
             # Tables are staged there; in a home that cannot be written to each would fail.
             os.environ[DATA_DIR] = SET_HERE[DATA_DIR] = str(self.run_dir.resolve() / "wandb")
         record = service_record(self.run_dir, "wandb")
-        if (of_agent := run_of_agent()) is not None and record["id"] != of_agent:
-            record = {"id": of_agent, "step": 0}  # what the folder has logged elsewhere is logged there as well
+        if (of_user := id_of_user(self.run_dir)) is not None and record["id"] != of_user:
+            record = {"id": of_user, "step": 0}  # what the folder has logged elsewhere is logged there as well
             write_record(self.run_dir, record, "wandb")
         self.written_step = record["step"]
-        given = {"id": record["id"]} if of_agent is None else {"project": None}
+        given = {"project": None} if is_of_agent() else {"id": record["id"]}
         git = None if os.environ.get("WANDB_DISABLE_GIT") else git_state(Path.cwd())
         settings = {key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
         # W&B itself would send the remote with the name in it, which may be a token.
         settings |= (
             {"disable_git": True} if git is None else {"git_commit": git["commit"], "git_remote_url": git["remote"]}
         )
-        options = self.options | given | {"dir": str(self.run_dir), "settings": wandb.Settings(**settings)}
+        options = self.options | given | {"dir": self.place, "settings": wandb.Settings(**settings)}
         if OPEN or wandb.run is not None:
             options |= {"reinit": "create_new"}  # a run that trains beside this one in the process
         try:
             self.run = wandb.init(**options, mode=self.mode, resume="allow" if self.mode == "online" else None)
         except wandb.errors.CommError as error:
             reason = " ".join(str(error).split())
-            logger.warning("wandb: no server (%s); logging offline to %s/wandb", reason, self.run_dir)
+            logger.warning("wandb: no server (%s); logging offline to %s/wandb", reason, self.place)
             end_service()
             if OPEN:  # the service goes on, and holds the id that the server was asked for
                 options |= {"id": f"{record['id']}-offline"}

@@ -74,7 +74,7 @@ def test_nothing_begins_once_the_budget_is_spent(folder, capsys, monkeypatch):
     [
         (["sweep.budget_gpu_hours=0"], "sweep.budget_gpu_hours=0.0: must be above 0"),
         (["sweep.budget_gpu_hours=nan"], "sweep.budget_gpu_hours=nan: must be a finite number"),
-        (["sweep.budget_gpu_hours=2", "cluster=slurm"], "sweep.budget_gpu_hours=2: is kept with cluster=local only"),
+        (["sweep.budget_gpu_hours=2", "cluster=kubernetes"], "cluster=kubernetes: is kept with cluster=local or slurm"),
     ],
 )
 def test_wrong_budget_is_named(tmp_path, capsys, words, message):

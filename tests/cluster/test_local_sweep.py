@@ -111,6 +111,12 @@ def test_random_search_draws_before_it_starts():
             "there are no validation rows; use sweep.metric=train_loss",
         ),
         (["adapter.rank=4,8", "sweep.paralel=2"], "sweep.paralel: no such option"),
+        (["seed=0,0,1"], "seed=0: is the same training as seed=0; give each value once"),
+        (["optimizer.lr=1e-3,0.001"], "optimizer.lr=0.001: is the same training as optimizer.lr=1e-3"),
+        (["rank=r4,r8", "adapter.rank=2,4"], "rank=r8 adapter.rank=2: is the same training as rank=r4 adapter.rank=2"),
+        (["adapter.rank=2,4", "adapter.rank=8,16"], "adapter.rank=2,4: adapter.rank is given twice"),
+        (["seed=1,2", "seed=3"], "seed=1,2: seed is given twice"),
+        (["seed=range(0)"], "seed=range(0): holds no value"),
     ],
 )
 def test_wrong_words_start_nothing(tmp_path, capsys, words, message):

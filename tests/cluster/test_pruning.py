@@ -176,7 +176,7 @@ def test_trial_of_a_later_bracket_pauses_at_its_first_rung():
         (["sweep.pruning=asha", "sweep.metric=seconds"], "sweep.metric=seconds: is not taken at a rung; choose one of"),
         (["sweep.pruning=asha", "trainer.max_steps=9,12"], "trainer.max_steps=9,12: rungs are steps of a run"),
         (["sweep.pruning=asha", "trainer.max_steps=-1"], "rungs are steps of a run, so give trainer.max_steps"),
-        (["sweep.pruning=asha", "cluster=slurm"], "with cluster=local only"),
+        (["sweep.pruning=asha", "cluster=kubernetes"], "sweep.pruning=asha cluster=kubernetes: trials are paused and"),
     ],
 )
 def test_wrong_words_start_nothing(tmp_path, capsys, words, message):
@@ -196,6 +196,12 @@ def test_run_that_pauses_twice_is_the_run_that_never_does(tmp_path):
         assert left.value.code == 75
         result = json.loads((tmp_path / "paused" / "result.json").read_text())
         assert (result["status"], result["steps"]) == ("paused", step) and result["validation_loss"] > 0
+        # Killed behind the checkpoint, before it could say so: the next start takes no step beyond the rung.
+        (tmp_path / "paused" / "result.json").unlink()
+        with pytest.raises(SystemExit):
+            train(config("paused", f"pause_at={step}", "resume=auto"))
+        again = json.loads((tmp_path / "paused" / "result.json").read_text())
+        assert all(again[key] == result[key] for key in ("status", "steps", "validation_loss", "train_loss", "metrics"))
     result = train(config("paused", "resume=auto"))
     assert result["steps"] == 9 and result["device_hours"] == pytest.approx(result["seconds"] / 3600)
     one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "paused"))

@@ -1,18 +1,24 @@
 """What a sweep's file and folders say: states, processes, draws, tables."""
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
+import lightning_peft
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process, process, this_process
@@ -280,3 +286,56 @@ def test_table_fits_80_columns_and_cuts_no_number_short():
     assert any(line.split()[1:] == figures for line in lines)
     start = next(number for number, line in enumerate(lines) if "method" in line)
     assert "".join(line.split()[0] for line in lines[start:] if line.strip()).startswith(row["trial"])
+
+
+def test_copy_of_a_sweep_leaves_what_runs_to_the_original(tmp_path, capsys):
+    """`sweep cancel` of a copy ended the trials of the original."""
+    original, copy = tmp_path / "one", tmp_path / "two"
+    original.mkdir()
+    sleeper = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    trial = Trial("t0", ["seed=0"], "running", 1, is_waiting=False, process=process(sleeper.pid))
+    write_sweep(Sweep([], ["seed=0,1"], "local", "validation_loss", count=1, trials=[trial]), original)
+    shutil.copytree(original, copy)
+    assert main(["sweep", "cancel", str(copy)]) == 0
+    assert sleeper.poll() is None and read_sweep(copy).trials[0].process is None
+    assert main(["sweep", "status", str(original)]) == 0
+    assert "1 running" in capsys.readouterr().out
+    moved = original.rename(tmp_path / "three")
+    assert read_sweep(moved).trials[0].process == process(sleeper.pid), "what is moved keeps what it runs"
+    (tmp_path / "link").symlink_to(moved)
+    assert read_sweep(tmp_path / "link").trials[0].process is not None
+    sleeper.kill()
+    sleeper.wait()
+
+
+def test_sweep_is_changed_by_one_at_a_time_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_sweep(Sweep([], ["seed=0,1"], "local", "validation_loss"), tmp_path)
+
+    def count(times: int) -> None:
+        for _ in range(times):
+            with changed_sweep(tmp_path) as sweep:
+                sweep.count += 1
+
+    threads = [threading.Thread(target=count, args=(10,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read_sweep(tmp_path).count == 30 and not (tmp_path / ".changing").exists()
+    (tmp_path / ".changing").touch()
+    os.utime(tmp_path / ".changing", (0, 0))
+    count(1)
+    assert read_sweep(tmp_path).count == 31
+
+
+def test_command_in_a_folder_that_is_gone_is_one_line(tmp_path):
+    (tmp_path / "gone").mkdir()
+    script = 'cd "$0" && rmdir "$0" && exec "$1" -m lightning_peft sweep status x'
+    command = ["bash", "-c", script, str(tmp_path / "gone"), sys.executable]
+    environment = os.environ | {"PYTHONPATH": str(Path(lightning_peft.__file__).parent.parent)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2 and run.stderr == "error: the working folder is there no more; cd to one that is\n"

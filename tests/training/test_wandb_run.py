@@ -25,7 +25,7 @@ from lightning_peft.tracking.charts import charts, sweep_name
 from lightning_peft.tracking.git_state import git_state, without_credentials
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.tracking.service_record import service_record
-from lightning_peft.tracking.wandb_run import WandbRun
+from lightning_peft.tracking.wandb_run import WandbRun, id_of_user
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # wandb's own
 
@@ -410,6 +410,41 @@ def test_variables_win_over_defaults_and_a_home_is_not_needed(tmp_path, monkeypa
     assert set(run.tags) == {"a", "b"}
     assert len(run.scalars("train/loss")) == 3 and len(run.scalars("samples/path")) == 1
     assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_id_and_place_of_the_user_are_taken_and_no_two_trials_share_an_id(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine42")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "scratch"))
+    train(wandb_config(tmp_path / "run"))
+    (run,) = offline_runs(tmp_path / "scratch")
+    assert run.id == "mine42" == service_record(tmp_path / "run", "wandb")["id"]
+    assert not list((tmp_path / "run").glob("wandb/offline-run-*"))
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").touch()
+    ids = {id_of_user(tmp_path / "sweep" / name) for name in ("rank4", "rank8")}
+    assert (
+        ids == {None} and "WANDB_RUN_ID=mine42 is of one run; each trial of sweep has an id of its own" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({"WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_DISABLED": "false"}, "offline"),
+        ({"WANDB_MODE": "disabled"}, "disabled"),
+        ({"WANDB_MODE": ""}, "offline"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "1"}, "disabled"),
+    ],
+)
+def test_mode_is_the_users(tmp_path, monkeypatch, variables, mode):
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert WandbRun(str(tmp_path)).mode == mode
 
 
 def test_what_is_typed_wins_over_variables(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Resumable checkpoints every few steps, and the best adapter of the validations in a folder of its own."""
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.compat import is_accumulating, validation_follows
+from lightning_peft.strict_json import read_object
 from lightning_peft.training.callbacks.early_stopping import validated
 from lightning_peft.training.config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterCheckpoint(Callback):
@@ -93,12 +97,22 @@ class AdapterCheckpoint(Callback):
     def best_path(self) -> Path:
         return self.run_dir / "checkpoints" / "best.json"
 
+    def best_written(self) -> Any:
+        """Return the best value that a file remembers; None without one, and where it is damaged."""
+        if not self.best_path.exists():
+            return None
+        try:
+            return read_object(self.best_path, "the best value is the checkpoint's").get(self.metric)
+        except ValueError as error:
+            logger.warning("%s", error)
+            return None
+
     def state_dict(self) -> dict[str, Any]:
         return {"best_by": self.config.best_by, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A validation at the checkpoint's own step came after it; its result stands in the file only.
-        written = json.loads(self.best_path.read_text()).get(self.metric) if self.best_path.exists() else None
+        written = self.best_written()
         known = [] if written is None else [self.sign * float(written)]
         if state_dict.get("best_by") == self.config.best_by:  # what was the best by another metric is forgotten
             known.append(state_dict["best"])

@@ -1,6 +1,7 @@
 """Leaves a run at a step boundary once any rank was signalled."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,20 +18,37 @@ logger = logging.getLogger(__name__)
 class Preemption(Callback):
     """Ranks agree after each optimiser step, and after a validation that follows it; then save and raise the reason.
 
-    Nothing of what ends a fit runs then: no validation, and no export but for a paused run's adapter.
+    Nothing of what ends a fit runs then: no validation, and no export but for a paused run's adapter. A run whose
+    checkpoint is at `pause_at` already, as it was told to leave or was killed there, pauses without another step.
     """
 
-    def __init__(self, signals: PreemptionSignals, checkpoint: AdapterCheckpoint, pause_at: int | None = None):
+    def __init__(
+        self,
+        signals: PreemptionSignals,
+        checkpoint: AdapterCheckpoint,
+        pause_at: int | None = None,
+        validated: Callable[[Trainer], dict[str, Any]] = lambda trainer: {},
+    ):
+        """`validated` returns what a validation behind the last step has given, empty without one."""
         self.signals = signals
         self.checkpoint = checkpoint
         self.pause_at = pause_at
+        self.validated = validated
+        self.trainer: Trainer | None = None
+        self.resumed: dict[str, Any] = {}
+        """What `validated` returned behind the step of the checkpoint that this start goes on from."""
+        self.resumed_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.trainer = trainer
         leave_signals_alone(trainer)  # `training/preemption.py` owns them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.resumed_step = trainer.global_step
         self.signals.start()
         SIGNAL_WATCH.begins_to_train()
+        if self.is_at_pause(trainer):
+            self.leave_if_asked(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,7 +71,7 @@ class Preemption(Callback):
 
     def leave_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reason = self.reason_of_all()
-        is_there = self.pause_at is not None and trainer.global_step >= self.pause_at
+        is_there = self.is_at_pause(trainer)
         reason = Paused if reason is None and is_there else reason
         if reason is None or (reason is Paused and trainer.global_step >= trainer.max_steps):
             return
@@ -72,6 +90,21 @@ class Preemption(Callback):
                 pause if reason is Paused else name, trainer.global_step, self.checkpoint.run_dir,
             )  # fmt: skip
         raise reason
+
+    def is_at_pause(self, trainer: Trainer) -> bool:
+        return self.pause_at is not None and trainer.global_step >= self.pause_at
+
+    def last_validation(self) -> dict[str, Any]:
+        """Return what the validation behind the last step gave, which an earlier start may have taken."""
+        assert self.trainer is not None, "setup keeps it"
+        found = self.validated(self.trainer)
+        return found or (self.resumed if self.trainer.global_step == self.resumed_step else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validation": self.last_validation()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.resumed = state_dict["validation"]
 
     def reason_of_all(self) -> type[Preempted] | None:
         """The weightiest reason that any rank has to leave."""

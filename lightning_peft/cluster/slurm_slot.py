@@ -1,0 +1,93 @@
+"""The bash of a slot: a task of a job array that runs one trial after the other, as a pruned sweep gives it them."""
+
+from lightning_peft.cluster.process import LEAVE
+
+SECONDS_TO_START = 60
+"""Of a job's time, what a further trial needs before it heeds the warning signal."""
+
+SLOT = """\
+job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
+# What was given is a trial's folder, or one that lists several, which train together.
+trials() {{ if [ -e "$run_dir/trials.txt" ]; then cat "$run_dir/trials.txt"; else echo "$run_dir"; fi; }}
+written() {{ trials | while read -r trial; do ls "$trial/checkpoints" 2> /dev/null; done; }}
+# Trials that are to be gone on with: none that has said how it ended, is at a rung, or was cancelled.
+saved() {{
+  trials | while read -r trial; do
+    [ -e "$trial/{leave}" ] || grep -Eqs '"status": "(paused|finished|failed|diverged)"' "$trial/result.json" ||
+      echo "$trial"
+  done
+}}
+is_running() {{ [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; }}
+# The next trial; while the controller does not answer, the sweep is asked again, of which it may know already.
+ask() {{
+  local attempt
+  for attempt in 1 2 3; do
+    {python} -m lightning_peft sweep ask {folder} "$@" && return
+    set --
+    sleep "$((10 * attempt))"
+  done
+  return 1
+}}
+
+# The same trial in a fresh start of this job, unless that was cancelled.
+start_again() {{
+  is_running || exit 75
+  # A job that never gets as far as a checkpoint would be requeued for ever.
+  stalls=$run_dir/starts_without_checkpoint
+  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
+  if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
+    rm "$stalls"
+    echo "error: three starts in a row ended before a checkpoint; give more cluster.time or less cluster.grace"
+    exit 1
+  fi
+  scontrol requeue "$job"
+  exit 75
+}}
+
+ended=
+worst=0
+while true; do
+  run_dir=$(ask ${{ended:+ended=$ended}}) || {{
+    is_running || exit 75
+    echo "error: the sweep could not be asked for a trial"
+    exit 1
+  }}
+  [ -n "$run_dir" ] || exit "$worst"
+  if [ -n "$ended" ]; then
+    is_running || exit 75
+    # A warning that comes between two trials is heard by none: near the end of its time the slot starts afresh.
+    left=$((${{SLURM_JOB_END_TIME:-$(($(date +%s) + 86400))}} - $(date +%s)))
+    if [ -n "$told" ] || [ "$left" -lt {least} ]; then
+      scontrol requeue "$job"
+      exit 75
+    fi
+  fi
+
+  echo "slot $job: $run_dir"
+  checkpoints=$(written)
+  is_leaving=
+  config=$run_dir/config.yaml
+  [ ! -e "$run_dir/trials.txt" ] || config=$run_dir/trials.txt
+  # The ranks get the environment of this script, also where sbatch was told to export nothing.
+  srun --export=ALL --kill-on-bad-exit=1 {python} -m lightning_peft train config_path="$config" &
+  ranks=$!
+  while kill -0 "$ranks" 2> /dev/null; do
+    sleep 1 & wait $!
+    # `sweep cancel` of this trial; the slot goes on with another.
+    if [ -e "$run_dir/{leave}" ] && [ -z "$is_leaving" ]; then
+      is_leaving=1
+      scancel --signal=USR1 "$job"
+    fi
+  done
+  wait "$ranks"
+  ended=$?
+
+  case $ended in
+    # Told to leave, and saved; told before Python heeds a signal; or no step is made any more, as the job is to end.
+    75 | 138 | 140 | 143 | 1) [ -z "$(saved)" ] || start_again ;;
+  esac
+  # What ended because the job is ended is not for the sweep to judge.
+  is_running || exit "$ended"
+  if [ "$ended" -ne 75 ] && [ "$ended" -gt "$worst" ]; then worst=$ended; fi
+done
+""".replace("{leave}", LEAVE)
