@@ -33,7 +33,7 @@ from lightning_peft.commands.evaluate import validation_loader
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.data.config import DataConfig
 from lightning_peft.evaluation.smaller_ranks import score_ranks, smallest_as_good
-from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.packing import packing_of
 from lightning_peft.progress import Part
@@ -86,7 +86,9 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
 def _model_of(path: str, config: InspectConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if is_whole_model(tuned_folder(path)):
         raise ValueError(f"adapter_path={path}: a whole model, and inspect looks at adapters")
-    return load_for_inference(path, config.model, config.precision)
+    if config.smaller_ranks:
+        refuse_rewards(tuned_folder(path))
+    return load_for_inference(path, config.model, config.precision, takes_rewards=True)
 
 
 def _adapters_in(model: PreTrainedModel, path: str) -> dict[str, Adapter]:

@@ -32,6 +32,7 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import MODEL_FOLDER
+from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
 from lightning_peft.runs.folder import end_of, folder_of
 from lightning_peft.runs.plan import RunPlan
@@ -136,7 +137,11 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
 
     guard = Guard(config.guard, plan.precision == "16-mixed")
     metrics = StepMetrics(guard)
-    samples = read_conversations(config.data, "validation", config.validation.samples)
+    asked = config.validation.samples
+    if asked and OBJECTIVES[config.objective.name].gives_rewards:
+        logger.info("validation.samples=%d: none is written, as a reward model writes no answers", asked)
+        asked = 0
+    samples = read_conversations(config.data, "validation", asked)
     signals = PreemptionSignals(plan.max_seconds)
     if member is not None:
         signals = MemberSignals(member.group, plan.max_seconds, run_dir)

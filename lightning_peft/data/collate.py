@@ -32,6 +32,7 @@ def collate(
     weighted = any(sample.weights is not None for row in rows for sample in row)
     weights = torch.ones((len(rows), width)) if weighted else None
     starts: list[int] = []
+    ends: list[int] = []
     num_tokens = 0
     for number, row in enumerate(rows):
         end = 0
@@ -45,8 +46,11 @@ def collate(
                 weights[number, start:end] = torch.tensor(sample.weights)
             position_ids[number, start:stop] = torch.arange(stop - start)
             starts.append(number * width + start)
+            ends.append(number * width + end - 1)
         num_tokens += end
-    standings = [sample.standing for row in rows for sample in row if sample.standing is not None]
+    samples = [sample for row in rows for sample in row]
+    margins = [sample.margin for sample in samples[::group]]
+    standings = [sample.standing for sample in samples if sample.standing is not None]
     cu_seqlens = torch.tensor([*starts, len(rows) * width], dtype=torch.int32)
     return Batch(
         input_ids=input_ids,
@@ -59,6 +63,8 @@ def collate(
         weights=weights,
         standings=torch.tensor(standings, dtype=torch.uint8) if standings else None,
         num_units=None if group == 1 else 0 if filler else len(starts) // group,
+        ends=None if group == 1 else torch.tensor(ends),
+        margins=None if set(margins) == {None} else torch.tensor([margin or 0.0 for margin in margins]),
         weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),
     )
 

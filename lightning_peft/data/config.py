@@ -116,6 +116,9 @@ class DataConfig:
     """Column of the better answer in preference rows, usually `chosen`."""
     rejected_column: str | None = None
     """Column of the worse answer in preference rows, usually `rejected`."""
+    margin_column: str | None = None
+    """Column of a number by which the reward of the better answer is to be ahead, of objective=reward; null for
+    none."""
     label_column: str | None = None
     """Column that says of a labelled row whether its answer is wanted, usually `label`."""
     prompt_column: str | None = None

@@ -18,7 +18,7 @@ from lightning_peft.data.formats import (
     parsed,
     template_columns,
 )
-from lightning_peft.data.preferences import read_label
+from lightning_peft.data.preferences import read_label, read_margin
 from lightning_peft.data.token_rows import read_tokens
 from lightning_peft.data.turns import OPTIONAL_KEYS, READ_KEYS, is_of_others, read_turns
 
@@ -32,7 +32,7 @@ _LISTED = re.compile(
     re.IGNORECASE,
 )
 """Names of columns that carry no part of a conversation."""
-_WEIGHTY = frozenset(("weight", "weights", "train", "loss", "mask", "label", "labels", "target"))
+_WEIGHTY = frozenset(("weight", "weights", "train", "loss", "mask", "label", "labels", "target", "margin"))
 """Numbers under these names change what is trained."""
 
 
@@ -45,6 +45,8 @@ class RowReader(Shape):
     system_prompt: str | None = None
     ignored: frozenset[str] = frozenset()
     """Names of columns and keys of turns that are left out on request."""
+    margin: str | None = None
+    """Column of the margin of preference rows."""
     lists_unread: bool = True
     """Whether columns that nobody reads are of interest; those of generated rows belong to their task."""
 
@@ -59,7 +61,8 @@ class RowReader(Shape):
         messages = row_format.read(row, self)
         if isinstance(messages, tuple):
             chosen, rejected = (self._conversation(row, answer) for answer in messages)
-            return Conversation(chosen, chosen.tools, *unread, rejected=rejected)
+            margin = None if self.margin is None else read_margin(row, self.margin)
+            return Conversation(chosen, chosen.tools, *unread, rejected=rejected, margin=margin)
         if self.format == Format.text:
             return Conversation(messages, None, *unread)
         found = self._conversation(row, messages)
@@ -157,6 +160,7 @@ class RowReader(Shape):
     @cached_property
     def _read_columns(self) -> frozenset[str]:
         read = {*self.columns, *self.side.values(), *FORMATS[self.format].copies}
+        read |= set() if self.margin is None else {self.margin}
         return frozenset(read | (template_columns(self.prompt_template) if self.prompt_template else set()))
 
     @cached_property
@@ -221,6 +225,7 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
     }
     sides = dict.fromkeys(name for row_format in formats.values() for name in row_format.side)
     side_options = [f"{name}_column" for name in sides if getattr(config, f"{name}_column") is not None]
+    side_options += ["margin_column"] if config.margin_column is not None else []
     for option in [*renamed, *side_options]:
         if (name := getattr(config, option)) not in columns:
             raise ValueError(f"data.{option}={name}: the rows have no such column, only {there}")
@@ -259,7 +264,7 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
 
 OBJECTIVES_OF = {
     RowKind.answers: "objective=sft",
-    RowKind.pairs: "objective=dpo (or ipo, simpo, orpo)",
+    RowKind.pairs: "objective=dpo (or ipo, simpo, orpo, reward)",
     RowKind.labelled: "objective=kto",
 }
 """Words of the command line that train on each kind of rows."""
@@ -281,6 +286,8 @@ def _refuse_other_rows(columns: Collection[str], config: DataConfig, kind: RowKi
                     f"data.{option}={getattr(config, option)}: names a column of {other} rows, which "
                     f"{OBJECTIVES_OF[row_format.rows]} trains on"
                 )
+    if config.margin_column is not None and kind is not RowKind.pairs:
+        raise ValueError(f"data.margin_column={config.margin_column}: names a column of pairs, for objective=reward")
     named = {getattr(config, option) for option in read} | set(config.ignore_columns)
     fits = any(
         all(name in columns for name in names)
@@ -363,6 +370,7 @@ def _reader(format: str, names: tuple[str, ...], columns: Collection[str], confi
         format=format,
         system_prompt=config.system_prompt,
         ignored=frozenset(config.ignore_columns),
+        margin=config.margin_column,
         is_raw=config.layout is Layout.raw,
         lists_unread=config.source in ("files", "hub"),
     )

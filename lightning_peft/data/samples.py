@@ -36,6 +36,8 @@ WEIGHTS = "weights"
 """One more of them where a token's loss has a factor other than 1."""
 STANDINGS = "standings"
 """One more of them where samples belong together."""
+MARGINS = "margins"
+"""One more of them where pairs have margins."""
 WITHOUT_TURNS = (Format.text, Format.tokens)
 """Rows that no chat template lays out."""
 ROWS_AT_ONCE = 256
@@ -56,15 +58,17 @@ class Samples:
         starts: NDArray[np.int64],
         weights: NDArray[np.float32] | None = None,
         standings: NDArray[np.uint8] | None = None,
+        margins: NDArray[np.float32] | None = None,
     ) -> None:
         """tokens, trained (a `Kind` each) and weights (T,): the samples one after the other.
 
         starts (S + 1,): where they begin, then T. standings (U, G): a `Standing` each, where G samples that follow each
-        other make one of U units; None where each sample stands alone.
+        other make one of U units; None where each sample stands alone. margins (U,): of pairs; None where all are 0.
         """
         self._parts: tuple[NDArray[Any], ...] = (tokens, trained, starts)
         self._weights = weights
         self._standings = standings
+        self._margins = margins
         self.group: int = 1 if standings is None else standings.shape[1]
         """Samples that belong together."""
         self.lengths: list[int] = np.diff(starts).tolist()
@@ -74,6 +78,7 @@ class Samples:
         standings = array("B")
         tokens, trained, starts = array("i"), array("B"), array("q", [0])
         weights: array[float] | None = None
+        margins: list[float | None] = []
         for sample in samples:
             if sample.weights is not None and weights is None:
                 weights = array("f", [1.0]) * len(tokens)
@@ -81,12 +86,18 @@ class Samples:
                 weights.extend(sample.weights or [1.0] * len(sample.input_ids))
             if sample.standing is not None:
                 standings.append(sample.standing)
+                margins.append(sample.margin)
             tokens.extend(sample.input_ids)
             trained.frombytes(kinds_of(sample))
             starts.append(len(tokens))
         factors = None if weights is None else np.asarray(weights)
         together = None if group == 1 else np.asarray(standings, dtype=np.uint8).reshape(-1, group)
-        return cls(np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors, together)
+        of_units = margins[::group]
+        ahead = np.asarray([margin or 0.0 for margin in of_units], dtype=np.float32)
+        return cls(
+            np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors, together,
+            ahead if any(margin is not None for margin in of_units) else None,
+        )  # fmt: skip
 
     def save(self, folder: Path) -> None:
         for name, part in zip(PARTS, self._parts, strict=True):
@@ -95,12 +106,14 @@ class Samples:
             np.save(folder / f"{WEIGHTS}.npy", self._weights)
         if self._standings is not None:
             np.save(folder / f"{STANDINGS}.npy", self._standings)
+        if self._margins is not None:
+            np.save(folder / f"{MARGINS}.npy", self._margins)
 
     @classmethod
     def mapped(cls, folder: Path) -> "Samples":
         """The samples that were saved there, read when they are asked for. Raises OSError, EOFError or ValueError."""
         parts = [np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS]
-        more = [folder / f"{name}.npy" for name in (WEIGHTS, STANDINGS)]
+        more = [folder / f"{name}.npy" for name in (WEIGHTS, STANDINGS, MARGINS)]
         return cls(*parts, *(np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None for path in more))
 
     def __len__(self) -> int:
@@ -115,7 +128,10 @@ class Samples:
         labels = [token if kind else IGNORED_LABEL for token, kind in zip(ids, kinds, strict=True)]
         weights = None if self._weights is None else self._weights[span].tolist()
         standing = None if self._standings is None else Standing(int(self._standings.flat[index]))
-        return Encoded(ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing)
+        margin = None
+        if self._margins is not None and index % self.group == 0:
+            margin = float(self._margins[index // self.group])
+        return Encoded(ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing, margin=margin)
 
     def unit(self, index: int) -> list[Encoded]:
         """Return the samples of unit `index`, which belong together."""
@@ -132,7 +148,8 @@ class Samples:
         tokens, trained, starts = self._parts
         checksum = 0
         parts = [tokens, (trained != 0).view(np.uint8), starts]
-        for part in [*parts, *(more for more in (self._weights, self._standings) if more is not None)]:
+        more = (self._weights, self._standings, self._margins)
+        for part in [*parts, *(part for part in more if part is not None)]:
             checksum = zlib.crc32(part.data, checksum)
         return f"{checksum:08x}"
 
@@ -277,6 +294,7 @@ def _unread_message(unread: Counter[str], rows: int) -> str:
         "writes columns into the prompt, and data.system_column, history_column, input_column and tools_column rename "
         "what a row may hold beside its prompt and answer"
         + ("; objective=kto trains on answers with a label" if "column 'label'" in unread else "")
+        + ("; objective=reward reads data.margin_column=margin" if "column 'margin'" in unread else "")
     )
 
 
@@ -376,7 +394,7 @@ def _encode_units(
     for (origin, _), unit in zip(read, units, strict=True):
         encoded: list[Encoded] = []
         with _refusing(origin, config, audit):
-            for (_, standing), outcome in zip(unit, [next(outcomes) for _ in unit], strict=True):
+            for (conversation, standing), outcome in zip(unit, [next(outcomes) for _ in unit], strict=True):
                 if isinstance(outcome, Exception):
                     raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
                 if len(outcome) > 1:
@@ -385,7 +403,9 @@ def _encode_units(
                         "expected one answer behind the prompt, got several turns that the chat template rewrites as "
                         "the conversation goes on",
                     )
-                pieces = _fit(replace(outcome[0], standing=standing, weights=None), origin, config, audit)
+                margin = conversation.margin if standing is Standing.chosen else None
+                sample = replace(outcome[0], standing=standing, weights=None, margin=margin)
+                pieces = _fit(sample, origin, config, audit)
                 if not pieces:
                     break
                 check_sample(pieces[0], origin, tokenizer)

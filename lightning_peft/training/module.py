@@ -32,6 +32,7 @@ from lightning_peft.distributed import rank, world_size, worst
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.models.loading import load_by_block, load_model, model_name
+from lightning_peft.models.reward_head import REWARD_HEAD
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
 from lightning_peft.objectives.model_loss import ModelLoss, decoder_inputs
@@ -162,7 +163,8 @@ class FinetuneModule(LightningModule):
             self.check_base()
             logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
         if self.adapter_config.init_from is not None:
-            load_adapter(self.model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
+            folder = adapter_folder(self.adapter_config.init_from, "adapter.init_from")
+            load_adapter(self.model, folder, may_lack=[f"{REWARD_HEAD}.weight"])
         if isinstance(self.objective, ReferencedLoss) and not starts_as_base(self.adapter_config):
             logger.info(
                 "objective=%s: the reference is a copy of what trains, as it is now", self.objective_config.name
@@ -229,6 +231,8 @@ class FinetuneModule(LightningModule):
         fingerprints: dict[str, str] = {}
         with Part(f"loading {model_name(self.model_config)}"):
             model, blocks = self.read_base(device)
+            if (prepare := OBJECTIVES[self.objective_config.name].prepare) is not None:
+                prepare(model, self.seed)
             if reads_all:
                 blocks = iter(list(blocks))
                 self.select_modules(model.to(device), device)  # type: ignore[arg-type]  # as in load_model

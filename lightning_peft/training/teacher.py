@@ -25,7 +25,7 @@ from lightning_peft.checkpoint.peft_format import (
     load_adapter,
 )
 from lightning_peft.data.config import DataConfig
-from lightning_peft.inference.load import adapter_folder, load_adapted
+from lightning_peft.inference.load import adapter_folder, load_adapted, refuse_rewards
 from lightning_peft.models.loading import (
     empty_model,
     load_model,
@@ -95,6 +95,7 @@ def check_teacher(
             )
         check_same_tokens(str(objective.teacher), theirs, tokenizer)
     if (folder := teacher_folder(objective)) is not None:
+        refuse_rewards(folder)
         base = named or model
         kind = quantization.kind.name if named is None or objective.quantize_teacher else "none"
         check_lineage(folder, source_fingerprint(base), kind, model_name(base))
