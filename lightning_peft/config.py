@@ -77,6 +77,13 @@ def rows_of_objective(data: DataConfig, objective: ObjectiveConfig) -> DataConfi
             f"data.rows={data.rows.name}: objective={objective.name} takes {rows.name}; leave it out, or use "
             f"objective={' or '.join(takers)}"
         )
+    for source in sources_of(data):
+        if source.config.teacher_prompt is not None and not isinstance(objective, DistillConfig):
+            key = f"data.sources.{source.name}" if source.name else "data"
+            raise ValueError(
+                f"{key}.teacher_prompt: objective={objective.name} has no teacher that reads it; use "
+                "objective=distill, or data.system_prompt for what the model itself reads"
+            )
     if not OBJECTIVES[objective.name].gives_rewards:
         for source in sources_of(data):
             if (column := source.config.margin_column) is not None:

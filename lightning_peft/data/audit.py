@@ -67,6 +67,8 @@ class Audit:
     preferences: dict[str, int] = field(default_factory=dict)
     """Counts over preference rows: pairs, ties, chosen_tokens, rejected_tokens, chosen_longer, shared_tokens; or wanted
     and unwanted answers."""
+    taught_tokens: int = 0
+    """Tokens that a teacher reads in place of the samples, where it reads others."""
     packing_fill: float | None = None
     """Share of tokens that are not padding, without packing None."""
 
@@ -155,6 +157,9 @@ class Audit:
         if set(self.kinds) - {Kind.answer.name, Kind.end.name}:
             parts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.kinds.items())
             lines.append(f"trained tokens: {parts}")
+        if self.taught_tokens:
+            more = (self.taught_tokens - self.tokens) / self.samples
+            lines.append(f"the teacher reads {self.taught_tokens:,} tokens for them, {more:.1f} more a sample")
         lines += self._preference_lines()
         if self.own_turns:
             lines.append(

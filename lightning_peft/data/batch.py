@@ -56,6 +56,9 @@ class Batch:
     margins: Tensor | None = None
     """(U,) fp32, by how much the chosen answer of each pair is to be ahead; None where all are 0."""
 
+    taught: "Batch | None" = None
+    """What a teacher reads in place of the samples: as many, in their order, with the same tokens supervised."""
+
     source: SourceOf | None = None
     """Where the samples come from, in the validation of a mixture; None where it does not matter."""
 

@@ -36,6 +36,8 @@ class Encoded:
     """Factor of each token's loss; None where all are 1."""
     standing: Standing | None = None
     """What the sample is to a preference objective."""
+    taught: "Encoded | None" = field(default=None, compare=False)
+    """What a teacher reads in its place, with the same tokens trained."""
     margin: float | None = None
     """By how much a chosen answer is to be ahead; None where its row says nothing of it."""
 

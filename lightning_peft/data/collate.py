@@ -63,10 +63,33 @@ def collate(
         weights=weights,
         standings=torch.tensor(standings, dtype=torch.uint8) if standings else None,
         num_units=None if group == 1 else 0 if filler else len(starts) // group,
+        taught=_collate_taught(samples, pad_token_id, max_length, packing, filler),
         ends=None if group == 1 else torch.tensor(ends),
         margins=None if set(margins) == {None} else torch.tensor([margin or 0.0 for margin in margins]),
         weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),
     )
+
+
+def _collate_taught(
+    samples: Sequence[Encoded], pad_token_id: int, max_length: int, packing: bool, filler: bool
+) -> Batch | None:
+    """Return the batch of what a teacher reads in place of the samples; None where it reads the same.
+
+    Its rows are as long as those of the samples, or as the longest of its own, and packed in the order of the samples.
+    """
+    taught = [sample.taught for sample in samples if sample.taught is not None]
+    if not taught:
+        return None
+    width = max(max_length, *(len(sample.input_ids) for sample in taught))
+    rows: list[list[Encoded]] = []
+    free = 0
+    for sample in taught:
+        if not packing or len(sample.input_ids) > free:
+            rows.append([])
+            free = width
+        rows[-1].append(sample)
+        free -= len(sample.input_ids)
+    return collate(rows, pad_token_id, width, packing, filler)
 
 
 def collate_units(

@@ -139,6 +139,9 @@ class DataConfig:
     """Column of the tools a conversation offers, usually `tools`: a list, or JSON."""
     prompt_template: str | None = None
     """Jinja text over the columns of a row that makes its prompt; the answer is `completion_column`."""
+    teacher_prompt: str | None = None
+    """Jinja text over the columns of a row that the teacher of objective=distill alone reads, as a system message
+    before the conversation: what it makes of that is learned without it."""
     ignore_columns: list[str] = field(default_factory=list)
     """Columns, and keys of turns, that are left out on purpose."""
     layout: Layout = Layout.chat

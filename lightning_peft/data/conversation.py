@@ -50,6 +50,7 @@ class Conversation(list[Message]):
         wanted: bool | None = None,
         tokens: Tokens | None = None,
         margin: float | None = None,
+        taught: "Conversation | None" = None,
     ) -> None:
         super().__init__(messages)
         self.tools = tools
@@ -63,6 +64,8 @@ class Conversation(list[Message]):
         """Whether the answer is one to give, of labelled rows."""
         self.tokens = tokens
         """What the row is, of rows without messages."""
+        self.taught = taught
+        """What a teacher reads in its place, with the same answers."""
         self.margin = margin
         """By how much its answer is to be ahead of the rejected one, of preference rows that say so."""
 

@@ -14,6 +14,7 @@ from lightning_peft.data.formats import (
     RowFormat,
     Shape,
     check_format,
+    filled,
     optional_text,
     parsed,
     template_columns,
@@ -23,6 +24,8 @@ from lightning_peft.data.token_rows import read_tokens
 from lightning_peft.data.turns import OPTIONAL_KEYS, READ_KEYS, is_of_others, read_turns
 
 WEIGHT_COLUMN = "weight"
+WITHOUT_TURNS = (Format.text, Format.tokens)
+"""Rows that no chat template lays out."""
 
 _LISTED = re.compile(
     r"(?:.*_)?(?:id|ids|idx|index|uuid|hash|scores?|ratings?|sources?|origin|category|categories|level|difficulty|type|"
@@ -66,8 +69,9 @@ class RowReader(Shape):
         if self.format == Format.text:
             return Conversation(messages, None, *unread)
         found = self._conversation(row, messages)
+        taught = None if self.teacher_prompt is None else self._taught(row, found)
         wanted = read_label(row, self.columns[-1]) if row_format.rows is RowKind.labelled else None
-        return Conversation(found, found.tools, *unread, wanted=wanted)
+        return Conversation(found, found.tools, *unread, wanted=wanted, taught=taught)
 
     def ignores(self, row: Row) -> dict[str, bool]:
         """Return which of the names that are left out on request are in a row, as a column or a key of a turn."""
@@ -103,6 +107,16 @@ class RowReader(Shape):
         elif system:
             messages = [Message("system", system), *messages]
         return Conversation(self._weighted(row, messages), self._tools(row))
+
+    def _taught(self, row: Row, found: Conversation) -> Conversation:
+        """Return the conversation behind the text that a teacher alone reads, as a part of its system message."""
+        text = filled(self.teacher_prompt or "", row, "teacher_prompt")
+        first = found[0]
+        if self.is_raw:
+            return Conversation([replace(first, content=text + first.content), *found[1:]], found.tools)
+        if first.role == "system":
+            return Conversation([replace(first, content=f"{text}\n\n{first.content}"), *found[1:]], found.tools)
+        return Conversation([Message("system", text), *found], found.tools)
 
     def _history(self, row: Row) -> list[Message]:
         column = self.side.get("history")
@@ -160,6 +174,7 @@ class RowReader(Shape):
     @cached_property
     def _read_columns(self) -> frozenset[str]:
         read = {*self.columns, *self.side.values(), *FORMATS[self.format].copies}
+        read |= template_columns(self.teacher_prompt, "teacher_prompt") if self.teacher_prompt else set()
         read |= set() if self.margin is None else {self.margin}
         return frozenset(read | (template_columns(self.prompt_template) if self.prompt_template else set()))
 
@@ -363,6 +378,11 @@ def _reader(format: str, names: tuple[str, ...], columns: Collection[str], confi
     if config.prompt_template is not None:
         side.pop("input", None)
         side.pop("prompt", None)
+    if config.teacher_prompt is not None:
+        if format in WITHOUT_TURNS:
+            raise ValueError(f"data.teacher_prompt: stands before a prompt, and rows of data.format={format} have none")
+        if missing := sorted(template_columns(config.teacher_prompt, "teacher_prompt") - set(columns)):
+            raise ValueError(f"data.teacher_prompt: the rows have no column {missing[0]}, only {', '.join(columns)}")
     return RowReader(
         columns=names,
         side=side,
@@ -371,6 +391,7 @@ def _reader(format: str, names: tuple[str, ...], columns: Collection[str], confi
         system_prompt=config.system_prompt,
         ignored=frozenset(config.ignore_columns),
         margin=config.margin_column,
+        teacher_prompt=config.teacher_prompt,
         is_raw=config.layout is Layout.raw,
         lists_unread=config.source in ("files", "hub"),
     )

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded, Encoder, Outcome, cut_to, encoder_of, end_token_ids
-from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
+from lightning_peft.data.config import DataConfig, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.mixture import MixedSource, naming, sources_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
-from lightning_peft.data.row_reader import RowReader, row_reader
+from lightning_peft.data.row_reader import WITHOUT_TURNS, RowReader, row_reader
 from lightning_peft.data.sources import file_count, iterate_rows
 from lightning_peft.data.template import ChatTemplate
 from lightning_peft.data.token_rows import sample_of
@@ -36,10 +36,10 @@ WEIGHTS = "weights"
 """One more of them where a token's loss has a factor other than 1."""
 STANDINGS = "standings"
 """One more of them where samples belong together."""
+TAUGHT = "taught"
+"""Folder of what a teacher reads in their place."""
 MARGINS = "margins"
 """One more of them where pairs have margins."""
-WITHOUT_TURNS = (Format.text, Format.tokens)
-"""Rows that no chat template lays out."""
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores; their shapes decide the format."""
 
@@ -59,6 +59,7 @@ class Samples:
         weights: NDArray[np.float32] | None = None,
         standings: NDArray[np.uint8] | None = None,
         margins: NDArray[np.float32] | None = None,
+        taught: "Samples | None" = None,
     ) -> None:
         """tokens, trained (a `Kind` each) and weights (T,): the samples one after the other.
 
@@ -69,6 +70,8 @@ class Samples:
         self._weights = weights
         self._standings = standings
         self._margins = margins
+        self.taught = taught
+        """What a teacher reads in the place of each sample; None where it reads the same."""
         self.group: int = 1 if standings is None else standings.shape[1]
         """Samples that belong together."""
         self.lengths: list[int] = np.diff(starts).tolist()
@@ -79,7 +82,10 @@ class Samples:
         tokens, trained, starts = array("i"), array("B"), array("q", [0])
         weights: array[float] | None = None
         margins: list[float | None] = []
+        taught: list[Encoded] = []
         for sample in samples:
+            if sample.taught is not None:
+                taught.append(sample.taught)
             if sample.weights is not None and weights is None:
                 weights = array("f", [1.0]) * len(tokens)
             if weights is not None:
@@ -97,6 +103,7 @@ class Samples:
         return cls(
             np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors, together,
             ahead if any(margin is not None for margin in of_units) else None,
+            cls.of(taught) if taught else None,
         )  # fmt: skip
 
     def save(self, folder: Path) -> None:
@@ -108,13 +115,20 @@ class Samples:
             np.save(folder / f"{STANDINGS}.npy", self._standings)
         if self._margins is not None:
             np.save(folder / f"{MARGINS}.npy", self._margins)
+        if self.taught is not None:
+            (folder / TAUGHT).mkdir()
+            self.taught.save(folder / TAUGHT)
 
     @classmethod
     def mapped(cls, folder: Path) -> "Samples":
         """The samples that were saved there, read when they are asked for. Raises OSError, EOFError or ValueError."""
-        parts = [np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS]
+        tokens, trained, starts = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS)
         more = [folder / f"{name}.npy" for name in (WEIGHTS, STANDINGS, MARGINS)]
-        return cls(*parts, *(np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None for path in more))
+        weights, standings, margins = (
+            np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None for path in more
+        )
+        taught = cls.mapped(folder / TAUGHT) if (folder / TAUGHT).is_dir() else None
+        return cls(tokens, trained, starts, weights, standings, margins, taught)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -131,7 +145,10 @@ class Samples:
         margin = None
         if self._margins is not None and index % self.group == 0:
             margin = float(self._margins[index // self.group])
-        return Encoded(ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing, margin=margin)
+        taught = None if self.taught is None else self.taught[index]
+        return Encoded(
+            ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing, taught=taught, margin=margin
+        )
 
     def unit(self, index: int) -> list[Encoded]:
         """Return the samples of unit `index`, which belong together."""
@@ -151,12 +168,15 @@ class Samples:
         more = (self._weights, self._standings, self._margins)
         for part in [*parts, *(part for part in more if part is not None)]:
             checksum = zlib.crc32(part.data, checksum)
+        if self.taught is not None:
+            checksum = zlib.crc32(self.taught.fingerprint.encode(), checksum)
         return f"{checksum:08x}"
 
     @property
     def largest_token(self) -> int:
         """The highest token id; -1 without samples."""
-        return int(self._parts[0].max()) if len(self._parts[0]) else -1
+        own = int(self._parts[0].max()) if len(self._parts[0]) else -1
+        return own if self.taught is None else max(own, self.taught.largest_token)
 
     @cached_property
     def digests(self) -> NDArray[np.uint64]:
@@ -366,19 +386,49 @@ def _encode(
         outcomes = [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens]
     else:
         outcomes = encoder.encode([conversation for _, conversation in read])
-    for (origin, _), outcome in zip(read, outcomes, strict=True):
+    taught: Sequence[Outcome | None] = [None] * len(read)
+    if config.teacher_prompt is not None and read:
+        taught = encoder.encode([conversation.taught or conversation for _, conversation in read])
+    for (origin, _), outcome, twins in zip(read, outcomes, taught, strict=True):
         with _refusing(origin, config, audit):
             if isinstance(outcome, Exception):
                 raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
             audit.own_turns += len(outcome) - 1
+            if twins is not None:
+                outcome = _with_twins(outcome, twins, origin)
             samples = list(chain.from_iterable(_fit(encoded, origin, config, audit) for encoded in outcome))
             trained = [sample for sample in samples if any(kinds_of(sample))]
             for sample in trained or samples[-1:]:
                 check_sample(sample, origin, tokenizer)
             audit.lost_turns += len(samples) - len(trained)
             for sample in trained:
+                if sample.taught is not None:
+                    twin = _cut_alike(sample.taught, sample)
+                    sample = replace(sample, taught=twin)
+                    audit.taught_tokens += len(twin.input_ids)
                 audit.count_sample(sample, kinds_of(sample))
                 yield sample
+
+
+def _with_twins(samples: list[Encoded], twins: Outcome, origin: str) -> list[Encoded]:
+    """Return the samples of a row, each with what a teacher reads in its place. Raises `BadRow`."""
+    if isinstance(twins, Exception):
+        raise BadRow.because(origin, f"behind data.teacher_prompt: {what_is_wrong(twins)}") from twins
+    trained = [[[label for label in one.labels if label != IGNORED_LABEL] for one in some] for some in (samples, twins)]
+    if trained[0] != trained[1]:
+        raise BadRow.because(
+            origin,
+            "expected the same tokens to train behind data.teacher_prompt, the chat template writes others there; use "
+            "data.train_on_last_turn=true, or a teacher_prompt that ends in white space",
+        )
+    return [replace(sample, taught=twin) for sample, twin in zip(samples, twins, strict=True)]
+
+
+def _cut_alike(taught: Encoded, sample: Encoded) -> Encoded:
+    """Return what a teacher reads up to the last token that is trained in the sample, which may have been cut."""
+    count = len(sample.labels) - sample.labels.count(IGNORED_LABEL)
+    places = [place for place, label in enumerate(taught.labels) if label != IGNORED_LABEL]
+    return cut_to(taught, places[count - 1] + 1)
 
 
 def _encode_units(

@@ -106,6 +106,8 @@ class DistilledLoss(ModelLoss):
             self.check(batch)
         taught = self.teacher_readout(batch)  # before the step's own forward, whose activations are not there yet
         readout = self.readout(batch)
+        if batch.taught is not None and self.runs_apart:  # by their lengths, which are others for the teacher
+            taught, readout = by_sample(taught), by_sample(readout)
         losses, weights = taught_token_losses(readout, taught, self.config.mix), readout.weights
         count = losses.mixed.new_tensor(batch.loss_weight)
         self.measured = {
@@ -118,7 +120,14 @@ class DistilledLoss(ModelLoss):
     def teacher_readout(self, batch: Batch) -> Readout:
         """Return the teacher's hidden states and head, without a gradient."""
         assert self.teacher is not None, "a teacher is given before the first batch"
-        return self.teacher.loss.readout(batch)
+        return self.teacher.loss.readout(batch.taught or batch)
+
+
+def by_sample(readout: Readout) -> Readout:
+    """Return the tokens in the order of their samples."""
+    order = readout.samples.argsort(stable=True)
+    parts = {name: getattr(readout, name) for name in ("hidden", "labels", "samples", "weights")}
+    return readout._replace(**{name: part.index_select(0, order) for name, part in parts.items() if part is not None})
 
 
 OBJECTIVE = Objective(
