@@ -401,11 +401,14 @@ class InspectConfig:
     intruders: int = 0
     """Largest directions of each tuned weight among which those are counted that are none of the base's; 0 counts none.
     It takes two singular value decompositions of every weight."""
+    directions: int = 0
+    """Strongest directions that are read as keys and values: the tokens of the run's validation rows that each looks
+    for, and those that it promotes through the output head; 0 reads none."""
     smaller_ranks: bool = False
     """Score the adapter cut to half its rank, a quarter and so on, without training, on rows that the run was
     validated on."""
     max_rows: int = 200
-    """Validation rows for smaller_ranks."""
+    """Validation rows for smaller_ranks and directions."""
     model: ModelConfig | None = None
     """Base model; null takes the one the adapter was trained on."""
     precision: str = "auto"
@@ -418,6 +421,8 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if self.intruders < 0:
             raise ValueError(f"intruders={self.intruders}: must be at least 0")
+        if self.directions < 0:
+            raise ValueError(f"directions={self.directions}: must be at least 0")
         check_folder_of("output", self.output)
         if self.max_rows < 1:
             raise ValueError(f"max_rows={self.max_rows}: must be at least 1")
