@@ -130,6 +130,12 @@ def read_parent(path: str, weight: float) -> Parent:
             f"adapter_path={path}: trains {beside[0]} of the base as well, which is no change that convert carries; "
             "use `lightning-peft merge`"
         )
+    if stacks := read_words(folder).get("target_parameters"):
+        raise ValueError(
+            f"adapter_path={path}: adapts {len(stacks)} stacks of experts, as {stacks[0]}, whose changes are a matrix "
+            "for every expert, and convert works on layers of one matrix; use `lightning-peft merge`, or train at the "
+            "rank wanted"
+        )
     if adapter.initialization.rewrites_base:
         raise ValueError(
             f"adapter_path={path}: is for a base that its start rewrote; `lightning-peft export format=plain` makes it "
