@@ -402,8 +402,9 @@ class InspectConfig:
     """Largest directions of each tuned weight among which those are counted that are none of the base's; 0 counts none.
     It takes two singular value decompositions of every weight."""
     directions: int = 0
-    """Strongest directions that are read as keys and values: the tokens of the run's validation rows that each looks
-    for, and those that it promotes through the output head; 0 reads none."""
+    """Strongest directions that are read as keys and values, so many of the layers that write the residual stream and
+    so many of the others: the tokens of the run's validation rows that each looks for, and of the former those that it
+    promotes through the output head; 0 reads none."""
     smaller_ranks: bool = False
     """Score the adapter cut to half its rank, a quarter and so on, without training, on rows that the run was
     validated on."""

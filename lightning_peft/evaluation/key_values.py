@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.targets import FEED_FORWARD_OUT, block_depth, matches
 from lightning_peft.models.blocks import decoder_of
+from lightning_peft.quantization.weights import weight_shape
 
 WRITERS = ["o_proj", "out_proj", "c_proj", "dense", "wo", "dense_4h_to_h", "out_linear", *FEED_FORWARD_OUT]
 """Names of the layers whose output is added to the residual stream."""
@@ -29,6 +30,8 @@ NORMED = (
     "post_feedforward_layernorm_1",
 )
 """Norms of blocks that normalise what attention and feed-forward give before it is added."""
+PROMOTING = ("residual stream", "logits")
+"""What a layer writes whose directions promote tokens."""
 CONTEXT = 8
 """Tokens shown before the one that is read."""
 READ, PROMOTED = 5, 8
@@ -79,7 +82,7 @@ class Part:
 
 
 def strongest(found: Mapping[str, Adapter], count: int) -> list[Part]:
-    """Return the directions of the largest singular values over all layers of one matrix that read vectors."""
+    """Return the directions of the largest singular values over the layers, embeddings aside, which read no vector."""
     parts: list[Part] = []
     for name, layer in found.items():
         if isinstance(layer.base_layer, nn.Embedding):
@@ -113,8 +116,16 @@ def key_values(
     rows: Iterable[Sequence[int]],
     count: int,
 ) -> list[Direction]:
-    """Return the `count` strongest directions, read on rows of token ids that the model runs through one by one."""
-    parts = strongest(found, count)
+    """Return the `count` strongest directions of layers that promote tokens, and as many of the others.
+
+    They are read on rows of token ids that the model runs through one by one.
+    """
+    writers: dict[str, Adapter] = {}
+    others: dict[str, Adapter] = {}
+    for name, layer in found.items():
+        promotes = written_by(model, name, weight_shape(layer.base_layer)[0]) in PROMOTING
+        (writers if promotes else others)[name] = layer
+    parts = [*strongest(writers, count), *strongest(others, count)]
     norm = final_norm(model)
     tokens: list[tuple[int, int]] = []
     """Row and place of every token read."""
@@ -174,7 +185,7 @@ def _direction(
         reads.append(Reading(str(tokenizer.decode([token])), context, float(met[place]) / size))
     writes = written_by(model, part.layer, len(part.output))
     promotes = None
-    if writes in ("residual stream", "logits"):
+    if writes in PROMOTING:
         change = sign * part.output.cpu()
         if writes == "residual stream":
             assert norm is not None and before_norm is not None, "a model with a residual stream ends in a norm"

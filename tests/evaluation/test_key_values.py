@@ -59,7 +59,7 @@ def test_planted_key_and_value_are_read(rows):
         key = xs[row][place] - mean  # what tells this token from the others
         value = tiny_model().get_output_embeddings().weight[target]
     model = planted({DOWN: (5.0, key / key.norm(), value), QUERY: (1.0, torch.ones(64) / 8, torch.randn(64))})
-    first, second = key_values(model, tokenizer, dict(adapters(model)), ids, 2)
+    first, second = key_values(model, tokenizer, dict(adapters(model)), ids, 1)
     assert (first.layer, first.index, first.writes) == (DOWN, 0, "residual stream")
     assert first.singular_value == pytest.approx(5.0, rel=1e-5) and first.energy == pytest.approx(1.0)
     met = torch.cat([inputs_of(model, DOWN, row_ids) for row_ids in ids]) @ (key / key.norm())
@@ -132,7 +132,9 @@ def test_inspect_writes_them_to_its_file(tmp_path, capsys):
     train(tiny_config(tmp_path / "run", "trainer.max_steps=3", "logger=csv"))
     assert main(["inspect", str(tmp_path / "run"), "directions=4", "max_rows=4"]) == 0
     found = json.loads((tmp_path / "run" / "inspection.json").read_text())["directions"]
-    assert [one["singular_value"] for one in found] == sorted((one["singular_value"] for one in found), reverse=True)
-    assert len(found) == 4 and all(len(one["reads"]) == 5 for one in found)
+    assert [one["promotes"] is None for one in found] == [False] * 4 + [True] * 4
+    for part in (found[:4], found[4:]):
+        values = [one["singular_value"] for one in part]
+        assert values == sorted(values, reverse=True) and all(len(one["reads"]) == 5 for one in part)
     said = " ".join(capsys.readouterr().out.split())
     assert "direction" in said and "promotes" in said
