@@ -252,7 +252,17 @@ class TrainConfig:
             raise ValueError(f"{name} target_server={list(self.target_server)}: engines serve what writes answers")
 
     def check_teacher(self, objective: DistillConfig) -> None:
-        """Raise ValueError where a run cannot have a teacher beside it."""
+        """Raise ValueError where a run cannot have a teacher beside it, or cannot keep what one gave."""
+        if objective.teacher_top_k is not None:
+            kept = f"objective.teacher_top_k={objective.teacher_top_k}"
+            if self.data.cache_dir is None:
+                raise ValueError(f"{kept} data.cache_dir=null: names no folder to keep it in; leave data.cache_dir out")
+            if self.data.streaming:
+                raise ValueError(
+                    f"{kept} data.streaming=true: rows that are read during training are not there before it; leave "
+                    "one of them out"
+                )
+            return
         if self.strategy.kind is StrategyKind.fsdp:
             raise ValueError(
                 "objective=distill strategy=fsdp: every rank holds the teacher whole, and slices of a base share "

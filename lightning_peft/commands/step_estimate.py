@@ -72,7 +72,7 @@ def estimate_of(config: EstimateConfig) -> Estimate:
         adapter_rank=config.adapter.rank,
     )
     objective: ModelLoss = empty_objective(config, plan.weight_dtype)
-    if isinstance(config.objective, DistillConfig):
+    if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is None:
         teacher = empty_teacher(config, config.objective, plan.weight_dtype)
         stored = stored_by_teacher(teacher, objective.model, shares_base(config.objective))
         options = replace(options, teacher=stored)

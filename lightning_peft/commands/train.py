@@ -155,7 +155,7 @@ def check_model(config: TrainConfig) -> bool:
     method = METHODS[config.adapter.method]
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
     packs = packing_of(config.data, model)
-    if isinstance(config.objective, DistillConfig):
+    if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is None:
         packs = packs and teacher_packs(config.objective, config.data)
     if config.dry_run or OBJECTIVES[config.objective.name].gives_rewards:
         inject_adapters(model, config.adapter)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_peft.data.top_tokens import TopTokens
+
 IGNORED_LABEL = -100
 
 
@@ -58,6 +60,9 @@ class Batch:
 
     taught: "Batch | None" = None
     """What a teacher reads in place of the samples: as many, in their order, with the same tokens supervised."""
+
+    top: TopTokens | None = None
+    """What is kept of a teacher at the supervised tokens; None where it is run in every step, or there is none."""
 
     source: SourceOf | None = None
     """Where the samples come from, in the validation of a mixture; None where it does not matter."""

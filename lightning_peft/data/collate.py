@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from lightning_peft.data.batch import IGNORED_LABEL, Batch
 from lightning_peft.data.chat import Encoded
+from lightning_peft.data.top_tokens import TopTokens
 
 LENGTH_MULTIPLE = 8
 """Unpacked rows are padded to a multiple of this: tensor cores want it, and fewer lengths mean fewer compilations."""
@@ -63,11 +65,22 @@ def collate(
         weights=weights,
         standings=torch.tensor(standings, dtype=torch.uint8) if standings else None,
         num_units=None if group == 1 else 0 if filler else len(starts) // group,
+        top=_collate_top(samples, filler),
         taught=_collate_taught(samples, pad_token_id, max_length, packing, filler),
         ends=None if group == 1 else torch.tensor(ends),
         margins=None if set(margins) == {None} else torch.tensor([margin or 0.0 for margin in margins]),
         weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),
     )
+
+
+def _collate_top(samples: Sequence[Encoded], filler: bool) -> TopTokens | None:
+    """Return what is kept of a teacher at the supervised tokens; of none in a filler."""
+    tops = [sample.top for sample in samples if sample.top is not None]
+    if not tops:
+        return None
+    ids = np.concatenate([ids[:0] if filler else ids for ids, _, _ in tops])
+    values = np.concatenate([values[:0] if filler else values for _, values, _ in tops])
+    return TopTokens(torch.from_numpy(ids).long(), torch.from_numpy(values), tops[0][2])
 
 
 def _collate_taught(

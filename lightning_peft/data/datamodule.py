@@ -292,6 +292,14 @@ class SFTDataModule(LightningDataModule):
         )
         return self._sampled_loader(samples, sampler)
 
+    @property
+    def sample_sets(self) -> list[Samples]:
+        """The samples of every source, of training and validation rows. Needs `setup`."""
+        found = []
+        for samples in (self._train, self._validation):
+            found += samples.parts if isinstance(samples, MixedSamples) else [samples] if samples is not None else []
+        return found
+
     def validation_ids(self) -> Iterator[list[int]]:
         """Iterate over the token ids of the validation samples, each without padding. Needs `setup`."""
         samples = self._validation

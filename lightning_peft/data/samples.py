@@ -28,6 +28,7 @@ from lightning_peft.data.row_reader import WITHOUT_TURNS, RowReader, row_reader
 from lightning_peft.data.sources import file_count, iterate_rows
 from lightning_peft.data.template import ChatTemplate
 from lightning_peft.data.token_rows import sample_of
+from lightning_peft.data.top_tokens import KeptTeacher, trained_starts
 from lightning_peft.progress import Part
 
 PARTS = ("tokens", "trained", "starts")
@@ -72,6 +73,7 @@ class Samples:
         self._margins = margins
         self.taught = taught
         """What a teacher reads in the place of each sample; None where it reads the same."""
+        self._kept: KeptTeacher | None = None
         self.group: int = 1 if standings is None else standings.shape[1]
         """Samples that belong together."""
         self.lengths: list[int] = np.diff(starts).tolist()
@@ -147,8 +149,19 @@ class Samples:
             margin = float(self._margins[index // self.group])
         taught = None if self.taught is None else self.taught[index]
         return Encoded(
-            ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing, taught=taught, margin=margin
-        )
+            ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing, taught=taught, margin=margin,
+            top=None if self._kept is None else self._kept.of(index),
+        )  # fmt: skip
+
+    @cached_property
+    def trained_starts(self) -> NDArray[np.int64]:
+        """Return the trained tokens before each sample, and all of them, (S + 1,)."""
+        _, trained, starts = self._parts
+        return trained_starts(trained, starts)
+
+    def keep_teacher(self, folder: Path) -> None:
+        """Let the samples have what is kept of a teacher in a folder."""
+        self._kept = KeptTeacher(folder, self.trained_starts)
 
     def unit(self, index: int) -> list[Encoded]:
         """Return the samples of unit `index`, which belong together."""

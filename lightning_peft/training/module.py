@@ -219,7 +219,9 @@ class FinetuneModule(LightningModule):
 
         Under FSDP a block is also cut to this rank's slice before the next is read.
         """
-        has_twin = isinstance(self.objective_config, DistillConfig) and shares_base(self.objective_config)
+        own = self.objective_config
+        has_teacher = isinstance(own, DistillConfig) and own.teacher_top_k is None
+        has_twin = has_teacher and isinstance(own, DistillConfig) and shares_base(own)
         reads_all = reads_whole_model(self.adapter_config, self.quantization_config) or has_twin
         twin: PreTrainedModel | None = None
         if sharding is not None and reads_all:
@@ -261,7 +263,7 @@ class FinetuneModule(LightningModule):
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
         if sharding is None:
             objective = self.build_objective(model.to(device))  # type: ignore[arg-type]  # as in load_model
-            if isinstance(objective, DistilledLoss):
+            if has_teacher and isinstance(objective, DistilledLoss):
                 give_teacher(
                     objective, twin, self.model_config, self.quantization_config, self.weight_dtype, device
                 )  # fmt: skip

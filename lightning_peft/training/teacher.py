@@ -183,6 +183,23 @@ def give_teacher(
         logger.info("heads of %d (teacher) and %d tokens: compared over the first %d", *sizes, min(sizes))
 
 
+def teacher_alone(
+    objective: DistillConfig,
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Return the teacher with a base of its own, in eval mode, for a process that holds no model yet."""
+    if not shares_base(objective):
+        return _load(objective, model, quantization, dtype, device).eval()
+    teacher = load_model(model, dtype, quantization, device)
+    if (folder := teacher_folder(objective)) is not None:
+        inject_adapters(teacher, adapter_config_from_peft(folder))
+        load_adapter(teacher, folder)
+    return teacher.eval().requires_grad_(False)
+
+
 def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
