@@ -244,6 +244,7 @@ def encode_rows(
     refused: ValueError | None = None
     rendered: RenderedText | None = None
     unread: Counter[str] = Counter()
+    before: Conversation | None = None
     while several := list(islice(rows, ROWS_AT_ONCE)):
         if reader is None:
             reader, refused = _find_reader(several, config)
@@ -271,7 +272,8 @@ def encode_rows(
             except BadRow as error:
                 _refuse(error, config, audit)
         if not unread:  # else only the rest of them is counted
-            yield from _encode(read, config, tokenizer, encoder, audit)
+            yield from _encode(read, config, tokenizer, encoder, audit, before)
+        before = read[-1][1] if read else before
     if unread:
         raise UnreadError(_unread_message(unread, audit.rows))
     if refused is not None and reader is None and audit.rows == audit.bad_rows:
@@ -389,9 +391,10 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
     audit: Audit,
+    before: Conversation | None,
 ) -> Iterator[Encoded]:
     if config.rows not in (None, RowKind.answers):
-        yield from _encode_units(read, config, tokenizer, encoder, audit)
+        yield from _encode_units(read, config, tokenizer, encoder, audit, before)
         return
     outcomes: Sequence[Outcome]
     if all(conversation.tokens is not None for _, conversation in read):
@@ -450,9 +453,11 @@ def _encode_units(
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
     audit: Audit,
+    before: Conversation | None,
 ) -> Iterator[Encoded]:
     """Samples of preference rows, those that belong together one after the other; a row gives all of them or none."""
-    units = [_unit(read, place) for place in range(len(read))]
+    units = [_unit(read, place, before) for place in range(len(read))]
+    audit.without_others += len(read) == 1 and before is None and read[0][1].rejected is None
     outcomes = iter(encoder.encode([conversation for unit in units for conversation, _ in unit]) if read else [])
     for (origin, _), unit in zip(read, units, strict=True):
         encoded: list[Encoded] = []
@@ -481,12 +486,17 @@ def _encode_units(
                     yield sample
 
 
-def _unit(read: list[tuple[str, Conversation]], place: int) -> list[tuple[Conversation, Standing]]:
-    """Return what belongs together of a row: both answers, or the answer and that of the row before to its prompt."""
+def _unit(
+    read: list[tuple[str, Conversation]], place: int, before: Conversation | None
+) -> list[tuple[Conversation, Standing]]:
+    """Return what belongs together of a row: both answers, or the answer and that of the row before to its prompt.
+
+    The row before the first of several is their last, and before one alone it is `before`, of those read earlier.
+    """
     conversation = read[place][1]
     if conversation.rejected is not None:
         return [(conversation, Standing.chosen), (conversation.rejected, Standing.rejected)]
-    other = read[place - 1][1]
+    other = before if len(read) == 1 and before is not None else read[place - 1][1]
     mismatched = Conversation(
         [*conversation[: conversation.first_trained], *other[other.first_trained :]], conversation.tools
     )
