@@ -228,7 +228,8 @@ class TrainConfig:
                 f"objective={self.objective.name} method={self.adapter.method}: the reference is the model with "
                 f"adapters off, and this method trains the model itself; use method=lora{instead}"
             )
-        if self.strategy.kind is StrategyKind.fsdp and not starts_as_base(self.adapter):
+        chooses = self.adapter.method in METHODS and METHODS[self.adapter.method].select is not None
+        if self.strategy.kind is StrategyKind.fsdp and (chooses or not starts_as_base(self.adapter)):
             raise ValueError(
                 f"objective={self.objective.name} strategy=fsdp: the reference is a copy of what trains where a run "
                 "starts from adapter.init_from, rewrites the base, or trains modules or biases in full, and slices "

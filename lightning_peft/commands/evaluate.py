@@ -55,6 +55,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.adapter_path is not None and not is_whole_model(folder := tuned_folder(config.adapter_path)):
         if gives_rewards(folder):
             return evaluate_rewards(config, saved, data_config)
+    if (column := data_config.margin_column) is not None:
+        raise ValueError(f"data.margin_column={column}: margins are of rewards, and this model gives none; leave out")
     task = TASKS[data_config.task]
     if config.benchmark is not None:
         check_harness(config.tasks, config.tasks_path)

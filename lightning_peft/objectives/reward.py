@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_peft.adapters.inject import adapters
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.config import RowKind
 from lightning_peft.models.blocks import decoder_of
@@ -105,7 +106,7 @@ class RewardLoss(ModelLoss):
 def refuse_trained_output(model: "PreTrainedModel") -> None:
     """Raise ValueError where the output head of tokens trains by itself, which no reward is read of."""
     output, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if output is None:
+    if output is None or next(adapters(model), None) is None:  # a base before its adapters is not frozen yet
         return
     shared = {id(parameter) for parameter in embeddings.parameters()}
     trained = [p for p in output.parameters() if p.requires_grad and id(p) not in shared]

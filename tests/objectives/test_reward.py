@@ -276,3 +276,21 @@ def test_adapters_are_found_beside_the_head_and_it_is_none_of_them(tmp_path):
     draw_adapters(module)
     trained = {name for name, p in module.model.named_parameters() if p.requires_grad}
     assert "score.weight" in trained and not any(name.startswith("score.") and "lora" in name for name in trained)
+
+
+def test_modules_are_chosen_by_gradients_of_the_rewards(tmp_path):
+    run(tmp_path / "run", "method=hybrid_lora", "adapter.budget=0.5", "trainer.max_steps=2")
+    tensors = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    whole = [name for name in tensors if "lora" not in name]
+    assert "base_model.model.score.weight" in whole and len(whole) > 1
+    found = evaluate(compose_config("evaluate", [f"adapter_path={tmp_path}/run", "max_rows=8"]))
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert found["adapter"]["loss"] == pytest.approx(result["validation_loss"], rel=1e-5)
+
+
+def test_margins_of_an_adapter_that_writes_are_refused(tmp_path):
+    train(tiny_config(tmp_path / "sft", "trainer.max_steps=1", "logger=csv"))
+    path = written(tmp_path / "rows.jsonl", MARGINS)
+    words = [f"adapter_path={tmp_path}/sft", "data=jsonl", f"data.train_path={path}", "data.rows=pairs"]
+    with pytest.raises(ValueError, match="data.margin_column=margin: margins are of rewards"):
+        evaluate(compose_config("evaluate", [*words, "data.margin_column=margin"]))
