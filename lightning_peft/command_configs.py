@@ -140,10 +140,17 @@ class GenerateConfig:
     imports: list[str] = field(default_factory=list)
     """Modules imported before options are read: the method or task of an adapter made with one's own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    passes: int = 1
+    """Draws of an adapter of method=balora whose probabilities are averaged for each token, with how unsure they are; 1
+    draws none, and answers as a plain LoRA."""
     precision: str = "auto"
     """dtype of the computation, as trainer.precision."""
 
     def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise ValueError(f"passes={self.passes}: must be at least 1")
+        if self.passes > 1 and self.prompt is None and self.prompt_path is None:
+            raise ValueError(f"passes={self.passes}: needs prompt= or prompt_path=; a chat takes no draws")
         if self.prompt is not None and self.prompt_path is not None:
             raise ValueError(f"prompt and prompt_path={self.prompt_path} are both given: use one")
         if self.adapter_path is None and self.model is None:
