@@ -49,6 +49,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
     if config.adapter_path is None and config.models is not Scored.base:
         raise ValueError("adapter_path=null: without an adapter only models=base can be scored")
+    if config.data is not None:
+        refuse_teacher_prompt(config.data)
     if config.data is not None and saved is not None:
         data_config = laid_out_as(saved.data, data_config)
     data_config = replace(data_config, streaming=False, max_validation_rows=config.max_rows)
@@ -199,6 +201,14 @@ def benchmarked(
     return run_harness(
         model, tokenizer, config.tasks, config.tasks_path, config.benchmark_limit, batch, config.num_fewshot
     )
+
+
+def refuse_teacher_prompt(data: DataConfig) -> None:
+    """Raise ValueError for a text that a teacher alone would read, where there is none."""
+    if data.teacher_prompt is not None:
+        raise ValueError(
+            "data.teacher_prompt: a teacher reads it in training, and here is none; the model reads data.system_prompt"
+        )
 
 
 def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:

@@ -200,7 +200,9 @@ def written_by(model: PreTrainedModel, name: str, width: int) -> str:
     layer: Any = model.get_submodule(name)
     if model.get_output_embeddings() is layer:
         return "logits"
-    if final_norm(model) is None or width != model.config.get_text_config().hidden_size:
+    if final_norm(model) is None:
+        return "where no final norm was found to read it by"
+    if width != model.config.get_text_config().hidden_size:
         return "inside its block"
     if block_depth(name) is None or not any(matches(writer, name) for writer in WRITERS):
         return "inside its block"

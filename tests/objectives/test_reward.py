@@ -17,6 +17,7 @@ from tiny_runs import tiny_config, tiny_parts
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.commands import COMMANDS
+from lightning_peft.commands.calibrate import calibrate
 from lightning_peft.commands.evaluate import evaluate
 from lightning_peft.commands.inspect import inspect
 from lightning_peft.commands.train import train
@@ -294,3 +295,7 @@ def test_margins_of_an_adapter_that_writes_are_refused(tmp_path):
     words = [f"adapter_path={tmp_path}/sft", "data=jsonl", f"data.train_path={path}", "data.rows=pairs"]
     with pytest.raises(ValueError, match="data.margin_column=margin: margins are of rewards"):
         evaluate(compose_config("evaluate", [*words, "data.margin_column=margin"]))
+    with pytest.raises(ValueError, match="data.teacher_prompt: a teacher reads it in training, and here is none"):
+        evaluate(compose_config("evaluate", [*words[:3], "data.teacher_prompt=Hi"]))
+    with pytest.raises(ValueError, match="data.margin_column=margin: margins are of rewards"):
+        calibrate(compose_config("calibrate", [*words, "data.margin_column=margin"]))
