@@ -140,10 +140,17 @@ class GenerateConfig:
     imports: list[str] = field(default_factory=list)
     """Modules imported before options are read: the method or task of an adapter made with one's own."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    passes: int = 1
+    """Draws of an adapter of method=balora whose probabilities are averaged for each token, with how unsure they are; 1
+    draws none, and answers as a plain LoRA."""
     precision: str = "auto"
     """dtype of the computation, as trainer.precision."""
 
     def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise ValueError(f"passes={self.passes}: must be at least 1")
+        if self.passes > 1 and self.prompt is None and self.prompt_path is None:
+            raise ValueError(f"passes={self.passes}: needs prompt= or prompt_path=; a chat takes no draws")
         if self.prompt is not None and self.prompt_path is not None:
             raise ValueError(f"prompt and prompt_path={self.prompt_path} are both given: use one")
         if self.adapter_path is None and self.model is None:
@@ -401,11 +408,15 @@ class InspectConfig:
     intruders: int = 0
     """Largest directions of each tuned weight among which those are counted that are none of the base's; 0 counts none.
     It takes two singular value decompositions of every weight."""
+    directions: int = 0
+    """Strongest directions that are read as keys and values, so many of the layers that write the residual stream and
+    so many of the others: the tokens of the run's validation rows that each looks for, and of the former those that it
+    promotes through the output head; 0 reads none."""
     smaller_ranks: bool = False
     """Score the adapter cut to half its rank, a quarter and so on, without training, on rows that the run was
     validated on."""
     max_rows: int = 200
-    """Validation rows for smaller_ranks."""
+    """Validation rows for smaller_ranks and directions."""
     model: ModelConfig | None = None
     """Base model; null takes the one the adapter was trained on."""
     precision: str = "auto"
@@ -418,6 +429,8 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if self.intruders < 0:
             raise ValueError(f"intruders={self.intruders}: must be at least 0")
+        if self.directions < 0:
+            raise ValueError(f"directions={self.directions}: must be at least 0")
         check_folder_of("output", self.output)
         if self.max_rows < 1:
             raise ValueError(f"max_rows={self.max_rows}: must be at least 1")

@@ -77,6 +77,21 @@ def rows_of_objective(data: DataConfig, objective: ObjectiveConfig) -> DataConfi
             f"data.rows={data.rows.name}: objective={objective.name} takes {rows.name}; leave it out, or use "
             f"objective={' or '.join(takers)}"
         )
+    for source in sources_of(data):
+        if source.config.teacher_prompt is not None and not isinstance(objective, DistillConfig):
+            key = f"data.sources.{source.name}" if source.name else "data"
+            raise ValueError(
+                f"{key}.teacher_prompt: objective={objective.name} has no teacher that reads it; use "
+                "objective=distill, or data.system_prompt for what the model itself reads"
+            )
+    if not OBJECTIVES[objective.name].gives_rewards:
+        for source in sources_of(data):
+            if (column := source.config.margin_column) is not None:
+                key = f"data.sources.{source.name}" if source.name else "data"
+                raise ValueError(
+                    f"{key}.margin_column={column}: objective={objective.name} has no margins of rows; use "
+                    "objective=reward, or leave it out"
+                )
     return replace(data, rows=rows)
 
 
@@ -166,6 +181,8 @@ class TrainConfig:
         self.check_reference(trains_all)
         if isinstance(self.objective, DistillConfig):
             self.check_teacher(self.objective)
+        if OBJECTIVES[self.objective.name].gives_rewards:
+            self.check_rewards(trains_all)
         noise = self.objective.noise_alpha if isinstance(self.objective, SFTConfig) else 0
         if noise and self.compile is Compilation.full:
             raise ValueError(
@@ -211,15 +228,42 @@ class TrainConfig:
                 f"objective={self.objective.name} method={self.adapter.method}: the reference is the model with "
                 f"adapters off, and this method trains the model itself; use method=lora{instead}"
             )
-        if self.strategy.kind is StrategyKind.fsdp and not starts_as_base(self.adapter):
+        chooses = self.adapter.method in METHODS and METHODS[self.adapter.method].select is not None
+        if self.strategy.kind is StrategyKind.fsdp and (chooses or not starts_as_base(self.adapter)):
             raise ValueError(
                 f"objective={self.objective.name} strategy=fsdp: the reference is a copy of what trains where a run "
                 "starts from adapter.init_from, rewrites the base, or trains modules or biases in full, and slices "
                 f"keep no copy; use strategy=ddp{instead}"
             )
 
+    def check_rewards(self, trains_all: bool) -> None:
+        """Raise ValueError for what a model that scores answers, and writes none, cannot have."""
+        name = f"objective={self.objective.name}"
+        if trains_all:
+            raise ValueError(
+                f"{name} method={self.adapter.method}: its whole model would be saved as one that writes, without the "
+                "head of the rewards; use method=lora"
+            )
+        if self.validation.metrics:
+            raise ValueError(
+                f"{name} validation.metrics={list(self.validation.metrics)}: are of answers, and a reward model writes "
+                "none; leave them out, validation_rewards/accuracy is computed anyway"
+            )
+        if self.target_server:
+            raise ValueError(f"{name} target_server={list(self.target_server)}: engines serve what writes answers")
+
     def check_teacher(self, objective: DistillConfig) -> None:
-        """Raise ValueError where a run cannot have a teacher beside it."""
+        """Raise ValueError where a run cannot have a teacher beside it, or cannot keep what one gave."""
+        if objective.teacher_top_k is not None:
+            kept = f"objective.teacher_top_k={objective.teacher_top_k}"
+            if self.data.cache_dir is None:
+                raise ValueError(f"{kept} data.cache_dir=null: names no folder to keep it in; leave data.cache_dir out")
+            if self.data.streaming:
+                raise ValueError(
+                    f"{kept} data.streaming=true: rows that are read during training are not there before it; leave "
+                    "one of them out"
+                )
+            return
         if self.strategy.kind is StrategyKind.fsdp:
             raise ValueError(
                 "objective=distill strategy=fsdp: every rank holds the teacher whole, and slices of a base share "

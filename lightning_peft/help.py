@@ -17,7 +17,7 @@ GROUPS = {
     "method": "how the model is tuned; picks adapter, quantisation and optimiser",
     "model": "which model: a name, org/name on the hub, a folder or a .gguf file",
     "data": "which rows: a data set, or a file of your own",
-    "objective": "what is trained for: answers (sft), a teacher (distill), preferences (dpo and others)",
+    "objective": "what is trained for: answers (sft), a teacher (distill), preferences (dpo, ...), scores (reward)",
     "rank": "size of the adapter; any number, as in rank=16",
     "target_modules": "which layers are adapted",
     "hardware": "what it runs on: strategy, precision, batch, recomputation",

@@ -56,6 +56,7 @@ OURS = {
     "objective.label_smoothing": "label_smoothing cdpo_label_smoothing dpo_label_smoothing",
     "objective.beta": "beta dpo_beta pref_beta rl_beta",
     "objective.gamma": "simpo_gamma",
+    "objective.centering": "center_rewards_coefficient",
     "objective.teacher": "teacher teacher_model teacher_model_name_or_path",
     "objective.weight": "kd_alpha",
     "objective.temperature": "kd_temperature",

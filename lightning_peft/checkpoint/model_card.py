@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage
+from lightning_peft.checkpoint.peft_words import OF_REWARDS
 
 FILE_NAME = "README.md"
 MARK = "<!-- written by lightning-peft -->"
@@ -26,19 +27,20 @@ def write_card(folder: Path, run: Path | None = None, lineage: Lineage | None = 
     base = adapter.get("base_model_name_or_path")
     result, evaluation = (_json(run / name) if run is not None else {} for name in ("result.json", "evaluation.json"))
     parts = [
-        _front_matter(lineage, base, bool(adapter)),
+        _front_matter(lineage, base, adapter),
         f"# {'Adapter of' if adapter else 'Fine-tuned'} {lineage.base_name}",
         MARK,
         _facts(lineage, adapter),
         _scores(result, evaluation, _json(folder / "merge_receipt.json")),
         _prompt(_json(folder / "prompt_layout.json")),
-        _use(bool(adapter), bool(lineage.parents)),
+        _use_of_rewards(base) if adapter.get("task_type") == OF_REWARDS else _use(bool(adapter), bool(lineage.parents)),
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _front_matter(lineage: Lineage, base: str | None, is_adapter: bool) -> str:
-    lines = [f"library_name: {'peft' if is_adapter else 'transformers'}", "pipeline_tag: text-generation"]
+def _front_matter(lineage: Lineage, base: str | None, adapter: dict[str, Any]) -> str:
+    task = "text-classification" if adapter.get("task_type") == OF_REWARDS else "text-generation"
+    lines = [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {task}"]
     if base is not None and not base.startswith("/"):
         lines.insert(0, f"base_model: {base}")
     tags = ["lightning-peft", lineage.method]
@@ -122,6 +124,18 @@ def _use(is_adapter: bool, is_converted: bool) -> str:
         "config_path=RUN/config.yaml` trains it again."
     )
     return f"## Use\n\n```bash\nlightning-peft generate adapter_path=FOLDER prompt='...'\n```\n\n{again}"
+
+
+def _use_of_rewards(base: str | None) -> str:
+    return (
+        "## Use\n\nA reward model: one number for a conversation, larger for the better answer, of its last token.\n\n"
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForSequenceClassification\n\n"
+        f'base = AutoModelForSequenceClassification.from_pretrained("{base or "BASE"}", num_labels=1)\n'
+        'model = PeftModel.from_pretrained(base, "FOLDER_OR_REPOSITORY")\n```\n\n'
+        "transformers reads the last token that is not `pad_token_id`: where a conversation ends in that one, score it "
+        "by itself with `model.config.pad_token_id = None`.\n\n"
+        "```bash\nlightning-peft evaluate adapter_path=FOLDER\n```"
+    )
 
 
 def _listed(value: Any) -> str:

@@ -6,9 +6,10 @@ import warnings
 from copy import deepcopy
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters
+from lightning_peft.models.reward_head import reward_head
 from lightning_peft.models.streaming import parameters_on_meta
 from lightning_peft.quantization.weights import never_calls
 
@@ -26,7 +27,11 @@ def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with parameters_on_meta():
-        base = type(model)._from_config(config)
+        if reward_head(model) is None:
+            base = type(model)._from_config(config)
+        else:
+            config.num_labels = 1
+            base = AutoModelForSequenceClassification.from_config(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

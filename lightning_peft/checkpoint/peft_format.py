@@ -85,11 +85,12 @@ def save_adapter(
             beside(partial)
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
+def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] = ()) -> None:
     """Copy the tensors of an adapter folder into a model that `inject_adapters` has prepared for them.
 
-    Embeddings and biases of the base that the folder carries are replaced too. Raises AdapterFileError when the file is
-    missing or damaged, or its names or shapes are not those of the model.
+    Embeddings and biases of the base that the folder carries are replaced too. Trained tensors of `may_lack` that the
+    folder has not keep their values. Raises AdapterFileError when the file is missing or damaged, or its names or
+    shapes are not those of the model.
     """
     folder = Path(folder)
     words = read_words(folder)
@@ -101,6 +102,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         for name, tensor in from_peft(model, _read_tensors(folder), PREFIX).items()
         if tensor.numel() or name in expected
     }
+    for name in may_lack:
+        if PREFIX + name in expected and PREFIX + name not in got:
+            logger.info("%s has no %s: it starts anew", folder, name)
+            del expected[PREFIX + name]
     expected |= _base_tensors(model, words, got.keys() - expected.keys())
     check_names_and_shapes(str(folder / WEIGHTS_NAME), expected, got, AdapterFileError)
     _warn_of_other_scaling(model, words, got, folder)

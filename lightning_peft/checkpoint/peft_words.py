@@ -30,11 +30,14 @@ from lightning_peft.checkpoint.peft_methods import (
     spelling,
     spellings,
 )
+from lightning_peft.models.reward_head import reward_head
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
+OF_REWARDS = "SEQ_CLS"
+"""HF's task of a model that gives each text one number."""
 
 Words = Mapping[str, Any]
 """HF's configuration: word -> value."""
@@ -52,7 +55,7 @@ def write_words(
     layers = dict(adapters(model))
     words: dict[str, Any] = {
         "peft_type": row.peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": OF_REWARDS if reward_head(model) is not None else "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "target_modules": target_words(model, [name for name, layer in layers.items() if not _is_stack(layer)]),
@@ -149,6 +152,11 @@ def read_words(folder: Path) -> dict[str, Any]:
     if not isinstance(words, dict) or "peft_type" not in words:
         raise AdapterFileError(f"{path}: names no peft_type, so it is not the config of an adapter")
     return words
+
+
+def gives_rewards(folder: Path) -> bool:
+    """Return whether the model of an adapter folder scores texts, by a head that the folder has, and writes none."""
+    return read_words(folder).get("task_type") == OF_REWARDS
 
 
 def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:

@@ -105,9 +105,9 @@ def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> P
 
 
 def load_for_inference(
-    adapter_path: str | None, model: ModelConfig | None, precision: str
+    adapter_path: str | None, model: ModelConfig | None, precision: str, takes_rewards: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model, adapted where there is an adapter, and its tokenizer."""
+    """The model, adapted where there is an adapter, and its tokenizer. ValueError for rewards unless they are taken."""
     base, quantization = base_of(adapter_path, model)
     device = inference_device()
     dtype = inference_dtype(adapter_path, precision)
@@ -117,4 +117,4 @@ def load_for_inference(
     tokenizer = load_tokenizer(base)
     if folder is None or is_whole_model(folder):
         return load_model(base, dtype, quantization, device=device).eval(), tokenizer
-    return load_adapted(folder, base, quantization, dtype, device), tokenizer
+    return load_adapted(folder, base, quantization, dtype, device, takes_rewards), tokenizer

@@ -40,7 +40,7 @@ from lightning_peft.commands.adapted import base_of, best_of_sweep, layout_of, l
 from lightning_peft.commands.merge import sample_ids
 from lightning_peft.config import plain
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_tokenizer, model_name, source_fingerprint
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import Kind
@@ -124,10 +124,17 @@ def read_parent(path: str, weight: float) -> Parent:
     if is_whole_model(folder):
         raise ValueError(f"adapter_path={path}: a whole model, and convert works on adapters")
     adapter = adapter_config_from_peft(folder)
+    refuse_rewards(folder)
     if beside := tensors_beside(folder):
         raise ValueError(
             f"adapter_path={path}: trains {beside[0]} of the base as well, which is no change that convert carries; "
             "use `lightning-peft merge`"
+        )
+    if stacks := read_words(folder).get("target_parameters"):
+        raise ValueError(
+            f"adapter_path={path}: adapts {len(stacks)} stacks of experts, as {stacks[0]}, whose changes are a matrix "
+            "for every expert, and convert works on layers of one matrix; use `lightning-peft merge`, or train at the "
+            "rank wanted"
         )
     if adapter.initialization.rewrites_base:
         raise ValueError(

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
+from lightning_peft.checkpoint.peft_words import gives_rewards
 from lightning_peft.command_configs import EvaluateConfig, Scored
 from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_base, load_for_inference, saved_config
+from lightning_peft.config import TrainConfig
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
@@ -23,10 +25,12 @@ from lightning_peft.data.mixture import sources_of
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.gate import DoNotShip, Metric, verdicts
 from lightning_peft.evaluation.harness import check_harness, run_harness
+from lightning_peft.evaluation.rewards import reward_scores
 from lightning_peft.evaluation.runner import PREFERENCES, Scores, score, with_shots
 from lightning_peft.evaluation.scorers import with_answer
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.packing import packing_of
+from lightning_peft.objectives.reward import RewardConfig
 from lightning_peft.strict_json import json_text
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Row, Task
@@ -46,9 +50,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
     if config.adapter_path is None and config.models is not Scored.base:
         raise ValueError("adapter_path=null: without an adapter only models=base can be scored")
+    if config.data is not None:
+        refuse_teacher_prompt(config.data)
     if config.data is not None and saved is not None:
         data_config = laid_out_as(saved.data, data_config)
     data_config = replace(data_config, streaming=False, max_validation_rows=config.max_rows)
+    if config.adapter_path is not None and not is_whole_model(folder := tuned_folder(config.adapter_path)):
+        if gives_rewards(folder):
+            return evaluate_rewards(config, saved, data_config)
+    if (column := data_config.margin_column) is not None:
+        raise ValueError(f"data.margin_column={column}: margins are of rewards, and this model gives none; leave out")
     task = TASKS[data_config.task]
     if config.benchmark is not None:
         check_harness(config.tasks, config.tasks_path)
@@ -118,6 +129,45 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
+def evaluate_rewards(config: EvaluateConfig, saved: TrainConfig | None, data: DataConfig) -> dict[str, Any]:
+    """Score the adapter of a reward model on validation pairs; its base has no head that gives rewards."""
+    if data.rows not in (None, RowKind.pairs):
+        raise ValueError(
+            f"data.rows={data.rows.name}: {config.adapter_path} is a reward model's, which is scored on pairs"
+        )
+    refused = {
+        "models=base": config.models is Scored.base,
+        "gate=": bool(config.gate),
+        f"benchmark={config.benchmark}": config.benchmark is not None,
+    }
+    for words, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(
+                f"{words}: {config.adapter_path} is a reward model's, which writes no answers and whose base has no "
+                "head of rewards; leave it out"
+            )
+    model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision, takes_rewards=True)
+    data = replace(data, rows=RowKind.pairs, packing=packing_of(data, model))
+    loader, pairs = validation_loader(data, tokenizer)
+    options = saved.objective if saved is not None and isinstance(saved.objective, RewardConfig) else RewardConfig()
+    started = time.perf_counter()
+    found = reward_scores(model, options, loader)
+    table = Table("", "adapter", title=f"{pairs} pairs never seen in training; the base has no head of rewards")
+    table.add_row("loss per pair", f"{found['loss'].value:.4f}")
+    table.add_row("preference accuracy", f"{found['preference_accuracy'].value:.1%}")
+    table.add_row("reward margin", f"{found['reward_margin'].value:.4f}")
+    console().print(table)
+    scores = {
+        "loss": found["loss"].value,
+        "metrics": {key: metric.value for key, metric in found.items() if key != "loss"},
+        "intervals": {key: metric.interval for key, metric in found.items() if metric.interval is not None},
+        "seconds": time.perf_counter() - started,
+    }
+    report = {"adapter": scores, "loss_rows": pairs, "task": data.task}
+    write_report(report, config)
+    return report
+
+
 def check_gate(config: EvaluateConfig, task: Task, data: DataConfig) -> None:
     """Raise ValueError for a threshold of a metric that will not be scored, as far as that is known without rows."""
     sources = [f"loss/{source.name}" for source in sources_of(data) if source.name]
@@ -154,6 +204,14 @@ def benchmarked(
     return run_harness(
         model, tokenizer, config.tasks, config.tasks_path, config.benchmark_limit, batch, config.num_fewshot
     )
+
+
+def refuse_teacher_prompt(data: DataConfig) -> None:
+    """Raise ValueError for a text that a teacher alone would read, where there is none."""
+    if data.teacher_prompt is not None:
+        raise ValueError(
+            "data.teacher_prompt: a teacher reads it in training, and here is none; the model reads data.system_prompt"
+        )
 
 
 def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:

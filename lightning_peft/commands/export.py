@@ -27,7 +27,7 @@ from lightning_peft.commands.adapted import (
 )
 from lightning_peft.commands.merge import logits_of_base, sample_ids
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config
 from lightning_peft.models.source import MODELS, ModelConfig, locate
 from lightning_peft.serving import gguf_lora, gguf_model, ollama
@@ -107,6 +107,8 @@ def checked(config: ExportConfig) -> Source:
     folder = tuned_folder(config.adapter_path)
     base, _ = base_of(config.adapter_path, config.model)
     whole = is_whole_model(folder)
+    if not whole:
+        refuse_rewards(folder)
     if whole and config.format in LOW_RANK:
         raise ValueError(f"format={format}: {folder} holds a whole model, which is no adapter; use format=gguf")
     adapter = METHODS["full"].config(method="full", rank=None) if whole else adapter_config_from_peft(folder)

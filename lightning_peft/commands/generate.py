@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from lightning_peft.data.conversation import BadRow, Conversation, Message, Row
 from lightning_peft.data.files import find_files, read_rows
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.turns import read_turns, unread_keys
+from lightning_peft.inference.drawn import check_draws, generate_drawn
 from lightning_peft.inference.generate import generate_batch, generate_stream
+from lightning_peft.progress import Part
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def generate(config: GenerateConfig) -> None:
     if config.adapter_path is not None:
         config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    if config.passes > 1:
+        check_draws(model, config.passes)
     layout = layout_of(config.adapter_path, tokenizer)
     if config.system_prompt is not None:
         if layout.kind != "chat":
@@ -50,7 +54,9 @@ def generate(config: GenerateConfig) -> None:
         layout = replace(layout, system_prompt=config.system_prompt)
     if prompts is not None and layout.kind != "chat" and any(prompt.messages is not None for prompt in prompts):
         raise ValueError(f"prompt_path={config.prompt_path}: has messages, and the adapter was trained without turns")
-    if config.prompt is not None:
+    if config.passes > 1:
+        drawn(model, tokenizer, layout, config, prompts)
+    elif config.prompt is not None:
         stream(model, tokenizer, layout.prompt(layout.conversation(config.prompt), tokenizer), config)
     elif prompts is not None:
         ids = [layout.prompt(prompt.conversation(layout), tokenizer) for prompt in prompts]
@@ -58,6 +64,31 @@ def generate(config: GenerateConfig) -> None:
         write_answers([prompt.row for prompt in prompts], answers, config.output)
     else:
         chat(model, tokenizer, layout, config)
+
+
+def drawn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: PromptLayout,
+    config: GenerateConfig,
+    prompts: list[Prompt] | None,
+) -> None:
+    """Answer by the mean of several draws; say how unsure they are beside each answer."""
+    asked = [Prompt({"prompt": config.prompt})] if prompts is None else prompts
+    rows, answers = [], []
+    for prompt in asked:
+        ids = layout.prompt(prompt.conversation(layout), tokenizer)
+        with Part("drawing an answer", config.sampling.max_new_tokens) as part:
+            found = generate_drawn(model, tokenizer, ids, config.sampling, config.passes, part.advance)
+        figures = {key: value for key, value in asdict(found).items() if key != "text"}
+        rows.append(prompt.row | figures)
+        answers.append(found.text)
+    if prompts is not None:
+        write_answers(rows, answers, config.output)
+        return
+    print(answers[0])
+    said = f"entropy {rows[0]['entropy']:.3f} nats a token, of which {rows[0]['disagreement']:.3f} is disagreement of "
+    print(f"{said}{config.passes} draws; confidence {rows[0]['confidence']:.1%}", file=sys.stderr)
 
 
 def read_prompts(path: str | None) -> list[Prompt] | None:

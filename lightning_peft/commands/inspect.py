@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -29,11 +30,13 @@ from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import InspectConfig
 from lightning_peft.commands.adapted import base_of, best_of_sweep, inference_dtype, load_for_inference, saved_config
-from lightning_peft.commands.evaluate import validation_loader
+from lightning_peft.commands.evaluate import console, validation_loader
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.data.config import DataConfig
+from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.evaluation.key_values import key_values
 from lightning_peft.evaluation.smaller_ranks import score_ranks, smallest_as_good
-from lightning_peft.inference.load import is_whole_model, tuned_folder
+from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.packing import packing_of
 from lightning_peft.progress import Part
@@ -51,7 +54,9 @@ OF_SOME = {"magnitude": "magnitude", "codes / W": "quantization_error"}
 def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     """Measure the change of every layer: print a table by kind of layer, write every layer's figures and a picture."""
     path = best_of_sweep(config.adapter_path)
-    data = _validation_rows(path, config) if config.smaller_ranks else None
+    option = "smaller_ranks=true" if config.smaller_ranks else f"directions={config.directions}"
+    rows = _validation_rows(path, config, option) if config.smaller_ranks or config.directions else None
+    data = rows if config.smaller_ranks else None
     model, tokenizer = _model_of(path, config)
     found = _adapters_in(model, path)
     to_cut = None if data is None else _to_cut(path, model, data, tokenizer)
@@ -73,6 +78,8 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     _show(spectra, kinds, common)
     for warning in warnings:
         print(warning)
+    if rows is not None and config.directions:
+        content["directions"] = _directions(path, model, tokenizer, found, rows, config.directions)
     output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"
     output.write_text(json_text(content))
     print(output)
@@ -86,7 +93,9 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
 def _model_of(path: str, config: InspectConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if is_whole_model(tuned_folder(path)):
         raise ValueError(f"adapter_path={path}: a whole model, and inspect looks at adapters")
-    return load_for_inference(path, config.model, config.precision)
+    if config.smaller_ranks or config.directions:
+        refuse_rewards(tuned_folder(path))
+    return load_for_inference(path, config.model, config.precision, True)
 
 
 def _adapters_in(model: PreTrainedModel, path: str) -> dict[str, Adapter]:
@@ -124,10 +133,38 @@ def _with_quantization_errors(
     return result
 
 
-def _validation_rows(path: str, config: InspectConfig) -> DataConfig:
+def _directions(
+    path: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    found: dict[str, Adapter],
+    data: DataConfig,
+    count: int,
+) -> list[dict[str, Any]]:
+    """Read the strongest directions on validation rows and print them; returns them for the file."""
+    if any(layer.rewrote_base for layer in found.values()):
+        raise ValueError(
+            f"directions={count}: {path} is for a base that its start rewrote; convert it by `export` first"
+        )
+    samples = SFTDataModule(replace(data, packing=False), tokenizer, seed=0)
+    samples.setup("validate")
+    with Part("reading the validation rows", samples.validation_audit.samples) as part:
+        directions = key_values(model, tokenizer, found, part.counting(samples.validation_ids()), count)
+    table = Table("direction", Column("s", justify="right"), Column("energy", justify="right"), "reads", "promotes")
+    for one in directions:
+        reads = [f"{reading.token!r} {reading.activation:.1f}" for reading in one.reads]
+        promoted = f"- (writes {one.writes})" if one.promotes is None else " ".join(map(repr, one.promotes))
+        name = f"{one.layer} {one.index}"
+        table.add_row(*map(escape, (name, f"{one.singular_value:.3g}", f"{one.energy:.0%}", " ".join(reads), promoted)))
+    table.caption = "reads: tokens at which the key is met most, and how much, as a multiple of its root mean square"
+    console().print(table)
+    return [asdict(one) for one in directions]
+
+
+def _validation_rows(path: str, config: InspectConfig, option: str) -> DataConfig:
     saved = saved_config(path)
     if saved is None:
-        raise ValueError(f"smaller_ranks=true: {path} does not say its data, on whose rows a cut adapter is scored")
+        raise ValueError(f"{option}: {path} does not say its data, on whose validation rows the adapter is run")
     return replace(saved.data, streaming=False, max_validation_rows=config.max_rows)
 
 

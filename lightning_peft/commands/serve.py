@@ -18,7 +18,7 @@ from lightning_peft.commands.adapted import (
 )
 from lightning_peft.inference.decoding import Decoder
 from lightning_peft.inference.generate import declared_end_ids
-from lightning_peft.inference.load import adapter_folder, tuned_folder
+from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name, source_fingerprint
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.serving.engine import Engine
@@ -102,6 +102,7 @@ def checked(folders: dict[str, Path], fingerprint: str, base_name: str) -> tuple
     alone: AdapterFileError | None = None
     for folder in folders.values():
         check_lineage(folder, fingerprint, base_name=base_name)
+        refuse_rewards(folder)
         try:
             ranks.append(max(len(change.A) for change in read_low_rank(folder).values()))
         except AdapterFileError as error:

@@ -72,7 +72,7 @@ def estimate_of(config: EstimateConfig) -> Estimate:
         adapter_rank=config.adapter.rank,
     )
     objective: ModelLoss = empty_objective(config, plan.weight_dtype)
-    if isinstance(config.objective, DistillConfig):
+    if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is None:
         teacher = empty_teacher(config, config.objective, plan.weight_dtype)
         stored = stored_by_teacher(teacher, objective.model, shares_base(config.objective))
         options = replace(options, teacher=stored)
@@ -94,7 +94,7 @@ def empty_teacher(config: TrainConfig, objective: DistillConfig, dtype: torch.dt
     return teacher
 
 
-def empty_objective(config: TrainConfig, dtype: torch.dtype) -> SupervisedLoss:
+def empty_objective(config: TrainConfig, dtype: torch.dtype) -> ModelLoss:
     """Model and loss as `train` makes them, on the meta device."""
     model = empty_model(config.model, dtype)
     form = prepare_as_published(model, config.model)
@@ -121,9 +121,12 @@ def empty_objective(config: TrainConfig, dtype: torch.dtype) -> SupervisedLoss:
     if quantization.is_on:
         prepare_quantized(model, quantization)
     accept_packed_batches(model)
+    row = OBJECTIVES[config.objective.name]
+    if row.prepare is not None:
+        row.prepare(model, config.seed)
     inject_adapters(model, adapter)
     checkpoint_blocks(model, config.activation_checkpointing)
-    return SupervisedLoss(model)
+    return row.build(model, config.objective, config.data.packing) if row.gives_rewards else SupervisedLoss(model)
 
 
 def with_fitting_checkpointing(config: Config, machine: Machine) -> Config:

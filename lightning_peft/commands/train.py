@@ -15,6 +15,7 @@ from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.checkpoint.peft_words import gives_rewards
 from lightning_peft.commands.step_estimate import with_fitting_checkpointing
 from lightning_peft.commands.training import Prepared, prepare_folder, train_with_rollbacks
 from lightning_peft.config import TrainConfig
@@ -35,6 +36,8 @@ from lightning_peft.models.loading import (
 )
 from lightning_peft.models.packing import packing_of
 from lightning_peft.objectives.distill import DistillConfig
+from lightning_peft.objectives.registry import OBJECTIVES
+from lightning_peft.objectives.reward import refuse_trained_output
 from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
@@ -139,8 +142,12 @@ def check_model(config: TrainConfig) -> bool:
     """
     if config.adapter.init_from is not None:
         folder = adapter_folder(config.adapter.init_from, "adapter.init_from")
+        if gives_rewards(folder) and not OBJECTIVES[config.objective.name].gives_rewards:
+            raise ValueError(f"adapter.init_from={folder}: is a reward model's; objective=reward trains it on")
         check_lineage(folder, source_fingerprint(config.model), config.quantization.kind.name, model_name(config.model))
     model = empty_model(config.model)
+    if (prepare := OBJECTIVES[config.objective.name].prepare) is not None:
+        prepare(model, config.seed)
     if (form := prepare_as_published(model, config.model)) is not None:
         check_fits_published(form, config.adapter, config.quantization)
     if config.strategy.kind is StrategyKind.fsdp:
@@ -148,10 +155,13 @@ def check_model(config: TrainConfig) -> bool:
     method = METHODS[config.adapter.method]
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
     packs = packing_of(config.data, model)
-    if isinstance(config.objective, DistillConfig):
+    if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is None:
         packs = packs and teacher_packs(config.objective, config.data)
-    if config.dry_run:
+    if config.dry_run or OBJECTIVES[config.objective.name].gives_rewards:
         inject_adapters(model, config.adapter)
+    if OBJECTIVES[config.objective.name].gives_rewards:
+        refuse_trained_output(model)
+    if config.dry_run:
         Console().print(describe_targets(targets, model))
     return packs
 

@@ -32,6 +32,8 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import MODEL_FOLDER
+from lightning_peft.objectives.distill import DistillConfig
+from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
 from lightning_peft.runs.folder import end_of, folder_of
 from lightning_peft.runs.plan import RunPlan
@@ -60,6 +62,7 @@ from lightning_peft.training.guard import Diverged, Guard
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
+from lightning_peft.training.teacher_store import keep_teacher
 from lightning_peft.training.together import Member, MemberSignals, TogetherModule
 
 logger = logging.getLogger(__name__)
@@ -116,6 +119,13 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     """
     config, plan, data, tokenizer, scored = run.config, run.plan, run.data, run.tokenizer, run.scored
     run_dir, content, member, leaves_ranks = run.run_dir, run.content, run.member, run.leaves_ranks
+    if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is not None:
+        device = torch.device(plan.accelerator if plan.accelerator == "cuda" else "cpu")
+        assert config.data.cache_dir is not None, "checked with the options"
+        keep_teacher(
+            data, config.objective, config.model, config.quantization, plan.weight_dtype, device, config.data.cache_dir
+        )  # fmt: skip
+        gc.collect()
     make = FinetuneModule if member is None else partial(TogetherModule, member)
     module = make(
         config.model, config.adapter, config.optimizer, config.schedule, config.quantization,
@@ -136,7 +146,11 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
 
     guard = Guard(config.guard, plan.precision == "16-mixed")
     metrics = StepMetrics(guard)
-    samples = read_conversations(config.data, "validation", config.validation.samples)
+    asked = config.validation.samples
+    if asked and OBJECTIVES[config.objective.name].gives_rewards:
+        logger.info("validation.samples=%d: none is written, as a reward model writes no answers", asked)
+        asked = 0
+    samples = read_conversations(config.data, "validation", asked)
     signals = PreemptionSignals(plan.max_seconds)
     if member is not None:
         signals = MemberSignals(member.group, plan.max_seconds, run_dir)

@@ -67,6 +67,10 @@ class Audit:
     preferences: dict[str, int] = field(default_factory=dict)
     """Counts over preference rows: pairs, ties, chosen_tokens, rejected_tokens, chosen_longer, shared_tokens; or wanted
     and unwanted answers."""
+    without_others: int = 0
+    """Labelled rows read alone, whose own answer stands for that to another prompt."""
+    taught_tokens: int = 0
+    """Tokens that a teacher reads in place of the samples, where it reads others."""
     packing_fill: float | None = None
     """Share of tokens that are not padding, without packing None."""
 
@@ -155,6 +159,9 @@ class Audit:
         if set(self.kinds) - {Kind.answer.name, Kind.end.name}:
             parts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.kinds.items())
             lines.append(f"trained tokens: {parts}")
+        if self.taught_tokens:
+            more = (self.taught_tokens - self.tokens) / self.samples
+            lines.append(f"the teacher reads {self.taught_tokens:,} tokens for them, {more:.1f} more a sample")
         lines += self._preference_lines()
         if self.own_turns:
             lines.append(
@@ -189,9 +196,15 @@ class Audit:
             return [
                 f"{found['ties']:,} of {found['pairs']:,} pairs have the same tokens in both answers: nothing to prefer"
             ]
+        lines = []
         if "pairs" not in found and len(found) == 1:
-            return [f"every answer is {next(iter(found))}: a preference needs both"]
-        return []
+            lines.append(f"every answer is {next(iter(found))}: a preference needs both")
+        if self.without_others:
+            lines.append(
+                f"{self.without_others:,} rows were read alone, so that the distance to the reference is of their own "
+                "answers; give more rows, or another data.shuffle_window"
+            )
+        return lines
 
     def warnings(self) -> list[str]:
         """What is left out, cut, or likely to be a mistake; one line each with its number and remedy."""

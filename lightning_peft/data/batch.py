@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_peft.data.top_tokens import TopTokens
+
 IGNORED_LABEL = -100
 
 
@@ -50,6 +52,17 @@ class Batch:
     """(S,) uint8, the `Standing` of each sample; None where none has one."""
     num_units: int | None = None
     """Pairs of samples that belong together, which follow each other; 0 in a filler, None where samples stand alone."""
+
+    ends: Tensor | None = None
+    """(S,) int64, where the last token of each sample is in the flattened tokens; None where samples stand alone."""
+    margins: Tensor | None = None
+    """(U,) fp32, by how much the chosen answer of each pair is to be ahead; None where all are 0."""
+
+    taught: "Batch | None" = None
+    """What a teacher reads in place of the samples: as many, in their order, with the same tokens supervised."""
+
+    top: TopTokens | None = None
+    """What is kept of a teacher at the supervised tokens; None where it is run in every step, or there is none."""
 
     source: SourceOf | None = None
     """Where the samples come from, in the validation of a mixture; None where it does not matter."""

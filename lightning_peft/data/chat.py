@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.batch import IGNORED_LABEL
@@ -36,6 +38,12 @@ class Encoded:
     """Factor of each token's loss; None where all are 1."""
     standing: Standing | None = None
     """What the sample is to a preference objective."""
+    taught: "Encoded | None" = field(default=None, compare=False)
+    """What a teacher reads in its place, with the same tokens trained."""
+    top: "tuple[NDArray[np.int32], NDArray[np.float32], int] | None" = field(default=None, compare=False)
+    """What is kept of a teacher at the trained tokens: `KeptTeacher.of`."""
+    margin: float | None = None
+    """By how much a chosen answer is to be ahead; None where its row says nothing of it."""
 
 
 log = logging.getLogger(__name__)

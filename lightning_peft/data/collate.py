@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from lightning_peft.data.batch import IGNORED_LABEL, Batch
 from lightning_peft.data.chat import Encoded
+from lightning_peft.data.top_tokens import TopTokens
 
 LENGTH_MULTIPLE = 8
 """Unpacked rows are padded to a multiple of this: tensor cores want it, and fewer lengths mean fewer compilations."""
@@ -32,6 +34,7 @@ def collate(
     weighted = any(sample.weights is not None for row in rows for sample in row)
     weights = torch.ones((len(rows), width)) if weighted else None
     starts: list[int] = []
+    ends: list[int] = []
     num_tokens = 0
     for number, row in enumerate(rows):
         end = 0
@@ -45,8 +48,11 @@ def collate(
                 weights[number, start:end] = torch.tensor(sample.weights)
             position_ids[number, start:stop] = torch.arange(stop - start)
             starts.append(number * width + start)
+            ends.append(number * width + end - 1)
         num_tokens += end
-    standings = [sample.standing for row in rows for sample in row if sample.standing is not None]
+    samples = [sample for row in rows for sample in row]
+    margins = [sample.margin for sample in samples[::group]]
+    standings = [sample.standing for sample in samples if sample.standing is not None]
     cu_seqlens = torch.tensor([*starts, len(rows) * width], dtype=torch.int32)
     return Batch(
         input_ids=input_ids,
@@ -59,8 +65,44 @@ def collate(
         weights=weights,
         standings=torch.tensor(standings, dtype=torch.uint8) if standings else None,
         num_units=None if group == 1 else 0 if filler else len(starts) // group,
+        top=_collate_top(samples, filler),
+        taught=_collate_taught(samples, pad_token_id, max_length, packing, filler),
+        ends=None if group == 1 else torch.tensor(ends),
+        margins=None if set(margins) == {None} else torch.tensor([margin or 0.0 for margin in margins]),
         weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),
     )
+
+
+def _collate_top(samples: Sequence[Encoded], filler: bool) -> TopTokens | None:
+    """Return what is kept of a teacher at the supervised tokens; of none in a filler."""
+    tops = [sample.top for sample in samples if sample.top is not None]
+    if not tops:
+        return None
+    ids = np.concatenate([ids[:0] if filler else ids for ids, _, _ in tops])
+    values = np.concatenate([values[:0] if filler else values for _, values, _ in tops])
+    return TopTokens(torch.from_numpy(ids).long(), torch.from_numpy(values), tops[0][2])
+
+
+def _collate_taught(
+    samples: Sequence[Encoded], pad_token_id: int, max_length: int, packing: bool, filler: bool
+) -> Batch | None:
+    """Return the batch of what a teacher reads in place of the samples; None where it reads the same.
+
+    Its rows are as long as those of the samples, or as the longest of its own, and packed in the order of the samples.
+    """
+    taught = [sample.taught for sample in samples if sample.taught is not None]
+    if not taught:
+        return None
+    width = max(max_length, *(len(sample.input_ids) for sample in taught))
+    rows: list[list[Encoded]] = []
+    free = 0
+    for sample in taught:
+        if not packing or len(sample.input_ids) > free:
+            rows.append([])
+            free = width
+        rows[-1].append(sample)
+        free -= len(sample.input_ids)
+    return collate(rows, pad_token_id, width, packing, filler)
 
 
 def collate_units(

@@ -116,6 +116,9 @@ class DataConfig:
     """Column of the better answer in preference rows, usually `chosen`."""
     rejected_column: str | None = None
     """Column of the worse answer in preference rows, usually `rejected`."""
+    margin_column: str | None = None
+    """Column of a number by which the reward of the better answer is to be ahead, of objective=reward; null for
+    none."""
     label_column: str | None = None
     """Column that says of a labelled row whether its answer is wanted, usually `label`."""
     prompt_column: str | None = None
@@ -138,6 +141,9 @@ class DataConfig:
     """Column of the thought before the answer, of rows that are no turns; usually `reasoning_content`."""
     prompt_template: str | None = None
     """Jinja text over the columns of a row that makes its prompt; the answer is `completion_column`."""
+    teacher_prompt: str | None = None
+    """Jinja text over the columns of a row that the teacher of objective=distill alone reads, as a system message
+    before the conversation: what it makes of that is learned without it."""
     ignore_columns: list[str] = field(default_factory=list)
     """Columns, and keys of turns, that are left out on purpose."""
     layout: Layout = Layout.chat

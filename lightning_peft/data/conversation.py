@@ -49,6 +49,8 @@ class Conversation(list[Message]):
         rejected: "Conversation | None" = None,
         wanted: bool | None = None,
         tokens: Tokens | None = None,
+        margin: float | None = None,
+        taught: "Conversation | None" = None,
     ) -> None:
         super().__init__(messages)
         self.tools = tools
@@ -62,6 +64,10 @@ class Conversation(list[Message]):
         """Whether the answer is one to give, of labelled rows."""
         self.tokens = tokens
         """What the row is, of rows without messages."""
+        self.taught = taught
+        """What a teacher reads in its place, with the same answers."""
+        self.margin = margin
+        """By how much its answer is to be ahead of the rejected one, of preference rows that say so."""
 
     def before(self, index: int) -> "Conversation":
         """The messages before message `index`, with the same tools."""

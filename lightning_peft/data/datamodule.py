@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class SFTDataModule(LightningDataModule):
         if model_context is not None and config.max_length > model_context:
             raise ValueError(beyond_context(config.max_length, model_context))
         self._config = config
+        self._context = model_context
         self._sources = sources_of(config)
         self._tokenizer = tokenizer
         self._seed = seed
@@ -94,7 +95,7 @@ class SFTDataModule(LightningDataModule):
         if self._validation is None:
             parts = self._read("validation", self.validation_audits)
             self._validation = parts[0] if len(parts) == 1 else MixedSamples(parts)
-            self._check_vocabulary(self._validation)
+            self._check_tokens(self._validation)
             self._validation_plan = self._plan_by_source(parts)
             self._count_copies(parts)
             self.validation_audit.packing_fill = self._fill(self._validation, self._validation_plan)
@@ -118,7 +119,7 @@ class SFTDataModule(LightningDataModule):
         tokens = [sum(part.lengths) for part in parts]
         self._shares = shares_of(self._sources, tokens, self._config.temperature)
         self._train, self.example = train, train[0]
-        self._check_vocabulary(train)
+        self._check_tokens(train)
         before = np.empty(0, dtype=np.uint64)
         for audit, part in zip(self.train_audits.values(), parts, strict=True):
             audit.repeated = len(part.digests) - len(np.unique(part.digests))
@@ -160,7 +161,14 @@ class SFTDataModule(LightningDataModule):
             return plan
         return lambda epoch: self._plan(samples.unit_lengths, random.Random(f"{self._seed} {epoch}"))
 
-    def _check_vocabulary(self, samples: Samples | MixedSamples) -> None:
+    def _check_tokens(self, samples: Samples | MixedSamples) -> None:
+        parts = samples.parts if isinstance(samples, MixedSamples) else [samples]
+        longest = max((max(part.taught.lengths) for part in parts if part.taught is not None), default=0)
+        if self._context is not None and longest > self._context:
+            raise ValueError(
+                f"data.teacher_prompt: the longest sample behind it has {longest} tokens, and the model reads "
+                f"{self._context}; shorten it, or lower data.max_length={self._config.max_length}"
+            )
         highest = max(samples.largest_token, self._pad_token_id)
         if self._vocabulary is not None and highest >= self._vocabulary:
             token = self._tokenizer.convert_ids_to_tokens(highest) if highest < len(self._tokenizer) else None
@@ -250,7 +258,7 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> MicroBatchLoader | StatefulDataLoader:
         rank, world_size = self._rank_and_world_size()
         if self._config.streaming:
-            common = (self._tokenizer, self._seed, rank == 0, self._check_vocabulary)
+            common = (self._tokenizer, self._seed, rank == 0, self._check_tokens)
             windows = (
                 RowWindows(self._sources[0].config, *common)
                 if len(self._sources) == 1
@@ -283,6 +291,21 @@ class SFTDataModule(LightningDataModule):
             lambda epoch: self._validation_plan, *self._rank_and_world_size(), samples.fingerprint
         )
         return self._sampled_loader(samples, sampler)
+
+    @property
+    def sample_sets(self) -> list[Samples]:
+        """The samples of every source, of training and validation rows. Needs `setup`."""
+        found = []
+        for samples in (self._train, self._validation):
+            found += samples.parts if isinstance(samples, MixedSamples) else [samples] if samples is not None else []
+        return found
+
+    def validation_ids(self) -> Iterator[list[int]]:
+        """Iterate over the token ids of the validation samples, each without padding. Needs `setup`."""
+        samples = self._validation
+        if samples is None:
+            raise RuntimeError("call SFTDataModule.setup first")
+        return (samples[place].input_ids for place in range(len(samples)))
 
     @property
     def validation_names(self) -> tuple[str, ...]:

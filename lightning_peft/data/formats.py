@@ -33,6 +33,8 @@ class Shape:
     side: dict[str, str]
     """Column of each of `SIDE_COLUMNS` that the format has."""
     prompt_template: str | None = None
+    teacher_prompt: str | None = None
+    """What a teacher alone reads before the conversation."""
     is_raw: bool = False
     """Whether texts stand as they are, without a chat template."""
 
@@ -86,7 +88,7 @@ def _read_pair(row: Row, shape: Shape) -> list[Message]:
 
 def _with_input(row: Row, shape: Shape, column: str | None = None) -> str:
     if shape.prompt_template is not None:
-        return _fill(shape.prompt_template, row)
+        return filled(shape.prompt_template, row)
     prompt, context = text_of(row, column or shape.columns[0]), optional_text(row, shape.side.get("input"))
     return f"{prompt}\n\n{context}" if context else prompt
 
@@ -199,24 +201,25 @@ def _written(value: Any) -> Any:
 
 
 @lru_cache
-def template_columns(source: str) -> set[str]:
-    """The columns that `data.prompt_template` names. Raises ValueError where it is no Jinja template."""
+def template_columns(source: str, option: str = "prompt_template") -> set[str]:
+    """The columns that a template of `data` names. Raises ValueError where it is no Jinja template."""
     try:
         return meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(source))
     except TemplateSyntaxError as error:
-        raise ValueError(f"data.prompt_template={source!r}: not a Jinja template ({error})") from error
+        raise ValueError(f"data.{option}={source!r}: not a Jinja template ({error})") from error
 
 
-def _fill(source: str, row: Row) -> str:
+def filled(source: str, row: Row, option: str = "prompt_template") -> str:
+    """Return what a template of `data` makes of a row. Raises `BadRow`."""
     try:
         prompt = _row_template(source).render(row.values)
     except UndefinedError as error:
         hint = "{{ column | default('') }} takes rows without one"
         raise BadRow.because(row.origin, f"data.prompt_template cannot be filled in ({error}; {hint})") from error
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise BadRow.because(row.origin, f"data.prompt_template cannot be filled in ({error})") from error
+        raise BadRow.because(row.origin, f"data.{option} cannot be filled in ({error})") from error
     if not prompt.strip():
-        raise BadRow(row.origin, "text from data.prompt_template", prompt)
+        raise BadRow(row.origin, f"text from data.{option}", prompt)
     return prompt
 
 

@@ -1,5 +1,6 @@
 """From the columns of a preference row to two conversations that differ in what the assistant says last."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,14 @@ def read_label(row: Row, column: str) -> bool:
     if found is None:
         raise BadRow(row.origin, "true or false (or 1 or 0)", value, column)
     return found
+
+
+def read_margin(row: Row, column: str) -> float:
+    """Return by how much the chosen answer of a row is to be ahead. Raises `BadRow`."""
+    value = row.values.get(column)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise BadRow(row.origin, "a finite number", value, column)
+    return float(value)
 
 
 def read_chosen_and_rejected(

@@ -16,16 +16,19 @@ from lightning_peft.data.formats import (
     RowFormat,
     Shape,
     check_format,
+    filled,
     optional_text,
     parsed,
     template_columns,
     turns_of,
 )
-from lightning_peft.data.preferences import read_label
+from lightning_peft.data.preferences import read_label, read_margin
 from lightning_peft.data.token_rows import read_tokens
 from lightning_peft.data.turns import HEAVIEST, OPTIONAL_KEYS, is_of_others, read_turns, unread_keys
 
 WEIGHT_COLUMN = "weight"
+WITHOUT_TURNS = (Format.text, Format.tokens)
+"""Rows that no chat template lays out."""
 
 _LISTED = re.compile(
     r"(?:.*_)?(?:id|ids|idx|index|uuid|hash|scores?|ratings?|sources?|origin|category|categories|level|difficulty|type|"
@@ -35,7 +38,7 @@ _LISTED = re.compile(
     re.IGNORECASE,
 )
 """Names of columns that carry no part of a conversation, those that pandas gives its row numbers among them."""
-_WEIGHTY = frozenset(("weight", "weights", "train", "loss", "mask", "label", "labels", "target"))
+_WEIGHTY = frozenset(("weight", "weights", "train", "loss", "mask", "label", "labels", "target", "margin"))
 """Numbers under these names change what is trained."""
 
 
@@ -48,6 +51,8 @@ class RowReader(Shape):
     system_prompt: str | None = None
     ignored: frozenset[str] = frozenset()
     """Names of columns and keys of turns that are left out on request."""
+    margin: str | None = None
+    """Column of the margin of preference rows."""
     lists_unread: bool = True
     """Whether columns that nobody reads are of interest; those of generated rows belong to their task."""
 
@@ -65,12 +70,14 @@ class RowReader(Shape):
         messages = row_format.read(row, self)
         if isinstance(messages, tuple):
             chosen, rejected = (self._conversation(row, answer) for answer in messages)
-            return Conversation(chosen, chosen.tools, *unread, rejected=rejected)
+            margin = None if self.margin is None else read_margin(row, self.margin)
+            return Conversation(chosen, chosen.tools, *unread, rejected=rejected, margin=margin)
         if self.format == Format.text:
             return Conversation(messages, None, *unread)
         found = self._conversation(row, messages)
+        taught = None if self.teacher_prompt is None else self._taught(row, found)
         wanted = read_label(row, self.columns[-1]) if row_format.rows is RowKind.labelled else None
-        return Conversation(found, found.tools, *unread, wanted=wanted)
+        return Conversation(found, found.tools, *unread, wanted=wanted, taught=taught)
 
     def ignores(self, row: Row) -> dict[str, bool]:
         """Return which of the names that are left out on request are in a row, as a column or a key of a turn."""
@@ -116,6 +123,16 @@ class RowReader(Shape):
         elif system:
             messages = [Message("system", system), *messages]
         return Conversation(self._weighted(row, messages), self._tools(row))
+
+    def _taught(self, row: Row, found: Conversation) -> Conversation:
+        """Return the conversation behind the text that a teacher alone reads, as a part of its system message."""
+        text = filled(self.teacher_prompt or "", row, "teacher_prompt")
+        first = found[0]
+        if self.is_raw:
+            return Conversation([replace(first, content=text + first.content), *found[1:]], found.tools)
+        if first.role == "system":
+            return Conversation([replace(first, content=f"{text}\n\n{first.content}"), *found[1:]], found.tools)
+        return Conversation([Message("system", text), *found], found.tools)
 
     def _history(self, row: Row) -> list[Message]:
         column = self.side.get("history")
@@ -177,6 +194,8 @@ class RowReader(Shape):
     @cached_property
     def _read_columns(self) -> frozenset[str]:
         read = {*self.columns, *self.side.values(), *FORMATS[self.format].copies}
+        read |= template_columns(self.teacher_prompt, "teacher_prompt") if self.teacher_prompt else set()
+        read |= set() if self.margin is None else {self.margin}
         return frozenset(read | (template_columns(self.prompt_template) if self.prompt_template else set()))
 
     @cached_property
@@ -250,6 +269,7 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
     }
     sides = dict.fromkeys(name for row_format in formats.values() for name in row_format.side)
     side_options = [f"{name}_column" for name in sides if getattr(config, f"{name}_column") is not None]
+    side_options += ["margin_column"] if config.margin_column is not None else []
     for option in [*renamed, *side_options]:
         if (name := getattr(config, option)) not in columns:
             raise ValueError(f"data.{option}={name}: the rows have no such column, only {there}")
@@ -288,7 +308,7 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
 
 OBJECTIVES_OF = {
     RowKind.answers: "objective=sft",
-    RowKind.pairs: "objective=dpo (or ipo, simpo, orpo)",
+    RowKind.pairs: "objective=dpo (or ipo, simpo, orpo, reward)",
     RowKind.labelled: "objective=kto",
 }
 """Words of the command line that train on each kind of rows."""
@@ -310,6 +330,8 @@ def _refuse_other_rows(columns: Collection[str], config: DataConfig, kind: RowKi
                     f"data.{option}={getattr(config, option)}: names a column of {other} rows, which "
                     f"{OBJECTIVES_OF[row_format.rows]} trains on"
                 )
+    if config.margin_column is not None and kind is not RowKind.pairs:
+        raise ValueError(f"data.margin_column={config.margin_column}: names a column of pairs, for objective=reward")
     named = {getattr(config, option) for option in read} | set(config.ignore_columns)
     fits = any(
         all(name in columns for name in names)
@@ -390,6 +412,11 @@ def _reader(format: str, names: tuple[str, ...], columns: Collection[str], confi
     if config.prompt_template is not None:
         side.pop("input", None)
         side.pop("prompt", None)
+    if config.teacher_prompt is not None:
+        if format in WITHOUT_TURNS:
+            raise ValueError(f"data.teacher_prompt: stands before a prompt, and rows of data.format={format} have none")
+        if missing := sorted(template_columns(config.teacher_prompt, "teacher_prompt") - set(columns)):
+            raise ValueError(f"data.teacher_prompt: the rows have no column {missing[0]}, only {', '.join(columns)}")
     return RowReader(
         columns=names,
         side=side,
@@ -397,6 +424,8 @@ def _reader(format: str, names: tuple[str, ...], columns: Collection[str], confi
         format=format,
         system_prompt=config.system_prompt,
         ignored=frozenset(config.ignore_columns),
+        margin=config.margin_column,
+        teacher_prompt=config.teacher_prompt,
         is_raw=config.layout is Layout.raw,
         lists_unread=config.source in ("files", "hub"),
     )

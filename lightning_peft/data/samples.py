@@ -19,16 +19,17 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded, Encoder, Outcome, cut_to, encoder_of, end_token_ids
-from lightning_peft.data.config import DataConfig, Format, Layout, OnBadRow, OnTooLong, RowKind
+from lightning_peft.data.config import DataConfig, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.mixture import MixedSource, naming, sources_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
 from lightning_peft.data.rendering import Kind
-from lightning_peft.data.row_reader import RowReader, row_reader
+from lightning_peft.data.row_reader import WITHOUT_TURNS, RowReader, row_reader
 from lightning_peft.data.sources import file_count, iterate_rows
 from lightning_peft.data.template import ChatTemplate
 from lightning_peft.data.token_rows import sample_of
+from lightning_peft.data.top_tokens import KeptTeacher, trained_starts
 from lightning_peft.progress import Part
 
 PARTS = ("tokens", "trained", "starts")
@@ -37,8 +38,10 @@ WEIGHTS = "weights"
 """One more of them where a token's loss has a factor other than 1."""
 STANDINGS = "standings"
 """One more of them where samples belong together."""
-WITHOUT_TURNS = (Format.text, Format.tokens)
-"""Rows that no chat template lays out."""
+TAUGHT = "taught"
+"""Folder of what a teacher reads in their place."""
+MARGINS = "margins"
+"""One more of them where pairs have margins."""
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores; their shapes decide the format."""
 
@@ -63,15 +66,21 @@ class Samples:
         starts: NDArray[np.int64],
         weights: NDArray[np.float32] | None = None,
         standings: NDArray[np.uint8] | None = None,
+        margins: NDArray[np.float32] | None = None,
+        taught: "Samples | None" = None,
     ) -> None:
         """tokens, trained (a `Kind` each) and weights (T,): the samples one after the other.
 
         starts (S + 1,): where they begin, then T. standings (U, G): a `Standing` each, where G samples that follow each
-        other make one of U units; None where each sample stands alone.
+        other make one of U units; None where each sample stands alone. margins (U,): of pairs; None where all are 0.
         """
         self._parts: tuple[NDArray[Any], ...] = (tokens, trained, starts)
         self._weights = weights
         self._standings = standings
+        self._margins = margins
+        self.taught = taught
+        """What a teacher reads in the place of each sample; None where it reads the same."""
+        self._kept: KeptTeacher | None = None
         self.group: int = 1 if standings is None else standings.shape[1]
         """Samples that belong together."""
         self.lengths: list[int] = np.diff(starts).tolist()
@@ -81,19 +90,30 @@ class Samples:
         standings = array("B")
         tokens, trained, starts = array("i"), array("B"), array("q", [0])
         weights: array[float] | None = None
+        margins: list[float | None] = []
+        taught: list[Encoded] = []
         for sample in samples:
+            if sample.taught is not None:
+                taught.append(sample.taught)
             if sample.weights is not None and weights is None:
                 weights = array("f", [1.0]) * len(tokens)
             if weights is not None:
                 weights.extend(sample.weights or [1.0] * len(sample.input_ids))
             if sample.standing is not None:
                 standings.append(sample.standing)
+                margins.append(sample.margin)
             tokens.extend(sample.input_ids)
             trained.frombytes(kinds_of(sample))
             starts.append(len(tokens))
         factors = None if weights is None else np.asarray(weights)
         together = None if group == 1 else np.asarray(standings, dtype=np.uint8).reshape(-1, group)
-        return cls(np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors, together)
+        of_units = margins[::group]
+        ahead = np.asarray([margin or 0.0 for margin in of_units], dtype=np.float32)
+        return cls(
+            np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors, together,
+            ahead if any(margin is not None for margin in of_units) else None,
+            cls.of(taught) if taught else None,
+        )  # fmt: skip
 
     def save(self, folder: Path) -> None:
         for name, part in zip(PARTS, self._parts, strict=True):
@@ -102,13 +122,22 @@ class Samples:
             np.save(folder / f"{WEIGHTS}.npy", self._weights)
         if self._standings is not None:
             np.save(folder / f"{STANDINGS}.npy", self._standings)
+        if self._margins is not None:
+            np.save(folder / f"{MARGINS}.npy", self._margins)
+        if self.taught is not None:
+            (folder / TAUGHT).mkdir()
+            self.taught.save(folder / TAUGHT)
 
     @classmethod
     def mapped(cls, folder: Path) -> "Samples":
         """The samples that were saved there, read when they are asked for. Raises OSError, EOFError or ValueError."""
-        parts = [np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS]
-        more = [folder / f"{name}.npy" for name in (WEIGHTS, STANDINGS)]
-        return cls(*parts, *(np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None for path in more))
+        tokens, trained, starts = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS)
+        more = [folder / f"{name}.npy" for name in (WEIGHTS, STANDINGS, MARGINS)]
+        weights, standings, margins = (
+            np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None for path in more
+        )
+        taught = cls.mapped(folder / TAUGHT) if (folder / TAUGHT).is_dir() else None
+        return cls(tokens, trained, starts, weights, standings, margins, taught)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -122,7 +151,24 @@ class Samples:
         labels = [token if kind else IGNORED_LABEL for token, kind in zip(ids, kinds, strict=True)]
         weights = None if self._weights is None else self._weights[span].tolist()
         standing = None if self._standings is None else Standing(int(self._standings.flat[index]))
-        return Encoded(ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing)
+        margin = None
+        if self._margins is not None and index % self.group == 0:
+            margin = float(self._margins[index // self.group])
+        taught = None if self.taught is None else self.taught[index]
+        return Encoded(
+            ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing, taught=taught, margin=margin,
+            top=None if self._kept is None else self._kept.of(index),
+        )  # fmt: skip
+
+    @cached_property
+    def trained_starts(self) -> NDArray[np.int64]:
+        """Return the trained tokens before each sample, and all of them, (S + 1,)."""
+        _, trained, starts = self._parts
+        return trained_starts(trained, starts)
+
+    def keep_teacher(self, folder: Path) -> None:
+        """Let the samples have what is kept of a teacher in a folder."""
+        self._kept = KeptTeacher(folder, self.trained_starts)
 
     def unit(self, index: int) -> list[Encoded]:
         """Return the samples of unit `index`, which belong together."""
@@ -139,14 +185,18 @@ class Samples:
         tokens, trained, starts = self._parts
         checksum = 0
         parts = [tokens, (trained != 0).view(np.uint8), starts]
-        for part in [*parts, *(more for more in (self._weights, self._standings) if more is not None)]:
+        more = (self._weights, self._standings, self._margins)
+        for part in [*parts, *(part for part in more if part is not None)]:
             checksum = zlib.crc32(part.data, checksum)
+        if self.taught is not None:
+            checksum = zlib.crc32(self.taught.fingerprint.encode(), checksum)
         return f"{checksum:08x}"
 
     @property
     def largest_token(self) -> int:
         """The highest token id; -1 without samples."""
-        return int(self._parts[0].max()) if len(self._parts[0]) else -1
+        own = int(self._parts[0].max()) if len(self._parts[0]) else -1
+        return own if self.taught is None else max(own, self.taught.largest_token)
 
     @cached_property
     def digests(self) -> NDArray[np.uint64]:
@@ -202,6 +252,7 @@ def encode_rows(
     template: ChatTemplate | None = None
     rendered: RenderedText | None = None
     unread: Counter[str] = Counter()
+    before: Conversation | None = None
     while several := list(islice(rows, ROWS_AT_ONCE)):
         if reader is None:
             reader, refused = _find_reader(several, config)
@@ -234,7 +285,8 @@ def encode_rows(
             except BadRow as error:
                 _refuse(error, config, audit)
         if not unread:  # else only the rest of them is counted
-            yield from _encode(read, config, tokenizer, encoder, audit)
+            yield from _encode(read, config, tokenizer, encoder, audit, before)
+        before = read[-1][1] if read else before
     if unread:
         raise UnreadError(_unread_message(unread, audit.rows))
     if refused is not None and reader is None and audit.rows == audit.bad_rows:
@@ -291,6 +343,7 @@ def _unread_message(unread: Counter[str], rows: int) -> str:
         "writes columns into the prompt, and data.system_column, history_column, input_column, tools_column and "
         "reasoning_column rename what a row may hold beside its prompt and answer"
         + ("; objective=kto trains on answers with a label" if "column 'label'" in unread else "")
+        + ("; objective=reward reads data.margin_column=margin" if "column 'margin'" in unread else "")
     )
 
 
@@ -362,9 +415,10 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
     audit: Audit,
+    before: Conversation | None,
 ) -> Iterator[Encoded]:
     if config.rows not in (None, RowKind.answers):
-        yield from _encode_units(read, config, tokenizer, encoder, audit)
+        yield from _encode_units(read, config, tokenizer, encoder, audit, before)
         return
     outcomes: Sequence[Outcome]
     if all(conversation.tokens is not None for _, conversation in read):
@@ -372,21 +426,51 @@ def _encode(
         outcomes = [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens]
     else:
         outcomes = encoder.encode([conversation for _, conversation in read])
-    for (origin, conversation), outcome in zip(read, outcomes, strict=True):
+    taught: Sequence[Outcome | None] = [None] * len(read)
+    if config.teacher_prompt is not None and read:
+        taught = encoder.encode([conversation.taught or conversation for _, conversation in read])
+    for (origin, conversation), outcome, twins in zip(read, outcomes, taught, strict=True):
         with _refusing(origin, config, audit):
             if isinstance(outcome, Exception):
                 raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
             if conversation.last_answer is not None and conversation.first_trained == len(conversation):
                 raise BadRow.because(origin, "expected an answer to train, got weight 0 for all of them")
             audit.own_turns += len(outcome) - 1
+            if twins is not None:
+                outcome = _with_twins(outcome, twins, origin)
             samples = list(chain.from_iterable(_fit(encoded, origin, config, audit) for encoded in outcome))
             trained = [sample for sample in samples if any(kinds_of(sample))]
             for sample in trained or samples[-1:]:
                 check_sample(sample, origin, tokenizer)
             audit.lost_turns += len(samples) - len(trained)
             for sample in trained:
+                if sample.taught is not None:
+                    twin = _cut_alike(sample.taught, sample)
+                    sample = replace(sample, taught=twin)
+                    audit.taught_tokens += len(twin.input_ids)
                 audit.count_sample(sample, kinds_of(sample))
                 yield sample
+
+
+def _with_twins(samples: list[Encoded], twins: Outcome, origin: str) -> list[Encoded]:
+    """Return the samples of a row, each with what a teacher reads in its place. Raises `BadRow`."""
+    if isinstance(twins, Exception):
+        raise BadRow.because(origin, f"behind data.teacher_prompt: {what_is_wrong(twins)}") from twins
+    trained = [[[label for label in one.labels if label != IGNORED_LABEL] for one in some] for some in (samples, twins)]
+    if trained[0] != trained[1]:
+        raise BadRow.because(
+            origin,
+            "expected the same tokens to train behind data.teacher_prompt, the chat template writes others there; use "
+            "data.train_on_last_turn=true, or a teacher_prompt that ends in white space",
+        )
+    return [replace(sample, taught=twin) for sample, twin in zip(samples, twins, strict=True)]
+
+
+def _cut_alike(taught: Encoded, sample: Encoded) -> Encoded:
+    """Return what a teacher reads up to the last token that is trained in the sample, which may have been cut."""
+    count = len(sample.labels) - sample.labels.count(IGNORED_LABEL)
+    places = [place for place, label in enumerate(taught.labels) if label != IGNORED_LABEL]
+    return cut_to(taught, places[count - 1] + 1)
 
 
 def _encode_units(
@@ -395,14 +479,16 @@ def _encode_units(
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
     audit: Audit,
+    before: Conversation | None,
 ) -> Iterator[Encoded]:
     """Samples of preference rows, those that belong together one after the other; a row gives all of them or none."""
-    units = [_unit(read, place) for place in range(len(read))]
+    units = [_unit(read, place, before) for place in range(len(read))]
+    audit.without_others += len(read) == 1 and before is None and read[0][1].rejected is None
     outcomes = iter(encoder.encode([conversation for unit in units for conversation, _ in unit]) if read else [])
     for (origin, _), unit in zip(read, units, strict=True):
         encoded: list[Encoded] = []
         with _refusing(origin, config, audit):
-            for (_, standing), outcome in zip(unit, [next(outcomes) for _ in unit], strict=True):
+            for (conversation, standing), outcome in zip(unit, [next(outcomes) for _ in unit], strict=True):
                 if isinstance(outcome, Exception):
                     raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
                 if len(outcome) > 1:
@@ -411,7 +497,9 @@ def _encode_units(
                         "expected one answer behind the prompt, got several turns that the chat template rewrites as "
                         "the conversation goes on",
                     )
-                pieces = _fit(replace(outcome[0], standing=standing, weights=None), origin, config, audit)
+                margin = conversation.margin if standing is Standing.chosen else None
+                sample = replace(outcome[0], standing=standing, weights=None, margin=margin)
+                pieces = _fit(sample, origin, config, audit)
                 if not pieces:
                     break
                 check_sample(pieces[0], origin, tokenizer)
@@ -424,12 +512,17 @@ def _encode_units(
                     yield sample
 
 
-def _unit(read: list[tuple[str, Conversation]], place: int) -> list[tuple[Conversation, Standing]]:
-    """Return what belongs together of a row: both answers, or the answer and that of the row before to its prompt."""
+def _unit(
+    read: list[tuple[str, Conversation]], place: int, before: Conversation | None
+) -> list[tuple[Conversation, Standing]]:
+    """Return what belongs together of a row: both answers, or the answer and that of the row before to its prompt.
+
+    The row before the first of several is their last, and before one alone it is `before`, of those read earlier.
+    """
     conversation = read[place][1]
     if conversation.rejected is not None:
         return [(conversation, Standing.chosen), (conversation.rejected, Standing.rejected)]
-    other = read[place - 1][1]
+    other = before if len(read) == 1 and before is not None else read[place - 1][1]
     mismatched = Conversation(
         [*conversation[: conversation.first_trained], *other[other.first_trained :]], conversation.tools
     )

@@ -163,9 +163,13 @@ def fake_batch(rows: int, length: int, recorder: Recorder) -> Batch:
     """A batch of full rows, one sample each, all but the first token of each supervised."""
     input_ids, labels, position_ids = (torch.empty(rows, length, dtype=torch.int64, device="cpu") for _ in range(3))
     cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device="cpu")
-    for tensor in (input_ids, labels, position_ids, cu_seqlens):
+    ends = torch.arange(length - 1, rows * length, length, device="cpu")
+    for tensor in (input_ids, labels, position_ids, cu_seqlens, ends):
         recorder.ignore(tensor)
-    return Batch(input_ids, labels, position_ids, cu_seqlens, length, rows * length, rows * (length - 1))
+    supervised = rows * (length - 1)
+    return Batch(
+        input_ids, labels, position_ids, cu_seqlens, length, rows * length, supervised, num_units=rows // 2, ends=ends
+    )
 
 
 class Tags:

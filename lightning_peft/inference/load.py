@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import CONFIG_NAME, adapter_config_from_peft, load_adapter
-from lightning_peft.checkpoint.peft_words import read_words
+from lightning_peft.checkpoint.peft_words import gives_rewards, read_words
 from lightning_peft.models.loading import load_model, model_name, source_fingerprint
+from lightning_peft.models.reward_head import add_reward_head
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import dequantize_modules
@@ -50,20 +51,35 @@ def is_whole_model(folder: Path) -> bool:
     return not (folder / CONFIG_NAME).is_file()
 
 
+def refuse_rewards(folder: Path) -> None:
+    """Raise ValueError for the adapter of a reward model, where answers are to be written."""
+    if gives_rewards(folder):
+        raise ValueError(
+            f"{folder}: the adapter of a reward model, which scores answers and writes none; `lightning-peft evaluate` "
+            "scores with it, and transformers' AutoModelForSequenceClassification with HF PEFT loads it"
+        )
+
+
 def load_adapted(
     folder: Path,
     model: ModelConfig,
     quantization: QuantizationConfig,
     dtype: torch.dtype,
     device: torch.device,
+    takes_rewards: bool = False,
 ) -> PreTrainedModel:
     """The model of `model` with the adapter of `folder`, in eval mode.
 
-    Raises LineageError when the adapter was trained on another base, AdapterFileError when its file does not fit.
+    Raises ValueError for a reward model unless `takes_rewards`, LineageError when the adapter was trained on another
+    base, AdapterFileError when its file does not fit.
     """
+    if not takes_rewards:
+        refuse_rewards(folder)
     check_lineage(folder, source_fingerprint(model), quantization.kind.name, model_name(model))
     adapter = adapter_config_from_peft(folder)
     loaded = load_model(model, dtype, quantization, device=device)
+    if gives_rewards(folder):
+        add_reward_head(loaded)
     dequantize_modules(loaded, adapter.trainable_modules)
     inject_adapters(loaded, adapter)
     load_adapter(loaded, folder)

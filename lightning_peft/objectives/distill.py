@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.kernels.divergence import Mix
-from lightning_peft.objectives.linear_divergence import taught_token_losses
+from lightning_peft.objectives.linear_divergence import kept_token_losses, taught_token_losses
 from lightning_peft.objectives.model_loss import ModelLoss, Readout
 from lightning_peft.objectives.objective import Objective, ObjectiveConfig
 from lightning_peft.objectives.sft import SupervisedLoss
@@ -40,6 +40,9 @@ class DistillConfig(ObjectiveConfig):
     """Run or adapter folder that the teacher has; without `teacher` it stands on the same base."""
     quantize_teacher: bool = False
     """Whether weights read for `teacher` are quantised as the base is; false reads them as they are stored."""
+    teacher_top_k: int | None = None
+    """Likeliest tokens of the teacher that are kept, with the mass of all others as one: the teacher reads all rows
+    once, before training, and what it gives stands beside their tokens in data.cache_dir; null runs it in each step."""
     weight: float = 0.5
     """w in (1 - w) * cross entropy + w * temperature^2 * divergence, over supervised tokens (Hinton et al. 2015,
     arXiv:1503.02531); 0 is sft, 1 does not look at the tokens themselves."""
@@ -62,6 +65,8 @@ class DistillConfig(ObjectiveConfig):
                 f"objective.jsd_beta={self.jsd_beta}: must be above 0 and below 1; the ends are "
                 "objective.divergence=forward_kl and reverse_kl"
             )
+        if self.teacher_top_k is not None and self.teacher_top_k < 1:
+            raise ValueError(f"objective.teacher_top_k={self.teacher_top_k}: must be at least 1, or null")
         if self.quantize_teacher and self.teacher is None:
             raise ValueError(
                 "objective.quantize_teacher=true: the teacher is the base, quantised as that is; give objective.teacher"
@@ -94,8 +99,10 @@ class DistilledLoss(ModelLoss):
 
     def check(self, batch: Batch) -> None:
         """See how both models make logits and keep samples apart; where one does not, both are run by single rows."""
-        assert self.teacher is not None, "a teacher is given before the first batch"
         super().check(batch)
+        if self.config.teacher_top_k is not None:
+            return
+        assert self.teacher is not None, "a teacher is given before the first batch"
         self.teacher.loss.check(batch)
         # The order of a batch's tokens depends on it.
         self.runs_apart = self.teacher.loss.runs_apart = self.runs_apart or self.teacher.loss.runs_apart
@@ -104,9 +111,21 @@ class DistilledLoss(ModelLoss):
         """Return the loss summed over the batch's supervised tokens, each times its weight, fp32 scalar."""
         if not self.is_checked:
             self.check(batch)
-        taught = self.teacher_readout(batch)  # before the step's own forward, whose activations are not there yet
+        # Before the step's own forward, whose activations are not there yet.
+        taught = None if self.config.teacher_top_k is not None else self.teacher_readout(batch)
         readout = self.readout(batch)
-        losses, weights = taught_token_losses(readout, taught, self.config.mix), readout.weights
+        if self.runs_apart and (batch.taught is not None or taught is None):
+            # Samples that are run apart come by their lengths, which are others for the teacher.
+            taught, readout = None if taught is None else by_sample(taught), by_sample(readout)
+        if taught is None:
+            if batch.top is None:
+                raise RuntimeError(
+                    "objective.teacher_top_k: nothing is kept of the teacher; call keep_teacher before fit"
+                )
+            losses = kept_token_losses(readout, batch.top, self.config.mix)
+        else:
+            losses = taught_token_losses(readout, taught, self.config.mix)
+        weights = readout.weights
         count = losses.mixed.new_tensor(batch.loss_weight)
         self.measured = {
             "cross_entropy": (weighted_sum(losses.cross_entropy, weights), count),
@@ -118,7 +137,14 @@ class DistilledLoss(ModelLoss):
     def teacher_readout(self, batch: Batch) -> Readout:
         """Return the teacher's hidden states and head, without a gradient."""
         assert self.teacher is not None, "a teacher is given before the first batch"
-        return self.teacher.loss.readout(batch)
+        return self.teacher.loss.readout(batch.taught or batch)
+
+
+def by_sample(readout: Readout) -> Readout:
+    """Return the tokens in the order of their samples."""
+    order = readout.samples.argsort(stable=True)
+    parts = {name: getattr(readout, name) for name in ("hidden", "labels", "samples", "weights")}
+    return readout._replace(**{name: part.index_select(0, order) for name, part in parts.items() if part is not None})
 
 
 OBJECTIVE = Objective(

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.kernels.divergence import FrozenHeadTaughtLosses, Mix, in_fp32, mixed, taught_losses
+from lightning_peft.data.top_tokens import TopTokens
+from lightning_peft.kernels.divergence import FrozenHeadTaughtLosses, Mix, divergence, in_fp32, mixed, taught_losses
 from lightning_peft.objectives.linear_cross_entropy import chunk_tokens
 from lightning_peft.objectives.model_loss import Readout
 
@@ -35,6 +36,46 @@ def final_logits(readout: Readout, tokens: slice) -> Tensor:
     else:
         logits = head(hidden)
     return logits if readout.transform is None else readout.transform(in_fp32(logits))
+
+
+def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the log-probabilities of tokens `ids` (n, k) under logits (n, V), and of all others together, (n, k + 1).
+
+    (n, k) where k is V, so that there are no others.
+    """
+    total = logits.logsumexp(-1, keepdim=True)
+    own = logits.gather(1, ids) - total
+    if ids.shape[1] == logits.shape[1]:
+        return own
+    others = logits.scatter(1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([own, others - total], 1)
+
+
+def kept_token_losses(student: Readout, kept: TopTokens, mix: Mix) -> TaughtLosses:
+    """Return the losses of each token of a readout beside a teacher's likeliest tokens, its others taken as one.
+
+    With as many tokens kept as there are, they are those of `taught_token_losses`. Chunks are made again in the
+    backward pass.
+    """
+    hidden, labels = student.hidden, student.labels
+    if hidden.shape[0] == 0:
+        zeros = hidden.sum(-1).float()
+        return TaughtLosses(zeros, zeros.detach(), zeros.detach())
+    chunk = max(SMALLEST_CHUNK, chunk_tokens(student.vocabulary, hidden.device.type) // CHUNKS_AT_ONCE // 64 * 64)
+
+    def chunk_losses(chunk_hidden: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        tokens = slice(start, start + chunk)
+        logits = in_fp32(final_logits(student._replace(hidden=chunk_hidden), slice(None)))
+        cross_entropy = F.cross_entropy(logits, labels[tokens], reduction="none")
+        own = bucketed(logits[:, : kept.vocabulary] / mix.temperature, kept.ids[tokens])
+        return cross_entropy, divergence(own, kept.log_probabilities[tokens], mix.beta)
+
+    parts = [
+        checkpoint(chunk_losses, part, start, use_reentrant=False)
+        for part, start in zip(hidden.split(chunk), range(0, len(hidden), chunk), strict=True)
+    ]
+    cross_entropy, diverged = (torch.cat(losses) for losses in zip(*parts, strict=True))
+    return TaughtLosses(mixed(cross_entropy, diverged, mix), cross_entropy.detach(), diverged.detach())
 
 
 def taught_token_losses(student: Readout, teacher: Readout, mix: Mix) -> TaughtLosses:

@@ -152,6 +152,12 @@ class ModelLoss(nn.Module, ABC):
         The first forward does it by itself. Raises ValueError where the model sees the tokens it is to predict, and
         where packed samples see each other with data.packing=true.
         """
+        self.check_samples(batch)
+        self.logit_path = find_logit_path(self.model, batch.input_ids, self._row_inputs)
+        self.is_checked = True
+
+    def check_samples(self, batch: Batch) -> None:
+        """See on the batch's first tokens whether packed samples stay apart, and whether the model is causal."""
         # Models of transformers, which a start that trains nothing does without.
         from lightning_peft.models.attention import supports_packing
 
@@ -160,8 +166,6 @@ class ModelLoss(nn.Module, ABC):
         if self.packing is not False and supports_packing(self.model) and len(row) > 1:
             self._check_packing(row[: -(-len(row) // 3)], row[-(-len(row) // 3) :])
         refuse_foresight(self.model, batch.input_ids)
-        self.logit_path = find_logit_path(self.model, batch.input_ids, self._row_inputs)
-        self.is_checked = True
 
     def _check_packing(self, first: Tensor, second: Tensor) -> None:
         difference, dtype = self._compare_packed(first, second)

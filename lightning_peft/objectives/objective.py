@@ -36,3 +36,7 @@ class Objective:
     """The loss, as the table of objectives prints it."""
     paper: str = ""
     """Where the objective was published."""
+    prepare: "Callable[[PreTrainedModel, int], Any] | None" = None
+    """(model, seed): adds what trains beside adapters, such as a head; called before they are put in."""
+    gives_rewards: bool = False
+    """Whether what is trained scores answers, and writes none."""

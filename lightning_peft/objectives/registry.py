@@ -1,6 +1,6 @@
 """The table of objectives: each row is written in the objective's own file."""
 
-from lightning_peft.objectives import distill, kto, preference, sft
+from lightning_peft.objectives import distill, kto, preference, reward, sft
 from lightning_peft.objectives.objective import Objective
 from lightning_peft.objectives.reference import KL
 
@@ -11,6 +11,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ipo": preference.IPO,
     "kto": kto.OBJECTIVE,
     "orpo": preference.ORPO,
+    "reward": reward.OBJECTIVE,
     "simpo": preference.SIMPO,
 }
 """Name -> row. `OBJECTIVES["mine"] = Objective(...)` adds one from outside the package."""

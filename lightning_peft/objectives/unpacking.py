@@ -29,13 +29,14 @@ def unpacked(batch: Batch, at_once: bool = False) -> list[Batch]:
 
 
 def _samples(batch: Batch) -> dict[int, range]:
-    """Return where samples are in the flattened batch, each up to its last label, by their number."""
+    """Return where samples are in the flattened batch, by their number: up to their end, else to their last label."""
     bounds, labelled = batch.cu_seqlens.tolist(), (batch.labels != IGNORED_LABEL).flatten().cpu()
+    ends = None if batch.ends is None else batch.ends.tolist()
     found = {}
     for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         places = labelled[start:stop].nonzero()
         if len(places):
-            found[number] = range(start, start + int(places[-1]) + 1)
+            found[number] = range(start, (start + int(places[-1]) if ends is None else ends[number]) + 1)
     return found or {0: range(bounds[0], min(bounds[1], LENGTH_MULTIPLE))}
 
 
@@ -46,6 +47,7 @@ def _rows(batch: Batch, samples: dict[int, range], width: int) -> Batch:
     places = torch.arange(width, device=device).expand(len(samples), width)
     source = starts + torch.minimum(places, lengths - 1)
     labels = batch.labels.flatten()[source].masked_fill(places >= lengths, IGNORED_LABEL)
+    stops = torch.arange(len(samples), device=device) * width + lengths[:, 0] - 1
     weights: Tensor | None = None if batch.weights is None else batch.weights.flatten()[source]
     return Batch(
         input_ids=batch.input_ids.flatten()[source],
@@ -57,4 +59,5 @@ def _rows(batch: Batch, samples: dict[int, range], width: int) -> Batch:
         num_supervised=int((labels != IGNORED_LABEL).sum()),
         weights=weights,
         sample_ids=torch.tensor(list(samples), device=device),
+        ends=None if batch.ends is None else stops,
     )

@@ -32,6 +32,7 @@ from lightning_peft.distributed import rank, world_size, worst
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.models.loading import load_by_block, load_model, model_name
+from lightning_peft.models.reward_head import REWARD_HEAD
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
 from lightning_peft.objectives.model_loss import ModelLoss, decoder_inputs
@@ -162,7 +163,8 @@ class FinetuneModule(LightningModule):
             self.check_base()
             logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
         if self.adapter_config.init_from is not None:
-            load_adapter(self.model, adapter_folder(self.adapter_config.init_from, "adapter.init_from"))
+            folder = adapter_folder(self.adapter_config.init_from, "adapter.init_from")
+            load_adapter(self.model, folder, may_lack=[f"{REWARD_HEAD}.weight"])
         if isinstance(self.objective, ReferencedLoss) and not starts_as_base(self.adapter_config):
             logger.info(
                 "objective=%s: the reference is a copy of what trains, as it is now", self.objective_config.name
@@ -217,7 +219,9 @@ class FinetuneModule(LightningModule):
 
         Under FSDP a block is also cut to this rank's slice before the next is read.
         """
-        has_twin = isinstance(self.objective_config, DistillConfig) and shares_base(self.objective_config)
+        own = self.objective_config
+        has_teacher = isinstance(own, DistillConfig) and own.teacher_top_k is None
+        has_twin = has_teacher and isinstance(own, DistillConfig) and shares_base(own)
         reads_all = reads_whole_model(self.adapter_config, self.quantization_config) or has_twin
         twin: PreTrainedModel | None = None
         if sharding is not None and reads_all:
@@ -229,6 +233,8 @@ class FinetuneModule(LightningModule):
         fingerprints: dict[str, str] = {}
         with Part(f"loading {model_name(self.model_config)}"):
             model, blocks = self.read_base(device)
+            if (prepare := OBJECTIVES[self.objective_config.name].prepare) is not None:
+                prepare(model, self.seed)
             if reads_all:
                 blocks = iter(list(blocks))
                 self.select_modules(model.to(device), device)  # type: ignore[arg-type]  # as in load_model
@@ -257,7 +263,7 @@ class FinetuneModule(LightningModule):
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
         if sharding is None:
             objective = self.build_objective(model.to(device))  # type: ignore[arg-type]  # as in load_model
-            if isinstance(objective, DistilledLoss):
+            if has_teacher and isinstance(objective, DistilledLoss):
                 give_teacher(
                     objective, twin, self.model_config, self.quantization_config, self.weight_dtype, device
                 )  # fmt: skip

@@ -25,7 +25,7 @@ from lightning_peft.checkpoint.peft_format import (
     load_adapter,
 )
 from lightning_peft.data.config import DataConfig
-from lightning_peft.inference.load import adapter_folder, load_adapted
+from lightning_peft.inference.load import adapter_folder, load_adapted, refuse_rewards
 from lightning_peft.models.loading import (
     empty_model,
     load_model,
@@ -95,6 +95,7 @@ def check_teacher(
             )
         check_same_tokens(str(objective.teacher), theirs, tokenizer)
     if (folder := teacher_folder(objective)) is not None:
+        refuse_rewards(folder)
         base = named or model
         kind = quantization.kind.name if named is None or objective.quantize_teacher else "none"
         check_lineage(folder, source_fingerprint(base), kind, model_name(base))
@@ -180,6 +181,23 @@ def give_teacher(
     logger.info("memory: teacher %.1f MiB beside the base", beside / 2**20)
     if sizes[0] != sizes[1]:
         logger.info("heads of %d (teacher) and %d tokens: compared over the first %d", *sizes, min(sizes))
+
+
+def teacher_alone(
+    objective: DistillConfig,
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Return the teacher with a base of its own, in eval mode, for a process that holds no model yet."""
+    if not shares_base(objective):
+        return _load(objective, model, quantization, dtype, device).eval()
+    teacher = load_model(model, dtype, quantization, device)
+    if (folder := teacher_folder(objective)) is not None:
+        inject_adapters(teacher, adapter_config_from_peft(folder))
+        load_adapter(teacher, folder)
+    return teacher.eval().requires_grad_(False)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_runs import TINY
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.inject import adapters
@@ -218,3 +218,19 @@ def test_two_folders_are_for_commands_that_take_two(runs, capsys):
     assert "evaluate takes one of them" in capsys.readouterr().err
     assert main(["inspect", str(runs / "lora"), str(runs / "few"), f"output={runs / 'both.json'}"]) == 0
     assert json.loads((runs / "both.json").read_text())["overlap"]
+
+
+def test_stacks_of_experts_are_refused_before_the_base_is_read(tmp_path, capsys):
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+    config = Qwen3MoeConfig(
+        **sizes, num_key_value_heads=4, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    words = [f"model.path={tmp_path / 'model'}", "adapter.experts=2", "trainer.max_steps=1", "logger=none"]
+    assert main(["train", *TINY[1:], "model=hf", *words, f"run_dir={tmp_path / 'run'}"]) == 0
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    for more in (["svd_rank=1"], ["method=dora"], [f"adapter_path=[{tmp_path / 'run'},{tmp_path / 'run'}]"]):
+        path = [] if more[0].startswith("adapter_path") else [f"adapter_path={tmp_path / 'run'}"]
+        said = refused([*path, *more, f"output={tmp_path / 'out'}"], capsys)
+        assert "adapts 4 stacks of experts, as model.layers.0.mlp.experts.down_proj" in said, said

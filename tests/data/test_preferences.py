@@ -232,3 +232,18 @@ def test_cached_and_streamed_pairs_are_those_of_memory(tmp_path, make_tokenizer)
     batches = list(streamed.train_dataloader())
     assert sum(batch.num_units for batch in batches) == 24
     assert sum(batch.num_supervised for batch in batches) == plain.train_audit.supervised
+
+
+def test_row_read_behind_a_full_block_has_the_answer_of_the_block(make_tokenizer, monkeypatch):
+    """A last row alone in its block would have its own answer for another's, and no distance to the reference."""
+    words = ("one", "two", "three", "four", "Hello")
+    rows = [Row({"prompt": "Hi", "completion": word, "label": True}, f"line {word}") for word in words]
+    config, tokenizer, audit = DataConfig(rows=RowKind.labelled), make_tokenizer(CHATML), Audit()
+    monkeypatch.setattr("lightning_peft.data.samples.ROWS_AT_ONCE", 4)
+    samples = list(encode_rows(rows, config, tokenizer, audit))
+    texts = [tokenizer.decode([label for label in sample.labels if label >= 0]) for sample in samples]
+    assert ["Hello" in texts[8], "four" in texts[9], "four" in texts[1]] == [True] * 3
+    assert audit.without_others == 0
+    alone = Audit()
+    list(encode_rows(rows[:1], config, tokenizer, alone))
+    assert any(line.startswith("1 rows were read alone, so that the distance") for line in alone.warnings())

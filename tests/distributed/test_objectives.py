@@ -7,12 +7,16 @@ from rank_runs import adapter, column, train_on_ranks
 OBJECTIVES = {
     "dpo": ["objective=dpo", "method=qlora"],
     "distill": ["objective=distill", "objective.divergence=jsd", "method=qlora"],
+    "reward": ["objective=reward", "objective.centering=0.01", "method=qlora"],
+    "kept": ["objective=distill", "objective.teacher=tiny_tied", "objective.teacher_top_k=8", "method=qlora"],
 }
 REFUSED = {("fsdp", "distill")}
 STEPS = ["trainer.max_steps=4", "data.packing=true", "data.max_length=512", "data.on_too_long=skip"]
 MEASURED = {
     "dpo": ("rewards/margin", "rewards/accuracy", "logps/chosen"),
     "distill": ("cross_entropy", "divergence"),
+    "reward": ("rewards/margin", "rewards/accuracy", "rewards/chosen"),
+    "kept": ("cross_entropy", "divergence"),
 }
 
 

@@ -270,6 +270,7 @@ def test_run_of_several_windows_is_the_same_however_it_accumulates(tmp_path):
         (["objective=dpo", "method=full"], "objective=dpo method=full: the reference is .* use method=lora, or obj"),
         (["objective=kto", "method=full"], "objective=kto method=full: .* use method=lora$"),
         (["objective=dpo", "strategy=fsdp", "adapter.init_from=runs/x"], "objective=dpo strategy=fsdp: .* copy"),
+        (["objective=dpo", "strategy=fsdp", "method=hybrid_lora"], "objective=dpo strategy=fsdp: .* copy"),
         (["objective=dpo", "objective.beta=0"], "objective.beta=0.0: must be above 0"),
         (["objective=dpo", "objective.label_smoothing=0.5"], "objective.label_smoothing=0.5: must be at least 0 and"),
         (["objective=simpo", "objective.gamma=-1"], "objective.gamma=-1.0: must be 0 or more"),

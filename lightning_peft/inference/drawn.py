@@ -1,0 +1,74 @@
+"""Answers of a BaLoRA adapter whose tokens are chosen by the mean of several draws, and how sure it is of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lightning_peft.adapters.balora import InputVariance, sampling
+from lightning_peft.data.chat import end_token_ids
+from lightning_peft.inference.decoding import draw
+from lightning_peft.inference.generate import declared_end_ids
+from lightning_peft.inference.sampling import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An answer, and its means over tokens; its end token is one of them."""
+
+    text: str
+    entropy: float
+    """Of the mean of the draws' probabilities, in nats: how unsure the adapter is."""
+    disagreement: float
+    """That entropy less the mean of the draws' own: the part that draws do not agree on."""
+    confidence: float
+    """Probability of the chosen token."""
+
+
+def check_draws(model: PreTrainedModel, passes: int) -> None:
+    """Raise ValueError for a model that draws nothing."""
+    if not any(isinstance(module, InputVariance) for module in model.modules()):
+        raise ValueError(
+            f"passes={passes}: draws are of an adapter of method=balora, and this model has none; leave it out, or "
+            "let `lightning-peft calibrate dropout=0.1` score passes with dropout"
+        )
+
+
+@torch.inference_mode()
+def generate_drawn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: list[int],
+    options: SamplingConfig,
+    passes: int,
+    on_step: Callable[[], Any] = lambda: None,
+) -> Drawn:
+    """Return the answer to one prompt, each of its tokens from the mean of the probabilities that `passes` draws give.
+
+    The variance follows the whole text so far, so that every step computes it anew, without a cache.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    ends = end_token_ids(tokenizer) | declared_end_ids(model)
+    answer: list[int] = []
+    sums = torch.zeros(3, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]), sampling(model):
+        torch.manual_seed(options.seed)
+        while len(answer) < options.max_new_tokens and (not answer or answer[-1] not in ends):
+            rows = torch.tensor([[*prompt, *answer]] * passes, device=model.device)
+            probabilities = model(input_ids=rows, use_cache=False).logits[:, -1].float().softmax(-1).cpu()
+            mean = probabilities.mean(0)
+            token = draw(mean.clamp_min(torch.finfo(mean.dtype).tiny).log(), options, generator)
+            unsure = entropy(mean)
+            sums += torch.stack([unsure, unsure - entropy(probabilities).mean(), mean[token]]).double()
+            answer.append(token)
+            on_step()
+    found = (sums / len(answer)).tolist()
+    return Drawn(str(tokenizer.decode(answer, skip_special_tokens=True)), *found)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Return the entropy of each row of probabilities, in nats."""
+    return torch.special.entr(probabilities).sum(-1)

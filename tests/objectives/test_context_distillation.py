@@ -1,0 +1,162 @@
+"""A teacher that reads more than the model that learns from it."""
+
+import json
+
+import pytest
+import torch
+from preference_rows import parts, written
+from test_distill import answer_rows
+from test_preference import FP32, gradients, mean_loss
+from tiny_runs import tiny_config, tiny_parts
+
+from lightning_peft.commands.train import train
+from lightning_peft.compose import compose_config
+from lightning_peft.data.batch import IGNORED_LABEL
+from lightning_peft.models.tiny import tiny_model
+
+HINTS = "seven rivers one moon two apples three pears under the sky and five at sea".split()
+ROWS = [{**row, "hint": " ".join(HINTS[: 3 + place])} for place, row in enumerate(answer_rows(9))]
+PROMPT = "data.teacher_prompt='Know this: {{ hint }}.'"
+
+
+def taught(tmp_path, *more, rows=ROWS, prompt=PROMPT):
+    return parts(tmp_path, "distill", rows, "data.micro_batch_size=2", "objective.weight=1", prompt, *more)
+
+
+def plain_divergence(module, data, tokenizer, rows=ROWS, system=""):
+    """Mean KL(q || p) over the answers' tokens: q of the base behind the hint, p of the model without, each alone."""
+    base = tiny_model().eval()
+    total, count = 0.0, 0
+    for row in rows:
+        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        own = [{"role": "system", "content": system}] if system else []
+        hint = f"Know this: {row['hint']}." + (f"\n\n{system}" if system else "")
+        logits = []
+        for model, messages in ((module.model, own), (base, [{"role": "system", "content": hint}])):
+            ids = tokenizer.apply_chat_template(messages + turns, tokenize=True, return_dict=False)
+            question = tokenizer.apply_chat_template(
+                messages + turns[:1], tokenize=True, return_dict=False, add_generation_prompt=True
+            )
+            length = answer_length(data, row, tokenizer)
+            found = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            logits.append(found[len(question) - 1 : len(question) - 1 + length].float().log_softmax(-1))
+        student, teacher = logits
+        teacher = teacher.detach()
+        total = total + (teacher.exp() * (teacher - student)).sum()
+        count += len(student)
+    return total / count
+
+
+def answer_length(data, row, tokenizer):
+    """Tokens of a row's answer that are trained, by the sample that holds it."""
+    samples = data.training_samples
+    ids = tokenizer(row["prompt"])["input_ids"]
+    for place in range(len(samples)):
+        sample = samples[place]
+        if any(sample.input_ids[start : start + len(ids)] == ids for start in range(len(sample.input_ids))):
+            return len(sample.labels) - sample.labels.count(IGNORED_LABEL)
+    raise AssertionError(row)
+
+
+@pytest.mark.parametrize("system", ["", "Be short."])
+def test_teacher_reads_the_prompt_of_each_row_and_the_model_does_not(system, tmp_path):
+    words = [f"data.system_prompt='{system}'"] if system else []
+    module, data = taught(tmp_path, *words)
+    loss, measured = mean_loss(module, data)
+    expected = plain_divergence(module, data, data._tokenizer, system=system)
+    torch.testing.assert_close(loss, expected, **FP32)
+    torch.testing.assert_close(gradients(module, loss), gradients(module, expected), rtol=1e-4, atol=1e-5)
+    assert measured["divergence"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert "the teacher reads" in "\n".join(data.train_audit.lines())
+
+
+def test_loss_and_gradient_do_not_depend_on_packing_and_cut(tmp_path):
+    found = []
+    for number, (packing, size) in enumerate([("true", 1), ("true", 3), ("false", 1), ("false", 5)]):
+        (tmp_path / str(number)).mkdir()
+        words = [f"data.packing={packing}", f"data.micro_batch_size={size}"]
+        module, data = parts(tmp_path / str(number), "distill", ROWS, *words, PROMPT)
+        loss, measured = mean_loss(module, data)
+        found.append((loss.detach(), gradients(module, loss), torch.tensor(list(measured.values()))))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_that_are_run_apart_meet_their_own(tmp_path):
+    rows = [{**row, "hint": " ".join(HINTS[: 12 - place])} for place, row in enumerate(ROWS)]
+    module, data = taught(tmp_path, rows=rows)
+    together = mean_loss(module, data)
+    module.objective.runs_apart = module.objective.teacher.loss.runs_apart = True
+    apart = mean_loss(module, data)
+    torch.testing.assert_close(apart[0], together[0], **FP32)
+    assert apart[1] == pytest.approx(together[1], rel=1e-4)
+
+
+def test_cut_answers_are_cut_alike_for_the_teacher(tmp_path):
+    module, data = taught(tmp_path, "data.max_length=80")
+    assert 0 < data.train_audit.truncated < 9
+    for batch in data.train_dataloader():
+        own, theirs = (one.labels[one.labels != IGNORED_LABEL] for one in (batch, batch.taught))
+        assert torch.equal(own, theirs)
+    mean_loss(module, data)
+
+
+def test_twins_are_kept_by_the_token_cache_and_by_streams(tmp_path):
+    path = written(tmp_path / "rows.jsonl", ROWS)
+    words = ["objective=distill", "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", PROMPT]
+    words += ["data.micro_batch_size=1", f"data.cache_dir={tmp_path}/cache"]
+    found = []
+    for more in ([], [], ["data.streaming=true", "trainer.max_steps=7"]):
+        _, data = tiny_parts(tiny_config(tmp_path / "run", *words, *more))
+        data.setup()
+        found.append(sorted(batch.taught.num_tokens for batch in data.train_dataloader()))
+    assert sum(found[0]) == sum(found[1]) == sum(found[2])
+    assert len(list((tmp_path / "cache").glob("*/taught/tokens.npy"))) == 1
+
+
+def test_validation_divergence_falls_and_the_prompt_layout_has_no_hint(tmp_path):
+    path = written(tmp_path / "rows.jsonl", ROWS * 4)
+    words = [
+        "objective=distill", "objective.weight=1", "data=jsonl", f"data.train_path={path}", "data.max_length=160",
+        f"data.validation_path={path}", PROMPT, "logger=csv",
+    ]  # fmt: skip
+    before = train(tiny_config(tmp_path / "none", *words, "trainer.max_steps=1", "optimizer.lr=1e-9"))
+    after = train(tiny_config(tmp_path / "run", *words, "trainer.max_steps=40", "optimizer.lr=2e-3"))
+    name = "validation_divergence"
+    assert after["metrics"][name] < 0.7 * before["metrics"][name]
+    layout = json.loads((tmp_path / "run" / "adapter" / "prompt_layout.json").read_text())
+    assert layout["system_prompt"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([PROMPT], "data.teacher_prompt: objective=sft has no teacher that reads it; use objective=distill"),
+        (["objective=dpo", PROMPT], "data.teacher_prompt: objective=dpo has no teacher"),
+    ],
+)
+def test_prompt_without_a_teacher_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        compose_config("train", ["model=tiny", *words])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rows", "message"),
+    [
+        ("data.teacher_prompt='{{ other }}'", ROWS, "data.teacher_prompt: the rows have no column other, only prompt"),
+        ("data.teacher_prompt='{{ hint'", ROWS, "data.teacher_prompt='{{ hint': not a Jinja template"),
+        ("data.teacher_prompt='{{ hint }}'", [{**ROWS[0], "hint": " "}], "expected text from data.teacher_prompt"),
+        (PROMPT, [{"text": "a b c", "hint": "d"}], "data.teacher_prompt: stands before a prompt, and rows of .*text"),
+    ],
+)
+def test_prompt_that_rows_do_not_make_is_named(prompt, rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        taught(tmp_path, rows=rows, prompt=prompt)
+
+
+def test_prompt_beyond_the_context_is_refused(tmp_path):
+    rows = [{**ROWS[0], "hint": "far " * 3000}]
+    path = written(tmp_path / "rows.jsonl", rows)
+    words = ["objective=distill", "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", PROMPT]
+    with pytest.raises(ValueError, match=r"data.teacher_prompt: the longest sample behind it has \d+ tokens, and the"):
+        train(tiny_config(tmp_path / "run", *words))
