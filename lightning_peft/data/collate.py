@@ -32,6 +32,7 @@ def collate(
     weighted = any(sample.weights is not None for row in rows for sample in row)
     weights = torch.ones((len(rows), width)) if weighted else None
     starts: list[int] = []
+    lengths: list[int] = []
     num_tokens = 0
     for number, row in enumerate(rows):
         end = 0
@@ -45,6 +46,7 @@ def collate(
                 weights[number, start:end] = torch.tensor(sample.weights)
             position_ids[number, start:stop] = torch.arange(stop - start)
             starts.append(number * width + start)
+            lengths.append(end - start)
         num_tokens += end
     standings = [sample.standing for row in rows for sample in row if sample.standing is not None]
     cu_seqlens = torch.tensor([*starts, len(rows) * width], dtype=torch.int32)
@@ -57,6 +59,7 @@ def collate(
         num_tokens=0 if filler else num_tokens,
         num_supervised=int((labels != IGNORED_LABEL).sum()),
         weights=weights,
+        lengths=torch.tensor(lengths),
         standings=torch.tensor(standings, dtype=torch.uint8) if standings else None,
         num_units=None if group == 1 else 0 if filler else len(starts) // group,
         weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),

@@ -21,6 +21,7 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.adapters.slots import SlotLinear, Slots
 from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product
+from lightning_peft.models.rope import follows_length
 from lightning_peft.quantization.frozen_base import frozen_base
 
 STATIC_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -135,6 +136,8 @@ def why_not_static(model: PreTrainedModel) -> str | None:
         return "its blocks are not Llama's"
     if not can_repeat_prefix(model):
         return "its cache is more than keys and values of all positions"
+    if follows_length(model.config, None):
+        return "the length of an answer sets its rotary frequencies"
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "its weights are sharded"
     called = (part for block in blocks for part in (block, block.self_attn, block.mlp))

@@ -35,7 +35,7 @@ from lightning_peft.models.low_bit import (
 )
 from lightning_peft.models.multimodal import leave_on_disk
 from lightning_peft.models.random_weights import RandomWeights
-from lightning_peft.models.rope import check_scaled, context_length, scale_positions
+from lightning_peft.models.rope import check_scaled, context_length, scale_positions, set_positions_by_row
 from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
 from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -173,6 +173,7 @@ def load_by_block(
     if config.new_tokens:
         add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
     accept_packed_batches(model)
+    set_positions_by_row(model)
     keep_weights_in_evaluation(model)
     return model.eval(), blocks
 
