@@ -73,6 +73,24 @@ def test_a_folder_of_peft_is_the_same_adapter_here(family: str, rslora: bool, tm
     close(logits(ours), logits(theirs))
 
 
+SHORT = [["down_proj"], ["gate_up_proj", "down_proj"], ["down_proj", "experts.gate_up_proj"]]
+
+
+@pytest.mark.parametrize("parameters", SHORT, ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_parameters_named_by_their_last_part_are_those_of_experts_alone(
+    family: str, parameters: list[str], tmp_path: Path
+) -> None:
+    theirs = get_peft_model(
+        small_model(family), LoraConfig(r=4, target_modules=["o_proj", "q_proj"], target_parameters=parameters)
+    )
+    perturbed(theirs).save_pretrained(tmp_path)
+    ours = small_model(family)
+    inject_adapters(ours, adapter_config_from_peft(tmp_path))
+    load_adapter(ours, tmp_path)
+    close(logits(ours), logits(theirs))
+
+
 @pytest.mark.parametrize("target", ["experts.gate_up_proj", "experts.down_proj"])
 def test_experts_alone_and_one_of_their_parameters(target: str, tmp_path: Path) -> None:
     model, config = small_model("mixtral"), LoRAConfig(rank=4, target_modules=[target])
