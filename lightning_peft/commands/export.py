@@ -30,6 +30,7 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config
 from lightning_peft.models.source import MODELS, ModelConfig, locate
+from lightning_peft.quantization.weights import computing_dtype
 from lightning_peft.serving import gguf_lora, gguf_model, ollama
 from lightning_peft.serving.engines import (
     NEVER_LOW_RANK,
@@ -232,7 +233,7 @@ def write_merged(
     folder: Path,
 ) -> Receipt:
     """Write base and adapter as one GGUF file, and read it back."""
-    path, device, trained_in = folder / gguf_model.FILE_NAME, model.device, model.dtype
+    path, device, trained_in = folder / gguf_model.FILE_NAME, model.device, computing_dtype(model)
     merged = model if source.whole else merge_adapters(model, None if config.dtype == "bf16" else torch.float32)
     own_file = base_file(source.base)
     name = source.folder.parent.name

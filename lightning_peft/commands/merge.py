@@ -31,6 +31,7 @@ from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, stored_dtypes
 from lightning_peft.models.source import ModelConfig, copy_companions
+from lightning_peft.quantization.weights import computing_dtype
 
 SAMPLES = 16
 """Conversations the merged model is compared on."""
@@ -60,11 +61,11 @@ def merge(config: MergeCommandConfig) -> Receipt:
     samples = sample_ids(saved_config(config.adapter_path), tokenizer)
     original = None
     base, _ = base_of(config.adapter_path, config.model)
-    stored = stored_dtypes(base) if is_adapter else None
-    rounded = config.merge.base is MergeBase.dequantised and stored is not None and stored != {model.dtype}
+    stored, dtype = stored_dtypes(base) if is_adapter else None, computing_dtype(model)
+    rounded = config.merge.base is MergeBase.dequantised and stored is not None and stored != {dtype}
     if config.merge.base is MergeBase.original or rounded:
         # Not rounded through the dtype that the run computed in.
-        original = load_model(base, None if stored is not None else model.dtype, device=inference_device())
+        original = load_model(base, None if stored is not None else dtype, device=inference_device())
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
     layout_of(config.adapter_path, tokenizer).save(output)
     copy_companions(base, output)

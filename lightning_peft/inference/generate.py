@@ -36,6 +36,7 @@ from lightning_peft.inference.steps import (
 )
 from lightning_peft.models.rope import follows_length
 from lightning_peft.progress import Part
+from lightning_peft.quantization.weights import computing_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: in
         except (RuntimeError, ValueError, IndexError) as error:  # from code of the model that never met such a batch
             logger.info("%s cannot run where %s: %s", type(model).__name__, way.batching.value, error)
             continue
-        if is_close(logits, expected, model.dtype):
+        if is_close(logits, expected, computing_dtype(model)):
             return way
         logger.info("%s answers otherwise than alone where %s: done slower", type(model).__name__, way.batching.value)
     return Prompts(model, Batching.alone)
