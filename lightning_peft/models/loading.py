@@ -24,7 +24,14 @@ from lightning_peft.models.attention import accept_packed_batches, choose_attent
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.conversion import plan_loading
 from lightning_peft.models.gguf import GGUFFile
-from lightning_peft.models.gguf_conversion import GGUFSource, check_read, gguf_config, gguf_tokenizer, is_known
+from lightning_peft.models.gguf_conversion import (
+    GGUFSource,
+    check_has_places,
+    check_read,
+    gguf_config,
+    gguf_tokenizer,
+    is_known,
+)
 from lightning_peft.models.low_bit import (
     LowBitSource,
     Names,
@@ -219,6 +226,8 @@ def _load_parts(
             elif getattr(architecture, "quantization_config", None) is None:
                 check_named(source)
             model = _build(config, architecture, dtype or torch.float32)
+            if isinstance(source, GGUFSource):
+                check_has_places(source.file, model)
             if (location / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(location)
         parts = stream_weights(model, source, dtype, device, quantization)

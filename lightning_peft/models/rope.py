@@ -142,7 +142,11 @@ def follows_length(architecture: "PreTrainedConfig", longest: int | None) -> boo
     original = getattr(text, "original_max_position_embeddings", None)
     originals = [part.get("original_max_position_embeddings", original) for part in _parts(text)]
     is_beyond = longest is None or any(start is not None and longest > start for start in originals)
-    return _has(architecture, "dynamic") or (_has(architecture, "longrope") and is_beyond)
+    has_two_sets = any(
+        part.get("rope_type") == "longrope" and part.get("short_factor") != part.get("long_factor")
+        for part in _parts(text)
+    )
+    return _has(architecture, "dynamic") or (has_two_sets and is_beyond)
 
 
 def _has(architecture: "PreTrainedConfig", kind: str) -> bool:
