@@ -43,7 +43,14 @@ from lightning_peft.models.low_bit import (
 from lightning_peft.models.multimodal import leave_on_disk
 from lightning_peft.models.random_weights import RandomWeights
 from lightning_peft.models.rope import check_scaled, context_length, scale_positions, set_positions_by_row
-from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
+from lightning_peft.models.source import (
+    ModelConfig,
+    locate,
+    readable_configuration,
+    readable_errors,
+    weight_files,
+    weight_index,
+)
 from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lightning_peft.models.weight_files import SafetensorsSource, WeightSource, map_file, stored_kinds, stored_tensors
@@ -80,7 +87,8 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
                 raise ValueError(f"{config.rope_scaling}: not for {location.name}, which transformers reads by itself")
             architecture = gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
         else:
-            architecture = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+            with readable_configuration(config):
+                architecture = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
         scale_positions(architecture, config.rope_scaling)
         return architecture
 
@@ -254,7 +262,7 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
-    with parameters_on_meta():
+    with parameters_on_meta(), readable_configuration(config):
         model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
     check_scaled(model, config.rope_scaling)
     leave_on_disk(model)

@@ -195,5 +195,18 @@ def readable_errors(config: ModelConfig) -> Iterator[None]:
         raise ValueError(f"{shown}: {_first_line(error)}") from error
 
 
+@contextmanager
+def readable_configuration(config: ModelConfig) -> Iterator[None]:
+    """Whatever transformers raises for a config.json that it cannot build becomes a ValueError of one sentence."""
+    shown = f"model.path={config.path}" if config.path else f"model={config.name}"
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise  # which `readable_errors` words
+    except Exception as error:  # of dataclasses that check themselves, look-ups, assertions, remote code
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{shown}: transformers makes no model of its config.json ({told})") from error
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]

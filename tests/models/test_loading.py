@@ -243,6 +243,31 @@ def test_broken_folder_is_one_sentence(what: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+NO_CONFIGURATION: dict[str, tuple[object, str]] = {
+    "padding beyond the vocabulary": ({"pad_token_id": 400}, "Padding_idx must be within num_embeddings"),
+    "number in quotes": ({"num_hidden_layers": "2"}, "'num_hidden_layers' expected int, got str"),
+    "null size": ({"hidden_size": None}, "'hidden_size' expected int, got NoneType"),
+    "heads that do not divide": ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+    "fewer kinds than layers": ({"layer_types": ["full_attention"]}, "must be equal to the number of `layer_types`"),
+    "unknown positions": ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "KeyError: 'foo'"),
+    "positions without a factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'factor'"),
+    "unknown activation": ({"hidden_act": "gelux"}, "KeyError: 'gelux'"),
+    "unknown dtype": ({"dtype": "float7"}, "no attribute 'float7'"),
+    "null": (None, "TypeError: argument of type 'NoneType' is not iterable"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIGURATION)
+def test_a_configuration_that_transformers_cannot_build_is_one_sentence(name: str, tmp_path: Path) -> None:
+    change, message = NO_CONFIGURATION[name]
+    small_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(change if change is None else json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="transformers makes no model of its config.json") as caught:
+        load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "missing.gguf", "a/b/c"])
 def test_missing_path_is_one_sentence(path: str) -> None:
     with pytest.raises(ValueError, match=f"model.path={path}: no such file or folder"):
