@@ -122,6 +122,27 @@ def test_new_tokens_come_before_the_blocks(tmp_path: Path) -> None:
     assert torch.equal(model(IDS).logits, load_model(config, torch.float32)(IDS).logits)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    # Gemma 4's table has a row for every token.
+    [("gemma3n_text", 320), ("gemma3n_text", 200), ("gemma4_text", 320)],
+)
+def test_new_tokens_of_a_table_for_each_layer_are_not_drawn(family: str, rows: int, tmp_path: Path) -> None:
+    small_model(family, vocab_size=320, vocab_size_per_layer_input=rows).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = ModelConfig("hf", str(tmp_path))
+    before = load_model(config, torch.float32)
+    config.new_tokens = [f"<{n}>" for n in range(80)]
+    first, second = load_model(config, torch.float32), load_model(config, torch.float32)
+    known = len(tiny_tokenizer())
+    table = first.model.embed_tokens_per_layer.weight
+    assert table.shape[0] == known + 80 and torch.equal(table, second.model.embed_tokens_per_layer.weight)
+    torch.testing.assert_close(table[known], before.model.embed_tokens_per_layer.weight[:known].mean(0))
+    ids = torch.arange(190, 210)[None]  # beyond a table of 200
+    assert torch.equal(first(ids).logits[..., :known], before(ids).logits[..., :known])
+
+
 def test_bitsandbytes_checkpoint_keeps_its_codes(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
 
