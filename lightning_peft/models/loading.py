@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from lightning_peft.models.gguf_conversion import (
     is_known,
 )
 from lightning_peft.models.low_bit import (
+    ONLY_LOW_BIT,
     LowBitSource,
     Names,
     check_named,
@@ -64,6 +66,9 @@ logger = logging.getLogger(__name__)
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes that weights are computed in."""
+CODES = {"U8", "I8", "I32"}
+INTEGERS = {"I64", "I16", "BOOL"} | CODES
+"""Names of those that are buffers, or some of them codes."""
 NEED_IMAGES = {"Llama4ForConditionalGeneration"}
 """Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
 SAMPLED_BYTES = 1024
@@ -313,10 +318,16 @@ def _load_by_transformers(
                 "model.allow_pickle=true accepts that"
             )
         logger.info("%s holds pickled weights: read whole by transformers, not streamed", location)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, config=model_config(config), dtype=dtype, use_safetensors=False,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                location, config=model_config(config), dtype=dtype, use_safetensors=False,
+                trust_remote_code=config.trust_remote_code,
+            )  # fmt: skip
+        except (UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(
+                f"model.path={config.path}: its .bin weights are damaged, or hold more than tensors: "
+                f"{' '.join(str(error).split())[:120]}"
+            ) from error
     if (attention := choose_attention(model.config, config.attention)) is not None:
         model.set_attn_implementation(attention)
     if quantization is not None and quantization.is_on:
@@ -350,7 +361,17 @@ def stored_dtypes(config: ModelConfig) -> set[torch.dtype] | None:
     with readable_errors(config):
         files = weight_files(location) if (location := locate(config, weights=True)).is_dir() else []
         names = {name for path in files for name in stored_kinds(path)}
-    return {STORED[name] for name in names & STORED.keys()} if files and names <= STORED.keys() | {"I64"} else None
+        if not files or names - STORED.keys() - INTEGERS or (names & CODES and _is_coded(config, files)):
+            return None
+    return {STORED[name] for name in names & STORED.keys()}
+
+
+def _is_coded(config: ModelConfig, files: Sequence[Path]) -> bool:
+    """Whether integers in a container are codes, and no buffers such as GPT-2's masks."""
+    keys = (key for path in files for key, _, _ in stored_tensors(path))
+    return getattr(model_config(config), "quantization_config", None) is not None or any(
+        ".quant_state." in key or key.endswith(ONLY_LOW_BIT) for key in keys
+    )
 
 
 def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], memoryview]]:

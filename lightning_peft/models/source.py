@@ -153,7 +153,9 @@ def weight_index(folder: Path) -> dict[str, str]:
         index = json.loads(path.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model.path={path}: not an index of weights ({error!r})") from error
-    return dict(index)
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise ValueError(f"model.path={path}: not an index of weights (weight_map must name a file for each)")
+    return index
 
 
 BESIDE_WEIGHTS = ("*processor*.json", "*processing*.py", "LICENSE*", "NOTICE*")

@@ -3,6 +3,7 @@ import logging
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lightning_peft.models.loading import (
     model_context,
     model_name,
     source_fingerprint,
+    stored_dtypes,
 )
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -236,6 +238,42 @@ def truncate(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def write_index(folder: Path, weights: object) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("code of whoever wrote the file",)
+
+
+@pytest.mark.parametrize("content", [{"model.norm.weight": RunsCode()}, b"PK\x03\x04 no archive"])
+def test_pickled_weights_that_are_no_tensors_are_one_sentence(
+    content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(save_small(tmp_path), allow_pickle=True)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match="its .bin weights are damaged, or hold more than tensors") as caught:
+        load_model(config, torch.float32)
+    assert "\n" not in str(caught.value) and "whoever" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int32])
+def test_dtypes_are_known_beside_buffers_of_integers(kind: torch.dtype, tmp_path: Path) -> None:
+    # GPT-2's old files have its masks in them.
+    config = save_small(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.bias"] = torch.ones(1, 1, 4, 4, dtype=kind)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert stored_dtypes(config) == {torch.float32}
+
+
 BROKEN = {
     "missing weight": (drop_weight, "lacks 1 weights of LlamaForCausalLM: model.norm.weight"),
     "other shape": (
@@ -243,6 +281,8 @@ BROKEN = {
         r"shape \(96, 64\) in the file and \(100, 64\)",
     ),
     "truncated": (truncate, "truncated or corrupt safetensors file"),
+    "index of numbers": (lambda f: write_index(f, {"model.norm.weight": 3}), "not an index of weights"),
+    "index of a list": (lambda f: write_index(f, ["model.norm.weight"]), "not an index of weights"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file"),
     "unknown type": (lambda f: edit(f / "config.json", {"model_type": "martian"}), "martian"),
