@@ -31,6 +31,7 @@ from lightning_peft.objectives.logits import (
     refuse_foresight,
     relative_difference,
     tolerance,
+    warn_of_own_loss,
 )
 from lightning_peft.objectives.unpacking import is_packed, unpacked
 
@@ -169,6 +170,8 @@ class ModelLoss(nn.Module, ABC):
         if self.packing is not False and supports_packing(self.model) and len(row) > 1:
             self._check_packing(row[: -(-len(row) // 3)], row[-(-len(row) // 3) :])
         refuse_foresight(self.model, batch.input_ids)
+        if self.model.training:  # evaluation has nothing to leave out
+            warn_of_own_loss(self.model, batch.input_ids)
         self.logit_path = find_logit_path(self.model, batch.input_ids, self._row_inputs)
         self.is_checked = True
 
