@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
@@ -55,6 +56,8 @@ def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> d
         A, B = A.reshape(experts, -1, A.shape[1]), B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
         if _swapped(model, name, layer):
             A, B = B.mT, A.mT
+        if len(layer.lora_A) == 1 and torch.equal(A, A[:1].expand_as(A)):  # shared here, and written for each
+            A = A[:1]
         found |= {f"{prefix}{name}.{factor}": tensor for factor, tensor in zip(FACTORS, (A, B), strict=True)}
     return found
 
