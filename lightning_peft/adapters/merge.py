@@ -42,7 +42,8 @@ def merge_adapters(
         untie(original)
     result = model if original is None or requantise else original
     if result is not model:
-        open_experts(result, [n for n, m in model.named_modules() if isinstance(m, QuantizedExperts | ExpertLinear)])
+        stacks = [n for n, m in model.named_modules() if isinstance(m, QuantizedExperts | ExpertLinear)]
+        open_experts(result, [name.removesuffix(".base_layer") for name in stacks])
         for name, tensor in getattr(model, GIVEN, {}).items():
             parameter = result.get_parameter(name.replace(".base_layer", ""))
             kept = torch.promote_types(parameter.dtype, dtype or parameter.dtype)

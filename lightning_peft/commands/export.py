@@ -28,7 +28,7 @@ from lightning_peft.commands.adapted import (
 from lightning_peft.commands.merge import logits_of_base, sample_ids
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import is_whole_model, tuned_folder
-from lightning_peft.models.loading import load_model, load_tokenizer, model_config
+from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context
 from lightning_peft.models.source import MODELS, ModelConfig, locate
 from lightning_peft.quantization.weights import computing_dtype
 from lightning_peft.serving import gguf_lora, gguf_model, ollama
@@ -180,7 +180,7 @@ def compared(config: ExportConfig, source: Source, model: PreTrainedModel) -> Co
     if not source.whole and (tensors_beside(source.folder) or any(layer.rewrote_base for _, layer in adapters(model))):
         base_logits = logits_of_base(config.adapter_path, config.model)
     tokenizer = load_tokenizer(source.base)
-    samples = sample_ids(saved_config(config.adapter_path), tokenizer)
+    samples = sample_ids(saved_config(config.adapter_path), tokenizer, model_context(source.base))
     return Comparison(model, samples, base_logits, "export")
 
 
