@@ -29,6 +29,8 @@ class LoRAConfig(AdapterConfig):
     """How A and B start: a key of `INITS`."""
     bias: Bias = Bias.none
     """Biases of the base trained as well: none, all, or lora_only for those of the adapted layers."""
+    experts_share_A: bool = False
+    """Give the experts of a stack one A together, and a B each: half of their parameters where the sides are alike."""
     eva_rho: float = 2.0
     """With init=eva, the most a layer's rank may grow when ranks go where they explain most; 1 keeps them."""
 
@@ -213,8 +215,9 @@ class LoRAEmbedding(Adapter):
 class LoRAExperts(Adapter):
     """y_e = W_e x + scaling * B_e A_e dropout(x) for the rows x of each expert e: factors of its own for every expert.
 
-    lora_A is (experts, rank, in_features), lora_B (experts, out_features, rank), both fp32. Wraps a stack of matrices,
-    dense or coded, and multiplies an expert's factors with that expert's rows alone.
+    lora_A is (experts, rank, in_features), or (1, rank, in_features) where the experts share it, and lora_B
+    (experts, out_features, rank), both fp32. Wraps a stack of matrices, dense or coded, and multiplies an expert's
+    factors with that expert's rows alone.
     """
 
     base_layer: ExpertLinear | QuantizedExperts
@@ -232,7 +235,8 @@ class LoRAExperts(Adapter):
         self.dropout = config.dropout
         self.initialization = config.initialization
         device = base_layer.weight.device
-        self.lora_A = nn.Parameter(torch.empty(experts, self.rank, in_features, device=device, dtype=torch.float32))
+        matrices = 1 if config.experts_share_A else experts
+        self.lora_A = nn.Parameter(torch.empty(matrices, self.rank, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(experts, out_features, self.rank, device=device, dtype=torch.float32))
 
     @torch.no_grad()
@@ -249,9 +253,17 @@ class LoRAExperts(Adapter):
         if not self.enabled:
             return self.base_layer(x, sizes)
         base = partial(self.base_layer.base, dtype=product_dtype(x))
-        factors = (self.lora_A, self.lora_B)
+        factors = (self.each_A(self.lora_A), self.lora_B)
         stack = self.base_layer.matrices() if isinstance(self.base_layer, ExpertLinear) else None
         return grouped_product(x, sizes, base, factors, self.scaling, self.active_dropout, stack)
+
+    def each_A(self, A: Tensor) -> Tensor:
+        """Return A of every expert, (experts, rank, in_features), a view where they share one."""
+        return A.expand(self.base_layer.shape[0], -1, -1)
+
+    def published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return an A for every expert, as HF PEFT has them."""
+        return {**tensors, "lora_A": self.each_A(tensors["lora_A"]).clone()} if "lora_A" in tensors else tensors
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
         """Return the formula for as many rows of each expert: (experts, N, in_features), (experts, N, out_features)."""

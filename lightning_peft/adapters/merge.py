@@ -14,6 +14,9 @@ from lightning_peft.quantization.weights import dense_weight, is_quantized, writ
 
 Model = TypeVar("Model", bound=nn.Module)
 
+GIVEN = "weights_of_the_adapter"
+"""Attribute of the model: frozen weights of the base that came with its adapter, as the file has them, by name."""
+
 
 @torch.no_grad()
 def merge_adapters(
@@ -27,10 +30,10 @@ def merge_adapters(
 
     A weight is stored in its own dtype, or in `dtype` where that holds more. A quantised layer becomes a dense one
     with the weights its adapter was trained on, or with `requantise` the nearest codes to the sum. `original` is the
-    base as published: it gets the changes, and the modules and biases trained in full; with `from_codes` also the
-    weights that the codes of `model` stand for, so that the sum is to what the adapter was trained on. Return the
-    merged model, which is `original` where one is given and nothing is requantised. Raise NotMergeableError, with the
-    models untouched, when a method cannot be merged.
+    base as published: it gets the changes, the modules and biases trained in full, and the weights of the base that
+    came with the adapter; with `from_codes` also those that the codes of `model` stand for, so that the sum is to what
+    the adapter was trained on. Return the merged model, which is `original` where one is given and nothing is
+    requantised. Raise NotMergeableError, with the models untouched, when a method cannot be merged.
     """
     found = dict(adapters(model))
     for layer in found.values():
@@ -39,7 +42,12 @@ def merge_adapters(
         untie(original)
     result = model if original is None or requantise else original
     if result is not model:
-        open_experts(result, [n for n, m in model.named_modules() if isinstance(m, QuantizedExperts | ExpertLinear)])
+        stacks = [n for n, m in model.named_modules() if isinstance(m, QuantizedExperts | ExpertLinear)]
+        open_experts(result, [name.removesuffix(".base_layer") for name in stacks])
+        for name, tensor in getattr(model, GIVEN, {}).items():
+            parameter = result.get_parameter(name.replace(".base_layer", ""))
+            kept = torch.promote_types(parameter.dtype, dtype or parameter.dtype)
+            parameter.data = tensor.to(parameter.device, kept)
     inside = (*(f"{name}." for name in found), f"{SHARED}.")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     for name, layer in found.items():

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -98,6 +99,8 @@ def find_targets(model: nn.Module, config: AdapterConfig, layer_types: tuple[typ
     _check_patterns_used("adapter.rank_pattern", config.rank_pattern, selected)
     _check_patterns_used("adapter.alpha_pattern", config.alpha_pattern, selected)
     _check_ranks(targets, config)
+    if getattr(config, "experts_share_A", False) and not any(target.experts for target in targets):
+        raise ValueError("adapter.experts_share_A=true: no expert is adapted; give adapter.experts=auto or a rank")
     _tell_of_experts(model, config, stacks, adaptable, targets)
     return targets
 
@@ -179,10 +182,11 @@ def _tell_of_experts(
 ) -> None:
     """Say by how much experts grow the adapter, or would, and which share of the weights is left as it is."""
     taken = [target for target in targets if target.experts]
+    size = partial(_size, shares_A=getattr(config, "experts_share_A", False))
     if taken:
         logger.info(
             "%d stacks of experts are adapted at rank %s: %s of the adapter's %s parameters",
-            len(taken), ", ".join(sorted({str(t.rank) for t in taken})), f"{_size(taken):,}", f"{_size(targets):,}",
+            len(taken), ", ".join(sorted({str(t.rank) for t in taken})), f"{size(taken):,}", f"{size(targets):,}",
         )  # fmt: skip
     left = {name: stack for name, stack in stacks.items() if all(name != target.name for target in taken)}
     if not left:
@@ -196,13 +200,16 @@ def _tell_of_experts(
     more = [_expert_target(name, adaptable[name], model, asked) for name in open_to_auto]
     logger.warning(
         "%s; adapter.experts=auto would adapt them at rank %s, and the adapter would grow from %s to %s parameters",
-        told, more[0].rank, f"{_size(targets):,}", f"{_size([*targets, *more]):,}",
+        told, more[0].rank, f"{size(targets):,}", f"{size([*targets, *more]):,}",
     )  # fmt: skip
 
 
-def _size(targets: Iterable[Target]) -> int:
+def _size(targets: Iterable[Target], shares_A: bool) -> int:
     """Return the numbers in the factors of low-rank adapters around these layers."""
-    return sum((t.rank or 0) * (t.out_features + t.in_features) * (t.experts or 1) for t in targets)
+    return sum(
+        (t.rank or 0) * (t.out_features * (t.experts or 1) + t.in_features * (1 if shares_A else t.experts or 1))
+        for t in targets
+    )
 
 
 def is_tied(model: nn.Module) -> bool:

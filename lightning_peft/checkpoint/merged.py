@@ -28,7 +28,7 @@ from lightning_peft.models.streaming import fp32_pattern
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import QuantizedExperts
 from lightning_peft.quantization.linear import QuantizedLinear
-from lightning_peft.quantization.weights import is_transposed
+from lightning_peft.quantization.weights import computing_dtype, is_transposed
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ def merge(
     _refuse_shared(model)
     device = model.device
     comparison = Comparison(model, samples, base_logits)
-    dtype = DTYPES[config.dtype] if config.dtype is not None else model.dtype if original is None else None
-    trained_in, requantise = model.dtype, config.base is MergeBase.requantised
+    dtype = DTYPES[config.dtype] if config.dtype is not None else computing_dtype(model) if original is None else None
+    trained_in, requantise = computing_dtype(model), config.base is MergeBase.requantised
     with Part("merge: adding the adapters to their layers"):
         merged = merge_adapters(model, dtype, requantise, original, from_codes=config.base is MergeBase.dequantised)
     with atomic_folder(output) as partial:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
@@ -55,6 +56,8 @@ def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> d
         A, B = A.reshape(experts, -1, A.shape[1]), B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
         if _swapped(model, name, layer):
             A, B = B.mT, A.mT
+        if len(layer.lora_A) == 1 and torch.equal(A, A[:1].expand_as(A)):  # shared here, and written for each
+            A = A[:1]
         found |= {f"{prefix}{name}.{factor}": tensor for factor, tensor in zip(FACTORS, (A, B), strict=True)}
     return found
 
@@ -81,10 +84,15 @@ def named_by_parameter(words: Mapping[str, Any], shapes: Shapes, prefix: str) ->
     wrapped: dict[str, list[str]] = {}
     for name in shapes:
         holder, factor, _ = name.partition(".lora_A.weight")
-        if factor and is_wrapped_parameter(holder.removeprefix(prefix), wanted):
+        module = re.sub(r"(\.base_layer)+$", "", holder.removeprefix(prefix))
+        # A parameter named by its last part alone would be one of any layer: the rows of a stack are its experts'.
+        is_stack = holder.endswith(".base_layer") or shapes[name][0] != stored_rank(words, module)
+        if factor and is_stack and is_wrapped_parameter(module, wanted):
             wrapped.setdefault(re.sub(r"(\.base_layer)+$", "", holder), []).append(holder)
     for module, holders in wrapped.items():
         names = [name for name in PROJECTIONS if _matches(f"{module.removeprefix(prefix)}.{name}", wanted)]
+        if len(names) != len(holders):
+            return dict(shapes), f"{module.removeprefix(prefix)} in another order or number"
         # The deepest wrapper has the first parameter.
         for name, holder in zip(names, sorted(holders, key=len, reverse=True), strict=True):
             full = f"{module.removeprefix(prefix)}.{name}"

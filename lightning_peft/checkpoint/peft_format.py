@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.adapters.base import AdapterConfig, LowRank
 from lightning_peft.adapters.former_names import present_name
 from lightning_peft.adapters.inject import SHARED, adapters
+from lightning_peft.adapters.merge import GIVEN
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage, write_lineage
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SHARED_PREFIX = "base_model."
+NAMED_DEFAULT = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.default(?=\.|$)")
+"""What PEFT calls an adapter unless it is told otherwise, and takes out of the names that it saves."""
 
 
 def save_adapter(
@@ -106,12 +110,14 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
         if PREFIX + name in expected and PREFIX + name not in got:
             logger.info("%s has no %s: it starts anew", folder, name)
             del expected[PREFIX + name]
-    expected |= _base_tensors(model, words, got.keys() - expected.keys())
+    of_base = _base_tensors(model, words, got.keys() - expected.keys())
+    expected |= of_base
     check_names_and_shapes(str(folder / WEIGHTS_NAME), expected, got, AdapterFileError)
     _warn_of_other_scaling(model, words, got, folder)
     _check_shared(folder, expected, got)
     for name, target in expected.items():
         assign(target, got[name])
+    setattr(model, GIVEN, {name.removeprefix(PREFIX): got[name] for name in of_base})
 
 
 def adapter_config_from_peft(folder: str | Path) -> AdapterConfig:
@@ -241,11 +247,16 @@ def _open(folder: Path, name: str = WEIGHTS_NAME) -> Any:
         raise AdapterFileError(f"{path}: truncated or damaged ({error})") from error
 
 
+def _plain_name(name: str) -> str:
+    """Return a tensor's name without the adapter's own, which a saved state dict of a PEFT model has in it."""
+    return NAMED_DEFAULT.sub(r"\1", name)
+
+
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for part in _files(folder):
         with _open(folder, part) as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            shapes |= {_plain_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes
 
 
@@ -254,7 +265,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part in _files(folder):
         with _open(folder, part) as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}
+            tensors |= {_plain_name(name): file.get_tensor(name) for name in file.keys()}
     if lineage is not None and lineage.adapter_sha256 not in (None, file_sha256(folder / WEIGHTS_NAME)):
         raise AdapterFileError(
             f"{folder / WEIGHTS_NAME}: damaged, it is not the file that lineage.json describes; "

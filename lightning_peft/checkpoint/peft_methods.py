@@ -10,7 +10,7 @@ from lightning_peft.adapters.registry import METHODS
 
 READ_OFF_THE_FILE = (
     "method", "target_modules", "exclude_modules", "layers", "trainable_modules", "init_from", "untie_embeddings",
-    "experts",
+    "experts", "experts_share_A",
 )  # fmt: skip
 """Fields of our config that no spelling has: the tensors say which layers were adapted."""
 

@@ -231,6 +231,7 @@ def _check_words(folder: Path, words: Words, row: PeftSpelling) -> None:
     for word, off in SWITCHED_OFF.items():
         if word in words and words[word] not in off:
             raise AdapterFileError(f"{folder}: uses {word}={words[word]!r}, a feature of HF PEFT not supported here")
+    _check_values(folder, words, row)
     init = str(words.get("init_lora_weights", True)).lower()
     if init not in (*KEEPS_BASE, *REWRITES_BASE):
         raise AdapterFileError(
@@ -241,6 +242,28 @@ def _check_words(folder: Path, words: Words, row: PeftSpelling) -> None:
     unknown = sorted(words.keys() - known - {row.rank_word, row.alpha_word})
     if unknown:
         logger.warning("%s: ignored, not known: %s", folder / CONFIG_NAME, ", ".join(unknown))
+
+
+def _check_values(folder: Path, words: Words, row: PeftSpelling) -> None:
+    """Raise AdapterFileError for a number or a pattern that is none, which only a file written by hand has."""
+    path = folder / CONFIG_NAME
+    named = (row.alpha_word, row.rank_word, row.options.get("dropout"))
+    numbers: dict[str, Any] = {word: words[word] for word in named if word is not None and word in words}
+    for word in ("rank_pattern", "alpha_pattern"):
+        patterns = words.get(word) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterFileError(f"{path}: {word}={patterns!r} must be an object of names and numbers")
+        numbers |= {f"{word}[{key!r}]": value for key, value in patterns.items()}
+        for key in patterns:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise AdapterFileError(f"{path}: {word} names {key!r}, not a regular expression: {error}") from None
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise AdapterFileError(f"{path}: {name}={value!r} must be a number")
+    if (bias := words.get("bias", "none")) not in Bias.__members__:
+        raise AdapterFileError(f"{path}: bias={bias!r} must be one of {', '.join(Bias.__members__)}")
 
 
 def layer_shapes(shapes: Shapes, row: PeftSpelling) -> dict[str, tuple[int, ...]]:

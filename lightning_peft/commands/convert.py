@@ -41,7 +41,7 @@ from lightning_peft.commands.merge import sample_ids
 from lightning_peft.config import plain
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
-from lightning_peft.models.loading import load_tokenizer, model_name, source_fingerprint
+from lightning_peft.models.loading import load_tokenizer, model_context, model_name, source_fingerprint
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import Kind
 from lightning_peft.serving.engines import features_of, not_low_rank
@@ -87,7 +87,8 @@ def convert(config: ConvertConfig) -> Receipt:
         check_lineage(parent.folder, fingerprint, quantization.kind.name, model_name(base))
     tokenizer = load_tokenizer(base)
     layout = common_layout(parents, [layout_of(parent.path, tokenizer) for parent in parents])
-    drawn = [sample for parent in parents for sample in sample_ids(saved_config(parent.path), tokenizer)]
+    context = model_context(base)
+    drawn = [sample for parent in parents for sample in sample_ids(saved_config(parent.path), tokenizer, context)]
     samples = list({tuple(sample.flatten().tolist()): sample for sample in drawn}.values())  # of each data set once
     model = load_base(first, config.model, config.precision)
     asked, comparison = ask(config, parents, model, samples)

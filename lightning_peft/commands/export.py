@@ -28,8 +28,9 @@ from lightning_peft.commands.adapted import (
 from lightning_peft.commands.merge import logits_of_base, sample_ids
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
-from lightning_peft.models.loading import load_model, load_tokenizer, model_config
+from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context
 from lightning_peft.models.source import MODELS, ModelConfig, locate
+from lightning_peft.quantization.weights import computing_dtype
 from lightning_peft.serving import gguf_lora, gguf_model, ollama
 from lightning_peft.serving.engines import (
     NEVER_LOW_RANK,
@@ -181,7 +182,7 @@ def compared(config: ExportConfig, source: Source, model: PreTrainedModel) -> Co
     if not source.whole and (tensors_beside(source.folder) or any(layer.rewrote_base for _, layer in adapters(model))):
         base_logits = logits_of_base(config.adapter_path, config.model)
     tokenizer = load_tokenizer(source.base)
-    samples = sample_ids(saved_config(config.adapter_path), tokenizer)
+    samples = sample_ids(saved_config(config.adapter_path), tokenizer, model_context(source.base))
     return Comparison(model, samples, base_logits, "export")
 
 
@@ -234,7 +235,7 @@ def write_merged(
     folder: Path,
 ) -> Receipt:
     """Write base and adapter as one GGUF file, and read it back."""
-    path, device, trained_in = folder / gguf_model.FILE_NAME, model.device, model.dtype
+    path, device, trained_in = folder / gguf_model.FILE_NAME, model.device, computing_dtype(model)
     merged = model if source.whole else merge_adapters(model, None if config.dtype == "bf16" else torch.float32)
     own_file = base_file(source.base)
     name = source.folder.parent.name

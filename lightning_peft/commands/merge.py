@@ -29,8 +29,9 @@ from lightning_peft.data.chat import encode
 from lightning_peft.data.conversation import Message
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import is_whole_model, tuned_folder
-from lightning_peft.models.loading import load_model, load_tokenizer, stored_dtypes
+from lightning_peft.models.loading import load_model, load_tokenizer, model_context, stored_dtypes
 from lightning_peft.models.source import ModelConfig, copy_companions
+from lightning_peft.quantization.weights import computing_dtype
 
 SAMPLES = 16
 """Conversations the merged model is compared on."""
@@ -55,16 +56,21 @@ def merge(config: MergeCommandConfig) -> Receipt:
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     folder = tuned_folder(config.adapter_path)
     is_adapter = not is_whole_model(folder)
-    base_logits = logits_of_base(config.adapter_path, config.model) if is_adapter and changes_base(folder) else None
-    model, tokenizer = load_for_inference(config.adapter_path, config.model, "auto")
-    samples = sample_ids(saved_config(config.adapter_path), tokenizer)
-    original = None
     base, _ = base_of(config.adapter_path, config.model)
     stored = stored_dtypes(base) if is_adapter else None
-    rounded = config.merge.base is MergeBase.dequantised and stored is not None and stored != {model.dtype}
+    # A folder of HF PEFT does not say what it was trained in: a change that depends on the base is that of the stored.
+    is_fp32 = read_lineage(folder) is None and stored is not None and torch.float32 in stored
+    precision = "32-true" if is_fp32 else "auto"
+    base_logits = None
+    if is_adapter and changes_base(folder):
+        base_logits = logits_of_base(config.adapter_path, config.model, precision)
+    model, tokenizer = load_for_inference(config.adapter_path, config.model, precision)
+    samples = sample_ids(saved_config(config.adapter_path), tokenizer, model_context(base))
+    original, dtype = None, computing_dtype(model)
+    rounded = config.merge.base is MergeBase.dequantised and stored is not None and stored != {dtype}
     if config.merge.base is MergeBase.original or rounded:
         # Not rounded through the dtype that the run computed in.
-        original = load_model(base, None if stored is not None else model.dtype, device=inference_device())
+        original = load_model(base, None if stored is not None else dtype, device=inference_device())
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
     layout_of(config.adapter_path, tokenizer).save(output)
     copy_companions(base, output)
@@ -73,18 +79,21 @@ def merge(config: MergeCommandConfig) -> Receipt:
     return receipt
 
 
-def logits_of_base(adapter_path: str, model: ModelConfig | None) -> list[Tensor]:
+def logits_of_base(adapter_path: str, model: ModelConfig | None, precision: str = "auto") -> list[Tensor]:
     """What the base says to the samples, for an adapter that has written over parts of it."""
     base, _ = base_of(adapter_path, model)
-    samples = sample_ids(saved_config(adapter_path), load_tokenizer(base))
-    loaded = load_base(adapter_path, model, "auto")
+    samples = sample_ids(saved_config(adapter_path), load_tokenizer(base), model_context(base))
+    loaded = load_base(adapter_path, model, precision)
     return [logits_of(loaded, sample.to(loaded.device)) for sample in samples]
 
 
-def sample_ids(saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast) -> list[Tensor]:
-    """Token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`."""
+def sample_ids(
+    saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast, context: int | None = None
+) -> list[Tensor]:
+    """Token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`; no more than `context`."""
     conversations = [[Message("user", text), Message("assistant", "Of course.")] for text in GENERAL_TEXT]
     if saved is not None:
         rows = read_conversations(saved.data, "validation", SAMPLES)
         conversations = [messages for _, messages in rows] or conversations
-    return [torch.tensor([encode(messages, tokenizer).input_ids[:SAMPLE_TOKENS]]) for messages in conversations]
+    longest = min(SAMPLE_TOKENS, context or SAMPLE_TOKENS)
+    return [torch.tensor([encode(messages, tokenizer).input_ids[:longest]]) for messages in conversations]

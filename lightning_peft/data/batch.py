@@ -45,6 +45,8 @@ class Batch:
     """(B, T) fp32, the factor of each label's loss; None where all are 1."""
     weight_sum: float | None = None
     """Sum of `weights` over the labels that are not -100; None without weights."""
+    lengths: Tensor | None = None
+    """(S,) int64, the tokens of each sample without its padding; None where that is not known."""
     sample_ids: Tensor | None = None
     """(S,) int64, the number of each sample in the batch it was taken from; None where they are counted as they are."""
 

@@ -35,6 +35,7 @@ def collate(
     weights = torch.ones((len(rows), width)) if weighted else None
     starts: list[int] = []
     ends: list[int] = []
+    lengths: list[int] = []
     num_tokens = 0
     for number, row in enumerate(rows):
         end = 0
@@ -49,6 +50,7 @@ def collate(
             position_ids[number, start:stop] = torch.arange(stop - start)
             starts.append(number * width + start)
             ends.append(number * width + end - 1)
+            lengths.append(end - start)
         num_tokens += end
     samples = [sample for row in rows for sample in row]
     margins = [sample.margin for sample in samples[::group]]
@@ -63,6 +65,7 @@ def collate(
         num_tokens=0 if filler else num_tokens,
         num_supervised=int((labels != IGNORED_LABEL).sum()),
         weights=weights,
+        lengths=torch.tensor(lengths),
         standings=torch.tensor(standings, dtype=torch.uint8) if standings else None,
         num_units=None if group == 1 else 0 if filler else len(starts) // group,
         top=_collate_top(samples, filler),

@@ -34,7 +34,9 @@ from lightning_peft.inference.steps import (
     can_repeat_prefix,
     why_not_static,
 )
+from lightning_peft.models.rope import follows_length
 from lightning_peft.progress import Part
+from lightning_peft.quantization.weights import computing_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +130,9 @@ def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: in
     shortest, longest = min(prompts, key=len), max(prompts, key=len)
     prefix = common_prefix(prompts)
     ways = [Prompts(model, Batching.left_padding), Prompts(model, Batching.equal_length)]
-    if prefix and can_repeat_prefix(model):
+    if follows_length(model.config, None):  # padded rows reach the next frequencies at another token than alone
+        ways = ways[1:]
+    elif prefix and can_repeat_prefix(model):
         cache = DynamicCache(config=model.config)
         ids = torch.tensor([shortest[:prefix]], device=model.device)
         model(input_ids=ids, **{str(cache_keyword(model)): cache})
@@ -141,7 +145,7 @@ def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: in
         except (RuntimeError, ValueError, IndexError) as error:  # from code of the model that never met such a batch
             logger.info("%s cannot run where %s: %s", type(model).__name__, way.batching.value, error)
             continue
-        if is_close(logits, expected, model.dtype):
+        if is_close(logits, expected, computing_dtype(model)):
             return way
         logger.info("%s answers otherwise than alone where %s: done slower", type(model).__name__, way.batching.value)
     return Prompts(model, Batching.alone)

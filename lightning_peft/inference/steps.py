@@ -21,7 +21,9 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.adapters.slots import SlotLinear, Slots
 from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product
+from lightning_peft.models.rope import follows_length
 from lightning_peft.quantization.frozen_base import frozen_base
+from lightning_peft.quantization.weights import computing_dtype
 
 STATIC_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Blocks of transformers that are Llama's: two RMS norms, rotary attention, a gated MLP."""
@@ -135,6 +137,8 @@ def why_not_static(model: PreTrainedModel) -> str | None:
         return "its blocks are not Llama's"
     if not can_repeat_prefix(model):
         return "its cache is more than keys and values of all positions"
+    if follows_length(model.config, None):
+        return "the length of an answer sets its rotary frequencies"
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "its weights are sharded"
     called = (part for block in blocks for part in (block, block.self_attn, block.mlp))
@@ -235,8 +239,8 @@ class StaticSteps:
 
     def _read(self) -> tuple[list[Block], Products]:
         self.wrapped = 0 if self.slots is None else len(self.slots.layers)
-        blocks = [Block(block, self.model.dtype) for block in self.model.base_model.layers]  # type: ignore[union-attr]
-        return blocks, Products([self.model.get_output_embeddings()], self.model.dtype)  # type: ignore[list-item]
+        blocks = [Block(block, computing_dtype(self.model)) for block in self.model.base_model.layers]  # type: ignore[union-attr]
+        return blocks, Products([self.model.get_output_embeddings()], computing_dtype(self.model))  # type: ignore[list-item]
 
     def share(self, prefix: list[int], route: int = -1) -> None:
         """Run what the prompts that follow begin with."""
@@ -247,7 +251,7 @@ class StaticSteps:
         """Make room for rows of so many positions, as many of them as memory is meant for; return how many."""
         weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         heads = self.model.config.get_text_config().num_key_value_heads
-        token = 2 * len(self.blocks) * heads * self.blocks[0].head_dim * self.model.dtype.itemsize
+        token = 2 * len(self.blocks) * heads * self.blocks[0].head_dim * computing_dtype(self.model).itemsize
         rows = max(1, min(rows, max(CACHE_BYTES, weights) // (token * width)))
         self._room(rows, width, heads)
         return rows
@@ -293,7 +297,7 @@ class StaticSteps:
         width = old_width if width <= old_width else (width // WIDTH_STEP + 1) * WIDTH_STEP
         size = self.blocks[0].head_dim
         grown = torch.zeros(
-            len(self.blocks), 2, rows, heads, width, size, dtype=self.model.dtype, device=self.model.device
+            len(self.blocks), 2, rows, heads, width, size, dtype=computing_dtype(self.model), device=self.model.device
         )
         if self.cache is not None:
             grown[:, :, :old_rows, :, :old_width] = self.cache

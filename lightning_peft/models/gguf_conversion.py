@@ -16,6 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf_fields import check_fields
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """GGUF architecture: transformers' model type."""
@@ -94,6 +95,7 @@ def check_read(file: GGUFFile, model: PreTrainedModel) -> None:
             f"model.path={file.path}: transformers does not read {len(unread)} of its tensors, such as {unread[0]}: "
             "use the model's safetensors files"
         )
+    check_fields(file, model.config)
 
 
 def _rope_field(file: GGUFFile, key: str, default: Any = None) -> Any:
@@ -120,8 +122,9 @@ def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": theta}
     parameters = {"rope_type": scaling, "rope_theta": theta, "factor": factor}
     if scaling == "yarn":
-        if (attention := _rope_field(file, "scaling.attn_factor", 1.0)) != 1.0:
-            raise ValueError(f"model.path={file.path}: rope.scaling.attn_factor={attention} is not known here")
+        for key in ("beta_fast", "beta_slow"):
+            if (beta := _rope_field(file, f"scaling.yarn_{key}")) is not None:
+                parameters[key] = beta
         parameters["original_max_position_embeddings"] = _rope_field(file, "scaling.original_context_length")
     return parameters
 
@@ -152,22 +155,37 @@ def llama3_parameters(factors: Tensor, theta: float, head_dim: int) -> dict[str,
 
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     """The model configuration, from the file's metadata."""
+    if (parts := file.fields.get("split.count", 1)) > 1:
+        raise ValueError(
+            f"model.path={file.path}: is one of {parts} parts of a model; put them together by llama-gguf-split --merge"
+        )
     prefix = file.fields["general.architecture"]
     present = {name.removeprefix(f"{prefix}."): value for name, value in file.fields.items()}
     values = {ours: present[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in present}
     values.setdefault("vocab_size", file.tensors["token_embd.weight"].shape[0])
-    for dimension in ("rope.dimension_count", "attention.key_length"):
-        if dimension in present:
-            values["head_dim"] = present[dimension]
-    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    head_dim = present.get("attention.key_length") or values["hidden_size"] // values["num_attention_heads"]
+    values["head_dim"] = head_dim
     values["rope_parameters"] = rope_parameters(file, head_dim)
     if prefix == "llama":
-        values["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
+    if prefix in ("llama", "qwen3"):
+        values["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     values |= {f"{name}_id": file.fields.get(f"tokenizer.ggml.{key}") for name, key in TOKEN_KEYS.items()}
     values["tie_word_embeddings"] = "output.weight" not in file.tensors
     model_type = ARCHITECTURES[prefix]
-    return AutoConfig.for_model(model_type, **values)
+    config = AutoConfig.for_model(model_type, **values)
+    check_fields(file, config)
+    return config
+
+
+def check_has_places(file: GGUFFile, model: PreTrainedModel) -> None:
+    """Raise ValueError for a tensor of a known file that the built model has no parameter for, such as a bias."""
+    places = model.state_dict().keys()
+    if lost := [name for name in file.tensors if name != ROPE_FACTORS and parameter_name(name) not in places]:
+        raise ValueError(
+            f"model.path={file.path}: {type(model).__name__} has no place for {len(lost)} of its tensors, such as "
+            f"{lost[0]}: use the model's safetensors files"
+        )
 
 
 class GGUFSource:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ from lightning_peft.models.attention import accept_packed_batches, choose_attent
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.conversion import plan_loading
 from lightning_peft.models.gguf import GGUFFile
-from lightning_peft.models.gguf_conversion import GGUFSource, check_read, gguf_config, gguf_tokenizer, is_known
+from lightning_peft.models.gguf_conversion import (
+    GGUFSource,
+    check_has_places,
+    check_read,
+    gguf_config,
+    gguf_tokenizer,
+    is_known,
+)
 from lightning_peft.models.low_bit import (
+    ONLY_LOW_BIT,
     LowBitSource,
     Names,
     check_named,
@@ -35,8 +44,15 @@ from lightning_peft.models.low_bit import (
 )
 from lightning_peft.models.multimodal import leave_on_disk
 from lightning_peft.models.random_weights import RandomWeights
-from lightning_peft.models.rope import check_scaled, context_length, scale_positions
-from lightning_peft.models.source import ModelConfig, locate, readable_errors, weight_files, weight_index
+from lightning_peft.models.rope import check_scaled, context_length, scale_positions, set_positions_by_row
+from lightning_peft.models.source import (
+    ModelConfig,
+    locate,
+    readable_configuration,
+    readable_errors,
+    weight_files,
+    weight_index,
+)
 from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lightning_peft.models.weight_files import SafetensorsSource, WeightSource, map_file, stored_kinds, stored_tensors
@@ -50,6 +66,9 @@ logger = logging.getLogger(__name__)
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes that weights are computed in."""
+CODES = {"U8", "I8", "I32"}
+INTEGERS = {"I64", "I16", "BOOL"} | CODES
+"""Names of those that are buffers, or some of them codes."""
 NEED_IMAGES = {"Llama4ForConditionalGeneration"}
 """Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
 SAMPLED_BYTES = 1024
@@ -73,7 +92,8 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
                 raise ValueError(f"{config.rope_scaling}: not for {location.name}, which transformers reads by itself")
             architecture = gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
         else:
-            architecture = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+            with readable_configuration(config):
+                architecture = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
         scale_positions(architecture, config.rope_scaling)
         return architecture
 
@@ -173,6 +193,7 @@ def load_by_block(
     if config.new_tokens:
         add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
     accept_packed_batches(model)
+    set_positions_by_row(model)
     keep_weights_in_evaluation(model)
     return model.eval(), blocks
 
@@ -218,6 +239,8 @@ def _load_parts(
             elif getattr(architecture, "quantization_config", None) is None:
                 check_named(source)
             model = _build(config, architecture, dtype or torch.float32)
+            if isinstance(source, GGUFSource):
+                check_has_places(source.file, model)
             if (location / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(location)
         parts = stream_weights(model, source, dtype, device, quantization)
@@ -244,7 +267,7 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
-    with parameters_on_meta():
+    with parameters_on_meta(), readable_configuration(config):
         model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
     check_scaled(model, config.rope_scaling)
     leave_on_disk(model)
@@ -295,10 +318,16 @@ def _load_by_transformers(
                 "model.allow_pickle=true accepts that"
             )
         logger.info("%s holds pickled weights: read whole by transformers, not streamed", location)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, config=model_config(config), dtype=dtype, use_safetensors=False,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                location, config=model_config(config), dtype=dtype, use_safetensors=False,
+                trust_remote_code=config.trust_remote_code,
+            )  # fmt: skip
+        except (UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(
+                f"model.path={config.path}: its .bin weights are damaged, or hold more than tensors: "
+                f"{' '.join(str(error).split())[:120]}"
+            ) from error
     if (attention := choose_attention(model.config, config.attention)) is not None:
         model.set_attn_implementation(attention)
     if quantization is not None and quantization.is_on:
@@ -332,7 +361,17 @@ def stored_dtypes(config: ModelConfig) -> set[torch.dtype] | None:
     with readable_errors(config):
         files = weight_files(location) if (location := locate(config, weights=True)).is_dir() else []
         names = {name for path in files for name in stored_kinds(path)}
-    return {STORED[name] for name in names & STORED.keys()} if files and names <= STORED.keys() | {"I64"} else None
+        if not files or names - STORED.keys() - INTEGERS or (names & CODES and _is_coded(config, files)):
+            return None
+    return {STORED[name] for name in names & STORED.keys()}
+
+
+def _is_coded(config: ModelConfig, files: Sequence[Path]) -> bool:
+    """Whether integers in a container are codes, and no buffers such as GPT-2's masks."""
+    keys = (key for path in files for key, _, _ in stored_tensors(path))
+    return getattr(model_config(config), "quantization_config", None) is not None or any(
+        ".quant_state." in key or key.endswith(ONLY_LOW_BIT) for key in keys
+    )
 
 
 def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], memoryview]]:
@@ -375,9 +414,13 @@ def check_ends_are_dense(model: PreTrainedModel) -> None:
 def add_embeddings(model: PreTrainedModel, known: int, wanted: int) -> None:
     """Give the tokens from `known` up to `wanted` the mean embedding of those before, in the input and the head.
 
+    So does a table that gives each layer an input of its own, as Gemma 3n has; tokens that were beyond it got row 0.
+
     Raises ValueError where one of the two is held in codes.
     """
     check_ends_are_dense(model)
+    per_layer = _per_layer_table(model)
+    first = known if per_layer is None else min(known, per_layer.num_embeddings)
     if wanted > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(wanted, mean_resizing=False)
     layers: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -385,3 +428,14 @@ def add_embeddings(model: PreTrainedModel, known: int, wanted: int) -> None:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         weight[known:wanted] = weight[:known].float().mean(0).to(weight.dtype)
+    if (per_layer := _per_layer_table(model)) is not None:
+        weight = per_layer.weight
+        weight[first:known] = weight[0]
+        weight[known:wanted] = weight[:first].float().mean(0).to(weight.dtype)
+
+
+def _per_layer_table(model: PreTrainedModel) -> nn.Embedding | None:
+    if not getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        return None
+    table: nn.Embedding = model.get_per_layer_input_embeddings()  # type: ignore[operator]
+    return table

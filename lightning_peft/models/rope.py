@@ -1,11 +1,16 @@
 """Longer than a model's context: rotary positions scaled before the model is built."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import PreTrainedConfig
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig  # a start that trains nothing does without it
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +60,7 @@ class RopeScaling:
         return f"model.rope_scaling.type={self.type} model.rope_scaling.factor={self.factor}"
 
 
-def scale_positions(architecture: PreTrainedConfig, scaling: RopeScaling) -> None:
+def scale_positions(architecture: "PreTrainedConfig", scaling: RopeScaling) -> None:
     """Set a model's configuration to positions scaled so, and to the context that gives.
 
     ValueError where it has no rotary positions, or has scaled ones and nobody says what it was trained on.
@@ -118,7 +123,7 @@ def check_scaled(model: nn.Module, scaling: RopeScaling) -> None:
         )
 
 
-def context_length(architecture: PreTrainedConfig) -> int | None:
+def context_length(architecture: "PreTrainedConfig") -> int | None:
     """Return the longest sequence a model was made for, in tokens; None when its configuration does not say."""
     text = architecture.get_text_config()
     length: int | None = getattr(text, "max_position_embeddings", None)
@@ -127,7 +132,7 @@ def context_length(architecture: PreTrainedConfig) -> int | None:
     return length
 
 
-def follows_length(architecture: PreTrainedConfig, longest: int | None) -> bool:
+def follows_length(architecture: "PreTrainedConfig", longest: int | None) -> bool:
     """Whether the rotary frequencies are those of the longest sample of a batch, so that samples change one another.
 
     longrope has two sets, the second for batches with a sample beyond the context trained on; `longest` are the tokens
@@ -137,13 +142,55 @@ def follows_length(architecture: PreTrainedConfig, longest: int | None) -> bool:
     original = getattr(text, "original_max_position_embeddings", None)
     originals = [part.get("original_max_position_embeddings", original) for part in _parts(text)]
     is_beyond = longest is None or any(start is not None and longest > start for start in originals)
-    return _has(architecture, "dynamic") or (_has(architecture, "longrope") and is_beyond)
+    has_two_sets = any(
+        part.get("rope_type") == "longrope" and part.get("short_factor") != part.get("long_factor")
+        for part in _parts(text)
+    )
+    return _has(architecture, "dynamic") or (has_two_sets and is_beyond)
 
 
-def _has(architecture: PreTrainedConfig, kind: str) -> bool:
+def _has(architecture: "PreTrainedConfig", kind: str) -> bool:
     return any(part.get("rope_type") == kind for part in _parts(architecture.get_text_config()))
 
 
 def _parts(text: Any) -> list[dict[str, Any]]:
     parameters = getattr(text, "rope_parameters", None) or {}
     return [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+
+
+def set_positions_by_row(model: nn.Module) -> None:
+    """Let the length of each row alone set its rotary frequencies, where transformers goes by the longest of a batch.
+
+    Under a dynamic base it goes by the batches before as well, which a resumed run has not seen.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            module.forward = partial(_row_by_row, module, module.forward)
+
+
+def _row_by_row(
+    module: nn.Module, forward: Callable[..., Any], x: Tensor, position_ids: Tensor, *args: Any, **options: Any
+) -> Any:
+    """Return what `forward` makes of the positions (B, T) of each row alone."""
+
+    def of(rows: slice) -> Any:
+        _forget_length(module)
+        return forward(x[rows] if len(x) == len(position_ids) else x, position_ids[rows], *args, **options)
+
+    if position_ids.ndim != 2 or len(position_ids) == 1 or len(set(position_ids.amax(1).tolist())) == 1:
+        return of(slice(None))
+    parts = [of(slice(row, row + 1)) for row in range(len(position_ids))]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _forget_length(module: nn.Module) -> None:
+    """Give a dynamic base back what it was before its first batch."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        original = getattr(module, f"{name.removesuffix('inv_freq')}original_inv_freq", None)
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq") and original is not None:
+            module._buffers[name] = original.to(buffer.device, copy=True)
+    for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+        setattr(module, name, module.original_max_seq_len)

@@ -153,7 +153,9 @@ def weight_index(folder: Path) -> dict[str, str]:
         index = json.loads(path.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model.path={path}: not an index of weights ({error!r})") from error
-    return dict(index)
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise ValueError(f"model.path={path}: not an index of weights (weight_map must name a file for each)")
+    return index
 
 
 BESIDE_WEIGHTS = ("*processor*.json", "*processing*.py", "LICENSE*", "NOTICE*")
@@ -193,6 +195,19 @@ def readable_errors(config: ModelConfig) -> Iterator[None]:
         raise ValueError(f"{shown}: no such folder here, and no such model or revision on the hub") from error
     except (OSError, ImportError) as error:
         raise ValueError(f"{shown}: {_first_line(error)}") from error
+
+
+@contextmanager
+def readable_configuration(config: ModelConfig) -> Iterator[None]:
+    """Whatever transformers raises for a config.json that it cannot build becomes a ValueError of one sentence."""
+    shown = f"model.path={config.path}" if config.path else f"model={config.name}"
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise  # which `readable_errors` words
+    except Exception as error:  # of dataclasses that check themselves, look-ups, assertions, remote code
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{shown}: transformers makes no model of its config.json ({told})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ scales, multipliers, another layer - is no matter of three attribute names: the 
 numbers put in the head's place, and what comes out is compared with what is rebuilt here.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.models.blocks import decoder_of
@@ -100,6 +102,31 @@ def refuse_foresight(model: "PreTrainedModel", input_ids: Tensor) -> None:
             "last token of a row alone; a next-token loss needs a causal model (is_decoder=true in the config.json of "
             "a model of BERT's kind)"
         )
+
+
+@torch.no_grad()
+def warn_of_own_loss(model: "PreTrainedModel", input_ids: Tensor) -> None:
+    """Log what the loss that the model computes by itself has beside the cross entropy, from token ids (1, T).
+
+    A mixture adds how unevenly its routers choose where output_router_logits is set, others the size of their logits.
+    """
+    ids = input_ids[:1, :PROBED_TOKENS]
+    if ids.shape[1] < 2 or "labels" not in inspect.signature(model.forward).parameters:
+        return
+    with in_eval_mode(model):
+        seen = model(**own_inputs(ids), labels=ids)
+    ours = F.cross_entropy(seen.logits[0, :-1].float(), ids[0, 1:])
+    # Both are of the same logits, in fp32.
+    if seen.loss is None or abs(float(seen.loss) / float(ours) - 1) <= tolerance(torch.float32):
+        return
+    options = model.config.get_text_config().to_dict().items()
+    named = [
+        f"{name}={x:g}" for name, x in options if type(x) in (int, float) and x and ("loss" in name or "coef" in name)
+    ]
+    logger.warning(
+        "%s has a loss of %.4g by itself; here it is trained on the cross entropy of the next tokens alone, %.4g%s",
+        type(model).__name__, float(seen.loss), float(ours), f" ({', '.join(named)})" if named else "",
+    )  # fmt: skip
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from lightning_peft import distributed
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import LogitTransform
 from lightning_peft.models.blocks import decoder_of
+from lightning_peft.models.rope import follows_length
 from lightning_peft.models.source import VARLEN
 from lightning_peft.objectives.embedding_noise import noisy_embeddings
 from lightning_peft.objectives.linear_cross_entropy import linear_token_losses
@@ -30,6 +31,7 @@ from lightning_peft.objectives.logits import (
     refuse_foresight,
     relative_difference,
     tolerance,
+    warn_of_own_loss,
 )
 from lightning_peft.objectives.unpacking import is_packed, unpacked
 
@@ -51,7 +53,7 @@ def decoder_inputs(model: "PreTrainedModel", batch: Batch) -> dict[str, Any]:
     Where samples begin is said only where a row holds several, or to the attention that goes by it: a decoder that
     cannot keep samples apart must not be told that there are some.
     """
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    inputs = {"input_ids": batch.input_ids, "position_ids": row_positions(model, batch), "use_cache": False}
     if not is_packed(batch) and model.config._attn_implementation != VARLEN:
         return inputs
     return inputs | {
@@ -60,6 +62,14 @@ def decoder_inputs(model: "PreTrainedModel", batch: Batch) -> dict[str, Any]:
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
     }
+
+
+def row_positions(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """Return the positions (B, T) of a batch; padding has none of its own where the last one sets the frequencies."""
+    if batch.lengths is None or is_packed(batch) or not follows_length(model.config, None):
+        return batch.position_ids
+    last = batch.lengths.to(batch.position_ids.device)[:, None] - 1
+    return torch.minimum(batch.position_ids, last)
 
 
 class TokenLosses(NamedTuple):
@@ -153,6 +163,8 @@ class ModelLoss(nn.Module, ABC):
         where packed samples see each other with data.packing=true.
         """
         self.check_samples(batch)
+        if self.model.training:  # evaluation has nothing to leave out
+            warn_of_own_loss(self.model, batch.input_ids)
         self.logit_path = find_logit_path(self.model, batch.input_ids, self._row_inputs)
         self.is_checked = True
 
@@ -244,7 +256,8 @@ class ModelLoss(nn.Module, ABC):
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return what is run together: the batch, or its samples where they would see each other."""
-        if not self.runs_apart or not is_packed(batch):
+        sees_others = self.runs_apart or follows_length(self.model.config, batch.max_seqlen)
+        if not sees_others or not is_packed(batch):
             return [batch]
         # Sharding, which a start that trains nothing does without.
         from torch.distributed.fsdp import FSDPModule
@@ -282,6 +295,8 @@ class ModelLoss(nn.Module, ABC):
     def _own_logits(self, batch: Batch, positions: Tensor) -> Tensor:
         """Return the model's own logits at these positions of the flattened batch, (N, V)."""
         inputs = decoder_inputs(self.model, batch) if is_packed(batch) else own_inputs(batch.input_ids)
+        if follows_length(self.model.config, None):
+            inputs["position_ids"] = row_positions(self.model, batch)
         with self._noise(batch):
             logits = self.model(**inputs).logits
         return logits.reshape(-1, logits.shape[-1]).index_select(0, positions)

@@ -58,6 +58,7 @@ def _rows(batch: Batch, samples: dict[int, range], width: int) -> Batch:
         num_tokens=sum(len(sample) for sample in samples.values()),
         num_supervised=int((labels != IGNORED_LABEL).sum()),
         weights=weights,
+        lengths=lengths[:, 0],
         sample_ids=torch.tensor(list(samples), device=device),
         ends=None if batch.ends is None else stops,
     )

@@ -1,7 +1,9 @@
 """The dense view of a layer's weight, whatever form it is stored in."""
 
 import inspect
+import math
 import re
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -111,6 +113,24 @@ def dense_dtype(layer: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's activations: that of most of the weights that do not train.
+
+    `model.dtype` is the first weight's, which is fp32 where an embedding trains or is adapted.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for module in model.modules():
+        if isinstance(module, CodedWeight):
+            sizes[module.dtype] += math.prod(module.shape)
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and not parameter.requires_grad:
+                sizes[parameter.dtype] += parameter.numel()
+    if not sizes:  # all of it trains
+        return next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return sizes.most_common(1)[0][0]
+
+
 def write_weight(layer: nn.Module, weight: Tensor, requantize: bool = False) -> None:
     """Put a weight of shape `weight_shape(layer)` into the layer, cast once to what the layer stores.
 

@@ -162,6 +162,8 @@ def add_architecture(writer: Any, model: PreTrainedModel) -> None:
 
     config: Any = model.config
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise GGUFModelError("format=gguf: llama.cpp's qwen3 has no attention_bias; use merge")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -179,9 +181,23 @@ def add_architecture(writer: Any, model: PreTrainedModel) -> None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         if kind == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+            add_yarn(writer, rope)
     elif kind not in ("default", "llama3"):
         raise GGUFModelError(f"format=gguf: positions scaled by {kind} are not written here; use merge")
+
+
+def add_yarn(writer: Any, rope: dict[str, Any]) -> None:
+    """Add what YaRN goes by. Raises GGUFModelError for what llama.cpp computes in its own way."""
+    own = {key: rope[key] for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None}
+    if rope.get("truncate") is False:
+        own["truncate"] = False
+    if own:
+        shown = ", ".join(f"{key}={value}" for key, value in own.items())
+        raise GGUFModelError(f"format=gguf: positions scaled by yarn with {shown} are not written here; use merge")
+    writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    for key in ("beta_fast", "beta_slow"):
+        if rope.get(key) is not None:
+            getattr(writer, f"add_rope_scaling_yarn_{key}")(float(rope[key]))
 
 
 def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, rows: int, layout: PromptLayout) -> None:

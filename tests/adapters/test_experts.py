@@ -89,9 +89,12 @@ def test_opened_experts_compute_what_transformers_does(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_whole_weights(family: str) -> None:
-    model = adapted(family)
+def test_logits_and_gradients_are_those_of_whole_weights(family: str, shared: bool) -> None:
+    model = adapted(family, experts_share_A=shared)
+    stacks = [layer for _, layer in adapters(model) if isinstance(layer, LoRAExperts)]
+    assert all(len(layer.lora_A) == (1 if shared else len(layer.lora_B)) for layer in stacks)
     plain, factors = whole(model, family)
     assert any(isinstance(layer, LoRAExperts) for _, layer in adapters(model))
 
@@ -253,6 +256,22 @@ def test_a_model_without_experts_says_so() -> None:
 def test_experts_of_another_computation_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="input_linear.weight is multiplied by code of its own, which no adapter"):
         found(small_model("jetmoe"), LoRAConfig(experts=4))
+
+
+@pytest.mark.parametrize(("family", "options"), [("mixtral", {}), ("llama", {}), ("mixtral", {"experts": "none"})])
+def test_an_A_to_share_without_experts_is_refused(family: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="experts_share_A=true: no expert is adapted; give adapter.experts=auto"):
+        found(small_model(family), LoRAConfig(experts_share_A=True, **options))
+
+
+def test_what_a_shared_A_spares_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    for shared in (False, True):
+        model = small_model("mixtral")
+        with caplog.at_level(logging.INFO):
+            inject_adapters(model, LoRAConfig(rank=4, experts=2, experts_share_A=shared))
+        stacks = [layer for _, layer in adapters(model) if isinstance(layer, LoRAExperts)]
+        held = sum(p.numel() for layer in stacks for p in (layer.lora_A, layer.lora_B))
+        assert f"are adapted at rank 2: {held:,} of the adapter's" in caplog.messages[-1]
 
 
 def test_starts_that_read_the_weights_are_refused() -> None:

@@ -40,10 +40,14 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_of_ours_is_the_same_adapter_in_peft(family: str, tmp_path: Path) -> None:
+def test_a_folder_of_ours_is_the_same_adapter_in_peft(family: str, shared: bool, tmp_path: Path) -> None:
     model = small_model(family)
-    config = LoRAConfig(rank=4, experts=3, target_modules="attention", dropout=0.1, rank_pattern={"down_proj": 2})
+    config = LoRAConfig(
+        rank=4, experts=3, target_modules="attention", dropout=0.1, rank_pattern={"down_proj": 2},
+        experts_share_A=shared,
+    )  # fmt: skip
     inject_adapters(model, config)
     perturbed(model)
     save_adapter(model, config, tmp_path / "adapter")
@@ -55,6 +59,10 @@ def test_a_folder_of_ours_is_the_same_adapter_in_peft(family: str, tmp_path: Pat
     inject_adapters(ours, adapter_config_from_peft(tmp_path / "adapter"))
     load_adapter(ours, tmp_path / "adapter")
     assert torch.equal(logits(ours), logits(model))
+    again = small_model(family)  # to go on with one A for all
+    inject_adapters(again, config)
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again.eval()), logits(model))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -67,6 +75,24 @@ def test_a_folder_of_peft_is_the_same_adapter_here(family: str, rslora: bool, tm
     theirs = perturbed(get_peft_model(small_model(family), config))
     theirs.save_pretrained(tmp_path)
 
+    ours = small_model(family)
+    inject_adapters(ours, adapter_config_from_peft(tmp_path))
+    load_adapter(ours, tmp_path)
+    close(logits(ours), logits(theirs))
+
+
+SHORT = [["down_proj"], ["gate_up_proj", "down_proj"], ["down_proj", "experts.gate_up_proj"]]
+
+
+@pytest.mark.parametrize("parameters", SHORT, ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_parameters_named_by_their_last_part_are_those_of_experts_alone(
+    family: str, parameters: list[str], tmp_path: Path
+) -> None:
+    theirs = get_peft_model(
+        small_model(family), LoraConfig(r=4, target_modules=["o_proj", "q_proj"], target_parameters=parameters)
+    )
+    perturbed(theirs).save_pretrained(tmp_path)
     ours = small_model(family)
     inject_adapters(ours, adapter_config_from_peft(tmp_path))
     load_adapter(ours, tmp_path)

@@ -293,6 +293,13 @@ DAMAGE = {
     "unknown type": (lambda f: edit(f, peft_type="OFT"), "peft_type=OFT is not supported; these are: .*LORA"),
     "aLoRA": (lambda f: edit(f, alora_invocation_tokens=[3]), r"uses alora_invocation_tokens=\[3\], a feature"),
     "lora_ga": (lambda f: edit(f, init_lora_weights="lora_ga"), "init_lora_weights='lora_ga' changed the base"),
+    "alpha in words": (lambda f: edit(f, lora_alpha="16"), "adapter_config.json: lora_alpha='16' must be a number"),
+    "alpha null": (lambda f: edit(f, lora_alpha=None), "lora_alpha=None must be a number"),
+    "dropout in words": (lambda f: edit(f, lora_dropout="0.1"), "lora_dropout='0.1' must be a number"),
+    "pattern of words": (lambda f: edit(f, alpha_pattern={"q_proj": "3"}), r"alpha_pattern\['q_proj'\]='3' must be"),
+    "pattern no object": (lambda f: edit(f, rank_pattern=[4]), r"rank_pattern=\[4\] must be an object of names"),
+    "pattern no regex": (lambda f: edit(f, alpha_pattern={"(q": 3}), r"alpha_pattern names '\(q', not a regular"),
+    "bias unknown": (lambda f: edit(f, bias="sum"), "bias='sum' must be one of none, all, lora_only"),
     "missing tensor": (
         lambda f: change_tensors(f, "1.mlp.up_proj.lora_B.weight", None),
         "lacks .*1.mlp.up_proj.lora_B",
@@ -319,6 +326,15 @@ def test_bad_folder_gets_one_line(name: str, tmp_path: Path) -> None:
         reload(folder)
 
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_state_dict_with_the_name_of_the_adapter_in_it_is_read(tmp_path: Path) -> None:
+    model = adapted(CONFIGS["lora"])
+    save_adapter(model, CONFIGS["lora"], tmp_path / "a")
+    path = tmp_path / "a/adapter_model.safetensors"
+    named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in load_file(path).items()}
+    save_file(named, path)
+    assert torch.equal(logits(reload(tmp_path / "a")), logits(model))
 
 
 def test_pickle_is_refused_by_name(tmp_path: Path) -> None:

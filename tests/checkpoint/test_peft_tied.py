@@ -11,9 +11,12 @@ from lightning_peft.checkpoint.peft_words import AdapterFileError
 from lightning_peft.command_configs import MergeCommandConfig
 from lightning_peft.commands.adapted import load_for_inference
 from lightning_peft.commands.merge import merge
+from lightning_peft.inference.generate import generate_batch
+from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
+from lightning_peft.quantization.weights import computing_dtype
 
 IDS = torch.arange(3, 43)[None]
 FORMS = {
@@ -47,8 +50,11 @@ def saved_by_peft(base, folder, **words):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("has_bf16", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_ends_are_untied_as_peft_does(form, base, tmp_path):
+def test_ends_are_untied_as_peft_does(form, has_bf16, base, tmp_path, monkeypatch):
+    # Where the machine computes in bf16, a merge of an fp32 base rounds nothing through it.
+    monkeypatch.setattr("lightning_peft.commands.adapted.has_fast_bf16", lambda device: has_bf16)
     expected = saved_by_peft(base, tmp_path / "adapter", **FORMS[form])
     model, _ = load_for_inference(str(tmp_path / "adapter"), ModelConfig("hf", str(base)), "32-true")
     with torch.no_grad():
@@ -59,6 +65,21 @@ def test_ends_are_untied_as_peft_does(form, base, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bf16_model_with_ends_that_train_in_fp32_answers(form, base, tmp_path):
+    saved_by_peft(base, tmp_path / "adapter", **FORMS[form])
+    model, tokenizer = load_for_inference(str(tmp_path / "adapter"), ModelConfig("hf", str(base)), "bf16-true")
+    assert computing_dtype(model) is torch.bfloat16
+    # The decoder's own steps, and the model's forward for every token.
+    answer = generate_batch(model, tokenizer, [IDS[0].tolist()], SamplingConfig(max_new_tokens=6))
+    ids = IDS
+    with torch.no_grad():
+        for _ in range(6):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    assert answer == [tokenizer.decode(ids[0, IDS.shape[1] :], skip_special_tokens=True)]
 
 
 @pytest.mark.filterwarnings("ignore")

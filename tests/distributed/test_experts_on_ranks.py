@@ -9,7 +9,11 @@ from rank_runs import KINDS, NOISE, adapter, column, train_every_way
 
 from lightning_peft.models.tiny import tiny_tokenizer
 
-BASES = {"dense": ["quantization=none"], "nf4": ["quantization=nf4", "quantization.block_size=32"]}
+BASES = {
+    "dense": ["quantization=none"],
+    "nf4": ["quantization=nf4", "quantization.block_size=32"],
+    "shared_A": ["quantization=none", "adapter.experts_share_A=true"],
+}
 
 
 @pytest.fixture(scope="module")

@@ -79,12 +79,12 @@ def own_logits(model: nn.Module) -> torch.Tensor:
 class Family:
     """A small random model of a family in a folder, and ways to load it."""
 
-    def __init__(self, name: str, folder: Path):
+    def __init__(self, name: str, folder: Path, **options: object):
         self.name, self.folder = name, folder
         sizes = {"vocab_size": VOCABULARY}
         if name in ("gemma3n_text", "gemma4_text"):
             sizes["vocab_size_per_layer_input"] = VOCABULARY
-        model = small_model(name, **sizes)
+        model = small_model(name, **sizes, **options)
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         self.config = ModelConfig("hf", str(folder))

@@ -1,4 +1,5 @@
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,6 +243,83 @@ def test_biases_of_llama_are_read(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32)
     model = loaded(tmp_path / "m.gguf")
     torch.testing.assert_close(model(IDS).logits, original(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def filled_biases(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def test_biases_of_qwen3_are_read(tmp_path: Path) -> None:
+    original = filled_biases(small_model("qwen3", attention_bias=True, use_sliding_window=False))
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32)
+    torch.testing.assert_close(loaded(tmp_path / "m.gguf")(IDS).logits, original(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tensor", ["blk.1.attn_output.bias", "blk.0.ffn_down.bias", "blk.0.attn_q_norm.weight"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_tensor_without_a_place_is_refused(family: str, tensor: str, tmp_path: Path) -> None:
+    more = {tensor.replace(".", "__"): np.ones(64, np.float32)}
+    write_gguf(tmp_path / "m.gguf", small_model(family), GGMLQuantizationType.F32, **more)
+    with pytest.raises(ValueError, match=f"no place for 1 of its tensors, such as {tensor}: use"):
+        loaded(tmp_path / "m.gguf")
+
+
+def test_bounds_of_yarn_are_read(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    original = scaled_llama(**yarn, beta_fast=2.0, beta_slow=0.2)
+
+    def scaling(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(128)
+        writer.add_rope_scaling_yarn_beta_fast(2.0)
+        writer.add_rope_scaling_yarn_beta_slow(0.2)
+
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, scaling)
+    model = loaded(tmp_path / "m.gguf")
+    assert difference(model, original) < 1e-4 < difference(model, scaled_llama(**yarn))
+
+
+FIELDS: dict[str, tuple[Callable[[GGUFWriter], None], str]] = {
+    "partial rotation": (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count=8 is 16 for transformers"),
+    "other values": (lambda w: w.add_value_length(32), "attention.value_length=32 is 16 for transformers"),
+    "logit scale": (lambda w: w.add_logit_scale(0.25), "logit_scale=0.25 is not read"),
+    "softcap": (lambda w: w.add_final_logit_softcapping(30.0), "final_logit_softcapping=30 is not read"),
+    "embedding scale": (lambda w: w.add_embedding_scale(12.0), "embedding_scale=12 is not read"),
+    "window": (lambda w: w.add_sliding_window(8), "attention.sliding_window=8 is not read"),
+    "all see all": (lambda w: w.add_causal_attention(False), "attention.causal=False is True for transformers"),
+    "yarn's factor": (lambda w: w.add_rope_scaling_attn_factors(1.5), "rope.scaling.attn_factor=1.5 is not read"),
+    "a part": (lambda w: w.add_uint16("split.count", 3), "is one of 3 parts of a model; put them together"),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_that_is_not_read_is_refused(name: str, tmp_path: Path) -> None:
+    add, message = FIELDS[name]
+    write_gguf(tmp_path / "m.gguf", small_model("llama"), GGMLQuantizationType.F32, add)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        loaded(tmp_path / "m.gguf")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_fields_that_change_nothing_are_passed_over(tmp_path: Path) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_rope_dimension_count(16)
+        writer.add_value_length(16)
+        writer.add_logit_scale(1.0)
+        writer.add_expert_count(0)
+        writer.add_sliding_window(0)
+        writer.add_causal_attention(True)
+        writer.add_rope_scaling_finetuned(True)
+        writer.add_tensor_data_layout("Meta AI original pth")
+
+    original = small_model("llama")
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, add)
+    torch.testing.assert_close(loaded(tmp_path / "m.gguf")(IDS).logits, original(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_what_transformers_would_pass_over_is_refused(tmp_path: Path) -> None:

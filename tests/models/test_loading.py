@@ -3,6 +3,7 @@ import logging
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lightning_peft.models.loading import (
     model_context,
     model_name,
     source_fingerprint,
+    stored_dtypes,
 )
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -122,6 +124,27 @@ def test_new_tokens_come_before_the_blocks(tmp_path: Path) -> None:
     assert torch.equal(model(IDS).logits, load_model(config, torch.float32)(IDS).logits)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    # Gemma 4's table has a row for every token.
+    [("gemma3n_text", 320), ("gemma3n_text", 200), ("gemma4_text", 320)],
+)
+def test_new_tokens_of_a_table_for_each_layer_are_not_drawn(family: str, rows: int, tmp_path: Path) -> None:
+    small_model(family, vocab_size=320, vocab_size_per_layer_input=rows).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = ModelConfig("hf", str(tmp_path))
+    before = load_model(config, torch.float32)
+    config.new_tokens = [f"<{n}>" for n in range(80)]
+    first, second = load_model(config, torch.float32), load_model(config, torch.float32)
+    known = len(tiny_tokenizer())
+    table = first.model.embed_tokens_per_layer.weight
+    assert table.shape[0] == known + 80 and torch.equal(table, second.model.embed_tokens_per_layer.weight)
+    torch.testing.assert_close(table[known], before.model.embed_tokens_per_layer.weight[:known].mean(0))
+    ids = torch.arange(190, 210)[None]  # beyond a table of 200
+    assert torch.equal(first(ids).logits[..., :known], before(ids).logits[..., :known])
+
+
 def test_bitsandbytes_checkpoint_keeps_its_codes(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
 
@@ -215,6 +238,42 @@ def truncate(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def write_index(folder: Path, weights: object) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("code of whoever wrote the file",)
+
+
+@pytest.mark.parametrize("content", [{"model.norm.weight": RunsCode()}, b"PK\x03\x04 no archive"])
+def test_pickled_weights_that_are_no_tensors_are_one_sentence(
+    content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(save_small(tmp_path), allow_pickle=True)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match="its .bin weights are damaged, or hold more than tensors") as caught:
+        load_model(config, torch.float32)
+    assert "\n" not in str(caught.value) and "whoever" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int32])
+def test_dtypes_are_known_beside_buffers_of_integers(kind: torch.dtype, tmp_path: Path) -> None:
+    # GPT-2's old files have its masks in them.
+    config = save_small(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.bias"] = torch.ones(1, 1, 4, 4, dtype=kind)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert stored_dtypes(config) == {torch.float32}
+
+
 BROKEN = {
     "missing weight": (drop_weight, "lacks 1 weights of LlamaForCausalLM: model.norm.weight"),
     "other shape": (
@@ -222,6 +281,8 @@ BROKEN = {
         r"shape \(96, 64\) in the file and \(100, 64\)",
     ),
     "truncated": (truncate, "truncated or corrupt safetensors file"),
+    "index of numbers": (lambda f: write_index(f, {"model.norm.weight": 3}), "not an index of weights"),
+    "index of a list": (lambda f: write_index(f, ["model.norm.weight"]), "not an index of weights"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file"),
     "unknown type": (lambda f: edit(f / "config.json", {"model_type": "martian"}), "martian"),
@@ -241,6 +302,31 @@ def test_broken_folder_is_one_sentence(what: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_model(config, torch.float32)
     assert "\n" not in str(caught.value)
+
+
+NO_CONFIGURATION: dict[str, tuple[object, str]] = {
+    "padding beyond the vocabulary": ({"pad_token_id": 400}, "Padding_idx must be within num_embeddings"),
+    "number in quotes": ({"num_hidden_layers": "2"}, "'num_hidden_layers' expected int, got str"),
+    "null size": ({"hidden_size": None}, "'hidden_size' expected int, got NoneType"),
+    "heads that do not divide": ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+    "fewer kinds than layers": ({"layer_types": ["full_attention"]}, "must be equal to the number of `layer_types`"),
+    "unknown positions": ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "KeyError: 'foo'"),
+    "positions without a factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'factor'"),
+    "unknown activation": ({"hidden_act": "gelux"}, "KeyError: 'gelux'"),
+    "unknown dtype": ({"dtype": "float7"}, "no attribute 'float7'"),
+    "null": (None, "TypeError: argument of type 'NoneType' is not iterable"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIGURATION)
+def test_a_configuration_that_transformers_cannot_build_is_one_sentence(name: str, tmp_path: Path) -> None:
+    change, message = NO_CONFIGURATION[name]
+    small_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(change if change is None else json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="transformers makes no model of its config.json") as caught:
+        load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "missing.gguf", "a/b/c"])

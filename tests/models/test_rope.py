@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import small_model
-from transformers import AutoModelForCausalLM
+from family_checks import Family, batch, samples
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_peft.__main__ import main
+from lightning_peft.inference.generate import generate_batch
+from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import empty_model, load_model, model_config, model_context
 from lightning_peft.models.rope import RopeScaling, scale_positions
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
+from lightning_peft.objectives.sft import SupervisedLoss
 
 IDS = torch.randint(3, 90, (1, 150), generator=torch.Generator().manual_seed(3))
 """Longer than the 64 tokens of the models."""
@@ -178,6 +183,68 @@ def test_a_run_takes_its_positions_to_evaluate_merge_and_export(base, tmp_path):
     assert words["max_position_embeddings"] == 256
     assert words["rope_parameters"]["rope_type"] == "yarn" and words["rope_parameters"]["factor"] == 2.0
     assert words["rope_parameters"]["original_max_position_embeddings"] == 128
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 20,
+    "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+BY_LENGTH = [
+    ("llama", {"max_position_embeddings": 16, "rope_parameters": DYNAMIC}),
+    ("gemma3_text", {
+        "max_position_embeddings": 16,
+        "query_pre_attn_scalar": 1,
+        "rope_parameters": {
+            "full_attention": DYNAMIC, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }),
+    ("llama", {"rope_parameters": LONGROPE}),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20, "sliding_window": None}),
+    ("minicpm3", {"rope_parameters": LONGROPE}),
+]  # fmt: skip
+"""Frequencies that change at 16 or 20 tokens: two of the samples are longer, two are shorter."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "options"), BY_LENGTH, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_row_has_the_positions_it_has_alone(name: str, options: dict, tmp_path: Path) -> None:
+    family = Family(name, tmp_path, **options)
+    with torch.no_grad():
+        # Alone each begins anew, as a dynamic base remembers the longest so far.
+        expected = sum(one_loss(family.plain(), ids) for ids in samples())
+        objective = SupervisedLoss(family.ours())
+        for packing in (False, True, False):
+            got = objective(batch(packing))
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=0)
+        # transformers, in one batch, gives every row those of the longest.
+        width = max(map(len, samples()))
+        ids = torch.stack([F.pad(ids, (0, width - len(ids))) for ids in samples()])
+        together = family.plain()(input_ids=ids, use_cache=False).logits
+        summed = sum(
+            F.cross_entropy(x[: len(i) - 1], i[1:], reduction="sum") for x, i in zip(together, samples(), strict=True)
+        )
+        assert abs(summed - expected) > 1e-3 * expected
+
+
+def one_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "options"), BY_LENGTH, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_answer_is_the_one_it_is_alone(name: str, options: dict, tmp_path: Path) -> None:
+    family, tokenizer = Family(name, tmp_path, **options), tiny_tokenizer()
+    rows = [ids.tolist() for ids in samples()]
+    prompts = [rows[0][:10], rows[1][:10], rows[0][:14], rows[0][:14] + rows[1][:9]]
+    sampling = SamplingConfig(max_new_tokens=12)
+    together = generate_batch(family.ours(), tokenizer, prompts, sampling)
+    alone = []
+    for prompt in prompts:
+        output = family.plain().generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        alone.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+    assert together == alone
 
 
 def test_samples_under_a_dynamic_base_are_not_packed(base, tmp_path, capsys):

@@ -81,6 +81,25 @@ def test_inference_mode_gives_the_loss_of_training(family):
     torch.testing.assert_close(got, objective(batch).detach(), rtol=1e-6, atol=0)
 
 
+ADDS = {
+    "qwen3_moe": ({"output_router_logits": True}, "router_aux_loss_coef=0.001"),
+    "jetmoe": ({"output_router_logits": True}, "aux_loss_coef=0.01"),
+    "bamba": ({"z_loss_coefficient": 0.01}, "z_loss_coefficient=0.01"),
+}
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+@pytest.mark.parametrize("family", ADDS)
+def test_what_a_model_adds_to_its_own_loss_is_said_once(family, is_asked, caplog):
+    options, named = ADDS[family]
+    objective, batch = objective_and_batch(family, **(options if is_asked else {}))
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        objective.train()(batch)
+        objective(batch)
+    lines = [line for line in caplog.messages if "trained on the cross entropy of the next tokens alone" in line]
+    assert len(lines) == int(is_asked) and all(f"({named})" in line for line in lines)
+
+
 def test_an_unknown_change_of_logits_falls_back_to_the_models_own(caplog):
     objective, batch = objective_and_batch("llama")
     forward = objective.model.forward
