@@ -97,12 +97,27 @@ def attention_table() -> str:
     return markdown(["samples of tokens", *(f"{name}, ms" for name in names)], rows)
 
 
+def serve_table() -> str:
+    found = read("serve")
+    figures = [
+        ("8 adapters in 16 rows, to one adapter in 16: rate", "mixed", "eight_to_one", "{:.2f}x"),
+        ("the same, to HF PEFT's `adapter_names`: rate", "mixed", "eight_to_peft_adapter_names", "{:.2f}x"),
+        ("an adapter into a slot, from the host", "swap", "host_cpu_milliseconds", "{:.1f} ms"),
+        ("an adapter into a slot, from disk", "swap", "disk_cpu_milliseconds", "{:.1f} ms"),
+        ("64 adapters over 8 slots, to one adapter: time", "more adapters than slots", "many_to_one_time", "{:.2f}x"),
+        ("1,000 adapters registered, above 8: memory", "registered", "mib_above_eight", "{:.0f} MiB"),
+    ]  # fmt: skip
+    rows = [[what, form.format(found[part][key])] for what, part, key, form in figures if part in found]
+    return markdown(["serving", "measured"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention_table,
     "compare": compare_table,
     "floor": floor_table,
     "methods": methods_table,
     "scaling": scaling_table,
+    "serve": serve_table,
 }
 
 
