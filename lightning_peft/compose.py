@@ -28,7 +28,8 @@ from lightning_peft.words import ours
 logger = logging.getLogger(__name__)
 
 VERBATIM = re.compile(
-    r"^\+{0,2}(?:prompt|run_dir|sweep_dir|output|init_from|(?:[\w-]+\.)*(?:\w+_path|cache_dir|init_from|path|teacher|teacher_adapter))="
+    r"^\+{0,2}(?:prompt|run_dir|sweep_dir|output|init_from"
+    r"|(?:[\w-]+\.)*(?:\w+_path|cache_dir|init_from|path|teacher|teacher_adapter|teacher_prompt))="
 )
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
 
