@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_peft.other_tools import NOT_HERE, ours
 
 VERBATIM = re.compile(
-    r"^\+{0,2}(?:prompt|(?:data\.)?system_prompt|run_dir|sweep_dir|output|init_from|(?:[\w-]+\.)*(?:\w+_path|cache_dir|init_from|path|teacher|teacher_adapter))="
+    r"^\+{0,2}(?:prompt|(?:data\.)?system_prompt|run_dir|sweep_dir|output|init_from|(?:[\w-]+\.)*(?:\w+_path|cache_dir|init_from|path|teacher|teacher_adapter|teacher_prompt))="
 )
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
 OPEN = re.compile(r"^(?:(?:trainer|callbacks|logger|claim|gate)\.|gate=)")

@@ -160,3 +160,8 @@ def test_prompt_beyond_the_context_is_refused(tmp_path):
     words = ["objective=distill", "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", PROMPT]
     with pytest.raises(ValueError, match=r"data.teacher_prompt: the longest sample behind it has \d+ tokens, and the"):
         train(tiny_config(tmp_path / "run", *words))
+
+
+def test_prompt_is_ordinary_text_on_the_command_line():
+    words = ["model=tiny", "objective=distill", "data.teacher_prompt=Answer {{ hint }}, no more: 'yes' or no = fine."]
+    assert compose_config("train", words).data.teacher_prompt == "Answer {{ hint }}, no more: 'yes' or no = fine."
