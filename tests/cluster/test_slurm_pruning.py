@@ -21,7 +21,7 @@ from lightning_peft.sweeps.sweep import ENDED, Sweep
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-SECONDS = 1200
+SECONDS = 2400
 
 
 def is_idle(sweep: Sweep) -> bool:

@@ -143,6 +143,20 @@ def test_difference_beyond_noise_is_said(folder):
     )
 
 
+def test_sentence_of_a_pruned_sweep_says_that_the_means_are_of_those_that_were_ahead(folder):
+    sweep = read_sweep(folder)
+    sweep.rungs, whole = [1], sentence(sweep)
+    assert "rungs stopped" not in whole
+    stopped = sweep.trial("rank64_lr1e-3_seed1")
+    stopped.state, stopped.rung_values = "paused", [5.0]
+    said = sentence(sweep)
+    assert "over 2 and 3 seeds" in said
+    assert said.endswith("; of these 6 trials rungs stopped 1, so the means are of those that were ahead")
+    other = sweep.trial("rank4_lr1e-3_seed1")  # of a setting that is not compared
+    stopped.state, stopped.rung_values, other.state, other.rung_values = "finished", [5.0], "paused", [5.0]
+    assert sentence(sweep) == whole
+
+
 def test_one_seed_says_that_noise_is_unknown_and_asks_for_seeds(folder):
     sweep = read_sweep(folder)
     sweep.swept = sweep.swept[:2]
