@@ -61,8 +61,9 @@ def merge_adapters(
             delta = delta - taken  # the change is to a base that the start rewrote, this one is as published
         write_weight(target, (start + delta).to(_stored_dtype(target)), requantize=True)
         bias: Any = getattr(target, "bias", None)
-        if bias is not None and result is not model:
-            bias.copy_(layer.base_layer.bias)
+        own_bias: Any = getattr(layer.base_layer, "bias", None)
+        if result is not model and own_bias is not None and own_bias.requires_grad:  # else it is as published
+            bias.copy_(own_bias)
         if delta_bias is not None:
             bias.copy_(bias.float() + delta_bias)
         result.set_submodule(name, target)

@@ -249,7 +249,7 @@ def _check_values(folder: Path, words: Words, row: PeftSpelling) -> None:
     path = folder / CONFIG_NAME
     named = (row.alpha_word, row.rank_word, row.options.get("dropout"))
     numbers: dict[str, Any] = {word: words[word] for word in named if word is not None and word in words}
-    for word in ("rank_pattern", "alpha_pattern"):
+    for word in row.patterns:  # AdaLoRA has lists in its rank_pattern
         patterns = words.get(word) or {}
         if not isinstance(patterns, dict):
             raise AdapterFileError(f"{path}: {word}={patterns!r} must be an object of names and numbers")

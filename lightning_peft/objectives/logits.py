@@ -7,6 +7,7 @@ numbers put in the head's place, and what comes out is compared with what is reb
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,10 @@ PROBED_TOKENS = 64
 """Tokens of a batch's first row that the model is run on."""
 LARGEST_LOGIT = 60.0
 """Head outputs put in go from minus this to this: far into any softcap."""
+
+
+OTHER_DTYPES = re.compile(r"same dtype|expected scalar type|dtypes? match")
+"""What torch says of a product of two dtypes."""
 
 
 class LogitPath(NamedTuple):
@@ -85,6 +90,7 @@ def refuse_foresight(model: "PreTrainedModel", input_ids: Tensor) -> None:
     """Raise ValueError where the model's logits change with tokens behind them, from a row of token ids (1, T).
 
     A row and its padding would be told apart by no mask then, and a next-token loss would teach the model to copy.
+    ValueError as well where its code does not run in the dtype of its weights, as xLSTM's in 16 bits.
     """
     ids = input_ids[:1, :PROBED_TOKENS]
     if ids.shape[1] < 2:
@@ -92,7 +98,15 @@ def refuse_foresight(model: "PreTrainedModel", input_ids: Tensor) -> None:
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] - 1).abs()  # another token, whatever the row: every rank runs the model
     with in_eval_mode(model):
-        own, other = model(**own_inputs(torch.cat([ids, changed]))).logits[:, :-1]
+        try:
+            own, other = model(**own_inputs(torch.cat([ids, changed]))).logits[:, :-1]
+        except RuntimeError as error:
+            if OTHER_DTYPES.search(str(error)) is None:
+                raise
+            raise ValueError(
+                f"{type(model).__name__} of transformers does not run in this precision ({str(error).strip()}); use "
+                "trainer.precision=32-true"
+            ) from error
     differences = token_differences(other, own)
     # In 16 bits the choice of experts may flip for a token, in fp32 the tokens before the changed one keep theirs.
     difference = float(differences.max() if own.dtype is torch.float32 else differences.median())

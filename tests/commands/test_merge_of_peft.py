@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.inject import inject_adapters
-from lightning_peft.adapters.lora import LoRAConfig
+from lightning_peft.adapters.lora import LoRAConfig, LoRAExperts, LoRALinear
 from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
@@ -62,17 +62,26 @@ def test_a_merge_is_the_model_of_peft(name: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("is_coded", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_experts_that_ran_in_16_bits_are_added_to_the_published_ones(family: str, is_coded: bool) -> None:
-    model, original, expected = small_model(family).bfloat16(), small_model(family), small_model(family)
+    model, original, expected = small_model(family), small_model(family), small_model(family)
+    with torch.no_grad():
+        for one in (model, original, expected):
+            for name, parameter in one.named_parameters():
+                if name.endswith("bias"):
+                    parameter.fill_(1 / 3)  # which bf16 rounds
+    model.bfloat16()
     if is_coded:
         quantize_linears(model, QuantizationConfig(Kind.nf4, block_size=32))
     targets = [f"experts.{name.rpartition('.')[2]}" for name in EXPERTS]
-    inject_adapters(model, LoRAConfig(rank=4, experts=2, target_modules=targets))
+    inject_adapters(model, LoRAConfig(rank=4, experts=2, target_modules=["q_proj", *targets]))
     changes = {}
     with torch.no_grad():
         for name, layer in model.named_modules():
-            if hasattr(layer, "lora_B"):
+            if isinstance(layer, LoRAExperts):
                 layer.lora_B.normal_(0, 0.1)
                 changes[name] = layer.delta_weight().mT if layer.base_layer.transposed else layer.delta_weight()
+            elif isinstance(layer, LoRALinear):
+                layer.lora_B.weight.normal_(0, 0.1)
+                changes[f"{name}.weight"] = layer.delta_weight()
         for name, change in changes.items():
             expected.get_parameter(name).add_(change)
     merged = merge_adapters(model, original=original)

@@ -81,6 +81,13 @@ def test_inference_mode_gives_the_loss_of_training(family):
     torch.testing.assert_close(got, objective(batch).detach(), rtol=1e-6, atol=0)
 
 
+def test_a_model_that_does_not_run_in_16_bits_says_what_to_use():
+    objective, batch = objective_and_batch("xlstm")
+    objective.model.bfloat16()
+    with pytest.raises(ValueError, match="xLSTMForCausalLM of transformers does not run in this .*precision=32-true"):
+        objective(batch)
+
+
 ADDS = {
     "qwen3_moe": ({"output_router_logits": True}, "router_aux_loss_coef=0.001"),
     "jetmoe": ({"output_router_logits": True}, "aux_loss_coef=0.01"),
