@@ -71,11 +71,11 @@ class RowReader(Shape):
 
     def parsed(self, row: Row) -> Row:
         """The row with the turns that it holds as JSON, as tables of text do, in place of their text."""
-        found = {
-            column: turns
-            for column in self._turn_columns
-            if isinstance(text := row.values.get(column), str) and (turns := turns_of(text)) is not None
-        }
+        found = {}
+        for column in self._turn_columns:
+            text = row.values.get(column)
+            if isinstance(text, str) and text[:1] in "[ \t\r\n" and (turns := turns_of(text)) is not None:
+                found[column] = turns
         return Row({**row.values, **found}, row.origin) if found else row
 
     def _without_ignored_keys(self, row: Row) -> Row:

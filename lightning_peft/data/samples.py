@@ -128,17 +128,16 @@ def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowR
     found: Counter[tuple[str, tuple[str, ...]]] = Counter()
     readers: dict[tuple[str, tuple[str, ...]], RowReader] = {}
     refused: ValueError | None = None
-    for row in rows:
-        if isinstance(row, BadRow):
-            continue
+    columns = Counter(tuple(row.values) for row in rows if isinstance(row, Row))  # in the order of the rows
+    for names, count in columns.items():
         try:
-            reader = row_reader(row.values, config)
+            reader = row_reader(names, config)
         except BadRow:
             raise
         except ValueError as error:
             refused = refused or error
         else:
-            found[reader.format, reader.columns] += 1
+            found[reader.format, reader.columns] += count
             readers.setdefault((reader.format, reader.columns), reader)
     if not found:
         return None, refused
@@ -245,7 +244,7 @@ def _encode(
         with _refusing(origin, config, audit):
             if isinstance(outcome, Exception):
                 raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
-            if conversation.last_answer is not None and conversation.first_trained == len(conversation):
+            if conversation.first_trained == len(conversation) and conversation.last_answer is not None:
                 raise BadRow.because(origin, "expected an answer to train, got weight 0 for all of them")
             audit.own_turns += len(outcome) - 1
             samples = list(chain.from_iterable(fit(encoded, origin, config, audit) for encoded in outcome))
