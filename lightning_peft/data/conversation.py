@@ -87,7 +87,9 @@ class Conversation(list[Message]):
     @property
     def trailing(self) -> int:
         """Messages after the last answer, which are no part of any sample."""
-        return 0 if self.last_answer is None else len(self) - 1 - self.last_answer
+        if self and self[-1].role == "assistant":
+            return 0
+        return 0 if (last := self.last_answer) is None else len(self) - 1 - last
 
 
 def tools_of(messages: Iterable[Message]) -> list[dict[str, Any]] | None:

@@ -24,8 +24,8 @@ from lightning_peft.data.mixed_samples import MixedSamples, MixturePlan
 from lightning_peft.data.mixture import MixedSource, naming, shares_of, sources_of
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
 from lightning_peft.data.sampler import MicroBatchSampler, Request, check_fingerprint
-from lightning_peft.data.samples import Samples
 from lightning_peft.data.streaming import MixedWindows, RowWindows, StreamedBatches
+from lightning_peft.data.token_store import Samples
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from lightning_peft.data.collate import collate_units
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.mixed_samples import MixedSamples
 from lightning_peft.data.sampler import MicroBatchSampler, Request
-from lightning_peft.data.samples import Samples
+from lightning_peft.data.token_store import Samples
 
 SECONDS_AFTER_SIGTERM = 60
 """What a worker process lives on for after SIGTERM; a training process usually ends it sooner."""

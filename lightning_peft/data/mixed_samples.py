@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.mixture import MixedSource
 from lightning_peft.data.packing import MicroBatch
-from lightning_peft.data.samples import Samples
+from lightning_peft.data.token_store import Samples
 
 
 class MixedSamples:

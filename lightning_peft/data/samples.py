@@ -1,47 +1,32 @@
 """From rows to tokenised samples, under the options for bad and too long rows."""
 
 import re
-import zlib
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from itertools import chain, islice, zip_longest
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded, Encoder, Outcome, cut_to, encoder_of, end_token_ids
+from lightning_peft.data.columns import WITHOUT_TURNS, RowReader
 from lightning_peft.data.config import DataConfig, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.mixture import MixedSource, naming, sources_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.prerendered import RenderedText
-from lightning_peft.data.rendering import Kind
-from lightning_peft.data.row_reader import WITHOUT_TURNS, RowReader, row_reader
+from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.sources import file_count, iterate_rows
 from lightning_peft.data.template import ChatTemplate
 from lightning_peft.data.token_rows import sample_of
-from lightning_peft.data.top_tokens import KeptTeacher, trained_starts
+from lightning_peft.data.token_store import Samples, kinds_of
+from lightning_peft.data.too_long import fit
 from lightning_peft.progress import Part
 
-PARTS = ("tokens", "trained", "starts")
-"""Files of saved samples, each a .npy."""
-WEIGHTS = "weights"
-"""One more of them where a token's loss has a factor other than 1."""
-STANDINGS = "standings"
-"""One more of them where samples belong together."""
-TAUGHT = "taught"
-"""Folder of what a teacher reads in their place."""
-MARGINS = "margins"
-"""One more of them where pairs have margins."""
 ROWS_AT_ONCE = 256
 """Rows tokenised in one call, which the tokenizer spreads over the cores; their shapes decide the format."""
 
@@ -54,172 +39,6 @@ _PLAIN = re.compile(r"[\w.-]+")
 
 class UnreadError(ValueError):
     """Columns, or keys of turns, that nobody reads and that may hold what was to be trained on."""
-
-
-class Samples:
-    """Tokenised samples, five bytes a token, in memory or mapped from the files of `save`."""
-
-    def __init__(
-        self,
-        tokens: NDArray[np.int32],
-        trained: NDArray[np.uint8],
-        starts: NDArray[np.int64],
-        weights: NDArray[np.float32] | None = None,
-        standings: NDArray[np.uint8] | None = None,
-        margins: NDArray[np.float32] | None = None,
-        taught: "Samples | None" = None,
-    ) -> None:
-        """tokens, trained (a `Kind` each) and weights (T,): the samples one after the other.
-
-        starts (S + 1,): where they begin, then T. standings (U, G): a `Standing` each, where G samples that follow each
-        other make one of U units; None where each sample stands alone. margins (U,): of pairs; None where all are 0.
-        """
-        self._parts: tuple[NDArray[Any], ...] = (tokens, trained, starts)
-        self._weights = weights
-        self._standings = standings
-        self._margins = margins
-        self.taught = taught
-        """What a teacher reads in the place of each sample; None where it reads the same."""
-        self._kept: KeptTeacher | None = None
-        self.group: int = 1 if standings is None else standings.shape[1]
-        """Samples that belong together."""
-        self.lengths: list[int] = np.diff(starts).tolist()
-
-    @classmethod
-    def of(cls, samples: Iterable[Encoded], group: int = 1) -> "Samples":
-        standings = array("B")
-        tokens, trained, starts = array("i"), array("B"), array("q", [0])
-        weights: array[float] | None = None
-        margins: list[float | None] = []
-        taught: list[Encoded] = []
-        for sample in samples:
-            if sample.taught is not None:
-                taught.append(sample.taught)
-            if sample.weights is not None and weights is None:
-                weights = array("f", [1.0]) * len(tokens)
-            if weights is not None:
-                weights.extend(sample.weights or [1.0] * len(sample.input_ids))
-            if sample.standing is not None:
-                standings.append(sample.standing)
-                margins.append(sample.margin)
-            tokens.extend(sample.input_ids)
-            trained.frombytes(kinds_of(sample))
-            starts.append(len(tokens))
-        factors = None if weights is None else np.asarray(weights)
-        together = None if group == 1 else np.asarray(standings, dtype=np.uint8).reshape(-1, group)
-        of_units = margins[::group]
-        ahead = np.asarray([margin or 0.0 for margin in of_units], dtype=np.float32)
-        return cls(
-            np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors, together,
-            ahead if any(margin is not None for margin in of_units) else None,
-            cls.of(taught) if taught else None,
-        )  # fmt: skip
-
-    def save(self, folder: Path) -> None:
-        for name, part in zip(PARTS, self._parts, strict=True):
-            np.save(folder / f"{name}.npy", part)
-        if self._weights is not None:
-            np.save(folder / f"{WEIGHTS}.npy", self._weights)
-        if self._standings is not None:
-            np.save(folder / f"{STANDINGS}.npy", self._standings)
-        if self._margins is not None:
-            np.save(folder / f"{MARGINS}.npy", self._margins)
-        if self.taught is not None:
-            (folder / TAUGHT).mkdir()
-            self.taught.save(folder / TAUGHT)
-
-    @classmethod
-    def mapped(cls, folder: Path) -> "Samples":
-        """The samples that were saved there, read when they are asked for. Raises OSError, EOFError or ValueError."""
-        tokens, trained, starts = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS)
-        more = [folder / f"{name}.npy" for name in (WEIGHTS, STANDINGS, MARGINS)]
-        weights, standings, margins = (
-            np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None for path in more
-        )
-        taught = cls.mapped(folder / TAUGHT) if (folder / TAUGHT).is_dir() else None
-        return cls(tokens, trained, starts, weights, standings, margins, taught)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Encoded:
-        """Sample `index`; whether it ends or was cut is counted in the audit and not kept."""
-        tokens, trained, starts = self._parts
-        span = slice(starts[index], starts[index + 1])
-        ids = tokens[span].tolist()
-        kinds = trained[span].tobytes()
-        labels = [token if kind else IGNORED_LABEL for token, kind in zip(ids, kinds, strict=True)]
-        weights = None if self._weights is None else self._weights[span].tolist()
-        standing = None if self._standings is None else Standing(int(self._standings.flat[index]))
-        margin = None
-        if self._margins is not None and index % self.group == 0:
-            margin = float(self._margins[index // self.group])
-        taught = None if self.taught is None else self.taught[index]
-        return Encoded(
-            ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing, taught=taught, margin=margin,
-            top=None if self._kept is None else self._kept.of(index),
-        )  # fmt: skip
-
-    @cached_property
-    def trained_starts(self) -> NDArray[np.int64]:
-        """Return the trained tokens before each sample, and all of them, (S + 1,)."""
-        _, trained, starts = self._parts
-        return trained_starts(trained, starts)
-
-    def keep_teacher(self, folder: Path) -> None:
-        """Let the samples have what is kept of a teacher in a folder."""
-        self._kept = KeptTeacher(folder, self.trained_starts)
-
-    def unit(self, index: int) -> list[Encoded]:
-        """Return the samples of unit `index`, which belong together."""
-        return [self[index * self.group + place] for place in range(self.group)]
-
-    @cached_property
-    def unit_lengths(self) -> list[int]:
-        """Return the tokens of each unit."""
-        return np.asarray(self.lengths, dtype=np.int64).reshape(-1, self.group).sum(1).tolist()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Eight hex digits that change with any token, label, weight or boundary."""
-        tokens, trained, starts = self._parts
-        checksum = 0
-        parts = [tokens, (trained != 0).view(np.uint8), starts]
-        more = (self._weights, self._standings, self._margins)
-        for part in [*parts, *(part for part in more if part is not None)]:
-            checksum = zlib.crc32(part.data, checksum)
-        if self.taught is not None:
-            checksum = zlib.crc32(self.taught.fingerprint.encode(), checksum)
-        return f"{checksum:08x}"
-
-    @property
-    def largest_token(self) -> int:
-        """The highest token id; -1 without samples."""
-        own = int(self._parts[0].max()) if len(self._parts[0]) else -1
-        return own if self.taught is None else max(own, self.taught.largest_token)
-
-    @cached_property
-    def digests(self) -> NDArray[np.uint64]:
-        """(U,) a number for each unit that is another where its tokens or labels are, so that copies can be told."""
-        tokens, trained, starts = self._parts
-        bounds = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
-
-        def digest(start: int, stop: int) -> int:
-            ids = tokens[start:stop].data
-            return zlib.crc32(ids) << 32 | zlib.crc32(ids, zlib.crc32(trained[start:stop].data))
-
-        digests = np.fromiter((digest(*bound) for bound in bounds), dtype=np.uint64, count=len(self))
-        if self._standings is None:
-            return digests
-        own = digests.reshape(self._standings.shape) * (self._standings != Standing.mismatched)
-        return (own * (self._standings.astype(np.uint64) * np.uint64(2) + np.uint64(1))).sum(1, dtype=np.uint64)
-
-
-def kinds_of(sample: Encoded) -> bytes:
-    """A `Kind` for each token of a sample; answer for every label where it says none."""
-    if sample.kinds is not None:
-        return sample.kinds
-    return bytes(0 if label == IGNORED_LABEL else Kind.answer for label in sample.labels)
 
 
 def make_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Samples, Audit]:
@@ -311,17 +130,16 @@ def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowR
     found: Counter[tuple[str, tuple[str, ...]]] = Counter()
     readers: dict[tuple[str, tuple[str, ...]], RowReader] = {}
     refused: ValueError | None = None
-    for row in rows:
-        if isinstance(row, BadRow):
-            continue
+    columns = Counter(tuple(row.values) for row in rows if isinstance(row, Row))  # in the order of the rows
+    for names, count in columns.items():
         try:
-            reader = row_reader(row.values, config)
+            reader = row_reader(names, config)
         except BadRow:
             raise
         except ValueError as error:
             refused = refused or error
         else:
-            found[reader.format, reader.columns] += 1
+            found[reader.format, reader.columns] += count
             readers.setdefault((reader.format, reader.columns), reader)
     if not found:
         return None, refused
@@ -433,12 +251,12 @@ def _encode(
         with _refusing(origin, config, audit):
             if isinstance(outcome, Exception):
                 raise BadRow.because(origin, what_is_wrong(outcome)) from outcome
-            if conversation.last_answer is not None and conversation.first_trained == len(conversation):
+            if conversation.first_trained == len(conversation) and conversation.last_answer is not None:
                 raise BadRow.because(origin, "expected an answer to train, got weight 0 for all of them")
             audit.own_turns += len(outcome) - 1
             if twins is not None:
                 outcome = _with_twins(outcome, twins, origin)
-            samples = list(chain.from_iterable(_fit(encoded, origin, config, audit) for encoded in outcome))
+            samples = list(chain.from_iterable(fit(encoded, origin, config, audit) for encoded in outcome))
             trained = [sample for sample in samples if any(kinds_of(sample))]
             for sample in trained or samples[-1:]:
                 check_sample(sample, origin, tokenizer)
@@ -499,7 +317,7 @@ def _encode_units(
                     )
                 margin = conversation.margin if standing is Standing.chosen else None
                 sample = replace(outcome[0], standing=standing, weights=None, margin=margin)
-                pieces = _fit(sample, origin, config, audit)
+                pieces = fit(sample, origin, config, audit)
                 if not pieces:
                     break
                 check_sample(pieces[0], origin, tokenizer)
@@ -537,49 +355,3 @@ def what_is_wrong(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "expected a conversation that the chat template can render, got one nested too deeply"
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _fit(sample: Encoded, origin: str, config: DataConfig, audit: Audit) -> list[Encoded]:
-    """The sample in pieces of at most `data.max_length` tokens, as `data.on_too_long` says."""
-    length, limit = len(sample.input_ids), config.max_length
-    if length <= limit:
-        return [sample]
-    return TOO_LONG[config.on_too_long](sample, origin, limit, audit)
-
-
-def _truncate(sample: Encoded, origin: str, limit: int, audit: Audit) -> list[Encoded]:
-    kinds = kinds_of(sample)
-    audit.lost += len(kinds) - limit - kinds[limit:].count(0)
-    return [cut_to(replace(sample, kinds=kinds), limit)]
-
-
-def _split(sample: Encoded, origin: str, limit: int, audit: Audit) -> list[Encoded]:
-    audit.split_long += 1
-    kinds = kinds_of(sample)
-    # Pieces overlap by one token: the first of a piece is not predicted, so each token is trained once all the same.
-    pieces = [
-        Encoded(
-            sample.input_ids[start : start + limit],
-            [IGNORED_LABEL, *sample.labels[start + 1 : start + limit]],
-            ends=False,
-            kinds=b"\0" + kinds[start + 1 : start + limit],
-            weights=None if sample.weights is None else sample.weights[start : start + limit],
-        )
-        for start in range(0, len(sample.input_ids) - 1, limit - 1)
-    ]
-    return [*pieces[:-1], replace(pieces[-1], ends=sample.ends)]
-
-
-def _skip(sample: Encoded, origin: str, limit: int, audit: Audit) -> list[Encoded]:
-    audit.skipped_long += 1
-    return []
-
-
-def _stop(sample: Encoded, origin: str, limit: int, audit: Audit) -> list[Encoded]:
-    raise ValueError(
-        f"{origin}: {len(sample.input_ids)} tokens, more than data.max_length={limit}; "
-        "raise it, or choose data.on_too_long=truncate or skip"
-    )
-
-
-TOO_LONG = {OnTooLong.truncate: _truncate, OnTooLong.split: _split, OnTooLong.skip: _skip, OnTooLong.error: _stop}

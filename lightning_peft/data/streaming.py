@@ -18,8 +18,9 @@ from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import BadRow, Row
 from lightning_peft.data.mixture import MixedSource, naming
 from lightning_peft.data.packing import MicroBatch, plan_micro_batches
-from lightning_peft.data.samples import ROWS_AT_ONCE, Samples, encode_rows
+from lightning_peft.data.samples import ROWS_AT_ONCE, encode_rows
 from lightning_peft.data.sources import iterate_rows
+from lightning_peft.data.token_store import Samples
 
 log = logging.getLogger(__name__)
 

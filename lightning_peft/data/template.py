@@ -12,12 +12,14 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lightning_peft.data.conversation import Message
+from lightning_peft.data.marks import CLOSE, MARK, MARKS, OPEN, Marked, mark_loops, without_marks
 from lightning_peft.data.text_calls import writer_of
+from lightning_peft.data.thoughts import reasoning_keys, split_thought
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +41,6 @@ _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote
 _RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 """What a template, which is a program, raises on a conversation it was not written for."""
 
-_MARK = "mark_message_"
-# Around the number of a message in a marked rendering: private use, and not of the plane that icons are taken from.
-_OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
-_MARKS = re.compile(f"{_OPEN}(end|[0-9]+){_CLOSE}")
-
-INLINE_THOUGHT = re.compile(
-    r"\s*(?:<think>|<\|channel>thought\n|\[THINK\])?(?P<thought>.*?)(?:</think>|<channel\|>|\[/THINK\])\s*", re.DOTALL
-)
-"""A thought at the beginning of an answer, as models write it; its opening may have been in the prompt."""
-
 _OWN_THOUGHT = re.compile(r"""reasoning_content|\.\s*reasoning\b|["']reasoning["']|<\|channel>|\[THINK\]""")
 """What the source of a template has that reads thoughts from a key, or spells them its own way."""
 
@@ -68,17 +60,6 @@ _TOOL = {
 
 class ChatTemplateError(ValueError):
     """A chat template from which trained and untrained parts cannot be told, or that refuses a conversation."""
-
-
-@dataclass(frozen=True)
-class Marked:
-    """A rendered conversation with the place of each message."""
-
-    text: str
-    starts: dict[int, int]
-    """First character of each message."""
-    end: int
-    """First character after the last message: what follows is the generation prompt."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +128,16 @@ class ChatTemplate:
         number = {id(message): index for index, message in enumerate(messages)}
 
         def mark(message: Any) -> str:
-            return f"{_OPEN}{number[id(message)]}{_CLOSE}" if id(message) in number else ""
+            return f"{OPEN}{number[id(message)]}{CLOSE}" if id(message) in number else ""
 
         try:
-            text = self._render(self._marking, messages, tools, add_generation_prompt, **{_MARK: mark})
+            text = self._render(self._marking, messages, tools, add_generation_prompt, **{MARK: mark})
         except ChatTemplateError:
             return None
-        plain = _MARKS.sub("", text)
+        plain = MARKS.sub("", text)
         if not checked and plain != self.render(messages, tools, add_generation_prompt):
             return None
-        return _without_marks(text, plain)
+        return without_marks(text, plain)
 
     @cached_property
     def _marking(self) -> Any:
@@ -164,7 +145,7 @@ class ChatTemplate:
         environment = self._compiled.environment
         try:
             tree = environment.parse(self.source)
-            if not _mark_loops(tree):
+            if not mark_loops(tree):
                 return None
             return environment.from_string(tree)
         except TemplateError:
@@ -338,65 +319,10 @@ def _log_calls_as_text() -> None:
     log.info("The chat template has no place for calls of tools: they are the text of their turn, as its prompt asks.")
 
 
-def reasoning_keys(thought: str) -> dict[str, str]:
-    """The thought of a message under the names that templates read."""
-    return {"thinking": thought, "reasoning_content": thought}
-
-
-def split_thought(content: str) -> tuple[str | None, str]:
-    """The thought at the beginning of an answer, None where there is none, and the rest."""
-    match = INLINE_THOUGHT.match(content) if ">" in content or "]" in content else None
-    if match is None:
-        return None, content
-    return match["thought"].strip(), content[match.end() :]
-
-
 def _refused_roles(messages: Sequence[dict[str, Any]]) -> str:
     if any(message["role"] == "system" for message in messages):
         return "; without a system message it may take it"
     return ""
-
-
-def _mark_loops(tree: nodes.Template) -> bool:
-    """Put marks into the outermost loops of a template; whether there are any."""
-    found = False
-
-    def visit(body: list[Any]) -> None:
-        nonlocal found
-        for place in range(len(body) - 1, -1, -1):
-            node = body[place]
-            if isinstance(node, nodes.For) and isinstance(node.target, nodes.Name):
-                mark = nodes.Call(nodes.Name(_MARK, "load"), [nodes.Name(node.target.name, "load")], [], None, None)
-                node.body.insert(0, nodes.Output([mark]).set_lineno(node.lineno))
-                end = nodes.Output([nodes.TemplateData(f"{_OPEN}end{_CLOSE}")]).set_lineno(node.lineno)
-                body.insert(place + 1, end)
-                found = True
-            elif isinstance(node, nodes.If):
-                for branch in (node.body, node.else_):
-                    visit(branch)
-                visit(node.elif_)
-            elif isinstance(node, nodes.Scope | nodes.ScopedEvalContextModifier):
-                visit(node.body)
-
-    visit(tree.body)
-    if tree.environment is not None:
-        tree.set_environment(tree.environment)
-    return found
-
-
-def _without_marks(text: str, plain: str) -> Marked | None:
-    """The marked text taken apart; None unless the marks stand in the order of the messages."""
-    starts: dict[int, int] = {}
-    removed = end = 0
-    for match in _MARKS.finditer(text):
-        place = match.start() - removed
-        removed += len(match[0])
-        if match[1] == "end":
-            end = place
-        else:
-            starts[int(match[1])] = place  # a loop that only looks comes before the one that writes
-    places = [starts[index] for index in sorted(starts)]
-    return Marked(plain, starts, end) if places and places == sorted(places) and places[-1] <= end else None
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> ChatTemplate:

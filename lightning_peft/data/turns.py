@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lightning_peft.data.conversation import BadRow, Message
-from lightning_peft.data.template import split_thought
+from lightning_peft.data.thoughts import split_thought
 from lightning_peft.data.tool_calls import CALL_ROLES, EMPTY, read_calls, unread_keys_of_calls
 
 ROLES = {

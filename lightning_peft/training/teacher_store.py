@@ -20,7 +20,7 @@ from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.cache import cache_folder
 from lightning_peft.data.collate import collate
 from lightning_peft.data.datamodule import SFTDataModule
-from lightning_peft.data.samples import Samples
+from lightning_peft.data.token_store import Samples
 from lightning_peft.data.top_tokens import IDS, LOG_PROBABILITIES, VOCABULARY
 from lightning_peft.models.loading import empty_model, source_fingerprint
 from lightning_peft.models.source import ModelConfig

@@ -12,7 +12,8 @@ from lightning_peft.data.conversation import BadRow, Row
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.row_reader import row_reader
-from lightning_peft.data.samples import Samples, UnreadError, encode_rows
+from lightning_peft.data.samples import UnreadError, encode_rows
+from lightning_peft.data.token_store import Samples
 
 USER, YES, NO = {"role": "user", "content": "Hi"}, *({"role": "assistant", "content": x} for x in ("Hello", "there"))
 SYSTEM = {"role": "system", "content": "Be brief"}

@@ -150,7 +150,7 @@ def test_turn_of_weight_zero_is_context_and_a_float_scales_its_loss(chatml):
 
 
 def make_batchable(rows, tokenizer):
-    from lightning_peft.data.samples import Samples
+    from lightning_peft.data.token_store import Samples
 
     encoded, audit = run(rows, tokenizer)
     return Samples.of(encoded), audit

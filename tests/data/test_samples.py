@@ -4,7 +4,8 @@ from lightning_peft.data.audit import Audit, DuplicateBosError, preview
 from lightning_peft.data.chat import Encoded, encode
 from lightning_peft.data.config import DataConfig, OnBadRow, OnTooLong
 from lightning_peft.data.conversation import BadRow, Message, Row
-from lightning_peft.data.samples import Samples, encode_rows
+from lightning_peft.data.samples import encode_rows
+from lightning_peft.data.token_store import Samples
 
 WORDS = "one two three four " * 10
 LONG = {"prompt": "Hi", "completion": WORDS}
