@@ -23,8 +23,8 @@ from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig
 from lightning_peft.options import Option, options_of
+from lightning_peft.other_tools import OURS
 from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
-from lightning_peft.words import OURS
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent

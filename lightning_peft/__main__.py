@@ -1,5 +1,6 @@
 """The command line: `lightning-peft <command> [group=option] [key=value] ...`."""
 
+import difflib
 import importlib
 import os
 import sys
@@ -36,15 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
     75 from `train`: asked to leave, to be resumed (`training/preemption.py`).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["help"]:
         print(usage())
         return 0
     if arguments[0] == "--version":
         print(f"lightning-peft {lightning_peft.__version__}")
         return 0
     command, *overrides = arguments
+    if command == "help" and overrides:
+        command, overrides = overrides[0], [*overrides[1:], "--help"]
     if command not in COMMANDS:
-        print(f"error: {command}: no such command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        meant = meant_by(command)
+        hint = f"; use lightning-peft {meant}" if meant is not None else ""
+        print(f"error: {command}: no such command; choose one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return 2
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for callbacks of one's own, as `python -m` and so the ranks have it
@@ -66,6 +71,20 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except Preempted as left:
         return left.exit_status
+    except KeyboardInterrupt:  # while the command is imported
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def meant_by(word: str) -> str | None:
+    """Return the command that is meant by another tool's, a mistyped one, or a first word that is an option."""
+    from lightning_peft.other_tools import BY_THEIR_COMMAND
+
+    if word in BY_THEIR_COMMAND:
+        return BY_THEIR_COMMAND[word]
+    if "=" in word or word.endswith((".yaml", ".yml")):
+        return f"train {word}"
+    return next(iter(difflib.get_close_matches(word.lower(), COMMANDS, n=1)), None)
 
 
 def run_demo(words: list[str]) -> int:

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 
 from lightning_peft import distributed
@@ -84,10 +85,13 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             function(starting_config(overrides))
         else:
             function(compose_config(command, overrides))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_reader_gone():
+            return leave_reader()
         if is_input_error(error):
             return say_what_is_wrong(error)
         if distributed.is_lost_rank(error):
@@ -110,10 +114,23 @@ def show_help(command: str, words: list[str]) -> int:
     try:
         register_schemas()
         print(command_help(command, everyday(command, [word for word in words if word not in SWEEP])), flush=True)
-    except BrokenPipeError:  # `--help | head`: what is not read is not wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        return leave_reader()
     except ValueError as error:
         return say_what_is_wrong(error)
+    return DONE
+
+
+def is_reader_gone() -> bool:
+    """Return whether stdout is a pipe that nobody reads any more, as behind `| head`."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def leave_reader() -> int:
+    """Let what is still printed go nowhere: what is not read is not wanted."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE
 
 
@@ -132,13 +149,18 @@ def say_what_is_wrong(error: Exception) -> int:
 def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]) -> None:
     """Hand the sweep to Hydra's sweeper and launcher; `run_dir=X` names the sweep's folder.
 
-    The first trial is composed beforehand, so that a wrong word is found before anything starts.
+    Every value is composed beforehand, so that a wrong one is found before anything starts.
     """
     folder = [word for word in overrides if word.startswith("run_dir=")]
     words = [word for word in overrides if not word.startswith("run_dir=")]
     if distributed.world_size() > 1:
         raise ValueError("-m under torchrun or srun: every rank would run a sweep of its own; use submit -m")
-    check_one_sweeper(words, compose_config(command, first_trial(words)))
+    first, *others = one_of_each_value(words)
+    if not others and not any(is_swept(word) or word.startswith("hydra") for word in words):
+        raise ValueError(f"{command} -m: no key has several values; as in {command} -m adapter.rank=4,8")
+    check_one_sweeper(words, compose_config(command, first))
+    for trial in others:
+        compose_config(command, trial)
     words = open_words(imported_by_words(words))
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     swept = [word for word in words if is_swept(word) and not word.startswith("hydra")]
@@ -199,20 +221,34 @@ def is_swept(word: str) -> bool:
 
 
 def first_trial(words: list[str]) -> list[str]:
-    """The overrides of a sweep's first trial; what is for Hydra alone and what cannot be enumerated left out."""
-    singles = []
+    """The overrides of a sweep's first trial."""
+    return one_of_each_value(words)[0]
+
+
+def one_of_each_value(words: list[str]) -> list[list[str]]:
+    """The overrides of trials in which every swept value is met, the first of them a sweep's first.
+
+    What is for Hydra alone and what cannot be enumerated is left out.
+    """
+    singles: list[list[str]] = []
     for word in words:
         try:
             override = OverridesParser.create().parse_override(word)
         except OverrideParseException as error:
             raise ValueError(f"{word}: not of the form key=value (quote text with special characters)") from error
+        except HydraException as error:
+            raise ValueError(f"{word}: not of the form key=value,value") from error
         if override.is_hydra_override() and override.get_key_element() != SEARCH_PATH:
             continue
         if not override.is_sweep_override():
-            singles.append(word)
+            singles.append([word])
         elif override.is_discrete_sweep():
-            singles.append(f"{override.get_key_element()}={next(override.sweep_string_iterator())}")
-    return singles
+            singles.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+    first = [values[0] for values in singles]
+    others = [
+        [*first[:place], value, *first[place + 1 :]] for place, values in enumerate(singles) for value in values[1:]
+    ]
+    return [first, *others]
 
 
 def ignore_library_noise() -> None:

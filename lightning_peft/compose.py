@@ -21,16 +21,14 @@ from yaml import YAMLError
 from lightning_peft import distributed
 from lightning_peft.compat import config_loader_of
 from lightning_peft.config import TrainConfig, check_finite, train_config
+from lightning_peft.options import options_of
+from lightning_peft.other_tools import BY_THEIRS, ours, what_instead
 from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
-from lightning_peft.schemas import CONF_DIR, register_schemas
-from lightning_peft.words import ours
+from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
+from lightning_peft.slips import OPEN, VERBATIM
+from lightning_peft.words import no_such_option, options_of_group
 
 logger = logging.getLogger(__name__)
-
-VERBATIM = re.compile(
-    r"^\+{0,2}(?:prompt|run_dir|sweep_dir|output|init_from|(?:[\w-]+\.)*(?:\w+_path|cache_dir|init_from|path|teacher|teacher_adapter))="
-)
-"""Keys whose values are ordinary text: everything after the first = belongs to them."""
 
 
 def quote_text_values(overrides: list[str]) -> list[str]:
@@ -49,8 +47,6 @@ def quote_text_values(overrides: list[str]) -> list[str]:
 
 SEARCH_PATH = "hydra.searchpath"
 """Hydra's key for folders of one's own option files, as in hydra.searchpath=[file:///home/me/conf]."""
-OPEN = re.compile(r"^(?:(?:trainer|callbacks|logger|claim|gate)\.|gate=)")
-"""Keys below which anything may be added: arguments of what is not ours."""
 
 
 def open_words(overrides: list[str]) -> list[str]:
@@ -186,24 +182,48 @@ def typed(config: DictConfig) -> Any:
 def explain(error: Exception, command: str) -> str:
     """Hydra's or OmegaConf's message as one line in the words of the command line."""
     text = str(error)
-    if isinstance(error, MissingConfigException) and (missing := re.search(r"Could not find '([\w/.-]+)'", text)):
+    if isinstance(error, MissingConfigException) and (missing := re.search(r"Could not find '([^']+)'", text)):
         group, _, option = missing.group(1).rpartition("/")
+        if (folder := group.partition("/")[0]) in ("data", "model"):  # a path of the hub, and no folder of options
+            group, option = folder, missing.group(1).removeprefix(f"{folder}/")
+            return no_such_option(group, option, options_of_group(group))
         options = re.findall(r"^\t([\w/.-]+)$", text.split("Config search path")[0], re.MULTILINE)
         named = [name for name in options if name != "schema" and not name.endswith("_schema")]
-        return f"{group}={option}: no such option; {group} is one of {', '.join(named)}"
+        return no_such_option(group, option, named)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value (quote text with special characters)"
+        return f"{error.override.lstrip('+')}: not of the form key=value (quote text with special characters)"
+    if several := re.search(r"Sweep parameters '(.*)' requires --multirun", text):
+        return f"{several.group(1)}: several values; add -m for a sweep"
     if isinstance(error, ConfigCompositionException):
-        if unknown := re.search(r"Could not override '([\w./@]+)'", text):
+        if unknown := re.search(r"Could not override '([^']+)'", text):
             return f"{unknown.group(1)}: no such option{nearest(unknown.group(1), command)}"
         if merging := re.search(r"Error merging override (.*)", text):
-            return f"{merging.group(1)}: {first_line(error.__cause__ or error)}"
+            return f"{merging.group(1).lstrip('+')}: {plainly(first_line(error.__cause__ or error))}"
         if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
-            return f"{ambiguous.group(1)}: several values; add -m for a sweep, or write a list as key=[a,b]"
+            return f"{ambiguous.group(1).lstrip('+')}: several values; add -m for a sweep, or write a list as key=[a,b]"
     if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
-        return f"{key}=...: has to be given"
+        meanings = {option.key: option.doc for option in options_of(ROOTS.get(command, TrainConfig))}
+        return f"{key}=...: has to be given" + (f"; {meanings[key]}" if key in meanings else "")
     key = getattr(error, "full_key", None)
-    return f"{key}: {first_line(error)}" if key else first_line(error)
+    return f"{key}: {plainly(first_line(error))}" if key else plainly(first_line(error))
+
+
+IN_PLAIN_WORDS = {
+    r"could not be converted to Integer": "must be a whole number",
+    r"could not be converted to Float": "must be a number, as in 2e-4",
+    r"is not a valid bool": "must be true or false",
+    r"field '.*' is not Optional": "null is no value of it; leave it out for the default",
+    r"Cannot convert 'list' to string": "must be a text and no list; put it in quotes",
+    r"Cannot convert 'dict' to string": "must be a text and have no keys inside",
+    r"Cannot merge DictConfig with ListConfig": "must be keys with values, and no list",
+}
+"""What OmegaConf says -> what would be right."""
+
+
+def plainly(message: str) -> str:
+    """OmegaConf's message with what would be right behind it."""
+    right = next((words for pattern, words in IN_PLAIN_WORDS.items() if re.search(pattern, message)), None)
+    return message if right is None else f"{message}; {right}"
 
 
 def first_line(error: BaseException) -> str:
@@ -237,12 +257,19 @@ def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
     """Our word for another tool's, else the options of the command that look like a mistyped one."""
     if (known := ours(key)) is not None and known != key:
         return f"; use {known}"
+    if (instead := what_instead(key)) is not None:
+        return f"; {instead}"
     choices, config = groups_and_defaults(command)
     group = key.partition(".")[0]
     if group in choices and key in leaf_keys(config):  # another choice than the default was made
         owner = "method" if group == "adapter" else group
         return f"; {owner}={choices[owner]} has it, and what was chosen has not"
-    matches = difflib.get_close_matches(key, dict.fromkeys([*choices, *groups, *leaf_keys(config)]), n=3, cutoff=0.6)
+    typed_key = key.lower().replace("-", "_")
+    matches = difflib.get_close_matches(
+        typed_key, dict.fromkeys([*choices, *groups, *leaf_keys(config)]), n=3, cutoff=0.6
+    )
+    if theirs := difflib.get_close_matches(typed_key.rpartition(".")[2], BY_THEIRS, n=1, cutoff=0.85):
+        matches = [BY_THEIRS[theirs[0]], *(match for match in matches if match != BY_THEIRS[theirs[0]])][:3]
     return f"; did you mean {', '.join(matches)}?" if matches else ""
 
 

@@ -133,6 +133,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be 0 or more")
+        if self.seed >= 2**32:  # the generator of a step takes it beside the step's number
+            raise ValueError(f"seed={self.seed}: must be below {2**32}")
         if self.pause_at is not None and self.pause_at < 1:
             raise ValueError(f"pause_at={self.pause_at}: must be at least 1, or null")
         if self.device_memory_gib is not None and not self.device_memory_gib > 0:

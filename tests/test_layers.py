@@ -7,7 +7,7 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
-    ["user_cache", "plugins", "threads", "allocator", "readable", "strict_json", "compat"],
+    ["user_cache", "plugins", "threads", "allocator", "readable", "strict_json", "compat", "other_tools"],
     ["kernels", "progress", "tasks"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],
@@ -20,7 +20,7 @@ LAYERS = [
     ["config"],
     ["command_configs"],
     ["schemas"],
-    ["warm_start"],
+    ["warm_start", "own_file", "slips"],
     ["options", "words"],
     ["compose"],
     ["help"],

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from lightning_peft import distributed
 from lightning_peft.adapters.inject import adapters, disable_adapters
@@ -193,6 +194,7 @@ def save_model(
     if coded:
         _save_coded(model, coded, folder)
     else:
+        disable_progress_bar()  # of transformers, which draws into whatever else is printed
         model.save_pretrained(folder, state_dict=state)
     save_left(model, folder)
     tokenizer.save_pretrained(folder)

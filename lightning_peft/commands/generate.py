@@ -38,6 +38,8 @@ class Prompt:
 def generate(config: GenerateConfig) -> None:
     """Stream the answer to `prompt`, write those to the lines of `prompt_path`, or chat until an empty line."""
     prompts = read_prompts(config.prompt_path)
+    if prompts is None and config.prompt is None and sys.stdin is None:
+        raise ValueError("prompt=null: a chat reads from stdin, which is closed; give prompt= or prompt_path=")
     if config.output is not None and prompts is None:
         raise ValueError(f"output={config.output}: only the answers to prompt_path go to a file")
     if config.adapter_path is not None:

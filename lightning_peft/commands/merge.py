@@ -51,6 +51,8 @@ def merge(config: MergeCommandConfig) -> Receipt:
     """
     disable_progress_bar()  # of transformers; ours stands in its place
     output = Path(config.output)
+    if output.suffix in (".gguf", ".safetensors"):
+        raise ValueError(f"output={output}: merge writes a folder of that name; use export format=gguf for a GGUF file")
     check_unused(output)
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     folder = tuned_folder(config.adapter_path)

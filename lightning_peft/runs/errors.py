@@ -13,6 +13,10 @@ class WrongInput(ValueError):
 
 
 def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, of a failed file operation with the file first and without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{files}: {error.strerror.lower()}"
     return " ".join(str(error).split())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_peft import distributed
+from lightning_peft.other_tools import ours
 from lightning_peft.runs.machine import Machine
 from lightning_peft.training.config import StrategyKind
 
@@ -35,6 +36,8 @@ def check_trainer_options(options: dict[str, Any]) -> None:
         if key != "_target_" and key not in known:
             matches = difflib.get_close_matches(key, known - OWNED.keys(), n=3)
             hint = f"; did you mean trainer.{', trainer.'.join(matches)}?" if matches else ""
+            if (meant := ours(key)) is not None and meant != f"trainer.{key}":
+                hint = f"; use {meant}"
             raise ValueError(f"trainer.{key}: lightning.pytorch.Trainer has no such argument{hint}")
         if key in OWNED:
             raise ValueError(f"trainer.{key}: set by train itself; use {OWNED[key]}")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, NotMergeableError
 from lightning_peft.adapters.dora import DoRAConfig
@@ -18,7 +19,7 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.vera import VeRAConfig
 from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
-from lightning_peft.checkpoint.merged import MergeError, Receipt, merge
+from lightning_peft.checkpoint.merged import MergeError, Receipt, merge, save_model
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
@@ -152,6 +153,15 @@ def test_quantised_base_is_written_dequantised(targets: object, tmp_path: Path) 
     assert {type(m) for n, m in merged.named_modules() if n.endswith("_proj")} == {nn.Linear}
     torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=2e-5)
     assert receipt.recovered > 0.999
+
+
+def test_no_bar_of_a_library_is_drawn_where_a_model_is_written(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    enable_progress_bar()
+    try:
+        save_model(tiny_model(seed=0), tiny_tokenizer(), tmp_path, torch.float32)
+    finally:
+        disable_progress_bar()
+    assert "shards" not in capfd.readouterr().err
 
 
 def test_original_base_is_the_dense_weight_plus_the_change(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_peft.__main__ import main
-from lightning_peft.compose import compose_config
+from lightning_peft.compose import compose_config, nearest
 from lightning_peft.help import WIDTH, command_help
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.options import options_of
@@ -45,6 +45,11 @@ THEIRS = {
 
 @pytest.mark.parametrize("word", THEIRS)
 def test_word_of_another_tool_is_answered_with_ours(word):
+    assert nearest(word.partition("=")[0], "train") == f"; use {THEIRS[word]}"
+
+
+@pytest.mark.parametrize("word", ["lr=1e-4", "load_in_4bit=true", "dataset=x"])
+def test_answer_is_the_error_of_the_command(word):
     with pytest.raises(ValueError) as wrong:
         compose_config("train", everyday("train", [word]))
     assert str(wrong.value) == f"{word.partition('=')[0]}: no such option; use {THEIRS[word]}"

@@ -1,0 +1,268 @@
+"""What HF's Trainer, TRL and PEFT, axolotl, LLaMA-Factory, unsloth, torchtune and litgpt call our keys and options."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+OURS = {
+    "optimizer.lr": "lr learning_rate learningrate peak_lr max_lr",
+    "optimizer.weight_decay": "weight_decay wd",
+    "optimizer.beta1": "adam_beta1 beta1 betas adam_betas",
+    "optimizer.beta2": "adam_beta2 beta2",
+    "optimizer.eps": "adam_epsilon adam_eps epsilon eps",
+    "optimizer.lora_plus_ratio": "loraplus_lr_ratio lora_plus_ratio",
+    "optimizer": "optim optimiser optimizer_type optimizer_name",
+    "schedule": "lr_scheduler lr_scheduler_type scheduler scheduler_type lr_schedule",
+    "schedule.warmup_steps": "warmup_steps warmup num_warmup_steps lr_warmup_steps",
+    "schedule.warmup_fraction": "warmup_ratio warmup_fraction warmup_proportion",
+    "schedule.min_lr_ratio": "min_lr min_lr_ratio cosine_min_lr_ratio lr_min",
+    "trainer.max_epochs": "epochs num_epochs num_train_epochs max_epochs n_epochs epoch",
+    "trainer.max_steps": "max_steps steps num_steps train_steps max_iters iters iterations total_steps max_train_steps",
+    "trainer.accumulate_grad_batches": "gradient_accumulation_steps grad_accum gradient_accumulation grad_accum_steps "
+    "gradient_accumulation_iters accumulate_grad_batches accumulation_steps global_batch_size total_batch_size",
+    "trainer.gradient_clip_val": "max_grad_norm gradient_clipping grad_clip clip_grad_norm grad_norm_clip max_norm",
+    "trainer.devices": "devices gpus num_gpus n_gpus nproc_per_node num_processes ngpus n_gpu",
+    "trainer.num_nodes": "nodes num_nodes nnodes num_machines",
+    "trainer.precision": "precision bf16 fp16 tf32 dtype torch_dtype mixed_precision compute_dtype "
+    "bnb_4bit_compute_dtype half float16 bfloat16 float32 fp32 amp",
+    "trainer.log_every_n_steps": "logging_steps log_every log_interval log_freq log_steps log_every_n_steps",
+    "trainer.max_time": "max_time time_limit",
+    "data.micro_batch_size": "batch_size micro_batch_size per_device_train_batch_size train_batch_size bs "
+    "per_device_batch_size per_device_eval_batch_size eval_batch_size per_gpu_train_batch_size "
+    "train_micro_batch_size_per_gpu mini_batch_size",
+    "data.max_length": "max_length max_seq_length max_seq_len sequence_len cutoff_len seq_len context_length max_len "
+    "seq_length sequence_length model_max_length max_sequence_length context_window max_tokens seqlen",
+    "data.packing": "packing sample_packing pack packed dataset_packed",
+    "data.validation_fraction": "val_set_size val_size validation_fraction test_size eval_split_ratio val_ratio "
+    "validation_split validation_split_percentage eval_size dev_size val_split_fraction",
+    "data.max_rows": "max_samples max_rows max_train_samples num_samples n_samples max_examples",
+    "data=FILE": "dataset datasets dataset_path dataset_name train_file train_data train_path training_file data_path "
+    "data_files train_dataset data_file data_dir dataset_dir",
+    "data.validation_path": "validation_file validation_path eval_file eval_dataset val_file test_file val_dataset "
+    "test_datasets validation_data val_data eval_data",
+    "data.format": "dataset_format data_format",
+    "data.prompt_column": "prompt_column prompt_field instruction_column input_field question_column field_instruction",
+    "data.completion_column": "completion_column completion_field response_column answer_column output_column "
+    "output_field field_output target_column",
+    "data.text_column": "dataset_text_field text_column text_field",
+    "data.train_on": "train_on_inputs train_on_input completion_only_loss assistant_only_loss mask_prompt "
+    "train_on_prompt train_on_responses_only completion_only",
+    "data.ignore_columns": "remove_columns ignore_columns remove_unused_columns",
+    "data.cache_dir": "dataset_prepared_path cache_dir overwrite_cache",
+    "data.streaming": "streaming",
+    "data.system_prompt": "system_prompt system default_system",
+    "data.num_workers": "num_workers dataloader_num_workers",
+    "seed": "random_seed data_seed random_state rng_seed",
+    "objective": "rl rlhf loss_type training_type stage",
+    "objective.label_smoothing": "label_smoothing cdpo_label_smoothing dpo_label_smoothing",
+    "objective.beta": "beta dpo_beta pref_beta rl_beta",
+    "objective.gamma": "simpo_gamma",
+    "objective.noise_alpha": "neftune_noise_alpha noise_alpha neftune",
+    "objective.teacher": "teacher teacher_model teacher_model_name_or_path",
+    "objective.weight": "kd_alpha",
+    "objective.temperature": "kd_temperature",
+    "data.train_on_last_turn": "train_on_last_turn",
+    "data.task": "task metric",
+    "adapter.alpha": "alpha lora_alpha",
+    "adapter.alpha_pattern": "alpha_pattern",
+    "adapter.rank_pattern": "rank_pattern",
+    "adapter.bias": "lora_bias bias",
+    "adapter.dropout": "dropout lora_dropout",
+    "adapter.init": "init init_lora_weights",
+    "adapter.layers": "layers layers_to_transform",
+    "adapter.exclude_modules": "exclude_modules",
+    "adapter.trainable_modules": "modules_to_save trainable_modules lora_modules_to_save additional_target",
+    "adapter.init_from": "init_from lora_model_dir adapter_name_or_path",
+    "adapter.rank_stabilized": "use_rslora rslora rank_stabilized peft_use_rslora",
+    "target_modules": "lora_target_modules lora_target targets target lora_target_linear lora_attn_modules",
+    "rank": "r lora_r lora_rank lora_dim",
+    "method=qlora": "load_in_4bit nf4 quantization_bit bits use_4bit load_in_4_bit use_qlora bnb_4bit_quant_type",
+    "method=dora": "use_dora peft_use_dora",
+    "method=pissa": "pissa_init use_pissa",
+    "quantization=int8": "load_in_8bit int8",
+    "quantization": "quantization_config quantization_method quantize bnb_config bnb_4bit_use_double_quant",
+    "method": "peft_type finetuning_type adapter_type peft_method use_peft use_lora lora peft peft_config lora_config",
+    "model": "model_name_or_path base_model model_name base_model_name model_id pretrained_model_name_or_path "
+    "checkpoint_dir base_model_name_or_path model_id_or_path hf_model model_dir",
+    "model.path": "model_path path",
+    "model.revision": "model_revision revision_of_model revision",
+    "model.trust_remote_code": "trust_remote_code",
+    "model.attention": "attn_implementation flash_attention attention use_flash_attention flash_attn attn_impl "
+    "flash_attention_2 sdp_attention use_flash_attention_2",
+    "hardware": "device device_map accelerator use_cpu no_cuda",
+    "run_dir": "output_dir out_dir out output save_dir output_path logging_dir output_folder save_path log_dir "
+    "outdir work_dir default_root_dir project_dir",
+    "resume=auto": "resume_from_checkpoint auto_resume_from_checkpoints resume_from resume_checkpoint ckpt_path",
+    "checkpoint.every_n_steps": "save_steps save_every saves_per_epoch save_interval save_strategy save_freq "
+    "checkpointing_steps checkpoint_interval",
+    "checkpoint.keep_last": "save_total_limit",
+    "checkpoint.best_by": "metric_for_best_model greater_is_better",
+    "early_stopping.patience": "early_stopping_patience patience",
+    "early_stopping.min_delta": "early_stopping_threshold min_delta",
+    "validation.every_n_steps": "eval_steps eval_every evals_per_epoch val_check_interval eval_interval eval_strategy "
+    "evaluation_strategy eval_freq do_eval",
+    "activation_checkpointing": "gradient_checkpointing grad_checkpointing use_gradient_checkpointing "
+    "gradient_checkpointing_kwargs enable_activation_checkpointing",
+    "logger": "report_to wandb tracker log_with use_wandb tensorboard loggers",
+    "logger.wandb.project": "wandb_project project",
+    "logger.wandb.name": "wandb_name run_name wandb_run_id",
+    "logger.wandb.entity": "wandb_entity",
+    "strategy": "distributed deepspeed fsdp ddp parallel accelerator_strategy deepspeed_config fsdp_config zero_stage "
+    "sharding_strategy ddp_find_unused_parameters",
+    "compile": "torch_compile",
+    "dry_run": "dryrun debug",
+    "sweep_dir": "sweep_path",
+    "cluster.partition": "partition",
+    "cluster.time": "time walltime",
+    "cluster.gpus_per_node": "gpus_per_node",
+}
+"""Our word -> what HF's Trainer and PEFT, axolotl, LLaMA-Factory, torchtune and litgpt call it."""
+BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
+IN_SECTION = {
+    "data.path": "data.train_path", "data.file": "data.train_path", "data.name": "data.hub_name",
+    "data.split": "data.hub_split", "data.dataset": "data=FILE", "data.output": "data.completion_column",
+    "model.id": "model.path", "model.model_name": "model.path", "model.dtype": "trainer.precision",
+    "data.val_path": "data.validation_path", "optimizer.type": "optimizer", "schedule.name": "schedule",
+    "schedule.type": "schedule", "optimizer.momentum": "optimizer.beta1",
+}  # fmt: skip
+"""Whole keys whose last part alone means something else."""
+
+NOT_HERE = {
+    "do_train": "train trains; leave it out",
+    "overwrite_output_dir": "a used run_dir is an error; give another one, or resume=auto",
+    "load_best_model_at_end": "leave it out: adapter_best/ is kept wherever validation runs",
+    "push_to_hub": "use lightning-peft push RUN repo=NAME after training",
+    "hub_model_id": "use lightning-peft push RUN repo=NAME after training",
+    "group_by_length": "leave it out: rows are packed, or batched by length with data.packing=false",
+    "chat_template": "leave it out: the tokenizer's own is used, and data.layout=raw does without",
+    "template": "leave it out: the tokenizer's own chat template is used, and data.layout=raw does without",
+    "tokenizer": "leave it out: the model's own is used",
+    "tokenizer_name": "leave it out: the model's own is used",
+    "tokenizer_type": "leave it out: the model's own is used",
+    "use_unsloth": "leave it out: fused kernels are always on",
+    "unsloth": "leave it out: fused kernels are always on",
+    "liger_kernel": "leave it out: fused kernels are always on",
+    "use_liger_kernel": "leave it out: fused kernels are always on",
+    "merge_weights": "use lightning-peft merge RUN output=FOLDER after training",
+    "merge_lora": "use lightning-peft merge RUN output=FOLDER after training",
+    "do_predict": "use lightning-peft evaluate RUN after training",
+    "predict_with_generate": "use lightning-peft evaluate RUN after training",
+    "use_cache": "leave it out: it follows from training or generating",
+    "pad_to_sequence_len": "leave it out: packed rows are always full",
+    "pad_token": "leave it out: it follows from the tokenizer",
+    "special_tokens": "leave it out, or give model.new_tokens=[...]",
+    "fan_in_fan_out": "leave it out: it follows from the layer",
+    "config": "name the file itself, as in lightning-peft train my.yaml",
+    "config_file": "name the file itself, as in lightning-peft train my.yaml",
+    "cfg": "use lightning-peft config train, which prints the composed config",
+    "verbose": "leave it out: each message is printed once",
+    "quiet": "leave it out: each message is printed once",
+    "local_rank": "leave it out: train starts its ranks itself",
+}
+"""Keys without a counterpart -> what to do instead."""
+
+OPTIONS = {
+    "method": {
+        "full": "full_finetune full_finetuning fft full_parameter full_ft finetune sft_full",
+        "lora_plus": "lora+ loraplus", "lora_fa": "lorafa", "ia3": "ia3 (ia)3 (ia)^3", "rslora": "rs_lora",
+        "molf_e": "molfe", "qlora": "qlora_4bit 4bit bnb_4bit lora_4bit", "miss": "bone",
+        "lora": "peft",
+    },
+    "logger": {"none": "null false off no 0", "tensorboard": "tb", "wandb": "true weights_and_biases", "csv": "all"},
+    "optimizer": {
+        "adamw": "adam adamw_torch adamw_torch_fused adamw_hf adamw_fused",
+        "adamw_8bit": "adamw_bnb_8bit adam8bit adamw8bit adamw_torch_8bit", "paged_adamw_32bit": "paged_adamw",
+    },
+    "schedule": {
+        "cosine": "cosine_annealing cosine_with_min_lr cosine_with_warmup",
+        "constant": "none constant_with_warmup null", "wsd": "warmup_stable_decay", "linear": "linear_with_warmup",
+    },
+    "strategy": {
+        "fsdp": "deepspeed zero zero1 zero2 zero3 deepspeed_stage_2 deepspeed_stage_3 full_shard fsdp2",
+        "ddp": "dp data_parallel ddp_find_unused_parameters_true", "single": "auto none null single_device",
+    },
+    "hardware": {
+        "auto": "gpu cuda none null any", "cpu": "mps tpu laptop", "gpu_24gb": "a10 a10g l4 4090 3090 rtx4090 rtx3090",
+        "gpu_48gb": "l40 l40s a6000 a40", "gpu_80gb": "a100 h100 h200 a100_80gb h100_80gb",
+        "gpu_80gb_x8": "8xa100 8xh100",
+    },
+    "quantization": {
+        "nf4": "4bit int4 bnb bnb_4bit bitsandbytes nf4_double", "int8": "8bit bnb_8bit",
+        "none": "null false no off fp16 bf16",
+    },
+    "objective": {
+        "sft": "pretrain cpt pt supervised instruct clm completion null none",
+        "dpo": "rlhf preference", "distill": "kd distillation gkd",
+    },
+    "target_modules": {"all_linear": "all linear all_linear_layers", "attention": "attn", "query_value": "qv q_v"},
+    "data": {"alpaca": "alpaca_cleaned alpaca_en alpaca_gpt4", "openassistant": "oasst oasst1", "flan_v2": "flan",
+             "jsonl": "csv json parquet file files local custom", "hub": "hf huggingface"},
+    "cluster": {"slurm": "sbatch srun", "kubernetes": "k8s", "skypilot": "sky"},
+}  # fmt: skip
+"""Group -> our option -> what others call it, or the nearest that there is here."""
+BY_THEIR_OPTION = {
+    (group, theirs): ours
+    for group, options in OPTIONS.items()
+    for ours, names in options.items()
+    for theirs in names.split()
+}
+OF_ANOTHER_GROUP = {
+    **{("method", name): f"objective={name}" for name in ("sft", "dpo", "ipo", "kto", "orpo", "simpo", "distill")},
+    ("objective", "lora"): "method=lora", ("objective", "full"): "method=full", ("model", "lora"): "method=lora",
+    ("strategy", "qlora"): "method=qlora", ("quantization", "qlora"): "method=qlora",
+    ("cluster", "local"): "submit -m, or train without it",
+}  # fmt: skip
+"""An option typed for a group that has not got it -> what it is here."""
+
+COMMANDS = {
+    "train": "finetune fine-tune fine_tune finetuning tune sft dpo fit run train-model lora qlora full finetune_lora "
+    "finetune_full kto orpo start resume continue pretrain",
+    "evaluate": "eval score test benchmark bench lm_eval lm-eval validate",
+    "generate": "chat infer inference predict ask complete run-inference talk prompt",
+    "merge": "merge_lora merge-lora merge_adapter fuse merge-weights merge_weights",
+    "export": "gguf quantize convert-to-gguf ollama",
+    "serve": "api webui web server deploy gradio",
+    "push": "upload publish push_to_hub",
+    "data": "preprocess dataset preview tokenize prepare_dataset",
+    "models": "list ls download model",
+    "report": "plot dashboard show",
+    "submit": "sbatch slurm srun launch",
+    "config": "cfg validate_config",
+    "estimate": "memory plan",
+    "--version": "version -V -v --v",
+    "--help": "help --h -help man usage",
+}
+"""Our command -> what others call it."""
+BY_THEIR_COMMAND = {theirs: ours for ours, names in COMMANDS.items() for theirs in names.split()}
+
+
+def plain_name(name: str) -> str:
+    """Return a name as people mean it: of lower case, with one kind of separator."""
+    return re.sub(r"[-_. ]+", "_", name.strip().strip("'\"").lower())
+
+
+def ours(key: str) -> str | None:
+    """Our word for a key of another tool; None where it is not known."""
+    whole = key.lstrip("+~-").replace("-", "_").lower()
+    leaf = whole.rpartition(".")[2]
+    return IN_SECTION.get(whole) or BY_THEIRS.get(whole) or BY_THEIRS.get(leaf)
+
+
+def what_instead(key: str) -> str | None:
+    """Return what to do instead of giving a key that has no counterpart here; None for other keys."""
+    return NOT_HERE.get(key.lstrip("+~-").replace("-", "_").lower())
+
+
+def option_meant(group: str, name: str, options: Sequence[str]) -> str | None:
+    """Return what is meant by a name that is no option of a group, as it is typed; None where it cannot be told."""
+    plain = plain_name(name)
+    by_plain_name = {plain_name(option): option for option in options} | {
+        plain_name(option).replace("_", ""): option for option in options
+    }
+    known = BY_THEIR_OPTION.get((group, name.lower())) or BY_THEIR_OPTION.get((group, plain))
+    known = known or by_plain_name.get(plain) or by_plain_name.get(plain.replace("_", ""))
+    if known is None and (elsewhere := OF_ANOTHER_GROUP.get((group, plain))) is not None:
+        return elsewhere
+    if known is None and plain != "null" and group != "rank":
+        known = next(iter(difflib.get_close_matches(plain, options, n=1, cutoff=0.8)), None)
+    return f"{group}={known}" if known is not None else None

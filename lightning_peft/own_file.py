@@ -1,0 +1,117 @@
+"""A YAML file of one's own as words of the command line."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_peft.data.config import named_sources
+
+SOURCES_KEY = "data.sources"
+"""The key of a mixture, which may be a list too."""
+
+
+class EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a key that a mapping has twice is an error: yaml keeps the last and drops the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        merge = "tag:yaml.org,2002:merge"  # <<: *anchor, which may be there again and is overridden on purpose
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
+        if twice := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} twice", node.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
+def words_of_file(path: Path) -> list[str]:
+    """Return the words that a YAML file of groups and keys stands for, outer groups before the keys inside them.
+
+    A recipe's list of defaults is read as groups.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), EachKeyOnce)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; `lightning-peft init {path}` writes one to start from") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path}: is a folder; give a YAML file, or rows as data={path}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not YAML in UTF-8 ({error})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({what_is_wrong(error)})") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: must hold keys and values, as in `method: qlora`")
+    if content.keys() >= {"adapter", "optimizer", "trainer", "run_dir"}:
+        raise ValueError(f"{path}: is the whole config of a run; config_path={path} starts from it")
+    groups = _groups_of_recipe(content.pop("defaults", []), path)
+    words = list(flat_words(groups | content, "", path))
+    counts = Counter(word.partition("=")[0] for word in words)
+    if twice := next((key for key, count in counts.items() if count > 1), None):
+        raise ValueError(f"{path}: has {twice} twice, as {twice}: and inside {twice.partition('.')[0]}:")
+    return [word for word in words if "." not in word.partition("=")[0]] + [
+        word for word in words if "." in word.partition("=")[0]
+    ]
+
+
+def what_is_wrong(error: yaml.YAMLError) -> str:
+    """Return what PyYAML found, with its line, in words of one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    problem = str(getattr(error, "problem", None))
+    if "'\\t'" in problem:
+        problem = "a tab, where YAML takes spaces only"
+    elif "mapping values are not allowed" in problem:
+        problem = "a second colon; put text that holds one in quotes"
+    elif "cannot start any token" in problem:
+        problem += "; put such text in quotes"
+    context = getattr(error, "context", None)
+    return (
+        f"line {mark.line + 1}: {f'{context}: ' if context and 'scanning for the next' not in context else ''}{problem}"
+    )
+
+
+def _groups_of_recipe(defaults: Any, path: Path) -> dict[str, Any]:
+    """Return group -> option of a list such as [{override /method: qlora}]."""
+    groups: dict[str, Any] = {}
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        if entry == "_self_":
+            continue
+        named = list(entry.items()) if isinstance(entry, dict) else []
+        if len(named) != 1 or not (group := re.fullmatch(r"(?:override )?/?([\w/]+)", str(named[0][0]))):
+            raise ValueError(f"{path}: defaults: {entry!r} must be of the form `override /group: option`")
+        groups[group.group(1)] = named[0][1]
+    return groups
+
+
+def flat_words(content: dict[Any, Any], prefix: str, path: Path) -> Iterator[str]:
+    """Yield nested keys and values as words of the command line."""
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: {prefix}{key}: a key must be text")
+        if value == {}:
+            raise ValueError(f"{path}: {prefix}{key}: has nothing inside; leave it out, or give it keys")
+        if isinstance(value, set):
+            raise ValueError(f"{path}: {prefix}{key}: must be keys with values, or a list")
+        if f"{prefix}{key}" == SOURCES_KEY and isinstance(value, list):
+            value = named_sources(value)
+        if isinstance(value, dict) and value:
+            yield from flat_words(value, f"{prefix}{key}.", path)
+        else:
+            yield f"{prefix}{key}={typed_value(value)}"
+
+
+def typed_value(value: Any) -> str:
+    """A YAML value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(typed_value(part) for part in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{typed_value(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./${}:-]+", value):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)

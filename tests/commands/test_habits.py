@@ -1,0 +1,240 @@
+"""Habits of people who come from other tools, and slips of the hand: the right word in one line, before any work."""
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import started
+
+from lightning_peft.__main__ import main
+from lightning_peft.compose import compose_config, nearest
+from lightning_peft.words import everyday, no_such_option, options_of_group, words_of_file
+
+KEYS = {
+    "optimizer.lr": "peak_lr training.lr optimizer.learning_rate model.lr train.lr Learning-Rate",
+    "optimizer.beta2": "adam_beta2", "optimizer.eps": "adam_epsilon", "optimizer.beta1": "optimizer.betas",
+    "schedule.min_lr_ratio": "cosine_min_lr_ratio", "schedule": "schedule.name",
+    "trainer.max_steps": "max_iters", "trainer.precision": "mixed_precision bnb_4bit_compute_dtype model.dtype",
+    "trainer.accumulate_grad_batches": "gradient_accumulation_iters", "trainer.log_every_n_steps": "log_interval",
+    "data.micro_batch_size": "per_device_eval_batch_size data.batch_size data.micro-batch-size",
+    "data.max_length": "model_max_length data.seq_len", "data.train_path": "data.path",
+    "data.validation_fraction": "val_split_fraction", "data.text_column": "dataset_text_field",
+    "data.prompt_column": "field_instruction", "data.train_on": "train_on_inputs completion_only_loss",
+    "data=FILE": "data_files train_dataset", "data.ignore_columns": "remove_unused_columns",
+    "data.cache_dir": "dataset_prepared_path", "seed": "data_seed", "objective.noise_alpha": "neftune_noise_alpha",
+    "rank": "adapter.r lora.r peft.r lora_dim", "adapter.alpha": "adapter.lora_alpha",
+    "adapter.bias": "lora_bias", "adapter.rank_pattern": "rank_pattern", "adapter.init_from": "adapter_name_or_path",
+    "method=dora": "use_dora adapter.use_dora", "method=qlora": "use_qlora bnb_4bit_quant_type",
+    "quantization": "quantization_config", "model.revision": "model_revision", "hardware": "device_map use_cpu",
+    "run_dir": "log_dir", "resume=auto": "resume_from", "checkpoint.every_n_steps": "save_strategy",
+    "checkpoint.best_by": "metric_for_best_model", "early_stopping.patience": "early_stopping_patience",
+    "validation.every_n_steps": "eval_strategy", "activation_checkpointing": "use_gradient_checkpointing",
+    "logger": "use_wandb", "strategy": "deepspeed_config fsdp_config", "dry_run": "dryrun",
+}  # fmt: skip
+"""Our key -> keys of HF Trainer, TRL, PEFT, axolotl, LLaMA-Factory, torchtune, litgpt and unsloth."""
+
+NO_COUNTERPART = {
+    "do_train": "leave it out", "overwrite_output_dir": "resume=auto", "push_to_hub": "lightning-peft push",
+    "load_best_model_at_end": "adapter_best", "chat_template": "data.layout=raw", "merge_weights": "lightning-peft merge",
+    "use_liger_kernel": "always on", "group_by_length": "packed", "config": "lightning-peft train my.yaml",
+}  # fmt: skip
+
+OPTIONS = {
+    "method=qlora": "method=qLoRA method=QLORA method=qlora_4bit method=qlra", "method=lora_plus": "method=lora+ method=LoRA-Plus",
+    "method=full": "method=fft method=full-finetuning method=full_parameter", "method=ia3": "method=IA3",
+    "objective=dpo": "method=dpo objective=rlhf objective=DPO", "objective=sft": "method=sft objective=pretrain",
+    "model=llama_3_1_8b": "model=llama-3.1-8b model=Llama-3.1-8B", "model=tiny": "model=Tiny model=tinny",
+    "hardware=auto": "hardware=cuda hardware=gpu", "hardware=gpu_80gb": "hardware=a100 hardware=GPU-80GB",
+    "strategy=fsdp": "strategy=deepspeed strategy=zero3", "strategy=single": "strategy=auto",
+    "optimizer=adamw": "optimizer=adam optimizer=AdamW optimizer=adamw_torch", "schedule=constant": "schedule=none",
+    "optimizer=adamw_8bit": "optimizer=adamw_bnb_8bit", "logger=tensorboard": "logger=tensorbord", "data=hub": "data=hf",
+    "quantization=nf4": "quantization=4bit quantization=NF4", "data=alpaca": "data=alpacca",
+    "model=hf model.path=gpt2": "model=gpt2", "data=hub data.hub_name=tatsu-lab/alpaca": "data=tatsu-lab/alpaca",
+}  # fmt: skip
+"""What is answered -> options as they are typed."""
+
+SLIPS = [
+    (["rank", "=", "16"], "rank = 16: no space around =, as in rank=16"),
+    (["rank", "=16"], "rank =16: no space around =, as in rank=16"),
+    (["rank=", "16"], "rank= 16: no space around =, as in rank=16"),
+    (["rank:", "16"], "rank:: options are key=value, as in rank=16"),
+    (["optimizer.lr: 1e-4"], "optimizer.lr: 1e-4: options are key=value, as in optimizer.lr=1e-4"),
+    (["rank==16"], "rank==16: two =, as in rank=16 with one"),
+    (["rank=16,"], "rank=16,: ends in ,; write rank=16"),
+    (["optimizer.lr=1e-4;"], "optimizer.lr=1e-4;: ends in ;; write optimizer.lr=1e-4"),
+    (["=16"], "=16: no key before the =; options are key=value"),
+    ([""], "'': an empty word; options are key=value"),
+    (["rank=“16”"], "rank=“16”: has quotes or dashes of a word processor; use plain ones, as in rank=\"16\""),
+    (["optimizer.lr=1e−4"], "optimizer.lr=1e−4: has quotes or dashes of a word processor; use plain ones"),
+    (["––rank=16"], "––rank=16: options are key=value without dashes, as in rank=16"),
+    (["--lr", "1e-4"], "--lr: options are key=value without dashes, as in optimizer.lr=1e-4"),
+    (["--dry-run"], "--dry-run: options are key=value without dashes, as in dry_run=true"),
+    (["-c", "my.yaml"], "-c: name the file itself, as in lightning-peft train my.yaml"),
+    (["--config=my.yaml"], "--config=my.yaml: name the file itself, as in lightning-peft train my.yaml"),
+    (["--version"], "--version: `lightning-peft --version` prints the version"),
+    (["--overwrite_output_dir"], "--overwrite_output_dir: no such option; a used run_dir is an error"),
+    (["~rank"], "~rank: nothing is taken away with ~; give the value that is wanted"),
+    (["run_dir="], "run_dir=: is empty; give one, or leave it out"),
+    (["qlora"], "qlora: not of the form key=value; use method=qlora"),
+    (["org/name"], "org/name: not of the form key=value; use model=org/name for a model, data=FILE for rows"),
+    (["rows.csv"], "rows.csv: not of the form key=value; use data=rows.csv"),
+    (["help"], "help: not of the form key=value; use --help"),
+    (["my.toml"], "my.toml: not of the form key=value; a file of options is YAML and ends in .yaml"),
+    (["method=[lora,dora]"], "method=[lora,dora]: takes one option; add -m and write method=lora,dora for a sweep"),
+    (["method=null"], "method=null: no such option; method is one of "),
+    (["logger=false"], "logger=false: no such option; use logger=none; "),
+    (["model=7"], "model=7: no such option; "),
+    (["rank=[4,8]"], "rank=[4,8]: takes one option; add -m and write rank=4,8 for a sweep"),
+    (["cluster=local"], "cluster=local: train runs here; submit takes the same words"),
+    (["model=https://huggingface.co/org/name"], "model=https://huggingface.co/org/name: give its name on the hub, as in model=org/name"),
+]  # fmt: skip
+"""What is typed -> the line that answers it, without composing anything."""
+
+VALUES = {
+    "rank=-1": "adapter.rank=-1: a rank is at least 1", "rank=1.5": "adapter.rank=1.5: .*; must be a whole number",
+    "rank='0'": "adapter.rank=0: a rank is at least 1", "seed=4294967296": "seed=4294967296: must be below",
+    "seed=a": "seed=a: .*; must be a whole number", "optimizer.lr=null": "optimizer.lr=null: .*leave it out",
+    "trainer.devices=0,1": "^trainer.devices=0,1: several values", "trainer=[1]": "trainer=.*; must be keys with values",
+    "adapter.rank=range(4,8)": "adapter.rank=range.4,8.: several values; add -m", "run-dir=x": "run-dir: .*did you mean run_dir",
+    "METHOD=lora": "METHOD: no such option; did you mean method", "learnig_rate=1": "learnig_rate: .*did you mean optimizer.lr",
+    "method=lora+": "method=lora.: no such option; use method=lora_plus; method is one of",
+    "conf_dir=nope": "conf_dir=nope: no such folder",
+}  # fmt: skip
+"""Word -> the line that answers it once the config is composed."""
+
+MEANT = {
+    "rank = 16": ["adapter.rank=16"], " rank=16 ": ["adapter.rank=16"], "rank='16'": ["adapter.rank=16"],
+    "+method=dora": ["method=dora"], "target_modules=all": ["target_modules=all_linear"],
+    "data=~/rows.csv": ["data=jsonl", f"data.train_path={Path.home()}/rows.csv"],
+    "run_dir=~/runs/a": [f"run_dir={Path.home()}/runs/a"], "logger=[csv,wandb]": ["logger=[csv,wandb]"],
+    "data.system_prompt=": ["data.system_prompt="], "run_dir=a – b": ["run_dir=a – b"],
+}  # fmt: skip
+
+FILES = {
+    "data:\n\tmax_length: 64\n": "my.yaml: not YAML .line 2: a tab, where YAML takes spaces only",
+    "data:\n  system_prompt: You are: a bot\n": "my.yaml: not YAML .line 2: a second colon; put text that holds one in quotes",
+    "method: @lora\n": "my.yaml: not YAML .line 1: .*put such text in quotes",
+    "data.max_length: 64\ndata:\n  max_length: 32\n": "my.yaml: has data.max_length twice",
+    "data: {}\n": "my.yaml: data: has nothing inside",
+    "data: !!set {a, b}\n": "my.yaml: data: must be keys with values, or a list",
+}  # fmt: skip
+
+COMMANDS = {
+    "trian": "train", "finetune": "train", "eval": "evaluate", "chat": "generate", "upload": "push", "my.yaml": "train my.yaml",
+    "method=lora": "train method=lora", "version": "--version", "quantize": "export", "TRAIN": "train",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(ours, key) for ours, keys in KEYS.items() for key in keys.split()])
+def test_key_of_another_tool_is_answered_with_ours(ours, theirs):
+    assert nearest(theirs, "train") == f"; use {ours}"
+
+
+@pytest.mark.parametrize("key", NO_COUNTERPART)
+def test_key_without_a_counterpart_is_answered_with_what_to_do(key):
+    assert NO_COUNTERPART[key] in nearest(key, "train")
+
+
+@pytest.mark.parametrize(("ours", "typed"), [(ours, word) for ours, words in OPTIONS.items() for word in words.split()])
+def test_option_of_another_tool_is_answered_with_ours(ours, typed):
+    group, _, name = typed.partition("=")
+    said = no_such_option(group, name, options_of_group(group))
+    assert said.startswith(f"{typed}: no such option") and f"use {ours}; {group} is one of " in said
+
+
+@pytest.mark.parametrize(("words", "line"), SLIPS)
+def test_slip_of_the_hand_is_answered_with_the_right_form(words, line):
+    with pytest.raises(ValueError) as wrong:
+        everyday("train", words)
+    assert str(wrong.value).startswith(line)
+
+
+@pytest.mark.parametrize("word", VALUES)
+def test_wrong_value_says_what_would_be_right(word):
+    with pytest.raises(ValueError, match=VALUES[word]):
+        compose_config("train", everyday("train", [word]))
+
+
+@pytest.mark.parametrize("word", MEANT)
+def test_what_cannot_be_mistaken_is_taken_as_meant(word):
+    assert everyday("train", [word]) == MEANT[word]
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_file_with_a_slip_is_answered_by_line_or_key(tmp_path, text):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ValueError, match=FILES[text]):
+        words_of_file(tmp_path / "my.yaml")
+
+
+def test_file_may_merge_an_anchor(tmp_path):
+    (tmp_path / "my.yaml").write_text("data: &d\n  max_length: 64\nvalidation:\n  <<: {every_n_steps: 5}\n")
+    assert words_of_file(tmp_path / "my.yaml") == ["data.max_length=64", "validation.every_n_steps=5"]
+
+
+def test_folder_in_place_of_a_file_is_said(tmp_path):
+    (tmp_path / "my.yaml").mkdir()
+    with pytest.raises(ValueError, match="my.yaml: is a folder; give a YAML file"):
+        words_of_file(tmp_path / "my.yaml")
+
+
+@pytest.mark.parametrize("typed", COMMANDS)
+def test_command_of_another_tool_is_answered_with_ours(typed, capsys):
+    assert main([typed]) == 2
+    assert capsys.readouterr().err.endswith(f"; use lightning-peft {COMMANDS[typed]}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["model=tiny"], "train -m: no key has several values; as in train -m adapter.rank=4,8"),
+        (["adapter.rank=4,0"], "adapter.rank=0: a rank is at least 1"),
+        (["method=lora,doraa"], "method=doraa: no such option; use method=dora"),
+        (["adapter.rank=4,abc"], "adapter.rank=abc: "),
+    ],
+)
+def test_every_value_of_a_sweep_is_checked_before_its_first_trial(words, line, capsys, tmp_path):
+    assert main(["train", "-m", *words, f"run_dir={tmp_path}/sweep"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_failed_file_operation_names_the_file_first(capsys, tmp_path):
+    assert main(["generate", "model=tiny", f"prompt_path={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: prompt_path={tmp_path}: ")
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["config", "train"], ["schema"]])
+def test_pages_may_be_cut_off_by_their_reader(words):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does
+    done = started.run([*started.COMMAND, *words], stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_chat_without_stdin_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", "model=tiny"]) == 2
+    assert capsys.readouterr().err.startswith("error: prompt=null: a chat reads from stdin, which is closed")
+
+
+def test_empty_prompt_is_one_line(capsys):
+    assert main(["generate", "model=tiny", "prompt="]) == 2
+    assert capsys.readouterr().err == "error: prompt=: is empty; leave it out to chat\n"
+
+
+def test_merge_into_the_name_of_a_file_is_refused(capsys, tmp_path):
+    assert main(["merge", f"adapter_path={tmp_path}", f"output={tmp_path}/model.gguf"]) == 2
+    assert "use export format=gguf" in capsys.readouterr().err
+
+
+def test_no_answer_names_a_word_twice():
+    text = Path(no_such_option.__code__.co_filename).with_name("other_tools.py").read_text()
+    (table,) = [
+        node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and node.targets[0].id == "OURS"
+    ]
+    names = [name for names in ast.literal_eval(table).values() for name in names.split()]
+    assert sorted(names) == sorted(set(names))
