@@ -99,7 +99,8 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     if not sign:
         return [word]
     if (group := key.lstrip("+")) in _groups(folders) and (command in RUN_COMMANDS or group not in ("rank", "method")):
-        key, word = group, f"{group}={value}"
+        if (CONF_DIR / group).is_dir():  # a group of one's own is added with its plus
+            key, word = group, f"{group}={value}"
         _check_option(group, value, folders)
     if key == "cluster" and command == "train":
         raise ValueError(f"{word}: train runs here; submit takes the same words and hands them to the cluster")
