@@ -139,6 +139,7 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     result = finished_result(config, run_dir)
     if checkpoint is None and result is None:
+        check_not_finished(run_dir)
         if not config.dry_run:
             forget_rollbacks(config, run_dir)
         return Start()
@@ -147,6 +148,17 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
         assert checkpoint is not None
         check_length(config, run_dir, checkpoint)
     return Start(checkpoint, result)
+
+
+def check_not_finished(run_dir: Path) -> None:
+    """Raise ValueError for a run that finished at another end, has no checkpoint, and would be written over."""
+    path = run_dir / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result.get("status") == "finished":
+        raise ValueError(
+            f"run_dir={run_dir} holds a run that is finished after {result.get('steps')} steps, and no checkpoint to "
+            "go on from: name a new folder"
+        )
 
 
 def forget_rollbacks(config: TrainConfig, run_dir: Path) -> None:

@@ -231,6 +231,15 @@ def test_merge_into_the_name_of_a_file_is_refused(capsys, tmp_path):
     assert "use export format=gguf" in capsys.readouterr().err
 
 
+def test_finished_run_without_a_checkpoint_is_not_written_over(capsys, tmp_path):
+    tiny = ["train", "model=tiny", "data.max_rows=4", "data.max_validation_rows=2", f"run_dir={tmp_path}/run"]
+    assert main([*tiny, "trainer.max_steps=1"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert main([*tiny, "trainer.max_steps=2", "adapter.rank=4", "resume=auto"]) == 2
+    assert "holds a run that is finished after 1 steps, and no checkpoint to go on from" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 def test_no_answer_names_a_word_twice():
     text = Path(no_such_option.__code__.co_filename).with_name("other_tools.py").read_text()
     (table,) = [
