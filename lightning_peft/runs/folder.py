@@ -155,9 +155,8 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
 
 def check_not_finished(run_dir: Path) -> None:
     """Raise ValueError for a run that finished at another end, has no checkpoint, and would be written over."""
-    path = run_dir / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
-    if result.get("status") == "finished":
+    result = read_result(run_dir)
+    if result is not None and result["status"] == "finished" and has_trained(run_dir):
         raise ValueError(
             f"run_dir={run_dir} holds a run that is finished after {result.get('steps')} steps, and no checkpoint to "
             "go on from: name a new folder"
@@ -181,12 +180,17 @@ def finished_result(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None
     result = read_result(run_dir)
     if result is None or result["status"] != "finished":
         return None
-    if not any((run_dir / name).is_dir() for name in ("adapter", "model")):
+    if not has_trained(run_dir):
         logger.warning("%s: finished, but what it trained is gone; it goes on from its last checkpoint", run_dir)
         return None
     # Results written before they named their end: the config beside them does, unless somebody has edited it since.
     end = result["end"] if "end" in result else end_of(saved_options(run_dir)["trainer"])
     return result if end == end_of(config.trainer) else None
+
+
+def has_trained(run_dir: Path) -> bool:
+    """Return whether what a run trained is in its folder."""
+    return any((run_dir / name).is_dir() for name in ("adapter", "model"))
 
 
 def end_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
