@@ -55,8 +55,8 @@ def block_depth(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def parse_layers(layers: str) -> Callable[[int], bool]:
-    """Test for "0-3,7,10-": is this block among them."""
+def parse_layers(layers: str, blocks: int | None = None) -> Callable[[int], bool]:
+    """Test for "0-3,7,10-": is this block among them. Raises ValueError, with `blocks` for one beyond them too."""
     ranges: list[tuple[int, float]] = []
     for part in layers.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d*))?\s*", part)
@@ -66,6 +66,11 @@ def parse_layers(layers: str) -> Callable[[int], bool]:
         last = first if found.group(2) is None else int(found.group(3)) if found.group(3) else float("inf")
         if last < first:
             raise ValueError(f"adapter.layers={layers!r}: {part.strip()} ends before it starts")
+        if blocks is not None and max(first, last if last < float("inf") else first) >= blocks:
+            raise ValueError(
+                f"adapter.layers={layers!r}: this model's blocks are 0-{blocks - 1}"
+                + (f"; {first}- takes all from {first} on" if first < blocks else "")
+            )
         ranges.append((first, last))
     return lambda depth: any(first <= depth <= last for first, last in ranges)
 
@@ -310,7 +315,8 @@ def _select(
     chosen = set().union(*found.values())
     chosen -= {name for name in chosen if any(matches(pattern, name) for pattern in config.exclude_modules)}
     if config.layers is not None:
-        wanted = parse_layers(config.layers)
+        depths = [depth for name in inner if (depth := block_depth(name)) is not None]
+        wanted = parse_layers(config.layers, 1 + max(depths) if depths else None)
         chosen = {name for name in chosen if (depth := block_depth(name)) is not None and wanted(depth)}
     if not chosen:
         depths = [depth for name in inner if (depth := block_depth(name)) is not None]

@@ -21,6 +21,8 @@ class SamplingConfig:
             raise ValueError(f"sampling.max_new_tokens={self.max_new_tokens}: must be at least 1")
         if not self.temperature >= 0:
             raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or above")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"sampling.seed={self.seed}: must be from 0 to 2^63 - 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p}: must be above 0 and at most 1")
         if self.top_p < 1 and self.temperature == 0:

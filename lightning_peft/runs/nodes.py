@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from lightning_peft.config import TrainConfig
+from lightning_peft.tracking.loggers import RunLogger
 
 
 def check_nodes(config: TrainConfig) -> None:
@@ -32,6 +33,8 @@ def check_nodes(config: TrainConfig) -> None:
                 raise ValueError(f"{key}._target_={node['_target_']}: {reason(error)}") from error
             if isinstance(target, type) and not issubclass(target, kind):
                 raise ValueError(f"{key}._target_={node['_target_']}: no Lightning {kind.__name__.lower()}")
+            if isinstance(target, type) and issubclass(target, RunLogger):
+                target.check_installed()
 
 
 def made(group: str, nodes: Mapping[str, Any], kind: type) -> list[Any]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.loggers import check_installed
 from lightning_peft.tracking.service_run import PROJECT, Row, ServiceRun, flat
 
 logger = logging.getLogger(__name__)
@@ -30,6 +29,8 @@ class CometRun(ServiceRun):
     their order.
     """
 
+    needs = ("comet", "comet_ml")
+
     def __init__(
         self,
         run_dir: str,
@@ -40,7 +41,6 @@ class CometRun(ServiceRun):
         tags: list[str] | None = None,
     ):
         super().__init__(run_dir, group, run_name)
-        check_installed("comet", "comet_ml")
         self.project, self.workspace, self.tags = project or PROJECT, workspace, list(tags or [])
         self.experiment: Any = None
 

@@ -21,11 +21,22 @@ class RunLogger(Logger):
     fail are no more written, and the rest goes on. A subclass overrides the `write_*` methods it has a place for.
     """
 
+    needs: tuple[str, str] | None = None
+    """Our extra that brings its package, and what that is imported as; None for one that is there."""
+
     def __init__(self, run_dir: str):
         super().__init__()
+        self.check_installed()
         self.run_dir = Path(run_dir)
         self.failed = False
         self.samples_failed = False
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise ValueError with the extra to install where the package is not there. Imports nothing."""
+        if cls.needs is not None and importlib.util.find_spec(cls.needs[1]) is None:
+            extra = cls.needs[0]
+            raise ValueError(f"logger={extra}: not installed; pip install 'lightning-peft[{extra}]'")
 
     @property
     @abstractmethod
@@ -106,18 +117,13 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__} ({' '.join(str(error).split()) or 'no message'})"
 
 
-def check_installed(logger_name: str, module: str) -> None:
-    """Raise ValueError with the extra to install where a logger's package is not there. Imports nothing."""
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"logger={logger_name}: not installed; pip install 'lightning-peft[{logger_name}]'")
-
-
 class TensorBoard(RunLogger):
     """Event files under `<run_dir>/tensorboard`."""
 
+    needs = ("tensorboard", "tensorboard")
+
     def __init__(self, run_dir: str):
         super().__init__(run_dir)
-        check_installed("tensorboard", "tensorboard")
         # An optional extra.
         from torch.utils.tensorboard import SummaryWriter
 

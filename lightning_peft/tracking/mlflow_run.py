@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.loggers import check_installed
 from lightning_peft.tracking.service_run import PROJECT, Row, ServiceRun, flat
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -28,6 +27,8 @@ class MLflowRun(ServiceRun):
     `experiment` is MLFLOW_EXPERIMENT_NAME where it is null, else PROJECT. The sweep is the tag `group`.
     """
 
+    needs = ("mlflow", "mlflow")
+
     def __init__(
         self,
         run_dir: str,
@@ -38,7 +39,6 @@ class MLflowRun(ServiceRun):
         tags: dict[str, str] | None = None,
     ):
         super().__init__(run_dir, group, run_name)
-        check_installed("mlflow", "mlflow")
         self.tracking_uri = tracking_uri
         self.experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         self.tags = dict(tags or {})

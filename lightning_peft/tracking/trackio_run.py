@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.loggers import check_installed
 from lightning_peft.tracking.service_run import PROJECT, Row, ServiceRun, flat
 
 
@@ -13,6 +12,8 @@ class TrackioRun(ServiceRun):
 
     Trackio knows a run by its name alone, so the name ends in the folder's own id.
     """
+
+    needs = ("trackio", "trackio")
 
     def __init__(
         self,
@@ -23,7 +24,6 @@ class TrackioRun(ServiceRun):
         **options: Any,
     ):
         super().__init__(run_dir, group, run_name)
-        check_installed("trackio", "trackio")
         if taken := sorted({"name", "resume", "config"} & options.keys()):
             raise ValueError(f"logger.trackio.{taken[0]}: follows from run_dir")
         self.project = project or PROJECT

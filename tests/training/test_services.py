@@ -186,7 +186,8 @@ def test_comet_without_a_key_leaves_archives_of_one_experiment(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["mlflow", "trackio", "comet"])
-def test_service_that_is_not_installed_is_named(tmp_path, name, monkeypatch):
+def test_service_that_is_not_installed_is_named_before_a_row_is_read(tmp_path, name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    monkeypatch.setattr("lightning_peft.commands.train.read_data", lambda *_: pytest.fail("rows were read"))
     with pytest.raises(ValueError, match=rf"not installed; pip install 'lightning-peft\[{name}\]'"):
         train(tiny_config(tmp_path / "run", "trainer.max_steps=1", f"logger={name}"))
