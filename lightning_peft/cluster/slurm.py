@@ -20,6 +20,7 @@ from lightning_peft.cluster.job import (
     Work,
 )
 from lightning_peft.cluster.slurm_slot import SECONDS_TO_START, SLOT
+from lightning_peft.cluster.stalls import stalls
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ while is_taken "$MASTER_ADDR" || is_taken localhost; do MASTER_PORT=$((MASTER_PO
 # The signals are for the ranks; this shell outlives them.
 trap {on_signal} TERM USR1 USR2
 
+{stalls}
 """
 ONE = """\
 run_dir={run_dir}
@@ -93,14 +95,7 @@ status=$?
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
 if [ "$status" -eq 75 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
-  # A job that never gets as far as a checkpoint would be requeued for ever.
-  stalls=$run_dir/starts_without_checkpoint
-  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
-  if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
-    rm "$stalls"
-    echo "error: three starts in a row had to leave before a checkpoint: give more cluster.time, or less cluster.grace"
-    exit 1
-  fi
+  if stalls; then exit 1; fi
   scontrol requeue "$job"
 fi
 exit "$status"
@@ -156,7 +151,8 @@ def batch_script(
     python = " ".join([*([cluster.container] if cluster.container else []), shlex.quote(cluster.python or "python")])
     setup = "\n".join(["", "# The environment of the ranks.", *cluster.setup, ""]) if cluster.setup else ""
     service = WANDB.format(wandb=f"{python} -m wandb") if wandb else ""
-    body = BODY.format(setup=setup, wandb=service, on_signal=":" if slot_of is None else "told=1")
+    counting = stalls("more cluster.time, or less cluster.grace")
+    body = BODY.format(setup=setup, wandb=service, on_signal=":" if slot_of is None else "told=1", stalls=counting)
     if slot_of is None:
         body += ONE.format(python=python, train=train, run_dir=run_dir, written=written)
     else:

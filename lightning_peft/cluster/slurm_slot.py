@@ -32,14 +32,7 @@ ask() {{
 # The same trial in a fresh start of this job, unless that was cancelled.
 start_again() {{
   is_running || exit 75
-  # A job that never gets as far as a checkpoint would be requeued for ever.
-  stalls=$run_dir/starts_without_checkpoint
-  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; else date >> "$stalls"; fi
-  if [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
-    rm "$stalls"
-    echo "error: three starts in a row ended before a checkpoint; give more cluster.time or less cluster.grace"
-    exit 1
-  fi
+  if stalls; then exit 1; fi
   scontrol requeue "$job"
   exit 75
 }}

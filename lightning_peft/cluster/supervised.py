@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lightning_peft.cluster.job import TASK, ClusterConfig, Work
 from lightning_peft.cluster.process import LEAVE
+from lightning_peft.cluster.stalls import stalls
 
 PORT = 29500
 """Where the ranks of several nodes meet, on the first of them."""
@@ -30,6 +31,7 @@ if [ -e "$run_dir/{leave}" ]; then echo "cancelled: not started"; finish 0; fi
 
 written() {{ {written}; }}
 checkpoints=$(written)
+{stalls}
 ranks=()
 train() {{ {python} -m lightning_peft train {train} & ranks+=($!); }}
 tell() {{ for rank in "${{ranks[@]}}"; do kill -s "$1" "$rank" 2> /dev/null; done; }}
@@ -58,14 +60,7 @@ done
 
 if [ -e "$run_dir/{leave}" ]; then finish 0; fi
 if [ "$status" -eq 75 ]; then
-  # A job that never gets as far as a checkpoint would start again for ever.
-  stalls=$run_dir/starts_without_checkpoint
-  if [ "$(written)" != "$checkpoints" ]; then rm -f "$stalls"; elif [ {node} = 0 ]; then date >> "$stalls"; fi
-  if [ {node} = 0 ] && [ -e "$stalls" ] && [ "$(wc -l < "$stalls")" -ge 3 ]; then
-    rm "$stalls"
-    echo "error: three starts in a row had to leave before a checkpoint: give more cluster.grace"
-    finish 2
-  fi
+  if [ {node} = 0 ] && stalls; then finish 2; fi
 fi
 finish "$status"
 """
@@ -103,6 +98,7 @@ def script(config: ClusterConfig, work: Work, task: str, number: str, node: str,
         run_dir=run_dir,
         leave=LEAVE,
         written=work.written,
+        stalls=stalls("more cluster.grace"),
         python=python,
         train=train,
         start=start,
