@@ -16,6 +16,8 @@ from lightning_peft.data.turns import HEAVIEST, OPTIONAL_KEYS, is_of_others, rea
 WEIGHT_COLUMN = "weight"
 WITHOUT_TURNS = (Format.text, Format.tokens)
 """Rows that no chat template lays out."""
+_WITH_ANSWER = (Format.instruction, Format.prompt_completion, Format.labelled)
+"""Rows of a prompt and the answer to it."""
 
 _LISTED = re.compile(
     r"(?:.*_)?(?:id|ids|idx|index|uuid|hash|scores?|ratings?|sources?|origin|category|categories|level|difficulty|type|"
@@ -76,13 +78,24 @@ class RowReader(Shape):
         return {name: name in row.values or name in keys for name in sorted(self.ignored)}
 
     def parsed(self, row: Row) -> Row:
-        """The row with the turns that it holds as JSON, as tables of text do, in place of their text."""
-        found = {}
+        """The row with the turns that it holds as JSON, as tables of text do, in place of their text.
+
+        What is to be continued, or answers a text, is text, whatever it says.
+        """
+        if self.format in WITHOUT_TURNS or self.is_raw:
+            return row
+        found: dict[str, Any] = {}
         for column in self._turn_columns:
+            if self.format in _WITH_ANSWER and column in self.columns[1:] and not self._asks_in_turns(row, found):
+                continue
             text = row.values.get(column)
             if isinstance(text, str) and text[:1] in "[ \t\r\n" and (turns := turns_of(text)) is not None:
                 found[column] = turns
         return Row({**row.values, **found}, row.origin) if found else row
+
+    def _asks_in_turns(self, row: Row, found: dict[str, Any]) -> bool:
+        prompt = self.columns[0]
+        return self.prompt_template is None and (prompt in found or isinstance(row.values.get(prompt), list))
 
     def _without_ignored_keys(self, row: Row) -> Row:
         keys, values = self.ignored & OPTIONAL_KEYS, dict(row.values)

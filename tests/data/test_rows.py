@@ -425,3 +425,22 @@ def test_shared_tools_are_written_in_prompts_as_in_training(write_jsonl):
     layout = module.prompt_layout
     prompt = layout.prompt(layout.conversation("Hi"), tokenizer)
     assert module.training_samples[0].input_ids[: len(prompt)] == prompt
+
+
+TURNS_AS_TEXT = json.dumps([HI, HELLO])
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "last"),
+    [
+        ({"prompt": "Give turns", "completion": TURNS_AS_TEXT}, {}, TURNS_AS_TEXT),
+        ({"instruction": "Give turns", "output": TURNS_AS_TEXT}, {}, TURNS_AS_TEXT),
+        ({"prompt": "Give turns: ", "completion": TURNS_AS_TEXT}, {"layout": Layout.raw}, TURNS_AS_TEXT),
+        ({"text": TURNS_AS_TEXT}, {}, TURNS_AS_TEXT),
+        ({"messages": TURNS_AS_TEXT}, {}, "Hello there."),
+        ({"prompt": json.dumps([HI]), "completion": json.dumps([HELLO])}, {}, "Hello there."),
+    ],
+    ids=["answer", "output", "raw", "text", "messages", "prompt"],
+)
+def test_turns_in_json_are_turns_only_where_turns_may_stand(row, options, last):
+    assert read(row, **options)[-1].content == last
