@@ -8,11 +8,17 @@ from preference_rows import parts, written
 from test_distill import answer_rows
 from test_preference import FP32, gradients, mean_loss
 from tiny_runs import tiny_config, tiny_parts
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import IGNORED_LABEL
+from lightning_peft.data.chat import Encoded
+from lightning_peft.data.collate import collate
+from lightning_peft.models.loading import load_model
+from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model
+from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
 
 HINTS = "seven rivers one moon two apples three pears under the sky and five at sea".split()
 ROWS = [{**row, "hint": " ".join(HINTS[: 3 + place])} for place, row in enumerate(answer_rows(9))]
@@ -90,6 +96,35 @@ def test_samples_that_are_run_apart_meet_their_own(tmp_path):
     apart = mean_loss(module, data)
     torch.testing.assert_close(apart[0], together[0], **FP32)
     assert apart[1] == pytest.approx(together[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("hint", [4, 60])
+def test_teacher_beyond_its_first_set_of_frequencies_meets_the_same_tokens(hint, tmp_path):
+    """Phi 3's longrope: a packed row is run apart where one sample is beyond 64 tokens, be it the teacher's alone."""
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config = Phi3Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96, pad_token_id=0,
+        max_position_embeddings=256, original_max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        rope_parameters=factors,
+    )  # fmt: skip
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        Phi3ForCausalLM(config).save_pretrained(tmp_path / str(seed))
+        models.append(load_model(ModelConfig("hf", str(tmp_path / str(seed))), torch.float32).eval())
+    draw = torch.Generator().manual_seed(1)
+    samples = []
+    for prompt, answer, more in ((6, 5, 3), (5, 13, 4), (8, 9, hint)):
+        ids = torch.randint(5, 96, (more + prompt + answer,), generator=draw).tolist()
+        labels = [IGNORED_LABEL] * (more + prompt) + ids[more + prompt :]
+        theirs = Encoded(ids, labels, ends=True)
+        samples.append(Encoded(ids[more:], labels[more:], ends=True, taught=theirs))
+    objective = DistilledLoss(models[0], DistillConfig(weight=1.0), True).eval()
+    objective.teacher = Teacher(models[1], True)
+    with torch.no_grad():
+        packed = objective(collate([samples], 0, 64, True))
+        alone = sum(objective(collate([[sample]], 0, 64, False)) for sample in samples)
+    torch.testing.assert_close(packed, alone, **FP32)
 
 
 def test_cut_answers_are_cut_alike_for_the_teacher(tmp_path):
