@@ -127,6 +127,32 @@ def test_teacher_beyond_its_first_set_of_frequencies_meets_the_same_tokens(hint,
     torch.testing.assert_close(packed, alone, **FP32)
 
 
+def test_sources_without_a_prompt_are_read_as_they_are(tmp_path):
+    """A mixture: its loss is that of its sources, each by itself."""
+    folders = [tmp_path / name for name in ("a", "b", "both")]
+    for folder in folders:
+        folder.mkdir()
+    plain = [{key: value for key, value in row.items() if key != "hint"} for row in answer_rows(5, seed=1)]
+    apart = [taught(folders[0]), taught(folders[1], rows=plain, prompt="data.preview=0")]
+    words = ["data.train_path=null", f"data.sources.a.train_path={folders[0]}/rows.jsonl"]
+    words += [f"data.sources.b.train_path={folders[1]}/rows.jsonl", PROMPT.replace("data.", "data.sources.a.")]
+    module, data = taught(folders[2], *words, prompt="data.preview=0")
+    audits = [part[1].train_audit for part in apart]
+    tokens = audits[0].taught_tokens + audits[1].tokens
+    more = (tokens - audits[0].tokens - audits[1].tokens) / 14
+    assert f"the teacher reads {tokens:,} tokens for them, {more:.1f} more a sample" in data.train_audit.lines()
+    sums = [summed(*part) for part in (*apart, (module, data))]
+    torch.testing.assert_close(sums[2], sums[0] + sums[1], **FP32)
+
+
+def summed(module, data):
+    """The losses of all samples, packed in one row."""
+    samples = [data.training_samples[place] for place in range(len(data.training_samples))]
+    width = sum(len(sample.input_ids) for sample in samples)
+    with torch.no_grad():
+        return module.objective(collate([samples], 0, width, True))
+
+
 def test_cut_answers_are_cut_alike_for_the_teacher(tmp_path):
     module, data = taught(tmp_path, "data.max_length=80")
     assert 0 < data.train_audit.truncated < 9
