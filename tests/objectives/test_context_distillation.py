@@ -17,7 +17,7 @@ from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import collate
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
-from lightning_peft.models.tiny import tiny_model
+from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
 
 HINTS = "seven rivers one moon two apples three pears under the sky and five at sea".split()
@@ -221,6 +221,28 @@ def test_prompt_beyond_the_context_is_refused(tmp_path):
     words = ["objective=distill", "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", PROMPT]
     with pytest.raises(ValueError, match=r"data.teacher_prompt: the longest sample behind it has \d+ tokens, and the"):
         train(tiny_config(tmp_path / "run", *words))
+
+
+def test_context_behind_the_prompt_is_the_teachers(tmp_path):
+    for context in (96, 512):
+        model = tiny_model()
+        model.config.max_position_embeddings = context
+        model.save_pretrained(tmp_path / str(context))
+        tiny_tokenizer().save_pretrained(tmp_path / str(context))
+    path = written(tmp_path / "rows.jsonl", [{**row, "hint": "far " * 20} for row in ROWS])
+    words = ["objective=distill", "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", PROMPT]
+    words += ["model=hf", "data.max_length=96", "dry_run=true"]
+
+    def check(own, theirs):
+        train(
+            tiny_config(
+                tmp_path / "run", *words, f"model.path={tmp_path / own}", f"objective.teacher={tmp_path / theirs}"
+            )
+        )
+
+    check("96", "512")
+    with pytest.raises(ValueError, match=r"behind it has \d+ tokens, and the teacher reads 96; shorten it"):
+        check("512", "96")
 
 
 def test_prompt_is_ordinary_text_on_the_command_line():
