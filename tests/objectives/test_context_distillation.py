@@ -22,6 +22,7 @@ from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teac
 
 HINTS = "seven rivers one moon two apples three pears under the sky and five at sea".split()
 ROWS = [{**row, "hint": " ".join(HINTS[: 3 + place])} for place, row in enumerate(answer_rows(9))]
+ANSWER = {"prompt": "say one", "completion": "one"}
 PROMPT = "data.teacher_prompt='Know this: {{ hint }}.'"
 
 
@@ -206,6 +207,7 @@ def test_prompt_without_a_teacher_is_refused(words, message):
     [
         ("data.teacher_prompt='{{ other }}'", ROWS, "data.teacher_prompt: the rows have no column other, only prompt"),
         ("data.teacher_prompt='{{ hint'", ROWS, "data.teacher_prompt='{{ hint': not a Jinja template"),
+        (PROMPT, [ROWS[0], ANSWER], "data.teacher_prompt cannot be filled in .* takes rows without one"),
         ("data.teacher_prompt='{{ hint }}'", [{**ROWS[0], "hint": " "}], "expected text from data.teacher_prompt"),
         (PROMPT, [{"text": "a b c", "hint": "d"}], "data.teacher_prompt: stands before a prompt, and rows of .*text"),
     ],
