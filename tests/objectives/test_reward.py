@@ -312,3 +312,7 @@ def test_margins_of_an_adapter_that_writes_are_refused(tmp_path):
         evaluate(compose_config("evaluate", [*words[:3], "data.teacher_prompt=Hi"]))
     with pytest.raises(ValueError, match="data.margin_column=margin: margins are of rewards"):
         calibrate(compose_config("calibrate", [*words, "data.margin_column=margin"]))
+    sources = [*words[:2], *(f"data.sources.{name}.train_path={path}" for name in "ab")]
+    for given in ("data.sources.b.margin_column=margin", "data.sources.b.teacher_prompt=Hi"):
+        with pytest.raises(ValueError, match=given.partition("=")[0]):
+            evaluate(compose_config("evaluate", [*sources, given]))
