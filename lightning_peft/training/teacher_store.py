@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 256
 """Tokens whose logits exist at once."""
+READ_FROM = "the teacher's likeliest tokens are read from %s"
 SUMS = "sums.json"
 """File of the checksums of the others."""
 SECONDS_OF_PATIENCE = 10.0
@@ -69,7 +70,6 @@ def keep_teacher(
     processes that want the same. Raises ValueError for a folder that cannot hold it, or that not all ranks see.
     """
     cache = cache_folder(cache_dir)
-    check_shared(cache, cache_dir)
     content = {
         "objective": {k: str(v) for k, v in asdict(objective).items() if k in OF_THE_TEACHER},
         "teacher": content_of_teacher(objective),
@@ -95,14 +95,14 @@ def keep_teacher(
             kept.append((samples, cache / f"teacher-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"))
 
     def make() -> Iterator[None]:
-        for samples, folder in kept:
+        for samples, folder in missing:
             with naming_cache(cache_dir):
                 cache.mkdir(parents=True, exist_ok=True)
                 file = folder.with_suffix(".lock").open("a")
             with file:
                 has_lock = yield from locked(file)
-                if is_whole(folder):
-                    logger.info("the teacher's likeliest tokens are read from %s", folder)
+                if is_whole(folder, reports_damage=True):
+                    logger.info(READ_FROM, folder)
                     continue
                 if has_lock:
                     remove_leftovers(folder)
@@ -110,8 +110,15 @@ def keep_teacher(
                 yield  # the model that is read next takes its own time
                 yield from write_top(teacher(), samples, objective, vocabulary, folder, cache_dir)
 
-    distributed.on_rank_zero_in_steps(make)
-    for samples, folder in kept:
+    whole = distributed.on_rank_zero(lambda: [is_whole(folder) for _, folder in kept])
+    missing = [part for part, is_there in zip(kept, whole, strict=True) if not is_there]
+    if missing:
+        check_shared(cache, cache_dir)
+        distributed.on_rank_zero_in_steps(make)
+    for (samples, folder), is_there in zip(kept, whole, strict=True):
+        if is_there:
+            logger.info(READ_FROM, folder)
+        check_seen(folder, cache_dir)
         samples.keep_teacher(folder)
 
 
@@ -134,7 +141,7 @@ def naming_cache(option: str) -> Iterator[None]:
 
 
 def check_shared(cache: Path, option: str) -> None:
-    """Raise ValueError, on every rank, where a rank does not see what rank zero leaves in the cache folder."""
+    """Raise ValueError, on every rank and before a teacher is run, where a rank does not see what rank zero writes."""
     if not distributed.is_connected():
         return
 
@@ -146,12 +153,19 @@ def check_shared(cache: Path, option: str) -> None:
             return folder.name
 
     left = cache / distributed.on_rank_zero(leave)
+    try:
+        check_seen(left, option)
+    finally:
+        if distributed.rank() == 0:
+            left.rmdir()
+
+
+def check_seen(folder: Path, option: str) -> None:
+    """Raise ValueError, on every rank, where a rank does not see a folder that rank zero sees."""
     end = time.monotonic() + SECONDS_OF_PATIENCE
-    while not (is_seen := left.is_dir()) and time.monotonic() < end:
+    while not (is_seen := folder.is_dir()) and time.monotonic() < end:
         time.sleep(0.2)
     blind = distributed.highest(0 if is_seen else distributed.rank())
-    if distributed.rank() == 0:
-        left.rmdir()
     if blind:
         raise ValueError(
             f"data.cache_dir={option}: rank {blind} does not see what rank 0 writes there, and reads what is kept of "
@@ -178,7 +192,7 @@ def locked(file: IO[str]) -> Generator[None, None, bool]:
             return False
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: Path, reports_damage: bool = False) -> bool:
     """Return whether a folder holds what was written into it."""
     if not folder.is_dir():
         return False
@@ -188,7 +202,8 @@ def is_whole(folder: Path) -> bool:
         if found != json.loads((folder / SUMS).read_text()):
             raise ValueError("its checksum is another")
     except (OSError, ValueError, EOFError) as error:
-        logger.warning("%s is damaged (%s): the teacher is run again", folder, error)
+        if reports_damage:
+            logger.warning("%s is damaged (%s): the teacher is run again", folder, error)
         return False
     return True
 

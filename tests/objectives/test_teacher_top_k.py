@@ -171,6 +171,15 @@ def test_damaged_store_is_made_again(tmp_path, caplog):
     assert path.read_bytes() == whole
 
 
+def test_whole_store_is_read_without_writing(tmp_path):
+    module, data = kept(tmp_path, 5)
+    for path in (tmp_path / "cache").glob("*.lock"):
+        path.unlink()
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*"))
+    keep(module, data, tmp_path / "cache")
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*")) == before
+
+
 def test_full_disk_is_said_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="data.cache_dir=here: No space left on device, and what is kept of the"):  # noqa: SIM117
         with naming_cache("here"), Rows(Path("/dev/full"), np.int32, (4, 5)) as rows:
