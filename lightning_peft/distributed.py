@@ -4,7 +4,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,8 +22,8 @@ LAUNCHER = "LIGHTNING_PEFT_LAUNCHER"
 """Environment variable of a rank with the number of the process that started it, where that is this program."""
 TIMEOUT = timedelta(minutes=30)
 """Longest wait of one rank for the others; loading a large model from a slow disk is in it."""
-
-
+SECONDS_BETWEEN_WORDS = 30.0
+"""How long rank zero works by itself before it tells the others that it goes on."""
 WAIT_IS_SAID_AFTER = 20.0
 """Seconds of waiting for the other ranks until the log says so."""
 
@@ -171,6 +172,28 @@ def on_rank_zero(function: Callable[[], Answer]) -> Answer:
     if isinstance(problem, BaseException):
         raise problem
     return value  # type: ignore[return-value]
+
+
+def on_rank_zero_in_steps(steps: Callable[[], Iterable[object]]) -> None:
+    """Go through an iterable on rank zero alone, however long it takes; all raise what it raises for wrong input.
+
+    The other ranks hear that it goes on, so that only a single step has to take less than `TIMEOUT`.
+    """
+    if not is_connected():
+        for _ in steps():
+            pass
+        return
+    left = iter(steps()) if dist.get_rank() == 0 else iter(())
+
+    def goes_on() -> bool:
+        end = time.monotonic() + SECONDS_BETWEEN_WORDS
+        for _ in left:
+            if time.monotonic() > end:
+                return True
+        return False
+
+    while on_rank_zero(goes_on):
+        pass
 
 
 def reduce_sums(sums: Tensor) -> Tensor:

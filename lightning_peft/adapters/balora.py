@@ -74,7 +74,8 @@ class InputVariance(nn.Module):
         self.is_sampling, self.kl_share = False, 0.0
         self.positions: Tensor | None = None
         self.variances: Tensor | None = None
-        self.kl: Tensor | None = None
+        self.kls: list[tuple[Tensor, Tensor]] = []
+        """Sum and number of the samples' KLs, of each forward pass that is differentiated."""
         decoder: Any = model.base_model
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         embeddings.register_forward_hook(self._see)
@@ -93,11 +94,18 @@ class InputVariance(nn.Module):
         return F.softplus(self.variance_net[-1](features)) + 1e-8
 
     def regularization(self) -> Tensor | None:
-        """Return the weighted KL of the last forward pass, a mean over its samples; None outside training."""
-        return None if self.kl is None else self.kl_weight * self.kl_share * self.kl
+        """Return the weighted KL, a mean over the samples of the passes since it was last asked for; None without any.
+
+        A loss has several passes where samples are run apart.
+        """
+        if not self.kls:
+            return None
+        sums, counts = zip(*self.kls, strict=True)
+        self.kls = []
+        return self.kl_weight * self.kl_share * torch.stack(sums).sum() / torch.stack(counts).sum()
 
     def _begin(self, decoder: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
-        self.positions, self.variances, self.kl = keywords.get("position_ids"), None, None
+        self.positions, self.variances = keywords.get("position_ids"), None
 
     def _see(self, embeddings: nn.Module, inputs: Any, output: Tensor) -> None:
         if not (self.training or self.is_sampling):
@@ -109,10 +117,10 @@ class InputVariance(nn.Module):
             sums = flat.new_zeros(count, flat.shape[1]).index_add(0, samples, flat)
             lengths = flat.new_zeros(count).index_add(0, samples, torch.ones_like(flat[:, 0])).clamp(min=1)
             variances = self(sums / lengths[:, None])
-            if self.training:
+            if self.training and torch.is_grad_enabled():
                 elements = variances.new_tensor(self.sizes)
                 present = (torch.arange(count, device=flat.device) <= samples[-1]).to(flat.dtype)
-                self.kl = (kl_to_prior(variances, self.prior) @ elements) @ present / present.sum()
+                self.kls.append(((kl_to_prior(variances, self.prior) @ elements) @ present, present.sum()))
             self.variances = variances[samples].view(*output.shape[:-1], -1)
 
     def _samples(self, output: Tensor) -> tuple[Tensor, int]:

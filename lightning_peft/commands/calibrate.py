@@ -12,7 +12,7 @@ from rich.table import Table
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.command_configs import CalibrateConfig
 from lightning_peft.commands.adapted import load_for_inference, saved_config
-from lightning_peft.commands.evaluate import laid_out_as, refuse_teacher_prompt, validation_loader
+from lightning_peft.commands.evaluate import laid_out_as, refuse_margins, refuse_teacher_prompt, validation_loader
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
 from lightning_peft.inference.load import tuned_folder
@@ -27,8 +27,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
         raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
     if config.data is not None:
         refuse_teacher_prompt(config.data)
-        if config.data.margin_column is not None:
-            raise ValueError(f"data.margin_column={config.data.margin_column}: margins are of rewards; leave it out")
+        refuse_margins(config.data)
     if config.data is not None and saved is not None:
         data = laid_out_as(saved.data, data)
     data = replace(data, streaming=False, max_validation_rows=config.max_rows)

@@ -15,6 +15,7 @@ from lightning_peft.command_configs import DataCommandConfig
 from lightning_peft.data.audit import KIND_STYLES, preview_kinds
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.models.loading import load_tokenizer, model_context, model_vocabulary
+from lightning_peft.training.teacher import teacher_context
 
 BINS = 12
 """Bars of the histogram of lengths."""
@@ -27,7 +28,8 @@ def data(config: DataCommandConfig) -> dict[str, Any]:
     """
     tokenizer = load_tokenizer(config.model)
     context, vocabulary = model_context(config.model), model_vocabulary(config.model, tokenizer)
-    module = SFTDataModule(config.data, tokenizer, config.seed, context, vocabulary=vocabulary)
+    of_teacher = teacher_context(config.objective, config.model)
+    module = SFTDataModule(config.data, tokenizer, config.seed, context, 1, vocabulary, of_teacher)
     module.setup()
     console = Console()
     samples = module.training_samples

@@ -58,8 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.adapter_path is not None and not is_whole_model(folder := tuned_folder(config.adapter_path)):
         if gives_rewards(folder):
             return evaluate_rewards(config, saved, data_config)
-    if (column := data_config.margin_column) is not None:
-        raise ValueError(f"data.margin_column={column}: margins are of rewards, and this model gives none; leave out")
+    refuse_margins(data_config)
     task = TASKS[data_config.task]
     if config.benchmark is not None:
         check_harness(config.tasks, config.tasks_path)
@@ -208,10 +207,20 @@ def benchmarked(
 
 def refuse_teacher_prompt(data: DataConfig) -> None:
     """Raise ValueError for a text that a teacher alone would read, where there is none."""
-    if data.teacher_prompt is not None:
-        raise ValueError(
-            "data.teacher_prompt: a teacher reads it in training, and here is none; the model reads data.system_prompt"
-        )
+    for key, _ in given_for_rows(data, "teacher_prompt"):
+        raise ValueError(f"{key}: a teacher reads it in training, and here is none; the model reads data.system_prompt")
+
+
+def refuse_margins(data: DataConfig) -> None:
+    """Raise ValueError for a column of margins where a model gives no rewards."""
+    for key, column in given_for_rows(data, "margin_column"):
+        raise ValueError(f"{key}={column}: margins are of rewards, and this model gives none; leave it out")
+
+
+def given_for_rows(data: DataConfig, option: str) -> list[tuple[str, Any]]:
+    """Return where an option of rows is given, for all of them or for a source of a mixture, with its value."""
+    keys = [("data.sources." + source.name if source.name else "data", source.config) for source in sources_of(data)]
+    return [(f"{key}.{option}", value) for key, config in keys if (value := getattr(config, option)) is not None]
 
 
 def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:

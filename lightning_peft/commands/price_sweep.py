@@ -27,6 +27,7 @@ from lightning_peft.runs.machine import GIB, RESERVED
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, read_result
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.model_flops import peak_flops
+from lightning_peft.training.teacher import teacher_context
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +116,14 @@ def length_of(
         assert max_steps is not None, "TrainConfig asks for it"
         return max_steps, float(max_steps * estimate.tokens * ranks)
     accumulate = run.trainer.get("accumulate_grad_batches", 1)
-    key = repr((run.model, run.data, run.seed, accumulate))
+    of_teacher = teacher_context(run.objective, run.model)
+    key = repr((run.model, run.data, run.seed, accumulate, of_teacher))
     if key not in known:
         packs = packing_of(run.data, empty_model(run.model))
         tokenizer = load_tokenizer(run.model)
         context, vocabulary = model_context(run.model), model_vocabulary(run.model, tokenizer)
-        data = SFTDataModule(replace(run.data, packing=packs), tokenizer, run.seed, context, accumulate, vocabulary)
+        rows = replace(run.data, packing=packs)
+        data = SFTDataModule(rows, tokenizer, run.seed, context, accumulate, vocabulary, of_teacher)
         data.setup()
         known[key] = data.steps_per_epoch, float(data.train_audit.tokens)
     steps_of_one_rank, tokens = known[key]

@@ -45,7 +45,7 @@ from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
 from lightning_peft.threads import described
 from lightning_peft.training.callbacks.task_metrics import Questions, TaskMetrics
 from lightning_peft.training.config import ActivationCheckpointing, StrategyKind
-from lightning_peft.training.teacher import check_teacher, content_of_teacher, teacher_packs
+from lightning_peft.training.teacher import check_teacher, content_of_teacher, teacher_context, teacher_packs
 from lightning_peft.training.together import Member
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ def read_data(config: TrainConfig, packs: bool, tokenizer: PreTrainedTokenizerFa
     rows = replace(config.data, packing=packs)
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
     context, vocabulary = model_context(config.model), model_vocabulary(config.model, tokenizer)
-    data = SFTDataModule(rows, tokenizer, config.seed, context, accumulate, vocabulary)
+    of_teacher = teacher_context(config.objective, config.model)
+    data = SFTDataModule(rows, tokenizer, config.seed, context, accumulate, vocabulary, of_teacher)
     is_shown_by_ranks = plan.starts_ranks and not config.dry_run
     with logging_left_to_ranks(is_shown_by_ranks):
         data.setup()

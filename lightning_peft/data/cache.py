@@ -103,7 +103,7 @@ def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBas
             _tokenizer_digest(tokenizer),
             getattr(tokenizer, "split_special_tokens", None),
         ],
-        "code": _code_digest(),
+        "code": code_digest("data", "tasks"),
         "own formats": {name: _source_digest(row_format) for name, row_format in own_formats()},
         "versions": [platform.python_version(), *(version(library) for library in LIBRARIES)],
     }
@@ -124,11 +124,11 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @cache
-def _code_digest() -> str:
-    """Return the digest of the modules that make rows, and tokens out of rows."""
+def code_digest(*parts: str) -> str:
+    """Return the digest of the modules in folders of this package, whose change may change what they made."""
     digest = hashlib.blake2b()
     package = Path(__file__).parents[1]
-    for path in sorted(path for part in ("data", "tasks") for path in (package / part).rglob("*.py")):
+    for path in sorted(path for part in parts for path in (package / part).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -206,4 +206,4 @@ def _make_and_keep(
 
 
 def _mebibytes(entry: Path) -> float:
-    return sum(path.stat().st_size for path in entry.iterdir()) / 2**20
+    return sum(path.stat().st_size for path in entry.rglob("*") if path.is_file()) / 2**20

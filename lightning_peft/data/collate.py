@@ -89,13 +89,13 @@ def _collate_top(samples: Sequence[Encoded], filler: bool) -> TopTokens | None:
 def _collate_taught(
     samples: Sequence[Encoded], pad_token_id: int, max_length: int, packing: bool, filler: bool
 ) -> Batch | None:
-    """Return the batch of what a teacher reads in place of the samples; None where it reads the same.
+    """Return the batch of what a teacher reads, of a mixture also the samples themselves; None where it reads the same.
 
     Its rows are as long as those of the samples, or as the longest of its own, and packed in the order of the samples.
     """
-    taught = [sample.taught for sample in samples if sample.taught is not None]
-    if not taught:
+    if all(sample.taught is None for sample in samples):
         return None
+    taught = [sample.taught or sample for sample in samples]
     width = max(max_length, *(len(sample.input_ids) for sample in taught))
     rows: list[list[Encoded]] = []
     free = 0

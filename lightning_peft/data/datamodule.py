@@ -59,13 +59,14 @@ class SFTDataModule(LightningDataModule):
         model_context: int | None = None,
         accumulate_grad_batches: int = 1,
         vocabulary: int | None = None,
+        teacher_context: int | None = None,
     ) -> None:
-        """vocabulary: tokens the model has embeddings for."""
+        """vocabulary: tokens the model has embeddings for. teacher_context: of what reads data.teacher_prompt."""
         super().__init__()
         if model_context is not None and config.max_length > model_context:
             raise ValueError(beyond_context(config.max_length, model_context))
         self._config = config
-        self._context = model_context
+        self._teacher_context = teacher_context
         self._sources = sources_of(config)
         self._tokenizer = tokenizer
         self._seed = seed
@@ -164,10 +165,10 @@ class SFTDataModule(LightningDataModule):
     def _check_tokens(self, samples: Samples | MixedSamples) -> None:
         parts = samples.parts if isinstance(samples, MixedSamples) else [samples]
         longest = max((max(part.taught.lengths) for part in parts if part.taught is not None), default=0)
-        if self._context is not None and longest > self._context:
+        if self._teacher_context is not None and longest > self._teacher_context:
             raise ValueError(
-                f"data.teacher_prompt: the longest sample behind it has {longest} tokens, and the model reads "
-                f"{self._context}; shorten it, or lower data.max_length={self._config.max_length}"
+                f"data.teacher_prompt: the longest sample behind it has {longest} tokens, and the teacher reads "
+                f"{self._teacher_context}; shorten it, or lower data.max_length={self._config.max_length}"
             )
         highest = max(samples.largest_token, self._pad_token_id)
         if self._vocabulary is not None and highest >= self._vocabulary:

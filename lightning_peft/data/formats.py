@@ -215,7 +215,7 @@ def filled(source: str, row: Row, option: str = "prompt_template") -> str:
         prompt = _row_template(source).render(row.values)
     except UndefinedError as error:
         hint = "{{ column | default('') }} takes rows without one"
-        raise BadRow.because(row.origin, f"data.prompt_template cannot be filled in ({error}; {hint})") from error
+        raise BadRow.because(row.origin, f"data.{option} cannot be filled in ({error}; {hint})") from error
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise BadRow.because(row.origin, f"data.{option} cannot be filled in ({error})") from error
     if not prompt.strip():

@@ -35,11 +35,15 @@ def read_label(row: Row, column: str) -> bool:
 
 
 def read_margin(row: Row, column: str) -> float:
-    """Return by how much the chosen answer of a row is to be ahead. Raises `BadRow`."""
+    """Return by how much the chosen answer of a row is to be ahead, a number or the text of one. Raises `BadRow`."""
     value = row.values.get(column)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        margin = math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        margin = math.nan
+    if not math.isfinite(margin):
         raise BadRow(row.origin, "a finite number", value, column)
-    return float(value)
+    return margin
 
 
 def read_chosen_and_rejected(

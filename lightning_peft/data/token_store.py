@@ -59,33 +59,10 @@ class Samples:
 
     @classmethod
     def of(cls, samples: Iterable[Encoded], group: int = 1) -> "Samples":
-        standings = array("B")
-        tokens, trained, starts = array("i"), array("B"), array("q", [0])
-        weights: array[float] | None = None
-        margins: list[float | None] = []
-        taught: list[Encoded] = []
+        growing = Growing()
         for sample in samples:
-            if sample.taught is not None:
-                taught.append(sample.taught)
-            if sample.weights is not None and weights is None:
-                weights = array("f", [1.0]) * len(tokens)
-            if weights is not None:
-                weights.extend(sample.weights or [1.0] * len(sample.input_ids))
-            if sample.standing is not None:
-                standings.append(sample.standing)
-                margins.append(sample.margin)
-            tokens.extend(sample.input_ids)
-            trained.frombytes(kinds_of(sample))
-            starts.append(len(tokens))
-        factors = None if weights is None else np.asarray(weights)
-        together = None if group == 1 else np.asarray(standings, dtype=np.uint8).reshape(-1, group)
-        of_units = margins[::group]
-        ahead = np.asarray([margin or 0.0 for margin in of_units], dtype=np.float32)
-        return cls(
-            np.asarray(tokens), np.asarray(trained), np.asarray(starts), factors, together,
-            ahead if any(margin is not None for margin in of_units) else None,
-            cls.of(taught) if taught else None,
-        )  # fmt: skip
+            growing.add(sample)
+        return growing.samples(group)
 
     def save(self, folder: Path) -> None:
         for name, part in zip(PARTS, self._parts, strict=True):
@@ -185,6 +162,45 @@ class Samples:
             return digests
         own = digests.reshape(self._standings.shape) * (self._standings != Standing.mismatched)
         return (own * (self._standings.astype(np.uint64) * np.uint64(2) + np.uint64(1))).sum(1, dtype=np.uint64)
+
+
+class Growing:
+    """Samples as they come, in arrays that grow; so are those that a teacher reads in their place."""
+
+    def __init__(self) -> None:
+        self.tokens, self.trained, self.starts = array("i"), array("B"), array("q", [0])
+        self.standings = array("B")
+        self.weights: array[float] | None = None
+        self.margins: list[float | None] = []
+        self.taught: Growing | None = None
+
+    def add(self, sample: Encoded) -> None:
+        if sample.taught is not None:
+            self.taught = self.taught or Growing()
+            self.taught.add(sample.taught)
+        if sample.weights is not None and self.weights is None:
+            self.weights = array("f", [1.0]) * len(self.tokens)
+        if self.weights is not None:
+            self.weights.extend(sample.weights or [1.0] * len(sample.input_ids))
+        if sample.standing is not None:
+            self.standings.append(sample.standing)
+            self.margins.append(sample.margin)
+        self.tokens.extend(sample.input_ids)
+        self.trained.frombytes(kinds_of(sample))
+        self.starts.append(len(self.tokens))
+
+    def samples(self, group: int) -> Samples:
+        """Return what was added, `group` samples of which belong together."""
+        assert self.taught is None or len(self.taught.starts) == len(self.starts), "all or none read another text"
+        factors = None if self.weights is None else np.asarray(self.weights)
+        together = None if group == 1 else np.asarray(self.standings, dtype=np.uint8).reshape(-1, group)
+        of_units = self.margins[::group]
+        ahead = np.asarray([margin or 0.0 for margin in of_units], dtype=np.float32)
+        return Samples(
+            np.asarray(self.tokens), np.asarray(self.trained), np.asarray(self.starts), factors, together,
+            ahead if any(margin is not None for margin in of_units) else None,
+            None if self.taught is None else self.taught.samples(1),
+        )  # fmt: skip
 
 
 def kinds_of(sample: Encoded) -> bytes:

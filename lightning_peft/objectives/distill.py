@@ -98,14 +98,11 @@ class DistilledLoss(ModelLoss):
         self.config = config
 
     def check(self, batch: Batch) -> None:
-        """See how both models make logits and keep samples apart; where one does not, both are run by single rows."""
+        """See how both models make logits, and whether each keeps packed samples apart."""
         super().check(batch)
-        if self.config.teacher_top_k is not None:
-            return
-        assert self.teacher is not None, "a teacher is given before the first batch"
-        self.teacher.loss.check(batch)
-        # The order of a batch's tokens depends on it.
-        self.runs_apart = self.teacher.loss.runs_apart = self.runs_apart or self.teacher.loss.runs_apart
+        if self.config.teacher_top_k is None:
+            assert self.teacher is not None, "a teacher is given before the first batch"
+            self.teacher.loss.check(batch)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss summed over the batch's supervised tokens, each times its weight, fp32 scalar."""
@@ -114,9 +111,6 @@ class DistilledLoss(ModelLoss):
         # Before the step's own forward, whose activations are not there yet.
         taught = None if self.config.teacher_top_k is not None else self.teacher_readout(batch)
         readout = self.readout(batch)
-        if self.runs_apart and (batch.taught is not None or taught is None):
-            # Samples that are run apart come by their lengths, which are others for the teacher.
-            taught, readout = None if taught is None else by_sample(taught), by_sample(readout)
         if taught is None:
             if batch.top is None:
                 raise RuntimeError(
@@ -138,13 +132,6 @@ class DistilledLoss(ModelLoss):
         """Return the teacher's hidden states and head, without a gradient."""
         assert self.teacher is not None, "a teacher is given before the first batch"
         return self.teacher.loss.readout(batch.taught or batch)
-
-
-def by_sample(readout: Readout) -> Readout:
-    """Return the tokens in the order of their samples."""
-    order = readout.samples.argsort(stable=True)
-    parts = {name: getattr(readout, name) for name in ("hidden", "labels", "samples", "weights")}
-    return readout._replace(**{name: part.index_select(0, order) for name, part in parts.items() if part is not None})
 
 
 OBJECTIVE = Objective(

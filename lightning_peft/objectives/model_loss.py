@@ -73,7 +73,7 @@ def row_positions(model: "PreTrainedModel", batch: Batch) -> Tensor:
 
 
 class TokenLosses(NamedTuple):
-    """The supervised tokens of a batch, N of them, in no order that means anything."""
+    """The supervised tokens of a batch, N of them, in the order of its samples, however they are run."""
 
     losses: Tensor
     """(N,) fp32, minus the log-probability of each."""
@@ -101,8 +101,9 @@ class Readout(NamedTuple):
     """V, tokens that the head has rows for."""
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _joined(parts: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
+    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return joined if order is None else joined.index_select(0, order)
 
 
 class ModelLoss(nn.Module, ABC):
@@ -234,15 +235,19 @@ class ModelLoss(nn.Module, ABC):
         """Return the hidden states of every supervised token with what makes logits of them; a call may check first."""
         if not self.is_checked:
             self.check(batch)
-        hidden, labels, samples, weights = zip(*(self._read(part) for part in self._parts(batch)), strict=True)
+        parts = self._parts(batch)
+        hidden, labels, samples, weights = zip(*(self._read(part) for part in parts), strict=True)
+        numbers = _joined(samples)
+        # Samples of their own rows come by their lengths, which are others in the batch of a teacher.
+        order = None if parts[0].sample_ids is None else numbers.argsort(stable=True)
         path, head = self.logit_path, self.model.get_output_embeddings()
         return Readout(
-            _joined(hidden),
+            _joined(hidden, order),
             nn.Identity() if path is None else head,
             None if path is None else path.transform,
-            _joined(labels),
-            _joined(samples),
-            None if batch.weights is None else _joined(weights),
+            _joined(labels, order),
+            numbers if order is None else numbers.index_select(0, order),
+            None if batch.weights is None else _joined(weights, order),
             self.model.config.get_text_config().vocab_size,
         )
 

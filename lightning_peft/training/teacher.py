@@ -37,6 +37,7 @@ from lightning_peft.models.loading import (
 from lightning_peft.models.packing import packing_of
 from lightning_peft.models.source import MODELS, ModelConfig
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
+from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.quantization.config import QuantizationConfig
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,15 @@ def teacher_model(objective: DistillConfig) -> ModelConfig | None:
     if name is None:
         return None
     return ModelConfig(name=name) if name in MODELS and name != "hf" else ModelConfig(name="hf", path=name)
+
+
+def teacher_context(objective: ObjectiveConfig, model: ModelConfig) -> int | None:
+    """Return the longest sequence the teacher was built for, which is `model` where none is named; None as there."""
+    named = teacher_model(objective) if isinstance(objective, DistillConfig) else None
+    if named is None:
+        return model_context(model)
+    with named_as_teacher():
+        return model_context(named)
 
 
 def teacher_folder(objective: DistillConfig) -> Path | None:

@@ -1,23 +1,33 @@
 """A teacher that is run once over all rows, before training; what is kept of it stands beside their tokens."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import shutil
+import time
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO, Any, Self
+from uuid import uuid4
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from numpy.lib.format import open_memmap
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_peft import distributed
 from lightning_peft.checkpoint.lineage import installed_versions
 from lightning_peft.data.batch import IGNORED_LABEL
-from lightning_peft.data.cache import cache_folder
+from lightning_peft.data.cache import cache_folder, code_digest
+from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import collate
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.token_store import Samples
@@ -36,6 +46,13 @@ logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 256
 """Tokens whose logits exist at once."""
+READ_FROM = "the teacher's likeliest tokens are read from %s"
+SUMS = "sums.json"
+"""File of the checksums of the others."""
+SECONDS_OF_PATIENCE = 10.0
+"""How long a rank looks for what rank zero has left, which a file server may show late."""
+SURELY_LEFT_SECONDS = 3600.0
+"""What was not written to for so long is of a process that was killed."""
 
 
 def keep_teacher(
@@ -49,8 +66,10 @@ def keep_teacher(
 ) -> None:
     """Give all samples of `data`, which is set up, what `objective.teacher_top_k` keeps of the teacher.
 
-    Rank zero runs the teacher over the samples of which nothing is kept yet, and the others wait for it.
+    Rank zero runs the teacher over the samples of which nothing is kept yet, and the others wait for it; so do other
+    processes that want the same. Raises ValueError for a folder that cannot hold it, or that not all ranks see.
     """
+    cache = cache_folder(cache_dir)
     content = {
         "objective": {k: str(v) for k, v in asdict(objective).items() if k in OF_THE_TEACHER},
         "teacher": content_of_teacher(objective),
@@ -59,6 +78,7 @@ def keep_teacher(
         "quantization": str(asdict(quantization)),
         "dtype": str(dtype),
         "versions": installed_versions(),
+        "code": code_digest(*CODE_OF_THE_TEACHER),
     }
     vocabulary = int(empty_model(model).config.get_text_config().vocab_size)
     loaded: list[PreTrainedModel] = []
@@ -68,62 +88,233 @@ def keep_teacher(
             loaded.append(teacher_alone(objective, model, quantization, dtype, device))
         return loaded[0]
 
+    kept: list[tuple[Samples, Path]] = []
     for samples in data.sample_sets:
-        if not len(samples):
-            continue
-        text = json.dumps(content | {"samples": samples.fingerprint}, sort_keys=True)
-        folder = cache_folder(cache_dir) / f"teacher-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        if len(samples):
+            text = json.dumps(content | {"samples": samples.fingerprint}, sort_keys=True)
+            kept.append((samples, cache / f"teacher-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"))
 
-        def make(samples: Samples = samples, folder: Path = folder) -> None:
-            if (folder / VOCABULARY).is_file():
-                logger.info("the teacher's likeliest tokens are read from %s", folder)
-                return
-            write_top(teacher(), samples, objective, vocabulary, folder)
+    def make() -> Iterator[None]:
+        for samples, folder in missing:
+            with naming_cache(cache_dir):
+                cache.mkdir(parents=True, exist_ok=True)
+                file = folder.with_suffix(".lock").open("a")
+            with file:
+                has_lock = yield from locked(file)
+                if is_whole(folder, reports_damage=True):
+                    logger.info(READ_FROM, folder)
+                    continue
+                if has_lock:
+                    remove_leftovers(folder)
+                check_room(samples, objective, vocabulary, cache, cache_dir)
+                yield  # the model that is read next takes its own time
+                yield from write_top(teacher(), samples, objective, vocabulary, folder, cache_dir)
 
-        distributed.on_rank_zero(make)
+    whole = distributed.on_rank_zero(lambda: [is_whole(folder) for _, folder in kept])
+    missing = [part for part, is_there in zip(kept, whole, strict=True) if not is_there]
+    if missing:
+        check_shared(cache, cache_dir)
+        distributed.on_rank_zero_in_steps(make)
+    for (samples, folder), is_there in zip(kept, whole, strict=True):
+        if is_there:
+            logger.info(READ_FROM, folder)
+        check_seen(folder, cache_dir)
         samples.keep_teacher(folder)
 
 
 OF_THE_TEACHER = ("teacher", "teacher_adapter", "quantize_teacher", "temperature", "teacher_top_k")
 """Options that decide what is kept."""
+CODE_OF_THE_TEACHER = ("adapters", "inference", "kernels", "models", "objectives", "quantization")
+"""Folders of the package whose code does."""
 
 
-@torch.inference_mode()
+@contextmanager
+def naming_cache(option: str) -> Iterator[None]:
+    """Inside, a failed file operation is said of `data.cache_dir`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={option}: {error.strerror or error}, and what is kept of the teacher is written there; "
+            "give a folder with room for it, or objective.teacher_top_k=null"
+        ) from error
+
+
+def check_shared(cache: Path, option: str) -> None:
+    """Raise ValueError, on every rank and before a teacher is run, where a rank does not see what rank zero writes."""
+    if not distributed.is_connected():
+        return
+
+    def leave() -> str:
+        with naming_cache(option):
+            cache.mkdir(parents=True, exist_ok=True)
+            folder = cache / f"seen-by-ranks-{uuid4().hex}"
+            folder.mkdir()
+            return folder.name
+
+    left = cache / distributed.on_rank_zero(leave)
+    try:
+        check_seen(left, option)
+    finally:
+        if distributed.rank() == 0:
+            left.rmdir()
+
+
+def check_seen(folder: Path, option: str) -> None:
+    """Raise ValueError, on every rank, where a rank does not see a folder that rank zero sees."""
+    end = time.monotonic() + SECONDS_OF_PATIENCE
+    while not (is_seen := folder.is_dir()) and time.monotonic() < end:
+        time.sleep(0.2)
+    blind = distributed.highest(0 if is_seen else distributed.rank())
+    if blind:
+        raise ValueError(
+            f"data.cache_dir={option}: rank {blind} does not see what rank 0 writes there, and reads what is kept of "
+            "the teacher; give a folder that all nodes share, or objective.teacher_top_k=null"
+        )
+
+
+def locked(file: IO[str]) -> Generator[None, None, bool]:
+    """Lock an open file, yielding while another process holds it; return False where the file system has no locks."""
+    is_said = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if not is_said:
+                logger.info("another process runs the teacher over the same rows: waiting for it")
+                is_said = True
+            time.sleep(0.2)
+            yield
+        except OSError as error:
+            # Each process writes its own then, and the first one stays.
+            logger.warning("%s: no lock (%s): other processes may run the teacher as well", file.name, error.strerror)
+            return False
+
+
+def is_whole(folder: Path, reports_damage: bool = False) -> bool:
+    """Return whether a folder holds what was written into it."""
+    if not folder.is_dir():
+        return False
+    try:
+        found = {name: zlib.crc32(np.load(folder / name, mmap_mode="r").data) for name in (IDS, LOG_PROBABILITIES)}
+        np.load(folder / VOCABULARY)
+        if found != json.loads((folder / SUMS).read_text()):
+            raise ValueError("its checksum is another")
+    except (OSError, ValueError, EOFError) as error:
+        if reports_damage:
+            logger.warning("%s is damaged (%s): the teacher is run again", folder, error)
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed had written of a folder, whose lock is held."""
+    for partial in folder.parent.glob(f"{folder.name}.*.partial"):
+        newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+        if time.time() - newest > SURELY_LEFT_SECONDS:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_room(samples: Samples, objective: DistillConfig, vocabulary: int, cache: Path, option: str) -> None:
+    """Raise ValueError, before the teacher is read, where the disk has no room for what is kept of it."""
+    assert objective.teacher_top_k is not None
+    count = min(objective.teacher_top_k, vocabulary)
+    size, free = int(samples.trained_starts[-1]) * (2 * count + 1) * 4, shutil.disk_usage(cache).free
+    if size > free:
+        raise ValueError(
+            f"data.cache_dir={option}: has {free / 2**20:,.0f} MiB free, and objective.teacher_top_k={count} at "
+            f"{samples.trained_starts[-1]:,} tokens takes {size / 2**20:,.0f} MiB; give a folder with room for it, or "
+            "keep fewer tokens"
+        )
+
+
+class Rows:
+    """A .npy file whose rows are written one after the other: no hole in it that a full disk would show on reading."""
+
+    def __init__(self, path: Path, dtype: type[np.generic], shape: tuple[int, int]) -> None:
+        self.file = path.open("wb")
+        self.dtype, self.checksum, self.size = np.dtype(dtype), 0, 0
+        header = {"descr": dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        write_array_header_1_0(self.file, header)
+
+    def write(self, rows: NDArray[Any]) -> None:
+        content = np.ascontiguousarray(rows, dtype=self.dtype).tobytes()
+        self.file.write(content)
+        self.checksum = zlib.crc32(content, self.checksum)
+        self.size += len(content)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
 def write_top(
-    model: PreTrainedModel, samples: Samples, objective: DistillConfig, vocabulary: int, folder: Path
-) -> None:
-    """Run the teacher over the samples, each a row of its own, and leave what is kept in `folder`."""
-    loss = SupervisedLoss(model, packing=False).eval()
+    model: PreTrainedModel, samples: Samples, objective: DistillConfig, vocabulary: int, folder: Path, option: str
+) -> Iterator[None]:
+    """Run the teacher over the samples, each a row of its own, and leave what is kept in `folder`; yield after each.
+
+    `option` is `data.cache_dir`. What is written has a name of its own until it is whole.
+    """
     shared = min(vocabulary, int(model.config.get_text_config().vocab_size))
     assert objective.teacher_top_k is not None
     count = min(objective.teacher_top_k, shared)
     total = int(samples.trained_starts[-1])
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    ids = open_memmap(partial / IDS, mode="w+", dtype=np.int32, shape=(total, count))
     columns = count + (count < shared)
-    kept = open_memmap(partial / LOG_PROBABILITIES, mode="w+", dtype=np.float32, shape=(total, columns))
-    written = 0
-    with Part("the teacher reads the rows", len(samples)) as part:
-        for place in part.counting(range(len(samples))):
-            sample = samples[place]
-            batch = collate([[sample.taught or sample]], 0, len((sample.taught or sample).input_ids) + 8, False)
-            readout = loss.readout(move_data_to_device(batch, model.device))
-            for start in range(0, len(readout.labels), TOKENS_AT_ONCE):
-                tokens = slice(start, start + TOKENS_AT_ONCE)
-                found, values = top_of(readout, tokens, count, shared, objective.temperature)
-                stop = written + len(found)
-                ids[written:stop], kept[written:stop] = found.cpu().numpy(), values.cpu().numpy()
-                written = stop
-    assert written == total, f"{written} tokens of {total}: {IGNORED_LABEL} is the label of all others"
-    ids.flush()
-    kept.flush()
-    np.save(partial / VOCABULARY, np.asarray(shared))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    size = (ids.nbytes + kept.nbytes) / 2**20
+    with naming_cache(option):
+        partial = folder.with_name(f"{folder.name}.{uuid4().hex}.partial")
+        partial.mkdir()
+    try:
+        with (
+            naming_cache(option),
+            Rows(partial / IDS, np.int32, (total, count)) as ids,
+            Rows(partial / LOG_PROBABILITIES, np.float32, (total, columns)) as kept,
+            Part("the teacher reads the rows", len(samples)) as part,
+        ):
+            written = 0
+            for place in part.counting(range(len(samples))):
+                for found, values in top_of_sample(model, samples[place], objective, count, shared):
+                    ids.write(found.cpu().numpy())
+                    kept.write(values.cpu().numpy())
+                    written += len(found)
+                yield
+        assert written == total, f"{written} tokens of {total}: {IGNORED_LABEL} is the label of all others"
+        with naming_cache(option):
+            np.save(partial / VOCABULARY, np.asarray(shared))
+            (partial / SUMS).write_text(json.dumps({IDS: ids.checksum, LOG_PROBABILITIES: kept.checksum}))
+            put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = (ids.size + kept.size) / 2**20
     logger.info("the teacher's %d likeliest tokens at %d tokens are kept in %s (%.1f MiB)", count, total, folder, size)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a whole folder its name, unless another process did so with its own, where there are no locks."""
+    try:
+        partial.rename(folder)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+    if not is_whole(folder):
+        shutil.rmtree(folder)
+        partial.rename(folder)
+
+
+@torch.inference_mode()
+def top_of_sample(
+    model: PreTrainedModel, sample: Encoded, objective: DistillConfig, count: int, vocabulary: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return `top_of` at the trained tokens of one sample, some tokens at a time."""
+    read = sample.taught or sample
+    batch = collate([[read]], 0, len(read.input_ids) + 8, False)
+    readout = SupervisedLoss(model, packing=False).eval().readout(move_data_to_device(batch, model.device))
+    starts = range(0, len(readout.labels), TOKENS_AT_ONCE)
+    cuts = [slice(start, start + TOKENS_AT_ONCE) for start in starts]
+    return [top_of(readout, tokens, count, vocabulary, objective.temperature) for tokens in cuts]
 
 
 def top_of(readout: Readout, tokens: slice, count: int, vocabulary: int, temperature: float) -> tuple[Tensor, Tensor]:

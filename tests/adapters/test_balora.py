@@ -1,17 +1,20 @@
 """BaLoRA: its KL, its variances for each sample, the distribution it draws from, and its mean."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_models import adapted, config_for, logits, perturb, tokens
 from peft import PeftModel
+from tiny_runs import tiny_config, tiny_parts
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from lightning_peft.adapters.balora import BaLoRALinear, InputVariance, kl_to_prior, sampling
 from lightning_peft.adapters.inject import SHARED, adapters, inject_adapters, regularization, step_schedule
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
+from lightning_peft.data.collate import collate
 from lightning_peft.models.tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -47,6 +50,39 @@ def test_penalty_sums_over_elements_and_is_a_mean_over_samples() -> None:
     sizes = torch.tensor([layer.rank * layer.lora_A.in_features for _, layer in adapters(model)])
     expected = 0.5 * (kl_to_prior(variances, 0.05) * sizes).sum(1).mean()
     torch.testing.assert_close(regularization(model), expected, rtol=1e-5, atol=0)
+
+
+def test_penalty_is_a_mean_over_samples_that_are_run_apart(tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {i} of it", "completion": f"it is {i} " + "and more " * i} for i in range(9)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["method=balora", "adapter.kl_weight=1", "data=jsonl", f"data.train_path={path}", "data.cache_dir=null"]
+    module, data = tiny_parts(tiny_config(tmp_path / "run", *words, "data.validation_fraction=0"))
+    data.setup()
+    module.configure_model()
+    model, objective, shared = module.model, module.objective, shared_of(module.model)
+    shared.kl_share = 1.0
+    with torch.no_grad():
+        for layer in shared.variance_net:
+            layer.weight.mul_(20)
+    samples = [data.training_samples[place] for place in range(len(data.training_samples))]
+    batch = collate([samples], 0, sum(len(sample.input_ids) for sample in samples), True)
+    objective.train()
+    objective.check(batch)
+    with torch.no_grad():
+        objective(batch)
+    assert regularization(model) is None
+    objective.runs_apart = True
+    found = []
+    for part in objective._parts(batch):
+        objective._read(part)
+        found.append((len(part.input_ids), regularization(model).detach()))
+    assert len(found) > 1 and float(found[0][1] / found[-1][1]) != pytest.approx(1, rel=1e-3)
+    objective(batch)
+    expected = sum(count * penalty for count, penalty in found) / 9
+    penalty = regularization(model)
+    assert penalty.requires_grad and regularization(model) is None
+    torch.testing.assert_close(penalty.detach(), expected, rtol=1e-5, atol=0)
 
 
 def test_weight_of_the_kl_grows_with_the_steps_and_is_resumed() -> None:

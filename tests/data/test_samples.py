@@ -1,3 +1,6 @@
+import tracemalloc
+from collections.abc import Iterator
+
 import pytest
 
 from lightning_peft.data.audit import Audit, DuplicateBosError, preview
@@ -138,3 +141,23 @@ def test_fingerprint_changes_with_token_label_and_boundary():
     }
     assert len(variants) == 4
     assert fingerprint(([1], [1])) == fingerprint(([1], [1]))
+
+
+def test_what_a_teacher_reads_grows_in_arrays_too() -> None:
+    """Peaks of memory a token: arrays of five bytes, up to twice that while they grow, and no lists of 60."""
+    count, length = 200, 500
+
+    def rows() -> Iterator[Encoded]:
+        for number in range(count):
+            ids = list(range(1000 + number, 1000 + number + length))
+            theirs = Encoded(ids, ids, ends=True, kinds=bytes(length))
+            yield Encoded(ids, ids, ends=True, kinds=bytes(length), taught=theirs)
+
+    tracemalloc.start()
+    try:
+        samples = Samples.of(rows())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert samples.taught is not None and samples.taught.lengths == samples.lengths
+    assert peak / (2 * count * length) < 12

@@ -1,8 +1,11 @@
 """Preference objectives on several processes: the numbers of one process on the same global batch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from rank_runs import adapter, column, train_on_ranks
+from started import run_on_ranks
 
 OBJECTIVES = {
     "dpo": ["objective=dpo", "method=qlora"],
@@ -47,3 +50,13 @@ def test_steps_equal_those_of_one_process(runs, kind, name):
         torch.testing.assert_close(column(several, measured), column(one, measured), rtol=1e-4, atol=1e-4)
     for parameter, expected in adapter(one).items():
         torch.testing.assert_close(adapter(several)[parameter], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.multi_process
+def test_ranks_wait_for_a_teacher_longer_than_they_may_be_silent(tmp_path):
+    run_on_ranks(2, Path(__file__).with_name("long_steps.py"), tmp_path)
+    unseen = "data.cache_dir=own: rank 1 does not see what rank 0 writes there, and reads what is kept of the teacher"
+    for rank in range(2):
+        found = (tmp_path / f"rank{rank}.txt").read_text().split("|")
+        assert found == ["done", "late", "wrong at the end", "fine", unseen]
+    assert [path.name for path in tmp_path.glob("*/*")] == []

@@ -8,14 +8,21 @@ from preference_rows import parts, written
 from test_distill import answer_rows
 from test_preference import FP32, gradients, mean_loss
 from tiny_runs import tiny_config, tiny_parts
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import IGNORED_LABEL
-from lightning_peft.models.tiny import tiny_model
+from lightning_peft.data.chat import Encoded
+from lightning_peft.data.collate import collate
+from lightning_peft.models.loading import load_model
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
+from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
 
 HINTS = "seven rivers one moon two apples three pears under the sky and five at sea".split()
 ROWS = [{**row, "hint": " ".join(HINTS[: 3 + place])} for place, row in enumerate(answer_rows(9))]
+ANSWER = {"prompt": "say one", "completion": "one"}
 PROMPT = "data.teacher_prompt='Know this: {{ hint }}.'"
 
 
@@ -92,6 +99,61 @@ def test_samples_that_are_run_apart_meet_their_own(tmp_path):
     assert apart[1] == pytest.approx(together[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("hint", [4, 60])
+def test_teacher_beyond_its_first_set_of_frequencies_meets_the_same_tokens(hint, tmp_path):
+    """Phi 3's longrope: a packed row is run apart where one sample is beyond 64 tokens, be it the teacher's alone."""
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config = Phi3Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96, pad_token_id=0,
+        max_position_embeddings=256, original_max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        rope_parameters=factors,
+    )  # fmt: skip
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        Phi3ForCausalLM(config).save_pretrained(tmp_path / str(seed))
+        models.append(load_model(ModelConfig("hf", str(tmp_path / str(seed))), torch.float32).eval())
+    draw = torch.Generator().manual_seed(1)
+    samples = []
+    for prompt, answer, more in ((6, 5, 3), (5, 13, 4), (8, 9, hint)):
+        ids = torch.randint(5, 96, (more + prompt + answer,), generator=draw).tolist()
+        labels = [IGNORED_LABEL] * (more + prompt) + ids[more + prompt :]
+        theirs = Encoded(ids, labels, ends=True)
+        samples.append(Encoded(ids[more:], labels[more:], ends=True, taught=theirs))
+    objective = DistilledLoss(models[0], DistillConfig(weight=1.0), True).eval()
+    objective.teacher = Teacher(models[1], True)
+    with torch.no_grad():
+        packed = objective(collate([samples], 0, 64, True))
+        alone = sum(objective(collate([[sample]], 0, 64, False)) for sample in samples)
+    torch.testing.assert_close(packed, alone, **FP32)
+
+
+def test_sources_without_a_prompt_are_read_as_they_are(tmp_path):
+    """A mixture: its loss is that of its sources, each by itself."""
+    folders = [tmp_path / name for name in ("a", "b", "both")]
+    for folder in folders:
+        folder.mkdir()
+    plain = [{key: value for key, value in row.items() if key != "hint"} for row in answer_rows(5, seed=1)]
+    apart = [taught(folders[0]), taught(folders[1], rows=plain, prompt="data.preview=0")]
+    words = ["data.train_path=null", f"data.sources.a.train_path={folders[0]}/rows.jsonl"]
+    words += [f"data.sources.b.train_path={folders[1]}/rows.jsonl", PROMPT.replace("data.", "data.sources.a.")]
+    module, data = taught(folders[2], *words, prompt="data.preview=0")
+    audits = [part[1].train_audit for part in apart]
+    tokens = audits[0].taught_tokens + audits[1].tokens
+    more = (tokens - audits[0].tokens - audits[1].tokens) / 14
+    assert f"the teacher reads {tokens:,} tokens for them, {more:.1f} more a sample" in data.train_audit.lines()
+    sums = [summed(*part) for part in (*apart, (module, data))]
+    torch.testing.assert_close(sums[2], sums[0] + sums[1], **FP32)
+
+
+def summed(module, data):
+    """The losses of all samples, packed in one row."""
+    samples = [data.training_samples[place] for place in range(len(data.training_samples))]
+    width = sum(len(sample.input_ids) for sample in samples)
+    with torch.no_grad():
+        return module.objective(collate([samples], 0, width, True))
+
+
 def test_cut_answers_are_cut_alike_for_the_teacher(tmp_path):
     module, data = taught(tmp_path, "data.max_length=80")
     assert 0 < data.train_audit.truncated < 9
@@ -145,6 +207,7 @@ def test_prompt_without_a_teacher_is_refused(words, message):
     [
         ("data.teacher_prompt='{{ other }}'", ROWS, "data.teacher_prompt: the rows have no column other, only prompt"),
         ("data.teacher_prompt='{{ hint'", ROWS, "data.teacher_prompt='{{ hint': not a Jinja template"),
+        (PROMPT, [ROWS[0], ANSWER], "data.teacher_prompt cannot be filled in .* takes rows without one"),
         ("data.teacher_prompt='{{ hint }}'", [{**ROWS[0], "hint": " "}], "expected text from data.teacher_prompt"),
         (PROMPT, [{"text": "a b c", "hint": "d"}], "data.teacher_prompt: stands before a prompt, and rows of .*text"),
     ],
@@ -160,6 +223,28 @@ def test_prompt_beyond_the_context_is_refused(tmp_path):
     words = ["objective=distill", "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", PROMPT]
     with pytest.raises(ValueError, match=r"data.teacher_prompt: the longest sample behind it has \d+ tokens, and the"):
         train(tiny_config(tmp_path / "run", *words))
+
+
+def test_context_behind_the_prompt_is_the_teachers(tmp_path):
+    for context in (96, 512):
+        model = tiny_model()
+        model.config.max_position_embeddings = context
+        model.save_pretrained(tmp_path / str(context))
+        tiny_tokenizer().save_pretrained(tmp_path / str(context))
+    path = written(tmp_path / "rows.jsonl", [{**row, "hint": "far " * 20} for row in ROWS])
+    words = ["objective=distill", "data=jsonl", f"data.train_path={path}", "data.validation_fraction=0", PROMPT]
+    words += ["model=hf", "data.max_length=96", "dry_run=true"]
+
+    def check(own, theirs):
+        train(
+            tiny_config(
+                tmp_path / "run", *words, f"model.path={tmp_path / own}", f"objective.teacher={tmp_path / theirs}"
+            )
+        )
+
+    check("96", "512")
+    with pytest.raises(ValueError, match=r"behind it has \d+ tokens, and the teacher reads 96; shorten it"):
+        check("512", "96")
 
 
 def test_prompt_is_ordinary_text_on_the_command_line():

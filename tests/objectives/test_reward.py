@@ -1,5 +1,6 @@
 """The reward head against TRL's loss on the same rows, and what may be made of its adapter."""
 
+import csv
 import json
 import math
 import warnings
@@ -254,11 +255,23 @@ def test_head_of_tokens_that_would_train_unread_is_refused(words, tmp_path):
         run(tmp_path / "run", words)
 
 
-@pytest.mark.parametrize("value", [None, True, "1", float("nan")])
+@pytest.mark.parametrize("value", [None, True, "", "much", "inf", [1], 10**400, float("nan")])
 def test_margin_that_is_no_number_is_named(value, tmp_path):
     rows = [dict(MARGINS[0], margin=value)]
     with pytest.raises(ValueError, match="line 1, column 'margin': expected a finite number, got"):
         drawn(tmp_path, rows, "data.margin_column=margin")
+
+
+def test_margins_of_a_table_of_text_are_numbers(tmp_path):
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, MARGINS[0])
+        table.writeheader()
+        table.writerows(MARGINS)
+    _, data = drawn(tmp_path, MARGINS, "data.margin_column=margin", f"data.train_path={path}")
+    samples = data.training_samples
+    found = [samples[place].margin for place in range(len(samples)) if samples[place].margin is not None]
+    assert sorted(found) == sorted(row["margin"] for row in MARGINS)
 
 
 def test_margins_that_nobody_reads_stop_a_run(tmp_path):
@@ -299,3 +312,7 @@ def test_margins_of_an_adapter_that_writes_are_refused(tmp_path):
         evaluate(compose_config("evaluate", [*words[:3], "data.teacher_prompt=Hi"]))
     with pytest.raises(ValueError, match="data.margin_column=margin: margins are of rewards"):
         calibrate(compose_config("calibrate", [*words, "data.margin_column=margin"]))
+    sources = [*words[:2], *(f"data.sources.{name}.train_path={path}" for name in "ab")]
+    for given in ("data.sources.b.margin_column=margin", "data.sources.b.teacher_prompt=Hi"):
+        with pytest.raises(ValueError, match=given.partition("=")[0]):
+            evaluate(compose_config("evaluate", [*sources, given]))

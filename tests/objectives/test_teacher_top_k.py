@@ -1,9 +1,14 @@
 """A teacher that reads the rows once: what is kept of it, and the loss on that."""
 
+from pathlib import Path
+from subprocess import PIPE, STDOUT
+
+import numpy as np
 import pytest
 import torch
 from preference_rows import parts, written
 from safetensors.torch import load_file
+from started import COMMAND, Started
 from test_context_distillation import PROMPT, ROWS
 from test_distill import plain_logits
 from test_preference import FP32, gradients, mean_loss
@@ -12,10 +17,11 @@ from tiny_runs import tiny_config
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
+from lightning_peft.data.top_tokens import IDS, LOG_PROBABILITIES
 from lightning_peft.kernels.divergence import divergence
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.objectives.linear_divergence import bucketed
-from lightning_peft.training.teacher_store import keep_teacher
+from lightning_peft.training.teacher_store import Rows, check_room, is_whole, keep_teacher, naming_cache, write_top
 
 ANSWERS = [{key: value for key, value in row.items() if key != "hint"} for row in ROWS]
 VOCABULARY = 320
@@ -122,6 +128,66 @@ def test_teacher_is_run_once_and_a_resumed_run_ends_bit_equal(tmp_path, caplog):
         assert caplog.text.count("likeliest tokens at") == 2
     whole, resumed = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("whole", "resumed"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def keep(module, data, cache):
+    options = module.objective_config, module.model_config, module.quantization_config
+    keep_teacher(data, *options, torch.float32, torch.device("cpu"), str(cache))
+
+
+@pytest.mark.slow
+def test_trials_that_start_together_run_the_teacher_once(tmp_path):
+    words = [word for word in words_of(tmp_path) if "max_steps" not in word]
+    command = [*COMMAND, "train", "model=tiny", *words, "trainer.max_steps=1", "trainer.accelerator=cpu"]
+    trials = [Started([*command, f"run_dir={tmp_path}/{name}"], stdout=PIPE, stderr=STDOUT, text=True) for name in "ab"]
+    said = "".join(trial.communicate(timeout=300)[0] for trial in trials)
+    assert [trial.returncode for trial in trials] == [0, 0], said
+    assert said.count("likeliest tokens at") == said.count("likeliest tokens are read from") == 2, said
+    assert len(list((tmp_path / "cache").glob("teacher-*/sums.json"))) == 2
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_teachers_that_run_side_by_side_without_locks_leave_a_whole_store(tmp_path):
+    module, data = kept(tmp_path, 5)
+    samples, folder = data.sample_sets[0], tmp_path / "teacher-x"
+    teacher = tiny_model(tied=True).eval()
+    first, second = (write_top(teacher, samples, module.objective_config, 320, folder, "x") for _ in range(2))
+    next(first), next(second), next(second)
+    assert len(list(first)) == len(samples) - 1 and is_whole(folder)
+    probabilities = np.load(folder / LOG_PROBABILITIES)
+    np.testing.assert_allclose(np.exp(probabilities).sum(1), 1, rtol=1e-5)
+    assert len(list(second)) == len(samples) - 2 and is_whole(folder)
+    assert np.array_equal(np.load(folder / LOG_PROBABILITIES), probabilities)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_damaged_store_is_made_again(tmp_path, caplog):
+    module, data = kept(tmp_path, 5)
+    (path,) = tmp_path.glob(f"cache/teacher-*/{IDS}")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4] + bytes(4))
+    keep(module, data, tmp_path / "cache")
+    assert "is damaged (its checksum is another): the teacher is run again" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_whole_store_is_read_without_writing(tmp_path):
+    module, data = kept(tmp_path, 5)
+    for path in (tmp_path / "cache").glob("*.lock"):
+        path.unlink()
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*"))
+    keep(module, data, tmp_path / "cache")
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*")) == before
+
+
+def test_full_disk_is_said_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="data.cache_dir=here: No space left on device, and what is kept of the"):  # noqa: SIM117
+        with naming_cache("here"), Rows(Path("/dev/full"), np.int32, (4, 5)) as rows:
+            rows.write(np.zeros((4, 5)))
+    module, data = kept(tmp_path, None)
+    module.objective_config.teacher_top_k = 10**12
+    with pytest.raises(ValueError, match=r"data.cache_dir=here: has [\d,]+ MiB free, and objective.teacher_top_k=1000"):
+        check_room(data.sample_sets[0], module.objective_config, 10**12, tmp_path, "here")
 
 
 @pytest.mark.parametrize(
