@@ -28,6 +28,10 @@ TAKE_WORDS = ("sweep", "init", "config", "schema", "completion", "models")
 """Commands whose words are no keys of theirs."""
 RUN_COMMANDS = ("train", "submit", "estimate", "data")
 """Commands whose words describe a training."""
+OF_ONE_KEY = {"rank": "adapter.rank", "target_modules": "adapter.target_modules"}
+"""Groups whose options are names for values of one key."""
+Word = tuple[str, bool]
+"""A word, and whether it stands in a file of one's own."""
 
 FIRST_WORD = {
     **dict.fromkeys(
@@ -43,24 +47,29 @@ def everyday(command: str, words: list[str]) -> list[str]:
 
     Raises ValueError for a word of another tool, or in another tool's form, with ours beside it.
     """
-    written: list[str] = []
+    given: list[Word] = []
     bare: list[str] = []
     check_dashes(command, words)
     for word in corrected(words) if command not in TAKE_WORDS else words:
         file = word.removeprefix("recipe=")
         if "=" not in file and file.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
-            written += words_of_file(Path(file).expanduser())
+            given += [(part, True) for part in words_of_file(Path(file).expanduser())]
         elif command in RUN_COMMANDS and "=" not in word and (meant := _meant_by_bare(word)) is not None:
             raise ValueError(f"{word}: not of the form key=value; {meant}")
         elif command in FIRST_WORD and re.fullmatch(r"[^=+~]+", word):
             bare.append(word)
         else:
-            written.append(word)
-    written += _of_bare_words(command, bare)
-    folders = [word.partition("=")[2] for word in written if word.startswith(f"{OWN_FOLDER}=")]
+            given.append((word, False))
+    given += [(word, False) for word in _of_bare_words(command, bare)]
+    folders = [word.partition("=")[2] for word, _ in given if word.startswith(f"{OWN_FOLDER}=")]
     if command in (*RUN_COMMANDS, "serve", *FIRST_WORD.keys() - {"push", "report"}):
-        own = [Path(folder) for folder in folders]
-        written = [part for word in written for part in _rewritten(word, (CONF_DIR, *own), command)]
+        places = (CONF_DIR, *map(Path, folders))
+        # As typed, so that model=tiny takes a file's org/name back; and as written, where rank is adapter.rank.
+        typed = _without_overridden(given)
+        given = _without_overridden(
+            [(p, of_file) for word, of_file in typed for p in _rewritten(word, places, command)]
+        )
+    written = [word for word, _ in given]
     if folders:
         written = [word for word in written if not word.startswith(f"{OWN_FOLDER}=")]
         written = [_search_path(folders, written), *written]
@@ -68,6 +77,23 @@ def everyday(command: str, words: list[str]) -> list[str]:
         written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out
         written = [*_of_warm_start(written), *written]
     return written
+
+
+def _without_overridden(words: list[Word]) -> list[Word]:
+    """Return the words without those of a file whose key a later word gives as well.
+
+    Hydra lets the later of two keys win by itself, but a key win over a group, and it takes none twice in a sweep.
+    """
+    kept: list[Word] = []
+    given: set[str] = set()
+    for word, is_of_file in reversed(words):
+        key = word.partition("=")[0].lstrip("+")
+        if is_of_file and key in given:
+            continue
+        if key != OWN_FOLDER:  # of which there may be several
+            given |= {key, OF_ONE_KEY.get(key, key)}
+        kept.append((word, is_of_file))
+    return kept[::-1]
 
 
 def _search_path(folders: list[str], words: list[str]) -> str:
@@ -114,7 +140,7 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     if key == "rank" and command in RUN_COMMANDS and re.fullmatch(NUMBERS, number := value.strip("'\"")):
         return [f"adapter.rank={number}"]
     if key.endswith("target_modules") and plain_name(value) in ("all", "all_linear") and command in RUN_COMMANDS:
-        return ["target_modules=all_linear"]
+        return [f"{key}=all_linear"]
     if key == "target_modules" and value.startswith("["):
         return [f"adapter.target_modules={value}"]
     if key == "target_modules" and all(_no_option("target_modules", name, folders) for name in value.split(",")):
