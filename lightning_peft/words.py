@@ -54,7 +54,7 @@ def everyday(command: str, words: list[str]) -> list[str]:
         file = word.removeprefix("recipe=")
         if "=" not in file and file.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
             given += [(part, True) for part in words_of_file(Path(file).expanduser())]
-        elif command in RUN_COMMANDS and "=" not in word and (meant := _meant_by_bare(word)) is not None:
+        elif command in RUN_COMMANDS and not re.search("^~|=", word) and (meant := _meant_by_bare(word)) is not None:
             raise ValueError(f"{word}: not of the form key=value; {meant}")
         elif command in FIRST_WORD and re.fullmatch(r"[^=+~]+", word):
             bare.append(word)

@@ -76,6 +76,7 @@ SLIPS = [
     (["--version"], "--version: `lightning-peft --version` prints the version"),
     (["--overwrite_output_dir"], "--overwrite_output_dir: no such option; a used run_dir is an error"),
     (["~rank"], "~rank: nothing is taken away with ~; give the value that is wanted"),
+    (["~trainer"], "~trainer: nothing is taken away with ~; give the value that is wanted"),
     (["run_dir="], "run_dir=: is empty; give one, or leave it out"),
     (["qlora"], "qlora: not of the form key=value; use method=qlora"),
     (["org/name"], "org/name: not of the form key=value; use model=org/name for a model, data=FILE for rows"),
@@ -117,7 +118,7 @@ FILES = {
     "data:\n  system_prompt: You are: a bot\n": "my.yaml: not YAML .line 2: a second colon; put text that holds one in quotes",
     "method: @lora\n": "my.yaml: not YAML .line 1: .*put such text in quotes",
     "data.max_length: 64\ndata:\n  max_length: 32\n": "my.yaml: has data.max_length twice",
-    "data: {}\n": "my.yaml: data: has nothing inside",
+    "data: {}\n": "my.yaml: data: has nothing inside", "logger: {}\n": "my.yaml: logger: has nothing inside",
     "data: !!set {a, b}\n": "my.yaml: data: must be keys with values, or a list",
 }  # fmt: skip
 
