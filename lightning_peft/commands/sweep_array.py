@@ -91,13 +91,15 @@ def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainCo
     )
 
 
-def turn(sweep: Sweep, folder: Path, task: str, ended: int | None, draw: Callable[[], Trial]) -> Path | None:
+def turn(
+    sweep: Sweep, folder: Path, task: str, ended: int | None, names: Sequence[str], draw: Callable[[], Trial]
+) -> Path | None:
     """Return what a slot is to run now: a trial's folder, or one that lists several; None for it to leave.
 
-    `draw` adds Optuna's next trial to the sweep.
+    `ended` and `names` are those of `turn_of_slot`; `draw` adds Optuna's next trial to the sweep.
     """
     queue = find_jobs(sweep)
-    trials = turn_of_slot(sweep, folder, task, ended, queue)
+    trials = turn_of_slot(sweep, folder, task, ended, queue, names)
     if not trials and not sweep.is_spent and len(sweep.trials) < sweep.count:
         draw()
         trials = turn_of_slot(sweep, folder, task, None, queue)
