@@ -139,6 +139,8 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
         return [f"{'svd_rank' if key == 'rank' else 'to'}={value}"]
     if key == "rank" and command in RUN_COMMANDS and re.fullmatch(NUMBERS, number := value.strip("'\"")):
         return [f"adapter.rank={number}"]
+    if key == "rank" and command in RUN_COMMANDS and re.fullmatch(SWEEP_OF_NUMBERS, value):
+        return [f"adapter.rank={value}"]
     if key.endswith("target_modules") and plain_name(value) in ("all", "all_linear") and command in RUN_COMMANDS:
         return [f"{key}=all_linear"]
     if key == "target_modules" and value.startswith("["):
@@ -169,6 +171,8 @@ def _words_of_list(word: str) -> list[str]:
 
 
 NUMBERS = r"[-+]?[\d.][\d.e_+-]*(,[-+]?[\d.][\d.e_+-]*)*"
+SWEEP_OF_NUMBERS = r"(?:\w+\()+(?:[-+\d.,\s)]|\b[a-z]+=|\btrue\b|\bfalse\b)*\)+"
+"""As range(4,9,4), sort(choice(4,8)): what Hydra sweeps by a function, without a name among it."""
 
 
 def _groups(folders: Sequence[Path]) -> set[str]:
@@ -187,6 +191,14 @@ def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
         raise ValueError(
             f"{group}={value}: takes one option; add -m and write {group}={value[1:].rstrip(']')} for a sweep"
         )
+    # Hydra's end of a sweep over option files: it takes a number for no name, and says so without the word.
+    parts = re.sub(r"^(?:choice|sort|shuffle)\((.*)\)$", r"\1", value).split(",")
+    number = next((part.strip() for part in parts if re.fullmatch(NUMBERS, part.strip())), None)
+    if number is not None and any(re.match("[A-Za-z]", part.strip()) for part in parts) and "(" not in parts[0]:
+        if group == "rank":
+            raise ValueError(f"{group}={value}: numbers beside names; give numbers alone, as in rank=4,8, or names")
+        if group != "target_modules" and _no_option(group, number, folders):
+            raise ValueError(no_such_option(group, number, options_of_group(group, folders)))
     if group in ("rank", "target_modules") and value not in ("", "null") and not value.startswith("true"):
         return  # a number, or names of layers
     is_name = value and isinstance(yaml.safe_load(value) if re.fullmatch(r"[\w.+-]+", value) else value, str)
