@@ -506,7 +506,7 @@ class SweepCommandConfig:
     failed: bool = False
     """retry: every trial that failed, was lost, preempted or cancelled."""
     trials: list[str] = field(default_factory=list)
-    """retry, cancel: these trials, by name; cancel without names takes all."""
+    """retry, cancel: these trials, by name; cancel without names takes all. ask: those that ended."""
     gone: str | None = None
     """A machine that is no more: what a cluster=local sweep has running on it is taken for over."""
     ended: int | None = None

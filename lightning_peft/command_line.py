@@ -14,7 +14,6 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 
 from lightning_peft import distributed
@@ -23,6 +22,7 @@ from lightning_peft.compose import (
     compose_config,
     open_words,
     quote_text_values,
+    read_words,
     typed,
 )
 from lightning_peft.plugins import imported_by_words
@@ -31,6 +31,7 @@ from lightning_peft.runs.folder import starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 from lightning_peft.schemas import CONF_DIR, register_schemas
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
+from lightning_peft.sweeps.search import choices
 from lightning_peft.sweeps.sweep import MANIFEST
 from lightning_peft.words import everyday
 
@@ -205,9 +206,17 @@ def show_sweep(folder: Path) -> None:
 
 
 def check_one_sweeper(words: list[str], config: Any) -> None:
-    """Raises ValueError for a sweeper that chooses as it goes, in one process with trials of several ranks."""
+    """Raises ValueError for a sweeper that chooses as it goes, in one process with trials of several ranks, and for
+    an interval that Hydra's own cannot draw from.
+    """
     hydra_options = dict(word.partition("=")[::2] for word in words)
     sweeper, launcher = (hydra_options.get(f"hydra/{part}", "basic") for part in ("sweeper", "launcher"))
+    intervals = [override.input_line for override in read_words(words) if override.is_interval_sweep()]
+    if sweeper == "basic" and intervals:
+        raise ValueError(
+            f"{intervals[0]}: an interval has no end of values; use range(), or submit -m with sweep.search=random "
+            "sweep.trials=N"
+        )
     ranks = [f"trainer.{key}={count}" for key in ("devices", "num_nodes") if (count := config.trainer.get(key, 1)) != 1]
     if sweeper != "basic" and launcher == "basic" and ranks:
         raise ValueError(
@@ -231,19 +240,13 @@ def one_of_each_value(words: list[str]) -> list[list[str]]:
     What is for Hydra alone and what cannot be enumerated is left out.
     """
     singles: list[list[str]] = []
-    for word in words:
-        try:
-            override = OverridesParser.create().parse_override(word)
-        except OverrideParseException as error:
-            raise ValueError(f"{word}: not of the form key=value (quote text with special characters)") from error
-        except HydraException as error:
-            raise ValueError(f"{word}: not of the form key=value,value") from error
+    for word, override in zip(words, read_words(words), strict=True):
         if override.is_hydra_override() and override.get_key_element() != SEARCH_PATH:
             continue
         if not override.is_sweep_override():
             singles.append([word])
         elif override.is_discrete_sweep():
-            singles.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+            singles.append([f"{override.get_key_element()}={value}" for value in choices(override)])
     first = [values[0] for values in singles]
     others = [
         [*first[:place], value, *first[place + 1 :]] for place, values in enumerate(singles) for value in values[1:]

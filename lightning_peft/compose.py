@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -239,6 +240,33 @@ def config_loader(words: list[str]) -> ConfigLoader:
             for folder in folders if isinstance(folders, list) else [folders]:
                 path.append("command line", str(folder))
     return config_loader_of(path)
+
+
+def read_words(words: list[str]) -> list[Override]:
+    """Hydra's reading of the words, globs over option files included, those of one's own folders too.
+
+    Raises ValueError for a word that Hydra cannot read.
+    """
+    words = imported_by_words(words)
+    register_schemas()
+    # Trials are composed in other working folders as well.
+    words = [absolute_search_path(word) if word.startswith(f"{SEARCH_PATH}=") else word for word in words]
+    with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+        loader = config_loader(words)
+        parser, overrides = OverridesParser.create(), []
+        for word in words:
+            try:
+                overrides.append(parser.parse_override(word))
+            except OverrideParseException as error:
+                raise ValueError(f"{word}: not of the form key=value (quote text with special characters)") from error
+            except HydraException as error:
+                raise ValueError(f"{word}: not of the form key=value,value") from error
+            overrides[-1].config_loader = loader
+    return overrides
+
+
+def absolute_search_path(word: str) -> str:
+    return re.sub(r"file://(?!/)", f"file://{Path.cwd()}/", word)
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

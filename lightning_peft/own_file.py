@@ -9,9 +9,12 @@ from typing import Any
 import yaml
 
 from lightning_peft.data.config import named_sources
+from lightning_peft.slips import OPEN
 
 SOURCES_KEY = "data.sources"
 """The key of a mixture, which may be a list too."""
+EMPTY = ("callbacks", "claim")
+"""What holds nothing unless it is given: a file that says so says no more than that."""
 
 
 class EachKeyOnce(yaml.SafeLoader):
@@ -90,7 +93,7 @@ def flat_words(content: dict[Any, Any], prefix: str, path: Path) -> Iterator[str
     for key, value in content.items():
         if not isinstance(key, str):
             raise ValueError(f"{path}: {prefix}{key}: a key must be text")
-        if value == {}:
+        if value == {} and f"{prefix}{key}" not in EMPTY and not OPEN.match(f"{prefix}{key}"):
             raise ValueError(f"{path}: {prefix}{key}: has nothing inside; leave it out, or give it keys")
         if isinstance(value, set):
             raise ValueError(f"{path}: {prefix}{key}: must be keys with values, or a list")

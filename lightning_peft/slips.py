@@ -13,6 +13,8 @@ VERBATIM = re.compile(
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
 OPEN = re.compile(r"^(?:(?:trainer|callbacks|logger|claim|gate)\.|gate=)")
 """Keys below which anything may be added: arguments of what is not ours."""
+NAMED = re.compile(rf"{OPEN.pattern}|^data\.sources\.|^(?:callbacks|logger|claim|gate)$")
+"""What has names of the user's own, each of which, or all at once, may be taken away with ~."""
 TYPOGRAPHIC = str.maketrans(
     {
         "\u201c": '"',
@@ -71,7 +73,7 @@ def corrected(words: Sequence[str]) -> Iterator[str]:
             given = colon.group(2) or following[0] or "VALUE"
             raise ValueError(f"{typed}: options are key=value, as in {colon.group(1)}={given}")
         key, sign, value = (part.strip() for part in typed.partition("="))
-        if key.startswith("~") and not OPEN.match(key[1:]):
+        if key.startswith("~") and not NAMED.match(key[1:]):
             raise ValueError(f"{typed}: nothing is taken away with ~; give the value that is wanted")
         if not sign:
             yield typed

@@ -28,6 +28,10 @@ TAKE_WORDS = ("sweep", "init", "config", "schema", "completion", "models")
 """Commands whose words are no keys of theirs."""
 RUN_COMMANDS = ("train", "submit", "estimate", "data")
 """Commands whose words describe a training."""
+OF_ONE_KEY = {"rank": "adapter.rank", "target_modules": "adapter.target_modules"}
+"""Groups whose options are names for values of one key."""
+Word = tuple[str, bool]
+"""A word, and whether it stands in a file of one's own."""
 
 FIRST_WORD = {
     **dict.fromkeys(
@@ -43,24 +47,29 @@ def everyday(command: str, words: list[str]) -> list[str]:
 
     Raises ValueError for a word of another tool, or in another tool's form, with ours beside it.
     """
-    written: list[str] = []
+    given: list[Word] = []
     bare: list[str] = []
     check_dashes(command, words)
     for word in corrected(words) if command not in TAKE_WORDS else words:
         file = word.removeprefix("recipe=")
         if "=" not in file and file.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
-            written += words_of_file(Path(file).expanduser())
-        elif command in RUN_COMMANDS and "=" not in word and (meant := _meant_by_bare(word)) is not None:
+            given += [(part, True) for part in words_of_file(Path(file).expanduser())]
+        elif command in RUN_COMMANDS and not re.search("^~|=", word) and (meant := _meant_by_bare(word)) is not None:
             raise ValueError(f"{word}: not of the form key=value; {meant}")
         elif command in FIRST_WORD and re.fullmatch(r"[^=+~]+", word):
             bare.append(word)
         else:
-            written.append(word)
-    written += _of_bare_words(command, bare)
-    folders = [word.partition("=")[2] for word in written if word.startswith(f"{OWN_FOLDER}=")]
+            given.append((word, False))
+    given += [(word, False) for word in _of_bare_words(command, bare)]
+    folders = [word.partition("=")[2] for word, _ in given if word.startswith(f"{OWN_FOLDER}=")]
     if command in (*RUN_COMMANDS, "serve", *FIRST_WORD.keys() - {"push", "report"}):
-        own = [Path(folder) for folder in folders]
-        written = [part for word in written for part in _rewritten(word, (CONF_DIR, *own), command)]
+        places = (CONF_DIR, *map(Path, folders))
+        # As typed, so that model=tiny takes a file's org/name back; and as written, where rank is adapter.rank.
+        typed = _without_overridden(given)
+        given = _without_overridden(
+            [(p, of_file) for word, of_file in typed for p in _rewritten(word, places, command)]
+        )
+    written = [word for word, _ in given]
     if folders:
         written = [word for word in written if not word.startswith(f"{OWN_FOLDER}=")]
         written = [_search_path(folders, written), *written]
@@ -68,6 +77,23 @@ def everyday(command: str, words: list[str]) -> list[str]:
         written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out
         written = [*_of_warm_start(written), *written]
     return written
+
+
+def _without_overridden(words: list[Word]) -> list[Word]:
+    """Return the words without those of a file whose key a later word gives as well.
+
+    Hydra lets the later of two keys win by itself, but a key win over a group, and it takes none twice in a sweep.
+    """
+    kept: list[Word] = []
+    given: set[str] = set()
+    for word, is_of_file in reversed(words):
+        key = word.partition("=")[0].lstrip("+")
+        if is_of_file and key in given:
+            continue
+        if key != OWN_FOLDER:  # of which there may be several
+            given |= {key, OF_ONE_KEY.get(key, key)}
+        kept.append((word, is_of_file))
+    return kept[::-1]
 
 
 def _search_path(folders: list[str], words: list[str]) -> str:
@@ -113,8 +139,10 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
         return [f"{'svd_rank' if key == 'rank' else 'to'}={value}"]
     if key == "rank" and command in RUN_COMMANDS and re.fullmatch(NUMBERS, number := value.strip("'\"")):
         return [f"adapter.rank={number}"]
+    if key == "rank" and command in RUN_COMMANDS and re.fullmatch(SWEEP_OF_NUMBERS, value):
+        return [f"adapter.rank={value}"]
     if key.endswith("target_modules") and plain_name(value) in ("all", "all_linear") and command in RUN_COMMANDS:
-        return ["target_modules=all_linear"]
+        return [f"{key}=all_linear"]
     if key == "target_modules" and value.startswith("["):
         return [f"adapter.target_modules={value}"]
     if key == "target_modules" and all(_no_option("target_modules", name, folders) for name in value.split(",")):
@@ -143,6 +171,8 @@ def _words_of_list(word: str) -> list[str]:
 
 
 NUMBERS = r"[-+]?[\d.][\d.e_+-]*(,[-+]?[\d.][\d.e_+-]*)*"
+SWEEP_OF_NUMBERS = r"(?:\w+\()+(?:[-+\d.,\s)]|\b[a-z]+=|\btrue\b|\bfalse\b)*\)+"
+"""As range(4,9,4), sort(choice(4,8)): what Hydra sweeps by a function, without a name among it."""
 
 
 def _groups(folders: Sequence[Path]) -> set[str]:
@@ -161,6 +191,14 @@ def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
         raise ValueError(
             f"{group}={value}: takes one option; add -m and write {group}={value[1:].rstrip(']')} for a sweep"
         )
+    # Hydra's end of a sweep over option files: it takes a number for no name, and says so without the word.
+    parts = re.sub(r"^(?:choice|sort|shuffle)\((.*)\)$", r"\1", value).split(",")
+    number = next((part.strip() for part in parts if re.fullmatch(NUMBERS, part.strip())), None)
+    if number is not None and any(re.match("[A-Za-z]", part.strip()) for part in parts) and "(" not in parts[0]:
+        if group == "rank":
+            raise ValueError(f"{group}={value}: numbers beside names; give numbers alone, as in rank=4,8, or names")
+        if group != "target_modules" and _no_option(group, number, folders):
+            raise ValueError(no_such_option(group, number, options_of_group(group, folders)))
     if group in ("rank", "target_modules") and value not in ("", "null") and not value.startswith("true"):
         return  # a number, or names of layers
     is_name = value and isinstance(yaml.safe_load(value) if re.fullmatch(r"[\w.+-]+", value) else value, str)

@@ -80,6 +80,17 @@ while is_taken "$MASTER_ADDR" || is_taken localhost; do MASTER_PORT=$((MASTER_PO
 # The signals are for the ranks; this shell outlives them.
 trap {on_signal} TERM USR1 USR2
 
+# Whether the job is to run on, which one that was cancelled is not; a controller that does not answer is asked again.
+is_running() {{
+  local state
+  for _ in {{1..60}}; do
+    if state=$(squeue --noheader --jobs="$job" --format=%T); then [ "$state" = RUNNING ]; return; fi
+    sleep 10
+  done
+  echo "error: no answer of squeue in ten minutes, so job $job leaves" >&2
+  return 1
+}}
+
 {stalls}
 """
 ONE = """\
@@ -94,7 +105,7 @@ status=$?
 # Any other status is the run's own: a crash shows as FAILED.
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
-if [ "$status" -eq 75 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+if [ "$status" -eq 75 ] && is_running; then
   if stalls; then exit 1; fi
   scontrol requeue "$job"
 fi

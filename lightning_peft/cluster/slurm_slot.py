@@ -17,30 +17,37 @@ saved() {{
       echo "$trial"
   done
 }}
-is_running() {{ [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; }}
-# The next trial; while the controller does not answer, the sweep is asked again, of which it may know already.
+# The next trial, of a sweep that is told which ended and how; it may have heard so, and its answer be lost.
 ask() {{
   local attempt
   for attempt in 1 2 3; do
     {python} -m lightning_peft sweep ask {folder} "$@" && return
-    set --
+    is_running || return 1
     sleep "$((10 * attempt))"
   done
   return 1
 }}
+# Whether the job is near its end: no step is made any more then, and a warning between two trials is heard by none.
+is_ending() {{
+  [ -n "$told" ] || [ "$((${{SLURM_JOB_END_TIME:-$(($(date +%s) + 86400))}} - $(date +%s)))" -lt {least} ]
+}}
+was_preempted() {{
+  trials | while read -r trial; do cat "$trial/result.json" 2> /dev/null; done | grep -q '"status": "preempted"'
+}}
 
-# The same trial in a fresh start of this job, unless that was cancelled.
+# The same trial in a fresh start of this job, unless that was cancelled; fails where it would do so for ever.
 start_again() {{
   is_running || exit 75
-  if stalls; then exit 1; fi
+  if stalls; then return 1; fi
   scontrol requeue "$job"
   exit 75
 }}
 
 ended=
+report=()
 worst=0
 while true; do
-  run_dir=$(ask ${{ended:+ended=$ended}}) || {{
+  run_dir=$(ask "${{report[@]}}") || {{
     is_running || exit 75
     echo "error: the sweep could not be asked for a trial"
     exit 1
@@ -48,9 +55,7 @@ while true; do
   [ -n "$run_dir" ] || exit "$worst"
   if [ -n "$ended" ]; then
     is_running || exit 75
-    # A warning that comes between two trials is heard by none: near the end of its time the slot starts afresh.
-    left=$((${{SLURM_JOB_END_TIME:-$(($(date +%s) + 86400))}} - $(date +%s)))
-    if [ -n "$told" ] || [ "$left" -lt {least} ]; then
+    if is_ending; then
       scontrol requeue "$job"
       exit 75
     fi
@@ -76,11 +81,15 @@ while true; do
   ended=$?
 
   case $ended in
-    # Told to leave, and saved; told before Python heeds a signal; or no step is made any more, as the job is to end.
-    75 | 138 | 140 | 143 | 1) [ -z "$(saved)" ] || start_again ;;
+    # Told to leave, and saved; or told before Python heeds a signal.
+    75 | 138 | 140 | 143) [ -z "$(saved)" ] || start_again || ended=1 ;;
+    # Also what srun says that makes no step any more; else what the trial itself ended with, before it could write how.
+    1) if [ -n "$(saved)" ] && {{ is_ending || was_preempted; }}; then start_again || true; fi ;;
   esac
   # What ended because the job is ended is not for the sweep to judge.
   is_running || exit "$ended"
   if [ "$ended" -ne 75 ] && [ "$ended" -gt "$worst" ]; then worst=$ended; fi
+  # Before the sweep is asked, which may list others in the same place.
+  report=("ended=$ended" "trials=[$(trials | sed "s|.*/|'|; s|\\$|'|" | paste -sd ,)]")
 done
 """.replace("{leave}", LEAVE)

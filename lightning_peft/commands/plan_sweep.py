@@ -3,15 +3,11 @@
 import itertools
 import json
 import logging
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
@@ -19,7 +15,7 @@ from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.command_configs import SubmitSweepConfig
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_work, submit_array
-from lightning_peft.compose import SEARCH_PATH, compose_config, config_loader
+from lightning_peft.compose import SEARCH_PATH, compose_config, read_words
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.mixture import sources_of, validation_losses
@@ -27,9 +23,8 @@ from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import SOURCES
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
 from lightning_peft.objectives.registry import validation_numbers
-from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.lock import new_folder, remove_if_empty
-from lightning_peft.schemas import CONF_DIR, register_schemas, trial_name
+from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.local_worker import start_workers
 from lightning_peft.sweeps.pruning import RUNG_OPTION, enter_brackets, rung_steps
 from lightning_peft.sweeps.search import (
@@ -216,8 +211,8 @@ def check_given_once(overrides: Sequence[Override]) -> None:
     for override in overrides:
         if override.is_sweep_override() and keys.count(str(override.key_or_group)) > 1:
             raise ValueError(f"{override.input_line}: {override.key_or_group} is given twice; leave one of them out")
-        if override.is_discrete_sweep() and not typed_choices(override):
-            raise ValueError(f"{override.input_line}: holds no value, so there is nothing to train")
+        if override.is_discrete_sweep():
+            typed_choices(override)
 
 
 def check_trials_differ(trials: Sequence[Trial], runs: Sequence[TrainConfig]) -> None:
@@ -303,24 +298,6 @@ def parse(words: list[str]) -> list[Override]:
         if override.get_key_element().lstrip("+") in ("resume", "dry_run", "config_path"):
             raise ValueError(f"{override.input_line}: not for a sweep; its trials are resumed by `sweep retry`")
     return overrides
-
-
-def read_words(words: list[str]) -> list[Override]:
-    """Hydra's reading of the words, globs over option files included, those of one's own folders too."""
-    words = imported_by_words(words)
-    register_schemas()
-    # Trials are composed in other working folders as well.
-    words = [absolute_search_path(word) if word.startswith(f"{SEARCH_PATH}=") else word for word in words]
-    with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
-        parser = OverridesParser.create(config_loader=config_loader(words))
-        try:
-            return parser.parse_overrides(words)
-        except OverrideParseException as error:
-            raise ValueError(f"{error.override}: not of the form key=value (quote special characters)") from error
-
-
-def absolute_search_path(word: str) -> str:
-    return re.sub(r"file://(?!/)", f"file://{Path.cwd()}/", word)
 
 
 def grid(swept: list[Override]) -> list[list[str]]:

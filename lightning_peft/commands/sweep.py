@@ -315,7 +315,7 @@ def ask_for_trial(config: SweepCommandConfig) -> None:
     with changed_sweep(folder) as sweep:
         task = task_of(sweep)
         if sweep.has_slots and task is not None:
-            place = turn(sweep, folder, task, config.ended, partial(ask, sweep, folder, None))
+            place = turn(sweep, folder, task, config.ended, config.trials, partial(ask, sweep, folder, None))
         else:
             look(sweep, folder)
             place = folder / ask(sweep, folder, task).name

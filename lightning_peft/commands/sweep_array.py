@@ -9,7 +9,7 @@ from lightning_peft.cluster.job import ClusterConfig, Work
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.place import find_jobs
-from lightning_peft.sweeps.sweep import Sweep, Trial, begin, changed_sweep
+from lightning_peft.sweeps.sweep import QUEUED, Sweep, Trial, begin, changed_sweep
 from lightning_peft.sweeps.turns import turn_of_slot, work_to_begin
 
 
@@ -23,6 +23,9 @@ def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: Tr
         trials = [] if sweep.has_slots else [sweep.trial(name) for name in names]
         groups, work = groups_of_tasks(trials, sweep.together), array_work(sweep, trials, folder, run)
         tasks, run_dirs = work.tasks, list_path(sweep, folder)
+        if not tasks:
+            print(f"{folder}: sweep.parallel={sweep.parallel} slots are there already, and take what is to begin")
+            return
         places = [folder / trial.name for trial in trials]
         if trials and sweep.together > 1:
             places = [run_dirs.with_suffix("") / str(task) for task in range(tasks)]
@@ -71,12 +74,14 @@ def task_folder(sweep: Sweep, folder: Path, task: str) -> Path:
 def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> Work:
     """What the next array is to do: train these trials, or where there are none draw those that are still to be drawn.
 
-    `run` is the config of one of them. Slots are as many as have something to do at once.
+    `run` is the config of one of them. Slots are as many as have something to do at once, with those that are there
+    already no more than `sweep.parallel`; none where these are as many.
     """
     tasks, parallel = len(groups_of_tasks(trials, sweep.together)) or sweep.count - len(sweep.trials), sweep.parallel
     if sweep.has_slots:
-        most = math.ceil(work_to_begin(sweep) / sweep.together)
-        tasks, parallel = max(1, min(parallel or most, most)), None
+        tasks, parallel = max(1, math.ceil(work_to_begin(sweep) / sweep.together)), None
+        if sweep.parallel is not None:
+            tasks = max(0, min(tasks, sweep.parallel - slots_at_work(sweep)))
     return Work(
         name=folder.name,
         folder=folder,
@@ -91,13 +96,24 @@ def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainCo
     )
 
 
-def turn(sweep: Sweep, folder: Path, task: str, ended: int | None, draw: Callable[[], Trial]) -> Path | None:
+def slots_at_work(sweep: Sweep) -> int:
+    """Count the slots that will ask for another trial: that wait for their start, or have a trial now.
+
+    One that has none has asked for the last time, and is about to leave.
+    """
+    busy = {trial.job for trial in sweep.trials}
+    return sum(job.is_active and (job.state in QUEUED or job.id in busy) for job in find_jobs(sweep).values())
+
+
+def turn(
+    sweep: Sweep, folder: Path, task: str, ended: int | None, names: Sequence[str], draw: Callable[[], Trial]
+) -> Path | None:
     """Return what a slot is to run now: a trial's folder, or one that lists several; None for it to leave.
 
-    `draw` adds Optuna's next trial to the sweep.
+    `ended` and `names` are those of `turn_of_slot`; `draw` adds Optuna's next trial to the sweep.
     """
     queue = find_jobs(sweep)
-    trials = turn_of_slot(sweep, folder, task, ended, queue)
+    trials = turn_of_slot(sweep, folder, task, ended, queue, names)
     if not trials and not sweep.is_spent and len(sweep.trials) < sweep.count:
         draw()
         trials = turn_of_slot(sweep, folder, task, None, queue)

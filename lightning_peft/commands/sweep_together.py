@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_peft import distributed
 from lightning_peft.command_configs import SubmitSweepConfig
-from lightning_peft.commands.plan_sweep import check_given_once, check_trials_differ, grid, read_words
+from lightning_peft.commands.plan_sweep import check_given_once, check_trials_differ, grid
 from lightning_peft.commands.together import (
     BY_SIGNAL,
     exit_status,
@@ -18,7 +18,7 @@ from lightning_peft.commands.together import (
     train_together,
 )
 from lightning_peft.commands.train import train
-from lightning_peft.compose import compose_config
+from lightning_peft.compose import compose_config, read_words
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.lock import new_folder
 from lightning_peft.runs.machine import Machine

@@ -140,7 +140,7 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
     if config.resume == "never":
         raise ValueError(f"run_dir={run_dir} holds a run already: resume=auto continues it, or name another folder")
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
-    result = finished_result(config, run_dir)
+    result = finished_result(config, run_dir, checkpoint)
     if checkpoint is None and result is None:
         check_not_finished(run_dir)
         if not config.dry_run:
@@ -175,13 +175,17 @@ def forget_rollbacks(config: TrainConfig, run_dir: Path) -> None:
         logger.warning("%s: dropped, as this run begins anew (%s)", path, difference)
 
 
-def finished_result(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
-    """`result.json` of a run that reached the end it was given, if that is the end it is given now."""
+def finished_result(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> dict[str, Any] | None:
+    """`result.json` of a run that reached the end it was given, if that is the end it is given now.
+
+    `checkpoint` is what the run goes on from where what it trained is gone.
+    """
     result = read_result(run_dir)
     if result is None or result["status"] != "finished":
         return None
     if not has_trained(run_dir):
-        logger.warning("%s: finished, but what it trained is gone; it goes on from its last checkpoint", run_dir)
+        goes_on = "begins anew" if checkpoint is None else f"goes on from {checkpoint.name}"
+        logger.warning("%s: finished, but what it trained is gone; it %s", run_dir, goes_on)
         return None
     # Results written before they named their end: the config beside them does, unless somebody has edited it since.
     end = result["end"] if "end" in result else end_of(saved_options(run_dir)["trainer"])

@@ -160,9 +160,20 @@ def dimension(override: Override) -> Dimension:
     return Dimension(key, [], low, high, is_log, isinstance(low, int) and isinstance(high, int))
 
 
+def choices(override: Override) -> list[str]:
+    """The values of a swept word. Raises ValueError where it has none."""
+    try:
+        values = list(override.sweep_string_iterator())
+    except ValueError as error:  # Python's, of range(0,2,0)
+        raise ValueError(f"{override.input_line}: {error}") from error
+    if not values:
+        raise ValueError(f"{override.input_line}: holds no value, so there is nothing to train")
+    return values
+
+
 def typed_choices(override: Override) -> list[str]:
     """The values of a swept word, numbers as they were typed: Hydra writes 1e30 as 1e+30."""
-    values = list(override.sweep_string_iterator())
+    values = choices(override)
     text = (override.input_line or "").partition("=")[2]
     texts = text.removeprefix("choice(").removesuffix(")").split(",")
     if len(texts) != len(values):

@@ -5,10 +5,10 @@ has the task's id as `Trial.job`.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from lightning_peft.cluster.job import Job
+from lightning_peft.cluster.job import SAVED, Job
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.sweeps.budget import budget_in_words, is_over_budget
 from lightning_peft.sweeps.pruning import begin_at_rung, preempted, promoted, target
@@ -17,6 +17,7 @@ from lightning_peft.sweeps.sweep import (
     FAILED,
     FINISHED,
     PAUSED,
+    PREEMPTED,
     RUNNING,
     Sweep,
     Trial,
@@ -67,13 +68,22 @@ def work_to_begin(sweep: Sweep) -> int:
     return work + (bool(sweep.rungs) and (preempted(sweep) or promoted(sweep)) is not None)
 
 
-def turn_of_slot(sweep: Sweep, folder: Path, task: str, ended: int | None, queue: Mapping[str, Job]) -> list[Trial]:
+def turn_of_slot(
+    sweep: Sweep,
+    folder: Path,
+    task: str,
+    ended: int | None,
+    queue: Mapping[str, Job],
+    names: Collection[str] = (),
+) -> list[Trial]:
     """Return the trials that a slot is to run now: those it was interrupted in, else the next; none for it to leave.
 
-    `ended` is the exit status of what the slot has run in this start of its job, None where it begins.
+    `ended` is the exit status of what the slot has run in this start of its job, None where it begins, and `names` the
+    trials it is of; a slot that got no answer asks again, and by then the sweep may have given it others.
     """
     own = [trial for trial in sweep.trials if trial.job == task]
-    kept = [trial for trial in own if not is_over(sweep, trial, folder, ended)]
+    ends = {trial.name: ended if not names or trial.name in names else None for trial in own}
+    kept = [trial for trial in own if not is_over(sweep, trial, folder, ends[trial.name])]
     if kept:
         for trial in kept:
             drop_result(trial, folder)
@@ -81,13 +91,21 @@ def turn_of_slot(sweep: Sweep, folder: Path, task: str, ended: int | None, queue
         return kept
     for trial in own:
         trial.job = None
-        if ended is not None:
-            trial.exit_code = ended
+        if (status := ends[trial.name]) is not None:
+            trial.exit_code = status
+            leave_to_retry(trial, folder)
     refresh(sweep, folder, queue)
     claimed = claim_next(sweep, folder)
     for trial in claimed:
         trial.job = task
     return claimed
+
+
+def leave_to_retry(trial: Trial, folder: Path) -> None:
+    """Have nobody take up a trial whose slot gave it up, as it was told to leave again and again."""
+    result = read_result(folder / trial.name)
+    if result is not None and result["status"] == PREEMPTED:
+        trial.resumed_at = int(result["steps"])
 
 
 def is_over(sweep: Sweep, trial: Trial, folder: Path, ended: int | None) -> bool:
@@ -99,4 +117,7 @@ def is_over(sweep: Sweep, trial: Trial, folder: Path, ended: int | None) -> bool
         # By trainer.max_time, which the next start has anew; one that gets no further is left to `sweep retry`.
         known, trial.resumed_at = trial.resumed_at or 0, int(result["steps"])
         return trial.resumed_at <= known
-    return ended is not None or (result is not None and result["status"] in OVER)
+    if result is None:
+        # A slot does not say 75 of one that left no result, unless the sweep has dropped that, and its answer was lost.
+        return ended not in (None, SAVED)
+    return ended is not None or result["status"] in OVER

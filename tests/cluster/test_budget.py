@@ -69,6 +69,35 @@ def test_nothing_begins_once_the_budget_is_spent(folder, capsys, monkeypatch):
     assert [trial.name for trial in claim(folder)] == ["t4"]
 
 
+def test_retry_keeps_to_the_slots_that_may_run_at_once(tmp_path, monkeypatch, capsys):
+    folder, queue = tmp_path / "s", tmp_path / "queue"
+    commands = {"sbatch": f'grep -- --array= "$2" >> {tmp_path}/submitted; echo 71', "scontrol": f"cat {queue}"}
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    words = ["model=tiny", "seed=1,2,3,4", "sweep.parallel=2", "sweep.budget_gpu_hours=1", f"sweep_dir={folder}"]
+    assert main(["submit", "-m", "cluster=slurm", *words]) == 0
+
+    def submitted(budget: int, *states: str) -> list[str]:
+        """The arrays that a retry submits, where the tasks of the first are in these states."""
+        task = "JobId={} ArrayJobId=71 ArrayTaskId={} JobState={} ExitCode=0:0 Restarts=0\n"
+        queue.write_text("".join(task.format(72 + n, n, state) for n, state in enumerate(states)))
+        (tmp_path / "submitted").write_text("")
+        assert main(["sweep", "retry", str(folder), f"sweep.budget_gpu_hours={budget}"]) == 0
+        return (tmp_path / "submitted").read_text().splitlines()
+
+    assert (tmp_path / "submitted").read_text() == "#SBATCH --array=0-1\n"
+    assert submitted(2, "PENDING", "PENDING") == [], "which ask once they start"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "71")
+    for task in range(2):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        assert main(["sweep", "ask", str(folder)]) == 0
+    assert submitted(3, "RUNNING", "RUNNING") == []
+    assert "sweep.parallel=2 slots are there already" in capsys.readouterr().out
+    assert submitted(4, "RUNNING", "FAILED") == ["#SBATCH --array=0-0"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -17,6 +17,10 @@ class Slot:
     root: Path
     state: str = "RUNNING"
     end_time: int | None = None
+    silent: int = 0
+    """How often squeue fails before it answers."""
+    lost: int = 0
+    """How many asks of the sweep after the first get no answer."""
 
     def run(self, first: str, second: str = "exit 0") -> tuple[int, list[str]]:
         """The exit status, and what was asked; `first` and `second` are what the ranks of the two trials do."""
@@ -26,16 +30,22 @@ class Slot:
             (self.root / f"ranks-{number}").write_text(f'cd "{trial}"\n{does}\n')
         (self.root / "given").write_text("".join(f"{trial}\n" for trial in trials))
         commands = {
-            "python": f'echo ask "${{@:6}}" >> {log}\nsed -n "$(grep -c ask {log})p" {self.root}/given',
+            "python": f'echo ask "${{@:6:1}}" >> {log}\necho "${{@:7}}" >> {self.root}/reported\n'
+            f"asks=$(grep -c ask {log})\n"
+            f"if [ $asks -gt 1 ] && [ $asks -le $((1 + {self.lost})) ]; then exit 1; fi\n"
+            f'sed -n "$((asks > 1 ? asks - {self.lost} : 1))p" {self.root}/given',
             "srun": f"echo srun >> {log}\nexec bash {self.root}/ranks-$(($(grep -c srun {log}) - 1))",
-            "squeue": f"echo {self.state}",
+            "squeue": f"echo >> {self.root}/looks; [ $(wc -l < {self.root}/looks) -gt {self.silent} ] || exit 1\n"
+            f"echo {self.state}",
+            "sleep": 'exec /usr/bin/sleep "$(($1 < 4 ? $1 : 0))"',
             "scontrol": f'if [ "$1" = requeue ]; then echo "$@" >> {log}; else echo localhost; fi',
             "scancel": f'echo scancel "$@" >> {log}',
         }
         for name, text in commands.items():
             (self.root / name).write_text(f"#!/bin/bash\n{text}\n")
             (self.root / name).chmod(0o755)
-        log.unlink(missing_ok=True)
+        for path in (log, self.root / "looks", self.root / "reported"):
+            path.unlink(missing_ok=True)
         script = batch_script(SlurmConfig(time=60), "name", "log", "", "", "0-1", slot_of=self.root)
         environment = {
             "PATH": f"{self.root}:/usr/bin:/bin", "SLURM_JOB_ID": "72", "SLURM_JOB_NODELIST": "node1",
@@ -66,7 +76,8 @@ def test_script_is_valid_bash(tmp_path):
         (SAYS % ("preempted", 75), 75, ["ask", "requeue 71_0"]),
         ("exit 75", 75, ["ask", "requeue 71_0"]),  # told before the first step
         ("exit 143", 75, ["ask", "requeue 71_0"]),  # told before Python heeds a signal
-        ("exit 1", 75, ["ask", "requeue 71_0"]),  # srun makes no step any more
+        ("exit 1", 1, ["ask", "ask ended=1", "ask ended=0"]),  # raised before the trial could write how it ended
+        (SAYS % ("preempted", 1), 75, ["ask", "requeue 71_0"]),  # of its ranks one was not saved
         ("touch leave; sleep 3; exit 75", 0, ["ask", "scancel --signal=USR1 71_0", "ask ended=75", "ask ended=0"]),
     ],
 )
@@ -83,10 +94,37 @@ def test_slot_near_its_end_begins_no_further_trial(tmp_path):
     assert Slot(tmp_path, end_time=1).run("exit 0") == (75, ["ask", "ask ended=0", "requeue 71_0"])
 
 
-def test_third_start_without_a_checkpoint_is_the_last(tmp_path):
+def test_trial_for_which_srun_makes_no_step_any_more_is_not_judged(tmp_path):
+    assert Slot(tmp_path, end_time=1).run("exit 1") == (75, ["ask", "requeue 71_0"])
+
+
+def test_third_start_without_a_checkpoint_is_the_last_of_its_trial_and_not_of_the_slot(tmp_path):
     slot, again = Slot(tmp_path), (75, ["ask", "requeue 71_0"])
-    assert [slot.run("exit 75") for _ in range(3)] == [again, again, (1, ["ask"])]
+    assert [slot.run("exit 75") for _ in range(3)] == [again, again, (1, ["ask", "ask ended=1", "ask ended=0"])]
     assert slot.run("touch checkpoints/step-00000001.ckpt; exit 75") == again
+
+
+@pytest.mark.parametrize(
+    ("first", "status", "asked"),
+    [
+        (SAYS % ("finished", 0), 0, ["ask", "ask ended=0", "ask ended=0"]),
+        (SAYS % ("preempted", 75), 75, ["ask", "requeue 71_0"]),
+        ("exit 137", 137, ["ask", "ask ended=137", "ask ended=0"]),
+    ],
+)
+def test_controller_that_does_not_answer_is_asked_again(tmp_path, first, status, asked):
+    assert Slot(tmp_path, silent=3).run(first) == (status, asked)
+
+
+def test_controller_that_never_answers_is_left(tmp_path, capfd):
+    assert Slot(tmp_path, silent=99).run("exit 137")[1] == ["ask"]
+    assert "error: no answer of squeue in ten minutes, so job 71_0 leaves" in capfd.readouterr().err
+
+
+def test_sweep_that_does_not_answer_is_told_again_what_ended_and_how(tmp_path):
+    slot = Slot(tmp_path, lost=2)
+    assert slot.run("exit 137") == (137, ["ask", *3 * ["ask ended=137"], "ask ended=0"])
+    assert (tmp_path / "reported").read_text().splitlines() == ["", *3 * ["trials=['a trial']"], "trials=['b']"]
 
 
 @pytest.mark.parametrize("words", [["sweep.pruning=asha", "trainer.max_steps=9"], ["sweep.budget_gpu_hours=1"]])

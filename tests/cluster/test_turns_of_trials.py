@@ -1,6 +1,7 @@
 """Which trial a slot is given: its own after an interruption, else the next; nothing twice and nothing lost."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def turn(folder: Path, task: str, ended: int | None = None, **states: str) -> list[str]:
-    """What a slot gets, where the tasks are in these states: running, unless said otherwise."""
+def turn(folder: Path, task: str, ended: int | None = None, of: Sequence[str] = (), **states: str) -> list[str]:
+    """What a slot gets that says how `of` ended; the tasks are in these states, running unless said otherwise."""
     queue = {f"71_{n}": Job(f"71_{n}", states.get(f"task{n}", "RUNNING"), 0, 0) for n in range(3)}
     with changed_sweep(folder) as sweep:
-        return [trial.name for trial in turn_of_slot(sweep, folder, task, ended, queue)]
+        return [trial.name for trial in turn_of_slot(sweep, folder, task, ended, queue, of)]
 
 
 def leaves(folder: Path, name: str, status: str, steps: int = 3, loss: float | None = None, hours: float = 0.0) -> None:
@@ -58,6 +59,26 @@ def test_trial_that_crashed_is_left_to_a_retry_and_the_slot_goes_on(folder):
     assert turn(folder, "71_0", ended=1) == ["t2"]
     trials = read_sweep(folder).trials
     assert [(trial.state, trial.exit_code) for trial in trials[:2]] == [("failed", 137), ("failed", 1)]
+
+
+def test_slot_whose_answer_was_lost_is_given_what_it_was_given(folder):
+    assert turn(folder, "71_0") == ["t0"]
+    assert turn(folder, "71_0", ended=137, of=["t0"]) == ["t1"]
+    assert turn(folder, "71_0", ended=137, of=["t0"]) == ["t1"], "which nobody has begun, so it did not end"
+    trials = read_sweep(folder).trials
+    assert [(trial.state, trial.exit_code, trial.attempts) for trial in trials[:2]] == [
+        ("failed", 137, 1), ("running", None, 1)
+    ]  # fmt: skip
+    leaves(folder, "t1", "paused", 2)
+    for _ in range(2):
+        assert turn(folder, "71_0", ended=75, of=["t1"]) == ["t1"], "its time limit is known already"
+
+
+def test_trial_that_a_slot_gave_up_is_left_to_a_retry(folder):
+    assert turn(folder, "71_0") == ["t0"]
+    leaves(folder, "t0", "preempted", 2)
+    assert turn(folder, "71_0", ended=1, of=["t0"]) == ["t1"]
+    assert (read_sweep(folder).trial("t0").state, read_sweep(folder).trial("t0").exit_code) == ("preempted", 1)
 
 
 def test_promoted_trial_comes_before_one_that_nobody_has_begun(folder):

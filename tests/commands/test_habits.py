@@ -9,6 +9,7 @@ import pytest
 import started
 
 from lightning_peft.__main__ import main
+from lightning_peft.command_line import one_of_each_value
 from lightning_peft.compose import compose_config, nearest
 from lightning_peft.words import everyday, no_such_option, options_of_group, words_of_file
 
@@ -76,6 +77,7 @@ SLIPS = [
     (["--version"], "--version: `lightning-peft --version` prints the version"),
     (["--overwrite_output_dir"], "--overwrite_output_dir: no such option; a used run_dir is an error"),
     (["~rank"], "~rank: nothing is taken away with ~; give the value that is wanted"),
+    (["~trainer"], "~trainer: nothing is taken away with ~; give the value that is wanted"),
     (["run_dir="], "run_dir=: is empty; give one, or leave it out"),
     (["qlora"], "qlora: not of the form key=value; use method=qlora"),
     (["org/name"], "org/name: not of the form key=value; use model=org/name for a model, data=FILE for rows"),
@@ -117,7 +119,7 @@ FILES = {
     "data:\n  system_prompt: You are: a bot\n": "my.yaml: not YAML .line 2: a second colon; put text that holds one in quotes",
     "method: @lora\n": "my.yaml: not YAML .line 1: .*put such text in quotes",
     "data.max_length: 64\ndata:\n  max_length: 32\n": "my.yaml: has data.max_length twice",
-    "data: {}\n": "my.yaml: data: has nothing inside",
+    "data: {}\n": "my.yaml: data: has nothing inside", "logger: {}\n": "my.yaml: logger: has nothing inside",
     "data: !!set {a, b}\n": "my.yaml: data: must be keys with values, or a list",
 }  # fmt: skip
 
@@ -193,12 +195,30 @@ def test_command_of_another_tool_is_answered_with_ours(typed, capsys):
         (["adapter.rank=4,0"], "adapter.rank=0: a rank is at least 1"),
         (["method=lora,doraa"], "method=doraa: no such option; use method=dora"),
         (["adapter.rank=4,abc"], "adapter.rank=abc: "),
+        (["adapter.rank=range(8,8)"], "adapter.rank=range(8,8): holds no value, so there is nothing to train"),
+        (["seed=range(0,2,0)"], "seed=range(0,2,0): range() arg 3 must not be zero"),
+        (["method=glob(none*)"], "method=glob(none*): holds no value"),
+        (["adapter.rank=interval(4,8)"], "adapter.rank=interval(4,8): an interval has no end of values; use range()"),
+        (["rank=r4,8"], "rank=r4,8: numbers beside names; give numbers alone, as in rank=4,8, or names"),
+        (["method=lora,8"], "method=8: no such option; method is one of"),
     ],
 )
 def test_every_value_of_a_sweep_is_checked_before_its_first_trial(words, line, capsys, tmp_path):
     assert main(["train", "-m", *words, f"run_dir={tmp_path}/sweep"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {line}")
     assert not (tmp_path / "sweep").exists()
+
+
+def test_swept_words_of_functions_are_read_as_lists_are():
+    written = everyday("train", ["rank=range(4,9,4)", "method=glob(lora_*,exclude=lora_fa)"])
+    trials = one_of_each_value([*written, "seed=sort(choice(2,1))"])
+    assert trials == [
+        ["adapter.rank=4", "method=lora_plus", "seed=1"],
+        ["adapter.rank=8", "method=lora_plus", "seed=1"],
+        ["adapter.rank=4", "method=lora_plus", "seed=2"],
+    ]
+    for word in ("rank=sort(range(4,9,4),reverse=true)", "rank=choice(4, 8)", "rank=shuffle(range(start=4,stop=9))"):
+        assert everyday("train", [word]) == [f"adapter.{word}"]
 
 
 def test_failed_file_operation_names_the_file_first(capsys, tmp_path):

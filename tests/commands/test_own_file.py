@@ -96,3 +96,37 @@ def test_bash_completes_a_word(capsys):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["method=qlora"]
     assert "optimizer.lora_plus_ratio=" in all_words()
+
+
+MIXED = """
+data: {sources: {sql: {train_path: a.jsonl}, chat: {train_path: b.jsonl}}}
+callbacks: {timer: {_target_: lightning.pytorch.callbacks.Timer, duration: {}}, other: {_target_: other.Callback}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "sources", "callbacks", "loggers"),
+    [
+        ("seed=1", ["sql", "chat"], ["timer", "other"], ["metrics_csv"]),
+        ("~data.sources.sql", ["chat"], ["timer", "other"], ["metrics_csv"]),
+        ("~callbacks.other", ["sql", "chat"], ["timer"], ["metrics_csv"]),
+        ("~callbacks", ["sql", "chat"], [], ["metrics_csv"]),
+        ("~logger", ["sql", "chat"], ["timer", "other"], []),
+    ],
+)
+def test_what_a_file_names_may_be_taken_away(word, sources, callbacks, loggers):
+    Path("my.yaml").write_text(MIXED)
+    config = compose_config("train", everyday("train", ["my.yaml", word, "run_dir=r"]))
+    assert (list(config.data.sources), list(config.callbacks), list(config.logger)) == (sources, callbacks, loggers)
+    assert "timer" not in callbacks or config.callbacks["timer"]["duration"] == {}
+
+
+def test_what_is_not_there_cannot_be_taken_away(capsys):
+    assert main(["train", "model=tiny", "~logger.csv", "run_dir=r"]) == 2
+    assert "logger.csv" in (said := capsys.readouterr().err) and "data=" not in said
+
+
+def test_file_may_say_that_there_are_no_callbacks():
+    Path("my.yaml").write_text("callbacks: {}\nclaim: {}\n")
+    config = compose_config("train", everyday("train", ["my.yaml", "run_dir=r"]))
+    assert config.callbacks == {} and config.claim == {}

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lightning_peft.__main__ import main
+from lightning_peft.commands.plan_sweep import planned, split_words
 from lightning_peft.compose import compose_config, nearest
 from lightning_peft.help import WIDTH, command_help
 from lightning_peft.objectives.registry import OBJECTIVES
@@ -98,6 +99,7 @@ def test_wrong_word_is_one_line_and_status_2(word, line, capsys, tmp_path, monke
         (["data.train_path=rows.jsonl"], ["data=jsonl", "data.train_path=rows.jsonl"]),
         (["data=alpaca", "data.train_path=x"], ["data=alpaca", "data.train_path=x"]),
         (["target_modules=all-linear"], ["target_modules=all_linear"]),
+        (["adapter.target_modules=all"], ["adapter.target_modules=all_linear"]),
         (["target_modules=q_proj,v_proj"], ["adapter.target_modules=[q_proj,v_proj]"]),
         (["target_modules=[q_proj]"], ["adapter.target_modules=[q_proj]"]),
         (["target_modules=attention,mlp"], ["target_modules=attention,mlp"]),
@@ -131,6 +133,46 @@ def test_own_file_gives_groups_and_keys_and_later_words_win(tmp_path, monkeypatc
     assert config.optimizer.lr == 3e-4 and config.adapter.target_modules == ["q_proj", "re:.*mlp.*"]
     assert config.trainer["max_epochs"] == 2 and config.trainer["gradient_clip_val"] is None
     assert "wandb" in config.logger
+
+
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("rank=r16", {"rank": 16}),
+        ("rank=16", {"rank": 16}),
+        ("target_modules=all", {"target_modules": "all_linear"}),
+        ("target_modules=mlp", {"target_modules": "mlp"}),
+        ("adapter.target_modules=all-linear", {"target_modules": "all_linear"}),
+        ("other.yaml", {"rank": 4}),
+    ],
+)
+@pytest.mark.parametrize("text", ["rank: 8\ntarget_modules: [q_proj]", "adapter: {rank: 8, target_modules: [q_proj]}"])
+def test_later_word_wins_over_a_file_by_key_and_by_group(tmp_path, monkeypatch, text, word, changed):
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(text)
+    Path("other.yaml").write_text("rank: r4\n")
+    adapter = compose_config("train", everyday("train", ["my.yaml", word, "run_dir=r"])).adapter
+    found = {"rank": adapter.rank, "target_modules": adapter.target_modules}
+    assert found == {"rank": 8, "target_modules": ["q_proj"]} | changed
+
+
+def test_option_takes_back_what_a_file_says_in_other_words(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("model: org/name\ndata: rows.csv\nrank: tapered\n")
+    assert everyday("train", [str(path), "model=tiny", "data=alpaca", "rank=8"]) == [
+        "model=tiny", "data=alpaca", "adapter.rank=8"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["rank=4,8", "rank=r4,r8", "adapter.rank=4,8", "data.sources.a.weight=1,2"])
+def test_key_of_a_file_may_be_swept(tmp_path, word):
+    path = tmp_path / "my.yaml"
+    path.write_text("rank: 16\nmodel: tiny\ndata: {sources: {a: {train_path: a.jsonl, weight: 3}}}\n")
+    own, words = split_words(everyday("submit", [str(path), word, "cluster=local"]))
+    sweep, runs = planned(compose_config("submit_sweep", own), words, tmp_path / "sweep")
+    key = "data.sources.a.weight" if "weight" in word else "adapter.rank"
+    swept = [run.data.sources["a"]["weight"] if "weight" in word else run.adapter.rank for run in runs]
+    assert swept == ([1, 2] if "weight" in word else [4, 8]) and not any(w.startswith(key) for w in sweep.words)
 
 
 @pytest.mark.parametrize(

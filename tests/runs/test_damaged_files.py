@@ -92,11 +92,15 @@ def test_what_decides_the_run_is_named(runs, tmp_path, file, content, message):
     assert (run_dir / "metrics.csv").read_bytes() == before
 
 
-def test_finished_run_whose_adapter_is_gone_makes_it_again(runs, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("gone", "said"), [(["adapter"], "goes on from step-00000004.ckpt"), (["adapter", "checkpoints"], "begins anew")]
+)
+def test_finished_run_whose_adapter_is_gone_makes_it_again(runs, tmp_path, caplog, gone, said):
     run_dir = damaged(runs, "whole", tmp_path, "result.json", (runs / "whole" / "result.json").read_bytes())
-    shutil.rmtree(run_dir / "adapter")
+    for name in gone:
+        shutil.rmtree(run_dir / name)
     train(tiny_config(run_dir, *WORDS, "resume=auto"))
-    assert "what it trained is gone" in caplog.text
+    assert f"what it trained is gone; it {said}" in caplog.text
     one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (run_dir, runs / "whole"))
     assert all(one[key].equal(other[key]) for key in other)
 
