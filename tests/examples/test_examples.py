@@ -32,7 +32,7 @@ def succeeded(*words: str, cwd: Path = EXAMPLES) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("own") / "run"
-    succeeded("train", *TINY, *METHOD, f"run_dir={run_dir}", "adapter.largest=0.25")
+    succeeded("train", *TINY, *METHOD, f"run_dir={run_dir}", "adapter.largest=0.25", "checkpoint.every_n_steps=2")
     return run_dir
 
 
