@@ -314,12 +314,11 @@ def _select(
     _check_patterns_used("adapter.exclude_modules", config.exclude_modules, everything)
     chosen = set().union(*found.values())
     chosen -= {name for name in chosen if any(matches(pattern, name) for pattern in config.exclude_modules)}
+    depths = [depth for name in inner if (depth := block_depth(name)) is not None]
     if config.layers is not None:
-        depths = [depth for name in inner if (depth := block_depth(name)) is not None]
         wanted = parse_layers(config.layers, 1 + max(depths) if depths else None)
         chosen = {name for name in chosen if (depth := block_depth(name)) is not None and wanted(depth)}
     if not chosen:
-        depths = [depth for name in inner if (depth := block_depth(name)) is not None]
         raise ValueError(
             f"adapter.layers={config.layers!r} with exclude_modules={list(config.exclude_modules)} leaves none of the "
             f"layers matched ({counts}); this model's blocks are 0-{max(depths, default=0)}"

@@ -55,8 +55,6 @@ class Batch:
     num_units: int | None = None
     """Pairs of samples that belong together, which follow each other; 0 in a filler, None where samples stand alone."""
 
-    ends: Tensor | None = None
-    """(S,) int64, where the last token of each sample is in the flattened tokens; None where samples stand alone."""
     margins: Tensor | None = None
     """(U,) fp32, by how much the chosen answer of each pair is to be ahead; None where all are 0."""
 
@@ -68,6 +66,12 @@ class Batch:
 
     source: SourceOf | None = None
     """Where the samples come from, in the validation of a mixture; None where it does not matter."""
+
+    @property
+    def ends(self) -> Tensor:
+        """Return where the last token of each sample is in the flattened tokens, (S,) int64; `lengths` are known."""
+        assert self.lengths is not None
+        return self.cu_seqlens[:-1] + self.lengths - 1
 
     @property
     def loss_weight(self) -> float:

@@ -34,7 +34,6 @@ def collate(
     weighted = any(sample.weights is not None for row in rows for sample in row)
     weights = torch.ones((len(rows), width)) if weighted else None
     starts: list[int] = []
-    ends: list[int] = []
     lengths: list[int] = []
     num_tokens = 0
     for number, row in enumerate(rows):
@@ -49,7 +48,6 @@ def collate(
                 weights[number, start:end] = torch.tensor(sample.weights)
             position_ids[number, start:stop] = torch.arange(stop - start)
             starts.append(number * width + start)
-            ends.append(number * width + end - 1)
             lengths.append(end - start)
         num_tokens += end
     samples = [sample for row in rows for sample in row]
@@ -70,7 +68,6 @@ def collate(
         num_units=None if group == 1 else 0 if filler else len(starts) // group,
         top=_collate_top(samples, filler),
         taught=_collate_taught(samples, pad_token_id, max_length, packing, filler),
-        ends=None if group == 1 else torch.tensor(ends),
         margins=None if set(margins) == {None} else torch.tensor([margin or 0.0 for margin in margins]),
         weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),
     )

@@ -163,13 +163,14 @@ def fake_batch(rows: int, length: int, recorder: Recorder) -> Batch:
     """A batch of full rows, one sample each, all but the first token of each supervised."""
     input_ids, labels, position_ids = (torch.empty(rows, length, dtype=torch.int64, device="cpu") for _ in range(3))
     cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device="cpu")
-    ends = torch.arange(length - 1, rows * length, length, device="cpu")
-    for tensor in (input_ids, labels, position_ids, cu_seqlens, ends):
+    lengths = torch.full((rows,), length, dtype=torch.int64, device="cpu")
+    for tensor in (input_ids, labels, position_ids, cu_seqlens, lengths):
         recorder.ignore(tensor)
     supervised = rows * (length - 1)
     return Batch(
-        input_ids, labels, position_ids, cu_seqlens, length, rows * length, supervised, num_units=rows // 2, ends=ends
-    )
+        input_ids, labels, position_ids, cu_seqlens, length, rows * length, supervised,
+        lengths=lengths, num_units=rows // 2,
+    )  # fmt: skip
 
 
 class Tags:

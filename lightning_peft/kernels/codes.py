@@ -113,9 +113,15 @@ def levels(kind: str, device: torch.device) -> Tensor:
 
 
 @cache
+def has_triton() -> bool:
+    """Return whether there is Triton, which comes with torch where there is CUDA."""
+    return find_spec("triton") is not None
+
+
+@cache
 def has_decoder() -> bool:
     """Return whether there is Triton to decode with in one launch; without it bitsandbytes takes three."""
-    if find_spec("triton") is not None:
+    if has_triton():
         return True
     logger.info("4-bit weights are decoded by three kernels of bitsandbytes: there is no triton for one")
     return False

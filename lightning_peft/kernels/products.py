@@ -110,6 +110,11 @@ def summed_product(left: Tensor, right: Tensor) -> Tensor:
     return (left @ right).to(dtype)
 
 
+def padded(side: int) -> int:
+    """Return the power of two that Triton computes a side of a product as: it has none below 16."""
+    return max(16, 1 << (side - 1).bit_length())
+
+
 @torch.library.register_fake("lightning_peft::low_rank_gradients")
 def _(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(grad.dtype, torch.float32)

@@ -7,16 +7,14 @@ all changes, once for all gradients of A, and its own gradient is one sum. Each 
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.codes import Codes, dequantize, in_features_of
+from lightning_peft.kernels.codes import Codes, dequantize, has_triton, in_features_of
 from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product
-from lightning_peft.kernels.products import summed_product
+from lightning_peft.kernels.products import padded, summed_product
 
 torch.library.define("lightning_peft::scaled_products", "(Tensor[] rows, Tensor[] factors, float scaling) -> Tensor")
 torch.library.define("lightning_peft::factor_gradient", "(Tensor left, Tensor right) -> Tensor")
@@ -187,17 +185,6 @@ def reads_once(grads: Sequence[Tensor], ranks: Sequence[int]) -> bool:
     first = grads[0]
     suits = first.is_cuda and first.dtype.itemsize == 2 and torch.version.hip is None and has_triton()
     return suits and len(first) >= LEAST_ROWS and max(ranks) <= LARGEST_RANK
-
-
-def padded(rank: int) -> int:
-    """Return the power of two that a kernel computes a rank as: its products have no side below 16."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
-@cache
-def has_triton() -> bool:
-    """Return whether there is Triton, which comes with torch where there is CUDA."""
-    return find_spec("triton") is not None
 
 
 @torch.library.impl("lightning_peft::read_once", "CUDA")

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_peft.kernels.products import padded
+
 ROWS = 32
 """Rows that a program reads at once: of 512 columns in 16 bits 32 KB, of which two fit into any GPU's shared memory."""
 BLOCK = 1024
@@ -78,8 +80,7 @@ def read_once(grad: Tensor, B: Tensor, inner: Tensor, scaling: float, inner_part
     _read_once[(chunks, parts)](
         grad, B, inner, inner_parts, B_parts, rows, width, rank, own_rows,
         grad.stride(0), inner.stride(0), inner_parts.stride(0), inner_parts.stride(1), B_parts.stride(0), scaling,
-        COLUMNS=max(16, triton.next_power_of_2(triton.cdiv(width, chunks))), ROWS=ROWS,
-        RANK=max(16, triton.next_power_of_2(rank)), num_warps=8, num_stages=1,
+        COLUMNS=padded(triton.cdiv(width, chunks)), ROWS=ROWS, RANK=padded(rank), num_warps=8, num_stages=1,
     )  # fmt: skip
 
 

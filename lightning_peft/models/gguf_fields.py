@@ -61,8 +61,8 @@ def check_fields(file: GGUFFile, config: PreTrainedConfig) -> None:
             continue
         if field == "attention.head_count_kv" and isinstance(value, Sequence):
             value = [heads for heads in value if heads]  # layers without attention have none
-        if field == "attention.sliding_window" and not expected and value >= (text.max_position_embeddings or 0):
-            continue  # no position is left out
+        if field == "attention.sliding_window" and not expected and _sees_all(value, text):
+            continue
         if expected is None or not any(_is_same(value, one) for one in expected):
             known = f"is {_shown(expected)} for transformers" if expected else "is not read"
             raise ValueError(
@@ -96,6 +96,12 @@ def _head_widths(text: Any) -> list[int]:
     sizes = [getattr(text, name, None) for name in ("head_dim", "global_head_dim")]
     heads = getattr(text, "num_attention_heads", None)
     return [size for size in sizes if size] or ([text.hidden_size // heads] if heads else [])
+
+
+def _sees_all(window: Any, text: Any) -> bool:
+    """Return whether a window is no shorter than the context."""
+    context = getattr(text, "max_position_embeddings", None)
+    return isinstance(window, int) and context is not None and window >= context
 
 
 def _is_off(field: str, value: Any) -> bool:

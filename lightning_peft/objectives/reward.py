@@ -96,7 +96,6 @@ class RewardLoss(ModelLoss):
         return found.new_zeros(batch.cu_seqlens.numel() - 1).index_copy(0, numbers, found)
 
     def _rewards(self, batch: Batch) -> Tensor:
-        assert batch.ends is not None, "rows of preferences"
         inputs = own_inputs(batch.input_ids) if self.runs_apart else decoder_inputs(self.model, batch)
         hidden = decoder_of(self.model)(**inputs).last_hidden_state
         (head,) = self.head

@@ -31,7 +31,7 @@ def unpacked(batch: Batch, at_once: bool = False) -> list[Batch]:
 def _samples(batch: Batch) -> dict[int, range]:
     """Return where samples are in the flattened batch, by their number: up to their end, else to their last label."""
     bounds, labelled = batch.cu_seqlens.tolist(), (batch.labels != IGNORED_LABEL).flatten().cpu()
-    ends = None if batch.ends is None else batch.ends.tolist()
+    ends = None if batch.num_units is None else batch.ends.tolist()
     found = {}
     for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         places = labelled[start:stop].nonzero()
@@ -47,7 +47,6 @@ def _rows(batch: Batch, samples: dict[int, range], width: int) -> Batch:
     places = torch.arange(width, device=device).expand(len(samples), width)
     source = starts + torch.minimum(places, lengths - 1)
     labels = batch.labels.flatten()[source].masked_fill(places >= lengths, IGNORED_LABEL)
-    stops = torch.arange(len(samples), device=device) * width + lengths[:, 0] - 1
     weights: Tensor | None = None if batch.weights is None else batch.weights.flatten()[source]
     return Batch(
         input_ids=batch.input_ids.flatten()[source],
@@ -60,5 +59,4 @@ def _rows(batch: Batch, samples: dict[int, range], width: int) -> Batch:
         weights=weights,
         lengths=lengths[:, 0],
         sample_ids=torch.tensor(list(samples), device=device),
-        ends=None if batch.ends is None else stops,
     )

@@ -181,9 +181,7 @@ def give_teacher(
         teacher = _load(config, model, quantization, dtype, device)
     else:
         keep_from_training(teacher, student)
-        if (folder := teacher_folder(config)) is not None:
-            inject_adapters(teacher, adapter_config_from_peft(folder))
-            load_adapter(teacher, folder)
+        give_adapter(teacher, config)
     objective.teacher = Teacher(teacher.eval(), objective.packing)
     own, of_student = ({t.data_ptr(): t.nbytes for t in tensors_of(part)} for part in (teacher, student))
     beside = sum(size for place, size in own.items() if place not in of_student)
@@ -204,10 +202,15 @@ def teacher_alone(
     if not shares_base(objective):
         return _load(objective, model, quantization, dtype, device).eval()
     teacher = load_model(model, dtype, quantization, device)
+    give_adapter(teacher, objective)
+    return teacher.eval().requires_grad_(False)
+
+
+def give_adapter(teacher: PreTrainedModel, objective: DistillConfig) -> None:
+    """Put the teacher's adapter onto the base, where it has one."""
     if (folder := teacher_folder(objective)) is not None:
         inject_adapters(teacher, adapter_config_from_peft(folder))
         load_adapter(teacher, folder)
-    return teacher.eval().requires_grad_(False)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from brute_force import quantile, resampled
 
 from lightning_peft.__main__ import main
 from lightning_peft.evaluation.smaller_ranks import RankScore, smallest_as_good
@@ -61,18 +62,6 @@ def last_validations(folder: Path, rank: int, rate: str) -> list[float]:
         with (folder / f"rank{rank}_lr{rate}_seed{seed}" / "metrics.csv").open() as file:
             found.append([float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]][-1])
     return found
-
-
-def quantile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def resampled(values: list[float]) -> list[float]:
-    return [sum(chosen) / len(chosen) for chosen in itertools.product(values, repeat=len(values))]
 
 
 def test_groups_are_what_the_metrics_files_say(folder):

@@ -1,7 +1,10 @@
 import logging
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -9,9 +12,10 @@ import pytest
 import torch
 from families import small_model
 from gguf import GGMLQuantizationType, GGUFWriter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config, PreTrainedModel
 
 from lightning_peft.models.gguf_conversion import parameter_name
+from lightning_peft.models.gguf_fields import check_fields
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context, source_fingerprint
 from lightning_peft.models.source import ModelConfig, locate
 
@@ -320,6 +324,24 @@ def test_fields_that_change_nothing_are_passed_over(tmp_path: Path) -> None:
     original = small_model("llama")
     write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, add)
     torch.testing.assert_close(loaded(tmp_path / "m.gguf")(IDS).logits, original(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_counts_from_the_context_down(tmp_path: Path) -> None:
+    original = small_model("llama")
+    context = original.config.max_position_embeddings
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, lambda w: w.add_sliding_window(context))
+    torch.testing.assert_close(loaded(tmp_path / "m.gguf")(IDS).logits, original(IDS).logits, rtol=1e-5, atol=1e-5)
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, lambda w: w.add_sliding_window(context - 1))
+    with pytest.raises(ValueError, match=f"attention.sliding_window={context - 1} is not read"):
+        loaded(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("heads", "is_read"), [([0, 8, 0, 8], True), ([0, 8, 0, 4], False), (8, True)])
+def test_layers_without_attention_have_no_heads(heads: Any, is_read: bool) -> None:
+    fields = {"general.architecture": "lfm2", "lfm2.attention.head_count_kv": heads}
+    file: Any = SimpleNamespace(fields=fields, path="m.gguf")
+    with nullcontext() if is_read else pytest.raises(ValueError, match="attention.head_count_kv="):
+        check_fields(file, Lfm2Config(num_hidden_layers=4, num_key_value_heads=8))
 
 
 def test_what_transformers_would_pass_over_is_refused(tmp_path: Path) -> None:

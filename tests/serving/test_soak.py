@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 REQUESTS, CLIENTS, ADAPTERS, TOKENS = 2000, 20, 10, 6
 QUESTIONS = ("How many singers are there?", "List all.", "Show the names of all people, the oldest first.")
-LEAST_MIB = 24
+MOST_MIB = 24
 """What the allocator may hold more at the end than after a quarter of the requests."""
 
 
@@ -125,6 +125,6 @@ def soak(url: str, process: int) -> None:
         metrics = httpx.get(url.removesuffix("v1/") + "metrics").text
     print(dict(done), *seen, sep="\n")
     assert done.total() == REQUESTS and len(done) == 4 and min(done.values()) > 40
-    assert seen[-1]["mib"] - seen[0]["mib"] < LEAST_MIB
+    assert seen[-1]["mib"] - seen[0]["mib"] < MOST_MIB
     assert seen[-1]["threads"] <= seen[0]["threads"] + 2 and seen[-1]["files"] <= seen[0]["files"] + 4
     assert 'status="5' not in metrics and "lightning_peft_requests_waiting 0" in metrics
