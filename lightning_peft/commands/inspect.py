@@ -150,7 +150,8 @@ def _directions(
     samples.setup("validate")
     with Part("reading the validation rows", samples.validation_audit.samples) as part:
         directions = key_values(model, tokenizer, found, part.counting(samples.validation_ids()), count)
-    table = Table("direction", Column("s", justify="right"), Column("energy", justify="right"), "reads", "promotes")
+    numbers = Column("s", justify="right"), Column("energy", justify="right")
+    table = Table(Column("direction", overflow="fold"), *numbers, "reads", "promotes")
     for one in directions:
         reads = [f"{reading.token!r} {reading.activation:.1f}" for reading in one.reads]
         promoted = f"- (writes {one.writes})" if one.promotes is None else " ".join(map(repr, one.promotes))
