@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lightning_peft.checkpoint.merge_config import MergeConfig
 from lightning_peft.checkpoint.merged import merge
 from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.commands.merge import sample_ids
+from lightning_peft.models import loading
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 
@@ -166,6 +168,13 @@ def test_files_may_be_read_by_whom_the_umask_says(run_dir, tmp_path):
 def test_long_parts_tell_how_far_they_are(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOOKS", 0.001)
+    read = loading.load_by_block
+
+    def read_like_a_large_model(*arguments):
+        time.sleep(0.2)  # `tiny` can be there before anybody looks
+        return read(*arguments)
+
+    monkeypatch.setattr(loading, "load_by_block", read_like_a_large_model)
     words = ["evaluate", f"adapter_path={run_dir}", "max_rows=6", "precision=32-true"]
     said = run(words, capsys).err.splitlines()
     assert any(re.fullmatch(r"answers  \d/6  .* left", line) for line in said)
