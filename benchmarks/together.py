@@ -34,6 +34,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.together import memory_together
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.twin import copy_around_same_tensors
 from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.training.host_memory import keep_freed_memory
@@ -42,7 +43,6 @@ from lightning_peft.training.together import (
     HandedLoss,
     SharedPasses,
     TogetherLoss,
-    around_same_tensors,
     random_states,
     trained_parameters,
 )
@@ -87,7 +87,7 @@ class Ways:
         for member, rank, rate in zip(self.group.members, RANKS, RATES, strict=True):
             for kind in ("together", "alone"):
                 torch.manual_seed(rank)
-                model = around_same_tensors(base)
+                model = copy_around_same_tensors(base)
                 inject_adapters(model, LoRAConfig(rank=rank))
                 if kind == "together":
                     TogetherLoss(model, "auto", SFTConfig(), member)
@@ -99,7 +99,7 @@ class Ways:
         assert self.group.members[0].loss is not None
         self.group.members[0].loss.logit_path = checked.logit_path
         self.passes = SharedPasses(self.group, self.group.members)
-        model = around_same_tensors(base)
+        model = copy_around_same_tensors(base)
         inject_adapters(model, LoRAConfig(rank=sum(RANKS)))
         self.one = SupervisedLoss(model).train(), Trained(model, RATES[-1])
         ids, labels, positions = (

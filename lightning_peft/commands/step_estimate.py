@@ -27,8 +27,8 @@ from lightning_peft.quantization.convert import prepare_quantized
 from lightning_peft.runs.machine import GIB, Machine
 from lightning_peft.runs.plan import RunPlan, logging_left_to_ranks, plan_run
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.training.adapter_start import reads_whole_model
 from lightning_peft.training.config import ActivationCheckpointing
-from lightning_peft.training.module import reads_whole_model
 from lightning_peft.training.precision import DTYPES
 from lightning_peft.training.teacher import named_as_teacher, shares_base, teacher_folder, teacher_model
 

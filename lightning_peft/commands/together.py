@@ -35,9 +35,9 @@ from lightning_peft.runs.folder import folder_of, opened_folder
 from lightning_peft.runs.machine import GIB, Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, plan_run
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_with_launcher, run_ranks
-from lightning_peft.sweeps.local_worker import LOG
 from lightning_peft.sweeps.place import task_of
 from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
+from lightning_peft.tracking.run_log import PRINTED
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction, StrategyKind
 from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
 from lightning_peft.training.together import Group, Member, Outcome
@@ -383,7 +383,7 @@ def logs_of_members(configs: Sequence[TrainConfig]) -> Iterator[None]:
     files = []
     for config, name in zip(configs, names, strict=True):
         folder_of(config).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder_of(config) / LOG, encoding="utf-8", delay=True)
+        file = logging.FileHandler(folder_of(config) / PRINTED, encoding="utf-8", delay=True)
         file.addFilter(OfThread(name))
         files.append(file)
         root.addHandler(file)

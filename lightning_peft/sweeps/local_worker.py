@@ -20,11 +20,10 @@ from lightning_peft.cluster.process import LEAVE, process, this_process
 from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
 from lightning_peft.sweeps.turns import claim_next, work_to_begin
 from lightning_peft.threads import available_cores
+from lightning_peft.tracking.run_log import PRINTED
 
 logger = logging.getLogger(__name__)
 
-LOG = "log.txt"
-"""What a trial prints, in its folder."""
 SECONDS_BETWEEN_LOOKS = 2.0
 """How often a worker without a trial looks whether one may go on."""
 GRACE_SECONDS = 30.0
@@ -117,7 +116,7 @@ def drew_another(folder: Path) -> bool:
 
 def run(trials: Sequence[Trial], folder: Path, slot: int) -> None:
     """Train a trial in a process of its own, or several together in one."""
-    config, log_path = folder / trials[0].name / "config.yaml", folder / trials[0].name / LOG
+    config, log_path = folder / trials[0].name / "config.yaml", folder / trials[0].name / PRINTED
     if len(trials) > 1:  # each has a log of its own all the same
         config, log_path = folder / f"together-{slot}.txt", folder / f"together-{slot}.log"
         config.write_text("".join(f"{folder / trial.name}\n" for trial in trials), encoding="utf-8")

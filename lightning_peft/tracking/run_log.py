@@ -5,6 +5,8 @@ import threading
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
+PRINTED = "log.txt"
+"""The file in a trial's folder with what it printed, where other trials run beside it."""
 
 
 class RunLog:

@@ -14,7 +14,7 @@ from lightning_peft.tracking.charts import STEP, charts, summary_of, sweep_name
 from lightning_peft.tracking.git_state import git_state
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.tracking.metrics_csv import MetricsCSV
-from lightning_peft.tracking.run_log import RunLog
+from lightning_peft.tracking.run_log import PRINTED, RunLog
 from lightning_peft.tracking.service_record import service_record, write_record
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,6 @@ SETTINGS: dict[str, Any] = {
 }
 CONSOLE = "output.log"
 """The file of a run that W&B shows as its console."""
-PRINTED = "log.txt"
-"""What the trial of a local sweep prints, in its folder."""
 DATA_DIR = "WANDB_DATA_DIR"
 PROJECT = "lightning-peft"
 VARIABLES = {

@@ -17,9 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import AdapterConfig, StepSchedule
-from lightning_peft.adapters.eva import initialize_from_activations
-from lightning_peft.adapters.init import Reads, initialize_from_weights
-from lightning_peft.adapters.inject import Injection, adapters, regularization, step_schedule, trained_in_full
+from lightning_peft.adapters.inject import Injection, regularization, step_schedule, trained_in_full
 from lightning_peft.adapters.method import Selection
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.shared_input import adapt_together
@@ -28,14 +26,15 @@ from lightning_peft.checkpoint.resume import load_trainable_state, trainable_sta
 from lightning_peft.compat import clip_unscaled_gradients
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.datamodule import adjust_progress
-from lightning_peft.distributed import rank, world_size, worst
+from lightning_peft.distributed import worst
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.blocks import decoder_of, transformer_blocks
-from lightning_peft.models.loading import load_by_block, load_model, model_name
+from lightning_peft.models.loading import load_by_block, model_name
 from lightning_peft.models.reward_head import REWARD_HEAD
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.twin import copy_around_same_tensors
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
-from lightning_peft.objectives.model_loss import ModelLoss, decoder_inputs
+from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import ReferencedLoss, starts_as_base
 from lightning_peft.objectives.registry import OBJECTIVES
@@ -55,32 +54,22 @@ from lightning_peft.quantization.convert import (
     weights_fingerprint,
 )
 from lightning_peft.quantization.experts import has_experts, routed_modules
-from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
+from lightning_peft.training.adapter_start import FirstBatches, chosen_in_full, reads_whole_model, start_adapters
 from lightning_peft.training.callbacks.step_metrics import host_memory_gib
 from lightning_peft.training.compilation import compile_model
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
 from lightning_peft.training.host_memory import keep_freed_memory
 from lightning_peft.training.router_load import RouterLoad
 from lightning_peft.training.strategies import ShardedModel
-from lightning_peft.training.teacher import copy_around_same_tensors, give_teacher, shares_base
+from lightning_peft.training.teacher import give_teacher, shares_base
 from lightning_peft.training.token_scaling import TokenWindow, divisor, scale_gradients
 
 GRADIENT_UNIT = 1024.0
 """Tokens the summed loss is divided by during accumulation: a constant that keeps fp16 gradients in range."""
 
 
-INIT_BATCHES = 4
-"""Micro batches whose activations an initialisation looks at."""
-
 logger = logging.getLogger(__name__)
-
-
-def reads_whole_model(adapter: AdapterConfig, quantization: QuantizationConfig) -> bool:
-    """Whether the adapters start from more than their own layer: weights before quantisation, or activations."""
-    reads = adapter.initialization.reads
-    chooses = METHODS[adapter.method].select is not None
-    return chooses or reads is Reads.activations or (reads is not Reads.shape and quantization.is_on)
 
 
 class FinetuneModule(LightningModule):
@@ -188,27 +177,20 @@ class FinetuneModule(LightningModule):
         row = OBJECTIVES[self.objective_config.name]
         return row.build(model, self.objective_config, self.packing).train()
 
+    @property
+    def first_batches(self) -> FirstBatches | None:
+        """What gives the first batches of the training data; None without a Trainer that has data."""
+        data = getattr(self._trainer, "datamodule", None)
+        return None if data is None else data.first_batches  # type: ignore[no-any-return]
+
     def select_modules(self, model: PreTrainedModel, device: torch.device) -> None:
         """For methods that choose them, find the modules trained in full, and make their weights dense."""
-        select = METHODS[self.adapter_config.method].select
-        if select is None:
+        if METHODS[self.adapter_config.method].select is None:
             return
         if self.selection is None:
-            data = getattr(self._trainer, "datamodule", None)
-            if data is None:
-                raise ValueError(
-                    f"method={self.adapter_config.method} looks at gradients: call trainer.fit with datamodule="
-                )
             objective = self.build_objective(model).eval()
-            count = self.adapter_config.probe_batches  # type: ignore[attr-defined]
-            batches = data.first_batches(count)[rank() :: world_size()]
-
-            def loss_of(batch: Batch) -> Callable[[], Tensor]:
-                moved = move_data_to_device(batch, model.device)
-                return lambda: objective(moved) / max(objective.loss_weight(moved), 1.0)
-
             sums_on = device if self._trainer is None else self.trainer.strategy.root_device
-            self.selection = select(model, self.adapter_config, map(loss_of, batches), sums_on)
+            self.selection = chosen_in_full(objective, self.adapter_config, self.first_batches, sums_on)
         self.adapter_config = self.selection.applied(self.adapter_config)
         dense = dequantize_modules(model, self.selection.chosen)
         found = f", {len(dense)} of them made dense" if dense else ""
@@ -243,7 +225,10 @@ class FinetuneModule(LightningModule):
             injection = Injection(model, self.adapter_config)
             if reads_all:
                 injection.finish()
-                self.start_adapters(model)
+                start_adapters(
+                    model, self.adapter_config, self.model_config, self.weight_dtype, self.quantization_config,
+                    self.first_batches,
+                )  # fmt: skip
             if sharding is not None:
                 transformer_blocks(model)  # says so where there are none
             checkpoint_blocks(model, self.activation_checkpointing)
@@ -297,23 +282,6 @@ class FinetuneModule(LightningModule):
         sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in groups.items() if size)
         bits = f"; {bits_per_parameter(model):.3f} bits a quantised parameter" if self.quantization_config.is_on else ""
         logger.info("memory: %s%s", sizes, bits)
-
-    def start_adapters(self, model: PreTrainedModel) -> None:
-        """Run an initialisation that reads more than its layer: weights before quantisation, or activations."""
-        init, reads = self.adapter_config.init_name, self.adapter_config.initialization.reads
-        if reads in (Reads.weight, Reads.quantisation_error) and self.quantization_config.is_on:
-            logger.info("adapter.init=%s: reading the weights before quantisation as well", init)
-            dense = load_model(self.model_config, self.weight_dtype)
-            initialize_from_weights(dict(adapters(model)), lambda name: dense_weight(dense.get_submodule(name)))
-        if reads is Reads.activations:
-            data = getattr(self._trainer, "datamodule", None)
-            if data is None:
-                raise ValueError(f"adapter.init={init} looks at activations: call trainer.fit with datamodule=")
-            batches = [move_data_to_device(b, model.device) for b in data.first_batches(INIT_BATCHES)]
-            ranks = initialize_from_activations(
-                model, (decoder_inputs(model, batch) for batch in batches), self.adapter_config.rank_growth
-            )
-            logger.info("adapter.init=%s: ranks %d to %d", init, min(ranks.values()), max(ranks.values()))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]

@@ -3,13 +3,11 @@
 A teacher on the base is a second tree of modules around the same tensors, so that it takes no memory but its adapter's.
 """
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -236,16 +234,6 @@ def _load(
         if (lineage := read_lineage(folder)) is not None:  # tokens that it brings are rows of its embeddings
             model = replace(model, new_tokens=lineage.config.get("model", {}).get("new_tokens", model.new_tokens))
     return load_adapted(folder, named or model, quantization, dtype, device)
-
-
-def copy_around_same_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model once more, around parameters and buffers of the same storage. It must hold all its weights."""
-    shared: dict[int, Any] = {}
-    for parameter in model.parameters():
-        shared[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
-    for buffer in model.buffers():
-        shared[id(buffer)] = buffer
-    return copy.deepcopy(model, shared)
 
 
 @torch.no_grad()

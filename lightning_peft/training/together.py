@@ -7,7 +7,6 @@ one forward and one backward pass take the tokens of all as one row of packed sa
 and the gradients of its adapters. Its own backward pass puts them where autograd would have, so DDP's hooks see them.
 """
 
-import copy
 import gc
 import logging
 import signal
@@ -28,6 +27,7 @@ from lightning_peft.cluster.process import LEAVE
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.models.blocks import block_names
+from lightning_peft.models.twin import copy_around_same_tensors
 from lightning_peft.objectives.embedding_noise import changed_embeddings, with_noise
 from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
@@ -187,7 +187,7 @@ class Group:
                 pass
             self.template = model.to(device).requires_grad_(False)  # type: ignore[arg-type]  # as in load_model
             self.checkpointing, self.device = module.activation_checkpointing, device
-        return around_same_tensors(self.template)
+        return copy_around_same_tensors(self.template)
 
     def run(
         self,
@@ -263,7 +263,7 @@ class SharedPasses:
     def __init__(self, group: Group, members: Sequence[Member]):
         assert group.template is not None
         self.batching = Batching()
-        model = around_same_tensors(group.template)
+        model = copy_around_same_tensors(group.template)
         models = {member.number: member.model for member in members if member.model is not None}
         segment_layers(model, self.batching, models)
         checkpoint_blocks(model, group.checkpointing)
@@ -360,12 +360,6 @@ def in_one_row(batches: Sequence[Batch]) -> Batch:
         num_supervised=sum(batch.num_supervised for batch in batches),
         weights=weights,
     )
-
-
-def around_same_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of the tree of modules whose parameters and buffers are the same tensors."""
-    same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, same)
 
 
 def trained_parameters(model: nn.Module | None) -> list[nn.Parameter]:
