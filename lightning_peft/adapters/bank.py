@@ -1,7 +1,12 @@
-"""Several adapters of any method on one frozen base, to train: each row of a batch goes through its own."""
+"""Several adapters of any method on one frozen base, to train: each row of a batch goes through its own.
+
+Segments in which rows may stand in any order: the base's product is taken once for all rows whose change is a low-rank
+product. Other methods have another product of the base, and take it on their rows alone.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +14,10 @@ from torch import Tensor, nn
 from lightning_peft.adapters.base import Adapter, AdapterConfig
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.segments import change_of_base
+from lightning_peft.kernels.frozen_linear import given
+from lightning_peft.kernels.low_rank import random_state
+from lightning_peft.kernels.segments import RandomState, Segment, add_segments
+from lightning_peft.quantization.frozen_base import frozen_base
 
 
 class AdapterBank(nn.Module):
@@ -28,22 +37,57 @@ class AdapterBank(nn.Module):
             if member.base_layer is not self.base_layer:
                 raise ValueError("the adapters of a bank are around one base layer; these are around several")
         self.members = nn.ModuleDict({str(i): member for i, member in enumerate(members) if member is not None})
-        self.routes: Tensor | None = None
+        self.routes: Sequence[int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, ..., in_features) to (rows, ..., out_features)."""
         if self.routes is None or len(self.routes) != len(x):
             raise RuntimeError(f"a batch of {len(x)} rows needs as many routes: call the model inside `routed`")
-        routes = self.routes.to(x.device)
-        rows, outputs = [], []
-        for route in self.routes.unique().tolist():
-            chosen = (routes == route).nonzero().flatten()
-            # The base's product of these rows is taken with their change: in 16 bits it would else be rounded first,
-            # and a small change be lost in it.
-            layer = self.members[str(route)] if str(route) in self.members else self.base_layer
-            outputs.append(layer(x.index_select(0, chosen)))
-            rows.append(chosen)
-        return torch.cat(outputs).index_select(0, torch.cat(rows).argsort())
+        routes = self.routes
+        # Those that share the base's product first, each adapter's rows side by side.
+        order = sorted(range(len(x)), key=lambda row: (self._own_product(routes[row]), routes[row]))
+        places = torch.tensor(order, device=x.device)
+        is_sorted = order == list(range(len(x)))
+        rows = x if is_sorted else x.index_select(0, places)
+        runs, end = [], 0
+        for route, found in groupby(routes[row] for row in order):
+            start, end = end, end + sum(1 for _ in found)
+            runs.append((route, start, end))
+        shared = [run for run in runs if not self._own_product(run[0])]
+        outputs = [self._shared_product(rows[: shared[-1][2]], shared)] if shared else []
+        outputs += [self.members[str(route)](rows[start:end]) for route, start, end in runs[len(shared) :]]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output if is_sorted else output.index_select(0, places.argsort())
+
+    def _own_product(self, route: int) -> bool:
+        """Return whether an adapter's output is more than the base's and a low-rank product."""
+        return str(route) in self.members and not self._member(route).is_product()
+
+    def _member(self, route: int) -> Adapter:
+        member = self.members[str(route)]
+        assert isinstance(member, Adapter)
+        return member
+
+    def _shared_product(self, x: Tensor, runs: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Return the output of rows x, given runs of them as adapter, first row and the one behind."""
+        each = x[0].numel() // x.shape[-1]
+        generator = random_state(x.device)
+        # Dropped in the order of the adapters, by the numbers that are next here.
+        random = RandomState(generator.get_state())
+        segments, factors = [], []
+        for route, start, stop in runs:
+            if str(route) not in self.members or not self._member(route).enabled:
+                continue
+            member = self._member(route)
+            product = member.product()
+            assert product is not None, "is_product says that there is one"
+            segments.append(Segment(start * each, stop * each, member.scaling, member.active_dropout, random))
+            factors.append(product)
+        if not segments:
+            return self.base_layer(x)
+        output = add_segments(frozen_base(self.base_layer, x) or given(self.base_layer(x)), x, segments, factors)
+        generator.set_state(random.state)
+        return output
 
 
 def inject_bank(
@@ -78,7 +122,7 @@ def routed(model: nn.Module, routes: Sequence[int]) -> Iterator[None]:
     if unknown := sorted(set(routes) - known - {-1}):
         raise ValueError(f"routes {unknown}: the banks hold adapters {sorted(known)}; -1 is the base")
     for bank in banks:
-        bank.routes = torch.tensor(routes)
+        bank.routes = list(routes)
     try:
         yield
     finally:

@@ -1,17 +1,22 @@
 """Many low-rank adapters on one frozen base, to serve: row i of a batch goes through the adapter in slot `routes[i]`.
 
 Slots have one rank and the dtype the base computes in; an adapter is cast and scaled once, when it is loaded. The
-design is S-LoRA's (Sheng et al. 2023, arXiv:2311.03285) with fixed slots in place of pages.
+design is S-LoRA's (Sheng et al. 2023, arXiv:2311.03285) with fixed slots in place of pages. On a CPU a row can also be
+a guest's, whose factors are read where they lie on the host: there the memory is the same, and slots bound no batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count as counted_from
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import LowRank
-from lightning_peft.kernels.frozen_linear import base_with_product
+from lightning_peft.kernels import few_rows
+from lightning_peft.kernels.frozen_linear import DENSE, base_with_product, given
+from lightning_peft.kernels.segments import Segment, add_segments
 from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.weights import linear_shape
 
@@ -27,6 +32,38 @@ def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str,
     }
 
 
+class Routing:
+    """Whose the rows of a batch are: `routes` has the number of a slot or guest for each, -1 for the base."""
+
+    def __init__(self, slots: "Slots", routes: Sequence[int]):
+        self.slots, self.routes = slots, tuple(routes)
+        taken = sorted({route for route in routes if route >= 0})
+        self.has_guests = any(route >= slots.count for route in taken)
+        self.used, self.mask = slice(0, 0), None
+        self.row_factors: dict[SlotLinear, few_rows.RowFactors] = {}
+        if taken and not self.has_guests:
+            first, last = taken[0], taken[-1] + 1
+            self.used = slice(first * slots.rank, last * slots.rank)
+            device = next(slots.model.parameters()).device
+            slot_of_column = torch.arange(first, last, device=device).repeat_interleave(slots.rank)
+            self.mask = (torch.tensor(self.routes, device=device)[:, None] == slot_of_column).to(slots.dtype)
+            """(rows, columns in use): 1 where a row's slot is."""
+
+    def factors_of_rows(self, layer: "SlotLinear") -> few_rows.RowFactors:
+        """Return the factors of each row at a layer."""
+        if layer not in self.row_factors:
+            found = {route: self.slots.pair(route, layer) for route in set(self.routes)}
+            self.row_factors[layer] = few_rows.RowFactors.of([found[route] for route in self.routes])
+        return self.row_factors[layer]
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Yield each run of neighbouring rows of one slot or guest: its number, the first row and the one behind."""
+        end = 0
+        for route, rows in groupby(self.routes):
+            start, end = end, end + sum(1 for _ in rows)
+            yield route, start, end
+
+
 class SlotLinear(nn.Module):
     """y = W x + B_s A_s x for the slot s of each row; slots whose layer an adapter leaves alone are zero.
 
@@ -36,30 +73,53 @@ class SlotLinear(nn.Module):
     A: Tensor
     B_transposed: Tensor
 
-    def __init__(self, base_layer: nn.Module, slots: "Slots"):
+    def __init__(self, base_layer: nn.Module, name: str, slots: "Slots"):
         super().__init__()
         self.base_layer = base_layer
+        self.name = name
         self.slots = slots
         out_features, in_features = linear_shape(base_layer)
         device, rows = next(base_layer.parameters()).device, slots.count * slots.rank
-        for name, width in (("A", in_features), ("B_transposed", out_features)):
-            self.register_buffer(name, torch.zeros(rows, width, dtype=slots.dtype, device=device), persistent=False)
+        for side, width in (("A", in_features), ("B_transposed", out_features)):
+            self.register_buffer(side, torch.zeros(rows, width, dtype=slots.dtype, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, ..., in_features) to (rows, ..., out_features)."""
-        mask, used = self.slots.mask, self.slots.used
-        if mask is None:
+        routing = self.slots.routing
+        if routing is None:
             return self.base_layer(x)
-        if len(mask) != len(x):
-            raise RuntimeError(f"a batch of {len(x)} rows needs as many routes, there are {len(mask)}")
-        inner = x.to(self.A.dtype) @ self.A[used].t()
-        inner = (inner * mask.view(len(x), *[1] * (x.ndim - 2), -1)).view(-1, mask.shape[1])
+        if len(routing.routes) != len(x):
+            raise RuntimeError(f"a batch of {len(x)} rows needs as many routes, there are {len(routing.routes)}")
         base = frozen_base(self.base_layer, x)
+        if x.ndim == 2 and few_rows.takes_rows(x, self.B_transposed.shape[1]):
+            if base is not None and base.form == DENSE and few_rows.takes(x, base.first):
+                output = few_rows.product(x, base.first, base.tensors[-1])
+            else:
+                output = self.base_layer(x)
+            return few_rows.add_low_rank(x, routing.factors_of_rows(self), output)
+        if routing.mask is None or (x.ndim > 2 and x.device.type == "cpu"):
+            return self._by_segments(routing, x)
+        # Few launches, and products of more columns than a row's own: what a GPU likes.
+        inner = x.to(self.A.dtype) @ self.A[routing.used].t()
+        inner = (inner * routing.mask.view(len(x), *[1] * (x.ndim - 2), -1)).view(-1, routing.mask.shape[1])
         if base is None:
             output = self.base_layer(x)
-            return output + (inner @ self.B_transposed[used]).view(output.shape).to(output.dtype)
+            return output + (inner @ self.B_transposed[routing.used]).view(output.shape).to(output.dtype)
         # In 16 bits the change is added in fp32: a young adapter's is below what rounding the base's output loses.
-        return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), self.B_transposed[used].t())
+        factor = self.B_transposed[routing.used].t()
+        return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), factor)
+
+    def _by_segments(self, routing: Routing, x: Tensor) -> Tensor:
+        """Take the base's product of all rows, and each adapter's of its own."""
+        each = x[0].numel() // x.shape[-1]
+        segments, factors = [], []
+        for route, start, stop in routing.runs():
+            if (pair := self.slots.pair(route, self)) is not None:
+                segments.append(Segment(start * each, stop * each, 1.0))
+                factors.append((pair[0], pair[1].t()))
+        if not segments:
+            return self.base_layer(x)
+        return add_segments(frozen_base(self.base_layer, x) or given(self.base_layer(x)), x, segments, factors)
 
 
 class Slots:
@@ -68,12 +128,41 @@ class Slots:
     def __init__(self, model: nn.Module, count: int, rank: int, dtype: torch.dtype):
         self.model, self.count, self.rank, self.dtype = model, count, rank, dtype
         self.layers: dict[str, SlotLinear] = {}
-        self.mask: Tensor | None = None
-        """(rows, columns in use): 1 where a row's slot is."""
-        self.used = slice(0, 0)
+        self.routing: Routing | None = None
+        """Of the batch that runs."""
+        self.last: Routing | None = None
+        """Of the batch before, which the next one mostly is too."""
         self.written: list[set[str]] = [set() for _ in range(count)]
         """Layers that each slot's adapter changes."""
         self.places: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+        self.guests: dict[int, Factors] = {}
+        """By number, which is never that of a slot, nor of another guest."""
+        self.numbers = counted_from(count)
+
+    @property
+    def takes_guests(self) -> bool:
+        """Return whether a row can be a guest's: where the model's memory is the host's."""
+        return next(self.model.parameters()).device.type == "cpu"
+
+    def welcome(self, factors: Factors) -> int:
+        """Let an adapter take part without a slot; return its number, to be given up by `dismiss`.
+
+        Raises ValueError where it fits no layer.
+        """
+        assert self.takes_guests, "a guest's factors are on the host"
+        self._wrap_all(factors)
+        self.guests[number := next(self.numbers)] = factors
+        return number
+
+    def dismiss(self, number: int) -> None:
+        """Let go of a guest."""
+        del self.guests[number]
+
+    def pair(self, route: int, layer: SlotLinear) -> tuple[Tensor, Tensor] | None:
+        """Return A and B^T of a slot or guest at a layer; None where it leaves the layer alone."""
+        if route >= self.count:
+            return self.guests[route].get(layer.name)
+        return self._places(route)[layer.name] if route >= 0 and layer.name in self.written[route] else None
 
     @torch.no_grad()
     def load(self, slot: int, factors: Factors) -> None:
@@ -81,8 +170,8 @@ class Slots:
         rank = max(len(A) for A, _ in factors.values())
         if rank > self.rank:
             raise ValueError(f"an adapter of rank {rank} does not fit slots of rank {self.rank}")
-        for name in factors.keys() - self.layers.keys():
-            self._wrap(name, factors[name])
+        self._wrap_all(factors)
+        self.last = None
         places = self._places(slot)
         for name in self.written[slot] - factors.keys():
             for place in places[name]:
@@ -106,6 +195,10 @@ class Slots:
             places[name] = self.layers[name].A[rows], self.layers[name].B_transposed[rows]
         return places
 
+    def _wrap_all(self, factors: Factors) -> None:
+        for name in factors.keys() - self.layers.keys():
+            self._wrap(name, factors[name])
+
     def _wrap(self, name: str, factors: tuple[Tensor, Tensor]) -> None:
         try:
             base_layer = self.model.get_submodule(name)
@@ -114,25 +207,18 @@ class Slots:
             raise ValueError(f"{name}: the model has no linear layer of that name") from error
         if isinstance(base_layer, nn.Embedding) or shape != (factors[1].shape[1], factors[0].shape[1]):
             raise ValueError(f"{name}: the adapter's factors do not fit the model's layer of shape {shape}")
-        self.layers[name] = SlotLinear(base_layer, self)
+        self.layers[name] = SlotLinear(base_layer, name, self)
         self.model.set_submodule(name, self.layers[name])
 
     @contextmanager
     def routed(self, routes: Sequence[int]) -> Iterator[None]:
-        """Inside, row i of a batch goes through slot `routes[i]`; -1 is the base."""
-        if any(not -1 <= route < self.count for route in routes):
+        """Inside, row i of a batch goes through the slot or guest `routes[i]`; -1 is the base."""
+        if any(not -1 <= route < self.count and route not in self.guests for route in routes):
             raise ValueError(f"routes {sorted(set(routes))}: there are slots 0 to {self.count - 1}; -1 is the base")
-        active = sorted({route for route in routes if route >= 0})
-        before = self.mask, self.used
-        if active:
-            first, last = active[0], active[-1] + 1
-            self.used = slice(first * self.rank, last * self.rank)
-            device = next(self.model.parameters()).device
-            slot_of_column = torch.arange(first, last, device=device).repeat_interleave(self.rank)
-            self.mask = (torch.tensor(routes, device=device)[:, None] == slot_of_column).to(self.dtype)
-        else:
-            self.mask = None
+        if self.last is None or self.last.routes != tuple(routes):
+            self.last = Routing(self, routes)
+        before, self.routing = self.routing, self.last if any(route >= 0 for route in routes) else None
         try:
             yield
         finally:
-            self.mask, self.used = before
+            self.routing = before

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.adapters.slots import SlotLinear, Slots
+from lightning_peft.kernels import few_rows
 from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product
 from lightning_peft.models.rope import follows_length
 from lightning_peft.quantization.frozen_base import frozen_base
@@ -152,6 +153,7 @@ class Products:
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype):
         self.layers: list[tuple[nn.Module, Base | None, Tensor | None]] = []
+        """Layer, its frozen base, and B^T (rank, out_features) of its adapter."""
         self.slices: list[slice] = []
         stacked: list[Tensor] = []
         probe, end = torch.empty(0, dtype=dtype, device=next(layers[0].parameters()).device), 0
@@ -164,34 +166,52 @@ class Products:
                 if base is not None:
                     A, factor = layer.factors()
                     stacked.append((layer.scaling * A).to(dtype))
-                    B = factor.to(dtype)
+                    B = factor.t().to(dtype).contiguous()
             elif not isinstance(layer, Adapter | SlotLinear):
                 base = frozen_base(layer, probe)
-            start, end = end, end + (0 if B is None else B.shape[1])
+            start, end = end, end + (0 if B is None else len(B))
             self.layers.append((layer, base, B))
             self.slices.append(slice(start, end))
-        self.A = torch.cat(stacked).t() if stacked else None
+        self.A = torch.cat(stacked) if stacked else None
+        self.row_factors: dict[tuple[int, int], few_rows.RowFactors] = {}
+        """By a layer's place and the number of rows."""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Map (rows, in_features) to (rows, out_features) of each layer."""
-        inner = None if self.A is None else x @ self.A
+        inner: Tensor | None = None
         outputs = []
-        for (layer, base, B), columns in zip(self.layers, self.slices, strict=True):
-            if base is None:
+        for place, (layer, base, B) in enumerate(self.layers):
+            if base is None or (B is None and base.form != DENSE):
                 outputs.append(layer(x))
-            elif B is None or inner is None:
-                outputs.append(dense_product(x, base) if base.form == DENSE else layer(x))
-            elif base.form == DENSE and x.dtype is torch.float32:
-                outputs.append(dense_product(x, base).addmm_(inner[:, columns], B.t()))
+            elif B is None:
+                outputs.append(dense_product(x, base))
+            elif base.form == DENSE and few_rows.takes_rows(x, B.shape[1]):
+                outputs.append(few_rows.add_low_rank(x, self.factors_of_rows(place, len(x)), dense_product(x, base)))
             else:
-                # In 16 bits the change is added in fp32, as in training.
-                outputs.append(base_with_product(x, base, inner[:, columns].contiguous(), B))
+                assert self.A is not None
+                inner = x @ self.A.t() if inner is None else inner
+                own = inner[:, self.slices[place]]
+                if base.form == DENSE and x.dtype is torch.float32:
+                    outputs.append(dense_product(x, base).addmm_(own, B))
+                else:
+                    # In 16 bits the change is added in fp32, as in training.
+                    outputs.append(base_with_product(x, base, own.contiguous(), B.t()))
         return outputs
+
+    def factors_of_rows(self, place: int, rows: int) -> few_rows.RowFactors:
+        """Return a layer's factors, the same for each of so many rows."""
+        if (place, rows) not in self.row_factors:
+            B = self.layers[place][2]
+            assert self.A is not None and B is not None
+            self.row_factors[place, rows] = few_rows.RowFactors.of([(self.A[self.slices[place]], B)] * rows)
+        return self.row_factors[place, rows]
 
 
 def dense_product(x: Tensor, base: Base) -> Tensor:
     """Return x W^T + bias, (rows, out_features)."""
     weight, bias = base.first, base.tensors[-1]
+    if few_rows.takes(x, weight):
+        return few_rows.product(x, weight, bias)
     if x.device.type != "cpu" or x.dtype is not torch.float32 or not 1 < len(x) <= FEW_ROWS:
         return F.linear(x, weight, bias)
     # The library reads a large matrix faster as the first factor: 0.5 (4 rows) to 0.8 (32) of the time, on AVX2.

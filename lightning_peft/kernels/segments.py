@@ -64,6 +64,10 @@ class Segment(NamedTuple):
     def rows(self) -> slice:
         return slice(self.start, self.stop)
 
+    def scaled(self, A: Tensor) -> Tensor:
+        """Return scaling * A; A itself where that is the same, as a server has hundreds of them scaled already."""
+        return A if self.scaling == 1 else self.scaling * A
+
 
 class Part(NamedTuple):
     """A small product on some rows: inner (rows, R) times factor (R, width)."""
@@ -104,7 +108,7 @@ class SegmentSum(torch.autograd.Function):
                 own = segment.random.dropout(rows[segment.rows], segment.dropout).to(dtype)
             else:
                 states.append(None)
-            inner = own @ (segment.scaling * A).to(dtype).t()
+            inner = own @ segment.scaled(A).to(dtype).t()
             parts.append(Part(segment.rows, inner, B.to(dtype).t()))
         if base.form == GIVEN:
             output = base.first
@@ -150,7 +154,7 @@ class SegmentSum(torch.autograd.Function):
             grad_inner, grad_A, grad_B = factor_gradients(own_grad, own, inner, B.to(dtype), needs_B)
             grad_factors.append(None if grad_A is None else grad_A.to(A.dtype).mul_(segment.scaling))
             grad_factors.append(None if grad_B is None else grad_B.to(B.dtype))
-            scaled_A = (segment.scaling * A).to(dtype)
+            scaled_A = segment.scaled(A).to(dtype)
             if not needs_x:
                 continue
             if mask is None:

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.inference.decoding import Choice, Decoder, Row
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.steps import PREFILL_TOKENS
 from lightning_peft.serving.tiers import AdapterTiers
 
 logger = logging.getLogger(__name__)
@@ -124,41 +125,55 @@ class Engine:
     def turn(self) -> None:
         """Take in what waits, and give every running answer its next token. The engine's thread calls it."""
         self._drop_cancelled()
-        while self._admit():
-            pass
+        while joining := self._joining():
+            self.decoder.add(*joining)
+            for row in joining:
+                if not any(row is other for other in self.decoder.rows):
+                    self._end(row)
         if self.running:
             for row in self.decoder.step():
                 self._end(row)
 
-    def _admit(self) -> bool:
-        """Take the next job that waits into the batch; False where none can be taken now."""
+    def _joining(self) -> list[Row]:
+        """Return the next rows that can be taken in, as many as run well at once: of one adapter or of several."""
+        rows: list[Row] = []
+        tokens = 0
+        while (job := self._next_job(rows, tokens)) is not None:
+            slot: int | None = -1
+            error: Exception | None = None
+            if job.folder is not None and self.tiers is not None and not job.cancelled:
+                try:
+                    with self.adapters:
+                        slot = self.tiers.acquire(job.folder)
+                except (ValueError, OSError) as reason:
+                    error = reason
+            if slot is None:
+                break
+            with self.changed:
+                self.waiting.popleft()
+            if error is not None:
+                job.finished = True
+                job.take(Piece(error=error))
+            elif not job.cancelled or slot >= 0:
+                rows.append(self._row(job, slot))
+                self.running[id(rows[-1])] = job
+                tokens += len(job.prompt)
+        return rows
+
+    def _next_job(self, rows: Sequence[Row], tokens: int) -> Job | None:
+        """Return the job whose turn it is; None where it has to wait, or runs better after these rows.
+
+        Prompts are padded to the longest one: what is padding stays below what is not.
+        """
         with self.changed:
             if not self.waiting or len(self.running) >= self.max_batch:
-                return False
+                return None
             job = self.waiting[0]
-        slot: int | None = -1
-        error: Exception | None = None
-        if job.folder is not None and self.tiers is not None and not job.cancelled:
-            try:
-                with self.adapters:
-                    slot = self.tiers.acquire(job.folder)
-            except (ValueError, OSError) as reason:
-                error = reason
-        if slot is None:
-            return False
-        with self.changed:
-            self.waiting.popleft()
-        if error is not None:
-            job.finished = True
-            job.take(Piece(error=error))
-        if error is not None or (job.cancelled and slot < 0):
-            return True
-        row = Row(job.prompt, job.sampling, lambda choice: self._take(job, choice), slot, job.top_logprobs)
-        self.running[id(row)] = job
-        self.decoder.add(row)
-        if not any(row is other for other in self.decoder.rows):
-            self._end(row)
-        return True
+        padded = max(len(job.prompt), *(len(row.prompt) for row in rows)) * (len(rows) + 1) if rows else 0
+        return job if padded <= min(PREFILL_TOKENS, 2 * (tokens + len(job.prompt))) else None
+
+    def _row(self, job: Job, slot: int) -> Row:
+        return Row(job.prompt, job.sampling, lambda choice: self._take(job, choice), slot, job.top_logprobs)
 
     def _take(self, job: Job, choice: Choice) -> bool:
         """Hand a token on as text; returns whether the answer goes on."""
@@ -205,8 +220,7 @@ class Engine:
             if not job.finished:
                 job.take(Piece(error=error))
         if self.tiers is not None:
-            self.tiers.users = [0] * len(self.tiers.users)
-            self.tiers.in_slot = [None] * len(self.tiers.in_slot)
+            self.tiers.release_all()
         self.running.clear()
         self.decoder.clear()
 

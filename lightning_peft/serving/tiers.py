@@ -64,13 +64,16 @@ class AdapterTiers:
         return factors
 
     def acquire(self, folder: Path) -> int | None:
-        """Return the slot that holds an adapter, which it keeps until `release`; None while all slots are in use."""
+        """Return the number of the slot that holds an adapter, which it keeps until `release`.
+
+        While all slots are in use an adapter is a guest where the model's memory is the host's; elsewhere None.
+        """
         if folder in self.in_slot:
             slot = self.in_slot.index(folder)
         else:
             free = next((slot for slot in self.order if self.users[slot] == 0), None)
             if free is None:
-                return None
+                return self.slots.welcome(self.on_host(folder)) if self.slots.takes_guests else None
             slot, factors = free, self.on_host(folder)
             self.in_slot[slot] = None  # what follows may fail halfway
             self.slots.load(slot, factors)
@@ -81,8 +84,17 @@ class AdapterTiers:
         self.order.append(slot)
         return slot
 
-    def release(self, slot: int) -> None:
-        self.users[slot] -= 1
+    def release(self, number: int) -> None:
+        """Give up what `acquire` returned."""
+        if number < self.slots.count:
+            self.users[number] -= 1
+        else:
+            self.slots.dismiss(number)
+
+    def release_all(self) -> None:
+        """Empty the slots, after a failure in the middle of something."""
+        self.users, self.in_slot = [0] * self.slots.count, [None] * self.slots.count
+        self.slots.guests.clear()
 
     def forget(self, folder: Path) -> None:
         """Read a folder anew when it is next asked for; requests in flight end with what they began with."""

@@ -14,6 +14,7 @@ from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import adapters, inject_adapters, trainable_parameter_counts
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
+from lightning_peft.kernels import segments
 
 CONFIGS: list[AdapterConfig] = [
     LoRAConfig(rank=4),
@@ -47,7 +48,7 @@ def test_layer_equals_each_adapter_alone(method: str, quantized: bool) -> None:
     layers[1].base_layer = layers[0].base_layer
     wanted = [[p for p in model.parameters() if p.requires_grad] for model in models]
     bank = AdapterBank(layers)
-    bank.routes = torch.tensor([1, 0, -1, 1])
+    bank.routes = [1, 0, -1, 1]
     x = torch.randn(4, 5, 64, requires_grad=True)
     direction = torch.randn(4, 5, 32)
 
@@ -185,7 +186,42 @@ def test_in_bf16_a_row_is_its_adapter_alone_to_the_bit(method: str, quantized: b
     layers = [model.get_submodule("model.layers.1.self_attn.v_proj") for model in models]
     layers[1].base_layer = layers[0].base_layer
     bank = AdapterBank(layers)
-    bank.routes = torch.tensor([1, 0, 1])
+    bank.routes = [1, 0, 1]
     x = torch.randn(3, 5, 64, dtype=torch.bfloat16)
     output = bank(x)
     assert torch.equal(output[[0, 2]], layers[1](x[[0, 2]])) and torch.equal(output[1:2], layers[0](x[1:2]))
+
+
+def test_rows_drop_what_their_adapter_alone_drops() -> None:
+    """In training, with the generator where it stood: two rows of one adapter beside the base's."""
+    layer = adapted("lora").train().get_submodule("model.layers.1.self_attn.v_proj")
+    layer.dropout = 0.5
+    bank, x = AdapterBank([layer]), torch.randn(3, 5, 64)
+    bank.routes = [0, -1, 0]
+    torch.manual_seed(1)
+    expected, behind = layer(x[[0, 2]]), torch.rand(1)
+    torch.manual_seed(1)
+    output = bank(x)
+    assert_within_epsilon(output[[0, 2]], expected, factor=2)  # the base's product has a row more
+    assert torch.equal(output[1:2], layer.base_layer(x)[1:2]) and torch.equal(torch.rand(1), behind)
+
+
+def test_numbers_of_one_adapter_that_are_not_finite_stay_in_its_rows() -> None:
+    bank = bank_of([LoRAConfig(rank=4), LoRAConfig(rank=4)], False)
+    for name, parameter in bank.named_parameters():
+        if ".members.1.lora_A" in name:
+            parameter.data.fill_(torch.nan)
+    with routed(bank, [0, 1]):
+        logits = bank(tokens(), use_cache=False).logits
+    assert logits[0].isfinite().all() and logits[1].isnan().all()
+
+
+def test_low_rank_methods_share_the_product_of_their_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve rows of two adapters and the base: one product of twelve times five rows a layer."""
+    bank, seen = bank_of([LoRAConfig(rank=4), config_for("lora_fa", rank=2)], False), []
+    product = segments.sum_with_parts
+    monkeypatch.setattr(segments, "sum_with_parts", lambda rows, *more: seen.append(len(rows)) or product(rows, *more))
+    with torch.no_grad(), routed(bank, [0, 1, -1] * 4):
+        bank(tokens(12), use_cache=False)
+    layers = [module for module in bank.modules() if isinstance(module, AdapterBank)]
+    assert seen == [12 * tokens(12).shape[1]] * len(layers)

@@ -30,14 +30,18 @@ def change_of(model: nn.Module) -> dict[str, LowRank]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
-def test_row_equals_its_adapter_alone(quantized: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("guests", [False, True], ids=["slots", "guests"])
+def test_row_equals_its_adapter_alone(guests: bool, quantized: bool, dtype: torch.dtype) -> None:
     model = llama(dtype, quantized)
-    slots = Slots(model, count=4, rank=8, dtype=dtype)
-    for number in range(3):
-        slots.load((2, 0, 3)[number], cast_factors(change_of(alone(number, dtype, quantized)), dtype))
+    slots = Slots(model, count=4 if not guests else 1, rank=8, dtype=dtype)
+    found = [cast_factors(change_of(alone(number, dtype, quantized)), dtype) for number in range(3)]
+    numbers = [2, 0, 3] if not guests else [0, slots.welcome(found[1]), slots.welcome(found[2])]
+    for slot, factors in zip(numbers, found, strict=True):
+        if slot < slots.count:
+            slots.load(slot, factors)
     ids = tokens(1).expand(4, -1)
 
-    with torch.no_grad(), slots.routed([2, -1, 3, 0]):
+    with torch.no_grad(), slots.routed([numbers[0], -1, numbers[2], numbers[1]]):
         together = model(ids, use_cache=False).logits
 
     for row, number in enumerate((0, None, 2, 1)):
@@ -50,6 +54,51 @@ def test_row_equals_its_adapter_alone(quantized: bool, dtype: torch.dtype) -> No
             # As far from the adapted model in fp32 as the adapter alone is: two roundings of the same numbers.
             exact = own.float()(ids[:1], use_cache=False).logits[0].detach()
             assert (together[row] - exact).norm() < 1.2 * (expected - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_step_of_slots_and_guests_is_each_adapter_alone(dtype: torch.dtype) -> None:
+    """One token a row: eight rows over one slot, as the decoder asks for them."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48, dtype=dtype).requires_grad_(False)
+    pairs = [LowRank(torch.randn(2 + n, 64) / 8, torch.randn(48, 2 + n), 0.5) for n in range(3)]
+    model = nn.Sequential(layer)
+    slots = Slots(model, 1, 2, dtype)
+    slots.load(0, cast_factors({"0": pairs[0]}, dtype))
+    routes = [0, -1, *(slots.welcome(cast_factors({"0": pair}, dtype)) for pair in pairs[1:]), 0]
+    x = torch.randn(5, 64, dtype=dtype)
+    with torch.no_grad(), slots.routed(routes):
+        together = model(x).double()
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    for row, pair in enumerate((pairs[0], None, *pairs[1:], pairs[0])):
+        if pair is not None:
+            exact[row] += 0.5 * x[row].double() @ pair.A.double().t() @ pair.B.double().t()
+    # bf16: factors, inner products, changes and outputs are each rounded to 8 bits.
+    assert (together - exact).abs().max() < (1e-5 if dtype is torch.float32 else 0.04) * exact.abs().max()
+
+
+def test_numbers_of_one_adapter_that_are_not_finite_stay_in_its_rows() -> None:
+    model = llama()
+    slots = Slots(model, 2, 8, torch.float32)
+    slots.load(0, cast_factors(change_of(alone(0)), torch.float32))
+    broken = {name: (torch.full_like(A, torch.nan), B) for name, (A, B) in
+              cast_factors(change_of(alone(1)), torch.float32).items()}  # fmt: skip
+    slots.load(1, broken)
+    with slots.routed([0, 1]):
+        found = logits(model)
+    assert found[0].isfinite().all() and found[1].isnan().any()
+
+
+def test_a_guest_leaves() -> None:
+    model = llama()
+    slots = Slots(model, 1, 8, torch.float32)
+    number = slots.welcome(cast_factors(change_of(alone(0)), torch.float32))
+    with slots.routed([number, -1]):
+        assert not torch.equal(logits(model)[0], logits(llama())[0])
+    slots.dismiss(number)
+    with pytest.raises(ValueError, match="there are slots 0 to 0; -1 is the base"), slots.routed([number]):
+        pass
+    assert number != slots.welcome(cast_factors(change_of(alone(0)), torch.float32))  # a number means one adapter
 
 
 def test_a_young_adapter_is_not_rounded_away_in_bf16() -> None:

@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from lightning_peft.kernels.native import library as native_library
-from lightning_peft.kernels.native.library import compiled, library
+from lightning_peft.kernels.native.library import FEW_ROWS, TRAINING, Build, compiled, has_instructions, library
 
-pytestmark = pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported() or shutil.which("g++") is None,
-    reason="no processor with AVX-512 and bf16 instructions, or no g++",
-)
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture(params=[TRAINING, FEW_ROWS], ids=["training", "few_rows"])
+def build(request: pytest.FixtureRequest) -> Build:
+    if not has_instructions(request.param):
+        pytest.skip("no processor with its instructions")
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -27,20 +30,20 @@ def as_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     native_library._load.cache_clear()
 
 
-def test_it_is_compiled_once_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_compiled_once_and_says_so(build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lightning_peft"):
-        assert library() is not None
+        assert library(build) is not None
         native_library._load.cache_clear()
-        assert library() is not None
+        assert library(build) is not None
     (made,) = (tmp_path / "lightning_peft" / "native").iterdir()
     (record,) = caplog.records
     assert record.getMessage().startswith("kernels compiled in ") and str(made) in record.getMessage()
 
 
-def test_other_sources_or_flags_are_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = compiled()
+def test_other_sources_or_flags_are_another_file(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiled(build)
     monkeypatch.setattr(native_library, "FLAGS", [*native_library.FLAGS, "-g0"])
-    assert compiled() != first
+    assert compiled(build) != first
 
 
 @pytest.mark.parametrize(
@@ -53,35 +56,34 @@ def test_other_sources_or_flags_are_another_file(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_without_a_compiler_one_line_says_what_runs_instead(
-    compiler: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    build: Build, compiler: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    assert library() is None and library() is None
+    assert library(build) is None and library(build) is None
     (record,) = caplog.records
-    assert record.getMessage().startswith(
-        f"attention, adapters and loss run without their compiled kernels, a quarter slower or more: {said}"
-    )
+    assert record.getMessage().startswith(f"{build.without}: {said}")
 
 
 def test_what_does_not_load_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native_library, "FLAGS", [*native_library.FLAGS, "-include", str(tmp_path / "x.h")])
     (tmp_path / "x.h").write_text('extern "C" int nowhere(); namespace { int there = nowhere(); }')
-    assert library() is None and "nowhere" in caplog.text
+    assert library(build) is None and "nowhere" in caplog.text
     assert list((tmp_path / "lightning_peft" / "native").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     occupied = tmp_path / "a file"
     occupied.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
-    assert library() is None
+    assert library(build) is None
     assert str(occupied) in caplog.text
 
 
+@pytest.mark.skipif(not has_instructions(TRAINING), reason="no processor with AVX-512 and bf16 instructions")
 def test_threads_are_those_of_torch(tmp_path: Path) -> None:
     """A second OpenMP beside torch's would have the two compete for the cores."""
     program = """

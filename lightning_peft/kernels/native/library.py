@@ -1,4 +1,4 @@
-"""The kernels' shared library: compiled once, kept in the user's cache folder, loaded from there.
+"""The kernels' shared libraries: each compiled once, kept in the user's cache folder, loaded from there.
 
 Named by its sources, compiler and flags, so that it is never out of date. The flags name instructions and not the
 machine's own model: what one node of a cluster leaves in a shared home, nodes of the same system can load.
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,24 +30,53 @@ LANES = 16
 Scratch = list[tuple[tuple[int, ...], torch.dtype]]
 """Shapes and dtypes of what an operator holds while it runs, beside its result."""
 FOLDER = Path(__file__).parent
-HEADERS, SOURCES = ("vectors.h", "tiles.h"), ("attention.cpp", "linear.cpp", "cross_entropy.cpp")
 FLAGS = (
     "-std=c++17 -O3 -fPIC -shared -fno-exceptions -fno-rtti -fopenmp "
-    "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 "
     # OpenMP is left to be found in the process: torch's, whose threads are there already.
     "-nodefaultlibs -lc -lm"
 ).split()
 
 
+class Build(NamedTuple):
+    """What a shared library is made of."""
+
+    sources: tuple[str, ...]
+    headers: tuple[str, ...]
+    instructions: tuple[str, ...]
+    """Flags of those that its processors have."""
+    without: str
+    """What goes on more slowly without it."""
+
+
+TRAINING = Build(
+    ("attention.cpp", "linear.cpp", "cross_entropy.cpp"),
+    ("vectors.h", "tiles.h"),
+    ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+    "attention, adapters and loss run without their compiled kernels, a quarter slower or more",
+)
+FEW_ROWS = Build(
+    ("few_rows.cpp",),
+    (),
+    ("-mfma", "-mavx2"),
+    "answers in fp32 are written without their compiled kernels, at half the speed in batches",
+)
+
 _switched_off = False
 
 
-def library() -> ctypes.CDLL | None:
-    """Return the kernels.
+def library(build: Build = TRAINING) -> ctypes.CDLL | None:
+    """Return the kernels of a build.
 
-    None on a processor without AVX-512 and bf16, and, with a logged line, where they do not compile.
+    None on a processor without its instructions, and, with a logged line, where they do not compile.
     """
-    return None if _switched_off else _load()
+    return None if _switched_off else _load(build)
+
+
+def has_instructions(build: Build) -> bool:
+    """Return whether this processor runs a build."""
+    if build is FEW_ROWS:
+        return bool(torch.cpu._is_avx2_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager
@@ -61,21 +91,19 @@ def without_kernels() -> Iterator[None]:
 
 
 @cache
-def _load() -> ctypes.CDLL | None:
-    if not torch.cpu._is_avx512_bf16_supported():
+def _load(build: Build) -> ctypes.CDLL | None:
+    if not has_instructions(build):
         return None
     try:
-        return ctypes.CDLL(str(compiled()))
+        return ctypes.CDLL(str(compiled(build)))
     except (OSError, RuntimeError, ValueError) as error:
-        logger.warning(
-            "attention, adapters and loss run without their compiled kernels, a quarter slower or more: %s", error
-        )
+        logger.warning("%s: %s", build.without, error)
         return None
 
 
-def kernels() -> ctypes.CDLL:
-    """Return `library()`, where it is known to be there."""
-    loaded = library()
+def kernels(build: Build = TRAINING) -> ctypes.CDLL:
+    """Return `library(build)`, where it is known to be there."""
+    loaded = library(build)
     assert loaded is not None, "no kernels on this machine"
     return loaded
 
@@ -85,13 +113,13 @@ def address(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-def compiled() -> Path:
-    """Return the library's file, made if it is not there.
+def compiled(build: Build = TRAINING) -> Path:
+    """Return a library's file, made if it is not there.
 
     RuntimeError where the compiler fails, OSError where files do.
     """
-    digest = hashlib.sha256(" ".join((compiler(), *FLAGS)).encode())
-    for name in (*HEADERS, *SOURCES):
+    digest = hashlib.sha256(" ".join((compiler(), *FLAGS, *build.instructions)).encode())
+    for name in (*build.headers, *build.sources):
         digest.update((FOLDER / name).read_bytes())
     path = user_cache() / "native" / f"{digest.hexdigest()[:16]}.so"
     if not path.exists():
@@ -99,7 +127,7 @@ def compiled() -> Path:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            compile_to(made)
+            compile_to(made, build)
             ctypes.CDLL(str(made))  # what does not load here is not kept
             os.replace(made, path)  # several processes may be making it
         logger.info("kernels compiled in %.1f s, kept as %s", time.monotonic() - start, path)
@@ -111,9 +139,10 @@ def compiler() -> str:
     return os.environ.get("CXX") or "g++"
 
 
-def compile_to(path: Path) -> None:
+def compile_to(path: Path, build: Build) -> None:
     """Raises RuntimeError with the compiler's first line of complaint, ValueError where its words have no end."""
-    command = [*shlex.split(compiler()), *(str(FOLDER / name) for name in SOURCES), "-o", str(path), *FLAGS]
+    sources = (str(FOLDER / name) for name in build.sources)
+    command = [*shlex.split(compiler()), *sources, "-o", str(path), *build.instructions, *FLAGS]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
