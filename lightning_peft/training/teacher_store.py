@@ -291,6 +291,7 @@ class Unfinished:
         self.is_locked = is_locked
         self.path = folder.with_name(f"{folder.name}.partial" if is_locked else f"{folder.name}.{uuid4().hex}.partial")
         self.marked_at = time.monotonic()
+        self.shapes: dict[str, tuple[type[np.int32 | np.float32], tuple[int, int]]]
         self.shapes = {IDS: (np.int32, (tokens, count)), LOG_PROBABILITIES: (np.float32, (tokens, columns))}
         self.samples = 0
         """Those that are written whole."""
