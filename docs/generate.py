@@ -36,6 +36,7 @@ OTHER_COMMANDS = (
     "sweep",
     "evaluate",
     "generate",
+    "pairs",
     "merge",
     "export",
     "serve",
@@ -130,7 +131,9 @@ def options() -> str:
     return "\n".join(parts)
 
 
-RUN_FREE = ("sweep", "evaluate", "generate", "merge", "export", "serve", "calibrate", "inspect", "convert", "d90")
+RUN_FREE = (
+    "sweep", "evaluate", "generate", "pairs", "merge", "export", "serve", "calibrate", "inspect", "convert", "d90",
+)  # fmt: skip
 """Commands whose keys are not those of train."""
 
 

@@ -158,6 +158,70 @@ class GenerateConfig:
         check_folder_of("output", self.output)
 
 
+class Chosen(Enum):
+    """What stands as the better answer of a pair that `pairs` writes."""
+
+    row = "row"
+    """The answer of the row."""
+    best = "best"
+    """The best of the adapter's own answers, the row's where none is as good."""
+
+
+@dataclass
+class PairsConfig:
+    """Writes pairs of answers for objective=dpo: what is right, and what the adapter itself answers wrongly."""
+
+    adapter_path: str = "???"
+    """Run folder, adapter folder or sweep whose answers are drawn."""
+    output: str = "???"
+    """The .jsonl file of pairs; the counts go to the .json file of the same name."""
+    samples: int = 4
+    """Answers drawn to each prompt."""
+    temperature: float = 1.0
+    """Temperature of the drawing; 0 takes the most likely answer, of which there is one."""
+    max_rows: int = 500
+    """Training rows that are asked."""
+    pairs_per_prompt: int = 1
+    """Most pairs of one prompt: its worst answers, of equal ones those drawn most often."""
+    chosen: Chosen = Chosen.row
+    """The better answer: row for the row's own, best for the best of all that were drawn."""
+    metric: str | None = None
+    """What an answer is scored by, as an entry of validation.metrics: a metric of a task, or module:function, of which
+    a large value is good; null takes that of data.task."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; null takes what the task says."""
+    batch_size: int = 64
+    """Answers generated at once."""
+    seed: int = 0
+    """Seed of the drawing."""
+    model: ModelConfig | None = None
+    """Base model; null takes the one the adapter was trained on."""
+    data: DataConfig | None = None
+    """Rows to ask; null takes the training rows of the adapter."""
+    precision: str = "auto"
+    """dtype of the computation, as trainer.precision."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before options are read: the method or task of an adapter made with one's own."""
+
+    def __post_init__(self) -> None:
+        for key in ("samples", "max_rows", "pairs_per_prompt", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1, or null")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (the most likely answer) or above")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"samples={self.samples} temperature=0: gives one answer so many times; use samples=1")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed={self.seed}: must be from 0 to 2^62 - 1")
+        if Path(self.output).suffix != ".jsonl" and self.output != "???":
+            raise ValueError(f"output={self.output}: must end in .jsonl")
+        check_folder_of("output", self.output)
+        if self.data is not None:
+            check_task(self.data)
+
+
 @dataclass
 class MergeCommandConfig:
     """Writes base and adapter as one plain model."""

@@ -57,6 +57,7 @@ OURS = {
     "objective.label_smoothing": "label_smoothing cdpo_label_smoothing dpo_label_smoothing",
     "objective.beta": "beta dpo_beta pref_beta rl_beta",
     "objective.gamma": "simpo_gamma",
+    "objective.sft_weight": "rpo_alpha pref_ftx sft_coef",
     "objective.centering": "center_rewards_coefficient",
     "objective.noise_alpha": "neftune_noise_alpha noise_alpha neftune",
     "objective.teacher": "teacher teacher_model teacher_model_name_or_path",

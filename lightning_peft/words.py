@@ -35,7 +35,7 @@ Word = tuple[str, bool]
 
 FIRST_WORD = {
     **dict.fromkeys(
-        ("evaluate", "calibrate", "inspect", "convert", "generate", "merge", "export", "push"), "adapter_path"
+        ("evaluate", "pairs", "calibrate", "inspect", "convert", "generate", "merge", "export", "push"), "adapter_path"
     ),
     "report": "path",
 }

@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("lightning_peft.commands.sweep:sweep", "status, retry, cancel or table of a sweep"),
     "evaluate": ("lightning_peft.commands.evaluate:evaluate", "score base and adapter on held-out rows"),
     "generate": ("lightning_peft.commands.generate:generate", "answer a prompt, a file of prompts, or chat"),
+    "pairs": ("lightning_peft.commands.pairs:pairs", "an adapter's own wrong answers beside right ones, for dpo"),
     "calibrate": (
         "lightning_peft.commands.calibrate:calibrate",
         "how far an adapter's probabilities can be believed: ECE, Brier, entropy",

@@ -9,6 +9,8 @@ from lightning_peft.data.conversation import Conversation
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Row, Task
 
+OPTION = "validation.metrics"
+"""What names metrics, unless another option is said to."""
 MAX_NEW_TOKENS = 64
 """Longest answer where neither the data's task nor an option says one."""
 
@@ -31,24 +33,24 @@ def names_of_metrics(entries: Sequence[str], task: str) -> list[str]:
     Raises ValueError for an entry that names no metric, no task and no function, and for two that name the same;
     imports nothing.
     """
-    names = [name for entry in entries for name in _names(entry, task)]
+    names = [name for entry in entries for name in _names(entry, task, OPTION)]
     if twice := sorted({name for name in names if names.count(name) > 1 or name == "validation_loss"}):
-        raise ValueError(f"validation.metrics: {twice[0]} is named twice, or taken")
+        raise ValueError(f"{OPTION}: {twice[0]} is named twice, or taken")
     return names
 
 
-def _names(entry: str, task: str) -> tuple[str, ...]:
+def _names(entry: str, task: str, option: str) -> tuple[str, ...]:
     if ":" in entry:
         module, _, function = entry.partition(":")
         if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-            raise ValueError(f"validation.metrics={entry}: must be module:function, as in my_metrics:rouge")
+            raise ValueError(f"{option}={entry}: must be module:function, as in my_metrics:rouge")
         return (function,)
     if entry in TASKS and TASKS[entry].metric_names:
         return TASKS[entry].metric_names
     if task_of_metric(entry, task) is None:
         known = dict.fromkeys(name for each in (TASKS[task], *TASKS.values()) for name in each.metric_names)
         raise ValueError(
-            f"validation.metrics={entry}: no such metric; choose one of {', '.join(known)}, a task's name for all of "
+            f"{option}={entry}: no such metric; choose one of {', '.join(known)}, a task's name for all of "
             "its metrics, or module:function for one of your own"
         )
     return (entry,)
@@ -75,47 +77,47 @@ def check_direction(option: str, metric: str) -> None:
         raise ValueError(f"{option}={metric}: a {good} {name} is good; write {option}={right}")
 
 
-def scorers_of(entries: Sequence[str], task: str, columns: Sequence[str] | None = None) -> list[Scorer]:
+def scorers_of(
+    entries: Sequence[str], task: str, columns: Sequence[str] | None = None, option: str = OPTION
+) -> list[Scorer]:
     """Find what computes the entries of `validation.metrics`, imported where it is one's own.
 
     `columns` are those of the rows. Raises ValueError for an entry that cannot be computed, as on rows without the
     columns that it needs.
     """
-    scorers = [_scorer(entry, task) for entry in entries]
+    scorers = [_scorer(entry, task, option) for entry in entries]
     for entry, scorer in zip(entries, scorers, strict=True):
         missing = [name for name in scorer.columns if columns is not None and name not in columns]
         if missing:
-            raise ValueError(
-                f"validation.metrics={entry}: needs the columns {', '.join(missing)}, which the validation rows lack"
-            )
+            raise ValueError(f"{option}={entry}: needs the columns {', '.join(missing)}, which the rows lack")
     return scorers
 
 
-def _scorer(entry: str, task: str) -> Scorer:
-    names = _names(entry, task)
+def _scorer(entry: str, task: str, option: str) -> Scorer:
+    names = _names(entry, task, option)
     if ":" in entry:
-        return Scorer(names, own_metric(entry), max_new_tokens=TASKS[task].max_new_tokens or MAX_NEW_TOKENS)
+        return Scorer(names, own_metric(entry, option), max_new_tokens=TASKS[task].max_new_tokens or MAX_NEW_TOKENS)
     owner = TASKS[entry] if entry in TASKS else task_of_metric(entry, task)
     assert owner is not None, "its names were found"
     return Scorer(names, owner.score, owner.columns, owner.max_new_tokens)
 
 
-def own_metric(entry: str) -> Callable[[list[Row], list[str]], dict[str, float]]:
+def own_metric(entry: str, option: str = OPTION) -> Callable[[list[Row], list[str]], dict[str, float]]:
     """Import module:function, which takes rows and answers and returns one number. Raises ValueError."""
     module, _, name = entry.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"validation.metrics={entry}: cannot be imported: {error}") from error
+        raise ValueError(f"{option}={entry}: cannot be imported: {error}") from error
     if not callable(function):
-        raise ValueError(f"validation.metrics={entry}: is no function")
+        raise ValueError(f"{option}={entry}: is no function")
 
     def score(rows: list[Row], answers: list[str]) -> dict[str, float]:
         value = function(rows, answers)
         try:
             return {name: float(value)}
         except (TypeError, ValueError) as error:
-            raise ValueError(f"validation.metrics={entry}: must return one number, got {value!r}") from error
+            raise ValueError(f"{option}={entry}: must return one number, got {value!r}") from error
 
     return score
 

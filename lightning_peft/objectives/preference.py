@@ -127,18 +127,28 @@ class DPOConfig(ObjectiveConfig):
     """How dear it is to leave the reference: the smaller, the further the model goes."""
     label_smoothing: float = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round (cDPO); below 0.5."""
+    sft_weight: float = 0.0
+    """Factor of the chosen answer's cross entropy beside it, per token (alpha of RPO; 1 there): keeps the chosen answer
+    likely, which DPO alone need not."""
 
     def __post_init__(self) -> None:
         check_above_zero(beta=self.beta)
+        if not self.sft_weight >= 0:
+            raise ValueError(f"objective.sft_weight={self.sft_weight}: must be 0 or more")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 0.5")
 
 
 def dpo(pairs: Pairs, config: DPOConfig) -> Judged:
-    """-log sigmoid(beta (r_w - r_l)), r = log(p / p_ref)   (Rafailov et al. 2023, arXiv:2305.18290, eq. 7)."""
+    """-log sigmoid(beta (r_w - r_l)), r = log(p / p_ref)   (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
+
+    With `sft_weight` a, - a log p_w / |w| is added   (Pang et al. 2024, arXiv:2404.19733, eq. 1).
+    """
     chosen, rejected = (config.beta * ratio for ratio in pairs.ratios)
     smoothing = config.label_smoothing
     losses = -(1 - smoothing) * F.logsigmoid(chosen - rejected) - smoothing * F.logsigmoid(rejected - chosen)
+    if config.sft_weight:
+        losses = losses - config.sft_weight * pairs.means[0]
     return Judged(losses, chosen, rejected)
 
 

@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
+import os
 import shutil
 import time
 import zlib
@@ -12,7 +14,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 from uuid import uuid4
 
 import numpy as np
@@ -49,6 +51,12 @@ TOKENS_AT_ONCE = 256
 READ_FROM = "the teacher's likeliest tokens are read from %s"
 SUMS = "sums.json"
 """File of the checksums of the others."""
+MARKS, SAMPLES = "marks.json", "samples"
+"""File of how far a pass has come, as size and checksum of each file, and the key of the samples it has read."""
+SECONDS_BETWEEN_MARKS = 10.0
+"""What a pass that is killed may lose."""
+BYTES_AT_ONCE = 2**24
+"""Of a file that is read for its checksum."""
 SECONDS_OF_PATIENCE = 10.0
 """How long a rank looks for what rank zero has left, which a file server may show late."""
 SURELY_LEFT_SECONDS = 3600.0
@@ -108,7 +116,7 @@ def keep_teacher(
                     remove_leftovers(folder)
                 check_room(samples, objective, vocabulary, cache, cache_dir)
                 yield  # the model that is read next takes its own time
-                yield from write_top(teacher(), samples, objective, vocabulary, folder, cache_dir)
+                yield from write_top(teacher(), samples, objective, vocabulary, folder, cache_dir, has_lock)
 
     whole = distributed.on_rank_zero(lambda: [is_whole(folder) for _, folder in kept])
     missing = [part for part, is_there in zip(kept, whole, strict=True) if not is_there]
@@ -230,13 +238,31 @@ def check_room(samples: Samples, objective: DistillConfig, vocabulary: int, cach
 
 
 class Rows:
-    """A .npy file whose rows are written one after the other: no hole in it that a full disk would show on reading."""
+    """A .npy file whose rows are written one after the other: no hole in it that a full disk would show on reading.
 
-    def __init__(self, path: Path, dtype: type[np.generic], shape: tuple[int, int]) -> None:
-        self.file = path.open("wb")
+    One that was left at a mark goes on there. Raises ValueError where the file is not what was written up to it.
+    """
+
+    def __init__(
+        self, path: Path, dtype: type[np.generic], shape: tuple[int, int], mark: tuple[int, int] | None = None
+    ) -> None:
         self.dtype, self.checksum, self.size = np.dtype(dtype), 0, 0
-        header = {"descr": dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        write_array_header_1_0(self.file, header)
+        beginning = io.BytesIO()
+        write_array_header_1_0(beginning, {"descr": dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape})
+        header = beginning.getvalue()
+        self.file = path.open("wb" if mark is None else "r+b")
+        if mark is None:
+            self.file.write(header)
+            return
+        size, checksum = mark
+        is_header = self.file.read(len(header)) == header
+        while is_header and self.size < size and (part := self.file.read(min(BYTES_AT_ONCE, size - self.size))):
+            self.checksum = zlib.crc32(part, self.checksum)
+            self.size += len(part)
+        if (self.size, self.checksum) != (size, checksum):
+            self.file.close()
+            raise ValueError(f"{path}: is not what was written")
+        self.file.truncate()
 
     def write(self, rows: NDArray[Any]) -> None:
         content = np.ascontiguousarray(rows, dtype=self.dtype).tobytes()
@@ -244,50 +270,124 @@ class Rows:
         self.checksum = zlib.crc32(content, self.checksum)
         self.size += len(content)
 
-    def __enter__(self) -> Self:
-        return self
+    def mark(self) -> tuple[int, int]:
+        """Return size and checksum of what is written, once it is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.size, self.checksum
 
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.file.close()
 
 
+class Unfinished:
+    """What a pass of the teacher has written so far, in a folder beside the one that it is to be.
+
+    Where the store is locked, the folder has one name, so that a pass that was killed goes on at its last mark; else it
+    has a name of its own, and goes with the process.
+    """
+
+    def __init__(self, folder: Path, is_locked: bool, tokens: int, count: int, columns: int):
+        self.is_locked = is_locked
+        self.path = folder.with_name(f"{folder.name}.partial" if is_locked else f"{folder.name}.{uuid4().hex}.partial")
+        self.marked_at = time.monotonic()
+        self.shapes: dict[str, tuple[type[np.int32 | np.float32], tuple[int, int]]]
+        self.shapes = {IDS: (np.int32, (tokens, count)), LOG_PROBABILITIES: (np.float32, (tokens, columns))}
+        self.samples = 0
+        """Those that are written whole."""
+        try:
+            marks = json.loads((self.path / MARKS).read_text())
+            self.files = self._opened({name: tuple(marks[name]) for name in self.shapes})
+            self.samples = int(marks[SAMPLES])
+            logger.info("the teacher's pass was stopped after %d rows: it goes on there", self.samples)
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir()
+            self.files = self._opened({})
+
+    def _opened(self, marks: dict[str, tuple[int, int]]) -> dict[str, Rows]:
+        files: dict[str, Rows] = {}
+        try:
+            for name, shape in self.shapes.items():
+                files[name] = Rows(self.path / name, *shape, marks.get(name))
+        except BaseException:
+            for file in files.values():
+                file.close()
+            raise
+        return files
+
+    def write(self, ids: Tensor, log_probabilities: Tensor) -> None:
+        self.files[IDS].write(ids.cpu().numpy())
+        self.files[LOG_PROBABILITIES].write(log_probabilities.cpu().numpy())
+
+    def end_sample(self) -> None:
+        """Count a sample as written, and mark the place from time to time."""
+        self.samples += 1
+        if not self.is_locked or time.monotonic() - self.marked_at < SECONDS_BETWEEN_MARKS:
+            return
+        marks: dict[str, Any] = {name: file.mark() for name, file in self.files.items()}
+        new = self.path / f"{MARKS}.new"
+        new.write_text(json.dumps(marks | {SAMPLES: self.samples}))
+        new.replace(self.path / MARKS)
+        self.marked_at = time.monotonic()
+
+    def finish(self, folder: Path, vocabulary: int) -> None:
+        """Give the folder, which is whole, its name."""
+        np.save(self.path / VOCABULARY, np.asarray(vocabulary))
+        (self.path / SUMS).write_text(json.dumps({name: file.checksum for name, file in self.files.items()}))
+        self.close()
+        (self.path / MARKS).unlink(missing_ok=True)
+        put_in_place(self.path, folder)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
 def write_top(
-    model: PreTrainedModel, samples: Samples, objective: DistillConfig, vocabulary: int, folder: Path, option: str
+    model: PreTrainedModel,
+    samples: Samples,
+    objective: DistillConfig,
+    vocabulary: int,
+    folder: Path,
+    option: str,
+    is_locked: bool = False,
 ) -> Iterator[None]:
     """Run the teacher over the samples, each a row of its own, and leave what is kept in `folder`; yield after each.
 
-    `option` is `data.cache_dir`. What is written has a name of its own until it is whole.
+    `option` is `data.cache_dir`. What is written has a name of its own until it is whole; where the store is locked, a
+    pass that was stopped goes on from what it has marked.
     """
     shared = min(vocabulary, int(model.config.get_text_config().vocab_size))
     assert objective.teacher_top_k is not None
     count = min(objective.teacher_top_k, shared)
     total = int(samples.trained_starts[-1])
-    columns = count + (count < shared)
     with naming_cache(option):
-        partial = folder.with_name(f"{folder.name}.{uuid4().hex}.partial")
-        partial.mkdir()
+        unfinished = Unfinished(folder, is_locked, total, count, count + (count < shared))
     try:
-        with (
-            naming_cache(option),
-            Rows(partial / IDS, np.int32, (total, count)) as ids,
-            Rows(partial / LOG_PROBABILITIES, np.float32, (total, columns)) as kept,
-            Part("the teacher reads the rows", len(samples)) as part,
-        ):
-            written = 0
-            for place in part.counting(range(len(samples))):
+        with naming_cache(option), Part("the teacher reads the rows", len(samples)) as part:
+            part.advance(unfinished.samples)
+            for place in range(unfinished.samples, len(samples)):
                 for found, values in top_of_sample(model, samples[place], objective, count, shared):
-                    ids.write(found.cpu().numpy())
-                    kept.write(values.cpu().numpy())
-                    written += len(found)
+                    unfinished.write(found, values)
+                unfinished.end_sample()
+                part.advance()
                 yield
-        assert written == total, f"{written} tokens of {total}: {IGNORED_LABEL} is the label of all others"
-        with naming_cache(option):
-            np.save(partial / VOCABULARY, np.asarray(shared))
-            (partial / SUMS).write_text(json.dumps({IDS: ids.checksum, LOG_PROBABILITIES: kept.checksum}))
-            put_in_place(partial, folder)
+            size = sum(file.size for file in unfinished.files.values()) / 2**20
+            written = unfinished.files[IDS].size // (4 * count)
+            assert written == total, f"{written} tokens of {total}: {IGNORED_LABEL} is the label of all others"
+            unfinished.finish(folder, shared)
+    except ValueError:  # a full disk, which has other uses for the room
+        unfinished.remove()
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    size = (ids.size + kept.size) / 2**20
+        unfinished.close()
+        if not is_locked:
+            unfinished.remove()
     logger.info("the teacher's %d likeliest tokens at %d tokens are kept in %s (%.1f MiB)", count, total, folder, size)
 
 

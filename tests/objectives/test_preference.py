@@ -65,7 +65,7 @@ def gradients(module, loss):
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)])
 
 
-def trl_dpo_loss(kind, beta, chosen, rejected):
+def trl_dpo_loss(kind, beta, chosen, rejected, sft_weight=None):
     """TRL's own DPO code on log-probabilities of whole answers, each given as that of one token."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -80,10 +80,11 @@ def trl_dpo_loss(kind, beta, chosen, rejected):
         log_probs=log_probs, entropy=torch.zeros_like(log_probs), mean_logits=torch.zeros_like(log_probs),
         is_top1=torch.zeros_like(log_probs, dtype=torch.bool),
     )  # fmt: skip
+    kinds, weights = ([kind], [1.0]) if sft_weight is None else ([kind, "sft"], [1.0, sft_weight])
     trainer = SimpleNamespace(
         model=torch.nn.Identity(), accelerator=SimpleNamespace(device="cpu", gather=lambda x: x,
         gather_for_metrics=lambda x: x), aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", loss_types=[kind], loss_weights=[1.0], beta=beta, label_smoothing=0.0,
+        f_divergence_type="reverse_kl", loss_types=kinds, loss_weights=weights, beta=beta, label_smoothing=0.0,
         use_weighting=False, _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
     inputs = {
@@ -115,6 +116,9 @@ def expected_loss(name, module, data):
     (policy_w, reference_w, length_w), (policy_l, reference_l, length_l) = chosen, rejected = plain_pairs(module, data)
     if name == "dpo":
         return trl_dpo_loss("sigmoid", 0.1, chosen, rejected)[0]
+    if name == "rpo":  # pair by pair: TRL's mean is over the tokens of a batch, the paper's over those of an answer
+        each = [[[part[[i]] for part in answers] for answers in (chosen, rejected)] for i in range(len(policy_w))]
+        return torch.stack([trl_dpo_loss("sigmoid", 0.1, *pair, sft_weight=0.7)[0] for pair in each]).mean()
     if name == "ipo":
         return trl_dpo_loss("ipo", 0.1, chosen, rejected)[0]
     if name == "cdpo":
@@ -124,10 +128,14 @@ def expected_loss(name, module, data):
     return trl_orpo_loss(0.1, policy_w / length_w, policy_l / length_l)
 
 
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "ipo", "simpo", "orpo"])
+VARIANTS = {"cdpo": "objective.label_smoothing=0.2", "rpo": "objective.sft_weight=0.7"}
+
+
+@pytest.mark.parametrize("name", ["dpo", *VARIANTS, "ipo", "simpo", "orpo"])
 def test_loss_and_gradient_are_trls(name, tmp_path):
-    more = ["objective.label_smoothing=0.2"] if name == "cdpo" else []
-    module, data = parts(tmp_path, name.removeprefix("c"), PAIRS, "data.micro_batch_size=2", *more)
+    more = [VARIANTS[name]] if name in VARIANTS else []
+    objective = "dpo" if name in VARIANTS else name
+    module, data = parts(tmp_path, objective, PAIRS, "data.micro_batch_size=2", *more)
     loss, _ = mean_loss(module, data)
     expected = expected_loss(name, module, data)
     torch.testing.assert_close(loss, expected, **FP32)
@@ -272,6 +280,7 @@ def test_run_of_several_windows_is_the_same_however_it_accumulates(tmp_path):
         (["objective=dpo", "strategy=fsdp", "adapter.init_from=runs/x"], "objective=dpo strategy=fsdp: .* copy"),
         (["objective=dpo", "strategy=fsdp", "method=hybrid_lora"], "objective=dpo strategy=fsdp: .* copy"),
         (["objective=dpo", "objective.beta=0"], "objective.beta=0.0: must be above 0"),
+        (["objective=dpo", "objective.sft_weight=-1"], "objective.sft_weight=-1.0: must be 0 or more"),
         (["objective=dpo", "objective.label_smoothing=0.5"], "objective.label_smoothing=0.5: must be at least 0 and"),
         (["objective=simpo", "objective.gamma=-1"], "objective.gamma=-1.0: must be 0 or more"),
     ],

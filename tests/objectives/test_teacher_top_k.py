@@ -1,5 +1,6 @@
 """A teacher that reads the rows once: what is kept of it, and the loss on that."""
 
+from contextlib import closing
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
@@ -21,6 +22,7 @@ from lightning_peft.data.top_tokens import IDS, LOG_PROBABILITIES
 from lightning_peft.kernels.divergence import divergence
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.objectives.linear_divergence import bucketed
+from lightning_peft.training import teacher_store
 from lightning_peft.training.teacher_store import Rows, check_room, is_whole, keep_teacher, naming_cache, write_top
 
 ANSWERS = [{key: value for key, value in row.items() if key != "hint"} for row in ROWS]
@@ -161,6 +163,35 @@ def test_teachers_that_run_side_by_side_without_locks_leave_a_whole_store(tmp_pa
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_pass_that_was_stopped_goes_on_at_its_last_mark(is_damaged, tmp_path, monkeypatch, caplog):
+    """Bit-equal to one that was not; what was written after the mark is dropped, and a damaged part starts over."""
+    module, data = kept(tmp_path, 5)
+    samples, folder, teacher = data.sample_sets[0], tmp_path / "teacher-x", tiny_model(tied=True).eval()
+    monkeypatch.setattr(teacher_store, "SECONDS_BETWEEN_MARKS", 0.0)
+
+    def a_pass(into):
+        return write_top(teacher, samples, module.objective_config, 320, into, "x", is_locked=True)
+
+    stopped = a_pass(folder)
+    for _ in range(3):
+        next(stopped)
+    stopped.close()
+    assert not folder.exists()
+    path = tmp_path / "teacher-x.partial" / LOG_PROBABILITIES
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"?" if is_damaged else content + b"half a row")
+
+    with caplog.at_level("INFO"):
+        assert len(list(a_pass(folder))) == len(samples) - (0 if is_damaged else 3)
+
+    assert ("stopped after 3 rows: it goes on there" in caplog.text) == (not is_damaged)
+    assert len(list(a_pass(tmp_path / "whole"))) == len(samples) and is_whole(folder)
+    for name in (IDS, LOG_PROBABILITIES, "sums.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob("*.partial")) and not (folder / "marks.json").exists()
+
+
 def test_damaged_store_is_made_again(tmp_path, caplog):
     module, data = kept(tmp_path, 5)
     (path,) = tmp_path.glob(f"cache/teacher-*/{IDS}")
@@ -182,7 +213,7 @@ def test_whole_store_is_read_without_writing(tmp_path):
 
 def test_full_disk_is_said_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="data.cache_dir=here: No space left on device, and what is kept of the"):  # noqa: SIM117
-        with naming_cache("here"), Rows(Path("/dev/full"), np.int32, (4, 5)) as rows:
+        with naming_cache("here"), closing(Rows(Path("/dev/full"), np.int32, (4, 5))) as rows:
             rows.write(np.zeros((4, 5)))
     module, data = kept(tmp_path, None)
     module.objective_config.teacher_top_k = 10**12

@@ -142,7 +142,7 @@ def test_wrong_options_are_named_when_the_config_is_read(tmp_path, words, messag
     [
         ("no_such_module:f", "cannot be imported: No module named 'no_such_module'"),
         ("test_task_metrics:no_such", "cannot be imported: .* has no attribute 'no_such'"),
-        ("execution_accuracy", "needs the columns schema, seed, level, which the validation rows lack"),
+        ("execution_accuracy", "needs the columns schema, seed, level, which the rows lack"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_before_a_weight_is_read(tmp_path, metric, message):

@@ -1,0 +1,148 @@
+"""DPO on an adapter's own wrong answers: execution accuracy on unseen schemas before and after, seed by seed.
+
+    python benchmarks/on_policy.py                       # sft, pairs, dpo and both scores, three seeds
+    python benchmarks/on_policy.py --control             # and as many steps of sft on the right answers of the pairs
+
+Each part is a command of `lightning-peft` in a process of its own. It goes on where it was stopped: a seed in the
+result file is not run again, and neither is a part whose result lies in --folder.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import FOLDER, Results
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one seed takes."""
+
+    model: str = "smollm2_135m"
+    sft_steps: int = 32
+    """Steps of 512 tokens, rank 16, learning rate 1.5e-3, as recipe=lora/text_to_sql."""
+    asked_rows: int = 160
+    samples: int = 1
+    temperature: float = 0.0
+    dpo_steps: int = 24
+    """Steps of the pairs in a packed row of 1,024 tokens, four or five."""
+    dpo_lr: float = 2e-4
+    beta: float = 0.1
+    sft_weight: float = 1.0
+    """`objective.sft_weight` of the DPO run, as in the paper that it is of."""
+    scored_rows: int = 200
+
+
+def lightning_peft(log: Path, *words: str) -> None:
+    """Run one command in a process of its own. Raises RuntimeError with the end of its output when it fails."""
+    with log.open("a") as output:
+        done = subprocess.run([sys.executable, "-m", "lightning_peft", *words], stdout=output, stderr=output)
+    if done.returncode != 0:
+        raise RuntimeError(f"lightning-peft {' '.join(words)}:\n{log.read_text()[-2000:]}")
+
+
+def words_of(plan: Plan, seed: int, folder: Path) -> dict[str, list[str]]:
+    """Return the words of each part of a seed, by the name of what it leaves in `folder`, in their order."""
+    data = ["data=text_to_sql", "data.max_validation_rows=8", "data.micro_batch_size=1", "validation.samples=0"]
+    base = [f"model={plan.model}", f"seed={seed}"]
+    pairs, sft = folder / f"pairs-{seed}.jsonl", folder / f"sft-{seed}"
+    continued = [f"adapter.init_from={sft}", "data=jsonl", f"data.train_path={pairs}", "data.validation_fraction=0",
+                 "schedule=linear", "validation.samples=0", "data.max_length=512", "data.micro_batch_size=1",
+                 f"optimizer.lr={plan.dpo_lr}", f"trainer.max_steps={plan.dpo_steps}"]  # fmt: skip
+    return {
+        f"sft-{seed}/result.json": [
+            "train", *base, *data, "rank=r16", "schedule=linear", "schedule.warmup_steps=5", "optimizer.lr=1.5e-3",
+            "data.max_rows=1000", f"trainer.max_steps={plan.sft_steps}", f"run_dir={sft}",
+        ],
+        f"pairs-{seed}.json": [
+            "pairs", str(sft), f"output={pairs}", f"max_rows={plan.asked_rows}", f"samples={plan.samples}",
+            f"temperature={plan.temperature}", f"seed={seed}",
+        ],
+        f"dpo-{seed}/result.json": [
+            "train", *base, "objective=dpo", *continued, f"objective.beta={plan.beta}",
+            f"objective.sft_weight={plan.sft_weight}", f"run_dir={folder}/dpo-{seed}",
+        ],
+        f"sft-{seed}.json": scored(plan, sft, folder / f"sft-{seed}.json"),
+        f"dpo-{seed}.json": scored(plan, folder / f"dpo-{seed}", folder / f"dpo-{seed}.json"),
+    }  # fmt: skip
+
+
+def words_of_control(plan: Plan, seed: int, folder: Path) -> dict[str, list[str]]:
+    """Return the words of as many steps of sft on the chosen answers of the same rows, at the same rate."""
+    run = folder / f"control-{seed}"
+    return {
+        f"control-{seed}/result.json": [
+            "train", f"model={plan.model}", f"seed={seed}", f"adapter.init_from={folder}/sft-{seed}", "data=jsonl",
+            f"data.train_path={folder}/pairs-{seed}.jsonl", "data.completion_column=chosen",
+            "data.ignore_columns=[rejected]", "data.validation_fraction=0", "schedule=linear", "validation.samples=0",
+            "data.max_length=512", "data.micro_batch_size=1", f"optimizer.lr={plan.dpo_lr}",
+            f"trainer.max_steps={plan.dpo_steps}", f"run_dir={run}",
+        ],
+        f"control-{seed}.json": scored(plan, run, folder / f"control-{seed}.json"),
+    }  # fmt: skip
+
+
+def scored(plan: Plan, run: Path, output: Path) -> list[str]:
+    """Return the words that score a run on rows of schemas that no training row is about."""
+    return ["evaluate", f"adapter_path={run}", "data=text_to_sql", f"max_rows={plan.scored_rows}", "models=adapter",
+            "samples=0", f"output={output}"]  # fmt: skip
+
+
+def run_parts(parts: dict[str, list[str]], folder: Path) -> None:
+    """Run the parts that have left nothing yet; a training that was stopped goes on."""
+    for result, words in parts.items():
+        if not (folder / result).is_file():
+            more = ["resume=auto"] if words[0] == "train" else []
+            lightning_peft(folder / "log.txt", *words, *more)
+            print(f"{result}: done", flush=True)
+
+
+def summary(folder: Path, seed: int, names: list[str]) -> dict[str, Any]:
+    """Return what a seed gave: counts of the pairs, and scores of each run."""
+    scores = {name: json.loads((folder / f"{name}-{seed}.json").read_text())["adapter"] for name in names}
+    row: dict[str, Any] = {"pairs": json.loads((folder / f"pairs-{seed}.json").read_text())}
+    for name, found in scores.items():
+        row[name] = {
+            "execution_accuracy": found["metrics"]["execution_accuracy"],
+            "interval": found["intervals"]["execution_accuracy"],
+            "loss": found["loss"],
+        }
+    row["gain"] = row["dpo"]["execution_accuracy"] - row["sft"]["execution_accuracy"]
+    return row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--control", action="store_true", help="also train the same steps of sft on the right answers")
+    parser.add_argument("--folder", type=Path, default=Path("runs/on_policy"), help="where the runs are kept")
+    parser.add_argument("--output", type=Path, default=FOLDER / "on_policy.json")
+    for key, value in asdict(Plan()).items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
+    options = parser.parse_args(arguments)
+    plan = Plan(**{key: getattr(options, key) for key in asdict(Plan())})
+    results = Results(options.output, asdict(plan))
+    options.folder.mkdir(parents=True, exist_ok=True)
+    names = ["sft", "dpo", *(["control"] if options.control else [])]
+    for seed in options.seeds:
+        if set(names) <= results.rows.get(f"seed {seed}", {}).keys():
+            print(f"seed {seed}: run before", flush=True)
+            continue
+        run_parts(words_of(plan, seed, options.folder), options.folder)
+        if options.control:
+            run_parts(words_of_control(plan, seed, options.folder), options.folder)
+        row = summary(options.folder, seed, names)
+        results.add(f"seed {seed}", row)
+        print(f"seed {seed}: {row['gain']:+.1%} execution accuracy", flush=True)
+    gains = [row["gain"] for row in results.rows.values()]
+    print(f"mean of {len(gains)} seeds: {statistics.mean(gains):+.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""DPO beside TRL's on the same pairs, and DPO on an adapter's own answers, small."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import on_policy, preference
+from benchmarks.preference import summarise, write_pairs
+from benchmarks.workloads import write_steps
+
+
+def side(cpu_seconds, loss, peak):
+    return {"cpu_seconds": cpu_seconds, "seconds": cpu_seconds, "losses": [loss] * 5, "peak": {"anonymous_gib": peak}}
+
+
+def test_rates_are_of_the_steps_between_warm_up_and_end():
+    sides = {"ours": side([9.0, 9.0, 1.0, 2.0, 9.0], 0.7, 1.0), "trl": side([1.0, 1.0, 3.0, 4.0, 1.0], 0.7, 4.0)}
+    row = summarise(sides, [1, 1, 2, 8, 1], 1e-4)
+    assert row["ours"]["pairs_per_cpu_second"] == 3.0 and row["trl"]["pairs_per_cpu_second"] == pytest.approx(4 / 3)
+    assert (row["speedup_in_cpu_seconds"], row["memory_ratio"]) == (2.5, 0.25)
+
+
+def test_other_losses_are_no_result():
+    sides = {"ours": side([1.0] * 5, 0.7, 1.0), "trl": side([1.0] * 5, 0.71, 4.0)}
+    with pytest.raises(RuntimeError, match=r"losses differ by 0.01: .* and TRL's"):
+        summarise(sides, [1] * 5, 1e-3)
+
+
+def test_padded_pairs_hold_the_samples_of_a_step(tmp_path):
+    rival = pytest.importorskip("benchmarks.preference_rival")
+    write_steps(["model=tiny", *write_pairs(tmp_path, 1, 1024)], tmp_path, 1)
+    (step,) = json.loads((tmp_path / "steps.json").read_text())
+    found = rival.pad_pairs([{key: [row[key] for row in step] for key in ("input_ids", "labels")}])
+    assert len(step) > 2 and len(found["input_ids"]) == len(step)
+    for place, sample in enumerate([*step[::2], *step[1::2]]):
+        kept = found["attention_mask"][place].bool()
+        assert found["input_ids"][place][kept].tolist() == sample["input_ids"]
+        answers = found["input_ids"][place][found["completion_mask"][place].bool()]
+        assert answers.tolist() == [label for label in sample["labels"] if label != -100]
+    prompts = (found["attention_mask"] - found["completion_mask"]).sum(1)
+    assert torch.equal(*prompts.chunk(2))  # both answers of a pair have one prompt
+
+
+@pytest.mark.slow
+def test_losses_are_trls_step_by_step(tmp_path, forked_starts):
+    words = ["--model", "tiny", "--steps", "4", "--max-length", "1024", "--dtype", "float32"]
+    words += ["--output", f"{tmp_path}/preference.json"]
+    assert preference.main(words) == 0
+    row = json.loads((tmp_path / "preference.json").read_text())["rows"]["dpo, trl"]
+    assert row["largest_loss_difference"] < 1e-5 and row["ours"]["losses"][3] < row["ours"]["losses"][0]
+    assert row["ours"]["losses"][0] == pytest.approx(0.693147, abs=1e-5) and min(row["pairs"]) > 1
+
+
+@pytest.mark.slow
+def test_own_pairs_are_made_trained_on_and_scored_and_go_on(tmp_path, forked_starts, capsys):
+    sizes = ["--sft-steps", "2", "--asked-rows", "6", "--dpo-steps", "2", "--scored-rows", "3", "--seeds", "0"]
+    words = ["--model", "tiny", *sizes, "--control", "--folder", f"{tmp_path}/runs", "--output", f"{tmp_path}/r.json"]
+    assert on_policy.main(words) == 0
+    row = json.loads((tmp_path / "r.json").read_text())["rows"]["seed 0"]
+    assert row["pairs"]["pairs"] == 6 and set(row) == {"pairs", "sft", "dpo", "control", "gain"}
+    assert row["gain"] == row["dpo"]["execution_accuracy"] - row["sft"]["execution_accuracy"]
+    assert len({row[name]["loss"] for name in ("sft", "dpo", "control")}) == 3
+    capsys.readouterr()
+    assert on_policy.main(words) == 0 and "seed 0: run before" in capsys.readouterr().out
