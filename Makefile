@@ -40,7 +40,7 @@ test-skypilot: .venv/.installed-test .venv/skypilot/.installed
 # Triton's kernels under its interpreter and as code for GPUs, and the counts of `benchmarks/roofline.py`: what Triton
 # prints at the end of every process that has it is kept away from the other tests.
 test-triton: .venv/.installed-test .venv/triton/.installed
-	PYTHONPATH=$(CURDIR)/.venv/triton $(PYTEST) -m slow tests/kernels/test_triton_codes.py \
+	PYTHONPATH=$(CURDIR)/.venv/triton $(PYTEST) -m slow tests/kernels/test_triton_codes.py tests/kernels/test_triton_norms.py \
 	tests/kernels/test_triton_gradients.py tests/benchmarks/test_roofline.py
 
 test-all: test test-long test-triton

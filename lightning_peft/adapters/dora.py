@@ -12,7 +12,8 @@ from lightning_peft.adapters.base import Target
 from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from lightning_peft.adapters.method import Contract, Method, linears
 from lightning_peft.kernels.frozen_linear import GIVEN, Base
-from lightning_peft.kernels.low_rank import add_and_scale
+from lightning_peft.kernels.low_rank import add_and_scale, scaled_sum
+from lightning_peft.kernels.row_norms import takes_norms
 from lightning_peft.quantization.weights import dense_weight
 
 ROWS_AT_ONCE = 2**24
@@ -33,9 +34,12 @@ def squared_row_norms(weight: Tensor) -> Tensor:
 def adapted_row_norms(weight: Tensor, squared_norms: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return the row norms of W + s B A, fp32, (out,), without forming B A.
 
-    n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B A A^T, B>, inner products by row; `squared_norms` is the first term.
+    n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B A A^T, B>, inner products by row; `squared_norms` is the first term. On CUDA
+    a kernel takes the sum's own norms, in one pass over W.
     """
     A, B = A.float(), B.float()
+    if takes_norms(weight):
+        return torch.ops.lightning_peft.row_norms(weight, A, B, scaling)
     rows = max(1, ROWS_AT_ONCE // weight.shape[1])
     cross = torch.cat([part.float() @ A.t() for part in weight.split(rows)])
     # One pass over (out, rank): 2 s W A^T + s^2 B (A A^T), then its product with B.
@@ -52,11 +56,13 @@ class RowNorms(nn.Module):
         super().__init__()
         self.register_buffer("squared", torch.empty(out_features, device=device), persistent=False)
         self.kept: tuple[tuple[int, ...], Tensor] | None = None
+        self.of_step: Tensor | None = None
+        """The norms that the forward pass under way was begun with."""
 
     @torch.no_grad()
     def measure(self, weight: Tensor) -> None:
         """Keep the squared norms of W (out_features, in_features)."""
-        self.kept = None
+        self.kept = self.of_step = None
         self.squared.copy_(squared_row_norms(weight))
 
     @torch.no_grad()
@@ -66,12 +72,13 @@ class RowNorms(nn.Module):
     def once(self, norms: Callable[[], Tensor], factors: tuple[Tensor, Tensor]) -> Tensor:
         """Return `norms()`, taken once while text is generated and the factors stand still.
 
-        It costs a pass over W, which is all that a single token costs.
+        It costs a pass over W, which is all that a single token costs. In training they are those of the step, where
+        whoever began it took them.
         """
         if self.training or torch.is_grad_enabled():
             if self.kept is not None:  # no assignment where there is none to make: it would break a graph
                 self.kept = None
-            return norms()
+            return norms() if self.of_step is None or not self.training else self.of_step
         versions = tuple(factor._version for factor in factors)
         if self.kept is None or self.kept[0] != versions:
             self.kept = (versions, norms())
@@ -124,6 +131,17 @@ class DoRALinear(LoRALinear):
         bias = self.base_layer.bias if base.form == GIVEN else None
         assert bias is None or isinstance(bias, Tensor)
         return add_and_scale(base, x, *self.factors(), self.gain(), self.scaling, bias)
+
+    def summed_base(self, base: Base) -> Base:
+        return base._replace(tensors=(*base.tensors[:-1], None))
+
+    def of_sum(self, total: Tensor) -> Tensor:
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return scaled_sum(total, self.gain(), bias)
+
+    def before_step(self) -> None:
+        self.norms.of_step = self.weight_norms()
 
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.base_layer).float()

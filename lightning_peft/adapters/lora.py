@@ -13,6 +13,7 @@ from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.init import INITS, Reads, Start, kaiming
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
+from lightning_peft.kernels.frozen_linear import Base
 from lightning_peft.kernels.grouped import grouped_product
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, product_dtype
 from lightning_peft.quantization.weights import dense_weight, linear_shape, write_weight
@@ -163,6 +164,17 @@ class LoRALinear(Adapter):
 
     def product(self) -> tuple[Tensor, Tensor] | None:
         return self.factors()
+
+    def summed_base(self, base: Base) -> Base:
+        """Return the part of the base that `of_sum` is given the sum of: all of it, or its weight alone."""
+        return base
+
+    def of_sum(self, total: Tensor) -> Tensor:
+        """Return the layer's output (..., out_features) from its base plus scaling * B A x, as groups compute it."""
+        return total
+
+    def before_step(self) -> None:
+        """Take what stands still while a training step runs forward."""
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.dora import DoRALinear
 from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.kernels.shared_input import add_low_rank_to_each, can_share
 from lightning_peft.quantization.frozen_base import frozen_base
@@ -38,12 +39,13 @@ class SharedInput:
             output = self.waiting.pop()
             if not self.waiting:
                 self.x = None
-            return output
+            return self.layers[place].of_sum(output)
         self.waiting, self.x = [], None
         if place or not self._suits(x):
             return None
         bases = [frozen_base(own.base_layer, x) for own in self.layers]
-        known = [base for base in bases if base is not None]
+        pairs = zip(self.layers, bases, strict=True)
+        known = [layer.summed_base(base) for layer, base in pairs if base is not None]
         if len(known) < len(bases) or not can_share(known):
             return None
         factors = [own.factors() for own in self.layers]
@@ -53,7 +55,7 @@ class SharedInput:
         first, *others = add_low_rank_to_each(known, x, factors, self.layers[0].scaling, copies)
         if others:
             self.x, self.waiting = x, others[::-1]
-        return first
+        return self.layers[0].of_sum(first)
 
     def _suits(self, x: Tensor) -> bool:
         return (
@@ -83,10 +85,10 @@ class SharedInput:
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[LoRALinear]:
-    """Return whether a layer is a LoRA whose two factors train and are what its products take."""
+    """Return whether a layer is a LoRA or a DoRA whose two factors train and are what its products take."""
     return (
         isinstance(layer, LoRALinear)
-        and type(layer).fused is LoRALinear.fused
+        and type(layer).fused in (LoRALinear.fused, DoRALinear.fused)
         and type(layer).factors is LoRALinear.factors
         and type(layer).forward is Adapter.forward
         and all(factor.requires_grad for factor in layer.factors())
@@ -96,7 +98,7 @@ def is_plain(layer: nn.Module) -> TypeGuard[LoRALinear]:
 def share_inputs(model: nn.Module) -> list[SharedInput]:
     """Have the layers that share an input computed together, in training, and return the groups.
 
-    Each plain LoRA layer is in one group, alone where nothing is known to read its input.
+    Each plain layer is in one group, alone where nothing is known to read its input.
     """
     groups: list[SharedInput] = []
     for module in list(model.modules()):
@@ -110,7 +112,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
 
 
 class FactorCopies:
-    """The factors of all groups in the dtype of the products, cast at once at the start of a forward pass."""
+    """What all groups need once a forward pass: their factors in the dtype of the products, and the norms of DoRA."""
 
     def __init__(self, groups: Iterable[SharedInput]):
         self.groups = list(groups)
@@ -129,10 +131,14 @@ class FactorCopies:
 
     def before_forward(self, module: nn.Module, inputs: object) -> None:
         """Refresh where the forward pass that begins reads copies: a forward pre-hook."""
-        if not (module.training and torch.is_grad_enabled()):
-            return
         first = self.groups[0].layers[0]
-        if first.factors()[0].device.type in SHARING_DEVICES and dense_dtype(first.base_layer).itemsize == 2:
+        on_device = first.factors()[0].device.type in SHARING_DEVICES
+        if not (on_device and module.training and torch.is_grad_enabled()):
+            return
+        for group in self.groups:
+            for layer in group.layers:
+                layer.before_step()
+        if dense_dtype(first.base_layer).itemsize == 2:
             self.refresh()
 
 

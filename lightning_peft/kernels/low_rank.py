@@ -20,6 +20,7 @@ from lightning_peft.kernels.frozen_linear import (
     input_gradient,
     mark_written,
 )
+from lightning_peft.kernels.products import scale_
 
 
 def add_low_rank(base: Base, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor | None:
@@ -42,6 +43,11 @@ def add_and_scale(
     A base that was run before has its bias in it: `given_bias` is that bias.
     """
     return MagnitudeProduct.apply(base.first, x, A, B, gain, given_bias, scaling, *base.rest())
+
+
+def scaled_sum(total: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """Return gain * total + bias, (..., out_features), in the dtype of total; gain (out_features,) is at least fp32."""
+    return ScaledSum.apply(total, gain, bias)
 
 
 def add_vectors(base: Base, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
@@ -183,12 +189,7 @@ class MagnitudeProduct(torch.autograd.Function):
         if grad_B is not None:
             grad_B = grad_B.to(B.dtype).mul_(gain[:, None])
         if ctx.needs_input_grad[4]:
-            output_rows = output.view(-1, output.shape[-1])
-            sums = torch.ops.lightning_peft.column_dots(grad_rows, output_rows)
-            if bias is not None:
-                sums -= bias.to(sums.dtype) * grad_rows.sum(0, dtype=sums.dtype)
-            grad_gain = torch.where(gain == 0, 0, sums / gain).to(gain.dtype)
-            del output_rows
+            grad_gain = gain_gradient(grad_rows, output.view(-1, output.shape[-1]), gain, bias)
         if ctx.needs_input_grad[5]:
             # The rest of a trained bias' gradient comes through the given output.
             grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(given_bias.dtype)
@@ -203,6 +204,51 @@ class MagnitudeProduct(torch.autograd.Function):
                 to_base = grad_base.view(grad.shape)
         grad_first, grad_rest = base_gradients(to_base, base, ctx.needs_input_grad)
         return grad_first, grad_x, grad_A, grad_B, grad_gain, grad_bias, None, *grad_rest
+
+
+class ScaledSum(torch.autograd.Function):
+    """gain * total + bias: what `MagnitudeProduct` does after its sum, by itself.
+
+    A compiler fuses it with what reads it and keeps what it likes, without rounding gain or its gradient's terms to
+    16 bits. Elsewhere total is written over, and kept, as there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(total, gain, bias)
+        if torch.compiler.is_compiling():
+            scaled = total * gain
+            return (scaled if bias is None else scaled + bias).to(total.dtype)
+        ctx.mark_dirty(total)
+        scale_(total, gain, None)
+        return total if bias is None else total.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        kept, gain, bias = ctx.saved_tensors
+        rows, kept_rows = (tensor.reshape(-1, grad.shape[-1]) for tensor in (grad, kept))
+        if torch.compiler.is_compiling():
+            grad_total = (grad * gain).to(grad.dtype)
+            grad_gain = (rows.to(gain.dtype) * kept_rows).sum(0)
+        else:
+            grad_total = grad * gain.to(grad.dtype)
+            grad_gain = gain_gradient(rows, kept_rows, gain, bias)
+        grad_bias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0, dtype=gain.dtype).to(bias.dtype)
+        return grad_total, grad_gain, grad_bias
+
+
+def gain_gradient(grad: Tensor, output: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the gradient of gain (out_features,) in output = gain * total + bias; 0 where gain is.
+
+    grad and output are (N, out_features).
+    """
+    sums: Tensor = torch.ops.lightning_peft.column_dots(grad, output)
+    if bias is not None:
+        sums = sums - bias.to(sums.dtype) * grad.sum(0, dtype=sums.dtype)
+    return torch.where(gain == 0, 0, sums / gain).to(gain.dtype)
 
 
 class VectorProduct(torch.autograd.Function):

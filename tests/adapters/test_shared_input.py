@@ -1,14 +1,19 @@
 """Layers that share an input, computed together: as each by itself, in value, gradients and what is stored."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.adapters import shared_input
+from lightning_peft.adapters.dora import DoRALinear
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.shared_input import FactorCopies, share_inputs
+from lightning_peft.adapters.shared_input import FactorCopies, adapt_together, share_inputs
+from lightning_peft.kernels.low_rank import scaled_sum
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import Kind, QuantizationConfig
@@ -30,6 +35,9 @@ def adapted(dtype=torch.float32, kind=None, method="lora", **options):
     inject_adapters(model, METHODS[method].config(method=method, rank=4, **options))
     for _, layer in adapters(model):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+        if method == "dora":
+            with torch.no_grad():
+                layer.lora_magnitude_vector.mul_(1 + 0.1 * torch.randn_like(layer.lora_magnitude_vector))
     return model.train()
 
 
@@ -42,18 +50,20 @@ def gradients(model, ids):
 
 
 IDS = torch.arange(3, 67).view(2, 32)
+SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=80)
 # In bf16 the sums are the same and are rounded in other orders: two of its units.
 TOLERANCES = {torch.float32: dict(rtol=1e-4, atol=1e-6), torch.bfloat16: dict(rtol=0.05, atol=0.02)}
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("kind", [None, "nf4", "int8"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("copied", [False, True])
-def test_shared_layers_learn_what_each_learns_alone(kind, dtype, copied):
-    alone, together = adapted(dtype, kind), adapted(dtype, kind)
+def test_shared_layers_learn_what_each_learns_alone(method, kind, dtype, copied):
+    alone, together = adapted(dtype, kind, method), adapted(dtype, kind, method)
     groups = share_inputs(together)
     if copied:
-        FactorCopies(groups).refresh()
+        FactorCopies(groups).before_forward(together, None)
     (loss, expected), (found_loss, found) = gradients(alone, IDS), gradients(together, IDS)
     assert_close(found_loss, loss, **TOLERANCES[dtype])
     assert found.keys() == expected.keys()
@@ -62,6 +72,62 @@ def test_shared_layers_learn_what_each_learns_alone(kind, dtype, copied):
         assert_close(
             found[name] / scale, expected[name] / scale, msg=lambda m, n=name: f"{n}: {m}", **TOLERANCES[dtype]
         )
+
+
+@pytest.mark.parametrize("biases_train", [False, True])
+def test_magnitudes_are_under_the_bias(biases_train):
+    models = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, attention_bias=True, **SIZES)).double().train()
+        options = {"bias": "all"} if biases_train else {}
+        inject_adapters(model, METHODS["dora"].config(method="dora", rank=4, **options))
+        for _, layer in adapters(model):
+            layer.double().norms.squared = layer.norms.squared.double()
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    if parameter.requires_grad or parameter.dim() == 1:
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+        if shared:
+            share_inputs(model)
+        models.append(gradients(model, IDS))
+    (loss, expected), (found_loss, found) = models
+    assert_close(found_loss, loss)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_scaled_sums_pass_gradcheck(zero):
+    torch.manual_seed(0)
+    total, gain, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), 5, 5))
+    assert torch.autograd.gradcheck(lambda total, *rest: scaled_sum(total.clone(), *rest), (total, gain, bias))
+    if zero:  # what is left of the sum then says nothing of the gain
+        with torch.no_grad():
+            gain[1] = 0
+        scaled_sum(total.clone(), gain, bias).sum().backward()
+        assert gain.grad[1] == 0 and gain.grad.isfinite().all()
+
+
+def test_norms_are_taken_once_a_step(monkeypatch):
+    model = adapted(method="dora")
+    adapt_together(model, model.model)
+    calls = []
+    plain = DoRALinear.weight_norms
+    monkeypatch.setattr(DoRALinear, "weight_norms", lambda self: calls.append(self) or plain(self))
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
+    first, before = gradients(model, IDS)
+    layers = [layer for _, layer in adapters(model) if isinstance(layer, DoRALinear)]
+    assert calls == layers  # not again where blocks are computed again
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B.weight.mul_(2)
+    second, after = gradients(model, IDS)
+    assert len(calls) == 2 * len(layers) and first != second
+    alone = adapted(method="dora")
+    for _, layer in adapters(alone):
+        layer.lora_B.weight.data.mul_(2)
+    assert_close((second, after), gradients(alone, IDS), rtol=1e-4, atol=1e-5)
 
 
 def test_every_group_reads_its_input_once():
@@ -141,21 +207,21 @@ def test_copies_follow_the_factors():
     assert group.copies[1][place].shape == layer.lora_B.weight.shape
 
 
-def test_equal_blocks_share_one_graph():
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_equal_blocks_share_one_graph(method):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=80)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).train()
-    inject_adapters(model, METHODS["lora"].config(method="lora", rank=4))
-    copies, graphs = FactorCopies(share_inputs(model)), []
-    copies.refresh()
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, attention_bias=True, **SIZES)).train()
+    inject_adapters(model, METHODS[method].config(method=method, rank=4))
+    adapt_together(model, model.model)
+    graphs = []
 
     def counting(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    expected, _ = gradients(model, IDS)
+    expected = gradients(model, IDS)
     torch._dynamo.reset()
     compile_model(model, Compilation.blocks, backend=counting)
-    found, _ = gradients(model, IDS)
-    assert_close(found, expected)
+    for _ in range(2):
+        assert_close(gradients(model, IDS), expected, rtol=1e-4, atol=1e-6)
     assert len(graphs) == 2  # the first block's input has no gradient

@@ -17,7 +17,7 @@ pytestmark = [
 LIMITS = {
     "lora": {"launches_a_block": 59, "adapters_gb": 95, "kept_gb_a_block": 0.79},
     "qlora": {"launches_a_block": 73, "adapters_gb": 95, "kept_gb_a_block": 0.79},
-    "dora": {"launches_a_block": 205, "adapters_gb": 295, "kept_gb_a_block": 0.94},
+    "dora": {"launches_a_block": 80, "adapters_gb": 110, "kept_gb_a_block": 0.94},
 }
 """The most of each on an 8B block of 2 x 4,096 tokens; bytes are those of a step of 32 blocks."""
 
