@@ -27,7 +27,7 @@ from lightning_peft.compose import (
 )
 from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.errors import WrongInput, is_input_error, one_line
-from lightning_peft.runs.folder import starting_config
+from lightning_peft.runs.folder import refuse_run, starting_config
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 from lightning_peft.schemas import CONF_DIR, register_schemas
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
@@ -167,7 +167,9 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     swept = [word for word in words if is_swept(word) and not word.startswith("hydra")]
     folders: list[Path] = []
     if folder and command == "train":
-        check_same_sweep(Path(folder[0].partition("=")[2]), swept)
+        named = Path(folder[0].partition("=")[2])
+        refuse_run(named, "run_dir")
+        check_same_sweep(named, swept)
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]
 

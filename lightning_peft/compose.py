@@ -137,7 +137,7 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
         return train_config(in_folder_of(path, with_present_paths({str(key): value for key, value in saved.items()})))
     except FileNotFoundError as error:
         raise ValueError(f"config_path={path}: no such file") from error
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config_path={path}: {explain(error, command)}") from error
 
 

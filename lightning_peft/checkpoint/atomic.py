@@ -61,12 +61,38 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file that somebody asked for, whole or not at all, also behind a link; a device or pipe as it stands.
+
+    Raises SaveError as `atomic_file` does, OSError with the file's name for what is no file.
+    """
+    if path.exists() and not path.is_file():
+        with names_file(path):
+            path.write_text(text, encoding="utf-8")
+        return
+    with atomic_file(path.resolve()) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Inside, a failed file operation that names no file, as one on a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.strerror is not None:
+            error.filename = str(path)
+        raise
+
+
 @contextmanager
 def _save_errors(path: Path, partial: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         _remove(partial)
+        if isinstance(error, SaveError):  # of a file in the folder
+            error = error.__cause__ if isinstance(error.__cause__, OSError | SafetensorError) else error
         reason = getattr(error, "strerror", None) or str(error)
         raise SaveError(f"{path}: cannot be saved ({reason}); what was there before is unchanged") from error
     except BaseException:

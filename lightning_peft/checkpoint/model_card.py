@@ -1,12 +1,16 @@
 """The card of an adapter or merged model, `README.md`: written from the files beside it, so it can be written again."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage
 from lightning_peft.checkpoint.peft_words import OF_REWARDS
+from lightning_peft.strict_json import read_object
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "README.md"
 MARK = "<!-- written by lightning-peft -->"
@@ -21,7 +25,7 @@ def write_card(folder: Path, run: Path | None = None, lineage: Lineage | None = 
     """
     path = folder / FILE_NAME
     lineage = lineage or read_lineage(folder)
-    if lineage is None or path.exists() and MARK not in path.read_text(encoding="utf-8"):
+    if lineage is None or path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     adapter = _json(folder / "adapter_config.json")
     base = adapter.get("base_model_name_or_path")
@@ -147,4 +151,9 @@ def _number(value: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return what a file holds; nothing, said in a line, where it is damaged: what the card is of stands by itself."""
+    try:
+        return read_object(path, "the card leaves out what it says") if path.is_file() else {}
+    except ValueError as error:
+        logger.warning("%s", error)
+        return {}

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.adapters.balora import InputVariance, sampling
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import CalibrateConfig
 from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.commands.evaluate import laid_out_as, refuse_margins, refuse_teacher_prompt, validation_loader
@@ -48,7 +49,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
     found = {name: calibration(way, loader, config.seed) for name, way in ways.items()}
     show(found, rows)
     path = Path(config.output) if config.output else tuned_folder(config.adapter_path).parent / "calibration.json"
-    path.write_text(json.dumps({name: asdict(scores) for name, scores in found.items()} | {"rows": rows}, indent=2))
+    write_text(path, json.dumps({name: asdict(scores) for name, scores in found.items()} | {"rows": rows}, indent=2))
     print(path)
     write_picture(path.with_suffix(".png"), partial(diagram, found))
     return found

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import disable_adapters
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.checkpoint.peft_words import gives_rewards
@@ -316,6 +317,6 @@ def write_report(report: dict[str, Any], config: EvaluateConfig) -> None:
         path = tuned_folder(config.adapter_path).parent / "evaluation.json"
     else:
         return
-    path.write_text(json_text(report))
+    write_text(path, json_text(report))
     if config.output is None and config.adapter_path is not None:
         write_card(tuned_folder(config.adapter_path), path.parent)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import GenerateConfig
 from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference
 from lightning_peft.data.conversation import BadRow, Conversation, Message, Row
@@ -148,7 +149,7 @@ def write_answers(rows: list[dict[str, Any]], answers: list[str], output: str | 
     if output is None:
         sys.stdout.write(text)
     else:
-        Path(output).write_text(text, encoding="utf-8")
+        write_text(Path(output), text)
 
 
 def stream(

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.compose import compose_config
 from lightning_peft.config import plain
 from lightning_peft.help import GROUPS, TRAINER, flat
@@ -35,7 +36,7 @@ def init(words: list[str]) -> None:
     if path.exists():
         raise ValueError(f"{path}: exists already; name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text_of(path, choices), encoding="utf-8")
+    write_text(path, text_of(path, choices))
     print(f"{path}: edit it, then: lightning-peft train {path}")
 
 

@@ -27,6 +27,7 @@ from lightning_peft.adapters.spectrum import (
     warnings_of,
 )
 from lightning_peft.adapters.targets import block_depth
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import InspectConfig
 from lightning_peft.commands.adapted import base_of, best_of_sweep, inference_dtype, load_for_inference, saved_config
@@ -81,12 +82,12 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     if rows is not None and config.directions:
         content["directions"] = _directions(path, model, tokenizer, found, rows, config.directions)
     output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"
-    output.write_text(json_text(content))
+    write_text(output, json_text(content))
     print(output)
     write_picture(output.with_suffix(".png"), partial(_map, spectra, kinds))
     if to_cut is not None:
         content["smaller_ranks"] = _smaller_ranks(path, model, to_cut)
-        output.write_text(json_text(content))
+        write_text(output, json_text(content))
     return spectra
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.checkpoint.atomic import names_file
+
 logger = logging.getLogger(__name__)
 
 
@@ -17,5 +19,6 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("%s: not drawn, which needs matplotlib; pip install 'lightning-peft[report]'", path)
         return
-    draw().savefig(path, dpi=150)
+    with names_file(path):
+        draw().savefig(path, dpi=150)
     print(path)

@@ -23,6 +23,7 @@ from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import SOURCES
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
 from lightning_peft.objectives.registry import validation_numbers
+from lightning_peft.runs.folder import refuse_run
 from lightning_peft.runs.lock import new_folder, remove_if_empty
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.local_worker import start_workers
@@ -76,6 +77,8 @@ def submit_sweep(words: list[str]) -> None:
         price_sweep(config, run_words)
         return
     default = Path(f"sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    if config.sweep_dir:
+        refuse_run(Path(config.sweep_dir), "sweep_dir")
     folder = (Path(config.sweep_dir) if config.sweep_dir else new_folder(default)).resolve()
     try:
         start_sweep(config, run_words, folder)

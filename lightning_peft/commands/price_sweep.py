@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft import readable
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.cluster.job import ClusterError
 from lightning_peft.cluster.partitions import Partition, find_partitions
 from lightning_peft.command_configs import EstimateConfig, PriceConfig
@@ -260,5 +261,5 @@ def show_prices(
     print(line + (f"; sweep.pruning={sweep.pruning} takes less" if sweep.pruning != "none" else ""))
     report = {"trials": entries, "count": count, "device_hours": total}
     if output is not None:
-        Path(output).write_text(json.dumps(report, indent=2) + "\n")
+        write_text(Path(output), json.dumps(report, indent=2) + "\n")
     return report

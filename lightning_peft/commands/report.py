@@ -4,6 +4,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
+from lightning_peft.checkpoint.atomic import names_file, write_text
 from lightning_peft.command_configs import ReportConfig
 from lightning_peft.sweeps.place import find_jobs
 from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
@@ -34,12 +35,12 @@ def report(config: ReportConfig) -> Path:
         page = sweep_page(folder, sweep)
     else:
         page = run_page(folder)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page.text(), encoding="utf-8")
+    write_text(output, page.text())
     print(output)
     if config.png:
         for name, figure in page.figures.items():
             path = output.with_name(f"{output.stem}_{name}.png")
-            figure.savefig(path, dpi=150)
+            with names_file(path):
+                figure.savefig(path, dpi=150)
             print(path)
     return output

@@ -7,6 +7,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
 from lightning_peft.help import GROUPS, TRAINER
@@ -25,7 +26,7 @@ def schema(words: list[str]) -> None:
         raise ValueError(f"schema: takes the name of a file at most, not {' '.join(words)}")
     text = json.dumps(schema_of_file(), indent=2) + "\n"
     if words:
-        Path(words[0]).write_text(text, encoding="utf-8")
+        write_text(Path(words[0]), text)
         print(f"{words[0]}: name it in a file's first line, as in # yaml-language-server: $schema={words[0]}")
     else:
         print(text, end="")

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.checkpoint.atomic import atomic_file, write_text
 from lightning_peft.cluster.job import ClusterConfig, ClusterError, ClusterSilent, Work
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig, plain
@@ -50,8 +50,8 @@ def submit(config: TrainConfig) -> None:
             return
         refuse_second_job(run_dir)
         with nothing_left_if_refused(run_dir):
-            OmegaConf.save(OmegaConf.create(plain(config)), run_dir / "config.yaml")
-            (run_dir / kind.file).write_text(text, encoding="utf-8")
+            write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+            write_text(run_dir / kind.file, text)
             job_id = kind.submit(run_dir / kind.file, work)
         with atomic_file(run_dir / JOB) as path:
             path.write_text(json.dumps({"job_id": job_id, "cluster": cluster.name}) + "\n")
@@ -60,14 +60,15 @@ def submit(config: TrainConfig) -> None:
 
 @contextmanager
 def nothing_left_if_refused(folder: Path) -> Iterator[None]:
-    """Inside, what is written into a folder, and the folders on the way, go again if the cluster refuses the job."""
+    """Inside, what is written into a folder, and the folders on the way, go again if the cluster refuses the job, or
+    where they cannot be written."""
     before = set(folder.iterdir()) if folder.exists() else set()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except ClusterSilent:
         raise
-    except ClusterError:
+    except (ClusterError, OSError):
         for path in set(folder.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in made:

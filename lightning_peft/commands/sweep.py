@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft import readable
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.command_configs import SubmitSweepConfig, SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
@@ -279,7 +280,7 @@ def table(config: SweepCommandConfig) -> None:
             f"output_path={output}: a heat map needs two swept keys beside the seed; use .csv, .json or .html"
         )
     texts = {".csv": csv_text, ".json": json_text, ".html": lambda rows: html_text(rows, picture)}
-    output.write_text(str(picture) if output.suffix == ".svg" else texts[output.suffix](rows), encoding="utf-8")
+    write_text(output, str(picture) if output.suffix == ".svg" else texts[output.suffix](rows))
     logger.info("wrote %s", output)
 
 

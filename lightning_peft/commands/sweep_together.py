@@ -20,6 +20,7 @@ from lightning_peft.commands.together import (
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config, read_words
 from lightning_peft.config import TrainConfig
+from lightning_peft.runs.folder import refuse_run
 from lightning_peft.runs.lock import new_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.schemas import trial_name
@@ -49,6 +50,8 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
         raise ValueError("-m: no word sweeps; give several values, as in adapter.rank=4,8, or leave -m out")
     fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     check_given_once(overrides)
+    if named:
+        refuse_run(Path(named[0]), "run_dir")
     folder = Path(named[0]) if named else new_folder(Path(f"sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}"))
     listed = [Trial(trial_name(",".join(sorted(choice))), choice) for choice in grid(swept)]
     trials = {trial.name: trial.overrides for trial in listed}

@@ -22,7 +22,7 @@ from lightning_peft import distributed, readable
 from lightning_peft.adapters.hybrid_lora import table_of
 from lightning_peft.adapters.inject import trainable_parameter_counts
 from lightning_peft.adapters.method import Selection
-from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.checkpoint.atomic import atomic_file, write_text
 from lightning_peft.checkpoint.lineage import installed_versions
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.resume import saved_selection
@@ -175,9 +175,9 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     try:
         fit(trainer, module, data, resumed, signals)
         if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
-            (run_dir / "wins.json").write_text(json.dumps(routed.report(), indent=2) + "\n")
+            write_text(run_dir / "wins.json", json.dumps(routed.report(), indent=2) + "\n")
         if module.selection is not None and distributed.rank() == 0:
-            (run_dir / "selection.json").write_text(json.dumps(vars(module.selection), indent=2) + "\n")
+            write_text(run_dir / "selection.json", json.dumps(vars(module.selection), indent=2) + "\n")
             Console().print(table_of(module.selection))
         save(module, run_dir / "adapter")
         if distributed.rank() == 0 and (run_dir / "adapter").is_dir():

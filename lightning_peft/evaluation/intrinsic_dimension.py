@@ -1,12 +1,13 @@
 """d90: how few trained numbers reach 90 % of a reference run (Li et al. 2018, arXiv:1804.08838)."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lightning_peft.strict_json import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> 
     `evaluation.json`; any other name is a metric in the `evaluation.json` of every run. Raises ValueError for a folder
     that lacks them, or a reference no better than its base.
     """
-    base = _evaluation(reference)["base"]["loss"] if metric == LOSS else 0.0
+    base = _found(reference, "evaluation.json", "base", "loss") if metric == LOSS else 0.0
     trials = []
     for folder in sorted(path.parent for path in sweep.glob("*/config.yaml")):
-        adapter = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["adapter"]
+        adapter = _adapter(folder / "config.yaml")
         if adapter["method"] != "intrinsic":
             raise ValueError(f"sweep_path={sweep}: {folder.name} trained method {adapter['method']}, not intrinsic")
         if not _is_finished(folder):
@@ -64,27 +65,37 @@ def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> 
 
 def _score(folder: Path, metric: str, base: float) -> float:
     if metric == LOSS:
-        loss = _json(folder, "result.json")["validation_loss"]
+        loss = _found(folder, "result.json", "validation_loss")
         if loss is None:
             raise ValueError(f"{folder}: trained without validation rows, so it has no validation loss")
         return base - loss
-    metrics = _evaluation(folder)["adapter"]["metrics"]
+    metrics = _found(folder, "evaluation.json", "adapter", "metrics")
     if metric not in metrics:
         raise ValueError(f"metric={metric}: {folder} has {', '.join([LOSS, *metrics])}")
     return metrics[metric]
 
 
 def _is_finished(folder: Path) -> bool:
-    return (folder / "result.json").is_file() and _json(folder, "result.json")["status"] == "finished"
+    return (folder / "result.json").is_file() and _found(folder, "result.json", "status") == "finished"
 
 
-def _evaluation(folder: Path) -> dict[str, Any]:
-    if not (folder / "evaluation.json").is_file():
-        raise ValueError(f"{folder}: has no evaluation.json; run lightning-peft evaluate adapter_path={folder}")
-    return _json(folder, "evaluation.json")
+def _adapter(path: Path) -> dict[str, Any]:
+    """Return the options of the adapter in a run's config.yaml. Raises ValueError where it is damaged."""
+    try:
+        adapter = yaml.safe_load(path.read_text(encoding="utf-8"))["adapter"]
+        return {"method": adapter["method"], "dimension": adapter.get("dimension")}
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: damaged (not the options of a run); move its folder away to leave it out") from None
 
 
-def _json(folder: Path, name: str) -> dict[str, Any]:
+def _found(folder: Path, name: str, *keys: str) -> Any:
+    """Return what a file of a run holds under the keys. Raises ValueError where it does not."""
+    again = f"run lightning-peft evaluate adapter_path={folder}" if name == "evaluation.json" else "finish the run"
     if not (folder / name).is_file():
-        raise ValueError(f"{folder}: not a finished run, it has no {name}")
-    return json.loads((folder / name).read_text())
+        raise ValueError(f"{folder}: has no {name}; {again}")
+    found: Any = read_object(folder / name, again)
+    for key in keys:
+        if not isinstance(found, dict) or key not in found:
+            raise ValueError(f"{folder / name}: has no {'.'.join(keys)}; {again}")
+        found = found[key]
+    return found

@@ -38,7 +38,7 @@ def run_page(folder: Path) -> Page:
     page.heading("Where it comes from")
     for name in ("config.yaml", "adapter/lineage.json", "model/lineage.json"):
         if (folder / name).is_file():
-            page.folded(name, (folder / name).read_text(encoding="utf-8"))
+            page.folded(name, (folder / name).read_text(encoding="utf-8", errors="replace"))
     return page
 
 
@@ -127,16 +127,28 @@ def with_interval(share: float | None, count: int) -> str | None:
 def _samples(page: Page, path: Path) -> None:
     if not path.is_file():
         return
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    rows = [row for line in lines if (row := _sample(line)) is not None]
+    if len(rows) < len(lines):  # as a run that was killed leaves the last one
+        page.note(f"{len(lines) - len(rows)} of {len(lines)} lines of {path.name} are damaged, and left out")
     if not rows:
         return
-    last = max(row.get("step", 0) for row in rows)
-    chosen = [row for row in rows if row.get("step", 0) == last]
+    last = max(row["step"] for row in rows)
+    chosen = [row for row in rows if row["step"] == last]
     page.heading(f"Answers at step {last}")
     if len(chosen) > SAMPLES:
         page.note(f"the first {SAMPLES} of {len(chosen)}; all of them, of every validation, are in {path.name}")
     names = list(dict.fromkeys(key for row in chosen for key in row if key != "step"))
     page.table(names, [[str(row.get(name, "")) for name in names] for row in chosen[:SAMPLES]], "texts")
+
+
+def _sample(line: str) -> dict[str, Any] | None:
+    """Return what a line of samples.jsonl holds; None for one that no run has written so."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,14 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{files}: {error.strerror.lower()}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
     return " ".join(str(error).split())
+
+
+def is_symlink_loop(error: BaseException) -> bool:
+    """Whether a path leads through links into itself, which Path.resolve tells so before Python 3.13."""
+    return isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from ")
 
 
 def is_input_error(error: BaseException) -> bool:
@@ -26,6 +33,8 @@ def is_input_error(error: BaseException) -> bool:
     A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
     """
     if isinstance(error, OSError | WrongInput | ClusterError):
+        return True
+    if is_symlink_loop(error):
         return True
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     is_own = Path(innermost).is_relative_to(Path(lightning_peft.__file__).parent) or is_of_plugin(innermost)

@@ -22,8 +22,8 @@ from lightning_peft.config import TrainConfig, plain
 from lightning_peft.distributed import LAUNCHER
 from lightning_peft.optim.schedules import ScheduleKind
 from lightning_peft.runs.errors import one_line
-from lightning_peft.runs.lock import new_folder, only_writer
-from lightning_peft.sweeps.sweep import read_result
+from lightning_peft.runs.lock import new_folder, only_writer, refuse_file
+from lightning_peft.sweeps.sweep import MANIFEST, read_result
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,9 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
     # Lightning, which the verbs of a sweep do without.
     from lightning_peft.checkpoint.resume import latest_checkpoint, verify_checkpoint
 
-    used = any((run_dir / name).exists() for name in LEFT_BY_A_RUN)
+    if (run_dir / MANIFEST).exists():
+        raise ValueError(f"run_dir={run_dir}: holds a sweep, whose trials are the folders in it; name another folder")
+    used = is_used(run_dir)
     if config.resume not in ("never", "auto"):
         path = Path(config.resume)
         if not path.is_file():
@@ -151,6 +153,18 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
         assert checkpoint is not None
         check_length(config, run_dir, checkpoint)
     return Start(checkpoint, result)
+
+
+def is_used(run_dir: Path) -> bool:
+    """Return whether a run has left something in a folder."""
+    return any((run_dir / name).exists() for name in LEFT_BY_A_RUN)
+
+
+def refuse_run(folder: Path, key: str) -> None:
+    """Raise ValueError for a sweep's folder, named by the option `key`, that is a run's or would stand over a file."""
+    refuse_file(folder, key)
+    if (folder / "config.yaml").is_file() and is_used(folder):
+        raise ValueError(f"{key}={folder}: holds a run; a sweep has a folder of its own, with its trials in it")
 
 
 def check_not_finished(run_dir: Path) -> None:

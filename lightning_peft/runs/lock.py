@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from lightning_peft.checkpoint.atomic import names_file
 from lightning_peft.sweeps.sweep import NO_LOCKS
 
 logger = logging.getLogger(__name__)
@@ -90,13 +91,15 @@ def only_writer(folder: Path, key: str = "run_dir", patience_seconds: float = 0.
     Raises FolderInUse, which names the holder, once `patience_seconds` have passed; `key` is the option that named the
     folder. A folder made for this block goes again when the block leaves it empty.
     """
+    refuse_file(folder, key)
     _make(folder)
     file = _locked_file(folder, key, patience_seconds)
     _open_locks.add(file.fileno())
     done = threading.Event()
     beats = threading.Thread(target=_beat, args=(folder / LOCK, done), daemon=True)
     try:
-        _write_holder(file)
+        with names_file(folder / LOCK):
+            _write_holder(file)
         beats.start()
         yield
     finally:
@@ -105,8 +108,16 @@ def only_writer(folder: Path, key: str = "run_dir", patience_seconds: float = 0.
             beats.join()
         (folder / LOCK).unlink(missing_ok=True)
         _open_locks.discard(file.fileno())
-        file.close()
+        with suppress(OSError):  # a full disk says so a second time, and without the file's name
+            file.close()
         remove_if_empty(folder)
+
+
+def refuse_file(folder: Path, key: str) -> None:
+    """Raise ValueError where a folder would have to be made over or below a file; `key` is the option that names it."""
+    found = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if found is not None and not found.is_dir():
+        raise ValueError(f"{key}={folder}: {found} is a file; name a folder")
 
 
 def remove_if_empty(folder: Path) -> None:

@@ -169,7 +169,8 @@ def read_sweep(folder: Path) -> Sweep:
         found = [t | {"process": Process(**t["process"]) if t["process"] else None} for t in values["trials"]]
         workers = [Process(**worker) for worker in values["workers"]]
         sweep = Sweep(**(values | {"trials": [Trial(**trial) for trial in found], "workers": workers}))
-    except (KeyError, TypeError) as error:
+        check_texts(sweep)
+    except (KeyError, TypeError, AttributeError) as error:
         reason = f"{path}: not a sweep as this version writes it ({error})"
         raise ValueError(f"{reason}; use the version that wrote it") from error
     if is_copy(path, sweep.folder):
@@ -178,6 +179,17 @@ def read_sweep(folder: Path) -> Sweep:
         for trial in sweep.trials:
             trial.process = trial.job = None
     return sweep
+
+
+def check_texts(sweep: Sweep) -> None:
+    """Raise TypeError for names and words that are none, as a hand that edits the file may leave them."""
+    for trial in sweep.trials:
+        for text in (trial.name, trial.state, *trial.overrides):
+            if not isinstance(text, str):
+                raise TypeError(f"{text!r} of a trial is no text")
+    for text in (sweep.metric, sweep.directory, *sweep.words, *sweep.swept):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text")
 
 
 def write_sweep(sweep: Sweep, folder: Path) -> None:
@@ -299,7 +311,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
         numbers = [result.get(name) for name in RESULT_NUMBERS]
         if not isinstance(result.get("status"), str) or any(isinstance(number, str) for number in numbers):
             raise ValueError(f"{path}: damaged (not what a run writes); taken for a run that did not live to write it")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         logger.warning("%s", error)

@@ -1,10 +1,12 @@
 """Under which names services show what a run logs: train/..., validation/..., and the result as a summary."""
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.strict_json import read_object
+from lightning_peft.tracking.cells import number_of
 
 STEP = "trainer/global_step"
 """The x axis of every plot."""
@@ -46,11 +48,29 @@ def sweep_name(run_dir: Path) -> str | None:
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:
-    """Return what `result.json` says beside the last values of the charts; empty where there is none."""
+    """Return what `result.json` says beside the last values of the charts; empty where there is none.
+
+    Of what validations gave, the smallest and the largest value over all starts of the run, as validation/loss.min.
+    """
     path = run_dir / "result.json"
     if not path.exists():
         return {}
     result = read_object(path, "the summary is left out")
     summary = {key: result[key] for key in SUMMARIZED if key in result}
     summary |= {validation_chart(name): value for name, value in result.get("metrics", {}).items()}
-    return summary | {"status": result["status"]}
+    return summary | extremes(run_dir) | {"status": result["status"]}
+
+
+def extremes(run_dir: Path) -> dict[str, float]:
+    """Return the smallest and the largest value of each validation chart in a run's metrics.csv."""
+    path = run_dir / "metrics.csv"
+    if not path.is_file():
+        return {}
+    seen: dict[str, list[float]] = {}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            numbers = {name: number for name, cell in row.items() if (number := number_of(cell)) is not None}
+            if "validation_loss" in numbers and numbers.pop("step", None) is not None:
+                for chart, number in charts(numbers).items():
+                    seen.setdefault(chart, []).append(number)
+    return {f"{chart}.{what.__name__}": what(values) for chart, values in seen.items() for what in (min, max)}

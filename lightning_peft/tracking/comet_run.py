@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,16 @@ class CometRun(ServiceRun):
         if step > self.known_step:
             self.experiment.log_table(f"samples-{step}.csv", tabular_data=rows, headers=columns)
 
+    def write_alert(self, title: str, text: str) -> None:
+        self.experiment.log_other(f"alert: {title}", text)
+
     def send_adapter(self, folder: Path, lineage: Mapping[str, Any], step: int) -> None:
         # Comet's artifacts need a server; its models do not.
         self.experiment.log_model(f"adapter-{self.id}", str(folder), metadata=flat(lineage) | {"step": step})
 
     def conclude(self, status: str, summary: Mapping[str, Any]) -> None:
+        if status in BAD_ENDS:
+            self.write_alert(status, f"{self.run_dir}: ended as {status} at step {self.sent_step}")
         self.experiment.log_others(dict(summary) | ({"group": self.group} if self.group else {}))
         self.experiment.end()
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """How long a server that does not answer is waited for, where these variables do not say it. MLflow's own seven
@@ -96,10 +96,15 @@ class MLflowRun(ServiceRun):
             table = [dict(zip(columns, row, strict=True)) for row in rows]
             self.client.log_text(self.id, json.dumps(table, indent=2, ensure_ascii=False), f"samples/step-{step}.json")
 
+    def write_alert(self, title: str, text: str) -> None:
+        self.client.set_tag(self.id, f"alert: {title}", text)
+
     def send_adapter(self, folder: Path, lineage: Mapping[str, Any], step: int) -> None:
         self.client.log_artifacts(self.id, str(folder), "adapter")
 
     def conclude(self, status: str, summary: Mapping[str, Any]) -> None:
+        if status in BAD_ENDS:
+            self.write_alert(status, f"{self.run_dir}: ended as {status} at step {self.sent_step}")
         for key, value in summary.items():
             self.client.set_tag(self.id, key, str(value))
         self.client.set_terminated(self.id, ENDS.get(status, "KILLED"))

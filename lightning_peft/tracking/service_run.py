@@ -21,6 +21,8 @@ SEND_SECONDS = 5.0
 MOST_ROWS = 50
 """Rows sent together, at most."""
 PROJECT = "lightning-peft"
+BAD_ENDS = ("diverged", "rolled back", "failed")
+"""How a run ends that somebody should look at."""
 
 Row = tuple[int, dict[str, float]]
 """Step, and values by the names of the charts."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
 
 
 class TrackioRun(ServiceRun):
@@ -78,6 +78,6 @@ class TrackioRun(ServiceRun):
         numbers = {f"result/{key}": value for key, value in summary.items() if type(value) in (int, float)}
         if numbers:
             self.run.log(numbers, step=self.sent_step)
-        if status in ("diverged", "rolled back", "failed"):
+        if status in BAD_ENDS:
             self.run.alert(f"{self.run.name}: {status}", level=trackio.AlertLevel.ERROR)
         self.run.finish()

@@ -202,7 +202,6 @@ class WandbRun(RunLogger):
         OPEN.add(self)
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)
-        self.run.define_metric("validation/loss", step_metric=STEP, summary="min,last")
         self.write_lost_rows(step)
 
     def begin_log(self) -> None:

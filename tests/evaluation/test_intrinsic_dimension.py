@@ -69,3 +69,25 @@ def test_wrong_folders_are_named(tmp_path: Path, sweep: Path) -> None:
     write_run(sweep / "lora", 1.0)
     with pytest.raises(ValueError, match="lora trained method lora, not intrinsic"):
         read_dimensions(sweep, write_run(tmp_path / "r", 2.0), "loss", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("evaluation.json", '{"base": {}}', r"evaluation.json: has no base.loss; run lightning-peft evaluate"),
+        ("evaluation.json", '{"adapter"', "evaluation.json: damaged"),
+        ("result.json", "[]", "result.json: damaged"),
+        ("result.json", '{"status": "finished"}', "result.json: has no validation_loss; finish the run"),
+    ],
+)
+def test_what_a_file_lacks_is_named(tmp_path: Path, sweep: Path, file: str, text: str, said: str) -> None:
+    reference = write_run(tmp_path / "reference", 2.0)
+    (reference / file).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_dimensions(sweep, reference, "loss", 0.9)
+
+
+def test_damaged_options_of_a_trial_are_named(tmp_path: Path, sweep: Path) -> None:
+    (sweep / "dimension64" / "config.yaml").write_text("- a\n")
+    with pytest.raises(ValueError, match="dimension64/config.yaml: damaged"):
+        read_dimensions(sweep, write_run(tmp_path / "reference", 2.0), "loss", 0.9)

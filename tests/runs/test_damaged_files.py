@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_config
 
 from lightning_peft.__main__ import main
+from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.commands.train import train
 from lightning_peft.sweeps.budget import logged_hours
 from lightning_peft.sweeps.sweep import Sweep, Trial, read_result, write_sweep
@@ -113,6 +114,15 @@ def test_finished_run_whose_adapter_is_gone_makes_it_again(runs, tmp_path, caplo
         (b"[]", "sweep.json: damaged (no object of JSON)"),
         (b"{}", "sweep.json: not a sweep as this version writes it"),
         (b'{"trials": [{"name": "a", "process": null, "colour": 1}], "workers": []}', "use the version that wrote it"),
+        (
+            b'{"words": [], "swept": ["seed=0,1"], "cluster": "local", "metric": "loss", "workers": [], '
+            b'"trials": [{"name": 7, "overrides": ["seed=0"], "process": null}]}',
+            "not a sweep as this version writes it (7 of a trial is no text)",
+        ),
+        (
+            b'{"words": null, "swept": [], "cluster": "local", "metric": "loss", "workers": [], "trials": []}',
+            "not a sweep as this version writes it",
+        ),
     ],
 )
 def test_damaged_sweep_is_one_line(tmp_path, capsys, content, message):
@@ -133,6 +143,51 @@ def test_trial_with_a_damaged_result_has_none(tmp_path, capsys, text):
     assert read_result(tmp_path / "t0") is None
     assert main(["sweep", "table", str(tmp_path)]) == 0
     assert "best validation_loss: 1.5 of t1" in capsys.readouterr().out
+
+
+def test_trial_whose_folder_is_a_file_is_lost_and_hides_no_other(tmp_path, capsys):
+    trials = [Trial(f"t{n}", [f"seed={n}"], is_waiting=False) for n in range(2)]
+    write_sweep(Sweep([], ["seed=0,1"], "local", "validation_loss", count=2, trials=trials), tmp_path)
+    (tmp_path / "t0").write_text("")
+    (tmp_path / "t1").mkdir()
+    (tmp_path / "t1" / "result.json").write_text('{"status": "finished", "validation_loss": 1.5}')
+    assert main(["sweep", "status", str(tmp_path)]) == 0
+    assert "2 trials: 1 lost, 1 finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("samples.jsonl", b'{"step": 2, "prompt": "whole"}\n{"step": 2, "pro', "1 of 2 lines of samples.jsonl are"),
+        ("samples.jsonl", b'[1]\n3\n\xff\xfe\n{"prompt": "of no step"}\n', "4 of 4 lines of samples.jsonl are"),
+        ("config.yaml", b"\xff\xfe", "config.yaml"),
+    ],
+)
+def test_page_is_made_of_what_can_be_read(runs, tmp_path, file, content, said):
+    run_dir = damaged(runs, "whole", tmp_path, "metrics.csv", (runs / "whole" / "metrics.csv").read_bytes())
+    (run_dir / file).write_bytes(content)
+    assert main(["report", str(run_dir)]) == 0
+    page = (run_dir / "report.html").read_text()
+    assert said in page and ("whole" in page or file != "samples.jsonl" or content.startswith(b"[1]"))
+
+
+@pytest.mark.parametrize("file", ["result.json", "evaluation.json"])
+@pytest.mark.parametrize("content", [b'{"status', b"[1]", b"\xff\xfe"])
+def test_card_leaves_out_what_is_damaged_and_what_it_is_of_stands(runs, tmp_path, caplog, file, content):
+    run_dir = damaged(runs, "whole", tmp_path, "metrics.csv", (runs / "whole" / "metrics.csv").read_bytes())
+    (run_dir / file).write_bytes(content)
+    write_card(run_dir / "adapter", run_dir)
+    assert f"{file}: damaged" in caplog.text and "the card leaves out what it says" in caplog.text
+    assert "| method | lora |" in (run_dir / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("words", [["sweep", "retry", "LOOP", "failed=true"], ["report", "LOOP"], ["inspect", "LOOP"]])
+def test_link_that_leads_into_itself_is_one_line(tmp_path, capsys, words):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert main([str(loop) if word == "LOOP" else word for word in words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(loop) in line
 
 
 def test_copy_of_a_run_is_logged_as_a_run_of_its_own(tmp_path):

@@ -21,7 +21,7 @@ from wandb_records import offline_runs
 from lightning_peft.commands.together import train_together
 from lightning_peft.commands.train import train
 from lightning_peft.tracking import wandb_run
-from lightning_peft.tracking.charts import charts, sweep_name
+from lightning_peft.tracking.charts import charts, extremes, sweep_name
 from lightning_peft.tracking.git_state import git_state, without_credentials
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.tracking.service_record import service_record
@@ -207,6 +207,23 @@ def test_summary_has_what_the_result_says(finished):
     for key in ("steps", "trainable_parameters", "peak_memory_gib", "data"):
         assert run.summary[key] == pytest.approx(result[key])
     assert run.summary["status"] == "finished" and run.summary["data"]["rows"] == 6
+    losses = [float(row["validation_loss"]) for row in csv_rows(run_dir) if row["validation_loss"]]
+    found = [run.summary[key] for key in ("validation/loss", "validation/loss.min", "validation/loss.max")]
+    assert found == pytest.approx([losses[-1], min(losses), max(losses)]) and len(losses) == 2
+
+
+def test_smallest_and_largest_are_of_what_every_start_has_validated(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "step,loss,validation_loss,exact_match,validation_loss/sql\n1,5.0,,,\n2,,3.0,0.5,9.0\n3,2.0,,,\n4,,4.0,0.75,\n"
+        "6,,nan,,\n8,,3.5,0.25,7.0\n10,,0.0"
+    )
+    expected = {"loss": (0.0, 4.0), "exact_match": (0.25, 0.75), "loss/sql": (7.0, 9.0)}
+    assert extremes(tmp_path) == {
+        f"validation/{name}.{end}": value
+        for name, both in expected.items()
+        for end, value in zip(("min", "max"), both, strict=True)
+    }
+    assert extremes(tmp_path / "nothing") == {}
 
 
 def test_diverged_run_is_an_alert(tmp_path):
