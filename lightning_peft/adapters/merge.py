@@ -1,10 +1,12 @@
 """Adapters written into the weights they change: the one merge there is."""
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_peft.adapters.base import NotMergeableError
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.targets import is_tied, untie
 from lightning_peft.quantization.convert import dequantized_layer
@@ -15,7 +17,20 @@ from lightning_peft.quantization.weights import dense_weight, is_quantized, writ
 Model = TypeVar("Model", bound=nn.Module)
 
 GIVEN = "weights_of_the_adapter"
-"""Attribute of the model: frozen weights of the base that came with its adapter, as the file has them, by name."""
+"""Attribute of the model: what its adapter's file makes of frozen weights of the base, a `Given` by name."""
+
+
+class Given(NamedTuple):
+    """What the file of an adapter makes of a weight of its base that does not train."""
+
+    change: Callable[[Tensor], Tensor]
+    """The weight as published, fp32, to the one the adapter was trained on."""
+    is_new: bool = False
+    """Whether the base has no such weight, and got one of zeros."""
+    stored: tuple[str, Tensor] | None = None
+    """Name and tensor that say so in a file; None for the weight itself."""
+    rows: tuple[int, ...] = ()
+    """The rows that the tensor has; empty where the change is of another kind."""
 
 
 @torch.no_grad()
@@ -38,16 +53,21 @@ def merge_adapters(
     found = dict(adapters(model))
     for layer in found.values():
         layer.check_mergeable()
+    given: dict[str, Given] = getattr(model, GIVEN, {})
+    if new := [name.replace(".base_layer", "") for name, one in given.items() if one.is_new]:
+        raise NotMergeableError(
+            f"the adapter has {new[0]}, and {type(model).__name__} has no such weight: serve it unmerged"
+        )
     if original is not None and is_tied(original) and not is_tied(model):
         untie(original)
     result = model if original is None or requantise else original
     if result is not model:
         stacks = [n for n, m in model.named_modules() if isinstance(m, QuantizedExperts | ExpertLinear)]
         open_experts(result, [name.removesuffix(".base_layer") for name in stacks])
-        for name, tensor in getattr(model, GIVEN, {}).items():
+        for name, one in given.items():
             parameter = result.get_parameter(name.replace(".base_layer", ""))
             kept = torch.promote_types(parameter.dtype, dtype or parameter.dtype)
-            parameter.data = tensor.to(parameter.device, kept)
+            parameter.data = one.change(parameter.float()).to(parameter.device, kept)
     inside = (*(f"{name}." for name in found), f"{SHARED}.")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     for name, layer in found.items():

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.adapters.base import AdapterConfig, LowRank
 from lightning_peft.adapters.former_names import present_name
 from lightning_peft.adapters.inject import SHARED, adapters
-from lightning_peft.adapters.merge import GIVEN
+from lightning_peft.adapters.merge import Given
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage, write_lineage
+from lightning_peft.checkpoint.peft_base import BaseChangeError, apply_given, given_by, given_tensors
 from lightning_peft.checkpoint.peft_experts import from_peft, matrix_shapes, to_peft
 from lightning_peft.checkpoint.peft_methods import REWRITES_BASE, spelling
 from lightning_peft.checkpoint.peft_words import (
@@ -67,7 +68,8 @@ def save_adapter(
     if METHODS[config.method].trains_all:
         raise ValueError(f"{folder}: method {config.method} has no adapter to save, only a whole model")
     row = spelling(config.method)
-    tensors = gathered(file_tensors(model))
+    given = {PREFIX + name: tensor for name, tensor in given_tensors(model).items()}
+    tensors = gathered(file_tensors(model) | given)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     tensors = _published(model, _separate(tensors))
@@ -106,6 +108,14 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
         for name, tensor in from_peft(model, _read_tensors(folder), PREFIX).items()
         if tensor.numel() or name in expected
     }
+    own = {name.removeprefix(PREFIX): tensor for name, tensor in got.items() if name.startswith(PREFIX)}
+    try:
+        changes = given_by(model, words, own, [name.removeprefix(PREFIX) for name in expected])
+    except BaseChangeError as error:
+        raise AdapterFileError(f"{folder}: {error}") from error
+    got = {PREFIX + name: tensor for name, tensor in own.items()} | {
+        name: tensor for name, tensor in got.items() if not name.startswith(PREFIX)
+    }
     for name in may_lack:
         if PREFIX + name in expected and PREFIX + name not in got:
             logger.info("%s has no %s: it starts anew", folder, name)
@@ -116,8 +126,18 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
     _warn_of_other_scaling(model, words, got, folder)
     _check_shared(folder, expected, got)
     for name, target in expected.items():
-        assign(target, got[name])
-    setattr(model, GIVEN, {name.removeprefix(PREFIX): got[name] for name in of_base})
+        if name not in of_base:
+            assign(target, got[name])
+    apply_given(model, _whole(got, of_base) | changes)
+
+
+def _whole(got: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Given]:
+    """Return weights of the base that a file has whole as changes, by the model's names."""
+
+    def value_of(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda weight: tensor.to(weight)
+
+    return {name.removeprefix(PREFIX): Given(value_of(got[name])) for name in names}
 
 
 def adapter_config_from_peft(folder: str | Path) -> AdapterConfig:
@@ -295,8 +315,6 @@ def _base_tensors(model: nn.Module, words: Words, names: Iterable[str]) -> dict[
         for name in names
         if name.removeprefix(PREFIX) in own and name.endswith(endings)
     }
-    if found:
-        logger.info("%d tensors of the base come with the adapter: %s", len(found), ", ".join(sorted(found)[:3]))
     return found
 
 

@@ -37,10 +37,8 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
     "init_weights": (None, True, False, "gaussian"),
     "kasa_config": (None,),
     "layer_replication": (None, []),
-    "lora_bias": (None, False),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
     "use_qalora": (None, False),
 }
@@ -53,7 +51,10 @@ WITHOUT_EFFECT = """
     loftq_config lora_ga_config megatron_core mini_r peft_version qalora_group_size r revision runtime_config task_type
     velora_config
 """.split()
-READ_HERE = ("peft_type", "alpha_pattern", "bias", "init_lora_weights", "modules_to_save", "target_parameters")
+READ_HERE = (
+    "peft_type", "alpha_pattern", "bias", "init_lora_weights", "lora_bias", "modules_to_save", "target_parameters",
+    "trainable_token_indices",
+)  # fmt: skip
 
 KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 """Values of init_lora_weights that leave the base weights alone."""

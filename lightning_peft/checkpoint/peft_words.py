@@ -20,6 +20,7 @@ from lightning_peft.adapters.method import PeftSpelling, Shapes
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.peft_base import ROWS, write_given_words
 from lightning_peft.checkpoint.peft_experts import matrix_shapes, named_by_parameter, write_parameter_words
 from lightning_peft.checkpoint.peft_methods import (
     KEEPS_BASE,
@@ -72,7 +73,7 @@ def write_words(
     if row.alpha_word is not None:
         alphas = {name: _alpha(_scaling_of(layers[name]), shape[0], words, row) for name, shape in shapes.items()}
         _write_per_layer(words, row, row.alpha_word, "alpha_pattern", alphas)
-    words |= write_parameter_words(layers)
+    words |= write_parameter_words(layers) | write_given_words(model)
     return words | (row.write_more(layers, words) if row.write_more is not None else {})
 
 
@@ -189,7 +190,9 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
         )
     if row.read_more is not None:
         options |= row.read_more(words, layers)
-    outside_blocks = [name for name in shapes if name.startswith(PREFIX) and block_depth(name) is None]
+    # Of two tied layers HF trains the rows together.
+    whole = [name for name in shapes if not name.endswith(ROWS)]
+    outside_blocks = [name for name in whole if name.startswith(PREFIX) and block_depth(name) is None]
     return METHODS[method].config(
         # PEFT changes one of two tied layers alone; our own folders name both, or neither.
         untie_embeddings=bool(outside_blocks) and read_lineage(folder) is None,
@@ -223,11 +226,6 @@ def method_of(folder: Path, words: Words) -> str:
 
 def _check_words(folder: Path, words: Words, row: PeftSpelling) -> None:
     """Raise for HF features we do not have, log the words we do not know."""
-    if words.get("trainable_token_indices"):
-        raise AdapterFileError(
-            f"{folder}: trained single rows of the embedding (trainable_token_indices), which are not read here; merge "
-            "it in HF PEFT, or train with model.new_tokens or adapter.trainable_modules=[embed_tokens]"
-        )
     for word, off in SWITCHED_OFF.items():
         if word in words and words[word] not in off:
             raise AdapterFileError(f"{folder}: uses {word}={words[word]!r}, a feature of HF PEFT not supported here")

@@ -60,8 +60,10 @@ def merge(config: MergeCommandConfig) -> Receipt:
     is_adapter = not is_whole_model(folder)
     base, _ = base_of(config.adapter_path, config.model)
     stored = stored_dtypes(base) if is_adapter else None
-    # A folder of HF PEFT does not say what it was trained in: a change that depends on the base is that of the stored.
-    is_fp32 = read_lineage(folder) is None and stored is not None and torch.float32 in stored
+    # A folder of HF PEFT does not say what it was trained in: a change that depends on the base is that of the stored,
+    # of most of it, as a router's or a norm's fp32 is no reason to hold all weights in it.
+    most = max(stored, key=lambda dtype: stored[dtype]) if stored else None
+    is_fp32 = read_lineage(folder) is None and most in (torch.float32, torch.float64)
     precision = "32-true" if is_fp32 else "auto"
     base_logits = None
     if is_adapter and changes_base(folder):
@@ -69,7 +71,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
     model, tokenizer = load_for_inference(config.adapter_path, config.model, precision)
     samples = sample_ids(saved_config(config.adapter_path), tokenizer, model_context(base))
     original, dtype = None, computing_dtype(model)
-    rounded = config.merge.base is MergeBase.dequantised and stored is not None and stored != {dtype}
+    rounded = config.merge.base is MergeBase.dequantised and stored is not None and set(stored) != {dtype}
     if config.merge.base is MergeBase.original or rounded:
         # Not rounded through the dtype that the run computed in.
         original = load_model(base, None if stored is not None else dtype, device=inference_device())

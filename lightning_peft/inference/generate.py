@@ -46,8 +46,10 @@ CLOSE, CLOSE_IN_16_BITS = 1e-4, 2**-4
 """Largest difference of two logits, as a share of the largest, taken for the rounding of another batch."""
 JOIN_SHARE = 0.25
 """Share of a batch's places that is free before further prompts run."""
-NOT_GENERATED = {"xlstm": "transformers 5.24 hands it a cache that it cannot use"}
-"""Model types that transformers' `generate` ends with an error for, and why."""
+OWN_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""What a model's code raises for a batch or a cache that it was never run with."""
+TRIED_TOKENS = 8
+"""Tokens of a prompt with which it is tried whether a model takes the cache that transformers makes for it."""
 CHANGE_SCORES = (
     "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
     "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "min_length",
@@ -113,6 +115,8 @@ class Prompts:
     """Tokens that run once, before padding."""
     cache: DynamicCache | None = None
     """Keys and values of those."""
+    use_cache: bool = True
+    """Whether a token is computed from what is kept of those before it, not from all of them anew."""
 
     def inputs(self, prompts: list[list[int]], pad_id: int) -> dict[str, Any]:
         """Arguments of the model's `generate` for a batch."""
@@ -125,14 +129,14 @@ class Prompts:
 
 
 @torch.inference_mode()
-def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> Prompts:
+def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: int, use_cache: bool = True) -> Prompts:
     """The fastest way to batch in which the shortest prompt beside another one gets the logits it gets alone."""
     shortest, longest = min(prompts, key=len), max(prompts, key=len)
     prefix = common_prefix(prompts)
-    ways = [Prompts(model, Batching.left_padding), Prompts(model, Batching.equal_length)]
+    ways = [Prompts(model, way, use_cache=use_cache) for way in (Batching.left_padding, Batching.equal_length)]
     if follows_length(model.config, None):  # padded rows reach the next frequencies at another token than alone
         ways = ways[1:]
-    elif prefix and can_repeat_prefix(model):
+    elif prefix and use_cache and can_repeat_prefix(model):
         cache = DynamicCache(config=model.config)
         ids = torch.tensor([shortest[:prefix]], device=model.device)
         model(input_ids=ids, **{str(cache_keyword(model)): cache})
@@ -142,20 +146,20 @@ def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: in
         other = shortest[::-1] if way.batching is Batching.equal_length else longest
         try:
             logits = first_logits(way, [shortest, other], pad_id)
-        except (RuntimeError, ValueError, IndexError) as error:  # from code of the model that never met such a batch
+        except OWN_ERRORS as error:
             logger.info("%s cannot run where %s: %s", type(model).__name__, way.batching.value, error)
             continue
         if is_close(logits, expected, computing_dtype(model)):
             return way
         logger.info("%s answers otherwise than alone where %s: done slower", type(model).__name__, way.batching.value)
-    return Prompts(model, Batching.alone)
+    return Prompts(model, Batching.alone, use_cache=use_cache)
 
 
 def first_logits(way: Prompts, prompts: list[list[int]], pad_id: int) -> Tensor:
     """Logits (CHECKED_TOKENS, V) of the first tokens of the first prompt's greedy answer."""
     config = GenerationConfig(
         max_new_tokens=CHECKED_TOKENS, do_sample=False, pad_token_id=pad_id, eos_token_id=None, output_logits=True,
-        return_dict_in_generate=True,
+        return_dict_in_generate=True, use_cache=way.use_cache,
     )  # fmt: skip
     output = way.model.generate(**way.inputs(prompts, pad_id), generation_config=config)  # type: ignore[operator]
     return torch.stack([logits[0] for logits in output.logits]).float()
@@ -224,7 +228,6 @@ def generate_batch(
     with Part("answers", len(prompts)) as part:
         if (reason := why_not_decoded(model)) is None:
             return decoded(model, tokenizer, prompts, sampling, batch_size, part)
-        check_generates(model)
         say_once(f"{type(model).__name__}: answers come from transformers' generate, slower, as {reason}")
         return generated(model, tokenizer, prompts, sampling, batch_size, part)
 
@@ -234,10 +237,26 @@ def say_once(line: str) -> None:
     logger.info("%s", line)
 
 
-def check_generates(model: PreTrainedModel) -> None:
-    """Raise ValueError for a family that transformers cannot generate with."""
-    if (reason := NOT_GENERATED.get(model.config.model_type)) is not None:
-        raise ValueError(f"{type(model).__name__} gives no answers: {reason}; it trains, scores its loss and merges")
+@torch.inference_mode()
+def takes_cache(model: PreTrainedModel, prompt: list[int], pad_id: int) -> bool:
+    """Return whether a model runs with the cache that transformers' `generate` makes for it, by trying two tokens.
+
+    Raises ValueError for one that gives no answers without a cache either.
+    """
+    inputs = pad_left([prompt[-TRIED_TOKENS:]], 0, pad_id, model.device)
+    for use_cache in (True, False):
+        config = GenerationConfig(
+            max_new_tokens=2, do_sample=False, pad_token_id=pad_id, eos_token_id=None, use_cache=use_cache
+        )
+        try:
+            model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+        except OWN_ERRORS as error:
+            reason = " ".join(str(error).split())[:120]
+            continue
+        if not use_cache:
+            say_once(f"{type(model).__name__}: each token is computed from all before it, as its cache fails: {reason}")
+        return use_cache
+    raise ValueError(f"{type(model).__name__} gives no answers: {reason}; it trains, scores its loss and merges")
 
 
 def why_not_decoded(model: PreTrainedModel) -> str | None:
@@ -309,7 +328,10 @@ def generated(
     """Answers by transformers' `generate`; how prompts share a batch is tried on two of them first."""
     config = generation_config(sampling, tokenizer, model)
     pad_id = config.pad_token_id
-    way = choose_batching(model, prompts, pad_id) if len(prompts) > 1 else Prompts(model, Batching.alone)
+    config.use_cache = takes_cache(model, prompts[0], pad_id)
+    way = Prompts(model, Batching.alone)
+    if len(prompts) > 1:
+        way = choose_batching(model, prompts, pad_id, config.use_cache)
     answers = [""] * len(prompts)
     torch.manual_seed(sampling.seed)
     for rows in batches(prompts, way.batching, batch_size):
@@ -329,7 +351,6 @@ def generate_stream(
     """Pieces of the answer to one prompt (token ids) as they come."""
     if (reason := why_not_decoded(model)) is None:
         return streamed(model, tokenizer, prompt, sampling)
-    check_generates(model)
     say_once(f"{type(model).__name__}: answers come from transformers' generate, slower, as {reason}")
     return generated_stream(model, tokenizer, prompt, sampling)
 
@@ -368,6 +389,7 @@ def generated_stream(
 ) -> Iterator[str]:
     """Pieces of an answer by transformers' `generate`, which runs in a thread."""
     config = generation_config(sampling, tokenizer, model)
+    config.use_cache = takes_cache(model, prompt, config.pad_token_id)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 

@@ -1,7 +1,9 @@
 """Any causal language model `transformers` knows: its configuration, its tokenizer and its weights."""
 
 import hashlib
+import inspect
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +197,7 @@ def load_by_block(
     accept_packed_batches(model)
     set_positions_by_row(model)
     keep_weights_in_evaluation(model)
+    keep_layers_in_training(model)
     return model.eval(), blocks
 
 
@@ -206,6 +209,22 @@ def keep_weights_in_evaluation(model: PreTrainedModel) -> None:
     if getattr(model.config, "rescale_every", 0):
         logger.info("%s: weights are not divided for evaluation (rescale_every=0)", type(model).__name__)
         model.config.rescale_every = 0
+
+
+def keep_layers_in_training(model: PreTrainedModel) -> None:
+    """Stop LayerDrop (Fan et al. 2019, arXiv:1909.11556) from skipping blocks at random while training.
+
+    A step that skips them all has no gradient for any adapter, and ranks that skip different ones wait for each other.
+    The configuration, which goes with the merged model, stays as published.
+    """
+    dropping = [module for module in model.modules() if getattr(module, "layerdrop", 0)]
+    if dropping:
+        rates = sorted({module.layerdrop for module in dropping})
+        logger.info(
+            "%s: no layer is skipped in training (layerdrop=%s of its config.json)", type(model).__name__, rates
+        )
+    for module in dropping:
+        module.layerdrop = 0.0  # type: ignore[assignment]
 
 
 def _load_parts(
@@ -269,6 +288,7 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
         options["attn_implementation"] = attention
     with parameters_on_meta(), readable_configuration(config):
         model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
+    _check_reads_text_alone(config, model)
     check_scaled(model, config.rope_scaling)
     leave_on_disk(model)
     return model
@@ -292,6 +312,17 @@ def _auto_class(config: ModelConfig, architecture: PreTrainedConfig) -> Any:
         return (named or known)[0]
     kind = "an encoder-decoder" if architecture.is_encoder_decoder else "not a causal language model"
     raise ValueError(f"model.path={config.path}: {architecture.model_type} is {kind}; give a decoder, such as a Llama")
+
+
+def _check_reads_text_alone(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Raise ValueError for a class that does not run without images or other inputs, such as BLIP-2's."""
+    inputs = inspect.signature(type(model).forward).parameters.values()
+    needed = [i.name for i in inputs if i.default is i.empty and i.kind not in (i.VAR_POSITIONAL, i.VAR_KEYWORD)]
+    if others := [name for name in needed if name not in ("self", "input_ids")]:
+        raise ValueError(
+            f"model.path={config.path}: {type(model).__name__} does not run without {' and '.join(others)}, and text "
+            "alone is trained here; give a folder of its language model, as transformers' save_pretrained writes it"
+        )
 
 
 def _class_name(auto_class: Any, architecture: PreTrainedConfig) -> str:
@@ -354,16 +385,16 @@ def source_fingerprint(config: ModelConfig) -> str:
     return digest.hexdigest()
 
 
-def stored_dtypes(config: ModelConfig) -> set[torch.dtype] | None:
-    """Floating dtypes of the weights as published; None for a container that holds codes, or that is not streamed."""
+def stored_dtypes(config: ModelConfig) -> Counter[torch.dtype] | None:
+    """How many weights are published in each floating dtype; None for a container of codes, or one not streamed."""
     if config.is_tiny or config.random_weights:
-        return {torch.float32}
+        return Counter({torch.float32: 1})
     with readable_errors(config):
         files = weight_files(location) if (location := locate(config, weights=True)).is_dir() else []
-        names = {name for path in files for name in stored_kinds(path)}
-        if not files or names - STORED.keys() - INTEGERS or (names & CODES and _is_coded(config, files)):
+        kinds = sum((stored_kinds(path) for path in files), Counter())
+        if not files or kinds.keys() - STORED.keys() - INTEGERS or (kinds.keys() & CODES and _is_coded(config, files)):
             return None
-    return {STORED[name] for name in names & STORED.keys()}
+    return Counter({STORED[name]: size for name, size in kinds.items() if name in STORED})
 
 
 def _is_coded(config: ModelConfig, files: Sequence[Path]) -> bool:

@@ -1,7 +1,9 @@
 """The tensors of a checkpoint, each read when it is asked for."""
 
 import json
+import math
 import mmap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,9 +72,12 @@ def stored_tensors(path: Path) -> Iterator[tuple[str, list[int], memoryview]]:
         yield name, entry["shape"], data
 
 
-def stored_kinds(path: Path) -> set[str]:
-    """Safetensors' names of the dtypes in a file."""
-    return {entry["dtype"] for _, entry, _ in _entries(path)}
+def stored_kinds(path: Path) -> Counter[str]:
+    """How many numbers of each dtype are in a file, by safetensors' names."""
+    sizes: Counter[str] = Counter()
+    for _, entry, _ in _entries(path):
+        sizes[entry["dtype"]] += math.prod(entry["shape"])
+    return sizes
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any], memoryview]]:

@@ -1,7 +1,4 @@
-"""HF PEFT's folders of other versions of transformers, and with rows of the embedding trained."""
-
-import json
-import re
+"""HF PEFT's folders of other versions of transformers."""
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
-from lightning_peft.checkpoint.peft_words import AdapterFileError
 
 IDS = torch.arange(3, 43)[None]
 WEIGHTS = "adapter_model.safetensors"
@@ -77,17 +73,6 @@ def test_adapters_of_single_experts_are_refused_by_name(tmp_path):
         ValueError, match="3 layers such as .*experts.0.w1 are single experts, as transformers 4 had them"
     ):
         inject_adapters(small_model("mixtral"), adapter_config_from_peft(tmp_path))
-
-
-def test_trained_rows_of_the_embedding_are_refused_with_what_to_do(tmp_path):
-    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})
-    get_peft_model(small_model("llama"), config).save_pretrained(tmp_path)
-    PeftModel.from_pretrained(small_model("llama"), str(tmp_path))
-    assert "trainable_token_indices" in json.loads((tmp_path / "adapter_config.json").read_text())
-    with pytest.raises(
-        AdapterFileError, match=re.escape("(trainable_token_indices), which are not read here; merge it")
-    ):
-        adapter_config_from_peft(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -40,7 +40,7 @@ def greedy_alone(model, tokenizer, prompt, count):
     ids = list(prompt)
     for _ in range(count):
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
         ids.append(int(logits.argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
@@ -209,6 +209,35 @@ def test_a_family_that_transformers_answers_for_is_named_once(tokenizer, caplog)
     assert [r.message for r in caplog.records if "transformers' generate" in r.message] == [
         "MambaForCausalLM: answers come from transformers' generate, slower, as its blocks are not Llama's"
     ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("xlstm", {}), ("lfm2", {"layer_types": ["conv", "conv"], "block_auto_adjust_ff_dim": False})],
+    ids=["recurrent", "convolutions_alone"],
+)
+def test_a_family_whose_cache_fails_answers_without_one(family, options, tokenizer, caplog):
+    say_once.cache_clear()
+    model = small_model(family, vocab_size=320, **options)
+    prompts = [[5, 6, 7], [5, 6, 9, 10, 11], [8, 20, 30]]
+    with caplog.at_level("INFO"):
+        answers = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=5))
+        streamed = ["".join(generate_stream(model, tokenizer, p, SamplingConfig(max_new_tokens=5))) for p in prompts]
+    expected = [greedy_alone(model, tokenizer, prompt, 5) for prompt in prompts]
+    assert answers == streamed == expected and any(expected)
+    assert any("each token is computed from all before it" in record.message for record in caplog.records)
+
+
+def test_a_model_that_cannot_answer_says_why(tokenizer, monkeypatch):
+    model = small_model("mamba")
+
+    def fail(*inputs, **options):
+        raise RuntimeError("sizes of tensors\nmust match")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(ValueError, match="MambaForCausalLM gives no answers: sizes of tensors must match"):
+        generate_batch(model, tokenizer, [[5, 6, 7]], SamplingConfig(max_new_tokens=2))
 
 
 def test_a_penalty_that_the_model_declares_is_kept(tokenizer):

@@ -29,7 +29,7 @@ from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, file
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import collate
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.generate import NOT_GENERATED, generate_batch
+from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.attention import supports_packing
 from lightning_peft.models.families import NOT_APPLICABLE
@@ -312,12 +312,6 @@ def check_generate(family: Family) -> str | None:
     ids = [sample.tolist() for sample in samples()]
     prompts = [ids[0][:10] + row[:length] for row, length in zip(ids, (3, 9, 12, 9), strict=True)]
     sampling = SamplingConfig(max_new_tokens=6)
-    if family.name in NOT_GENERATED:
-        with pytest.raises((AttributeError, ValueError), match="rnn_state|matC_old"):
-            family.plain().generate(torch.tensor([prompts[0]]), max_new_tokens=2)
-        with pytest.raises(ValueError, match="gives no answers") as error:
-            generate_batch(model, tokenizer, prompts, sampling)
-        return refused(error.value)
     together = generate_batch(model, tokenizer, prompts, sampling)
     assert together == [generate_batch(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
     return None
@@ -377,7 +371,7 @@ def check_evaluate(family: Family) -> str | None:
         with redirect_stderr(StringIO()) as said:
             status = main(command)
         if status != 0:
-            assert status == 2 and re.search("gives no answers|share one weight", said.getvalue()), said.getvalue()
+            assert status == 2 and re.search("share one weight", said.getvalue()), said.getvalue()
             lines.append(refused(ValueError(said.getvalue().strip().splitlines()[-1].removeprefix("error: "))))
     return "; ".join(lines) or None
 

@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, small_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Blip2Config, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.models.loading import (
     empty_model,
@@ -271,7 +271,8 @@ def test_dtypes_are_known_beside_buffers_of_integers(kind: torch.dtype, tmp_path
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.bias"] = torch.ones(1, 1, 4, 4, dtype=kind)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    assert stored_dtypes(config) == {torch.float32}
+    weights = sum(tensor.numel() for tensor in tensors.values()) - 16
+    assert stored_dtypes(config) == {torch.float32: weights}
 
 
 BROKEN = {
@@ -459,3 +460,29 @@ def test_other_codes_are_refused_before_a_weight_is_read(method: str, tmp_path: 
         ValueError, match=f"weights quantised by {method} cannot be trained here; give the original, or"
     ):
         empty_model(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "option"), [("opt", "layerdrop"), ("biogpt", "layerdrop"), ("bart", "decoder_layerdrop")]
+)
+def test_no_layer_is_skipped_in_training(
+    family: str, option: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two layers that are both skipped would leave no adapter in a step."""
+    config = save_small(tmp_path, family, **{option: 0.5}, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    with caplog.at_level("INFO"):
+        model = load_model(config, torch.float32)
+    assert "no layer is skipped in training (layerdrop=[0.5]" in caplog.text
+    expected = model(IDS).logits
+    model.train()
+    assert all(torch.equal(model(IDS).logits, expected) for _ in range(8))
+    assert getattr(model.config, option) == 0.5  # which goes with a merged model
+
+
+def test_a_model_that_needs_images_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64, "vocab_size": 96, **sizes}
+    seen = {"intermediate_size": 96, **sizes}
+    Blip2Config(text_config=text, vision_config=seen, qformer_config=seen).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not run without pixel_values.*give a folder of its language model"):
+        load_model(ModelConfig("hf", str(tmp_path), random_weights=True), torch.float32)
