@@ -95,13 +95,15 @@ class Audit:
             found.taught_tokens += sum(audit.tokens for audit in audits if not audit.taught_tokens)
         return found
 
-    def count_bad_row(self, error: BadRow) -> None:
+    def count_bad_row(self, error: ValueError) -> None:
         self.bad_rows += 1
         if len(self.bad_row_messages) < SHOWN_BAD_ROWS:
             self.bad_row_messages.append(str(error))
 
     def count_tools(self, tools: list[dict[str, Any]] | None) -> None:
-        text = json.dumps(tools)  # in the order of their keys, in which the template writes them
+        text = (
+            "null" if tools is None else json.dumps(tools)
+        )  # in the order of their keys, in which the template writes them
         self.tools = text if self.tools in (None, text) else ""
 
     @property

@@ -6,9 +6,10 @@ tokenised once, as a whole; `rendering` says which texts a conversation becomes 
 
 import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.config import DataConfig, Layout
-from lightning_peft.data.conversation import TEXT_ROLE, Message, tools_of
+from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, tools_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import ConversationRenderer, Kind, Rendered, Rules, Span
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError, template_of
@@ -48,8 +49,20 @@ class Encoded:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Outcome = list[Encoded] | Exception
 """The samples of a conversation, or what is wrong with it."""
+
+
+def refusal(error: Exception, origin: str, where: str = "") -> BadRow:
+    """What an outcome says against a row: an error of template or tokenizer as a sentence about it."""
+    if isinstance(error, UnicodeError) or "TextEncodeInput" in str(error) or "surrogates" in str(error):
+        reason = "expected UTF-8 text, got half of a surrogate pair or bytes of another encoding"
+    elif isinstance(error, RecursionError):
+        reason = "expected a conversation that the chat template can render, got one nested too deeply"
+    else:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return BadRow.because(origin, where + reason)
 
 
 def rules_of(config: DataConfig) -> Rules:
@@ -96,52 +109,33 @@ class Encoder:
 
         Raises `ChatTemplateError` where the chat template can take no conversation at all.
         """
-        texts = {i for i, messages in enumerate(conversations) if messages[0].role == TEXT_ROLE}
-        if self._layout is Layout.chat and len(texts) < len(conversations):
-            renderer = self.renderer
-        rendered: dict[int, list[Rendered]] = {}
         outcomes: dict[int, Outcome] = {}
+        rendered: dict[int, list[Rendered]] = {}
+        texts: dict[int, str] = {}
+        renderer: ConversationRenderer | None = None
         for index, messages in enumerate(conversations):
-            if index in texts:
+            if messages[0].role == TEXT_ROLE:
+                texts[index] = messages[0].content
                 continue
+            if self._layout is Layout.chat and renderer is None:
+                renderer = self.renderer
             try:
-                whole = raw_text(messages, self._tokenizer) if self._layout is Layout.raw else None
-                rendered[index] = renderer(messages) if whole is None else [whole]
+                whole = [raw_text(messages, self._tokenizer)] if renderer is None else renderer(messages)
             except (ValueError, TypeError, RecursionError) as error:
                 outcomes[index] = error
-        outcomes |= self._together(list(rendered), lambda some: self._label([rendered[index] for index in some]))
-        plain = self._together(sorted(texts), lambda some: self._texts([conversations[i][0].content for i in some]))
-        return [(outcomes | plain)[index] for index in range(len(conversations))]
-
-    def _together(self, indices: list[int], work: Callable[[list[int]], Iterable[Outcome]]) -> dict[int, Outcome]:
-        """`work` on all of them at once, or one by one where one of them fails."""
-        try:
-            return dict(zip(indices, work(indices), strict=True)) if indices else {}
-        except Exception as error:  # the tokenizer raises what it likes, from Rust too
-            if len(indices) == 1:
-                return {indices[0]: error}
-        return {index: outcome for one in indices for index, outcome in self._together([one], work).items()}
-
-    def _label(self, rendered: Sequence[Sequence[Rendered]]) -> list[Outcome]:
-        adds = self._layout is Layout.raw
-        samples = iter(self._labeller.label([text for texts in rendered for text in texts], adds))
-        return [[next(samples) for _ in texts] for texts in rendered]
-
-    def _texts(self, texts: list[str]) -> list[Outcome]:
-        return [[self._text(ids)] for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
-
-    def _text(self, ids: list[int]) -> Encoded:
-        end = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
-        ids = _text_ids(ids, self._tokenizer) + end
-        kinds = bytes([0] + [Kind.answer] * (len(ids) - 1 - len(end)) + [Kind.end] * len(end))[: len(ids)]
-        return Encoded(ids, [IGNORED_LABEL, *ids[1:]], ends=bool(end), kinds=kinds)
+            else:
+                rendered[index] = whole
+        outcomes |= _together(rendered, partial(self._labeller.label, adds_special_tokens=self._layout is Layout.raw))
+        outcomes |= _together(texts, self._labeller.whole)
+        return [outcomes[index] for index in range(len(conversations))]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens to generate the next assistant turn from: exactly those that stand before it in training."""
         if messages[0].role == TEXT_ROLE or self._layout is Layout.raw:
             text = "".join(message.content for message in messages)
             return _text_ids(self._tokenizer(text, verbose=False)["input_ids"], self._tokenizer)
-        return self._labeller.label([self.renderer.prompt(messages)])[0].input_ids
+        [[prompt]] = self._labeller.label([[self.renderer.prompt(messages)]])
+        return prompt.input_ids
 
     def end_token_ids(self) -> set[int]:
         """Tokens at which generation stops: EOS, and those that end an answer, or a call of tools, in training."""
@@ -161,6 +155,16 @@ class Encoder:
             if calls:
                 break
         return ends
+
+
+def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[Outcome]]) -> dict[int, Outcome]:
+    """What `work` makes of all that is given at once, or of one after the other where one of them makes it fail."""
+    try:
+        return dict(zip(given, work(list(given.values())), strict=True)) if given else {}
+    except Exception as error:  # the tokenizer raises what it likes, from Rust too
+        if len(given) == 1:
+            return dict.fromkeys(given, error)
+    return {index: outcome for one, value in given.items() for index, outcome in _together({one: value}, work).items()}
 
 
 def encoder_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -238,6 +242,26 @@ def _text_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
+class _Ends(Sequence[int]):
+    """Where the tokens of a text end in it, 0 for those the tokenizer adds, looked up one by one.
+
+    A search asks for a few of them, and to list them all takes longer than to tokenise the text.
+    """
+
+    def __init__(self, encoding: Any) -> None:
+        self._chars_of = encoding.token_to_chars
+        self._length = len(encoding)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < self._length:
+            raise IndexError(place)
+        chars = self._chars_of(place)
+        return 0 if chars is None else chars[1]
+
+
 class _Labeller:
     """Tokenises rendered texts as a whole, except where that would change the tokens of a prompt.
 
@@ -251,26 +275,32 @@ class _Labeller:
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._alone: dict[str, list[int]] = {}
 
-    def label(self, rendered: Sequence[Rendered], adds_special_tokens: bool = False) -> list[Encoded]:
-        """The sample of each text."""
-        tokenized = self._tokenize([one.text for one in rendered], adds_special_tokens)
-        return [
-            self._label(one, ids, ends, adds_special_tokens)
-            for one, (ids, ends) in zip(rendered, tokenized, strict=True)
-        ]
+    def label(self, rendered: Sequence[Sequence[Rendered]], adds_special_tokens: bool = False) -> list[list[Encoded]]:
+        """The samples of each conversation: one of each text."""
+        tokenized = iter(self._tokenize([one.text for texts in rendered for one in texts], adds_special_tokens))
+        return [[self._label(one, *next(tokenized), adds_special_tokens) for one in texts] for texts in rendered]
 
-    def _tokenize(self, texts: list[str], adds: bool = False) -> list[tuple[list[int], list[int]]]:
+    def whole(self, texts: Sequence[str]) -> list[list[Encoded]]:
+        """The sample of each plain text, trained as a whole and closed with EOS."""
+        end = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
+        last = bytes((Kind.end,)) * len(end)
+        found = []
+        for ids in self._tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]:
+            ids = _text_ids(ids, self._tokenizer) + end
+            kinds = b"\0" + bytes((Kind.answer,)) * (len(ids) - 1 - len(end)) + last
+            found.append([Encoded(ids, [IGNORED_LABEL, *ids[1:]], ends=bool(end), kinds=kinds[: len(ids)])])
+        return found
+
+    def _tokenize(self, texts: list[str], adds: bool = False) -> list[tuple[list[int], Sequence[int]]]:
         """Ids, and for each the character at which it ends. Where it begins is not used: some tokenizers trim it."""
         # Not verbose: it would warn of rows longer than the context, which data.on_too_long is there for.
-        tokenized = self._tokenizer(
-            texts, add_special_tokens=adds, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
-        return [
-            (ids, [end for _, end in offsets])
-            for ids, offsets in zip(tokenized["input_ids"], tokenized["offset_mapping"], strict=True)
-        ]
+        found = self._tokenizer(texts, add_special_tokens=adds, return_attention_mask=False, verbose=False)
+        if found.encodings is None:
+            raise ValueError(f"{type(self._tokenizer).__name__} gives no character offsets; a fast one is needed")
+        ends = [_Ends(encoding) for encoding in found.encodings]
+        return list(zip(found["input_ids"], map(list, ends) if adds else ends, strict=True))
 
-    def _label(self, rendered: Rendered, ids: list[int], ends: list[int], adds: bool) -> Encoded:
+    def _label(self, rendered: Rendered, ids: list[int], ends: Sequence[int], adds: bool) -> Encoded:
         text = rendered.text
         if adds and ids and ends[-1] == 0:  # an end token of the tokenizer's own
             ids, ends = ids[:-1], ends[:-1]
@@ -288,15 +318,15 @@ class _Labeller:
                 if ids[: len(prompt)] == prompt:
                     first = len(prompt)
                 else:
-                    done, done_ends = done + prompt, done_ends + [end + cut for end in prompt_ends]
+                    done, done_ends = done + prompt, [*done_ends, *(end + cut for end in prompt_ends)]
                     cut, first = span.start, 0
                     [(ids, ends)] = self._tokenize([text[cut:]])
             placed.append((span, len(done) + first))
         if done:
-            ids, ends = done + ids, done_ends + [end + cut for end in ends]
+            ids, ends = done + ids, [*done_ends, *(end + cut for end in ends)]
         return self._sample(ids, ends, placed, len(text))
 
-    def _sample(self, ids: list[int], ends: list[int], spans: Sequence[tuple[Span, int]], length: int) -> Encoded:
+    def _sample(self, ids: list[int], ends: Sequence[int], spans: Sequence[tuple[Span, int]], length: int) -> Encoded:
         labels = [IGNORED_LABEL] * len(ids)
         kinds = bytearray(len(ids))
         weights: list[float] | None = None

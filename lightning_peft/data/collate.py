@@ -1,16 +1,49 @@
-"""From samples to a batch of tensors."""
+"""From samples to batches of tensors, made here or by worker processes, from any place of an epoch on."""
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_peft.data.batch import IGNORED_LABEL, Batch
+from lightning_peft.data.batch import IGNORED_LABEL, Batch, SourceOf
 from lightning_peft.data.chat import Encoded
+from lightning_peft.data.config import DataConfig
+from lightning_peft.data.mixed_samples import MixedSamples
+from lightning_peft.data.sampler import MicroBatchSampler, Request
+from lightning_peft.data.token_store import Samples
 from lightning_peft.data.top_tokens import TopTokens
 
 LENGTH_MULTIPLE = 8
 """Unpacked rows are padded to a multiple of this: tensor cores want it, and fewer lengths mean fewer compilations."""
+SECONDS_AFTER_SIGTERM = 60
+"""What a worker process lives on for after SIGTERM; a training process usually ends it sooner."""
+
+
+class CollatedBatches(Dataset[Batch]):
+    """The batch of each request."""
+
+    def __init__(
+        self,
+        samples: Samples | MixedSamples,
+        config: DataConfig,
+        pad_token_id: int,
+        source_of: Callable[[int], SourceOf] | None = None,
+    ) -> None:
+        """source_of: where a unit comes from, if all of a batch come from there."""
+        self._samples = samples
+        self._config = config
+        self._pad_token_id = pad_token_id
+        self._source_of = source_of
+
+    def __getitem__(self, request: Request) -> Batch:
+        samples, config = self._samples, self._config
+        rows = [[sample for index in row for sample in samples.unit(index)] for row in request.rows]
+        batch = collate(rows, self._pad_token_id, config.max_length, config.packing, request.filler, samples.group)
+        return batch if self._source_of is None else replace(batch, source=self._source_of(request.rows[0][0]))
 
 
 def collate(
@@ -23,9 +56,13 @@ def collate(
 ) -> Batch:
     """The batch of these rows, each the samples packed into it; `group` of them follow each other and belong together.
 
-    Rows are padded to `max_length` with packing, else to the longest row rounded up to a multiple of 8. A filler has
-    no labels and counts no tokens: it keeps a rank in step that has no micro batch left.
+    Rows are padded to `group` times `max_length` with packing; without it each sample has a row of its own, and rows
+    are padded to the longest one rounded up to a multiple of 8. A filler has no labels and counts no tokens: it keeps a
+    rank in step that has no micro batch left.
     """
+    if group > 1:
+        rows = rows if packing else [[sample] for row in rows for sample in row]
+        max_length = max_length * group if packing else max_length
     longest = max(sum(len(sample.input_ids) for sample in row) for row in rows)
     width = max_length if packing else min(max_length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
@@ -105,20 +142,50 @@ def _collate_taught(
     return collate(rows, pad_token_id, width, packing, filler)
 
 
-def collate_units(
-    rows: Sequence[Sequence[Sequence[Encoded]]],
-    pad_token_id: int,
-    max_length: int,
-    packing: bool,
-    filler: bool = False,
-) -> Batch:
-    """Return the batch of rows of units, each the samples that belong together.
+class MicroBatchLoader(DataLoader[Batch]):
+    """Iterates over the batches of a sampler's epoch, an epoch at each `iter`, and knows which was the last it gave.
 
-    Packed rows are as many times `max_length` long as a unit has samples; without packing each sample has a row.
+    The state is the sampler's place behind the batches that were given, whatever workers have prepared ahead, so it
+    can be loaded with another number of workers. A state that torchdata's loader saved holds the same place.
     """
-    group = len(rows[0][0])
-    if packing:
-        samples = [[sample for unit in row for sample in unit] for row in rows]
-        return collate(samples, pad_token_id, max_length * group, packing, filler, group)
-    alone = [[sample] for row in rows for unit in row for sample in unit]
-    return collate(alone, pad_token_id, max_length, packing, filler, group)
+
+    def __init__(self, batches: Dataset[Batch], sampler: MicroBatchSampler, num_workers: int) -> None:
+        super().__init__(
+            batches,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=unchanged,
+            worker_init_fn=_outlive_signals,
+            # Each `iter` draws a seed for the workers. Drawn here, it moves no random number of the training.
+            generator=torch.Generator(),
+        )
+        self._place = sampler
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # Runs at the first `next`: Lightning makes the iterator first and sets the epoch after.
+        self._place.begin()
+        for batch in super().__iter__():
+            self._place.advance()
+            yield batch
+        self._place.end_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._place.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a place in the data. Raises ValueError where it was saved with other data."""
+        saved = state.get("_snapshot", {}).get("_main_snapshot", state)  # torchdata's, with workers
+        self._place.load_state_dict(saved.get("_index_sampler_state", saved))
+
+
+def unchanged(batch: Any) -> Any:
+    """Return the batch, which is collated already; a function of a module, as workers are sent it."""
+    return batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """SLURM signals every process of a job; a worker that died of it would take the step being finished with it."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))

@@ -154,3 +154,11 @@ def shown(value: Any) -> str:
     text = repr(value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_in(text: str, origin: str, expected: str, column: str | None) -> Any:
+    """Return what a column's JSON holds. Raises `BadRow` for other text."""
+    try:
+        return read_json(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(origin, f"{expected} ({error})", text, column) from error

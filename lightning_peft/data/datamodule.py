@@ -17,9 +17,9 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.batch import Batch, SourceOf
 from lightning_peft.data.cache import cached_samples
 from lightning_peft.data.chat import Encoded
+from lightning_peft.data.collate import CollatedBatches, MicroBatchLoader, unchanged
 from lightning_peft.data.config import DataConfig, Format, RowKind
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.data.loader import CollatedBatches, MicroBatchLoader, unchanged
 from lightning_peft.data.mixed_samples import MixedSamples, MixturePlan
 from lightning_peft.data.mixture import MixedSource, naming, shares_of, sources_of
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
@@ -119,7 +119,7 @@ class SFTDataModule(LightningDataModule):
                 self._refuse_empty(source)
         tokens = [sum(part.lengths) for part in parts]
         self._shares = shares_of(self._sources, tokens, self._config.temperature)
-        self._train, self.example = train, train[0]
+        self._train, self.example = train, train.unit(0)[0]
         self._check_tokens(train)
         before = np.empty(0, dtype=np.uint64)
         for audit, part in zip(self.train_audits.values(), parts, strict=True):

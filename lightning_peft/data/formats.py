@@ -1,24 +1,38 @@
-"""The table of row formats: the columns of each, and how the messages of a conversation are read from them."""
+"""The table of row formats: the columns of each, and how a row of one is read into the messages of a conversation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from lightning_peft.data.config import Format, RowKind
-from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, Row, read_json
-from lightning_peft.data.preferences import read_chosen_and_rejected
+from lightning_peft.data.conversation import (
+    TEXT_ROLE,
+    BadRow,
+    Conversation,
+    Message,
+    Row,
+    json_in,
+    without_absent_keys,
+)
+from lightning_peft.data.preferences import read_chosen_and_rejected, read_label, read_margin
+from lightning_peft.data.row_template import filled, template_columns
 from lightning_peft.data.token_rows import COLUMNS as TOKEN_COLUMNS
-from lightning_peft.data.turns import is_turn, one_thought, read_turns
+from lightning_peft.data.token_rows import read_tokens
+from lightning_peft.data.tool_calls import has_null_property, read_tools
+from lightning_peft.data.turns import HEAVIEST, OPTIONAL_KEYS, WEIGHT_COLUMN, one_thought, read_turns, turns_of
+from lightning_peft.data.unread import unread_names
 
 _BESIDE_TURNS = ("system", "history", "input", "tools")
 SIDE_COLUMNS = (*_BESIDE_TURNS, "reasoning")
 """What a row may hold beside its prompt and answer; `data.system_column` and so on rename them."""
 USUAL_NAMES = {"reasoning": "reasoning_content"}
 """Their columns where those are named otherwise: a `reasoning` column is as often a switch, or a rating."""
+
+WITHOUT_TURNS = (Format.text, Format.tokens)
+"""Rows that no chat template lays out."""
+_WITH_ANSWER = (Format.instruction, Format.prompt_completion, Format.labelled)
+"""Rows of a prompt and the answer to it."""
 
 Answers = list[Message] | tuple[list[Message], list[Message]]
 """The messages of a row; of a pair, those up to the chosen and those up to the rejected answer."""
@@ -168,59 +182,162 @@ FORMATS: dict[str, RowFormat] = {
 """
 
 
-def turns_of(text: str) -> list[Any] | None:
-    """The turns that a text holds as JSON; None for a text of any other kind, which says what it says."""
-    if not text.lstrip().startswith("["):
-        return None
-    try:
-        turns = read_json(text)
-    except (ValueError, RecursionError):
-        return None
-    return turns if isinstance(turns, list) and turns and all(map(is_turn, turns)) else None
+@dataclass(frozen=True, kw_only=True)
+class RowReader(Shape):
+    """Reads the messages of rows that have one format and the same columns."""
 
+    format: str
+    """A key of `FORMATS`."""
+    system_prompt: str | None = None
+    ignored: frozenset[str] = frozenset()
+    """Names of columns and keys of turns that are left out on request."""
+    margin: str | None = None
+    """Column of the margin of preference rows."""
+    lists_unread: bool = True
+    """Whether columns that nobody reads are of interest; those of generated rows belong to their task."""
 
-def parsed(row: Row, text: str, expected: str, column: str | None) -> Any:
-    """Return what a column's JSON holds. Raises `BadRow` for other text."""
-    try:
-        return read_json(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(row.origin, f"{expected} ({error})", text, column) from error
+    def __call__(self, row: Row) -> Conversation:
+        """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
+        row = self._with_turns(row)
+        if has_null_property(row.values.get(self.side.get("tools", ""))):  # exported from Arrow as JSON
+            row = Row(without_absent_keys(row.values), row.origin)
+        unread = unread_names(row, self._passed, self._turn_columns, self.ignored) if self.lists_unread else ((), ())
+        if self.ignored & OPTIONAL_KEYS:
+            row = self._without_ignored_keys(row)
+        if self.format == Format.tokens:
+            return Conversation((), None, *unread, tokens=read_tokens(row, self._row_weight(row)))
+        row_format = FORMATS[self.format]
+        messages = row_format.read(row, self)
+        if isinstance(messages, tuple):
+            chosen, rejected = (self._conversation(row, answer) for answer in messages)
+            margin = None if self.margin is None else read_margin(row, self.margin)
+            return Conversation(chosen, chosen.tools, *unread, rejected=rejected, margin=margin)
+        if self.format == Format.text:
+            return Conversation(messages, None, *unread)
+        found = self._conversation(row, messages)
+        taught = None if self.teacher_prompt is None else self._taught(row, found)
+        wanted = read_label(row, self.columns[-1]) if row_format.rows is RowKind.labelled else None
+        return Conversation(found, found.tools, *unread, wanted=wanted, taught=taught)
 
+    def ignores(self, row: Row) -> dict[str, bool]:
+        """Return which of the names that are left out on request are in a row, as a column or a key of a turn."""
+        if not self.ignored:
+            return {}
+        values = self._with_turns(row).values
+        lists = (turns for column in self._turn_columns if isinstance(turns := values.get(column), list))
+        keys = {key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn}
+        return {name: name in row.values or name in keys for name in sorted(self.ignored)}
 
-@lru_cache
-def _row_template(source: str) -> Any:
-    strict = {"undefined": StrictUndefined, "finalize": _written}
-    return ImmutableSandboxedEnvironment(keep_trailing_newline=True, **strict).from_string(source)
+    def _with_turns(self, row: Row) -> Row:
+        """The row with the turns that it holds as JSON, as tables of text do, in place of their text.
 
+        What is to be continued, or answers a text, is text, whatever it says.
+        """
+        if self.format in WITHOUT_TURNS or self.is_raw:
+            return row
+        found: dict[str, Any] = {}
+        for column in self._turn_columns:
+            if self.format in _WITH_ANSWER and column in self.columns[1:] and not self._asks_in_turns(row, found):
+                continue
+            text = row.values.get(column)
+            if isinstance(text, str) and text[:1] in "[ \t\r\n" and (turns := turns_of(text)) is not None:
+                found[column] = turns
+        return Row({**row.values, **found}, row.origin) if found else row
 
-def _written(value: Any) -> Any:
-    """What a row template puts into a prompt. Raises ValueError for nothing, which would be the word None or nan."""
-    if value is None or value != value:
-        raise ValueError("a column is empty; {{ column or '' }} writes nothing then")
-    return value
+    def _asks_in_turns(self, row: Row, found: dict[str, Any]) -> bool:
+        prompt = self.columns[0]
+        return self.prompt_template is None and (prompt in found or isinstance(row.values.get(prompt), list))
 
+    def _without_ignored_keys(self, row: Row) -> Row:
+        keys, values = self.ignored & OPTIONAL_KEYS, dict(row.values)
+        for column in self._turn_columns:
+            if isinstance(turns := values.get(column), list):
+                values[column] = [
+                    {key: value for key, value in turn.items() if key not in keys} if isinstance(turn, dict) else turn
+                    for turn in turns
+                ]
+        return Row(values, row.origin)
 
-@lru_cache
-def template_columns(source: str, option: str = "prompt_template") -> set[str]:
-    """The columns that a template of `data` names. Raises ValueError where it is no Jinja template."""
-    try:
-        return meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(source))
-    except TemplateSyntaxError as error:
-        raise ValueError(f"data.{option}={source!r}: not a Jinja template ({error})") from error
+    @cached_property
+    def _turn_columns(self) -> tuple[str, ...]:
+        """Columns that may hold lists of turns."""
+        return (*self.columns, *(self.side[name] for name in ("prompt", "history") if name in self.side))
 
+    def _conversation(self, row: Row, messages: list[Message]) -> Conversation:
+        messages = self._history(row) + messages
+        system = optional_text(row, self.side.get("system"))
+        brings_one = any(message.role == "system" for message in messages)
+        if system and brings_one:
+            raise BadRow(row.origin, "one system message, in a turn or in the column", system, self.side["system"])
+        if not system and not brings_one and self.system_prompt is not None:
+            messages = [Message("system", self.system_prompt), *messages]
+        elif system:
+            messages = [Message("system", system), *messages]
+        return Conversation(self._weighted(row, messages), read_tools(row, self.side.get("tools")))
 
-def filled(source: str, row: Row, option: str = "prompt_template") -> str:
-    """Return what a template of `data` makes of a row. Raises `BadRow`."""
-    try:
-        prompt = _row_template(source).render(row.values)
-    except UndefinedError as error:
-        hint = "{{ column | default('') }} takes rows without one"
-        raise BadRow.because(row.origin, f"data.{option} cannot be filled in ({error}; {hint})") from error
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise BadRow.because(row.origin, f"data.{option} cannot be filled in ({error})") from error
-    if not prompt.strip():
-        raise BadRow(row.origin, f"text from data.{option}", prompt)
-    return prompt
+    def _taught(self, row: Row, found: Conversation) -> Conversation:
+        """Return the conversation behind the text that a teacher alone reads, as a part of its system message."""
+        text = filled(self.teacher_prompt or "", row, "teacher_prompt")
+        first = found[0]
+        if self.is_raw:
+            return Conversation([replace(first, content=text + first.content), *found[1:]], found.tools)
+        if first.role == "system":
+            return Conversation([replace(first, content=f"{text}\n\n{first.content}"), *found[1:]], found.tools)
+        return Conversation([Message("system", text), *found], found.tools)
+
+    def _history(self, row: Row) -> list[Message]:
+        column = self.side.get("history")
+        value = row.values.get(column) if column is not None else None
+        if isinstance(value, str) and value.strip():
+            value = json_in(value, row.origin, "JSON or a list of question and answer pairs", column)
+        if value in (None, "", []):
+            return []
+        assert column is not None
+        if not isinstance(value, list):
+            raise BadRow(row.origin, "a list of question and answer pairs", value, column)
+        if all(isinstance(turn, dict) for turn in value):
+            return [replace(turn, weight=0.0) for turn in read_turns(value, row.origin, column)]
+        messages = []
+        for pair in value:
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise BadRow(row.origin, "pairs of question and answer", pair, column)
+            messages += [Message("user", pair[0]), Message("assistant", pair[1], weight=0.0)]
+        return messages
+
+    def _weighted(self, row: Row, messages: list[Message]) -> list[Message]:
+        if FORMATS[self.format].rows is not RowKind.answers:
+            for message in messages:
+                if message.weight not in (0.0, 1.0):
+                    raise BadRow(row.origin, "turns of weight 0 or 1 in rows of preferences", message.weight)
+            return messages
+        weight = self._row_weight(row)
+        return messages if weight == 1 else [replace(message, weight=message.weight * weight) for message in messages]
+
+    def _row_weight(self, row: Row) -> float:
+        value = row.values.get(WEIGHT_COLUMN)
+        if value in (None, "") or WEIGHT_COLUMN in self._read_columns or WEIGHT_COLUMN in self.ignored:
+            return 1.0
+        try:
+            weight = float(value)
+        except (TypeError, ValueError, OverflowError):
+            weight = -1.0
+        if not 0 <= weight <= HEAVIEST:
+            raise BadRow(row.origin, "a number from 0 on", value, WEIGHT_COLUMN)
+        return weight
+
+    @cached_property
+    def _read_columns(self) -> frozenset[str]:
+        read = {*self.columns, *self.side.values(), *FORMATS[self.format].copies}
+        read |= template_columns(self.teacher_prompt, "teacher_prompt") if self.teacher_prompt else set()
+        read |= set() if self.margin is None else {self.margin}
+        return frozenset(read | (template_columns(self.prompt_template) if self.prompt_template else set()))
+
+    @cached_property
+    def _passed(self) -> frozenset[str]:
+        """Columns that are read, or ignored on request."""
+        is_weighted = self.format != Format.text and FORMATS[self.format].rows is RowKind.answers
+        weight = (WEIGHT_COLUMN,) if is_weighted else ()
+        return self._read_columns.union(self.ignored, weight)
 
 
 def check_format(name: str, key: str = "data.format") -> None:

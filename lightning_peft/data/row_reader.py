@@ -2,17 +2,18 @@
 
 from collections.abc import Collection, Iterable
 
-from lightning_peft.data.columns import WITHOUT_TURNS, RowReader
 from lightning_peft.data.config import DataConfig, Format, Layout, RowKind
 from lightning_peft.data.conversation import shown
 from lightning_peft.data.formats import (
     FORMATS,
     SIDE_COLUMNS,
     USUAL_NAMES,
+    WITHOUT_TURNS,
     RowFormat,
+    RowReader,
     check_format,
-    template_columns,
 )
+from lightning_peft.data.row_template import template_columns
 
 
 def _alternatives(row_format: RowFormat, config: DataConfig) -> list[tuple[str, ...]]:

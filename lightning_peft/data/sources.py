@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, compress, count, islice
 from math import ceil
 from typing import Any
 
@@ -160,19 +160,19 @@ def iterate_rows(config: DataConfig, split: str, shuffle_shards: random.Random |
     shards = list(enumerate(source.shards(config, split if split in splits else "train")))
     if shuffle_shards is not None and limit is None:
         shuffle_shards.shuffle(shards)
-    rows = (
-        row
-        for number, shard in shards
-        for index, row in enumerate(shard())
-        if not holds_out or _is_held_out(index, number, config) == (split == "validation")
-    )
-    return islice(rows, limit)
+    parts: Iterator[Iterator[Row | BadRow]] = (shard() for _, shard in shards)
+    if holds_out and config.validation_fraction > 0:
+        parts = (compress(shard(), _chosen(number, split, config)) for number, shard in shards)
+    return islice(chain.from_iterable(parts), limit)
+
+
+def _chosen(shard: int, split: str, config: DataConfig) -> Iterator[bool]:
+    """Whether the rows of a shard, one after the other, are of the training or of the held-out rows."""
+    return (_is_held_out(index, shard, config) == (split == "validation") for index in count())
 
 
 def _is_held_out(index: int, shard: int, config: DataConfig) -> bool:
     """One random row of every 1 / `data.validation_fraction` rows of a shard is held out."""
-    if config.validation_fraction == 0:
-        return False
     return index == _held_out_index(
         int(index * config.validation_fraction), shard, config.validation_fraction, config.split_seed
     )

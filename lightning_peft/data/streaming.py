@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.chat import Encoded
-from lightning_peft.data.collate import collate_units
+from lightning_peft.data.collate import CollatedBatches
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import BadRow, Row
 from lightning_peft.data.mixture import MixedSource, naming
 from lightning_peft.data.packing import MicroBatch, plan_micro_batches
+from lightning_peft.data.sampler import Request
 from lightning_peft.data.samples import ROWS_AT_ONCE, encode_rows
 from lightning_peft.data.sources import iterate_rows
 from lightning_peft.data.token_store import Samples
@@ -258,5 +259,4 @@ class StreamedBatches(IterableDataset[Batch]):
         self._state = self._saved_state = {"epoch": epoch, "window_row": self._windows.start, "taken": 0}
 
     def _batch(self, samples: Samples, rows: MicroBatch, filler: bool = False) -> Batch:
-        packed = [[samples.unit(index) for index in row] for row in rows]
-        return collate_units(packed, self._pad_token_id, self._config.max_length, self._config.packing, filler)
+        return CollatedBatches(samples, self._config, self._pad_token_id)[Request(rows, filler)]

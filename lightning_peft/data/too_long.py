@@ -9,18 +9,20 @@ from lightning_peft.data.config import DataConfig, OnTooLong
 from lightning_peft.data.token_store import kinds_of
 
 
-def fit(sample: Encoded, origin: str, config: DataConfig, audit: Audit) -> list[Encoded]:
-    """The sample in pieces of at most `data.max_length` tokens, as `data.on_too_long` says."""
-    length, limit = len(sample.input_ids), config.max_length
-    if length <= limit:
-        return [sample]
-    return TOO_LONG[config.on_too_long](sample, origin, limit, audit)
+def fits(sample: Encoded, config: DataConfig) -> bool:
+    """Return whether a sample has at most `data.max_length` tokens."""
+    return len(sample.input_ids) <= config.max_length
+
+
+def shortened(sample: Encoded, origin: str, config: DataConfig, audit: Audit) -> list[Encoded]:
+    """The pieces of a sample that does not fit: what `data.on_too_long` leaves of it, each of them fits."""
+    return TOO_LONG[config.on_too_long](sample, origin, config.max_length, audit)
 
 
 def _truncate(sample: Encoded, origin: str, limit: int, audit: Audit) -> list[Encoded]:
     kinds = kinds_of(sample)
     audit.lost += len(kinds) - limit - kinds[limit:].count(0)
-    return [cut_to(replace(sample, kinds=kinds), limit)]
+    return [cut_to(sample, limit)]
 
 
 def _split(sample: Encoded, origin: str, limit: int, audit: Audit) -> list[Encoded]:

@@ -1,9 +1,10 @@
-"""From the calls of a turn, in any of the shapes in use, to `{"type": "function", "function": {name, arguments}}`."""
+"""Tools, and calls of them in any of the shapes in use, as `{"type": "function", "function": {name, arguments}}`."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lightning_peft.data.conversation import BadRow, read_json
+from lightning_peft.data.conversation import BadRow, Row, json_in, read_json
 
 CALL_ROLES = ("function_call", "tool_call")
 """Authors, in ShareGPT's way of writing, of turns whose text is a call."""
@@ -71,3 +72,32 @@ def _read_call(call: Any, origin: str, column: str) -> Mapping[str, Any]:
         raise BadRow(origin, "an object as arguments of a tool call", arguments, column)
     shown = {} if identity is None else {"id": identity}
     return {**shown, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def read_tools(row: Row, column: str | None) -> list[dict[str, Any]] | None:
+    """The tools that a row offers in a column, None where there are none. Raises `BadRow`."""
+    value = row.values.get(column) if column is not None else None
+    if isinstance(value, str) and value.strip():
+        value = json_in(value, row.origin, "JSON", column)
+    if value in EMPTY:
+        return None
+    given = value if isinstance(value, list) else [value]
+    tools: list[Any] = [json_in(tool, row.origin, "JSON", column) if isinstance(tool, str) else tool for tool in given]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow(row.origin, "a list of tools, each an object", value, column)
+    try:
+        json.dumps(tools)
+    except (TypeError, ValueError) as error:  # a date, or bytes
+        raise BadRow(row.origin, f"tools that JSON can say ({error})", value, column) from error
+    return tools
+
+
+def has_null_property(tools: Any) -> bool:
+    """Return whether a tool has a property without a schema, as no tool is written."""
+    if isinstance(tools, list):
+        return any(map(has_null_property, tools))
+    if not isinstance(tools, dict):
+        return False
+    properties = tools.get("properties")
+    is_here = isinstance(properties, dict) and None in properties.values()
+    return is_here or any(map(has_null_property, tools.values()))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_peft.data.conversation import BadRow, Message
+from lightning_peft.data.conversation import BadRow, Message, read_json
 from lightning_peft.data.thoughts import split_thought
 from lightning_peft.data.tool_calls import CALL_ROLES, EMPTY, read_calls, unread_keys_of_calls
 
@@ -31,7 +31,8 @@ ROLES = {
 """Names of a turn's author, those of ShareGPT among them."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _THOUGHTS_BEGIN = ("<think>", "<|channel>thought", "[THINK]")
-WEIGHT_KEYS = ("weight", "train", "loss")
+WEIGHT_COLUMN = "weight"
+WEIGHT_KEYS = (WEIGHT_COLUMN, "train", "loss")
 HEAVIEST = float(np.finfo(np.float32).max)
 """Largest factor of a loss."""
 READ_KEYS = frozenset(
@@ -58,6 +59,17 @@ def is_turn(turn: Any) -> bool:
         return False
     name = turn.get("role") or turn.get("from")
     return isinstance(name, str) and name.lower() in ROLES
+
+
+def turns_of(text: str) -> list[Any] | None:
+    """The turns that a text holds as JSON; None for a text of any other kind, which says what it says."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        turns = read_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return turns if isinstance(turns, list) and turns and all(map(is_turn, turns)) else None
 
 
 def read_turns(turns: Any, origin: str, column: str) -> list[Message]:

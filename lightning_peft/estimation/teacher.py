@@ -11,7 +11,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.recorder import Array
 from lightning_peft.estimation.weights import adapter_parts, array_of, tensors_of
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
-from lightning_peft.objectives.model_loss import Readout
+from lightning_peft.objectives.linear_cross_entropy import Readout
 
 
 class EmptyDistilledLoss(DistilledLoss):

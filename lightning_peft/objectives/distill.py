@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.kernels.divergence import Mix
+from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.linear_divergence import kept_token_losses, taught_token_losses
-from lightning_peft.objectives.model_loss import ModelLoss, Readout
+from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.objective import Objective, ObjectiveConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,33 @@ def chunks_as_on(device: str) -> Iterator[None]:
         yield
     finally:
         _pretended.reset(token)
+
+
+class Readout(NamedTuple):
+    """The supervised tokens of a batch before the output head, N of them, in the order of their samples."""
+
+    hidden: Tensor
+    """(N, D), what the head is fed; (N, V) final logits where they are not rebuilt here, `head` being an identity."""
+    head: nn.Module
+    transform: LogitTransform | None
+    """What the head's output goes through."""
+    labels: Tensor
+    """(N,) int64, the tokens."""
+    samples: Tensor
+    """(N,) int64, the sample each belongs to, counted through the batch."""
+    weights: Tensor | None
+    """(N,) fp32, the factor of each; None where all are 1."""
+    vocabulary: int
+    """V, tokens that the head has rows for."""
+    smoothing: float = 0.0
+    """Share of a label's probability that all tokens get."""
+
+    def losses(self) -> Tensor:
+        """Return the cross entropy of each token, (N,) fp32, each with a gradient of its own."""
+        hidden, head, labels = self.hidden, self.head, self.labels
+        if type(head) is nn.Identity:
+            return F.cross_entropy(hidden.float(), labels, reduction="none", label_smoothing=self.smoothing)
+        return linear_token_losses(hidden, labels, head, self.vocabulary, self.transform, self.smoothing)
 
 
 def linear_token_losses(

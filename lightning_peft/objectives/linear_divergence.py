@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.data.top_tokens import TopTokens
 from lightning_peft.kernels.divergence import FrozenHeadTaughtLosses, Mix, divergence, in_fp32, mixed, taught_losses
-from lightning_peft.objectives.linear_cross_entropy import chunk_tokens
-from lightning_peft.objectives.model_loss import Readout
+from lightning_peft.objectives.linear_cross_entropy import Readout, chunk_tokens
 
 CHUNKS_AT_ONCE, SMALLEST_CHUNK = 4, 64
 """A chunk is a fourth of the cross entropy's: some four times as many arrays of its size exist at once."""

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lightning_peft import distributed
 from lightning_peft.data.batch import Batch
-from lightning_peft.kernels.cross_entropy import LogitTransform
 from lightning_peft.models.blocks import decoder_of
 from lightning_peft.models.rope import follows_length
 from lightning_peft.models.source import VARLEN
 from lightning_peft.objectives.embedding_noise import noisy_embeddings
-from lightning_peft.objectives.linear_cross_entropy import linear_token_losses
+from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.logits import (
     PROBED_TOKENS,
     LogitPath,
@@ -81,24 +80,6 @@ class TokenLosses(NamedTuple):
     """(N,) int64, the sample each belongs to, counted through the batch."""
     weights: Tensor | None
     """(N,) fp32, the factor of each; None where all are 1."""
-
-
-class Readout(NamedTuple):
-    """The supervised tokens of a batch before the output head, N of them, in the order of `TokenLosses`."""
-
-    hidden: Tensor
-    """(N, D), what the head is fed; (N, V) final logits where they are not rebuilt here, `head` being an identity."""
-    head: nn.Module
-    transform: LogitTransform | None
-    """What the head's output goes through."""
-    labels: Tensor
-    """(N,) int64, the tokens."""
-    samples: Tensor
-    """(N,) int64, the sample each belongs to, counted through the batch."""
-    weights: Tensor | None
-    """(N,) fp32, the factor of each; None where all are 1."""
-    vocabulary: int
-    """V, tokens that the head has rows for."""
 
 
 def _joined(parts: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
@@ -218,7 +199,7 @@ class ModelLoss(nn.Module, ABC):
         Position t is scored on the label at t + 1; a packed sample's first label is -100, so none predicts the next.
         """
         readout = self.readout(batch)
-        return TokenLosses(self.losses_of(readout), readout.samples, readout.weights)
+        return TokenLosses(readout.losses(), readout.samples, readout.weights)
 
     def token_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) of every supervised token and the tokens (N,), all at once; a call may check first.
@@ -249,15 +230,8 @@ class ModelLoss(nn.Module, ABC):
             numbers if order is None else numbers.index_select(0, order),
             None if batch.weights is None else _joined(weights, order),
             self.model.config.get_text_config().vocab_size,
+            self.label_smoothing if self.training else 0.0,
         )
-
-    def losses_of(self, readout: Readout) -> Tensor:
-        """Return the cross entropy of each token, (N,) fp32, each with a gradient of its own."""
-        smoothing = self.label_smoothing if self.training else 0.0
-        hidden, head, transform, labels = readout[:4]
-        if self.logit_path is None:
-            return F.cross_entropy(hidden.float(), labels, reduction="none", label_smoothing=smoothing)
-        return linear_token_losses(hidden, labels, head, readout.vocabulary, transform, smoothing)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return what is run together: the batch, or its samples where they would see each other."""

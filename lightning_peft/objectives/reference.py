@@ -13,9 +13,10 @@ from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.preferences import Standing
 from lightning_peft.kernels.divergence import Mix
+from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.linear_divergence import taught_token_losses
 from lightning_peft.objectives.logits import in_eval_mode
-from lightning_peft.objectives.model_loss import ModelLoss, Readout, TokenLosses
+from lightning_peft.objectives.model_loss import ModelLoss, TokenLosses
 
 KL = "kl_per_token"
 """What validation measures beside `measures`: the mean of KL(p || p_ref) over the tokens of the answers."""
@@ -70,7 +71,7 @@ class ReferencedLoss(ModelLoss, ABC):
 
     def sums_of(self, batch: Batch, readout: Readout) -> tuple[Tensor, Tensor]:
         """Return the log-probability of each sample's supervised tokens, and their number, (S,) fp32 each."""
-        tokens = TokenLosses(self.losses_of(readout), readout.samples, readout.weights)
+        tokens = TokenLosses(readout.losses(), readout.samples, readout.weights)
         return self.sums_per_sample(batch, tokens)
 
     @torch.no_grad()

@@ -40,8 +40,8 @@ class SupervisedLoss(ModelLoss):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss summed over the batch's `num_supervised` tokens, each times its weight, fp32 scalar."""
-        tokens = self.token_losses(batch)
-        return weighted_sum(tokens.losses, tokens.weights)
+        readout = self.readout(batch)
+        return weighted_sum(readout.losses(), readout.weights)
 
 
 OBJECTIVE = Objective(

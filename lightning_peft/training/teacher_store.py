@@ -37,8 +37,8 @@ from lightning_peft.data.top_tokens import IDS, LOG_PROBABILITIES, VOCABULARY
 from lightning_peft.models.loading import empty_model, source_fingerprint
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.distill import DistillConfig
+from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.linear_divergence import bucketed, final_logits, in_fp32
-from lightning_peft.objectives.model_loss import Readout
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig

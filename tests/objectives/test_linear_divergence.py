@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_peft.kernels.divergence import Mix
 from lightning_peft.objectives import linear_divergence as module
+from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.linear_divergence import taught_token_losses
-from lightning_peft.objectives.model_loss import Readout
 
 VOCABULARY = 50
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.3}
