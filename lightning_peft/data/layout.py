@@ -66,9 +66,23 @@ class PromptLayout:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            layout = cls(**json.loads(path.read_text(encoding="utf-8")))
+            layout.check_types()
+            return layout
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a prompt layout ({error})") from error
+
+    def check_types(self) -> None:
+        """Raise TypeError for a value from a file that is of another type than its field."""
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "kind": str, "system_prompt": (str, type(None)), "template": (str, type(None)), "template_options": dict,
+            "tools": (list, type(None)), "stop_token_ids": list,
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name}={value!r} is of another type")
+        if not all(type(number) is int for number in self.stop_token_ids):
+            raise TypeError(f"stop_token_ids={self.stop_token_ids}: must be numbers")
 
     def with_stops(self, ids: Sequence[int] | int | None) -> "PromptLayout":
         """The layout whose answers end at these tokens as well: a model's `generation_config.eos_token_id`."""

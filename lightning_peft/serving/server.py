@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.data.conversation import Conversation, Message
@@ -24,6 +25,7 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.template import ChatTemplateError
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.serving.bodies import ChatRequest, LoadRequest, Sampling, TextRequest, Turn
 from lightning_peft.serving.engine import Engine, Job, Piece, QueueFullError
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.tiers import NAME, AdapterTiers, UnknownModelError
@@ -33,59 +35,10 @@ SECONDS_BETWEEN_LOOKS = 0.5
 RETRY_AFTER = "1"
 PAGE = Path(__file__).with_name("page.html")
 """A chat with the base and two adapters side by side; it asks the endpoints below, and nothing else."""
+MOST_BYTES = 2**24
+"""Largest body of a request."""
 OPEN = ("/", "/health")
 """What is answered without the API key; the page asks for it."""
-
-
-class Sampling(BaseModel):
-    """What both kinds of completion take; a key that is not here is an error, never ignored."""
-
-    model_config = ConfigDict(extra="forbid")
-    model: str
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=0.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = 0
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: dict[str, bool] | None = None
-    n: int = Field(default=1, ge=1, le=1)
-    user: str | None = None
-
-
-class Turn(BaseModel):
-    """A message of a chat."""
-
-    model_config = ConfigDict(extra="forbid")
-    role: str
-    content: str
-    name: str | None = None
-
-
-class ChatRequest(Sampling):
-    """The body of /v1/chat/completions."""
-
-    messages: list[Turn] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=20)
-
-
-class TextRequest(Sampling):
-    """The body of /v1/completions."""
-
-    prompt: str
-    echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=5)
-
-
-class LoadRequest(BaseModel):
-    """The body of the endpoints that load and unload an adapter."""
-
-    model_config = ConfigDict(extra="forbid")
-    lora_name: str
-    lora_path: str | None = None
-    load_inplace: bool = False
 
 
 class ApiError(Exception):
@@ -133,15 +86,19 @@ class Serving:
         raise ApiError(404, f"model={model}: not here; there are {', '.join(self.names())}", "model_not_found")
 
     def layout(self, folder: Path | None) -> PromptLayout:
-        """Return how prompts of an adapter are written: as `generate` writes them."""
+        """Return how prompts of an adapter are written: as `generate` writes them. Raises ApiError."""
         if folder is None:
             return self.base_layout
         if folder not in self.layouts:
-            saved = PromptLayout.load(folder)
+            try:
+                saved = PromptLayout.load(folder)
+            except ValueError as error:
+                raise ApiError(400, str(error)) from error
             self.layouts[folder] = saved if saved is not None else replace(self.base_layout, system_prompt=None)
         return self.layouts[folder]
 
     def chat_prompt(self, folder: Path | None, turns: list[Turn]) -> list[int]:
+        self.check_size(sum(len(turn.content.encode()) for turn in turns))
         layout = self.layout(folder)
         messages = [Message(turn.role, turn.content, name=turn.name) for turn in turns]
         if layout.kind != "chat":
@@ -149,6 +106,19 @@ class Serving:
                 raise ApiError(400, "messages: this adapter was trained on text without turns; give one user message")
             return self.laid_out(layout, layout.conversation(messages[0].content))
         return self.laid_out(layout, layout.going_on(messages))
+
+    def check_size(self, size: int) -> None:
+        """Raise ApiError for a text that is too long whatever its tokens, before they are counted."""
+        if self.context is not None and size > (most := self.context * self.longest_token):
+            raise ApiError(
+                400, f"the prompt's {size} bytes do not fit the model's {self.context} tokens, {most} bytes at most",
+                "context_length_exceeded",
+            )  # fmt: skip
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token, as the vocabulary writes it, which is at least what it stands for."""
+        return max(len(token.encode()) for token in self.tokenizer.get_vocab())
 
     def laid_out(self, layout: PromptLayout, messages: Conversation) -> list[int]:
         with self.prompting:
@@ -180,11 +150,23 @@ def build_app(serving: Serving) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def say_what_is_wrong(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            where = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+            return JSONResponse(error_body(f"body: is no JSON: {where}"), 400)
         place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(error_body(f"{place or 'body'}: {first['msg']}"), 400)
+        return JSONResponse(error_body(f"{place or 'body'}: {first['msg'].removeprefix('Value error, ')}"), 400)
+
+    @app.exception_handler(HTTPException)
+    async def say_of_http(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
 
     @app.middleware("http")
     async def check_key(request: Request, call_next: Any) -> Response:
+        length = request.headers.get("content-length", "0")
+        if "transfer-encoding" in request.headers:
+            return JSONResponse(error_body("body: must say its length, as content-length"), 411)
+        if int(length) > MOST_BYTES:
+            return JSONResponse(error_body(f"body: {length} bytes are more than {MOST_BYTES}"), 413)
         key = serving.config.api_key
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key is not None and request.url.path not in OPEN and not hmac.compare_digest(given.encode(), key.encode()):
@@ -211,10 +193,16 @@ def build_app(serving: Serving) -> FastAPI:
         parent = {True: None, False: serving.base_name}
         return {"object": "list", "data": [{"id": n, **entry, "parent": parent[n == names[0]]} for n in names]}
 
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        serving.folder(name)
+        parent = None if name == serving.base_name else serving.base_name
+        return {"id": name, "object": "model", "created": 0, "owned_by": "lightning_peft", "parent": parent}
+
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         folder = serving.folder(body.model)
-        prompt = serving.chat_prompt(folder, body.messages)
+        prompt = await asyncio.to_thread(serving.chat_prompt, folder, body.messages)
         top = body.top_logprobs if body.logprobs else 0
         limit = body.max_completion_tokens or body.max_tokens
         return await answered(serving, Answer(body, "chat", body.logprobs, top), prompt, folder, limit, request)
@@ -224,7 +212,8 @@ def build_app(serving: Serving) -> FastAPI:
         folder = serving.folder(body.model)
         if body.echo:
             raise ApiError(400, "echo=true: the prompt is not repeated here")
-        prompt = serving.tokenizer(body.prompt)["input_ids"]
+        serving.check_size(len(body.prompt.encode()))
+        prompt = (await asyncio.to_thread(serving.tokenizer, body.prompt))["input_ids"]
         if not prompt:
             raise ApiError(400, "prompt: is empty")
         answer = Answer(body, "text", body.logprobs is not None, body.logprobs or 0)
@@ -233,16 +222,22 @@ def build_app(serving: Serving) -> FastAPI:
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadRequest) -> dict[str, str]:
         tiers = loading_tiers(serving)
+        if body.lora_name == serving.base_name:
+            raise ApiError(400, f"lora_name={body.lora_name}: is the base's name")
         if not NAME.fullmatch(body.lora_name):
             raise ApiError(400, f"lora_name={body.lora_name!r}: letters, digits, dots, dashes and underscores only")
         if body.lora_name in serving.names() and not body.load_inplace:
             raise ApiError(400, f"lora_name={body.lora_name}: is loaded already; load_inplace=true reads it anew")
         assert tiers.directory is not None
-        path = (tiers.directory / (body.lora_path or body.lora_name)).resolve()
-        if not path.is_relative_to(tiers.directory.resolve()):
-            raise ApiError(400, f"lora_path={body.lora_path}: must lie below {tiers.directory}")
         try:
+            if body.load_inplace and body.lora_path is None and body.lora_name in tiers.folders:
+                path = tiers.folders[body.lora_name]  # which was allowed when it came
+            else:
+                path = (tiers.directory / (body.lora_path or body.lora_name)).resolve()
+                if not path.is_relative_to(tiers.directory.resolve()):
+                    raise ApiError(400, f"lora_path={body.lora_path}: must lie below {tiers.directory}")
             folder = adapter_folder(str(path), "lora_path")
+            PromptLayout.load(folder)
             await asyncio.to_thread(serving.engine.read_anew, folder)
         except (ValueError, OSError) as error:
             raise ApiError(400, str(error)) from error
@@ -328,8 +323,7 @@ async def answered(
     sampling = SamplingConfig(
         limit or min(room, 256), body.temperature, body.top_p if body.temperature > 0 else 1.0, body.seed
     )
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if any(not stop for stop in stops):
+    if not all(body.stop):
         raise ApiError(400, "stop: an empty text would end every answer")
     loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
     ends = {*serving.base_layout.stop_token_ids, *serving.layout(folder).stop_token_ids}
@@ -337,7 +331,7 @@ async def answered(
     def take(piece: Piece) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    job = Job(prompt, sampling, frozenset(ends), take, folder, tuple(stops), answer.top_logprobs)
+    job = Job(prompt, sampling, frozenset(ends), take, folder, tuple(body.stop), answer.top_logprobs)
     try:
         serving.engine.submit(job)
     except QueueFullError as error:
@@ -397,7 +391,7 @@ async def answered(
             choice = answer.choice(piece.text, [piece], piece.finish_reason, True, token_text)
             yield f"data: {json.dumps({**answer.envelope(True), 'choices': [choice]})}\n\n"
             piece = await anext(source, None)
-        if (body.stream_options or {}).get("include_usage"):
+        if body.stream_options is not None and body.stream_options.include_usage:
             yield f"data: {json.dumps({**answer.envelope(True), 'choices': [], 'usage': usage()})}\n\n"
         yield "data: [DONE]\n\n"
 

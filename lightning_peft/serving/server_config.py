@@ -20,7 +20,7 @@ class ServerConfig:
     max_queue: int = 64
     """Requests that may wait beside those; more get status 429."""
     slots: int = 8
-    """Adapters beside the model at once."""
+    """Adapters beside the model at once; a bound of a batch on a GPU, not on a CPU."""
     max_rank: int | None = None
     """Rank of a slot; null takes the largest of the adapters named, 16 without any."""
     host_adapters: int = 64

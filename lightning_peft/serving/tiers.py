@@ -57,6 +57,8 @@ class AdapterTiers:
         rank = max(len(A) for A, _ in factors.values())
         if rank > self.slots.rank:
             raise ValueError(f"{folder}: is of rank {rank}, the slots of {self.slots.rank}; set serve.max_rank={rank}")
+        if not all(bool(factor.isfinite().all()) for pair in factors.values() for factor in pair):
+            raise ValueError(f"{folder}: has numbers that are not finite, in {self.slots.dtype}; it has no answers")
         self.loads["disk"] += 1
         self.host[folder] = factors
         while len(self.host) > self.host_limit:

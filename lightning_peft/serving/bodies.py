@@ -1,0 +1,104 @@
+"""Bodies of requests to the server, in OpenAI's words."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MOST_STOPS = 16
+"""Stop texts of a request: each is looked for at each token, in the thread that answers all requests."""
+
+
+def whole_characters(text: str) -> str:
+    """Return a text that has an encoding. Raises ValueError for half of a surrogate pair, which JSON allows."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair at character {error.start} is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(whole_characters)]
+
+
+class Body(BaseModel):
+    """A request: a key that is not here is an error, never ignored, and so is a value of another type; null is none."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class StreamOptions(Body):
+    """What a stream says beside its pieces."""
+
+    include_usage: bool = False
+
+
+class Sampling(Body):
+    """What both kinds of completion take."""
+
+    model: Text
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    stop: list[Text] = Field(default_factory=list, max_length=MOST_STOPS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, ge=1, le=1)
+    user: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def one_stop_is_a_list(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def options_are_read(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is of a stream: it needs stream=true")
+        return self
+
+
+class Turn(Body):
+    """A message of a chat."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text
+    name: Text | None = None
+
+
+class ChatRequest(Sampling):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Turn] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def chat_options_are_read(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are the same: give one")
+        return self
+
+
+class TextRequest(Sampling):
+    """The body of /v1/completions."""
+
+    prompt: Text
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+
+class LoadRequest(Body):
+    """The body of the endpoints that load and unload an adapter."""
+
+    lora_name: Text
+    lora_path: Text | None = None
+    load_inplace: bool = False
