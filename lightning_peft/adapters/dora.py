@@ -1,7 +1,8 @@
 """DoRA: direction from LoRA, magnitude trained apart (Liu et al. 2024, arXiv:2402.09353)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters import lora
 from lightning_peft.adapters.base import Target
-from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
+from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRAExperts, LoRALinear
 from lightning_peft.adapters.method import Contract, Method, linears
 from lightning_peft.kernels.frozen_linear import GIVEN, Base
+from lightning_peft.kernels.grouped import RowsPerExpert
 from lightning_peft.kernels.low_rank import add_and_scale, scaled_sum
 from lightning_peft.kernels.row_norms import takes_norms
+from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
 from lightning_peft.quantization.weights import dense_weight
 
 ROWS_AT_ONCE = 2**24
@@ -191,9 +194,70 @@ class DoRAEmbedding(LoRAEmbedding):
         """Return None: the gain scales the base's own columns too."""
 
 
+class DoRAExperts(LoRAExperts):
+    """y_e = m_e / n_e * (W_e x + scaling * B_e A_e x) for the rows of each expert e, n_e the row norms of its own sum.
+
+    m is `lora_magnitude_vector` (experts, out_features), fp32. What a model adds to an expert's output as its bias
+    comes after the gain. Under dropout only A sees the dropped input.
+    """
+
+    def __init__(self, base_layer: ExpertLinear | QuantizedExperts, target: Target, config: DoRAConfig):
+        super().__init__(base_layer, target, config)
+        experts, out_features, _ = base_layer.shape
+        device = self.lora_B.device
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(experts, out_features, device=device))
+        self.norms = nn.ModuleList(RowNorms(out_features, device) for _ in range(experts))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.lora_A.is_meta:
+            return
+        for expert, norms in enumerate(self.norms):
+            norms.measure(self.base_layer.matrix(expert))  # type: ignore[operator]  # a list of `RowNorms`
+        self.lora_magnitude_vector.copy_(self.weight_norms())
+
+    def weight_norms(self) -> Tensor:
+        """Return n of every expert, fp32, (experts, out_features)."""
+        pairs = zip(self.norms, self.each_A(self.lora_A), self.lora_B, strict=True)
+        return torch.stack([n(self.base_layer.matrix(e), A, B, self.scaling) for e, (n, A, B) in enumerate(pairs)])
+
+    def gain(self) -> Tensor:
+        """Return m / n, (experts, out_features): the gradient reaches m only."""
+        first: Any = self.norms[0]
+        return self.lora_magnitude_vector / first.once(self.weight_norms, (self.lora_A, self.lora_B))
+
+    def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[override]
+        """Map rows sorted by expert, `sizes` of them for each, (N, in_features), to (N, out_features)."""
+        changed = super().forward(x, sizes)
+        if not self.enabled:
+            return changed
+        if isinstance(sizes, RowsPerExpert):
+            experts = sizes.sorted_ids
+        else:
+            experts = torch.arange(len(sizes), device=x.device).repeat_interleave(
+                torch.tensor(list(sizes), device=x.device), output_size=len(x)
+            )
+        return torch.addcmul(changed, changed, (self.gain() - 1).to(changed.dtype).index_select(0, experts))
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """Return the formula for as many rows of each expert: (experts, N, in_features), (experts, N, out_features)."""
+        changed = super().adapt(x, base_output)
+        return torch.addcmul(changed, changed, (self.gain() - 1).to(changed.dtype)[:, None])
+
+    def delta_weight(self) -> Tensor:
+        weight = dense_weight(self.base_layer).float()
+        return self.gain()[..., None] * (weight + super().delta_weight()) - weight
+
+
 METHOD = Method(
     DoRAConfig,
-    {**linears(DoRALinear), nn.Embedding: DoRAEmbedding},
+    {
+        **linears(DoRALinear),
+        nn.Embedding: DoRAEmbedding,
+        ExpertLinear: DoRAExperts,
+        QuantizedExperts: DoRAExperts,
+    },
     trained=(*lora.METHOD.trained, "lora_magnitude_vector"),
     change="m (W + s B A) / norm of its rows",
     paper="arXiv:2402.09353",

@@ -158,7 +158,7 @@ def _check_experts(config: AdapterConfig, stacks: Mapping[str, Stack], adaptable
         raise ValueError(f"{asked}: this model has no experts stacked in 3-D parameters; use adapter.experts=none")
     if any(stack.opens for stack in stacks.values()):
         raise ValueError(
-            f"{asked}: method {config.method} has no form for stacked experts; use method=lora or rslora, "
+            f"{asked}: method {config.method} has no form for stacked experts; use method=lora, rslora or dora, "
             "or adapter.experts=none"
         )
     raise ValueError(

@@ -73,6 +73,8 @@ INTEGERS = {"I64", "I16", "BOOL"} | CODES
 """Names of those that are buffers, or some of them codes."""
 NEED_IMAGES = {"Llama4ForConditionalGeneration"}
 """Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
+WRITTEN_OVER = {"FalconDecoderLayer": "mlp", "Llama4TextMoe": "shared_expert"}
+"""Classes that write over the output of a part, and which part, in transformers 5.24."""
 SAMPLED_BYTES = 1024
 """Bytes of each weight's start, middle and end that go into a fingerprint."""
 
@@ -198,6 +200,7 @@ def load_by_block(
     set_positions_by_row(model)
     keep_weights_in_evaluation(model)
     keep_layers_in_training(model)
+    keep_outputs(model)
     return model.eval(), blocks
 
 
@@ -225,6 +228,17 @@ def keep_layers_in_training(model: PreTrainedModel) -> None:
         )
     for module in dropping:
         module.layerdrop = 0.0  # type: ignore[assignment]
+
+
+def keep_outputs(model: nn.Module) -> None:
+    """Give those models a copy that add in place to what a part of theirs gave.
+
+    A layer may keep its output for the backward pass, as DoRA does for the gradient of its magnitude.
+    """
+    for module in list(model.modules()):
+        part = getattr(module, WRITTEN_OVER.get(type(module).__name__, ""), None)
+        if isinstance(part, nn.Module):
+            part.register_forward_hook(lambda module, inputs, output: output.clone())
 
 
 def _load_parts(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.kernels.codes import Codes
 from lightning_peft.kernels.frozen_linear import DENSE, Base
 from lightning_peft.kernels.grouped import RowsPerExpert, grouped_product
 from lightning_peft.quantization.linear import CodedWeight
@@ -59,6 +60,10 @@ class ExpertLinear(nn.Module):
         """Return the weight as (experts, out_features, in_features), a view."""
         return self.weight.detach().mT if self.transposed else self.weight.detach()
 
+    def matrix(self, expert: int) -> Tensor:
+        """Return one expert's weight, (out_features, in_features), a view."""
+        return self.matrices()[expert]
+
     def base(self, expert: int, dtype: torch.dtype) -> Base:
         """Describe one expert's matrix to a kernel that computes in `dtype`."""
         matrix = self.weight[expert]
@@ -90,6 +95,11 @@ class QuantizedExperts(CodedWeight):
     ):
         super().__init__(shape, kind, block_size, double_quantization, dtype, device)
         self.transposed = transposed
+
+    def matrix(self, expert: int) -> Tensor:
+        """Return one expert's weight, (out_features, in_features), dequantised afresh in the layer's dtype."""
+        one = (None if tensor is None else tensor[expert] for tensor in self.codes)
+        return self.dequantized(Codes(*one), self.dtype)  # type: ignore[arg-type]  # as `dequantized` has it
 
     def base(self, expert: int, dtype: torch.dtype) -> Base:
         """Describe one expert's codes to a kernel that computes in `dtype`."""

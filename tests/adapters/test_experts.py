@@ -12,13 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.dora import DoRAConfig, DoRAExperts, DoRALinear
 from lightning_peft.adapters.inject import adapters, describe_targets, disable_adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig, LoRAExperts
 from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.kernels.grouped import RowsPerExpert, product_at_once, runs_at_once
+from lightning_peft.models.loading import keep_outputs
+from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.convert import dequantized_layer, quantize_linears
 from lightning_peft.quantization.experts import close_experts, expert_stacks, open_experts
+from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
 
@@ -33,13 +39,14 @@ def exact_model(family: str) -> Any:
     """A small model in fp64 whose experts transformers computes one by one."""
     model = small_model(family).double()
     model.config._experts_implementation = "eager"
+    keep_outputs(model)
     return model
 
 
-def adapted(family: str, **options: Any) -> Any:
+def adapted(family: str, method: str = "lora", **options: Any) -> Any:
     model = exact_model(family)
     torch.manual_seed(1)
-    inject_adapters(model, LoRAConfig(**{"rank": 4, "experts": 3, **options}))
+    inject_adapters(model, METHODS[method].config(**{"rank": 4, "experts": 3, **options}))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -64,6 +71,12 @@ def whole(model: Any, family: str) -> tuple[Any, dict[str, Tensor]]:
         A, B = (f.detach().clone().requires_grad_() for f in (A, B))
         factors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
         change = layer.scaling * (B @ A)
+        if isinstance(layer, DoRALinear | DoRAExperts):
+            magnitude = layer.lora_magnitude_vector.detach().clone().requires_grad_()
+            factors[f"{name}.lora_magnitude_vector"] = magnitude
+            base = dense_weight(layer.base_layer)
+            norms = (base + change).detach().norm(dim=-1)  # a constant in the backward pass, section 4.3
+            change = (magnitude / norms)[..., None] * (base + change) - base
         holder, _, leaf = name.rpartition(".")
         module = plain.get_submodule(holder) if stacked else plain.get_submodule(name)
         leaf = leaf if stacked else "weight"
@@ -89,10 +102,11 @@ def test_opened_experts_compute_what_transformers_does(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_whole_weights(family: str, shared: bool) -> None:
-    model = adapted(family, experts_share_A=shared)
+def test_logits_and_gradients_are_those_of_whole_weights(family: str, shared: bool, method: str) -> None:
+    model = adapted(family, method, experts_share_A=shared)
     stacks = [layer for _, layer in adapters(model) if isinstance(layer, LoRAExperts)]
     assert all(len(layer.lora_A) == (1 if shared else len(layer.lora_B)) for layer in stacks)
     plain, factors = whole(model, family)
@@ -107,7 +121,9 @@ def test_logits_and_gradients_are_those_of_whole_weights(family: str, shared: bo
     for name, expected in factors.items():
         parameters = dict(model.named_parameters())
         got = parameters.get(name, parameters.get(f"{name}.weight"))
-        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        # The norms of DoRA are taken in fp32.
+        atol = 1e-9 if method == "lora" else 1e-5 * float(expected.grad.abs().max())
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_an_expert_layer_is_the_loop_over_its_experts() -> None:
@@ -170,9 +186,10 @@ def test_recomputation_gives_the_same_gradients(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "llama4_text"])
-def test_merged_experts_are_the_adapted_ones(family: str) -> None:
-    model = adapted(family).float()
+def test_merged_experts_are_the_adapted_ones(family: str, method: str) -> None:
+    model = adapted(family, method).float()
     with torch.no_grad():
         expected = logits(model)
         merged = merge_adapters(model)
@@ -241,10 +258,12 @@ def test_other_ranks_for_experts_are_refused(value: Any) -> None:
         LoRAConfig(experts=value)
 
 
-@pytest.mark.parametrize("method", ["dora", "vera", "adalora", "lora_fa", "miss", "ia3"])
+@pytest.mark.parametrize("method", ["vera", "adalora", "lora_fa", "miss", "ia3"])
 def test_methods_without_a_form_for_experts_say_so(method: str) -> None:
     config = METHODS[method].config(experts=2, **({} if METHODS[method].config.uses_rank else {"rank": None}))
-    with pytest.raises(ValueError, match=f"method {method} has no form for stacked experts; use method=lora"):
+    with pytest.raises(
+        ValueError, match=f"method {method} has no form for stacked experts; use method=lora, rslora or dora"
+    ):
         found(small_model("mixtral"), config)
 
 
@@ -290,3 +309,39 @@ def test_the_table_lists_experts_and_their_share() -> None:
     assert "4 x 192 x 64" in row and "4,096" in row  # 2 blocks x 4 experts x rank 2 x (192 + 64)
     (share,) = [line for line in lines if "experts, adapted" in line]
     assert "85.7%" in share and "6,656" in share  # 147,456 of 172,032 weights
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["dense", "nf4"])
+def test_dora_of_experts_starts_as_its_base_and_keeps_norms_apart(coded: bool) -> None:
+    """Over coded weights the layer is the one over the dense weights that the codes stand for."""
+    models = [small_model("mixtral") for _ in range(2)]
+    for model in models:
+        quantize_linears(model, QuantizationConfig(Kind.nf4, block_size=32))
+    if not coded:
+        for name, layer in list(models[0].named_modules()):
+            if isinstance(layer, CodedWeight):
+                models[0].set_submodule(name, dequantized_layer(layer))
+    base = logits(models[0])
+    layers = []
+    for model in models:
+        torch.manual_seed(1)
+        inject_adapters(model, DoRAConfig(rank=4, experts=3, target_modules=["experts.down_proj"]))
+        assert torch.allclose(logits(model), base, rtol=0, atol=1e-5)
+        (layer, _) = [layer for _, layer in adapters(model)]
+        with torch.no_grad():
+            torch.manual_seed(2)
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn(parameter.shape))
+        layers.append(layer)
+    x = torch.randn(9, layers[0].lora_A.shape[2])
+    sizes = [4, 0, 2, 3]
+    for layer in layers:
+        rows = []
+        for expert, own in enumerate(x.split(sizes)):
+            changed = layer.base_layer.matrix(expert) + layer.scaling * layer.lora_B[expert] @ layer.lora_A[expert]
+            rows.append(own @ (layer.lora_magnitude_vector[expert, :, None] * F.normalize(changed, dim=1)).t())
+        torch.testing.assert_close(layer(x, sizes), torch.cat(rows), rtol=0, atol=1e-4)
+        ids = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+        torch.testing.assert_close(layer(x, RowsPerExpert(ids, 4)), torch.cat(rows), rtol=0, atol=1e-4)
+    torch.testing.assert_close(layers[0](x, sizes), layers[1](x, sizes), rtol=0, atol=1e-5)

@@ -10,6 +10,7 @@ from families import small_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from lightning_peft.adapters.dora import DoRAConfig
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_check import objection_of_peft
@@ -119,3 +120,17 @@ def test_other_parameters_are_refused_by_name(tmp_path: Path) -> None:
         AdapterFileError, match="target_parameters names mlp.gate.weight; of parameters only stacked experts"
     ):
         adapter_config_from_peft(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
+def test_dora_of_experts_is_read_here_and_peft_s_refusal_is_named(family: str, tmp_path: Path) -> None:
+    model, config = small_model(family), DoRAConfig(rank=4, experts=3, target_modules="attention")
+    inject_adapters(model, config)
+    perturbed(model)
+    save_adapter(model, config, tmp_path)
+
+    assert "use_dora=True" in (objection_of_peft(tmp_path, model) or "")
+    ours = small_model(family)
+    inject_adapters(ours, adapter_config_from_peft(tmp_path))
+    load_adapter(ours, tmp_path)
+    assert torch.equal(logits(ours.eval()), logits(model))

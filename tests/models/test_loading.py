@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, Blip2Config, LlamaConfig, LlamaForCausalLM
 
+from lightning_peft.adapters.dora import DoRAConfig
+from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.models.loading import (
     empty_model,
     load_by_block,
@@ -486,3 +489,24 @@ def test_a_model_that_needs_images_is_refused_with_a_remedy(tmp_path: Path) -> N
     Blip2Config(text_config=text, vision_config=seen, qformer_config=seen).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not run without pixel_values.*give a folder of its language model"):
         load_model(ModelConfig("hf", str(tmp_path), random_weights=True), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("falcon", {}), ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}), ("llama4_text", {})],
+)
+def test_dora_trains_models_that_write_over_an_output(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """The magnitude's gradient is that of the weight m V / |V| in plain transformers."""
+    config = save_small(tmp_path, family, **options)
+    model = load_model(config, torch.float32)
+    inject_adapters(model, DoRAConfig(rank=4, target_modules="all_linear"))
+    model(IDS, use_cache=False).logits.square().mean().backward()
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    plain(IDS, use_cache=False).logits.square().mean().backward()
+    for name, layer in adapters(model):
+        weight = plain.get_submodule(name).weight
+        expected = (weight.grad * weight).sum(1) / weight.norm(dim=1)
+        atol = 1e-4 * float(expected.abs().max())  # fp32
+        torch.testing.assert_close(layer.lora_magnitude_vector.grad, expected, rtol=0, atol=atol, msg=name)
