@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
     from hydra.core.config_search_path import ConfigSearchPath
     from lightning.pytorch import Trainer
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 
@@ -87,3 +87,10 @@ def set_up_compiler(graphs: int, on_cuda: bool) -> None:
     dynamo.optimize_ddp = False
     if on_cuda:
         functorch.ban_recompute_materialized_backward = False
+
+
+def let_length_vary(tensor: "Tensor") -> None:
+    """Have torch.compile make code for a first dimension of any length, not of the length that it meets first."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -20,6 +20,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 HIDDEN = {
     "_should_accumulate", "_should_check_val_fx", "_data_fetcher", "_signal_connector", "_SignalConnector",
     "_step_supports_amp_scaling", "_set_params_and_buffers_to_ignore_for_model", "_fsdp_param", "ConfigLoaderImpl",
+    "maybe_mark_dynamic",
 }  # fmt: skip
 
 
@@ -120,3 +121,18 @@ def test_compiler_takes_what_it_is_set_to():
         assert functorch.ban_recompute_materialized_backward is True
         compat.set_up_compiler(graphs=1, on_cuda=True)
         assert dynamo.recompile_limit == 10_000 and functorch.ban_recompute_materialized_backward is False
+
+
+def test_length_that_varies_is_compiled_once():
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    doubled = torch.compile(lambda x: 2 * x, backend=counting)
+    for length in (5, 9, 2):
+        x = torch.ones(length)
+        compat.let_length_vary(x)
+        assert doubled(x).shape == (length,)
+    assert len(graphs) == 1

@@ -13,7 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lightning_peft.kernels import codes, cross_entropy, products, shared_input  # noqa: F401  registers the operators
+from lightning_peft.kernels import (  # noqa: F401  registers the operators
+    codes,
+    cross_entropy,
+    products,
+    row_norms,
+    shared_input,
+)
 from lightning_peft.kernels.attention import operator
 from lightning_peft.kernels.native.library import Scratch
 
@@ -60,6 +66,7 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.lightning_peft.decode.default: lambda *_: [],
     torch.ops.lightning_peft.read_once.default: lambda *_, **__: [],
     torch.ops.lightning_peft.add_up.default: lambda *_: [],
+    torch.ops.lightning_peft.row_norms.default: lambda *_: [],
 }
 """What operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 

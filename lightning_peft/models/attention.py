@@ -200,12 +200,14 @@ def accept_packed_batches(model: PreTrainedModel) -> None:
         if cu_seqlens is None:
             return None
         inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        rows = next(x for x in inputs if x is not None).shape[0]
+        rows, width = next(x for x in inputs if x is not None).shape[:2]
         if cu_seqlens.numel() - 1 > rows and not supports_packing(model):
             raise RuntimeError(
                 f"packed samples would see each other in a {model.config.model_type} model with "
                 f"model.attention={model.config._attn_implementation}: use data.packing=false"
             )
+        # A sample is no longer than its row. The longest one's length would be a constant in compiled code.
+        kwargs["max_length_q"] = kwargs["max_length_k"] = width
         if model.config._attn_implementation == VARLEN and kwargs.get("attention_mask") is None:
             # A 4-D mask is passed on as it is; an empty one fails loudly in anything that would apply it.
             kwargs["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)

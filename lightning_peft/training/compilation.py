@@ -5,15 +5,16 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
-from lightning_peft.compat import set_up_compiler
+from lightning_peft.compat import let_length_vary, set_up_compiler
 from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
 
@@ -59,7 +60,8 @@ def resolve_compilation(
 def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "inductor") -> None:
     """Compile the forward and backward pass of training steps; validation and generation run as before.
 
-    Comes after adapters and activation checkpointing, before sharding. Compiling itself happens in the first steps.
+    Comes after adapters and activation checkpointing, before sharding. Compiling itself happens in the first steps. A
+    batch of fewer rows than those before, an epoch's last one, is not worth a compilation and runs as before too.
     """
     parts: list[nn.Module] = {
         Compilation.none: lambda: [],
@@ -68,20 +70,36 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
     }[mode]()
     # Blocks share their code, and ranks that differ by block are compiled each: none may fall back unnoticed.
     set_up_compiler(graphs=len(parts) + 8, on_cuda=torch.cuda.is_available())
+    rows = Rows()
     for part in parts:
         # On the instance, so that names in the state dict stay what they are.
-        part.forward = _compiled_in_training(part, part.forward, backend)  # type: ignore[method-assign]
+        part.forward = _compiled_in_training(part, part.forward, backend, rows)  # type: ignore[method-assign]
     if parts:
         logger.info("compile=%s: the first steps take longer", mode.name)
 
 
-def _compiled_in_training(module: nn.Module, forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
+@dataclass
+class Rows:
+    """The most rows of a batch that were compiled."""
+
+    most: int = 0
+
+
+def _compiled_in_training(
+    module: nn.Module, forward: Callable[..., Any], backend: str, rows: Rows
+) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=backend)
 
     def training_forward(*args: Any, **kwargs: Any) -> Any:
         # Generation feeds a cache that grows with every token, and validation is too short to be worth a compilation.
-        if module.training and torch.is_grad_enabled():
-            return compiled(*args, **kwargs)
-        return forward(*args, **kwargs)
+        if not (module.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if len(given) < rows.most:
+            return forward(*args, **kwargs)
+        rows.most = len(given)
+        if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
+            let_length_vary(bounds)
+        return compiled(*args, **kwargs)
 
     return training_forward
