@@ -19,6 +19,7 @@ from lightning_peft.checkpoint.peft_words import gives_rewards
 from lightning_peft.command_configs import EvaluateConfig, Scored
 from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_base, load_for_inference, saved_config
 from lightning_peft.config import TrainConfig
+from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
@@ -84,11 +85,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     layout = layout_of(config.adapter_path, tokenizer)
     questions = [messages.before(place) for _, messages, place in asked]
     rows = [with_answer(row, messages, place) for row, messages, place in asked]
+    sources = [messages.source for _, messages, _ in asked]
 
-    loader, loss_rows = validation_loader(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
+    data = validation_data(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
+    loader, loss_rows = data.val_dataloader(), data.validation_audit.rows
     answered = task.max_new_tokens > 0
     results: dict[str, Scores] = {}
     metrics: dict[str, dict[str, Metric]] = {}
+    suites: dict[str, dict[str, Metric]] = {}
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):
         shots = shot_conversations(task, data_config)
@@ -96,17 +100,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         with disable_adapters(base):
             started = time.perf_counter()
             base_questions = with_shots(questions, shots)
-            results["base"] = score(base, tokenizer, loader, rows, base_questions, task, config.batch_size, layout)
-            metrics["base"] = metrics_of(results["base"], task) | benchmarked(base, tokenizer, config)
+            results["base"] = score(
+                base, tokenizer, loader, rows, base_questions, task, config.batch_size, layout, sources
+            )
+            suites["base"] = benchmarked(base, tokenizer, config)
+            metrics["base"] = metrics_of(results["base"], task) | suites["base"]
             seconds["base"] = time.perf_counter() - started
     if config.models in (Scored.both, Scored.adapter):
         logger.info("the adapter: loss of %d validation rows, answers to %d", loss_rows, len(rows) if answered else 0)
         started = time.perf_counter()
-        results["adapter"] = score(tuned, tokenizer, loader, rows, questions, task, config.batch_size, layout)
-        metrics["adapter"] = metrics_of(results["adapter"], task) | benchmarked(tuned, tokenizer, config)
+        results["adapter"] = score(tuned, tokenizer, loader, rows, questions, task, config.batch_size, layout, sources)
+        suites["adapter"] = benchmarked(tuned, tokenizer, config)
+        metrics["adapter"] = metrics_of(results["adapter"], task) | suites["adapter"]
         seconds["adapter"] = time.perf_counter() - started
-    show(results, task, loss_rows, len(rows))
-    show_benchmark(metrics)
+    counts = rows_by_source(data.validation_audits, sources if answered else [])
+    show(results, task, loss_rows, len(rows), counts)
+    show_benchmark(suites)
     show_samples(results, task, rows, config.samples)
     report: dict[str, Any] = {
         name: {"loss": scores.loss, "perplexity": scores.perplexity}
@@ -115,6 +124,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         | {"seconds": seconds[name]}
         for name, scores in results.items()
     } | {"rows": len(rows), "loss_rows": loss_rows, "task": task.name, "base_shots": task.num_shots}
+    if counts:
+        report["sources"] = counts
     write_report(report, config)
     if config.gate:
         judged = verdicts(config.gate, metrics["base"], metrics["adapter"])
@@ -171,7 +182,8 @@ def evaluate_rewards(config: EvaluateConfig, saved: TrainConfig | None, data: Da
 def check_gate(config: EvaluateConfig, task: Task, data: DataConfig) -> None:
     """Raise ValueError for a threshold of a metric that will not be scored, as far as that is known without rows."""
     sources = [f"loss/{source.name}" for source in sources_of(data) if source.name]
-    known = [*LOSSES, *sources, *task.metric_names, *(PREFERENCES if data.rows is RowKind.pairs else ())]
+    of_sources = [f"{name}/{source.name}" for name in task.metric_names for source in sources_of(data) if source.name]
+    known = [*LOSSES, *sources, *task.metric_names, *of_sources, *(PREFERENCES if data.rows is RowKind.pairs else ())]
     for name, least in config.gate.items():
         # A task that names no metrics may score others beside its headline.
         is_beside = not task.metrics and task.headline is not None and name.startswith(f"{task.headline}_")
@@ -188,8 +200,8 @@ def metrics_of(scores: Scores, task: Task) -> dict[str, Metric]:
     losses = {"loss": Metric(scores.loss, small_is_good=True), "perplexity": Metric(scores.perplexity, [], True)}
     losses |= {f"loss/{name}": Metric(loss, small_is_good=True) for name, loss in scores.source_losses.items()}
     return losses | {
-        name: Metric(value, scores.row_metrics.get(name, []), name in task.small_is_good)
-        for name, value in scores.metrics.items()
+        name: Metric(value, scores.row_metrics.get(name, []), name.split("/")[0] in task.small_is_good)
+        for name, value in (scores.metrics | scores.source_metrics).items()
     }
 
 
@@ -249,23 +261,48 @@ def shot_conversations(task: Task, config: DataConfig) -> list[Conversation]:
 
 def validation_loader(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, int]:
     """Batches of the rows the run was validated on, so that losses compare, and the number of rows."""
-    module = SFTDataModule(config, tokenizer, seed=0)
-    module.setup("validate")
-    return module.val_dataloader(), module.validation_audit.rows
+    data = validation_data(config, tokenizer)
+    return data.val_dataloader(), data.validation_audit.rows
 
 
-def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int) -> None:
-    """Print the scores: losses over `loss_rows` validation rows, metrics over `rows` rows that are answered."""
+def validation_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> SFTDataModule:
+    """The rows the run was validated on."""
+    data = SFTDataModule(config, tokenizer, seed=0)
+    data.setup("validate")
+    return data
+
+
+def rows_by_source(audits: dict[str, Audit], answered: list[str]) -> dict[str, dict[str, int]]:
+    """Return how many rows of each source of a mixture are scored: `loss_rows`, and `rows` that are answered.
+
+    answered: the source of each row that is answered. Empty where there is one source.
+    """
+    if len(audits) == 1:
+        return {}
+    return {name: {"rows": answered.count(name), "loss_rows": audit.rows} for name, audit in audits.items()}
+
+
+def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int, counts: dict[str, dict[str, int]]) -> None:
+    """Print the scores: losses over `loss_rows` validation rows, metrics over `rows` rows that are answered.
+
+    counts: the rows of each source, as `rows_by_source` has them.
+    """
     title = f"{loss_rows} rows never seen in training"
     if task.headline is not None and rows != loss_rows:
         title = f"loss of {loss_rows} validation rows, metrics of {rows} rows, none seen in training"
     table = Table("", *results, title=title)
     table.add_row("loss per token", *(f"{s.loss:.4f}" for s in results.values()))
     for name in next(iter(results.values())).source_losses:
-        table.add_row(f"  of {name}", *(f"{s.source_losses[name]:.4f}" for s in results.values()))
+        cells = (f"{s.source_losses[name]:.4f}" for s in results.values())
+        table.add_row(f"  of {name}, {counts[name]['loss_rows']} rows", *cells)
     table.add_row("perplexity", *(f"{s.perplexity:,.2f}" for s in results.values()))
     for metric in next(iter(results.values())).metrics:
         table.add_row(metric.replace("_", " "), *(f"{s.metrics[metric]:.1%}" for s in results.values()))
+        for name, count in counts.items():
+            of_it = [s.source_metrics.get(f"{metric}/{name}") for s in results.values()]
+            if set(of_it) != {None}:
+                cells = ("" if value is None else f"{value:.1%}" for value in of_it)
+                table.add_row(f"  of {name}, {count['rows']} rows", *cells)
     if "base" in results and task.num_shots:
         table.caption = f"the base answers with {task.num_shots} solved examples before each question"
     console().print(table)
@@ -273,7 +310,7 @@ def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int) -> N
 
 def show_benchmark(metrics: dict[str, dict[str, Metric]]) -> None:
     """Print what the harness gave, each value with its 95 % interval."""
-    names = [name for name in next(iter(metrics.values())) if "/" in name and not name.startswith("loss/")]
+    names = list(next(iter(metrics.values())))
     if not names:
         return
     table = Table("", *metrics, title="lm-evaluation-harness")

@@ -66,6 +66,8 @@ class Conversation(list[Message]):
         """What the row is, of rows without messages."""
         self.taught = taught
         """What a teacher reads in its place, with the same answers."""
+        self.source = ""
+        """Name of the source of a mixture that the row is of; empty where there is one source."""
         self.margin = margin
         """By how much its answer is to be ahead of the rejected one, of preference rows that say so."""
 

@@ -255,10 +255,13 @@ def _conversations(source: MixedSource, split: str, limit: int | None) -> list[t
             try:
                 if isinstance(row, BadRow):
                     raise row
-                found.append((row.values, _read(reader, refused, row)))
+                conversation = _read(reader, refused, row)
             except BadRow:
                 if config.on_bad_row is OnBadRow.error:
                     raise
+                continue
+            conversation.source = source.name
+            found.append((row.values, conversation))
     return found
 
 

@@ -90,6 +90,28 @@ def row_scores(task: Task, rows: list[Row], answers: list[str]) -> tuple[dict[st
     return metrics, found
 
 
+def scores_by_source(
+    task: Task, rows: list[Row], answers: list[str], sources: Sequence[str], by_row: Mapping[str, list[float]]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the task's metrics over the rows of each source of a mixture as METRIC/SOURCE, and their values by row.
+
+    sources: that of each row, empty without a mixture; by_row: what `row_scores` found.
+    """
+    metrics: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
+    for source in dict.fromkeys(name for name in sources if name):
+        places = [place for place, name in enumerate(sources) if name == source]
+        values = {name: [rows_of[place] for place in places] for name, rows_of in by_row.items()}
+        if task.is_mean_of_rows:
+            kept = {name: [each for each in some if not math.isnan(each)] for name, some in values.items()}
+            scores = {name: sum(some) / len(some) for name, some in kept.items() if some}
+        else:
+            scores = task.score([rows[place] for place in places], [answers[place] for place in places])
+        metrics |= {f"{name}/{source}": value for name, value in scores.items()}
+        found |= {f"{name}/{source}": some for name, some in values.items() if name in scores}
+    return metrics, found
+
+
 def mean_over_rows(singles: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of every metric over the rows that have it."""
     values: dict[str, list[float]] = {}

@@ -14,7 +14,7 @@ from lightning_peft.data.batch import Batch
 from lightning_peft.data.conversation import Conversation, Message, tools_of
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.preferences import Standing
-from lightning_peft.evaluation.gate import row_scores
+from lightning_peft.evaluation.gate import row_scores, scores_by_source
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.objectives.sft import SupervisedLoss
@@ -37,6 +37,8 @@ class Scores:
     """The loss over the rows of each source of a mixture."""
     row_metrics: dict[str, list[float]] = field(default_factory=dict)
     """Those of the metrics that are means over rows, for each row."""
+    source_metrics: dict[str, float] = field(default_factory=dict)
+    """The metrics over the rows of each source of a mixture, as METRIC/SOURCE."""
 
 
 @torch.inference_mode()
@@ -98,15 +100,20 @@ def score(
     task: Task,
     batch_size: int,
     layout: PromptLayout,
+    sources: Sequence[str] = (),
 ) -> Scores:
-    """Loss over `batches`, and `task`'s metrics of the answers to `conversations`, one for each of `rows`."""
+    """Loss over `batches`, and `task`'s metrics of the answers to `conversations`, one for each of `rows`.
+
+    sources: which source of a mixture each row is of.
+    """
     loss, preferences, source_losses = mean_loss(model, batches)
     perplexity = math.exp(min(loss, 700.0))
     if task.max_new_tokens == 0:
         return Scores(loss, perplexity, preferences, source_losses=source_losses)
     answers = answer_rows(model, tokenizer, conversations, task, batch_size, layout)
     metrics, by_row = row_scores(task, rows, answers)
-    return Scores(loss, perplexity, metrics | preferences, answers, source_losses, by_row)
+    of_sources, more = scores_by_source(task, rows, answers, sources, by_row)
+    return Scores(loss, perplexity, metrics | preferences, answers, source_losses, by_row | more, of_sources)
 
 
 def with_shots(conversations: Sequence[Sequence[Message]], shots: Sequence[Sequence[Message]]) -> list[Conversation]:

@@ -51,6 +51,32 @@ def test_a_run_of_a_mixture_has_a_validation_loss_of_each_source(words):
     assert json.loads(Path("gate.json").read_text())["gate"]["loss/chat"]["passes"]
 
 
+def test_a_mixture_is_scored_by_its_task_source_by_source(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # The tiny model repeats one answer: it is right for one source, and wrong for the other.
+    for name, answer in (("same", "7"), ("other", "8")):
+        rows = [{"prompt": f"{name} {n}", "completion": answer if n % 10 == 0 else "7"} for n in range(100)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [f"data.sources.{name}.train_path={name}.jsonl" for name in ("same", "other")]
+    mixed = [*TINY, *sources, "data.task=final_number", "data.validation_fraction=0.1", "trainer.max_steps=40"]
+    assert main(["train", *mixed, "run_dir=mixed"]) == 0
+    words = ["evaluate", "adapter_path=mixed", "samples=0", "output=all.json"]
+    assert main([*words, "gate={final_number_accuracy/same:-1,final_number_accuracy/other:-1}"]) == 0
+    printed, report = capsys.readouterr().out, json.loads(Path("all.json").read_text())
+    assert report["sources"] == {"same": {"rows": 10, "loss_rows": 10}, "other": {"rows": 10, "loss_rows": 10}}
+    found = report["adapter"]["metrics"]
+    mean = (found["final_number_accuracy/same"] + found["final_number_accuracy/other"]) / 2
+    assert found["final_number_accuracy"] == pytest.approx(mean)
+    assert report["adapter"]["intervals"].keys() >= {"final_number_accuracy/same"}
+    assert report["gate"]["final_number_accuracy/other"]["passes"]
+    assert printed.count("of same, 10 rows") == 2 and printed.count("of other, 10 rows") == 2
+    # The oracle: one source alone.
+    alone = ["data=jsonl", "data.train_path=other.jsonl", "data.task=final_number", "data.validation_fraction=0.1"]
+    assert main([*words[:3], "output=other.json", "models=adapter", *alone]) == 0
+    scored = json.loads(Path("other.json").read_text())["adapter"]["metrics"]
+    assert scored["final_number_accuracy"] == found["final_number_accuracy/other"]
+
+
 def steps_of(folder):
     rows = csv.DictReader(Path(folder, "metrics.csv").read_text().splitlines())
     return [[row[name] for name in ("step", "loss", "tokens", "grad_norm")] for row in rows if row["loss"]]

@@ -12,7 +12,7 @@ from tiny_runs import tiny_config
 
 from lightning_peft.__main__ import main
 from lightning_peft.commands.train import train
-from lightning_peft.evaluation.gate import Metric, bootstrap, row_scores, verdicts
+from lightning_peft.evaluation.gate import Metric, bootstrap, row_scores, scores_by_source, verdicts
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Task
 from lightning_peft.tasks.text_to_sql.task import TASK as TEXT_TO_SQL
@@ -97,6 +97,22 @@ def test_only_means_over_rows_have_an_interval():
     rows, answers = [{"completion": "a"}, {"completion": "b"}, {"completion": "c"}], ["a", "x", "c"]
     assert row_scores(task, rows, answers) == (score(rows, answers), {"exact": [1.0, 0.0, 1.0]})
     assert bootstrap([1.0]) is None and bootstrap([1.0, math.nan, 1.0]) == (1.0, 1.0)
+
+
+def test_scores_of_a_source_are_those_of_its_rows_alone():
+    """Of a task that is a mean over rows, and of one that is scored as a whole."""
+    rows = [{"completion": f"so #### {number}"} for number in range(6)]
+    answers, sources = ["0", "2", "2", "3", "5", "5"], ["a", "b", "a", "a", "b", "a"]
+    for task in (TASKS["final_number"], replace(TASKS["final_number"], is_mean_of_rows=False)):
+        _, by_row = row_scores(task, rows, answers)
+        metrics, values = scores_by_source(task, rows, answers, sources, by_row)
+        for source in "ab":
+            places = [place for place in range(6) if sources[place] == source]
+            alone, own = row_scores(task, [rows[place] for place in places], [answers[place] for place in places])
+            assert {f"{name}/{source}": value for name, value in alone.items()}.items() <= metrics.items()
+            assert {f"{name}/{source}": value for name, value in own.items()}.items() <= values.items()
+        assert metrics == {"final_number_accuracy/a": 1.0, "final_number_accuracy/b": 0.0}
+        assert scores_by_source(task, rows, answers, [""] * 6, by_row) == ({}, {})
 
 
 TASK = """
