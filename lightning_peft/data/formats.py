@@ -95,9 +95,17 @@ def _read_pair(row: Row, shape: Shape) -> list[Message]:
         if thought is not None:
             expected = f"no thought beside the turns of {answer_column}, which may hold theirs"
             raise BadRow(row.origin, expected, thought, shape.side["reasoning"])
-        return context + read_turns(answer, row.origin, answer_column)
+        return _asked([*context, *read_turns(answer, row.origin, answer_column)], row, shape)
     thought, content = one_thought(thought, text_of(row, answer_column), row.origin, answer_column)
-    return [*context, Message("assistant", content, reasoning=thought)]
+    return _asked([*context, Message("assistant", content, reasoning=thought)], row, shape)
+
+
+def _asked(messages: list[Message], row: Row, shape: Shape) -> list[Message]:
+    """The messages. Raises `BadRow` where no user asks for what the assistant says, here or in the row's history."""
+    has_history = row.values.get(shape.side.get("history", "")) not in (None, "", [])
+    if not has_history and not any(message.role == "user" for message in messages):
+        raise BadRow(row.origin, "a user message before the answer", messages[0].role, shape.columns[0])
+    return messages
 
 
 def _with_input(row: Row, shape: Shape, column: str | None = None) -> str:
@@ -311,7 +319,12 @@ class RowReader(Shape):
                     raise BadRow(row.origin, "turns of weight 0 or 1 in rows of preferences", message.weight)
             return messages
         weight = self._row_weight(row)
-        return messages if weight == 1 else [replace(message, weight=message.weight * weight) for message in messages]
+        if weight == 1:
+            return messages
+        if (product := max(message.weight for message in messages) * weight) > HEAVIEST:
+            expected = f"weights of row and turn whose product is at most {HEAVIEST:.3g}"
+            raise BadRow(row.origin, expected, product, WEIGHT_COLUMN)
+        return [replace(message, weight=message.weight * weight) for message in messages]
 
     def _row_weight(self, row: Row) -> float:
         value = row.values.get(WEIGHT_COLUMN)

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from lightning_peft.data.conversation import BadRow, Message, Row
-from lightning_peft.data.turns import read_turns
+from lightning_peft.data.turns import HEAVIEST, read_turns
 
 
 class Standing(IntEnum):
@@ -41,7 +41,7 @@ def read_margin(row: Row, column: str) -> float:
         margin = math.nan if isinstance(value, bool) or value is None else float(value)
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
-    if not math.isfinite(margin):
+    if not abs(margin) <= HEAVIEST:
         raise BadRow(row.origin, "a finite number", value, column)
     return margin
 

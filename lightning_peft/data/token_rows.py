@@ -6,6 +6,7 @@ from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.conversation import BadRow, Row, Tokens, read_json
 from lightning_peft.data.rendering import Kind
+from lightning_peft.data.turns import HEAVIEST
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "weights")
 """What such a row may hold; the first is needed."""
@@ -43,10 +44,10 @@ def read_tokens(row: Row, weight: float) -> Tokens:
         if label not in (IGNORED_LABEL, token):
             expected = f"-100 or the token itself, {token}, at place {place} (labels are not shifted)"
             raise BadRow(row.origin, expected, label, "labels")
-    if weights is not None and not all(0 <= value < float("inf") for value in weights):
-        raise BadRow(row.origin, "numbers from 0 on", weights, "weights")
     if weight != 1:
         weights = [weight * value for value in weights or [1.0] * len(input_ids)]
+    if weights is not None and not all(0 <= value <= HEAVIEST for value in weights):
+        raise BadRow(row.origin, f"numbers from 0 on, at most {HEAVIEST:.3g}", weights, "weights")
     return Tokens(input_ids, labels, weights)
 
 

@@ -187,6 +187,9 @@ def _weight(turn: dict[str, Any], role: str, origin: str, column: str) -> float:
         if value and role != "assistant" and key != "weight":
             raise BadRow(origin, f"{key} on turns of the assistant only, no other is trained", value, column)
         weight *= value
+    if weight > HEAVIEST:
+        given = {key: turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None}
+        raise BadRow(origin, f"a product of at most {HEAVIEST:.3g} as weight of a message", given, column)
     return float(weight)
 
 

@@ -444,3 +444,24 @@ TURNS_AS_TEXT = json.dumps([HI, HELLO])
 )
 def test_turns_in_json_are_turns_only_where_turns_may_stand(row, options, last):
     assert read(row, **options)[-1].content == last
+
+
+SYSTEM = {"role": "system", "content": "Be brief"}
+NO_WEIGHT_OR_QUESTION = {
+    "factors of a turn": ({"messages": [HI, {**HELLO, "weight": 1e30, "loss": 1e30}]}, "a product of at most 3.4e"),
+    "row and turn": ({"messages": [HI, {**HELLO, "weight": 1e30}], "weight": 1e30}, "whose product is at most 3.4e"),
+    "system turn alone": ({"prompt": [SYSTEM], "completion": "Hello"}, "'prompt': expected a user message before the"),
+    "no turn of a user": ({"prompt": [SYSTEM], "completion": [HELLO]}, "'prompt': expected a user message before the"),
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHT_OR_QUESTION)
+def test_weights_beyond_fp32_and_answers_to_nobody_are_refused(name, chatml):
+    row, message = NO_WEIGHT_OR_QUESTION[name]
+    with pytest.raises(BadRow, match=message):
+        run([row], chatml)
+
+
+def test_a_system_turn_before_a_history_is_an_answer_to_somebody(chatml):
+    samples, _ = run([{"prompt": [SYSTEM], "completion": "Hello", "history": [["Hi", "Hello"]]}], chatml)
+    assert trained(samples[0], chatml) == "Hello<|im_end|>"

@@ -126,3 +126,12 @@ def test_file_of_rows_as_json_array(chatml, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"input_ids": [5, 6]}, {"input_ids": [7, 8]}]))
     assert len(samples(str(path), chatml)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "row", [{"weights": [1, 1e39]}, {"weights": [1, 10**400]}, {"weights": [1, 1e30], "weight": 1e30}]
+)
+def test_weights_beyond_fp32_are_refused(chatml, write_jsonl, row):
+    path = write_jsonl([{"input_ids": [5, 6], **row}])
+    with pytest.raises(BadRow, match=r"column 'weights': expected numbers from 0 on, at most 3.4e\+38"):
+        samples(path, chatml)

@@ -255,7 +255,7 @@ def test_head_of_tokens_that_would_train_unread_is_refused(words, tmp_path):
         run(tmp_path / "run", words)
 
 
-@pytest.mark.parametrize("value", [None, True, "", "much", "inf", [1], 10**400, float("nan")])
+@pytest.mark.parametrize("value", [None, True, "", "much", "inf", 1e39, [1], 10**400, float("nan")])
 def test_margin_that_is_no_number_is_named(value, tmp_path):
     rows = [dict(MARGINS[0], margin=value)]
     with pytest.raises(ValueError, match="line 1, column 'margin': expected a finite number, got"):
