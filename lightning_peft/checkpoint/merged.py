@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -196,6 +197,13 @@ def save_model(
     else:
         disable_progress_bar()  # of transformers, which draws into whatever else is printed
         model.save_pretrained(folder, state_dict=state)
+        if dtype is None and state is None:
+            # transformers writes the dtype of the first weight, and would load all others in it.
+            sizes: Counter[torch.dtype] = Counter()
+            for parameter in model.parameters():
+                sizes[parameter.dtype] += parameter.numel() * parameter.is_floating_point()
+            model.config.dtype = max(sizes, key=lambda kind: sizes[kind])
+            model.config.save_pretrained(folder)
     save_left(model, folder)
     tokenizer.save_pretrained(folder)
 

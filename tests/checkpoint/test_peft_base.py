@@ -151,3 +151,27 @@ def test_a_bias_of_another_layer_is_one_sentence(tmp_path):
     save_file(tensors, tmp_path / "theirs" / WEIGHTS)
     with pytest.raises(AdapterFileError, match=r"lora_bias: model.layers.0.self_attn.\w_proj has a bias of \(\d+,\)"):
         read_here(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "part"), [("llama", "embed_tokens"), ("llama", "norm"), ("glm4_moe", "e_score_correction_bias")]
+)
+def test_a_base_of_several_dtypes_keeps_each(family, part, tmp_path):
+    base = small_model(family, vocab_size=320).bfloat16()
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+        if part in name:
+            tensor.data = tensor.data.float()
+    base.config.dtype = torch.bfloat16
+    base.save_pretrained(tmp_path / "base")
+    words = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**words, "dtype": "bfloat16"}))
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "theirs")
+    model = ModelConfig("hf", str(tmp_path / "base"))
+    merge(MergeCommandConfig(adapter_path=str(tmp_path / "theirs"), model=model, output=str(tmp_path / "merged")))
+    stored, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "merged"))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16, torch.float32}
+    assert {name: t.dtype for name, t in merged.items()} == {name: t.dtype for name, t in stored.items()}
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"

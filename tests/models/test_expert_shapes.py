@@ -65,14 +65,18 @@ def test_a_mixture_is_estimated_whole(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_four_layers_load_in_nf4_and_train_two_steps(name: str, tmp_path: Path) -> None:
-    """8 GiB are a third of what a machine for such a run has; dense, the four layers alone are 6.5 and 5 GiB."""
+    """In the precision of the machine: in bf16 a processor that has no products for it takes minutes a step.
+
+    12 GiB are half of what a machine for such a run has. fp32 embeddings and head are 4.3 and 2.3 of them, and the four
+    layers alone would be 12.8 and 9.7 GiB.
+    """
     model = folder_of(SHAPES[name][0], tmp_path / "model", 4)
     words = [
         "train", model, "model.random_weights=true", *WORDS, f"data={tmp_path}/rows.jsonl", "data.max_length=64",
-        "trainer.precision=bf16-true", "trainer.max_steps=2", "trainer.accelerator=cpu", f"run_dir={tmp_path}/run",
+        "trainer.max_steps=2", "trainer.accelerator=cpu", f"run_dir={tmp_path}/run",
     ]  # fmt: skip
     rows = [json.dumps({"prompt": f"Add {a}.", "completion": f"It is {a + 1}."}) + "\n" for a in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     subprocess.run([sys.executable, "-m", "lightning_peft", *words], check=True)
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["steps"] == 2 and result["peak_memory_gib"] < 8
+    assert result["steps"] == 2 and result["peak_memory_gib"] < 12
