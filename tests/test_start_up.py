@@ -16,7 +16,8 @@ TINY = ["model=tiny", "data.max_rows=4", "data.max_validation_rows=2", "trainer.
 SLOW = ("lightning", "torch.distributed.tensor", "transformers.modeling_utils")
 """What a command that trains nothing does without: half of a start."""
 STARTS = {
-    "usage": (["--help"], 0, ("torch", "transformers", "lightning", "hydra", *OPTIONAL)),
+    # What a start imports before it heeds Ctrl-C is as little as can be.
+    "usage": (["--help"], 0, ("torch", "transformers", "lightning", "hydra", "importlib.metadata", *OPTIONAL)),
     # torchmetrics, which Lightning brings, imports matplotlib wherever it is installed.
     "train": (["train", *TINY], 0, tuple(name for name in OPTIONAL if name != "matplotlib")),
     "wrong key": (["train", "adapter.rang=8"], 2, (*SLOW, *OPTIONAL)),
