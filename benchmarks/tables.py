@@ -111,11 +111,83 @@ def serve_table() -> str:
     return markdown(["serving", "measured"], rows)
 
 
+def preference_table() -> str:
+    rows = []
+    for name, row in read("preference").items():
+        ours, theirs = row["ours"], row["trl"]
+        rows.append([
+            name, f"{theirs['pairs_per_cpu_second']:.3g}", f"{ours['pairs_per_cpu_second']:.3g}",
+            f"{row['speedup_in_cpu_seconds']:.2f}x", f"{theirs['peak']['anonymous_gib']:.2f}",
+            f"{ours['peak']['anonymous_gib']:.2f}", f"{row['memory_ratio']:.2f}x",
+            f"{row['largest_loss_difference']:.0e}",
+        ])  # fmt: skip
+    header = [
+        "objective, beside",
+        "its pairs by CPU second",
+        "ours",
+        "rate",
+        "its peak GiB",
+        "ours",
+        "memory",
+        "losses",
+    ]
+    return markdown(header, rows)
+
+
+def on_policy_table() -> str:
+    rows = []
+    for name, row in read("on_policy").items():
+        scores = [row[run]["execution_accuracy"] if run in row else None for run in ("sft", "control", "dpo")]
+        cells = ["-" if score is None else f"{score:.1%}" for score in scores]
+        rows.append([name, str(row["pairs"]["pairs"]), *cells, f"{100 * row['gain']:+.1f}"])
+    header = ["run", "own wrong answers", "sft", "the same steps of sft", "DPO", "DPO over sft, points"]
+    return markdown(header, rows)
+
+
+def ablations_table() -> str:
+    """The mean over seeds, and the least and the most in brackets."""
+    values: dict[str, list[float]] = {}
+    for name, row in read("ablations").items():
+        for what, value in figures_of_ablation(name.partition(",")[0], row):
+            values.setdefault(what, []).append(value)
+    rows = [
+        [what, f"{statistics.mean(found):.4g}", f"{min(found):.4g} to {max(found):.4g}", str(len(found))]
+        for what, found in values.items()
+    ]
+    return markdown(["figure", "mean", "seeds from, to", "seeds"], rows)
+
+
+def figures_of_ablation(part: str, row: Row) -> list[tuple[str, float]]:
+    """Name and value of what an ablation's row is read for."""
+    if part == "score":
+        return [(f"Hybrid-LoRA, {name}: validation loss", found["validation_loss"]) for name, found in row.items()]
+    if part == "share":
+        return [
+            figure
+            for name, found in row.items()
+            for figure in (
+                (f"`{name}`: validation loss", found["validation_loss"]),
+                (f"`{name}`: median stable rank", found["stable_rank"]["median"]),
+                (f"`{name}`: largest share of a block in the change", max(found["energy_by_block"].values())),
+            )
+        ]
+    if part == "calibration":
+        return [(f"{name}: {key}", found[key]) for name, found in row.items() for key in ("nll", "ece")]
+    return [
+        (f"MoLF-E, {kind}: steps won by expert {expert}", share)
+        for kind, wins in row["wins"].items()
+        for expert, share in wins.items()
+    ]
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ablations": ablations_table,
     "attention": attention_table,
     "compare": compare_table,
     "floor": floor_table,
     "methods": methods_table,
+    "on_policy": on_policy_table,
+    "preference": preference_table,
     "scaling": scaling_table,
     "serve": serve_table,
 }

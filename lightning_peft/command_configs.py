@@ -79,6 +79,9 @@ class EvaluateConfig:
     """Prompts generated for at once."""
     samples: int = 4
     """Answers shown side by side."""
+    passes: int = 1
+    """Draws of an adapter of method=balora whose probabilities for the rows' tokens are averaged, with how far they can
+    be believed beside those of its mean; answers are the mean's. 1 draws none."""
     precision: str = "auto"
     """dtype of the computation, as trainer.precision."""
     imports: list[str] = field(default_factory=list)
@@ -100,9 +103,11 @@ class EvaluateConfig:
     """Solved examples before each question of the harness; null takes what the task says."""
 
     def __post_init__(self) -> None:
-        for key in ("max_rows", "batch_size"):
+        for key in ("max_rows", "batch_size", "passes"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.passes > 1 and (self.models is Scored.base or self.adapter_path is None):
+            raise ValueError(f"passes={self.passes}: draws are of an adapter; give adapter_path and leave models=both")
         if self.benchmark not in (None, "lm_eval"):
             raise ValueError(f"benchmark={self.benchmark}: must be lm_eval, or null")
         if self.benchmark is None and (self.tasks or self.tasks_path):

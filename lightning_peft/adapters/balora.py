@@ -58,9 +58,13 @@ class InputVariance(nn.Module):
     """One variance for every sample and layer, from the mean of the sample's input embeddings.
 
     A network of two hidden layers with softplus at its end, shared by all layers and fp32. It sees where samples begin
-    by their positions, so a packed sample has the variance it has alone. In training, or inside `sampling`, a forward
-    pass of the model leaves `variances`, (B, T, layers), for the layers to read.
+    by their positions, so a packed sample has the variance it has alone, and what is padding by `own_tokens`, or by an
+    attention mask. In training, or inside `sampling`, a forward pass of the model leaves `variances`, (B, T, layers),
+    for the layers to read.
     """
+
+    own_tokens: Tensor | None = None
+    """Set around a forward pass by what knows it: (B, T) bool, false where a token is no part of its sample."""
 
     def __init__(self, config: BaLoRAConfig, targets: list[Target], model: nn.Module):
         super().__init__()
@@ -73,6 +77,7 @@ class InputVariance(nn.Module):
         self.reset_parameters()
         self.is_sampling, self.kl_share = False, 0.0
         self.positions: Tensor | None = None
+        self.mask: Tensor | None = None
         self.variances: Tensor | None = None
         self.kls: list[tuple[Tensor, Tensor]] = []
         """Sum and number of the samples' KLs, of each forward pass that is differentiated."""
@@ -106,6 +111,9 @@ class InputVariance(nn.Module):
 
     def _begin(self, decoder: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
         self.positions, self.variances = keywords.get("position_ids"), None
+        self.mask = self.own_tokens
+        if self.mask is None and isinstance(given := keywords.get("attention_mask"), Tensor) and given.dim() == 2:
+            self.mask = given.bool()
 
     def _see(self, embeddings: nn.Module, inputs: Any, output: Tensor) -> None:
         if not (self.training or self.is_sampling):
@@ -114,8 +122,11 @@ class InputVariance(nn.Module):
         with torch.autocast(output.device.type, enabled=False):
             samples, count = self._samples(output)
             flat = output.detach().reshape(-1, output.shape[-1]).to(self.variance_net[0].weight.dtype)  # type: ignore[arg-type]
-            sums = flat.new_zeros(count, flat.shape[1]).index_add(0, samples, flat)
-            lengths = flat.new_zeros(count).index_add(0, samples, torch.ones_like(flat[:, 0])).clamp(min=1)
+            own = torch.ones_like(flat[:, 0])
+            if self.mask is not None and self.mask.shape == output.shape[:2]:
+                own = self.mask.to(flat.device).flatten().to(flat.dtype)
+            sums = flat.new_zeros(count, flat.shape[1]).index_add(0, samples, flat * own[:, None])
+            lengths = flat.new_zeros(count).index_add(0, samples, own).clamp(min=1)
             variances = self(sums / lengths[:, None])
             if self.training and torch.is_grad_enabled():
                 elements = variances.new_tensor(self.sizes)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -254,6 +254,20 @@ def _train_in_fp32(modules: list[nn.Module]) -> None:
         if compute_dtype != torch.float32:
             part.register_forward_pre_hook(_to_fp32, with_kwargs=True)
             part.register_forward_hook(_To(compute_dtype))
+
+
+@contextmanager
+def telling_own_tokens(model: nn.Module, own: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, what adapters share, where it asks for it, knows which tokens are a sample's own, (B, T) bool."""
+    shared = getattr(model, SHARED, None)
+    if not hasattr(shared, "own_tokens"):
+        yield
+        return
+    shared.own_tokens = own()
+    try:
+        yield
+    finally:
+        shared.own_tokens = None
 
 
 def computes_in(module: nn.Module) -> torch.dtype | None:

@@ -6,14 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import CalibrateConfig
 from lightning_peft.commands.adapted import load_for_inference, saved_config
-from lightning_peft.commands.evaluate import laid_out_as, refuse_margins, refuse_teacher_prompt, validation_loader
+from lightning_peft.commands.evaluate import (
+    laid_out_as,
+    refuse_margins,
+    refuse_teacher_prompt,
+    show_calibration,
+    validation_loader,
+)
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
 from lightning_peft.inference.load import tuned_folder
@@ -47,7 +50,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
     if not rows:
         raise ValueError("data has no validation rows: give data.validation_path, or raise data.validation_fraction")
     found = {name: calibration(way, loader, config.seed) for name, way in ways.items()}
-    show(found, rows)
+    show_calibration(found, rows)
     path = Path(config.output) if config.output else tuned_folder(config.adapter_path).parent / "calibration.json"
     write_text(path, json.dumps({name: asdict(scores) for name, scores in found.items()} | {"rows": rows}, indent=2))
     print(path)
@@ -60,12 +63,3 @@ def diagram(found: dict[str, Calibration]) -> Any:
     from lightning_peft.report.figures import reliability  # matplotlib
 
     return reliability({name: scores.bins for name, scores in found.items()})
-
-
-def show(found: dict[str, Calibration], rows: int) -> None:
-    """Print a column for each way."""
-    tokens = next(iter(found.values())).tokens
-    table = Table("", *found, title=f"{tokens:,} supervised tokens of {rows} rows never seen in training")
-    for name in ("accuracy", "nll", "brier", "ece", "entropy"):
-        table.add_row(name, *(f"{getattr(scores, name):.4f}" for scores in found.values()))
-    Console().print(table)

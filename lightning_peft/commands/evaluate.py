@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lightning_peft.adapters.balora import sampling
 from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.checkpoint.model_card import write_card
@@ -25,11 +26,13 @@ from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.mixture import sources_of
 from lightning_peft.data.samples import read_conversations
+from lightning_peft.evaluation.calibration import Calibration, Way, calibration
 from lightning_peft.evaluation.gate import DoNotShip, Metric, verdicts
 from lightning_peft.evaluation.harness import check_harness, run_harness
 from lightning_peft.evaluation.rewards import reward_scores
 from lightning_peft.evaluation.runner import PREFERENCES, Scores, score, with_shots
 from lightning_peft.evaluation.scorers import with_answer
+from lightning_peft.inference.drawn import check_draws
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.packing import packing_of
 from lightning_peft.objectives.reward import RewardConfig
@@ -75,6 +78,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if task.max_new_tokens > 0 and not asked:
         raise ValueError(f"data.task={task.name}: needs rows with a question and its answer, plain text rows have none")
     tuned, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    if config.passes > 1:
+        check_draws(tuned, config.passes)
     base = tuned
     if config.adapter_path is not None and is_whole_model(tuned_folder(config.adapter_path)):
         assert saved is not None, "a run of full fine-tuning has its config"
@@ -116,6 +121,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     counts = rows_by_source(data.validation_audits, sources if answered else [])
     show(results, task, loss_rows, len(rows), counts)
     show_benchmark(suites)
+    drawn: dict[str, Calibration] = {}
+    if config.passes > 1:
+        ways = {"mean": Way([tuned]), f"{config.passes} draws": Way([tuned], config.passes, sampling)}
+        drawn = {name: calibration(way, loader, seed=0) for name, way in ways.items()}
+        show_calibration(drawn, loss_rows)
     show_samples(results, task, rows, config.samples)
     report: dict[str, Any] = {
         name: {"loss": scores.loss, "perplexity": scores.perplexity}
@@ -126,6 +136,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     } | {"rows": len(rows), "loss_rows": loss_rows, "task": task.name, "base_shots": task.num_shots}
     if counts:
         report["sources"] = counts
+    if drawn:
+        report["calibration"] = {name: asdict(found) for name, found in drawn.items()}
     write_report(report, config)
     if config.gate:
         judged = verdicts(config.gate, metrics["base"], metrics["adapter"])
@@ -150,6 +162,7 @@ def evaluate_rewards(config: EvaluateConfig, saved: TrainConfig | None, data: Da
         "models=base": config.models is Scored.base,
         "gate=": bool(config.gate),
         f"benchmark={config.benchmark}": config.benchmark is not None,
+        f"passes={config.passes}": config.passes > 1,
     }
     for words, is_asked in refused.items():
         if is_asked:
@@ -305,6 +318,15 @@ def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int, coun
                 table.add_row(f"  of {name}, {count['rows']} rows", *cells)
     if "base" in results and task.num_shots:
         table.caption = f"the base answers with {task.num_shots} solved examples before each question"
+    console().print(table)
+
+
+def show_calibration(found: dict[str, Calibration], rows: int) -> None:
+    """Print how far the probabilities of each way can be believed, a column each."""
+    tokens = next(iter(found.values())).tokens
+    table = Table("", *found, title=f"{tokens:,} supervised tokens of {rows} rows never seen in training")
+    for name in ("accuracy", "nll", "brier", "ece", "entropy"):
+        table.add_row(name, *(f"{getattr(scores, name):.4f}" for scores in found.values()))
     console().print(table)
 
 

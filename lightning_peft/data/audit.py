@@ -101,9 +101,8 @@ class Audit:
             self.bad_row_messages.append(str(error))
 
     def count_tools(self, tools: list[dict[str, Any]] | None) -> None:
-        text = (
-            "null" if tools is None else json.dumps(tools)
-        )  # in the order of their keys, in which the template writes them
+        # In the order of their keys, in which the template writes them.
+        text = "null" if tools is None else json.dumps(tools)
         self.tools = text if self.tools in (None, text) else ""
 
     @property

@@ -276,11 +276,11 @@ def _outcomes(
     read: list[tuple[str, Conversation]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
 ) -> tuple[Sequence[Outcome], Sequence[Outcome | None]]:
     """The samples of each row, and those that a teacher reads in their place, None where it reads the same."""
+    outcomes: Sequence[Outcome]
     if all(conversation.tokens is not None for _, conversation in read):
         ends = end_token_ids(tokenizer) if read else set()
-        return [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens], [
-            None
-        ] * len(read)
+        outcomes = [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens]
+        return outcomes, [None] * len(read)
     outcomes = encoder.encode([conversation for _, conversation in read])
     if config.teacher_prompt is None:
         return outcomes, [None] * len(read)

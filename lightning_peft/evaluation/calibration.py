@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters
-from lightning_peft.data.batch import Batch
+from lightning_peft.data.batch import IGNORED_LABEL, Batch
+from lightning_peft.data.preferences import Standing
 from lightning_peft.objectives.sft import SupervisedLoss
 
 BINS = 15
@@ -101,15 +102,30 @@ def dropping(model: nn.Module, dropout: float) -> Iterator[None]:
             layer.dropout, layer.training = own, training
 
 
+def of_answers_to_give(batch: Batch) -> Batch:
+    """Return a batch with the labels of chosen answers alone; one without preferences as it is."""
+    if batch.standings is None:
+        return batch
+    bounds = batch.cu_seqlens[1:].to(batch.labels.device, torch.int64)
+    places = torch.arange(batch.labels.numel(), device=batch.labels.device)
+    samples = torch.searchsorted(bounds, places, right=True)
+    is_chosen = (batch.standings == Standing.chosen).to(places.device)[samples].view_as(batch.labels)
+    labels = batch.labels.masked_fill(~is_chosen, IGNORED_LABEL)
+    return replace(batch, labels=labels, num_supervised=int((labels != IGNORED_LABEL).sum()))
+
+
 @torch.inference_mode()
 def calibration(way: Way, batches: Iterable[Batch], seed: int) -> Calibration:
-    """Score the mean of the probabilities that all passes give; passes are drawn from the seed."""
+    """Score the mean of the probabilities that all passes give; passes are drawn from the seed.
+
+    Of preference rows it is that of the tokens of chosen answers.
+    """
     objectives = [SupervisedLoss(model) for model in way.models]
     tally = Tally()
     torch.manual_seed(seed)
     for batch in batches:
-        moved = move_data_to_device(batch, way.models[0].device)
-        if not batch.num_supervised:
+        moved = of_answers_to_give(move_data_to_device(batch, way.models[0].device))
+        if not moved.num_supervised:
             continue
         total: Tensor | None = None
         if not objectives[0].is_checked:

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft import distributed
+from lightning_peft.adapters.inject import telling_own_tokens
 from lightning_peft.data.batch import Batch
 from lightning_peft.models.blocks import decoder_of
 from lightning_peft.models.rope import follows_length
 from lightning_peft.models.source import VARLEN
-from lightning_peft.objectives.embedding_noise import noisy_embeddings
+from lightning_peft.objectives.embedding_noise import noisy_embeddings, sample_lengths
 from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.logits import (
     PROBED_TOKENS,
@@ -276,14 +277,14 @@ class ModelLoss(nn.Module, ABC):
         inputs = decoder_inputs(self.model, batch) if is_packed(batch) else own_inputs(batch.input_ids)
         if follows_length(self.model.config, None):
             inputs["position_ids"] = row_positions(self.model, batch)
-        with self._noise(batch):
+        with self._noise(batch), self._own_tokens(batch):
             logits = self.model(**inputs).logits
         return logits.reshape(-1, logits.shape[-1]).index_select(0, positions)
 
     def _hidden(self, batch: Batch, positions: Tensor, path: LogitPath) -> Tensor:
         """Return what the head is fed at these positions of the flattened batch, (N, D)."""
         inputs = own_inputs(batch.input_ids) if self.runs_apart else decoder_inputs(self.model, batch)
-        with self._noise(batch):
+        with self._noise(batch), self._own_tokens(batch):
             hidden = decoder_of(self.model)(**inputs).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
         return chosen if path.scaled is None else path.scaled(chosen)
@@ -292,6 +293,10 @@ class ModelLoss(nn.Module, ABC):
         if not self.noise_alpha or not self.training:
             return nullcontext()
         return noisy_embeddings(self.model, batch, self.noise_alpha)
+
+    def _own_tokens(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside, adapters that follow a whole sample know it up to its last label, however it is packed and padded."""
+        return telling_own_tokens(self.model, lambda: batch.position_ids < sample_lengths(batch))
 
     def _row_inputs(self, ids: Tensor) -> dict[str, Any]:
         """The decoder's arguments for rows of ids (B, T) that are one sample each."""

@@ -97,7 +97,8 @@ class RewardLoss(ModelLoss):
 
     def _rewards(self, batch: Batch) -> Tensor:
         inputs = own_inputs(batch.input_ids) if self.runs_apart else decoder_inputs(self.model, batch)
-        hidden = decoder_of(self.model)(**inputs).last_hidden_state
+        with self._own_tokens(batch):
+            hidden = decoder_of(self.model)(**inputs).last_hidden_state
         (head,) = self.head
         return head(hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.ends))
 

@@ -119,6 +119,53 @@ def test_packed_samples_have_the_variances_they_have_alone() -> None:
     assert not torch.allclose(together[:, 0], together[:, -1])
 
 
+def test_padding_has_no_part_in_variance_and_penalty(tmp_path: Path) -> None:
+    """Rows of four lengths: each alone without padding, all padded to one width, and packed with padding behind."""
+    rows = [{"prompt": f"say {i} of it", "completion": f"it is {i} " + "and more " * i} for i in range(4)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["method=balora", "adapter.kl_weight=1", "data=jsonl", f"data.train_path={path}", "data.cache_dir=null"]
+    module, data = tiny_parts(tiny_config(tmp_path / "run", *words, "data.validation_fraction=0"))
+    data.setup()
+    module.configure_model()
+    objective, shared = module.objective.train(), shared_of(module.model)
+    shared.kl_share = 1.0
+    with torch.no_grad():
+        for layer in shared.variance_net:
+            layer.weight.mul_(20)
+    samples = [data.training_samples[place] for place in range(len(data.training_samples))]
+    lengths = [len(sample.input_ids) for sample in samples]
+    width = max(lengths) + 24
+
+    def found(batch) -> tuple[Tensor, Tensor]:
+        objective(batch)
+        assert shared.variances is not None
+        ends = [int(end) for end in batch.ends]
+        return shared.variances.flatten(0, 1)[ends].detach(), regularization(module.model).detach()
+
+    alone = [found(collate([[sample]], 0, len(sample.input_ids), True)) for sample in samples]
+    variances, penalty = torch.cat([v for v, _ in alone]), torch.stack([p for _, p in alone]).mean()
+    padded = collate([[sample] for sample in samples], 0, width, True)
+    packed = collate([samples], 0, sum(lengths) + 24, True)
+
+    assert len(set(lengths)) > 1 and not torch.allclose(variances[0], variances[1], rtol=1e-3)
+    for batch in (padded, packed):
+        torch.testing.assert_close(found(batch), (variances, penalty), rtol=1e-5, atol=0)
+
+
+def test_masked_tokens_have_no_part_in_a_plain_call() -> None:
+    model, ids = perturb(adapted("balora")), tokens(1, 7)
+    padding = torch.zeros(1, 3, dtype=torch.int64)
+    mask = torch.tensor([[0] * 3 + [1] * 7])
+    with sampling(model), torch.no_grad():
+        model(ids, use_cache=False)
+        expected = shared_of(model).variances
+        model(torch.cat([padding, ids], 1), attention_mask=mask, use_cache=False)
+        found = shared_of(model).variances
+    assert expected is not None and found is not None
+    torch.testing.assert_close(found[:, 3:], expected, rtol=1e-5, atol=0)
+
+
 def test_drawn_outputs_have_the_mean_and_variance_of_a_drawn_A() -> None:
     """20,000 draws against y with A_w = A + sqrt(alpha) |A| eps: four standard errors."""
     model = perturb(adapted("balora"))

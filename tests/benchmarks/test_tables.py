@@ -66,3 +66,29 @@ def test_attention_table_is_in_milliseconds(results):
     results("attention", {"4 of 512": {"ours": 0.0384, "flash by sample": 0.065}})
     assert TABLES["attention"]().splitlines()[0] == "| samples of tokens | ours, ms | flash by sample, ms |"
     assert TABLES["attention"]().splitlines()[2] == "| 4 of 512 | 38 | 65 |"
+
+
+def test_preference_table_shows_both_sides(results):
+    ours = {"pairs_per_cpu_second": 0.5, "peak": {"anonymous_gib": 1.0}}
+    trl = {"pairs_per_cpu_second": 0.25, "peak": {"anonymous_gib": 4.0}}
+    found = {"speedup_in_cpu_seconds": 2.0, "memory_ratio": 0.25, "largest_loss_difference": 1e-6}
+    results("preference", {"dpo, trl": found | {"ours": ours, "trl": trl}})
+    assert TABLES["preference"]().splitlines()[2] == ("| dpo, trl | 0.25 | 0.5 | 2.00x | 4.00 | 1.00 | 0.25x | 1e-06 |")
+
+
+def test_on_policy_table_has_a_dash_for_a_control_that_was_not_run(results):
+    scores = {"sft": {"execution_accuracy": 0.2}, "dpo": {"execution_accuracy": 0.25}}
+    results("on_policy", {"seed 0": scores | {"pairs": {"pairs": 90}, "gain": 0.05}})
+    assert TABLES["on_policy"]().splitlines()[2] == "| seed 0 | 90 | 20.0% | - | 25.0% | +5.0 |"
+
+
+def test_ablations_are_means_over_seeds(results):
+    rows = {
+        f"score, seed {seed}": {"lora": {"validation_loss": 1.0 + seed}, "random": {"validation_loss": 2.0}}
+        for seed in (0, 1)
+    }
+    rows["wins, seed 0"] = {"validation_loss": 1.0, "wins": {"q_proj": {"0": 0.25, "1": 0.75}}}
+    results("ablations", rows)
+    lines = TABLES["ablations"]().splitlines()
+    assert lines[2] == "| Hybrid-LoRA, lora: validation loss | 1.5 | 1 to 2 | 2 |"
+    assert lines[5] == "| MoLF-E, q_proj: steps won by expert 1 | 0.75 | 0.75 to 0.75 | 1 |"

@@ -10,6 +10,7 @@ from families import small_model
 from tiny_runs import tiny_config
 
 from lightning_peft.commands.calibrate import calibrate
+from lightning_peft.commands.evaluate import evaluate
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import Batch
@@ -99,3 +100,36 @@ def test_logits_are_those_the_loss_is_taken_of(name: str) -> None:
     alone = [model(input_ids=ids[:, part]).logits[0, :-1] for part in (slice(0, 10), slice(10, 24))]
     expected = F.cross_entropy(torch.cat(alone).float(), torch.cat([ids[0, 1:10], ids[0, 11:24]]), reduction="none")
     torch.testing.assert_close(losses.sort().values, expected.sort().values, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluate_scores_draws_beside_the_mean(tmp_path: Path) -> None:
+    """The mean's cross entropy is the loss that `evaluate` gives; draws are those of `calibrate`."""
+    words = ("method=balora", "adapter.rank=4", "optimizer.lr=0.01", "trainer.max_steps=3")
+    train(tiny_config(tmp_path / "run", *words))
+    own = [f"adapter_path={tmp_path}/run", "max_rows=6", "passes=3"]
+
+    report = evaluate(compose_config("evaluate", [*own, "models=adapter", "samples=0"]))
+
+    found = report["calibration"]
+    assert found["mean"]["nll"] == pytest.approx(report["adapter"]["loss"], rel=1e-4)
+    expected = calibrate(compose_config("calibrate", own))
+    assert set(found) == {"mean", "3 draws"} and found["3 draws"]["ece"] == expected["3 draws"].ece
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["calibration"]["3 draws"]["brier"] > 0
+
+
+def test_draws_of_what_draws_nothing_are_refused(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path / "run", "trainer.max_steps=1"))
+    own = [f"adapter_path={tmp_path}/run", "passes=2"]
+    with pytest.raises(ValueError, match="passes=2: draws are of an adapter of method=balora, and this model has none"):
+        evaluate(compose_config("evaluate", own))
+    with pytest.raises(ValueError, match="passes=2: draws are of an adapter; give adapter_path and leave models=both"):
+        compose_config("evaluate", [*own, "models=base"])
+
+
+def test_rejected_answers_are_no_right_tokens(tmp_path: Path) -> None:
+    """Of a run on pairs the cross entropy is that of the chosen answers, as `evaluate` has it."""
+    train(tiny_config(tmp_path / "run", "objective=dpo", "trainer.max_steps=2"))
+    found = calibrate(compose_config("calibrate", [f"adapter_path={tmp_path}/run", "max_rows=4"]))
+    words = [f"adapter_path={tmp_path}/run", "max_rows=4", "models=adapter", "samples=0"]
+    loss = evaluate(compose_config("evaluate", words))["adapter"]["loss"]
+    assert found["mean"].nll == pytest.approx(loss, rel=1e-4)
