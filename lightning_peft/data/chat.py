@@ -163,7 +163,7 @@ def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[Outcome
         return dict(zip(given, work(list(given.values())), strict=True)) if given else {}
     except Exception as error:  # the tokenizer raises what it likes, from Rust too
         if len(given) == 1:
-            return dict.fromkeys(given, error)
+            return {index: error for index in given}
     return {index: outcome for one, value in given.items() for index, outcome in _together({one: value}, work).items()}
 
 
@@ -297,8 +297,8 @@ class _Labeller:
         found = self._tokenizer(texts, add_special_tokens=adds, return_attention_mask=False, verbose=False)
         if found.encodings is None:
             raise ValueError(f"{type(self._tokenizer).__name__} gives no character offsets; a fast one is needed")
-        ends = [_Ends(encoding) for encoding in found.encodings]
-        return list(zip(found["input_ids"], map(list, ends) if adds else ends, strict=True))
+        ends: list[Sequence[int]] = [list(some) if adds else some for some in map(_Ends, found.encodings)]
+        return list(zip(found["input_ids"], ends, strict=True))
 
     def _label(self, rendered: Rendered, ids: list[int], ends: Sequence[int], adds: bool) -> Encoded:
         text = rendered.text
