@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     75 from `train`: asked to leave, to be resumed (`training/preemption.py`).
     """
+    open_what_is_closed()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["help"]:
         print(usage())
@@ -79,6 +80,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # while the command is imported
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def open_what_is_closed() -> None:
+    """Put the null device where stdin, stdout or stderr is closed.
+
+    The next file that is opened would take its number, and with that all that libraries and children print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so the one that is closed
+            os.set_inheritable(null, True)
+            setattr(sys, name, os.fdopen(null, mode))
 
 
 def meant_by(word: str) -> str | None:

@@ -6,8 +6,13 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """lightning_peft under $XDG_CACHE_HOME or ~/.cache; a folder of this user's for temporary files without a home."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    """lightning_peft under $XDG_CACHE_HOME or ~/.cache; a folder of this user's for temporary files without a home.
+
+    A path there that is not absolute counts as none, as the XDG specification has it.
+    """
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(folder):
+        folder = os.path.expanduser("~/.cache")
     if folder.startswith("~"):
         return Path(tempfile.gettempdir()) / f"lightning_peft-{os.getuid()}"
     return Path(folder) / "lightning_peft"

@@ -1,8 +1,10 @@
 """Folders and files that are not what a command takes them for, and disks that take nothing: one line, nothing lost."""
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from lightning_peft.__main__ import main
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.commands.train import train
 from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
+from lightning_peft.user_cache import user_cache
 
 TINY = ["model=tiny", "data.max_rows=8", "data.max_validation_rows=2", "trainer.max_steps=1", "trainer.accelerator=cpu"]
 SWEPT = ["submit", "-m", "cluster=local", *TINY, "adapter.rank=2,4"]
@@ -140,3 +143,24 @@ def test_run_and_sweep_have_folders_of_their_own(run, tmp_path, capsys):
 def test_config_path_of_no_config_is_one_line(tmp_path, capsys, content):
     (tmp_path / "config.yaml").write_bytes(content)
     assert f"config_path={tmp_path}/config.yaml: " in one_line(["train", f"config_path={tmp_path}/config.yaml"], capsys)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams_end_no_command(tmp_path, closed):
+    """What is opened next would take their numbers: a table would be printed into the manifest."""
+    sweep = a_sweep(tmp_path / "sweep")
+    closing = " ".join(f"{number}>&-" for number in closed)
+    command = f"exec {closing}; {sys.executable} -m lightning_peft sweep table {sweep} output_path={tmp_path}/table.csv"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (tmp_path / "table.csv").read_text().startswith("trial,")
+    assert json.loads((sweep / "sweep.json").read_text())["swept"] == ["seed=0,1"]
+
+
+def test_cache_of_a_relative_path_is_that_of_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "odd")
+    assert user_cache() == tmp_path / ".cache" / "lightning_peft"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/odd")
+    assert user_cache() == Path("/var/odd/lightning_peft")
