@@ -29,6 +29,9 @@ from lightning_peft.commands.inspect import inspect
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 
+BUDGET = 0.3
+"""Share of the parameters that Hybrid-LoRA may train in full; its default holds no module of the tiny model."""
+
 Run = Callable[..., tuple[Path, dict[str, Any]]]
 """Trains with words of `train` in a fresh folder; returns it and the result."""
 
@@ -37,7 +40,7 @@ def score_part(run: Run, seed: int) -> dict[str, Any]:
     """Validation loss by what chose the modules that train in full, as many parameters each, and of LoRA alone."""
     found: dict[str, Any] = {"lora": {"validation_loss": run("method=lora")[1]["validation_loss"]}}
     for score in SCORES:
-        folder, result = run("method=hybrid_lora", f"adapter.score={score}")
+        folder, result = run("method=hybrid_lora", f"adapter.score={score}", f"adapter.budget={BUDGET}")
         chosen = json.loads((folder / "selection.json").read_text())["chosen"]
         found[score] = {"validation_loss": result["validation_loss"], "chosen": chosen}
     return found

@@ -84,7 +84,7 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
 
 
 OBJECTIVES_OF = {
-    RowKind.answers: "objective=sft",
+    RowKind.answers: "objective=sft (or distill)",
     RowKind.pairs: "objective=dpo (or ipo, simpo, orpo, reward)",
     RowKind.labelled: "objective=kto",
 }

@@ -21,7 +21,8 @@ from lightning_peft.adapters.inject import Injection, regularization, step_sched
 from lightning_peft.adapters.method import Selection
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.shared_input import adapt_together
-from lightning_peft.checkpoint.peft_format import load_adapter
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter
+from lightning_peft.checkpoint.peft_words import AdapterFileError
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.compat import clip_unscaled_gradients
 from lightning_peft.data.batch import Batch
@@ -153,7 +154,15 @@ class FinetuneModule(LightningModule):
             logger.info("quantization.verify: dequantised weights have fingerprint %s", self.base_fingerprint)
         if self.adapter_config.init_from is not None:
             folder = adapter_folder(self.adapter_config.init_from, "adapter.init_from")
-            load_adapter(self.model, folder, may_lack=[f"{REWARD_HEAD}.weight"])
+            try:
+                load_adapter(self.model, folder, may_lack=[f"{REWARD_HEAD}.weight"])
+            except AdapterFileError as error:
+                if (made_with := adapter_config_from_peft(folder).method) == self.adapter_config.method:
+                    raise
+                raise AdapterFileError(
+                    f"adapter.init_from={self.adapter_config.init_from}: was made with method={made_with}, and "
+                    f"{self.adapter_config.method} is asked for; leave method out ({error})"
+                ) from error
         if isinstance(self.objective, ReferencedLoss) and not starts_as_base(self.adapter_config):
             logger.info(
                 "objective=%s: the reference is a copy of what trains, as it is now", self.objective_config.name

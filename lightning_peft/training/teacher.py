@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.lineage import check_lineage, read_lineage
 from lightning_peft.checkpoint.peft_format import (
+    CONFIG_NAME,
     WEIGHTS_NAME,
     adapter_config_from_peft,
     changes_base,
@@ -23,7 +24,7 @@ from lightning_peft.checkpoint.peft_format import (
     load_adapter,
 )
 from lightning_peft.data.config import DataConfig
-from lightning_peft.inference.load import adapter_folder, load_adapted, refuse_rewards
+from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder, load_adapted, refuse_rewards
 from lightning_peft.models.loading import (
     empty_model,
     load_model,
@@ -42,10 +43,15 @@ logger = logging.getLogger(__name__)
 
 
 def teacher_model(objective: DistillConfig) -> ModelConfig | None:
-    """Return the model that `objective.teacher` names, None where it is the base."""
+    """Return the model that `objective.teacher` names, None where it is the base. ValueError for what holds none."""
     name = objective.teacher
     if name is None:
         return None
+    holds_model = (Path(name) / "config.json").is_file()
+    if not holds_model and (whole := Path(name) / MODEL_FOLDER / "config.json").is_file():
+        raise ValueError(f"objective.teacher={name}: a run; its model is objective.teacher={whole.parent}")
+    if not holds_model and any((folder / CONFIG_NAME).is_file() for folder in (Path(name), Path(name) / "adapter")):
+        raise ValueError(f"objective.teacher={name}: holds an adapter; give it as objective.teacher_adapter={name}")
     return ModelConfig(name=name) if name in MODELS and name != "hf" else ModelConfig(name="hf", path=name)
 
 

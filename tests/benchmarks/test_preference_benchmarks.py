@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import on_policy, preference
+from benchmarks import ablations, on_policy, preference
 from benchmarks.preference import summarise, write_pairs
+from benchmarks.tables import figures_of_ablation
 from benchmarks.workloads import write_steps
+from lightning_peft.adapters.hybrid_lora import SCORES
 
 
 def side(cpu_seconds, loss, peak):
@@ -63,3 +65,19 @@ def test_own_pairs_are_made_trained_on_and_scored_and_go_on(tmp_path, forked_sta
     assert len({row[name]["loss"] for name in ("sft", "dpo", "control")}) == 3
     capsys.readouterr()
     assert on_policy.main(words) == 0 and "seed 0: run before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_ablations_give_figures_of_every_part_and_go_on(tmp_path, capsys):
+    words = ["--steps", "2", "--rows", "4", "--seeds", "0", "--output", f"{tmp_path}/ablations.json"]
+    assert ablations.main(words) == 0
+    rows = json.loads((tmp_path / "ablations.json").read_text())["rows"]
+    assert set(rows["score, seed 0"]) == {"lora", *SCORES} and rows["score, seed 0"]["random"]["chosen"]
+    assert {name for name, _ in figures_of_ablation("calibration", rows["calibration, seed 0"])} >= {
+        "balora, mean: ece", "balora, 8 draws: ece", "lora, ensemble of 2: nll",
+    }  # fmt: skip
+    for wins in rows["wins, seed 0"]["wins"].values():
+        assert sum(wins.values()) == pytest.approx(1)
+    assert all(value >= 0 for _, value in figures_of_ablation("share", rows["share, seed 0"]))
+    capsys.readouterr()
+    assert ablations.main(words) == 0 and capsys.readouterr().out.count("run before") == 4

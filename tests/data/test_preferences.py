@@ -104,7 +104,7 @@ ANSWERS, PAIRS, LABELLED = (
             RowKind.answers,
             PAIRS,
             {},
-            "chosen and rejected answers: objective=dpo .* trains on them; objective=sft takes",
+            "chosen and rejected answers: objective=dpo .* trains on them; objective=sft .or distill. takes",
         ),
         (RowKind.pairs, ANSWERS, {}, "objective=dpo .* takes pairs of chosen .*; these are for objective=sft"),
         (RowKind.pairs, LABELLED, {}, "objective=dpo .* takes pairs of chosen .*; these are for objective=kto"),
@@ -121,7 +121,7 @@ ANSWERS, PAIRS, LABELLED = (
             RowKind.pairs,
             PAIRS,
             {"format": Format.messages},
-            "data.format=messages: objective=dpo .* objective=sft trains",
+            "data.format=messages: objective=dpo .* objective=sft .or distill. trains",
         ),
         (
             RowKind.pairs,

@@ -311,3 +311,25 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(words, message):
 def test_preset_names_its_path():
     assert everyday("train", ["objective.teacher=qwen3_8b"]) == ["objective.teacher=Qwen/Qwen3-8B"]
     assert everyday("train", ["objective.teacher=tiny"]) == ["objective.teacher=tiny"]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "adapter/adapter_config.json",
+            "objective.teacher=.*/run: holds an adapter; give it as objective.teacher_adap",
+        ),
+        (
+            "adapter_config.json",
+            "objective.teacher=.*/run: holds an adapter; give it as objective.teacher_adapter=.*/run",
+        ),
+        ("model/config.json", "objective.teacher=.*/run: a run; its model is objective.teacher=.*/run/model"),
+    ],
+)
+def test_teacher_that_is_a_run_says_where_it_belongs(file, message, tmp_path):
+    (tmp_path / "run" / file).parent.mkdir(parents=True)
+    (tmp_path / "run" / file).write_text("{}")
+    words = ["model=tiny", "objective=distill", f"objective.teacher={tmp_path}/run", f"run_dir={tmp_path}/next"]
+    with pytest.raises(ValueError, match=message):
+        train(compose_config("train", words))

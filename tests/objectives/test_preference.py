@@ -288,3 +288,10 @@ def test_run_of_several_windows_is_the_same_however_it_accumulates(tmp_path):
 def test_what_cannot_be_is_refused_before_anything_is_loaded(words, message):
     with pytest.raises(ValueError, match=message):
         compose_config("train", ["model=tiny", *words])
+
+
+def test_warm_start_from_another_method_says_which(tmp_path):
+    module, _ = parts(tmp_path, "dpo", PAIRS)
+    save_adapter(module.model, module.adapter_config, tmp_path / "adapter", "tiny")
+    with pytest.raises(ValueError, match="adapter.init_from=.*: was made with method=lora, and dora is asked for; "):
+        parts(tmp_path, "dpo", PAIRS, f"adapter.init_from={tmp_path}/adapter", "method=dora")
