@@ -259,7 +259,7 @@ def _train_in_fp32(modules: list[nn.Module]) -> None:
 @contextmanager
 def telling_own_tokens(model: nn.Module, own: Callable[[], Tensor]) -> Iterator[None]:
     """Inside, what adapters share, where it asks for it, knows which tokens are a sample's own, (B, T) bool."""
-    shared = getattr(model, SHARED, None)
+    shared: Any = getattr(model, SHARED, None)
     if not hasattr(shared, "own_tokens"):
         yield
         return

@@ -88,17 +88,15 @@ def _rows(model: nn.Module, words: Mapping[str, Any], tensors: dict[str, Tensor]
     numbers = {name: _numbers(words, name) for name in rows}
     for name, values in rows.items():
         weight = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.weight")
-        fits = weight is not None and values.ndim == 2 and weight.shape[1:] == values.shape[1:]
-        if not fits or len(numbers[name]) != len(values) or not all(0 <= n < len(weight) for n in numbers[name]):
+        count = 0 if weight is None or values.ndim != 2 or weight.shape[1:] != values.shape[1:] else len(weight)
+        if not count or len(numbers[name]) != len(values) or not all(0 <= n < count for n in numbers[name]):
             raise BaseChangeError(
                 f"trainable_token_indices: {name} has {tuple(values.shape)} values for {len(numbers[name])} rows, "
                 f"which do not fit this model's weight of {None if weight is None else tuple(weight.shape)}"
             )
     if rows and is_tied(model):
-        embedding, head = (
-            next(name for name, module in model.named_modules() if module is end)
-            for end in (model.get_input_embeddings(), model.get_output_embeddings())
-        )
+        ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+        embedding, head = (next(name for name, module in model.named_modules() if module is end) for end in ends)
         both = embedding in rows and head in rows
         is_same = both and numbers[embedding] == numbers[head] and torch.equal(rows[embedding], rows[head])
         if is_same:

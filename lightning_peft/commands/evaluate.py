@@ -93,7 +93,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sources = [messages.source for _, messages, _ in asked]
 
     data = validation_data(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
-    loader, loss_rows = data.val_dataloader(), data.validation_audit.rows
+    loader: Any = data.val_dataloader()  # of batches, which a data loader's type does not say
+    loss_rows = data.validation_audit.rows
     answered = task.max_new_tokens > 0
     results: dict[str, Scores] = {}
     metrics: dict[str, dict[str, Metric]] = {}

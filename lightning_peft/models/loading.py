@@ -220,14 +220,14 @@ def keep_layers_in_training(model: PreTrainedModel) -> None:
     A step that skips them all has no gradient for any adapter, and ranks that skip different ones wait for each other.
     The configuration, which goes with the merged model, stays as published.
     """
-    dropping = [module for module in model.modules() if getattr(module, "layerdrop", 0)]
+    dropping: list[Any] = [module for module in model.modules() if getattr(module, "layerdrop", 0)]
     if dropping:
         rates = sorted({module.layerdrop for module in dropping})
         logger.info(
             "%s: no layer is skipped in training (layerdrop=%s of its config.json)", type(model).__name__, rates
         )
     for module in dropping:
-        module.layerdrop = 0.0  # type: ignore[assignment]
+        module.layerdrop = 0.0
 
 
 def keep_outputs(model: nn.Module) -> None:
