@@ -75,13 +75,14 @@ class RowNorms(nn.Module):
     def once(self, norms: Callable[[], Tensor], factors: tuple[Tensor, Tensor]) -> Tensor:
         """Return `norms()`, taken once while text is generated and the factors stand still.
 
-        It costs a pass over W, which is all that a single token costs. In training they are those of the step, where
-        whoever began it took them.
+        It costs a pass over W, which is all that a single token costs. In a training step they are those that whoever
+        began its forward pass took; the factors move after it, so nobody else is given these.
         """
         if self.training or torch.is_grad_enabled():
             if self.kept is not None:  # no assignment where there is none to make: it would break a graph
                 self.kept = None
-            return norms() if self.of_step is None or not self.training else self.of_step
+            is_step = self.of_step is not None and self.training and torch.is_grad_enabled()
+            return self.of_step if is_step else norms()  # type: ignore[return-value]  # not None there
         versions = tuple(factor._version for factor in factors)
         if self.kept is None or self.kept[0] != versions:
             self.kept = (versions, norms())
@@ -148,7 +149,8 @@ class DoRALinear(LoRALinear):
 
     def delta_weight(self) -> Tensor:
         weight = dense_weight(self.base_layer).float()
-        return self.gain()[:, None] * (weight + super().delta_weight()) - weight
+        gain = self.lora_magnitude_vector / self.weight_norms()
+        return gain[:, None] * (weight + super().delta_weight()) - weight
 
     def low_rank(self) -> None:
         """Return None: the gain scales the base's own rows too."""

@@ -128,6 +128,16 @@ def test_norms_are_taken_once_a_step(monkeypatch):
     for _, layer in adapters(alone):
         layer.lora_B.weight.data.mul_(2)
     assert_close((second, after), gradients(alone, IDS), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # as an optimiser's step, behind which health is measured and a model may be merged
+        for layer in [*layers, *(layer for _, layer in adapters(alone) if isinstance(layer, DoRALinear))]:
+            layer.lora_B.weight.mul_(3)
+            layer.lora_magnitude_vector.mul_(1.1)
+    own = [layer for _, layer in adapters(alone) if isinstance(layer, DoRALinear)]
+    for layer, expected in zip(layers, own, strict=True):
+        assert layer.training and layer.norms.of_step is not None and expected.norms.of_step is None
+        assert_close(layer.delta_weight(), expected.delta_weight())
+        with torch.no_grad():
+            assert_close(layer.gain(), expected.gain())
 
 
 def test_every_group_reads_its_input_once():
