@@ -46,9 +46,14 @@ def given_by(
 
 
 def apply_given(model: nn.Module, changes: Mapping[str, Given]) -> None:
-    """Change the model's weights, and remember how, for whoever saves or merges it."""
+    """Change the model's weights, and remember how, for whoever saves or merges it.
+
+    A changed weight has storage of its own from then on: a teacher may stand around the same tensors, and keeps its.
+    """
     for name, given in changes.items():
         parameter = model.get_parameter(name)
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.clone()
         assign(parameter, given.change(whole(parameter).detach().float()).to(parameter.dtype))
     setattr(model, GIVEN, dict(changes))
     if changes:

@@ -18,6 +18,7 @@ from lightning_peft.command_configs import MergeCommandConfig
 from lightning_peft.commands.merge import merge
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
+from lightning_peft.models.twin import copy_around_same_tensors
 
 IDS = torch.arange(3, 43)[None]
 WEIGHTS = "adapter_model.safetensors"
@@ -84,6 +85,18 @@ def test_the_logits_are_peft_s_here_and_from_a_folder_of_ours(form, tmp_path):
     torch.testing.assert_close(logits(read_here(tmp_path, "ours")[0]), expected, **tolerance)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "ours"))
     torch.testing.assert_close(logits(theirs), expected, **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["rows_of_both", "rows_of_tied_ends", "lora_bias"])
+def test_a_model_around_the_same_tensors_stays_as_it_was(form, tmp_path):
+    saved_by_peft(form, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    teacher = copy_around_same_tensors(model)
+    before = logits(teacher)
+    inject_adapters(model, adapter_config_from_peft(tmp_path / "theirs"))
+    load_adapter(model, tmp_path / "theirs")
+    assert torch.equal(logits(teacher), before) and not torch.equal(logits(model), before)
 
 
 @pytest.mark.filterwarnings("ignore")
