@@ -189,8 +189,7 @@ class FinetuneModule(LightningModule):
     @property
     def first_batches(self) -> FirstBatches | None:
         """What gives the first batches of the training data; None without a Trainer that has data."""
-        data = getattr(self._trainer, "datamodule", None)
-        return None if data is None else data.first_batches  # type: ignore[no-any-return]
+        return getattr(getattr(self._trainer, "datamodule", None), "first_batches", None)
 
     def select_modules(self, model: PreTrainedModel, device: torch.device) -> None:
         """For methods that choose them, find the modules trained in full, and make their weights dense."""

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from tiny_runs import plain_trainer, tiny_config, tiny_parts
 
 from lightning_peft.quantization.convert import weights_fingerprint
@@ -38,3 +39,32 @@ def test_changed_base_is_an_error(tmp_path):
         layer.weight[0, 0] ^= 0xFF
     with pytest.raises(RuntimeError, match="not those that were loaded"):
         plain_trainer(max_steps=1).fit(module, datamodule=data)
+
+
+class OwnData(LightningDataModule):
+    """Somebody's own: it has loaders alone."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def setup(self, stage=None):
+        self.data.setup(stage)
+
+    def train_dataloader(self):
+        return self.data.train_dataloader()
+
+    def val_dataloader(self):
+        return self.data.val_dataloader()
+
+
+def test_adapters_that_start_from_weights_need_no_batches_of_the_data(tmp_path):
+    module, data = tiny_parts(tiny_config(tmp_path, "quantization=nf4", "adapter.init=pissa"))
+    plain_trainer(max_steps=1).fit(module, datamodule=OwnData(data))
+    assert module.trainer.global_step == 1
+
+
+def test_adapters_that_start_from_activations_say_which_data_they_need(tmp_path):
+    module, data = tiny_parts(tiny_config(tmp_path, "adapter.init=eva"))
+    with pytest.raises(ValueError, match="adapter.init=eva looks at activations"):
+        plain_trainer(max_steps=1).fit(module, datamodule=OwnData(data))
