@@ -222,6 +222,8 @@ class PairsConfig:
             raise ValueError(f"seed={self.seed}: must be from 0 to 2^62 - 1")
         if Path(self.output).suffix != ".jsonl" and self.output != "???":
             raise ValueError(f"output={self.output}: must end in .jsonl")
+        if Path(self.output).is_dir():
+            raise ValueError(f"output={self.output}: is a folder; name a file")
         check_folder_of("output", self.output)
         if self.data is not None:
             check_task(self.data)

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import Chosen, PairsConfig
 from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference, saved_config
 from lightning_peft.commands.evaluate import (
@@ -17,6 +19,7 @@ from lightning_peft.commands.evaluate import (
     refuse_margins,
     refuse_teacher_prompt,
 )
+from lightning_peft.config import plain
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.own_pairs import Asked, Counts, pair_row, pairs_of, score_of, without_repeats
@@ -29,6 +32,9 @@ from lightning_peft.strict_json import json_text
 from lightning_peft.tasks.registry import TASKS
 
 logger = logging.getLogger(__name__)
+
+LAYOUT = ("layout", "template_options", "reasoning")
+"""Options by which prompts are laid out; the system message stands in the rows."""
 
 
 def pairs(config: PairsConfig) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
                 row = pair_row(each, chosen, rejected, scorer.columns)
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             part.advance()
-    return write(config, counts, lines, metric)
+    return write(config, data, counts, lines, metric)
 
 
 def rows_asked(config: PairsConfig) -> DataConfig:
@@ -114,7 +120,23 @@ def rows_with_answers(found: list[Any], config: PairsConfig) -> list[Asked]:
     return asked
 
 
-def write(config: PairsConfig, counts: Counts, lines: list[str], metric: str) -> dict[str, Any]:
+def words_of_layout(data: DataConfig) -> list[str]:
+    """Return the options under which a run lays out prompts as these rows are, for a shell."""
+    given, default = plain(data), plain(DataConfig())
+    changed = [name for name in LAYOUT if given[name] != default[name]]
+    return [shlex.quote(f"data.{name}={in_words(given[name])}") for name in changed]
+
+
+def in_words(value: Any) -> str:
+    """Return a value in the grammar of options."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {in_words(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(in_words, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write(config: PairsConfig, data: DataConfig, counts: Counts, lines: list[str], metric: str) -> dict[str, Any]:
     """Write pairs and counts, and print the counts. Raises ValueError where there is no pair."""
     table = Table(show_header=False, title=f"{config.samples} answers to a prompt, scored by {metric}")
     for name, count in counts.as_dict().items():
@@ -126,10 +148,11 @@ def write(config: PairsConfig, counts: Counts, lines: list[str], metric: str) ->
             "there are no pairs; ask for more rows, samples, or a higher temperature"
         )
     path = Path(config.output)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
     report = {"metric": metric, "samples": config.samples, "temperature": config.temperature, "seed": config.seed}
     report |= counts.as_dict()
-    path.with_suffix(".json").write_text(json_text(report))
+    write_text(path.with_suffix(".json"), json_text(report))
     print(f"{path}: {counts.pairs} pairs")
-    print(f"lightning-peft train objective=dpo data={path} adapter.init_from={config.adapter_path} trains on them")
+    files = [shlex.quote(f"data={path}"), shlex.quote(f"adapter.init_from={config.adapter_path}")]
+    print(f"{' '.join(['lightning-peft train objective=dpo', *files, *words_of_layout(data)])} trains on them")
     return report

@@ -30,8 +30,9 @@ from lightning_peft.commands.tuned import check_in_peft, lineage_of, save_tuned
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
-from lightning_peft.inference.load import MODEL_FOLDER
+from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
@@ -112,6 +113,13 @@ def train_with_rollbacks(run: Prepared, checkpoint: Path | None) -> dict[str, An
         rollbacks = distributed.on_rank_zero(lambda: rollbacks_of(run_dir))
 
 
+def say_other_prompts(init_from: str, layout: PromptLayout) -> None:
+    """Log a line where prompts are not those that the adapter was trained on which the run starts from."""
+    before = PromptLayout.load(adapter_folder(init_from, "adapter.init_from"))
+    if before is not None and (difference := layout.changed_from(before)) is not None:
+        logger.warning("adapter.init_from=%s: the prompts of this run are %s", init_from, difference)
+
+
 def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback]) -> dict[str, Any]:
     """Train in this process, on from the checkpoint `resumed`. Returns what `result.json` holds.
 
@@ -137,6 +145,8 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     module.lr_factor = lr_factor_of(rollbacks)
     module.leaves_out_steps = config.guard.action is GuardAction.skip
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
+    if config.adapter.init_from is not None and distributed.rank() == 0:
+        say_other_prompts(config.adapter.init_from, layout)
 
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)

@@ -84,6 +84,19 @@ class PromptLayout:
         if not all(type(number) is int for number in self.stop_token_ids):
             raise TypeError(f"stop_token_ids={self.stop_token_ids}: must be numbers")
 
+    def changed_from(self, before: "PromptLayout") -> str | None:
+        """How prompts differ from those of a layout before, in words; None where they do not.
+
+        System prompt and tools are left out: rows may say them.
+        """
+        if self.kind != before.kind:
+            return f"laid out as {self.kind}, and were as {before.kind}"
+        if self.template_options != before.template_options:
+            return f"data.template_options={self.template_options}, and were {before.template_options}"
+        if None not in (self.template, before.template) and self.template != before.template:
+            return "written by another chat template"
+        return None
+
     def with_stops(self, ids: Sequence[int] | int | None) -> "PromptLayout":
         """The layout whose answers end at these tokens as well: a model's `generation_config.eos_token_id`."""
         more = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

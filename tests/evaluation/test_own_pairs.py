@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 from tiny_runs import tiny_config
@@ -12,6 +13,7 @@ from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import Conversation, Message
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.own_pairs import Asked, Counts, pair_row, pairs_of, without_repeats
 from lightning_peft.tasks.text_to_sql.task import TASK
@@ -166,3 +168,31 @@ def test_no_worse_answer_makes_no_pair_and_no_file(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no answer is worse than the chosen ones, so there are no pairs"):
         pairs(compose_config("pairs", words(run, tmp_path / "p.jsonl", "metric=own_pairs_same:same")))
     assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_words_for_dpo_lay_out_prompts_as_they_were_asked(tmp_path, capsys):
+    rows = [{"prompt": f"say {n} ", "completion": "a" * 9} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data=jsonl", f"data.train_path={tmp_path}/rows.jsonl", "data.layout=raw", "data.validation_fraction=0.25"]
+    train(tiny_config(tmp_path / "raw", *data, "trainer.max_steps=1"))
+    found = [f"adapter_path={tmp_path}/raw", f"output={tmp_path}/p.jsonl", "max_rows=4", "samples=1"]
+    (tmp_path / "own_a.py").write_text("def letters(rows, answers): return answers[0].count('a')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        pairs(compose_config("pairs", [*found, "metric=own_a:letters", "max_new_tokens=3"]))
+    said = capsys.readouterr().out.splitlines()[-1]
+    words_of_it = shlex.split(said.removesuffix(" trains on them"))
+    assert "data.layout=raw" in [word.replace('"', "") for word in words_of_it]
+    dpo = [
+        *words_of_it[2:],
+        "model=tiny",
+        "trainer.max_steps=1",
+        "trainer.accelerator=cpu",
+        "data.validation_fraction=0.5",
+    ]
+    assert main(["train", *dpo, f"run_dir={tmp_path}/dpo"]) == 0
+    layouts = [PromptLayout.load(tmp_path / name / "adapter") for name in ("raw", "dpo")]
+    assert layouts[0] == layouts[1] and "the prompts of this run are" not in capsys.readouterr().err
+    other = [word for word in dpo if "layout" not in word]
+    assert main(["train", *other, f"run_dir={tmp_path}/chat"]) == 0
+    assert "the prompts of this run are laid out as chat, and were as raw" in capsys.readouterr().err
