@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+DEVICES = "/dev"
+"""Where names are of devices, and of what this process has open."""
 
 
 class SaveError(OSError):
@@ -64,14 +66,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file that somebody asked for, whole or not at all, also behind a link; a device or pipe as it stands.
 
-    Raises SaveError as `atomic_file` does, OSError with the file's name for what is no file.
+    Who may read a file that was there before may read the new one. Raises SaveError as `atomic_file` does, OSError with
+    the file's name for what is no file.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and (not path.is_file() or path.is_relative_to(DEVICES)):  # /dev/stdout may lead to a file
         with names_file(path):
             path.write_text(text, encoding="utf-8")
         return
     with atomic_file(path.resolve()) as partial:
         partial.write_text(text, encoding="utf-8")
+        if path.exists():
+            partial.chmod(path.stat().st_mode & 0o777)
 
 
 @contextmanager

@@ -5,12 +5,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.adapters.registry import METHODS
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of, plan_of, with_fitting_checkpointing
 from lightning_peft.data.datamodule import beyond_context
@@ -54,8 +56,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     if isinstance(config.objective, DistillConfig):
         print("the teacher's own pass is not in the work of a step")
     if config.output is not None:
-        with open(config.output, "w") as file:
-            json.dump(report, file, indent=2)
+        write_text(Path(config.output), json.dumps(report, indent=2))
     return report
 
 

@@ -100,6 +100,9 @@ def test_file_that_was_asked_for_is_whole_behind_a_link_and_a_device_stays_one(t
     (tmp_path / "link").symlink_to("file")
     write_text(tmp_path / "link", "größer")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text(encoding="utf-8") == "größer"
+    (tmp_path / "file").chmod(0o600)
+    write_text(tmp_path / "link", "for me alone")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_text(tmp_path / "pipe", "through")
@@ -164,3 +167,18 @@ def test_cache_of_a_relative_path_is_that_of_the_home(tmp_path, monkeypatch):
     assert user_cache() == tmp_path / ".cache" / "lightning_peft"
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/odd")
     assert user_cache() == Path("/var/odd/lightning_peft")
+
+
+def test_output_that_is_the_terminal_s_file_is_not_put_in_its_place(tmp_path):
+    command = (
+        "from pathlib import Path; from lightning_peft.checkpoint.atomic import write_text\n"
+        "print('before', flush=True); write_text(Path('/dev/stdout'), 'text\\n'); print('behind', flush=True)"
+    )
+    with (tmp_path / "out").open("a") as file:
+        subprocess.run([sys.executable, "-c", command], stdout=file, check=True)
+    assert (tmp_path / "out").read_text().splitlines()[-1] == "behind"
+
+
+def test_estimate_on_a_full_disk_names_the_file(capsys):
+    line = one_line(["estimate", "model=tiny", "output=/dev/full"], capsys)
+    assert line == "error: /dev/full: no space left on device"
