@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from lightning_peft.data.config import Format, RowKind
@@ -101,9 +102,10 @@ def _read_pair(row: Row, shape: Shape) -> list[Message]:
 
 
 def _asked(messages: list[Message], row: Row, shape: Shape) -> list[Message]:
-    """The messages. Raises `BadRow` where no user asks for what the assistant says, here or in the row's history."""
+    """The messages. Raises `BadRow` where no user asks for the first trained answer, here or in the row's history."""
     has_history = row.values.get(shape.side.get("history", "")) not in (None, "", [])
-    if not has_history and not any(message.role == "user" for message in messages):
+    before = takewhile(lambda message: message.role != "assistant" or message.weight == 0, messages)
+    if not has_history and not any(message.role == "user" for message in before):
         raise BadRow(row.origin, "a user message before the answer", messages[0].role, shape.columns[0])
     return messages
 

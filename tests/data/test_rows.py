@@ -451,6 +451,10 @@ NO_WEIGHT_OR_QUESTION = {
     "factors of a turn": ({"messages": [HI, {**HELLO, "weight": 1e30, "loss": 1e30}]}, "a product of at most 3.4e"),
     "row and turn": ({"messages": [HI, {**HELLO, "weight": 1e30}], "weight": 1e30}, "whose product is at most 3.4e"),
     "system turn alone": ({"prompt": [SYSTEM], "completion": "Hello"}, "'prompt': expected a user message before the"),
+    "user behind the answer": (
+        {"prompt": [SYSTEM], "completion": [HELLO, HI, HELLO]},
+        "'prompt': expected a user message before the",
+    ),
     "no turn of a user": ({"prompt": [SYSTEM], "completion": [HELLO]}, "'prompt': expected a user message before the"),
 }
 
