@@ -146,6 +146,8 @@ def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: in
         other = shortest[::-1] if way.batching is Batching.equal_length else longest
         try:
             logits = first_logits(way, [shortest, other], pad_id)
+        except torch.OutOfMemoryError:  # says nothing of the model
+            raise
         except OWN_ERRORS as error:
             logger.info("%s cannot run where %s: %s", type(model).__name__, way.batching.value, error)
             continue
@@ -250,6 +252,8 @@ def takes_cache(model: PreTrainedModel, prompt: list[int], pad_id: int) -> bool:
         )
         try:
             model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+        except torch.OutOfMemoryError:  # says nothing of the model
+            raise
         except OWN_ERRORS as error:
             reason = " ".join(str(error).split())[:120]
             continue

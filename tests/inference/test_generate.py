@@ -14,6 +14,7 @@ from lightning_peft.inference.generate import (
     generate_batch,
     generate_stream,
     say_once,
+    takes_cache,
     why_not_decoded,
 )
 from lightning_peft.inference.sampling import SamplingConfig
@@ -261,3 +262,12 @@ def test_an_answer_that_ends_early_is_compared_up_to_its_end():
     answer = model.generate(torch.tensor(prompts[:1]), max_new_tokens=2, do_sample=False, eos_token_id=None)
     model.generation_config.eos_token_id = [int(answer[0, -1])]
     assert choose_batching(model, prompts, 0).batching is not Batching.alone
+
+
+def test_a_full_memory_is_no_fault_of_the_cache(model, monkeypatch):
+    def full(**inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "generate", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        takes_cache(model, [1, 2, 3], 0)
