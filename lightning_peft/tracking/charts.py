@@ -2,6 +2,8 @@
 
 import csv
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,17 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
     return summary | extremes(run_dir) | {"status": result["status"]}
 
 
+def whole_rows(rows: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
+    """Yield the rows of a table up to one that cannot be read, without those that have not a cell for each column.
+
+    A number that a kill has cut short looks like another one.
+    """
+    with suppress(csv.Error):
+        for row in rows:
+            if None not in row and None not in row.values():
+                yield row
+
+
 def extremes(run_dir: Path) -> dict[str, float]:
     """Return the smallest and the largest value of each validation chart in a run's metrics.csv."""
     path = run_dir / "metrics.csv"
@@ -68,7 +81,7 @@ def extremes(run_dir: Path) -> dict[str, float]:
         return {}
     seen: dict[str, list[float]] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
+        for row in whole_rows(csv.DictReader(file)):
             numbers = {name: number for name, cell in row.items() if (number := number_of(cell)) is not None}
             if "validation_loss" in numbers and numbers.pop("step", None) is not None:
                 for chart, number in charts(numbers).items():

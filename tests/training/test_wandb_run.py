@@ -215,15 +215,18 @@ def test_summary_has_what_the_result_says(finished):
 def test_smallest_and_largest_are_of_what_every_start_has_validated(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "step,loss,validation_loss,exact_match,validation_loss/sql\n1,5.0,,,\n2,,3.0,0.5,9.0\n3,2.0,,,\n4,,4.0,0.75,\n"
-        "6,,nan,,\n8,,3.5,0.25,7.0\n10,,0.0"
+        "6,,nan,,\n8,,3.5,0.25,7.0\n9,,0.1,0.1,0.1,0.1\n10,,0.0"
     )
-    expected = {"loss": (0.0, 4.0), "exact_match": (0.25, 0.75), "loss/sql": (7.0, 9.0)}
+    expected = {"loss": (3.0, 4.0), "exact_match": (0.25, 0.75), "loss/sql": (7.0, 9.0)}
     assert extremes(tmp_path) == {
         f"validation/{name}.{end}": value
         for name, both in expected.items()
         for end, value in zip(("min", "max"), both, strict=True)
     }
     assert extremes(tmp_path / "nothing") == {}
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("\n" + "1" * 200_000 + ",,0.1,0.1,0.1\n")
+    assert extremes(tmp_path)["validation/loss.min"] == 3.0
 
 
 def test_diverged_run_is_an_alert(tmp_path):
