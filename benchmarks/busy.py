@@ -37,8 +37,8 @@ MOST = {1: 2.2, 2: 3.3}
 MOST_OF_SPINNING = 1.02
 SPINNING = ("env", "GOMP_SPINCOUNT=300000")
 """libgomp's own count where nobody gives one."""
-BUSY = "import os\nwhile os.getppid() == {parent}: sum(range(100000))"
-"""A process that ends with the one that started it."""
+BUSY = "import ctypes, os\nctypes.CDLL(None).prctl(1, 9)\nwhile os.getppid() == {parent}: sum(range(100000))"
+"""A process that ends with the one that started it, by a signal (PR_SET_PDEATHSIG) where it is stopped."""
 
 
 class Company(Callback):

@@ -93,10 +93,24 @@ def scored(plan: Plan, run: Path, output: Path) -> list[str]:
             "samples=0", f"output={output}"]  # fmt: skip
 
 
+def is_done(result: Path) -> bool:
+    """Return whether a part is at its end: a training that was told to leave has a result too."""
+    return result.is_file() and json.loads(result.read_text()).get("status", "finished") == "finished"
+
+
+def keep_plan(plan: Plan, folder: Path) -> None:
+    """Leave the plan in a new folder. Raises SystemExit where the folder holds runs of another one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "plan.json", json.dumps(asdict(plan), indent=2)
+    if path.is_file() and path.read_text() != text:
+        raise SystemExit(f"--folder {folder}: holds runs of another plan ({path}); name another folder")
+    path.write_text(text)
+
+
 def run_parts(parts: dict[str, list[str]], folder: Path) -> None:
     """Run the parts that have left nothing yet; a training that was stopped goes on."""
     for result, words in parts.items():
-        if not (folder / result).is_file():
+        if not is_done(folder / result):
             more = ["resume=auto"] if words[0] == "train" else []
             lightning_peft(folder / "log.txt", *words, *more)
             print(f"{result}: done", flush=True)
@@ -127,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan = Plan(**{key: getattr(options, key) for key in asdict(Plan())})
     results = Results(options.output, asdict(plan))
-    options.folder.mkdir(parents=True, exist_ok=True)
+    keep_plan(plan, options.folder)
     names = ["sft", "dpo", *(["control"] if options.control else [])]
     for seed in options.seeds:
         if set(names) <= results.rows.get(f"seed {seed}", {}).keys():
