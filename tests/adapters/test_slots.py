@@ -147,3 +147,50 @@ def test_what_does_not_fit_is_named() -> None:
             slots.load(0, {name: (torch.ones(2, 5), torch.ones(2, 6))})
     with pytest.raises(ValueError, match="there are slots 0 to 0; -1 is the base"), slots.routed([1]):
         pass
+
+
+@pytest.mark.parametrize("guest", [False, True], ids=["slot", "guest"])
+def test_factors_that_do_not_fit_a_layer_are_refused_whoever_wrapped_it(guest: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)).requires_grad_(False)
+    slots = Slots(model, 1, 4, torch.float32)
+    good = {"0": (torch.ones(2, 8), torch.ones(2, 16)), "1": (torch.ones(2, 16), torch.ones(2, 8))}
+    put = slots.welcome if guest else lambda factors: slots.load(0, factors)
+    for wrapped in (False, True):
+        for A, B in (
+            (torch.ones(2, 32), torch.ones(2, 8)),
+            (torch.ones(2, 16), torch.ones(2, 32)),
+            (torch.ones(2, 16), torch.ones(16)),
+            (torch.ones(16), torch.ones(2, 8)),
+            (torch.ones(4, 16), torch.ones(2, 8)),
+            (torch.ones(1, 2, 16), torch.ones(1, 2, 8)),
+        ):
+            with pytest.raises(
+                ValueError, match="1: the adapter's factors, A .* do not fit the model's layer of shape"
+            ):
+                put({"0": (torch.full((2, 8), 3.0), torch.ones(2, 16)), "1": (A, B)})
+        assert bool(slots.layers) == wrapped and not (slots.guests and not wrapped)
+        put(good)
+        number = max(slots.guests, default=0)
+        assert torch.equal(slots.pair(number, slots.layers["0"])[0][:2], good["0"][0])
+
+
+def test_a_load_that_fails_halfway_leaves_nothing_to_the_next() -> None:
+    """Of three rows at once, which go through the columns of the slots; the second of the layers has no numbers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).bfloat16().requires_grad_(False)
+    slots = Slots(model, 1, 4, torch.bfloat16)
+
+    def pair(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.randn(4, 16, device=device, dtype=torch.bfloat16) for _ in "AB")
+
+    for factors in ({"0": pair(), "1": pair()}, {"1": pair()}):
+        slots.load(0, factors)
+    with pytest.raises(NotImplementedError, match="no data"):
+        slots.load(0, {"0": pair(), "1": pair("meta")})
+    assert slots.layers["0"].A.any()  # halfway
+    slots.load(0, {"1": pair()})
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    with slots.routed([0, 0, 0]):
+        served = model[0](x)
+    change = (served.float() - model[0].base_layer(x).float()).abs().max()
+    assert change < 0.02 and not slots.layers["0"].A.any()  # two roundings of the base's numbers
