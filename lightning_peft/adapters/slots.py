@@ -91,8 +91,8 @@ class SlotLinear(nn.Module):
         if len(routing.routes) != len(x):
             raise RuntimeError(f"a batch of {len(x)} rows needs as many routes, there are {len(routing.routes)}")
         base = frozen_base(self.base_layer, x)
-        if x.ndim == 2 and few_rows.takes_rows(x, self.B_transposed.shape[1]):
-            if base is not None and base.form == DENSE and few_rows.takes(x, base.first):
+        if x.ndim == 2 and self.A.dtype is torch.float32 and few_rows.takes_rows(x, self.B_transposed.shape[1]):
+            if base is not None and base.form == DENSE and few_rows.takes(x, base.first, base.tensors[-1]):
                 output = few_rows.product(x, base.first, base.tensors[-1])
             else:
                 output = self.base_layer(x)
@@ -107,7 +107,7 @@ class SlotLinear(nn.Module):
             return output + (inner @ self.B_transposed[routing.used]).view(output.shape).to(output.dtype)
         # In 16 bits the change is added in fp32: a young adapter's is below what rounding the base's output loses.
         factor = self.B_transposed[routing.used].t()
-        return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), factor)
+        return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), factor.to(base.dtype))
 
     def _by_segments(self, routing: Routing, x: Tensor) -> Tensor:
         """Take the base's product of all rows, and each adapter's of its own."""

@@ -77,6 +77,29 @@ def test_a_step_of_slots_and_guests_is_each_adapter_alone(dtype: torch.dtype) ->
     assert (together - exact).abs().max() < (1e-5 if dtype is torch.float32 else 0.04) * exact.abs().max()
 
 
+@pytest.mark.parametrize("slots_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("guest", [False, True], ids=["slot", "guest"])
+def test_a_step_in_fp32_over_slots_in_bf16_or_a_bias_with_gaps(guest: bool, slots_dtype: torch.dtype) -> None:
+    """What a kernel that reads by address takes for other numbers."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48)
+    layer.bias = nn.Parameter(torch.linspace(-9, 9, 96)[::2])
+    model = nn.Sequential(layer).requires_grad_(False)
+    slots = Slots(model, 1, 4, slots_dtype)
+    pair = LowRank(torch.randn(4, 64) / 8, torch.randn(48, 4), 0.5)
+    factors, number = cast_factors({"0": pair}, slots_dtype), 0
+    if guest:
+        number = slots.welcome(factors)
+    else:
+        slots.load(0, factors)
+    x = torch.randn(3, 64)
+    exact = x.double() @ (layer.weight.double() + 0.5 * pair.B.double() @ pair.A.double()).t() + layer.bias.double()
+    with torch.no_grad(), slots.routed([number] * 3):
+        found = model(x).double()
+    # Factors of bf16, and in slots their inner products, have 8 bits.
+    assert (found - exact).abs().max() < (1e-6 if slots_dtype is torch.float32 else 0.01) * exact.abs().max()
+
+
 def test_numbers_of_one_adapter_that_are_not_finite_stay_in_its_rows() -> None:
     model = llama()
     slots = Slots(model, 2, 8, torch.float32)
