@@ -91,8 +91,8 @@ class SlotLinear(nn.Module):
         if len(routing.routes) != len(x):
             raise RuntimeError(f"a batch of {len(x)} rows needs as many routes, there are {len(routing.routes)}")
         base = frozen_base(self.base_layer, x)
-        if x.ndim == 2 and few_rows.takes_rows(x, self.B_transposed.shape[1]):
-            if base is not None and base.form == DENSE and few_rows.takes(x, base.first):
+        if x.ndim == 2 and self.A.dtype is torch.float32 and few_rows.takes_rows(x, self.B_transposed.shape[1]):
+            if base is not None and base.form == DENSE and few_rows.takes(x, base.first, base.tensors[-1]):
                 output = few_rows.product(x, base.first, base.tensors[-1])
             else:
                 output = self.base_layer(x)
@@ -107,7 +107,7 @@ class SlotLinear(nn.Module):
             return output + (inner @ self.B_transposed[routing.used]).view(output.shape).to(output.dtype)
         # In 16 bits the change is added in fp32: a young adapter's is below what rounding the base's output loses.
         factor = self.B_transposed[routing.used].t()
-        return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), factor)
+        return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), factor.to(base.dtype))
 
     def _by_segments(self, routing: Routing, x: Tensor) -> Tensor:
         """Take the base's product of all rows, and each adapter's of its own."""
@@ -166,11 +166,14 @@ class Slots:
 
     @torch.no_grad()
     def load(self, slot: int, factors: Factors) -> None:
-        """Put an adapter into a slot. Raises ValueError where its rank is above the slots', or it fits no layer."""
+        """Put an adapter into a slot. Raises ValueError where its rank is above the slots', or it fits no layer.
+
+        A failure in the middle of it leaves a slot that the next adapter may have.
+        """
+        self._wrap_all(factors)
         rank = max(len(A) for A, _ in factors.values())
         if rank > self.rank:
             raise ValueError(f"an adapter of rank {rank} does not fit slots of rank {self.rank}")
-        self._wrap_all(factors)
         self.last = None
         places = self._places(slot)
         for name in self.written[slot] - factors.keys():
@@ -183,6 +186,7 @@ class Slots:
                     place[len(factor) :].zero_()
                     place = place[: len(factor)]
                 into.append(place)
+        self.written[slot] |= factors.keys()  # whatever of the copy is done
         # One call: hundreds of small copies cost more by themselves than what they copy.
         torch._foreach_copy_(into, [factor for pair in factors.values() for factor in pair])
         self.written[slot] = set(factors)
@@ -196,19 +200,30 @@ class Slots:
         return places
 
     def _wrap_all(self, factors: Factors) -> None:
+        """Wrap the layers of an adapter. Raises ValueError before the first of them where it does not fit one."""
+        layers = {name: self._base_layer(name) for name in factors}
+        for name, (A, B) in factors.items():
+            shape = linear_shape(layers[name])
+            fit = A.ndim == B.ndim == 2 and len(A) == len(B) and shape == (B.shape[1], A.shape[1])
+            if not fit or isinstance(layers[name], nn.Embedding):
+                raise ValueError(
+                    f"{name}: the adapter's factors, A {tuple(A.shape)} and B transposed {tuple(B.shape)}, do not fit "
+                    f"the model's layer of shape {shape}"
+                )
         for name in factors.keys() - self.layers.keys():
-            self._wrap(name, factors[name])
+            self.layers[name] = SlotLinear(layers[name], name, self)
+            self.model.set_submodule(name, self.layers[name])
 
-    def _wrap(self, name: str, factors: tuple[Tensor, Tensor]) -> None:
+    def _base_layer(self, name: str) -> nn.Module:
+        """Return a linear layer of the model by name, wrapped or not yet. Raises ValueError."""
+        if name in self.layers:
+            return self.layers[name].base_layer
         try:
-            base_layer = self.model.get_submodule(name)
-            shape = linear_shape(base_layer)
+            layer = self.model.get_submodule(name)
+            linear_shape(layer)
         except (AttributeError, TypeError) as error:
             raise ValueError(f"{name}: the model has no linear layer of that name") from error
-        if isinstance(base_layer, nn.Embedding) or shape != (factors[1].shape[1], factors[0].shape[1]):
-            raise ValueError(f"{name}: the adapter's factors do not fit the model's layer of shape {shape}")
-        self.layers[name] = SlotLinear(base_layer, name, self)
-        self.model.set_submodule(name, self.layers[name])
+        return layer
 
     @contextmanager
     def routed(self, routes: Sequence[int]) -> Iterator[None]:

@@ -185,7 +185,11 @@ def read_low_rank(folder: Path) -> dict[str, LowRank]:
         raise AdapterFileError(
             f"{folder}: trains {beside[0]} of the base as well, so it cannot share one: serve it alone"
         )
-    read_config(folder, words, _read_shapes(folder))  # refuses what we do not have
+    shapes = _read_shapes(folder)
+    for name, shape in shapes.items():
+        if len(shape) != 2 and name.endswith(tuple(row.tensors)):
+            raise AdapterFileError(f"{folder}: {name} is of shape {shape}, and no matrix")
+    read_config(folder, words, shapes)  # refuses what we do not have
     tensors = _read_tensors(folder)
     found = {}
     for name, shape in layer_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, row).items():
@@ -193,6 +197,8 @@ def read_low_rank(folder: Path) -> dict[str, LowRank]:
         if not tensors.keys() >= set(keys):
             raise AdapterFileError(f"{folder}: {name} is an embedding, whose adapter is served alone")
         A, B = (tensors[key].float() for key in keys)
+        if len(A) != B.shape[1]:
+            raise AdapterFileError(f"{folder}: {name} has A of rank {len(A)} and B of {B.shape[1]}, which are no pair")
         found[name] = LowRank(A, B, stored_scaling(words, row, name, shape[0]))
     return found
 

@@ -129,12 +129,20 @@ class Encoder:
         outcomes |= _together(texts, self._labeller.whole)
         return [outcomes[index] for index in range(len(conversations))]
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens to generate the next assistant turn from: exactly those that stand before it in training."""
+    def prompt(self, messages: Sequence[Message], check: Callable[[str], None] | None = None) -> list[int]:
+        """Tokens to generate the next assistant turn from: exactly those that stand before it in training.
+
+        check: is given the text before its tokens are counted, and may raise.
+        """
         if messages[0].role == TEXT_ROLE or self._layout is Layout.raw:
             text = "".join(message.content for message in messages)
+            if check is not None:
+                check(text)
             return _text_ids(self._tokenizer(text, verbose=False)["input_ids"], self._tokenizer)
-        [[prompt]] = self._labeller.label([[self.renderer.prompt(messages)]])
+        rendered = self.renderer.prompt(messages)
+        if check is not None:
+            check(rendered.text)
+        [[prompt]] = self._labeller.label([[rendered]])
         return prompt.input_ids
 
     def end_token_ids(self) -> set[int]:

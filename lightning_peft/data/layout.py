@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,17 @@ class PromptLayout:
             messages = [Message("system", self.system_prompt), *messages]
         return Conversation(messages, self.tools if tools is None else tools)
 
-    def prompt(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Tokens to generate the next turn from: exactly those that stand before it in training."""
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tokenizer: PreTrainedTokenizerBase,
+        check: Callable[[str], None] | None = None,
+    ) -> list[int]:
+        """Tokens to generate the next turn from: exactly those that stand before it in training.
+
+        check: is given the text before its tokens are counted, and may raise.
+        """
         layout = Layout.raw if self.kind == "raw" else Layout.chat
         if self.template is not None and self.kind == "chat":
             tokenizer.chat_template = self.template
-        return Encoder(tokenizer, layout=layout, template_options=self.template_options).prompt(messages)
+        return Encoder(tokenizer, layout=layout, template_options=self.template_options).prompt(messages, check)

@@ -185,7 +185,7 @@ class Products:
                 outputs.append(layer(x))
             elif B is None:
                 outputs.append(dense_product(x, base))
-            elif base.form == DENSE and few_rows.takes_rows(x, B.shape[1]):
+            elif base.form == DENSE and B.dtype is torch.float32 and few_rows.takes_rows(x, B.shape[1]):
                 outputs.append(few_rows.add_low_rank(x, self.factors_of_rows(place, len(x)), dense_product(x, base)))
             else:
                 assert self.A is not None
@@ -210,7 +210,7 @@ class Products:
 def dense_product(x: Tensor, base: Base) -> Tensor:
     """Return x W^T + bias, (rows, out_features)."""
     weight, bias = base.first, base.tensors[-1]
-    if few_rows.takes(x, weight):
+    if few_rows.takes(x, weight, bias):
         return few_rows.product(x, weight, bias)
     if x.device.type != "cpu" or x.dtype is not torch.float32 or not 1 < len(x) <= FEW_ROWS:
         return F.linear(x, weight, bias)

@@ -33,15 +33,22 @@ class RowFactors(NamedTuple):
     @classmethod
     def of(cls, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> "RowFactors":
         """Return them for each row's A and B^T, contiguous fp32 on the host; None leaves a row alone."""
+        for factor in {id(factor): factor for pair in pairs if pair is not None for factor in pair}.values():
+            assert is_plain(factor), f"the kernel reads contiguous fp32 on the host, not {factor.dtype}"
         ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
         A, B = ([None if pair is None else pair[side].data_ptr() for pair in pairs] for side in (0, 1))
         addresses = c_void_p * len(pairs)
         return cls(addresses(*A), addresses(*B), (c_int * len(pairs))(*ranks), max(ranks, default=0))
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `product` computes x W^T: few rows of fp32 on a CPU, and nothing to be learnt from them."""
-    return takes_rows(x, len(weight)) and weight.dtype is torch.float32 and weight.is_contiguous()
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a kernel can read a tensor by its address: contiguous fp32 on the host."""
+    return tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether `product` computes x W^T + bias: few rows of fp32 on a CPU, and nothing to be learnt from them."""
+    return takes_rows(x, len(weight)) and is_plain(weight) and (bias is None or is_plain(bias))
 
 
 def takes_rows(x: Tensor, out_features: int) -> bool:
@@ -52,7 +59,7 @@ def takes_rows(x: Tensor, out_features: int) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, (rows, out_features), where `takes` says so; bias fp32."""
+    """Return x W^T + bias, (rows, out_features), where `takes` says so."""
     x, output = x.contiguous(), x.new_empty(len(x), len(weight))
     kernels(FEW_ROWS).few_rows_product(
         address(x), address(weight), address(bias), c_long(len(x)), c_long(x.shape[1]), c_long(len(weight)),

@@ -1,8 +1,11 @@
 """Bodies of requests to the server, in OpenAI's words."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from lightning_peft.data.tool_calls import CALL_ROLES
+from lightning_peft.data.turns import ROLES
 
 MOST_STOPS = 16
 """Stop texts of a request: each is looked for at each token, in the thread that answers all requests."""
@@ -17,7 +20,22 @@ def whole_characters(text: str) -> str:
     return text
 
 
+def without_point(number: Any) -> Any:
+    """Return 5 for 5.0: JSON has one kind of number, and some clients write all of them with a point."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def author(name: str) -> str:
+    """Return system, user, assistant or tool for any name of one that training rows may give. Raises ValueError."""
+    known = [name for name in ROLES if name not in CALL_ROLES]  # whose text would have to be read as a call
+    if name.lower() not in known:
+        raise ValueError(f"{name!r} is no role; there are {', '.join(known)}")
+    return ROLES[name.lower()]
+
+
 Text = Annotated[str, AfterValidator(whole_characters)]
+Whole = Annotated[int, BeforeValidator(without_point)]
+Role = Annotated[str, AfterValidator(author)]
 
 
 class Body(BaseModel):
@@ -41,14 +59,14 @@ class Sampling(Body):
     """What both kinds of completion take."""
 
     model: Text
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Whole | None = Field(default=None, ge=1)
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Whole = Field(default=0, ge=0, lt=2**63)
     stop: list[Text] = Field(default_factory=list, max_length=MOST_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(default=1, ge=1, le=1)
+    n: Whole = Field(default=1, ge=1, le=1)
     user: str | None = None
 
     @field_validator("stop", mode="before")
@@ -66,7 +84,7 @@ class Sampling(Body):
 class Turn(Body):
     """A message of a chat."""
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Role
     content: Text
     name: Text | None = None
 
@@ -75,16 +93,19 @@ class ChatRequest(Sampling):
     """The body of /v1/chat/completions."""
 
     messages: list[Turn] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=20)
+    top_logprobs: Whole = Field(default=0, ge=0, le=20)
 
     @model_validator(mode="after")
     def chat_options_are_read(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens are the same: give one")
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} are one option: "
+                "give one of them"
+            )
         return self
 
 
@@ -93,7 +114,7 @@ class TextRequest(Sampling):
 
     prompt: Text
     echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: Whole | None = Field(default=None, ge=0, le=5)
 
 
 class LoadRequest(Body):

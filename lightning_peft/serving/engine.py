@@ -75,6 +75,8 @@ class Engine:
         self.waiting: deque[Job] = deque()
         self.running: dict[int, Job] = {}
         """By the id of its row."""
+        self.may_take = self.max_batch
+        """Jobs that this turn may still take from the queue."""
         self.generated = 0
         self.changed = threading.Condition()
         self.adapters = threading.Lock()
@@ -123,8 +125,12 @@ class Engine:
                 self._fail_all(error)
 
     def turn(self) -> None:
-        """Take in what waits, and give every running answer its next token. The engine's thread calls it."""
+        """Take in what waits, and give every running answer its next token. The engine's thread calls it.
+
+        It takes up to `max_batch` jobs: answers that end at once, one behind the other, would hold up those that run.
+        """
         self._drop_cancelled()
+        self.may_take = self.max_batch
         while joining := self._joining():
             self.decoder.add(*joining)
             for row in joining:
@@ -139,26 +145,34 @@ class Engine:
         rows: list[Row] = []
         tokens = 0
         while (job := self._next_job(rows, tokens)) is not None:
-            slot: int | None = -1
-            error: Exception | None = None
-            if job.folder is not None and self.tiers is not None and not job.cancelled:
-                try:
-                    with self.adapters:
-                        slot = self.tiers.acquire(job.folder)
-                except (ValueError, OSError) as reason:
-                    error = reason
-            if slot is None:
-                break
             with self.changed:
                 self.waiting.popleft()
-            if error is not None:
-                job.finished = True
-                job.take(Piece(error=error))
-            elif not job.cancelled or slot >= 0:
-                rows.append(self._row(job, slot))
-                self.running[id(rows[-1])] = job
-                tokens += len(job.prompt)
+            if not job.cancelled:
+                try:
+                    row, slot = self._row(job), self._slot(job)
+                except Exception as error:  # it is this job's, and no other's
+                    if not isinstance(error, ValueError | OSError):
+                        logger.exception("a request could not be taken in")
+                    job.finished = True
+                    job.take(Piece(error=error))
+                else:
+                    if slot is None:
+                        with self.changed:
+                            self.waiting.appendleft(job)
+                        break
+                    row.slot = slot
+                    rows.append(row)
+                    self.running[id(row)] = job
+                    tokens += len(job.prompt)
+            self.may_take -= 1
         return rows
+
+    def _slot(self, job: Job) -> int | None:
+        """Return the number of the slot or guest that a job's row goes through; None where it has to wait for one."""
+        if job.folder is None or self.tiers is None:
+            return -1
+        with self.adapters:
+            return self.tiers.acquire(job.folder)
 
     def _next_job(self, rows: Sequence[Row], tokens: int) -> Job | None:
         """Return the job whose turn it is; None where it has to wait, or runs better after these rows.
@@ -166,14 +180,14 @@ class Engine:
         Prompts are padded to the longest one: what is padding stays below what is not.
         """
         with self.changed:
-            if not self.waiting or len(self.running) >= self.max_batch:
+            if not self.waiting or len(self.running) >= self.max_batch or self.may_take == 0:
                 return None
             job = self.waiting[0]
         padded = max(len(job.prompt), *(len(row.prompt) for row in rows)) * (len(rows) + 1) if rows else 0
         return job if padded <= min(PREFILL_TOKENS, 2 * (tokens + len(job.prompt))) else None
 
-    def _row(self, job: Job, slot: int) -> Row:
-        return Row(job.prompt, job.sampling, lambda choice: self._take(job, choice), slot, job.top_logprobs)
+    def _row(self, job: Job) -> Row:
+        return Row(job.prompt, job.sampling, lambda choice: self._take(job, choice), top_logprobs=job.top_logprobs)
 
     def _take(self, job: Job, choice: Choice) -> bool:
         """Hand a token on as text; returns whether the answer goes on."""

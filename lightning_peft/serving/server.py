@@ -27,6 +27,7 @@ from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.serving.bodies import ChatRequest, LoadRequest, Sampling, TextRequest, Turn
 from lightning_peft.serving.engine import Engine, Job, Piece, QueueFullError
+from lightning_peft.serving.prompt import most_bytes_a_token
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.tiers import NAME, AdapterTiers, UnknownModelError
 
@@ -98,7 +99,6 @@ class Serving:
         return self.layouts[folder]
 
     def chat_prompt(self, folder: Path | None, turns: list[Turn]) -> list[int]:
-        self.check_size(sum(len(turn.content.encode()) for turn in turns))
         layout = self.layout(folder)
         messages = [Message(turn.role, turn.content, name=turn.name) for turn in turns]
         if layout.kind != "chat":
@@ -107,24 +107,25 @@ class Serving:
             return self.laid_out(layout, layout.conversation(messages[0].content))
         return self.laid_out(layout, layout.going_on(messages))
 
-    def check_size(self, size: int) -> None:
+    def check_size(self, text: str) -> None:
         """Raise ApiError for a text that is too long whatever its tokens, before they are counted."""
-        if self.context is not None and size > (most := self.context * self.longest_token):
+        if self.context is None or self.most_bytes_a_token is None:
+            return
+        if (size := len(text.encode())) > (most := self.context * self.most_bytes_a_token):
             raise ApiError(
                 400, f"the prompt's {size} bytes do not fit the model's {self.context} tokens, {most} bytes at most",
                 "context_length_exceeded",
             )  # fmt: skip
 
     @cached_property
-    def longest_token(self) -> int:
-        """Bytes of the longest token, as the vocabulary writes it, which is at least what it stands for."""
-        return max(len(token.encode()) for token in self.tokenizer.get_vocab())
+    def most_bytes_a_token(self) -> int | None:
+        return most_bytes_a_token(self.tokenizer)
 
     def laid_out(self, layout: PromptLayout, messages: Conversation) -> list[int]:
         with self.prompting:
             before = self.tokenizer.chat_template
             try:
-                return layout.prompt(messages, self.tokenizer)
+                return layout.prompt(messages, self.tokenizer, self.check_size)
             except (ChatTemplateError, ValueError) as error:
                 raise ApiError(400, f"messages: {error}") from error
             finally:
@@ -212,7 +213,7 @@ def build_app(serving: Serving) -> FastAPI:
         folder = serving.folder(body.model)
         if body.echo:
             raise ApiError(400, "echo=true: the prompt is not repeated here")
-        serving.check_size(len(body.prompt.encode()))
+        serving.check_size(body.prompt)
         prompt = (await asyncio.to_thread(serving.tokenizer, body.prompt))["input_ids"]
         if not prompt:
             raise ApiError(400, "prompt: is empty")

@@ -77,6 +77,29 @@ def test_a_step_of_slots_and_guests_is_each_adapter_alone(dtype: torch.dtype) ->
     assert (together - exact).abs().max() < (1e-5 if dtype is torch.float32 else 0.04) * exact.abs().max()
 
 
+@pytest.mark.parametrize("slots_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("guest", [False, True], ids=["slot", "guest"])
+def test_a_step_in_fp32_over_slots_in_bf16_or_a_bias_with_gaps(guest: bool, slots_dtype: torch.dtype) -> None:
+    """What a kernel that reads by address takes for other numbers."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48)
+    layer.bias = nn.Parameter(torch.linspace(-9, 9, 96)[::2])
+    model = nn.Sequential(layer).requires_grad_(False)
+    slots = Slots(model, 1, 4, slots_dtype)
+    pair = LowRank(torch.randn(4, 64) / 8, torch.randn(48, 4), 0.5)
+    factors, number = cast_factors({"0": pair}, slots_dtype), 0
+    if guest:
+        number = slots.welcome(factors)
+    else:
+        slots.load(0, factors)
+    x = torch.randn(3, 64)
+    exact = x.double() @ (layer.weight.double() + 0.5 * pair.B.double() @ pair.A.double()).t() + layer.bias.double()
+    with torch.no_grad(), slots.routed([number] * 3):
+        found = model(x).double()
+    # Factors of bf16, and in slots their inner products, have 8 bits.
+    assert (found - exact).abs().max() < (1e-6 if slots_dtype is torch.float32 else 0.01) * exact.abs().max()
+
+
 def test_numbers_of_one_adapter_that_are_not_finite_stay_in_its_rows() -> None:
     model = llama()
     slots = Slots(model, 2, 8, torch.float32)
@@ -147,3 +170,50 @@ def test_what_does_not_fit_is_named() -> None:
             slots.load(0, {name: (torch.ones(2, 5), torch.ones(2, 6))})
     with pytest.raises(ValueError, match="there are slots 0 to 0; -1 is the base"), slots.routed([1]):
         pass
+
+
+@pytest.mark.parametrize("guest", [False, True], ids=["slot", "guest"])
+def test_factors_that_do_not_fit_a_layer_are_refused_whoever_wrapped_it(guest: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)).requires_grad_(False)
+    slots = Slots(model, 1, 4, torch.float32)
+    good = {"0": (torch.ones(2, 8), torch.ones(2, 16)), "1": (torch.ones(2, 16), torch.ones(2, 8))}
+    put = slots.welcome if guest else lambda factors: slots.load(0, factors)
+    for wrapped in (False, True):
+        for A, B in (
+            (torch.ones(2, 32), torch.ones(2, 8)),
+            (torch.ones(2, 16), torch.ones(2, 32)),
+            (torch.ones(2, 16), torch.ones(16)),
+            (torch.ones(16), torch.ones(2, 8)),
+            (torch.ones(4, 16), torch.ones(2, 8)),
+            (torch.ones(1, 2, 16), torch.ones(1, 2, 8)),
+        ):
+            with pytest.raises(
+                ValueError, match="1: the adapter's factors, A .* do not fit the model's layer of shape"
+            ):
+                put({"0": (torch.full((2, 8), 3.0), torch.ones(2, 16)), "1": (A, B)})
+        assert bool(slots.layers) == wrapped and not (slots.guests and not wrapped)
+        put(good)
+        number = max(slots.guests, default=0)
+        assert torch.equal(slots.pair(number, slots.layers["0"])[0][:2], good["0"][0])
+
+
+def test_a_load_that_fails_halfway_leaves_nothing_to_the_next() -> None:
+    """Of three rows at once, which go through the columns of the slots; the second of the layers has no numbers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).bfloat16().requires_grad_(False)
+    slots = Slots(model, 1, 4, torch.bfloat16)
+
+    def pair(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.randn(4, 16, device=device, dtype=torch.bfloat16) for _ in "AB")
+
+    for factors in ({"0": pair(), "1": pair()}, {"1": pair()}):
+        slots.load(0, factors)
+    with pytest.raises(NotImplementedError, match="no data"):
+        slots.load(0, {"0": pair(), "1": pair("meta")})
+    assert slots.layers["0"].A.any()  # halfway
+    slots.load(0, {"1": pair()})
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    with slots.routed([0, 0, 0]):
+        served = model[0](x)
+    change = (served.float() - model[0].base_layer(x).float()).abs().max()
+    assert change < 0.02 and not slots.layers["0"].A.any()  # two roundings of the base's numbers

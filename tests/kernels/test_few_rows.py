@@ -1,5 +1,7 @@
 """Products of few rows: each output is one sum in one order, whatever rows stand beside it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ def test_product_is_that_of_fp64(rows: int, in_features: int, out_features: int)
     bias = torch.randn(out_features)
     expected = x.double() @ weight.double().t()
     with torch.no_grad():
-        assert few_rows.takes(x, weight)
+        assert few_rows.takes(x, weight, None) and few_rows.takes(x, weight, bias)
         assert within_rounding(few_rows.product(x, weight, None), expected)
         assert within_rounding(few_rows.product(x, weight, bias), expected + bias)
 
@@ -62,10 +64,23 @@ def test_each_row_has_its_own_pair(rank: int) -> None:
 
 def test_other_products_are_torchs() -> None:
     x, weight = torch.randn(2, 64), torch.randn(8, 64)
-    assert not few_rows.takes(x, weight)  # gradients may be asked for
+    assert not few_rows.takes(x, weight, None)  # gradients may be asked for
     with torch.no_grad():
-        assert not few_rows.takes(x.bfloat16(), weight)
-        assert not few_rows.takes(x, weight.bfloat16())
-        assert not few_rows.takes(x, torch.randn(64, 8).t())
-        assert not few_rows.takes(torch.randn(65, 64), weight)
-        assert not few_rows.takes(torch.randn(2, 60), torch.randn(8, 60))
+        assert not few_rows.takes(x.bfloat16(), weight, None)
+        assert not few_rows.takes(x, weight.bfloat16(), None)
+        assert not few_rows.takes(x, torch.randn(64, 8).t(), None)
+        assert not few_rows.takes(torch.randn(65, 64), weight, None)
+        assert not few_rows.takes(torch.randn(2, 60), torch.randn(8, 60), None)
+        assert not few_rows.takes(x, weight, torch.randn(8).bfloat16())
+        assert not few_rows.takes(x, weight, torch.randn(16)[::2])
+
+
+@pytest.mark.parametrize(
+    "strange", [Tensor.bfloat16, lambda factor: factor.t().contiguous().t()], ids=["bf16", "strided"]
+)
+@pytest.mark.parametrize("side", [0, 1], ids="AB")
+def test_factors_that_the_kernel_would_misread_are_an_error(side: int, strange: Callable[[Tensor], Tensor]) -> None:
+    pair = [torch.randn(4, 64), torch.randn(4, 48)]
+    pair[side] = strange(pair[side])
+    with pytest.raises(AssertionError, match="the kernel reads contiguous fp32 on the host"):
+        few_rows.RowFactors.of([None, (pair[0], pair[1])])

@@ -1,13 +1,16 @@
 """Who is taken into the batch, and when: the engine's turns, without a server around it."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_models import config_for
+from safetensors.torch import load_file, save_file
 from server_process import save
 
-from lightning_peft.adapters.slots import Slots
+from lightning_peft.adapters.slots import Factors, Slots
 from lightning_peft.inference.decoding import Decoder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
@@ -85,3 +88,94 @@ def test_a_failure_leaves_no_guest_behind(folders: list[Path]) -> None:
     assert all(str(own[-1].error) == "out of memory" for own in pieces)
     assert not shared.tiers.slots.guests and not shared.running
     assert len(answers(shared, [job([5, 6], folders[0], [])])[0]) == 6
+
+
+def widen_q(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A layer of another width."""
+    return {name: torch.cat([value, value], 1) if "q_proj.lora_A" in name else value for name, value in A_and_B.items()}
+
+
+def flatten_B(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.flatten() if "lora_B" in name else value for name, value in A_and_B.items()}
+
+
+def add_a_dimension(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value[None] if "lora_B" in name else value for name, value in A_and_B.items()}
+
+
+def make_numbers(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value[0, 0] for name, value in A_and_B.items()}
+
+
+def cut_B(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """B of another rank than A."""
+    return {name: value[:, :1].contiguous() if "lora_B" in name else value for name, value in A_and_B.items()}
+
+
+@pytest.mark.parametrize("slots", [1, 2], ids=["guest", "slot"])
+@pytest.mark.parametrize("change", [widen_q, flatten_B, add_a_dimension, make_numbers, cut_B])
+def test_an_adapter_that_does_not_fit_ends_its_own_request_alone(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    slots: int,
+    folders: list[Path],
+    tmp_path: Path,
+) -> None:
+    """Asked for while another has its slot, or beside it in a free one; its layers are those of the first."""
+    misshapen = tmp_path / "misshapen"
+    shutil.copytree(folders[0], misshapen)
+    (misshapen / "lineage.json").unlink()
+    weights = misshapen / "adapter_model.safetensors"
+    save_file({name: value.clone() for name, value in change(load_file(weights)).items()}, weights)
+    [expected] = answers(engine(1), [job([5, 6, 7], folders[1], [])])
+    shared, pieces = engine(slots), []
+    good, bad = job([5, 6, 7], folders[1], []), job([5, 6, 7], misshapen, pieces)
+    for one in (good, bad, job([5, 6, 7], folders[2], [])):
+        shared.submit(one)
+    for _ in range(10):
+        shared.turn()
+    assert not shared.waiting and not shared.running
+    assert good.tokens == expected and not bad.tokens
+    [piece] = pieces
+    assert isinstance(piece.error, ValueError) and any(
+        says in str(piece.error)
+        for says in ("do not fit the model's layer of shape", "which are no pair", "and no matrix")
+    )
+
+
+def test_a_failure_of_any_kind_while_joining_is_one_requests(folders: list[Path], monkeypatch) -> None:
+    """Memory that is out, here a read that raises what nobody foresaw."""
+    shared, pieces = engine(2), []
+    read = shared.tiers.on_host
+
+    def out_of_memory(folder: Path) -> Factors:
+        if folder == folders[1]:
+            raise RuntimeError("out of memory")
+        return read(folder)
+
+    monkeypatch.setattr(shared.tiers, "on_host", out_of_memory)
+    jobs = [job([5, 6], folders[0], []), job([5, 6], folders[1], pieces), job([5, 6], folders[2], [])]
+    tokens = answers(shared, jobs)
+    assert [len(found) for found in tokens] == [6, 0, 6]
+    assert [str(piece.error) for piece in pieces] == ["out of memory"]
+
+
+def test_answers_that_end_at_once_hold_up_none_that_run() -> None:
+    """Each asks for the next one as it ends: a running answer still gets its token a turn."""
+    shared, short = engine(1, max_batch=4), []
+
+    def take(piece: Piece) -> None:
+        short.append(piece)
+        if len(short) < 100:
+            shared.submit(one_token())
+
+    def one_token() -> Job:
+        return Job([5] * 50, SamplingConfig(max_new_tokens=1), frozenset(), take)
+
+    running = job([5, 6], None, [], 50)
+    shared.submit(running)
+    shared.turn()
+    before = len(running.tokens)
+    for _ in range(3):
+        shared.submit(one_token())
+    shared.turn()
+    assert len(short) == 4 and len(running.tokens) == before + 1

@@ -1,11 +1,11 @@
 """Requests that nobody should send: each gets one line and a status of the 400s, and the server goes on."""
 
+import asyncio
 import json
 import shutil
 import signal
-import time
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,19 @@ import torch
 from adapter_models import config_for
 from safetensors.torch import load_file, save_file
 from server_process import ask, ended, save, start
+from transformers import PreTrainedTokenizerFast
 
+from lightning_peft.data.layout import PromptLayout
+from lightning_peft.inference.decoding import Decoder
+from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.tiny import CHAT_TEMPLATE
+from lightning_peft.serving.engine import Engine
+from lightning_peft.serving.server import Serving, build_app
+from lightning_peft.serving.server_config import ServerConfig
+
+SECONDS_HELD = 20.0
+"""How long a test that is to fail takes."""
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -84,7 +96,8 @@ def test_bodies_that_are_none(client: openai.OpenAI, raw: bytes, says: str) -> N
         ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
         ({"max_tokens": True}, "max_tokens: Input should be a valid integer"),
         ({"max_tokens": 2.5}, "max_tokens: Input should be a valid integer"),
-        ({"max_tokens": 3, "max_completion_tokens": 3}, "are the same: give one"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens=3 and max_completion_tokens=4 are one option"),
+        ({"max_tokens": float("inf")}, "max_tokens: Input should be a valid integer"),
         ({"temperature": -1}, "temperature: "),
         ({"temperature": "hot"}, "temperature: "),
         ({"n": 2}, "n: Input should be less than or equal to 1"),
@@ -99,9 +112,10 @@ def test_bodies_that_are_none(client: openai.OpenAI, raw: bytes, says: str) -> N
         ({"top_logprobs": 5}, "top_logprobs needs logprobs=true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
         ({"messages": []}, "messages: "),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role: Input should be 'system', 'user'"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role: 'wizard' is no role; there are"),
+        ({"messages": [{"role": "tool_call", "content": "x"}]}, "messages.0.role: 'tool_call' is no role; there are"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "messages.0.content: "),
-        ({"messages": [{"role": "user", "content": "x" * 10**7}]}, "10000000 bytes do not fit the model's 2048 tok"),
+        ({"messages": [{"role": "user", "content": "x" * 10**7}]}, "bytes do not fit the model's 2048 tokens, "),
         ({"model": "layout"}, "not a prompt layout (system_prompt=3 is of another type)"),
         ({"model": "lineage"}, "lineage.json: lacks base_fingerprint"),
         ({"model": "nan"}, "has numbers that are not finite"),
@@ -155,6 +169,29 @@ def test_null_is_what_is_left_out(client: openai.OpenAI) -> None:
     )
 
 
+def test_a_number_may_be_written_with_a_point(client: openai.OpenAI) -> None:
+    body = {"model": "a", "messages": HI}
+    plain = post(client, "chat/completions", body | {"max_tokens": 3, "seed": 7})
+    pointed = {"max_tokens": 3.0, "max_completion_tokens": 3, "seed": 7.0, "n": 1.0}
+    assert post(client, "chat/completions", body | pointed).json()["choices"] == plain.json()["choices"]
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("developer", "system"), ("human", "user"), ("Assistant", "assistant"), ("function", "tool"),
+     ("ipython", "tool"), ("observation", "tool")],
+)  # fmt: skip
+def test_turns_have_the_authors_of_training_rows(client: openai.OpenAI, name: str, role: str) -> None:
+    """The prompt is that of the role's own name: as long, and answered alike."""
+    found = []
+    for author in (name, role):
+        turns = [{"role": author, "content": "Be short."}, *HI]
+        response = post(client, "chat/completions", {"model": "a", "messages": turns, "max_tokens": 6})
+        assert response.status_code == 200
+        found.append((response.json()["choices"], response.json()["usage"]))
+    assert found[0] == found[1]
+
+
 def test_bodies_have_a_size(client: openai.OpenAI) -> None:
     large = b'{"model":"a","messages":[{"role":"user","content":"' + b"x" * 2**24 + b'"}]}'
     assert post(client, "chat/completions", raw=large).status_code == 413
@@ -173,14 +210,46 @@ def test_a_model_is_retrieved_by_name(client: openai.OpenAI) -> None:
         client.models.retrieve("nobody")
 
 
-def test_others_are_answered_while_a_huge_prompt_is_refused(client: openai.OpenAI) -> None:
-    huge = {"model": "a", "messages": [{"role": "user", "content": "x" * 10**7}]}
-    with ThreadPoolExecutor(4) as pool:
-        refused = [pool.submit(post, client, "chat/completions", huge) for _ in range(3)]
-        started = time.monotonic()
-        assert ask(client, "a", "hi", 2)
-        assert time.monotonic() - started < 30
-        assert {future.result().status_code for future in refused} == {400}
+class HeldTokenizer(PreTrainedTokenizerFast):
+    """Counts tokens when it is let, or after `SECONDS_HELD`: a prompt that takes long."""
+
+    counting: threading.Event
+    let: threading.Event
+    was_let: bool
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        self.counting.set()
+        self.was_let = self.let.wait(SECONDS_HELD)
+        return super().__call__(*given, **options)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}), ("completions", {"prompt": "hi"})],
+)
+def test_others_are_answered_while_the_tokens_of_a_prompt_are_counted(path: str, body: dict[str, Any]) -> None:
+    source = ModelConfig("tiny")
+    tokenizer = load_tokenizer(source)
+    tokenizer.__class__ = HeldTokenizer
+    tokenizer.counting, tokenizer.let = threading.Event(), threading.Event()
+    engine = Engine(Decoder(load_model(source, torch.float32).eval()), None, tokenizer, 4, 4)
+    layout = PromptLayout(template=CHAT_TEMPLATE, stop_token_ids=[2])
+    app = build_app(Serving(engine, None, tokenizer, "tiny", layout, 2048, ServerConfig()))
+
+    async def asked() -> int:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here", timeout=None) as client,
+        ):
+            post = client.post(f"/v1/{path}", json={"model": "tiny", "max_tokens": 2, **body})
+            answer = asyncio.create_task(post)
+            assert await asyncio.to_thread(tokenizer.counting.wait, SECONDS_HELD)
+            assert (await client.get("/health")).json() == {"status": "ok"}
+            tokenizer.let.set()
+            return (await answer).status_code
+
+    assert asyncio.run(asked()) == 200
+    assert tokenizer.was_let
 
 
 def test_an_adapter_unloaded_or_changed_in_use_ends_as_it_began(client: openai.OpenAI, place: Path) -> None:
