@@ -85,13 +85,15 @@ def main(arguments: list[str] | None = None) -> int:
 def open_what_is_closed() -> None:
     """Put the null device where stdin, stdout or stderr is closed.
 
-    The next file that is opened would take its number, and with that all that libraries and children print.
+    The next file that is opened would take its number, and with that all that libraries and children print. `sys.stdin`
+    stays None, so that a chat can say why it has nobody to talk to.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so the one that is closed
             os.set_inheritable(null, True)
-            setattr(sys, name, os.fdopen(null, mode))
+            if name != "stdin":
+                setattr(sys, name, os.fdopen(null, "w"))
 
 
 def meant_by(word: str) -> str | None:

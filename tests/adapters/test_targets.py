@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.adapters.base import AdapterConfig, Target
-from lightning_peft.adapters.dora import DoRAConfig
 from lightning_peft.adapters.inject import describe_targets, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
@@ -225,9 +224,9 @@ def test_stacked_experts_are_reported(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_method_without_a_form_for_experts_is_told_by_their_name() -> None:
-    config = DoRAConfig(rank=4, target_modules=["gate_up_proj"])
-    with pytest.raises(ValueError, match="the name belongs to stacked experts, which method dora does not adapt"):
-        find_targets(meta_model("MixtralConfig"), config, tuple(METHODS["dora"].layers))
+    config = VeRAConfig(rank=4, target_modules=["gate_up_proj"])
+    with pytest.raises(ValueError, match="the name belongs to stacked experts, which method vera does not adapt"):
+        find_targets(meta_model("MixtralConfig"), config, tuple(METHODS["vera"].layers))
 
 
 def test_table_has_a_row_per_kind_of_layer_and_the_totals() -> None:

@@ -45,7 +45,8 @@ def hop_of(frame: FrameType) -> Hop:
 
 
 @contextmanager
-def profiled(see: Callable[[FrameType, str, Any], None]) -> Iterator[None]:
+def profiled(see: Callable[[FrameType, str, Any], None] | None) -> Iterator[None]:
+    """Inside, `see` is told of each call and return; behind it, whoever was told before."""
     before = sys.getprofile()
     sys.setprofile(see)
     try:
@@ -103,7 +104,7 @@ class Traced(Callback):
         self.walk = walk
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        sys.setprofile(self.walk.see if batch_idx == 0 else None)
+        sys.setprofile(self.walk.see if trainer.global_step == 1 else None)
 
 
 def stack_of(frame: FrameType | None) -> list[Hop]:
