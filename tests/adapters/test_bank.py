@@ -1,6 +1,7 @@
 """Several adapters on one base: every row is what its adapter alone gives, gradients included."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -180,16 +181,35 @@ def test_rows_need_routes() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
-def test_in_bf16_a_row_is_its_adapter_alone_to_the_bit(method: str, quantized: bool) -> None:
-    """A change below the rounding of the base's output is kept, as outside a bank."""
+def test_in_bf16_a_row_is_its_adapter_alone(method: str, quantized: bool) -> None:
+    """A change below the rounding of the base's output is kept, as outside a bank.
+
+    Sums in fp32 may have another order where the base's product has more rows, and a few of them round the other way.
+    If the change were lost, three in ten numbers or more would be others.
+    """
     models = [perturb(adapted(method, torch.bfloat16, quantized), scale) for scale in (1e-3, 2e-3)]
     layers = [model.get_submodule("model.layers.1.self_attn.v_proj") for model in models]
     layers[1].base_layer = layers[0].base_layer
     bank = AdapterBank(layers)
     bank.routes = [1, 0, 1]
-    x = torch.randn(3, 5, 64, dtype=torch.bfloat16)
+    x = torch.randn(3, 40, 64, dtype=torch.bfloat16)
     output = bank(x)
-    assert torch.equal(output[[0, 2]], layers[1](x[[0, 2]])) and torch.equal(output[1:2], layers[0](x[1:2]))
+    expected = torch.stack([layers[1](x[:1])[0], layers[0](x[1:2])[0], layers[1](x[2:])[0]])
+    assert (output == expected).float().mean() > 0.97
+    torch.testing.assert_close(output, expected, rtol=2**-7, atol=1e-6)
+    with bank_without_changes(layers):
+        assert (bank(x) == expected).float().mean() < 0.8
+
+
+@contextmanager
+def bank_without_changes(layers: Sequence[nn.Module]) -> Iterator[None]:
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def test_rows_drop_what_their_adapter_alone_drops() -> None:
