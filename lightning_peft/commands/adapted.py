@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tensors_beside
 from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.layout import PromptLayout
@@ -15,6 +16,7 @@ from lightning_peft.inference.load import base_named_by, is_whole_model, load_ad
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.serving.engines import ENDS, features_of
 from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
 from lightning_peft.sweeps.table import best_trial
 from lightning_peft.training.precision import has_fast_bf16, resolve_precision, weight_dtype
@@ -118,3 +120,11 @@ def load_for_inference(
     if folder is None or is_whole_model(folder):
         return load_model(base, dtype, quantization, device=device).eval(), tokenizer
     return load_adapted(folder, base, quantization, dtype, device, takes_rewards), tokenizer
+
+
+def features_of_folder(folder: Path) -> list[str]:
+    """Return the features of an adapter as it lies in a folder, the base's tensors in its file among them."""
+    features = features_of(adapter_config_from_peft(folder))
+    if "trained_biases" not in features and (beside := tensors_beside(folder)):
+        features.append("trained_embeddings" if any(end in beside[0] for end in ENDS) else "trained_modules")
+    return features

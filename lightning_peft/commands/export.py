@@ -20,6 +20,7 @@ from lightning_peft.command_configs import ExportConfig, ExportFormat
 from lightning_peft.commands.adapted import (
     base_of,
     best_of_sweep,
+    features_of_folder,
     layout_of,
     load_base,
     load_for_inference,
@@ -113,10 +114,7 @@ def checked(config: ExportConfig) -> Source:
     if whole and config.format in LOW_RANK:
         raise ValueError(f"format={format}: {folder} holds a whole model, which is no adapter; use format=gguf")
     adapter = METHODS["full"].config(method="full", rank=None) if whole else adapter_config_from_peft(folder)
-    features = features_of(adapter)
-    if not whole and "trained_biases" not in features and (beside := tensors_beside(folder)):
-        ends = ("embed", "lm_head", "wte")
-        features.append("trained_embeddings" if any(end in beside[0] for end in ends) else "trained_modules")
+    features = features_of(adapter) if whole else features_of_folder(folder)
     blocking = not_low_rank(features)
     if blocking in NEVER_LOW_RANK and config.svd_rank is not None:
         features = [feature for feature in features if feature != blocking] + ["lora"]

@@ -16,21 +16,67 @@ from lightning_peft.commands.adapted import (
     layout_of,
     load_for_inference,
 )
+from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm
 from lightning_peft.inference.decoding import Decoder
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name, source_fingerprint
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.serving.engine import Engine
+from lightning_peft.serving.engines import engines
+from lightning_peft.serving.server_config import ServerConfig, ServingEngine
 from lightning_peft.serving.tiers import NAME, AdapterTiers
+from lightning_peft.serving.vllm import vllm_version
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RANK = 16
-
 
 def serve(config: ServeConfig) -> None:
-    """Answer requests until the process is asked to leave; then requests in flight are answered first."""
+    """Answer requests until the process is asked to leave; then requests in flight are answered first.
+
+    Where vLLM answers, it takes the place of this process.
+    """
+    folders = named_folders(config.adapters)
+    first = str(next(iter(folders.values()))) if folders else None
+    unadapted = (config.model or ModelConfig(), QuantizationConfig())
+    base, quantization = base_of(first, config.model) if first else unadapted
+    name = base.label or (base.name if base.path is None else Path(base.path).name)
+    directory = None if config.adapter_dir is None else Path(config.adapter_dir)
+    if directory is not None and not directory.is_dir():
+        raise ValueError(f"adapter_dir={directory}: no such folder")
+    if name in folders:
+        raise ValueError(f"adapters: {name} is the base's name; call the adapter otherwise")
+    context = model_context(base)
+    if context is not None and (config.serve.max_length or 0) > context:
+        raise ValueError(f"serve.max_length={config.serve.max_length}: is above the model's context, {context}")
+    served = Served(name, base, quantization, source_fingerprint(base), config.serve.max_length or context)
+    if has_vllm(config.serve):
+        serve_by_vllm(config, served, folders, directory)
+    else:
+        serve_embedded(config, served, folders, directory)
+
+
+def has_vllm(config: ServerConfig) -> bool:
+    """Return whether vLLM is to answer. Raises ValueError where it was asked for and is not there."""
+    if config.engine is ServingEngine.embedded:
+        return False
+    if config.python is None:
+        logger.info("serve.engine=auto: embedded, as serve.python names no interpreter that has vLLM")
+        return False
+    version, tried = vllm_version(config.python), engines()["vllm"].version
+    if version is None and config.engine is ServingEngine.vllm:
+        raise ValueError(f"serve.python={config.python}: has no vLLM; give an interpreter that imports it")
+    if version is None:
+        logger.info("serve.engine=auto: embedded, as serve.python=%s has no vLLM", config.python)
+        return False
+    other = "" if version == tried else f"; what it does with adapters was tried with {tried}"
+    logger.info("serve.engine=%s: vLLM %s of %s%s", config.engine.name, version, config.python, other)
+    return True
+
+
+def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None) -> None:
+    """Answer requests in this process."""
     try:
         import uvicorn
 
@@ -38,16 +84,8 @@ def serve(config: ServeConfig) -> None:
     except ImportError as error:
         # An optional extra.
         raise ValueError("serve: fastapi or uvicorn is not installed; pip install 'lightning-peft[serve]'") from error
-    folders = named_folders(config.adapters)
     first = str(next(iter(folders.values()))) if folders else None
-    base, quantization = base_of(first, config.model) if first else (config.model or ModelConfig(), None)
-    name = base.label or (base.name if base.path is None else Path(base.path).name)
-    fingerprint = source_fingerprint(base)
-    directory = None if config.adapter_dir is None else Path(config.adapter_dir)
-    if directory is not None and not directory.is_dir():
-        raise ValueError(f"adapter_dir={directory}: no such folder")
-    if name in folders:
-        raise ValueError(f"adapters: {name} is the base's name; call the adapter otherwise")
+    name, base, fingerprint = served.name, served.base, served.fingerprint
     ranks, alone = checked(folders, fingerprint, model_name(base))
     rank = config.serve.max_rank or max([*ranks, DEFAULT_RANK if not ranks else 1])
     if alone is not None and (len(folders) > 1 or directory is not None):
@@ -71,7 +109,7 @@ def serve(config: ServeConfig) -> None:
         slots = None
     else:
         dtype = inference_dtype(first, config.precision)
-        model = load_model(base, dtype, quantization, device=inference_device()).eval()
+        model = load_model(base, dtype, served.quantization, device=inference_device()).eval()
         layout = layout_of(None, tokenizer)
         slots = Slots(model, config.serve.slots, rank, dtype)
         tiers = AdapterTiers(slots, config.serve.host_adapters, fingerprint, model_name(base), directory)
@@ -79,7 +117,7 @@ def serve(config: ServeConfig) -> None:
     model.requires_grad_(False)
     layout = layout.with_stops(sorted(declared_end_ids(model)))
     engine = Engine(Decoder(model, slots), tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
-    serving = Serving(engine, tiers, tokenizer, name, layout, model_context(base), config.serve)
+    serving = Serving(engine, tiers, tokenizer, name, layout, served.context, config.serve)
     uvicorn.run(build_app(serving), host=config.serve.host, port=config.serve.port, log_level="warning")
 
 

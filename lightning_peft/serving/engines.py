@@ -20,6 +20,8 @@ PAIRS = ("lora", "lora_fa", "balora")
 """Methods whose file is A and B, beside those whose folder is one of these; others have a cell of their own name."""
 NEVER_LOW_RANK = ("dora", "hira", "ia3", "miss", "intrinsic", "other_method")
 """Features whose change is no low-rank sum, whatever the file."""
+ENDS = ("embed", "lm_head", "wte")
+"""What names of embeddings and heads have in them."""
 WHOLE_TENSORS = ("trained_modules", "trained_embeddings", "trained_biases")
 """Features that change tensors of the base beside the low-rank sum."""
 
@@ -121,9 +123,8 @@ def features_of(config: AdapterConfig) -> list[str]:
     for feature, words in (("adapted_head", ("lm_head", "embed_out")), ("adapted_embeddings", ("embed_tokens", "wte"))):
         if any(word in target for target in targets for word in words):
             found.append(feature)
-    ends = ("embed", "lm_head", "wte")
     for name in config.trainable_modules:
-        found.append("trained_embeddings" if any(end in name for end in ends) else "trained_modules")
+        found.append("trained_embeddings" if any(end in name for end in ENDS) else "trained_modules")
     if config.trained_biases is not Bias.none:
         found.append("trained_biases")
     return list(dict.fromkeys(found))

@@ -1,14 +1,27 @@
 """Options of the server."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class ServingEngine(Enum):
+    """What computes the answers."""
+
+    auto = "auto"
+    vllm = "vllm"
+    embedded = "embedded"
 
 
 @dataclass
 class ServerConfig:
     """Where the server listens, and how much it takes on."""
 
+    engine: ServingEngine = ServingEngine.auto
+    """embedded: this process; vllm: vLLM, started with serve.python; auto: vllm where serve.python has it."""
+    python: str | None = None
+    """Python interpreter that has vLLM, as /opt/vllm/bin/python."""
     host: str = "127.0.0.1"
     """Address to listen at; another than this machine's own needs serve.api_key."""
     port: int = 8000
@@ -25,6 +38,8 @@ class ServerConfig:
     """Rank of a slot; null takes the largest of the adapters named, 16 without any."""
     host_adapters: int = 64
     """Adapters kept in the host's memory; others are read from disk when they are asked for."""
+    max_length: int | None = None
+    """Longest prompt and answer in tokens; null takes the model's context."""
     allow_load: bool = False
     """Open the endpoints that load and unload adapters, from folders below adapter_dir."""
     dry_run: bool = False
@@ -38,5 +53,13 @@ class ServerConfig:
         for name in ("max_batch", "max_queue", "slots", "host_adapters"):
             if getattr(self, name) < 1:
                 raise ValueError(f"serve.{name}={getattr(self, name)}: must be at least 1")
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ValueError(f"serve.max_rank={self.max_rank}: must be at least 1")
+        for name in ("max_rank", "max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"serve.{name}={getattr(self, name)}: must be at least 1, or null")
+        if self.engine is ServingEngine.vllm and self.python is None:
+            raise ValueError("serve.engine=vllm serve.python=null: give serve.python=, an interpreter that has vLLM")
+        if self.engine is ServingEngine.embedded and self.python is not None:
+            raise ValueError(
+                f"serve.engine=embedded serve.python={self.python}: nothing would read it; leave it out, or use "
+                "serve.engine=vllm"
+            )

@@ -1,0 +1,194 @@
+"""`serve.engine=vllm`: adapters are judged and made plain, then vLLM takes this process's place."""
+
+import hashlib
+import logging
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from lightning_peft.checkpoint.atomic import atomic_folder
+from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, adapter_config_from_peft
+from lightning_peft.command_configs import ExportConfig, ExportFormat, ServeConfig
+from lightning_peft.commands.adapted import features_of_folder, inference_dtype, layout_of
+from lightning_peft.commands.export import base_file, export
+from lightning_peft.inference.load import is_whole_model, refuse_rewards
+from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_name
+from lightning_peft.models.source import ModelConfig, name_for_others
+from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.serving.engines import Outcome, engines, largest_rank, not_low_rank, verdict
+from lightning_peft.serving.server_config import ServerConfig
+from lightning_peft.serving.vllm import (
+    HAND_OVER,
+    VllmServer,
+    layers_of,
+    size_for,
+    spoken_variables,
+)
+from lightning_peft.serving.vllm_middleware import Settings, check_adapter, check_name
+from lightning_peft.user_cache import user_cache
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RANK = 16
+
+
+@dataclass(frozen=True)
+class Served:
+    """The base as `serve` has found it."""
+
+    name: str
+    base: ModelConfig
+    quantization: QuantizationConfig
+    fingerprint: str
+    context: int | None
+    """Longest prompt and answer in tokens; None where nobody says."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An adapter, and what vLLM does with it."""
+
+    folder: Path
+    rank: int
+    becomes_plain: bool
+    """vLLM computes it rightly once it is exported."""
+    text: str
+    refused: bool = False
+
+
+def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None) -> None:
+    """Become vLLM with the base and its adapters. Raises ValueError for what it would refuse or compute wrongly."""
+    check_options(config.serve, served.base)
+    judged = {name: judge(name, folder, served) for name, folder in folders.items()}
+    for name, adapter in judged.items():
+        print(f"{name}: {adapter.text}")
+    for name, adapter in judged.items():
+        if adapter.refused:
+            raise ValueError(f"adapters: {name}={adapter.folder}: {adapter.text}")
+    dtype = inference_dtype(str(next(iter(folders.values()))) if folders else None, config.precision)
+    if served.quantization.is_on:
+        kind = served.quantization.kind.name
+        logger.warning("the adapters were trained on a base with quantization.kind=%s, vLLM has it dense", kind)
+    rank = config.serve.max_rank or max([adapter.rank for adapter in judged.values()] or [DEFAULT_RANK])
+    settings = Settings(
+        served.name, served.fingerprint, layers_of(empty_model(served.base)), size_for(rank),
+        asdict(layout_of(None, load_tokenizer(served.base))),
+        {name: str(adapter.folder.resolve()) for name, adapter in judged.items()},
+        None if directory is None else str(directory.resolve()), config.serve.allow_load,
+        config.serve.max_batch + config.serve.max_queue,
+    )  # fmt: skip
+    for adapter in judged.values():
+        if not adapter.becomes_plain:
+            check_adapter(adapter.folder, settings)
+            check_finite_factors(adapter.folder, dtype)
+    base = base_for_vllm(served, dtype)
+    plain = {name: plain_folder(adapter.folder) for name, adapter in judged.items() if adapter.becomes_plain}
+    settings = replace(settings, adapters=settings.adapters | {name: str(path) for name, path in plain.items()})
+    assert config.serve.python is not None
+    server = VllmServer(
+        config.serve.python, base, served.base.revision, served.base.trust_remote_code, served.base.allow_pickle,
+        dtype, settings, config.serve,
+    )  # fmt: skip
+    words = [f"{key}={value}" for key, value in spoken_variables(server.variables()).items()]
+    command = shlex.join(["env", *words, *server.command()])
+    if config.serve.dry_run:
+        print(command)
+        return
+    write_base(served.base, dtype, base)
+    for name, path in plain.items():
+        if not path.is_dir():
+            adapter_path = str(judged[name].folder)
+            export(
+                ExportConfig(
+                    adapter_path=adapter_path, output=str(path), format=ExportFormat.plain, base_name=base,
+                    model=config.model, precision=config.precision,
+                )
+            )  # fmt: skip
+        check_adapter(path, settings)
+    logger.info("%s", command)
+    server.become()
+
+
+def check_options(config: ServerConfig, base: ModelConfig) -> None:
+    """Raise ValueError for options that vLLM cannot honour."""
+    instead = "use serve.engine=embedded"
+    if config.host_adapters < config.slots:
+        raise ValueError(
+            f"serve.host_adapters={config.host_adapters} serve.slots={config.slots}: vLLM keeps on the host what is in "
+            "slots; give as many host_adapters at least"
+        )
+    if base.attention != "auto":
+        raise ValueError(f"model.attention={base.attention}: vLLM has kernels of its own; leave it out, or {instead}")
+    if base.new_tokens:
+        raise ValueError(f"model.new_tokens={base.new_tokens}: vLLM's base has no rows for them; {instead}")
+    if base.rope_scaling.is_on:
+        raise ValueError(f"{base.rope_scaling}: vLLM takes positions from the base's config.json; {instead}")
+    if base.random_weights:
+        raise ValueError(f"model.random_weights=true: vLLM reads weights from files; {instead}")
+
+
+def judge(name: str, folder: Path, served: Served) -> Judged:
+    """Return what vLLM does with an adapter. Raises ValueError for a wrong base, a reward model, a name."""
+    try:
+        check_name(name, served.name)
+    except ValueError as error:
+        raise ValueError(f"adapters: {error}") from error
+    if is_whole_model(folder):
+        raise ValueError(f"adapters: {name}={folder}: holds a whole model; serve it by model=hf model.path={folder}")
+    check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
+    refuse_rewards(folder)
+    engine, features, rank = engines()["vllm"], features_of_folder(folder), stored_rank(folder)
+    own = verdict(engine, features, rank, None)
+    if own.outcome is Outcome.ok:
+        return Judged(folder, rank, False, f"{engine.title} {own.text}")
+    blocking = not_low_rank(features)
+    exported = verdict(engine, features, rank, ExportFormat.plain.value)
+    if blocking is not None or exported.outcome is not Outcome.ok:
+        remedy = "serve.engine=embedded serves it alone, `lightning-peft merge` makes a model of it and its base"
+        said = own if blocking is not None else exported
+        return Judged(folder, rank, False, f"{engine.title} {said.text}; {remedy}", refused=True)
+    return Judged(folder, rank, True, f"{engine.title} {exported.text}, after `export format=plain`")
+
+
+def stored_rank(folder: Path) -> int:
+    """Return the largest rank of a layer in an adapter's file, or of its config where the file has other factors."""
+    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+        ranks = [file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A" in key or "embedding_A" in key]
+    return max(ranks) if ranks else largest_rank(adapter_config_from_peft(folder))
+
+
+def check_finite_factors(folder: Path, dtype: torch.dtype) -> None:
+    """Raise ValueError for an adapter with numbers that are not finite in the dtype it is served in."""
+    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+        if not all(bool(file.get_tensor(key).to(dtype).isfinite().all()) for key in file.keys()):
+            raise ValueError(f"{folder}: has numbers that are not finite, in {dtype}; it has no answers")
+
+
+def base_for_vllm(served: Served, dtype: torch.dtype) -> str:
+    """Return the base as vLLM takes it: its hub id or folder, or the folder that `write_base` makes of another."""
+    if served.base.path is not None and base_file(served.base) is None:
+        return str(name_for_others(served.base))
+    kind = str(dtype).removeprefix("torch.")
+    return str(user_cache() / HAND_OVER / "bases" / f"{served.name}-{served.fingerprint[:16]}-{kind}")
+
+
+def write_base(base: ModelConfig, dtype: torch.dtype, path: str) -> None:
+    """Write a base that is no folder of transformers' as one, once."""
+    if (base.path is not None and base_file(base) is None) or Path(path).is_dir():
+        return
+    logger.info("%s: the base as vLLM reads it, written once", path)
+    with atomic_folder(Path(path)) as partial:
+        load_model(base, dtype).save_pretrained(partial)
+        load_tokenizer(base).save_pretrained(partial)
+
+
+def plain_folder(folder: Path) -> Path:
+    """Return where the plain form of an adapter lies: another place for each content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return user_cache() / HAND_OVER / "adapters" / digest.hexdigest()[:16]

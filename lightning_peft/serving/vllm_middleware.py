@@ -1,0 +1,399 @@
+"""What stands in front of vLLM: prompts as they were trained, and adapters that are checked before they are loaded.
+
+vLLM imports this file by its own interpreter (`--middleware vllm_middleware.Adapters`), with nothing else of ours
+beside it: the standard library has to do. `serve` checks adapters by the same functions before it starts vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+SETTINGS = "LIGHTNING_PEFT_SERVING"
+"""Variable that names the file of the settings."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a model may be called: a name is checked before it becomes a path."""
+KINDS_OF_PARTS = ("text", "input", "output", "image", "audio", "video", "tool", "thinking", "refusal")
+"""First words of the types of message parts: vLLM answers a request to the base with such a part as an adapter of that
+name, where there is one."""
+ROLES = ("system", "user", "assistant", "tool")
+WEIGHTS = "adapter_model.safetensors"
+FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+OPEN = ("/", "/health")
+"""What is answered without the API key."""
+MOST_BYTES = 2**24
+KINDS_OF_LAYOUT = {
+    "kind": str, "system_prompt": str, "template": str, "template_options": dict, "tools": list, "stop_token_ids": list,
+}  # fmt: skip
+AS_IT_IS = "{{ messages[0]['content'] }}"
+"""Template of an adapter that was trained on text without turns."""
+
+Scope = Message = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Refusal(Exception):
+    """An answer of one line, and its status."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass
+class Settings:
+    """What `serve` says of the base and its adapters."""
+
+    base_name: str
+    fingerprint: str  # of the base's weights, as in lineage.json
+    layers: dict[str, list[int]]  # layer of the base -> its inputs and outputs
+    rank: int  # the largest that vLLM has place for
+    base_layout: dict[str, Any]  # prompts of the base, as in prompt_layout.json
+    adapters: dict[str, str]  # name -> folder, of those that vLLM loads when it starts
+    adapter_dir: str | None
+    allow_load: bool
+    most_requests: int  # that may run and wait; more get status 429
+
+
+def check_name(name: str, base_name: str) -> None:
+    """Raise ValueError for what an adapter cannot be called."""
+    if name == base_name:
+        raise ValueError(f"{name}: is the base's name; call the adapter otherwise")
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r}: letters, digits, dots, dashes and underscores only")
+    if name in KINDS_OF_PARTS:
+        raise ValueError(f"{name}: is a kind of message part, by which vLLM chooses adapters; call it otherwise")
+
+
+def check_adapter(folder: Path, settings: Settings) -> int:
+    """Return the rank of an adapter. Raises ValueError for one that vLLM would refuse, or answer as the base with."""
+    words, lineage = read_json(folder / "adapter_config.json"), read_json(folder / "lineage.json")
+    if words is None:
+        raise ValueError(f"{folder}: not an adapter folder, adapter_config.json is missing")
+    if words.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{folder}: peft_type {words.get('peft_type')} is no LoRA; `lightning-peft export format=plain` makes one "
+            "of AdaLoRA and VeRA, merge another"
+        )
+    if lineage is not None and (trained := lineage.get("base_fingerprint")) != settings.fingerprint:
+        raise ValueError(
+            f"{folder}: this adapter was trained on {lineage.get('base_name')} (weights {str(trained)[:12]}), the "
+            f"model loaded is {settings.base_name} (weights {settings.fingerprint[:12]}): load its own base"
+        )
+    shapes = tensor_shapes(folder / WEIGHTS)
+    checksum = None if lineage is None else lineage.get("adapter_sha256")
+    if checksum is not None and hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != checksum:
+        raise ValueError(f"{folder / WEIGHTS}: is not the file that lineage.json was written for; it may be damaged")
+    if not isinstance(own := words.get("r"), int):
+        raise ValueError(f"{folder}: r={own} in adapter_config.json is no rank")
+    rank = max([own, *(check_factor(folder, key, shapes[key], settings) for key in shapes)])
+    if rank > settings.rank:
+        raise ValueError(
+            f"{folder}: is of rank {rank}, vLLM has place for {settings.rank}; start with serve.max_rank={rank}"
+        )
+    return rank
+
+
+def check_factor(folder: Path, key: str, shape: list[int], settings: Settings) -> int:
+    """Return the rank of a tensor. Raises ValueError for one that is no factor of a layer of the base."""
+    if (found := FACTOR.fullmatch(key)) is None:
+        raise ValueError(f"{folder}: {key} is no factor of a LoRA, and vLLM takes nothing else; merge the adapter")
+    layer, factor = found.groups()
+    if layer not in settings.layers:
+        raise ValueError(f"{folder}: {layer} is no layer of {settings.base_name}")
+    inputs, outputs = settings.layers[layer]
+    if len(shape) != 2 or shape[1 if factor == "A" else 0] != (inputs if factor == "A" else outputs):
+        raise ValueError(f"{folder}: {key} is of shape {shape}; the layer has {inputs} inputs and {outputs} outputs")
+    return shape[0 if factor == "A" else 1]
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes in a safetensors file by names. Raises ValueError for a file that is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; weights are read from safetensors files alone")
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size)) if size <= path.stat().st_size else {}
+        header.pop("__metadata__", None)
+        end = max(entry["data_offsets"][1] for entry in header.values())
+        shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+    except (ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
+        raise ValueError(f"{path}: is no safetensors file, or a damaged one") from error
+    if path.stat().st_size != 8 + size + end:
+        raise ValueError(f"{path}: is damaged: {path.stat().st_size} bytes, and {8 + size + end} would be whole")
+    return shapes
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a file, None where there is no file. Raises ValueError for a file of another kind."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is no JSON object")
+    return found
+
+
+def with_trained_prompt(body: dict[str, Any], layout: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the body of a chat as it was trained: the system prompt, template and tools of a layout where it has none.
+
+    Raises Refusal for one that the layout cannot be applied to.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
+        raise Refusal(400, "messages: must be a list of turns, one at least")
+    for key in ("chat_template", "chat_template_kwargs", "add_special_tokens"):
+        if body.get(key) is not None:
+            raise Refusal(400, f"{key}: prompts are laid out as the model was trained; leave it out")
+    found = dict(body)
+    if layout.get("kind", "chat") != "chat":
+        if len(messages) != 1 or messages[0].get("role") != "user":
+            raise Refusal(400, "messages: this adapter was trained on text without turns; give one user message")
+        return {**found, "chat_template": AS_IT_IS, "add_special_tokens": True}
+    messages = [{**turn, "role": "system"} if turn.get("role") == "developer" else turn for turn in messages]
+    if strangers := [turn.get("role") for turn in messages if turn.get("role") not in ROLES]:
+        raise Refusal(400, f"messages: {strangers[0]!r} is no role; there are {', '.join(ROLES)}")
+    if layout.get("system_prompt") is not None and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": layout["system_prompt"]}, *messages]
+    found["messages"] = messages
+    if layout.get("template") is not None:
+        found["chat_template"] = layout["template"]
+    if layout.get("template_options"):
+        found["chat_template_kwargs"] = layout["template_options"]
+    if layout.get("tools") and not body.get("tools"):
+        found |= {"tools": layout["tools"], "tool_choice": "none"}  # they stand in the prompt, calls are text
+    return found
+
+
+@dataclass
+class Loaded:
+    """An adapter that vLLM holds."""
+
+    folder: Path
+    path: str  # the same as vLLM was told
+    layout: dict[str, Any]
+
+
+class Adapters:
+    """The ASGI application in front of vLLM's.
+
+    Named adapters are there from the start; those in `adapter_dir` are checked and loaded when first asked for.
+    """
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]):
+        self.app = app
+        self.settings = Settings(**json.loads(Path(os.environ[SETTINGS]).read_text(encoding="utf-8")))
+        self.key = os.environ.get("VLLM_API_KEY")
+        self.loaded = {name: self.on_disk(Path(folder)) for name, folder in self.settings.adapters.items()}
+        self.running = self.loads = 0
+        self.loading = asyncio.Lock()
+        self.links = tempfile.TemporaryDirectory(prefix="lightning_peft-")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "lifespan":
+            try:
+                return await self.app(scope, receive, send)
+            finally:
+                self.links.cleanup()
+        try:
+            await self.answer(scope, receive, send)
+        except Refusal as refusal:
+            said = {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": refusal.code}
+            await say(send, {"error": said}, refusal.status)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or have vLLM answer it. Raises Refusal."""
+        path, headers = scope["path"], dict(scope["headers"])
+        if scope["method"] == "OPTIONS":
+            return await self.app(scope, receive, send)
+        given = headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")
+        if self.key and path not in OPEN and not hmac.compare_digest(given.encode(), self.key.encode()):
+            raise Refusal(401, "the API key is missing or wrong", "invalid_api_key")
+        if scope["method"] in ("GET", "HEAD"):
+            if path != "/v1/models":
+                return await self.app(scope, receive, send)
+            base, common = self.settings.base_name, {"object": "model", "created": 0, "owned_by": "lightning_peft"}
+            models = [{"id": name, **common, "parent": None if name == base else base} for name in self.names()]
+            return await say(send, {"object": "list", "data": models})
+        if path not in (CHAT, TEXT, LOAD, UNLOAD):
+            raise Refusal(404, f"{path}: not here, as prompts would not be laid out as trained; use {CHAT} or {TEXT}")
+        body = await read_body(receive)
+        if path in (LOAD, UNLOAD):
+            return await say(send, await self.change(path, body, scope))
+        if self.running >= self.settings.most_requests:
+            raise Refusal(429, f"{self.running} requests run and wait already: try again", "rate_limit_exceeded")
+        self.running += 1
+        try:
+            loaded = await self.of_model(body.get("model"), scope)
+            if not isinstance(stops := body.get("stop_token_ids") or [], list):
+                raise Refusal(400, f"stop_token_ids={stops}: must be a list")
+            for layout in (self.settings.base_layout, loaded.layout):
+                stops = [*stops, *(stop for stop in layout.get("stop_token_ids") or [] if stop not in stops)]
+            temperature = 0 if body.get("temperature") is None else body["temperature"]  # the best token, as `generate`
+            body |= {"stop_token_ids": stops, "temperature": temperature}
+            body = with_trained_prompt(body, loaded.layout) if path == CHAT else body
+            await self.app(*request_of(scope, path, body, receive), send)
+        finally:
+            self.running -= 1
+
+    def names(self) -> list[str]:
+        directory = self.settings.adapter_dir
+        found = [] if directory is None else sorted(path.name for path in Path(directory).iterdir() if path.is_dir())
+        return list(dict.fromkeys([self.settings.base_name, *self.loaded, *filter(NAME.fullmatch, found)]))
+
+    async def of_model(self, name: Any, scope: Scope) -> Loaded:
+        """Return what a model's requests are answered with, loaded from `adapter_dir` if need be. Raises Refusal."""
+        if name == self.settings.base_name:
+            return Loaded(Path(), "", self.settings.base_layout)
+        if isinstance(name, str) and name in self.loaded:
+            return self.loaded[name]
+        if not isinstance(name, str) or name not in self.names():
+            there = ", ".join(self.names())
+            raise Refusal(404, f"model={name}: not here; there are {there}", "model_not_found")
+        async with self.loading:
+            place = Path(str(self.settings.adapter_dir)) / name
+            return self.loaded[name] if name in self.loaded else await self.load(name, place, scope)
+
+    async def change(self, path: str, body: Mapping[str, Any], scope: Scope) -> dict[str, str]:
+        """Load or unload an adapter as a client asks. Raises Refusal."""
+        name, directory = body.get("lora_name"), self.settings.adapter_dir
+        if not self.settings.allow_load or directory is None:
+            raise Refusal(403, "adapters are loaded at run time with serve.allow_load=true and adapter_dir= alone")
+        if not isinstance(name, str):
+            raise Refusal(400, f"lora_name={name}: must be a name")
+        async with self.loading:
+            if path == UNLOAD:
+                if name not in self.loaded:
+                    raise Refusal(404, f"lora_name={name}: not loaded; there are {', '.join(self.loaded)}")
+                await self.ask_vllm(UNLOAD, {"lora_name": name}, scope)
+                del self.loaded[name]
+                return {"status": "unloaded", "lora_name": name}
+            if name in self.loaded and body.get("load_inplace") is not True:
+                raise Refusal(400, f"lora_name={name}: is loaded already; load_inplace=true reads it anew")
+            given = body.get("lora_path")
+            if given is None and name in self.loaded:
+                folder = self.loaded[name].folder  # which was allowed when it came
+            else:
+                folder = (Path(directory) / str(given or name)).resolve()
+                if not folder.is_relative_to(Path(directory).resolve()):
+                    raise Refusal(400, f"lora_path={given}: must lie below {directory}")
+            await self.load(name, folder, scope)
+            return {"status": "loaded", "lora_name": name}
+
+    async def load(self, name: str, place: Path, scope: Scope) -> Loaded:
+        """Check an adapter and have vLLM load it, in place of one of that name. Raises Refusal."""
+        try:
+            check_name(name, self.settings.base_name)
+            folder = next((at for at in (place, place / "adapter") if (at / "adapter_config.json").is_file()), place)
+            await asyncio.to_thread(check_adapter, folder, self.settings)
+            found = self.on_disk(folder)
+        except (ValueError, OSError) as error:
+            raise Refusal(400, str(error)) from error
+        # What vLLM keeps of prompts goes by name and path: under a path used before it may be that of former weights.
+        # Its load_inplace would read the file again at every step.
+        link = Path(self.links.name) / f"{self.loads}-{name}"
+        self.loads += 1
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        former = self.loaded.get(name)
+        if former is not None:
+            await self.ask_vllm(UNLOAD, {"lora_name": name}, scope)
+        status, said = await self.ask_vllm(LOAD, {"lora_name": name, "lora_path": str(link)}, scope)
+        if status != 200:
+            if former is not None:
+                await self.ask_vllm(LOAD, {"lora_name": name, "lora_path": former.path}, scope)
+            raise Refusal(400, f"{folder}: vLLM cannot load it: {said}")
+        self.loaded[name] = replace(found, path=str(link))
+        return self.loaded[name]
+
+    def on_disk(self, folder: Path) -> Loaded:
+        """Return an adapter with its prompts; those of the base where the folder does not say. Raises ValueError."""
+        path = folder / "prompt_layout.json"
+        if (layout := read_json(path)) is None:
+            return Loaded(folder, str(folder), self.settings.base_layout)
+        for key, kind in KINDS_OF_LAYOUT.items():
+            if layout.get(key) is not None and not isinstance(layout[key], kind):
+                raise ValueError(f"{path}: not a prompt layout ({key}={layout[key]!r} is of another type)")
+        return Loaded(folder, str(folder), layout)
+
+    async def ask_vllm(self, path: str, body: dict[str, Any], scope: Scope) -> tuple[int, str]:
+        """Return the status and the text, or the message, of vLLM's answer to a request of our own."""
+        status, parts = 500, []
+
+        async def take(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            parts.append(message.get("body", b""))
+
+        async def silence() -> Message:
+            return await asyncio.get_running_loop().create_future()  # our own request has no client that leaves
+
+        await self.app(*request_of(scope, path, body, silence), take)
+        text = b"".join(parts).decode(errors="replace")
+        try:
+            return status, str(json.loads(text)["error"]["message"])
+        except (ValueError, TypeError, LookupError):
+            return status, text
+
+
+async def say(send: Send, answer: Mapping[str, Any], status: int = 200) -> None:
+    content = json.dumps(answer).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    headers += [(b"retry-after", b"1")] if status == 429 else []
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
+
+
+async def read_body(receive: Receive) -> dict[str, Any]:
+    """Return the JSON object of a request. Raises Refusal."""
+    content, more = bytearray(), True
+    while more:
+        message = await receive()
+        content += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(content) > MOST_BYTES:
+            raise Refusal(413, f"body: is of more than {MOST_BYTES} bytes")
+    try:
+        body = json.loads(content)
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair is no text either
+        raise Refusal(400, f"body: is no JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise Refusal(400, "body: must be a JSON object")
+    return body
+
+
+def request_of(scope: Scope, path: str, body: Mapping[str, Any], receive: Receive) -> tuple[dict[str, Any], Receive]:
+    """Return the scope of a request with another path and body, and what receives it."""
+    content, sent = json.dumps(body).encode(), False
+    ours = (b"content-length", b"content-type", b"transfer-encoding")
+    headers = [(key, value) for key, value in scope["headers"] if key.lower() not in ours]
+    headers += [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/json")]
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    target = {"method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+    return {**scope, **target}, again
