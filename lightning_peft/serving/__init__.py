@@ -1,1 +1,1 @@
-"""A trained adapter for others: files of other engines, and a server of our own."""
+"""A trained adapter for others: files of other engines, a server of our own, and what stands in front of vLLM."""

@@ -37,10 +37,10 @@ MOST_BYTES = 2**24
 KINDS_OF_LAYOUT = {
     "kind": str, "system_prompt": str, "template": str, "template_options": dict, "tools": list, "stop_token_ids": list,
 }  # fmt: skip
-AS_IT_IS = "{{ messages[0]['content'] }}"
-"""Template of an adapter that was trained on text without turns."""
+AS_IT_IS = "{{ messages[0]['content'] }}"  # the template of text without turns
 
-Scope = Message = Mapping[str, Any]
+Scope = Mapping[str, Any]
+Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
