@@ -145,7 +145,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     module.lr_factor = lr_factor_of(rollbacks)
     module.leaves_out_steps = config.guard.action is GuardAction.skip
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
-    if config.adapter.init_from is not None and distributed.rank() == 0:
+    if config.adapter.init_from is not None and resumed is None and distributed.rank() == 0:
         say_other_prompts(config.adapter.init_from, layout)
 
     def save(module: LightningModule, folder: Path) -> None:
