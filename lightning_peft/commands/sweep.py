@@ -21,6 +21,7 @@ from lightning_peft.commands.sweep_array import array_work, task_folder, turn
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
+from lightning_peft.runs.lock import only_writer
 from lightning_peft.sweeps.budget import budget_in_words, hours_of_trial, is_over_budget
 from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.local_worker import end, start_workers
@@ -30,13 +31,16 @@ from lightning_peft.sweeps.search import WITH_TURNS, SweepPlace
 from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.sweeps.sweep import (
     HYDRA,
+    MANIFEST,
     RUNNING,
     TO_BE_RETRIED,
     WAITING,
     Sweep,
     Trial,
     changed_sweep,
+    may_be_changed,
     metric_value,
+    read_sweep,
     refresh,
 )
 from lightning_peft.sweeps.table import (
@@ -64,6 +68,8 @@ SHOWN_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("time", readable.short_duration),
 }
 """What fits 80 columns beside the trial: a heading and how it is written; files have every column."""
+SECONDS_FOR_ANOTHER_RETRY = 60.0
+"""More than a cluster takes to answer."""
 BUDGET = "sweep.budget_gpu_hours"
 """The one key of the sweep that a retry may change."""
 OWN_KEYS = tuple(SweepCommandConfig.__dataclass_fields__)
@@ -94,10 +100,21 @@ def look(sweep: Sweep, folder: Path, gone: str | None = None) -> None:
     refresh(sweep, folder, find_jobs(sweep))
 
 
-def status(config: SweepCommandConfig) -> None:
+def seen(config: SweepCommandConfig) -> Sweep:
+    """Return the sweep as it stands now. Its file is brought up to date too, unless it belongs to another user."""
     folder = Path(config.sweep_dir)
+    if (folder / MANIFEST).is_file() and not may_be_changed(folder):
+        sweep = read_sweep(folder)
+        look(sweep, folder, config.gone)
+        return sweep
     with changed_sweep(folder) as sweep:
         look(sweep, folder, config.gone)
+    return sweep
+
+
+def status(config: SweepCommandConfig) -> None:
+    folder = Path(config.sweep_dir)
+    sweep = seen(config)
     metric = sweep.metric.removeprefix("-")
     table = Table("trial", "state", "attempts", "exit code", metric)
     for trial in sweep.trials:
@@ -122,8 +139,17 @@ def summary(sweep: Sweep) -> str:
 
 
 def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
-    """Run trials again: from their checkpoints, or afresh where the overrides change what is trained."""
+    """Run trials again: from their checkpoints, or afresh where the overrides change what is trained.
+
+    A second retry waits for the first, whose trials then wait or run and are not started twice.
+    """
     folder = Path(config.sweep_dir).resolve()
+    read_sweep(folder)
+    with only_writer(folder, "sweep_dir", SECONDS_FOR_ANOTHER_RETRY):
+        start_again(config, overrides, folder)
+
+
+def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) -> None:
     own, run_words = split_words(overrides)
     budget = more_budget([word for word in own if word.startswith(f"{BUDGET}=")])
     if config.failed == bool(config.trials) and (config.failed or budget is None):
@@ -256,8 +282,7 @@ def table(config: SweepCommandConfig) -> None:
     output = Path(config.output_path) if config.output_path is not None else None
     if output is not None and output.suffix not in (".csv", ".json", ".html", ".svg"):
         raise ValueError(f"output_path={output}: must end in .csv, .json, .html or .svg")
-    with changed_sweep(folder) as sweep:
-        look(sweep, folder, config.gone)
+    sweep = seen(config)
     rows = table_rows(sweep, config.sort or sweep.metric)
     Console().print(table_of_trials(rows))
     if (best := best_trial(sweep)) is not None:

@@ -9,6 +9,9 @@ import fcntl
 import json
 import logging
 import math
+import os
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +27,10 @@ from lightning_peft.strict_json import is_copy, read_object
 logger = logging.getLogger(__name__)
 
 MANIFEST = "sweep.json"
+CHANGE_LOCK = ".lock"
+"""Name of the file that is locked while the manifest is changed; it holds the process that changed it last."""
+WAIT_IS_SAID_AFTER = 5.0
+"""Seconds of waiting for somebody else's change until the log says whose."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What `flock` raises on a file system without locks, as Lustre is where it was mounted so."""
 SECONDS_TO_CHANGE = 600.0
@@ -206,15 +213,24 @@ def locked(folder: Path) -> Iterator[None]:
     counts no longer after SECONDS_TO_CHANGE.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / CHANGE_LOCK).open("a+", encoding="utf-8") as file:
+        waiting = threading.Timer(WAIT_IS_SAID_AFTER, say_who_changes, (folder,))
+        waiting.daemon = True
+        waiting.start()
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
         else:
+            waiting.cancel()
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
             yield
             return
+        finally:
+            waiting.cancel()
     made = folder / ".changing"
     while True:
         try:
@@ -230,6 +246,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         made.unlink(missing_ok=True)
+
+
+def say_who_changes(folder: Path) -> None:
+    with suppress(OSError):
+        who = (folder / CHANGE_LOCK).read_text(encoding="utf-8", errors="replace") or "another process"
+        logger.warning("%s: waiting for %s, which changes the sweep", folder, who)
+
+
+def may_be_changed(folder: Path) -> bool:
+    """Return whether this user may write the sweep's file; somebody else's sweep can be looked at all the same."""
+    places = [place for place in (folder, folder / CHANGE_LOCK) if place.exists()]
+    return all(os.access(place, os.W_OK, effective_ids=True) for place in places)
 
 
 @contextmanager
