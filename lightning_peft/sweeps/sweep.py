@@ -21,7 +21,7 @@ from typing import Any
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import Job
-from lightning_peft.cluster.process import LEAVE, Process
+from lightning_peft.cluster.process import LEAVE, Process, this_process
 from lightning_peft.strict_json import is_copy, read_object
 
 logger = logging.getLogger(__name__)
@@ -209,8 +209,8 @@ def write_sweep(sweep: Sweep, folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Inside, nobody else changes the sweep. The lock goes with the process that holds it.
 
-    On a file system without locks a file that only one can make stands for it; one that a killed process left behind
-    counts no longer after SECONDS_TO_CHANGE.
+    On a file system without locks a file that only one can make stands for it. One that is left behind counts no longer
+    once its process, of this machine, is gone, or it has been waited for for SECONDS_TO_CHANGE.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / CHANGE_LOCK).open("a+", encoding="utf-8") as file:
@@ -232,13 +232,17 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             waiting.cancel()
     made = folder / ".changing"
+    first, since = None, time.monotonic()
     while True:
         try:
-            made.touch(exist_ok=False)
+            with made.open("x", encoding="utf-8") as file:
+                json.dump(asdict(this_process()), file)
             break
         except FileExistsError:
             with suppress(FileNotFoundError):
-                if time.time() - made.stat().st_mtime > SECONDS_TO_CHANGE:
+                seen = made.stat().st_ino, made.stat().st_mtime_ns
+                first, since = (first, since) if seen == first else (seen, time.monotonic())
+                if is_of_dead(made) or time.monotonic() - since > SECONDS_TO_CHANGE:
                     logger.warning("%s: left behind by a process that was killed; removed", made)
                     made.unlink()
             time.sleep(0.1)
@@ -246,6 +250,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         made.unlink(missing_ok=True)
+
+
+def is_of_dead(made: Path) -> bool:
+    """Return whether a file names a process of this machine that is gone."""
+    try:
+        return not Process(**json.loads(made.read_text(encoding="utf-8"))).is_alive
+    except (ValueError, TypeError):  # it is being written
+        return False
 
 
 def say_who_changes(folder: Path) -> None:
