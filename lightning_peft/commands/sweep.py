@@ -3,14 +3,10 @@
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from lightning_peft import readable
 from lightning_peft.checkpoint.atomic import write_text
@@ -54,6 +50,7 @@ from lightning_peft.sweeps.table import (
     table_rows,
 )
 from lightning_peft.sweeps.turns import work_to_begin
+from lightning_peft.terminal_table import print_rows
 from lightning_peft.tracking.service_record import forget_steps
 
 logger = logging.getLogger(__name__)
@@ -116,11 +113,11 @@ def status(config: SweepCommandConfig) -> None:
     folder = Path(config.sweep_dir)
     sweep = seen(config)
     metric = sweep.metric.removeprefix("-")
-    table = Table("trial", "state", "attempts", "exit code", metric)
-    for trial in sweep.trials:
-        value = metric_value(trial.result, metric)
-        table.add_row(trial.name, trial.state, str(trial.attempts), shown(trial.exit_code), shown(value))
-    Console().print(table)
+    rows = [
+        (t.name, (t.state, str(t.attempts), shown(t.exit_code), shown(metric_value(t.result, metric))))
+        for t in sweep.trials
+    ]
+    print_rows("trial", ("state", "attempts", "exit code", metric), rows)
     print(summary(sweep))
     if sweep.rungs:
         print(rungs_in_words(sweep))
@@ -284,11 +281,11 @@ def table(config: SweepCommandConfig) -> None:
         raise ValueError(f"output_path={output}: must end in .csv, .json, .html or .svg")
     sweep = seen(config)
     rows = table_rows(sweep, config.sort or sweep.metric)
-    Console().print(table_of_trials(rows))
+    print_trials(rows, metrics_shown(sweep, config.sort))
     if (best := best_trial(sweep)) is not None:
         print(f"best {sweep.metric.removeprefix('-')}: {best[1]:.6g} of {best[0]}")
     if SEED in sweep.swept_keys:
-        Console().print(table_of_groups(sweep))
+        print_groups(sweep)
     if (said := sentence(sweep)) is not None:
         print(said)
         if (cut := cut_sentence(sweep, folder, config.sweep_dir.rstrip("/"))) is not None:
@@ -309,30 +306,32 @@ def table(config: SweepCommandConfig) -> None:
     logger.info("wrote %s", output)
 
 
-def table_of_trials(rows: list[dict[str, Any]]) -> Table:
-    """Make the table for a terminal: where it is narrow the names of trials take several lines, numbers never."""
-    made = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    made.add_column("trial", overflow="fold")
-    for heading, _ in SHOWN_COLUMNS.values():
-        made.add_column(heading, no_wrap=True, justify="left" if heading == "state" else "right")
-    for row in rows:
-        cells = ("-" if row[name] is None else written(row[name]) for name, (_, written) in SHOWN_COLUMNS.items())
-        made.add_row(row["trial"], *cells)
-    return made
+def metrics_shown(sweep: Sweep, sort: str | None) -> list[str]:
+    """Return the columns by which trials are ranked, where they are none of SHOWN_COLUMNS."""
+    asked = [sweep.metric.removeprefix("-"), (sort or "").removeprefix("-")]
+    return [name for name in dict.fromkeys(asked) if name and name not in (*SHOWN_COLUMNS, "trial")]
 
 
-def table_of_groups(sweep: Sweep) -> Table:
-    """Make the table of what trials that differ in their seed only say together, the best mean first."""
+def print_trials(rows: list[dict[str, Any]], metrics: Sequence[str] = ()) -> None:
+    """Print a row a trial, with the columns in `metrics` before those of SHOWN_COLUMNS that are numbers."""
+    chosen = {name: (name, shown) for name in metrics}
+    columns = {"state": SHOWN_COLUMNS["state"]} | chosen | SHOWN_COLUMNS
+    cells = [
+        (row["trial"], ["-" if row.get(name) is None else written(row[name]) for name, (_, written) in columns.items()])
+        for row in rows
+    ]
+    print_rows("trial", [heading for heading, _ in columns.values()], cells)
+
+
+def print_groups(sweep: Sweep) -> None:
+    """Print what trials that differ in their seed only say together, the best mean first."""
     metric, groups = sweep.metric.removeprefix("-"), groups_of(sweep)
-    made = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=f"{metric} over the seeds")
-    made.add_column("trials", overflow="fold")
-    for heading in ("seeds", "mean", "spread", "95 % from", "to"):
-        made.add_column(heading, no_wrap=True, justify="right")
     ordered = best_first(groups, sweep.metric)
+    rows = []
     for group in [*ordered, *(group for group in groups if not group.scores)]:
         numbers = (group.mean if group.scores else None, group.spread, *(group.interval or (None, None)))
-        made.add_row(group.label, f"{len(group.scores)} of {len(group.names)}", *map(shown, numbers))
-    return made
+        rows.append((group.label, (f"{len(group.scores)} of {len(group.names)}", *map(shown, numbers))))
+    print_rows("trials", ("seeds", "mean", "spread", "95 % from", "to"), rows, f"{metric} over the seeds")
 
 
 def ask_for_trial(config: SweepCommandConfig) -> None:

@@ -310,7 +310,8 @@ def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
 
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:
-    table = Table(show_header=False, title=f"{result['status']}: {os.path.relpath(run_dir)}")
+    print(f"{result['status']}: {os.path.relpath(run_dir)}")  # no title of the table, which would break a long path
+    table = Table(show_header=False)
     rows: dict[str, tuple[str, Callable[[Any], str]]] = {
         "steps": ("steps", readable.number),
         "train_loss": ("train loss", readable.loss),
