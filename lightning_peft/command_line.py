@@ -27,6 +27,7 @@ from lightning_peft.compose import (
     read_words,
     typed,
 )
+from lightning_peft.ctrl_c import INTERRUPTED, is_caused_by_ctrl_c
 from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.errors import WrongInput, is_input_error, one_line
 from lightning_peft.runs.folder import refuse_run, starting_config
@@ -38,7 +39,7 @@ from lightning_peft.sweeps.search import choices
 from lightning_peft.sweeps.sweep import MANIFEST
 from lightning_peft.words import everyday
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
+DONE, FAILED = 0, 1
 HELP, SWEEP = ("-h", "--help"), ("-m", "--multirun")
 
 LIBRARY_NOISE = (
@@ -94,6 +95,9 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if is_caused_by_ctrl_c(error):
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
         if isinstance(error, BrokenPipeError) and is_reader_gone():
             return leave_reader()
         if is_input_error(error):

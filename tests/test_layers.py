@@ -17,6 +17,7 @@ LAYERS = [
         "compat",
         "other_tools",
         "terminal_table",
+        "ctrl_c",
     ],
     ["kernels", "progress", "tasks"],
     ["distributed", "quantization", "data"],
