@@ -20,6 +20,7 @@ from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.runs.lock import only_writer
 from lightning_peft.sweeps.budget import budget_in_words, hours_of_trial, is_over_budget
 from lightning_peft.sweeps.cuts import cut_sentence
+from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.local_worker import end, start_workers
 from lightning_peft.sweeps.place import cluster_of, find_jobs, task_of
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
@@ -189,6 +190,7 @@ def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) 
         for trial, run in zip(again, runs, strict=True):
             trial.spent_hours = hours_of_trial(sweep, trial, folder / trial.name)
             prepare_again(trial, run, folder / trial.name)
+            trial.retried_with = run_words
     logger.info("%s: %d trials run again", folder, len(again) + undrawn)
     if sweep.has_slots:
         one = next(iter([*again, *sweep.trials]), None) or any_draw(sweep)
@@ -284,6 +286,8 @@ def table(config: SweepCommandConfig) -> None:
     print_trials(rows, metrics_shown(sweep, config.sort))
     if (best := best_trial(sweep)) is not None:
         print(f"best {sweep.metric.removeprefix('-')}: {best[1]:.6g} of {best[0]}")
+    for doubt in doubts(sweep):
+        print(doubt)
     if SEED in sweep.swept_keys:
         print_groups(sweep)
     if (said := sentence(sweep)) is not None:
