@@ -190,7 +190,7 @@ def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) 
         for trial, run in zip(again, runs, strict=True):
             trial.spent_hours = hours_of_trial(sweep, trial, folder / trial.name)
             prepare_again(trial, run, folder / trial.name)
-            trial.retried_with = run_words
+            trial.other_words = run_words
     logger.info("%s: %d trials run again", folder, len(again) + undrawn)
     if sweep.has_slots:
         one = next(iter([*again, *sweep.trials]), None) or any_draw(sweep)

@@ -68,15 +68,15 @@ def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) ->
     return lines
 
 
-def other_words(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that were tried again with words that the others do not have."""
+def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Trials that were started with words that the others do not have."""
     by_words: dict[tuple[str, ...], list[Trial]] = {}
     for trial in finished:
-        if trial.retried_with:
-            by_words.setdefault(tuple(trial.retried_with), []).append(trial)
+        if trial.other_words:
+            by_words.setdefault(tuple(trial.other_words), []).append(trial)
     if [len(trials) for trials in by_words.values()] == [len(finished)]:
         return []
-    return [f"tried again with {' '.join(words)}: {named(trials)}" for words, trials in by_words.items()]
+    return [f"trained with other words ({', '.join(words)}): {named(trials)}" for words, trials in by_words.items()]
 
 
 def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
@@ -114,7 +114,7 @@ def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) 
 
 
 FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[Group]], list[str]], ...] = (
-    ties, survivors, lengths, other_words, changed_by_guard, other_losses, few_seeds,
+    ties, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
 )  # fmt: skip
 
 

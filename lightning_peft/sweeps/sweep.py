@@ -77,8 +77,8 @@ class Trial:
     number: int | None = None
     """Optuna's number of the trial."""
     is_cancelled: bool = False
-    retried_with: list[str] = field(default_factory=list)
-    """Words that it was last tried again with and that the others may not have."""
+    other_words: list[str] = field(default_factory=list)
+    """Words of its last start that the sweep's others may not have, "without WORD" for one of theirs that it lacks."""
     base: str | None = None
     """What it shares with trials of the same word that train together; null for one that trains by itself."""
     resumed_at: int | None = None
@@ -193,7 +193,7 @@ def read_sweep(folder: Path) -> Sweep:
 def check_texts(sweep: Sweep) -> None:
     """Raise TypeError for names and words that are none, as a hand that edits the file may leave them."""
     for trial in sweep.trials:
-        for text in (trial.name, trial.state, *trial.overrides, *trial.retried_with):
+        for text in (trial.name, trial.state, *trial.overrides, *trial.other_words):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} of a trial is no text")
     for text in (sweep.metric, sweep.directory, *sweep.words, *sweep.swept):

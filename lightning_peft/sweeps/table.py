@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
-from lightning_peft.sweeps.sweep import FINISHED, Sweep, score
+from lightning_peft.sweeps.sweep import FINISHED, Sweep, Trial, hours_of, score
 
 RESULT_COLUMNS = (
     "steps", "train_loss", "validation_loss", "trainable_parameters", "tokens_per_second", "peak_memory_gib", "seconds",
@@ -39,6 +39,7 @@ def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
         | {names.get(key, key): number_or_text(value) for key, value in trial.values.items()}
         | {"state": trial.state, "attempts": trial.attempts, "exit_code": trial.exit_code}
         | {column: (trial.result or {}).get(column) for column in RESULT_COLUMNS}
+        | {"seconds": seconds_of(trial)}
         | (trial.result or {}).get("metrics", {})
         | over_seeds.get(trial.name, {})
         for trial in sweep.trials
@@ -53,6 +54,13 @@ def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
     if column in results:  # one that is paused or has diverged is before none that has finished
         known.sort(key=lambda row: row["state"] != FINISHED)
     return known + [row for row in rows if not is_ranked(row.get(column))]
+
+
+def seconds_of(trial: Trial) -> float | None:
+    """The time that a trial took over all its starts: its result has that of the last one."""
+    seconds = (trial.result or {}).get("seconds")
+    hours = hours_of(trial.result)
+    return seconds * (1 + trial.spent_hours / hours) if seconds is not None and hours else seconds
 
 
 def seed_columns(sweep: Sweep) -> dict[str, dict[str, Any]]:

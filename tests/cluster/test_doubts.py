@@ -10,6 +10,7 @@ import pytest
 from lightning_peft.__main__ import main
 from lightning_peft.evaluation.scorers import check_direction
 from lightning_peft.sweeps.doubts import COVERAGE, doubts
+from lightning_peft.sweeps.foreground import enter_trial
 from lightning_peft.sweeps.statistics import sentence
 from lightning_peft.sweeps.sweep import Sweep, Trial, read_sweep, write_sweep
 from lightning_peft.sweeps.table import table_rows
@@ -44,7 +45,7 @@ def test_sound_sweep_has_none():
 
 def with_words(words: list[str]) -> Trial:
     again = trial(["adapter.rank=8"], 1.4)
-    again.retried_with = words
+    again.other_words = words
     return again
 
 
@@ -67,7 +68,7 @@ ONE = trial(["adapter.rank=4"], 1.5)
             a_sweep(ONE, trial(["adapter.rank=2"], 1.6), trial(["adapter.rank=8"], 1.4, steps=1000)),
             "trained for another number of steps than the others' 100: rank8",
         ),
-        (a_sweep(ONE, with_words(["optimizer.lr=1e-5"])), "tried again with optimizer.lr=1e-5: rank8"),
+        (a_sweep(ONE, with_words(["optimizer.lr=1e-5"])), "trained with other words (optimizer.lr=1e-5): rank8"),
         (
             a_sweep(ONE, trial(["adapter.rank=8"], 1.4, rollbacks=2, lr_factor=0.25)),
             "diverged, and went on at 0.25 times the learning rate: rank8",
@@ -148,6 +149,23 @@ def test_trial_that_has_not_finished_is_ranked_behind_those_that_have():
     assert [row["rank"] for row in rows] == [4, 2, 1]
 
 
+def test_time_of_a_trial_is_that_of_all_its_starts():
+    """One on two devices that was paused at a rung after 30 s, and took 90 s more."""
+    resumed = trial(["adapter.rank=4"], 1.5, seconds=90.0, device_hours=0.05)
+    resumed.spent_hours = 2 * 30 / 3600
+    (row,) = table_rows(a_sweep(resumed), "validation_loss")
+    assert row["seconds"] == pytest.approx(120.0)
+
+
+def test_start_with_other_words_in_the_same_folder_is_told_from_the_first(tmp_path):
+    words = ["model=tiny", "++trainer.max_steps=3", "data.max_rows=8"]
+    for rank, more in ((4, words), (8, [words[0], "++trainer.max_steps=9", "resume=auto"])):
+        enter_trial(tmp_path / f"rank{rank}", [*more, f"adapter.rank={rank}", "run_dir=x"], [f"adapter.rank={rank}"])
+    first, second = read_sweep(tmp_path).trials
+    assert first.other_words == []
+    assert second.other_words == ["trainer.max_steps=9", "without data.max_rows=8"]
+
+
 @pytest.mark.parametrize(
     ("metric", "right"),
     [
@@ -173,4 +191,4 @@ def test_table_and_report_say_it(tmp_path: Path, capsys, monkeypatch: pytest.Mon
     pytest.importorskip("matplotlib")
     assert main(["report", str(tmp_path)]) == 0
     assert line.replace("'", "&#x27;") in (tmp_path / "report.html").read_text()
-    assert read_sweep(tmp_path).trials[0].retried_with == []
+    assert read_sweep(tmp_path).trials[0].other_words == []
