@@ -21,7 +21,8 @@ def leave_at_once(number: int, frame: FrameType | None) -> None:
 def is_command() -> bool:
     """Return whether this process was started as our command, and does not import the package for its own ends."""
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
-    return name == "lightning-peft" or (name == "-m" and "-m lightning_peft" in " ".join(sys.orig_argv))
+    is_module = name == "-m" and ("-m", "lightning_peft") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return name == "lightning-peft" or is_module
 
 
 def end_at_ctrl_c() -> None:
