@@ -102,7 +102,8 @@ def listening(config: ServerConfig) -> socket.socket:
         elif error.errno == errno.EACCES:
             remedy = "ports below 1024 are the administrator's; give another"
         else:
-            reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            is_name = isinstance(error, socket.gaierror)  # whose number is none of the system's
+            reason = str(error.strerror) if is_name else os.strerror(error.errno or 0)
             remedy = f"{reason.lower()}; give an address of this machine"
         raise ValueError(f"{at}: {remedy}") from error
 
