@@ -3,10 +3,10 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 RUN := .venv/bin/lightning-peft
-# A file a worker, a thread each: the models of the tests are too small to share.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
+# A file a worker, a thread each: the models of the tests are too small to share. Files come in the order of conftest.py.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-families test-engines test-trackers test-skypilot test-triton test-all lint docs bench clean
+.PHONY: demo test test-long test-every test-families test-engines test-trackers test-skypilot test-triton test-all lint docs bench clean
 
 # Set up, fine-tune a real model on text-to-SQL, score base and adapter on unseen schemas.
 demo: .venv/.installed
@@ -17,8 +17,13 @@ test: .venv/.installed-test lint
 
 # What make test leaves out and needs no GPU: the slow tests, several processes, SLURM. Those wait for SLURM and for each
 # other about half of their time, so that one file more than there are cores is under way.
+ONE_MORE := -n $$(($$(nproc) + 1))
 test-long: .venv/.installed-test
-	$(PYTEST) -n $$(($$(nproc) + 1)) -m "slow or multi_process or slurm"
+	$(PYTEST) $(ONE_MORE) -m "slow or multi_process or slurm"
+
+# Both in one session: the short files fill the time in which the long ones wait.
+test-every: .venv/.installed-test
+	$(PYTEST) $(ONE_MORE) -m "not gpu and not families and not engines and not expert_shapes"
 
 # Every family of models through every check: an hour, and not part of test-all.
 test-families: .venv/.installed-test
@@ -43,7 +48,8 @@ test-triton: .venv/.installed-test .venv/triton/.installed
 	PYTHONPATH=$(CURDIR)/.venv/triton $(PYTEST) -m slow tests/kernels/test_triton_codes.py tests/kernels/test_triton_norms.py \
 	tests/kernels/test_triton_gradients.py tests/benchmarks/test_roofline.py
 
-test-all: test test-long test-triton
+# All that needs no GPU; with -j2, lint and Triton's kernels run beside the others.
+test-all: test-every lint test-triton
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .

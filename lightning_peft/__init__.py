@@ -1,5 +1,6 @@
 """Fine-tune causal language models with adapters on PyTorch Lightning."""
 
+import lightning_peft.ctrl_c  # noqa: F401, I001  # first: what is imported after it can be interrupted
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

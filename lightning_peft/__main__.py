@@ -4,11 +4,14 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import lightning_peft
 from lightning_peft.allocator import let_segments_grow
 from lightning_peft.commands import COMMANDS
+from lightning_peft.ctrl_c import INTERRUPTED, IS_COMMAND, end_at_ctrl_c, raise_at_ctrl_c
 from lightning_peft.threads import set_up_threads
 from lightning_peft.training.preemption import Preempted, nothing_to_lose
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
@@ -72,14 +75,25 @@ def main(arguments: list[str] | None = None) -> int:
             # Slow imports happen only now, so that --help answers at once and a signal during them is no crash.
             from lightning_peft.command_line import run_command
 
-            return run_command(
-                command, lambda config: getattr(importlib.import_module(module), function)(config), overrides
-            )
+            raise_at_ctrl_c()
+            return run_command(command, lambda config: imported(module, function)(config), overrides)
     except Preempted as left:
         return left.exit_status
     except KeyboardInterrupt:  # while the command is imported
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    finally:
+        if IS_COMMAND:  # what Python does at its end is not to be seen either
+            end_at_ctrl_c()
+
+
+def imported(module: str, function: str) -> Callable[[Any], Any]:
+    """Import the function of a command. Ctrl-C meanwhile ends the process: an import would make another error of it."""
+    if IS_COMMAND:
+        end_at_ctrl_c()
+    found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+    raise_at_ctrl_c()
+    return found
 
 
 def open_what_is_closed() -> None:

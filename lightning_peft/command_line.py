@@ -5,9 +5,11 @@ import logging
 import os
 import select
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from lightning_peft.compose import (
     read_words,
     typed,
 )
+from lightning_peft.ctrl_c import INTERRUPTED, is_caused_by_ctrl_c
 from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.errors import WrongInput, is_input_error, one_line
 from lightning_peft.runs.folder import refuse_run, starting_config
+from lightning_peft.runs.lock import new_folder, only_writer
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 from lightning_peft.schemas import CONF_DIR, register_schemas
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
@@ -35,7 +39,7 @@ from lightning_peft.sweeps.search import choices
 from lightning_peft.sweeps.sweep import MANIFEST
 from lightning_peft.words import everyday
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
+DONE, FAILED = 0, 1
 HELP, SWEEP = ("-h", "--help"), ("-m", "--multirun")
 
 LIBRARY_NOISE = (
@@ -91,6 +95,9 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if is_caused_by_ctrl_c(error):
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
         if isinstance(error, BrokenPipeError) and is_reader_gone():
             return leave_reader()
         if is_input_error(error):
@@ -159,17 +166,37 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     first, *others = one_of_each_value(words)
     if not others and not any(is_swept(word) or word.startswith("hydra") for word in words):
         raise ValueError(f"{command} -m: no key has several values; as in {command} -m adapter.rank=4,8")
-    check_one_sweeper(words, compose_config(command, first))
+    one = compose_config(command, first)
+    check_one_sweeper(words, one)
     for trial in others:
         compose_config(command, trial)
     words = open_words(imported_by_words(words))
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     swept = [word for word in words if is_swept(word) and not word.startswith("hydra")]
+    with ExitStack() as stack:
+        if command == "train" and not one.dry_run and not any(word.startswith("hydra.sweep.dir=") for word in words):
+            if not folder:
+                folder = [f"run_dir={new_folder(Path(time.strftime('sweeps/%Y-%m-%d_%H-%M-%S')))}"]
+            named = Path(folder[0].partition("=")[2])
+            refuse_run(named, "run_dir")
+            stack.enter_context(only_writer(named))
+            check_same_sweep(named, swept)
+        run_trials(command, function, words, fixed, swept, folder)
+
+
+def run_trials(
+    command: str,
+    function: Callable[[Any], Any],
+    words: list[str],
+    fixed: list[str],
+    swept: list[str],
+    folder: list[str],
+) -> None:
+    """Have Hydra run the trials of these words, of which `fixed` are the keys that are not swept; show the table.
+
+    `folder` is empty, or the word that names the sweep's folder.
+    """
     folders: list[Path] = []
-    if folder and command == "train":
-        named = Path(folder[0].partition("=")[2])
-        refuse_run(named, "run_dir")
-        check_same_sweep(named, swept)
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]
 

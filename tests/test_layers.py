@@ -7,7 +7,18 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
-    ["user_cache", "plugins", "threads", "allocator", "readable", "strict_json", "compat", "other_tools"],
+    [
+        "user_cache",
+        "plugins",
+        "threads",
+        "allocator",
+        "readable",
+        "strict_json",
+        "compat",
+        "other_tools",
+        "terminal_table",
+        "ctrl_c",
+    ],
     ["kernels", "progress", "tasks"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],

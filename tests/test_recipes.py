@@ -16,7 +16,7 @@ METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 SMALL = [
     "model=tiny", "data=text_to_sql", "data.max_rows=16", "data.max_validation_rows=4", "data.micro_batch_size=1",
     "data.max_length=512", "trainer.accelerator=cpu", "trainer.precision=auto", "trainer.accumulate_grad_batches=1",
-    "trainer.max_steps=2",
+    "trainer.max_steps=2", "validation.samples=0",
 ]  # fmt: skip
 OWN_COLUMNS = {"lora/gsm8k": ["data.prompt_column=null", "data.completion_column=null"]}
 SMALL_RANK = {

@@ -9,14 +9,8 @@ from typing import Any
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import CalibrateConfig
-from lightning_peft.commands.adapted import load_for_inference, saved_config
-from lightning_peft.commands.evaluate import (
-    laid_out_as,
-    refuse_margins,
-    refuse_teacher_prompt,
-    show_calibration,
-    validation_loader,
-)
+from lightning_peft.commands.adapted import load_for_inference
+from lightning_peft.commands.evaluate import data_of, refuse_margins, show_calibration, validation_loader
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
 from lightning_peft.inference.load import tuned_folder
@@ -25,16 +19,8 @@ from lightning_peft.models.packing import packing_of
 
 def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
     """Score the mean adapter and what is random beside it; prints a table, writes the scores and a diagram."""
-    saved = saved_config(config.adapter_path)
-    data = config.data or (saved.data if saved is not None else None)
-    if data is None:
-        raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
-    if config.data is not None:
-        refuse_teacher_prompt(config.data)
-        refuse_margins(config.data)
-    if config.data is not None and saved is not None:
-        data = laid_out_as(saved.data, data)
-    data = replace(data, streaming=False, max_validation_rows=config.max_rows)
+    data = replace(data_of(config.adapter_path, config.data), max_validation_rows=config.max_rows)
+    refuse_margins(data)
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     ways = {"mean": Way([model])}
     if any(isinstance(module, InputVariance) for module in model.modules()):

@@ -50,16 +50,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.adapter_path is not None:
         config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     saved = saved_config(config.adapter_path)
-    data_config = config.data or (saved.data if saved is not None else None)
-    if data_config is None:
-        raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
+    data_config = data_of(config.adapter_path, config.data)
     if config.adapter_path is None and config.models is not Scored.base:
         raise ValueError("adapter_path=null: without an adapter only models=base can be scored")
-    if config.data is not None:
-        refuse_teacher_prompt(config.data)
-    if config.data is not None and saved is not None:
-        data_config = laid_out_as(saved.data, data_config)
-    data_config = replace(data_config, streaming=False, max_validation_rows=config.max_rows)
+    data_config = replace(data_config, max_validation_rows=config.max_rows)
     if config.adapter_path is not None and not is_whole_model(folder := tuned_folder(config.adapter_path)):
         if gives_rewards(folder):
             return evaluate_rewards(config, saved, data_config)
@@ -230,6 +224,20 @@ def benchmarked(
     return run_harness(
         model, tokenizer, config.tasks, config.tasks_path, config.benchmark_limit, batch, config.num_fewshot
     )
+
+
+def data_of(adapter_path: str | None, given: DataConfig | None) -> DataConfig:
+    """Return the rows that a command asks for: `given`, laid out as in the adapter's training, else those of its run.
+
+    Raises ValueError where neither says them, and for a prompt of a teacher.
+    """
+    saved = saved_config(adapter_path)
+    if given is None:
+        if saved is None:
+            raise ValueError(f"adapter_path={adapter_path}: the folder does not say its data; give data=")
+        return replace(saved.data, streaming=False)
+    refuse_teacher_prompt(given)
+    return replace(given if saved is None else laid_out_as(saved.data, given), streaming=False)
 
 
 def refuse_teacher_prompt(data: DataConfig) -> None:

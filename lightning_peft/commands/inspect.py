@@ -28,6 +28,7 @@ from lightning_peft.adapters.spectrum import (
 )
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.atomic import write_text
+from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs import InspectConfig
 from lightning_peft.commands.adapted import base_of, best_of_sweep, inference_dtype, load_for_inference, saved_config
@@ -68,7 +69,9 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     kinds = {name: _kind(name) for name in spectra}
     blocks = {name: str(block_depth(name)) for name in spectra}
     warnings = warnings_of(spectra)
+    lineage = read_lineage(tuned_folder(path))
     content: dict[str, Any] = {
+        "adapter_sha256": None if lineage is None else lineage.adapter_sha256,
         "layers": {name: asdict(spectrum) for name, spectrum in spectra.items()},
         "energy_by_kind": energy_shares(spectra, kinds),
         "energy_by_block": energy_shares(spectra, blocks),

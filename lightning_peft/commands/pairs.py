@@ -11,14 +11,8 @@ from rich.table import Table
 
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import Chosen, PairsConfig
-from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference, saved_config
-from lightning_peft.commands.evaluate import (
-    console,
-    given_for_rows,
-    laid_out_as,
-    refuse_margins,
-    refuse_teacher_prompt,
-)
+from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference
+from lightning_peft.commands.evaluate import console, data_of, given_for_rows, refuse_margins
 from lightning_peft.config import plain
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.samples import read_conversations
@@ -27,6 +21,7 @@ from lightning_peft.evaluation.scorers import scorers_of, task_of_metric, with_a
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.load import refuse_rewards, tuned_folder
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.own_file import typed_value
 from lightning_peft.progress import Part
 from lightning_peft.strict_json import json_text
 from lightning_peft.tasks.registry import TASKS
@@ -72,19 +67,12 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
 
 def rows_asked(config: PairsConfig) -> DataConfig:
     """Return the data options of the rows whose prompts are asked. Raises ValueError where nothing says them."""
-    saved = saved_config(config.adapter_path)
-    data = config.data or (saved.data if saved is not None else None)
-    if data is None:
-        raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
-    if config.data is not None:
-        refuse_teacher_prompt(config.data)
-        refuse_margins(config.data)
-    if config.data is not None and saved is not None:
-        data = laid_out_as(saved.data, data)
+    data = data_of(config.adapter_path, config.data)
+    refuse_margins(data)
     for key, value in given_for_rows(data, "rows"):
         if value is RowKind.labelled:
             raise ValueError(f"{key}=labelled: a row may hold a wrong answer; give data= with rows of right ones")
-    return replace(data, streaming=False, max_rows=config.max_rows)
+    return replace(data, max_rows=config.max_rows)
 
 
 def metric_of(config: PairsConfig, data: DataConfig) -> tuple[str, bool]:
@@ -124,16 +112,7 @@ def words_of_layout(data: DataConfig) -> list[str]:
     """Return the options under which a run lays out prompts as these rows are, for a shell."""
     given, default = plain(data), plain(DataConfig())
     changed = [name for name in LAYOUT if given[name] != default[name]]
-    return [shlex.quote(f"data.{name}={in_words(given[name])}") for name in changed]
-
-
-def in_words(value: Any) -> str:
-    """Return a value in the grammar of options."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {in_words(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(in_words, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return [shlex.quote(f"data.{name}={typed_value(given[name])}") for name in changed]
 
 
 def write(config: PairsConfig, data: DataConfig, counts: Counts, lines: list[str], metric: str) -> dict[str, Any]:

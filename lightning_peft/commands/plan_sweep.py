@@ -24,7 +24,7 @@ from lightning_peft.data.sources import SOURCES
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
 from lightning_peft.objectives.registry import validation_numbers
 from lightning_peft.runs.folder import refuse_run
-from lightning_peft.runs.lock import new_folder, remove_if_empty
+from lightning_peft.runs.lock import new_folder, only_writer, remove_if_empty
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.local_worker import start_workers
 from lightning_peft.sweeps.pruning import RUNG_OPTION, enter_brackets, rung_steps
@@ -133,7 +133,7 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
         if runs[0].cluster.dry_run:
             print(kind.text(runs[0].cluster, work), end="")
             return
-    with nothing_left_if_refused(folder):
+    with only_writer(folder, "sweep_dir"), nothing_left_if_refused(folder):
         with locked(folder):
             if (folder / MANIFEST).exists():
                 raise ValueError(

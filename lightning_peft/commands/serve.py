@@ -1,6 +1,9 @@
 """`lightning-peft serve`: one base and its adapters behind OpenAI's endpoints."""
 
+import errno
 import logging
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +102,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     if config.serve.dry_run:
         print(f"{name}: would serve {', '.join([name, *folders]) if alone is None else ', '.join(folders)}; {says}")
         return
+    listening(config.serve).close()  # a port that is taken is known before a weight is read
     tokenizer = load_tokenizer(base)
     tiers = None
     if alone is not None:
@@ -118,7 +122,27 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     layout = layout.with_stops(sorted(declared_end_ids(model)))
     engine = Engine(Decoder(model, slots), tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
     serving = Serving(engine, tiers, tokenizer, name, layout, served.context, config.serve)
-    uvicorn.run(build_app(serving), host=config.serve.host, port=config.serve.port, log_level="warning")
+    with listening(config.serve) as listener:
+        logger.info("listens at http://%s:%d", config.serve.host, listener.getsockname()[1])
+        uvicorn.Server(uvicorn.Config(build_app(serving), log_level="warning")).run(sockets=[listener])
+
+
+def listening(config: ServerConfig) -> socket.socket:
+    """Return a socket that listens where the server is to. Raises ValueError for an address that cannot be had."""
+    at = f"serve.host={config.host} serve.port={config.port}"
+    try:
+        family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            remedy = "another program listens there; give another port, or serve.port=0 for any that is free"
+        elif error.errno == errno.EACCES:
+            remedy = "ports below 1024 are the administrator's; give another"
+        else:
+            is_name = isinstance(error, socket.gaierror)  # whose number is none of the system's
+            reason = str(error.strerror) if is_name else os.strerror(error.errno or 0)
+            remedy = f"{reason.lower()}; give an address of this machine"
+        raise ValueError(f"{at}: {remedy}") from error
 
 
 def named_folders(adapters: Sequence[str]) -> dict[str, Path]:

@@ -3,14 +3,10 @@
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from lightning_peft import readable
 from lightning_peft.checkpoint.atomic import write_text
@@ -21,8 +17,10 @@ from lightning_peft.commands.sweep_array import array_work, task_folder, turn
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
+from lightning_peft.runs.lock import only_writer
 from lightning_peft.sweeps.budget import budget_in_words, hours_of_trial, is_over_budget
 from lightning_peft.sweeps.cuts import cut_sentence
+from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.local_worker import end, start_workers
 from lightning_peft.sweeps.place import cluster_of, find_jobs, task_of
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
@@ -30,13 +28,16 @@ from lightning_peft.sweeps.search import WITH_TURNS, SweepPlace
 from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, next_command, sentence
 from lightning_peft.sweeps.sweep import (
     HYDRA,
+    MANIFEST,
     RUNNING,
     TO_BE_RETRIED,
     WAITING,
     Sweep,
     Trial,
     changed_sweep,
+    may_be_changed,
     metric_value,
+    read_sweep,
     refresh,
 )
 from lightning_peft.sweeps.table import (
@@ -50,6 +51,7 @@ from lightning_peft.sweeps.table import (
     table_rows,
 )
 from lightning_peft.sweeps.turns import work_to_begin
+from lightning_peft.terminal_table import print_rows
 from lightning_peft.tracking.service_record import forget_steps
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ SHOWN_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("time", readable.short_duration),
 }
 """What fits 80 columns beside the trial: a heading and how it is written; files have every column."""
+SECONDS_FOR_ANOTHER_RETRY = 60.0
+"""More than a cluster takes to answer."""
 BUDGET = "sweep.budget_gpu_hours"
 """The one key of the sweep that a retry may change."""
 OWN_KEYS = tuple(SweepCommandConfig.__dataclass_fields__)
@@ -94,16 +98,27 @@ def look(sweep: Sweep, folder: Path, gone: str | None = None) -> None:
     refresh(sweep, folder, find_jobs(sweep))
 
 
-def status(config: SweepCommandConfig) -> None:
+def seen(config: SweepCommandConfig) -> Sweep:
+    """Return the sweep as it stands now. Its file is brought up to date too, unless it belongs to another user."""
     folder = Path(config.sweep_dir)
+    if (folder / MANIFEST).is_file() and not may_be_changed(folder):
+        sweep = read_sweep(folder)
+        look(sweep, folder, config.gone)
+        return sweep
     with changed_sweep(folder) as sweep:
         look(sweep, folder, config.gone)
+    return sweep
+
+
+def status(config: SweepCommandConfig) -> None:
+    folder = Path(config.sweep_dir)
+    sweep = seen(config)
     metric = sweep.metric.removeprefix("-")
-    table = Table("trial", "state", "attempts", "exit code", metric)
-    for trial in sweep.trials:
-        value = metric_value(trial.result, metric)
-        table.add_row(trial.name, trial.state, str(trial.attempts), shown(trial.exit_code), shown(value))
-    Console().print(table)
+    rows = [
+        (t.name, (t.state, str(t.attempts), shown(t.exit_code), shown(metric_value(t.result, metric))))
+        for t in sweep.trials
+    ]
+    print_rows("trial", ("state", "attempts", "exit code", metric), rows)
     print(summary(sweep))
     if sweep.rungs:
         print(rungs_in_words(sweep))
@@ -122,8 +137,17 @@ def summary(sweep: Sweep) -> str:
 
 
 def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
-    """Run trials again: from their checkpoints, or afresh where the overrides change what is trained."""
+    """Run trials again: from their checkpoints, or afresh where the overrides change what is trained.
+
+    A second retry waits for the first, whose trials then wait or run and are not started twice.
+    """
     folder = Path(config.sweep_dir).resolve()
+    read_sweep(folder)
+    with only_writer(folder, "sweep_dir", SECONDS_FOR_ANOTHER_RETRY):
+        start_again(config, overrides, folder)
+
+
+def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) -> None:
     own, run_words = split_words(overrides)
     budget = more_budget([word for word in own if word.startswith(f"{BUDGET}=")])
     if config.failed == bool(config.trials) and (config.failed or budget is None):
@@ -166,6 +190,7 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
         for trial, run in zip(again, runs, strict=True):
             trial.spent_hours = hours_of_trial(sweep, trial, folder / trial.name)
             prepare_again(trial, run, folder / trial.name)
+            trial.other_words = run_words
     logger.info("%s: %d trials run again", folder, len(again) + undrawn)
     if sweep.has_slots:
         one = next(iter([*again, *sweep.trials]), None) or any_draw(sweep)
@@ -256,14 +281,15 @@ def table(config: SweepCommandConfig) -> None:
     output = Path(config.output_path) if config.output_path is not None else None
     if output is not None and output.suffix not in (".csv", ".json", ".html", ".svg"):
         raise ValueError(f"output_path={output}: must end in .csv, .json, .html or .svg")
-    with changed_sweep(folder) as sweep:
-        look(sweep, folder, config.gone)
+    sweep = seen(config)
     rows = table_rows(sweep, config.sort or sweep.metric)
-    Console().print(table_of_trials(rows))
+    print_trials(rows, metrics_shown(sweep, config.sort))
     if (best := best_trial(sweep)) is not None:
         print(f"best {sweep.metric.removeprefix('-')}: {best[1]:.6g} of {best[0]}")
+    for doubt in doubts(sweep):
+        print(doubt)
     if SEED in sweep.swept_keys:
-        Console().print(table_of_groups(sweep))
+        print_groups(sweep)
     if (said := sentence(sweep)) is not None:
         print(said)
         if (cut := cut_sentence(sweep, folder, config.sweep_dir.rstrip("/"))) is not None:
@@ -284,30 +310,32 @@ def table(config: SweepCommandConfig) -> None:
     logger.info("wrote %s", output)
 
 
-def table_of_trials(rows: list[dict[str, Any]]) -> Table:
-    """Make the table for a terminal: where it is narrow the names of trials take several lines, numbers never."""
-    made = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    made.add_column("trial", overflow="fold")
-    for heading, _ in SHOWN_COLUMNS.values():
-        made.add_column(heading, no_wrap=True, justify="left" if heading == "state" else "right")
-    for row in rows:
-        cells = ("-" if row[name] is None else written(row[name]) for name, (_, written) in SHOWN_COLUMNS.items())
-        made.add_row(row["trial"], *cells)
-    return made
+def metrics_shown(sweep: Sweep, sort: str | None) -> list[str]:
+    """Return the columns by which trials are ranked, where they are none of SHOWN_COLUMNS."""
+    asked = [sweep.metric.removeprefix("-"), (sort or "").removeprefix("-")]
+    return [name for name in dict.fromkeys(asked) if name and name not in (*SHOWN_COLUMNS, "trial")]
 
 
-def table_of_groups(sweep: Sweep) -> Table:
-    """Make the table of what trials that differ in their seed only say together, the best mean first."""
+def print_trials(rows: list[dict[str, Any]], metrics: Sequence[str] = ()) -> None:
+    """Print a row a trial, with the columns in `metrics` before those of SHOWN_COLUMNS that are numbers."""
+    chosen = {name: (name, shown) for name in metrics}
+    columns = {"state": SHOWN_COLUMNS["state"]} | chosen | SHOWN_COLUMNS
+    cells = [
+        (row["trial"], ["-" if row.get(name) is None else written(row[name]) for name, (_, written) in columns.items()])
+        for row in rows
+    ]
+    print_rows("trial", [heading for heading, _ in columns.values()], cells)
+
+
+def print_groups(sweep: Sweep) -> None:
+    """Print what trials that differ in their seed only say together, the best mean first."""
     metric, groups = sweep.metric.removeprefix("-"), groups_of(sweep)
-    made = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=f"{metric} over the seeds")
-    made.add_column("trials", overflow="fold")
-    for heading in ("seeds", "mean", "spread", "95 % from", "to"):
-        made.add_column(heading, no_wrap=True, justify="right")
     ordered = best_first(groups, sweep.metric)
+    rows = []
     for group in [*ordered, *(group for group in groups if not group.scores)]:
         numbers = (group.mean if group.scores else None, group.spread, *(group.interval or (None, None)))
-        made.add_row(group.label, f"{len(group.scores)} of {len(group.names)}", *map(shown, numbers))
-    return made
+        rows.append((group.label, (f"{len(group.scores)} of {len(group.names)}", *map(shown, numbers))))
+    print_rows("trials", ("seeds", "mean", "spread", "95 % from", "to"), rows, f"{metric} over the seeds")
 
 
 def ask_for_trial(config: SweepCommandConfig) -> None:

@@ -21,7 +21,7 @@ from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config, read_words
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import refuse_run
-from lightning_peft.runs.lock import new_folder
+from lightning_peft.runs.lock import new_folder, only_writer
 from lightning_peft.runs.machine import Machine
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
@@ -63,19 +63,21 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
     check_same_sweep(folder, swept_words)
     if any(config.dry_run for config in configs.values()):
         return folder, max(train_one(name, config) for name, config in configs.items())
-    together = options.sweep.together
-    if together == "auto":
-        first = next(iter(configs.values()))
-        together = most_that_fit(configs.values(), Machine.here(first.trainer))
-    status = 0
-    for number, names in enumerate(grouped(configs, together or 1), 1):
-        for name in names:
-            enter_trial(folder / name, [*fixed, *trials[name]], swept_words)
-        ended = train_group(names, configs, folder / f"together-{number}.txt")
-        for name in names:  # those that could not tell the manifest themselves
-            note_end(folder / name, ended)
-        status = max(status, ended)
-    return folder, status
+    with only_writer(folder):  # two would take turns at each other's trials
+        check_same_sweep(folder, swept_words)
+        together = options.sweep.together
+        if together == "auto":
+            first = next(iter(configs.values()))
+            together = most_that_fit(configs.values(), Machine.here(first.trainer))
+        status = 0
+        for number, names in enumerate(grouped(configs, together or 1), 1):
+            for name in names:
+                enter_trial(folder / name, [*fixed, *trials[name]], swept_words)
+            ended = train_group(names, configs, folder / f"together-{number}.txt")
+            for name in names:  # those that could not tell the manifest themselves
+                note_end(folder / name, ended)
+            status = max(status, ended)
+        return folder, status
 
 
 def train_group(names: Sequence[str], configs: dict[str, TrainConfig], list_path: Path) -> int:

@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -58,8 +59,9 @@ from lightning_peft.training.callbacks.run_record import RunRecord
 from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
 from lightning_peft.training.callbacks.task_metrics import TaskMetrics
-from lightning_peft.training.config import GuardAction
+from lightning_peft.training.config import ActivationCheckpointing, GuardAction
 from lightning_peft.training.guard import Diverged, Guard
+from lightning_peft.training.model_flops import why_slow
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
@@ -145,7 +147,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     module.lr_factor = lr_factor_of(rollbacks)
     module.leaves_out_steps = config.guard.action is GuardAction.skip
     lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
-    if config.adapter.init_from is not None and distributed.rank() == 0:
+    if config.adapter.init_from is not None and resumed is None and distributed.rank() == 0:
         say_other_prompts(config.adapter.init_from, layout)
 
     def save(module: LightningModule, folder: Path) -> None:
@@ -167,9 +169,10 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save, metrics.is_calm)
     stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
     preemption = Preemption(signals, checkpoint, config.pause_at, lambda trainer: last_validation(trainer, scored))
+    health = AdapterHealth(config.health)
     callbacks: list[Callback] = [
         RunRecord(plain(config), content),
-        AdapterHealth(config.health),
+        health,
         metrics,
         *([scored] if scored is not None else []),
         *([stopping] if stopping is not None else []),
@@ -208,8 +211,20 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
             "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
             "device": torch.cuda.get_device_name() if plan.accelerator == "cuda" else "cpu",
         }
+        warnings = list(health.at_the_end)
+        if (utilization := metrics.utilization()) is not None:
+            result["mfu"] = utilization
+            tokens = metrics.tokens_of_a_step() / plan.ranks / config.trainer.get("accumulate_grad_batches", 1)
+            recomputes = config.activation_checkpointing not in (
+                ActivationCheckpointing.none,
+                ActivationCheckpointing.elementwise,
+            )
+            if (slow := why_slow(utilization, tokens, plan.precision, recomputes)) is not None:
+                warnings.append(slow)
         if stopping is not None and stopping.reason is not None:
             result["stopped_early"] = stopping.reason
+        if warnings:
+            result["warnings"] = warnings
     except Preempted as left:
         result |= {"status": left.status, "steps": trainer.global_step, "train_loss": metrics.loss}
         result |= preemption.last_validation()
@@ -310,7 +325,8 @@ def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
 
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:
-    table = Table(show_header=False, title=f"{result['status']}: {os.path.relpath(run_dir)}")
+    print(f"{result['status']}: {os.path.relpath(run_dir)}")  # no title of the table, which would break a long path
+    table = Table(show_header=False)
     rows: dict[str, tuple[str, Callable[[Any], str]]] = {
         "steps": ("steps", readable.number),
         "train_loss": ("train loss", readable.loss),
@@ -319,10 +335,15 @@ def show_result(result: dict[str, Any], run_dir: Path) -> None:
         "trainable_parameters": ("trainable parameters", readable.number),
         "total_parameters": ("total parameters", readable.number),
         "tokens_per_second": ("tokens per second", readable.number),
+        "mfu": ("share of the GPU's peak", lambda value: f"{value:.0%}"),
         "peak_memory_gib": ("peak memory", lambda value: f"{value:.2f} GiB"),
         "seconds": ("time", readable.duration),
     }
     for name, (label, written) in rows.items():
         value = result.get(name, result["metrics"].get(name))
-        table.add_row(label, "-" if value is None else written(value))
+        if name == "mfu" and value is None:  # no GPU, or one whose peak is not known
+            continue
+        table.add_row(label, "-" if value is None or math.isnan(value) else written(value))
     Console().print(table)
+    for warning in result.get("warnings", []):
+        print(warning)

@@ -15,6 +15,11 @@ MAX_NEW_TOKENS = 64
 """Longest answer where neither the data's task nor an option says one."""
 
 
+SMALL_IS_GOOD = ("train_loss", "validation_cross_entropy", "validation_divergence", "seconds", "peak_memory_gib")
+LARGE_IS_GOOD = ("tokens_per_second", "validation_rewards/accuracy", "validation_rewards/margin")
+"""Numbers of a result that no task computes, by what is good."""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """What computes one entry of `validation.metrics`."""
@@ -68,9 +73,10 @@ def check_direction(option: str, metric: str) -> None:
     """
     name = metric.removeprefix("-")
     owner = next((task for task in TASKS.values() if name in task.metric_names), None)
-    if owner is None and name.partition("/")[0] != "validation_loss":
+    is_loss = name.partition("/")[0] == "validation_loss"  # of all rows, or of a source of a mixture
+    if owner is None and not is_loss and name not in (*SMALL_IS_GOOD, *LARGE_IS_GOOD):
         return
-    is_small_good = owner is None or name in owner.small_is_good
+    is_small_good = name in owner.small_is_good if owner is not None else name not in LARGE_IS_GOOD
     if is_small_good == metric.startswith("-"):
         right = name if is_small_good else f"-{name}"
         good = "small" if is_small_good else "large"

@@ -7,6 +7,7 @@ from lightning_peft.report.figures import SHOWN_NAMES, curves, dots, heat_maps, 
 from lightning_peft.report.page import Page
 from lightning_peft.report.run import column, read_metrics
 from lightning_peft.sweeps.cuts import cut_sentence
+from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.statistics import SEED, best_first, groups_of, sentence
 from lightning_peft.sweeps.sweep import Sweep, metric_value, score
 from lightning_peft.sweeps.table import best_trial, column_names, number_or_text, table_rows
@@ -19,7 +20,7 @@ def sweep_page(folder: Path, sweep: Sweep) -> Page:
     page.note(f"{len(sweep.trials)} trials over {', '.join(sweep.swept)}")
     if (best := best_trial(sweep)) is not None:
         page.note(f"best {metric}: {best[1]:.6g} of {best[0]}")
-    for said in (sentence(sweep), cut_sentence(sweep, folder, str(folder))):
+    for said in (*doubts(sweep), sentence(sweep), cut_sentence(sweep, folder, str(folder))):
         if said is not None:
             page.note(said)
     without = [trial for trial in sweep.trials if score(sweep, trial) is None]

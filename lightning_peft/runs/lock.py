@@ -29,8 +29,6 @@ BEAT_SECONDS = 3.0
 """Time between two renewals of the lock file's time stamp."""
 WATCH_SECONDS = 4 * BEAT_SECONDS
 """How long the time stamp of a holder on another node is watched."""
-SURELY_OLD_SECONDS = 600.0
-"""A time stamp older than this is not watched; clocks of two nodes differ by less."""
 
 _open_locks: set[int] = set()
 """File descriptors of held locks. A forked child closes them: else a DataLoader worker would hold its parent's lock."""
@@ -189,10 +187,11 @@ def _take_again(file: IO[str]) -> bool:
 
 
 def _is_beating(path: Path) -> bool:
-    """Whether the holder, on another node, renews the time stamp."""
+    """Whether the holder, on another node, renews the time stamp.
+
+    How old that is says nothing: the clocks of two nodes may differ by any time, and one may be set meanwhile.
+    """
     first = path.stat().st_mtime_ns
-    if time.time() - first / 1e9 > SURELY_OLD_SECONDS:
-        return False
     logger.info("%s: looking for %.0f seconds whether its writer on another node is alive", path.parent, WATCH_SECONDS)
     end = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < end:

@@ -14,6 +14,7 @@ from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.runs.nodes import made, reason
 from lightning_peft.runs.plan import RunPlan
+from lightning_peft.tracking.loggers import RunLogger, failing_alone
 from lightning_peft.training.callbacks.progress import TrainingProgress
 from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
 from lightning_peft.training.config import StrategyKind
@@ -62,7 +63,10 @@ def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: lis
     else:
         options["limit_val_batches"] = 0
     own = made("callbacks", config.callbacks, Callback)
-    loggers = made("logger", config.logger, Logger)
+    loggers = [
+        logger if isinstance(logger, RunLogger) else failing_alone(logger, f"logger.{name}")
+        for name, logger in zip(config.logger, made("logger", config.logger, Logger), strict=True)
+    ]
     progress: list[Callback] = [] if options.get("enable_progress_bar") is False else [TrainingProgress()]
     try:
         return instantiate(

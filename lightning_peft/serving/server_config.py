@@ -25,7 +25,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     """Address to listen at; another than this machine's own needs serve.api_key."""
     port: int = 8000
-    """Port to listen at."""
+    """Port to listen at; 0 takes one that is free, which the log names."""
     api_key: str | None = None
     """What clients must send as their API key; null asks for none."""
     max_batch: int = 16

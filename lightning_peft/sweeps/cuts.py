@@ -4,11 +4,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.strict_json import read_object
 from lightning_peft.sweeps.statistics import Group, best_of_ranks, share_of_parameters
 from lightning_peft.sweeps.sweep import Sweep, score
 
-INSPECTION, ADAPTER = "inspection.json", "adapter/adapter_model.safetensors"
+INSPECTION, ADAPTER = "inspection.json", "adapter"
 
 
 def cut_sentence(sweep: Sweep, folder: Path, shown: str) -> str | None:
@@ -50,9 +51,15 @@ def best_trial_of(sweep: Sweep, group: Group) -> str:
 
 
 def scores_of_cuts(run_dir: Path) -> dict[str, Any] | None:
-    """Return what the run's inspection says of smaller ranks; None without one, or where the adapter is newer."""
-    path, adapter = run_dir / INSPECTION, run_dir / ADAPTER
-    if not path.is_file() or (adapter.is_file() and adapter.stat().st_mtime > path.stat().st_mtime):
+    """Return what the run's inspection says of smaller ranks; None without one, or where it is of another adapter.
+
+    The adapters are told apart by their checksums: times of files follow a clock that may be set.
+    """
+    path, lineage = run_dir / INSPECTION, read_lineage(run_dir / ADAPTER)
+    if not path.is_file():
         return None
-    found: dict[str, Any] | None = read_object(path, "inspect it again").get("smaller_ranks")
+    content = read_object(path, "inspect it again")
+    if lineage is not None and content.get("adapter_sha256") != lineage.adapter_sha256:
+        return None
+    found: dict[str, Any] | None = content.get("smaller_ranks")
     return found

@@ -4,9 +4,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning_peft.cluster.process import LEAVE, this_process
-from lightning_peft.sweeps.sweep import HYDRA, MANIFEST, RUNNING, Sweep, Trial, locked, read_sweep, write_sweep
+from lightning_peft.sweeps.sweep import (
+    FINISHED,
+    HYDRA,
+    MANIFEST,
+    RUNNING,
+    Sweep,
+    Trial,
+    hours_of,
+    locked,
+    read_result,
+    read_sweep,
+    write_sweep,
+)
 
 METRIC = "validation_loss"
+OF_A_START = ("run_dir", "resume")
+"""Keys whose words are of one start, and not of what is trained."""
 
 
 def check_same_sweep(folder: Path, swept: Sequence[str]) -> None:
@@ -32,11 +46,11 @@ def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> No
     folder = run_dir.parent
     keys = [_key(word) for word in swept]
     own = [word for word in words if _key(word) in keys]
+    shared = [word.lstrip("+") for word in words if word not in own and _key(word) not in OF_A_START]
     with locked(folder):
         if (folder / MANIFEST).is_file():
             sweep = read_sweep(folder)
         else:
-            shared = [word.lstrip("+") for word in words if word not in own and not word.startswith("run_dir=")]
             sweep = Sweep(shared, [], HYDRA, METRIC, directory=str(Path.cwd()))
         trial = next((trial for trial in sweep.trials if trial.name == run_dir.name), None)
         if trial is None:
@@ -44,6 +58,12 @@ def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> No
             sweep.trials.append(trial)
         trial.state, trial.is_waiting, trial.process = RUNNING, False, this_process()
         trial.attempts += 1
+        before = [word for word in sweep.words if _key(word) not in OF_A_START]
+        trial.other_words = [word for word in shared if word not in before]
+        trial.other_words += [f"without {word}" for word in before if _key(word) not in map(_key, shared)]
+        result = read_result(run_dir)
+        if result is not None and result["status"] != FINISHED:  # which the start that begins now drops
+            trial.spent_hours += hours_of(result)
         (run_dir / LEAVE).unlink(missing_ok=True)  # of an earlier start that did not live to leave
         sweep.count = len(sweep.trials)
         # Another start may add values to those of the first.

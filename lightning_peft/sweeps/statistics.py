@@ -4,7 +4,7 @@ import itertools
 import math
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,7 +159,7 @@ def sentence(sweep: Sweep) -> str | None:
     if RATE not in tuned:
         how += ", all at one learning rate"
     largest, top = max(ranks), ranks[max(ranks)]
-    best_rank = min(ranks, key=lambda rank: ordered.index(ranks[rank]))
+    best_rank = next(rank for rank, group in ranks.items() if group.mean == ordered_mean(ranks, ordered))
     best = ranks[best_rank]
     metric = sweep.metric.removeprefix("-")
     for rank, group in ranks.items():
@@ -177,6 +177,8 @@ def sentence(sweep: Sweep) -> str | None:
     others = [rank for rank in ranks if rank != best_rank]
     second = min(others, key=lambda rank: ordered.index(ranks[rank]))
     said = f"rank {best_rank} is best: {metric} {best.mean:.4g}, against {ranks[second].mean:.4g} of rank {second}"
+    if best.mean == ranks[second].mean:
+        said = f"rank {best_rank} is as good as rank {second}: {metric} {best.mean:.4g}"
     interval = difference_interval(best, ranks[second])
     if interval is None:
         return f"{said}; one seed each, so noise is unknown; {how}" + of_those_pruned(sweep, best, ranks[second])
@@ -187,10 +189,17 @@ def sentence(sweep: Sweep) -> str | None:
     ) + of_those_pruned(sweep, best, ranks[second])
 
 
+def ordered_mean(ranks: Mapping[int, Group], ordered: Sequence[Group]) -> float:
+    """The mean of the best of the ranks' groups, of which `ordered` has the best first."""
+    return min(ranks.values(), key=ordered.index).mean
+
+
 def setting_sentence(sweep: Sweep, ordered: Sequence[Group]) -> str:
     """What is best where no ranks are compared, and what may be as good."""
     best, metric = ordered[0], sweep.metric.removeprefix("-")
-    said = f"{best.label} is best: {metric} {best.mean:.4g}"
+    equal = [group.label for group in ordered if group.mean == best.mean]
+    good = "is best" if len(equal) == 1 else "are equally good"
+    said = f"{' and '.join(equal)} {good}: {metric} {best.mean:.4g}"
     if best.interval is None:
         return f"{said}; one seed, so noise is unknown" + of_those_pruned(sweep, best)
     said += f", 95 % from {best.interval[0]:.4g} to {best.interval[1]:.4g} over {len(best.scores)} seeds"

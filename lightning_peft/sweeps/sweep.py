@@ -9,6 +9,9 @@ import fcntl
 import json
 import logging
 import math
+import os
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,12 +21,16 @@ from typing import Any
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import Job
-from lightning_peft.cluster.process import LEAVE, Process
+from lightning_peft.cluster.process import LEAVE, Process, this_process
 from lightning_peft.strict_json import is_copy, read_object
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "sweep.json"
+CHANGE_LOCK = ".lock"
+"""Name of the file that is locked while the manifest is changed; it holds the process that changed it last."""
+WAIT_IS_SAID_AFTER = 5.0
+"""Seconds of waiting for somebody else's change until the log says whose."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What `flock` raises on a file system without locks, as Lustre is where it was mounted so."""
 SECONDS_TO_CHANGE = 600.0
@@ -70,6 +77,8 @@ class Trial:
     number: int | None = None
     """Optuna's number of the trial."""
     is_cancelled: bool = False
+    other_words: list[str] = field(default_factory=list)
+    """Words of its last start that the sweep's others may not have, "without WORD" for one of theirs that it lacks."""
     base: str | None = None
     """What it shares with trials of the same word that train together; null for one that trains by itself."""
     resumed_at: int | None = None
@@ -184,7 +193,7 @@ def read_sweep(folder: Path) -> Sweep:
 def check_texts(sweep: Sweep) -> None:
     """Raise TypeError for names and words that are none, as a hand that edits the file may leave them."""
     for trial in sweep.trials:
-        for text in (trial.name, trial.state, *trial.overrides):
+        for text in (trial.name, trial.state, *trial.overrides, *trial.other_words):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} of a trial is no text")
     for text in (sweep.metric, sweep.directory, *sweep.words, *sweep.swept):
@@ -202,27 +211,40 @@ def write_sweep(sweep: Sweep, folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Inside, nobody else changes the sweep. The lock goes with the process that holds it.
 
-    On a file system without locks a file that only one can make stands for it; one that a killed process left behind
-    counts no longer after SECONDS_TO_CHANGE.
+    On a file system without locks a file that only one can make stands for it. One that is left behind counts no longer
+    once its process, of this machine, is gone, or it has been waited for for SECONDS_TO_CHANGE.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / CHANGE_LOCK).open("a+", encoding="utf-8") as file:
+        waiting = threading.Timer(WAIT_IS_SAID_AFTER, say_who_changes, (folder,))
+        waiting.daemon = True
+        waiting.start()
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
         else:
+            waiting.cancel()
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
             yield
             return
+        finally:
+            waiting.cancel()
     made = folder / ".changing"
+    first, since = None, time.monotonic()
     while True:
         try:
-            made.touch(exist_ok=False)
+            with made.open("x", encoding="utf-8") as file:
+                json.dump(asdict(this_process()), file)
             break
         except FileExistsError:
             with suppress(FileNotFoundError):
-                if time.time() - made.stat().st_mtime > SECONDS_TO_CHANGE:
+                seen = made.stat().st_ino, made.stat().st_mtime_ns
+                first, since = (first, since) if seen == first else (seen, time.monotonic())
+                if is_of_dead(made) or time.monotonic() - since > SECONDS_TO_CHANGE:
                     logger.warning("%s: left behind by a process that was killed; removed", made)
                     made.unlink()
             time.sleep(0.1)
@@ -230,6 +252,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         made.unlink(missing_ok=True)
+
+
+def is_of_dead(made: Path) -> bool:
+    """Return whether a file names a process of this machine that is gone."""
+    try:
+        return not Process(**json.loads(made.read_text(encoding="utf-8"))).is_alive
+    except (ValueError, TypeError):  # it is being written
+        return False
+
+
+def say_who_changes(folder: Path) -> None:
+    with suppress(OSError):
+        who = (folder / CHANGE_LOCK).read_text(encoding="utf-8", errors="replace") or "another process"
+        logger.warning("%s: waiting for %s, which changes the sweep", folder, who)
+
+
+def may_be_changed(folder: Path) -> bool:
+    """Return whether this user may write the sweep's file; somebody else's sweep can be looked at all the same."""
+    places = [place for place in (folder, folder / CHANGE_LOCK) if place.exists()]
+    return all(os.access(place, os.W_OK, effective_ids=True) for place in places)
 
 
 @contextmanager

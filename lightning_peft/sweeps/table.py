@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
-from lightning_peft.sweeps.sweep import Sweep, score
+from lightning_peft.sweeps.sweep import FINISHED, Sweep, Trial, hours_of, score
 
 RESULT_COLUMNS = (
     "steps", "train_loss", "validation_loss", "trainable_parameters", "tokens_per_second", "peak_memory_gib", "seconds",
@@ -28,8 +28,9 @@ def short_name(key: str) -> str:
 def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
     """A row a trial: name, swept values, state, attempts, exit code, results. `sort` is a column, -column descends.
 
-    Trials that have nothing in that column, or no finite number, come last. A swept key goes by its last part where
-    no other column is called so. Where seeds are swept, each row has mean, spread and interval over those of its group.
+    Trials that have nothing in that column, or no finite number, come last. By a result, those that have finished come
+    first. A swept key goes by its last part where no other column is called so. Where seeds are swept, each row has
+    mean, spread and interval over those of its group.
     """
     names = column_names(sweep)
     over_seeds = seed_columns(sweep)
@@ -38,17 +39,28 @@ def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
         | {names.get(key, key): number_or_text(value) for key, value in trial.values.items()}
         | {"state": trial.state, "attempts": trial.attempts, "exit_code": trial.exit_code}
         | {column: (trial.result or {}).get(column) for column in RESULT_COLUMNS}
+        | {"seconds": seconds_of(trial)}
         | (trial.result or {}).get("metrics", {})
         | over_seeds.get(trial.name, {})
         for trial in sweep.trials
     ]
     column = sort.removeprefix("-")
+    results = {*RESULT_COLUMNS, *(name for trial in sweep.trials for name in (trial.result or {}).get("metrics", {}))}
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if rows and column not in columns:
         raise ValueError(f"sort={sort}: no such column; choose one of {', '.join(columns)}")
     known = [row for row in rows if is_ranked(row.get(column))]
     known.sort(key=lambda row: sort_key(row[column]), reverse=sort.startswith("-"))
+    if column in results:  # one that is paused or has diverged is before none that has finished
+        known.sort(key=lambda row: row["state"] != FINISHED)
     return known + [row for row in rows if not is_ranked(row.get(column))]
+
+
+def seconds_of(trial: Trial) -> float | None:
+    """The time that a trial took over all its starts: its result has that of the last one."""
+    seconds = (trial.result or {}).get("seconds")
+    hours = hours_of(trial.result)
+    return seconds * (1 + trial.spent_hours / hours) if seconds is not None and hours else seconds
 
 
 def seed_columns(sweep: Sweep) -> dict[str, dict[str, Any]]:

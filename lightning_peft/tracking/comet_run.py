@@ -1,6 +1,7 @@
 """Comet: one experiment for a run folder, over every start of it."""
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ QUIET: dict[str, Any] = {
     "auto_log_co2": False,
 }
 """What Comet would find out by itself beside what the run logs."""
+
+
+REPORTS_OF_ITSELF = "COMET_INTERNAL_SENTRY_DSN"
+"""Environment variable with the address to which Comet reports errors of its own; a machine without a network would
+wait for it at its end."""
 
 
 class CometRun(ServiceRun):
@@ -49,6 +55,8 @@ class CometRun(ServiceRun):
         return "comet"
 
     def open(self, id: str, is_new: bool) -> str:
+        os.environ.setdefault(REPORTS_OF_ITSELF, "")
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each try; the last one is ours
         # An optional extra, and seconds to import.
         import comet_ml
 

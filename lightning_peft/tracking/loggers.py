@@ -1,5 +1,6 @@
 """What every logger of a run shares: one folder, one rank, and failures that never reach the training."""
 
+import functools
 import importlib.util
 import logging
 from abc import abstractmethod
@@ -111,6 +112,37 @@ class RunLogger(Logger):
             logger.warning("%s: %s; nothing more is logged there, training goes on", self.name, failure(error))
             with suppress(Exception):
                 self.abandon()
+
+
+ASKED_OF_LOGGERS = ("log_hyperparams", "log_metrics", "log_graph", "save", "finalize", "after_save_checkpoint")
+"""What Lightning and this package call of any logger."""
+
+
+def failing_alone(given: Logger, key: str) -> Logger:
+    """Have a logger that is none of ours fail as ours do: what it raises is logged, and it is asked for nothing more.
+
+    `key` is the option that names it. Its class stays, as callbacks may look for it.
+    """
+    has_failed = False
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal has_failed
+            if has_failed:
+                return None
+            try:
+                return method(*arguments, **named)
+            except Exception as error:
+                has_failed = True
+                logger.warning("%s: %s; nothing more is logged there, training goes on", key, failure(error))
+                return None
+
+        return call
+
+    for name in ASKED_OF_LOGGERS:
+        setattr(given, name, guarded(getattr(given, name)))
+    return given
 
 
 def failure(error: Exception) -> str:

@@ -21,6 +21,12 @@ PEAK_FLOPS = {
 """Dense bf16 peak per second by a part of the device's name, from the vendors' data sheets; the longest part counts."""
 
 
+LOW_UTILIZATION = 0.2
+"""Share of the peak below which a reason is looked for; adapters on one GPU usually reach 0.35 and more. Ours."""
+FEW_TOKENS = 2048
+"""Tokens of a micro batch below which products are too small for a GPU. Ours."""
+
+
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 operations per second of a device by its name; None for one that is not known."""
     parts = [part for part in PEAK_FLOPS if part in device_name]
@@ -76,3 +82,21 @@ def model_flops_utilization(flops: float, seconds: float, devices: int) -> float
     """Return the share of the bf16 peak of so many devices like this one; None where that is not known."""
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return None if peak is None else flops / seconds / (peak * devices)
+
+
+def why_slow(utilization: float, micro_batch_tokens: float, precision: str, recomputes: bool) -> str | None:
+    """Say why a GPU was used at little of its peak, as far as the options tell; None where it was used well."""
+    if utilization >= LOW_UTILIZATION:
+        return None
+    if "32" in precision:
+        reason = f"trainer.precision={precision} computes in fp32: bf16-true takes a fraction of the time"
+    elif micro_batch_tokens < FEW_TOKENS:
+        reason = (
+            f"a micro batch has {micro_batch_tokens:,.0f} tokens, too few to keep it busy: give a larger "
+            "data.micro_batch_size, and a smaller trainer.accumulate_grad_batches"
+        )
+    elif recomputes:
+        reason = "part of the work is done twice: activation_checkpointing=none where the memory allows it"
+    else:
+        reason = "nothing in the options tells why: see whether rows come too slowly (data.num_workers)"
+    return f"the GPU did {utilization:.0%} of what its bf16 peak allows; {reason}"

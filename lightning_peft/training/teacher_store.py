@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_peft import distributed
+from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.checkpoint.lineage import installed_versions
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.cache import cache_folder, code_digest
@@ -300,7 +301,9 @@ class Unfinished:
             self.files = self._opened({name: tuple(marks[name]) for name in self.shapes})
             self.samples = int(marks[SAMPLES])
             logger.info("the teacher's pass was stopped after %d rows: it goes on there", self.samples)
-        except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(error, FileNotFoundError):
+                logger.warning("%s is damaged (%s): the teacher's pass begins again", self.path, error)
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir()
             self.files = self._opened({})
@@ -326,9 +329,7 @@ class Unfinished:
         if not self.is_locked or time.monotonic() - self.marked_at < SECONDS_BETWEEN_MARKS:
             return
         marks: dict[str, Any] = {name: file.mark() for name, file in self.files.items()}
-        new = self.path / f"{MARKS}.new"
-        new.write_text(json.dumps(marks | {SAMPLES: self.samples}))
-        new.replace(self.path / MARKS)
+        write_text(self.path / MARKS, json.dumps(marks | {SAMPLES: self.samples}))
         self.marked_at = time.monotonic()
 
     def finish(self, folder: Path, vocabulary: int) -> None:

@@ -24,6 +24,7 @@ from lightning_peft.sweeps.sweep import CANCELLED, FINISHED, read_sweep
 VERSIONS = ("1.31", "1.34", "1.37")
 """Of Kubernetes, whose schemas the documents are held to."""
 TINY = ["model=tiny", "data=cmudict", "data.max_rows=64", "data.max_validation_rows=8", "logger=none"]
+TINY += ["validation.samples=0"]
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -18,7 +18,7 @@ from lightning_peft.sweeps.sweep import ENDED, Sweep, changed_sweep, read_sweep,
 
 TINY = [
     "model=tiny", "data.max_rows=8", "data.max_validation_rows=2", "trainer.accelerator=cpu",
-    "trainer.precision=32-true", "trainer.max_steps=2",
+    "trainer.precision=32-true", "trainer.max_steps=2", "validation.samples=0",
 ]  # fmt: skip
 
 

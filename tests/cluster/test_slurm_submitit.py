@@ -32,21 +32,13 @@ def sweep(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], 
     return run, results, "\n".join(path.read_text() for path in folder.glob(".submitit/*/*log.err"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_trials_of_submitit_train_on_their_ranks(slurm, submitit, tmp_path, ranks):
-    several = ["strategy=ddp", f"trainer.devices={ranks}"] if ranks > 1 else []
-    words = [f"hydra.launcher.tasks_per_node={ranks}", "adapter.rank=2,4", *several]
-    run, trials, logs = sweep(tmp_path / "sweep", *words)
-    assert run.returncode == 0, run.stderr[-2000:] + logs[-3000:]
-    assert {name: trial["status"] for name, trial in trials.items()} == {"rank2": "finished", "rank4": "finished"}
-    assert trials["rank4"]["trainable_parameters"] == 2 * trials["rank2"]["trainable_parameters"]
-
-
-def test_failed_trial_of_submitit_fails_the_command(slurm, submitit, tmp_path):
+def test_trials_of_submitit_train_on_their_ranks_and_one_that_fails_fails_the_command(slurm, submitit, tmp_path):
     """SLURM itself shows such a job as COMPLETED."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n} + 1 =", "completion": str(n + 1)}) + "\n" for n in range(12)))
-    words = ["data=jsonl", f"data.train_path={tmp_path}/missing.jsonl,{rows}"]
-    run, trials, logs = sweep(tmp_path / "sweep", *words)
+    words = ["data=jsonl", f"data.train_path={tmp_path}/missing.jsonl,{rows}", "strategy=ddp", "trainer.devices=2"]
+    run, trials, logs = sweep(tmp_path / "sweep", "hydra.launcher.tasks_per_node=2", *words)
     assert run.returncode != 0 and "missing.jsonl" in run.stderr, logs[-3000:]
-    assert [trial["status"] for trial in trials.values()] == ["finished"]
+    (trial,) = trials.values()
+    assert trial["status"] == "finished"
+    assert trial["device_hours"] == pytest.approx(2 * trial["seconds"] / 3600)

@@ -15,6 +15,7 @@ import pytest
 from brute_force import quantile, resampled
 
 from lightning_peft.__main__ import main
+from lightning_peft.checkpoint.lineage import Lineage, write_lineage
 from lightning_peft.evaluation.smaller_ranks import RankScore, smallest_as_good
 from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.statistics import (
@@ -117,9 +118,12 @@ def test_largest_rank_cut_by_svd_is_spoken_of(folder):
     (folder / trial / "inspection.json").write_text(json.dumps({"layers": {}, "smaller_ranks": ranks}))
     assert "rank 4 is worse than the whole beyond noise: loss 2 and 1.5" in cut_sentence(sweep, folder, "s")
     (folder / trial / "adapter").mkdir()
-    (folder / trial / "adapter" / "adapter_model.safetensors").write_bytes(b"trained on")
-    os.utime(folder / trial / "inspection.json", (0, 0))
+    write_lineage(Lineage("base", "tiny", adapter_sha256="trained on"), folder / trial / "adapter")
+    os.utime(folder / trial / "adapter" / "lineage.json", (0, 0))  # a clock that was set back
     assert cut_sentence(sweep, folder, "s").endswith(asked)
+    of_this = {"adapter_sha256": "trained on", "layers": {}, "smaller_ranks": ranks}
+    (folder / trial / "inspection.json").write_text(json.dumps(of_this))
+    assert "rank 4 is worse than the whole beyond noise" in cut_sentence(sweep, folder, "s")
     sweep.trials = [one for one in sweep.trials if one.values["adapter.rank"] == "64"]
     assert cut_sentence(sweep, folder, "s") is None
 

@@ -11,21 +11,32 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from rich.console import Console
 
 import lightning_peft
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process, process, this_process
-from lightning_peft.commands.sweep import table_of_trials
+from lightning_peft.commands.sweep import print_trials
 from lightning_peft.schemas import trial_name
+from lightning_peft.sweeps import sweep as sweeps
 from lightning_peft.sweeps.search import Dimension, SweepConfig, dimension, random_trials
-from lightning_peft.sweeps.sweep import Sweep, Trial, changed_sweep, read_sweep, refresh, state_of, write_sweep
+from lightning_peft.sweeps.sweep import (
+    Sweep,
+    Trial,
+    changed_sweep,
+    locked,
+    read_sweep,
+    refresh,
+    state_of,
+    write_sweep,
+)
 from lightning_peft.sweeps.table import (
     best_trial,
     csv_text,
@@ -273,19 +284,17 @@ def test_heat_map_has_a_cell_a_pair_and_shows_the_values(rank_by_alpha):
     assert heat_map(rank_by_alpha) is None
 
 
-def test_table_fits_80_columns_and_cuts_no_number_short():
+def test_table_fits_80_columns_and_cuts_no_number_short(capsys, monkeypatch):
     row = {
         "trial": "method=dora,rank=16,alpha=32,lr=0.000195", "state": "cancelled", "attempts": 2, "steps": 10_000,
         "train_loss": 0.36451, "validation_loss": 12.3456, "tokens_per_second": 111_510.4, "seconds": 4_400.0,
     }  # fmt: skip
-    console = Console(width=80, file=io.StringIO())
-    console.print(table_of_trials([row, row | {"train_loss": None, "seconds": None}]))
-    lines = console.file.getvalue().splitlines()
+    monkeypatch.setenv("COLUMNS", "80")
+    print_trials([row, row | {"train_loss": None, "seconds": None}])
+    lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     figures = ["cancelled", "2", "10,000", "0.3645", "12.3456", "111,510", "73", "min"]
-    assert any(line.split()[1:] == figures for line in lines)
-    start = next(number for number, line in enumerate(lines) if "method" in line)
-    assert "".join(line.split()[0] for line in lines[start:] if line.strip()).startswith(row["trial"])
+    assert [line.split() for line in lines[lines.index(row["trial"]) + 1 :]][0] == figures
 
 
 def test_copy_of_a_sweep_leaves_what_runs_to_the_original(tmp_path, capsys):
@@ -326,10 +335,28 @@ def test_sweep_is_changed_by_one_at_a_time_where_files_cannot_be_locked(tmp_path
     for thread in threads:
         thread.join()
     assert read_sweep(tmp_path).count == 30 and not (tmp_path / ".changing").exists()
-    (tmp_path / ".changing").touch()
-    os.utime(tmp_path / ".changing", (0, 0))
-    count(1)
-    assert read_sweep(tmp_path).count == 31
+    for left_by, ahead in ((DEAD, 86400), (replace(DEAD, host="elsewhere"), -86400)):
+        monkeypatch.setattr(sweeps, "SECONDS_TO_CHANGE", 600 if left_by.is_here else 0.3)
+        (tmp_path / ".changing").write_text(json.dumps(asdict(left_by)))
+        os.utime(tmp_path / ".changing", (time.time() + ahead,) * 2)  # whose clock was another
+        count(1)
+    assert read_sweep(tmp_path).count == 32
+
+
+def test_change_that_is_made_elsewhere_is_waited_for_whatever_the_clock_says(tmp_path, monkeypatch):
+    """Without locks, and with a clock that was set back by a day when the other process began."""
+    monkeypatch.setattr(sweeps, "SECONDS_TO_CHANGE", 0.6)
+    made = tmp_path / ".changing"
+    made.write_text(json.dumps(asdict(replace(DEAD, host="elsewhere"))))
+    os.utime(made, (time.time() - 86400,) * 2)
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    begun = time.monotonic()
+    with locked(tmp_path):
+        assert time.monotonic() - begun >= 0.6
 
 
 def test_command_in_a_folder_that_is_gone_is_one_line(tmp_path):

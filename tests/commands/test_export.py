@@ -16,6 +16,7 @@ from lightning_peft.models.source import ModelConfig
 RUN = [
     "train", "model=tiny", "data.max_rows=24", "data.max_validation_rows=4", "data.micro_batch_size=2",
     "trainer.max_steps=4", "trainer.accelerator=cpu", "trainer.precision=32-true", "optimizer.lr=0.01",
+    "validation.samples=0",
 ]  # fmt: skip
 
 

@@ -11,7 +11,10 @@ from lightning_peft.__main__ import main
 from lightning_peft.compose import compose_config
 from lightning_peft.words import everyday
 
-TINY = ["model=tiny", "data.max_length=64", "data.micro_batch_size=2", "trainer.max_steps=4", "optimizer.lr=0.01"]
+TINY = [
+    "model=tiny", "data.max_length=64", "data.micro_batch_size=2", "trainer.max_steps=4", "optimizer.lr=0.01",
+    "validation.samples=0",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -59,14 +59,21 @@ def test_patience_waits_for_one_that_is_leaving(tmp_path):
     first.stdout.close()
 
 
-def test_holder_on_another_node_is_told_by_its_time_stamp(tmp_path, monkeypatch):
+@pytest.mark.parametrize("clock", [0.0, -86400.0, 86400.0])
+def test_holder_on_another_node_is_told_by_its_time_stamp(tmp_path, monkeypatch, clock):
+    """Also where the clock of that node is a day behind or ahead."""
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(lock, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 0.5)
     path = tmp_path / LOCK
-    path.write_text(json.dumps({"pid": 1, "host": "another-node", "since": time.time(), "job": "77"}))
-    beats = subprocess.Popen(
-        [sys.executable, "-c", "import os, sys, time\nwhile True: os.utime(sys.argv[1]); time.sleep(0.1)", path]
+    path.write_text(json.dumps({"pid": 1, "host": "another-node", "since": time.time() + clock, "job": "77"}))
+    beat = (
+        "import os, sys, time\nwhile True:\n"
+        " os.utime(sys.argv[1], (time.time() + float(sys.argv[2]),) * 2)\n time.sleep(0.1)"
     )
+    beats = subprocess.Popen([sys.executable, "-c", beat, path, str(clock)])
+    begun = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == begun:
+        time.sleep(0.01)
     try:
         with pytest.raises(FolderInUse, match="process 1 on another-node, SLURM job 77, since"):
             with only_writer(tmp_path):

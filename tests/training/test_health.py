@@ -1,6 +1,7 @@
 """What is said of an adapter while it trains is what its matrices say, and what looks wrong is told once."""
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.spectrum import layer_spectrum
 from lightning_peft.commands.train import train
+from lightning_peft.training.callbacks import adapter_health
 from lightning_peft.training.callbacks.adapter_health import AdapterHealth, gradient_shares
 from lightning_peft.training.config import HealthConfig
 from lightning_peft.training.guard import Diverged
@@ -93,6 +95,17 @@ def test_alarm_is_told_once(tmp_path, caplog):
     train(tiny_config(tmp_path / "run", *RUN, "optimizer.lr=1e-30", "guard.no_op_steps=null"))
     assert caplog.text.count("step 2: the adapter changes nothing: every layer is its base") == 1
     assert caplog.text.count("the adapter changes nothing") == 1
+
+
+def test_end_of_a_run_says_what_looks_wrong_and_keeps_it(tmp_path, caplog, capsys, monkeypatch):
+    monkeypatch.setattr(adapter_health, "ENOUGH_STEPS", 2)
+    words = [*RUN, "optimizer.lr=1e-30", "guard.no_op_steps=null", "health.every_n_steps=100"]
+    result = train(tiny_config(tmp_path / "run", *words))
+    said = "the adapter changes nothing: every layer is its base"
+    assert result["warnings"] == json.loads((tmp_path / "run" / "result.json").read_text())["warnings"] == [said]
+    assert capsys.readouterr().out.rstrip().endswith(said) and said not in caplog.text
+    sound = train(tiny_config(tmp_path / "sound", *RUN, "optimizer.lr=0.01", "adapter.rank=4"))
+    assert not any("changes nothing" in text for text in sound.get("warnings", []))
 
 
 def lora_model(*spoilt: str) -> nn.Module:

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import tiny_config
 
 from lightning_peft.commands.train import train
@@ -33,3 +34,32 @@ def test_tensorboard_gets_the_same_loss(tmp_path):
 def test_no_logger_writes_no_metrics(tmp_path):
     train(tiny_config(tmp_path / "run", "trainer.max_steps=1", "logger=none"))
     assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+class Away(CSVLogger):
+    """A logger of somebody's own whose server goes away after the second step."""
+
+    def __init__(self, save_dir: str, at_end: bool = False):
+        super().__init__(save_dir)
+        self.at_end = at_end
+
+    def log_metrics(self, metrics, step=None):
+        if step == 3 and not self.at_end:
+            raise RuntimeError("the server\nis away")
+        super().log_metrics(metrics, step)
+
+    def finalize(self, status):
+        raise RuntimeError("cannot finalize")
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_logger_of_ones_own_fails_alone(tmp_path, caplog, at_end):
+    own = f"+logger.mine={{_target_: test_loggers.Away, save_dir: {tmp_path}/own, at_end: {at_end}}}"
+    words = ["trainer.max_steps=4", "validation.every_n_steps=2", "logger=[csv,tensorboard]", own]
+    result = train(tiny_config(tmp_path / "run", *words))
+    assert result["status"] == "finished"
+    assert [row["step"] for row in metrics(tmp_path / "run") if row["loss"]] == ["1", "2", "3", "4"]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    said = [record.message for record in caplog.records if "logger.mine" in record.message]
+    reason = "cannot finalize" if at_end else "the server is away"
+    assert said == [f"logger.mine: RuntimeError ({reason}); nothing more is logged there, training goes on"]

@@ -14,6 +14,7 @@ from lightning_peft.training.model_flops import (
     linear_flops_per_token,
     peak_flops,
     squared_lengths,
+    why_slow,
 )
 
 WIDTH, INNER, WORDS, LAYERS = 64, 128, 100, 3
@@ -70,3 +71,24 @@ def test_device_is_known_by_the_longest_part_of_its_name():
         "Tesla K80": None,
     }  # fmt: skip
     assert {name: peak_flops(name) for name in peaks} == peaks
+
+
+@pytest.mark.parametrize(
+    ("utilization", "tokens", "precision", "recomputes", "says"),
+    [
+        (0.2, 100, "32-true", True, None),
+        (
+            0.08,
+            100,
+            "32-true",
+            True,
+            "the GPU did 8% of what its bf16 peak allows; trainer.precision=32-true",
+        ),
+        (0.08, 610, "bf16-true", True, "a micro batch has 610 tokens, too few to keep it busy"),
+        (0.08, 8000, "bf16-true", True, "activation_checkpointing=none where the memory allows it"),
+        (0.08, 8000, "bf16-mixed", False, "nothing in the options tells why"),
+    ],
+)
+def test_gpu_that_was_used_little_has_its_likeliest_reason(utilization, tokens, precision, recomputes, says):
+    said = why_slow(utilization, tokens, precision, recomputes)
+    assert said is None if says is None else says in said

@@ -67,6 +67,7 @@ def finished(tmp_path_factory):
     sweep.mkdir()
     (sweep / "sweep.json").write_text("{}")
     words = ["adapter.rank=4", "optimizer.lora_plus_ratio=4", "validation.every_n_steps=2", "data.max_rows=6"]
+    words += ["validation.samples=2"]
     with pytest.MonkeyPatch.context() as patch:
         for key in ("WANDB_API_KEY", "WANDB_MODE"):
             patch.delenv(key, raising=False)

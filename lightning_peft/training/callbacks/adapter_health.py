@@ -22,11 +22,16 @@ OUTER = ("lora_B", "lora_embedding_B", "vera_lambda_b")
 """What the factor is called that the change ends with."""
 
 
+ENOUGH_STEPS = 50
+"""Steps after which the end of a run says what looks wrong; before, few directions have had the time to grow. Ours."""
+
+
 class AdapterHealth(Callback):
     """Puts `health/LAYER/change`, `/stable_rank` and `/gradient_B` into the row of every `every_n_steps`th step.
 
     change is ||dW|| / ||W||; gradient_B is B's share of the squared norm of the layer's gradient, A's is the rest. It
-    comes before `StepMetrics` in the Trainer's callbacks. The host waits for the device at these steps alone.
+    comes before `StepMetrics` in the Trainer's callbacks. The host waits for the device at these steps alone. It
+    measures once more at the end of a run of ENOUGH_STEPS.
     """
 
     def __init__(self, config: HealthConfig):
@@ -34,6 +39,8 @@ class AdapterHealth(Callback):
         self.meter = ChangeMeter()
         self.told: list[str] = []
         """Kinds of alarms that were given: each is given once a run."""
+        self.at_the_end: list[str] = []
+        """What looks wrong once the run is over."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,10 +60,23 @@ class AdapterHealth(Callback):
                 self.told.append(kind)
                 self.warn(trainer, kind, f"step {trainer.global_step}: {text}")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps is None or trainer.global_step < ENOUGH_STEPS:
+            return
+        model, root = cast(PreTrainedModel, pl_module.model), pl_module.objective
+        assert isinstance(root, nn.Module)
+        found = alarms_of(self.meter.measure(model, root))
+        self.at_the_end = list(found.values())
+        for kind in found.keys() - set(self.told):
+            self.alert(trainer, kind, f"step {trainer.global_step}: {found[kind]}")
+
     def warn(self, trainer: Trainer, kind: str, text: str) -> None:
         if not trainer.is_global_zero:
             return
         logger.warning("%s", text)
+        self.alert(trainer, kind, text)
+
+    def alert(self, trainer: Trainer, kind: str, text: str) -> None:
         for run_logger in trainer.loggers:
             if isinstance(run_logger, RunLogger):
                 run_logger.log_alert(kind, text)

@@ -106,6 +106,8 @@ class StepMetrics(Callback):
         """Squared lengths of the samples of this step, on the device; counted where the peak of the device is known."""
         self.was_validated = False
         self.durations: list[tuple[float, int]] = []
+        self.utilizations: list[float] = []
+        """Share of the devices' peak, of the same steps."""
         self.steps_seen = 0
         self.last_loss: Tensor | float | None = None
         self.flops_per_token = self.attention_flops = 0.0
@@ -178,6 +180,8 @@ class StepMetrics(Callback):
                 ranks = trainer.world_size
                 flops = self.flops_per_token * values["tokens"] + self.attention_flops * squares * ranks
                 values["mfu"] = model_flops_utilization(flops, seconds, ranks)
+                if self.steps_seen > WARM_UP_STEPS and values["mfu"] is not None:
+                    self.utilizations.append(values["mfu"])
             values["peak_memory_gib"] = peak
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
@@ -222,3 +226,11 @@ class StepMetrics(Callback):
         if not self.durations:
             return None
         return statistics.median(tokens / seconds for seconds, tokens in self.durations)
+
+    def utilization(self) -> float | None:
+        """Median share of the devices' peak over the same steps; None where the peak is not known."""
+        return statistics.median(self.utilizations) if self.utilizations else None
+
+    def tokens_of_a_step(self) -> float:
+        """Median number of tokens over all ranks, of the same steps; 0 without any."""
+        return float(statistics.median(tokens for _, tokens in self.durations)) if self.durations else 0.0

@@ -1,0 +1,134 @@
+"""What somebody has to know who believes a sweep's table: what its trials do not have in common, or did not come to."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
+from lightning_peft.sweeps.sweep import CANCELLED, DIVERGED, FAILED, FINISHED, LOST, Sweep, Trial, score
+
+MOST_NAMES = 3
+"""Trials that a line names; of more it says how many."""
+OTHER_ROWS = (
+    "model", "objective", "data", "data.source", "data.validation_path", "data.validation_split", "data.hub_name",
+    "data.task", "data.validation_fraction", "data.max_validation_rows", "data.split_seed", "data.max_length",
+    "data.system_prompt", "data.template", "data.prompt_column", "data.completion_column",
+)  # fmt: skip
+"""Keys that change which tokens a validation looks at, or what it computes; what stands below them does so too."""
+LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.devices",
+          "data.micro_batch_size", "data.max_length", "data.max_rows", "data.train_path", "data.packing")  # fmt: skip
+"""Keys that change how many steps a run has."""
+GONE = (DIVERGED, FAILED, LOST, CANCELLED)
+COVERAGE = {2: "half of all cases", 3: "two cases of three", 4: "four cases of five", 5: "four cases of five"}
+"""How often the middle 95 % of resampled means of so few normal scores hold the true mean; 95 % from some thirty on."""
+
+
+def doubts(sweep: Sweep) -> list[str]:
+    """Return a line for each; empty where the finished trials can be compared as they stand."""
+    finished = [trial for trial in sweep.trials if score(sweep, trial) is not None]
+    if not finished:
+        ended = [trial for trial in sweep.trials if trial.state == FINISHED]
+        metric = sweep.metric.removeprefix("-")
+        return [f"no trial has a finite {metric}, {len(ended)} of {len(sweep.trials)} have finished"] if ended else []
+    groups = best_first(groups_of(sweep), sweep.metric)
+    return [line for find in FINDERS for line in find(sweep, finished, groups)]
+
+
+def ties(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Trials that are as good as the best one."""
+    best = min(score(sweep, trial) for trial in finished)  # type: ignore[type-var]
+    equal = [trial for trial in finished if score(sweep, trial) == best]
+    return [f"equally good: {named(equal)}"] if len(equal) > 1 else []
+
+
+def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """The best group's trials that came to no number."""
+    if SEED not in sweep.swept_keys:
+        return []
+    trials = {trial.name: trial for trial in sweep.trials}
+    gone = Counter(trials[name].state for name in groups[0].names if trials[name].state in GONE)
+    if not gone:
+        return []
+    lost = " and ".join(f"{count} {state}" for state, count in gone.items())
+    return [f"{groups[0].label}: its mean is of {len(groups[0].scores)} of {len(groups[0].names)} seeds; {lost}"]
+
+
+def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Trials that stopped early, and those of another length than the others."""
+    early = [trial for trial in finished if result_of(trial, "stopped_early")]
+    steps = Counter(result_of(trial, "steps") for trial in finished if trial not in early)
+    lines = []
+    if early:
+        took = sorted({result_of(trial, "steps") for trial in early})
+        lines.append(f"stopped early, at step {', '.join(map(str, took))}: {named(early)}")
+    if len(steps) > 1 and not any(key in LENGTH or is_below(key, OTHER_ROWS) for key in sweep.swept_keys):
+        ((common, _),) = steps.most_common(1)
+        others = [trial for trial in finished if trial not in early and result_of(trial, "steps") != common]
+        lines.append(f"trained for another number of steps than the others' {common}: {named(others)}")
+    return lines
+
+
+def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Trials that were started with words that the others do not have."""
+    by_words: dict[tuple[str, ...], list[Trial]] = {}
+    for trial in finished:
+        if trial.other_words:
+            by_words.setdefault(tuple(trial.other_words), []).append(trial)
+    if [len(trials) for trials in by_words.values()] == [len(finished)]:
+        return []
+    return [f"trained with other words ({', '.join(words)}): {named(trials)}" for words, trials in by_words.items()]
+
+
+def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Trials that trained at another rate than they name, or left steps out."""
+    slower = [trial for trial in finished if result_of(trial, "rollbacks")]
+    skipped = [trial for trial in finished if result_of(trial, "steps_left_out")]
+    lines = []
+    if slower:
+        factors = sorted({f"{result_of(trial, 'lr_factor'):.3g}" for trial in slower})
+        lines.append(f"diverged, and went on at {', '.join(factors)} times the learning rate: {named(slower)}")
+    if skipped:
+        lines.append(f"left steps out that were not finite: {named(skipped)}")
+    return lines
+
+
+def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Keys that make losses of other things, and a loss that is of a few rows."""
+    metric = sweep.metric.removeprefix("-")
+    lines = []
+    keys = [key for key in sweep.swept_keys if is_below(key, OTHER_ROWS)]
+    if keys and "loss" in metric:
+        lines.append(f"{metric} of trials that differ in {', '.join(keys)} may be of other rows, or of other tokens")
+    if metric == "train_loss":
+        lines.append("train_loss is of the rows of the last step alone: differences may be of these rows")
+    return lines
+
+
+def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Intervals that claim more than so few scores can tell."""
+    counts = [len(group.scores) for group in groups if len(group.scores) > 1]
+    fewest = min(counts, default=0)
+    if fewest not in COVERAGE:
+        return []
+    return [f"intervals over {fewest} seeds are too narrow: they hold the true mean in {COVERAGE[fewest]}, not in 95 %"]
+
+
+FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[Group]], list[str]], ...] = (
+    ties, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
+)  # fmt: skip
+
+
+def is_below(key: str, keys: Sequence[str]) -> bool:
+    """Whether a swept key is one of these, or an option of one that is a group of its own."""
+    return key in keys or any(key.startswith(f"{other}.") for other in ("model", "objective", "data.sources"))
+
+
+def result_of(trial: Trial, name: str) -> Any:
+    return (trial.result or {}).get(name)
+
+
+def named(trials: Sequence[Trial]) -> str:
+    names = [trial.name for trial in trials]
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
