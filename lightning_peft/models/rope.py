@@ -1,6 +1,7 @@
 """Longer than a model's context: rotary positions scaled before the model is built."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -130,6 +131,19 @@ def context_length(architecture: "PreTrainedConfig") -> int | None:
     if length is not None and _has(architecture, "dynamic"):
         return int(length * max(part.get("factor", 1) for part in _parts(text)))
     return length
+
+
+def table_of_positions(model: nn.Module) -> int | None:
+    """Return for how many positions a model has a table, trained or computed once, which no text may go beyond.
+
+    None where positions are computed as they come, as rotary ones are, or where there are none.
+    """
+    architecture: Any = model.config
+    context = context_length(architecture)
+    tables = [name for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
+    tables += [name for name, _ in model.named_buffers()]
+    has_one = any(re.fullmatch(r"wpe|(embed_)?positions?(_embed\w*)?", name.rpartition(".")[2]) for name in tables)
+    return context if has_one else None
 
 
 def follows_length(architecture: "PreTrainedConfig", longest: int | None) -> bool:
