@@ -2,12 +2,12 @@
 
 import hashlib
 import inspect
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -48,16 +48,25 @@ from lightning_peft.models.multimodal import leave_on_disk
 from lightning_peft.models.random_weights import RandomWeights
 from lightning_peft.models.rope import check_scaled, context_length, scale_positions, set_positions_by_row
 from lightning_peft.models.source import (
+    PICKLED,
     ModelConfig,
     locate,
-    readable_configuration,
     readable_errors,
+    readable_making,
     weight_files,
     weight_index,
 )
 from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
-from lightning_peft.models.weight_files import SafetensorsSource, WeightSource, map_file, stored_kinds, stored_tensors
+from lightning_peft.models.weight_files import (
+    PickledSource,
+    SafetensorsSource,
+    WeightSource,
+    map_file,
+    source_of_files,
+    stored_kinds,
+    stored_tensors,
+)
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
@@ -96,7 +105,7 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
                 raise ValueError(f"{config.rope_scaling}: not for {location.name}, which transformers reads by itself")
             architecture = gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
         else:
-            with readable_configuration(config):
+            with readable_making(config, "model of its config.json"):
                 architecture = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
         scale_positions(architecture, config.rope_scaling)
         return architecture
@@ -157,9 +166,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
 def _load_tokenizer(config: ModelConfig, location: Path) -> PreTrainedTokenizerFast:
     if location.suffix == ".gguf":
         return gguf_tokenizer(GGUFFile(location)) or _slow_gguf(config, location, AutoTokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+    with readable_making(config, "tokenizer of its files"):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=config.trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"model.path={config.path}: its tokenizer has no fast form (tokenizer.json), which is needed")
+    beside = location / "chat_template.json"
+    if tokenizer.chat_template is None and beside.is_file():
+        # Of multimodal models from before 2025, whose processor reads it.
+        with readable_making(config, f"chat template of its {beside.name}"):
+            tokenizer.chat_template = json.loads(beside.read_text())["chat_template"]
     return tokenizer
 
 
@@ -262,9 +277,9 @@ def _load_parts(
             source = RandomWeights(model, device)
         else:
             location = locate(config, weights=True)
-            source = _weight_source(location)
+            source = _weight_source(config, location)
             if source is None:
-                model = _load_by_transformers(config, location, dtype or torch.float32, quantization)
+                model = _load_gguf_by_transformers(config, location, dtype or torch.float32, quantization)
                 return model, iter(block_names(model))
             architecture = model_config(config)
             if (form := format_of(architecture)) is not None:
@@ -274,8 +289,6 @@ def _load_parts(
             model = _build(config, architecture, dtype or torch.float32)
             if isinstance(source, GGUFSource):
                 check_has_places(source.file, model)
-            if (location / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(location)
         parts = stream_weights(model, source, dtype, device, quantization)
         next(parts)
     return model, _readable(config, parts)
@@ -286,13 +299,33 @@ def _readable(config: ModelConfig, parts: Iterator[str]) -> Iterator[str]:
         yield from parts
 
 
-def _weight_source(location: Path) -> WeightSource | None:
-    """None for weights that cannot be streamed."""
+def _weight_source(config: ModelConfig, location: Path) -> WeightSource | None:
+    """Where the weights are read from; None for a GGUF file that cannot be streamed."""
     if location.suffix == ".gguf":
         file = GGUFFile(location)
         return GGUFSource(file) if is_known(file) else None
-    files = weight_files(location)
-    return SafetensorsSource(files, weight_index(location)) if files else None
+    files = _files_of_weights(config, location)
+    if files[0].suffix == ".bin" and (form := format_of(model_config(config))) is not None:
+        raise ValueError(f"model.path={config.path}: {form.describe()} is read from .safetensors files only")
+    return source_of_files(files, weight_index(location))
+
+
+def _files_of_weights(config: ModelConfig, folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, else its pickled ones where those are accepted. Raises ValueError."""
+    if files := weight_files(folder):
+        return files
+    pickled = weight_files(folder, PICKLED)
+    if not pickled:
+        raise ValueError(
+            f"model.path={config.path}: holds no weights, as it has no .safetensors file and no {PICKLED}; fetch the "
+            "model again, or save it by transformers' save_pretrained"
+        )
+    if not config.allow_pickle:
+        raise ValueError(
+            f"model.path={config.path}: no .safetensors file; .bin weights can run code when read by others, "
+            "model.allow_pickle=true accepts that"
+        )
+    return pickled
 
 
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -300,12 +333,27 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
-    with parameters_on_meta(), readable_configuration(config):
+    with parameters_on_meta(), readable_making(config, "model of its config.json"):
         model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
     _check_reads_text_alone(config, model)
     check_scaled(model, config.rope_scaling)
     leave_on_disk(model)
+    if not config.is_tiny and (location := locate(config)).is_dir():
+        model.generation_config = _generation_config(config, location) or model.generation_config
     return model
+
+
+def _generation_config(config: ModelConfig, folder: Path) -> GenerationConfig | None:
+    """How the model's publisher generates with it; None where the folder does not say."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    with readable_making(config, "generation settings of its generation_config.json"):
+        found: GenerationConfig = GenerationConfig.from_pretrained(folder)
+    ends = found.eos_token_id
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
+        raise ValueError(f"model.path={path}: eos_token_id={ends!r} must be the number of a token, or a list of them")
+    return found
 
 
 def _auto_class(config: ModelConfig, architecture: PreTrainedConfig) -> Any:
@@ -344,35 +392,13 @@ def _class_name(auto_class: Any, architecture: PreTrainedConfig) -> str:
     return getattr(found, "__name__", "")
 
 
-def _load_by_transformers(
+def _load_gguf_by_transformers(
     config: ModelConfig, location: Path, dtype: torch.dtype, quantization: QuantizationConfig | None
 ) -> PreTrainedModel:
-    """A checkpoint that cannot be streamed: pickled weights, or a GGUF file of another family."""
-    if location.suffix == ".gguf":
-        logger.info(
-            "%s is read by transformers, slower and with more memory: its family is not streamed", location.name
-        )
-        model = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
-        check_read(GGUFFile(location), model)
-    else:
-        if (form := format_of(model_config(config))) is not None:
-            raise ValueError(f"model.path={config.path}: {form.describe()} is read from .safetensors files only")
-        if not config.allow_pickle:
-            raise ValueError(
-                f"model.path={config.path}: no .safetensors file; .bin weights can run code when read, "
-                "model.allow_pickle=true accepts that"
-            )
-        logger.info("%s holds pickled weights: read whole by transformers, not streamed", location)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                location, config=model_config(config), dtype=dtype, use_safetensors=False,
-                trust_remote_code=config.trust_remote_code,
-            )  # fmt: skip
-        except (UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(
-                f"model.path={config.path}: its .bin weights are damaged, or hold more than tensors: "
-                f"{' '.join(str(error).split())[:120]}"
-            ) from error
+    """A GGUF file of a family that is not streamed."""
+    logger.info("%s is read by transformers, slower and with more memory: its family is not streamed", location.name)
+    model: PreTrainedModel = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
+    check_read(GGUFFile(location), model)
     if (attention := choose_attention(model.config, config.attention)) is not None:
         model.set_attn_implementation(attention)
     if quantization is not None and quantization.is_on:
@@ -404,9 +430,15 @@ def stored_dtypes(config: ModelConfig) -> Counter[torch.dtype] | None:
     if config.is_tiny or config.random_weights:
         return Counter({torch.float32: 1})
     with readable_errors(config):
-        files = weight_files(location) if (location := locate(config, weights=True)).is_dir() else []
+        if not (location := locate(config, weights=True)).is_dir():
+            return None
+        files = _files_of_weights(config, location)
+        if files[0].suffix == ".bin":
+            tensors = PickledSource(files).tensors.values()
+            sizes = [(tensor.dtype, tensor.numel()) for tensor in tensors if tensor.dtype in STORED.values()]
+            return sum((Counter({dtype: size}) for dtype, size in sizes), Counter())
         kinds = sum((stored_kinds(path) for path in files), Counter())
-        if not files or kinds.keys() - STORED.keys() - INTEGERS or (kinds.keys() & CODES and _is_coded(config, files)):
+        if kinds.keys() - STORED.keys() - INTEGERS or (kinds.keys() & CODES and _is_coded(config, files)):
             return None
     return Counter({STORED[name]: size for name, size in kinds.items() if name in STORED})
 
@@ -435,14 +467,14 @@ def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], m
         if location.suffix == ".gguf":
             file = GGUFFile(location)
             yield from ((name, entry.shape, file.stored(name)) for name, entry in file.tensors.items())
-        elif files := weight_files(location):
-            index = weight_index(location)
-            for path in files:
-                yield from (entry for entry in stored_tensors(path) if index.get(entry[0], path.name) == path.name)
-        else:
-            for path in location.glob("*.bin"):
+            return
+        files, index = _files_of_weights(config, location), weight_index(location)
+        for path in files:
+            if path.suffix == ".bin":
                 data = map_file(path)
                 yield path.name, [len(data)], data
+            else:
+                yield from (entry for entry in stored_tensors(path) if index.get(entry[0], path.name) == path.name)
 
 
 def check_ends_are_dense(model: PreTrainedModel) -> None:
