@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
-from lightning_peft.models.blocks import block_names
+from lightning_peft.models.blocks import block_names, decoder_of
 from lightning_peft.models.conversion import plan_loading
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_conversion import (
@@ -46,7 +47,13 @@ from lightning_peft.models.low_bit import (
 )
 from lightning_peft.models.multimodal import leave_on_disk
 from lightning_peft.models.random_weights import RandomWeights
-from lightning_peft.models.rope import check_scaled, context_length, scale_positions, set_positions_by_row
+from lightning_peft.models.rope import (
+    check_frequencies,
+    check_scaled,
+    context_length,
+    scale_positions,
+    set_positions_by_row,
+)
 from lightning_peft.models.source import (
     PICKLED,
     ModelConfig,
@@ -84,6 +91,10 @@ NEED_IMAGES = {"Llama4ForConditionalGeneration"}
 """Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
 WRITTEN_OVER = {"FalconDecoderLayer": "mlp", "Llama4TextMoe": "shared_expert"}
 """Classes that write over the output of a part, and which part, in transformers 5.24."""
+USUAL_ARGUMENTS = (
+    "use_cache", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
+"""Arguments that losses and answers give a model beside its tokens."""
 SAMPLED_BYTES = 1024
 """Bytes of each weight's start, middle and end that go into a fingerprint."""
 
@@ -212,11 +223,34 @@ def load_by_block(
     if config.new_tokens:
         add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
     accept_packed_batches(model)
+    accept_usual_arguments(model)
     set_positions_by_row(model)
     keep_weights_in_evaluation(model)
     keep_layers_in_training(model)
     keep_outputs(model)
     return model.eval(), blocks
+
+
+def check_heads(model: PreTrainedModel) -> None:
+    """Raise ValueError where heads of queries do not share those of keys evenly, which fails in the first forward."""
+    text = model.config.get_text_config()
+    heads, shared = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
+        raise ValueError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
+
+
+def name_outputs(model: PreTrainedModel) -> None:
+    """Let a model give its outputs by name, and no hidden states or attentions beside, whatever its config.json says.
+
+    Losses and answers are read by those names; to keep every layer's states is the memory that training saves.
+    """
+    asked = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+    for config in (model.config, model.config.get_text_config()):
+        other = {word: value for word, value in asked.items() if getattr(config, word, value) is not value}
+        if other:
+            logger.info("%s: %s, other than its config.json", type(model).__name__, other)
+        for word, value in other.items():
+            setattr(config, word, value)
 
 
 def keep_weights_in_evaluation(model: PreTrainedModel) -> None:
@@ -243,6 +277,22 @@ def keep_layers_in_training(model: PreTrainedModel) -> None:
         )
     for module in dropping:
         module.layerdrop = 0.0
+
+
+def accept_usual_arguments(model: PreTrainedModel) -> None:
+    """Let a forward pass that knows no positions, caches or packed samples, as some remote code, be called as others.
+
+    What it does not know are defaults then: rows of one sample from position 0, without a cache.
+    """
+    for module in {decoder_of(model), model}:
+        known = inspect.signature(module.forward).parameters
+        unknown = [name for name in USUAL_ARGUMENTS if name not in known]
+        if unknown and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in known.values()):
+            module.register_forward_pre_hook(partial(_without, unknown), with_kwargs=True)
+
+
+def _without(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {name: value for name, value in kwargs.items() if name not in names}
 
 
 def keep_outputs(model: nn.Module) -> None:
@@ -336,8 +386,12 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     with parameters_on_meta(), readable_making(config, "model of its config.json"):
         model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
     _check_reads_text_alone(config, model)
+    _check_names_embedding(config, model)
     check_scaled(model, config.rope_scaling)
+    check_heads(model)
+    check_frequencies(model)
     leave_on_disk(model)
+    name_outputs(model)
     if not config.is_tiny and (location := locate(config)).is_dir():
         model.generation_config = _generation_config(config, location) or model.generation_config
     return model
@@ -384,6 +438,19 @@ def _check_reads_text_alone(config: ModelConfig, model: PreTrainedModel) -> None
         raise ValueError(
             f"model.path={config.path}: {type(model).__name__} does not run without {' and '.join(others)}, and text "
             "alone is trained here; give a folder of its language model, as transformers' save_pretrained writes it"
+        )
+
+
+def _check_names_embedding(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Raise ValueError for a class, such as one of remote code, that does not say which is its input embedding."""
+    try:
+        found = model.get_input_embeddings()
+    except NotImplementedError:
+        found = None
+    if found is None:
+        raise ValueError(
+            f"model.path={config.path}: {type(model).__name__} does not say which part is its input embedding; write "
+            "get_input_embeddings, and get_output_embeddings for the head, into its modeling file"
         )
 
 

@@ -25,6 +25,9 @@ OF_A_SCALING = {
 """Rotary parameters that belong to one way of scaling; all others say how the model is computed whatever it is."""
 ALWAYS_NEW = ("rope_type", "type", "factor", "original_max_position_embeddings")
 
+BIASES_BY_TABLE = ("mpt",)
+"""Types that add a bias for each distance and compute those up to their context alone."""
+
 
 @dataclass
 class RopeScaling:
@@ -124,10 +127,39 @@ def check_scaled(model: nn.Module, scaling: RopeScaling) -> None:
         )
 
 
+def check_frequencies(model: nn.Module) -> None:
+    """Raise ValueError for a built model whose configuration gives its rotary positions frequencies that are none.
+
+    longrope's second set is read when the first long sample comes.
+    """
+    architecture: Any = model.config
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and not buffer.isfinite().all():
+            raise ValueError(
+                f"config.json: rope_parameters={_shown(architecture)} gives frequencies that are not finite"
+            )
+    for part in _parts(architecture.get_text_config()):
+        short, long = part.get("short_factor"), part.get("long_factor")
+        if part.get("rope_type") == "longrope" and not (_are_numbers(short) and _are_numbers(long, len(short))):
+            raise ValueError(
+                f"config.json: rope_parameters={_shown(architecture)}: short_factor and long_factor must be lists of "
+                "numbers, as many in each"
+            )
+
+
+def _are_numbers(values: Any, count: int | None = None) -> bool:
+    is_list = isinstance(values, list) and len(values) == (len(values) if count is None else count)
+    return is_list and all(type(value) in (int, float) for value in values)
+
+
+def _shown(architecture: Any) -> str:
+    return str(architecture.get_text_config().rope_parameters)[:200]
+
+
 def context_length(architecture: "PreTrainedConfig") -> int | None:
     """Return the longest sequence a model was made for, in tokens; None when its configuration does not say."""
     text = architecture.get_text_config()
-    length: int | None = getattr(text, "max_position_embeddings", None)
+    length: int | None = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))
     if length is not None and _has(architecture, "dynamic"):
         return int(length * max(part.get("factor", 1) for part in _parts(text)))
     return length
@@ -142,7 +174,9 @@ def table_of_positions(model: nn.Module) -> int | None:
     context = context_length(architecture)
     tables = [name for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
     tables += [name for name, _ in model.named_buffers()]
-    has_one = any(re.fullmatch(r"wpe|(embed_)?positions?(_embed\w*)?", name.rpartition(".")[2]) for name in tables)
+    has_one = architecture.model_type in BIASES_BY_TABLE or any(
+        re.fullmatch(r"wpe|(embed_)?positions?(_embed\w*)?", name.rpartition(".")[2]) for name in tables
+    )
     return context if has_one else None
 
 

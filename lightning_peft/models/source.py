@@ -219,6 +219,11 @@ def readable_making(config: ModelConfig, what: str) -> Iterator[None]:
     except Exception as error:  # of dataclasses that check themselves, look-ups, assertions, remote code
         if isinstance(error, ValueError) and _is_own(error):
             raise
+        if isinstance(error, ValueError) and "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"{shown}: transformers runs Python files of the folder to make a {what}: read them first, then "
+                "model.trust_remote_code=true accepts that"
+            ) from error
         told = f"{type(error).__name__}: {_in_one_line(error)}"
         raise ValueError(f"{shown}: transformers makes no {what} ({told})") from error
 

@@ -131,9 +131,11 @@ def refuse_not_finite(model: nn.Module, logits: Tensor) -> None:
             f"{len(wrong)} weights of {type(model).__name__} are not finite: {', '.join(wrong[:3])}; the checkpoint is "
             "damaged or its training diverged: take another one"
         )
+    remedy = "use trainer.precision=32-true"
+    if logits.dtype is torch.float32:
+        remedy = "its config.json is of other weights, or its weights are damaged"
     raise ValueError(
-        f"{type(model).__name__} gives logits that are not finite in {logits.dtype}, though its weights are: use "
-        "trainer.precision=32-true"
+        f"{type(model).__name__} gives logits that are not finite in {logits.dtype}, though its weights are: {remedy}"
     )
 
 

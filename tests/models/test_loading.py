@@ -333,6 +333,17 @@ def test_matrices_of_zeros_are_named(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "1 weight matrices of the checkpoint are all zeros: model.layers.1.mlp.up_proj.weight; " in caplog.text
 
 
+def test_outputs_come_by_name_whatever_the_configuration_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = save_small(tmp_path)
+    expected = load_model(config, torch.float32)(IDS).logits
+    edit(tmp_path / "config.json", {"return_dict": False, "output_hidden_states": True, "output_attentions": True})
+    with caplog.at_level("INFO"):
+        model = load_model(config, torch.float32)
+    output = model(IDS)
+    assert torch.equal(output.logits, expected) and output.hidden_states is None and output.attentions is None
+    assert "'return_dict': True" in caplog.text
+
+
 GENERATION = {
     "list": ([], "'list' object is not a mapping"),
     "number in quotes": ({"eos_token_id": "2"}, "eos_token_id='2' must be the number of a token, or a list of them"),
@@ -499,6 +510,44 @@ def test_a_configuration_that_transformers_cannot_build_is_one_sentence(name: st
     with pytest.raises(ValueError, match="transformers makes no model of its config.json") as caught:
         load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
     assert message in str(caught.value) and "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 20}
+CANNOT_RUN = {
+    "heads that share no keys evenly": (
+        {"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3",
+    ),
+    "a base of 0": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "that are not finite"),
+    "a factor of 0": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}}, "that are not finite",
+    ),
+    "fewer factors for long samples": (
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 8, "long_factor": [2.0] * 4}},
+        "short_factor and long_factor must be lists of numbers, as many in each",
+    ),
+    "factors in quotes": (
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 8, "long_factor": ["2"] * 8}},
+        "short_factor and long_factor must be lists of numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CANNOT_RUN)
+def test_a_configuration_that_fails_when_it_runs_is_refused_before_a_weight_is_read(name: str, tmp_path: Path) -> None:
+    change, message = CANNOT_RUN[name]
+    config = save_small(tmp_path)
+    edit(tmp_path / "config.json", change)
+    with pytest.raises(ValueError, match="config.json: ") as caught:
+        empty_model(config)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_attention_that_nobody_knows_is_refused_with_those_known(tmp_path: Path) -> None:
+    config = replace(save_small(tmp_path), attention="flash")
+    with pytest.raises(
+        ValueError, match="model.attention=flash: must be one of auto, varlen, eager, flash_attention_2"
+    ):
+        empty_model(config)
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "missing.gguf", "a/b/c"])
