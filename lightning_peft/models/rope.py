@@ -139,17 +139,17 @@ def check_frequencies(model: nn.Module) -> None:
                 f"config.json: rope_parameters={_shown(architecture)} gives frequencies that are not finite"
             )
     for part in _parts(architecture.get_text_config()):
-        short, long = part.get("short_factor"), part.get("long_factor")
-        if part.get("rope_type") == "longrope" and not (_are_numbers(short) and _are_numbers(long, len(short))):
+        factors: list[Any] = [part.get("short_factor"), part.get("long_factor")]
+        are_lists = all(_are_numbers(values) for values in factors)
+        if part.get("rope_type") == "longrope" and not (are_lists and len(factors[0]) == len(factors[1])):
             raise ValueError(
                 f"config.json: rope_parameters={_shown(architecture)}: short_factor and long_factor must be lists of "
                 "numbers, as many in each"
             )
 
 
-def _are_numbers(values: Any, count: int | None = None) -> bool:
-    is_list = isinstance(values, list) and len(values) == (len(values) if count is None else count)
-    return is_list and all(type(value) in (int, float) for value in values)
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
 
 
 def _shown(architecture: Any) -> str:
