@@ -21,9 +21,8 @@ from lightning_peft.adapters.targets import (
     find_targets,
     is_tied,
     matches,
-    names_an_end,
     nearest_names,
-    untie,
+    untie_where_asked,
 )
 from lightning_peft.quantization.experts import expert_stacks, open_experts
 from lightning_peft.quantization.weights import is_quantized, weight_shape
@@ -72,8 +71,7 @@ class Injection:
             _train_everything(model, config.method)
         if not self.method.layers:
             return
-        if config.untie_embeddings and names_an_end(model, config):
-            untie(model)
+        untie_where_asked(model, config)
         self.targets = find_targets(model, config, tuple(self.method.layers))
         names = {target.name for target in self.targets}
         open_experts(model, [target.name for target in self.targets if target.experts])

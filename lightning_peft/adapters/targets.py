@@ -255,6 +255,12 @@ def names_an_end(model: nn.Module, config: AdapterConfig) -> bool:
     return any(matches(pattern, name) for pattern in patterns if pattern not in PRESETS for name in names)
 
 
+def untie_where_asked(model: nn.Module, config: AdapterConfig) -> None:
+    """Untie embedding and head where `untie_embeddings` says so and one of the two is adapted or trained."""
+    if config.untie_embeddings and names_an_end(model, config):
+        untie(model)
+
+
 def untie(model: Any) -> None:
     """Give the output head a copy of the weight it shares with the embedding."""
     embedding, head = ends(model)

@@ -191,6 +191,8 @@ def save_model(
             parameter.data = parameter.data.to(dtype)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    if type(model).__module__.startswith("transformers.") and hasattr(model.config, "auto_map"):
+        del model.config.auto_map  # it names Python files that did not run, and that the folder has not
     coded = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     if coded:
         _save_coded(model, coded, folder)

@@ -13,7 +13,7 @@ from lightning_peft import distributed
 from lightning_peft.adapters.inject import describe_targets, inject_adapters
 from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import find_targets
+from lightning_peft.adapters.targets import find_targets, untie_where_asked
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_words import gives_rewards
 from lightning_peft.commands.step_estimate import with_fitting_checkpointing
@@ -154,6 +154,7 @@ def check_model(config: TrainConfig) -> bool:
     if config.strategy.kind is StrategyKind.fsdp:
         check_blocks_can_be_sharded(model)
     method = METHODS[config.adapter.method]
+    untie_where_asked(model, config.adapter)
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
     packs = packing_of(config.data, model)
     if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.data.chat import end_token_ids
 from lightning_peft.inference.decoding import draw
-from lightning_peft.inference.generate import declared_end_ids
+from lightning_peft.inference.generate import declared_end_ids, room_for
 from lightning_peft.inference.sampling import SamplingConfig
 
 
@@ -52,11 +52,13 @@ def generate_drawn(
     """
     generator = torch.Generator().manual_seed(options.seed)
     ends = end_token_ids(tokenizer) | declared_end_ids(model)
+    (room,) = room_for(model, [prompt])
+    longest = min(options.max_new_tokens, room or options.max_new_tokens)
     answer: list[int] = []
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]), sampling(model):
         torch.manual_seed(options.seed)
-        while len(answer) < options.max_new_tokens and (not answer or answer[-1] not in ends):
+        while len(answer) < longest and (not answer or answer[-1] not in ends):
             rows = torch.tensor([[*prompt, *answer]] * passes, device=model.device)
             probabilities = model(input_ids=rows, use_cache=False).logits[:, -1].float().softmax(-1).cpu()
             mean = probabilities.mean(0)

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
@@ -34,7 +35,7 @@ from lightning_peft.inference.steps import (
     can_repeat_prefix,
     why_not_static,
 )
-from lightning_peft.models.rope import follows_length
+from lightning_peft.models.rope import follows_length, table_of_positions
 from lightning_peft.progress import Part
 from lightning_peft.quantization.weights import computing_dtype
 
@@ -68,16 +69,53 @@ def generation_config(
     sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
 ) -> GenerationConfig:
     draws = sampling.temperature > 0
-    options = {"temperature": sampling.temperature, "top_p": sampling.top_p} if draws else {}
+    # transformers draws among 50 tokens where nobody says how many.
+    options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
     ends = sorted(end_token_ids(tokenizer) | declared_end_ids(model))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=draws,
-        eos_token_id=ends,
+        eos_token_id=ends or None,
         pad_token_id=pad,
+        stop_strings=getattr(model.generation_config, "stop_strings", None),
+        **own_scores(model),
         **options,
     )
+
+
+def own_scores(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what the model's own generation config sets of `CHANGE_SCORES`."""
+    declared = model.generation_config
+    return {name: value for name in CHANGE_SCORES if (value := getattr(declared, name, None)) is not None}
+
+
+def room_for(model: PreTrainedModel, prompts: list[list[int]]) -> list[int | None]:
+    """Return how many tokens each prompt's answer may have; None where the model's positions have no end.
+
+    Raises ValueError for a prompt that leaves none.
+    """
+    if (positions := table_of_positions(model)) is None:
+        return [None] * len(prompts)
+    if (longest := max(map(len, prompts))) >= positions:
+        raise ValueError(
+            f"a prompt has {longest:,} tokens, and {type(model).__name__} has {positions:,} positions for prompt and "
+            "answer: shorten the prompt"
+        )
+    return [positions - len(prompt) for prompt in prompts]
+
+
+@contextmanager
+def only_what_is_asked(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's `generate` takes no setting from the model's own generation config.
+
+    It would take all that it is not told: beams, several answers, times, kinds of caches and of outputs.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def pad_left(prompts: list[list[int]], prefix: int, pad_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -161,9 +199,10 @@ def first_logits(way: Prompts, prompts: list[list[int]], pad_id: int) -> Tensor:
     """Logits (CHECKED_TOKENS, V) of the first tokens of the first prompt's greedy answer."""
     config = GenerationConfig(
         max_new_tokens=CHECKED_TOKENS, do_sample=False, pad_token_id=pad_id, eos_token_id=None, output_logits=True,
-        return_dict_in_generate=True, use_cache=way.use_cache,
+        return_dict_in_generate=True, use_cache=way.use_cache, **own_scores(way.model),
     )  # fmt: skip
-    output = way.model.generate(**way.inputs(prompts, pad_id), generation_config=config)  # type: ignore[operator]
+    with only_what_is_asked(way.model):
+        output = way.model.generate(**way.inputs(prompts, pad_id), generation_config=config)  # type: ignore[operator]
     return torch.stack([logits[0] for logits in output.logits]).float()
 
 
@@ -251,7 +290,8 @@ def takes_cache(model: PreTrainedModel, prompt: list[int], pad_id: int) -> bool:
             max_new_tokens=2, do_sample=False, pad_token_id=pad_id, eos_token_id=None, use_cache=use_cache
         )
         try:
-            model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+            with only_what_is_asked(model):
+                model.generate(**inputs, generation_config=config)  # type: ignore[operator]
         except torch.OutOfMemoryError:  # says nothing of the model
             raise
         except OWN_ERRORS as error:
@@ -265,9 +305,10 @@ def takes_cache(model: PreTrainedModel, prompt: list[int], pad_id: int) -> bool:
 
 def why_not_decoded(model: PreTrainedModel) -> str | None:
     """Return why a model's answers come from transformers' `generate`; None where they come from our decoder."""
-    declared = model.generation_config
-    changed = [] if declared is None else [name for name in CHANGE_SCORES if getattr(declared, name, None)]
-    if any(getattr(declared, name) != 1.0 or "penalty" not in name for name in changed):
+    changed = {name: value for name, value in own_scores(model).items() if value}
+    if stops := getattr(model.generation_config, "stop_strings", None):
+        changed["stop_strings"] = stops
+    if any(value != 1.0 or "penalty" not in name for name, value in changed.items()):
         return f"its generation_config.json sets {', '.join(changed)}"
     return why_not_static(model)
 
@@ -329,19 +370,30 @@ def generated(
     batch_size: int,
     part: Part,
 ) -> list[str]:
-    """Answers by transformers' `generate`; how prompts share a batch is tried on two of them first."""
+    """Answers by transformers' `generate`; how prompts share a batch is tried on two of them first.
+
+    An answer that may be cut by the end of the model's positions comes alone, where that end is its own.
+    """
+    room, most = room_for(model, prompts), max(sampling.max_new_tokens, CHECKED_TOKENS)
+    short = [i for i, left in enumerate(room) if left is not None and left < most]
+    free = [i for i in range(len(prompts)) if i not in set(short)]
     config = generation_config(sampling, tokenizer, model)
     pad_id = config.pad_token_id
     config.use_cache = takes_cache(model, prompts[0], pad_id)
     way = Prompts(model, Batching.alone)
-    if len(prompts) > 1:
-        way = choose_batching(model, prompts, pad_id, config.use_cache)
+    if len(free) > 1:
+        way = choose_batching(model, [prompts[i] for i in free], pad_id, config.use_cache)
     answers = [""] * len(prompts)
     torch.manual_seed(sampling.seed)
-    for rows in batches(prompts, way.batching, batch_size):
+    groups = list(batches([prompts[i] for i in free], way.batching, batch_size))
+    for rows in [*([free[i] for i in group] for group in groups), *([i] for i in short)]:
+        config.max_new_tokens = min(sampling.max_new_tokens, room[rows[0]] or sampling.max_new_tokens)
         inputs = way.inputs([prompts[i] for i in rows], pad_id)
         counted = StoppingCriteriaList([Counted(part, len(rows), sampling.max_new_tokens)])
-        output = model.generate(**inputs, generation_config=config, stopping_criteria=counted)  # type: ignore[operator]
+        with only_what_is_asked(model):
+            output = model.generate(  # type: ignore[operator]
+                **inputs, generation_config=config, stopping_criteria=counted, tokenizer=tokenizer
+            )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             answers[row] = text
@@ -392,7 +444,9 @@ def generated_stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
 ) -> Iterator[str]:
     """Pieces of an answer by transformers' `generate`, which runs in a thread."""
+    (room,) = room_for(model, [prompt])
     config = generation_config(sampling, tokenizer, model)
+    config.max_new_tokens = min(sampling.max_new_tokens, room or sampling.max_new_tokens)
     config.use_cache = takes_cache(model, prompt, config.pad_token_id)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
@@ -400,9 +454,11 @@ def generated_stream(
     def run() -> None:
         try:
             torch.manual_seed(sampling.seed)
-            with torch.inference_mode():
+            with torch.inference_mode(), only_what_is_asked(model):
                 inputs = pad_left([prompt], 0, config.pad_token_id, model.device)
-                model.generate(**inputs, generation_config=config, streamer=streamer)  # type: ignore[operator]
+                model.generate(  # type: ignore[operator]
+                    **inputs, generation_config=config, streamer=streamer, tokenizer=tokenizer
+                )
         except BaseException as error:  # handed to the caller's thread below
             failure.append(error)
             streamer.end()

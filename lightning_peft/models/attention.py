@@ -17,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_peft.kernels.attention.grouping import find_samples
 from lightning_peft.kernels.attention.operator import sample_attention
@@ -173,6 +174,10 @@ MASKED_TYPES = (VARLEN_TYPES | {"gemma2"}) - {"afmoe", "opt"}
 
 def choose_attention(config: PreTrainedConfig, requested: str) -> str | None:
     """The implementation to give transformers for `model.attention`; None leaves the choice to it."""
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()} - {VARLEN}
+    # A name with a slash is a kernel of the hub.
+    if requested not in {"auto", "varlen", *known} and "/" not in requested:
+        raise ValueError(f"model.attention={requested}: must be one of auto, varlen, {', '.join(sorted(known))}")
     packs = config.model_type in VARLEN_TYPES and getattr(config, "attn_logit_softcapping", None) is None
     if requested not in ("auto", "varlen"):
         return requested

@@ -2,12 +2,13 @@
 
 import hashlib
 import inspect
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
-from lightning_peft.models.blocks import block_names
+from lightning_peft.models.blocks import block_names, decoder_of
 from lightning_peft.models.conversion import plan_loading
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_conversion import (
@@ -46,18 +47,33 @@ from lightning_peft.models.low_bit import (
 )
 from lightning_peft.models.multimodal import leave_on_disk
 from lightning_peft.models.random_weights import RandomWeights
-from lightning_peft.models.rope import check_scaled, context_length, scale_positions, set_positions_by_row
+from lightning_peft.models.rope import (
+    check_frequencies,
+    check_scaled,
+    context_length,
+    scale_positions,
+    set_positions_by_row,
+)
 from lightning_peft.models.source import (
+    PICKLED,
     ModelConfig,
     locate,
-    readable_configuration,
     readable_errors,
+    readable_making,
     weight_files,
     weight_index,
 )
 from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
-from lightning_peft.models.weight_files import SafetensorsSource, WeightSource, map_file, stored_kinds, stored_tensors
+from lightning_peft.models.weight_files import (
+    PickledSource,
+    SafetensorsSource,
+    WeightSource,
+    map_file,
+    source_of_files,
+    stored_kinds,
+    stored_tensors,
+)
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
@@ -75,6 +91,10 @@ NEED_IMAGES = {"Llama4ForConditionalGeneration"}
 """Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
 WRITTEN_OVER = {"FalconDecoderLayer": "mlp", "Llama4TextMoe": "shared_expert"}
 """Classes that write over the output of a part, and which part, in transformers 5.24."""
+USUAL_ARGUMENTS = (
+    "use_cache", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
+"""Arguments that losses and answers give a model beside its tokens."""
 SAMPLED_BYTES = 1024
 """Bytes of each weight's start, middle and end that go into a fingerprint."""
 
@@ -96,7 +116,7 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
                 raise ValueError(f"{config.rope_scaling}: not for {location.name}, which transformers reads by itself")
             architecture = gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
         else:
-            with readable_configuration(config):
+            with readable_making(config, "model of its config.json"):
                 architecture = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
         scale_positions(architecture, config.rope_scaling)
         return architecture
@@ -157,9 +177,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
 def _load_tokenizer(config: ModelConfig, location: Path) -> PreTrainedTokenizerFast:
     if location.suffix == ".gguf":
         return gguf_tokenizer(GGUFFile(location)) or _slow_gguf(config, location, AutoTokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+    with readable_making(config, "tokenizer of its files"):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=config.trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"model.path={config.path}: its tokenizer has no fast form (tokenizer.json), which is needed")
+    beside = location / "chat_template.json"
+    if tokenizer.chat_template is None and beside.is_file():
+        # Of multimodal models from before 2025, whose processor reads it.
+        with readable_making(config, f"chat template of its {beside.name}"):
+            tokenizer.chat_template = json.loads(beside.read_text())["chat_template"]
     return tokenizer
 
 
@@ -197,11 +223,34 @@ def load_by_block(
     if config.new_tokens:
         add_embeddings(model, len(load_tokenizer(replace(config, new_tokens=[]))), len(load_tokenizer(config)))
     accept_packed_batches(model)
+    accept_usual_arguments(model)
     set_positions_by_row(model)
     keep_weights_in_evaluation(model)
     keep_layers_in_training(model)
     keep_outputs(model)
     return model.eval(), blocks
+
+
+def check_heads(model: PreTrainedModel) -> None:
+    """Raise ValueError where heads of queries do not share those of keys evenly, which fails in the first forward."""
+    text = model.config.get_text_config()
+    heads, shared = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
+        raise ValueError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
+
+
+def name_outputs(model: PreTrainedModel) -> None:
+    """Let a model give its outputs by name, and no hidden states or attentions beside, whatever its config.json says.
+
+    Losses and answers are read by those names; to keep every layer's states is the memory that training saves.
+    """
+    asked = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+    for config in (model.config, model.config.get_text_config()):
+        other = {word: value for word, value in asked.items() if getattr(config, word, value) is not value}
+        if other:
+            logger.info("%s: %s, other than its config.json", type(model).__name__, other)
+        for word, value in other.items():
+            setattr(config, word, value)
 
 
 def keep_weights_in_evaluation(model: PreTrainedModel) -> None:
@@ -228,6 +277,22 @@ def keep_layers_in_training(model: PreTrainedModel) -> None:
         )
     for module in dropping:
         module.layerdrop = 0.0
+
+
+def accept_usual_arguments(model: PreTrainedModel) -> None:
+    """Let a forward pass that knows no positions, caches or packed samples, as some remote code, be called as others.
+
+    What it does not know are defaults then: rows of one sample from position 0, without a cache.
+    """
+    for module in {decoder_of(model), model}:
+        known = inspect.signature(module.forward).parameters
+        unknown = [name for name in USUAL_ARGUMENTS if name not in known]
+        if unknown and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in known.values()):
+            module.register_forward_pre_hook(partial(_without, unknown), with_kwargs=True)
+
+
+def _without(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {name: value for name, value in kwargs.items() if name not in names}
 
 
 def keep_outputs(model: nn.Module) -> None:
@@ -262,9 +327,9 @@ def _load_parts(
             source = RandomWeights(model, device)
         else:
             location = locate(config, weights=True)
-            source = _weight_source(location)
+            source = _weight_source(config, location)
             if source is None:
-                model = _load_by_transformers(config, location, dtype or torch.float32, quantization)
+                model = _load_gguf_by_transformers(config, location, dtype or torch.float32, quantization)
                 return model, iter(block_names(model))
             architecture = model_config(config)
             if (form := format_of(architecture)) is not None:
@@ -274,8 +339,6 @@ def _load_parts(
             model = _build(config, architecture, dtype or torch.float32)
             if isinstance(source, GGUFSource):
                 check_has_places(source.file, model)
-            if (location / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(location)
         parts = stream_weights(model, source, dtype, device, quantization)
         next(parts)
     return model, _readable(config, parts)
@@ -286,13 +349,33 @@ def _readable(config: ModelConfig, parts: Iterator[str]) -> Iterator[str]:
         yield from parts
 
 
-def _weight_source(location: Path) -> WeightSource | None:
-    """None for weights that cannot be streamed."""
+def _weight_source(config: ModelConfig, location: Path) -> WeightSource | None:
+    """Where the weights are read from; None for a GGUF file that cannot be streamed."""
     if location.suffix == ".gguf":
         file = GGUFFile(location)
         return GGUFSource(file) if is_known(file) else None
-    files = weight_files(location)
-    return SafetensorsSource(files, weight_index(location)) if files else None
+    files = _files_of_weights(config, location)
+    if files[0].suffix == ".bin" and (form := format_of(model_config(config))) is not None:
+        raise ValueError(f"model.path={config.path}: {form.describe()} is read from .safetensors files only")
+    return source_of_files(files, weight_index(location))
+
+
+def _files_of_weights(config: ModelConfig, folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, else its pickled ones where those are accepted. Raises ValueError."""
+    if files := weight_files(folder):
+        return files
+    pickled = weight_files(folder, PICKLED)
+    if not pickled:
+        raise ValueError(
+            f"model.path={config.path}: holds no weights, as it has no .safetensors file and no {PICKLED}; fetch the "
+            "model again, or save it by transformers' save_pretrained"
+        )
+    if not config.allow_pickle:
+        raise ValueError(
+            f"model.path={config.path}: no .safetensors file; .bin weights can run code when read by others, "
+            "model.allow_pickle=true accepts that"
+        )
+    return pickled
 
 
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -300,12 +383,31 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
-    with parameters_on_meta(), readable_configuration(config):
+    with parameters_on_meta(), readable_making(config, "model of its config.json"):
         model: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype, **options)
     _check_reads_text_alone(config, model)
+    _check_names_embedding(config, model)
     check_scaled(model, config.rope_scaling)
+    check_heads(model)
+    check_frequencies(model)
     leave_on_disk(model)
+    name_outputs(model)
+    if not config.is_tiny and (location := locate(config)).is_dir():
+        model.generation_config = _generation_config(config, location) or model.generation_config
     return model
+
+
+def _generation_config(config: ModelConfig, folder: Path) -> GenerationConfig | None:
+    """How the model's publisher generates with it; None where the folder does not say."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    with readable_making(config, "generation settings of its generation_config.json"):
+        found: GenerationConfig = GenerationConfig.from_pretrained(folder)
+    ends = found.eos_token_id
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
+        raise ValueError(f"model.path={path}: eos_token_id={ends!r} must be the number of a token, or a list of them")
+    return found
 
 
 def _auto_class(config: ModelConfig, architecture: PreTrainedConfig) -> Any:
@@ -339,40 +441,31 @@ def _check_reads_text_alone(config: ModelConfig, model: PreTrainedModel) -> None
         )
 
 
+def _check_names_embedding(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Raise ValueError for a class, such as one of remote code, that does not say which is its input embedding."""
+    try:
+        found = model.get_input_embeddings()
+    except NotImplementedError:
+        found = None
+    if found is None:
+        raise ValueError(
+            f"model.path={config.path}: {type(model).__name__} does not say which part is its input embedding; write "
+            "get_input_embeddings, and get_output_embeddings for the head, into its modeling file"
+        )
+
+
 def _class_name(auto_class: Any, architecture: PreTrainedConfig) -> str:
     found = auto_class._model_mapping.get(type(architecture), None)
     return getattr(found, "__name__", "")
 
 
-def _load_by_transformers(
+def _load_gguf_by_transformers(
     config: ModelConfig, location: Path, dtype: torch.dtype, quantization: QuantizationConfig | None
 ) -> PreTrainedModel:
-    """A checkpoint that cannot be streamed: pickled weights, or a GGUF file of another family."""
-    if location.suffix == ".gguf":
-        logger.info(
-            "%s is read by transformers, slower and with more memory: its family is not streamed", location.name
-        )
-        model = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
-        check_read(GGUFFile(location), model)
-    else:
-        if (form := format_of(model_config(config))) is not None:
-            raise ValueError(f"model.path={config.path}: {form.describe()} is read from .safetensors files only")
-        if not config.allow_pickle:
-            raise ValueError(
-                f"model.path={config.path}: no .safetensors file; .bin weights can run code when read, "
-                "model.allow_pickle=true accepts that"
-            )
-        logger.info("%s holds pickled weights: read whole by transformers, not streamed", location)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                location, config=model_config(config), dtype=dtype, use_safetensors=False,
-                trust_remote_code=config.trust_remote_code,
-            )  # fmt: skip
-        except (UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(
-                f"model.path={config.path}: its .bin weights are damaged, or hold more than tensors: "
-                f"{' '.join(str(error).split())[:120]}"
-            ) from error
+    """A GGUF file of a family that is not streamed."""
+    logger.info("%s is read by transformers, slower and with more memory: its family is not streamed", location.name)
+    model: PreTrainedModel = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
+    check_read(GGUFFile(location), model)
     if (attention := choose_attention(model.config, config.attention)) is not None:
         model.set_attn_implementation(attention)
     if quantization is not None and quantization.is_on:
@@ -404,9 +497,15 @@ def stored_dtypes(config: ModelConfig) -> Counter[torch.dtype] | None:
     if config.is_tiny or config.random_weights:
         return Counter({torch.float32: 1})
     with readable_errors(config):
-        files = weight_files(location) if (location := locate(config, weights=True)).is_dir() else []
+        if not (location := locate(config, weights=True)).is_dir():
+            return None
+        files = _files_of_weights(config, location)
+        if files[0].suffix == ".bin":
+            tensors = PickledSource(files).tensors.values()
+            sizes = [(tensor.dtype, tensor.numel()) for tensor in tensors if tensor.dtype in STORED.values()]
+            return sum((Counter({dtype: size}) for dtype, size in sizes), Counter())
         kinds = sum((stored_kinds(path) for path in files), Counter())
-        if not files or kinds.keys() - STORED.keys() - INTEGERS or (kinds.keys() & CODES and _is_coded(config, files)):
+        if kinds.keys() - STORED.keys() - INTEGERS or (kinds.keys() & CODES and _is_coded(config, files)):
             return None
     return Counter({STORED[name]: size for name, size in kinds.items() if name in STORED})
 
@@ -435,14 +534,14 @@ def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], m
         if location.suffix == ".gguf":
             file = GGUFFile(location)
             yield from ((name, entry.shape, file.stored(name)) for name, entry in file.tensors.items())
-        elif files := weight_files(location):
-            index = weight_index(location)
-            for path in files:
-                yield from (entry for entry in stored_tensors(path) if index.get(entry[0], path.name) == path.name)
-        else:
-            for path in location.glob("*.bin"):
+            return
+        files, index = _files_of_weights(config, location), weight_index(location)
+        for path in files:
+            if path.suffix == ".bin":
                 data = map_file(path)
                 yield path.name, [len(data)], data
+            else:
+                yield from (entry for entry in stored_tensors(path) if index.get(entry[0], path.name) == path.name)
 
 
 def check_ends_are_dense(model: PreTrainedModel) -> None:

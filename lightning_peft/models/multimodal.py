@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_peft.models.source import INDEX_NAME
+from lightning_peft.models.source import INDEX_NAME, SAFETENSORS
+from lightning_peft.models.weight_files import source_of_files
 
 logger = logging.getLogger(__name__)
-
-SINGLE_FILE = "model.safetensors"
 
 
 class LeftOnDisk(nn.Module):
@@ -70,9 +69,9 @@ def save_left(model: nn.Module, folder: Path) -> None:
         by_file.setdefault(path, []).append(key)
     for number, (path, keys) in enumerate(by_file.items(), 1):
         name = f"model-unchanged-{number:05}-of-{len(by_file):05}.safetensors"
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in keys}
-            save_file(tensors, folder / name, {"format": "pt"})
+        source = source_of_files([path])
+        tensors = {key: source.read(key, None) for key in keys}
+        save_file(tensors, folder / name, {"format": "pt"})
         index["weight_map"] |= dict.fromkeys(keys, name)
         index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
@@ -85,7 +84,7 @@ def _index(folder: Path) -> dict[str, Any]:
     if path.is_file():
         return dict(json.loads(path.read_text()))
     first = folder / "model-00001-of-00001.safetensors"
-    (folder / SINGLE_FILE).rename(first)
+    (folder / SAFETENSORS).rename(first)
     with safe_open(first, framework="pt", device="cpu") as file:
         names = list(file.keys())
         size = sum(file.get_tensor(name).nbytes for name in names)

@@ -1,6 +1,7 @@
 """Longer than a model's context: rotary positions scaled before the model is built."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ OF_A_SCALING = {
 }  # fmt: skip
 """Rotary parameters that belong to one way of scaling; all others say how the model is computed whatever it is."""
 ALWAYS_NEW = ("rope_type", "type", "factor", "original_max_position_embeddings")
+
+BIASES_BY_TABLE = ("mpt",)
+"""Types that add a bias for each distance and compute those up to their context alone."""
 
 
 @dataclass
@@ -123,13 +127,57 @@ def check_scaled(model: nn.Module, scaling: RopeScaling) -> None:
         )
 
 
+def check_frequencies(model: nn.Module) -> None:
+    """Raise ValueError for a built model whose configuration gives its rotary positions frequencies that are none.
+
+    longrope's second set is read when the first long sample comes.
+    """
+    architecture: Any = model.config
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and not buffer.isfinite().all():
+            raise ValueError(
+                f"config.json: rope_parameters={_shown(architecture)} gives frequencies that are not finite"
+            )
+    for part in _parts(architecture.get_text_config()):
+        factors: list[Any] = [part.get("short_factor"), part.get("long_factor")]
+        are_lists = all(_are_numbers(values) for values in factors)
+        if part.get("rope_type") == "longrope" and not (are_lists and len(factors[0]) == len(factors[1])):
+            raise ValueError(
+                f"config.json: rope_parameters={_shown(architecture)}: short_factor and long_factor must be lists of "
+                "numbers, as many in each"
+            )
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+
+
+def _shown(architecture: Any) -> str:
+    return str(architecture.get_text_config().rope_parameters)[:200]
+
+
 def context_length(architecture: "PreTrainedConfig") -> int | None:
     """Return the longest sequence a model was made for, in tokens; None when its configuration does not say."""
     text = architecture.get_text_config()
-    length: int | None = getattr(text, "max_position_embeddings", None)
+    length: int | None = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))
     if length is not None and _has(architecture, "dynamic"):
         return int(length * max(part.get("factor", 1) for part in _parts(text)))
     return length
+
+
+def table_of_positions(model: nn.Module) -> int | None:
+    """Return for how many positions a model has a table, trained or computed once, which no text may go beyond.
+
+    None where positions are computed as they come, as rotary ones are, or where there are none.
+    """
+    architecture: Any = model.config
+    context = context_length(architecture)
+    tables = [name for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
+    tables += [name for name, _ in model.named_buffers()]
+    has_one = architecture.model_type in BIASES_BY_TABLE or any(
+        re.fullmatch(r"wpe|(embed_)?positions?(_embed\w*)?", name.rpartition(".")[2]) for name in tables
+    )
+    return context if has_one else None
 
 
 def follows_length(architecture: "PreTrainedConfig", longest: int | None) -> bool:

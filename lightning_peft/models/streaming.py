@@ -20,7 +20,7 @@ from lightning_peft.models.blocks import block_names
 from lightning_peft.models.conversion import Fusion, LoadingPlan, plan_loading
 from lightning_peft.models.low_bit import LowBitSource, prepare_low_bit_layers
 from lightning_peft.models.multimodal import remember_files
-from lightning_peft.models.weight_files import SafetensorsSource, WeightSource
+from lightning_peft.models.weight_files import PickledSource, SafetensorsSource, WeightSource
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import load_weight, prepare_quantized
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
@@ -86,6 +86,7 @@ def stream_weights(
         prepare_quantized(model, quantization)
     fp32_names = fp32_pattern(model, dtype)
     optional = model._keys_to_ignore_on_load_missing or []
+    empty: list[str] = []
 
     def dtype_of(name: str) -> torch.dtype | None:
         return torch.float32 if fp32_names is not None and fp32_names.search(name) else dtype
@@ -101,6 +102,8 @@ def stream_weights(
                 f"{name} is stored as {tensor.dtype}, which needs scales, and config.json has no quantization_config "
                 "that says which: give the config.json that the weights were published with"
             )
+        if is_empty(tensor):
+            empty.append(name)
         put_tensor(model, name, tensor.to(device))
         missing.discard(name)
 
@@ -153,8 +156,32 @@ def stream_weights(
                 missing.discard(name)
         lacking = [name for name in missing if part_of(name, steps) == part]
         if lacking := sorted(name for name in lacking if not any(re.search(pattern, name) for pattern in optional)):
-            raise ValueError(f"the checkpoint lacks {len(lacking)} weights of {type(model).__name__}: {_some(lacking)}")
+            told = f"the checkpoint lacks {len(lacking)} weights of {type(model).__name__}: {_some(lacking)}"
+            raise ValueError(f"{told}; {remedy_for(model, lacking, unused)}")
         yield part
+    if empty:
+        logger.warning(
+            "%d weight matrices of the checkpoint are all zeros: %s; where its publisher did not mean that, a download "
+            "was cut short, so fetch it again", len(empty), _some(empty),
+        )  # fmt: skip
+
+
+def is_empty(tensor: Tensor) -> bool:
+    """Whether a weight matrix holds zeros alone, as in a file whose place was taken and whose bytes did not come."""
+    if tensor.ndim < 2 or not tensor.is_floating_point() or tensor.itemsize == 1:
+        return False
+    first = tensor.reshape(-1)[:1024]
+    return not first.any() and not tensor.any()
+
+
+def remedy_for(model: PreTrainedModel, lacking: list[str], unused: list[str]) -> str:
+    """Return what to do where a checkpoint lacks weights, and which of its own have no place."""
+    head: object = model.get_output_embeddings()  # type: ignore[operator]
+    if all(model.get_submodule(name.rpartition(".")[0]) is head for name in lacking):
+        return "where its head is its embedding, config.json says so as tie_word_embeddings: true"
+    if unused:
+        return f"{len(unused)} of its own are not in the model: {_some(unused)}; take the config.json that is theirs"
+    return "take the config.json that it was published with, or fetch the files again"
 
 
 def part_of(name: str, parts: Container[str]) -> str:
@@ -172,7 +199,7 @@ def files_of(source: WeightSource, keys: list[str]) -> dict[str, Path]:
                 "is, beside dense text; give the original model"
             )
         source = source.source
-    assert isinstance(source, SafetensorsSource), "others hold the text alone"
+    assert isinstance(source, SafetensorsSource | PickledSource), "others hold the text alone"
     return {key: source.paths[key] for key in keys}
 
 

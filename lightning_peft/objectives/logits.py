@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_peft.models.blocks import decoder_of
 
@@ -90,7 +91,8 @@ def refuse_foresight(model: "PreTrainedModel", input_ids: Tensor) -> None:
     """Raise ValueError where the model's logits change with tokens behind them, from a row of token ids (1, T).
 
     A row and its padding would be told apart by no mask then, and a next-token loss would teach the model to copy.
-    ValueError as well where its code does not run in the dtype of its weights, as xLSTM's in 16 bits.
+    ValueError as well where its code does not run in the dtype of its weights, as xLSTM's in 16 bits, or gives logits
+    that are not finite.
     """
     ids = input_ids[:1, :PROBED_TOKENS]
     if ids.shape[1] < 2:
@@ -107,6 +109,7 @@ def refuse_foresight(model: "PreTrainedModel", input_ids: Tensor) -> None:
                 f"{type(model).__name__} of transformers does not run in this precision ({str(error).strip()}); use "
                 "trainer.precision=32-true"
             ) from error
+    refuse_not_finite(model, own)
     differences = token_differences(other, own)
     # In 16 bits the choice of experts may flip for a token, in fp32 the tokens before the changed one keep theirs.
     difference = float(differences.max() if own.dtype is torch.float32 else differences.median())
@@ -116,6 +119,24 @@ def refuse_foresight(model: "PreTrainedModel", input_ids: Tensor) -> None:
             "last token of a row alone; a next-token loss needs a causal model (is_decoder=true in the config.json of "
             "a model of BERT's kind)"
         )
+
+
+def refuse_not_finite(model: nn.Module, logits: Tensor) -> None:
+    """Raise ValueError for logits that are no numbers; minus infinity, of a token that is never said, is one."""
+    if not (logits.isnan() | (logits == float("inf"))).any():
+        return
+    parts = {n: w.to_local() if isinstance(w, DTensor) else w for n, w in model.named_parameters()}
+    if wrong := [name for name, part in parts.items() if part.is_floating_point() and not part.isfinite().all()]:
+        raise ValueError(
+            f"{len(wrong)} weights of {type(model).__name__} are not finite: {', '.join(wrong[:3])}; the checkpoint is "
+            "damaged or its training diverged: take another one"
+        )
+    remedy = "use trainer.precision=32-true"
+    if logits.dtype is torch.float32:
+        remedy = "its config.json is of other weights, or its weights are damaged"
+    raise ValueError(
+        f"{type(model).__name__} gives logits that are not finite in {logits.dtype}, though its weights are: {remedy}"
+    )
 
 
 @torch.no_grad()

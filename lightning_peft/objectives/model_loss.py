@@ -156,11 +156,11 @@ class ModelLoss(nn.Module, ABC):
         # Models of transformers, which a start that trains nothing does without.
         from lightning_peft.models.attention import supports_packing
 
+        refuse_foresight(self.model, batch.input_ids)
         row = batch.input_ids[0, : 2 * PROBED_TOKENS]
         # Every rank runs the model equally often: blocks of a sharded one are gathered from all.
         if self.packing is not False and supports_packing(self.model) and len(row) > 1:
             self._check_packing(row[: -(-len(row) // 3)], row[-(-len(row) // 3) :])
-        refuse_foresight(self.model, batch.input_ids)
 
     def _check_packing(self, first: Tensor, second: Tensor) -> None:
         difference, dtype = self._compare_packed(first, second)

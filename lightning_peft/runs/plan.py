@@ -68,6 +68,8 @@ def plan_run(config: TrainConfig, machine: Machine) -> RunPlan:
     is_several = kind is not StrategyKind.single
     starts_ranks = machine.is_here and is_several and not distributed.are_ranks_started()
     check_strategy(config, precision)
+    if config.model.attention == "flex_attention" and machine.accelerator == "cpu":
+        raise ValueError("model.attention=flex_attention: has no gradient on a CPU; use auto, sdpa or eager")
     compilation = config.compile
     if machine.is_here:  # elsewhere nobody knows which compilers there are
         with logging_left_to_ranks(starts_ranks):

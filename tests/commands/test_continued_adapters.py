@@ -63,6 +63,23 @@ def test_adapter_of_peft_is_continued_by_its_folder_alone(base, of_peft, tmp_pat
     assert torch.allclose(*logits, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's, that tied layers are adapted
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapter_of_one_end_of_a_tied_base_is_continued(target, tmp_path):
+    """HF PEFT adapts the end alone, which unties the two."""
+    base, adapter, run = (tmp_path / name for name in ("base", "adapter", "run"))
+    load_model(ModelConfig(name="tiny_tied"), torch.float32).save_pretrained(base)
+    load_tokenizer(ModelConfig(name="tiny")).save_pretrained(base)
+    config = LoraConfig(r=3, target_modules=["q_proj", target], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    model.save_pretrained(adapter)
+    words = [*without_model(TINY), *SHORT, f"adapter.init_from={adapter}", "optimizer.lr=1e-20", f"run_dir={run}"]
+    assert main(["train", *words]) == 0
+    ids = torch.tensor([[5, 9, 12, 31, 2, 7]])
+    continued = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter").eval()
+    assert torch.allclose(continued(ids).logits, model(ids).logits, atol=1e-6)
+
+
 def test_words_of_ones_own_win_over_the_folders(of_peft, tmp_path, capsys):
     words = [*TINY, f"adapter.init_from={of_peft}", "adapter.dropout=0.2", "rank=4", f"run_dir={tmp_path}/run"]
     assert main(["config", "train", *words]) == 0

@@ -1,8 +1,11 @@
 """Generation in batches: each answer is the one its prompt gets alone."""
 
+import copy
+
 import pytest
 import torch
 from families import small_model
+from transformers import GenerationConfig
 
 import lightning_peft.inference.steps as steps_module
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
@@ -271,3 +274,66 @@ def test_a_full_memory_is_no_fault_of_the_cache(model, monkeypatch):
     monkeypatch.setattr(model, "generate", full)
     with pytest.raises(torch.OutOfMemoryError):
         takes_cache(model, [1, 2, 3], 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_only_what_is_asked_is_taken_from_the_generation_config(family, tokenizer):
+    """Beams, several answers, a time and other outputs would come out of transformers' generate otherwise."""
+    model = small_model(family)
+    prompts = [[5, 6, 7], [5, 6, 9, 10, 11]]
+    greedy, drawn = SamplingConfig(max_new_tokens=8), SamplingConfig(max_new_tokens=8, temperature=2.0)
+    expected = [generate_batch(model, tokenizer, prompts, sampling) for sampling in (greedy, drawn)]
+    declared = {
+        "num_beams": 3, "num_return_sequences": 2, "do_sample": True, "top_k": 1, "max_time": 1e-9, "max_length": 4,
+        "cache_implementation": "quantized", "prompt_lookup_num_tokens": 2, "return_dict_in_generate": True,
+    }  # fmt: skip
+    model.generation_config = GenerationConfig(**declared)
+    assert [generate_batch(model, tokenizer, prompts, sampling) for sampling in (greedy, drawn)] == expected
+    assert "".join(generate_stream(model, tokenizer, prompts[0], greedy)) == expected[0][0]
+    assert all(getattr(model.generation_config, name) == value for name, value in declared.items())
+
+
+def test_draws_are_of_all_tokens_in_every_family(tokenizer):
+    """transformers draws among the 50 likeliest where nobody says how many."""
+    model = small_model("gpt2")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all tokens alike: the likeliest are those of the smallest numbers
+    answers = generate_batch(model, tokenizer, [[5, 6]] * 8, SamplingConfig(max_new_tokens=8, temperature=1.0))
+    ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    assert len({token for row in ids for token in row}) > 25
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_answer_ends_at_the_texts_that_the_model_declares(family, tokenizer):
+    model = small_model(family)
+    prompts = [[5, 6, 7], [5, 6, 9, 10, 11]]
+    whole = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=8))
+    model.generation_config.stop_strings = [whole[0][2], whole[1][1]]
+    cut = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=8))
+    first = [min(text.find(stop) % 99 for stop in model.generation_config.stop_strings) for text in whole]
+    assert cut == [text[: place + 1] for text, place in zip(whole, first, strict=True)]
+    assert "".join(generate_stream(model, tokenizer, prompts[0], SamplingConfig(max_new_tokens=8))) == cut[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gptj", "biogpt"])
+def test_an_answer_ends_where_the_positions_of_a_table_end(family, tokenizer):
+    """The models have 64 positions; the longest prompt leaves four, each answer is the one it is alone."""
+    model = small_model(family)
+    ids = torch.randint(3, 90, (64,), generator=torch.Generator().manual_seed(3)).tolist()
+    prompts, sampling = [ids[:60], ids[:10], ids[:12]], SamplingConfig(max_new_tokens=12)
+    answers = generate_batch(model, tokenizer, prompts, sampling)
+    short = SamplingConfig(max_new_tokens=4)
+    assert answers[0] == generate_batch(model, tokenizer, prompts[:1], short)[0]
+    assert answers[1:] == generate_batch(model, tokenizer, prompts[1:], sampling)
+    assert "".join(generate_stream(model, tokenizer, prompts[0], sampling)) == answers[0]
+    with pytest.raises(ValueError, match="a prompt has 64 tokens, and .* has 64 positions for prompt and answer"):
+        generate_batch(model, tokenizer, [ids], sampling)
+
+
+def test_a_model_that_declares_no_end_and_a_tokenizer_without_one_answer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token = None, None, None
+    model = small_model("gpt2")
+    model.generation_config = GenerationConfig()
+    (answer,) = generate_batch(model, tokenizer, [[5, 6, 7]], SamplingConfig(max_new_tokens=8))
+    assert answer == greedy_alone(model, tokenizer, [5, 6, 7], 8)

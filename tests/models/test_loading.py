@@ -1,8 +1,8 @@
 import json
-import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,17 +213,196 @@ def test_cheap_facts_need_no_weights(tmp_path: Path) -> None:
     assert model_name(config) == str(tmp_path)
 
 
-def test_pickled_weights_need_consent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = save_small(tmp_path)
-    expected = load_model(config, torch.float32)(IDS).logits
-    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
+def pickled(folder: Path, tensors: dict[str, object] | None = None, **options: object) -> ModelConfig:
+    """A model folder whose weights are a .bin file: its own, or those given."""
+    config = save_small(folder, intermediate_size=128)
+    own = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(own if tensors is None else tensors, folder / "pytorch_model.bin", **options)
+    return replace(config, allow_pickle=True)
+
+
+def shard_pickled(folder: Path) -> None:
+    tensors = torch.load(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").unlink()
+    names = {key: f"pytorch_model-0000{1 + (number % 2)}-of-00002.bin" for number, key in enumerate(tensors)}
+    for name in set(names.values()):
+        torch.save({key: tensors[key] for key in tensors if names[key] == name}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def test_pickled_weights_need_consent(tmp_path: Path) -> None:
+    config = replace(pickled(tmp_path), allow_pickle=False)
     with pytest.raises(ValueError, match="model.allow_pickle=true"):
         load_model(config, torch.float32)
-    config.allow_pickle = True
-    with caplog.at_level(logging.INFO):
-        torch.testing.assert_close(load_model(config, torch.float32)(IDS).logits, expected)
-    assert "pickled weights" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["archive", "from before torch 1.6", "shards"])
+def test_pickled_weights_are_streamed_as_others_are(form: str, tmp_path: Path) -> None:
+    dense = save_small(tmp_path / "safetensors", intermediate_size=128)
+    config = pickled(tmp_path / "bin", _use_new_zipfile_serialization=form != "from before torch 1.6")
+    if form == "shards":
+        shard_pickled(tmp_path / "bin")
+    for quantization in (None, QuantizationConfig(Kind.nf4)):
+        model, expected = (load_model(one, torch.bfloat16, quantization) for one in (config, dense))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert stored_dtypes(config) == stored_dtypes(dense)
+
+
+def change_pickled(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = torch.load(folder / "pytorch_model.bin")
+    change(tensors)
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+BROKEN_PICKLED = {
+    "missing weight": (
+        lambda f: change_pickled(f, lambda tensors: tensors.pop("model.norm.weight")),
+        "lacks 1 weights of LlamaForCausalLM: model.norm.weight; take the config.json",
+    ),
+    "other shape": (
+        lambda f: change_pickled(f, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)})),
+        r"model.norm.weight has shape \(7,\) in the file",
+    ),
+    "nested": (
+        lambda f: torch.save({"state_dict": torch.load(f / "pytorch_model.bin")}, f / "pytorch_model.bin"),
+        "holds dict 'state_dict' where a tensor is expected: save the model's state_dict alone",
+    ),
+    "list": (lambda f: torch.save([torch.ones(2)], f / "pytorch_model.bin"), "holds list where a dict"),
+    "shard of the index missing": (
+        lambda f: (shard_pickled(f), (f / "pytorch_model-00002-of-00002.bin").unlink()),
+        "names pytorch_model-00002-of-00002.bin, which is not there: fetch",
+    ),
+    "another file's name": (
+        lambda f: (f / "pytorch_model.bin").rename(f / "consolidated.00.pth"),
+        "holds no weights, as it has no .safetensors file and no pytorch_model.bin",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_PICKLED)
+def test_pickled_weights_that_do_not_fit_are_one_sentence(what: str, tmp_path: Path) -> None:
+    """Weights that are not there would be drawn at random otherwise."""
+    change, message = BROKEN_PICKLED[what]
+    config = pickled(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(config, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "remedy"),
+    [
+        (lambda t: t.pop("lm_head.weight"), {}, "where its head is its embedding, .* tie_word_embeddings: true"),
+        (lambda t: t.update({"model.norm.scale": t.pop("model.norm.weight")}), {}, "1 of its own are not in the model"),
+        (lambda t: None, {"attention_bias": True}, "4 weights .* take the config.json that it was published with"),
+    ],
+)
+def test_weights_that_lack_have_a_remedy(
+    change: Callable[[dict[str, torch.Tensor]], object], options: dict[str, object], remedy: str, tmp_path: Path
+) -> None:
+    config = save_small(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    edit(tmp_path / "config.json", options)
+    with pytest.raises(ValueError, match=remedy):
+        load_model(config, torch.float32)
+
+
+def test_a_tensor_of_two_files_must_be_the_same(tmp_path: Path) -> None:
+    small_model("llama").save_pretrained(tmp_path, max_shard_size="50KB")
+    *_, other, last = sorted(tmp_path.glob("model-*.safetensors"))
+    tensors, doubled = load_file(last), load_file(other)
+    name = min(doubled)
+    save_file(tensors | {name: doubled[name]}, last, {"format": "pt"})
+    load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+    save_file(tensors | {name: doubled[name] + 1}, last, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"holds {name} with other values than {other.name}"):
+        load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
+
+
+def test_matrices_of_zeros_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = save_small(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:40] = 0  # as rows of tokens that nobody uses are
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    load_model(config, torch.float32)
+    assert "1 weight matrices of the checkpoint are all zeros: model.layers.1.mlp.up_proj.weight; " in caplog.text
+
+
+def test_outputs_come_by_name_whatever_the_configuration_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = save_small(tmp_path)
+    expected = load_model(config, torch.float32)(IDS).logits
+    edit(tmp_path / "config.json", {"return_dict": False, "output_hidden_states": True, "output_attentions": True})
+    with caplog.at_level("INFO"):
+        model = load_model(config, torch.float32)
+    output = model(IDS)
+    assert torch.equal(output.logits, expected) and output.hidden_states is None and output.attentions is None
+    assert "'return_dict': True" in caplog.text
+
+
+GENERATION = {
+    "list": ([], "'list' object is not a mapping"),
+    "number in quotes": ({"eos_token_id": "2"}, "eos_token_id='2' must be the number of a token, or a list of them"),
+    "list of texts": ({"eos_token_id": [2, "</s>"]}, "must be the number of a token"),
+    "unknown cache": ({"cache_implementation": "none-such"}, "Invalid `cache_implementation`"),
+    "answers without beams": ({"num_return_sequences": 2}, "do not support `num_return_sequences`"),
+    "no JSON": ("{", "not a valid JSON file"),
+}
+
+
+@pytest.mark.parametrize("what", GENERATION)
+def test_generation_settings_that_are_none_are_refused_before_a_weight_is_read(what: str, tmp_path: Path) -> None:
+    content, message = GENERATION[what]
+    config = save_small(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match="generation_config.json") as caught:
+        empty_model(config)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+TOKENIZERS = {
+    "tokenizer.json without its parts": ("tokenizer.json", b"{}", "KeyError: 'added_tokens'"),
+    "tokenizer.json no JSON": ("tokenizer.json", b"{", "JSONDecodeError"),
+    "tokenizer_config.json no JSON": ("tokenizer_config.json", b"{", "JSONDecodeError"),
+    "tokenizer_config.json a list": ("tokenizer_config.json", b"[]", "'list' object has no attribute 'get'"),
+    "template of other bytes": ("chat_template.jinja", b"\xff\xfe{", "'utf-8' codec can't decode byte 0xff"),
+    "template of a processor": ("chat_template.json", b"{}", "chat template of its chat_template.json"),
+}
+
+
+@pytest.mark.parametrize("what", TOKENIZERS)
+def test_tokenizer_files_that_are_none_are_one_sentence(what: str, tmp_path: Path) -> None:
+    name, content, message = TOKENIZERS[what]
+    config = save_small(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    if name == "chat_template.json":
+        (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="transformers makes no ") as caught:
+        load_tokenizer(config)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
+    config = save_small(tmp_path)
+    with pytest.raises(ValueError, match="transformers makes no tokenizer of its files"):
+        load_tokenizer(config)
+
+
+def test_the_chat_template_of_a_processor_is_read(tmp_path: Path) -> None:
+    """Multimodal models from before 2025 have it in chat_template.json alone."""
+    config = save_small(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    template = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    assert load_tokenizer(config).chat_template is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(config).chat_template == tiny_tokenizer().chat_template
 
 
 def edit(path: Path, change: dict[str, object]) -> None:
@@ -331,6 +510,44 @@ def test_a_configuration_that_transformers_cannot_build_is_one_sentence(name: st
     with pytest.raises(ValueError, match="transformers makes no model of its config.json") as caught:
         load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
     assert message in str(caught.value) and "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 20}
+CANNOT_RUN = {
+    "heads that share no keys evenly": (
+        {"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3",
+    ),
+    "a base of 0": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "that are not finite"),
+    "a factor of 0": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}}, "that are not finite",
+    ),
+    "fewer factors for long samples": (
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 8, "long_factor": [2.0] * 4}},
+        "short_factor and long_factor must be lists of numbers, as many in each",
+    ),
+    "factors in quotes": (
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 8, "long_factor": ["2"] * 8}},
+        "short_factor and long_factor must be lists of numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CANNOT_RUN)
+def test_a_configuration_that_fails_when_it_runs_is_refused_before_a_weight_is_read(name: str, tmp_path: Path) -> None:
+    change, message = CANNOT_RUN[name]
+    config = save_small(tmp_path)
+    edit(tmp_path / "config.json", change)
+    with pytest.raises(ValueError, match="config.json: ") as caught:
+        empty_model(config)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_attention_that_nobody_knows_is_refused_with_those_known(tmp_path: Path) -> None:
+    config = replace(save_small(tmp_path), attention="flash")
+    with pytest.raises(
+        ValueError, match="model.attention=flash: must be one of auto, varlen, eager, flash_attention_2"
+    ):
+        empty_model(config)
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/folder", "missing.gguf", "a/b/c"])

@@ -142,6 +142,29 @@ def test_a_model_that_sees_the_tokens_it_predicts_is_refused(family, options):
         objective(batch)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named_before_the_first_step(value):
+    objective, batch = objective_and_batch("llama")
+    with torch.no_grad():
+        objective.model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(
+        ValueError, match="1 weights of .* are not finite: model.layers.1.mlp.up_proj.weight; the check"
+    ):
+        objective(batch)
+
+
+def test_logits_that_overflow_are_laid_to_the_precision():
+    objective, batch = objective_and_batch("llama")
+    with torch.no_grad():
+        for layer in (objective.model.model.layers[1].mlp.up_proj, objective.model.model.layers[1].mlp.gate_proj):
+            layer.weight.mul_(1e3)
+    objective.model.half()
+    with pytest.raises(
+        ValueError, match="logits that are not finite in torch.float16, though its weights are: use trai"
+    ):
+        objective(batch)
+
+
 def packed_batch():
     generator = torch.Generator().manual_seed(3)
     rows = []
