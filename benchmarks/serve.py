@@ -30,7 +30,8 @@ from lightning_peft.checkpoint.peft_format import read_low_rank, save_adapter
 from lightning_peft.compose import compose_config
 from lightning_peft.inference.decoding import Decoder, Row
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.models.loading import load_model, load_tokenizer, model_name, source_fingerprint
+from lightning_peft.models.loading import load_model, load_tokenizer, model_name
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.serving.engine import Engine, Job
 from lightning_peft.serving.tiers import AdapterTiers
 from lightning_peft.tasks.text_to_sql.rows import generate_rows

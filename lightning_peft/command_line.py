@@ -177,7 +177,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
         if command == "train" and not one.dry_run and not any(word.startswith("hydra.sweep.dir=") for word in words):
             if not folder:
                 folder = [f"run_dir={new_folder(Path(time.strftime('sweeps/%Y-%m-%d_%H-%M-%S')))}"]
-            named = Path(folder[0].partition("=")[2])
+            named = Path(compose_config(command, [*first, *folder]).run_dir)
             refuse_run(named, "run_dir")
             stack.enter_context(only_writer(named))
             check_same_sweep(named, swept)
@@ -204,7 +204,7 @@ def run_trials(
     def job(config: DictConfig) -> Any:
         try:
             trial = typed(config)
-            if command == "train" and not trial.dry_run:
+            if command == "train" and not trial.dry_run and distributed.rank() == 0:
                 enter_trial(Path(trial.run_dir), list(HydraConfig.get().overrides.task), swept)
                 folders.append(Path(trial.run_dir).parent)
             return function(trial)

@@ -177,7 +177,10 @@ def typed(config: DictConfig) -> Any:
         config.run_dir = config.run_dir
     OmegaConf.resolve(config)
     check_finite(OmegaConf.to_container(config))
-    return OmegaConf.to_object(config)
+    made = OmegaConf.to_object(config)
+    if isinstance(made, TrainConfig):
+        made.check_directions()
+    return made
 
 
 def explain(error: Exception, command: str) -> str:

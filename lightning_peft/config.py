@@ -213,11 +213,17 @@ class TrainConfig:
                     f"{option}={metric}: no validation computes it; choose one of {', '.join(computed)}, or add it to "
                     "validation.metrics"
                 )
-            check_direction(option, metric)
             if self.validation.every_n_steps is None:
                 raise ValueError(
                     f"{option}={metric}: nothing is validated during training; give validation.every_n_steps"
                 )
+
+    def check_directions(self) -> None:
+        """Raise ValueError for a metric whose sign says the opposite of what is good; a run's folder may hold one."""
+        chosen_by = {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
+        for option, metric in chosen_by.items():
+            if metric is not None:
+                check_direction(option, metric)
 
     def check_reference(self, trains_all: bool) -> None:
         """Raise ValueError where the objective compares with a model that cannot be had beside the trained one."""

@@ -20,6 +20,9 @@ def leave_at_once(number: int, frame: FrameType | None) -> None:
 
 def is_command() -> bool:
     """Return whether this process was started as our command, and does not import the package for its own ends."""
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None and processes.parent_process() is not None:
+        return False  # a worker, which has its parent's name
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
     is_module = name == "-m" and ("-m", "lightning_peft") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     return name == "lightning-peft" or is_module
@@ -43,9 +46,11 @@ def is_heeded_by(handler: object) -> bool:
 
 def is_caused_by_ctrl_c(error: BaseException | None) -> bool:
     """Return whether an error came of a KeyboardInterrupt, as one in the middle of a class does."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 

@@ -26,7 +26,7 @@ def print_rows(heading: str, columns: Sequence[str], rows: Rows, title: str | No
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     width = shutil.get_terminal_size().columns if has_width else ENDLESS
     made = rows_as_table(heading, columns, rows, title)
-    console = Console(width=width)
+    console = Console(width=width, markup=False)  # a value in brackets is none
     if console.measure(made, options=console.options.update(max_width=ENDLESS)).maximum <= width:
         console.print(made)
         return

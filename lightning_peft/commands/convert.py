@@ -41,7 +41,8 @@ from lightning_peft.commands.merge import sample_ids
 from lightning_peft.config import plain
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
-from lightning_peft.models.loading import load_tokenizer, model_context, model_name, source_fingerprint
+from lightning_peft.models.loading import load_tokenizer, model_context, model_name
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import Kind
 from lightning_peft.serving.engines import features_of, not_low_rank

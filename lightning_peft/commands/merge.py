@@ -29,8 +29,9 @@ from lightning_peft.data.chat import encode
 from lightning_peft.data.conversation import Message
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import is_whole_model, tuned_folder
-from lightning_peft.models.loading import load_model, load_tokenizer, model_context, stored_dtypes
+from lightning_peft.models.loading import load_model, load_tokenizer, model_context
 from lightning_peft.models.source import ModelConfig, copy_companions
+from lightning_peft.models.stored import stored_dtypes
 from lightning_peft.quantization.weights import computing_dtype
 
 SAMPLES = 16

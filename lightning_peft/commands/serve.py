@@ -23,8 +23,9 @@ from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vl
 from lightning_peft.inference.decoding import Decoder
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
-from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name, source_fingerprint
+from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.serving.engine import Engine
 from lightning_peft.serving.engines import engines

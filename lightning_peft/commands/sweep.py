@@ -142,7 +142,10 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
     A second retry waits for the first, whose trials then wait or run and are not started twice.
     """
     folder = Path(config.sweep_dir).resolve()
-    read_sweep(folder)
+    if read_sweep(folder).cluster == HYDRA:
+        raise ValueError(
+            f"sweep retry: train -m ran {folder}; its own words with run_dir={folder} resume=auto go on with it"
+        )
     with only_writer(folder, "sweep_dir", SECONDS_FOR_ANOTHER_RETRY):
         start_again(config, overrides, folder)
 
@@ -155,10 +158,6 @@ def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) 
     if kept := [word for word in own if not word.startswith(f"{BUDGET}=")]:
         raise ValueError(f"{kept[0]}: of the sweep as it was submitted; a retry changes those of its runs")
     with changed_sweep(folder) as sweep:
-        if sweep.cluster == HYDRA:
-            raise ValueError(
-                f"sweep retry: train -m ran {folder}; its own words with run_dir={folder} resume=auto go on with it"
-            )
         look(sweep, folder, config.gone)
         if budget is not None and SweepPlace[sweep.cluster] not in WITH_TURNS:
             raise ValueError(

@@ -32,9 +32,9 @@ from lightning_peft.models.loading import (
     model_name,
     model_vocabulary,
     prepare_as_published,
-    source_fingerprint,
 )
 from lightning_peft.models.packing import packing_of
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.reward import refuse_trained_output

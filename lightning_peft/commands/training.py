@@ -211,15 +211,17 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
             "peak_memory_gib": distributed.worst(peak_memory_gib(trainer.strategy.root_device)),
             "device": torch.cuda.get_device_name() if plan.accelerator == "cuda" else "cpu",
         }
-        warnings = list(health.at_the_end)
-        if (utilization := metrics.utilization()) is not None:
+        warnings = health.at_the_end(trainer, module)  # once the adapter is saved, as it takes memory
+        # Of runs together a step's seconds are those of all, its tokens those of one.
+        if member is None and (utilization := metrics.utilization()) is not None:
             result["mfu"] = utilization
-            tokens = metrics.tokens_of_a_step() / plan.ranks / config.trainer.get("accumulate_grad_batches", 1)
+            cuts = config.trainer.get("accumulate_grad_batches", 1)
+            tokens = metrics.tokens_of_a_step() / plan.ranks / cuts
             recomputes = config.activation_checkpointing not in (
                 ActivationCheckpointing.none,
                 ActivationCheckpointing.elementwise,
             )
-            if (slow := why_slow(utilization, tokens, plan.precision, recomputes)) is not None:
+            if (slow := why_slow(utilization, tokens, plan.precision, recomputes, cuts > 1)) is not None:
                 warnings.append(slow)
         if stopping is not None and stopping.reason is not None:
             result["stopped_early"] = stopping.reason

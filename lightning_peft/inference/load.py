@@ -10,9 +10,10 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import CONFIG_NAME, adapter_config_from_peft, load_adapter
 from lightning_peft.checkpoint.peft_words import gives_rewards, read_words
-from lightning_peft.models.loading import load_model, model_name, source_fingerprint
+from lightning_peft.models.loading import load_model, model_name
 from lightning_peft.models.reward_head import add_reward_head
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import dequantize_modules
 

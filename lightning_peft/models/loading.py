@@ -1,18 +1,14 @@
 """Any causal language model `transformers` knows: its configuration, its tokenizer and its weights."""
 
-import hashlib
 import inspect
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,8 +21,15 @@ from transformers import (
 )
 
 from lightning_peft.models.attention import accept_packed_batches, choose_attention
-from lightning_peft.models.blocks import block_names, decoder_of
+from lightning_peft.models.blocks import block_names
 from lightning_peft.models.conversion import plan_loading
+from lightning_peft.models.forwards import (
+    accept_usual_arguments,
+    keep_layers_in_training,
+    keep_outputs,
+    keep_weights_in_evaluation,
+    name_outputs,
+)
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.gguf_conversion import (
     GGUFSource,
@@ -37,7 +40,6 @@ from lightning_peft.models.gguf_conversion import (
     is_known,
 )
 from lightning_peft.models.low_bit import (
-    ONLY_LOW_BIT,
     LowBitSource,
     Names,
     check_named,
@@ -46,6 +48,7 @@ from lightning_peft.models.low_bit import (
     prepare_low_bit_layers,
 )
 from lightning_peft.models.multimodal import leave_on_disk
+from lightning_peft.models.new_tokens import add_embeddings, check_ends_are_dense
 from lightning_peft.models.random_weights import RandomWeights
 from lightning_peft.models.rope import (
     check_frequencies,
@@ -55,8 +58,8 @@ from lightning_peft.models.rope import (
     set_positions_by_row,
 )
 from lightning_peft.models.source import (
-    PICKLED,
     ModelConfig,
+    files_of_weights,
     locate,
     readable_errors,
     readable_making,
@@ -66,37 +69,19 @@ from lightning_peft.models.source import (
 from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lightning_peft.models.weight_files import (
-    PickledSource,
     SafetensorsSource,
     WeightSource,
-    map_file,
     source_of_files,
-    stored_kinds,
-    stored_tensors,
 )
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import quantize_linears
-from lightning_peft.quantization.linear import CodedWeight
 from lightning_peft.quantization.published.format import PublishedFormat
 
 logger = logging.getLogger(__name__)
 
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of the dtypes that weights are computed in."""
-CODES = {"U8", "I8", "I32"}
-INTEGERS = {"I64", "I16", "BOOL"} | CODES
-"""Names of those that are buffers, or some of them codes."""
 NEED_IMAGES = {"Llama4ForConditionalGeneration"}
 """Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
-WRITTEN_OVER = {"FalconDecoderLayer": "mlp", "Llama4TextMoe": "shared_expert"}
-"""Classes that write over the output of a part, and which part, in transformers 5.24."""
-USUAL_ARGUMENTS = (
-    "use_cache", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
-)  # fmt: skip
-"""Arguments that losses and answers give a model beside its tokens."""
-SAMPLED_BYTES = 1024
-"""Bytes of each weight's start, middle and end that go into a fingerprint."""
 
 
 def model_name(config: ModelConfig) -> str:
@@ -239,73 +224,6 @@ def check_heads(model: PreTrainedModel) -> None:
         raise ValueError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
 
 
-def name_outputs(model: PreTrainedModel) -> None:
-    """Let a model give its outputs by name, and no hidden states or attentions beside, whatever its config.json says.
-
-    Losses and answers are read by those names; to keep every layer's states is the memory that training saves.
-    """
-    asked = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
-    for config in (model.config, model.config.get_text_config()):
-        other = {word: value for word, value in asked.items() if getattr(config, word, value) is not value}
-        if other:
-            logger.info("%s: %s, other than its config.json", type(model).__name__, other)
-        for word, value in other.items():
-            setattr(config, word, value)
-
-
-def keep_weights_in_evaluation(model: PreTrainedModel) -> None:
-    """Stop RWKV from dividing weights in place for evaluation: adapters beside them, and codes, do not follow.
-
-    The division guards fp16 against overflow; by powers of two, it changes no other result.
-    """
-    if getattr(model.config, "rescale_every", 0):
-        logger.info("%s: weights are not divided for evaluation (rescale_every=0)", type(model).__name__)
-        model.config.rescale_every = 0
-
-
-def keep_layers_in_training(model: PreTrainedModel) -> None:
-    """Stop LayerDrop (Fan et al. 2019, arXiv:1909.11556) from skipping blocks at random while training.
-
-    A step that skips them all has no gradient for any adapter, and ranks that skip different ones wait for each other.
-    The configuration, which goes with the merged model, stays as published.
-    """
-    dropping: list[Any] = [module for module in model.modules() if getattr(module, "layerdrop", 0)]
-    if dropping:
-        rates = sorted({module.layerdrop for module in dropping})
-        logger.info(
-            "%s: no layer is skipped in training (layerdrop=%s of its config.json)", type(model).__name__, rates
-        )
-    for module in dropping:
-        module.layerdrop = 0.0
-
-
-def accept_usual_arguments(model: PreTrainedModel) -> None:
-    """Let a forward pass that knows no positions, caches or packed samples, as some remote code, be called as others.
-
-    What it does not know are defaults then: rows of one sample from position 0, without a cache.
-    """
-    for module in {decoder_of(model), model}:
-        known = inspect.signature(module.forward).parameters
-        unknown = [name for name in USUAL_ARGUMENTS if name not in known]
-        if unknown and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in known.values()):
-            module.register_forward_pre_hook(partial(_without, unknown), with_kwargs=True)
-
-
-def _without(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {name: value for name, value in kwargs.items() if name not in names}
-
-
-def keep_outputs(model: nn.Module) -> None:
-    """Give those models a copy that add in place to what a part of theirs gave.
-
-    A layer may keep its output for the backward pass, as DoRA does for the gradient of its magnitude.
-    """
-    for module in list(model.modules()):
-        part = getattr(module, WRITTEN_OVER.get(type(module).__name__, ""), None)
-        if isinstance(part, nn.Module):
-            part.register_forward_hook(lambda module, inputs, output: output.clone())
-
-
 def _load_parts(
     config: ModelConfig, dtype: torch.dtype | None, quantization: QuantizationConfig | None, device: torch.device
 ) -> tuple[PreTrainedModel, Iterator[str]]:
@@ -354,28 +272,10 @@ def _weight_source(config: ModelConfig, location: Path) -> WeightSource | None:
     if location.suffix == ".gguf":
         file = GGUFFile(location)
         return GGUFSource(file) if is_known(file) else None
-    files = _files_of_weights(config, location)
+    files = files_of_weights(config, location)
     if files[0].suffix == ".bin" and (form := format_of(model_config(config))) is not None:
         raise ValueError(f"model.path={config.path}: {form.describe()} is read from .safetensors files only")
     return source_of_files(files, weight_index(location))
-
-
-def _files_of_weights(config: ModelConfig, folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, else its pickled ones where those are accepted. Raises ValueError."""
-    if files := weight_files(folder):
-        return files
-    pickled = weight_files(folder, PICKLED)
-    if not pickled:
-        raise ValueError(
-            f"model.path={config.path}: holds no weights, as it has no .safetensors file and no {PICKLED}; fetch the "
-            "model again, or save it by transformers' save_pretrained"
-        )
-    if not config.allow_pickle:
-        raise ValueError(
-            f"model.path={config.path}: no .safetensors file; .bin weights can run code when read by others, "
-            "model.allow_pickle=true accepts that"
-        )
-    return pickled
 
 
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -477,109 +377,3 @@ def _slow_gguf(config: ModelConfig, location: Path, auto_class: Any, **options: 
     return auto_class.from_pretrained(
         location.parent, gguf_file=location.name, trust_remote_code=config.trust_remote_code, **options
     )
-
-
-def source_fingerprint(config: ModelConfig) -> str:
-    """SHA-256 of the base's weights as published: names, shapes and bytes sampled from each.
-
-    It is the same however they are split over files, quantised when loaded or extended by new tokens.
-    """
-    digest = hashlib.sha256()
-    for name, shape, data in sorted(_stored_weights(config), key=lambda weight: weight[0]):
-        digest.update(f"{name} {list(shape)} ".encode())
-        for start in (0, len(data) // 2, max(len(data) - SAMPLED_BYTES, 0)):
-            digest.update(data[start : start + SAMPLED_BYTES])
-    return digest.hexdigest()
-
-
-def stored_dtypes(config: ModelConfig) -> Counter[torch.dtype] | None:
-    """How many weights are published in each floating dtype; None for a container of codes, or one not streamed."""
-    if config.is_tiny or config.random_weights:
-        return Counter({torch.float32: 1})
-    with readable_errors(config):
-        if not (location := locate(config, weights=True)).is_dir():
-            return None
-        files = _files_of_weights(config, location)
-        if files[0].suffix == ".bin":
-            tensors = PickledSource(files).tensors.values()
-            sizes = [(tensor.dtype, tensor.numel()) for tensor in tensors if tensor.dtype in STORED.values()]
-            return sum((Counter({dtype: size}) for dtype, size in sizes), Counter())
-        kinds = sum((stored_kinds(path) for path in files), Counter())
-        if kinds.keys() - STORED.keys() - INTEGERS or (kinds.keys() & CODES and _is_coded(config, files)):
-            return None
-    return Counter({STORED[name]: size for name, size in kinds.items() if name in STORED})
-
-
-def _is_coded(config: ModelConfig, files: Sequence[Path]) -> bool:
-    """Whether integers in a container are codes, and no buffers such as GPT-2's masks."""
-    keys = (key for path in files for key, _, _ in stored_tensors(path))
-    return getattr(model_config(config), "quantization_config", None) is not None or any(
-        ".quant_state." in key or key.endswith(ONLY_LOW_BIT) for key in keys
-    )
-
-
-def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], memoryview]]:
-    """Name, shape and stored bytes of every weight, in any order."""
-    if config.is_tiny:
-        tensors = tiny_model(tied=config.name == "tiny_tied").state_dict()
-        yield from ((name, tensor.shape, memoryview(tensor.numpy()).cast("B")) for name, tensor in tensors.items())
-        return
-    if config.random_weights:
-        yield from (
-            (name, tensor.shape, memoryview(b"random")) for name, tensor in empty_model(config).state_dict().items()
-        )
-        return
-    with readable_errors(config):
-        location = locate(config, weights=True)
-        if location.suffix == ".gguf":
-            file = GGUFFile(location)
-            yield from ((name, entry.shape, file.stored(name)) for name, entry in file.tensors.items())
-            return
-        files, index = _files_of_weights(config, location), weight_index(location)
-        for path in files:
-            if path.suffix == ".bin":
-                data = map_file(path)
-                yield path.name, [len(data)], data
-            else:
-                yield from (entry for entry in stored_tensors(path) if index.get(entry[0], path.name) == path.name)
-
-
-def check_ends_are_dense(model: PreTrainedModel) -> None:
-    """Raise ValueError where new tokens would need rows of an embedding or a head that is held in codes."""
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if isinstance(end, CodedWeight):
-            raise ValueError(
-                f"model.new_tokens: the checkpoint holds embeddings or head as {end.kind} codes, to which no row can "
-                "be added; give the original model"
-            )
-
-
-@torch.no_grad()
-def add_embeddings(model: PreTrainedModel, known: int, wanted: int) -> None:
-    """Give the tokens from `known` up to `wanted` the mean embedding of those before, in the input and the head.
-
-    So does a table that gives each layer an input of its own, as Gemma 3n has; tokens that were beyond it got row 0.
-
-    Raises ValueError where one of the two is held in codes.
-    """
-    check_ends_are_dense(model)
-    per_layer = _per_layer_table(model)
-    first = known if per_layer is None else min(known, per_layer.num_embeddings)
-    if wanted > model.config.get_text_config().vocab_size:
-        model.resize_token_embeddings(wanted, mean_resizing=False)
-    layers: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for layer in layers:
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        weight[known:wanted] = weight[:known].float().mean(0).to(weight.dtype)
-    if (per_layer := _per_layer_table(model)) is not None:
-        weight = per_layer.weight
-        weight[first:known] = weight[0]
-        weight[known:wanted] = weight[:first].float().mean(0).to(weight.dtype)
-
-
-def _per_layer_table(model: PreTrainedModel) -> nn.Embedding | None:
-    if not getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
-        return None
-    table: nn.Embedding = model.get_per_layer_input_embeddings()  # type: ignore[operator]
-    return table

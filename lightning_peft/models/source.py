@@ -241,3 +241,21 @@ def _in_one_line(error: Exception) -> str:
         return told
     sentences = told[:LONGEST_REASON].rpartition(". ")[0]
     return f"{sentences}." if sentences else f"{told[:LONGEST_REASON]} ..."
+
+
+def files_of_weights(config: ModelConfig, folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, else its pickled ones where those are accepted. Raises ValueError."""
+    if files := weight_files(folder):
+        return files
+    pickled = weight_files(folder, PICKLED)
+    if not pickled:
+        raise ValueError(
+            f"model.path={config.path}: holds no weights, as it has no .safetensors file and no {PICKLED}; fetch the "
+            "model again, or save it by transformers' save_pretrained"
+        )
+    if not config.allow_pickle:
+        raise ValueError(
+            f"model.path={config.path}: no .safetensors file; .bin weights can run code when read by others, "
+            "model.allow_pickle=true accepts that"
+        )
+    return pickled

@@ -1,5 +1,6 @@
 """What the largest rank of a sweep does when it is cut by SVD, without training, beside what smaller ranks learn."""
 
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.strict_json import read_object
 from lightning_peft.sweeps.statistics import Group, best_of_ranks, share_of_parameters
 from lightning_peft.sweeps.sweep import Sweep, score
+
+logger = logging.getLogger(__name__)
 
 INSPECTION, ADAPTER = "inspection.json", "adapter"
 
@@ -60,6 +63,8 @@ def scores_of_cuts(run_dir: Path) -> dict[str, Any] | None:
         return None
     content = read_object(path, "inspect it again")
     if lineage is not None and content.get("adapter_sha256") != lineage.adapter_sha256:
+        if "adapter_sha256" not in content:
+            logger.warning("%s: does not say of which adapter it is; inspect it again to have its ranks counted", path)
         return None
     found: dict[str, Any] | None = content.get("smaller_ranks")
     return found

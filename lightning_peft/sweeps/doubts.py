@@ -4,17 +4,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lightning_peft.runs.folder import FREE_TO_CHANGE, NOT_COMPARED
 from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
 from lightning_peft.sweeps.sweep import CANCELLED, DIVERGED, FAILED, FINISHED, LOST, Sweep, Trial, score
 
 MOST_NAMES = 3
 """Trials that a line names; of more it says how many."""
 OTHER_ROWS = (
-    "model", "objective", "data", "data.source", "data.validation_path", "data.validation_split", "data.hub_name",
-    "data.task", "data.validation_fraction", "data.max_validation_rows", "data.split_seed", "data.max_length",
-    "data.system_prompt", "data.template", "data.prompt_column", "data.completion_column",
+    "model", "objective", "data", "data.source", "data.train_path", "data.validation_path", "data.hub_name",
+    "data.hub_config", "data.hub_split", "data.hub_validation_split", "data.rows", "data.task", "data.format",
+    "data.max_rows", "data.validation_fraction", "data.max_validation_rows", "data.split_seed", "data.max_length",
+    "data.on_too_long", "data.on_bad_row", "data.system_prompt", "data.prompt_template", "data.layout",
+    "data.template_options", "data.reasoning", "data.train_on", "data.train_on_last_turn", "data.sources",
+    "data.chosen_column", "data.rejected_column", "data.label_column", "data.prompt_column", "data.completion_column",
+    "data.text_column", "data.messages_column", "data.system_column", "data.history_column", "data.input_column",
+    "data.tools_column", "data.reasoning_column", "model.name", "model.path", "model.revision", "model.new_tokens",
+    "model.random_weights", "model.rope_scaling",
 )  # fmt: skip
-"""Keys that change which tokens a validation looks at, or what it computes; what stands below them does so too."""
+"""Keys that change which tokens a validation looks at, or what it computes."""
 LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.devices",
           "data.micro_batch_size", "data.max_length", "data.max_rows", "data.train_path", "data.packing")  # fmt: skip
 """Keys that change how many steps a run has."""
@@ -72,8 +79,9 @@ def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]
     """Trials that were started with words that the others do not have."""
     by_words: dict[tuple[str, ...], list[Trial]] = {}
     for trial in finished:
-        if trial.other_words:
-            by_words.setdefault(tuple(trial.other_words), []).append(trial)
+        words = [word for word in trial.other_words if changes_numbers(word.removeprefix("without ").partition("=")[0])]
+        if words:
+            by_words.setdefault(tuple(words), []).append(trial)
     if [len(trials) for trials in by_words.values()] == [len(finished)]:
         return []
     return [f"trained with other words ({', '.join(words)}): {named(trials)}" for words, trials in by_words.items()]
@@ -118,9 +126,18 @@ FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[Group]], list[str]], .
 )  # fmt: skip
 
 
+def changes_numbers(key: str) -> bool:
+    """Whether an option may change what a run's numbers are, of which one trial may have another value than the others.
+
+    The number of steps does: a run that goes on may change it, and is then longer than the others.
+    """
+    return key in LENGTH or not (key in FREE_TO_CHANGE or key.partition(".")[0] in (*NOT_COMPARED, "sweep"))
+
+
 def is_below(key: str, keys: Sequence[str]) -> bool:
-    """Whether a swept key is one of these, or an option of one that is a group of its own."""
-    return key in keys or any(key.startswith(f"{other}.") for other in ("model", "objective", "data.sources"))
+    """Whether a swept key is one of these, or an option of one whose options all count."""
+    below = ("objective", "data.sources", "data.template_options", "model.rope_scaling")
+    return key in keys or any(key.startswith(f"{other}.") for other in below if other in keys)
 
 
 def result_of(trial: Trial, name: str) -> Any:

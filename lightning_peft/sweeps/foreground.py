@@ -58,12 +58,14 @@ def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> No
             sweep.trials.append(trial)
         trial.state, trial.is_waiting, trial.process = RUNNING, False, this_process()
         trial.attempts += 1
-        before = [word for word in sweep.words if _key(word) not in OF_A_START]
-        trial.other_words = [word for word in shared if word not in before]
-        trial.other_words += [f"without {word}" for word in before if _key(word) not in map(_key, shared)]
         result = read_result(run_dir)
-        if result is not None and result["status"] != FINISHED:  # which the start that begins now drops
-            trial.spent_hours += hours_of(result)
+        if result is None or result["status"] != FINISHED:  # one that has finished does not train again
+            before = [word for word in sweep.words if _key(word) not in OF_A_START]
+            trial.other_words = [word for word in shared if word not in before]
+            trial.other_words += [f"without {word}" for word in before if _key(word) not in map(_key, shared)]
+            if result is not None and result.get("seconds") != trial.counted_seconds:
+                trial.spent_hours += hours_of(result)
+                trial.counted_seconds = result.get("seconds")
         (run_dir / LEAVE).unlink(missing_ok=True)  # of an earlier start that did not live to leave
         sweep.count = len(sweep.trials)
         # Another start may add values to those of the first.

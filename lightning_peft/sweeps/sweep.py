@@ -89,6 +89,8 @@ class Trial:
     """Rungs that it does not pause at: of hyperband, which compares it with others of the same number."""
     spent_hours: float = 0.0
     """Device hours of the attempts before the last one."""
+    counted_seconds: float | None = None
+    """Of the result that was last added to them, which stands there until the next start trains."""
 
     @property
     def values(self) -> dict[str, str]:
@@ -234,24 +236,48 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             waiting.cancel()
     made = folder / ".changing"
-    first, since = None, time.monotonic()
-    while True:
-        try:
-            with made.open("x", encoding="utf-8") as file:
-                json.dump(asdict(this_process()), file)
-            break
-        except FileExistsError:
-            with suppress(FileNotFoundError):
-                seen = made.stat().st_ino, made.stat().st_mtime_ns
-                first, since = (first, since) if seen == first else (seen, time.monotonic())
-                if is_of_dead(made) or time.monotonic() - since > SECONDS_TO_CHANGE:
-                    logger.warning("%s: left behind by a process that was killed; removed", made)
-                    made.unlink()
-            time.sleep(0.1)
+    take_place(made)
     try:
+        made.write_text(json.dumps(asdict(this_process())), encoding="utf-8")
         yield
     finally:
         made.unlink(missing_ok=True)
+
+
+def take_place(made: Path) -> None:
+    """Make a file that only one process can make, once it is gone or its maker is."""
+    first, began = None, time.monotonic()
+    since, is_said = began, False
+    while True:
+        try:
+            made.open("x", encoding="utf-8").close()
+            return
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                found = made.stat()
+                seen = found.st_ino, found.st_mtime_ns
+                first, since = (first, since) if seen == first else (seen, time.monotonic())
+                if is_of_dead(made) or time.monotonic() - since > SECONDS_TO_CHANGE:
+                    remove_the_same(made, found.st_ino)
+                elif not is_said and time.monotonic() - began > WAIT_IS_SAID_AFTER:
+                    is_said = True
+                    logger.warning(
+                        "%s: waiting for its process (%s), %d s at most; remove the file if that is no more",
+                        made, made.read_text(encoding="utf-8", errors="replace").strip() or "not named",
+                        SECONDS_TO_CHANGE,
+                    )  # fmt: skip
+            time.sleep(0.1)
+
+
+def remove_the_same(made: Path, inode: int) -> None:
+    """Remove a file that was left behind, and not one that another process has made in its place meanwhile."""
+    aside = made.with_name(f"{made.name}.{socket.gethostname()}.{os.getpid()}")
+    made.rename(aside)
+    if aside.stat().st_ino == inode:
+        logger.warning("%s: left behind by a process that was killed; removed", made)
+        aside.unlink()
+    else:
+        aside.rename(made)
 
 
 def is_of_dead(made: Path) -> bool:

@@ -84,7 +84,9 @@ def model_flops_utilization(flops: float, seconds: float, devices: int) -> float
     return None if peak is None else flops / seconds / (peak * devices)
 
 
-def why_slow(utilization: float, micro_batch_tokens: float, precision: str, recomputes: bool) -> str | None:
+def why_slow(
+    utilization: float, micro_batch_tokens: float, precision: str, recomputes: bool, accumulates: bool
+) -> str | None:
     """Say why a GPU was used at little of its peak, as far as the options tell; None where it was used well."""
     if utilization >= LOW_UTILIZATION:
         return None
@@ -93,10 +95,10 @@ def why_slow(utilization: float, micro_batch_tokens: float, precision: str, reco
     elif micro_batch_tokens < FEW_TOKENS:
         reason = (
             f"a micro batch has {micro_batch_tokens:,.0f} tokens, too few to keep it busy: give a larger "
-            "data.micro_batch_size, and a smaller trainer.accumulate_grad_batches"
+            "data.micro_batch_size" + (", and a smaller trainer.accumulate_grad_batches" if accumulates else "")
         )
     elif recomputes:
         reason = "part of the work is done twice: activation_checkpointing=none where the memory allows it"
     else:
-        reason = "nothing in the options tells why: see whether rows come too slowly (data.num_workers)"
+        reason = "the options do not tell why: rows may come too slowly (data.num_workers), or codes take their time"
     return f"the GPU did {utilization:.0%} of what its bf16 peak allows; {reason}"

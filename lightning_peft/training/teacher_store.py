@@ -35,8 +35,9 @@ from lightning_peft.data.collate import collate
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.token_store import Samples
 from lightning_peft.data.top_tokens import IDS, LOG_PROBABILITIES, VOCABULARY
-from lightning_peft.models.loading import empty_model, source_fingerprint
+from lightning_peft.models.loading import empty_model
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.linear_divergence import bucketed, final_logits, in_fp32

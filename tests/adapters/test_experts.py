@@ -19,7 +19,7 @@ from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.kernels.grouped import RowsPerExpert, product_at_once, runs_at_once
-from lightning_peft.models.loading import keep_outputs
+from lightning_peft.models.forwards import keep_outputs
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import dequantized_layer, quantize_linears
 from lightning_peft.quantization.experts import close_experts, expert_stacks, open_experts

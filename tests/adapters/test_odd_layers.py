@@ -10,7 +10,7 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.peft_format import file_tensors
-from lightning_peft.models.loading import keep_weights_in_evaluation
+from lightning_peft.models.forwards import keep_weights_in_evaluation
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.convert import dequantized_linear, quantize_linears
 from lightning_peft.quantization.linear import QuantizedLinear

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from lightning_peft.__main__ import main
+from lightning_peft.compose import compose_config
+from lightning_peft.config import plain, train_config
 from lightning_peft.evaluation.scorers import check_direction
-from lightning_peft.sweeps.doubts import COVERAGE, doubts
+from lightning_peft.sweeps.doubts import COVERAGE, OTHER_ROWS, doubts
 from lightning_peft.sweeps.foreground import enter_trial
 from lightning_peft.sweeps.statistics import sentence
 from lightning_peft.sweeps.sweep import Sweep, Trial, read_sweep, write_sweep
@@ -164,6 +166,47 @@ def test_start_with_other_words_in_the_same_folder_is_told_from_the_first(tmp_pa
     first, second = read_sweep(tmp_path).trials
     assert first.other_words == []
     assert second.other_words == ["trainer.max_steps=9", "without data.max_rows=8"]
+
+
+def test_only_words_that_trained_a_trial_count(tmp_path):
+    """A finished one that is asked again keeps those of the start that trained it; not every word changes a number."""
+    words = ["model=tiny", "adapter.rank=4", "run_dir=x"]
+    enter_trial(tmp_path / "rank4", words, ["adapter.rank=4"])
+    (tmp_path / "rank4").mkdir()
+    (tmp_path / "rank4" / "result.json").write_text(json.dumps({"status": "finished", "seconds": 1.0}))
+    enter_trial(tmp_path / "rank4", [*words, "optimizer.lr=1"], ["adapter.rank=4"])
+    assert read_sweep(tmp_path).trials[0].other_words == []
+    free = ["cluster.time=2-0", "trainer.max_time=1h", "logger=none", "data.num_workers=2"]
+    assert doubts(a_sweep(ONE, with_words(free))) == []
+
+
+def test_hours_of_a_start_that_failed_are_counted_once(tmp_path):
+    """Starts that end before they train leave its result where it is."""
+    (tmp_path / "rank4").mkdir()
+    result = {"status": "failed", "seconds": 3600.0, "device_hours": 1.0}
+    (tmp_path / "rank4" / "result.json").write_text(json.dumps(result))
+    for _ in range(3):
+        enter_trial(tmp_path / "rank4", ["model=tiny", "adapter.rank=4"], ["adapter.rank=4"])
+    assert read_sweep(tmp_path).trials[0].spent_hours == 1.0
+
+
+def test_keys_of_other_rows_are_options():
+    config = plain(compose_config("train", ["model=tiny"]))
+    for key in OTHER_ROWS:
+        found = config
+        for part in key.split("."):
+            assert part in found, key
+            found = found[part]
+
+
+def test_run_whose_metric_has_the_wrong_sign_is_still_read():
+    """Such runs were trained before the sign was looked at."""
+    words = ["objective=dpo", "validation.every_n_steps=5"]
+    saved = plain(compose_config("train", ["model=tiny", *words]))
+    saved["early_stopping"]["metric"] = "validation_rewards/margin"
+    assert train_config(saved).early_stopping.metric == "validation_rewards/margin"
+    with pytest.raises(ValueError, match="early_stopping.metric=-validation_rewards/margin"):
+        compose_config("train", ["model=tiny", *words, "early_stopping.metric=validation_rewards/margin"])
 
 
 @pytest.mark.parametrize(

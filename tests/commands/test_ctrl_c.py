@@ -1,5 +1,6 @@
 """Ctrl-C while a command still imports: one line and status 130, wherever it was."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lightning_peft
-from lightning_peft.ctrl_c import is_caused_by_ctrl_c
+from lightning_peft.ctrl_c import is_caused_by_ctrl_c, is_command
 
 SCRIPT = str(Path(sys.executable).parent / "lightning-peft")
 PRESS = """
@@ -56,6 +57,23 @@ def test_error_that_an_interrupted_import_makes_is_told_from_others():
     with pytest.raises((RuntimeError, KeyboardInterrupt)) as found:  # Python 3.12 hands on what was raised
         type("Owner", (), {"field": Descriptor()})
     assert is_caused_by_ctrl_c(found.value) and not is_caused_by_ctrl_c(ValueError("other"))
+    first, second = ValueError("of the second"), ValueError("of the first")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_caused_by_ctrl_c(first)
+
+
+def is_command_in_a_worker(results: "multiprocessing.SimpleQueue[bool]") -> None:
+    sys.argv[0] = "lightning-peft"
+    results.put(is_command())
+
+
+def test_worker_of_the_command_is_not_the_command():
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    worker = context.Process(target=is_command_in_a_worker, args=(results,))
+    worker.start()
+    assert results.get() is False
+    worker.join()
 
 
 def test_program_that_imports_the_package_keeps_its_ctrl_c():

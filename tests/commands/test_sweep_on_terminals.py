@@ -13,6 +13,7 @@ from started import COMMAND, Started
 
 from lightning_peft.__main__ import main
 from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
+from lightning_peft.terminal_table import print_rows
 
 METRIC = "execution_accuracy"
 
@@ -95,3 +96,9 @@ def test_pipe_has_a_line_a_trial_and_the_number_it_is_sorted_by(folder, capsys, 
     assert sorted(row[0] for row in rows) == sorted(path.name for path in folder.glob("*_seed*"))
     found = [row[column] for row in rows]
     assert found == (sorted(found) if verb == "status" else ["0.8125", "0.75", "0.6875", "0.625"])
+
+
+def test_value_in_brackets_is_no_markup(capsys):
+    print_rows("trial", ("targets",), [("targets=[q_proj,v_proj]", ["[/]"])])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "targets=" in line]
+    assert line.split() == ["targets=[q_proj,v_proj]", "[/]"]

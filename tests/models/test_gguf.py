@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Co
 
 from lightning_peft.models.gguf_conversion import parameter_name
 from lightning_peft.models.gguf_fields import check_fields
-from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context, source_fingerprint
+from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context
 from lightning_peft.models.source import ModelConfig, locate
+from lightning_peft.models.stored import source_fingerprint
 
 IDS = torch.arange(3, 35)[None]
 

@@ -24,10 +24,9 @@ from lightning_peft.models.loading import (
     model_config,
     model_context,
     model_name,
-    source_fingerprint,
-    stored_dtypes,
 )
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint, stored_dtypes
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 from lightning_peft.quantization.config import Kind, QuantizationConfig

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_peft.models.loading import load_model, source_fingerprint
+from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.models.tiny import tiny_config
 from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.linear import QuantizedLinear

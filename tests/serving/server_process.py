@@ -18,8 +18,9 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.lineage import Lineage
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.models.loading import load_model, source_fingerprint
+from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.models.tiny import CHAT_TEMPLATE
 
 

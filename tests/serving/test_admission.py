@@ -14,8 +14,9 @@ from lightning_peft.adapters.slots import Factors, Slots
 from lightning_peft.inference.decoding import Decoder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
-from lightning_peft.models.loading import load_model, load_tokenizer, source_fingerprint
+from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.serving.engine import Engine, Job, Piece
 from lightning_peft.serving.tiers import AdapterTiers
 

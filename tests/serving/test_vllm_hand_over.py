@@ -23,8 +23,8 @@ from started import COMMAND, Started
 
 from lightning_peft.__main__ import main
 from lightning_peft.checkpoint.lineage import read_lineage
-from lightning_peft.models.loading import source_fingerprint
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.serving.vllm import PROBE
 
 IN_ITS_PLACE = """

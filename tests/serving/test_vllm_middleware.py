@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from server_process import save
 
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.models.loading import empty_model, source_fingerprint
+from lightning_peft.models.loading import empty_model
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.models.tiny import CHAT_TEMPLATE
 from lightning_peft.serving import tiers, vllm_middleware
 from lightning_peft.serving.vllm import layers_of

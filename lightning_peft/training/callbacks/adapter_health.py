@@ -39,7 +39,6 @@ class AdapterHealth(Callback):
         self.meter = ChangeMeter()
         self.told: list[str] = []
         """Kinds of alarms that were given: each is given once a run."""
-        self.at_the_end: list[str] = []
         """What looks wrong once the run is over."""
 
     def on_train_batch_end(
@@ -60,15 +59,16 @@ class AdapterHealth(Callback):
                 self.told.append(kind)
                 self.warn(trainer, kind, f"step {trainer.global_step}: {text}")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Return what looks wrong in the trained adapter, a sentence each. All ranks call it."""
         if self.every_n_steps is None or trainer.global_step < ENOUGH_STEPS:
-            return
+            return []
         model, root = cast(PreTrainedModel, pl_module.model), pl_module.objective
         assert isinstance(root, nn.Module)
         found = alarms_of(self.meter.measure(model, root))
-        self.at_the_end = list(found.values())
         for kind in found.keys() - set(self.told):
             self.alert(trainer, kind, f"step {trainer.global_step}: {found[kind]}")
+        return list(found.values())
 
     def warn(self, trainer: Trainer, kind: str, text: str) -> None:
         if not trainer.is_global_zero:
