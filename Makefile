@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 RUN := .venv/bin/lightning-peft
 # A file a worker, a thread each: the models of the tests are too small to share. Files come in the order of conftest.py.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 .PHONY: demo test test-long test-every test-families test-engines test-trackers test-skypilot test-triton test-all lint docs bench clean
 
@@ -21,7 +21,7 @@ ONE_MORE := -n $$(($$(nproc) + 1))
 test-long: .venv/.installed-test
 	$(PYTEST) $(ONE_MORE) -m "slow or multi_process or slurm"
 
-# Both in one session: the short files fill the time in which the long ones wait.
+# Both in one session, the short files first. PYTEST_FLAGS=--long-until=TIME begins no long test after that Unix time.
 test-every: .venv/.installed-test
 	$(PYTEST) $(ONE_MORE) -m "not gpu and not families and not engines and not expert_shapes"
 

@@ -1,25 +1,42 @@
 """What all tests share: tokens are kept in a folder of the session, not of whoever runs them."""
 
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
-LONGEST_FIRST = ("slurm", "multi_process", "slow")
-"""Markers of tests whose files are begun first, so that no worker waits for one of them at the end."""
+LONG = ("slow", "multi_process", "slurm")
+"""Markers of long tests, in the order in which their files are begun."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long-until", type=float, help="Unix time from which on no long test is begun")
+
+
+def long_markers(item: pytest.Item) -> list[int]:
+    """The places in LONG of a test's markers."""
+    return [place for place, name in enumerate(LONG) if item.get_closest_marker(name) is not None]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order files by what their longest tests are marked as, and within that by their number of tests."""
+    """Put files without a long test first, then those with one by its marker; of each, those of the most tests first."""
     ranks: dict[object, int] = {}
     counts = Counter(item.path for item in items)
     for item in items:
-        of_item = [place for place, name in enumerate(LONGEST_FIRST) if item.get_closest_marker(name) is not None]
-        ranks[item.path] = min(ranks.get(item.path, len(LONGEST_FIRST)), *of_item, len(LONGEST_FIRST))
+        found = [place + 1 for place in long_markers(item)]
+        ranks[item.path] = max(ranks.get(item.path, 0), *found, 0)
     items.sort(key=lambda item: (ranks[item.path], -counts[item.path], item.path))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.getoption("--long-until")
+    if until is not None and time.time() > until and long_markers(item):
+        pytest.skip("there was no time left for long tests (--long-until)")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,11 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     serving = Serving(engine, tiers, tokenizer, name, layout, served.context, config.serve)
     with listening(config.serve) as listener:
         logger.info("listens at http://%s:%d", config.serve.host, listener.getsockname()[1])
-        uvicorn.Server(uvicorn.Config(build_app(serving), log_level="warning")).run(sockets=[listener])
+        server = uvicorn.Server(uvicorn.Config(build_app(serving), log_level="warning"))
+        with suppress(KeyboardInterrupt):  # raised again once it has drained
+            server.run(sockets=[listener])
+        if not server.started:
+            raise SystemExit(3)
 
 
 def listening(config: ServerConfig) -> socket.socket:

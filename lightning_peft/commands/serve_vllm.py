@@ -24,6 +24,7 @@ from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.vllm import (
     HAND_OVER,
     VllmServer,
+    hand_over_alone,
     layers_of,
     size_for,
     spoken_variables,
@@ -98,17 +99,19 @@ def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path],
     if config.serve.dry_run:
         print(command)
         return
-    write_base(served.base, dtype, base)
-    for name, path in plain.items():
-        if not path.is_dir():
-            adapter_path = str(judged[name].folder)
-            export(
-                ExportConfig(
-                    adapter_path=adapter_path, output=str(path), format=ExportFormat.plain, base_name=base,
-                    model=config.model, precision=config.precision,
-                )
-            )  # fmt: skip
-        check_adapter(path, settings)
+    with hand_over_alone():
+        write_base(served.base, dtype, base)
+        for name, path in plain.items():
+            if not path.is_dir():
+                adapter_path = str(judged[name].folder)
+                export(
+                    ExportConfig(
+                        adapter_path=adapter_path, output=str(path), format=ExportFormat.plain, base_name=base,
+                        model=config.model, precision=config.precision,
+                    )
+                )  # fmt: skip
+            check_adapter(path, settings)
+        server.write_hand_over()
     logger.info("%s", command)
     server.become()
 

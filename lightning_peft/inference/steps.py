@@ -22,6 +22,7 @@ from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.adapters.slots import SlotLinear, Slots
 from lightning_peft.kernels import few_rows
 from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product
+from lightning_peft.models.forwards import takes
 from lightning_peft.models.rope import follows_length
 from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.weights import computing_dtype
@@ -47,9 +48,10 @@ def cache_keyword(model: PreTrainedModel) -> str | None:
 def can_repeat_prefix(model: PreTrainedModel) -> bool:
     """Return whether a cache of this model holds all positions of all layers, and nothing in it counts positions.
 
-    A sliding window, a recurrence or a convolution would see the padding that follows the prefix.
+    A sliding window, a recurrence or a convolution would see the padding that follows the prefix, and a forward pass
+    that takes no positions would count it.
     """
-    if cache_keyword(model) is None:
+    if cache_keyword(model) is None or not takes(model, "position_ids"):
         return False
     layers = DynamicCache(config=model.config).layers
     options = model.config.get_text_config().to_dict()

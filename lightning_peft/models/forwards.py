@@ -67,10 +67,15 @@ def accept_usual_arguments(model: PreTrainedModel) -> None:
     What it does not know are defaults then: rows of one sample from position 0, without a cache.
     """
     for module in {decoder_of(model), model}:
-        known = inspect.signature(module.forward).parameters
-        unknown = [name for name in USUAL_ARGUMENTS if name not in known]
-        if unknown and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in known.values()):
+        unknown = [name for name in USUAL_ARGUMENTS if not takes(module, name)]
+        if unknown:
             module.register_forward_pre_hook(partial(_without, unknown), with_kwargs=True)
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Return whether a forward pass knows an argument, by its name or among any others."""
+    known = inspect.signature(module.forward).parameters
+    return argument in known or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
 
 
 def _without(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

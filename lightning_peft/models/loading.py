@@ -218,8 +218,8 @@ def load_by_block(
 
 def check_heads(model: PreTrainedModel) -> None:
     """Raise ValueError where heads of queries do not share those of keys evenly, which fails in the first forward."""
-    text = model.config.get_text_config()
-    heads, shared = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    said = vars(model.config.get_text_config())  # an attribute that each layer has its own of raises when it is read
+    heads, shared = (said.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
         raise ValueError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.models.blocks import decoder_of
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig  # a start that trains nothing does without it
+    from transformers import PreTrainedConfig, PreTrainedModel  # a start that trains nothing does without it
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,10 @@ OF_A_SCALING = {
 """Rotary parameters that belong to one way of scaling; all others say how the model is computed whatever it is."""
 ALWAYS_NEW = ("rope_type", "type", "factor", "original_max_position_embeddings")
 
+TABLE_OF_POSITIONS = re.compile(r"wpe|(embed_)?positions?(_embed\w*)?|pos_encoding")
+"""Names of parts that hold a row for each position."""
+ROWS_BESIDE = 8
+"""Most rows that such a table has beside those of the context: OPT's has two that no token takes."""
 BIASES_BY_TABLE = ("mpt",)
 """Types that add a bias for each distance and compute those up to their context alone."""
 
@@ -165,19 +171,30 @@ def context_length(architecture: "PreTrainedConfig") -> int | None:
     return length
 
 
-def table_of_positions(model: nn.Module) -> int | None:
+def table_of_positions(model: "PreTrainedModel") -> int | None:
     """Return for how many positions a model has a table, trained or computed once, which no text may go beyond.
 
     None where positions are computed as they come, as rotary ones are, or where there are none.
     """
     architecture: Any = model.config
-    context = context_length(architecture)
-    tables = [name for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
-    tables += [name for name, _ in model.named_buffers()]
-    has_one = architecture.model_type in BIASES_BY_TABLE or any(
-        re.fullmatch(r"wpe|(embed_)?positions?(_embed\w*)?", name.rpartition(".")[2]) for name in tables
-    )
-    return context if has_one else None
+    if (context := context_length(architecture)) is None:
+        return None
+    text = decoder_of(model)
+    tables: dict[str, Any] = {name: part for name, part in text.named_modules() if isinstance(part, nn.Embedding)}
+    tables |= {name: part for name, part in vars(text).items() if isinstance(part, Tensor)}  # CTRL's is no buffer
+    tables |= dict(text.named_buffers())
+    found = [
+        part
+        for name, part in tables.items()
+        if TABLE_OF_POSITIONS.fullmatch(name.rpartition(".")[2])
+        and context <= len(getattr(part, "weight", part)) <= context + ROWS_BESIDE  # not one of a tower of vision
+    ]
+    if not found and architecture.model_type not in BIASES_BY_TABLE:
+        return None
+    # RoBERTa's positions begin behind that of its padding, in a table of as many rows as its context.
+    begin = next((p.padding_idx + 1 for p in found if getattr(p, "padding_idx", None) is not None), 0)
+    rows = min((len(getattr(part, "weight", part)) for part in found), default=context)
+    return min(context, rows - begin)
 
 
 def follows_length(architecture: "PreTrainedConfig", longest: int | None) -> bool:

@@ -46,6 +46,8 @@ class ServerConfig:
     """Say what would be served, then stop."""
 
     def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("serve.api_key='': is empty, so that everybody would know it; give a key, or leave it out")
         if self.host not in LOOPBACK and self.api_key is None:
             raise ValueError(f"serve.host={self.host}: others could use it; give serve.api_key, or leave 127.0.0.1")
         if not 0 <= self.port < 65536:

@@ -225,8 +225,8 @@ class Adapters:
         path, headers = scope["path"], dict(scope["headers"])
         if scope["method"] == "OPTIONS":
             return await self.app(scope, receive, send)
-        given = headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")
-        if self.key and path not in OPEN and not hmac.compare_digest(given.encode(), self.key.encode()):
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        if self.key and path not in OPEN and not hmac.compare_digest(given, self.key.encode()):
             raise Refusal(401, "the API key is missing or wrong", "invalid_api_key")
         if scope["method"] in ("GET", "HEAD"):
             if path != "/v1/models":
@@ -257,7 +257,12 @@ class Adapters:
 
     def names(self) -> list[str]:
         directory = self.settings.adapter_dir
-        found = [] if directory is None else sorted(path.name for path in Path(directory).iterdir() if path.is_dir())
+        try:
+            found = (
+                [] if directory is None else sorted(path.name for path in Path(directory).iterdir() if path.is_dir())
+            )
+        except OSError:  # it was removed, and what is loaded goes on
+            found = []
         return list(dict.fromkeys([self.settings.base_name, *self.loaded, *filter(NAME.fullmatch, found)]))
 
     async def of_model(self, name: Any, scope: Scope) -> Loaded:
@@ -280,6 +285,8 @@ class Adapters:
             raise Refusal(403, "adapters are loaded at run time with serve.allow_load=true and adapter_dir= alone")
         if not isinstance(name, str):
             raise Refusal(400, f"lora_name={name}: must be a name")
+        if "\0" in f"{name}{body.get('lora_path')}":
+            raise Refusal(400, "lora_name, lora_path: hold a zero byte, which no path does")
         async with self.loading:
             if path == UNLOAD:
                 if name not in self.loaded:

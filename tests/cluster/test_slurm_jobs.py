@@ -114,7 +114,7 @@ def test_job_makes_way_for_a_higher_partition_and_ends_bit_equal(slurm, tmp_path
 
 
 def test_job_continues_after_its_time_limit(slurm, tmp_path, undisturbed):
-    job_id = submit(tmp_path, PAUSED.replace("120", "200"), "cluster.time=2", "cluster.grace=60")
+    job_id = submit(tmp_path, PAUSED.replace("120", "200"), "cluster.time=3", "cluster.grace=60")
     ended = wait_for_end(job_id, tmp_path)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), log(tmp_path)
     assert "SIGUSR1: saved after step 4" in log(tmp_path)
