@@ -23,7 +23,7 @@ def long_markers(item: pytest.Item) -> list[int]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files without a long test first, then those with one by its marker; of each, those of the most tests first."""
+    """Put files without a long test first, then those with one by its marker; of each, the largest first."""
     ranks: dict[object, int] = {}
     counts = Counter(item.path for item in items)
     for item in items:

@@ -9,13 +9,23 @@ import torch
 import torch.nn.functional as F
 from families import small_model
 from family_checks import Family, batch, samples
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CTRLConfig,
+    GPTJConfig,
+    IdeficsConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
 
 from lightning_peft.__main__ import main
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import empty_model, load_model, model_config, model_context
-from lightning_peft.models.rope import RopeScaling, scale_positions
+from lightning_peft.models.rope import RopeScaling, scale_positions, table_of_positions
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lightning_peft.objectives.sft import SupervisedLoss
@@ -252,3 +262,24 @@ def test_samples_under_a_dynamic_base_are_not_packed(base, tmp_path, capsys):
     assert train(base, tmp_path / "run", *words) == 0
     assert "would set the rotary frequencies of all, so rows are padded" in capsys.readouterr().err
     assert train(base, tmp_path / "packed", *words, "data.packing=true") == 2
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions"),
+    [
+        (CTRLConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2, dff=16, vocab_size=50), 32),  # no buffer
+        (RobertaConfig(max_position_embeddings=18, is_decoder=True, **SIZES), 16),  # begin behind the padding's
+        (OPTConfig(max_position_embeddings=32, ffn_dim=16, word_embed_proj_dim=16, **SIZES), 32),  # two rows more
+        (GPTJConfig(n_positions=32, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=50), 32),
+        (LlamaConfig(**SIZES), None),
+        (IdeficsConfig(**SIZES), None),  # its tower of vision has one
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_positions_of_a_table_are_those_that_text_can_take(architecture, positions):
+    made = AutoModelForImageTextToText if architecture.model_type == "idefics" else AutoModelForCausalLM
+    with torch.device("meta"):
+        assert table_of_positions(made.from_config(architecture)) == positions

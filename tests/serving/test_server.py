@@ -263,6 +263,7 @@ def test_what_is_not_low_rank_is_served_alone(runs):
         (["adapters=[a/b=runs]"], "adapters=a/b=runs: must be name=path"),
         (["adapters=[a=/no/where]"], "/no/where: no such folder"),
         (["model=tiny", "serve.host=0.0.0.0"], "serve.host=0.0.0.0: others could use it; give serve.api_key"),
+        (["model=tiny", "serve.host=0.0.0.0", "serve.api_key=''"], "serve.api_key='': is empty"),
         (["model=tiny", "adapter_dir=/no/where"], "adapter_dir=/no/where: no such folder"),
         (["model=tiny", "serve.allow_load=true"], "serve.allow_load=true: give adapter_dir="),
         (["model=tiny", "serve.slots=0"], "serve.slots=0: must be at least 1"),

@@ -322,9 +322,20 @@ def test_an_adapter_is_loaded_anew_under_a_path_that_was_not_used(front: Adapter
 def test_loading_at_run_time_keeps_to_the_folder_and_to_names(front: Adapters) -> None:
     said = {
         (name, path): ask(front, LOAD, {"lora_name": name, "lora_path": path})
-        for name, path in [("x", "../a"), ("x", "/"), ("../x", "copy"), ("tiny", "copy"), ("a", "copy"), (3, "copy")]
+        for name, path in [
+            ("x", "a\0"),
+            ("x\0", None),
+            ("x", "../a"),
+            ("x", "/"),
+            ("../x", "copy"),
+            ("tiny", "copy"),
+            ("a", "copy"),
+            (3, "copy"),
+        ]
     }
     assert {answer.status_code for answer in said.values()} == {400}
+    assert "zero byte" in line(said["x", "a\0"])
+    assert "zero byte" in line(said["x\0", None])
     assert "must lie below" in line(said["x", "../a"])
     assert "must lie below" in line(said["x", "/"])
     assert "letters, digits" in line(said["../x", "copy"])
@@ -358,12 +369,22 @@ def test_nothing_is_loaded_by_clients_unless_it_is_allowed(
 def test_the_key_is_asked_for_everywhere_but_at_health(
     start: Callable[[Settings], Adapters], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    key = "geheim-ä"
+    monkeypatch.setenv("VLLM_API_KEY", key)
     front = start(settings)
     assert ask(front, "/health").status_code == 200
     assert [ask(front, path).status_code for path in ("/v1/models", "/metrics")] == [401, 401]
     assert chat(front, "a").status_code == 401
-    assert ask(front, "/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+    assert ask(front, "/v1/models", headers={"authorization": f"Bearer {key}".encode()}).status_code == 200
+
+
+def test_a_folder_that_is_removed_leaves_what_is_loaded(
+    start: Callable[[Settings], Adapters], settings: Settings
+) -> None:
+    front = start(replace(settings, adapter_dir="/no/such/folder"))
+    assert [model["id"] for model in ask(front, "/v1/models").json()["data"]] == ["tiny", "a"]
+    assert chat(front, "a").status_code == 200
+    assert chat(front, "b").status_code == 404
 
 
 def test_more_requests_than_may_wait_are_told_to_come_again(front: Adapters, behind: Behind) -> None:
