@@ -120,11 +120,15 @@ def test_scoring_beyond_the_budget_is_skipped_and_said(tmp_path, monkeypatch, ca
         (["validation.metrics=[exact_match,cmudict]"], "validation.metrics: exact_match is named twice"),
         (["checkpoint.best_by=-exact_match"], "checkpoint.best_by=-exact_match: no validation computes it"),
         (
-            ["early_stopping.metric=-validation_loss"],
+            ["early_stopping.metric=-validation_loss", "validation.every_n_steps=2"],
             "a small validation_loss is good; write early_stopping",
         ),
         (
-            ["validation.metrics=[execution_accuracy]", "early_stopping.metric=execution_accuracy"],
+            [
+                "validation.metrics=[execution_accuracy]",
+                "early_stopping.metric=execution_accuracy",
+                "validation.every_n_steps=2",
+            ],  # fmt: skip
             "a large execution_accuracy is good; write early_stopping.metric=-execution_accuracy",
         ),
         (["early_stopping.metric=validation_loss"], "nothing is validated during training; give validation.every_n"),
