@@ -18,6 +18,7 @@ LAYERS = [
         "other_tools",
         "terminal_table",
         "ctrl_c",
+        "free_options",
     ],
     ["kernels", "progress", "tasks"],
     ["distributed", "quantization", "data"],

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_peft.models.blocks import decoder_of
 
@@ -125,6 +124,8 @@ def refuse_not_finite(model: nn.Module, logits: Tensor) -> None:
     """Raise ValueError for logits that are no numbers; minus infinity, of a token that is never said, is one."""
     if not (logits.isnan() | (logits == float("inf"))).any():
         return
+    from torch.distributed.tensor import DTensor  # a second that a start which trains nothing does without
+
     parts = {n: w.to_local() if isinstance(w, DTensor) else w for n, w in model.named_parameters()}
     if wrong := [name for name, part in parts.items() if part.is_floating_point() and not part.isfinite().all()]:
         raise ValueError(

@@ -20,6 +20,7 @@ from lightning_peft.cluster.job import TASK
 from lightning_peft.compose import compose_config, composed, explained, typed
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.distributed import LAUNCHER
+from lightning_peft.free_options import FREE_TO_CHANGE, NOT_COMPARED
 from lightning_peft.optim.schedules import ScheduleKind
 from lightning_peft.runs.errors import one_line
 from lightning_peft.runs.lock import new_folder, only_writer, refuse_file
@@ -31,22 +32,6 @@ ROLLBACKS = "rollbacks.json"
 """What `runs/rollback.py` remembers in a run's folder."""
 LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model", ROLLBACKS)
 """What a run folder holds once something happened in it."""
-NOT_COMPARED = ("resume", "dry_run", "pause_at", "run_dir", "logger", "callbacks", "cluster", "claim", "method")
-"""What may differ between the starts of one run."""
-
-FREE_TO_CHANGE = (
-    "trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.devices", "trainer.num_nodes",
-    "trainer.accumulate_grad_batches", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.profiler",
-    "trainer.detect_anomaly", "trainer.barebones", "strategy.kind", "strategy.cpu_offload", "data.cache_dir",
-    "data.num_workers", "data.preview", "checkpoint.every_n_steps", "checkpoint.keep_last", "checkpoint.asynchronous",
-    "validation.samples", "compile", "activation_checkpointing", "device_memory_gib", "quantization.verify",
-    "model.label", "guard.action", "guard.factor", "guard.patience", "guard.no_op_steps",
-    "guard.lr_factor", "guard.max_rollbacks", "health.every_n_steps", "checkpoint.best_by", "validation.metrics",
-    "validation.at_steps", "validation.metric_rows", "validation.max_new_tokens", "validation.budget",
-    "early_stopping.metric", "early_stopping.patience", "early_stopping.min_delta",
-)  # fmt: skip
-"""Options that a resumed run may change, as they change no number of it. The global batch that some make together must
-stay; the schedule's length may change and is said."""
 TOLD_BY_CONTENT = ("data.train_path", "data.validation_path", "data.hub_name", "model.path")
 """Options that may name the same content elsewhere: `check_same_content` compares the rows and the weights."""
 _SOURCE = re.compile(r"^data\.sources\.[\w-]+\.")

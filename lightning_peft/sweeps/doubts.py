@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_peft.runs.folder import FREE_TO_CHANGE, NOT_COMPARED
+from lightning_peft.free_options import FREE_TO_CHANGE, NOT_COMPARED
 from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
 from lightning_peft.sweeps.sweep import CANCELLED, DIVERGED, FAILED, FINISHED, LOST, Sweep, Trial, score
 
@@ -131,7 +131,9 @@ def changes_numbers(key: str) -> bool:
 
     The number of steps does: a run that goes on may change it, and is then longer than the others.
     """
-    return key in LENGTH or not (key in FREE_TO_CHANGE or key.partition(".")[0] in (*NOT_COMPARED, "sweep"))
+    return key in LENGTH or not (
+        key in FREE_TO_CHANGE or key.partition(".")[0] in (*{*NOT_COMPARED} - {"method"}, "sweep")
+    )
 
 
 def is_below(key: str, keys: Sequence[str]) -> bool:

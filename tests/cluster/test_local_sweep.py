@@ -131,7 +131,7 @@ def test_wrong_words_start_nothing(tmp_path, capsys, words, message):
         (["status"], "sweep_dir=...: has to be given"),
         (["look", "x"], "verb=look"),
         (["status", "nowhere"], "nowhere: holds no sweep.json"),
-        (["retry", "nowhere"], "say which, failed=true or trials="),
+        (["retry", "nowhere"], "nowhere: holds no sweep.json"),
         (["status", "x", "adapter.rank=4"], "adapter.rank=4: overrides are for sweep retry"),
         (["table", "x", "output_path=table.txt"], "must end in .csv, .json, .html or .svg"),
     ],

@@ -20,8 +20,8 @@ from lightning_peft.sweeps.sweep import Sweep, Trial, refresh, write_sweep
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "run"
-    words = ["trainer.max_steps=4", "data.max_validation_rows=4", "validation.every_n_steps=2", f"run_dir={folder}"]
-    assert main(["train", *TINY, *words]) == 0
+    words = ["trainer.max_steps=4", "data.max_validation_rows=4", "validation.every_n_steps=2", "validation.samples=2"]
+    assert main(["train", *TINY, *words, f"run_dir={folder}"]) == 0
     assert main(["evaluate", str(folder), "max_rows=4", "samples=0"]) == 0
     return folder
 

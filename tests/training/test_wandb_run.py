@@ -425,7 +425,7 @@ def test_variables_win_over_defaults_and_a_home_is_not_needed(tmp_path, monkeypa
     for key, value in variables.items():
         monkeypatch.setenv(f"WANDB_{key}", value)
     (tmp_path / "multirun.yaml").touch()  # so that there is a sweep whose name could be the group
-    train(wandb_config(tmp_path / "run", "validation.every_n_steps=2"))
+    train(wandb_config(tmp_path / "run", "validation.every_n_steps=2", "validation.samples=1"))
     (run,) = offline_runs(tmp_path / "run")
     assert (run.project, run.name, run.group, run.job_type) == ("mine", "called", "ours", "sweep")
     assert set(run.tags) == {"a", "b"}
