@@ -5,7 +5,6 @@ import logging
 import os
 import select
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -30,8 +29,8 @@ from lightning_peft.compose import (
 from lightning_peft.ctrl_c import INTERRUPTED, is_caused_by_ctrl_c
 from lightning_peft.plugins import imported_by_words
 from lightning_peft.runs.errors import WrongInput, is_input_error, one_line
-from lightning_peft.runs.folder import refuse_run, starting_config
-from lightning_peft.runs.lock import new_folder, only_writer
+from lightning_peft.runs.folder import starting_config, sweep_folder
+from lightning_peft.runs.lock import only_writer
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 from lightning_peft.schemas import CONF_DIR, register_schemas
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
@@ -166,7 +165,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     first, *others = one_of_each_value(words)
     if not others and not any(is_swept(word) or word.startswith("hydra") for word in words):
         raise ValueError(f"{command} -m: no key has several values; as in {command} -m adapter.rank=4,8")
-    one = compose_config(command, first)
+    one = compose_config(command, [*first, *folder] if command == "train" else first)
     check_one_sweeper(words, one)
     for trial in others:
         compose_config(command, trial)
@@ -175,12 +174,10 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     swept = [word for word in words if is_swept(word) and not word.startswith("hydra")]
     with ExitStack() as stack:
         if command == "train" and not one.dry_run and not any(word.startswith("hydra.sweep.dir=") for word in words):
-            if not folder:
-                folder = [f"run_dir={new_folder(Path(time.strftime('sweeps/%Y-%m-%d_%H-%M-%S')))}"]
-            named = Path(compose_config(command, [*first, *folder]).run_dir)
-            refuse_run(named, "run_dir")
-            stack.enter_context(only_writer(named))
-            check_same_sweep(named, swept)
+            place = sweep_folder(one.run_dir if folder else None)
+            folder = folder or [f"run_dir={place}"]
+            stack.enter_context(only_writer(place))
+            check_same_sweep(place, swept)
         run_trials(command, function, words, fixed, swept, folder)
 
 

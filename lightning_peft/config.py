@@ -204,8 +204,7 @@ class TrainConfig:
             *validation_numbers(self.objective.name),
             *names_of_metrics(self.validation.metrics, self.data.task),
         ]
-        chosen_by = {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
-        for option, metric in chosen_by.items():
+        for option, metric in self.choosing_metrics.items():
             if metric is None or (option == "checkpoint.best_by" and metric == "validation_loss"):
                 continue
             if metric.removeprefix("-") not in computed:
@@ -218,10 +217,14 @@ class TrainConfig:
                     f"{option}={metric}: nothing is validated during training; give validation.every_n_steps"
                 )
 
+    @property
+    def choosing_metrics(self) -> dict[str, str | None]:
+        """The metrics that choose a checkpoint or an end, by option."""
+        return {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
+
     def check_directions(self) -> None:
         """Raise ValueError for a metric whose sign says the opposite of what is good; a run's folder may hold one."""
-        chosen_by = {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
-        for option, metric in chosen_by.items():
+        for option, metric in self.choosing_metrics.items():
             if metric is not None:
                 check_direction(option, metric)
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import CalibrateConfig
-from lightning_peft.commands.adapted import load_for_inference
+from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.commands.evaluate import data_of, refuse_margins, show_calibration, validation_loader
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
@@ -19,7 +19,7 @@ from lightning_peft.models.packing import packing_of
 
 def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
     """Score the mean adapter and what is random beside it; prints a table, writes the scores and a diagram."""
-    data = replace(data_of(config.adapter_path, config.data), max_validation_rows=config.max_rows)
+    data = replace(data_of(saved_config(config.adapter_path), config), max_validation_rows=config.max_rows)
     refuse_margins(data)
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     ways = {"mean": Way([model])}

@@ -17,7 +17,7 @@ from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.checkpoint.peft_words import gives_rewards
-from lightning_peft.command_configs import EvaluateConfig, Scored
+from lightning_peft.command_configs import CalibrateConfig, EvaluateConfig, PairsConfig, Scored
 from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_base, load_for_inference, saved_config
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.audit import Audit
@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.adapter_path is not None:
         config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     saved = saved_config(config.adapter_path)
-    data_config = data_of(config.adapter_path, config.data)
+    data_config = data_of(saved, config)
     if config.adapter_path is None and config.models is not Scored.base:
         raise ValueError("adapter_path=null: without an adapter only models=base can be scored")
     data_config = replace(data_config, max_validation_rows=config.max_rows)
@@ -226,15 +226,15 @@ def benchmarked(
     )
 
 
-def data_of(adapter_path: str | None, given: DataConfig | None) -> DataConfig:
-    """Return the rows that a command asks for: `given`, laid out as in the adapter's training, else those of its run.
+def data_of(saved: TrainConfig | None, config: EvaluateConfig | CalibrateConfig | PairsConfig) -> DataConfig:
+    """Return the rows that a command asks for: its own, laid out as in the adapter's training, else those of the run.
 
-    Raises ValueError where neither says them, and for a prompt of a teacher.
+    `saved` is the run's config. Raises ValueError where neither says them, and for a prompt of a teacher.
     """
-    saved = saved_config(adapter_path)
+    given = config.data
     if given is None:
         if saved is None:
-            raise ValueError(f"adapter_path={adapter_path}: the folder does not say its data; give data=")
+            raise ValueError(f"adapter_path={config.adapter_path}: the folder does not say its data; give data=")
         return replace(saved.data, streaming=False)
     refuse_teacher_prompt(given)
     return replace(given if saved is None else laid_out_as(saved.data, given), streaming=False)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import Chosen, PairsConfig
-from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference
+from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference, saved_config
 from lightning_peft.commands.evaluate import console, data_of, given_for_rows, refuse_margins
 from lightning_peft.config import plain
 from lightning_peft.data.config import DataConfig, RowKind
@@ -67,7 +67,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
 
 def rows_asked(config: PairsConfig) -> DataConfig:
     """Return the data options of the rows whose prompts are asked. Raises ValueError where nothing says them."""
-    data = data_of(config.adapter_path, config.data)
+    data = data_of(saved_config(config.adapter_path), config)
     refuse_margins(data)
     for key, value in given_for_rows(data, "rows"):
         if value is RowKind.labelled:

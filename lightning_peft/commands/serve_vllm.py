@@ -19,12 +19,12 @@ from lightning_peft.inference.load import is_whole_model, refuse_rewards
 from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_name
 from lightning_peft.models.source import ModelConfig, name_for_others
 from lightning_peft.quantization.config import QuantizationConfig
+from lightning_peft.runs.lock import only_writer
 from lightning_peft.serving.engines import Outcome, engines, largest_rank, not_low_rank, verdict
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.vllm import (
     HAND_OVER,
     VllmServer,
-    hand_over_alone,
     layers_of,
     size_for,
     spoken_variables,
@@ -35,6 +35,8 @@ from lightning_peft.user_cache import user_cache
 logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 16
+SECONDS_FOR_ANOTHER_START = 3600.0
+"""How long a start waits for one that writes the same base or adapters: more than the largest base takes."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path],
     if config.serve.dry_run:
         print(command)
         return
-    with hand_over_alone():
+    with only_writer(user_cache() / HAND_OVER, "serve.engine", SECONDS_FOR_ANOTHER_START):
         write_base(served.base, dtype, base)
         for name, path in plain.items():
             if not path.is_dir():

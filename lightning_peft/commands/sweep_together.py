@@ -1,7 +1,6 @@
 """`train -m sweep.together=N`: a grid's trials in this terminal, those that share a base N at a time in one process."""
 
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from lightning_peft.commands.together import (
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config, read_words
 from lightning_peft.config import TrainConfig
-from lightning_peft.runs.folder import refuse_run
-from lightning_peft.runs.lock import new_folder, only_writer
+from lightning_peft.runs.folder import sweep_folder
+from lightning_peft.runs.lock import only_writer
 from lightning_peft.runs.machine import Machine
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
@@ -43,17 +42,16 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
     if distributed.world_size() > 1:
         raise ValueError("-m under torchrun or srun: every rank would run a sweep of its own; use submit -m")
     options: SubmitSweepConfig = compose_config("submit_sweep", own)
-    named = [word.partition("=")[2] for word in words if word.startswith("run_dir=")]
+    named = [word for word in words if word.startswith("run_dir=")]
     overrides = read_words([word for word in words if word not in own and not word.startswith("run_dir=")])
     swept = [override for override in overrides if override.is_sweep_override()]
     if not swept:
         raise ValueError("-m: no word sweeps; give several values, as in adapter.rank=4,8, or leave -m out")
     fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     check_given_once(overrides)
-    if named:
-        refuse_run(Path(named[0]), "run_dir")
-    folder = Path(named[0]) if named else new_folder(Path(f"sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}"))
     listed = [Trial(trial_name(",".join(sorted(choice))), choice) for choice in grid(swept)]
+    one = compose_config("train", [*fixed, *listed[0].overrides, *named]) if named else None
+    folder = sweep_folder(None if one is None else one.run_dir)
     trials = {trial.name: trial.overrides for trial in listed}
     configs: dict[str, TrainConfig] = {
         name: compose_config("train", [*fixed, *choice, f"run_dir={folder / name}"]) for name, choice in trials.items()

@@ -52,8 +52,7 @@ def generate_drawn(
     """
     generator = torch.Generator().manual_seed(options.seed)
     ends = end_token_ids(tokenizer) | declared_end_ids(model)
-    (room,) = room_for(model, [prompt])
-    longest = min(options.max_new_tokens, room or options.max_new_tokens)
+    (longest,) = room_for(model, [prompt], options.max_new_tokens)
     answer: list[int] = []
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]), sampling(model):

@@ -90,19 +90,19 @@ def own_scores(model: PreTrainedModel) -> dict[str, Any]:
     return {name: value for name in CHANGE_SCORES if (value := getattr(declared, name, None)) is not None}
 
 
-def room_for(model: PreTrainedModel, prompts: list[list[int]]) -> list[int | None]:
-    """Return how many tokens each prompt's answer may have; None where the model's positions have no end.
+def room_for(model: PreTrainedModel, prompts: list[list[int]], most: int) -> list[int]:
+    """Return how many of `most` tokens each prompt's answer may have, as a model's positions may come to an end.
 
     Raises ValueError for a prompt that leaves none.
     """
     if (positions := table_of_positions(model)) is None:
-        return [None] * len(prompts)
+        return [most] * len(prompts)
     if (longest := max(map(len, prompts))) >= positions:
         raise ValueError(
             f"a prompt has {longest:,} tokens, and {type(model).__name__} has {positions:,} positions for prompt and "
             "answer: shorten the prompt"
         )
-    return [positions - len(prompt) for prompt in prompts]
+    return [min(most, positions - len(prompt)) for prompt in prompts]
 
 
 @contextmanager
@@ -374,8 +374,9 @@ def generated(
 
     An answer that may be cut by the end of the model's positions comes alone, where that end is its own.
     """
-    room, most = room_for(model, prompts), max(sampling.max_new_tokens, CHECKED_TOKENS)
-    short = [i for i, left in enumerate(room) if left is not None and left < most]
+    most = max(sampling.max_new_tokens, CHECKED_TOKENS)
+    room = room_for(model, prompts, most)
+    short = [i for i, left in enumerate(room) if left < most]
     free = [i for i in range(len(prompts)) if i not in set(short)]
     config = generation_config(sampling, tokenizer, model)
     pad_id = config.pad_token_id
@@ -387,7 +388,7 @@ def generated(
     torch.manual_seed(sampling.seed)
     groups = list(batches([prompts[i] for i in free], way.batching, batch_size))
     for rows in [*([free[i] for i in group] for group in groups), *([i] for i in short)]:
-        config.max_new_tokens = min(sampling.max_new_tokens, room[rows[0]] or sampling.max_new_tokens)
+        config.max_new_tokens = min(sampling.max_new_tokens, room[rows[0]])
         inputs = way.inputs([prompts[i] for i in rows], pad_id)
         counted = StoppingCriteriaList([Counted(part, len(rows), sampling.max_new_tokens)])
         with only_what_is_asked(model):
@@ -444,9 +445,8 @@ def generated_stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
 ) -> Iterator[str]:
     """Pieces of an answer by transformers' `generate`, which runs in a thread."""
-    (room,) = room_for(model, [prompt])
     config = generation_config(sampling, tokenizer, model)
-    config.max_new_tokens = min(sampling.max_new_tokens, room or sampling.max_new_tokens)
+    (config.max_new_tokens,) = room_for(model, [prompt], sampling.max_new_tokens)
     config.use_cache = takes_cache(model, prompt, config.pad_token_id)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -49,6 +50,18 @@ class Start:
     """What to resume from; None starts at step 0."""
     result: dict[str, Any] | None = None
     """The result of a run that is finished already."""
+
+
+def sweep_folder(named: str | None) -> Path:
+    """Return the folder of a `train -m`: the `run_dir` that one of its trials was composed with, else a new one.
+
+    Raises ValueError for the folder of a run.
+    """
+    if named is None:
+        return new_folder(Path(time.strftime("sweeps/%Y-%m-%d_%H-%M-%S")))
+    folder = Path(named)
+    refuse_run(folder, "run_dir")
+    return folder
 
 
 def starting_config(overrides: list[str]) -> TrainConfig:

@@ -1,14 +1,11 @@
 """The command that hands a base and its adapters over to vLLM."""
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,8 +21,6 @@ from lightning_peft.serving.vllm_middleware import Settings
 from lightning_peft.user_cache import user_cache
 
 MIDDLEWARE = Path(vllm_middleware.__file__)
-logger = logging.getLogger(__name__)
-
 HAND_OVER = "serve"
 """Folder of the user's cache with what vLLM is handed: bases of other formats, plain adapters, settings."""
 DRAIN_SECONDS = 60
@@ -111,19 +106,6 @@ class VllmServer:
         sys.stderr.flush()
         command = self.command()
         os.execvpe(command[0], command, self.environment())
-
-
-@contextmanager
-def hand_over_alone() -> Iterator[None]:
-    """Inside, no other start of this user writes what is handed over, which several may want at once."""
-    folder = user_cache() / HAND_OVER
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.warning("%s: no lock (%s): start one server after the other", file.name, error.strerror)
-        yield
 
 
 def vllm_version(python: str) -> str | None:

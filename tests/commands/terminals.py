@@ -49,6 +49,19 @@ class Capture:
         return [line.rstrip() for line in rows]
 
 
+def all_written_to(terminal: int) -> bytes:
+    """What is written until the other end is closed."""
+    written = b""
+    while True:
+        try:
+            piece = os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            return written
+        if not piece:
+            return written
+        written += piece
+
+
 def run_in_terminal(words: list[str], columns: int, folder: Path) -> Capture:
     """Run `lightning-peft WORDS` in `folder` on a terminal of 40 lines."""
     child, terminal = pty.fork()
@@ -56,15 +69,7 @@ def run_in_terminal(words: list[str], columns: int, folder: Path) -> Capture:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         os.chdir(folder)
         os.execvpe(COMMAND, [COMMAND, *words], os.environ | {"TERM": "xterm-256color"})
-    written = b""
-    while True:
-        try:
-            piece = os.read(terminal, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        written += piece
+    written = all_written_to(terminal)
     _, status = os.waitpid(child, 0)
     os.close(terminal)
     return Capture(written.decode(), columns, os.waitstatus_to_exitcode(status))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from started import COMMAND, Started
+from terminals import all_written_to
 
 from lightning_peft.__main__ import main
 from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
@@ -44,13 +45,7 @@ def on_terminal(words: list[str], columns: int) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     process = Started([*COMMAND, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
-    written = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        written += piece
+    written = all_written_to(ours)
     os.close(ours)
     assert process.wait() == 0, written
     return written.decode().replace("\r\n", "\n").splitlines()

@@ -279,15 +279,18 @@ BROKEN_PICKLED = {
 }
 
 
-@pytest.mark.parametrize("what", BROKEN_PICKLED)
-def test_pickled_weights_that_do_not_fit_are_one_sentence(what: str, tmp_path: Path) -> None:
-    """Weights that are not there would be drawn at random otherwise."""
-    change, message = BROKEN_PICKLED[what]
-    config = pickled(tmp_path)
-    change(tmp_path)
+def assert_one_sentence(config: ModelConfig, change: Callable[[Path], object], message: str) -> None:
+    """The folder of a model, once it is changed, is refused."""
+    change(Path(str(config.path)))
     with pytest.raises(ValueError, match=message) as caught:
         load_model(config, torch.float32)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", BROKEN_PICKLED)
+def test_pickled_weights_that_do_not_fit_are_one_sentence(what: str, tmp_path: Path) -> None:
+    """Weights that are not there would be drawn at random otherwise."""
+    assert_one_sentence(pickled(tmp_path), *BROKEN_PICKLED[what])
 
 
 @pytest.mark.parametrize(
@@ -478,12 +481,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_folder_is_one_sentence(what: str, tmp_path: Path) -> None:
-    change, message = BROKEN[what]
-    config = save_small(tmp_path)
-    change(tmp_path)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_model(config, torch.float32)
-    assert "\n" not in str(caught.value)
+    assert_one_sentence(save_small(tmp_path), *BROKEN[what])
 
 
 NO_CONFIGURATION: dict[str, tuple[object, str]] = {

@@ -56,6 +56,17 @@ def test_second_sweep_in_a_folder_is_told_who_writes_it(held, capsys, words, key
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("more", [[], ["sweep.together=2"]])
+def test_folder_that_a_variable_names_is_the_one_it_stands_for(held, capsys, monkeypatch, more):
+    folder, pid = held
+    monkeypatch.setenv("OF_SWEEPS", str(folder.parent))
+    monkeypatch.chdir(folder.parent)
+    named = f"run_dir=${{oc.env:OF_SWEEPS}}/{folder.name}"
+    assert main(["train", "-m", *TINY, *SHORT, "seed=0,1", *more, named]) == 2
+    assert f"run_dir={folder}: process {pid} on" in capsys.readouterr().err
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_second_retry_waits_for_the_first(held, capsys, monkeypatch):
     folder, pid = held
     a_sweep(folder)

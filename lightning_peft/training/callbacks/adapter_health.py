@@ -39,7 +39,6 @@ class AdapterHealth(Callback):
         self.meter = ChangeMeter()
         self.told: list[str] = []
         """Kinds of alarms that were given: each is given once a run."""
-        """What looks wrong once the run is over."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
