@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import select
+import shlex
 import sys
 import traceback
 import warnings
@@ -175,7 +176,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     with ExitStack() as stack:
         if command == "train" and not one.dry_run and not any(word.startswith("hydra.sweep.dir=") for word in words):
             place = sweep_folder(one.run_dir if folder else None)
-            folder = folder or [f"run_dir={place}"]
+            folder = [f"run_dir={place}"]
             stack.enter_context(only_writer(place))
             check_same_sweep(place, swept)
         run_trials(command, function, words, fixed, swept, folder)
@@ -228,7 +229,7 @@ def show_sweep(folder: Path) -> None:
     from lightning_peft.commands.sweep import sweep
 
     sweep(["table", str(folder)])
-    print(f"`lightning-peft sweep table {folder}` shows it again")
+    print(f"`{shlex.join(['lightning-peft', 'sweep', 'table', str(folder)])}` shows it again")
 
 
 def check_one_sweeper(words: list[str], config: Any) -> None:

@@ -75,8 +75,8 @@ OWN_KEYS = tuple(SweepCommandConfig.__dataclass_fields__)
 
 def sweep(words: list[str]) -> None:
     """Words: the verb, the folder, keys of this command; for retry also overrides of train."""
-    named = [word for word in words if "=" not in word]
-    keyed = [word for word in words if "=" in word]
+    named = [word for word in words if "=" not in word or (Path(word) / MANIFEST).is_file()]
+    keyed = [word for word in words if word not in named]
     own = [word for word in keyed if word.partition("=")[0] in OWN_KEYS]
     overrides = [word for word in keyed if word not in own]
     own += [f"{key}={word}" for key, word in zip(("verb", "sweep_dir"), named, strict=False)]

@@ -93,6 +93,13 @@ def test_pipe_has_a_line_a_trial_and_the_number_it_is_sorted_by(folder, capsys, 
     assert found == (sorted(found) if verb == "status" else ["0.8125", "0.75", "0.6875", "0.625"])
 
 
+def test_folder_with_an_equals_sign_is_a_folder(folder, capsys, monkeypatch):
+    (folder.parent / "lr=1").symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    assert main(["sweep", "status", "lr=1"]) == 0
+    assert "4 trials:" in capsys.readouterr().out
+
+
 def test_value_in_brackets_is_no_markup(capsys):
     print_rows("trial", ("targets",), [("targets=[q_proj,v_proj]", ["[/]"])])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "targets=" in line]
