@@ -4,9 +4,10 @@
     python benchmarks/busy.py --part quiet
 
 beside: one `train` whose steps have 0, 1 and 2 busy processes beside them in turn, so that each ratio compares
-neighbours in time. quiet: `train` as it is, whose threads sleep while they wait, and one whose threads spin as
-OpenMP's do by default, step by step in turn, with nothing beside them. Writes benchmarks/results/busy.json; exit
-status 1 where a ratio of medians is above its bar: MOST of quiet, MOST_OF_SPINNING of a quiet step that spins.
+neighbours in time. quiet: `train` as it is, and one whose threads spin as OpenMP's do by default, run by run in turn
+with nothing beside them: two that took their steps in turn would be each other's neighbours. Writes
+benchmarks/results/busy.json; exit status 1 where a ratio of medians is above its bar: MOST of quiet, MOST_OF_SPINNING
+of a quiet step that spins.
 """
 
 import argparse
@@ -18,15 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from benchmarks.ours import train_command
 from benchmarks.results import FOLDER, Results
 from benchmarks.shapes import SHAPES, write_shape
-from benchmarks.turns import END_OF_OUTPUT, ROOT, WARM_UP_STEPS, run_in_turns
+from benchmarks.turns import END_OF_OUTPUT, ROOT, WARM_UP_STEPS
 from benchmarks.workloads import Workload
 from lightning_peft.threads import WAITING
 
@@ -35,7 +36,7 @@ COUNTS = (0, 1, 2)
 MOST = {1: 2.2, 2: 3.3}
 """Of a quiet step's time, on two cores."""
 MOST_OF_SPINNING = 1.02
-SPINNING = ("env", "GOMP_SPINCOUNT=300000")
+SPINNING = {"GOMP_SPINCOUNT": "300000"}
 """libgomp's own count where nobody gives one."""
 BUSY = "import ctypes, os\nctypes.CDLL(None).prctl(1, 9)\nwhile os.getppid() == {parent}: sum(range(100000))"
 """A process that ends with the one that started it, by a signal (PR_SET_PDEATHSIG) where it is stopped."""
@@ -44,26 +45,26 @@ BUSY = "import ctypes, os\nctypes.CDLL(None).prctl(1, 9)\nwhile os.getppid() == 
 class Company(Callback):
     """Has busy processes run beside the steps of a training, and writes the seconds of each step by their number."""
 
-    def __init__(self, output: str):
-        self.output = Path(output)
-        self.seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
+    def __init__(self, output: str, counts: Sequence[int]):
+        self.output, self.counts = Path(output), counts
+        self.seconds: dict[int, list[float]] = {count: [] for count in counts}
         self.processes: list[subprocess.Popen[bytes]] = []
         self.started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         command = [sys.executable, "-c", BUSY.format(parent=os.getpid())]
-        self.processes = [subprocess.Popen(command) for _ in range(max(COUNTS))]
+        self.processes = [subprocess.Popen(command) for _ in range(max(self.counts))]
         self.have(0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.have(COUNTS[batch_idx % len(COUNTS)])
+        self.have(self.counts[batch_idx % len(self.counts)])
         self.started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         float(pl_module.step_metrics["loss"])  # type: ignore[arg-type, index]
-        self.seconds[COUNTS[batch_idx % len(COUNTS)]].append(time.perf_counter() - self.started)
+        self.seconds[self.counts[batch_idx % len(self.counts)]].append(time.perf_counter() - self.started)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.output.write_text(json.dumps(self.seconds))
@@ -90,38 +91,42 @@ def words_of(options: argparse.Namespace, steps: int, folder: Path) -> list[str]
     return [*model, "method=lora", *workload.write_rows(folder, steps), "schedule=constant"]
 
 
-def measure_beside(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every step by the number of busy processes, and the ratios of their medians to quiet."""
-    steps = (WARM_UP_STEPS + options.steps) * len(COUNTS)
+def step_seconds(
+    options: argparse.Namespace, counts: Sequence[int], environment: Mapping[str, str]
+) -> dict[int, list[float]]:
+    """Train; return the seconds of the steps after the warm-up by the number of busy processes beside them."""
+    steps = (WARM_UP_STEPS + options.steps) * len(counts)
     with tempfile.TemporaryDirectory() as temporary:
         folder, output = Path(temporary), Path(temporary) / "seconds.json"
+        company = f"{{_target_:benchmarks.busy.Company,output:{output},counts:[{','.join(map(str, counts))}]}}"
         command = [
             sys.executable, "-m", "lightning_peft", "train", *words_of(options, steps, folder),
-            f"trainer.max_steps={steps}", "logger=none", f"run_dir={folder}/run",
-            f"+callbacks.company={{_target_:benchmarks.busy.Company,output:{output}}}",
+            f"trainer.max_steps={steps}", "logger=none", f"run_dir={folder}/run", f"+callbacks.company={company}",
         ]  # fmt: skip
-        paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         with (folder / "log").open("w") as log:
-            training = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=log, stderr=log)
+            training = subprocess.Popen(command, env={**os.environ, **paths, **environment}, stdout=log, stderr=log)
             if training.wait():
                 raise RuntimeError(f"train ended early:\n{(folder / 'log').read_text()[-END_OF_OUTPUT:]}")
-        seconds = {int(count): found[WARM_UP_STEPS:] for count, found in json.loads(output.read_text()).items()}
+        return {int(count): found[WARM_UP_STEPS:] for count, found in json.loads(output.read_text()).items()}
+
+
+def measure_beside(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every step by the number of busy processes, and the ratios of their medians to quiet."""
+    seconds = step_seconds(options, COUNTS, {})
     medians = {count: statistics.median(found) for count, found in seconds.items()}
     ratios = {f"{count}_to_quiet": medians[count] / medians[0] for count in COUNTS[1:]}
     return {"seconds": {str(count): found for count, found in seconds.items()}, **ratios}
 
 
 def measure_quiet(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every quiet step of threads that sleep and threads that spin, and the ratio of neighbours."""
-    steps = WARM_UP_STEPS + options.steps
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        words = words_of(options, steps, folder)
-        sleeping, spinning = (train_command(words, steps, folder / name) for name in ("sleeping", "spinning"))
-        sides = run_in_turns({"sleeping": sleeping, "spinning": [*SPINNING, *spinning]}, steps, folder)
-    seconds = {name: side["seconds"][WARM_UP_STEPS:] for name, side in sides.items()}
-    ratios = [one / other for one, other in zip(seconds["sleeping"], seconds["spinning"], strict=True)]
-    return {"seconds": seconds, "sleeping_to_spinning": statistics.median(ratios)}
+    """Median seconds of a quiet step of each run as it is and with threads that spin, and the ratio of neighbours."""
+    medians: dict[str, list[float]] = {"as_it_is": [], "spinning": []}
+    for _ in range(options.runs):
+        for name, environment in (("as_it_is", {}), ("spinning", SPINNING)):
+            medians[name].append(statistics.median(step_seconds(options, (0,), environment)[0]))
+    ratios = [one / other for one, other in zip(*medians.values(), strict=True)]
+    return {"seconds": medians, "to_spinning": statistics.median(ratios)}
 
 
 PARTS = {"beside": measure_beside, "quiet": measure_quiet}
@@ -130,7 +135,7 @@ PARTS = {"beside": measure_beside, "quiet": measure_quiet}
 def above_bars(rows: dict[str, dict[str, Any]]) -> list[str]:
     """What is slower than it may be, a line each."""
     bars = [("beside", f"{count}_to_quiet", most) for count, most in MOST.items()]
-    bars.append(("quiet", "sleeping_to_spinning", MOST_OF_SPINNING))
+    bars.append(("quiet", "to_spinning", MOST_OF_SPINNING))
     return [
         f"{part}: {name} is {rows[part][name]:.2f}, and may be {most}"
         for part, name, most in bars
@@ -145,9 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=15, help="that are timed, of each kind")
+    parser.add_argument("--runs", type=int, default=3, help="of each kind in the quiet part")
     parser.add_argument("--output", type=Path, default=FOLDER / "busy.json")
     options = parser.parse_args(arguments)
-    settings = {key: getattr(options, key) for key in ("shape", "rows", "tokens", "steps")}
+    settings = {key: getattr(options, key) for key in ("shape", "rows", "tokens", "steps", "runs")}
     for name in (*WAITING, "OMP_NUM_THREADS"):  # what `train` decides by itself is measured
         os.environ.pop(name, None)
     results = Results(options.output, settings)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lightning_peft.threads import quota_of_cores
+from lightning_peft.threads import available_cores, quota_of_cores
 
 SHOW = (
     "import os, sys\nfrom lightning_peft.threads import set_up_threads, described\nset_up_threads()\n"
@@ -38,8 +38,10 @@ def test_quota_of_a_container_is_read(tmp_path, files, cores):
     assert quota_of_cores(tmp_path) == cores
 
 
-def test_threads_sleep_while_they_wait_unless_told_otherwise():
-    assert described().endswith("GOMP_SPINCOUNT=0")
+def test_threads_wait_as_their_neighbours_let_them_unless_told_otherwise():
+    follows = len(os.sched_getaffinity(0)) > 1 and available_cores() == len(os.sched_getaffinity(0))
+    assert described().endswith("=20000 and asleep beside busy neighbours" if follows else "GOMP_SPINCOUNT=0")
+    assert described(OMP_NUM_THREADS="2").endswith("GOMP_SPINCOUNT=0")
     assert described(GOMP_SPINCOUNT="100").endswith("GOMP_SPINCOUNT=100")
     assert described(OMP_WAIT_POLICY="active").endswith("cores, OMP_WAIT_POLICY=active")
     assert described(OMP_NUM_THREADS="3").startswith("threads: 3 of ")
