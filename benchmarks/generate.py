@@ -1,6 +1,7 @@
 """Generated tokens a second: ours beside transformers' generate, over our adapter, over HF PEFT's and over the base.
 
-One process, one model, the ways in turn; tokens of all rows by processor seconds, medians and their ratios.
+One process and thread, one model, the ways in turn; tokens of all rows by processor seconds, medians and their ratios;
+in the dtype this machine computes in, and in fp32, where greedy answers are to be the same.
 `before` is transformers' generate over our adapted model, which generated all answers before there was a decoder.
 
     python benchmarks/generate.py
@@ -128,16 +129,19 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--output", type=Path, default=FOLDER / "generate.json")
     options = parser.parse_args()
-    dtype = getattr(torch, fastest_dtype("cpu"))
-    settings = {"words": WORDS, "tokens": options.tokens, "prompt_tokens": 48, "dtype": str(dtype)}
+    torch.set_num_threads(1)
+    settings = {"words": WORDS, "tokens": options.tokens, "prompt_tokens": 48}
     results = Results(options.output, settings)
-    for batch in options.batches:
-        if f"batch {batch}" in results.rows:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            row = measure(batch, options.tokens, options.turns, dtype, Path(folder) / "adapter")
-        results.add(f"batch {batch}", row)
-        print(f"batch {batch}: {row['tokens_per_cpu_second']}, {row['same_greedy_answers_as_before']} the same")
+    for dtype in sorted({fastest_dtype("cpu"), "float32"}):
+        for batch in options.batches:
+            if (key := f"batch {batch}, {dtype}") in results.rows:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                row = measure(batch, options.tokens, options.turns, getattr(torch, dtype), Path(folder) / "adapter")
+            results.add(key, row)
+            to = ", ".join(f"{value:.2f}x {name}" for name, value in row["ours_to"].items() if name != "ours")
+            rate, same = row["tokens_per_cpu_second"]["ours"], row["same_greedy_answers_as_before"]
+            print(f"{key}: {rate:.0f} tokens by cpu second, {to}; {same} the same", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,20 @@ def attention_table() -> str:
     return markdown(["samples of tokens", *(f"{name}, ms" for name in names)], rows)
 
 
+def generate_table() -> str:
+    rows = []
+    for name, row in read("generate").items():
+        to = row["ours_to"]
+        ratios = [f"{to[other]:.2f}x" for other in ("before", "peft", "base", "our_base")]
+        rate = f"{row['tokens_per_cpu_second']['ours']:.0f}"
+        rows.append([name, rate, *ratios, row["same_greedy_answers_as_before"]])
+    header = [
+        "answers", "tokens by CPU second", "to `generate` over our adapter", "over HF PEFT's", "over the base",
+        "to our base", "the same greedy answers",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
 def serve_table() -> str:
     found = read("serve")
     figures = [
@@ -185,6 +199,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention_table,
     "compare": compare_table,
     "floor": floor_table,
+    "generate": generate_table,
     "methods": methods_table,
     "on_policy": on_policy_table,
     "preference": preference_table,

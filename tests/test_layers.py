@@ -7,6 +7,7 @@ import lightning_peft
 
 PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
+    ["neighbours"],
     [
         "user_cache",
         "plugins",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import LowRank
 from lightning_peft.kernels import few_rows
-from lightning_peft.kernels.frozen_linear import DENSE, base_with_product, given
+from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product, given
 from lightning_peft.kernels.segments import Segment, add_segments
 from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.weights import linear_shape
@@ -53,7 +53,8 @@ class Routing:
         """Return the factors of each row at a layer."""
         if layer not in self.row_factors:
             found = {route: self.slots.pair(route, layer) for route in set(self.routes)}
-            self.row_factors[layer] = few_rows.RowFactors.of([found[route] for route in self.routes])
+            pairs = [found[route] for route in self.routes]
+            self.row_factors[layer] = few_rows.RowFactors.of(pairs, self.slots.dtype)
         return self.row_factors[layer]
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
@@ -87,16 +88,15 @@ class SlotLinear(nn.Module):
         """Map (rows, ..., in_features) to (rows, ..., out_features)."""
         routing = self.slots.routing
         if routing is None:
-            return self.base_layer(x)
+            return self._base(x)
         if len(routing.routes) != len(x):
             raise RuntimeError(f"a batch of {len(x)} rows needs as many routes, there are {len(routing.routes)}")
         base = frozen_base(self.base_layer, x)
-        if x.ndim == 2 and self.A.dtype is torch.float32 and few_rows.takes_rows(x, self.B_transposed.shape[1]):
-            if base is not None and base.form == DENSE and few_rows.takes(x, base.first, base.tensors[-1]):
-                output = few_rows.product(x, base.first, base.tensors[-1])
-            else:
-                output = self.base_layer(x)
-            return few_rows.add_low_rank(x, routing.factors_of_rows(self), output)
+        if x.dtype is self.A.dtype and base is not None and few_rows_of(base, x):
+            return few_rows.product(x, base.first, base.tensors[-1], routing.factors_of_rows(self))
+        fits = few_rows.fits(x.dtype, x.shape[-1], self.B_transposed.shape[1])
+        if x.dtype is self.A.dtype is torch.float32 and fits and few_rows.takes_rows(x):
+            return few_rows.add_low_rank(x, routing.factors_of_rows(self), self.base_layer(x))
         if routing.mask is None or (x.ndim > 2 and x.device.type == "cpu"):
             return self._by_segments(routing, x)
         # Few launches, and products of more columns than a row's own: what a GPU likes.
@@ -109,6 +109,13 @@ class SlotLinear(nn.Module):
         factor = self.B_transposed[routing.used].t()
         return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), factor.to(base.dtype))
 
+    def _base(self, x: Tensor) -> Tensor:
+        """Return the output of the layer without an adapter."""
+        base = frozen_base(self.base_layer, x) if few_rows.takes_rows(x) else None
+        if base is not None and few_rows_of(base, x):
+            return few_rows.product(x, base.first, base.tensors[-1])
+        return self.base_layer(x)
+
     def _by_segments(self, routing: Routing, x: Tensor) -> Tensor:
         """Take the base's product of all rows, and each adapter's of its own."""
         each = x[0].numel() // x.shape[-1]
@@ -120,6 +127,11 @@ class SlotLinear(nn.Module):
         if not segments:
             return self.base_layer(x)
         return add_segments(frozen_base(self.base_layer, x) or given(self.base_layer(x)), x, segments, factors)
+
+
+def few_rows_of(base: Base, x: Tensor) -> bool:
+    """Return whether the kernel of few rows computes a layer's product."""
+    return base.form == DENSE and few_rows.takes(x, base.first, base.tensors[-1])
 
 
 class Slots:
@@ -195,8 +207,9 @@ class Slots:
         """Return the rows of each layer's matrices that are a slot's."""
         places = self.places.setdefault(slot, {})
         rows = slice(slot * self.rank, (slot + 1) * self.rank)
-        for name in self.layers.keys() - places.keys():
-            places[name] = self.layers[name].A[rows], self.layers[name].B_transposed[rows]
+        if len(places) < len(self.layers):  # called for each layer of each step
+            for name in self.layers.keys() - places.keys():
+                places[name] = self.layers[name].A[rows], self.layers[name].B_transposed[rows]
         return places
 
     def _wrap_all(self, factors: Factors) -> None:

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.cache_utils import DynamicLayer
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.lora import LoRALinear
 from lightning_peft.adapters.slots import SlotLinear, Slots
-from lightning_peft.kernels import few_rows
+from lightning_peft.kernels import decoding, few_rows
 from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product
 from lightning_peft.models.forwards import takes
 from lightning_peft.models.rope import follows_length
@@ -156,6 +157,9 @@ class Products:
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype):
         self.layers: list[tuple[nn.Module, Base | None, Tensor | None]] = []
         """Layer, its frozen base, and B^T (rank, out_features) of its adapter."""
+        self.dtype = dtype
+        self.is_read: list[bool] = []
+        """Whether the kernel of few rows can read a layer's weight."""
         self.slices: list[slice] = []
         stacked: list[Tensor] = []
         probe, end = torch.empty(0, dtype=dtype, device=next(layers[0].parameters()).device), 0
@@ -173,6 +177,8 @@ class Products:
                 base = frozen_base(layer, probe)
             start, end = end, end + (0 if B is None else len(B))
             self.layers.append((layer, base, B))
+            is_dense = base is not None and base.form == DENSE and base.first.dtype is dtype
+            self.is_read.append(is_dense and few_rows.reads(base.first, base.tensors[-1]))  # type: ignore[union-attr]
             self.slices.append(slice(start, end))
         self.A = torch.cat(stacked) if stacked else None
         self.row_factors: dict[tuple[int, int], few_rows.RowFactors] = {}
@@ -182,13 +188,15 @@ class Products:
         """Map (rows, in_features) to (rows, out_features) of each layer."""
         inner: Tensor | None = None
         outputs = []
+        are_few = x.dtype is self.dtype and few_rows.takes_rows(x)
         for place, (layer, base, B) in enumerate(self.layers):
             if base is None or (B is None and base.form != DENSE):
                 outputs.append(layer(x))
+            elif are_few and self.is_read[place]:
+                factors = None if B is None else self.factors_of_rows(place, x.shape[0])
+                outputs.append(few_rows.product(x, base.first, base.tensors[-1], factors))
             elif B is None:
                 outputs.append(dense_product(x, base))
-            elif base.form == DENSE and B.dtype is torch.float32 and few_rows.takes_rows(x, B.shape[1]):
-                outputs.append(few_rows.add_low_rank(x, self.factors_of_rows(place, len(x)), dense_product(x, base)))
             else:
                 assert self.A is not None
                 inner = x @ self.A.t() if inner is None else inner
@@ -205,15 +213,13 @@ class Products:
         if (place, rows) not in self.row_factors:
             B = self.layers[place][2]
             assert self.A is not None and B is not None
-            self.row_factors[place, rows] = few_rows.RowFactors.of([(self.A[self.slices[place]], B)] * rows)
+            self.row_factors[place, rows] = few_rows.RowFactors.of([(self.A[self.slices[place]], B)] * rows, B.dtype)
         return self.row_factors[place, rows]
 
 
 def dense_product(x: Tensor, base: Base) -> Tensor:
     """Return x W^T + bias, (rows, out_features)."""
     weight, bias = base.first, base.tensors[-1]
-    if few_rows.takes(x, weight, bias):
-        return few_rows.product(x, weight, bias)
     if x.device.type != "cpu" or x.dtype is not torch.float32 or not 1 < len(x) <= FEW_ROWS:
         return F.linear(x, weight, bias)
     # The library reads a large matrix faster as the first factor: 0.5 (4 rows) to 0.8 (32) of the time, on AVX2.
@@ -239,6 +245,7 @@ class Block:
         self.gate_up = Products([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = Products([mlp.down_proj], dtype)
         self.activation = mlp.act_fn
+        self.is_silu = type(mlp.act_fn) in (SiLUActivation, nn.SiLU)
 
 
 class StaticSteps:
@@ -250,7 +257,7 @@ class StaticSteps:
     def __init__(self, model: PreTrainedModel, slots: Slots | None = None):
         if (reason := why_not_static(model)) is not None:
             raise ValueError(f"{type(model).__name__}: {reason}")
-        self.model, self.slots = model, slots
+        self.model, self.slots, self.dtype = model, slots, computing_dtype(model)
         self.wrapped = 0
         self.blocks, self.head = self._read()
         self.lengths: list[int] = []
@@ -261,8 +268,8 @@ class StaticSteps:
 
     def _read(self) -> tuple[list[Block], Products]:
         self.wrapped = 0 if self.slots is None else len(self.slots.layers)
-        blocks = [Block(block, computing_dtype(self.model)) for block in self.model.base_model.layers]  # type: ignore[union-attr]
-        return blocks, Products([self.model.get_output_embeddings()], computing_dtype(self.model))  # type: ignore[list-item]
+        blocks = [Block(block, self.dtype) for block in self.model.base_model.layers]  # type: ignore[union-attr]
+        return blocks, Products([self.model.get_output_embeddings()], self.dtype)  # type: ignore[list-item]
 
     def share(self, prefix: list[int], route: int = -1) -> None:
         """Run what the prompts that follow begin with."""
@@ -273,7 +280,7 @@ class StaticSteps:
         """Make room for rows of so many positions, as many of them as memory is meant for; return how many."""
         weights = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         heads = self.model.config.get_text_config().num_key_value_heads
-        token = 2 * len(self.blocks) * heads * self.blocks[0].head_dim * computing_dtype(self.model).itemsize
+        token = 2 * len(self.blocks) * heads * self.blocks[0].head_dim * self.dtype.itemsize
         rows = max(1, min(rows, max(CACHE_BYTES, weights) // (token * width)))
         self._room(rows, width, heads)
         return rows
@@ -281,13 +288,17 @@ class StaticSteps:
     def begin(self, prompts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
         """Run prompts, which become the last rows; return the scores (prompts, V) of their first tokens."""
         shared = len(self.prefix) if all(prompt[: len(self.prefix)] == self.prefix for prompt in prompts) else 0
-        scores, layers = self._prefill(prompts, routes, shared)
+        # Rows of one adapter side by side are one segment of the batch.
+        order = sorted(range(len(prompts)), key=lambda row: routes[row])
+        found = self._prefill([prompts[row] for row in order], [routes[row] for row in order], shared)
+        scores, layers = found[0][sorted(range(len(order)), key=lambda place: order[place])], found[1]
         first = len(self.lengths)
         self.lengths += map(len, prompts)
         cache = self._room(len(self.lengths), max(self.lengths) + 1, layers[0].keys.shape[1])
-        for kept, layer in zip(cache[:, :, first : len(self.lengths)], layers, strict=True):
-            for into, found in zip(kept, (layer.keys, layer.values), strict=True):
-                into[:, :, : found.shape[2]] = found
+        rows = torch.tensor(order, device=self.model.device) + first
+        for kept, layer in zip(cache, layers, strict=True):
+            for into, part in zip(kept, (layer.keys, layer.values), strict=True):
+                into[rows, :, : part.shape[2]] = part
         return scores
 
     def _prefill(self, prompts: Sequence[list[int]], routes: Sequence[int], shared: int) -> tuple[Tensor, list[Any]]:
@@ -318,9 +329,7 @@ class StaticSteps:
         rows = old_rows if rows <= old_rows else max(rows, min(2 * old_rows, rows + 8))
         width = old_width if width <= old_width else (width // WIDTH_STEP + 1) * WIDTH_STEP
         size = self.blocks[0].head_dim
-        grown = torch.zeros(
-            len(self.blocks), 2, rows, heads, width, size, dtype=computing_dtype(self.model), device=self.model.device
-        )
+        grown = torch.zeros(len(self.blocks), 2, rows, heads, width, size, dtype=self.dtype, device=self.model.device)
         if self.cache is not None:
             grown[:, :, :old_rows, :, :old_width] = self.cache
         self.cache = grown
@@ -338,7 +347,7 @@ class StaticSteps:
         ids = torch.tensor(tokens, device=device)[:, None]
         x = self.model.get_input_embeddings()(ids)
         cosine, sine = self.model.base_model.rotary_emb(x, lengths[:, None])  # type: ignore[operator, union-attr]
-        sine = torch.cat([-sine[..., : sine.shape[-1] // 2], sine[..., sine.shape[-1] // 2 :]], -1)
+        turn = cosine[:, 0].contiguous(), sine[:, 0].contiguous()
         mask = None
         if min(self.lengths) + 1 < width:
             hidden = torch.arange(width, device=device) > lengths[:, None]
@@ -347,8 +356,8 @@ class StaticSteps:
         with routed(self.slots, routes):
             x = x[:, 0]
             for block, kept in zip(self.blocks, cache, strict=True):
-                x = attend(block, x, kept, place, (cosine, sine), mask, width)
-            x = self.model.base_model.norm(x)  # type: ignore[operator, union-attr]
+                x = attend(block, x, kept, place, turn, mask, width)
+            x = normed(self.model.base_model.norm, x)  # type: ignore[union-attr]
             (logits,) = self.head(x)
         self.lengths = [length + 1 for length in self.lengths]
         return logits
@@ -367,28 +376,49 @@ def attend(
     mask: Tensor | None, width: int,
 ) -> Tensor:  # fmt: skip
     """Return a block's output (rows, D); the rows' keys and values go to their places in `kept`."""
-    rows, size = len(x), block.head_dim
+    rows, size = x.shape[0], block.head_dim
     queries, keys, values = (y.view(rows, -1, size) for y in block.query_key_value(normed(block.norms[0], x)))
     if block.head_norms[0] is not None:
         queries, keys = normed(block.head_norms[0], queries), normed(block.head_norms[1], keys)
-    heads = keys.shape[1]
-    cosine, sine = turn
-    both = torch.cat([queries, keys], 1)
-    both = torch.addcmul(both * cosine, both.roll(size // 2, -1), sine)
-    kept[0].index_put_((place[0][:, None], torch.arange(heads, device=x.device), place[1][:, None]), both[:, -heads:])
-    kept[1].index_put_((place[0][:, None], torch.arange(heads, device=x.device), place[1][:, None]), values)
-    # The queries that share a head of keys stand in the place of positions, so that nothing is repeated.
-    mixed = F.scaled_dot_product_attention(
-        both[:, :-heads].reshape(rows, heads, -1, size), kept[0, :, :, :width], kept[1, :, :, :width], mask,
-        scale=block.scaling,
-    )  # fmt: skip
-    x = x + block.output(mixed.reshape(rows, -1))[0]
+    if decoding.takes_heads(queries, kept):
+        mixed = decoding.attend(queries, keys, values, turn, place[1], kept, block.scaling)
+    else:
+        mixed = attended(queries, keys, values, kept, place, turn, mask, width, block.scaling)
+    x = x + block.output(mixed.view(rows, -1))[0]
     gate, up = block.gate_up(normed(block.norms[1], x))
+    if block.is_silu and decoding.takes(gate) and decoding.takes(up):
+        return x + block.down(decoding.gate_(gate, up))[0]
     return x + block.down(block.activation(gate) * up)[0]
 
 
+def attended(
+    queries: Tensor, keys: Tensor, values: Tensor, kept: Tensor, place: tuple[Tensor, Tensor],
+    turn: tuple[Tensor, Tensor], mask: Tensor | None, width: int, scaling: float,
+) -> Tensor:  # fmt: skip
+    """Return what `decoding.attend` does, (rows, heads of queries, size), by torch's operators."""
+    rows, heads, size = keys.shape
+    cosine, sine = (part[:, None] for part in turn)
+    sine = torch.cat([-sine[..., : size // 2], sine[..., size // 2 :]], -1)
+    both = torch.cat([queries, keys], 1)
+    both = torch.addcmul(both * cosine, both.roll(size // 2, -1), sine)
+    kept[0].index_put_(
+        (place[0][:, None], torch.arange(heads, device=keys.device), place[1][:, None]), both[:, -heads:]
+    )
+    kept[1].index_put_((place[0][:, None], torch.arange(heads, device=keys.device), place[1][:, None]), values)
+    # The queries that share a head of keys stand in the place of positions, so that nothing is repeated.
+    mixed = F.scaled_dot_product_attention(
+        both[:, :-heads].reshape(rows, heads, -1, size), kept[0, :, :, :width], kept[1, :, :, :width], mask,
+        scale=scaling,
+    )  # fmt: skip
+    return mixed.reshape(rows, -1, size)
+
+
 def normed(norm: Any, x: Tensor) -> Tensor:
-    """Return the norm of x; one that is no module's call in fp32, where both round alike."""
-    if x.dtype is torch.float32 and norm.weight.dtype is torch.float32 and not norm._forward_pre_hooks:
+    """Return the norm of x; one that is no module's call where both round alike."""
+    if norm._forward_pre_hooks or norm._forward_hooks:
+        return norm(x)
+    if x.dtype is torch.float32 and norm.weight.dtype is torch.float32:
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    if decoding.takes(x) and norm.weight.dtype is torch.bfloat16:
+        return decoding.rms_norm(x, norm.weight, norm.variance_epsilon)
     return norm(x)

@@ -1,7 +1,7 @@
-"""Products of the few rows of a decoding step on a CPU, fp32, by kernels that read each weight once.
+"""Products of the few rows of a decoding step on a CPU, fp32 or bf16, by kernels that read each weight once.
 
-torch's library reads the weights at a third of the memory's speed from four rows on. A row's numbers are the same
-beside any others: every output is one sum in one order.
+torch's library reads the weights at a third of the memory's speed from four rows on, and takes 150 us for a change of
+rank 16 in bf16. A row's numbers are the same beside any others: every output is one sum in one order.
 """
 
 from collections.abc import Sequence
@@ -11,69 +11,98 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.native.library import FEW_ROWS, address, kernels, library
+from lightning_peft.kernels.native.library import AVX2, AVX512_BF16, Build, address, kernels, library
 
 MOST_ROWS = 64
-"""Rows up to which the kernel is at least as fast as torch's library."""
+"""Rows up to which the kernel is at least as fast as torch's library, as few_rows_bf16.cpp has it."""
 LANES = 8
 """fp32 numbers of a vector, as few_rows.cpp has it."""
+BUILDS: dict[torch.dtype, Build] = {torch.float32: AVX2, torch.bfloat16: AVX512_BF16}
 
 
 class RowFactors(NamedTuple):
     """The low-rank pair of each row of a batch, by address: whoever made it keeps the tensors."""
 
+    dtype: torch.dtype
     A: object
-    """Addresses of fp32 (rank, in_features)."""
+    """Addresses of (rank, in_features)."""
     B: object
-    """Addresses of fp32 (rank, out_features)."""
+    """Addresses of (rank, out_features)."""
     ranks: object
     """0 for a row without a pair."""
     most: int
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> "RowFactors":
-        """Return them for each row's A and B^T, contiguous fp32 on the host; None leaves a row alone."""
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype) -> "RowFactors":
+        """Return them for each row's A and B^T, contiguous on the host; None leaves a row alone."""
         for factor in {id(factor): factor for pair in pairs if pair is not None for factor in pair}.values():
-            assert is_plain(factor), f"the kernel reads contiguous fp32 on the host, not {factor.dtype}"
+            assert is_plain(factor, dtype), f"the kernel reads contiguous {dtype} on the host, not {factor.dtype}"
         ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
         A, B = ([None if pair is None else pair[side].data_ptr() for pair in pairs] for side in (0, 1))
         addresses = c_void_p * len(pairs)
-        return cls(addresses(*A), addresses(*B), (c_int * len(pairs))(*ranks), max(ranks, default=0))
+        return cls(dtype, addresses(*A), addresses(*B), (c_int * len(pairs))(*ranks), max(ranks, default=0))
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Return whether a kernel can read a tensor by its address: contiguous fp32 on the host."""
-    return tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a kernel can read a tensor by its address: contiguous numbers of a dtype on the host."""
+    return tensor.dtype is dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether `product` computes x W^T + bias: few rows of fp32 on a CPU, and nothing to be learnt from them."""
-    return takes_rows(x, len(weight)) and is_plain(weight) and (bias is None or is_plain(bias))
+    """Return whether `product` computes x W^T + bias: few rows of fp32 or bf16 on a CPU, with nothing to be learnt."""
+    return x.dtype is weight.dtype and takes_rows(x) and reads(weight, bias)
 
 
-def takes_rows(x: Tensor, out_features: int) -> bool:
-    """Return whether `add_low_rank` takes x (rows, in_features) and an output of so many features."""
-    fits = x.ndim == 2 and 0 < len(x) <= MOST_ROWS and x.shape[1] % LANES == 0 and out_features % LANES == 0
-    plain = x.dtype is torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
-    return fits and plain and library(FEW_ROWS) is not None
+def reads(weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether a kernel can read a weight (out_features, in_features) and its bias."""
+    return fits(weight.dtype, *weight.shape) and all(x is None or is_plain(x, weight.dtype) for x in (weight, bias))
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, (rows, out_features), where `takes` says so."""
-    x, output = x.contiguous(), x.new_empty(len(x), len(weight))
-    kernels(FEW_ROWS).few_rows_product(
-        address(x), address(weight), address(bias), c_long(len(x)), c_long(x.shape[1]), c_long(len(weight)),
-        address(output), c_int(torch.get_num_threads()),
+def fits(dtype: torch.dtype, in_features: int, out_features: int) -> bool:
+    """Return whether the kernels of a dtype compute layers of such a shape."""
+    return dtype is not torch.float32 or not (in_features % LANES or out_features % LANES)
+
+
+def takes_rows(x: Tensor) -> bool:
+    """Return whether a kernel takes x (rows, in_features)."""
+    if x.ndim != 2 or not 0 < x.shape[0] <= MOST_ROWS or x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return x.dtype in BUILDS and library(BUILDS[x.dtype]) is not None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, factors: RowFactors | None = None) -> Tensor:
+    """Return x W^T + bias + (x A^T) B^T, (rows, out_features), each row by its own pair, where `takes` says so.
+
+    In bf16 the change is added to the product's sums in fp32: rounded before, it would lose a young adapter.
+    """
+    rows, out_features = x.shape[0], weight.shape[0]  # len() of a tensor is slow
+    x, output = x.contiguous(), x.new_empty(rows, out_features)
+    shape = c_long(rows), c_long(x.shape[1]), c_long(out_features)
+    if x.dtype is torch.float32:
+        kernels(AVX2).few_rows_product(
+            address(x), address(weight), address(bias), *shape, address(output), c_int(torch.get_num_threads())
+        )
+        return output if factors is None else add_low_rank(x, factors, output)
+    A = B = ranks = None
+    most = 0
+    if factors is not None:
+        assert factors.dtype is x.dtype, f"factors of {factors.dtype} beside rows of {x.dtype}"
+        _, A, B, ranks, most = factors
+    inner = x.new_empty(rows, most, dtype=torch.float32) if most else None
+    kernels(AVX512_BF16).few_rows_bf16(
+        address(x), address(weight), address(bias), A, B, ranks, *shape, c_int(most), address(inner), address(output),
+        c_int(torch.get_num_threads()),
     )  # fmt: skip
     return output
 
 
 def add_low_rank(x: Tensor, factors: RowFactors, output: Tensor) -> Tensor:
-    """Add (x A^T) B^T to output (rows, out_features) in place, each row by its own pair, where `takes_rows` says so."""
-    assert output.is_contiguous() and output.dtype is torch.float32
+    """Add (x A^T) B^T to output (rows, out_features) in place: fp32, of widths that `fits`."""
+    assert output.is_contiguous() and fits(x.dtype, x.shape[1], output.shape[1])
+    assert output.dtype is factors.dtype is torch.float32
     if factors.most:
         x, inner = x.contiguous(), x.new_empty(len(x), factors.most)
-        kernels(FEW_ROWS).few_rows_low_rank(
+        kernels(AVX2).few_rows_low_rank(
             address(x), factors.A, factors.B, factors.ranks, c_long(len(x)), c_long(x.shape[1]),
             c_long(output.shape[1]), c_int(factors.most), address(inner), address(output),
             c_int(torch.get_num_threads()),

@@ -216,9 +216,15 @@ def load_by_block(
     return model.eval(), blocks
 
 
-def check_heads(model: PreTrainedModel) -> None:
-    """Raise ValueError where heads of queries do not share those of keys evenly, which fails in the first forward."""
+def check_runs(model: PreTrainedModel) -> None:
+    """Raise ValueError where a number of the configuration, which transformers takes, fails in the first forward."""
     said = vars(model.config.get_text_config())  # an attribute that each layer has its own of raises when it is read
+    for name, value in said.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name.endswith(("dropout", "pdrop")) and value is not None and not (is_number and 0 <= value <= 1):
+            raise ValueError(f"config.json: {name}={value!r} must be a number between 0 and 1")
+        if name == "sliding_window" and value is not None and not (type(value) is int and value > 0):
+            raise ValueError(f"config.json: {name}={value!r} must be a number of tokens above 0, or null")
     heads, shared = (said.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
         raise ValueError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
@@ -288,7 +294,7 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
     _check_reads_text_alone(config, model)
     _check_names_embedding(config, model)
     check_scaled(model, config.rope_scaling)
-    check_heads(model)
+    check_runs(model)
     check_frequencies(model)
     leave_on_disk(model)
     name_outputs(model)

@@ -18,7 +18,7 @@ def test_generation_is_measured_and_its_answers_are_the_same(tmp_path, monkeypat
         sys, "argv", ["generate.py", "--batches", "2", "--tokens", "6", "--turns", "1", f"--output={output}"]
     )
     generate.main()
-    row = generate.Results(output, settings_of(output)).rows["batch 2"]
+    row = generate.Results(output, settings_of(output)).rows["batch 2, float32"]
     assert row["same_greedy_answers_as_before"] == "2 of 2"
     assert set(row["tokens_per_cpu_second"]) == {"ours", "before", "peft", "base", "our_base"}
 

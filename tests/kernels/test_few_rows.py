@@ -7,24 +7,38 @@ import torch
 from torch import Tensor
 
 from lightning_peft.kernels import few_rows
-from lightning_peft.kernels.native.library import FEW_ROWS, library
+from lightning_peft.kernels.few_rows import BUILDS, RowFactors
+from lightning_peft.kernels.native.library import library
 
-pytestmark = pytest.mark.skipif(library(FEW_ROWS) is None, reason="no processor with AVX2, or no g++")
-
-ROUNDING = 3e-7
-"""fp32's, of sums of some hundred products, against fp64."""
+DTYPES = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(
+            library(BUILDS[dtype]) is None, reason="no processor with its instructions, or no g++"
+        ),
+    )
+    for dtype in BUILDS
+]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ROUNDING = {torch.float32: 2.4e-6, torch.bfloat16: 2**-8}
+"""Of an output, in parts of the largest: of sums of some hundred products in fp32, and of one rounding to bf16."""
 
 
 def within_rounding(actual: Tensor, expected: Tensor) -> bool:
-    return bool((actual.double() - expected).abs().max() <= ROUNDING * expected.abs().max() * 8)
+    return bool((actual.double() - expected).abs().max() <= ROUNDING[actual.dtype] * expected.abs().max())
 
 
+def random(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+@each_dtype
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 64])
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 8), (576, 56), (8, 1000)])
-def test_product_is_that_of_fp64(rows: int, in_features: int, out_features: int) -> None:
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 8), (576, 56), (8, 1000), (72, 40)])
+def test_product_is_that_of_fp64(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
-    x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
-    bias = torch.randn(out_features)
+    x, weight = random(dtype, rows, in_features), random(dtype, out_features, in_features)
+    bias = random(dtype, out_features)
     expected = x.double() @ weight.double().t()
     with torch.no_grad():
         assert few_rows.takes(x, weight, None) and few_rows.takes(x, weight, bias)
@@ -32,42 +46,74 @@ def test_product_is_that_of_fp64(rows: int, in_features: int, out_features: int)
         assert within_rounding(few_rows.product(x, weight, bias), expected + bias)
 
 
-def test_a_row_is_the_same_in_any_batch_on_any_threads() -> None:
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (31, 3), (33, 35), (101, 67)])
+def test_widths_that_fill_no_vector_are_exact(in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(in_features)
+    x, weight, bias = (
+        random(dtype, 5, in_features),
+        random(dtype, out_features, in_features),
+        random(dtype, out_features),
+    )
+    pair = random(dtype, 7, in_features), random(dtype, 7, out_features)
+    expected = x.double() @ weight.double().t() + bias + x.double() @ pair[0].double().t() @ pair[1].double()
+    with torch.no_grad():
+        assert within_rounding(few_rows.product(x, weight, bias, RowFactors.of([pair] * 5, dtype)), expected)
+
+
+@each_dtype
+def test_a_row_is_the_same_in_any_batch_on_any_threads(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(13, 136), torch.randn(1016, 136)
-    pairs = [None if row % 5 == 4 else (torch.randn(row + 1, 136), torch.randn(row + 1, 1016)) for row in range(13)]
+    x, weight = random(dtype, 13, 136), random(dtype, 1016, 136)
+    pairs = [None if row % 5 == 4 else (random(dtype, row + 1, 136), random(dtype, row + 1, 1016)) for row in range(13)]
     threads = torch.get_num_threads()
     with torch.no_grad():
-        together = few_rows.add_low_rank(x, few_rows.RowFactors.of(pairs), few_rows.product(x, weight, None))
+        together = few_rows.product(x, weight, None, RowFactors.of(pairs, dtype))
         torch.set_num_threads(2)
         try:
             for row in range(13):
-                own = few_rows.RowFactors.of(pairs[row : row + 1])
-                alone = few_rows.add_low_rank(x[row : row + 1], own, few_rows.product(x[row : row + 1], weight, None))
+                own = RowFactors.of(pairs[row : row + 1], dtype)
+                alone = few_rows.product(x[row : row + 1], weight, None, own)
                 assert torch.equal(together[row], alone[0])
         finally:
             torch.set_num_threads(threads)
 
 
+@each_dtype
 @pytest.mark.parametrize("rank", [1, 4, 6, 16])
-def test_each_row_has_its_own_pair(rank: int) -> None:
+def test_each_row_has_its_own_pair(rank: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rank)
-    x, output = torch.randn(3, 64), torch.randn(3, 48)
-    A, B = torch.randn(2, rank, 64), torch.randn(2, rank, 48)
-    expected = output.double()
+    x, weight = random(dtype, 3, 64), random(dtype, 48, 64)
+    A, B = random(dtype, 2, rank, 64), random(dtype, 2, rank, 48)
+    expected = x.double() @ weight.double().t()
     for row, pair in ((0, 1), (2, 0)):
         expected[row] += x[row].double() @ A[pair].double().t() @ B[pair].double()
     with torch.no_grad():
-        few_rows.add_low_rank(x, few_rows.RowFactors.of([(A[1], B[1]), None, (A[0], B[0])]), output)
-    assert within_rounding(output, expected)
+        factors = RowFactors.of([(A[1], B[1]), None, (A[0], B[0])], dtype)
+        assert within_rounding(few_rows.product(x, weight, None, factors), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_change_below_the_rounding_of_the_product_is_not_lost(dtype: torch.dtype) -> None:
+    """A change of a 64th of the output's last place moves as many outputs over the edge as it should on average."""
+    torch.manual_seed(0)
+    x, weight = random(dtype, 16, 256), random(dtype, 2048, 256)
+    pair = torch.full((1, 256), 2**-8, dtype=dtype) * x[0].sign(), torch.full((1, 2048), 2**-6, dtype=dtype)
+    with torch.no_grad():
+        change = few_rows.product(x, weight, None, RowFactors.of([pair] * 16, dtype)).double()
+        change -= few_rows.product(x, weight, None).double()
+    expected = (x.double() @ pair[0].double().t() @ pair[1].double())[0].mean()
+    assert abs(change[0].mean() - expected) < 0.2 * abs(expected)
+
+
+@pytest.mark.skipif(library(BUILDS[torch.float32]) is None, reason="no processor with AVX2, or no g++")
 def test_other_products_are_torchs() -> None:
     x, weight = torch.randn(2, 64), torch.randn(8, 64)
     assert not few_rows.takes(x, weight, None)  # gradients may be asked for
     with torch.no_grad():
         assert not few_rows.takes(x.bfloat16(), weight, None)
         assert not few_rows.takes(x, weight.bfloat16(), None)
+        assert not few_rows.takes(x.half(), weight.half(), None)
         assert not few_rows.takes(x, torch.randn(64, 8).t(), None)
         assert not few_rows.takes(torch.randn(65, 64), weight, None)
         assert not few_rows.takes(torch.randn(2, 60), torch.randn(8, 60), None)
@@ -82,5 +128,5 @@ def test_other_products_are_torchs() -> None:
 def test_factors_that_the_kernel_would_misread_are_an_error(side: int, strange: Callable[[Tensor], Tensor]) -> None:
     pair = [torch.randn(4, 64), torch.randn(4, 48)]
     pair[side] = strange(pair[side])
-    with pytest.raises(AssertionError, match="the kernel reads contiguous fp32 on the host"):
-        few_rows.RowFactors.of([None, (pair[0], pair[1])])
+    with pytest.raises(AssertionError, match=r"the kernel reads contiguous torch\.float32 on the host"):
+        RowFactors.of([None, (pair[0], pair[1])], torch.float32)

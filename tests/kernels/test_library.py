@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.kernels.native import library as native_library
-from lightning_peft.kernels.native.library import FEW_ROWS, TRAINING, Build, compiled, has_instructions, library
+from lightning_peft.kernels.native.library import AVX2, AVX512_BF16, Build, compiled, has_instructions, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-@pytest.fixture(params=[TRAINING, FEW_ROWS], ids=["training", "few_rows"])
+@pytest.fixture(params=[AVX512_BF16, AVX2], ids=["avx512_bf16", "avx2"])
 def build(request: pytest.FixtureRequest) -> Build:
     if not has_instructions(request.param):
         pytest.skip("no processor with its instructions")
@@ -83,7 +83,7 @@ def test_a_cache_that_cannot_be_written_is_named(
     assert str(occupied) in caplog.text
 
 
-@pytest.mark.skipif(not has_instructions(TRAINING), reason="no processor with AVX-512 and bf16 instructions")
+@pytest.mark.skipif(not has_instructions(AVX512_BF16), reason="no processor with AVX-512 and bf16 instructions")
 def test_threads_are_those_of_torch(tmp_path: Path) -> None:
     """A second OpenMP beside torch's would have the two compete for the cores."""
     program = """

@@ -514,6 +514,9 @@ CANNOT_RUN = {
     "heads that share no keys evenly": (
         {"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3",
     ),
+    "a dropout above 1": ({"attention_dropout": 1.5}, "attention_dropout=1.5 must be a number between 0 and 1"),
+    "a window in quotes": ({"sliding_window": "8"}, "sliding_window='8' must be a number of tokens above 0"),
+    "no window": ({"sliding_window": 0}, "sliding_window=0 must be a number of tokens above 0, or null"),
     "a base of 0": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "that are not finite"),
     "a factor of 0": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}}, "that are not finite",

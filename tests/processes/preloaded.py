@@ -27,6 +27,7 @@ def import_what_a_start_imports() -> None:
     from lightning_peft.threads import set_up_threads
 
     before = dict(os.environ)
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a thread would look at the neighbours, and no fork have it
     set_up_threads()  # as `main` does before torch is imported
     let_segments_grow()
     for name in ("command_line", "commands.training", "commands.train"):

@@ -48,13 +48,13 @@ class Build(NamedTuple):
     """What goes on more slowly without it."""
 
 
-TRAINING = Build(
-    ("attention.cpp", "linear.cpp", "cross_entropy.cpp"),
+AVX512_BF16 = Build(
+    ("attention.cpp", "linear.cpp", "cross_entropy.cpp", "few_rows_bf16.cpp", "decoding.cpp"),
     ("vectors.h", "tiles.h"),
     ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
-    "attention, adapters and loss run without their compiled kernels, a quarter slower or more",
+    "attention, adapters, loss and answers run without their compiled kernels, a quarter slower or more",
 )
-FEW_ROWS = Build(
+AVX2 = Build(
     ("few_rows.cpp",),
     (),
     ("-mfma", "-mavx2"),
@@ -64,7 +64,7 @@ FEW_ROWS = Build(
 _switched_off = False
 
 
-def library(build: Build = TRAINING) -> ctypes.CDLL | None:
+def library(build: Build = AVX512_BF16) -> ctypes.CDLL | None:
     """Return the kernels of a build.
 
     None on a processor without its instructions, and, with a logged line, where they do not compile.
@@ -74,7 +74,7 @@ def library(build: Build = TRAINING) -> ctypes.CDLL | None:
 
 def has_instructions(build: Build) -> bool:
     """Return whether this processor runs a build."""
-    if build is FEW_ROWS:
+    if build is AVX2:
         return bool(torch.cpu._is_avx2_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
 
@@ -101,7 +101,7 @@ def _load(build: Build) -> ctypes.CDLL | None:
         return None
 
 
-def kernels(build: Build = TRAINING) -> ctypes.CDLL:
+def kernels(build: Build = AVX512_BF16) -> ctypes.CDLL:
     """Return `library(build)`, where it is known to be there."""
     loaded = library(build)
     assert loaded is not None, "no kernels on this machine"
@@ -113,7 +113,7 @@ def address(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-def compiled(build: Build = TRAINING) -> Path:
+def compiled(build: Build = AVX512_BF16) -> Path:
     """Return a library's file, made if it is not there.
 
     RuntimeError where the compiler fails, OSError where files do.
