@@ -40,6 +40,8 @@ class Routing:
         taken = sorted({route for route in routes if route >= 0})
         self.has_guests = any(route >= slots.count for route in taken)
         self.used, self.mask = slice(0, 0), None
+        self.is_finite = all(slots.is_finite(route) for route in taken if route < slots.count)
+        """Whether a zero in the mask keeps the adapters of other rows out of a row."""
         self.row_factors: dict[SlotLinear, few_rows.RowFactors] = {}
         if taken and not self.has_guests:
             first, last = taken[0], taken[-1] + 1
@@ -97,9 +99,9 @@ class SlotLinear(nn.Module):
         fits = few_rows.fits(x.dtype, x.shape[-1], self.B_transposed.shape[1])
         if x.dtype is self.A.dtype is torch.float32 and fits and few_rows.takes_rows(x):
             return few_rows.add_low_rank(x, routing.factors_of_rows(self), self.base_layer(x))
-        if routing.mask is None or (x.ndim > 2 and x.device.type == "cpu"):
+        if routing.mask is None or not routing.is_finite:
             return self._by_segments(routing, x)
-        # Few launches, and products of more columns than a row's own: what a GPU likes.
+        # One product for all adapters, of more columns than a row's own: few launches, and a panel's width on a CPU.
         inner = x.to(self.A.dtype) @ self.A[routing.used].t()
         inner = (inner * routing.mask.view(len(x), *[1] * (x.ndim - 2), -1)).view(-1, routing.mask.shape[1])
         if base is None:
@@ -146,6 +148,8 @@ class Slots:
         """Of the batch before, which the next one mostly is too."""
         self.written: list[set[str]] = [set() for _ in range(count)]
         """Layers that each slot's adapter changes."""
+        self.finite: dict[int, bool] = {}
+        """Whether all numbers of a slot are, as far as that was asked."""
         self.places: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         self.guests: dict[int, Factors] = {}
         """By number, which is never that of a slot, nor of another guest."""
@@ -199,9 +203,17 @@ class Slots:
                     place = place[: len(factor)]
                 into.append(place)
         self.written[slot] |= factors.keys()  # whatever of the copy is done
+        self.finite.pop(slot, None)
         # One call: hundreds of small copies cost more by themselves than what they copy.
         torch._foreach_copy_(into, [factor for pair in factors.values() for factor in pair])
         self.written[slot] = set(factors)
+
+    def is_finite(self, slot: int) -> bool:
+        """Return whether all numbers of a slot are finite."""
+        if slot not in self.finite:
+            places = [factor for pair in self._places(slot).values() for factor in pair]
+            self.finite[slot] = bool(torch.stack(torch._foreach_norm(places)).isfinite().all())
+        return self.finite[slot]
 
     def _places(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the rows of each layer's matrices that are a slot's."""

@@ -79,9 +79,10 @@ class Decoder:
     @torch.inference_mode()
     def add(self, *rows: Row) -> None:
         """Run the prompts of rows and give each its first token; those that go on take part in the next step."""
-        scores = self.steps.begin([row.prompt for row in rows], [row.slot for row in rows])
-        self.rows += rows
-        self._choose(scores, list(rows))
+        added = sorted(rows, key=lambda row: row.slot)  # rows of one adapter side by side are read together
+        scores = self.steps.begin([row.prompt for row in added], [row.slot for row in added])
+        self.rows += added
+        self._choose(scores, added)
 
     @torch.inference_mode()
     def step(self) -> list[Row]:

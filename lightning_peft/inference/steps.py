@@ -288,17 +288,13 @@ class StaticSteps:
     def begin(self, prompts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
         """Run prompts, which become the last rows; return the scores (prompts, V) of their first tokens."""
         shared = len(self.prefix) if all(prompt[: len(self.prefix)] == self.prefix for prompt in prompts) else 0
-        # Rows of one adapter side by side are one segment of the batch.
-        order = sorted(range(len(prompts)), key=lambda row: routes[row])
-        found = self._prefill([prompts[row] for row in order], [routes[row] for row in order], shared)
-        scores, layers = found[0][sorted(range(len(order)), key=lambda place: order[place])], found[1]
+        scores, layers = self._prefill(prompts, routes, shared)
         first = len(self.lengths)
         self.lengths += map(len, prompts)
         cache = self._room(len(self.lengths), max(self.lengths) + 1, layers[0].keys.shape[1])
-        rows = torch.tensor(order, device=self.model.device) + first
-        for kept, layer in zip(cache, layers, strict=True):
-            for into, part in zip(kept, (layer.keys, layer.values), strict=True):
-                into[rows, :, : part.shape[2]] = part
+        for kept, layer in zip(cache[:, :, first : len(self.lengths)], layers, strict=True):
+            for into, found in zip(kept, (layer.keys, layer.values), strict=True):
+                into[:, :, : found.shape[2]] = found
         return scores
 
     def _prefill(self, prompts: Sequence[list[int]], routes: Sequence[int], shared: int) -> tuple[Tensor, list[Any]]:

@@ -110,11 +110,15 @@ void few_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, const bf16* c
       for (; o < width; o++)
         for (long r = 0; r < rows; r++) sums[r * RUN + o] = dot(x + r * in, w + (first + o) * in, in);
       for (long r = 0; most_rank && r < rows;) {  // rows of one adapter read it together
-        const bool four = r + 4 <= rows && B[r] == B[r + 1] && B[r] == B[r + 2] && B[r] == B[r + 3];
+        int same = 1;
+        while (same < 4 && r + same < rows && B[r + same] == B[r]) same++;
+        if (same == 3) same = 2;
         const float* own = inner + r * most_rank;
-        if (four && ranks[r]) add_change<4>(own, most_rank, B[r] + first, out, ranks[r], width, sums + r * RUN);
-        if (!four && ranks[r]) add_change<1>(own, most_rank, B[r] + first, out, ranks[r], width, sums + r * RUN);
-        r += four ? 4 : 1;
+        float* into = sums + r * RUN;
+        if (ranks[r] && same == 4) add_change<4>(own, most_rank, B[r] + first, out, ranks[r], width, into);
+        if (ranks[r] && same == 2) add_change<2>(own, most_rank, B[r] + first, out, ranks[r], width, into);
+        if (ranks[r] && same == 1) add_change<1>(own, most_rank, B[r] + first, out, ranks[r], width, into);
+        r += same;
       }
       for (long r = 0; r < rows; r++) {
         const float* own = sums + r * RUN;
