@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from lightning_peft import distributed
 from lightning_peft.compat import config_loader_of
@@ -124,17 +124,25 @@ FORMER_PATHS = {
 
 
 def saved_config(command: str, overrides: list[str]) -> TrainConfig:
-    """The config of `train config_path=RUN/config.yaml`, which every rank of a run is started from."""
+    """The config of `train config_path=RUN/config.yaml`, which every rank of a run is started from.
+
+    It is the whole config: beside it stands at most how the run goes on.
+    """
     path = Path(next(word for word in overrides if word.startswith("config_path=")).partition("=")[2].strip("'\""))
-    if command != "train" or len(overrides) > 1:
-        raise ValueError(f"config_path={path}: only train takes it, with nothing beside it, as it is the whole config")
+    beside = dict(word.partition("=")[::2] for word in overrides if not word.startswith("config_path="))
+    if command != "train" or not beside.keys() <= {"resume", "pause_at"}:
+        raise ValueError(
+            f"config_path={path}: only train takes it, with nothing but resume= and pause_at= beside it, as it is the whole config"
+        )
     try:
         saved = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(saved, dict) or not saved.keys() >= {"adapter", "optimizer"}:
             raise ValueError(f"config_path={path}: not the config.yaml of a run")
         import_plugins()
         import_modules(saved.get("imports", []))
-        return train_config(in_folder_of(path, with_present_paths({str(key): value for key, value in saved.items()})))
+        named = {str(key): value for key, value in saved.items()}
+        named |= {key: safe_load(value) for key, value in beside.items()}
+        return train_config(in_folder_of(path, with_present_paths(named)))
     except FileNotFoundError as error:
         raise ValueError(f"config_path={path}: no such file") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:

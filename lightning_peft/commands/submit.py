@@ -40,7 +40,7 @@ def submit(config: TrainConfig) -> None:
     kind, work = CLUSTERS[cluster.name].cluster, work_of(config, run_dir)
     kind.check(cluster, work)
     text = kind.text(cluster, work)
-    if cluster.dry_run:
+    if cluster.dry_run or config.dry_run:
         print(text, end="")
         return
     refuse_second_job(run_dir)  # a job that runs holds the lock, and is named better by its number

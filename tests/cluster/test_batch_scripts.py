@@ -108,10 +108,11 @@ def test_option_of_a_directive_is_quoted_where_it_must_be():
     assert directive("chdir", '/my "runs" #1') == '--chdir="/my \\"runs\\" #1"'
 
 
-def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
+@pytest.mark.parametrize("dry", ["cluster.dry_run=true", "dry_run=true"])
+def test_dry_run_prints_the_script_and_writes_nothing(dry, tmp_path, capsys):
     words = ["model=tiny", f"run_dir={tmp_path}/run", "cluster.partition=debug", "cluster.time=60", "cluster.grace=90"]
     more = ["cluster.sbatch=[--account physics,--exclusive]", "cluster.container='apptainer exec --nv image.sif'"]
-    assert main(["submit", *words, *more, "cluster.dry_run=true"]) == 0
+    assert main(["submit", *words, *more, dry]) == 0
     lines = capsys.readouterr().out.splitlines()
     for option in ("partition=debug", "time=60", "account physics", "exclusive", "signal=USR1@90", "requeue"):
         assert f"#SBATCH --{option}" in lines

@@ -159,7 +159,7 @@ def test_config_path_is_the_whole_config(tmp_path):
     ("words", "message"),
     [
         (["config_path=/no/config.yaml"], "config_path=/no/config.yaml: no such file"),
-        (["config_path=x", "seed=1"], "config_path=x: only train takes it, with nothing beside it"),
+        (["config_path=x", "seed=1"], "config_path=x: only train takes it, with nothing but resume="),
         (["strategy=ddp", "strategy.cpu_offload=true"], "strategy.cpu_offload=true strategy=ddp: .* use strategy=fsdp"),
         (["strategy.tensor_parallel=2"], "strategy.tensor_parallel=2: .* use 1, and strategy=fsdp"),
     ],

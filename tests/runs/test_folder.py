@@ -20,13 +20,14 @@ from started import run
 from starts import ended, started
 from tiny_runs import TINY, tiny_config
 
+from lightning_peft.__main__ import main
 from lightning_peft.checkpoint.resume import checkpoint_path, latest_checkpoint
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.config import plain
 from lightning_peft.runs.folder import check_saved_config, starting_config
 from lightning_peft.runs.lock import LOCK, only_writer
-from lightning_peft.training.preemption import Paused, Preempted
+from lightning_peft.training.preemption import PREEMPTED, Paused, Preempted
 
 RUN = ["trainer.max_steps=6", "checkpoint.every_n_steps=2", "data.packing=false", "resume=auto"]
 ROWS = [{"q": f"What is {n} plus {n}?", "a": str(2 * n)} for n in range(30)]
@@ -206,6 +207,18 @@ def test_copied_folder_goes_on_in_the_copy(tmp_path):
     assert json.loads((copy / "result.json").read_text())["steps"] == 6
     assert len(list(csv.DictReader((copy / "metrics.csv").read_text().splitlines()))) >= 6
     assert {path: path.read_bytes() for path in original.rglob("*") if path.is_file()} == before
+
+
+def test_a_paused_run_goes_on_as_its_last_line_says(tmp_path, capsys):
+    words = ["model=tiny", "trainer.max_steps=4", "pause_at=2", "validation.samples=0", "callbacks={}"]
+    assert main(["train", *words, f"run_dir={tmp_path}/run"]) == PREEMPTED
+    said = capsys.readouterr().err
+    assert f"run_dir={tmp_path}/run resume=auto and a later pause_at, or null, goes on from there" in said
+    saved = f"config_path={tmp_path}/run/config.yaml"
+    assert main(["train", saved]) == 2
+    assert "resume=auto continues it" in capsys.readouterr().err
+    assert main(["train", saved, "resume=auto", "pause_at=null"]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
 
 
 def test_end_before_the_checkpoint_is_refused(tmp_path):

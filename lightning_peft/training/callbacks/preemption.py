@@ -85,9 +85,10 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             pause = "pause_at" if is_there else "trainer.max_time"
             name = self.signals.received.name if self.signals.received else "a signal to another rank"
+            later = " and a later pause_at, or null," if reason is Paused and is_there else ""
             logger.info(
-                "%s: saved after step %d; the same command with run_dir=%s resume=auto goes on from there",
-                pause if reason is Paused else name, trainer.global_step, self.checkpoint.run_dir,
+                "%s: saved after step %d; the same command with run_dir=%s resume=auto%s goes on from there",
+                pause if reason is Paused else name, trainer.global_step, self.checkpoint.run_dir, later,
             )  # fmt: skip
         raise reason
 
