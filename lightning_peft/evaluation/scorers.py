@@ -1,6 +1,7 @@
 """Metrics by name, as `validation.metrics` gives them: of a task, or a function of one's own."""
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,9 +118,21 @@ def own_metric(entry: str, option: str = OPTION) -> Callable[[list[Row], list[st
         raise ValueError(f"{option}={entry}: cannot be imported: {error}") from error
     if not callable(function):
         raise ValueError(f"{option}={entry}: is no function")
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError as error:
+        raise ValueError(f"{option}={entry}: must take the rows and their answers: {error}") from error
+    except ValueError:
+        pass  # a function of C says nothing of its arguments
 
     def score(rows: list[Row], answers: list[str]) -> dict[str, float]:
-        value = function(rows, answers)
+        try:
+            value = function(rows, answers)
+        except Exception as error:
+            raise ValueError(
+                f"{option}={entry}: failed on {len(rows)} rows with {type(error).__name__}: {error}; "
+                "LIGHTNING_PEFT_TRACEBACK=1 shows where"
+            ) from error
         try:
             return {name: float(value)}
         except (TypeError, ValueError) as error:
