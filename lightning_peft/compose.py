@@ -132,7 +132,8 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
     beside = dict(word.partition("=")[::2] for word in overrides if not word.startswith("config_path="))
     if command != "train" or not beside.keys() <= {"resume", "pause_at"}:
         raise ValueError(
-            f"config_path={path}: only train takes it, with nothing but resume= and pause_at= beside it, as it is the whole config"
+            f"config_path={path}: only train takes it, with nothing but resume= and pause_at= beside it, as it is the "
+            "whole config"
         )
     try:
         saved = OmegaConf.to_container(OmegaConf.load(path))
