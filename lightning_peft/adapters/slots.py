@@ -37,19 +37,40 @@ class Routing:
 
     def __init__(self, slots: "Slots", routes: Sequence[int]):
         self.slots, self.routes = slots, tuple(routes)
-        taken = sorted({route for route in routes if route >= 0})
-        self.has_guests = any(route >= slots.count for route in taken)
-        self.used, self.mask = slice(0, 0), None
-        self.is_finite = all(slots.is_finite(route) for route in taken if route < slots.count)
+        self.taken = sorted({route for route in routes if route >= 0})
+        self.has_guests = any(route >= slots.count for route in self.taken)
+        self.is_finite = all(slots.is_finite(route) for route in self.taken)
         """Whether a zero in the mask keeps the adapters of other rows out of a row."""
         self.row_factors: dict[SlotLinear, few_rows.RowFactors] = {}
-        if taken and not self.has_guests:
-            first, last = taken[0], taken[-1] + 1
-            self.used = slice(first * slots.rank, last * slots.rank)
-            device = next(slots.model.parameters()).device
-            slot_of_column = torch.arange(first, last, device=device).repeat_interleave(slots.rank)
-            self.mask = (torch.tensor(self.routes, device=device)[:, None] == slot_of_column).to(slots.dtype)
-            """(rows, columns in use): 1 where a row's slot is."""
+        self.masks: dict[tuple[tuple[int, int], ...], Tensor] = {}
+
+    def stacked(self, layer: "SlotLinear") -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return A (columns, in_features) and B^T (columns, out_features) of all adapters of the batch at a layer.
+
+        The third is (rows, columns): 1 where a column is of a row's own. None where no adapter changes the layer.
+        """
+        slots = self.slots
+        if not self.has_guests:
+            first, last = self.taken[0], self.taken[-1] + 1
+            used = slice(first * slots.rank, last * slots.rank)
+            return (
+                layer.A[used],
+                layer.B_transposed[used],
+                self._mask([(route, slots.rank) for route in range(first, last)]),
+            )
+        found = [(route, pair) for route in self.taken if (pair := slots.pair(route, layer)) is not None]
+        if not found:
+            return None
+        A, B = (torch.cat([pair[side] for _, pair in found]) for side in (0, 1))
+        return A, B, self._mask([(route, len(pair[0])) for route, pair in found])
+
+    def _mask(self, columns: list[tuple[int, int]]) -> Tensor:
+        """Return (rows, columns) from the route and the number of columns of each adapter."""
+        if (key := tuple(columns)) not in self.masks:
+            owners, counts = torch.tensor(columns).unbind(1)
+            mask = torch.tensor(self.routes)[:, None] == owners.repeat_interleave(counts)
+            self.masks[key] = mask.to(next(self.slots.model.parameters()).device, self.slots.dtype)
+        return self.masks[key]
 
     def factors_of_rows(self, layer: "SlotLinear") -> few_rows.RowFactors:
         """Return the factors of each row at a layer."""
@@ -99,17 +120,19 @@ class SlotLinear(nn.Module):
         fits = few_rows.fits(x.dtype, x.shape[-1], self.B_transposed.shape[1])
         if x.dtype is self.A.dtype is torch.float32 and fits and few_rows.takes_rows(x):
             return few_rows.add_low_rank(x, routing.factors_of_rows(self), self.base_layer(x))
-        if routing.mask is None or not routing.is_finite:
+        if not routing.is_finite:
             return self._by_segments(routing, x)
+        if (stacked := routing.stacked(self)) is None:
+            return self._base(x)
         # One product for all adapters, of more columns than a row's own: few launches, and a panel's width on a CPU.
-        inner = x.to(self.A.dtype) @ self.A[routing.used].t()
-        inner = (inner * routing.mask.view(len(x), *[1] * (x.ndim - 2), -1)).view(-1, routing.mask.shape[1])
+        A, B, mask = stacked
+        inner = x.to(A.dtype) @ A.t()
+        inner = (inner * mask.view(len(x), *[1] * (x.ndim - 2), -1)).view(-1, mask.shape[1])
         if base is None:
             output = self.base_layer(x)
-            return output + (inner @ self.B_transposed[routing.used]).view(output.shape).to(output.dtype)
+            return output + (inner @ B).view(output.shape).to(output.dtype)
         # In 16 bits the change is added in fp32: a young adapter's is below what rounding the base's output loses.
-        factor = self.B_transposed[routing.used].t()
-        return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), factor.to(base.dtype))
+        return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), B.t().to(base.dtype))
 
     def _base(self, x: Tensor) -> Tensor:
         """Return the output of the layer without an adapter."""
@@ -149,7 +172,7 @@ class Slots:
         self.written: list[set[str]] = [set() for _ in range(count)]
         """Layers that each slot's adapter changes."""
         self.finite: dict[int, bool] = {}
-        """Whether all numbers of a slot are, as far as that was asked."""
+        """Whether all numbers of a slot or guest are, as far as that was asked."""
         self.places: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         self.guests: dict[int, Factors] = {}
         """By number, which is never that of a slot, nor of another guest."""
@@ -173,6 +196,7 @@ class Slots:
     def dismiss(self, number: int) -> None:
         """Let go of a guest."""
         del self.guests[number]
+        self.finite.pop(number, None)
 
     def pair(self, route: int, layer: SlotLinear) -> tuple[Tensor, Tensor] | None:
         """Return A and B^T of a slot or guest at a layer; None where it leaves the layer alone."""
@@ -209,10 +233,11 @@ class Slots:
         self.written[slot] = set(factors)
 
     def is_finite(self, slot: int) -> bool:
-        """Return whether all numbers of a slot are finite."""
+        """Return whether all numbers of a slot, or guest, are finite."""
         if slot not in self.finite:
-            places = [factor for pair in self._places(slot).values() for factor in pair]
-            self.finite[slot] = bool(torch.stack(torch._foreach_norm(places)).isfinite().all())
+            pairs = self.guests[slot] if slot >= self.count else self._places(slot)
+            sizes = torch._foreach_norm([factor for pair in pairs.values() for factor in pair])
+            self.finite[slot] = bool(torch.stack(sizes).isfinite().all())
         return self.finite[slot]
 
     def _places(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:

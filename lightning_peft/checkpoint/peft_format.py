@@ -19,6 +19,7 @@ from lightning_peft.adapters.base import AdapterConfig, LowRank
 from lightning_peft.adapters.former_names import present_name
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.merge import Given
+from lightning_peft.adapters.method import PeftSpelling
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage, write_lineage
@@ -160,9 +161,13 @@ def changes_base(folder: Path) -> bool:
 
 def tensors_beside(folder: Path) -> list[str]:
     """Return the names of the base's own tensors that a folder carries: trained modules, biases, embeddings."""
-    endings = tuple(f".{ending}" for ending in spelling(method_of(folder, read_words(folder))).tensors)
-    names = [name for name in _read_shapes(folder) if name.startswith(PREFIX) and not name.endswith(endings)]
-    return [name.removeprefix(PREFIX) for name in names] if endings else []
+    return _beside(_read_shapes(folder), spelling(method_of(folder, read_words(folder))))
+
+
+def _beside(names: Iterable[str], row: PeftSpelling) -> list[str]:
+    endings = tuple(f".{ending}" for ending in row.tensors)
+    found = [name for name in names if name.startswith(PREFIX) and not name.endswith(endings)]
+    return [name.removeprefix(PREFIX) for name in found] if endings else []
 
 
 def read_low_rank(folder: Path) -> dict[str, LowRank]:
@@ -181,18 +186,18 @@ def read_low_rank(folder: Path) -> dict[str, LowRank]:
         )
     if words.get("init_lora_weights") in REWRITES_BASE:
         raise AdapterFileError(f"{folder}: is for a base that its start rewrote; `export format=plain` makes it plain")
-    if beside := tensors_beside(folder):
+    tensors = _read_tensors(folder)  # once: a server waits for this
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if beside := _beside(shapes, row):
         raise AdapterFileError(
             f"{folder}: trains {beside[0]} of the base as well, so it cannot share one: serve it alone"
         )
-    shapes = _read_shapes(folder)
     for name, shape in shapes.items():
         if len(shape) != 2 and name.endswith(tuple(row.tensors)):
             raise AdapterFileError(f"{folder}: {name} is of shape {shape}, and no matrix")
     read_config(folder, words, shapes)  # refuses what we do not have
-    tensors = _read_tensors(folder)
     found = {}
-    for name, shape in layer_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, row).items():
+    for name, shape in layer_shapes(shapes, row).items():
         keys = [f"{PREFIX}{name}.lora_{part}.weight" for part in "AB"]
         if not tensors.keys() >= set(keys):
             raise AdapterFileError(f"{folder}: {name} is an embedding, whose adapter is served alone")
