@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tensors_beside
 from lightning_peft.config import TrainConfig, train_config
-from lightning_peft.data.config import DataConfig
+from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer
@@ -65,6 +65,16 @@ def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelC
     if model is None:
         raise ValueError(f"adapter_path={adapter_path}: the folder does not name its base; give model=")
     return model, QuantizationConfig()
+
+
+def continues_text(adapter_path: str | None) -> bool:
+    """Whether an adapter was trained on text without turns, as far as its folder says."""
+    if adapter_path is None:
+        return False
+    if (saved := PromptLayout.load(tuned_folder(adapter_path))) is not None:
+        return saved.kind != "chat"
+    trained = saved_config(adapter_path)
+    return trained is not None and trained.data.layout is Layout.raw
 
 
 def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> PromptLayout:
