@@ -116,6 +116,14 @@ def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> P
     return load_model(base, dtype, quantization, device=inference_device()).eval()
 
 
+def tokenizer_for_inference(adapter_path: str | None, model: ModelConfig | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, as `load_for_inference` loads it."""
+    folder = None if adapter_path is None else tuned_folder(adapter_path)
+    if folder is not None and is_whole_model(folder):
+        return load_tokenizer(ModelConfig(name="hf", path=str(folder)))
+    return load_tokenizer(base_of(adapter_path, model)[0])
+
+
 def load_for_inference(
     adapter_path: str | None, model: ModelConfig | None, precision: str, takes_rewards: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
