@@ -217,7 +217,7 @@ def _read_by_datasets(file: DataFile, kind: str) -> Iterator[Row | BadRow]:
         rows = load_dataset(kind, data_files=file.path, split="train", streaming=True)
         for number, values in enumerate(rows, start=1):
             yield Row(without_absent_keys(values), f"{file} row {number}")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # `datasets` raises what its readers do
         article = "an" if kind == "arrow" else "a"
         raise ValueError(f"{file}: not {article} {kind} file ({_first_line(error)})") from error
 
