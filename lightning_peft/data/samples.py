@@ -20,7 +20,7 @@ from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.sources import file_count, iterate_rows
 from lightning_peft.data.taught import with_twin_cut, with_twins
 from lightning_peft.data.template import ChatTemplate
-from lightning_peft.data.token_rows import sample_of
+from lightning_peft.data.token_rows import foreign_token, sample_of
 from lightning_peft.data.token_store import Samples, kinds_of
 from lightning_peft.data.too_long import fits, shortened
 from lightning_peft.data.units import encode_units
@@ -328,8 +328,8 @@ def _outcomes(
     outcomes: Sequence[Outcome]
     if all(conversation.tokens is not None for _, conversation in read):
         ends = end_token_ids(tokenizer) if read else set()
-        outcomes = [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens]
-        return outcomes, [None] * len(read)
+        tokens = [conversation.tokens for _, conversation in read if conversation.tokens is not None]
+        return [foreign_token(each, tokenizer) or [sample_of(each, ends)] for each in tokens], [None] * len(read)
     outcomes = encoder.encode([conversation for _, conversation in read])
     if config.teacher_prompt is None:
         return outcomes, [None] * len(read)
