@@ -46,6 +46,9 @@ class DataCommandConfig(TrainConfig):
     strict: bool = False
     """Exit with status 2 where the audit warns of something."""
 
+    def check_length(self) -> None:
+        """No run follows, so none needs an end."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 0:
