@@ -305,9 +305,9 @@ def _usable(
     outcomes = {} if encoder is None or not parts else dict(zip(map(id, parts), encoder.encode(parts), strict=True))
     found = []
     for row, conversation in read:
-        wrong = [outcomes.get(id(part)) for part in (conversation, conversation.rejected)]
-        if error := next((outcome for outcome in wrong if isinstance(outcome, Exception)), None):
-            _refuse(refusal(error, row.origin), config, audit)
+        laid_out = [outcomes.get(id(part)) for part in (conversation, conversation.rejected)]
+        if wrong := next((outcome for outcome in laid_out if isinstance(outcome, Exception)), None):
+            _refuse(refusal(wrong, row.origin), config, audit)
             continue
         conversation.origin = row.origin
         found.append((row.values, conversation))
