@@ -46,6 +46,9 @@ class DataCommandConfig(TrainConfig):
     strict: bool = False
     """Exit with status 2 where the audit warns of something."""
 
+    def check_length(self) -> None:
+        """No run follows, so none needs an end."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 0:
@@ -136,8 +139,9 @@ class GenerateConfig:
     prompt: str | None = None
     """The user's message; null with no prompt_path starts a chat."""
     prompt_path: str | None = None
-    """Text file with one prompt a line, or .jsonl with `prompt`, or `messages` and `tools`, in each row; answers go to
-    `output` as JSONL, or to the terminal."""
+    """Text file with one prompt a line, or .jsonl with `prompt` or `messages` in each row, and beside them what
+    training reads: `system`, `tools`, and beside a prompt `input` and `history`. Answers go to `output` as JSONL, or to
+    the terminal."""
     output: str | None = None
     """File for the answers of prompt_path."""
     system_prompt: str | None = None

@@ -161,8 +161,7 @@ class TrainConfig:
         sources_of(self.data)
         for line in check_target_servers(self.target_server, self.adapter) if self.target_server else []:
             logger.info(line)
-        if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
-            raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
+        self.check_length()
         if self.adapter.init_from is not None and not self.adapter.initialization.is_neutral:
             raise ValueError(
                 f"adapter.init={self.adapter.init_name} adapter.init_from={self.adapter.init_from}: "
@@ -196,6 +195,11 @@ class TrainConfig:
                 f"method={method} quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "
                 "use quantization=none, or method=qlora"
             )
+
+    def check_length(self) -> None:
+        """Raise ValueError where nothing says when a run ends."""
+        if self.data.streaming and self.trainer.get("max_steps", -1) in (None, -1):
+            raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
 
     def check_metrics(self) -> None:
         """Raise ValueError for a metric that is not known, or that is to choose something and is not computed."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tensors_beside
 from lightning_peft.config import TrainConfig, train_config
-from lightning_peft.data.config import DataConfig
+from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer
@@ -67,6 +67,16 @@ def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelC
     return model, QuantizationConfig()
 
 
+def continues_text(adapter_path: str | None) -> bool:
+    """Whether an adapter was trained on text without turns, as far as its folder says."""
+    if adapter_path is None:
+        return False
+    if (saved := PromptLayout.load(tuned_folder(adapter_path))) is not None:
+        return saved.kind != "chat"
+    trained = saved_config(adapter_path)
+    return trained is not None and trained.data.layout is Layout.raw
+
+
 def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> PromptLayout:
     """How an adapter's prompts are written; the tokenizer's chat layout for a base, or a folder that does not say."""
     saved = None if adapter_path is None else PromptLayout.load(tuned_folder(adapter_path))
@@ -104,6 +114,14 @@ def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> P
     base, quantization = base_of(adapter_path, model)
     dtype = inference_dtype(adapter_path, precision)
     return load_model(base, dtype, quantization, device=inference_device()).eval()
+
+
+def tokenizer_for_inference(adapter_path: str | None, model: ModelConfig | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, as `load_for_inference` loads it."""
+    folder = None if adapter_path is None else tuned_folder(adapter_path)
+    if folder is not None and is_whole_model(folder):
+        return load_tokenizer(ModelConfig(name="hf", path=str(folder)))
+    return load_tokenizer(base_of(adapter_path, model)[0])
 
 
 def load_for_inference(

@@ -18,7 +18,14 @@ from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.checkpoint.peft_words import gives_rewards
 from lightning_peft.command_configs import CalibrateConfig, EvaluateConfig, PairsConfig, Scored
-from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_base, load_for_inference, saved_config
+from lightning_peft.commands.adapted import (
+    best_of_sweep,
+    layout_of,
+    load_base,
+    load_for_inference,
+    saved_config,
+    tokenizer_for_inference,
+)
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, RowKind
@@ -62,7 +69,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.benchmark is not None:
         check_harness(config.tasks, config.tasks_path)
     check_gate(config, task, data_config)
-    found = read_conversations(data_config, "test")
+    tokenizer = tokenizer_for_inference(config.adapter_path, config.model)
+    found = read_conversations(data_config, "test", tokenizer=tokenizer)
     if not found:
         raise ValueError(
             f"data has no validation rows: give data.validation_path, or raise data.validation_fraction="
@@ -71,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     asked = [(row, messages, place) for row, messages in found if (place := messages.last_answer) is not None]
     if task.max_new_tokens > 0 and not asked:
         raise ValueError(f"data.task={task.name}: needs rows with a question and its answer, plain text rows have none")
-    tuned, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    tuned, _ = load_for_inference(config.adapter_path, config.model, config.precision)
     if config.passes > 1:
         check_draws(tuned, config.passes)
     base = tuned
@@ -95,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     suites: dict[str, dict[str, Metric]] = {}
     seconds: dict[str, float] = {}
     if config.models in (Scored.both, Scored.base):
-        shots = shot_conversations(task, data_config)
+        shots = shot_conversations(task, data_config, tokenizer)
         logger.info("the base: loss of %d validation rows, answers to %d", loss_rows, len(rows) if answered else 0)
         with disable_adapters(base):
             started = time.perf_counter()
@@ -272,11 +280,11 @@ def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:
     return replace(data, **kept)
 
 
-def shot_conversations(task: Task, config: DataConfig) -> list[Conversation]:
+def shot_conversations(task: Task, config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[Conversation]:
     """Solved training examples the base is shown; the adapter has seen its own in training."""
     if task.num_shots == 0:
         return []
-    found = read_conversations(replace(config, max_rows=64), "train")
+    found = read_conversations(replace(config, max_rows=64), "train", tokenizer=tokenizer)
     shots = task.few_shot([row for row, _ in found])
     return [messages for row, messages in found if row in shots]
 

@@ -1,7 +1,9 @@
 """`lightning-peft generate`: answers to one prompt, a file of prompts, or an interactive chat."""
 
 import json
+import logging
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,42 +13,46 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import GenerateConfig
-from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference
+from lightning_peft.commands.adapted import best_of_sweep, continues_text, layout_of, load_for_inference
 from lightning_peft.data.conversation import BadRow, Conversation, Message, Row
 from lightning_peft.data.files import find_files, read_rows
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.data.turns import read_turns, unread_keys
+from lightning_peft.data.prompt_rows import prompts_of, read_prompt
 from lightning_peft.inference.drawn import check_draws, generate_drawn
 from lightning_peft.inference.generate import generate_batch, generate_stream
 from lightning_peft.progress import Part
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of `prompt_path`."""
+    """A prompt, or one line of `prompt_path`."""
 
     row: dict[str, Any]
     """What is written beside the answer."""
-    messages: Conversation | None = None
-    """The conversation to go on with; None for a prompt that is a text."""
+    messages: Conversation
+    """The conversation to go on with."""
 
     def conversation(self, layout: PromptLayout) -> Conversation:
         """Return the conversation in an adapter's layout: with its system prompt where the row has none."""
-        if self.messages is None:
-            return layout.conversation(self.row["prompt"])
-        return layout.going_on(self.messages, self.messages.tools or None)
+        if layout.kind != "chat":
+            asked = layout.conversation(self.messages[-1].content)
+        else:
+            asked = layout.going_on(self.messages, self.messages.tools or None)
+        return self.messages.at_its_place(asked)
 
 
 @torch.no_grad()
 def generate(config: GenerateConfig) -> None:
     """Stream the answer to `prompt`, write those to the lines of `prompt_path`, or chat until an empty line."""
-    prompts = read_prompts(config.prompt_path)
+    if config.adapter_path is not None:
+        config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
+    prompts = read_prompts(config.prompt_path, continues_text(config.adapter_path))
     if prompts is None and config.prompt is None and sys.stdin is None:
         raise ValueError("prompt=null: a chat reads from stdin, which is closed; give prompt= or prompt_path=")
     if config.output is not None and prompts is None:
         raise ValueError(f"output={config.output}: only the answers to prompt_path go to a file")
-    if config.adapter_path is not None:
-        config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     if config.passes > 1:
         check_draws(model, config.passes)
@@ -55,14 +61,12 @@ def generate(config: GenerateConfig) -> None:
         if layout.kind != "chat":
             raise ValueError(f"system_prompt={config.system_prompt!r}: the adapter was trained on text without turns")
         layout = replace(layout, system_prompt=config.system_prompt)
-    if prompts is not None and layout.kind != "chat" and any(prompt.messages is not None for prompt in prompts):
-        raise ValueError(f"prompt_path={config.prompt_path}: has messages, and the adapter was trained without turns")
     if config.passes > 1:
         drawn(model, tokenizer, layout, config, prompts)
     elif config.prompt is not None:
         stream(model, tokenizer, layout.prompt(layout.conversation(config.prompt), tokenizer), config)
     elif prompts is not None:
-        ids = [layout.prompt(prompt.conversation(layout), tokenizer) for prompt in prompts]
+        ids = prompts_of([prompt.conversation(layout) for prompt in prompts], layout, tokenizer)
         answers = generate_batch(model, tokenizer, ids, config.sampling)
         write_answers([prompt.row for prompt in prompts], answers, config.output)
     else:
@@ -77,10 +81,10 @@ def drawn(
     prompts: list[Prompt] | None,
 ) -> None:
     """Answer by the mean of several draws; say how unsure they are beside each answer."""
-    asked = [Prompt({"prompt": config.prompt})] if prompts is None else prompts
+    asked = [text_prompt(config.prompt or "")] if prompts is None else prompts
+    tokens = prompts_of([prompt.conversation(layout) for prompt in asked], layout, tokenizer)
     rows, answers = [], []
-    for prompt in asked:
-        ids = layout.prompt(prompt.conversation(layout), tokenizer)
+    for prompt, ids in zip(asked, tokens, strict=True):
         with Part("drawing an answer", config.sampling.max_new_tokens) as part:
             found = generate_drawn(model, tokenizer, ids, config.sampling, config.passes, part.advance)
         figures = {key: value for key, value in asdict(found).items() if key != "text"}
@@ -94,16 +98,28 @@ def drawn(
     print(f"{said}{config.passes} draws; confidence {rows[0]['confidence']:.1%}", file=sys.stderr)
 
 
-def read_prompts(path: str | None) -> list[Prompt] | None:
-    """Return the prompts of a text file, a line each, or of JSON lines. Raises ValueError for a file without any."""
+def text_prompt(text: str) -> Prompt:
+    return Prompt({"prompt": text}, Conversation([Message("user", text)]))
+
+
+def read_prompts(path: str | None, is_raw: bool = False) -> list[Prompt] | None:
+    """Return the prompts of a text file, a line each, or of JSON lines. Raises ValueError for a file without any.
+
+    is_raw: prompts are texts that are continued, without turns.
+    """
     if path is None:
         return None
     if not Path(path).is_file():
         raise ValueError(f"prompt_path={path}: no such file; give a text file with one prompt a line, or JSON lines")
     if Path(path).suffix in (".jsonl", ".ndjson"):
-        prompts = [prompt_of_row(row) for file in find_files("prompt_path", path) for row in read_rows(file)]
+        rows = [row for file in find_files("prompt_path", path) for row in read_rows(file)]
+        prompts = [prompt_of_row(row, is_raw) for row in rows]
         if not prompts:
             raise ValueError(f"prompt_path={path}: the file has no row; write one JSON object a line")
+        others = Counter(name for prompt in prompts for name in (*prompt.messages.unread, *prompt.messages.listed))
+        if others:
+            names = ", ".join(f"{name} ({count:,} rows)" for name, count in others.items())
+            logger.info("prompt_path=%s: not part of the prompts, and written beside the answers: %s", path, names)
         return prompts
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -112,32 +128,16 @@ def read_prompts(path: str | None) -> list[Prompt] | None:
     lines = [line for line in text.split("\n") if line.strip()]  # text mode has made one of \r\n and \r
     if not lines:
         raise ValueError(f"prompt_path={path}: the file has no line with text; write one prompt a line")
-    return [Prompt({"prompt": line}) for line in lines]
+    return [text_prompt(line) for line in lines]
 
 
-def prompt_of_row(row: Row | BadRow) -> Prompt:
-    """Return the prompt of a JSON row: the text under `prompt`, or the turns under `messages` with their `tools`.
-
-    Other keys are kept beside the answer. Raises BadRow for a row with neither, and for one that ends in an answer.
-    """
+def prompt_of_row(row: Row | BadRow, is_raw: bool) -> Prompt:
+    """Return the prompt of a JSON row. Raises `BadRow`, also where the answer would be written over a value."""
     if isinstance(row, BadRow):
         raise row
-    values = row.values
-    if "answer" in values:
+    if "answer" in row.values:
         raise BadRow.because(row.origin, "has a key answer, which the answer is written to; rename it")
-    if isinstance(values.get("prompt"), str) and values["prompt"].strip():
-        return Prompt(values)
-    if values.get("messages") is None:
-        raise BadRow(row.origin, "text under prompt, or turns under messages", values)
-    messages = read_turns(values["messages"], row.origin, "messages")
-    if unread := next(unread_keys(values["messages"]), None):
-        raise BadRow.because(row.origin, f"nobody reads key {unread[0]!r} of a {unread[1]}; leave it out")
-    if messages[-1].role == "assistant":
-        raise BadRow.because(row.origin, "its messages end in an answer; leave that out to have one generated")
-    tools = values.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise BadRow(row.origin, "a list of tools", tools, "tools")
-    return Prompt(values, Conversation(messages, tools))
+    return Prompt(row.values, read_prompt(row, is_raw))
 
 
 def write_answers(rows: list[dict[str, Any]], answers: list[str], output: str | None) -> None:

@@ -27,7 +27,7 @@ from lightning_peft.commands.adapted import (
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.chat import encode
 from lightning_peft.data.conversation import Message
-from lightning_peft.data.samples import read_conversations
+from lightning_peft.data.samples import first_samples
 from lightning_peft.inference.load import is_whole_model, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context
 from lightning_peft.models.source import ModelConfig, copy_companions
@@ -96,9 +96,8 @@ def sample_ids(
     saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast, context: int | None = None
 ) -> list[Tensor]:
     """Token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`; no more than `context`."""
-    conversations = [[Message("user", text), Message("assistant", "Of course.")] for text in GENERAL_TEXT]
-    if saved is not None:
-        rows = read_conversations(saved.data, "validation", SAMPLES)
-        conversations = [messages for _, messages in rows] or conversations
     longest = min(SAMPLE_TOKENS, context or SAMPLE_TOKENS)
+    if saved is not None and (found := first_samples(saved.data, "validation", tokenizer, SAMPLES)):
+        return [torch.tensor([sample.input_ids[:longest]]) for sample in found]
+    conversations = [[Message("user", text), Message("assistant", "Of course.")] for text in GENERAL_TEXT]
     return [torch.tensor([encode(messages, tokenizer).input_ids[:longest]]) for messages in conversations]

@@ -11,10 +11,18 @@ from rich.table import Table
 
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.command_configs import Chosen, PairsConfig
-from lightning_peft.commands.adapted import best_of_sweep, layout_of, load_for_inference, saved_config
+from lightning_peft.commands.adapted import (
+    best_of_sweep,
+    layout_of,
+    load_for_inference,
+    saved_config,
+    tokenizer_for_inference,
+)
 from lightning_peft.commands.evaluate import console, data_of, given_for_rows, refuse_margins
 from lightning_peft.config import plain
+from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, RowKind
+from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.own_pairs import Asked, Counts, pair_row, pairs_of, score_of, without_repeats
 from lightning_peft.evaluation.scorers import scorers_of, task_of_metric, with_answer
@@ -38,11 +46,14 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
     refuse_rewards(tuned_folder(config.adapter_path))
     data = rows_asked(config)
     metric, small_is_good = metric_of(config, data)
-    found = read_conversations(data, "train", config.max_rows)
+    audit, tokenizer = Audit(), tokenizer_for_inference(config.adapter_path, config.model)
+    found = read_conversations(data, "train", config.max_rows, tokenizer=tokenizer, audit=audit)
+    for line in audit.warnings():
+        logger.warning("%s", line)
     (scorer,) = scorers_of([metric], data.task, list(found[0][0]) if found else None, option="metric")
     counts = Counts()
     asked = without_repeats(rows_with_answers(found, config), counts)
-    model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
+    model, _ = load_for_inference(config.adapter_path, config.model, config.precision)
     layout = layout_of(config.adapter_path, tokenizer)
     sampling = SamplingConfig(
         max_new_tokens=config.max_new_tokens or scorer.max_new_tokens,
@@ -50,7 +61,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
         seed=config.seed,
     )
     logger.info("%d answers to each of %d prompts, scored by %s", config.samples, len(asked), metric)
-    prompts = [layout.prompt(each.conversation, tokenizer) for each in asked]
+    prompts = prompts_of([each.conversation for each in asked], layout, tokenizer)
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
     answers = generate_batch(model, tokenizer, repeated, sampling, config.batch_size)
     score, lines = score_of(scorer, small_is_good), []

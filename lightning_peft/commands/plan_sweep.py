@@ -287,7 +287,7 @@ def check_scorers(runs: Sequence[TrainConfig]) -> None:
         seen.append(kind)
         scorers = scorers_of(run.validation.metrics, run.data.task)
         if any(scorer.columns for scorer in scorers):
-            rows = [row for row, _ in read_conversations(run.data, "validation", 1)]
+            rows = [row for row, _ in read_conversations(run.data, "validation", 1, tokenizer=None)]
             scorers_of(run.validation.metrics, run.data.task, [column for row in rows for column in row])
 
 

@@ -172,7 +172,7 @@ def task_metrics(config: TrainConfig, data: SFTDataModule, tokenizer: PreTrained
     """Prepare `validation.metrics`; None where there are none. Raises ValueError for what these rows cannot give."""
     if not config.validation.metrics:
         return None
-    found = read_conversations(config.data, "validation")
+    found = read_conversations(config.data, "validation", tokenizer=tokenizer)
     columns = sorted({"prompt", "completion"}.union(*(row for row, _ in found)))
     scorers = scorers_of(config.validation.metrics, config.data.task, columns)
     context, most = model_context(config.model), config.validation.max_new_tokens

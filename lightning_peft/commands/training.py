@@ -162,7 +162,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     if asked and OBJECTIVES[config.objective.name].gives_rewards:
         logger.info("validation.samples=%d: none is written, as a reward model writes no answers", asked)
         asked = 0
-    samples = read_conversations(config.data, "validation", asked)
+    samples = read_conversations(config.data, "validation", asked, tokenizer=tokenizer)
     signals = PreemptionSignals(plan.max_seconds)
     if member is not None:
         signals = MemberSignals(member.group, plan.max_seconds, run_dir)

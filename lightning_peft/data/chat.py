@@ -56,13 +56,15 @@ Outcome = list[Encoded] | Exception
 
 def refusal(error: Exception, origin: str, where: str = "") -> BadRow:
     """What an outcome says against a row: an error of template or tokenizer as a sentence about it."""
+    return BadRow.because(origin, where + _reason(error))
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeError) or "TextEncodeInput" in str(error) or "surrogates" in str(error):
-        reason = "expected UTF-8 text, got half of a surrogate pair or bytes of another encoding"
-    elif isinstance(error, RecursionError):
-        reason = "expected a conversation that the chat template can render, got one nested too deeply"
-    else:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return BadRow.because(origin, where + reason)
+        return "expected UTF-8 text, got half of a surrogate pair or bytes of another encoding"
+    if isinstance(error, RecursionError):
+        return "expected a conversation that the chat template can render, got one nested too deeply"
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def rules_of(config: DataConfig) -> Rules:
@@ -132,8 +134,15 @@ class Encoder:
     def prompt(self, messages: Sequence[Message], check: Callable[[str], None] | None = None) -> list[int]:
         """Tokens to generate the next assistant turn from: exactly those that stand before it in training.
 
-        check: is given the text before its tokens are counted, and may raise.
+        check: is given the text before its tokens are counted, and may raise. Raises `ChatTemplateError`, and
+        ValueError for what is no text.
         """
+        try:
+            return self._prompt(messages, check)
+        except (TypeError, UnicodeError, RecursionError) as error:  # of the tokenizer, for half of a surrogate pair
+            raise ValueError(_reason(error)) from error
+
+    def _prompt(self, messages: Sequence[Message], check: Callable[[str], None] | None) -> list[int]:
         if messages[0].role == TEXT_ROLE or self._layout is Layout.raw:
             text = "".join(message.content for message in messages)
             if check is not None:

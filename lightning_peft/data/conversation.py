@@ -68,12 +68,19 @@ class Conversation(list[Message]):
         """What a teacher reads in its place, with the same answers."""
         self.source = ""
         """Name of the source of a mixture that the row is of; empty where there is one source."""
+        self.origin = ""
+        """Where its row was read: "train.jsonl line 3"; empty for a conversation that is of no file."""
         self.margin = margin
         """By how much its answer is to be ahead of the rejected one, of preference rows that say so."""
 
     def before(self, index: int) -> "Conversation":
         """The messages before message `index`, with the same tools."""
-        return Conversation(self[:index], self.tools)
+        return self.at_its_place(Conversation(self[:index], self.tools))
+
+    def at_its_place(self, other: "Conversation") -> "Conversation":
+        """Another conversation that is made of the same row."""
+        other.origin, other.source = self.origin, self.source
+        return other
 
     @property
     def first_trained(self) -> int:

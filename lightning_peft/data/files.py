@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_peft.data.conversation import BadRow, Row, read_json, without_absent_keys
+from lightning_peft.data.records import elements, records
 
 PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp",
@@ -129,10 +130,14 @@ def _read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
 
 def _json_row(line: bytes, origin: str) -> Row | BadRow:
     try:
-        text = line.decode("utf-8-sig").strip()
-        values = read_json(text)
+        return _text_row(line.decode("utf-8-sig").strip(), origin)
     except UnicodeDecodeError:
         return BadRow(origin, "UTF-8 text", line)
+
+
+def _text_row(text: str, origin: str) -> Row | BadRow:
+    try:
+        values = read_json(text)
     except json.JSONDecodeError as error:
         return BadRow(origin, f"a JSON object ({error.msg}, column {error.colno})", text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
@@ -152,10 +157,9 @@ def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
         return
     try:
         rows = read_json(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+        yield from _array_row_by_row(text, file, error)
+        return
     for number, values in enumerate(rows, start=1):
         origin = f"{file} row {number}"
         if not isinstance(values, dict):
@@ -164,11 +168,27 @@ def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
             yield _utf8_row(values, origin)
 
 
+def _array_row_by_row(text: str, file: DataFile, wrong: Exception) -> Iterator[Row | BadRow]:
+    """The elements of an array of which not all can be read. Raises ValueError where it cannot be told which."""
+    try:
+        texts = list(elements(text))
+    except ValueError:
+        place, reason = f"{file}", f"{wrong}"
+        if isinstance(wrong, json.JSONDecodeError):
+            place, reason = f"{file} line {wrong.lineno}", f"{wrong.msg}, column {wrong.colno}"
+        raise ValueError(f"{place}: not JSON ({reason})") from wrong
+    for number, element in enumerate(texts, start=1):
+        row = _text_row(element, f"{file} row {number}")
+        yield _utf8_row(row.values, row.origin) if isinstance(row, Row) else row
+
+
 def _utf8_row(values: dict[str, Any], origin: str) -> Row | BadRow:
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return BadRow(origin, "UTF-8 text", error.object[max(0, error.start - 20) : error.end + 20])
+    except RecursionError as error:
+        return BadRow(origin, f"a JSON object ({error})", list(values), None)
     return Row(values, origin)
 
 
@@ -178,16 +198,20 @@ def _read_table(file: DataFile, separator: str) -> Iterator[Row | BadRow]:
         file.content() as content,
         io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
-        reader = csv.DictReader(text, strict=True, delimiter=separator)
-        try:
-            names = list(reader.fieldnames or [])
-            _refuse_copies(names, f"{file} line 1")
-            for values in reader:
-                got = len(names) - list(values.values()).count(None) + len(values.get(None, []))
-                origin = f"{file} line {reader.line_num}"
-                yield _utf8_row(values, origin) if got == len(names) else BadRow(origin, f"{len(names)} fields", got)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} after line {reader.line_num}: not CSV in UTF-8 ({error})") from error
+        found = records(text, separator, str(file))
+        header = next(found, None)
+        names = [] if header is None else header.fields
+        if header is not None and header.wrong is not None:
+            raise ValueError(f"{file} line 1: not CSV ({header.wrong})")
+        _refuse_copies(names, f"{file} line 1")
+        for record in found:
+            origin = f"{file} {record.place}"
+            if record.wrong is not None:
+                yield BadRow(origin, f"CSV ({record.wrong})", record.text)
+            elif len(record.fields) not in (0, len(names)):
+                yield BadRow(origin, f"{len(names)} fields", len(record.fields))
+            elif record.fields:  # a line without any is between rows
+                yield _utf8_row(dict(zip(names, record.fields, strict=True)), origin)
 
 
 def _refuse_copies(names: Iterable[Any], origin: str) -> None:
@@ -217,7 +241,7 @@ def _read_by_datasets(file: DataFile, kind: str) -> Iterator[Row | BadRow]:
         rows = load_dataset(kind, data_files=file.path, split="train", streaming=True)
         for number, values in enumerate(rows, start=1):
             yield Row(without_absent_keys(values), f"{file} row {number}")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # `datasets` raises what its readers do
         article = "an" if kind == "arrow" else "a"
         raise ValueError(f"{file}: not {article} {kind} file ({_first_line(error)})") from error
 

@@ -208,9 +208,7 @@ class RowReader(Shape):
 
     def __call__(self, row: Row) -> Conversation:
         """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
-        row = self._with_turns(row)
-        if has_null_property(row.values.get(self.side.get("tools", ""))):  # exported from Arrow as JSON
-            row = Row(without_absent_keys(row.values), row.origin)
+        row = self._spelled_out(row)
         unread = unread_names(row, self._passed, self._turn_columns, self.ignored) if self.lists_unread else ((), ())
         if self.ignored & OPTIONAL_KEYS:
             row = self._without_ignored_keys(row)
@@ -229,6 +227,21 @@ class RowReader(Shape):
         wanted = read_label(row, self.columns[-1]) if row_format.rows is RowKind.labelled else None
         return Conversation(found, found.tools, *unread, wanted=wanted, taught=taught)
 
+    def asked(self, row: Row) -> Conversation:
+        """The conversation that a row without an answer asks to go on with. Raises `BadRow`.
+
+        All that may stand beside a prompt is read as in training, and what is no part of it is listed.
+        """
+        row, (column,) = self._spelled_out(row), self.columns
+        if self.format == Format.messages or isinstance(row.values.get(column), list):
+            _refuse_input(row, self, column)
+            messages = read_turns(row.values.get(column), row.origin, column)
+        else:
+            messages = [Message("user", _with_input(row, self))]
+        found = self._conversation(row, messages)
+        unread, listed = unread_names(row, self._read_columns, self._turn_columns, self.ignored)
+        return Conversation(found, found.tools, unread, listed)
+
     def ignores(self, row: Row) -> dict[str, bool]:
         """Return which of the names that are left out on request are in a row, as a column or a key of a turn."""
         if not self.ignored:
@@ -237,6 +250,13 @@ class RowReader(Shape):
         lists = (turns for column in self._turn_columns if isinstance(turns := values.get(column), list))
         keys = {key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn}
         return {name: name in row.values or name in keys for name in sorted(self.ignored)}
+
+    def _spelled_out(self, row: Row) -> Row:
+        """The row with its turns as lists, and its tools without the properties that Arrow adds."""
+        row = self._with_turns(row)
+        if has_null_property(row.values.get(self.side.get("tools", ""))):  # exported from Arrow as JSON
+            return Row(without_absent_keys(row.values), row.origin)
+        return row
 
     def _with_turns(self, row: Row) -> Row:
         """The row with the turns that it holds as JSON, as tables of text do, in place of their text.

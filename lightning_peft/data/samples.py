@@ -20,7 +20,7 @@ from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.sources import file_count, iterate_rows
 from lightning_peft.data.taught import with_twin_cut, with_twins
 from lightning_peft.data.template import ChatTemplate
-from lightning_peft.data.token_rows import sample_of
+from lightning_peft.data.token_rows import foreign_token, sample_of
 from lightning_peft.data.token_store import Samples, kinds_of
 from lightning_peft.data.too_long import fits, shortened
 from lightning_peft.data.units import encode_units
@@ -232,36 +232,85 @@ def _unread_message(unread: Counter[str], rows: int) -> str:
 
 
 def read_conversations(
-    config: DataConfig, split: str, limit: int | None = None
+    config: DataConfig,
+    split: str,
+    limit: int | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    audit: Audit | None = None,
 ) -> list[tuple[dict[str, Any], Conversation]]:
     """The first usable rows of a split, each with its messages; bad rows as `data.on_bad_row` says.
 
-    Those of a mixture come from its sources in turn. Raises `BadRow`, ValueError for options that do not fit the rows.
+    tokenizer: as in training, a row that it or its chat template refuses is a bad one; None looks at the rows alone.
+    audit: counts the rows, for a caller whose rows nobody else counts. Those of a mixture come from its sources in
+    turn. Raises `BadRow`, ValueError for options that do not fit the rows.
     """
-    turns = zip_longest(*(_conversations(source, split, limit) for source in sources_of(config)))
+    turns = zip_longest(
+        *(_conversations(source, split, limit, tokenizer, audit or Audit()) for source in sources_of(config))
+    )
     return list(islice((found for turn in turns for found in turn if found is not None), limit))
 
 
-def _conversations(source: MixedSource, split: str, limit: int | None) -> list[tuple[dict[str, Any], Conversation]]:
+def first_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Encoded]:
+    """The first samples of a split, as training makes them; those of a mixture come from its sources in turn.
+
+    Raises as `encode_rows` does, of the rows that it reads.
+    """
+    turns = zip_longest(*(_samples(source, split, tokenizer) for source in sources_of(config)))
+    return list(islice((found for turn in turns for found in turn if found is not None), limit))
+
+
+def _samples(source: MixedSource, split: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
+    with naming(source.name):
+        yield from encode_rows(iterate_rows(source.config, split), source.config, tokenizer, Audit())
+
+
+def _conversations(
+    source: MixedSource, split: str, limit: int | None, tokenizer: PreTrainedTokenizerBase | None, audit: Audit
+) -> list[tuple[dict[str, Any], Conversation]]:
     config = source.config
+    encoder = None if tokenizer is None else encoder_of(config, tokenizer)
     found: list[tuple[dict[str, Any], Conversation]] = []
     with naming(source.name):
         rows = iterate_rows(config, split)
         first = list(islice(rows, ROWS_AT_ONCE))
         reader, refused = _find_reader(first, config)
-        for row in chain(first, rows):
-            if limit is not None and len(found) >= limit:
-                break
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                conversation = _read(reader, refused, row)
-            except BadRow:
-                if config.on_bad_row is OnBadRow.error:
-                    raise
-                continue
-            conversation.source = source.name
-            found.append((row.values, conversation))
+        rows = chain(first, rows)
+        while several := list(islice(rows, ROWS_AT_ONCE if limit is None else min(ROWS_AT_ONCE, limit - len(found)))):
+            found += _usable(several, reader, refused, encoder, config, audit)
+    for _, conversation in found:
+        conversation.source = source.name
+    return found
+
+
+def _usable(
+    rows: Sequence[Row | BadRow],
+    reader: RowReader | None,
+    refused: ValueError | None,
+    encoder: Encoder | None,
+    config: DataConfig,
+    audit: Audit,
+) -> list[tuple[dict[str, Any], Conversation]]:
+    """Those of the rows that can be read and, where there is an encoder, laid out."""
+    read: list[tuple[Row, Conversation]] = []
+    for row in rows:
+        audit.rows += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            read.append((row, _read(reader, refused, row)))
+        except BadRow as error:
+            _refuse(error, config, audit)
+    parts = [part for _, conversation in read for part in (conversation, conversation.rejected) if part]
+    outcomes = {} if encoder is None or not parts else dict(zip(map(id, parts), encoder.encode(parts), strict=True))
+    found = []
+    for row, conversation in read:
+        laid_out = [outcomes.get(id(part)) for part in (conversation, conversation.rejected)]
+        if wrong := next((outcome for outcome in laid_out if isinstance(outcome, Exception)), None):
+            _refuse(refusal(wrong, row.origin), config, audit)
+            continue
+        conversation.origin = row.origin
+        found.append((row.values, conversation))
     return found
 
 
@@ -279,8 +328,8 @@ def _outcomes(
     outcomes: Sequence[Outcome]
     if all(conversation.tokens is not None for _, conversation in read):
         ends = end_token_ids(tokenizer) if read else set()
-        outcomes = [[sample_of(conversation.tokens, ends)] for _, conversation in read if conversation.tokens]
-        return outcomes, [None] * len(read)
+        tokens = [conversation.tokens for _, conversation in read if conversation.tokens is not None]
+        return [foreign_token(each, tokenizer) or [sample_of(each, ends)] for each in tokens], [None] * len(read)
     outcomes = encoder.encode([conversation for _, conversation in read])
     if config.teacher_prompt is None:
         return outcomes, [None] * len(read)

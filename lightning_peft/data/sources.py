@@ -9,8 +9,9 @@ from math import ceil
 from typing import Any
 
 from lightning_peft.data.config import DataConfig, RowKind
-from lightning_peft.data.conversation import BadRow, Row, without_absent_keys
+from lightning_peft.data.conversation import BadRow, Row
 from lightning_peft.data.files import DataFile, find_files, read_rows
+from lightning_peft.data.hub import check_named, hub_identity, hub_rows
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import OwnRows
 
@@ -53,41 +54,14 @@ def file_count(config: DataConfig, split: str) -> int | None:
     return len(data_files(config, split if split in _source(config).splits(config) else "train"))
 
 
-def _hub_rows(config: DataConfig, split: str) -> Any:
-    hub_split = _hub_split(config, split)
-    if config.hub_name is None:
-        raise ValueError(
-            "data.hub_name=null: give the name of a data set on the hub, or data=jsonl data.train_path=FILE"
-        )
-    from datasets import load_dataset  # takes two seconds, and only parquet and the hub need it
-
-    try:
-        return load_dataset(config.hub_name, config.hub_config, split=hub_split, streaming=config.streaming)
-    except OSError as error:
-        raise ValueError(
-            f"data.hub_name={config.hub_name}: not found or the hub cannot be reached ({_first_line(error)}); "
-            "without network give data=jsonl data.train_path=FILE or data=text_to_sql"
-        ) from error
-    except ValueError as error:
-        options = f"data.hub_name={config.hub_name} data.hub_config={config.hub_config}"
-        raise ValueError(f"{options} split {hub_split}: {_first_line(error)}") from error
-
-
-def _hub_split(config: DataConfig, split: str) -> str | None:
-    return {"train": config.hub_split, "validation": config.hub_validation_split}[split]
-
-
 def _hub_shards(config: DataConfig, split: str) -> list[Shard]:
-    rows = _hub_rows(config, split)
-    return _numbered_rows(lambda: map(without_absent_keys, rows), f"{config.hub_name} {_hub_split(config, split)}")
+    check_named(config)
+    return [partial(hub_rows, config, split)]
 
 
-def _hub_identity(config: DataConfig, split: str) -> str:
-    return _hub_rows(config, split)._fingerprint  # of the files it was read from and what was done to them
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _hub_identity(config: DataConfig, split: str) -> Any:
+    check_named(config)
+    return hub_identity(config, split)
 
 
 def _numbered_rows(rows: Callable[[], Iterable[dict[str, Any]]], name: str) -> list[Shard]:

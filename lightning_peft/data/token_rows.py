@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.conversation import BadRow, Row, Tokens, read_json
@@ -66,6 +68,17 @@ def _list(row: Row, column: str, kind: type) -> list[Any] | None:
     if not isinstance(value, list) or any(type(number) not in allowed for number in value):
         raise BadRow(row.origin, f"a list of {'whole ' * (kind is int)}numbers", value, column)
     return value
+
+
+def foreign_token(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> ValueError | None:
+    """Return what is wrong with a row one of whose ids is no token of the tokenizer; None where all are."""
+    if max(tokens.input_ids) < (size := len(tokenizer)):
+        return None
+    beyond = sorted({token for token in tokens.input_ids if token >= size})
+    foreign = next((token for token in beyond if tokenizer.convert_ids_to_tokens(token) is None), None)
+    if foreign is None:
+        return None
+    return ValueError(f"column 'input_ids': a token has the id {foreign}, and the tokenizer has {size:,} tokens")
 
 
 def sample_of(tokens: Tokens, ends: set[int]) -> Encoded:

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.data.batch import Batch
-from lightning_peft.data.conversation import Conversation, Message, tools_of
+from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.preferences import Standing
+from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.evaluation.gate import row_scores, scores_by_source
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
@@ -79,13 +80,13 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, 
 def answer_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     task: Task,
     batch_size: int,
     layout: PromptLayout,
 ) -> list[str]:
     """Greedy answers to conversations that end with a user turn."""
-    prompts = [layout.prompt(messages, tokenizer) for messages in conversations]
+    prompts = prompts_of(conversations, layout, tokenizer)
     return generate_batch(
         model, tokenizer, prompts, SamplingConfig(max_new_tokens=task.max_new_tokens), batch_size=batch_size
     )
@@ -96,7 +97,7 @@ def score(
     tokenizer: PreTrainedTokenizerFast,
     batches: Iterable[Batch],
     rows: list[Row],
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     task: Task,
     batch_size: int,
     layout: PromptLayout,
@@ -116,11 +117,12 @@ def score(
     return Scores(loss, perplexity, metrics | preferences, answers, source_losses, by_row | more, of_sources)
 
 
-def with_shots(conversations: Sequence[Sequence[Message]], shots: Sequence[Sequence[Message]]) -> list[Conversation]:
+def with_shots(conversations: Sequence[Conversation], shots: Sequence[Sequence[Message]]) -> list[Conversation]:
     """Conversations that begin with solved examples, after the system message if there is one."""
     turns = [message for shot in shots for message in shot if message.role != "system"]
     started = []
     for messages in conversations:
         system = [message for message in messages if message.role == "system"]
-        started.append(Conversation([*system, *turns, *messages[len(system) :]], tools_of(messages)))
+        begun = Conversation([*system, *turns, *messages[len(system) :]], messages.tools)
+        started.append(messages.at_its_place(begun))
     return started

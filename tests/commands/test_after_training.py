@@ -106,9 +106,19 @@ def test_generate_answers_rows_of_json(run_dir, tmp_path, capsys):
     assert answers[0]["answer"] == answers[1]["answer"]
 
 
+def test_generate_says_which_columns_are_no_part_of_a_prompt(run_dir, tmp_path, capsys):
+    row = {"id": 7, "context": "c", "prompt": "one", "system": "Be brief."}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["generate", str(run_dir), "sampling.max_new_tokens=4", f"prompt_path={tmp_path}/prompts.jsonl"]
+    said = run([*words, f"output={tmp_path}/answers.jsonl"], capsys).err
+    assert "not part of the prompts, and written beside the answers: column 'context' (1 rows), column 'id'" in said
+    assert json.loads((tmp_path / "answers.jsonl").read_text()).items() >= row.items()
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ('{"prompt": "cut \\ud83d"}', "line 1: expected UTF-8 text, got half of a surrogate pair"),
         ('{"question": "one"}', "line 1: expected text under prompt, or turns under messages"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 1: its messages end in an answer"),
         ('{"prompt": "one", "answer": "x"}', "line 1: has a key answer"),

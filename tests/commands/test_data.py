@@ -33,3 +33,11 @@ def test_exit_status_tells_of_bad_rows_and_with_strict_of_warnings(words, tmp_pa
     assert "strict=true: " in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi"}\n')
     assert main(words) == 2
+
+
+def test_streamed_rows_are_shown_without_the_length_of_a_run(words, capsys):
+    streamed = [*words, "data.streaming=true", "data.shuffle_window=10", "samples=1"]
+    assert main(streamed) == 0
+    assert "10 samples of 10 rows" in capsys.readouterr().out
+    assert main(["train", *streamed[1:-1]]) == 2
+    assert "so give trainer.max_steps" in capsys.readouterr().err

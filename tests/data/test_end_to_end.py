@@ -9,9 +9,16 @@ from chat_templates import TRL
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lightning_peft.__main__ import main
+from lightning_peft.commands.adapted import layout_of, load_for_inference
+from lightning_peft.data.chat import end_token_ids
+from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.generate import answer_row, declared_end_ids, why_not_decoded
+from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k/train.jsonl"
+ROOM = 300
+"""Tokens that an answer may have."""
 CITIES = ("Oslo", "Rome")
 
 
@@ -43,8 +50,25 @@ def train(model, path, run_dir, *words):
 
 def answered(run_dir, prompt, capsys, *words):
     capsys.readouterr()
-    assert main(["generate", f"adapter_path={run_dir}", f"prompt={prompt}", "sampling.max_new_tokens=200", *words]) == 0
+    assert (
+        main(["generate", f"adapter_path={run_dir}", f"prompt={prompt}", f"sampling.max_new_tokens={ROOM}", *words])
+        == 0
+    )
     return capsys.readouterr().out.strip()
+
+
+def generated_tokens(run_dir, prompt):
+    """The tokens of an answer, special ones among them, as the decoder of `generate` writes it; and the tokenizer."""
+    model, tokenizer = load_for_inference(str(run_dir), None, "auto")
+    assert why_not_decoded(model) is None
+    layout = layout_of(str(run_dir), tokenizer)
+    ids = layout.prompt(layout.conversation(prompt), tokenizer)
+    ends = end_token_ids(tokenizer) | declared_end_ids(model)
+    decoder, row = Decoder(model), answer_row(ids, SamplingConfig(max_new_tokens=ROOM), ends, 0, None)
+    decoder.add(row)
+    while decoder.rows:
+        decoder.step()
+    return row.tokens, tokenizer
 
 
 @pytest.mark.slow
@@ -76,6 +100,8 @@ def test_trained_call_is_generated_and_generation_stops_behind_it(model, tmp_pat
         call = json.dumps({"name": "weather", "arguments": {"city": city}})
         expected = f"<think>\n\n</think>\n\n<tool_call>\n{call}\n</tool_call>"
         assert answered(tmp_path / "run", city, capsys) == expected
+        tokens, tokenizer = generated_tokens(tmp_path / "run", city)
+        assert tokenizer.decode(tokens) == f"{expected}<|im_end|>" and len(tokens) < ROOM
 
 
 @pytest.mark.slow
@@ -94,23 +120,40 @@ def test_thought_and_answer_are_learned_and_end(model, tmp_path, capsys):
     assert answered(tmp_path / "run", "3+3?", capsys) == "<think>\nThree twice.\n</think>\n\n6"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not GSM8K.is_file(), reason="gsm8k is not here")
-def test_gsm8k_with_its_working_as_thoughts(model, tmp_path, capsys):
+def gsm8k_rows():
     rows = []
-    for line in GSM8K.read_text().splitlines()[:200]:
+    for line in GSM8K.read_text().splitlines():
         row = json.loads(line)
         working, _, number = row["answer"].partition("\n#### ")
         answer = {"role": "assistant", "content": number, "reasoning_content": working}
         rows.append({"messages": [{"role": "user", "content": row["question"]}, answer]})
-    path = write(tmp_path / "gsm8k.jsonl", rows)
-    words = [
-        "data.max_length=1024",
-        "trainer.max_steps=40",
-        "data.max_validation_rows=8",
-    ]
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GSM8K.is_file(), reason="gsm8k is not here")
+def test_gsm8k_with_its_working_as_thoughts(model, tmp_path):
+    path = write(tmp_path / "gsm8k.jsonl", gsm8k_rows()[:200])
+    words = ["data.max_length=1024", "trainer.max_steps=40", "data.max_validation_rows=8"]
     result = train(model, path, tmp_path / "run", *words)
     counts = result["data"]
     assert counts["ended"] == counts["samples"] - counts["truncated"]
     assert result["validation_loss"] < 0.6 * 5.6  # a random model has log(vocabulary)
-    assert "<|im_end|>" not in answered(tmp_path / "run", rows[0]["messages"][0]["content"], capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GSM8K.is_file(), reason="gsm8k is not here")
+def test_gsm8k_answer_is_thought_out_and_stops_at_its_end(model, tmp_path, capsys):
+    """The end token is generated, is the last one, and comes before the room for the answer is used up."""
+    rows = sorted(gsm8k_rows(), key=lambda row: len(json.dumps(row)))[:4]
+    path = write(tmp_path / "gsm8k.jsonl", rows)
+    words = ["data.max_length=512", "data.validation_fraction=0", "trainer.max_steps=250"]
+    assert train(model, path, tmp_path / "run", *words)["train_loss"] < 0.1
+    for row in rows:
+        question, answer = row["messages"]
+        tokens, tokenizer = generated_tokens(tmp_path / "run", question["content"])
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert len(tokens) < ROOM and tokens.index(end) == len(tokens) - 1
+        said = f"<think>\n{answer['reasoning_content']}\n</think>\n\n{answer['content']}"
+        assert tokenizer.decode(tokens[:-1]) == said
+    assert answered(tmp_path / "run", question["content"], capsys) == said

@@ -195,7 +195,7 @@ def test_excel_cells_are_text(tmp_path):
             "line 2",
         ),
         ("rows.jsonl", '{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n', "line 1"),
-        ("rows.json", '[{"prompt": "a", "prompt": "z", "completion": "b"}]', "not JSON"),
+        ("rows.json", '[{"prompt": "a", "prompt": "z", "completion": "b"}]', "row 1"),
     ],
 )
 def test_key_that_stands_twice_in_an_object_is_named(tmp_path, name, text, place):

@@ -246,7 +246,7 @@ def test_rows_that_several_sources_have_are_counted(paths, tokenizer):
 
 def test_conversations_come_from_the_sources_in_turn(paths):
     config = DataConfig(sources={name: {"train_path": paths[name]} for name in NAMES}, validation_fraction=0.1)
-    found = read_conversations(config, "validation", 4)
+    found = read_conversations(config, "validation", 4, tokenizer=None)
     assert [name_of(messages[0].content) for _, messages in found] == ["chat", "code", "story", "chat"]
 
 

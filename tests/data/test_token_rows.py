@@ -1,6 +1,7 @@
 """Rows that were tokenised before."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -101,12 +102,29 @@ def test_bad_row_is_named_and_can_be_skipped(case, chatml, write_jsonl):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_token_beyond_the_embedding_is_an_error(chatml, write_jsonl, streaming):
-    path = write_jsonl([*[{"input_ids": [5, 6]}] * 20, {"input_ids": [5, 999]}])
+    """The tokenizer has it, so no row is at fault: model and tokenizer do not belong together."""
+    path = write_jsonl([*[{"input_ids": [5, 6]}] * 20, {"input_ids": [5, 320]}])
     config = DataConfig(train_path=path, validation_fraction=0.0, cache_dir=None, streaming=streaming, shuffle_window=9)
-    module = SFTDataModule(config, chatml, 0, vocabulary=900)
-    with pytest.raises(ValueError, match="a token has the id 999, the model has embeddings for 900"):
+    module = SFTDataModule(config, chatml, 0, vocabulary=300)
+    with pytest.raises(ValueError, match="token '.*' has the id 320, the model has embeddings for 300"):
         module.setup()
         list(module.train_dataloader())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_token_that_the_tokenizer_does_not_have_is_the_fault_of_its_row(chatml, write_jsonl, streaming):
+    path = write_jsonl([*[{"input_ids": [5, 6]}] * 20, {"input_ids": [5, 999]}, {"input_ids": [5, 7]}])
+    options = {"validation_fraction": 0.0, "cache_dir": None, "streaming": streaming, "shuffle_window": 9}
+    module = SFTDataModule(DataConfig(train_path=path, **options), chatml, 0, vocabulary=900)
+    message = f"rows.jsonl line 21: column 'input_ids': a token has the id 999, and the tokenizer has {len(chatml)} tok"
+    with pytest.raises(BadRow, match=message):
+        module.setup()
+        list(module.train_dataloader())
+    config = DataConfig(train_path=path, on_bad_row=OnBadRow.skip, packing=False, micro_batch_size=1, **options)
+    module = SFTDataModule(config, chatml, 0, vocabulary=900)
+    module.setup()
+    tokens = [batch.input_ids.flatten()[:2].tolist() for batch in islice(module.train_dataloader(), 21)]
+    assert sorted(tokens) == [[5, 6]] * 20 + [[5, 7]]
 
 
 def test_column_beside_them_is_not_silent(chatml, write_jsonl):

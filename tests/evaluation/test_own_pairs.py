@@ -83,7 +83,7 @@ def test_row_is_read_as_the_same_prompt_with_both_answers(conversation, tmp_path
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row) + "\n")
     config = DataConfig(train_path=str(path), validation_fraction=0.0, rows=RowKind.pairs)
-    ((_, found),) = read_conversations(config, "train")
+    ((_, found),) = read_conversations(config, "train", tokenizer=None)
 
     def said(messages):
         return [(m.role, m.content, m.reasoning, m.tool_calls, m.name) for m in messages]

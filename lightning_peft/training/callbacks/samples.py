@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.adapters.inject import adapters, disable_adapters
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.tracking.loggers import RunLogger
@@ -36,7 +37,7 @@ class Samples(Callback):
         asked = [(messages, place) for messages in conversations if (place := messages.last_answer) is not None]
         if len(asked) < len(conversations):
             logger.info("validation.samples: plain text rows ask nothing, so none of them is answered")
-        self.prompts = [layout.prompt(messages.before(place), tokenizer) for messages, place in asked]
+        self.prompts = prompts_of([messages.before(place) for messages, place in asked], layout, tokenizer)
         self.references = [messages[place].content for messages, place in asked]
         self.tokenizer = tokenizer
         self.path = run_dir / "samples.jsonl"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft import distributed
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.evaluation.scorers import Scorer, scores_of, spread, with_answer
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
@@ -47,7 +48,7 @@ class Questions:
         tokens. Raises ValueError where there are none."""
         asked = [(row, messages, place) for row, messages in found if (place := messages.last_answer) is not None]
         chosen = [asked[index] for index in spread(count, len(asked))]
-        prompts = [layout.prompt(messages.before(place), tokenizer) for _, messages, place in chosen]
+        prompts = prompts_of([messages.before(place) for _, messages, place in chosen], layout, tokenizer)
         kept = [index for index, prompt in enumerate(prompts) if longest is None or len(prompt) <= longest]
         if len(kept) < len(chosen):
             logger.warning(
