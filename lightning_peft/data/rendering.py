@@ -18,7 +18,7 @@ from lightning_peft.data.config import Reasoning
 from lightning_peft.data.conversation import Message, tools_of
 from lightning_peft.data.history import History
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError
-from lightning_peft.data.thoughts import split_thought
+from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING, split_thought
 
 log = logging.getLogger(__name__)
 
@@ -134,14 +134,20 @@ class ConversationRenderer:
             return messages
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         for index in answers[:-1] if rule is Reasoning.last else answers:
-            _, content = split_thought(messages[index].content)
-            messages[index] = replace(messages[index], content=content, reasoning=None)
+            message = messages[index]
+            thought, content = self._template.thought_of(message)
+            if not content.strip() and not message.tool_calls:
+                raise ChatTemplateError(
+                    f"data.reasoning={rule.value}: assistant message {index + 1} is a thought alone, which leaves "
+                    "nothing of it"
+                )
+            messages[index] = message if thought is None else replace(message, content=content, reasoning=None)
         return messages
 
     def _turn(self, history: "History", messages: Sequence[Message], index: int) -> Rendered:
         prompt, whole, places = history.around(index)
         message = messages[index]
-        if _CLOSED_THOUGHT.search(prompt) and (message.reasoning or split_thought(message.content)[0]):
+        if _CLOSED_THOUGHT.search(prompt) and self._template.thought_of(message)[0]:
             prompt = history.thinking_prompt(index)
             _log_thinking()
         if whole.startswith(prompt):
@@ -169,13 +175,13 @@ class ConversationRenderer:
         header, turn = prompt[end:], whole[place:]
         if turn.startswith(header):
             return turn[len(header) :]
-        opened = re.search(r"(<think>|<\|channel>thought\n|\[THINK\])\s*$", header)
+        opened = OPENED.search(header)
         if opened is None or not turn.startswith(header[: opened.start()]):
             raise ChatTemplateError(
                 f"the chat template is not prefix-stable: the prompt before assistant message {index + 1} ends "
                 f"{header[-40:]!r} in generation and {turn[:40]!r} in training"
             )
-        thought = message.reasoning or split_thought(message.content)[0] or ""
+        thought = self._template.thought_of(message)[0] or ""
         answer = split_thought(turn[opened.start() :])[1]
         return thought.strip() + self._template.thought_end + answer.lstrip()
 
@@ -189,36 +195,49 @@ class ConversationRenderer:
                 end = len(said)
             else:
                 stop = end = len(said)
-        thought, answer = (message.reasoning, message.content)
-        if thought is None:
-            thought, answer = split_thought(answer)
-        thought, answer = (thought or "").strip(), answer.strip()
-        if thought and thought not in said:
-            raise ChatTemplateError(
-                f"the chat template does not write the thought of assistant message {index + 1}; data.reasoning=drop "
-                "leaves it out"
-            )
-        thought_stop = said.index(thought) + len(thought) if thought else 0
-        answer_start = said.find(answer, thought_stop, end) if answer else -1
-        if answer and answer_start < 0:
+        given, answer = self._template.thought_of(message)
+        thought, answer = (given or "").strip(), answer.strip()
+        calls = bool(message.tool_calls)
+        thought_stop = self._thought_stop(thought, index, said)
+        answer_start = _place_of(answer, said, thought_stop, stop, end, calls) if answer else thought_stop
+        if answer_start < 0:
             raise ChatTemplateError(
                 f"the chat template does not write the content of assistant message {index + 1} as it is"
             )
         stop = max(stop, answer_start + len(answer))  # an answer may itself end in a special token
+        if given is not None and not (thought or answer or calls):
+            raise ChatTemplateError(f"assistant message {index + 1} says nothing, its thought is empty")
         parts: list[tuple[int, Kind]] = []
+        first_call = calls and _names_call(message, said[min(thought_stop, answer_start) : answer_start])
+        if first_call:
+            parts += [(thought_stop, Kind.reasoning)] * (thought_stop > 0) + [(answer_start, Kind.tool_call)]
+        elif thought or CLOSING.search(said[:answer_start]):
+            parts.append((answer_start if answer or calls else stop, Kind.reasoning))
         if answer:
-            if thought or "think" in said[:answer_start]:
-                parts.append((answer_start, Kind.reasoning))
-            elif message.tool_calls and _names_call(message, said[:answer_start]):
-                parts.append((answer_start, Kind.tool_call))
-            parts.append((answer_start + len(answer) if message.tool_calls else stop, Kind.answer))
-        elif thought:
-            parts.append((thought_stop, Kind.reasoning))
-        if message.tool_calls:
+            parts.append((answer_start + len(answer) if calls else stop, Kind.answer))
+        if calls:
             parts.append((stop, Kind.tool_call))
         if end > stop:
             parts.append((end, Kind.end))
         return [part for part, before in zip(parts, [(0, None), *parts], strict=False) if part[0] > before[0]], said
+
+    def _thought_stop(self, thought: str, index: int, said: str) -> int:
+        """Where the thought of a turn stops, and what closes it; 0 where nothing of the kind is said."""
+        if not thought:
+            empty = EMPTY_THOUGHT.match(said)
+            return empty.end() if empty is not None else 0
+        begin = self._template.thought_begin.strip()
+        if begin and said.lstrip().startswith(begin):
+            start = said.index(begin) + len(begin)
+        else:
+            start = opening.end() if (opening := OPENING.match(said)) is not None else 0
+        if (place := said.find(thought, start)) < 0:
+            raise ChatTemplateError(
+                f"the chat template does not write the thought of assistant message {index + 1}; data.reasoning=drop "
+                "leaves it out"
+            )
+        closing = CLOSING.match(said, place + len(thought))
+        return closing.end() if closing is not None else place + len(thought)
 
     def _end(self, said: str) -> tuple[int, int]:
         """Where the end tokens of a turn start and stop; the same place twice where it has none."""
@@ -246,6 +265,21 @@ def _log_thinking() -> None:
         "The chat template's usual prompt asks for no thought: turns with one are trained after the prompt of "
         "enable_thinking=true; data.template_options={enable_thinking:true} generates with it too."
     )
+
+
+def _place_of(answer: str, said: str, thought_stop: int, stop: int, end: int, calls: bool) -> int:
+    """Where the answer begins in what is said, -1 where it is not in it as it is.
+
+    Without calls it ends where the turn's end tokens start, or in some that are its own; with them it follows the
+    thought at once, if it does not follow the calls.
+    """
+    if calls:
+        return thought_stop if said.startswith(answer, thought_stop) else said.find(answer, thought_stop, end)
+    last = said[:stop].rstrip()
+    if last.endswith(answer):
+        return len(last) - len(answer)
+    place = said.find(answer, thought_stop, end)
+    return place if place >= 0 else said.find(answer, 0, end)  # one that begins with the mark that closes a thought
 
 
 def _names_call(message: Message, text: str) -> bool:

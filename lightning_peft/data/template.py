@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from lightning_peft.data.conversation import Message
 from lightning_peft.data.marks import CLOSE, MARK, MARKS, OPEN, Marked, mark_loops, without_marks
 from lightning_peft.data.text_calls import writer_of
-from lightning_peft.data.thoughts import reasoning_keys, split_thought
+from lightning_peft.data.thoughts import CLOSING, OPENED, reasoning_keys, split_thought
 
 log = logging.getLogger(__name__)
 
@@ -238,6 +238,37 @@ class ChatTemplate:
         return writer_of(self._try([{"role": "user", "content": _ASKED}], [_TOOL], True))
 
     @cached_property
+    def opens_thought(self) -> str | None:
+        """The mark with which the generation prompt opens a thought; None where it does not."""
+        opened = OPENED.search(self._try([{"role": "user", "content": _ASKED}], generation=True))
+        return None if opened is None else opened["mark"]
+
+    def thought_of(self, message: Message) -> tuple[str | None, str]:
+        """The thought of a turn, by its key or at the beginning of its content, None without one; and its answer."""
+        if message.reasoning is not None:
+            return message.reasoning, message.content
+        return split_thought(message.content, self.opens_thought)
+
+    @cached_property
+    def _splits_content(self) -> bool:
+        """Whether the template looks for a thought in the content of an answer, unless a key says that it has none."""
+        said = f"{_THOUGHT} </think> {_ANSWERED}"
+        texts = [
+            self._try([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": said, **keys}])
+            for keys in ({}, reasoning_keys(""))
+        ]
+        return [said in text for text in texts] == [False, True]
+
+    @cached_property
+    def thought_begin(self) -> str:
+        """What an answer puts before its thought; empty where the template writes none, or in the prompt."""
+        question = [{"role": "user", "content": _ASKED}]
+        prompt, answer = self._try(question, generation=True), {"role": "assistant", "content": _ANSWERED}
+        text = self._try([*question, answer | reasoning_keys(_THOUGHT)])
+        said = text.removeprefix(prompt)
+        return said[: said.index(_THOUGHT)] if said != text and _THOUGHT in said else ""
+
+    @cached_property
     def thought_end(self) -> str:
         """What stands between a thought and its answer; the common spelling where the template writes none."""
         question = [{"role": "user", "content": _ASKED}]
@@ -283,12 +314,12 @@ class ChatTemplate:
         if message.role != "assistant":
             return {"role": message.role, "content": message.content, **keys}
         thought, content = message.reasoning, message.content
+        if self._names_reasoning:
+            thought, content = self.thought_of(message)
         spelling, calls = self.call_spelling, message.tool_calls
         if calls and spelling is None and self.calls_as_text is not None:
             _log_calls_as_text()
             content, calls = self.calls_as_text(content, calls), ()
-        if thought is None and self._names_reasoning:
-            thought, content = split_thought(content)
         if thought and self._names_reasoning:
             if not (self.takes_reasoning_with_calls if calls else self.takes_reasoning):
                 turn_is = "that calls tools" if calls else "without calls of tools"
@@ -297,6 +328,8 @@ class ChatTemplate:
                     "out"
                 )
             keys |= reasoning_keys(thought)
+        elif CLOSING.search(content) and self._splits_content:
+            keys |= reasoning_keys("")  # or what stands before the mark would be taken for a thought
         elif thought:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
         if not calls:

@@ -8,8 +8,9 @@ from chat_templates import OURS, STORED, TRL, tokenizer_of
 from jinja2 import TemplateError
 
 from lightning_peft.data.chat import Encoder, encode_all, encode_prompt, end_token_ids
+from lightning_peft.data.config import Reasoning
 from lightning_peft.data.conversation import Conversation, Message
-from lightning_peft.data.rendering import Kind
+from lightning_peft.data.rendering import Kind, Rules
 from lightning_peft.data.template import ChatTemplateError, template_of
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -282,7 +283,7 @@ def test_parts_of_a_turn_are_told_apart():
         for kind in Kind
         if kind
     }
-    assert text[Kind.reasoning] == "<think>\nI need to look.<think>\nCold.\n</think>\n\n"
+    assert text[Kind.reasoning] == "<think>\nI need to look.\n</think>\n\n<think>\nCold.\n</think>\n\n"
     assert text[Kind.answer] == "It is 3 C."
     assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text[Kind.tool_call]
     assert text[Kind.end] == "<|im_end|><|im_end|>"
@@ -298,6 +299,85 @@ def test_thought_written_into_the_answer_is_spelled_as_the_template_does(name, c
     inline = Conversation([ASKED, Message("assistant", content)])
     by_key = Conversation([ASKED, Message("assistant", "It is 4.", reasoning="Two.")])
     assert encode_all([inline], tokenizer) == encode_all([by_key], tokenizer)
+
+
+NO_THOUGHTS = [
+    "The tag </think> closes a thought.",
+    "Sure. <think>two</think> It is 4.",
+    "Close with [/THINK] please.",
+    "<think> opens one, never closed.",
+    "```html\n\n</think>\n\n```",
+    "think",
+    "i",
+]
+
+
+@pytest.mark.parametrize("rule", ["keep", "drop"])
+@pytest.mark.parametrize("content", NO_THOUGHTS)
+@pytest.mark.parametrize("name", ["chatml", "qwen2_5", "llama3_1", "qwen3", "gptoss", "glm4moe", "gemma4_v5"])
+def test_answer_that_speaks_of_thoughts_is_an_answer(name, content, rule):
+    tokenizer = tokenizer_of(name)
+    turns = Conversation([ASKED, Message("assistant", content)])
+    [[sample]] = encode_all([turns], tokenizer, Rules(reasoning=Reasoning(rule)))
+    assert text_of_kind(sample, Kind.answer, tokenizer).removeprefix("<|channel|>final<|message|>") == content
+    assert "".join(text_of_kind(sample, Kind.reasoning, tokenizer).split()) in ("", "<think></think>")
+
+
+def text_of_kind(sample, kind, tokenizer):
+    return tokenizer.decode([token for token, k in zip(sample.input_ids, sample.kinds, strict=True) if k == kind])
+
+
+OPENED_BEFORE = {"deepseek_r1_distill": "Two. </think> It is 4.", "qwen3_6": "Two.</think>It is 4."}
+OPENED_BEFORE |= {"chatml": "Two.\n</think>\n\nIt is 4.", "qwen3": "Two.\n</think>\n\nIt is 4."}
+
+
+@pytest.mark.parametrize("name", OPENED_BEFORE)
+def test_thought_whose_opening_the_prompt_wrote_is_a_thought(name):
+    """The closing mark alone: anywhere where the template's prompt opens the thought, else as DeepSeek-R1 writes it."""
+    tokenizer = tokenizer_of(name)
+    inline = Conversation([ASKED, Message("assistant", OPENED_BEFORE[name])])
+    [[kept]], [[dropped]] = (
+        encode_all([inline], tokenizer, Rules(reasoning=rule)) for rule in (Reasoning.keep, Reasoning.drop)
+    )
+    assert "Two." in text_of_kind(kept, Kind.reasoning, tokenizer)
+    assert [text_of_kind(sample, Kind.answer, tokenizer) for sample in (kept, dropped)] == ["It is 4."] * 2
+    assert "Two." not in tokenizer.decode(dropped.input_ids)
+
+
+NOTHING = "<think>\n\n</think>\n\n"
+CALLED_AS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+SHORT = {
+    "answer i": (Message("assistant", "i"), [NOTHING, "i", ""]),
+    "thought t": (Message("assistant", "", reasoning="t"), ["<think>\nt\n</think>\n\n", "", ""]),
+    "thought think": (Message("assistant", "think", reasoning="think"), ["<think>\nthink\n</think>\n\n", "think", ""]),
+    "call beside i": (
+        Message("assistant", "i", tool_calls=(CALL,)),
+        [NOTHING, "i", f"\n{CALLED_AS}"],
+    ),
+    "call": (
+        Message("assistant", "", tool_calls=(CALL,)),
+        [NOTHING, "", CALLED_AS],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_parts_that_stand_in_the_marks_around_them_are_told_apart(name):
+    """ "i" and "t" stand in "<think>" too."""
+    tokenizer = tokenizer_of("qwen3")
+    message, expected = SHORT[name]
+    [[sample]] = encode_all([Conversation([ASKED, message], TOOLS)], tokenizer)
+    kinds = (Kind.reasoning, Kind.answer, Kind.tool_call)
+    assert [text_of_kind(sample, kind, tokenizer) for kind in kinds] == expected
+    assert text_of_kind(sample, Kind.end, tokenizer) == "<|im_end|>"
+
+
+def test_thought_alone_leaves_nothing_where_thoughts_are_dropped():
+    for message in (Message("assistant", "<think>t</think>"), Message("assistant", "", reasoning="t")):
+        with pytest.raises(ChatTemplateError, match="data.reasoning=drop: assistant message 2 is a thought alone"):
+            encode_all([[ASKED, message]], tokenizer_of("chatml"), Rules(reasoning=Reasoning.drop))
+    with pytest.raises(ChatTemplateError, match="assistant message 2 says nothing, its thought is empty"):
+        encode_all([[ASKED, Message("assistant", "<think></think>")]], tokenizer_of("qwen3"))
 
 
 @pytest.mark.parametrize("name", ["gemma4_v5", "qwen3_6", "qwen3", "llama3_1", "nemotron_3_nano", "gptoss", "glm4moe"])
