@@ -259,10 +259,12 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> MicroBatchLoader | StatefulDataLoader:
         rank, world_size = self._rank_and_world_size()
         if self._config.streaming:
-            common = (self._tokenizer, self._seed, rank == 0, self._check_tokens)
+            several = len(self._sources) > 1
+            listed = {(name * several, what) for name, audit in self.train_audits.items() for what in audit.listed}
+            common = (self._tokenizer, self._seed, rank == 0, self._check_tokens, listed)
             windows = (
                 RowWindows(self._sources[0].config, *common)
-                if len(self._sources) == 1
+                if not several
                 else MixedWindows(self._config, self._sources, self._shares, *common)
             )
             stream = StreamedBatches(
