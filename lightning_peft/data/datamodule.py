@@ -5,6 +5,8 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from lightning_peft.data.collate import CollatedBatches, MicroBatchLoader, uncha
 from lightning_peft.data.config import DataConfig, Format, RowKind
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.mixed_samples import MixedSamples, MixturePlan
-from lightning_peft.data.mixture import MixedSource, naming, shares_of, sources_of
+from lightning_peft.data.mixture import MixedSource, naming, shared_option, shares_of, sources_of
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
 from lightning_peft.data.sampler import MicroBatchSampler, Request, check_fingerprint
 from lightning_peft.data.streaming import MixedWindows, RowWindows, StreamedBatches
@@ -216,10 +218,13 @@ class SFTDataModule(LightningDataModule):
                 rows,
             )
 
-    @property
+    @cached_property
     def prompt_layout(self) -> PromptLayout:
         """How prompts are written in the training rows. Needs `setup`."""
-        return PromptLayout.of(self._config, self.train_audit.format, self._tokenizer, self.train_audit.shared_tools)
+        audits = self.train_audits
+        without_turns = [name for name, audit in audits.items() if audit.format in (Format.text, Format.tokens)]
+        config = replace(self._config, system_prompt=shared_option(self._config, "system_prompt", without_turns))
+        return PromptLayout.of(config, self.train_audit.format, self._tokenizer, self.train_audit.shared_tools)
 
     def _report(self, split: str, audits: dict[str, Audit], whole: Audit) -> None:
         if self._rank_and_world_size()[0] != 0:
