@@ -73,6 +73,7 @@ class ConversationRenderer:
         self._ends = [pattern for tokens in (special, added) if (pattern := _ends_pattern(tokens)) is not None]
         self._begins = _begins_pattern(special)
         self._next_role: dict[bool, str] = {}
+        self._dropped_of: dict[tuple[Any, bool], frozenset[int]] = {}
 
     def prompt(self, messages: Sequence[Message]) -> Rendered:
         """The text to generate the next turn from, and the earlier turns in it. Raises `ChatTemplateError`."""
@@ -80,7 +81,7 @@ class ConversationRenderer:
         self._check_tools(tools)
         dicts = [self._template.spelled(message) for message in messages]
         text = self._template.render(dicts, tools, True)
-        self._check_context(messages, text)
+        self._check_context(messages, dicts, tools, text)
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         history = History(self._template, dicts, tools, answers)
         starts = [len(before) for index in answers if text.startswith(before := history.around(index)[0])]
@@ -103,7 +104,7 @@ class ConversationRenderer:
         dicts = [self._template.spelled(message) for message in messages]
         history = History(self._template, dicts, tools, answers)
         texts = _share_texts([self._turn(history, messages, index) for index in wanted])
-        self._check_context(messages[:-1], texts[-1].text)
+        self._check_context(messages[:-1], dicts[:-1], tools, texts[-1].text)
         return texts
 
     def _check_tools(self, tools: Any) -> None:
@@ -113,20 +114,37 @@ class ConversationRenderer:
                 "out"
             )
 
-    def _check_context(self, messages: Sequence[Message], prompt: str) -> None:
-        called = False
+    def _check_context(
+        self, messages: Sequence[Message], dicts: Sequence[dict[str, Any]], tools: Any, prompt: str
+    ) -> None:
+        dropped = self._dropped(messages, dicts, tools)
         for index, message in enumerate(messages):
-            called = called or bool(message.tool_calls)
-            if message.role == "tool" and not self._template.takes_result(called):
-                raise ChatTemplateError(
-                    f"the chat template does not write the content of message {index + 1}, which is of a tool"
-                )
             parts = _SWITCHES.split(message.content) if message.role == "system" else [message.content]
-            if message.role in ("system", "user") and any(part.strip() not in prompt for part in parts):
+            is_changed = message.role in ("system", "user") and any(part.strip() not in prompt for part in parts)
+            if index in dropped or is_changed:
                 raise ChatTemplateError(
-                    f"the chat template does not write the content of message {index + 1}, which is of the "
-                    f"{message.role}"
+                    f"the chat template does not write the content of message {index + 1}, which is of "
+                    f"{'a' if message.role == 'tool' else 'the'} {message.role}"
                 )
+
+    def _dropped(self, messages: Sequence[Message], dicts: Sequence[dict[str, Any]], tools: Any) -> frozenset[int]:
+        """Which of the turns before an answer the template leaves out, found once for all that take the same turns.
+
+        Each says what no other says, as the text of one that is left out may stand elsewhere in the prompt.
+        """
+        others = [index for index, message in enumerate(messages) if message.role != "assistant"]
+        turns = tuple((one.role, bool(one.tool_calls), one.reasoning is None, one.name is None) for one in messages)
+        if (turns, bool(tools)) not in self._dropped_of:
+            said = {index: f"qzm{index}z" for index in others}
+            named = [{**turn, "content": said[i]} if i in said else turn for i, turn in enumerate(dicts)]
+            if len(self._dropped_of) >= _MOST_SHAPES:
+                self._dropped_of.clear()
+            try:
+                text = self._template.render(named, tools, True)
+            except ChatTemplateError:  # of a result that has to be JSON, for one
+                text = " ".join(said.values())
+            self._dropped_of[turns, bool(tools)] = frozenset(i for i in others if said[i] not in text)
+        return self._dropped_of[turns, bool(tools)]
 
     def _thoughts_dropped(self, conversation: Sequence[Message]) -> list[Message]:
         rule, messages = self._rules.reasoning, list(conversation)
@@ -254,6 +272,8 @@ class ConversationRenderer:
         return self._next_role[calls]
 
 
+_MOST_SHAPES = 4096
+"""Shapes of conversations of which is kept what the template writes."""
 _SWITCHES = re.compile(r"/(?:no_)?think\b|/system_override\b")
 """Words of a system message that some templates take out: they say how the prompt is written."""
 _CLOSED_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")

@@ -47,7 +47,6 @@ _OWN_THOUGHT = re.compile(r"""reasoning_content|\.\s*reasoning\b|["']reasoning["
 _ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qzn_name"
 _CALL = {"type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
 _OTHER_CALL = {"type": "function", "function": {"name": "qzp_other", "arguments": {"qzu": "qzq"}}}
-_RESULT = "Qzo results"
 _TOOL = {
     "type": "function",
     "function": {
@@ -86,7 +85,6 @@ class ChatTemplate:
         self._variables = {**special_tokens, **options}
         self._tool_variables = [name for name in ("tools", "xml_tools") if name == "tools" or name in source]
         self._written: dict[tuple[str, str], bool] = {}
-        self._takes_result: dict[bool, bool] = {}
         try:
             self._compiled = _compile_jinja_template(source)
         except TemplateError as error:
@@ -185,21 +183,6 @@ class ChatTemplate:
         turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": calls}
         text = self._try([{"role": "user", "content": _ASKED}, turn])
         return not text or ("qzv_call" in text and "qzp_other" in text)
-
-    def takes_result(self, of_a_call: bool) -> bool:
-        """Return whether the template writes what a tool says, or refuses it itself.
-
-        of_a_call: after a turn with `tool_calls`, not one whose text is the call.
-        """
-        if of_a_call not in self._takes_result:
-            turn: dict[str, Any] = {"role": "assistant", "content": _ANSWERED}
-            if of_a_call and self.call_spelling is not None:
-                call = self._spelled_call(_CALL)
-                turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [call]}
-            result = {"role": "tool", "content": _RESULT, "name": "qzv_call"}
-            text = self._try([{"role": "user", "content": _ASKED}, turn, result], generation=True)
-            self._takes_result[of_a_call] = not text or _RESULT in text
-        return self._takes_result[of_a_call]
 
     def writes(self, role: str, key: str) -> bool:
         """Return whether the template writes a key of turns of this role, beside their content."""
