@@ -44,9 +44,10 @@ _RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupE
 _OWN_THOUGHT = re.compile(r"""reasoning_content|\.\s*reasoning\b|["']reasoning["']|<\|channel>|\[THINK\]""")
 """What the source of a template has that reads thoughts from a key, or spells them its own way."""
 
-_ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qzn_name"
-_CALL = {"type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
-_OTHER_CALL = {"type": "function", "function": {"name": "qzp_other", "arguments": {"qzu": "qzq"}}}
+_ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qznname01"
+# Mistral's templates take calls with ids of nine letters or digits alone.
+_CALL = {"id": "qzi000001", "type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
+_OTHER_CALL = {"id": "qzi000002", "type": "function", "function": {"name": "qzp_other", "arguments": {"qzu": "qzq"}}}
 _TOOL = {
     "type": "function",
     "function": {
@@ -187,11 +188,13 @@ class ChatTemplate:
     def writes(self, role: str, key: str) -> bool:
         """Return whether the template writes a key of turns of this role, beside their content."""
         if (role, key) not in self._written:
-            question, turn = {"role": "user", "content": _ASKED}, {"role": role, "content": _ANSWERED, key: _NAME}
+            question, turn = {"role": "user", "content": _ASKED}, {"role": role, "content": _ANSWERED}
             before: list[dict[str, Any]] = [question] if role in ("assistant", "tool") else []
             if role == "tool" and self.call_spelling is not None:
                 call = self._spelled_call(_CALL)
                 before.append({"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [call]})
+                turn["tool_call_id"] = call["id"]
+            turn[key] = _NAME
             text = self._try([*before, turn] if role != "system" else [turn, question])
             self._written[role, key] = _NAME in text
         return self._written[role, key]
@@ -280,7 +283,8 @@ class ChatTemplate:
         if calls and spelling is not None:
             turn = {"role": "assistant", **spelling.empty_content, "tool_calls": [self._spelled_call(_CALL)]}
         before = [{"role": "user", "content": _ASKED}, turn]
-        after = {"role": "tool" if calls else "user", "content": _ASKED}
+        after = {"role": "tool", "tool_call_id": _CALL["id"]} if calls else {"role": "user"}
+        after |= {"content": _ASKED}
         text, longer = self._try(before), self._try([*before, after])
         return longer[len(text) :] if text and longer.startswith(text) else ""
 

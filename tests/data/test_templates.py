@@ -13,7 +13,7 @@ from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.data.rendering import Kind, Rules
 from lightning_peft.data.template import ChatTemplateError, template_of
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALL = {"id": "abc123xyz", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOLS = [
     {
         "type": "function",
@@ -35,7 +35,7 @@ CALLS = Conversation(
     [
         Message("user", "Weather in Oslo?"),
         Message("assistant", "", tool_calls=(CALL,)),
-        Message("tool", "3 C", name="weather"),
+        Message("tool", "3 C", name="weather", tool_call_id="abc123xyz"),
         Message("assistant", "It is 3 C."),
     ],
     TOOLS,
@@ -63,14 +63,18 @@ CONVERSATIONS = {
 NAMES = [*OURS, *STORED]
 NO_SYSTEM = {"gemma"}
 NO_TOOLS = {
-    *OURS, "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
-} - {"smollm3"}  # fmt: skip
+    "chatml", "smollm2", "mistral_v0.1", "olmo", "phi4", "phi4_mini", "opens_thought",
+    "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
+}  # fmt: skip
+"""Those that write no tools; Phi 4 mini does from a key of the system turn, not from its variable."""
 NO_THOUGHT = {
     (name, kind)
     for name in ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4")
     for kind in ("thought", "thoughts", "thoughts and calls")
 }
-NO_THOUGHT |= {(name, "thoughts and calls") for name in ("llama3_1", "llama3_2")}  # a turn is a call or text
+NO_THOUGHT |= {
+    (name, "thoughts and calls") for name in ("llama3_1", "llama3_2", "mistral_v0.3")
+}  # a turn is a call or text
 OPENS = ("deepseekv3", "deepseek_r1_distill", "nemotron", "opens_thought")
 """Their prompts open a thought that their renderings of an answer do not begin with, or not always."""
 
@@ -226,6 +230,22 @@ SEVERAL = Conversation(
     ],
     TOOLS,
 )  # fmt: skip
+
+
+def test_mistrals_ids_of_calls_and_results_are_written():
+    """Nine letters or digits, which the template demands of every call, also of one that is tried."""
+    tokenizer = tokenizer_of("mistral_v0.3")
+    [[sample]] = encode_all([CALLS], tokenizer)
+    assert text_of_kind(sample, Kind.tool_call, tokenizer) == (
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abc123xyz"}]'
+    )
+    assert '[TOOL_RESULTS] {"content": 3 C, "call_id": "abc123xyz"}' in tokenizer.decode(sample.input_ids)
+    assert template_of(tokenizer).writes("tool", "tool_call_id")
+    nameless = {**CALL, "id": "call_1"}
+    with pytest.raises(ChatTemplateError, match="nine letters or digits as id"):
+        encode_all([Conversation([ASKED, Message("assistant", "", tool_calls=(nameless,))], TOOLS)], tokenizer)
+
+
 CALLED = {"lfm2": ("lfm2_v2", "<|tool_call_start|>"), "smollm3": ("qwen3", "<tool_call>")}
 """Templates that leave calls to the text, each with one that writes them the same way from their key."""
 
