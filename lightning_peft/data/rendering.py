@@ -16,9 +16,9 @@ from typing import Any
 
 from lightning_peft.data.config import Reasoning
 from lightning_peft.data.conversation import Message, tools_of
-from lightning_peft.data.history import History
+from lightning_peft.data.history import EXACT_TURNS, History
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError
-from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING, split_thought
+from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,13 @@ class ConversationRenderer:
         messages = messages[: wanted[-1] + 1]
         dicts = [self._template.spelled(message) for message in messages]
         history = History(self._template, dicts, tools, answers)
-        texts = _share_texts([self._turn(history, messages, index) for index in wanted])
-        self._check_context(messages[:-1], dicts[:-1], tools, texts[-1].text)
+        turns = {index: self._turn(history, messages, index) for index in wanted}
+        texts = _share_texts(list(turns.values()))
+        last_of = {turn.text: index for index, turn in turns.items()}
+        for place, text in enumerate(texts, start=1):
+            index = last_of[text.text]
+            exact = place == len(texts) or len(texts) <= EXACT_TURNS
+            self._check_context(messages[:index], dicts[:index], tools, text.text, exact)
         return texts
 
     def _check_tools(self, tools: Any) -> None:
@@ -115,9 +120,15 @@ class ConversationRenderer:
             )
 
     def _check_context(
-        self, messages: Sequence[Message], dicts: Sequence[dict[str, Any]], tools: Any, prompt: str
+        self,
+        messages: Sequence[Message],
+        dicts: Sequence[dict[str, Any]],
+        tools: Any,
+        prompt: str,
+        exact: bool = True,
     ) -> None:
-        dropped = self._dropped(messages, dicts, tools)
+        """exact: whether to look beyond a text that stands elsewhere too, at the cost of a rendering."""
+        dropped = self._dropped(messages, dicts, tools) if exact else ()
         for index, message in enumerate(messages):
             parts = _SWITCHES.split(message.content) if message.role == "system" else [message.content]
             is_changed = message.role in ("system", "user") and any(part.strip() not in prompt for part in parts)
@@ -199,9 +210,14 @@ class ConversationRenderer:
                 f"the chat template is not prefix-stable: the prompt before assistant message {index + 1} ends "
                 f"{header[-40:]!r} in generation and {turn[:40]!r} in training"
             )
-        thought = self._template.thought_of(message)[0] or ""
-        answer = split_thought(turn[opened.start() :])[1]
-        return thought.strip() + self._template.thought_end + answer.lstrip()
+        thought, content = self._template.thought_of(message)
+        text, between = turn[opened.start() :], self._template.thought_end
+        closing = CLOSING.search(text) if OPENING.match(text) is not None else None
+        answer = text if closing is None else text.partition(closing[0].strip())[2]
+        space = between[len(between.rstrip()) :]
+        if answer.startswith(space) and not content.startswith(space):
+            between = between.rstrip()  # the template has put it there already
+        return (thought or "").strip() + between + answer
 
     def _parts(self, message: Message, index: int, said: str) -> tuple[list[tuple[int, Kind]], str]:
         """The parts of what is said in a turn, each with where it stops, and the text with the turn's end."""
