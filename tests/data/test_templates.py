@@ -14,7 +14,8 @@ from lightning_peft.data.conversation import Conversation, Message, Row
 from lightning_peft.data.rendering import Kind, Rules
 from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.samples import encode_rows
-from lightning_peft.data.template import ChatTemplateError, template_of
+from lightning_peft.data.template import ChatTemplateError
+from lightning_peft.data.tokenizer_template import template_of
 
 CALL = {"id": "abc123xyz", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOLS = [
