@@ -70,18 +70,22 @@ def is_listed(name: str, value: Any = None) -> bool:
 
 
 def unread_names(
-    row: Row, passed: Collection[str], turn_columns: Iterable[str], ignored: Collection[str]
+    row: Row,
+    passed: Collection[str],
+    turn_columns: Iterable[str],
+    ignored: Collection[str],
+    scored: Collection[str] = (),
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what of a row nobody reads: the names that stop a run, and those that are only listed.
 
     passed: columns that are read, or ignored on request; turn_columns: those that may hold turns; ignored: keys of
-    turns that are left out on request.
+    turns that are left out on request; scored: columns that the task scores answers by.
     """
     unread: list[str] = []
     listed: list[str] = []
     for name, value in row.values.items():
         if name not in passed and value not in (None, "", [], {}):
-            (listed if is_listed(name, value) else unread).append(f"column {name!r}")
+            (listed if name in scored or is_listed(name, value) else unread).append(f"column {name!r}")
     for column in turn_columns:
         if isinstance(turns := row.values.get(column), list):
             turns = [turn for turn in turns if isinstance(turn, dict)]

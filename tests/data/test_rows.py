@@ -96,6 +96,12 @@ def test_what_data_sets_say_of_their_rows_is_listed(name, chatml):
     assert audit.lines()[-1] == f"not read: column {name!r} (1 rows)"
 
 
+def test_column_that_the_task_scores_by_is_listed(chatml):
+    row = {"prompt": "How many?", "completion": "SELECT 1", "schema": "CREATE TABLE t (a int)"}
+    _, audit = run([row], chatml, task="text_to_sql")
+    assert audit.lines()[-1] == "not read: column 'schema' (1 rows)"
+
+
 def test_columns_beside_prompt_and_answer_are_read():
     values = {
         "instruction": "And of Norway?",
