@@ -269,13 +269,22 @@ def _is_rows(value: str) -> bool:
     return text.endswith(ROW_FILES) or "://" in text or Path(text).is_dir() or Path(text).exists() and "/" in text
 
 
+_OPTION_OF_ROWS = {"data.train_path": "jsonl", SOURCES_KEY: "jsonl", "data.hub_name": "hub"}
+"""Keys that name rows of one's own, each with the option of `data` that reads such rows."""
+
+
 def _with_data_option(words: list[str]) -> list[str]:
-    """Rows of one's own are read as files where no data set is named: the default's own rows would hide them."""
-    keys = [word.partition("=")[0] for word in words]
-    given = next((key for key in keys if key == "data.train_path" or key.startswith(f"{SOURCES_KEY}.")), None)
+    """Rows of one's own are read as files, or from the hub, where no data set is named.
+
+    The default's own rows would hide them, or its system prompt stand before them.
+    """
+    keys = [word.partition("=")[0].lstrip("+") for word in words]
+    roots = {SOURCES_KEY if key.startswith(f"{SOURCES_KEY}.") else key: key for key in reversed(keys)}
+    given = next((key for key in _OPTION_OF_ROWS if key in roots), None)
     if given is not None and "data" not in keys:
-        logger.info("data=jsonl, as %s is given", given)
-        return ["data=jsonl", *words]
+        option = _OPTION_OF_ROWS[given]
+        logger.info("data=%s, as %s is given", option, roots[given])
+        return [f"data={option}", *words]
     return words
 
 

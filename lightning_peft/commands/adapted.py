@@ -12,6 +12,7 @@ from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tens
 from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.layout import PromptLayout
+from lightning_peft.data.mixture import shared_option
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
@@ -83,7 +84,8 @@ def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> P
     if saved is not None:
         return saved
     trained = saved_config(adapter_path)
-    return PromptLayout.of(trained.data if trained is not None else DataConfig(), None, tokenizer)
+    data = trained.data if trained is not None else DataConfig()
+    return PromptLayout.of(replace(data, system_prompt=shared_option(data, "system_prompt")), None, tokenizer)
 
 
 def inference_device() -> torch.device:

@@ -31,7 +31,7 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.datamodule import SFTDataModule
-from lightning_peft.data.mixture import sources_of
+from lightning_peft.data.mixture import shared_option, sources_of
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration
 from lightning_peft.evaluation.gate import DoNotShip, Metric, verdicts
@@ -270,11 +270,8 @@ def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:
     """Other rows in the layout of the rows an adapter was trained on, wherever they say nothing of it."""
     default = DataConfig()
     names = ("system_prompt", "template_options", "layout", "reasoning", "train_on", "train_on_last_turn")
-    kept = {
-        name: getattr(trained, name)
-        for name in names
-        if getattr(data, name) == getattr(default, name) != getattr(trained, name)
-    }
+    unsaid = [name for name in names if getattr(data, name) == getattr(default, name)]
+    kept = {name: value for name in unsaid if (value := shared_option(trained, name)) != getattr(default, name)}
     for name, value in kept.items():
         logger.info("data.%s=%r, as in training", name, value)
     return replace(data, **kept)

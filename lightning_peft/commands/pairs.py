@@ -144,5 +144,9 @@ def write(config: PairsConfig, data: DataConfig, counts: Counts, lines: list[str
     write_text(path.with_suffix(".json"), json_text(report))
     print(f"{path}: {counts.pairs} pairs")
     files = [shlex.quote(f"data={path}"), shlex.quote(f"adapter.init_from={config.adapter_path}")]
-    print(f"{' '.join(['lightning-peft train objective=dpo', *files, *words_of_layout(data)])} trains on them")
+    read = ("prompt", "chosen", "rejected", "tools")
+    beside = sorted({name for line in lines for name in json.loads(line)}.difference(read))  # what its task scores by
+    ignored = [shlex.quote(f"data.ignore_columns=[{','.join(beside)}]")] * bool(beside)
+    words = ["lightning-peft train objective=dpo", *files, *words_of_layout(data), *ignored]
+    print(f"{' '.join(words)} trains on them")
     return report

@@ -29,8 +29,8 @@ from lightning_peft.data.config import DataConfig, Format
 from lightning_peft.data.formats import FORMATS, RowFormat
 from lightning_peft.data.samples import make_samples
 from lightning_peft.data.sources import rows_identity
-from lightning_peft.data.template import log_layout
 from lightning_peft.data.token_store import Samples
+from lightning_peft.data.tokenizer_template import log_layout
 from lightning_peft.user_cache import user_cache
 
 log = logging.getLogger(__name__)

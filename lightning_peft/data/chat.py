@@ -20,7 +20,8 @@ from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, tools_of
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import ConversationRenderer, Kind, Rendered, Rules, Span
-from lightning_peft.data.template import ChatTemplate, ChatTemplateError, template_of
+from lightning_peft.data.template import ChatTemplate, ChatTemplateError
+from lightning_peft.data.tokenizer_template import template_of
 
 
 @dataclass

@@ -5,6 +5,8 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from lightning_peft.data.collate import CollatedBatches, MicroBatchLoader, uncha
 from lightning_peft.data.config import DataConfig, Format, RowKind
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.mixed_samples import MixedSamples, MixturePlan
-from lightning_peft.data.mixture import MixedSource, naming, shares_of, sources_of
+from lightning_peft.data.mixture import MixedSource, naming, shared_option, shares_of, sources_of
 from lightning_peft.data.packing import MicroBatch, fill_ratio, plan_micro_batches
 from lightning_peft.data.sampler import MicroBatchSampler, Request, check_fingerprint
 from lightning_peft.data.streaming import MixedWindows, RowWindows, StreamedBatches
@@ -216,10 +218,13 @@ class SFTDataModule(LightningDataModule):
                 rows,
             )
 
-    @property
+    @cached_property
     def prompt_layout(self) -> PromptLayout:
         """How prompts are written in the training rows. Needs `setup`."""
-        return PromptLayout.of(self._config, self.train_audit.format, self._tokenizer, self.train_audit.shared_tools)
+        audits = self.train_audits
+        without_turns = [name for name, audit in audits.items() if audit.format in (Format.text, Format.tokens)]
+        config = replace(self._config, system_prompt=shared_option(self._config, "system_prompt", without_turns))
+        return PromptLayout.of(config, self.train_audit.format, self._tokenizer, self.train_audit.shared_tools)
 
     def _report(self, split: str, audits: dict[str, Audit], whole: Audit) -> None:
         if self._rank_and_world_size()[0] != 0:
@@ -259,10 +264,12 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> MicroBatchLoader | StatefulDataLoader:
         rank, world_size = self._rank_and_world_size()
         if self._config.streaming:
-            common = (self._tokenizer, self._seed, rank == 0, self._check_tokens)
+            several = len(self._sources) > 1
+            listed = {(name * several, what) for name, audit in self.train_audits.items() for what in audit.listed}
+            common = (self._tokenizer, self._seed, rank == 0, self._check_tokens, listed)
             windows = (
                 RowWindows(self._sources[0].config, *common)
-                if len(self._sources) == 1
+                if not several
                 else MixedWindows(self._config, self._sources, self._shares, *common)
             )
             stream = StreamedBatches(
@@ -368,33 +375,3 @@ class SFTDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError where the checkpoint was made with other rows, or another first window when streaming."""
         check_fingerprint(state_dict.get("fingerprint", self.fingerprint), self.fingerprint)
-
-
-def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
-    """Make Lightning's count of batches in a loaded checkpoint right for this number of ranks.
-
-    Lightning counts the batches of one rank and ends the epoch, and an accumulation window, by that count. It also
-    fails to start again from 0 where the checkpoint is of the last batch of a stream. For
-    `LightningModule.on_load_checkpoint`, which runs before the loops are restored. Raises ValueError where the
-    position cannot be divided among the ranks.
-    """
-    saved_world_size = checkpoint[SFTDataModule.__qualname__]["world_size"]
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    current = progress["current"]
-    taken = 0 if progress["is_last_batch"] else current["ready"] * saved_world_size
-    if taken % world_size:
-        raise ValueError(
-            f"the checkpoint was saved after {taken} micro batches on {saved_world_size} ranks; it can go on with a "
-            f"number of ranks that divides {taken}, not {world_size}"
-        )
-    behind = current["ready"] - current["completed"]
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]
-    if epochs["processed"] < epochs["started"]:
-        # Written within an epoch. One written after a validation counts its last batch as completed, and behind an
-        # epoch's last batch Lightning would then begin the same epoch again.
-        behind = 1
-    ready = taken // world_size
-    current.update(ready=ready, started=ready, processed=ready, completed=ready - behind)
-    # Over all epochs: what the validations and the random numbers of a batch go by.
-    ready = progress["total"]["ready"] * saved_world_size // world_size
-    progress["total"].update(ready=ready, started=ready, processed=ready, completed=ready - behind)

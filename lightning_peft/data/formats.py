@@ -201,6 +201,8 @@ class RowReader(Shape):
     system_prompt: str | None = None
     ignored: frozenset[str] = frozenset()
     """Names of columns and keys of turns that are left out on request."""
+    scored: tuple[str, ...] = ()
+    """Columns that `data.task` scores answers by."""
     margin: str | None = None
     """Column of the margin of preference rows."""
     lists_unread: bool = True
@@ -209,7 +211,8 @@ class RowReader(Shape):
     def __call__(self, row: Row) -> Conversation:
         """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
         row = self._spelled_out(row)
-        unread = unread_names(row, self._passed, self._turn_columns, self.ignored) if self.lists_unread else ((), ())
+        names = (self._passed, self._turn_columns, self.ignored, self.scored)
+        unread = unread_names(row, *names) if self.lists_unread else ((), ())
         if self.ignored & OPTIONAL_KEYS:
             row = self._without_ignored_keys(row)
         if self.format == Format.tokens:

@@ -1,7 +1,8 @@
 """Several sets of rows in one training: the options of each, and what share of the tokens it has."""
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -12,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.formats import check_format
+
+log = logging.getLogger(__name__)
 
 OF_THE_MIXTURE = frozenset(
     ("rows", "task", "layout", "template_options", "max_length", "packing", "micro_batch_size", "streaming")
@@ -79,6 +82,22 @@ def sources_of(config: DataConfig) -> list[MixedSource]:
     if config.streaming and not weighted:
         raise ValueError("data.sources: the sizes of streamed rows are not known, so give each a weight")
     return sources
+
+
+def shared_option(config: DataConfig, option: str, without: Container[str] = ()) -> Any:
+    """Return the value of an option that all trained sources have; that of `data`, with a line, where they differ.
+
+    without: names of sources that the option does not concern.
+    """
+    sources = [source for source in sources_of(config) if source.weight != 0 and source.name not in without]
+    values = {source.name: getattr(source.config, option) for source in sources}
+    first = next(iter(values.values()), getattr(config, option))
+    if all(value == first for value in values.values()):
+        return first
+    given = ", ".join(f"{name} {value!r}" for name, value in values.items())
+    own = getattr(config, option)
+    log.warning("data.sources differ in %s (%s): beyond their rows it is data.%s=%r", option, given, option, own)
+    return own
 
 
 def validation_losses(config: DataConfig) -> list[str]:

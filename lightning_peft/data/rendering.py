@@ -16,9 +16,9 @@ from typing import Any
 
 from lightning_peft.data.config import Reasoning
 from lightning_peft.data.conversation import Message, tools_of
-from lightning_peft.data.history import History
+from lightning_peft.data.history import EXACT_TURNS, History
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError
-from lightning_peft.data.thoughts import split_thought
+from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class ConversationRenderer:
         self._ends = [pattern for tokens in (special, added) if (pattern := _ends_pattern(tokens)) is not None]
         self._begins = _begins_pattern(special)
         self._next_role: dict[bool, str] = {}
+        self._dropped_of: dict[tuple[Any, bool], frozenset[int]] = {}
 
     def prompt(self, messages: Sequence[Message]) -> Rendered:
         """The text to generate the next turn from, and the earlier turns in it. Raises `ChatTemplateError`."""
@@ -80,7 +81,7 @@ class ConversationRenderer:
         self._check_tools(tools)
         dicts = [self._template.spelled(message) for message in messages]
         text = self._template.render(dicts, tools, True)
-        self._check_context(messages, text)
+        self._check_context(messages, dicts, tools, text)
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         history = History(self._template, dicts, tools, answers)
         starts = [len(before) for index in answers if text.startswith(before := history.around(index)[0])]
@@ -102,8 +103,13 @@ class ConversationRenderer:
         messages = messages[: wanted[-1] + 1]
         dicts = [self._template.spelled(message) for message in messages]
         history = History(self._template, dicts, tools, answers)
-        texts = _share_texts([self._turn(history, messages, index) for index in wanted])
-        self._check_context(messages[:-1], texts[-1].text)
+        turns = {index: self._turn(history, messages, index) for index in wanted}
+        texts = _share_texts(list(turns.values()))
+        last_of = {turn.text: index for index, turn in turns.items()}
+        for place, text in enumerate(texts, start=1):
+            index = last_of[text.text]
+            exact = place == len(texts) or len(texts) <= EXACT_TURNS
+            self._check_context(messages[:index], dicts[:index], tools, text.text, exact)
         return texts
 
     def _check_tools(self, tools: Any) -> None:
@@ -113,20 +119,43 @@ class ConversationRenderer:
                 "out"
             )
 
-    def _check_context(self, messages: Sequence[Message], prompt: str) -> None:
-        called = False
+    def _check_context(
+        self,
+        messages: Sequence[Message],
+        dicts: Sequence[dict[str, Any]],
+        tools: Any,
+        prompt: str,
+        exact: bool = True,
+    ) -> None:
+        """exact: whether to look beyond a text that stands elsewhere too, at the cost of a rendering."""
+        dropped = self._dropped(messages, dicts, tools) if exact else ()
         for index, message in enumerate(messages):
-            called = called or bool(message.tool_calls)
-            if message.role == "tool" and not self._template.takes_result(called):
-                raise ChatTemplateError(
-                    f"the chat template does not write the content of message {index + 1}, which is of a tool"
-                )
             parts = _SWITCHES.split(message.content) if message.role == "system" else [message.content]
-            if message.role in ("system", "user") and any(part.strip() not in prompt for part in parts):
+            is_changed = message.role in ("system", "user") and any(part.strip() not in prompt for part in parts)
+            if index in dropped or is_changed:
                 raise ChatTemplateError(
-                    f"the chat template does not write the content of message {index + 1}, which is of the "
-                    f"{message.role}"
+                    f"the chat template does not write the content of message {index + 1}, which is of "
+                    f"{'a' if message.role == 'tool' else 'the'} {message.role}"
                 )
+
+    def _dropped(self, messages: Sequence[Message], dicts: Sequence[dict[str, Any]], tools: Any) -> frozenset[int]:
+        """Which of the turns before an answer the template leaves out, found once for all that take the same turns.
+
+        Each says what no other says, as the text of one that is left out may stand elsewhere in the prompt.
+        """
+        others = [index for index, message in enumerate(messages) if message.role != "assistant"]
+        turns = tuple((one.role, bool(one.tool_calls), one.reasoning is None, one.name is None) for one in messages)
+        if (turns, bool(tools)) not in self._dropped_of:
+            said = {index: f"qzm{index}z" for index in others}
+            named = [{**turn, "content": said[i]} if i in said else turn for i, turn in enumerate(dicts)]
+            if len(self._dropped_of) >= _MOST_SHAPES:
+                self._dropped_of.clear()
+            try:
+                text = self._template.render(named, tools, True)
+            except ChatTemplateError:  # of a result that has to be JSON, for one
+                text = " ".join(said.values())
+            self._dropped_of[turns, bool(tools)] = frozenset(i for i in others if said[i] not in text)
+        return self._dropped_of[turns, bool(tools)]
 
     def _thoughts_dropped(self, conversation: Sequence[Message]) -> list[Message]:
         rule, messages = self._rules.reasoning, list(conversation)
@@ -134,14 +163,20 @@ class ConversationRenderer:
             return messages
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         for index in answers[:-1] if rule is Reasoning.last else answers:
-            _, content = split_thought(messages[index].content)
-            messages[index] = replace(messages[index], content=content, reasoning=None)
+            message = messages[index]
+            thought, content = self._template.thought_of(message)
+            if not content.strip() and not message.tool_calls:
+                raise ChatTemplateError(
+                    f"data.reasoning={rule.value}: assistant message {index + 1} is a thought alone, which leaves "
+                    "nothing of it"
+                )
+            messages[index] = message if thought is None else replace(message, content=content, reasoning=None)
         return messages
 
     def _turn(self, history: "History", messages: Sequence[Message], index: int) -> Rendered:
         prompt, whole, places = history.around(index)
         message = messages[index]
-        if _CLOSED_THOUGHT.search(prompt) and (message.reasoning or split_thought(message.content)[0]):
+        if _CLOSED_THOUGHT.search(prompt) and self._template.thought_of(message)[0]:
             prompt = history.thinking_prompt(index)
             _log_thinking()
         if whole.startswith(prompt):
@@ -169,15 +204,20 @@ class ConversationRenderer:
         header, turn = prompt[end:], whole[place:]
         if turn.startswith(header):
             return turn[len(header) :]
-        opened = re.search(r"(<think>|<\|channel>thought\n|\[THINK\])\s*$", header)
+        opened = OPENED.search(header)
         if opened is None or not turn.startswith(header[: opened.start()]):
             raise ChatTemplateError(
                 f"the chat template is not prefix-stable: the prompt before assistant message {index + 1} ends "
                 f"{header[-40:]!r} in generation and {turn[:40]!r} in training"
             )
-        thought = message.reasoning or split_thought(message.content)[0] or ""
-        answer = split_thought(turn[opened.start() :])[1]
-        return thought.strip() + self._template.thought_end + answer.lstrip()
+        thought, content = self._template.thought_of(message)
+        text, between = turn[opened.start() :], self._template.thought_end
+        closing = CLOSING.search(text) if OPENING.match(text) is not None else None
+        answer = text if closing is None else text.partition(closing[0].strip())[2]
+        space = between[len(between.rstrip()) :]
+        if answer.startswith(space) and not content.startswith(space):
+            between = between.rstrip()  # the template has put it there already
+        return (thought or "").strip() + between + answer
 
     def _parts(self, message: Message, index: int, said: str) -> tuple[list[tuple[int, Kind]], str]:
         """The parts of what is said in a turn, each with where it stops, and the text with the turn's end."""
@@ -189,36 +229,49 @@ class ConversationRenderer:
                 end = len(said)
             else:
                 stop = end = len(said)
-        thought, answer = (message.reasoning, message.content)
-        if thought is None:
-            thought, answer = split_thought(answer)
-        thought, answer = (thought or "").strip(), answer.strip()
-        if thought and thought not in said:
-            raise ChatTemplateError(
-                f"the chat template does not write the thought of assistant message {index + 1}; data.reasoning=drop "
-                "leaves it out"
-            )
-        thought_stop = said.index(thought) + len(thought) if thought else 0
-        answer_start = said.find(answer, thought_stop, end) if answer else -1
-        if answer and answer_start < 0:
+        given, answer = self._template.thought_of(message)
+        thought, answer = (given or "").strip(), answer.strip()
+        calls = bool(message.tool_calls)
+        thought_stop = self._thought_stop(thought, index, said)
+        answer_start = _place_of(answer, said, thought_stop, stop, end, calls) if answer else thought_stop
+        if answer_start < 0:
             raise ChatTemplateError(
                 f"the chat template does not write the content of assistant message {index + 1} as it is"
             )
         stop = max(stop, answer_start + len(answer))  # an answer may itself end in a special token
+        if given is not None and not (thought or answer or calls):
+            raise ChatTemplateError(f"assistant message {index + 1} says nothing, its thought is empty")
         parts: list[tuple[int, Kind]] = []
+        first_call = calls and _names_call(message, said[min(thought_stop, answer_start) : answer_start])
+        if first_call:
+            parts += [(thought_stop, Kind.reasoning)] * (thought_stop > 0) + [(answer_start, Kind.tool_call)]
+        elif thought or CLOSING.search(said[:answer_start]):
+            parts.append((answer_start if answer or calls else stop, Kind.reasoning))
         if answer:
-            if thought or "think" in said[:answer_start]:
-                parts.append((answer_start, Kind.reasoning))
-            elif message.tool_calls and _names_call(message, said[:answer_start]):
-                parts.append((answer_start, Kind.tool_call))
-            parts.append((answer_start + len(answer) if message.tool_calls else stop, Kind.answer))
-        elif thought:
-            parts.append((thought_stop, Kind.reasoning))
-        if message.tool_calls:
+            parts.append((answer_start + len(answer) if calls else stop, Kind.answer))
+        if calls:
             parts.append((stop, Kind.tool_call))
         if end > stop:
             parts.append((end, Kind.end))
         return [part for part, before in zip(parts, [(0, None), *parts], strict=False) if part[0] > before[0]], said
+
+    def _thought_stop(self, thought: str, index: int, said: str) -> int:
+        """Where the thought of a turn stops, and what closes it; 0 where nothing of the kind is said."""
+        if not thought:
+            empty = EMPTY_THOUGHT.match(said)
+            return empty.end() if empty is not None else 0
+        begin = self._template.thought_begin.strip()
+        if begin and said.lstrip().startswith(begin):
+            start = said.index(begin) + len(begin)
+        else:
+            start = opening.end() if (opening := OPENING.match(said)) is not None else 0
+        if (place := said.find(thought, start)) < 0:
+            raise ChatTemplateError(
+                f"the chat template does not write the thought of assistant message {index + 1}; data.reasoning=drop "
+                "leaves it out"
+            )
+        closing = CLOSING.match(said, place + len(thought))
+        return closing.end() if closing is not None else place + len(thought)
 
     def _end(self, said: str) -> tuple[int, int]:
         """Where the end tokens of a turn start and stop; the same place twice where it has none."""
@@ -235,6 +288,8 @@ class ConversationRenderer:
         return self._next_role[calls]
 
 
+_MOST_SHAPES = 4096
+"""Shapes of conversations of which is kept what the template writes."""
 _SWITCHES = re.compile(r"/(?:no_)?think\b|/system_override\b")
 """Words of a system message that some templates take out: they say how the prompt is written."""
 _CLOSED_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
@@ -246,6 +301,21 @@ def _log_thinking() -> None:
         "The chat template's usual prompt asks for no thought: turns with one are trained after the prompt of "
         "enable_thinking=true; data.template_options={enable_thinking:true} generates with it too."
     )
+
+
+def _place_of(answer: str, said: str, thought_stop: int, stop: int, end: int, calls: bool) -> int:
+    """Where the answer begins in what is said, -1 where it is not in it as it is.
+
+    Without calls it ends where the turn's end tokens start, or in some that are its own; with them it follows the
+    thought at once, if it does not follow the calls.
+    """
+    if calls:
+        return thought_stop if said.startswith(answer, thought_stop) else said.find(answer, thought_stop, end)
+    last = said[:stop].rstrip()
+    if last.endswith(answer):
+        return len(last) - len(answer)
+    place = said.find(answer, thought_stop, end)
+    return place if place >= 0 else said.find(answer, 0, end)  # one that begins with the mark that closes a thought
 
 
 def _names_call(message: Message, text: str) -> bool:

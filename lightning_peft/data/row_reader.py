@@ -14,6 +14,7 @@ from lightning_peft.data.formats import (
     check_format,
 )
 from lightning_peft.data.row_template import template_columns
+from lightning_peft.tasks.registry import TASKS
 
 
 def _alternatives(row_format: RowFormat, config: DataConfig) -> list[tuple[str, ...]]:
@@ -201,6 +202,7 @@ def _reader(format: str, names: tuple[str, ...], columns: Collection[str], confi
         format=format,
         system_prompt=config.system_prompt,
         ignored=frozenset(config.ignore_columns),
+        scored=TASKS[config.task].columns if config.task in TASKS else (),
         margin=config.margin_column,
         teacher_prompt=config.teacher_prompt,
         is_raw=config.layout is Layout.raw,

@@ -43,16 +43,21 @@ class UnreadError(ValueError):
 def make_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Samples, Audit]:
     """The tokenised rows of a split, of the first window of the training rows when streaming, and their counts.
 
-    Raises `BadRow`, `UnreadError`, ValueError for options that do not fit the rows, `ChatTemplateError`,
-    `DuplicateBosError`.
+    The first window is the first that has a sample, and those before it. Raises `BadRow`, `UnreadError`, ValueError
+    for options that do not fit the rows, `ChatTemplateError`, `DuplicateBosError`.
     """
     rows = iterate_rows(config, split)
-    if config.streaming and split == "train":
-        rows = islice(rows, config.shuffle_window)
     audit = Audit(files=file_count(config, split))
+    group = (config.rows or RowKind.answers).samples
     with Part(f"tokenising the {split} rows") as part:
-        group = (config.rows or RowKind.answers).samples
-        return Samples.of(encode_rows(rows, config, tokenizer, audit, part), group), audit
+        if not config.streaming or split != "train":
+            return Samples.of(encode_rows(rows, config, tokenizer, audit, part), group), audit
+        reader = reader_of(config, split)
+        while True:
+            window = list(islice(rows, config.shuffle_window))
+            samples = Samples.of(encode_rows(window, config, tokenizer, audit, part, reader), group)
+            if len(samples) or not window:
+                return samples, audit
 
 
 def encode_rows(
@@ -61,14 +66,15 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     audit: Audit,
     part: Part | None = None,
+    reader: RowReader | None = None,
 ) -> Iterator[Encoded]:
     """Samples of the rows in their order, counted in `audit`; `part` advances with the rows.
 
-    Raises `BadRow`, `UnreadError`, ValueError for options that do not fit the rows, `ChatTemplateError`,
-    `DuplicateBosError`.
+    reader: of all rows of which these are a window; None takes what fits most of the first of these. Raises `BadRow`,
+    `UnreadError`, ValueError for options that do not fit the rows, `ChatTemplateError`, `DuplicateBosError`.
     """
     encoder = encoder_of(config, tokenizer)
-    reading = _Reading(config, tokenizer, encoder, audit)
+    reading = _Reading(config, tokenizer, encoder, audit, reader)
     rows = iter(rows)
     while several := list(islice(rows, ROWS_AT_ONCE)):
         before = reading.last
@@ -98,12 +104,19 @@ def encode_rows(
 class _Reading:
     """Rows read as conversations, block after block, and what in them nobody reads."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, encoder: Encoder, audit: Audit) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
+        audit: Audit,
+        reader: RowReader | None,
+    ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._audit = audit
-        self._reader: RowReader | None = None
+        self._reader = reader
         self._refused: ValueError | None = None
         self._template: ChatTemplate | None = None
         self._rendered: RenderedText | None = None
@@ -116,8 +129,8 @@ class _Reading:
         """The conversation of each row with the row's place; bad rows as `data.on_bad_row` says."""
         if self._reader is None:
             self._reader, self._refused = _find_reader(rows, self._config)
-            if self._reader is not None:
-                self._audit.format = self._reader.format
+        if self._reader is not None:
+            self._audit.format = self._reader.format
         found: list[tuple[str, Conversation]] = []
         for row in rows:
             self._audit.rows += 1
@@ -186,6 +199,19 @@ def unwritten(conversation: Conversation, template: ChatTemplate) -> list[tuple[
             if value is not None and not template.writes(message.role, key):
                 found[f"key {key!r} of a turn of the {message.role}"] = message.role == "tool"
     return list(found.items())
+
+
+def reader_of(config: DataConfig, split: str) -> RowReader | None:
+    """The reader of the rows of a split, whichever window of them is read; None where no row can be read.
+
+    The first rows in the order of the source decide, so that ranks, epochs and later starts read alike.
+    """
+    rows = iterate_rows(config, split)
+    while several := list(islice(rows, ROWS_AT_ONCE)):
+        reader, _ = _find_reader(several, config)
+        if reader is not None:
+            return reader
+    return None
 
 
 def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowReader | None, ValueError | None]:

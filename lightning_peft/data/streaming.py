@@ -3,7 +3,8 @@
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
@@ -16,10 +17,11 @@ from lightning_peft.data.chat import Encoded
 from lightning_peft.data.collate import CollatedBatches
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import BadRow, Row
+from lightning_peft.data.formats import RowReader
 from lightning_peft.data.mixture import MixedSource, naming
 from lightning_peft.data.packing import MicroBatch, plan_micro_batches
 from lightning_peft.data.sampler import Request
-from lightning_peft.data.samples import ROWS_AT_ONCE, encode_rows
+from lightning_peft.data.samples import ROWS_AT_ONCE, encode_rows, reader_of
 from lightning_peft.data.sources import iterate_rows
 from lightning_peft.data.token_store import Samples
 
@@ -39,9 +41,14 @@ class Windows(ABC):
         seed: int,
         reports: bool,
         check: Callable[[Samples], None],
+        listed: Collection[tuple[str, str]] = (),
     ) -> None:
-        """reports: whether to say what an audit finds on the way; check: raises where a window cannot be trained."""
+        """reports: whether to say what an audit finds on the way; check: raises where a window cannot be trained.
+
+        listed: names of what nobody reads that were said before, each with its source.
+        """
         self._config = config
+        self._listed = set(listed)
         self._check = check
         self._tokenizer = tokenizer
         self._seed = seed
@@ -58,6 +65,14 @@ class Windows(ABC):
         capacity = config.max_length * self._group
         return plan_micro_batches(samples.unit_lengths, capacity, config.micro_batch_size, config.packing, rng)
 
+    def _report_unread(self, audit: Audit, where: str, source: str = "") -> None:
+        """Say, once each, which columns and keys that hold ids and the like are there and not read."""
+        new = {name: count for name, count in audit.listed.items() if (source, name) not in self._listed}
+        self._listed |= {(source, name) for name in new}
+        if new and self._reports:
+            names = ", ".join(f"{name} ({count:,} rows)" for name, count in new.items())
+            log.info("training data, %s, %d rows read: not read: %s", where, audit.rows, names)
+
     def _report(self, audit: Audit, where: str) -> None:
         if self._reports:
             for line in audit.warnings():
@@ -69,6 +84,10 @@ class RowWindows(Windows):
 
     start = 0
 
+    @cached_property
+    def _reader(self) -> RowReader | None:
+        return reader_of(self._config, "train")
+
     def since(self, epoch: int, begin: int) -> Iterator[tuple[int, Samples, list[MicroBatch]]]:
         rows = iterate_rows(self._config, "train", random.Random(f"{self._seed} {epoch}"))
         next(islice(rows, begin, begin), None)
@@ -78,7 +97,9 @@ class RowWindows(Windows):
             if not window:
                 self._report(audit, f"epoch {epoch}")
                 return
-            samples = Samples.of(encode_rows(window, self._config, self._tokenizer, audit), self._group)
+            encoded = encode_rows(window, self._config, self._tokenizer, audit, reader=self._reader)
+            samples = Samples.of(encoded, self._group)
+            self._report_unread(audit, f"epoch {epoch}")
             if number > 1 and number.bit_count() == 1:  # rarer and rarer: an epoch may be days away
                 self._report(audit, f"epoch {epoch}")
             if plan := self._plan(samples, random.Random(f"{self._seed} {epoch} {begin}")):
@@ -105,8 +126,9 @@ class MixedWindows(Windows):
         seed: int,
         reports: bool,
         check: Callable[[Samples], None],
+        listed: Collection[tuple[str, str]] = (),
     ) -> None:
-        super().__init__(config, tokenizer, seed, reports, check)
+        super().__init__(config, tokenizer, seed, reports, check, listed)
         self._drawn_from = [(source, share) for source, share in zip(sources, shares, strict=True) if share > 0]
 
     def since(self, epoch: int, begin: Any) -> Iterator[tuple[Any, Samples, list[MicroBatch]]]:
@@ -122,6 +144,8 @@ class MixedWindows(Windows):
             while len(drawn) < self._config.shuffle_window * self._group:
                 drawn += min((stream for stream in streams if stream.has_more()), key=lambda one: one.progress).take()
             samples = Samples.of(drawn, self._group)
+            for stream in streams:
+                self._report_unread(stream.audit, stream.name, stream.name)
             if number > 1 and number.bit_count() == 1:
                 for stream in streams:
                     self._report(stream.audit, stream.name)
@@ -147,6 +171,8 @@ class _SourceStream:
         self._tokenizer = tokenizer
         self._seed = seed
         self._group = group
+        with naming(source.name):
+            self._reader = reader_of(source.config, "train")
         self._pass, self._row, self._taken, self._tokens = place
         self._rows = self._rows_of_pass()
         next(islice(self._rows, self._row, self._row), None)
@@ -192,7 +218,7 @@ class _SourceStream:
         config = self._source.config
         with naming(self.name):
             rows = list(islice(self._rows, min(ROWS_AT_ONCE, config.shuffle_window)))
-            self._block = list(encode_rows(rows, config, self._tokenizer, self.audit))
+            self._block = list(encode_rows(rows, config, self._tokenizer, self.audit, reader=self._reader))
         self._block_rows = len(rows)
         self._found = self._found or bool(self._block)
 

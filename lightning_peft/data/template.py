@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: rendering, where each message stands in the text, and how it spells thoughts and calls.
+"""A chat template: rendering, where each message stands in the text, and how it spells thoughts and calls.
 
 What a template takes is found by trying it on a short conversation, not by the name of a model family.
 """
@@ -8,35 +8,18 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lightning_peft.data.conversation import Message
 from lightning_peft.data.marks import CLOSE, MARK, MARKS, OPEN, Marked, mark_loops, without_marks
 from lightning_peft.data.text_calls import writer_of
-from lightning_peft.data.thoughts import reasoning_keys, split_thought
+from lightning_peft.data.thoughts import CLOSING, OPENED, reasoning_keys, split_thought
 
 log = logging.getLogger(__name__)
-
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
-    "{% elif message.role == 'user' %}{{ 'User: ' + message.content + '\\n' }}"
-    "{% else %}{{ 'Assistant: ' + message.content + eos_token + '\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-"""For tokenizers that bring no chat template."""
-
-TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Today, for the templates that write it: one day for every start of a run, and for training and generation. It is the
-one that Llama 3's templates fall back to."""
-
-_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 _RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 """What a template, which is a program, raises on a conversation it was not written for."""
@@ -44,10 +27,10 @@ _RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupE
 _OWN_THOUGHT = re.compile(r"""reasoning_content|\.\s*reasoning\b|["']reasoning["']|<\|channel>|\[THINK\]""")
 """What the source of a template has that reads thoughts from a key, or spells them its own way."""
 
-_ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qzn_name"
-_CALL = {"type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
-_OTHER_CALL = {"type": "function", "function": {"name": "qzp_other", "arguments": {"qzu": "qzq"}}}
-_RESULT = "Qzo results"
+_ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qznname01"
+# Mistral's templates take calls with ids of nine letters or digits alone.
+_CALL = {"id": "qzi000001", "type": "function", "function": {"name": "qzv_call", "arguments": {"qzu": "qzt"}}}
+_OTHER_CALL = {"id": "qzi000002", "type": "function", "function": {"name": "qzp_other", "arguments": {"qzu": "qzq"}}}
 _TOOL = {
     "type": "function",
     "function": {
@@ -72,7 +55,7 @@ class CallSpelling:
 
 
 class ChatTemplate:
-    """A chat template with the special tokens it may write. Use `template_of` to get one."""
+    """A chat template with the special tokens it may write. Use `tokenizer_template.template_of` to get one."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """options: variables that the template reads, such as enable_thinking.
@@ -86,7 +69,6 @@ class ChatTemplate:
         self._variables = {**special_tokens, **options}
         self._tool_variables = [name for name in ("tools", "xml_tools") if name == "tools" or name in source]
         self._written: dict[tuple[str, str], bool] = {}
-        self._takes_result: dict[bool, bool] = {}
         try:
             self._compiled = _compile_jinja_template(source)
         except TemplateError as error:
@@ -186,29 +168,16 @@ class ChatTemplate:
         text = self._try([{"role": "user", "content": _ASKED}, turn])
         return not text or ("qzv_call" in text and "qzp_other" in text)
 
-    def takes_result(self, of_a_call: bool) -> bool:
-        """Return whether the template writes what a tool says, or refuses it itself.
-
-        of_a_call: after a turn with `tool_calls`, not one whose text is the call.
-        """
-        if of_a_call not in self._takes_result:
-            turn: dict[str, Any] = {"role": "assistant", "content": _ANSWERED}
-            if of_a_call and self.call_spelling is not None:
-                call = self._spelled_call(_CALL)
-                turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [call]}
-            result = {"role": "tool", "content": _RESULT, "name": "qzv_call"}
-            text = self._try([{"role": "user", "content": _ASKED}, turn, result], generation=True)
-            self._takes_result[of_a_call] = not text or _RESULT in text
-        return self._takes_result[of_a_call]
-
     def writes(self, role: str, key: str) -> bool:
         """Return whether the template writes a key of turns of this role, beside their content."""
         if (role, key) not in self._written:
-            question, turn = {"role": "user", "content": _ASKED}, {"role": role, "content": _ANSWERED, key: _NAME}
+            question, turn = {"role": "user", "content": _ASKED}, {"role": role, "content": _ANSWERED}
             before: list[dict[str, Any]] = [question] if role in ("assistant", "tool") else []
             if role == "tool" and self.call_spelling is not None:
                 call = self._spelled_call(_CALL)
                 before.append({"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [call]})
+                turn["tool_call_id"] = call["id"]
+            turn[key] = _NAME
             text = self._try([*before, turn] if role != "system" else [turn, question])
             self._written[role, key] = _NAME in text
         return self._written[role, key]
@@ -236,6 +205,37 @@ class ChatTemplate:
     def calls_as_text(self) -> Callable[[str, Sequence[Mapping[str, Any]]], str] | None:
         """Makes the content of a turn that calls tools, where the template has no other place for calls."""
         return writer_of(self._try([{"role": "user", "content": _ASKED}], [_TOOL], True))
+
+    @cached_property
+    def opens_thought(self) -> str | None:
+        """The mark with which the generation prompt opens a thought; None where it does not."""
+        opened = OPENED.search(self._try([{"role": "user", "content": _ASKED}], generation=True))
+        return None if opened is None else opened["mark"]
+
+    def thought_of(self, message: Message) -> tuple[str | None, str]:
+        """The thought of a turn, by its key or at the beginning of its content, None without one; and its answer."""
+        if message.reasoning is not None:
+            return message.reasoning, message.content
+        return split_thought(message.content, self.opens_thought)
+
+    @cached_property
+    def _splits_content(self) -> bool:
+        """Whether the template looks for a thought in the content of an answer, unless a key says that it has none."""
+        said = f"{_THOUGHT} </think> {_ANSWERED}"
+        texts = [
+            self._try([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": said, **keys}])
+            for keys in ({}, reasoning_keys(""))
+        ]
+        return [said in text for text in texts] == [False, True]
+
+    @cached_property
+    def thought_begin(self) -> str:
+        """What an answer puts before its thought; empty where the template writes none, or in the prompt."""
+        question = [{"role": "user", "content": _ASKED}]
+        prompt, answer = self._try(question, generation=True), {"role": "assistant", "content": _ANSWERED}
+        text = self._try([*question, answer | reasoning_keys(_THOUGHT)])
+        said = text.removeprefix(prompt)
+        return said[: said.index(_THOUGHT)] if said != text and _THOUGHT in said else ""
 
     @cached_property
     def thought_end(self) -> str:
@@ -266,7 +266,8 @@ class ChatTemplate:
         if calls and spelling is not None:
             turn = {"role": "assistant", **spelling.empty_content, "tool_calls": [self._spelled_call(_CALL)]}
         before = [{"role": "user", "content": _ASKED}, turn]
-        after = {"role": "tool" if calls else "user", "content": _ASKED}
+        after = {"role": "tool", "tool_call_id": _CALL["id"]} if calls else {"role": "user"}
+        after |= {"content": _ASKED}
         text, longer = self._try(before), self._try([*before, after])
         return longer[len(text) :] if text and longer.startswith(text) else ""
 
@@ -283,12 +284,12 @@ class ChatTemplate:
         if message.role != "assistant":
             return {"role": message.role, "content": message.content, **keys}
         thought, content = message.reasoning, message.content
+        if self._names_reasoning:
+            thought, content = self.thought_of(message)
         spelling, calls = self.call_spelling, message.tool_calls
         if calls and spelling is None and self.calls_as_text is not None:
             _log_calls_as_text()
             content, calls = self.calls_as_text(content, calls), ()
-        if thought is None and self._names_reasoning:
-            thought, content = split_thought(content)
         if thought and self._names_reasoning:
             if not (self.takes_reasoning_with_calls if calls else self.takes_reasoning):
                 turn_is = "that calls tools" if calls else "without calls of tools"
@@ -297,6 +298,8 @@ class ChatTemplate:
                     "out"
                 )
             keys |= reasoning_keys(thought)
+        elif CLOSING.search(content) and self._splits_content:
+            keys |= reasoning_keys("")  # or what stands before the mark would be taken for a thought
         elif thought:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
         if not calls:
@@ -323,60 +326,3 @@ def _refused_roles(messages: Sequence[dict[str, Any]]) -> str:
     if any(message["role"] == "system" for message in messages):
         return "; without a system message it may take it"
     return ""
-
-
-def template_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> ChatTemplate:
-    """The tokenizer's chat template, or the plain one. Raises ChatTemplateError where it cannot be trained with."""
-    log_layout(tokenizer)
-    variables = json.dumps([_special_tokens(tokenizer), dict(options or {})], sort_keys=True)
-    return _checked_template(_template_source(tokenizer), variables)
-
-
-@lru_cache(maxsize=8)
-def _checked_template(source: str, variables: str) -> ChatTemplate:
-    template = ChatTemplate(source, *json.loads(variables))
-    template.check()
-    return template
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    if tokenizer.chat_template in (
-        None,
-        "",
-        PLAIN_TEMPLATE,
-    ):
-        tokens = {"bos_token": "", "eos_token": ""} | tokens
-    return tokens
-
-
-def log_layout(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say, once, where conversations are laid out without a template of the tokenizer, or with a date in them."""
-    if not tokenizer.chat_template:
-        _log_plain_layout(tokenizer.name_or_path)
-    elif "strftime_now" in str(tokenizer.chat_template):
-        _log_date(tokenizer.name_or_path)
-
-
-def _template_source(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        return PLAIN_TEMPLATE
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        names = ", ".join(tokenizer.chat_template) if isinstance(tokenizer.chat_template, dict) else ""
-        raise ChatTemplateError(
-            f"the tokenizer has several chat templates ({names}) and none is its default; "
-            "name one of them default in its files"
-        ) from error
-    return _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call["format"])), template)
-
-
-@lru_cache
-def _log_plain_layout(name: str) -> None:
-    log.warning("The tokenizer %s has no chat template: using the plain layout 'User: ...', 'Assistant: ...'.", name)
-
-
-@lru_cache
-def _log_date(name: str) -> None:
-    log.info("The chat template of %s writes today's date: it is always %s here.", name, TEMPLATE_DATE.date())

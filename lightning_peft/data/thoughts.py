@@ -2,10 +2,20 @@
 
 import re
 
-INLINE_THOUGHT = re.compile(
-    r"\s*(?:<think>|<\|channel>thought\n|\[THINK\])?(?P<thought>.*?)(?:</think>|<channel\|>|\[/THINK\])\s*", re.DOTALL
-)
-"""A thought at the beginning of an answer, as models write it; its opening may have been in the prompt."""
+MARKS = {"<think>": "</think>", "<|channel>thought\n": "<channel|>", "[THINK]": "[/THINK]"}
+"""What opens a thought, as models write it, and what closes it."""
+_OPENS, _CLOSES = ("|".join(map(re.escape, marks)) for marks in (MARKS, MARKS.values()))
+_ANY = re.compile(f"{_OPENS}|{_CLOSES}")
+_CODE = "```"
+
+OPENING = re.compile(rf"\s*(?:{_OPENS})")
+"""The beginning of a text that starts with a thought."""
+OPENED = re.compile(rf"(?P<mark>{_OPENS})\s*\Z")
+"""The end of a prompt that opens the thought itself."""
+CLOSING = re.compile(rf"\s*(?:{_CLOSES})\s*")
+"""What stands between a thought and its answer."""
+EMPTY_THOUGHT = re.compile(rf"\s*(?:{_OPENS})?\s*(?:{_CLOSES})\s*")
+"""The beginning of a text that says that nothing was thought; its opening may be in the prompt."""
 
 
 def reasoning_keys(thought: str) -> dict[str, str]:
@@ -13,9 +23,28 @@ def reasoning_keys(thought: str) -> dict[str, str]:
     return {"thinking": thought, "reasoning_content": thought}
 
 
-def split_thought(content: str) -> tuple[str | None, str]:
-    """The thought at the beginning of an answer, None where there is none, and the rest."""
-    match = INLINE_THOUGHT.match(content) if ">" in content or "]" in content else None
-    if match is None:
+def split_thought(content: str, opened: str | None = None) -> tuple[str | None, str]:
+    """The thought at the beginning of an answer, None where there is none, and the rest.
+
+    opened: the mark with which the prompt opened the thought, if it did. Where it did not, a closing mark without an
+    opening one closes a thought only if it stands as DeepSeek-R1 writes it, alone on a line before an empty one;
+    anywhere else the answer speaks of it. Text before an opening mark is no thought.
+    """
+    begin = OPENING.match(content)
+    if begin is not None:
+        thought, closed, answer = content[begin.end() :].partition(MARKS[begin[0].lstrip()])
+        return (thought.strip(), answer.lstrip()) if closed else (None, content)
+    mark = _ANY.search(content)
+    if mark is None or mark[0] in MARKS:
         return None, content
-    return match["thought"].strip(), content[match.end() :]
+    before, after = content[: mark.start()], content[mark.end() :]
+    if mark[0] == MARKS.get(opened or "") or (_ANY.search(after) is None and _stands_alone(before, after)):
+        return before.strip(), after.lstrip()
+    return None, content
+
+
+def _stands_alone(before: str, after: str) -> bool:
+    is_in_code = before.count(_CODE) % 2 == 1
+    return (
+        before.endswith("\n") and after.startswith("\n\n") and all(map(str.strip, (before, after))) and not is_in_code
+    )

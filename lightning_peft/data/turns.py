@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lightning_peft.data.conversation import BadRow, Message, read_json
-from lightning_peft.data.thoughts import split_thought
+from lightning_peft.data.thoughts import OPENING, split_thought
 from lightning_peft.data.tool_calls import CALL_ROLES, EMPTY, read_calls, unread_keys_of_calls
 
 ROLES = {
@@ -30,7 +30,6 @@ ROLES = {
 }
 """Names of a turn's author, those of ShareGPT among them."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_THOUGHTS_BEGIN = ("<think>", "<|channel>thought", "[THINK]")
 WEIGHT_COLUMN = "weight"
 WEIGHT_KEYS = (WEIGHT_COLUMN, "train", "loss")
 HEAVIEST = float(np.finfo(np.float32).max)
@@ -168,7 +167,7 @@ def _reasoning(turn: dict[str, Any], origin: str, column: str) -> str | None:
 
 def one_thought(reasoning: str | None, content: str, origin: str, column: str) -> tuple[str | None, str]:
     """The thought that a key holds, and the content without the same one."""
-    if reasoning is None or not content.lstrip().startswith(_THOUGHTS_BEGIN):
+    if reasoning is None or OPENING.match(content) is None:
         return reasoning, content
     inline, rest = split_thought(content)
     if inline is not None and inline != reasoning.strip():

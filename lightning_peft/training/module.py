@@ -26,7 +26,7 @@ from lightning_peft.checkpoint.peft_words import AdapterFileError
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
 from lightning_peft.compat import clip_unscaled_gradients
 from lightning_peft.data.batch import Batch
-from lightning_peft.data.datamodule import adjust_progress
+from lightning_peft.data.restored_progress import adjust_progress
 from lightning_peft.distributed import worst
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.models.blocks import decoder_of, transformer_blocks

@@ -29,27 +29,71 @@ MISTRAL_FIRST = (
     "{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
+_NEEDS_ID = (
+    "{% if ID is not defined or ID | length != 9 %}{{ raise_exception('nine letters or digits as id') }}{% endif %}"
+)
 MISTRAL_LAST = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
-    "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}{{ bos_token }}{% for m in rest %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.last else '') + m.content + '[/INST]' }}"
+    "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}{{ bos_token }}"
+    "{% set place = namespace(at=0) %}"
+    "{% set users = rest | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in rest %}{% if m.role != 'tool' and not m.tool_calls %}"
+    "{% if (m.role == 'user') != (place.at % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% set place.at = place.at + 1 %}{% endif %}"
+    "{% if m.role == 'user' %}"
+    "{% if tools and m == users[-1] %}{{ '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{{ '[INST] ' + (system if loop.last else '') + m.content + '[/INST]' }}"
+    "{% elif m.tool_calls %}{{ '[TOOL_CALLS] [' }}{% for call in m.tool_calls %}"
+    + _NEEDS_ID.replace("ID", "call.id")
+    + """{{ (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + (']' if loop.last else ', ') }}"""
+    "{% endfor %}{{ eos_token }}{% elif m.role == 'tool' %}"
+    + _NEEDS_ID.replace("ID", "m.tool_call_id")
+    + """{{ '[TOOL_RESULTS] {"content": ' + m.content + ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}"""
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
 TEKKEN = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}"
-    "{% elif m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}"
-    "{% endfor %}"
+    "{% if m.role == 'system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% endif %}{% endfor %}"
+    "{% if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% elif m.role == 'tool' %}"
+    "{{ '[TOOL_RESULTS]' + m.tool_call_id | string + '[TOOL_CONTENT]' + m.content + '[/TOOL_RESULTS]' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    + _NEEDS_ID.replace("ID", "call.id")
+    + "{{ '[TOOL_CALLS]' + call.function.name + '[CALL_ID]' + call.id + '[ARGS]' + call.function.arguments | tojson }}"
+    "{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 OLMO = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
     "{{ (eos_token if m.role == 'assistant' else '') + ('' if m.role == 'assistant' and loop.last else '\n') }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+OLMO_3 = (
+    "{{ '<|im_start|>system\n' + (messages[0].content if messages[0].role == 'system' else 'You are Olmo.') }}"
+    "{{ ' <functions>' + (tools | tojson if tools else '') + '</functions><|im_end|>\n' }}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'tool' %}{{ '<|im_start|>environment\n' + m.content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + m.content }}"
+    "{% if m.tool_calls %}{{ '<function_calls>' }}{% for call in m.tool_calls %}"
+    "{{ call.function.name + '(' }}{% for name, value in call.function.arguments.items() %}"
+    "{{ name + '=' + value | tojson + ('' if loop.last else ', ') }}{% endfor %}{{ ')' + ('' if loop.last else '\n') }}"
+    "{% endfor %}{{ '</function_calls>' }}{% endif %}"
+    "{{ eos_token if loop.last else '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 GRANITE = (
-    "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+    "{% set say = namespace(system=messages[0].content if messages[0].role == 'system' else '') %}"
+    "{% if tools %}{% set say.system = say.system + '\nTools:\n<tools>\n' + tools | tojson + '\n</tools>' %}"
+    "{% endif %}{% if say.system %}"
+    "{{ '<|start_of_role|>system<|end_of_role|>' + say.system + '<|end_of_text|>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{{ '<|start_of_role|>user<|end_of_role|>\n<tool_response>\n' + m.content }}"
+    "{{ '\n</tool_response><|end_of_text|>\n' }}"
+    "{% elif m.role == 'user' or m.role == 'assistant' %}"
+    "{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ ('\n' if m.content or not loop.first else '') + '<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}"
+    "{% endfor %}{{ '<|end_of_text|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
 )
 SMOLLM_3 = (
     "{% set thinks = enable_thinking | default(true) %}{% set said = '' %}"
@@ -93,6 +137,7 @@ OURS = {
     "mistral_v0.3": (MISTRAL_LAST, "</s>"),
     "tekken": (TEKKEN, "</s>"),
     "olmo": (OLMO, "<|endoftext|>"),
+    "olmo3": (OLMO_3, "<|endoftext|>"),
     "granite": (GRANITE, "<|end_of_text|>"),
     "smollm3": (SMOLLM_3, "<|im_end|>"),
     "phi4": (PHI_4, "<|im_end|>"),
@@ -117,7 +162,7 @@ STORED = {
 
 _SPECIAL = re.compile(
     r"<\|[\w ]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|<\|?(?:turn|channel|tool_call|tool_response|tool)\|?>"
-    r"|\[/?INST\]|\[/?SYSTEM_PROMPT\]|\[gMASK\]|<sop>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|CALL_ID|ARGS|TOOL_CONTENT)\]|\[gMASK\]|<sop>"
 )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_peft.data import template
+from lightning_peft.data import tokenizer_template
 from lightning_peft.data.cache import cache_folder, cached_samples, entry_name
 from lightning_peft.data.config import DataConfig, Format, OnBadRow, OnTooLong
 from lightning_peft.data.datamodule import SFTDataModule
@@ -40,7 +40,7 @@ def tokens_of(samples):
 
 def everything(config, tokenizer, caplog):
     """Batches, counts and log lines of a start, those about the cache itself left out."""
-    template._log_plain_layout.cache_clear()
+    tokenizer_template._log_plain_layout.cache_clear()
     caplog.clear()
     with caplog.at_level(logging.INFO, "lightning_peft"):
         module = SFTDataModule(config, tokenizer, seed=3)

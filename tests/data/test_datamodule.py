@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_peft.data.config import DataConfig, OnBadRow
-from lightning_peft.data.datamodule import SFTDataModule, adjust_progress
+from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.restored_progress import adjust_progress
 from lightning_peft.data.streaming import RowWindows, StreamedBatches
 
 COUNT = 90

@@ -7,7 +7,8 @@ from itertools import islice
 
 import pytest
 
-from lightning_peft.data.config import DataConfig
+from lightning_peft.commands.evaluate import laid_out_as
+from lightning_peft.data.config import DataConfig, Reasoning, Trained
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.data.samples import read_conversations
@@ -233,6 +234,25 @@ def test_options_of_a_source_are_its_own(paths, tokenizer):
     assert "Thanks France" not in tokenizer.decode(chat[0].input_ids)
     assert module.train_audits["story"].split_long > 0 and module.train_audits["chat"].skipped_long > 0
     assert module.train_audit.rows == 90 + 5 + 30
+
+
+def test_prompts_have_the_system_prompt_that_all_sources_have(paths, tokenizer, caplog):
+    same = {name: {"system_prompt": "Thanks France"} for name in ("chat", "code")}  # story has no turns
+    assert mixed(paths, tokenizer, more=same).prompt_layout.system_prompt == "Thanks France"
+    assert "data.sources differ" not in caplog.text
+    other = same | {"code": {"system_prompt": "Hello"}}
+    assert mixed(paths, tokenizer, more=other, system_prompt="Hi").prompt_layout.system_prompt == "Hi"
+    said = "data.sources differ in system_prompt (chat 'Thanks France', code 'Hello'): beyond their rows it is data."
+    assert f"{said}system_prompt='Hi'" in caplog.text
+    unused = same | {"code": {"system_prompt": "Hello", "weight": 0}}
+    assert mixed(paths, tokenizer, more=unused).prompt_layout.system_prompt == "Thanks France"
+
+
+def test_other_rows_are_laid_out_as_those_of_the_sources(paths):
+    own = {"system_prompt": "Thanks France", "train_on": ["answer"], "reasoning": "drop"}
+    trained = DataConfig(sources={name: {"train_path": paths[name]} | own for name in ("chat", "code")})
+    found = laid_out_as(trained, DataConfig(train_path=paths["story"]))
+    assert (found.system_prompt, found.train_on, found.reasoning) == ("Thanks France", [Trained.answer], Reasoning.drop)
 
 
 def test_rows_that_several_sources_have_are_counted(paths, tokenizer):

@@ -266,6 +266,36 @@ def test_token_of_the_template_inside_a_text_is_left_alone(chatml):
 ASKS = [user("W?"), assistant("Action: w(Oslo)"), {"role": "tool", "content": "3 degrees"}, assistant("It is 3.")]
 
 
+def system(text):
+    return {"role": "system", "content": text}
+
+
+DROPPED = {
+    "again": ("smollm3", [system("Now"), user("Hi"), HELLO, system("Now"), user("x"), HELLO], "4, which is of the s"),
+    "as a part": ("smollm3", [user("Nowhere"), HELLO, system("Now"), user("x"), HELLO], "3, which is of the system"),
+    "as the template says": (
+        "smollm3",
+        [user("Hi"), HELLO, system("Metadata"), user("x"), HELLO],
+        "3, which is of the",
+    ),
+    "of a tool": ("phi3_5", [user("3 C?"), HELLO, {"role": "tool", "content": "3 C"}, HELLO], "3, which is of a tool"),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_turn_that_the_template_drops_is_refused_though_its_text_stands_elsewhere(name):
+    template, turns, place = DROPPED[name]
+    with pytest.raises(BadRow, match=f"does not write the content of message {place}"):
+        run([{"messages": turns}], tokenizer_of(template))
+
+
+def test_same_text_in_several_turns_is_written_each_time():
+    tokenizer = tokenizer_of("qwen3")
+    turns = [system("Now"), user("Now"), HELLO, system("Now"), user("Now"), HELLO]
+    samples, _ = run([{"messages": turns}], tokenizer)
+    assert tokenizer.decode(samples[-1].input_ids).count("Now") == 4
+
+
 @pytest.mark.parametrize("name", ["phi3", "phi3_5"])
 def test_result_that_the_template_drops_is_refused(name):
     with pytest.raises(BadRow, match="does not write the content of message 3, which is of a tool"):

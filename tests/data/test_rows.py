@@ -41,7 +41,21 @@ UNREAD = {
     "context": ({"prompt": "Hi", "completion": "Hello", "context": "x"}, r"column 'context' \(2 rows\)"),
     "label": ({"text": "Hi", "label": 1}, r"column 'label' \(2 rows\)"),
     "mask": ({"messages": [HI, {**HELLO, "mask": 1}]}, r"key 'mask' of a turn"),
+    "trained": ({"messages": [HI, {**HELLO, "isTrained": False}]}, r"key 'isTrained' of a turn"),
+    "ids": ({"input_ids": [5, 6, 7], "label_ids": [-100, 6, 7]}, r"column 'label_ids'"),
+    "tokens": ({**PLAIN, "input_ids": [5, 6, 7]}, r"column 'input_ids'"),
+    "article": ({"prompt": "Sum up", "completion": "x", "source": "A long article. " * 9}, r"column 'source'"),
+    "poem": ({"prompt": "Sum up", "completion": "x", "topic": "One line\nand another"}, r"column 'topic'"),
 }
+UNREAD |= {
+    name: ({"prompt": "Hi", "completion": "Hello", name: value}, f"column '{name}'")
+    for name, value in {
+        "schema": "CREATE TABLE t (a int)", "dataset_schema": "t(a)", "title": "T", "subject": "S",
+        "language": "French", "knowledge_source": "Passage",
+        "prompt_metadata": "You are a pirate", "loss_weight": 0.0, "sample_weight": 0,
+        "is_trained": False, "enable_thinking": False, "a": 3, "b": 4.5, "loss_score": 1.0, "train_id": 1,
+    }.items()
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNREAD)
@@ -65,6 +79,27 @@ def test_ids_and_scores_are_listed_once_and_empty_columns_are_not(chatml):
     assert audit.lines()[-1] == (
         "not read: column 'id' (3 rows), column 'quality_score' (3 rows), column 'upvotes' (3 rows)"
     )
+
+
+BESIDE_THE_POINT = {
+    "prompt_id": "f3a", "conversation_hash": "9" * 64, "image_url": "https://a.b/" + "c" * 200, "num_turns": 2,
+    "source": "airoboros2.2", "category": "orca", "type": "MATH_AnsAug", "_template_idx": 3, "_task_source": "P3",
+    "_template_type": "zs_opt", "score_chosen": 7.5, "chosen-rating": 4, "helpfulness": 3, "toxicity": {"toxic": 0.1},
+    "metadata": {"note": "long " * 50}, "lang": "en", "model": "gpt-4", "created_at": 1.7e9, "parentId": "a",
+    "rank": 0.0,    "tags": ["a", "b"], "Unnamed: 0": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE_THE_POINT)
+def test_what_data_sets_say_of_their_rows_is_listed(name, chatml):
+    _, audit = run([{"prompt": "Hi", "completion": "Hello", name: BESIDE_THE_POINT[name]}], chatml)
+    assert audit.lines()[-1] == f"not read: column {name!r} (1 rows)"
+
+
+def test_column_that_the_task_scores_by_is_listed(chatml):
+    row = {"prompt": "How many?", "completion": "SELECT 1", "schema": "CREATE TABLE t (a int)"}
+    _, audit = run([row], chatml, task="text_to_sql")
+    assert audit.lines()[-1] == "not read: column 'schema' (1 rows)"
 
 
 def test_columns_beside_prompt_and_answer_are_read():

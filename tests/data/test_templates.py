@@ -2,17 +2,22 @@
 
 import random
 import time
+from dataclasses import asdict, replace
 
 import pytest
 from chat_templates import OURS, STORED, TRL, tokenizer_of
-from jinja2 import TemplateError
 
+from lightning_peft.data.audit import Audit
 from lightning_peft.data.chat import Encoder, encode_all, encode_prompt, end_token_ids
-from lightning_peft.data.conversation import Conversation, Message
-from lightning_peft.data.rendering import Kind
-from lightning_peft.data.template import ChatTemplateError, template_of
+from lightning_peft.data.config import DataConfig, OnBadRow, Reasoning
+from lightning_peft.data.conversation import Conversation, Message, Row
+from lightning_peft.data.rendering import Kind, Rules
+from lightning_peft.data.row_reader import row_reader
+from lightning_peft.data.samples import encode_rows
+from lightning_peft.data.template import ChatTemplateError
+from lightning_peft.data.tokenizer_template import template_of
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALL = {"id": "abc123xyz", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOLS = [
     {
         "type": "function",
@@ -34,7 +39,7 @@ CALLS = Conversation(
     [
         Message("user", "Weather in Oslo?"),
         Message("assistant", "", tool_calls=(CALL,)),
-        Message("tool", "3 C", name="weather"),
+        Message("tool", "3 C", name="weather", tool_call_id="abc123xyz"),
         Message("assistant", "It is 3 C."),
     ],
     TOOLS,
@@ -62,14 +67,18 @@ CONVERSATIONS = {
 NAMES = [*OURS, *STORED]
 NO_SYSTEM = {"gemma"}
 NO_TOOLS = {
-    *OURS, "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
-} - {"smollm3"}  # fmt: skip
+    "chatml", "smollm2", "mistral_v0.1", "olmo", "phi4", "phi4_mini", "opens_thought",
+    "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
+}  # fmt: skip
+"""Those that write no tools; Phi 4 mini does from a key of the system turn, not from its variable."""
 NO_THOUGHT = {
     (name, kind)
     for name in ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4")
     for kind in ("thought", "thoughts", "thoughts and calls")
 }
-NO_THOUGHT |= {(name, "thoughts and calls") for name in ("llama3_1", "llama3_2")}  # a turn is a call or text
+NO_THOUGHT |= {
+    (name, "thoughts and calls") for name in ("llama3_1", "llama3_2", "mistral_v0.3")
+}  # a turn is a call or text
 OPENS = ("deepseekv3", "deepseek_r1_distill", "nemotron", "opens_thought")
 """Their prompts open a thought that their renderings of an answer do not begin with, or not always."""
 
@@ -225,6 +234,22 @@ SEVERAL = Conversation(
     ],
     TOOLS,
 )  # fmt: skip
+
+
+def test_mistrals_ids_of_calls_and_results_are_written():
+    """Nine letters or digits, which the template demands of every call, also of one that is tried."""
+    tokenizer = tokenizer_of("mistral_v0.3")
+    [[sample]] = encode_all([CALLS], tokenizer)
+    assert text_of_kind(sample, Kind.tool_call, tokenizer) == (
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abc123xyz"}]'
+    )
+    assert '[TOOL_RESULTS] {"content": 3 C, "call_id": "abc123xyz"}' in tokenizer.decode(sample.input_ids)
+    assert template_of(tokenizer).writes("tool", "tool_call_id")
+    nameless = {**CALL, "id": "call_1"}
+    with pytest.raises(ChatTemplateError, match="nine letters or digits as id"):
+        encode_all([Conversation([ASKED, Message("assistant", "", tool_calls=(nameless,))], TOOLS)], tokenizer)
+
+
 CALLED = {"lfm2": ("lfm2_v2", "<|tool_call_start|>"), "smollm3": ("qwen3", "<tool_call>")}
 """Templates that leave calls to the text, each with one that writes them the same way from their key."""
 
@@ -282,7 +307,7 @@ def test_parts_of_a_turn_are_told_apart():
         for kind in Kind
         if kind
     }
-    assert text[Kind.reasoning] == "<think>\nI need to look.<think>\nCold.\n</think>\n\n"
+    assert text[Kind.reasoning] == "<think>\nI need to look.\n</think>\n\n<think>\nCold.\n</think>\n\n"
     assert text[Kind.answer] == "It is 3 C."
     assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text[Kind.tool_call]
     assert text[Kind.end] == "<|im_end|><|im_end|>"
@@ -298,6 +323,99 @@ def test_thought_written_into_the_answer_is_spelled_as_the_template_does(name, c
     inline = Conversation([ASKED, Message("assistant", content)])
     by_key = Conversation([ASKED, Message("assistant", "It is 4.", reasoning="Two.")])
     assert encode_all([inline], tokenizer) == encode_all([by_key], tokenizer)
+
+
+NO_THOUGHTS = [
+    "The tag </think> closes a thought.",
+    "Sure. <think>two</think> It is 4.",
+    "Close with [/THINK] please.",
+    "<think> opens one, never closed.",
+    "```html\n\n</think>\n\n```",
+    "think",
+    "i",
+]
+
+
+@pytest.mark.parametrize("rule", ["keep", "drop"])
+@pytest.mark.parametrize("content", NO_THOUGHTS)
+@pytest.mark.parametrize("name", ["chatml", "qwen2_5", "llama3_1", "qwen3", "gptoss", "glm4moe", "gemma4_v5"])
+def test_answer_that_speaks_of_thoughts_is_an_answer(name, content, rule):
+    tokenizer = tokenizer_of(name)
+    turns = Conversation([ASKED, Message("assistant", content)])
+    [[sample]] = encode_all([turns], tokenizer, Rules(reasoning=Reasoning(rule)))
+    assert text_of_kind(sample, Kind.answer, tokenizer).removeprefix("<|channel|>final<|message|>") == content
+    assert "".join(text_of_kind(sample, Kind.reasoning, tokenizer).split()) in ("", "<think></think>")
+
+
+def text_of_kind(sample, kind, tokenizer):
+    return tokenizer.decode([token for token, k in zip(sample.input_ids, sample.kinds, strict=True) if k == kind])
+
+
+OPENED_BEFORE = {"deepseek_r1_distill": "Two. </think> It is 4.", "qwen3_6": "Two.</think>It is 4."}
+OPENED_BEFORE |= {"chatml": "Two.\n</think>\n\nIt is 4.", "qwen3": "Two.\n</think>\n\nIt is 4."}
+
+
+@pytest.mark.parametrize("name", OPENED_BEFORE)
+def test_thought_whose_opening_the_prompt_wrote_is_a_thought(name):
+    """The closing mark alone: anywhere where the template's prompt opens the thought, else as DeepSeek-R1 writes it."""
+    tokenizer = tokenizer_of(name)
+    inline = Conversation([ASKED, Message("assistant", OPENED_BEFORE[name])])
+    [[kept]], [[dropped]] = (
+        encode_all([inline], tokenizer, Rules(reasoning=rule)) for rule in (Reasoning.keep, Reasoning.drop)
+    )
+    assert "Two." in text_of_kind(kept, Kind.reasoning, tokenizer)
+    assert [text_of_kind(sample, Kind.answer, tokenizer) for sample in (kept, dropped)] == ["It is 4."] * 2
+    assert "Two." not in tokenizer.decode(dropped.input_ids)
+
+
+NOTHING = "<think>\n\n</think>\n\n"
+CALLED_AS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+SHORT = {
+    "answer i": (Message("assistant", "i"), [NOTHING, "i", ""]),
+    "thought t": (Message("assistant", "", reasoning="t"), ["<think>\nt\n</think>\n\n", "", ""]),
+    "thought think": (Message("assistant", "think", reasoning="think"), ["<think>\nthink\n</think>\n\n", "think", ""]),
+    "call beside i": (
+        Message("assistant", "i", tool_calls=(CALL,)),
+        [NOTHING, "i", f"\n{CALLED_AS}"],
+    ),
+    "call": (
+        Message("assistant", "", tool_calls=(CALL,)),
+        [NOTHING, "", CALLED_AS],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_parts_that_stand_in_the_marks_around_them_are_told_apart(name):
+    """ "i" and "t" stand in "<think>" too."""
+    tokenizer = tokenizer_of("qwen3")
+    message, expected = SHORT[name]
+    [[sample]] = encode_all([Conversation([ASKED, message], TOOLS)], tokenizer)
+    kinds = (Kind.reasoning, Kind.answer, Kind.tool_call)
+    assert [text_of_kind(sample, kind, tokenizer) for kind in kinds] == expected
+    assert text_of_kind(sample, Kind.end, tokenizer) == "<|im_end|>"
+
+
+PLAIN_TURNS = [Message("assistant", "  two  spaces"), Message("assistant", "", tool_calls=(CALL,)), ANSWERED]
+
+
+@pytest.mark.parametrize("message", PLAIN_TURNS, ids=["spaces", "call", "answer"])
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "nemotron_3_ultra", "qwen3_6"])
+def test_turn_after_an_opened_thought_is_written_as_one_with_a_thought(name, message):
+    """The prompt opens a thought; what follows an empty one is what the template has behind another."""
+    tokenizer = tokenizer_of(name)
+    plain, thinking = (Conversation([ASKED, one], TOOLS) for one in (message, replace(message, reasoning="Qzw")))
+    said = applied(tokenizer, thinking, thinking, False).rpartition("<think>\nQzw")[2].rstrip("\n")
+    [(_, trained_ids)] = samples_by_turn(tokenizer, plain)
+    assert tokenizer.decode(trained_ids) == said
+
+
+def test_thought_alone_leaves_nothing_where_thoughts_are_dropped():
+    for message in (Message("assistant", "<think>t</think>"), Message("assistant", "", reasoning="t")):
+        with pytest.raises(ChatTemplateError, match="data.reasoning=drop: assistant message 2 is a thought alone"):
+            encode_all([[ASKED, message]], tokenizer_of("chatml"), Rules(reasoning=Reasoning.drop))
+    with pytest.raises(ChatTemplateError, match="assistant message 2 says nothing, its thought is empty"):
+        encode_all([[ASKED, Message("assistant", "<think></think>")]], tokenizer_of("qwen3"))
 
 
 @pytest.mark.parametrize("name", ["gemma4_v5", "qwen3_6", "qwen3", "llama3_1", "nemotron_3_nano", "gptoss", "glm4moe"])
@@ -327,18 +445,56 @@ def numbered_call(number):
     return {"type": "function", "function": {"name": "weather", "arguments": {"city": f"C{number}"}}}
 
 
+def is_refused(name, conversation):
+    """Whether the template cannot write a random conversation, by what was found of it above."""
+    system, calls = conversation[0].role == "system", any(message.tool_calls for message in conversation)
+    return bool(
+        (system and name in NO_SYSTEM)
+        or (conversation.tools and name in NO_TOOLS)
+        or ((name, "thought") in NO_THOUGHT and any(message.reasoning for message in conversation))
+        or (name == "mistral_v0.3" and system and calls)  # written before a user's turn alone, if it is the last
+    )
+
+
+AFTER_THOUGHT = ("deepseekv3", "deepseek_r1_distill", "opens_thought")
+"""Their prompts open a thought, and their own renderings drop it, or write no mark of one that is empty."""
+HEADERS = {"mistral_v0.3": "[/INST]", "gptoss": "<|start|>assistant"}
+"""What stands before an answer where the prompt before it is written otherwise once it is there."""
+
+
+def to_be_trained(name, tokenizer, prompt, whole, message, with_thought):
+    """The text that generation is to write: what the template's own rendering of the turn has behind its prompt."""
+    if whole.startswith(prompt):
+        said = whole[len(prompt) :].rstrip("\n")
+        if name in ("phi3", "phi3_5"):
+            said = said.removesuffix("\n<|endoftext|>")
+        if name == "glm4moe":
+            said += "<|observation|>" if message.tool_calls else "<|user|>"
+        return said
+    if name in AFTER_THOUGHT:
+        return (message.reasoning or "").strip() + "\n</think>\n\n" + message.content + tokenizer.eos_token
+    if name.startswith("nemotron"):  # its empty thought is none that follows the prompt: as with another, without that
+        assert not message.reasoning
+        return with_thought("Qzw").rpartition("<think>\nQzw")[2].rstrip("\n")
+    return whole.split(HEADERS[name])[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_random_conversations_train_exactly_what_was_said(name):
+    """Rows of them are read, or are bad rows where the template cannot write them; no other exception."""
     tokenizer, rng = tokenizer_of(name), random.Random(name)
     conversations = [random_conversation(rng) for _ in range(200)]
-    outcomes = Encoder(tokenizer).encode(conversations)
-    fitting = 0
-    for conversation, outcome in zip(conversations, outcomes, strict=True):
-        if isinstance(outcome, Exception):
-            assert isinstance(outcome, ChatTemplateError | TemplateError)
+    config, audit = DataConfig(max_length=100_000, on_bad_row=OnBadRow.skip), Audit()
+    rows = [Row(row_of(conversation), f"row {number}") for number, conversation in enumerate(conversations)]
+    read = [row_reader(row.values, config)(row) for row in rows]
+    refused = [is_refused(name, conversation) for conversation in conversations]
+    trained = list(encode_rows(rows, config, tokenizer, audit))
+    assert (audit.rows, audit.bad_rows) == (200, sum(refused)), audit.bad_row_messages
+    expected = []
+    for conversation, is_bad in zip(read, refused, strict=True):
+        if is_bad:
             continue
-        fitting += 1
         turns = samples_by_turn(tokenizer, conversation)
         answers = [index for index, message in enumerate(conversation) if message.role == "assistant"]
         assert len(turns) == len(answers)
@@ -346,13 +502,17 @@ def test_random_conversations_train_exactly_what_was_said(name):
             message = conversation[index]
             thinks = {"enable_thinking": True} if name == "qwen3_5_nothink" and message.reasoning else {}
             prompt = applied(tokenizer, conversation, conversation.before(index), True, **thinks)
+            before = conversation[:index]
+            whole = applied(tokenizer, conversation, [*before, message], False)
+
+            def with_thought(thought, before=before, message=message, conversation=conversation):
+                return applied(tokenizer, conversation, [*before, replace(message, reasoning=thought)], False)
+
             assert tokenizer.decode(prompt_ids) == prompt
-            whole = applied(tokenizer, conversation, conversation[: index + 1], False)
-            trained = tokenizer.decode(trained_ids)
-            if whole.startswith(prompt):
-                assert whole[len(prompt) :].startswith(trained) or trained.startswith(whole[len(prompt) :])
-            assert message.content.strip() in trained and (message.reasoning or "").strip() in trained
-    assert fitting > 20
+            assert tokenizer.decode(trained_ids) == to_be_trained(name, tokenizer, prompt, whole, message, with_thought)
+            expected += trained_ids
+    assert len(expected) > 1000
+    assert sorted(label for sample in trained for label in sample.labels if label != -100) == sorted(expected)
 
 
 PIECES = ["Hi", "é", "😀", " two  spaces ", "1.5\n\nnew", "<b>x</b>", "{{ x }}", "</s>", "a|b", "\tTab", "end.", "日本"]
@@ -365,17 +525,36 @@ def random_text(rng):
 def random_conversation(rng):
     messages = [Message("system", random_text(rng))] if rng.random() < 0.3 else []
     tools = TOOLS if rng.random() < 0.3 else None
-    for _ in range(rng.randrange(1, 5)):
+    for number in range(rng.randrange(1, 5)):
         messages.append(Message("user", random_text(rng)))
         if tools and rng.random() < 0.6:
-            call = {"type": "function", "function": {"name": "weather", "arguments": {"city": random_text(rng)}}}
+            function = {"name": "weather", "arguments": {"city": random_text(rng)}}
+            call = {"id": f"call{number:05}", "type": "function", "function": function}
             messages += [
                 Message("assistant", "", tool_calls=(call,)),
-                Message("tool", random_text(rng), name="weather"),
+                Message("tool", random_text(rng), name="weather", tool_call_id=call["id"]),
             ]
         thought = random_text(rng) if rng.random() < 0.3 else None
         messages.append(Message("assistant", random_text(rng), reasoning=thought))
     return Conversation(messages, tools)
+
+
+def row_of(conversation):
+    """A row as a data set holds it."""
+    keys = {"reasoning": "reasoning_content"}
+    turns = [
+        {
+            keys.get(key, key): value
+            for key, value in asdict(message).items()
+            if value not in (None, ()) or key == "content"
+        }
+        for message in conversation
+    ]
+    for turn in turns:
+        turn.pop("weight")
+        if "tool_calls" in turn:
+            turn["tool_calls"] = list(turn["tool_calls"])
+    return {"messages": turns} | ({} if conversation.tools is None else {"tools": conversation.tools})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -104,8 +104,9 @@ def words(run, output, *more):
     return [f"adapter_path={run}", f"output={output}", "max_rows=5", "samples=2", "max_new_tokens=8", *more]
 
 
-def test_command_writes_pairs_that_dpo_goes_on_with(run, tmp_path):
+def test_command_writes_pairs_that_dpo_goes_on_with(run, tmp_path, capsys):
     report = pairs(compose_config("pairs", words(run, tmp_path / "pairs.jsonl")))
+    [ignored] = [word for word in shlex.split(capsys.readouterr().out) if word.startswith("data.ignore_columns=")]
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert report["prompts"] == 5 and report["answers"] == 10 and report["pairs"] == len(rows) > 0
     assert json.loads((tmp_path / "pairs.json").read_text()) == report
@@ -116,7 +117,8 @@ def test_command_writes_pairs_that_dpo_goes_on_with(run, tmp_path):
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "pairs.jsonl").read_bytes()
     pairs(compose_config("pairs", words(run, tmp_path / "other.jsonl", "seed=7")))
     assert (tmp_path / "other.jsonl").read_bytes() != (tmp_path / "pairs.jsonl").read_bytes()
-    data = ["objective=dpo", "data=jsonl", f"data.train_path={tmp_path}/pairs.jsonl", "data.validation_fraction=0.25"]
+    data = ["objective=dpo", "data=jsonl", f"data.train_path={tmp_path}/pairs.jsonl", ignored]
+    data += ["data.validation_fraction=0.25"]
     result = train(tiny_config(tmp_path / "dpo", *data, f"adapter.init_from={run}", "trainer.max_steps=1"))
     assert result["metrics"]["validation_logps/rejected"] < 0
 
