@@ -38,6 +38,7 @@ from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
 from lightning_peft.runs.folder import end_of, folder_of
+from lightning_peft.runs.nodes import refusal
 from lightning_peft.runs.plan import RunPlan
 from lightning_peft.runs.rollback import (
     Rollback,
@@ -186,7 +187,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"status": "failed"}
     try:
-        fit(trainer, module, data, resumed, signals)
+        fit(trainer, module, data, resumed, signals, config.callbacks)
         if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
             write_text(run_dir / "wins.json", json.dumps(routed.report(), indent=2) + "\n")
         if module.selection is not None and distributed.rank() == 0:
@@ -267,9 +268,17 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
 
 
 def fit(
-    trainer: Trainer, module: FinetuneModule, data: SFTDataModule, checkpoint: Path | None, signals: PreemptionSignals
+    trainer: Trainer,
+    module: FinetuneModule,
+    data: SFTDataModule,
+    checkpoint: Path | None,
+    signals: PreemptionSignals,
+    callbacks: Mapping[str, Any],
 ) -> None:
-    """`trainer.fit`, with the ways it can be ended from outside told apart."""
+    """`trainer.fit`, with the ways it can be ended from outside told apart.
+
+    Raises ValueError for what Lightning refuses of the user's options, the callbacks that the config names among them.
+    """
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except Preempted:
@@ -280,6 +289,8 @@ def fit(
         raise
     except Exception as error:
         if signals.received is None:
+            if (refused := refusal(error, callbacks)) is not None:
+                raise ValueError(refused) from error
             raise
         # The signal also went to other ranks and to services that this one talks to. A defect shows again next time.
         has_reason = not distributed.is_lost_rank(error)

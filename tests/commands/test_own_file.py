@@ -35,7 +35,7 @@ def own_folder(tmp_path, monkeypatch):
         ["rank=16", "target_modules=attention", "logger=[csv,wandb]", "dry_run=true", "resume=auto"],
         ["recipe=lora/text_to_sql", "model=tiny"],
         ["data.train_path=rows, mine.jsonl", "+data.template_options={enable_thinking:false}", "++seed=3"],
-        ["+callbacks.timer._target_=lightning.pytorch.callbacks.Timer", "trainer.overfit_batches=2"],
+        ["+callbacks.timer._target_=lightning.pytorch.callbacks.Timer", "trainer.deterministic=warn"],
     ],
 )
 def test_init_writes_a_file_that_composes_to_the_choices(choices):
