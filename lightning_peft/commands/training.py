@@ -51,6 +51,7 @@ from lightning_peft.runs.rollback import (
 )
 from lightning_peft.runs.trainer import build_trainer, count_steps
 from lightning_peft.strict_json import json_text
+from lightning_peft.sweeps.foreground import how_to_go_on
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.adapter_health import AdapterHealth
@@ -169,7 +170,9 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         signals = MemberSignals(member.group, plan.max_seconds, run_dir)
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save, metrics.is_calm)
     stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
-    preemption = Preemption(signals, checkpoint, config.pause_at, lambda trainer: last_validation(trainer, scored))
+    preemption = Preemption(
+        signals, checkpoint, config.pause_at, lambda trainer: last_validation(trainer, scored), how_to_go_on
+    )
     health = AdapterHealth(config.health)
     callbacks: list[Callback] = [
         RunRecord(plain(config), content),
