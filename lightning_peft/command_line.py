@@ -30,6 +30,7 @@ from lightning_peft.compose import (
 )
 from lightning_peft.ctrl_c import INTERRUPTED, is_caused_by_ctrl_c
 from lightning_peft.plugins import imported_by_words
+from lightning_peft.runs.command import started_by
 from lightning_peft.runs.errors import WrongInput, is_input_error, one_line
 from lightning_peft.runs.folder import starting_config, sweep_folder
 from lightning_peft.runs.lock import only_writer
@@ -63,6 +64,7 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
     if any(word in HELP for word in overrides):
         return show_help(command, [word for word in overrides if word not in HELP])
     sweep = [word for word in overrides if word in SWEEP]
+    typed_words = list(overrides)
     try:
         overrides = [*everyday(command, [word for word in overrides if word not in SWEEP]), *sweep]
         if command in BY_WORDS:
@@ -90,7 +92,8 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
 
             return train_listed(Path(overrides[0].partition("=")[2]))
         elif command == "train":
-            function(starting_config(overrides))
+            with started_by(typed_words):
+                function(starting_config(overrides))
         else:
             function(compose_config(command, overrides))
         sys.stdout.flush()
@@ -213,7 +216,9 @@ def run_trials(
             if command == "train" and not trial.dry_run and distributed.rank() == 0:
                 enter_trial(Path(trial.run_dir), list(HydraConfig.get().overrides.task), swept)
                 folders.append(Path(trial.run_dir).parent)
-            return function(trial)
+            own = [word.lstrip("+") for word in HydraConfig.get().overrides.task if not word.startswith("run_dir=")]
+            with started_by([*own, f"run_dir={trial.run_dir}"] if command == "train" else []):
+                return function(trial)
         except (ValueError, OSError) as error:
             if is_input_error(error):
                 raise WrongInput(str(error)) from error

@@ -37,6 +37,7 @@ from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
+from lightning_peft.runs.command import kept_commands
 from lightning_peft.runs.folder import end_of, folder_of
 from lightning_peft.runs.nodes import refusal
 from lightning_peft.runs.plan import RunPlan
@@ -148,7 +149,8 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         module.selection = Selection(**kept)
     module.lr_factor = lr_factor_of(rollbacks)
     module.leaves_out_steps = config.guard.action is GuardAction.skip
-    lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
+    commands = distributed.on_rank_zero(lambda: kept_commands(run_dir))
+    lineage, layout = lineage_of(config, content, plan.precision, commands), data.prompt_layout
     if config.adapter.init_from is not None and resumed is None and distributed.rank() == 0:
         say_other_prompts(config.adapter.init_from, layout)
 
