@@ -149,8 +149,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         module.selection = Selection(**kept)
     module.lr_factor = lr_factor_of(rollbacks)
     module.leaves_out_steps = config.guard.action is GuardAction.skip
-    commands = distributed.on_rank_zero(lambda: kept_commands(run_dir))
-    lineage, layout = lineage_of(config, content, plan.precision, commands), data.prompt_layout
+    lineage, layout = lineage_of(config, content, plan.precision), data.prompt_layout
     if config.adapter.init_from is not None and resumed is None and distributed.rank() == 0:
         say_other_prompts(config.adapter.init_from, layout)
 
@@ -188,6 +187,8 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     ]
     trainer = build_trainer(config, plan, count_steps(config.trainer, data), callbacks)
     distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
+    # Not before the Trainer is made: a start that is refused leaves no folder.
+    lineage = replace(lineage, commands=distributed.on_rank_zero(lambda: kept_commands(run_dir)))
     if plan.accelerator == "cuda":
         torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"status": "failed"}

@@ -32,7 +32,7 @@ from lightning_peft.training.module import FinetuneModule
 logger = logging.getLogger(__name__)
 
 
-def lineage_of(config: TrainConfig, content: dict[str, str], precision: str, commands: list[str]) -> Lineage:
+def lineage_of(config: TrainConfig, content: dict[str, str], precision: str) -> Lineage:
     return Lineage(
         base_fingerprint=content["base weights"],
         base_name=model_name(config.model),
@@ -42,7 +42,6 @@ def lineage_of(config: TrainConfig, content: dict[str, str], precision: str, com
         precision=precision,
         config=plain(config),
         data_fingerprint=content["training rows"],
-        commands=commands,
     )
 
 
