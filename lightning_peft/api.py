@@ -6,7 +6,6 @@ run = finetune(rows, "method=lora", "model=tiny", "trainer.max_steps=100")
 run.metrics["validation_loss"], run.generate("How many singers are there?"), run.merge("merged")
 """
 
-import json
 import logging
 import sys
 import warnings
@@ -29,7 +28,8 @@ from lightning_peft.compose import compose_config
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.load import tuned_folder
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.runs.folder import folder_of, starting_config
+from lightning_peft.rows_in_memory import lines_of
+from lightning_peft.runs.folder import folder_of, is_used, starting_config
 from lightning_peft.strict_json import read_object
 from lightning_peft.tracking.metrics_csv import MetricsCSV
 from lightning_peft.words import everyday
@@ -72,11 +72,13 @@ class Run:
         """Answer a prompt, or several in a batch, as they were laid out in training.
 
         `sampling` are fields of `SamplingConfig`, such as max_new_tokens and temperature. Return a string for a string
-        and a list for a list.
+        and a list for a list. Raises ValueError for a prompt that is no text, such as a message with its role.
         """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if wrong := [text for text in prompts if not isinstance(text, str)]:
+            raise ValueError(f"prompt: {wrong[0]!r} is a {type(wrong[0]).__name__}; give a text, or a list of texts")
         model, tokenizer = self.loaded
         layout = layout_of(str(self.folder), tokenizer)
-        prompts = [prompt] if isinstance(prompt, str) else prompt
         ids = [layout.prompt(layout.conversation(text), tokenizer) for text in prompts]
         with torch.no_grad():
             answers = generate_batch(model, tokenizer, ids, SamplingConfig(**sampling))
@@ -84,6 +86,7 @@ class Run:
 
     def merge(self, output: str | Path, *words: str) -> Receipt:
         """Write base and adapter as one plain model; `words` are those of `lightning-peft merge`."""
+        _each_a_word(words)
         return merge(compose_config("merge", [f"adapter_path={self.folder}", f"output={output}", *words]))
 
     def __repr__(self) -> str:
@@ -93,17 +96,21 @@ class Run:
 def finetune(rows: Rows | str | Path, *words: str, validation_rows: Rows | None = None) -> Run:
     """Fine-tune on rows and return the finished run.
 
-    `rows` are dictionaries (a list, a `datasets.Dataset`) or the path of a file; `words` are those of `lightning-peft
-    train`, such as "method=qlora", "model=org/name", "rank=16", "run_dir=runs/mine". Rows given in memory are kept
-    in the run's folder as JSON lines. Raises ValueError, before a model is loaded, for wrong words or rows.
+    `rows` are dictionaries (a list, a `datasets.Dataset`, a table of pandas) or the path of a file; `words` are those
+    of `lightning-peft train`, such as "method=qlora", "model=org/name", "rank=16", "run_dir=runs/mine". Rows given in
+    memory are kept in the run's folder as JSON lines. Raises ValueError, before a model is loaded, for wrong words or
+    rows.
     """
+    _each_a_word(words)
     given = [f"data={rows}"] if isinstance(rows, str | Path) else ["data=jsonl", "data.train_path=rows"]
     config = starting_config(everyday("train", [*words, *given]))
     if not isinstance(rows, str | Path):
         folder = folder_of(config) / "rows"
-        data = replace(config.data, train_path=_written(rows, folder / "train.jsonl"))
+        data = replace(config.data, train_path=_written(rows, "rows", folder / "train.jsonl"))
         if validation_rows is not None:
-            data = replace(data, validation_path=_written(validation_rows, folder / "validation.jsonl"))
+            data = replace(
+                data, validation_path=_written(validation_rows, "validation_rows", folder / "validation.jsonl")
+            )
         config = replace(config, data=data)
     elif validation_rows is not None:
         raise ValueError("validation_rows: rows of a file have theirs in data.validation_path=FILE")
@@ -138,13 +145,20 @@ def shown() -> Iterator[None]:
         ours.setLevel(level)
 
 
-def _written(rows: Rows, path: Path) -> str:
-    lines = [json.dumps(dict(row), ensure_ascii=False) for row in rows]
-    if not lines:
-        raise ValueError("rows: none are given; a row is a dictionary such as {'prompt': ..., 'completion': ...}")
-    text = "\n".join(lines) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+def _written(rows: Any, name: str, path: Path) -> str:
+    """Keep the rows in the run's folder. Raises ValueError where a run has begun there with others."""
+    text = "\n".join(lines_of(rows, name)) + "\n"
+    is_begun = path.is_file() and is_used(path.parent.parent)
+    if is_begun and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path}: the run in this folder has other rows; give those, or name a new run_dir")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def _each_a_word(words: tuple[Any, ...]) -> None:
+    """Raise ValueError for words that are no texts, as a list of them."""
+    for word in words:
+        if not isinstance(word, str):
+            right = "put a star before it" if isinstance(word, list | tuple) else 'each is a text, as in "rank=16"'
+            raise ValueError(f"words: {word!r} is a {type(word).__name__}; {right}")

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import select
 import shlex
@@ -29,15 +30,18 @@ from lightning_peft.compose import (
 )
 from lightning_peft.ctrl_c import INTERRUPTED, is_caused_by_ctrl_c
 from lightning_peft.plugins import imported_by_words
+from lightning_peft.runs.command import started_by
 from lightning_peft.runs.errors import WrongInput, is_input_error, one_line
 from lightning_peft.runs.folder import starting_config, sweep_folder
 from lightning_peft.runs.lock import only_writer
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_last_words, say_others_are_lost
 from lightning_peft.schemas import CONF_DIR, register_schemas
-from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
+from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial, leave_trials
 from lightning_peft.sweeps.search import choices
 from lightning_peft.sweeps.sweep import MANIFEST
 from lightning_peft.words import everyday
+
+logger = logging.getLogger(__name__)
 
 DONE, FAILED = 0, 1
 HELP, SWEEP = ("-h", "--help"), ("-m", "--multirun")
@@ -60,6 +64,7 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
     if any(word in HELP for word in overrides):
         return show_help(command, [word for word in overrides if word not in HELP])
     sweep = [word for word in overrides if word in SWEEP]
+    typed_words = list(overrides)
     try:
         overrides = [*everyday(command, [word for word in overrides if word not in SWEEP]), *sweep]
         if command in BY_WORDS:
@@ -87,7 +92,8 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
 
             return train_listed(Path(overrides[0].partition("=")[2]))
         elif command == "train":
-            function(starting_config(overrides))
+            with started_by(typed_words):
+                function(starting_config(overrides))
         else:
             function(compose_config(command, overrides))
         sys.stdout.flush()
@@ -195,17 +201,24 @@ def run_trials(
     `folder` is empty, or the word that names the sweep's folder.
     """
     folders: list[Path] = []
+    # Hydra's own would put a date and a name before each line, and say run_dir in its grammar.
+    words += [f"hydra/{kind}=none" for kind in ("job_logging", "hydra_logging") if f"hydra/{kind}" not in fixed]
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]
 
     @hydra.main(config_path=str(CONF_DIR.resolve()), config_name=command, version_base="1.3")
     def job(config: DictConfig) -> Any:
+        set_up_logging()  # a launcher's other process has none
         try:
             trial = typed(config)
+            values = [word for word in HydraConfig.get().overrides.task if is_of(word, swept)]
+            logger.info("trial %d: %s", HydraConfig.get().job.num + 1, " ".join(values))
             if command == "train" and not trial.dry_run and distributed.rank() == 0:
                 enter_trial(Path(trial.run_dir), list(HydraConfig.get().overrides.task), swept)
                 folders.append(Path(trial.run_dir).parent)
-            return function(trial)
+            own = [word.lstrip("+") for word in HydraConfig.get().overrides.task if not word.startswith("run_dir=")]
+            with started_by([*own, f"run_dir={trial.run_dir}"] if command == "train" else []):
+                return function(trial)
         except (ValueError, OSError) as error:
             if is_input_error(error):
                 raise WrongInput(str(error)) from error
@@ -221,7 +234,11 @@ def run_trials(
         if folder:
             folders.append(Path(folder[0].partition("=")[2]))
         if folders and (folders[0] / MANIFEST).is_file():
+            begun = leave_trials(folders[0])
             show_sweep(folders[0])
+            if (count := count_trials(words, swept)) is not None and begun < count:
+                again = f"the same command with {shlex.quote(f'run_dir={folders[0]}')} resume=auto goes on"
+                print(f"{begun} of {count} trials have begun; {again}")
 
 
 def show_sweep(folder: Path) -> None:
@@ -250,6 +267,19 @@ def check_one_sweeper(words: list[str], config: Any) -> None:
             f"hydra/sweeper={sweeper} {' '.join(ranks)}: in one process the ranks could be given different trials; "
             "use submit -m sweep.search=optuna, or hydra/launcher=submitit_slurm"
         )
+
+
+def is_of(word: str, swept: list[str]) -> bool:
+    """Return whether a trial's word gives one of the keys that are swept."""
+    return word.partition("=")[0].lstrip("+") in (other.partition("=")[0].lstrip("+") for other in swept)
+
+
+def count_trials(words: list[str], swept: list[str]) -> int | None:
+    """Return how many trials the words are of; None where a sweeper chooses as it goes."""
+    overrides = read_words(swept)
+    if any(word.startswith("hydra/sweeper=") for word in words) or any(o.is_interval_sweep() for o in overrides):
+        return None
+    return math.prod(len(choices(override)) for override in overrides)
 
 
 def is_swept(word: str) -> bool:

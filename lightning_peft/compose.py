@@ -204,6 +204,9 @@ def explain(error: Exception, command: str) -> str:
         named = [name for name in options if name != "schema" and not name.endswith("_schema")]
         return no_such_option(group, option, named)
     if isinstance(error, OverrideParseException):
+        name = error.override.lstrip("+").partition("=")[0]
+        if name[:1].isdigit() and (known := ours(name)) is not None:  # 4bit, which is no key for Hydra
+            return f"{name}: no such option; use {known}"
         return f"{error.override.lstrip('+')}: not of the form key=value (quote text with special characters)"
     if several := re.search(r"Sweep parameters '(.*)' requires --multirun", text):
         return f"{several.group(1)}: several values; add -m for a sweep"

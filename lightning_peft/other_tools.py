@@ -27,7 +27,7 @@ OURS = {
     "bnb_4bit_compute_dtype half float16 bfloat16 float32 fp32 amp",
     "trainer.log_every_n_steps": "logging_steps log_every log_interval log_freq log_steps log_every_n_steps",
     "trainer.max_time": "max_time time_limit",
-    "data.micro_batch_size": "batch_size micro_batch_size per_device_train_batch_size train_batch_size bs "
+    "data.micro_batch_size": "mbs batch_size micro_batch_size per_device_train_batch_size train_batch_size bs "
     "per_device_batch_size per_device_eval_batch_size eval_batch_size per_gpu_train_batch_size "
     "train_micro_batch_size_per_gpu mini_batch_size",
     "data.max_length": "max_length max_seq_length max_seq_len sequence_len cutoff_len seq_len context_length max_len "
@@ -35,7 +35,7 @@ OURS = {
     "data.packing": "packing sample_packing pack packed dataset_packed",
     "data.validation_fraction": "val_set_size val_size validation_fraction test_size eval_split_ratio val_ratio "
     "validation_split validation_split_percentage eval_size dev_size val_split_fraction",
-    "data.max_rows": "max_samples max_rows max_train_samples num_samples n_samples max_examples",
+    "data.max_rows": "limit max_samples max_rows max_train_samples num_samples n_samples max_examples",
     "data=FILE": "dataset datasets dataset_path dataset_name train_file train_data train_path training_file data_path "
     "data_files train_dataset data_file data_dir dataset_dir",
     "data.validation_path": "validation_file validation_path eval_file eval_dataset val_file test_file val_dataset "
@@ -45,7 +45,8 @@ OURS = {
     "data.completion_column": "completion_column completion_field response_column answer_column output_column "
     "output_field field_output target_column",
     "data.text_column": "dataset_text_field text_column text_field",
-    "data.train_on": "train_on_inputs train_on_input completion_only_loss assistant_only_loss mask_prompt "
+    "data.train_on": "response_template instruction_template "
+    "train_on_inputs train_on_input completion_only_loss assistant_only_loss mask_prompt "
     "train_on_prompt train_on_responses_only completion_only",
     "data.ignore_columns": "remove_columns ignore_columns remove_unused_columns",
     "data.cache_dir": "dataset_prepared_path cache_dir overwrite_cache",
@@ -70,7 +71,7 @@ OURS = {
     "adapter.rank_pattern": "rank_pattern",
     "adapter.bias": "lora_bias bias",
     "adapter.dropout": "dropout lora_dropout",
-    "adapter.init": "init init_lora_weights",
+    "adapter.init": "lora_init init init_lora_weights",
     "adapter.layers": "layers layers_to_transform",
     "adapter.exclude_modules": "exclude_modules",
     "adapter.trainable_modules": "modules_to_save trainable_modules lora_modules_to_save additional_target",
@@ -78,8 +79,9 @@ OURS = {
     "adapter.rank_stabilized": "use_rslora rslora rank_stabilized peft_use_rslora",
     "target_modules": "lora_target_modules lora_target targets target lora_target_linear lora_attn_modules",
     "rank": "r lora_r lora_rank lora_dim",
-    "method=qlora": "load_in_4bit nf4 quantization_bit bits use_4bit load_in_4_bit use_qlora bnb_4bit_quant_type",
-    "method=dora": "use_dora peft_use_dora",
+    "method=qlora": "4bit qlora "
+    "load_in_4bit nf4 quantization_bit bits use_4bit load_in_4_bit use_qlora bnb_4bit_quant_type",
+    "method=dora": "dora use_dora peft_use_dora",
     "method=pissa": "pissa_init use_pissa",
     "quantization=int8": "load_in_8bit int8",
     "quantization": "quantization_config quantization_method quantize bnb_config bnb_4bit_use_double_quant",
@@ -89,10 +91,11 @@ OURS = {
     "model.path": "model_path path",
     "model.revision": "model_revision revision_of_model revision",
     "model.trust_remote_code": "trust_remote_code",
-    "model.attention": "attn_implementation flash_attention attention use_flash_attention flash_attn attn_impl "
+    "model.attention": "attn attn_implementation flash_attention attention use_flash_attention flash_attn attn_impl "
     "flash_attention_2 sdp_attention use_flash_attention_2",
+    "hardware=cpu": "cpu",
     "hardware": "device device_map accelerator use_cpu no_cuda",
-    "run_dir": "output_dir out_dir out output save_dir output_path logging_dir output_folder save_path log_dir "
+    "run_dir": "name output_dir out_dir out output save_dir output_path logging_dir output_folder save_path log_dir "
     "outdir work_dir default_root_dir project_dir",
     "resume=auto": "resume_from_checkpoint auto_resume_from_checkpoints resume_from resume_checkpoint ckpt_path",
     "checkpoint.every_n_steps": "save_steps save_every saves_per_epoch save_interval save_strategy save_freq "
@@ -101,7 +104,8 @@ OURS = {
     "checkpoint.best_by": "metric_for_best_model greater_is_better",
     "early_stopping.patience": "early_stopping_patience patience",
     "early_stopping.min_delta": "early_stopping_threshold min_delta",
-    "validation.every_n_steps": "eval_steps eval_every evals_per_epoch val_check_interval eval_interval eval_strategy "
+    "validation.every_n_steps": "eval "
+    "eval_steps eval_every evals_per_epoch val_check_interval eval_interval eval_strategy "
     "evaluation_strategy eval_freq do_eval",
     "activation_checkpointing": "gradient_checkpointing grad_checkpointing use_gradient_checkpointing "
     "gradient_checkpointing_kwargs enable_activation_checkpointing",
@@ -116,13 +120,14 @@ OURS = {
     "sweep_dir": "sweep_path",
     "cluster.partition": "partition",
     "cluster.time": "time walltime",
-    "cluster.gpus_per_node": "gpus_per_node",
+    "cluster.gpus_per_node": "gres gpus_per_node",
 }
 """Our word -> what HF's Trainer and PEFT, axolotl, LLaMA-Factory, torchtune and litgpt call it."""
 BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
 IN_SECTION = {
     "data.path": "data.train_path", "data.file": "data.train_path", "data.name": "data.hub_name",
     "data.split": "data.hub_split", "data.dataset": "data=FILE", "data.output": "data.completion_column",
+    "dataset.path": "data.train_path", "dataset.name": "data.hub_name", "dataset.split": "data.hub_split",
     "model.id": "model.path", "model.model_name": "model.path", "model.dtype": "trainer.precision",
     "data.val_path": "data.validation_path", "optimizer.type": "optimizer", "schedule.name": "schedule",
     "schedule.type": "schedule", "optimizer.momentum": "optimizer.beta1",
@@ -133,6 +138,7 @@ NOT_HERE = {
     "do_train": "train trains; leave it out",
     "overwrite_output_dir": "a used run_dir is an error; give another one, or resume=auto",
     "load_best_model_at_end": "leave it out: adapter_best/ is kept wherever validation runs",
+    "push": "use lightning-peft push RUN repo=NAME after training",
     "push_to_hub": "use lightning-peft push RUN repo=NAME after training",
     "hub_model_id": "use lightning-peft push RUN repo=NAME after training",
     "group_by_length": "leave it out: rows are packed, or batched by length with data.packing=false",
@@ -145,6 +151,7 @@ NOT_HERE = {
     "unsloth": "leave it out: fused kernels are always on",
     "liger_kernel": "leave it out: fused kernels are always on",
     "use_liger_kernel": "leave it out: fused kernels are always on",
+    "merge": "use lightning-peft merge RUN output=FOLDER after training",
     "merge_weights": "use lightning-peft merge RUN output=FOLDER after training",
     "merge_lora": "use lightning-peft merge RUN output=FOLDER after training",
     "do_predict": "use lightning-peft evaluate RUN after training",
@@ -159,6 +166,11 @@ NOT_HERE = {
     "cfg": "use lightning-peft config train, which prints the composed config",
     "verbose": "leave it out: each message is printed once",
     "quiet": "leave it out: each message is printed once",
+    "sweep_dir": "train -m takes run_dir=FOLDER for it, and submit -m sweep_dir=FOLDER",
+    **{
+        name: f"submit takes it as cluster.sbatch=['--{name}=VALUE']"
+        for name in ("account", "qos", "mem", "constraint", "reservation", "nodelist", "exclude")
+    },
     "local_rank": "leave it out: train starts its ranks itself",
 }
 """Keys without a counterpart -> what to do instead."""

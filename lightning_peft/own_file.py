@@ -34,18 +34,25 @@ def words_of_file(path: Path) -> list[str]:
     A recipe's list of defaults is read as groups.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), EachKeyOnce)
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; `lightning-peft init {path}` writes one to start from") from error
     except IsADirectoryError as error:
         raise ValueError(f"{path}: is a folder; give a YAML file, or rows as data={path}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not YAML in UTF-8 ({error})") from error
+    return words_of_text(text, path)
+
+
+def words_of_text(text: str, path: Path) -> list[str]:
+    """Return the words of a file from its content; `path` is what errors name."""
+    try:
+        content = yaml.load(text, EachKeyOnce)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({what_is_wrong(error)})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: must hold keys and values, as in `method: qlora`")
-    if content.keys() >= {"adapter", "optimizer", "trainer", "run_dir"}:
+    if content.keys() >= {"adapter", "optimizer", "run_dir"} and "_target_" in (content.get("trainer") or ()):
         raise ValueError(f"{path}: is the whole config of a run; config_path={path} starts from it")
     groups = _groups_of_recipe(content.pop("defaults", []), path)
     words = list(flat_words(groups | content, "", path))

@@ -1,16 +1,21 @@
 """From Python: rows in, a run out."""
 
+import datetime
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
 
 import lightning_peft
 from lightning_peft import finetune, load
+from lightning_peft.rows_in_memory import lines_of
 
 ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": str(2 * n)} for n in range(24)]
 WORDS = ["model=tiny", "trainer.max_steps=2", "trainer.precision=32-true", "data.validation_fraction=0.2"]
@@ -67,12 +72,53 @@ def test_rows_of_another_run_are_not_overwritten(run):
     assert (run.folder / "rows" / "train.jsonl").read_bytes() == before
 
 
+def test_corrected_rows_are_taken_where_no_run_has_begun(tmp_path):
+    words = [*WORDS, "data.on_bad_row=error", f"run_dir={tmp_path}/run"]
+    with pytest.raises(ValueError, match="train.jsonl"):
+        finetune([*ROWS, {"prompt": "no answer"}], *words)
+    assert finetune(ROWS, *words).metrics["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pandas.DataFrame(ROWS),
+        pyarrow.Table.from_pylist(ROWS),
+        datasets.Dataset.from_list(ROWS),
+        tuple(ROWS),
+        (row for row in ROWS),
+    ],
+)
+def test_rows_of_any_table_are_the_same_lines(table):
+    assert [json.loads(line) for line in lines_of(table, "rows")] == ROWS
+
+
+def test_values_of_tables_are_the_nearest_that_json_has():
+    moment = datetime.datetime(2024, 5, 6, 7, 8)
+    table = pandas.DataFrame({"n": np.int64([3, 4]), "x": [0.5, np.nan], "at": [moment, pandas.NaT]})
+    rows = [json.loads(line) for line in lines_of(table, "rows")]
+    assert rows == [{"n": 3, "x": 0.5, "at": "2024-05-06T07:08:00"}, {"n": 4, "x": None, "at": None}]
+    row = {"n": np.int64(3), "ids": np.arange(3), "deep": [{"x": np.float32(0.5)}], "text": "é"}
+    assert lines_of([row], "rows") == ['{"n": 3, "ids": [0, 1, 2], "deep": [{"x": 0.5}], "text": "é"}']
+
+
+@pytest.mark.parametrize("prompt", [[{"role": "user", "content": "Hi"}], [["Hi"]]])
+def test_a_prompt_that_is_no_text_is_named(run, prompt):
+    with pytest.raises(ValueError, match="prompt: .* give a text, or a list of texts"):
+        run.generate(prompt)
+
+
 @pytest.mark.parametrize(
     ("rows", "words", "message"),
     [
         ([], [], "rows: none are given"),
         (ROWS, ["lr=1"], "lr: no such option; use optimizer.lr"),
         ([{"x": 1}], [], "train.jsonl"),
+        ([("a", "b")], [], r"rows\[0\]=\('a', 'b'\): is a tuple; a row is a dictionary"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), [], "rows: is one DatasetDict of 'train'; give"),
+        ([{"prompt": "a", "completion": b"b"}], [], r"rows\[0\]\['completion'\]=b'b': bytes is nothing that JSON has"),
+        (ROWS, [["rank=4"]], r"words: \['rank=4'\] is a list; put a star before it"),
+        (5, [], "rows=5: is no list"),
     ],
 )
 def test_wrong_input_is_a_value_error(rows, words, message, tmp_path):

@@ -56,7 +56,7 @@ HELD = {
     "gloo's tracebacks around the line of a lost rank": "distributed/test_launch.py::test_last_words_are_those_of_the_rank_that_was_first",
     "a rank that is killed": "distributed/test_launch.py::test_killed_rank_ends_the_run_with_one_line",
     "ranks outlive a killed launcher": "distributed/test_launch.py::test_rank_does_not_outlive_a_killed_launcher",
-    "one other busy process takes 25 times the time": "test_threads.py::test_threads_sleep_while_they_wait_unless_told_otherwise",
+    "one other busy process takes 25 times the time": "test_threads.py::test_threads_wait_as_their_neighbours_let_them_unless_told_otherwise",
     "what that costs is not measured": "benchmarks/test_busy.py::test_both_parts_are_measured",
     "host waits in a step": "training/test_host_syncs.py::test_no_step_waits_for_the_device",
     # confusing

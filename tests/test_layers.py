@@ -21,7 +21,7 @@ LAYERS = [
         "ctrl_c",
         "free_options",
     ],
-    ["kernels", "progress", "tasks"],
+    ["kernels", "progress", "tasks", "rows_in_memory"],
     ["distributed", "quantization", "data"],
     ["adapters", "models"],
     ["objectives"],

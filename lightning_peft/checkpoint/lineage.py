@@ -60,6 +60,8 @@ class Lineage:
     """Checksum of the weight file; set when it is saved, compared when it is loaded."""
     created_by: str = "lightning-peft train"
     """The command that wrote the adapter."""
+    commands: list[str] = field(default_factory=list)
+    """The commands that the run was started and gone on with, as they were typed; empty for a run from Python."""
     objective: str = "sft"
     """Key of `OBJECTIVES`: what the adapter was trained for."""
     parents: list[dict[str, Any]] = field(default_factory=list)

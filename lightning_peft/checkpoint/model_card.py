@@ -35,6 +35,7 @@ def write_card(folder: Path, run: Path | None = None, lineage: Lineage | None = 
         f"# {'Adapter of' if adapter else 'Fine-tuned'} {lineage.base_name}",
         MARK,
         _facts(lineage, adapter),
+        _commands(lineage),
         _scores(result, evaluation, _json(folder / "merge_receipt.json")),
         _prompt(_json(folder / "prompt_layout.json")),
         _use_of_rewards(base) if adapter.get("task_type") == OF_REWARDS else _use(bool(adapter), bool(lineage.parents)),
@@ -81,6 +82,12 @@ def _facts(lineage: Lineage, adapter: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items() if value)])
 
 
+def _commands(lineage: Lineage) -> str:
+    if not lineage.commands or len(lineage.parents) > 1:
+        return ""
+    return "## Commands\n\nTrained by:\n\n```bash\n" + "\n".join(lineage.commands) + "\n```"
+
+
 def _scores(result: dict[str, Any], evaluation: dict[str, Any], receipt: dict[str, Any]) -> str:
     rows = {name: result.get(name) for name in ("steps", "train_loss", "validation_loss")} | result.get("metrics", {})
     lines = [f"| {name.replace('_', ' ')} | {_number(value)} |" for name, value in rows.items() if value is not None]
@@ -108,7 +115,10 @@ def _prompt(layout: dict[str, Any]) -> str:
     if layout.get("system_prompt"):
         lines.append(f"Send this system prompt, which it was trained with:\n\n```text\n{layout['system_prompt']}\n```")
     elif layout["kind"] == "chat":
-        lines.append("It was trained with no system prompt of its own.")
+        lines.append(
+            "No system prompt is put before a prompt. Rows that began with a system message were trained with it: send "
+            "such a message with prompts of their kind."
+        )
     if layout.get("template_options"):
         lines.append(f"Variables of the template: `{json.dumps(layout['template_options'])}`.")
     if layout.get("tools"):

@@ -38,6 +38,7 @@ from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.reward import refuse_trained_output
+from lightning_peft.runs.command import kept_commands
 from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
@@ -91,6 +92,7 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
         distributed.on_rank_zero(lambda: check_same_content(start, run_dir, content))
         if plan.starts_ranks:
             prepare_folder(config, run_dir)
+            kept_commands(run_dir)
             run_ranks(run_dir / "config.yaml", plan.devices)
             return json.loads((run_dir / "result.json").read_text())
         run = Prepared(config, plan, data, tokenizer, scored, content, started, leaves_ranks, member)

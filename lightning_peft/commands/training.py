@@ -37,7 +37,9 @@ from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
+from lightning_peft.runs.command import kept_commands
 from lightning_peft.runs.folder import end_of, folder_of
+from lightning_peft.runs.nodes import refusal
 from lightning_peft.runs.plan import RunPlan
 from lightning_peft.runs.rollback import (
     Rollback,
@@ -50,6 +52,7 @@ from lightning_peft.runs.rollback import (
 )
 from lightning_peft.runs.trainer import build_trainer, count_steps
 from lightning_peft.strict_json import json_text
+from lightning_peft.sweeps.foreground import how_to_go_on
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.training.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_peft.training.callbacks.adapter_health import AdapterHealth
@@ -168,7 +171,9 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         signals = MemberSignals(member.group, plan.max_seconds, run_dir)
     checkpoint = AdapterCheckpoint(config.checkpoint, run_dir, save, metrics.is_calm)
     stopping = EarlyStopping(config.early_stopping) if config.early_stopping.metric is not None else None
-    preemption = Preemption(signals, checkpoint, config.pause_at, lambda trainer: last_validation(trainer, scored))
+    preemption = Preemption(
+        signals, checkpoint, config.pause_at, lambda trainer: last_validation(trainer, scored), how_to_go_on
+    )
     health = AdapterHealth(config.health)
     callbacks: list[Callback] = [
         RunRecord(plain(config), content),
@@ -182,11 +187,13 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     ]
     trainer = build_trainer(config, plan, count_steps(config.trainer, data), callbacks)
     distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
+    # Not before the Trainer is made: a start that is refused leaves no folder.
+    lineage = replace(lineage, commands=distributed.on_rank_zero(lambda: kept_commands(run_dir)))
     if plan.accelerator == "cuda":
         torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"status": "failed"}
     try:
-        fit(trainer, module, data, resumed, signals)
+        fit(trainer, module, data, resumed, signals, config.callbacks)
         if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
             write_text(run_dir / "wins.json", json.dumps(routed.report(), indent=2) + "\n")
         if module.selection is not None and distributed.rank() == 0:
@@ -267,9 +274,17 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
 
 
 def fit(
-    trainer: Trainer, module: FinetuneModule, data: SFTDataModule, checkpoint: Path | None, signals: PreemptionSignals
+    trainer: Trainer,
+    module: FinetuneModule,
+    data: SFTDataModule,
+    checkpoint: Path | None,
+    signals: PreemptionSignals,
+    callbacks: Mapping[str, Any],
 ) -> None:
-    """`trainer.fit`, with the ways it can be ended from outside told apart."""
+    """`trainer.fit`, with the ways it can be ended from outside told apart.
+
+    Raises ValueError for what Lightning refuses of the user's options, the callbacks that the config names among them.
+    """
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except Preempted:
@@ -280,6 +295,8 @@ def fit(
         raise
     except Exception as error:
         if signals.received is None:
+            if (refused := refusal(error, callbacks)) is not None:
+                raise ValueError(refused) from error
             raise
         # The signal also went to other ranks and to services that this one talks to. A defect shows again next time.
         has_reason = not distributed.is_lost_rank(error)

@@ -16,6 +16,7 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.convert import dequantize_modules
+from lightning_peft.strict_json import read_object
 
 MODEL_FOLDER = "model"
 """Where a run of full fine-tuning writes its model; other runs write `adapter/`."""
@@ -37,7 +38,20 @@ def adapter_folder(path: str, option: str = "adapter_path") -> Path:
             return folder
     if not Path(path).exists():
         raise ValueError(f"{option}={path}: no such folder")
+    if (Path(path) / "result.json").is_file() or (Path(path) / "config.yaml").is_file():
+        raise ValueError(f"{option}={path}: {_why_without_adapter(Path(path))}")
     raise ValueError(f"{option}={path}: neither a run nor an adapter folder, {CONFIG_NAME} is missing")
+
+
+def _why_without_adapter(run: Path) -> str:
+    """Say why a run has no adapter, and what to do."""
+    path = run / "result.json"
+    status = read_object(path, "the run did not live to write it").get("status") if path.is_file() else None
+    said = "this run has not ended" if status is None else f"this run is {status}"
+    said += f", and no adapter is saved yet; the command of train with run_dir={run} resume=auto goes on with it"
+    if (run / "adapter_best" / CONFIG_NAME).is_file():
+        said += f", and {run / 'adapter_best'} is the best it had"
+    return said
 
 
 def base_named_by(folder: Path) -> ModelConfig | None:

@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,6 +59,12 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype in (torch.float32, torch.float64) else 2**-5
 
 
+def rounded_in(values: Tensor) -> torch.dtype:
+    """Return the dtype that a model computed these values in: autocast multiplies in its own, and may hand on fp32."""
+    device = values.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+
+
 def own_inputs(input_ids: Tensor) -> dict[str, Any]:
     """Arguments of the model's own forward pass on rows that are one sample each."""
     return {"input_ids": input_ids, "use_cache": False}
@@ -70,10 +76,12 @@ def find_logit_path(
 ) -> LogitPath | None:
     """The path of `model`, from a row of token ids (1, T); None, with a logged line, where it is not rebuilt here.
 
-    `decoder_inputs` makes the decoder's arguments of one row. The model is run twice, in eval mode.
+    `decoder_inputs` makes the decoder's arguments of one row. The model is run twice, in eval mode, and in fp32 where
+    all its weights are: what autocast rounds is larger than what some models do before their heads.
     """
     ids = input_ids[:1, :PROBED_TOKENS]
-    with in_eval_mode(model):
+    is_fp32 = all(p.dtype is torch.float32 for p in model.parameters() if p.is_floating_point())
+    with in_eval_mode(model), torch.autocast(ids.device.type, enabled=False) if is_fp32 else nullcontext():
         path = _find(model, ids, decoder_inputs)
     if isinstance(path, LogitPath):
         return path
@@ -111,8 +119,9 @@ def refuse_foresight(model: "PreTrainedModel", input_ids: Tensor) -> None:
     refuse_not_finite(model, own)
     differences = token_differences(other, own)
     # In 16 bits the choice of experts may flip for a token, in fp32 the tokens before the changed one keep theirs.
-    difference = float(differences.max() if own.dtype is torch.float32 else differences.median())
-    if difference > tolerance(own.dtype):
+    dtype = rounded_in(own)
+    difference = float(differences.max() if dtype is torch.float32 else differences.median())
+    if difference > tolerance(dtype):
         raise ValueError(
             f"{type(model).__name__} sees the tokens that it is to predict: logits differ by {difference:.1%} with the "
             "last token of a row alone; a next-token loss needs a causal model (is_decoder=true in the config.json of "
@@ -133,10 +142,10 @@ def refuse_not_finite(model: nn.Module, logits: Tensor) -> None:
             "damaged or its training diverged: take another one"
         )
     remedy = "use trainer.precision=32-true"
-    if logits.dtype is torch.float32:
+    if (dtype := rounded_in(logits)) is torch.float32:
         remedy = "its config.json is of other weights, or its weights are damaged"
     raise ValueError(
-        f"{type(model).__name__} gives logits that are not finite in {logits.dtype}, though its weights are: {remedy}"
+        f"{type(model).__name__} gives logits that are not finite in {dtype}, though its weights are: {remedy}"
     )
 
 
@@ -260,7 +269,7 @@ def apply(candidate: Candidate, x: Tensor) -> Tensor:
 
 def is_same(rebuilt: Tensor, own: Tensor) -> bool:
     """Whether the tensors agree but for rounding."""
-    return bool(relative_difference(rebuilt, own) <= tolerance(own.dtype))
+    return bool(relative_difference(rebuilt, own) <= tolerance(rounded_in(own)))
 
 
 def relative_difference(other: Tensor, own: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from lightning_peft.objectives.logits import (
     own_inputs,
     refuse_foresight,
     relative_difference,
+    rounded_in,
     tolerance,
     warn_of_own_loss,
 )
@@ -192,7 +193,7 @@ class ModelLoss(nn.Module, ABC):
             alone = self.model(**own_inputs(second[None])).logits[0]
         behind = slice(0, NEXT_TOKENS)  # a window or a convolution looks no further back than a few tokens
         differences = relative_difference(together, alone), relative_difference(together[behind], alone[behind])
-        return float(torch.stack(differences).max()), alone.dtype
+        return float(torch.stack(differences).max()), rounded_in(alone)
 
     def token_losses(self, batch: Batch) -> TokenLosses:
         """Return the cross entropy of every supervised token; the first call checks the model.

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.config import TrainConfig
 from lightning_peft.tracking.loggers import RunLogger
@@ -48,6 +50,24 @@ def made(group: str, nodes: Mapping[str, Any], kind: type) -> list[Any]:
         if not isinstance(parts[-1], kind):
             raise ValueError(f"{group}.{name}: {node['_target_']} gives no Lightning {kind.__name__.lower()}")
     return parts
+
+
+def refusal(error: Exception, callbacks: Mapping[str, Any]) -> str | None:
+    """Return in one line what Lightning refuses of the user's options while a run is on; None for any other error.
+
+    It refuses combinations of its arguments, and its own callbacks, of the config's nodes `callbacks`, what they ask
+    for. An error out of a callback of one's own code is a defect of that.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or frames[-1].f_globals.get("__name__", "").partition(".")[0] not in ("lightning", "torch"):
+        return None
+    targets = {name: get_object(node["_target_"]) for name, node in callbacks.items()}
+    for frame in reversed(frames):
+        owner = frame.f_locals.get("self")
+        name = next((name for name, target in targets.items() if type(owner) is target), None)
+        if name is not None and type(owner).__module__.startswith("lightning."):
+            return f"callbacks.{name}: {reason(error)}"
+    return f"trainer: {reason(error)}" if isinstance(error, MisconfigurationException) else None
 
 
 def reason(error: BaseException) -> str:

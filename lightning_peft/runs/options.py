@@ -19,6 +19,8 @@ OWNED = {
     "plugins": "trainer.precision",
     "val_check_interval": "validation.every_n_steps",
     "check_val_every_n_epoch": "validation.every_n_steps",
+    "limit_train_batches": "trainer.max_steps for a shorter run, data.max_rows for fewer rows",
+    "overfit_batches": "data.max_rows for few rows, with trainer.max_steps for many passes over them",
     "limit_val_batches": "data.max_validation_rows",
     "enable_checkpointing": "checkpoint.every_n_steps",
     "default_root_dir": "run_dir",

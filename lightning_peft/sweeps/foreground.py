@@ -73,5 +73,26 @@ def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> No
         write_sweep(sweep, folder)
 
 
+def leave_trials(folder: Path) -> int:
+    """Enter that this process trains no trial of the folder any more; return how many trials have begun."""
+    with locked(folder):
+        sweep = read_sweep(folder)
+        for trial in sweep.trials:
+            if trial.process == this_process():
+                trial.process = None
+        write_sweep(sweep, folder)
+    return len(sweep.trials)
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """Return what goes on with a run that was left, in words: of a trial, what goes on with its sweep."""
+    folder = run_dir.parent
+    if not (folder / MANIFEST).is_file():
+        return f"the same command with run_dir={run_dir} resume=auto goes on from there"
+    if read_sweep(folder).cluster == HYDRA:
+        return f"the same command with run_dir={folder} resume=auto goes on from there"
+    return f"lightning-peft sweep retry {folder} trials=[{run_dir.name}] goes on from there"
+
+
 def _key(word: str) -> str:
     return word.partition("=")[0].lstrip("+")

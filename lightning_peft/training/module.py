@@ -24,7 +24,7 @@ from lightning_peft.adapters.shared_input import adapt_together
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter
 from lightning_peft.checkpoint.peft_words import AdapterFileError
 from lightning_peft.checkpoint.resume import load_trainable_state, trainable_state_dict
-from lightning_peft.compat import clip_unscaled_gradients
+from lightning_peft.compat import clip_unscaled_gradients, is_accumulating
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.restored_progress import adjust_progress
 from lightning_peft.distributed import worst
@@ -57,7 +57,7 @@ from lightning_peft.quantization.convert import (
 from lightning_peft.quantization.experts import has_experts, routed_modules
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.adapter_start import FirstBatches, chosen_in_full, reads_whole_model, start_adapters
-from lightning_peft.training.callbacks.step_metrics import host_memory_gib
+from lightning_peft.training.callbacks.step_metrics import StepMetrics, host_memory_gib
 from lightning_peft.training.compilation import compile_model
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
 from lightning_peft.training.host_memory import keep_freed_memory
@@ -373,6 +373,14 @@ class FinetuneModule(LightningModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         drop_gradients(optimizer)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the step for a Trainer that is not of the command line: there `StepMetrics` does, with more beside it."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if is_accumulating(self.trainer) or any(isinstance(callback, StepMetrics) for callback in callbacks):
+            return
+        for name, value in self.step_metrics.items():  # means over all ranks already
+            self.log(name, value.float(), prog_bar=name == "loss", batch_size=1)
 
     def on_train_end(self) -> None:
         self.check_base()

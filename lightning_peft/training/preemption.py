@@ -58,6 +58,7 @@ class Paused(Preempted):
     status = "paused"
 
 
+AT_ONCE = "leaving at once; resume=auto goes on from the last checkpoint, or begins anew without one"
 REASONS: tuple[type[Preempted], ...] = (Paused, Preempted, Interrupted)
 """Why a run is left, the weightiest last: where ranks have different reasons it is the one of all."""
 
@@ -68,9 +69,7 @@ def exit_status_of(number: int) -> int:
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
     """Signal handler for when there is nothing to save."""
-    os.write(
-        2, f"{signal.Signals(number).name}: leaving at once; resume=auto goes on from the last checkpoint\n".encode()
-    )
+    os.write(2, f"{signal.Signals(number).name}: {AT_ONCE}\n".encode())
     os._exit(exit_status_of(number))
 
 

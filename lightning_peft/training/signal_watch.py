@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning_peft.training.preemption import REPEAT_SECONDS, exit_status_of
+from lightning_peft.training.preemption import AT_ONCE, REPEAT_SECONDS, exit_status_of
 
 LEAVES_WITHIN = 2.0
 """Seconds for the handlers of a process that has nothing to save."""
@@ -109,7 +109,7 @@ class SignalWatch:
 
 def leave(number: int, reason: str) -> None:
     name = signal.Signals(number).name
-    os.write(2, f"{name}: {reason}: leaving at once; resume=auto goes on from the last checkpoint\n".encode())
+    os.write(2, f"{name}: {reason}: {AT_ONCE}\n".encode())
     os._exit(exit_status_of(number))
 
 

@@ -256,6 +256,24 @@ def test_folder_without_an_adapter_is_named(tmp_path, capsys):
     assert "neither a run nor an adapter folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("status", ["interrupted", "preempted", None])
+def test_run_without_an_adapter_says_how_to_go_on(status, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    if status is not None:
+        (tmp_path / "result.json").write_text(json.dumps({"status": status}))
+    state = "this run has not ended" if status is None else f"this run is {status}"
+    for words in (["evaluate", str(tmp_path)], ["merge", str(tmp_path), f"output={tmp_path}/merged"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert f"adapter_path={tmp_path}: {state}, and no adapter is saved yet" in said, said
+        assert f"run_dir={tmp_path} resume=auto goes on with it" in said and "adapter_best" not in said
+    best = tmp_path / "adapter_best"
+    best.mkdir()
+    (best / "adapter_config.json").write_text("{}")
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert f"{best} is the best it had" in capsys.readouterr().err
+
+
 def test_damaged_checkpoint_is_named(run_dir, tmp_path, capsys):
     (tmp_path / "step.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
     words = [*RUN, f"resume={tmp_path}/step.ckpt", f"run_dir={tmp_path}/run"]

@@ -25,6 +25,9 @@ sys.meta_path.insert(0, Press())
 """
 
 
+LEAVES = "SIGINT: leaving at once; resume=auto goes on from the last checkpoint, or begins anew without one"
+
+
 @pytest.mark.parametrize(
     ("command", "words", "place", "line"),
     [
@@ -34,7 +37,7 @@ sys.meta_path.insert(0, Press())
         ("-m", ["report", "x"], "hydra.core.default_element", "interrupted"),
         ("-m", ["report", "x"], "lightning_peft.commands.report", "interrupted"),
         ("-m", ["train", "x"], "lightning_peft.training", "interrupted"),
-        ("-m", ["train", "x"], "hydra", "SIGINT: leaving at once; resume=auto goes on from the last checkpoint"),
+        ("-m", ["train", "x"], "hydra", LEAVES),
     ],
 )
 def test_ctrl_c_during_an_import_is_one_line(tmp_path, command, words, place, line):

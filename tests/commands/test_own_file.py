@@ -9,10 +9,12 @@ import yaml
 
 from lightning_peft.__main__ import main
 from lightning_peft.commands.completion import all_words
+from lightning_peft.commands.init import DEFAULTS, text_of
 from lightning_peft.commands.schema import schema_of_file
 from lightning_peft.compose import compose_config
+from lightning_peft.help import GROUPS
 from lightning_peft.runs.folder import starting_config
-from lightning_peft.words import everyday
+from lightning_peft.words import everyday, options_of_group
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,12 @@ def own_folder(tmp_path, monkeypatch):
         ["method=dora", "model=tiny", "data=alpaca", "optimizer.lr=0.01", "data.max_length=64"],
         ["method=ia3", "logger=wandb"],
         ["method=full", "hardware=cpu"],
+        ["objective=dpo", "objective.beta=0.2", "optimizer=adamw_8bit", "optimizer.lr=0.01", "schedule=linear"],
+        ["rank=tapered", "target_modules=[q_proj,v_proj]", "quantization=nf4", "strategy=ddp"],
+        ["rank=16", "target_modules=attention", "logger=[csv,wandb]", "dry_run=true", "resume=auto"],
+        ["recipe=lora/text_to_sql", "model=tiny"],
+        ["data.train_path=rows, mine.jsonl", "+data.template_options={enable_thinking:false}", "++seed=3"],
+        ["+callbacks.timer._target_=lightning.pytorch.callbacks.Timer", "trainer.deterministic=warn"],
     ],
 )
 def test_init_writes_a_file_that_composes_to_the_choices(choices):
@@ -44,6 +52,8 @@ def test_init_writes_a_file_that_composes_to_the_choices(choices):
         (["my.json"], "my.json: must end in .yaml"),
         (["my.yaml", "method=qlaro"], "method=qlaro: no such option"),
         (["my.yaml", "lr=1"], "lr: no such option; use optimizer.lr"),
+        (["my.yaml", "~logger"], "~logger: a file gives keys their values; use lightning-peft train my.yaml ~logger"),
+        (["my.yaml", "config_path=r/config.yaml"], "config_path=r/config.yaml: is a whole config already"),
     ],
 )
 def test_init_refuses_in_one_line_and_writes_nothing(words, message, capsys):
@@ -51,6 +61,18 @@ def test_init_refuses_in_one_line_and_writes_nothing(words, message, capsys):
     assert main(["init", *words]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert [path.name for path in Path().iterdir()] == ["there.yaml"]
+
+
+def test_init_keeps_the_folder_of_the_run():
+    assert main(["init", "my.yaml", "run_dir=runs/ours"]) == 0
+    assert starting_config(everyday("train", ["my.yaml"])).run_dir == "runs/ours"
+
+
+def test_every_group_of_train_is_kept_by_init_or_refused():
+    options = {group: options_of_group(group) for group in GROUPS if group not in ("cluster", "adapter")}
+    for group, names in options.items():
+        name = next(name for name in names if "schema" not in name and name not in DEFAULTS.values())
+        assert text_of(Path("my.yaml"), [f"{group}={name}"]).count(f"{group}: {name}\n") == 1, group
 
 
 def test_config_says_what_set_each_value(capsys):

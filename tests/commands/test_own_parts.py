@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 
+from lightning_peft.__main__ import main
 from lightning_peft.command_line import first_trial
 from lightning_peft.commands.plan_sweep import plan, trial_config
 from lightning_peft.compose import compose_config
@@ -85,6 +88,48 @@ def test_words_of_open_dictionaries_need_no_plus():
     assert config.trainer["max_time"] == "00:01:00:00" and config.trainer["max_steps"] == 3
     assert config.callbacks == {"t": {"_target_": timer, "verbose": False}} and config.claim["loss"] == 1
     assert compose_config("train", [f"+{word}" for word in words]).callbacks == config.callbacks
+
+
+TINY = ["train", "model=tiny", "data.max_rows=8", "data.max_validation_rows=2", "trainer.max_steps=2", "run_dir=run"]
+LIGHTNINGS = "callbacks.mine._target_=lightning.pytorch.callbacks."
+
+
+class Broken(Callback):
+    """A callback of somebody's own with a defect."""
+
+    def on_train_start(self, trainer, pl_module):
+        torch.cat([])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["EarlyStopping", "callbacks.mine.monitor=nope", "trainer.max_steps=8"], "callbacks.mine: Early stopping con"),
+        (["LearningRateMonitor", "logger=none"], "callbacks.mine: Cannot use `LearningRateMonitor` callback with"),
+        (["BatchSizeFinder"], "callbacks.mine: Field batch_size not found"),
+        (["StochasticWeightAveraging", "callbacks.mine.swa_lrs=0.1"], "callbacks.mine: SWA with `swa_epoch_start`"),
+        (["ModelPruning", "callbacks.mine.pruning_fn=l1_unstructured"], "callbacks.mine: torch.cat(): expected a non"),
+    ],
+)
+def test_what_a_callback_of_lightning_refuses_is_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    callback, *others = words
+    assert main([*TINY, f"{LIGHTNINGS}{callback}", *others]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_defect_of_ones_own_callback_is_shown_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="expected a non-empty list"):
+        main([*TINY, f"callbacks.mine._target_={__name__}.Broken"])
+
+
+@pytest.mark.parametrize("word", ["limit_train_batches=0", "limit_train_batches=0.5", "overfit_batches=1"])
+def test_fewer_batches_are_asked_for_by_rows_or_steps(word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, f"trainer.{word}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: trainer.{word.partition('=')[0]}: ") and "data.max_rows" in said
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """`train -m`: one folder a trial, named by what was swept, inside the sweep's folder."""
 
 import json
+import os
+import re
+import signal
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
 
 from lightning_peft.__main__ import main
 from lightning_peft.sweeps.foreground import enter_trial
@@ -103,3 +107,38 @@ def test_values_are_added_to_a_sweep_and_the_next_one_is_of_its_kind(foreground,
     assert main(["sweep", "table", str(foreground)]) == 0
     command = f"next: lightning-peft train -m model=tiny adapter.rank=2,4 seed=0,1,2 run_dir={foreground}-next"
     assert command in capsys.readouterr().out.replace("\n", " ")
+
+
+class PressCtrlC(Callback):
+    """Ctrl-C in the middle of the first trial."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+TRIALS = [
+    "train", "-m", "model=tiny", "data.max_rows=8", "data.max_validation_rows=2", "trainer.max_steps=4",
+    "trainer.accelerator=cpu", "validation.samples=0", "adapter.rank=2,4,8",
+]  # fmt: skip
+
+
+def test_ctrl_c_of_a_sweep_says_what_is_left_of_it(tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    assert main([*TRIALS, f"callbacks.c._target_={__name__}.PressCtrlC", f"run_dir={folder}"]) == 130
+    out, err = capsys.readouterr()
+    assert re.search(r"rank2\s+interrupted", out) and "running" not in out
+    assert f"1 of 3 trials have begun; the same command with run_dir={folder} resume=auto goes on" in out
+    assert re.search(rf"saved after step \d; the same command with run_dir={folder} resume=auto goes on", err)
+
+
+def test_lines_of_a_sweep_are_those_of_a_run(tmp_path, capsys):
+    assert main([*TRIALS[:-1], "adapter.rank=2,4", "trainer.max_steps=1", f"run_dir={tmp_path}/sweep"]) == 0
+    out, err = capsys.readouterr()
+    assert [line for line in err.splitlines() if line.startswith("trial ")] == [
+        "trial 1: adapter.rank=2",
+        "trial 2: adapter.rank=4",
+    ]
+    lines = (out + err).splitlines()
+    assert not [line for line in lines if "[INFO]" in line or "HYDRA" in line or "hydra" in line]
+    assert "training data: packed rows are" in err and "trials have begun" not in out

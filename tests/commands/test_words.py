@@ -9,6 +9,7 @@ import yaml
 from lightning_peft.__main__ import main
 from lightning_peft.commands.plan_sweep import planned, split_words
 from lightning_peft.compose import compose_config, nearest
+from lightning_peft.config import plain
 from lightning_peft.help import WIDTH, command_help
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.options import options_of
@@ -41,6 +42,12 @@ THEIRS = {
     "use_rslora=true": "adapter.rank_stabilized", "lora_target_modules=[q_proj]": "target_modules",
     "attn_implementation=sdpa": "model.attention", "trust_remote_code=true": "model.trust_remote_code",
     "torch_compile=true": "compile", "max_samples=10": "data.max_rows", "partition=gpu": "cluster.partition",
+    "mbs=2": "data.micro_batch_size", "limit=3": "data.max_rows", "eval=true": "validation.every_n_steps",
+    "dataset.path=x": "data.train_path", "dataset.split=x": "data.hub_split", "gres=gpu:1": "cluster.gpus_per_node",
+    "cpu=true": "hardware=cpu", "name=x": "run_dir", "dora=true": "method=dora", "attn=sdpa": "model.attention",
+    "lora_init=pissa": "adapter.init", "response_template=x": "data.train_on", "4bit=true": "method=qlora",
+    "push=true": "lightning-peft push RUN repo=NAME after training",
+    "merge=true": "lightning-peft merge RUN output=FOLDER after training",
 }  # fmt: skip
 
 
@@ -75,6 +82,10 @@ def test_every_answer_is_a_word_we_have():
         ("my.yaml", "my.yaml: no such file; `lightning-peft init my.yaml` writes one to start from"),
         ("hello", "hello: not of the form key=value (quote text with special characters)"),
         ("+sede=3", "sede: no such option; did you mean seed"),
+        ("4bit=true", "4bit: no such option; use method=qlora"),
+        ("account=me", "account: no such option; submit takes it as cluster.sbatch=['--account=VALUE']"),
+        ("mem=64G", "mem: no such option; submit takes it as cluster.sbatch=['--mem=VALUE']"),
+        ("sweep_dir=x", "sweep_dir: no such option; train -m takes run_dir=FOLDER for it, and submit -m sweep_dir"),
     ],
 )
 def test_wrong_word_is_one_line_and_status_2(word, line, capsys, tmp_path, monkeypatch):
@@ -198,7 +209,7 @@ def test_file_that_is_none_is_said(tmp_path, text, message):
 
 def test_config_of_a_run_is_not_taken_for_a_file_of_words(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"adapter": {}, "optimizer": {}, "trainer": {}, "run_dir": "r"}))
+    path.write_text(yaml.safe_dump(plain(compose_config("train", ["run_dir=r"]))))
     with pytest.raises(ValueError, match="is the whole config of a run; config_path="):
         words_of_file(path)
 

@@ -117,6 +117,30 @@ def test_an_unknown_change_of_logits_falls_back_to_the_models_own(caplog):
     assert "changes logits after its head" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "qwen3_next"])
+def test_autocast_is_no_change_of_hidden_states(family, dtype, caplog):
+    objective, batch = objective_and_batch(family, **REBUILT[family])
+    objective(batch)
+    expected, objective.is_checked = objective.logit_path, False
+    with caplog.at_level(logging.WARNING), torch.autocast("cpu", dtype):
+        objective(batch)
+    assert _parts(objective.logit_path) == _parts(expected) and "own logits" not in caplog.text
+
+
+def _parts(path):
+    return [f if f is None else (f.func, f.args, f.keywords) for f in path]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.001])
+def test_a_small_change_before_the_head_is_seen_under_autocast(share, caplog):
+    objective, batch = objective_and_batch("llama")
+    objective.model.get_output_embeddings().register_forward_pre_hook(lambda head, args: args[0] * (1 + share))
+    with caplog.at_level(logging.WARNING), torch.autocast("cpu", torch.bfloat16):
+        objective(batch)
+    assert "changes hidden states before its head" in caplog.text
+
+
 def _with(output, change):
     output.logits = change(output.logits)
     return output

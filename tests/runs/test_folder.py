@@ -213,7 +213,7 @@ def test_a_paused_run_goes_on_as_its_last_line_says(tmp_path, capsys):
     words = ["model=tiny", "trainer.max_steps=4", "pause_at=2", "validation.samples=0", "callbacks={}"]
     assert main(["train", *words, f"run_dir={tmp_path}/run"]) == PREEMPTED
     said = capsys.readouterr().err
-    assert f"run_dir={tmp_path}/run resume=auto and a later pause_at, or null, goes on from there" in said
+    assert f"run_dir={tmp_path}/run resume=auto goes on from there, with a later pause_at or null" in said
     saved = f"config_path={tmp_path}/run/config.yaml"
     assert main(["train", saved]) == 2
     assert "resume=auto continues it" in capsys.readouterr().err

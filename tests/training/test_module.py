@@ -3,10 +3,14 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import plain_trainer, tiny_config, tiny_parts
 
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.checkpoint.resume import trainable_state_dict
+from lightning_peft.commands.train import train
+from lightning_peft.tracking.metrics_csv import MetricsCSV
+from lightning_peft.training.precision import ComputePrecision
 
 
 def weights_after(tmp_path, steps, accumulate, micro_batch_size, **options):
@@ -50,6 +54,31 @@ def test_first_step_moves_along_the_gradient_of_the_token_mean(tmp_path):
     expected = {n: p.grad for n, p in reference.model.named_parameters() if p.requires_grad}
     assert len(seen) == 4 and len({b.num_supervised for b in seen}) > 1
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_anyones_trainer_is_told_the_losses_of_training(tmp_path, accumulate):
+    """Lightning's own logger gets, step by step, what the command writes into metrics.csv of the same run."""
+    words = (f"trainer.accumulate_grad_batches={accumulate}", "trainer.max_steps=3")
+    config = tiny_config(tmp_path / "command", *words)
+    train(config)
+    module, data = tiny_parts(config)
+    options = {
+        "plugins": [ComputePrecision("32-true")], "use_distributed_sampler": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    trainer = Trainer(
+        **options, logger=CSVLogger(tmp_path, "own", "0"), max_steps=3, log_every_n_steps=1,
+        accumulate_grad_batches=accumulate, gradient_clip_val=1.0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    for key in ("loss", "grad_norm", "supervised_tokens"):
+        ours, theirs = (
+            [float(row[key]) for row in MetricsCSV(str(tmp_path / folder)).read()[1] if row[key]]
+            for folder in ("command", "own/0")
+        )
+        assert len(ours) == len(theirs) == 3 and theirs == pytest.approx(ours, rel=1e-5), key
+    assert "loss" in trainer.callback_metrics and "loss" in trainer.progress_bar_metrics
 
 
 def test_only_adapters_are_in_the_state_dict(tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,12 +29,16 @@ class Preemption(Callback):
         checkpoint: AdapterCheckpoint,
         pause_at: int | None = None,
         validated: Callable[[Trainer], dict[str, Any]] = lambda trainer: {},
+        how_to_go_on: Callable[[Path], str] = lambda run_dir: f"run_dir={run_dir} resume=auto goes on from there",
     ):
-        """`validated` returns what a validation behind the last step has given, empty without one."""
+        """`validated` returns what a validation behind the last step has given, empty without one; `how_to_go_on` what
+        the user is told of a run's folder.
+        """
         self.signals = signals
         self.checkpoint = checkpoint
         self.pause_at = pause_at
         self.validated = validated
+        self.how_to_go_on = how_to_go_on
         self.trainer: Trainer | None = None
         self.resumed: dict[str, Any] = {}
         """What `validated` returned behind the step of the checkpoint that this start goes on from."""
@@ -85,11 +90,9 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             pause = "pause_at" if is_there else "trainer.max_time"
             name = self.signals.received.name if self.signals.received else "a signal to another rank"
-            later = " and a later pause_at, or null," if reason is Paused and is_there else ""
-            logger.info(
-                "%s: saved after step %d; the same command with run_dir=%s resume=auto%s goes on from there",
-                pause if reason is Paused else name, trainer.global_step, self.checkpoint.run_dir, later,
-            )  # fmt: skip
+            cause, again = pause if reason is Paused else name, self.how_to_go_on(self.checkpoint.run_dir)
+            later = ", with a later pause_at or null" if reason is Paused and is_there else ""
+            logger.info("%s: saved after step %d; %s%s", cause, trainer.global_step, again, later)
         raise reason
 
     def is_at_pause(self, trainer: Trainer) -> bool:

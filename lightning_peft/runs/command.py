@@ -1,0 +1,48 @@
+"""What a run was started by, kept in its folder: each command, a line each, and the files that it named."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_peft.checkpoint.atomic import write_text
+
+FILE_NAME = "command.txt"
+OWN_FILES = "own_files"
+"""Folder of a run with the YAML files that its command named, as they were."""
+
+_words: list[str] = []
+"""Words of `train` that this process was started with; empty in a program that trains by itself."""
+
+
+@contextmanager
+def started_by(words: Sequence[str]) -> Iterator[None]:
+    """Inside, a run that begins is one of `lightning-peft train` with these words."""
+    global _words
+    before, _words = _words, list(words)
+    try:
+        yield
+    finally:
+        _words = before
+
+
+def kept_commands(run_dir: Path) -> list[str]:
+    """Keep the command of this start in the run's folder; return those of all its starts, the first one first.
+
+    A start from the folder's own `config.yaml`, as of the ranks of a run, is none of the user's where one is kept.
+    """
+    path = run_dir / FILE_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    is_rank = bool(lines) and _words == [f"config_path={run_dir / 'config.yaml'}"]
+    line = shlex.join(["lightning-peft", "train", *_words])
+    if not _words or is_rank or "\n" in line or lines[-1:] == [line]:
+        return lines
+    lines.append(line)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(path, "\n".join(lines) + "\n")
+    for word in _words:
+        own = Path(word.removeprefix("recipe=")).expanduser()
+        if own.suffix in (".yaml", ".yml") and "=" not in str(own) and own.is_file():
+            (run_dir / OWN_FILES).mkdir(exist_ok=True)
+            write_text(run_dir / OWN_FILES / own.name, own.read_text(encoding="utf-8-sig"))
+    return lines
