@@ -34,6 +34,7 @@ from lightning_peft.sweeps.search import (
     Pruning,
     Search,
     SweepConfig,
+    combinations,
     dimension,
     import_optuna,
     random_trials,
@@ -109,20 +110,21 @@ def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tu
     """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one."""
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
-    runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
+    trials = sweep.trials or draws_of_each_value(sweep)
+    runs = [trial_config(sweep, trial, folder) for trial in trials]
     if config.sweep.pruning is not Pruning.none:
         sweep.rungs = rungs_of(config.sweep, runs)
         enter_brackets(sweep, sweep.trials)
         steps = sorted({*sweep.rungs, *(step for run in runs for step in run.validation.at_steps)})
         sweep.words.append(f"{RUNG_OPTION}=[{','.join(map(str, steps))}]")
-        runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
-    check_trials_differ(sweep.trials, runs)
+        runs = [trial_config(sweep, trial, folder) for trial in trials]
+    check_trials_differ(trials, runs)
     for run in runs:
         check_metric(sweep.metric, run)
     if config.sweep.together is not None:
         share_bases(sweep, runs, config.sweep.together)
     check_scorers(runs)
-    return sweep, runs
+    return sweep, runs if sweep.trials else runs[:1]
 
 
 def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> None:
@@ -204,7 +206,10 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
         sweep.count = len(sweep.trials)
     else:
         import_optuna()
-        sweep.count = config.sweep.trials
+        sweep.count = int(min(config.sweep.trials, combinations(drawn_from)))
+    if sweep.count < config.sweep.trials:
+        logger.warning("sweep.trials=%d: the swept values have %d combinations, and each is trained once",
+                       config.sweep.trials, sweep.count)  # fmt: skip
     return sweep
 
 
@@ -337,6 +342,20 @@ def any_draw(sweep: Sweep) -> Trial:
     return Trial("draw", overrides)
 
 
+def draws_of_each_value(sweep: Sweep) -> list[Trial]:
+    """Return a draw, and for each other choice of a key, or end of its interval, the same draw with that."""
+    first = any_draw(sweep)
+    trials = [first]
+    for place, of in enumerate(dimensions(sweep)):
+        others = list(of.choices) or [of.text(of.low), of.text(of.high)]
+        if (own := first.overrides[place].partition("=")[2]) in others:
+            others.remove(own)
+        for value in others:
+            words = [*first.overrides[:place], f"{of.key}={value}", *first.overrides[place + 1 :]]
+            trials.append(Trial("draw", words))
+    return trials
+
+
 def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] = ()) -> TrainConfig:
     """The config of a trial, which continues where an earlier attempt left a checkpoint."""
     words = [*sweep.words, *trial.overrides, *more, f"run_dir={folder / trial.name}", "resume=auto"]
@@ -382,7 +401,7 @@ def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
             if t.state == PAUSED
         },
     )
-    number, overrides = study.ask()
+    number, overrides = study.ask({tuple(t.overrides): score(sweep, t) for t in sweep.trials})
     (trial,) = add_trials(sweep, [overrides])
     trial.number = number
     enter_brackets(sweep, [trial])

@@ -48,6 +48,14 @@ def ties(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> li
     return [f"equally good: {named(equal)}"] if len(equal) > 1 else []
 
 
+def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Trials of the same values and the same seed."""
+    same: dict[tuple[str, ...], list[Trial]] = {}
+    for trial in finished:
+        same.setdefault(tuple(sorted(f"{key}={value}" for key, value in trial.values.items())), []).append(trial)
+    return [f"trained with the same values and seed, counted once: {named(t)}" for t in same.values() if len(t) > 1]
+
+
 def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
     """The best group's trials that came to no number."""
     if SEED not in sweep.swept_keys:
@@ -122,7 +130,7 @@ def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) 
 
 
 FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[Group]], list[str]], ...] = (
-    ties, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
+    ties, repeats, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
 )  # fmt: skip
 
 

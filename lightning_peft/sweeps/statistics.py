@@ -88,7 +88,12 @@ def groups_of(sweep: Sweep) -> list[Group]:
     sign = -1.0 if sweep.metric.startswith("-") else 1.0
     groups = []
     for values, trials in found.items():
-        scores = [sign * value for trial in trials if (value := score(sweep, trial)) is not None]
+        # The same values and the same seed once more are the same measurement.
+        by_seed: dict[str | None, float] = {}
+        for trial in trials:
+            if (value := score(sweep, trial)) is not None:
+                by_seed.setdefault(trial.values.get(SEED), sign * value)
+        scores = list(by_seed.values())
         counts = [(trial.result or {}).get("trainable_parameters") for trial in trials]
         parameters = next((count for count in counts if count is not None), None)
         groups.append(Group(dict(values), [trial.name for trial in trials], scores, parameters))

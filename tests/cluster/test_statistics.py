@@ -8,7 +8,7 @@ import os
 import random
 import shlex
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from lightning_peft.__main__ import main
 from lightning_peft.checkpoint.lineage import Lineage, write_lineage
 from lightning_peft.evaluation.smaller_ranks import RankScore, smallest_as_good
 from lightning_peft.sweeps.cuts import cut_sentence
+from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.statistics import (
     Group,
     best_of_ranks,
@@ -190,6 +191,19 @@ def test_trials_without_a_number_are_in_no_mean(folder):
     sweep.trials[2].state = "failed"
     assert groups_of(sweep)[0].scores == [] and math.isnan(groups_of(sweep)[0].mean)
     assert "rank 8 is within noise of rank 64" in sentence(sweep)
+
+
+def test_same_values_and_seed_twice_are_one_score(folder):
+    sweep = read_sweep(folder)
+    before = {group.label: group.scores for group in groups_of(sweep)}
+    sweep.trials += [replace(sweep.trials[0], name="again"), replace(sweep.trials[4], name="and again")]
+    assert {group.label: group.scores for group in groups_of(sweep)} == before
+    assert "trained with the same values and seed, counted once: rank4_lr1e-3_seed0, again" in doubts(sweep)
+    for trial in sweep.trials:
+        trial.overrides = trial.overrides[:1]
+    sweep.swept = sweep.swept[:1]
+    assert all(group.interval is None for group in groups_of(sweep))
+    assert "beyond noise" not in sentence(sweep) and "within noise" not in sentence(sweep)
 
 
 def test_large_metric_is_ranked_from_the_top(folder):

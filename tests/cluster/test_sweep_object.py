@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import lightning_peft
 from lightning_peft.__main__ import main
@@ -26,7 +25,7 @@ from lightning_peft.cluster.process import Process, process, this_process
 from lightning_peft.commands.sweep import print_trials
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps import sweep as sweeps
-from lightning_peft.sweeps.search import Dimension, SweepConfig, dimension, random_trials
+from lightning_peft.sweeps.search import SweepConfig
 from lightning_peft.sweeps.sweep import (
     Sweep,
     Trial,
@@ -145,35 +144,6 @@ def test_folder_without_a_sweep_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no sweep.json"), changed_sweep(tmp_path / "none"):
         pass
     assert not (tmp_path / "none").exists()
-
-
-def of(word: str) -> Dimension:
-    return dimension(OverridesParser.create().parse_override(word))
-
-
-def test_swept_words_become_dimensions():
-    assert of("adapter.rank=4,8").choices == ["4", "8"]
-    assert of("adapter.rank=range(4,17,4)").choices == ["4", "8", "12", "16"]
-    assert of("adapter.dropout=shuffle(choice(0.1,0.2))").key == "adapter.dropout"
-    assert of("optimizer.lr=tag(log,interval(1e-5,1e-2))") == Dimension("optimizer.lr", [], 1e-5, 1e-2, is_log=True)
-    assert of("adapter.rank=int(interval(2,64))") == Dimension("adapter.rank", [], 2, 64, is_int=True)
-
-
-@pytest.mark.parametrize("word", ["optimizer.lr=interval(2,1)", "optimizer.lr=tag(log,interval(0,1))"])
-def test_interval_that_cannot_be_drawn_from_is_named(word):
-    with pytest.raises(ValueError, match="an interval goes from a smaller to a larger number, above 0 if log"):
-        of(word)
-
-
-def test_random_trials_differ_stay_inside_and_repeat_with_the_seed():
-    dimensions = [of("optimizer.lr=tag(log,interval(1e-5,1e-2))"), of("adapter.rank=4,8")]
-    drawn = random_trials(dimensions, 50, seed=3)
-    assert drawn == random_trials(dimensions, 50, seed=3) != random_trials(dimensions, 50, seed=4)
-    rates = [float(words[0].partition("=")[2]) for words in drawn]
-    assert all(1e-5 <= rate <= 1e-2 for rate in rates) and len({tuple(words) for words in drawn}) == 50
-    # Of a log interval over three decades a third of the draws falls into each.
-    assert 8 <= sum(rate < 1e-4 for rate in rates) <= 27
-    assert len(random_trials([of("adapter.rank=4,8,16")], 10, seed=0)) == 3
 
 
 @pytest.mark.parametrize(
