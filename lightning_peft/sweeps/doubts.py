@@ -57,15 +57,18 @@ def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) ->
 
 
 def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """The best group's trials that came to no number."""
+    """Groups whose mean is of fewer seeds than were trained, the best first."""
     if SEED not in sweep.swept_keys:
         return []
     trials = {trial.name: trial for trial in sweep.trials}
-    gone = Counter(trials[name].state for name in groups[0].names if trials[name].state in GONE)
-    if not gone:
-        return []
-    lost = " and ".join(f"{count} {state}" for state, count in gone.items())
-    return [f"{groups[0].label}: its mean is of {len(groups[0].scores)} of {len(groups[0].names)} seeds; {lost}"]
+    lines = []
+    for group in groups:
+        gone = Counter(trials[name].state for name in group.names if trials[name].state in GONE)
+        if gone:
+            lost = " and ".join(f"{count} {state}" for state, count in gone.items())
+            lines.append(f"{group.label}: its mean is of {len(group.scores)} of {len(group.names)} seeds; {lost}")
+    more = len(lines) - MOST_NAMES
+    return lines[:MOST_NAMES] + ([f"the means of {more} more settings are of some of their seeds"] if more > 0 else [])
 
 
 def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:

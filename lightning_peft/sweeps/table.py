@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_peft.readable import natural_order
 from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, Trial, hours_of, score
 
@@ -103,7 +104,7 @@ def number_or_text(value: str) -> int | float | str:
 
 
 def sort_key(value: Any) -> tuple[bool, Any]:
-    return (True, str(value)) if not isinstance(value, int | float) else (False, value)
+    return (False, value) if isinstance(value, int | float) else (True, natural_order(str(value)))
 
 
 def best_trial(sweep: Sweep) -> tuple[str, float] | None:
