@@ -52,6 +52,7 @@ from lightning_peft.sweeps.sweep import (
     score,
     write_sweep,
 )
+from lightning_peft.sweeps.table import OVER_SEEDS
 from lightning_peft.tracking.service_record import SERVICES, service_record
 
 logger = logging.getLogger(__name__)
@@ -268,6 +269,10 @@ def check_metric(metric: str, run: TrainConfig) -> None:
         raise ValueError(
             f"sweep.metric={metric}: no number of a trial's result.json; choose one of {known}, "
             f"with a minus sign before it if it is to be large{hint}"
+        )
+    if over := [f"{name}_{what}" for what in OVER_SEEDS if f"{name}_{what}" in scored]:
+        raise ValueError(
+            f"sweep.metric={metric} validation.metrics: {over[0]} is the table's column of {name} over seeds; rename it"
         )
     check_direction("sweep.metric", metric)
     if not any(may_be_validated(source.config) for source in sources_of(run.data)) and name in (*losses, *scored):

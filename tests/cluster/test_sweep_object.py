@@ -336,3 +336,12 @@ def test_command_in_a_folder_that_is_gone_is_one_line(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(lightning_peft.__file__).parent.parent)}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 2 and run.stderr == "error: the working folder is there no more; cd to one that is\n"
+
+
+def test_metric_named_like_a_swept_key_leaves_its_column_alone():
+    result = {"status": "finished", "metrics": {"dropout": 0.5, "method": 0.25}}
+    trial = Trial("one", ["adapter.dropout=0.1", "method=dora"], "finished", result=result)
+    sweep = Sweep([], ["adapter.dropout=0.1,0.2", "method=dora,lora"], "local", "dropout", trials=[trial])
+    (row,) = table_rows(sweep, "dropout")
+    assert (row["adapter.dropout"], row["swept method"]) == (0.1, "dora")
+    assert (row["dropout"], row["method"]) == (0.5, 0.25)
