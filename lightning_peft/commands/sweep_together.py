@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lightning_peft import distributed
 from lightning_peft.command_configs import SubmitSweepConfig
-from lightning_peft.commands.plan_sweep import check_given_once, check_trials_differ, grid
+from lightning_peft.commands.check_sweep import check_given_once, check_trials_differ
+from lightning_peft.commands.plan_sweep import grid
 from lightning_peft.commands.together import (
     BY_SIGNAL,
     exit_status,
