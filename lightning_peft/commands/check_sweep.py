@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hydra.core.override_parser.types import Override
 
@@ -103,3 +104,29 @@ def check_scorers(runs: Sequence[TrainConfig]) -> None:
         if any(scorer.columns for scorer in scorers):
             rows = [row for row, _ in read_conversations(run.data, "validation", 1)]
             scorers_of(run.validation.metrics, run.data.task, [column for row in rows for column in row])
+
+
+def check_rows(runs: Sequence[TrainConfig]) -> None:
+    """Raise ValueError where a trial would be refused its layers, its rows or its metrics once it begins.
+
+    Each model with its layers and rows is read once, as the trial does on this machine; their tokens are kept for it.
+    """
+    # Models and tokenizers, which a sweep of a cluster does without.
+    from lightning_peft.commands.train import check_model, read_data, task_metrics
+    from lightning_peft.models.loading import load_tokenizer
+    from lightning_peft.runs.machine import Machine
+    from lightning_peft.runs.plan import logging_left_to_ranks, plan_run
+
+    seen: set[str] = set()
+    for run in runs:
+        run = replace(run, data=replace(run.data, preview=False), dry_run=False)
+        asked = (run.validation.metrics, run.validation.metric_rows, run.validation.max_new_tokens)
+        layers = (run.adapter.method, run.adapter.target_modules, run.adapter.init_from)
+        key = repr((run.model, run.quantization, run.strategy, run.data, run.objective, asked, layers))
+        if key in seen:
+            continue
+        seen.add(key)
+        plan = plan_run(run, Machine.here(run.trainer))
+        with logging_left_to_ranks(True):  # the trial says it
+            tokenizer = load_tokenizer(run.model)
+            task_metrics(run, read_data(run, check_model(run), tokenizer, plan), tokenizer)

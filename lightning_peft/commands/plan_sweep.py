@@ -15,6 +15,7 @@ from lightning_peft.command_configs import SubmitSweepConfig
 from lightning_peft.commands.check_sweep import (
     check_given_once,
     check_metric,
+    check_rows,
     check_scorers,
     check_trials_differ,
     rungs_of,
@@ -104,8 +105,13 @@ def price_sweep(config: SubmitSweepConfig, run_words: list[str]) -> None:
     show_prices(sweep, runs, prices(sweep, runs, config.price), config.price.output)
 
 
-def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tuple[Sweep, list[TrainConfig]]:
-    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one."""
+def planned(
+    config: SubmitSweepConfig, run_words: list[str], folder: Path, is_begun: bool = False
+) -> tuple[Sweep, list[TrainConfig]]:
+    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one.
+
+    Of one that is begun on this machine the rows are read, too.
+    """
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
     trials = sweep.trials or draws_of_each_value(sweep)
@@ -122,11 +128,13 @@ def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tu
     if config.sweep.together is not None:
         share_bases(sweep, runs, config.sweep.together)
     check_scorers(runs)
+    if is_begun and runs[0].cluster is None:
+        check_rows(runs)
     return sweep, runs if sweep.trials else runs[:1]
 
 
 def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> None:
-    sweep, runs = planned(config, run_words, folder)
+    sweep, runs = planned(config, run_words, folder, is_begun=True)
     if runs[0].cluster is not None:
         kind, work = CLUSTERS[runs[0].cluster.name].cluster, array_work(sweep, sweep.trials, folder, runs[0])
         kind.check(runs[0].cluster, work)

@@ -345,3 +345,27 @@ def test_metric_named_like_a_swept_key_leaves_its_column_alone():
     (row,) = table_rows(sweep, "dropout")
     assert (row["adapter.dropout"], row["swept method"]) == (0.1, "dora")
     assert (row["dropout"], row["method"]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("result", "is_damaged"),
+    [
+        ({"status": "finished", "metrics": [1.0]}, True),
+        ({"status": "finished", "metrics": None, "device_hours": None, "seconds": 36.0, "validation_loss": 1.0}, False),
+        ({"status": "finished", "device_hours": "1"}, True),
+        ({"status": "finished", "device_hours": {}}, True),
+        ({"status": "finished", "validation_loss": [1.0]}, True),
+        ({"status": "paused", "steps": None}, True),
+    ],
+)
+def test_result_that_a_hand_has_changed_is_said_or_read(result, is_damaged, tmp_path, caplog, capsys):
+    trials = [Trial("one", ["adapter.rank=4"]), Trial("two", ["adapter.rank=8"])]
+    write_sweep(Sweep([], ["adapter.rank=4,8"], "local", "validation_loss", trials=trials), tmp_path)
+    good = {"status": "finished", "validation_loss": 2.0, "steps": 3, "seconds": 1.0, "metrics": {}}
+    for trial, of_it in zip(trials, (result, good), strict=True):
+        (tmp_path / trial.name).mkdir()
+        (tmp_path / trial.name / "result.json").write_text(json.dumps(of_it))
+    assert main(["sweep", "table", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert ("not what a run writes" in printed.err + caplog.text) == is_damaged
+    assert f"of {'two' if is_damaged else 'one'}" in printed.out
