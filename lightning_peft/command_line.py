@@ -181,9 +181,8 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
             is_here = not any(word.startswith("hydra/launcher=") for word in words)
             if is_here and not (place / MANIFEST).is_file():  # trials that have finished ask for no rows
                 # Models and rows, which other commands do without.
-                from lightning_peft.commands.check_sweep import check_rows, check_scorers
+                from lightning_peft.commands.check_sweep import check_rows
 
-                check_scorers(runs)
                 check_rows(runs)
         run_trials(command, function, words, fixed, swept, folder)
 

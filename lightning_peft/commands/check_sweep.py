@@ -1,6 +1,7 @@
 """What a sweep is refused for before any of its trials begins."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from hydra.core.override_parser.types import Override
 
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.config import DataConfig
+from lightning_peft.data.files import NoSuchRows
 from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import SOURCES
@@ -17,6 +19,8 @@ from lightning_peft.sweeps.pruning import rung_steps
 from lightning_peft.sweeps.search import SweepConfig, typed_choices
 from lightning_peft.sweeps.sweep import RESULT_NUMBERS, Trial
 from lightning_peft.sweeps.table import OVER_SEEDS
+
+logger = logging.getLogger(__name__)
 
 
 def check_given_once(overrides: Sequence[Override]) -> None:
@@ -110,6 +114,7 @@ def check_rows(runs: Sequence[TrainConfig]) -> None:
     """Raise ValueError where a trial would be refused its layers, its rows or its metrics once it begins.
 
     Each model with its layers and rows is read once, as the trial does on this machine; their tokens are kept for it.
+    Rows that are not there are said and left to the trial.
     """
     # Models and tokenizers, which a sweep of a cluster does without.
     from lightning_peft.commands.train import check_model, read_data, task_metrics
@@ -127,6 +132,9 @@ def check_rows(runs: Sequence[TrainConfig]) -> None:
             continue
         seen.add(key)
         plan = plan_run(run, Machine.here(run.trainer))
-        with logging_left_to_ranks(True):  # the trial says it
-            tokenizer = load_tokenizer(run.model)
-            task_metrics(run, read_data(run, check_model(run), tokenizer, plan), tokenizer)
+        try:
+            with logging_left_to_ranks(True):  # the trial says it
+                tokenizer = load_tokenizer(run.model)
+                task_metrics(run, read_data(run, check_model(run), tokenizer, plan), tokenizer)
+        except (NoSuchRows, OSError) as error:  # by the time that the trial begins it may be there
+            logger.warning("%s: a trial that needs it fails, unless it is there when the trial begins", error)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_peft import distributed
 from lightning_peft.command_configs import SubmitSweepConfig
-from lightning_peft.commands.check_sweep import check_given_once, check_rows, check_scorers, check_trials_differ
+from lightning_peft.commands.check_sweep import check_given_once, check_rows, check_trials_differ
 from lightning_peft.commands.plan_sweep import grid
 from lightning_peft.commands.together import (
     BY_SIGNAL,
@@ -62,7 +62,6 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
     check_same_sweep(folder, swept_words)
     if any(config.dry_run for config in configs.values()):
         return folder, max(train_one(name, config) for name, config in configs.items())
-    check_scorers(list(configs.values()))
     if not (folder / MANIFEST).is_file():  # trials that have finished ask for no rows
         check_rows(list(configs.values()))
     with only_writer(folder):  # two would take turns at each other's trials

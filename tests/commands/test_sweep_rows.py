@@ -47,6 +47,15 @@ def test_sound_rows_are_begun_on(rows, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("sweep/*/config.yaml"))) == 2
 
 
+def test_rows_that_are_not_there_yet_are_said_and_left_to_their_trial(rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan_sweep, "start", lambda *of: None)
+    words = [word for word in rows if not word.startswith("data=")]
+    assert main([*STARTS[0], *words, "data=jsonl", "data.train_path=rows.jsonl,later.jsonl"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "later.jsonl" in line]
+    assert "there is no such file" in line and line.endswith("unless it is there when the trial begins")
+    assert len(list(tmp_path.glob("sweep/*/config.yaml"))) == 2
+
+
 def test_sweep_whose_trials_have_finished_asks_for_no_rows(rows, tmp_path):
     words = ["train", "-m", "run_dir=sweep", "resume=auto", *rows, "adapter.rank=2,4"]
     assert main(words) == 0
