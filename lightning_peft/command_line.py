@@ -174,8 +174,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
         raise ValueError(f"{command} -m: no key has several values; as in {command} -m adapter.rank=4,8")
     one = compose_config(command, [*first, *folder] if command == "train" else first)
     check_one_sweeper(words, one)
-    for trial in others:
-        compose_config(command, trial)
+    runs = [one, *(compose_config(command, trial) for trial in others)]
     words = open_words(imported_by_words(words))
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     swept = [word for word in words if is_swept(word) and not word.startswith("hydra")]
@@ -185,6 +184,12 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
             folder = [f"run_dir={place}"]
             stack.enter_context(only_writer(place))
             check_same_sweep(place, swept)
+            is_here = not any(word.startswith("hydra/launcher=") for word in words)
+            if is_here and not (place / MANIFEST).is_file():  # trials that have finished ask for no rows
+                # Models and rows, which other commands do without.
+                from lightning_peft.commands.check_sweep import check_rows
+
+                check_rows(runs)
         run_trials(command, function, words, fixed, swept, folder)
 
 

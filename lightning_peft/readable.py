@@ -1,6 +1,7 @@
 """Numbers as people read them: 11,510, a loss with four digits behind the point, 9 min 10 s."""
 
 import math
+import re
 
 
 def duration(seconds: float) -> str:
@@ -56,3 +57,8 @@ def exponent(value: float, digits: int = 3) -> str:
 def loss(value: float) -> str:
     """Return a loss in nats with four digits behind the point."""
     return f"{value:.4f}"
+
+
+def natural_order(text: str) -> list[str | int]:
+    """Return what to sort words by so that numbers inside them count as numbers: r4, r8, r16."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", text))]

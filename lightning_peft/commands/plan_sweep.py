@@ -1,7 +1,6 @@
 """`submit -m`: the words of a sweep become trials with resolved configs in one folder, and that is started."""
 
 import itertools
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -13,27 +12,29 @@ from omegaconf import OmegaConf
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.command_configs import SubmitSweepConfig
+from lightning_peft.commands.check_sweep import (
+    check_given_once,
+    check_metric,
+    check_rows,
+    check_scorers,
+    check_trials_differ,
+    rungs_of,
+)
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_work, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, read_words
 from lightning_peft.config import TrainConfig, plain
-from lightning_peft.data.config import DataConfig
-from lightning_peft.data.mixture import sources_of, validation_losses
-from lightning_peft.data.samples import read_conversations
-from lightning_peft.data.sources import SOURCES
-from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
-from lightning_peft.objectives.registry import validation_numbers
 from lightning_peft.runs.folder import refuse_run
 from lightning_peft.runs.lock import new_folder, only_writer, remove_if_empty
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.local_worker import start_workers
-from lightning_peft.sweeps.pruning import RUNG_OPTION, enter_brackets, rung_steps
+from lightning_peft.sweeps.pruning import RUNG_OPTION, enter_brackets
 from lightning_peft.sweeps.search import (
     Dimension,
     OptunaStudy,
     Pruning,
     Search,
-    SweepConfig,
+    combinations,
     dimension,
     import_optuna,
     random_trials,
@@ -43,7 +44,6 @@ from lightning_peft.sweeps.sweep import (
     ENDED,
     MANIFEST,
     PAUSED,
-    RESULT_NUMBERS,
     Sweep,
     Trial,
     begin,
@@ -105,28 +105,36 @@ def price_sweep(config: SubmitSweepConfig, run_words: list[str]) -> None:
     show_prices(sweep, runs, prices(sweep, runs, config.price), config.price.output)
 
 
-def planned(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> tuple[Sweep, list[TrainConfig]]:
-    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one."""
+def planned(
+    config: SubmitSweepConfig, run_words: list[str], folder: Path, is_begun: bool = False
+) -> tuple[Sweep, list[TrainConfig]]:
+    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one.
+
+    Of one that is begun on this machine the rows are read, too.
+    """
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
-    runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
+    trials = sweep.trials or draws_of_each_value(sweep)
+    runs = [trial_config(sweep, trial, folder) for trial in trials]
     if config.sweep.pruning is not Pruning.none:
         sweep.rungs = rungs_of(config.sweep, runs)
         enter_brackets(sweep, sweep.trials)
         steps = sorted({*sweep.rungs, *(step for run in runs for step in run.validation.at_steps)})
         sweep.words.append(f"{RUNG_OPTION}=[{','.join(map(str, steps))}]")
-        runs = [trial_config(sweep, trial, folder) for trial in sweep.trials or [any_draw(sweep)]]
-    check_trials_differ(sweep.trials, runs)
+        runs = [trial_config(sweep, trial, folder) for trial in trials]
+    check_trials_differ(trials, runs)
     for run in runs:
         check_metric(sweep.metric, run)
     if config.sweep.together is not None:
         share_bases(sweep, runs, config.sweep.together)
     check_scorers(runs)
-    return sweep, runs
+    if is_begun and runs[0].cluster is None:
+        check_rows(runs)
+    return sweep, runs if sweep.trials else runs[:1]
 
 
 def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -> None:
-    sweep, runs = planned(config, run_words, folder)
+    sweep, runs = planned(config, run_words, folder, is_begun=True)
     if runs[0].cluster is not None:
         kind, work = CLUSTERS[runs[0].cluster.name].cluster, array_work(sweep, sweep.trials, folder, runs[0])
         kind.check(runs[0].cluster, work)
@@ -204,91 +212,11 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
         sweep.count = len(sweep.trials)
     else:
         import_optuna()
-        sweep.count = config.sweep.trials
+        sweep.count = int(min(config.sweep.trials, combinations(drawn_from)))
+    if sweep.count < config.sweep.trials:
+        logger.warning("sweep.trials=%d: the swept values have %d combinations, and each is trained once",
+                       config.sweep.trials, sweep.count)  # fmt: skip
     return sweep
-
-
-def check_given_once(overrides: Sequence[Override]) -> None:
-    """Raise ValueError for a swept key that another word gives as well, and for one without a value."""
-    keys = [str(override.key_or_group) for override in overrides]
-    for override in overrides:
-        if override.is_sweep_override() and keys.count(str(override.key_or_group)) > 1:
-            raise ValueError(f"{override.input_line}: {override.key_or_group} is given twice; leave one of them out")
-        if override.is_discrete_sweep():
-            typed_choices(override)
-
-
-def check_trials_differ(trials: Sequence[Trial], runs: Sequence[TrainConfig]) -> None:
-    """Raise ValueError where two trials are one training: it would count twice, as if it were another seed."""
-    seen: dict[str, Trial] = {}
-    for trial, run in zip(trials, runs, strict=False):
-        options = json.dumps(plain(run), sort_keys=True, default=str).replace(json.dumps(run.run_dir)[1:-1], "")
-        if (other := seen.setdefault(options, trial)) is not trial:
-            one, another = (" ".join(found.overrides) for found in (trial, other))
-            raise ValueError(f"{one}: is the same training as {another}; give each value once")
-
-
-def rungs_of(config: SweepConfig, runs: Sequence[TrainConfig]) -> list[int]:
-    """Find the steps at which trials pause.
-
-    Raises ValueError where trials have no common length, or where the metric is not taken at a rung.
-    """
-    metric = config.metric.removeprefix("-")
-    lengths = {run.trainer.get("max_steps") for run in runs}
-    length = next(iter(lengths))
-    if len(lengths) > 1 or not isinstance(length, int) or length < 2:
-        raise ValueError(
-            f"sweep.pruning={config.pruning.name} trainer.max_steps={','.join(map(str, lengths))}: rungs are steps of "
-            "a run, so give trainer.max_steps, one for all trials"
-        )
-    scored = names_of_metrics(runs[0].validation.metrics, runs[0].data.task)
-    known = (*validation_losses(runs[0].data), *validation_numbers(runs[0].objective.name), "train_loss", *scored)
-    if metric not in known:
-        raise ValueError(
-            f"sweep.pruning={config.pruning.name} sweep.metric={config.metric}: is not taken at a rung; choose one of "
-            f"{', '.join(known)}"
-        )
-    return rung_steps(length, config.reduction, config.min_steps)
-
-
-def check_metric(metric: str, run: TrainConfig) -> None:
-    """Raise ValueError for what the result of this trial will not hold, and for a sign that ranks the worst first."""
-    name = metric.removeprefix("-")
-    scored = names_of_metrics(run.validation.metrics, run.data.task)
-    losses = [*validation_losses(run.data), *validation_numbers(run.objective.name)]
-    if name not in (*RESULT_NUMBERS, *losses, *scored):
-        known = ", ".join(dict.fromkeys((*scored, *RESULT_NUMBERS, *losses)))
-        is_known = task_of_metric(name, run.data.task) is not None
-        hint = f"; add validation.metrics=[{name}] to have it scored" if is_known else ""
-        raise ValueError(
-            f"sweep.metric={metric}: no number of a trial's result.json; choose one of {known}, "
-            f"with a minus sign before it if it is to be large{hint}"
-        )
-    check_direction("sweep.metric", metric)
-    if not any(may_be_validated(source.config) for source in sources_of(run.data)) and name in (*losses, *scored):
-        raise ValueError(
-            f"sweep.metric={metric} data.validation_fraction=0: there are no validation rows; "
-            "use sweep.metric=train_loss"
-        )
-
-
-def may_be_validated(data: DataConfig) -> bool:
-    source = SOURCES.get(data.source)
-    return source is None or "validation" in source.splits(data) or data.validation_fraction > 0
-
-
-def check_scorers(runs: Sequence[TrainConfig]) -> None:
-    """Raise ValueError where a trial could not score its `validation.metrics`: no such function, or no such column."""
-    seen: list[tuple[list[str], DataConfig]] = []
-    for run in runs:
-        kind = (run.validation.metrics, run.data)
-        if not run.validation.metrics or kind in seen:
-            continue
-        seen.append(kind)
-        scorers = scorers_of(run.validation.metrics, run.data.task)
-        if any(scorer.columns for scorer in scorers):
-            rows = [row for row, _ in read_conversations(run.data, "validation", 1, tokenizer=None)]
-            scorers_of(run.validation.metrics, run.data.task, [column for row in rows for column in row])
 
 
 def parse(words: list[str]) -> list[Override]:
@@ -337,6 +265,20 @@ def any_draw(sweep: Sweep) -> Trial:
     return Trial("draw", overrides)
 
 
+def draws_of_each_value(sweep: Sweep) -> list[Trial]:
+    """Return a draw, and for each other choice of a key, or end of its interval, the same draw with that."""
+    first = any_draw(sweep)
+    trials = [first]
+    for place, of in enumerate(dimensions(sweep)):
+        others = list(of.choices) or [of.text(of.low), of.text(of.high)]
+        if (own := first.overrides[place].partition("=")[2]) in others:
+            others.remove(own)
+        for value in others:
+            words = [*first.overrides[:place], f"{of.key}={value}", *first.overrides[place + 1 :]]
+            trials.append(Trial("draw", words))
+    return trials
+
+
 def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] = ()) -> TrainConfig:
     """The config of a trial, which continues where an earlier attempt left a checkpoint."""
     words = [*sweep.words, *trial.overrides, *more, f"run_dir={folder / trial.name}", "resume=auto"]
@@ -382,7 +324,7 @@ def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
             if t.state == PAUSED
         },
     )
-    number, overrides = study.ask()
+    number, overrides = study.ask({tuple(t.overrides): score(sweep, t) for t in sweep.trials})
     (trial,) = add_trials(sweep, [overrides])
     trial.number = number
     enter_brackets(sweep, [trial])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lightning_peft import distributed
 from lightning_peft.command_configs import SubmitSweepConfig
-from lightning_peft.commands.plan_sweep import check_given_once, check_trials_differ, grid
+from lightning_peft.commands.check_sweep import check_given_once, check_rows, check_trials_differ
+from lightning_peft.commands.plan_sweep import grid
 from lightning_peft.commands.together import (
     BY_SIGNAL,
     exit_status,
@@ -24,7 +25,7 @@ from lightning_peft.runs.lock import only_writer
 from lightning_peft.runs.machine import Machine
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial
-from lightning_peft.sweeps.sweep import Trial
+from lightning_peft.sweeps.sweep import MANIFEST, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
     check_same_sweep(folder, swept_words)
     if any(config.dry_run for config in configs.values()):
         return folder, max(train_one(name, config) for name, config in configs.items())
+    if not (folder / MANIFEST).is_file():  # trials that have finished ask for no rows
+        check_rows(list(configs.values()))
     with only_writer(folder):  # two would take turns at each other's trials
         check_same_sweep(folder, swept_words)
         together = options.sweep.together

@@ -29,6 +29,10 @@ PACKAGES = {
 """Package that reads URLs of each kind through fsspec."""
 
 
+class NoSuchRows(ValueError):
+    """Says that a file of rows is not there, or not to be reached, now."""
+
+
 @dataclass(frozen=True)
 class DataFile:
     """A file of rows by its path, or by its URL where it is not on this machine's disks."""
@@ -319,7 +323,7 @@ def _files_of(given: str, entry: str) -> list[DataFile]:
     found = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
     files = [DataFile(path) for path in found if found == [pattern] or not Path(path).is_dir()]
     if not files:
-        raise ValueError(f"{given}: there is no such file (working folder {Path.cwd()})")
+        raise NoSuchRows(f"{given}: there is no such file (working folder {Path.cwd()})")
     return files
 
 
@@ -334,9 +338,9 @@ def _remote_files(given: str, entry: str) -> list[DataFile]:
         else:
             found = [path] if system.exists(path) else []
     except Exception as error:  # as above: no credentials, no network, no such bucket
-        raise ValueError(f"{given}: cannot be reached ({_first_line(error)})") from error
+        raise NoSuchRows(f"{given}: cannot be reached ({_first_line(error)})") from error
     if not found:
-        raise ValueError(f"{given}: there is no such file")
+        raise NoSuchRows(f"{given}: there is no such file")
     return [DataFile(system.unstrip_protocol(name)) for name in found]
 
 

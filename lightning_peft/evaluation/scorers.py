@@ -19,6 +19,19 @@ MAX_NEW_TOKENS = 64
 SMALL_IS_GOOD = ("train_loss", "validation_cross_entropy", "validation_divergence", "seconds", "peak_memory_gib")
 LARGE_IS_GOOD = ("tokens_per_second", "validation_rewards/accuracy", "validation_rewards/margin")
 """Numbers of a result that no task computes, by what is good."""
+TAKEN = (
+    # Columns of metrics.csv.
+    "step", "loss", "grad_norm", "lr", "tokens", "total_tokens", "supervised_tokens", "epoch", "step_seconds", "mfu",
+    "supervised_tokens_per_second", "rank", "alpha", "penalty", "kl", "kl_per_token", "cross_entropy", "divergence",
+    "router_load", "router_entropy",
+    # Keys of result.json.
+    "status", "end", "steps", "train_loss", "metrics", "data", "trainable_parameters", "total_parameters",
+    "tokens_per_second", "peak_memory_gib", "device", "warnings", "stopped_early", "diverged", "seconds",
+    "device_hours", "versions", "rollbacks", "lr_factor", "steps_left_out",
+    # Columns of a sweep's table.
+    "trial", "state", "attempts", "exit_code", "seeds",
+)  # fmt: skip
+"""Names under which a run or a sweep keeps something else than a metric, as do those that begin with validation_."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,15 @@ class Scorer:
 def names_of_metrics(entries: Sequence[str], task: str) -> list[str]:
     """Name the metrics that the entries of `validation.metrics` compute on rows of `data.task`.
 
-    Raises ValueError for an entry that names no metric, no task and no function, and for two that name the same;
-    imports nothing.
+    Raises ValueError for an entry that names no metric, no task and no function, for two that name the same, and for
+    one that a run has another number by; imports nothing.
     """
     names = [name for entry in entries for name in _names(entry, task, OPTION)]
-    if twice := sorted({name for name in names if names.count(name) > 1 or name == "validation_loss"}):
-        raise ValueError(f"{OPTION}: {twice[0]} is named twice, or taken")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{OPTION}: {twice[0]} is named twice")
+    if taken := next((name for name in names if name in TAKEN or name.startswith("validation_")), None):
+        entry = next(entry for entry in entries if taken in _names(entry, task, OPTION))
+        raise ValueError(f"{OPTION}={entry}: {taken} is the name of another number of a run; rename the function")
     return names
 
 

@@ -10,6 +10,8 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lightning_peft.readable import natural_order
+
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Curves by name: x and y of their points."""
 COLOURS = ("#2f6fb5", "#d2662b", "#3c8c5a", "#8a5bb0", "#b8414f", "#7a6a53", "#4aa3b8", "#9a8f1f")
@@ -171,8 +173,10 @@ def svg(figure: Figure) -> str:
 
 
 def ordered(values: Any) -> list[Any]:
-    """Sort numbers before words."""
-    return sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    """Sort numbers before words, and words by the numbers inside them: r4, r16."""
+    return sorted(
+        set(values), key=lambda value: (True, natural_order(value)) if isinstance(value, str) else (False, value)
+    )
 
 
 def short(value: Any) -> str:

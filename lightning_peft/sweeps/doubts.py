@@ -48,16 +48,27 @@ def ties(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> li
     return [f"equally good: {named(equal)}"] if len(equal) > 1 else []
 
 
+def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+    """Trials of the same values and the same seed."""
+    same: dict[tuple[str, ...], list[Trial]] = {}
+    for trial in finished:
+        same.setdefault(tuple(sorted(f"{key}={value}" for key, value in trial.values.items())), []).append(trial)
+    return [f"trained with the same values and seed, counted once: {named(t)}" for t in same.values() if len(t) > 1]
+
+
 def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """The best group's trials that came to no number."""
+    """Groups whose mean is of fewer seeds than were trained, the best first."""
     if SEED not in sweep.swept_keys:
         return []
     trials = {trial.name: trial for trial in sweep.trials}
-    gone = Counter(trials[name].state for name in groups[0].names if trials[name].state in GONE)
-    if not gone:
-        return []
-    lost = " and ".join(f"{count} {state}" for state, count in gone.items())
-    return [f"{groups[0].label}: its mean is of {len(groups[0].scores)} of {len(groups[0].names)} seeds; {lost}"]
+    lines = []
+    for group in groups:
+        gone = Counter(trials[name].state for name in group.names if trials[name].state in GONE)
+        if gone:
+            lost = " and ".join(f"{count} {state}" for state, count in gone.items())
+            lines.append(f"{group.label}: its mean is of {len(group.scores)} of {len(group.names)} seeds; {lost}")
+    more = len(lines) - MOST_NAMES
+    return lines[:MOST_NAMES] + ([f"the means of {more} more settings are of some of their seeds"] if more > 0 else [])
 
 
 def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
@@ -122,7 +133,7 @@ def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) 
 
 
 FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[Group]], list[str]], ...] = (
-    ties, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
+    ties, repeats, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,6 +11,12 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 JOURNAL = "optuna.log"
+STUDY = "sweep"
+"""Name of the study that a journal holds."""
+MOST_REPEATS = 1000
+"""Draws from an interval that were there already, in a row, after which it has no other value."""
+TOLD_REPEATS = 10
+"""Times that a study asks again for what it has, and is told, until a draw is made for it."""
 
 
 class Search(Enum):
@@ -131,19 +137,44 @@ class Dimension:
     is_log: bool = False
     is_int: bool = False
 
+    @property
+    def size(self) -> float:
+        """How many values there are; infinite for an interval of fractions."""
+        if self.choices:
+            return len({*self.choices})
+        return self.high - self.low + 1 if self.is_int else math.inf
+
     def draw(self, generator: random.Random) -> str:
         if self.choices:
             return generator.choice(self.choices)
-        if self.is_int:
-            return str(generator.randint(int(self.low), int(self.high)))
+        # Of whole numbers each has the unit around it.
+        low, high = (self.low - 0.5, self.high + 0.5) if self.is_int else (self.low, self.high)
         if self.is_log:
-            return number(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
-        return number(generator.uniform(self.low, self.high))
+            low, high = math.log(low), math.log(high)
+        drawn = generator.uniform(low, high)
+        return self.text(math.exp(drawn) if self.is_log else drawn)
+
+    def text(self, value: float) -> str:
+        """Return a number of the interval as it is typed: a whole one, or with as many digits as tell values apart.
+
+        Six digits are finer than any effect and keep folder names short; a narrow interval far from zero takes more.
+        """
+        value = min(max(value, self.low), self.high)
+        if self.is_int:
+            return str(round(value))
+        narrow = max(1.0, max(abs(self.low), abs(self.high)) / (self.high - self.low))
+        return f"{value:.{min(17, 6 + math.floor(math.log10(narrow)))}g}"
+
+    def value(self, text: str) -> str | int | float:
+        """Return what Optuna knows a typed value by."""
+        if self.choices:
+            return text
+        return int(text) if self.is_int else min(max(float(text), self.low), self.high)
 
 
-def number(value: float) -> str:
-    """Six digits are finer than any effect and keep folder names short."""
-    return f"{value:.6g}"
+def combinations(dimensions: Sequence[Dimension]) -> float:
+    """How many different trials there are; infinite where a fraction is drawn."""
+    return math.prod(dimension.size for dimension in dimensions)
 
 
 def dimension(override: Override) -> Dimension:
@@ -190,13 +221,17 @@ def is_same_number(one: str, other: str) -> bool:
         return False
 
 
-def random_trials(dimensions: list[Dimension], count: int, seed: int) -> list[list[str]]:
-    """`count` draws, different from one another where there are as many."""
+def random_trials(dimensions: Sequence[Dimension], count: int, seed: int) -> list[list[str]]:
+    """Return `count` draws, different from one another; fewer where there are no more."""
     generator = random.Random(seed)
-    combinations = math.prod(len(d.choices) for d in dimensions) if all(d.choices for d in dimensions) else math.inf
+    wanted, endless = min(count, combinations(dimensions)), combinations(dimensions) == math.inf
     drawn: dict[tuple[str, ...], None] = {}
-    while len(drawn) < min(count, combinations):
-        drawn[tuple(f"{d.key}={d.draw(generator)}" for d in dimensions)] = None
+    repeats = 0
+    # Of a finite set each comes up in the end; of an interval as narrow as two neighbouring floats no third does.
+    while len(drawn) < wanted and not (endless and repeats == MOST_REPEATS):
+        words = tuple(f"{d.key}={d.draw(generator)}" for d in dimensions)
+        repeats = repeats + 1 if words in drawn else 0
+        drawn[words] = None
     return [list(words) for words in drawn]
 
 
@@ -208,20 +243,36 @@ class OptunaStudy:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
         self.optuna = optuna
-        self.study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
-            study_name=folder.resolve().name,
-            load_if_exists=True,
-        )
+        storage = optuna.storages.JournalStorage(backend)
+        # A folder may be moved, so its name is none of the study's.
+        known = optuna.get_all_study_names(storage)
+        self.study = optuna.create_study(storage=storage, study_name=known[0] if known else STUDY, load_if_exists=True)
         # Each process draws with its own seed, else all would draw the same start.
         drawn = len(self.study.trials)
         self.study.sampler = optuna.samplers.TPESampler(seed=seed + drawn, constant_liar=True)
         self.dimensions = dimensions
+        self.seed = seed
 
-    def ask(self) -> tuple[int, list[str]]:
-        """(number, overrides) of the next trial."""
-        trial = self.study.ask({d.key: self.distribution(d) for d in self.dimensions})
-        return trial.number, [f"{d.key}={self.text(trial.params[d.key])}" for d in self.dimensions]
+    def ask(self, drawn: Mapping[tuple[str, ...], float | None]) -> tuple[int, list[str]]:
+        """Return (number, overrides) of the next trial, whose overrides are none of `drawn`.
+
+        `drawn` has the score of each trial that was drawn, None without one. A study that asks for one of them again is
+        told that, and where it keeps asking, a random draw is made for it. Raises ValueError where none is left.
+        """
+        distributions = {d.key: self.distribution(d) for d in self.dimensions}
+        for _ in range(TOLD_REPEATS):
+            trial = self.study.ask(distributions)
+            overrides = [f"{d.key}={self.text(d, trial.params[d.key])}" for d in self.dimensions]
+            if tuple(overrides) not in drawn:
+                return trial.number, overrides
+            self.tell({trial.number: drawn[tuple(overrides)]})
+        # Of one draw more than there are trials one at least is new.
+        draws = random_trials(self.dimensions, len(drawn) + 1, self.seed)
+        if (left := next((draw for draw in draws if tuple(draw) not in drawn), None)) is None:
+            raise ValueError(f"sweep.search=optuna: all {len(drawn)} combinations of the swept values are drawn")
+        texts = [word.partition("=")[2] for word in left]
+        self.study.enqueue_trial({d.key: d.value(text) for d, text in zip(self.dimensions, texts, strict=True)})
+        return self.study.ask(distributions).number, left
 
     def tell(self, values: Mapping[int, float | None], pruned: Mapping[int, Mapping[int, float]] | None = None) -> None:
         """Score (smaller is better) per number of a trial that ended, None where it has none; told once only.
@@ -253,8 +304,8 @@ class OptunaStudy:
         return distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.is_log)
 
     @staticmethod
-    def text(value: Any) -> str:
-        return number(value) if isinstance(value, float) else str(value)
+    def text(dimension: Dimension, value: Any) -> str:
+        return str(value) if dimension.choices else dimension.text(value)
 
 
 def import_optuna() -> Any:

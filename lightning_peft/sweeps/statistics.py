@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 """Draws of the bootstrap; where all resamples are no more than this, each is taken once."""
 SHARES = {2: "half", 3: "a third", 4: "a quarter", 8: "an eighth", 16: "a sixteenth", 32: "a thirty-second"}
 """Words for one part of so many."""
-NEXT_SEEDS = "0,1,2"
+NEXT_SEEDS = ["0", "1", "2"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,12 @@ def groups_of(sweep: Sweep) -> list[Group]:
     sign = -1.0 if sweep.metric.startswith("-") else 1.0
     groups = []
     for values, trials in found.items():
-        scores = [sign * value for trial in trials if (value := score(sweep, trial)) is not None]
+        # The same values and the same seed once more are the same measurement.
+        by_seed: dict[str | None, float] = {}
+        for trial in trials:
+            if (value := score(sweep, trial)) is not None:
+                by_seed.setdefault(trial.values.get(SEED), sign * value)
+        scores = list(by_seed.values())
         counts = [(trial.result or {}).get("trainable_parameters") for trial in trials]
         parameters = next((count for count in counts if count is not None), None)
         groups.append(Group(dict(values), [trial.name for trial in trials], scores, parameters))
@@ -152,7 +157,7 @@ def sentence(sweep: Sweep) -> str | None:
     if not ordered:
         return None
     ranks = best_of_ranks(sweep)
-    if len(ranks) < 2:
+    if len(ranks) < 2 or ordered[0] not in ranks.values():  # as rank=tapered, which is no number, may be best
         return setting_sentence(sweep, ordered)
     tuned = [key for key in sweep.swept_keys if key not in (*RANKS, SEED)]
     how = f"each at its best {', '.join(key.rpartition('.')[2] for key in tuned)}" if tuned else "none of them tuned"
@@ -181,7 +186,9 @@ def sentence(sweep: Sweep) -> str | None:
         said = f"rank {best_rank} is as good as rank {second}: {metric} {best.mean:.4g}"
     interval = difference_interval(best, ranks[second])
     if interval is None:
-        return f"{said}; one seed each, so noise is unknown; {how}" + of_those_pruned(sweep, best, ranks[second])
+        counts = seeds_of(best, ranks[second])
+        few = "one seed each, so noise is unknown" if counts == "1" else f"over {counts} seeds, too few to know noise"
+        return f"{said}; {few}; {how}" + of_those_pruned(sweep, best, ranks[second])
     verdict = "within" if interval[0] <= 0 <= interval[1] else "beyond"
     return (
         f"{said}, {verdict} noise: 95 % of the difference from {interval[0]:.2g} to {interval[1]:.2g} over "
@@ -204,7 +211,10 @@ def setting_sentence(sweep: Sweep, ordered: Sequence[Group]) -> str:
         return f"{said}; one seed, so noise is unknown" + of_those_pruned(sweep, best)
     said += f", 95 % from {best.interval[0]:.4g} to {best.interval[1]:.4g} over {len(best.scores)} seeds"
     near = [group.label for group in ordered[1:] if is_within_noise(group, best)]
-    return f"{said}; within noise of it: {'; '.join(near) or 'none'}" + of_those_pruned(sweep, best)
+    said += f"; within noise of it: {'; '.join(near) or 'none'}"
+    if unknown := [group.label for group in ordered[1:] if is_within_noise(group, best) is None]:
+        said += f"; of one seed, so not known to be: {'; '.join(unknown)}"
+    return said + of_those_pruned(sweep, best)
 
 
 def of_those_pruned(sweep: Sweep, *groups: Group) -> str:
@@ -235,39 +245,43 @@ def next_command(sweep: Sweep, folder: str) -> str | None:
     choice = choice_of(sweep)
     if choice is None:
         return None
-    words = dict(choice.values)
-    if any(len(group.scores) < 2 for group in groups_of(sweep) if group.scores):
-        # Noise first: without it no difference means anything.
-        kept = list(best_of_ranks(sweep).values()) or best_first(groups_of(sweep), sweep.metric)[:2]
-        words = {key: ",".join(dict.fromkeys(group.values[key] for group in kept)) for key in choice.values}
+    ranks = best_of_ranks(sweep)
+    ordered = best_first(groups_of(sweep), sweep.metric)
+    kept = list(ranks.values()) if ordered[0] in ranks.values() else [ordered[0], *(ranks.values() or ordered[1:2])]
+    # Noise first: without it no difference means anything. Seeds that came to no number would do so again.
+    if any(len(group.scores) < 2 and len(group.names) < 2 for group in kept):
+        words = {key: list(dict.fromkeys(group.values[key] for group in kept)) for key in choice.values}
         return command(sweep, words | {SEED: NEXT_SEEDS}, folder)
+    words = {key: [value] for key, value in choice.values.items()}
     for key in (RATE, rank_key(sweep)):
-        if key in words and (further := beyond_edge(sweep, key, words[key])):
-            return command(sweep, words | {key: further, SEED: NEXT_SEEDS}, folder)
+        if key in words and (further := beyond_edge(sweep, key, choice.values[key])):
+            del words[key]
+            # The group has options for some ranks, the key takes any.
+            return command(sweep, words | {RANKS[0] if key in RANKS else key: further, SEED: NEXT_SEEDS}, folder)
     return command(sweep, words, folder)
 
 
-def beyond_edge(sweep: Sweep, key: str, value: str) -> str | None:
-    """The value and two further out where it is the smallest or largest that was tried; None inside."""
+def beyond_edge(sweep: Sweep, key: str, value: str) -> list[str]:
+    """Return the value and two further out where it is the smallest or largest that was tried; nothing inside."""
     is_rank = key in RANKS
     numbers = [number_of(trial.values[key]) for trial in sweep.trials]
     tried, at = sorted({number for number in numbers if number is not None}), number_of(value)
     if at is None or len(tried) < 2 or at not in (tried[0], tried[-1]):
-        return None
+        return []
     step = 2.0 if is_rank else 3.0
     factors = (1 / step**2, 1 / step) if at == tried[0] else (step, step**2)
     further = sorted({at * factor for factor in factors} | {at})
     if not is_rank:
-        return ",".join(f"{number:.3g}" for number in further)
-    whole = [int(number) for number in further if number >= 1]
-    return ",".join(("r" if value.startswith("r") else "") + str(rank) for rank in whole) if len(whole) > 1 else None
+        return [f"{number:.3g}" for number in further]
+    whole = [str(int(number)) for number in further if number >= 1]
+    return whole if len(whole) > 1 else []
 
 
-def command(sweep: Sweep, words: dict[str, str], folder: str) -> str:
-    """A command line: submit -m where a word has several values, else train with the values and one seed."""
-    is_sweep = any("," in value for value in words.values())
+def command(sweep: Sweep, words: Mapping[str, Sequence[str]], folder: str) -> str:
+    """A command line: submit -m where a key has several values, else train with the values and one seed."""
+    is_sweep = any(len(values) > 1 for values in words.values())
     typed = [word for word in sweep.words if not (sweep.rungs and word.startswith("validation.at_steps="))]
-    typed = [*typed, *(f"{key}={value}" for key, value in words.items())]
+    typed = [*typed, *(f"{key}={','.join(values)}" for key, values in words.items())]
     if not is_sweep:
         typed = [word for word in typed if not word.startswith(("cluster.", "cluster="))]
         return shlex.join(["lightning-peft", "train", *typed])

@@ -376,8 +376,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "result.json"
     try:
         result = read_object(path, "taken for a run that did not live to write it")
-        numbers = [result.get(name) for name in RESULT_NUMBERS]
-        if not isinstance(result.get("status"), str) or any(isinstance(number, str) for number in numbers):
+        if not is_of_a_run(result):
             raise ValueError(f"{path}: damaged (not what a run writes); taken for a run that did not live to write it")
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -387,11 +386,24 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     return result | {"metrics": result.get("metrics") or {}}
 
 
+def is_of_a_run(result: Mapping[str, Any]) -> bool:
+    """Whether a result is one that a run writes, as a hand that edits the file may not leave it."""
+    numbers = [result.get(name) for name in (*RESULT_NUMBERS, "device_hours", "rollbacks", "lr_factor")]
+    is_left_midway = result.get("status") in (PREEMPTED, PAUSED)
+    return (
+        isinstance(result.get("status"), str)
+        and all(number is None or isinstance(number, int | float) for number in numbers)
+        and isinstance(result.get("metrics") or {}, dict)
+        and not (is_left_midway and result.get("steps") is None)
+    )
+
+
 def hours_of(result: Mapping[str, Any] | None) -> float:
     """Return the device hours of the start that a result is of; 0 without one."""
     if result is None:
         return 0.0
-    return float(result.get("device_hours", (result.get("seconds") or 0.0) / 3600))  # written since there are budgets
+    hours = result.get("device_hours")  # written since there are budgets
+    return float((result.get("seconds") or 0.0) / 3600 if hours is None else hours)
 
 
 def score(sweep: Sweep, trial: Trial) -> float | None:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_peft.readable import natural_order
 from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, Trial, hours_of, score
 
 RESULT_COLUMNS = (
     "steps", "train_loss", "validation_loss", "trainable_parameters", "tokens_per_second", "peak_memory_gib", "seconds",
 )  # fmt: skip
+OVER_SEEDS = ("mean", "spread", "low", "high")
+"""What the columns of a metric over seeds end with."""
 CELL_WIDTH, CELL_HEIGHT, MARGIN = 92, 40, 96
 LIGHT, DARK = (253, 231, 37), (59, 82, 139)
 """Colours of the worst and the best value."""
@@ -45,7 +48,7 @@ def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
         for trial in sweep.trials
     ]
     column = sort.removeprefix("-")
-    results = {*RESULT_COLUMNS, *(name for trial in sweep.trials for name in (trial.result or {}).get("metrics", {}))}
+    results = {*RESULT_COLUMNS, *metric_names(sweep)}
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if rows and column not in columns:
         raise ValueError(f"sort={sort}: no such column; choose one of {', '.join(columns)}")
@@ -71,20 +74,25 @@ def seed_columns(sweep: Sweep) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for group in groups_of(sweep):
         low, high = group.interval or (None, None)
-        columns = {
-            "seeds": len(group.scores), f"{metric}_mean": group.mean if group.scores else None,
-            f"{metric}_spread": group.spread, f"{metric}_low": low, f"{metric}_high": high,
-        }  # fmt: skip
+        numbers = (group.mean if group.scores else None, group.spread, low, high)
+        columns: dict[str, Any] = {"seeds": len(group.scores)}
+        columns |= {f"{metric}_{what}": number for what, number in zip(OVER_SEEDS, numbers, strict=True)}
         found |= dict.fromkeys(group.names, columns)
     return found
+
+
+def metric_names(sweep: Sweep) -> list[str]:
+    """Return the names of the trials' metrics."""
+    return list(dict.fromkeys(name for trial in sweep.trials for name in (trial.result or {}).get("metrics", {})))
 
 
 def column_names(sweep: Sweep) -> dict[str, str]:
     """Swept key to column."""
     short = Counter(short_name(key) for key in sweep.swept_keys)
-    taken = {"trial", "state", "attempts", "exit_code", *RESULT_COLUMNS}
+    taken = {"trial", "state", "attempts", "exit_code", *RESULT_COLUMNS, *metric_names(sweep)}
+    free = {key: key if key not in taken else f"swept {key}" for key in sweep.swept_keys}
     return {
-        key: key if short[short_name(key)] > 1 or short_name(key) in taken else short_name(key)
+        key: free[key] if short[short_name(key)] > 1 or short_name(key) in taken else short_name(key)
         for key in sweep.swept_keys
     }
 
@@ -103,7 +111,7 @@ def number_or_text(value: str) -> int | float | str:
 
 
 def sort_key(value: Any) -> tuple[bool, Any]:
-    return (True, str(value)) if not isinstance(value, int | float) else (False, value)
+    return (False, value) if isinstance(value, int | float) else (True, natural_order(str(value)))
 
 
 def best_trial(sweep: Sweep) -> tuple[str, float] | None:

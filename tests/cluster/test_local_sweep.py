@@ -103,6 +103,10 @@ def test_random_search_draws_before_it_starts():
             ["adapter.rank=4,8", "sweep.metric=execution_accuracy", "validation.metrics=[execution_accuracy]"],
             "a large execution_accuracy is good; write sweep.metric=-execution_accuracy",
         ),
+        (
+            ["adapter.rank=4,8", "sweep.metric=f", "validation.metrics=[nowhere:f,nowhere:f_mean]"],
+            "f_mean is the table's column of f over seeds",
+        ),
         (["adapter.rank=4,8", "validation.metrics=[nowhere:f]"], "validation.metrics=nowhere:f: cannot be imported"),
         (["adapter.rank=4,8", "+adapter.rnak=4"], "adapter.rnak: no such option; did you mean adapter.rank"),
         (["+adapter.rnak=4,8"], "adapter.rnak: no such option; did you mean adapter.rank"),

@@ -8,16 +8,18 @@ import os
 import random
 import shlex
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from brute_force import quantile, resampled
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lightning_peft.__main__ import main
 from lightning_peft.checkpoint.lineage import Lineage, write_lineage
 from lightning_peft.evaluation.smaller_ranks import RankScore, smallest_as_good
 from lightning_peft.sweeps.cuts import cut_sentence
+from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.statistics import (
     Group,
     best_of_ranks,
@@ -190,6 +192,84 @@ def test_trials_without_a_number_are_in_no_mean(folder):
     sweep.trials[2].state = "failed"
     assert groups_of(sweep)[0].scores == [] and math.isnan(groups_of(sweep)[0].mean)
     assert "rank 8 is within noise of rank 64" in sentence(sweep)
+
+
+def test_same_values_and_seed_twice_are_one_score(folder):
+    sweep = read_sweep(folder)
+    before = {group.label: group.scores for group in groups_of(sweep)}
+    sweep.trials += [replace(sweep.trials[0], name="again"), replace(sweep.trials[4], name="and again")]
+    assert {group.label: group.scores for group in groups_of(sweep)} == before
+    assert "trained with the same values and seed, counted once: rank4_lr1e-3_seed0, again" in doubts(sweep)
+    for trial in sweep.trials:
+        trial.overrides = trial.overrides[:1]
+    sweep.swept = sweep.swept[:1]
+    assert all(group.interval is None for group in groups_of(sweep))
+    assert "beyond noise" not in sentence(sweep) and "within noise" not in sentence(sweep)
+
+
+def of_ranks(scores: dict[str, list[float]], key: str = "adapter.rank") -> Sweep:
+    """A sweep over one key and seeds, with a score a seed; nan is a trial that diverged."""
+    trials = [
+        Trial(f"{value}_{seed}", [f"{key}={value}", f"seed={seed}"], "diverged" if math.isnan(loss) else "finished", 1,
+              is_waiting=False, result={"status": "finished", "steps": 9, "validation_loss": loss, "metrics": {}})
+        for value, losses in scores.items() for seed, loss in enumerate(losses)
+    ]  # fmt: skip
+    words = [f"{key}={','.join(scores)}", "seed=0,1,2"]
+    return Sweep(["model=tiny"], words, "local", "validation_loss", count=len(trials), trials=trials)
+
+
+def alike(mean: float) -> list[float]:
+    return [mean, mean + 0.001, mean + 0.002]
+
+
+@pytest.mark.parametrize("best", [1.0, 3.0])
+def test_three_scores_beside_one_are_not_one_seed_each(best):
+    sweep = of_ranks({"4": [2.0, 2.1, 2.2], "8": [best, math.nan, math.nan]})
+    assert "over 1 and 3 seeds, too few to know noise" in sentence(sweep)
+    assert "adapter.rank=8: its mean is of 1 of 3 seeds; 2 diverged" in doubts(sweep)
+
+
+def test_best_rank_without_a_number_is_named_and_kept():
+    sweep = of_ranks({"r4": alike(2.0), "tapered": alike(1.0), "r16": alike(2.0)}, "rank")
+    assert sentence(sweep).startswith("rank=tapered is best: validation_loss 1.001")
+    assert sentence(sweep).endswith("within noise of it: none")
+    assert next_command(sweep, "s") == "lightning-peft train model=tiny rank=tapered"
+    once = of_ranks({"r4": [2.0], "tapered": [1.0], "r16": [2.0]}, "rank")
+    assert "rank=tapered,r4,r16" in shlex.split(next_command(once, "s"))
+
+
+def test_setting_of_one_score_beside_a_best_of_three_is_said():
+    sweep = of_ranks({"[q,v]": alike(1.0), "[k]": [1.5, math.nan, math.nan], "[o]": alike(2.0)}, "target")
+    assert sentence(sweep).endswith("within noise of it: none; of one seed, so not known to be: target=[k]")
+
+
+def test_list_that_is_best_is_one_value():
+    sweep = of_ranks({"[q,v]": alike(1.0), "[q]": alike(2.0)}, "target")
+    assert shlex.split(next_command(sweep, "s")) == ["lightning-peft", "train", "model=tiny", "target=[q,v]"]
+    once = of_ranks({"[q,v]": [1.0], "[q]": [2.0]}, "target")
+    (word,) = [word for word in shlex.split(next_command(once, "s")) if word.startswith("target=")]
+    swept = OverridesParser.create().parse_override(word)
+    assert list(swept.sweep_string_iterator()) == ["[q,v]", "[q]"]
+
+
+def test_ranks_beyond_the_options_of_the_group_are_given_by_the_key():
+    words = shlex.split(next_command(of_ranks({"r128": alike(2.0), "r256": alike(1.0)}, "rank"), "s"))
+    assert "adapter.rank=256,512,1024" in words and not any(word.startswith("rank=") for word in words)
+
+
+def test_axes_are_sorted_by_the_numbers_in_words():
+    sweep = of_ranks({rank: alike(1.0) for rank in ("r16", "r4", "tapered", "r64", "r8")}, "rank")
+    for trial in sweep.trials:
+        trial.overrides.append("optimizer.lr=1e-3")
+    sweep.swept.append("optimizer.lr=1e-3,1e-2")
+    assert heat_map(sweep).rows == ["r4", "r8", "r16", "r64", "tapered"]
+
+
+def test_axes_of_a_page_are_sorted_alike():
+    pytest.importorskip("matplotlib")
+    from lightning_peft.report.figures import ordered
+
+    assert ordered({"r16", "r4", 2, "r8"}) == [2, "r4", "r8", "r16"]
 
 
 def test_large_metric_is_ranked_from_the_top(folder):

@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import lightning_peft
 from lightning_peft.__main__ import main
@@ -26,7 +25,7 @@ from lightning_peft.cluster.process import Process, process, this_process
 from lightning_peft.commands.sweep import print_trials
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps import sweep as sweeps
-from lightning_peft.sweeps.search import Dimension, SweepConfig, dimension, random_trials
+from lightning_peft.sweeps.search import SweepConfig
 from lightning_peft.sweeps.sweep import (
     Sweep,
     Trial,
@@ -145,35 +144,6 @@ def test_folder_without_a_sweep_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no sweep.json"), changed_sweep(tmp_path / "none"):
         pass
     assert not (tmp_path / "none").exists()
-
-
-def of(word: str) -> Dimension:
-    return dimension(OverridesParser.create().parse_override(word))
-
-
-def test_swept_words_become_dimensions():
-    assert of("adapter.rank=4,8").choices == ["4", "8"]
-    assert of("adapter.rank=range(4,17,4)").choices == ["4", "8", "12", "16"]
-    assert of("adapter.dropout=shuffle(choice(0.1,0.2))").key == "adapter.dropout"
-    assert of("optimizer.lr=tag(log,interval(1e-5,1e-2))") == Dimension("optimizer.lr", [], 1e-5, 1e-2, is_log=True)
-    assert of("adapter.rank=int(interval(2,64))") == Dimension("adapter.rank", [], 2, 64, is_int=True)
-
-
-@pytest.mark.parametrize("word", ["optimizer.lr=interval(2,1)", "optimizer.lr=tag(log,interval(0,1))"])
-def test_interval_that_cannot_be_drawn_from_is_named(word):
-    with pytest.raises(ValueError, match="an interval goes from a smaller to a larger number, above 0 if log"):
-        of(word)
-
-
-def test_random_trials_differ_stay_inside_and_repeat_with_the_seed():
-    dimensions = [of("optimizer.lr=tag(log,interval(1e-5,1e-2))"), of("adapter.rank=4,8")]
-    drawn = random_trials(dimensions, 50, seed=3)
-    assert drawn == random_trials(dimensions, 50, seed=3) != random_trials(dimensions, 50, seed=4)
-    rates = [float(words[0].partition("=")[2]) for words in drawn]
-    assert all(1e-5 <= rate <= 1e-2 for rate in rates) and len({tuple(words) for words in drawn}) == 50
-    # Of a log interval over three decades a third of the draws falls into each.
-    assert 8 <= sum(rate < 1e-4 for rate in rates) <= 27
-    assert len(random_trials([of("adapter.rank=4,8,16")], 10, seed=0)) == 3
 
 
 @pytest.mark.parametrize(
@@ -366,3 +336,36 @@ def test_command_in_a_folder_that_is_gone_is_one_line(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(lightning_peft.__file__).parent.parent)}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 2 and run.stderr == "error: the working folder is there no more; cd to one that is\n"
+
+
+def test_metric_named_like_a_swept_key_leaves_its_column_alone():
+    result = {"status": "finished", "metrics": {"dropout": 0.5, "method": 0.25}}
+    trial = Trial("one", ["adapter.dropout=0.1", "method=dora"], "finished", result=result)
+    sweep = Sweep([], ["adapter.dropout=0.1,0.2", "method=dora,lora"], "local", "dropout", trials=[trial])
+    (row,) = table_rows(sweep, "dropout")
+    assert (row["adapter.dropout"], row["swept method"]) == (0.1, "dora")
+    assert (row["dropout"], row["method"]) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("result", "is_damaged"),
+    [
+        ({"status": "finished", "metrics": [1.0]}, True),
+        ({"status": "finished", "metrics": None, "device_hours": None, "seconds": 36.0, "validation_loss": 1.0}, False),
+        ({"status": "finished", "device_hours": "1"}, True),
+        ({"status": "finished", "device_hours": {}}, True),
+        ({"status": "finished", "validation_loss": [1.0]}, True),
+        ({"status": "paused", "steps": None}, True),
+    ],
+)
+def test_result_that_a_hand_has_changed_is_said_or_read(result, is_damaged, tmp_path, caplog, capsys):
+    trials = [Trial("one", ["adapter.rank=4"]), Trial("two", ["adapter.rank=8"])]
+    write_sweep(Sweep([], ["adapter.rank=4,8"], "local", "validation_loss", trials=trials), tmp_path)
+    good = {"status": "finished", "validation_loss": 2.0, "steps": 3, "seconds": 1.0, "metrics": {}}
+    for trial, of_it in zip(trials, (result, good), strict=True):
+        (tmp_path / trial.name).mkdir()
+        (tmp_path / trial.name / "result.json").write_text(json.dumps(of_it))
+    assert main(["sweep", "table", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert ("not what a run writes" in printed.err + caplog.text) == is_damaged
+    assert f"of {'two' if is_damaged else 'one'}" in printed.out

@@ -9,6 +9,10 @@ from tiny_runs import tiny_config
 
 from lightning_peft.commands.train import train
 from lightning_peft.config import TrainConfig
+from lightning_peft.evaluation.scorers import names_of_metrics
+from lightning_peft.objectives.registry import OBJECTIVES
+from lightning_peft.sweeps.sweep import RESULT_NUMBERS
+from lightning_peft.tasks.registry import TASKS
 from lightning_peft.training.callbacks.task_metrics import TaskMetrics
 
 RUN = ["trainer.max_steps=6", "data.packing=false", "validation.samples=0", "validation.every_n_steps=2"]
@@ -117,6 +121,12 @@ def test_scoring_beyond_the_budget_is_skipped_and_said(tmp_path, monkeypatch, ca
     [
         (["validation.metrics=[rouge]"], "validation.metrics=rouge: no such metric; choose one of execution_accuracy"),
         (["validation.metrics=[a-b:c]"], "validation.metrics=a-b:c: must be module:function"),
+        (
+            ["validation.metrics=[mine:steps]"],
+            "validation.metrics=mine:steps: steps is the name of another number of a",
+        ),
+        (["validation.metrics=[mine:rank]"], "validation.metrics=mine:rank: rank is the name of another number of a"),
+        (["validation.metrics=[mine:validation_divergence]"], "validation_divergence is the name of another number"),
         (["validation.metrics=[exact_match,cmudict]"], "validation.metrics: exact_match is named twice"),
         (["checkpoint.best_by=-exact_match"], "checkpoint.best_by=-exact_match: no validation computes it"),
         (
@@ -175,3 +185,19 @@ def test_plain_text_rows_cannot_be_scored(tmp_path):
     words = [f"data.train_path={rows}", "data.validation_fraction=0.2", "validation.metrics=[exact_match]"]
     with pytest.raises(ValueError, match="no validation row asks for an answer"):
         train(tiny_config(tmp_path / "r", "data=jsonl", *words))
+
+
+def test_every_other_number_of_a_run_has_a_name_that_no_function_may_have(tmp_path):
+    run(tmp_path / "r")
+    columns = (tmp_path / "r" / "metrics.csv").read_text().partition("\n")[0].split(",")
+    measured = [name for objective in OBJECTIVES.values() for name in objective.logs]
+    names = {*columns, *json.loads((tmp_path / "r" / "result.json").read_text()), *measured, *RESULT_NUMBERS}
+    free = {"nth", "execution_accuracy", *(name for name in names if not name.isidentifier())}
+    for name in names - free:
+        with pytest.raises(ValueError, match=f"{name} is the name of another number of a run; rename the function"):
+            names_of_metrics([f"mine:{name}"], "none")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_metrics_of_tasks_have_names_of_their_own(task):
+    assert names_of_metrics([task] if TASKS[task].metric_names else [], task) == [*TASKS[task].metric_names]
