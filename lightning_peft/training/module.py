@@ -379,8 +379,9 @@ class FinetuneModule(LightningModule):
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if is_accumulating(self.trainer) or any(isinstance(callback, StepMetrics) for callback in callbacks):
             return
+        has_bar = self.trainer.progress_bar_callback is not None  # what is for the bar is read back at every step
         for name, value in self.step_metrics.items():  # means over all ranks already
-            self.log(name, value.float(), prog_bar=name == "loss", batch_size=1)
+            self.log(name, value.float(), prog_bar=has_bar and name == "loss", batch_size=1)
 
     def on_train_end(self) -> None:
         self.check_base()

@@ -27,6 +27,12 @@ def logits(model: nn.Module) -> Tensor:
     return model(ids, use_cache=False).logits
 
 
+@pytest.fixture(autouse=True)
+def same_start() -> None:
+    """HF PEFT draws A by the global generator; now and then two experts of a token are as good as each other."""
+    torch.manual_seed(0)
+
+
 def perturbed(model: Any) -> Any:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

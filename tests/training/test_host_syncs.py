@@ -74,5 +74,5 @@ def test_the_watch_names_who_waits(culprit, tmp_path):
 
     module, data = tiny_parts(tiny_config(tmp_path))
     plain_trainer(max_steps=5, callbacks=[HostSyncs(), Waits()]).fit(module, datamodule=data)
-    assert len(HostSyncs.found) == 1
+    assert len(HostSyncs.found) == 1, "\n\n".join(HostSyncs.found)
     assert "test_host_syncs.py" in HostSyncs.found[0] and "on_train_batch_end" in HostSyncs.found[0]

@@ -78,7 +78,18 @@ def test_anyones_trainer_is_told_the_losses_of_training(tmp_path, accumulate):
             for folder in ("command", "own/0")
         )
         assert len(ours) == len(theirs) == 3 and theirs == pytest.approx(ours, rel=1e-5), key
-    assert "loss" in trainer.callback_metrics and "loss" in trainer.progress_bar_metrics
+    assert "loss" in trainer.callback_metrics
+    assert not trainer.progress_bar_metrics  # there is no bar, and what is for one is waited for at every step
+
+
+def test_loss_is_in_the_bar_of_anyones_trainer(tmp_path):
+    module, data = tiny_parts(tiny_config(tmp_path))
+    trainer = Trainer(
+        plugins=[ComputePrecision("32-true")], use_distributed_sampler=False, enable_checkpointing=False, logger=False,
+        enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0, max_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert "loss" in trainer.progress_bar_metrics
 
 
 def test_only_adapters_are_in_the_state_dict(tmp_path):
