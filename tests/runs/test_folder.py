@@ -291,7 +291,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2], texts
     (refused,) = [text for process, text in zip(processes, texts, strict=True) if process.returncode]
-    assert "holds a sweep already" in refused
+    assert "holds a sweep already" in refused or "writes it" in refused  # as the first is done with it, or not yet
     manifest = json.loads((tmp_path / "S" / "sweep.json").read_text())
     names = {trial["name"] for trial in manifest["trials"]}
     assert names in ({"rank2", "rank4"}, {"rank8", "rank16"})
