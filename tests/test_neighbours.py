@@ -20,7 +20,7 @@ from lightning_peft.neighbours import SPLIT, Neighbours
 def seconds_spun() -> float:
     torch.ones(SPLIT).add_(1)
     before = time.process_time()
-    time.sleep(0.3)
+    time.sleep(0.8)
     return time.process_time() - before
 
 torch.set_num_threads(2)
@@ -40,8 +40,8 @@ def test_threads_spin_without_busy_neighbours_only() -> None:
     done = subprocess.run([sys.executable, "-c", WAITS], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     quiet, busy, still_busy, quiet_once, quiet_again = map(float, done.stdout.split())
-    assert max(busy, still_busy, quiet_once) < 0.03
-    assert min(quiet, quiet_again) > 0.06  # other tests want the cores, too
+    assert max(busy, still_busy, quiet_once) < 0.05
+    assert min(quiet, quiet_again) > 0.1  # other tests want the cores, too
 
 
 def test_a_busy_neighbour_is_seen() -> None:
