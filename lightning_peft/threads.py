@@ -16,7 +16,10 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which somebody has decided how threads wait."""
 CGROUPS = Path("/sys/fs/cgroup")
 SPINS = 20_000
-"""Rounds that a thread spins before it sleeps, half a millisecond: as fast on quiet cores as libgomp's own 300,000."""
+"""Rounds that a thread spins before it sleeps, half a millisecond: as fast on quiet cores as libgomp's own 300,000.
+
+Found in the environment it is what a parent process decided by itself, and is decided anew.
+"""
 
 
 def available_cores() -> int:
@@ -45,7 +48,7 @@ def set_up_threads() -> None:
     """Have no more threads than the cores there are time for, and have them sleep where others want those cores."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     has_all = "OMP_NUM_THREADS" not in os.environ and available_cores() == allowed
-    if not any(name in os.environ for name in WAITING):
+    if not any(os.environ.get(name, str(SPINS)) != str(SPINS) for name in WAITING):  # ours comes from a parent, too
         spins = has_all and allowed != 1 and quota_of_cores(CGROUPS) is None and neighbours.can_be_followed()
         os.environ["GOMP_SPINCOUNT"] = str(SPINS if spins else 0)
         if spins:
