@@ -237,7 +237,7 @@ class Slots:
         if slot not in self.finite:
             pairs = self.guests[slot] if slot >= self.count else self._places(slot)
             sizes = torch._foreach_norm([factor for pair in pairs.values() for factor in pair])
-            self.finite[slot] = bool(torch.stack(sizes).isfinite().all())
+            self.finite[slot] = not sizes or bool(torch.stack(sizes).isfinite().all())
         return self.finite[slot]
 
     def _places(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -343,7 +343,8 @@ class StaticSteps:
         ids = torch.tensor(tokens, device=device)[:, None]
         x = self.model.get_input_embeddings()(ids)
         cosine, sine = self.model.base_model.rotary_emb(x, lengths[:, None])  # type: ignore[operator, union-attr]
-        turn = cosine[:, 0].contiguous(), sine[:, 0].contiguous()
+        half = sine.shape[-1] // 2
+        turn = cosine[:, 0].contiguous(), torch.cat([-sine[:, 0, :half], sine[:, 0, half:]], -1)
         mask = None
         if min(self.lengths) + 1 < width:
             hidden = torch.arange(width, device=device) > lengths[:, None]
@@ -394,7 +395,6 @@ def attended(
     """Return what `decoding.attend` does, (rows, heads of queries, size), by torch's operators."""
     rows, heads, size = keys.shape
     cosine, sine = (part[:, None] for part in turn)
-    sine = torch.cat([-sine[..., : size // 2], sine[..., size // 2 :]], -1)
     both = torch.cat([queries, keys], 1)
     both = torch.addcmul(both * cosine, both.roll(size // 2, -1), sine)
     kept[0].index_put_(

@@ -51,8 +51,8 @@ def attend(
     """Return the attention of one position a row, (rows, heads of queries, size).
 
     queries (rows, heads of queries, size), keys and values (rows, heads, size) as the products made them; turn: cosine
-    and sine (rows, size) of the rows' positions, which are lengths (rows,), int64. Keys and values go into kept (2,
-    rows, heads, positions, size), of which each half is contiguous.
+    and sine (rows, size) of the rows' positions, the sine's first half negated; lengths (rows,), int64, are those
+    positions. Keys and values go into kept (2, rows, heads, positions, size), of which each half is contiguous.
     """
     rows, heads, size = keys.shape
     width = kept.shape[3]

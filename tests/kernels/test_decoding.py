@@ -67,7 +67,8 @@ def test_attention_is_that_of_fp64(size: int, group: int, threads: int) -> None:
     try:
         with torch.no_grad():
             assert decoding.takes_heads(queries, kept)
-            mixed = decoding.attend(queries, keys, values, (cosine, sine), lengths, kept, size**-0.5)
+            signed = torch.cat([-sine[:, : size // 2], sine[:, size // 2 :]], -1)
+            mixed = decoding.attend(queries, keys, values, (cosine, signed), lengths, kept, size**-0.5)
     finally:
         torch.set_num_threads(before)
     for row, length in enumerate(lengths.tolist()):

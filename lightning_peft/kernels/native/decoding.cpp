@@ -21,14 +21,14 @@ inline __m512 rounded(__m512 x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
-// into (size) = x turned by cosine and sine (size), in halves: (a, b) -> (a c - b s, b c' + a s').
+// into (size) = x turned by cosine and sine (size), in halves: (a, b) -> (a c + b s, b c' + a s').
 inline void turn(const bf16* x, const bf16* cosine, const bf16* sine, int size, bf16* into) {
   const int half = size / 2;
   for (int d = 0; d < half; d += LANES) {
     const __m512 a = widened(x + d), b = widened(x + half + d);
     const __m512 first = rounded(_mm512_mul_ps(a, widened(cosine + d)));
     const __m512 second = rounded(_mm512_mul_ps(b, widened(sine + d)));
-    store_rounded(into + d, _mm512_sub_ps(first, second));
+    store_rounded(into + d, _mm512_add_ps(first, second));
     const __m512 third = rounded(_mm512_mul_ps(b, widened(cosine + half + d)));
     const __m512 fourth = rounded(_mm512_mul_ps(a, widened(sine + half + d)));
     store_rounded(into + half + d, _mm512_add_ps(third, fourth));
