@@ -28,6 +28,7 @@ def import_what_a_start_imports() -> None:
 
     before = dict(os.environ)
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a thread would look at the neighbours, and no fork have it
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which starts its threads when it is imported
     set_up_threads()  # as `main` does before torch is imported
     let_segments_grow()
     for name in ("command_line", "commands.training", "commands.train"):
