@@ -24,6 +24,7 @@ from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_work, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, read_words
 from lightning_peft.config import TrainConfig, plain
+from lightning_peft.interpolation import escaped
 from lightning_peft.runs.folder import refuse_run
 from lightning_peft.runs.lock import new_folder, only_writer, remove_if_empty
 from lightning_peft.schemas import trial_name
@@ -298,7 +299,7 @@ def write_run(config: TrainConfig) -> None:
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     with atomic_file(run_dir / "config.yaml") as path:
-        OmegaConf.save(OmegaConf.create(plain(config)), path)
+        OmegaConf.save(OmegaConf.create(escaped(plain(config))), path)
     for name in config.logger:
         if name in SERVICES:
             service_record(run_dir, name)
