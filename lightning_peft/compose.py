@@ -29,7 +29,7 @@ from lightning_peft.compat import config_loader_of
 from lightning_peft.config import TrainConfig, check_finite, train_config
 from lightning_peft.options import options_of
 from lightning_peft.other_tools import BY_THEIRS, ours, what_instead
-from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
+from lightning_peft.plugins import OWN_FILES, import_modules, import_plugins, imported_by_words
 from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
 from lightning_peft.slips import OPEN, TEXT, VERBATIM
 from lightning_peft.words import no_such_option, options_of_group
@@ -162,7 +162,7 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
         if not isinstance(saved, dict) or not saved.keys() >= {"adapter", "optimizer"}:
             raise ValueError(f"config_path={path}: not the config.yaml of a run")
         import_plugins()
-        import_modules(saved.get("imports", []))
+        import_modules(saved.get("imports", []), kept=path.parent / OWN_FILES)
         named = {str(key): value for key, value in saved.items()}
         named |= {key: safe_load(value) for key, value in beside.items()}
         return train_config(in_folder_of(path, with_present_paths(named)))

@@ -38,6 +38,7 @@ from lightning_peft.interpolation import escaped
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
+from lightning_peft.plugins import OWN_FILES, keep_modules
 from lightning_peft.runs.command import kept_commands
 from lightning_peft.runs.folder import end_of, folder_of
 from lightning_peft.runs.nodes import refusal
@@ -342,6 +343,7 @@ def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
     (run_dir / "result.json").unlink(missing_ok=True)
     with atomic_file(run_dir / "config.yaml") as path:
         OmegaConf.save(OmegaConf.create(escaped(plain(config))), path)
+    keep_modules(config.imports, run_dir / OWN_FILES)
 
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import write_text
+from lightning_peft.plugins import OWN_FILES
 
 FILE_NAME = "command.txt"
-OWN_FILES = "own_files"
-"""Folder of a run with the YAML files that its command named, as they were."""
 
 _words: list[str] = []
 """Words of `train` that this process was started with; empty in a program that trains by itself."""
