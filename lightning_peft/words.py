@@ -20,7 +20,7 @@ from lightning_peft.slips import check_dashes, corrected
 
 logger = logging.getLogger(__name__)
 
-ROW_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".xlsx", ".arrow", ".gz", ".zst")
+ROW_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".bz2", ".xz", ".zst")
 """Endings by which data=FILE is told from the name of an option."""
 OWN_FOLDER = "conf_dir"
 """The word for a folder of one's own options, as conf_dir=conf with conf/model/mine.yaml for model=mine."""
@@ -266,7 +266,13 @@ def _is_model(value: str) -> bool:
 
 def _is_rows(value: str) -> bool:
     text = value.strip("'\"")
-    return text.endswith(ROW_FILES) or "://" in text or Path(text).is_dir() or Path(text).exists() and "/" in text
+    return (
+        text.lower().endswith((*ROW_FILES, ".txt", ".xls"))
+        or "://" in text
+        or Path(text).is_dir()
+        or Path(text).exists()
+        and bool("/" in text or Path(text).suffix)
+    )
 
 
 _OPTION_OF_ROWS = {"data.train_path": "jsonl", SOURCES_KEY: "jsonl", "data.hub_name": "hub"}

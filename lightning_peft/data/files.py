@@ -208,6 +208,7 @@ def _read_table(file: DataFile, separator: str) -> Iterator[Row | BadRow]:
         if header is not None and header.wrong is not None:
             raise ValueError(f"{file} line 1: not CSV ({header.wrong})")
         _refuse_copies(names, f"{file} line 1")
+        _refuse_other_separator(names, separator, f"{file} line 1")
         for record in found:
             origin = f"{file} {record.place}"
             if record.wrong is not None:
@@ -216,6 +217,28 @@ def _read_table(file: DataFile, separator: str) -> Iterator[Row | BadRow]:
                 yield BadRow(origin, f"{len(names)} fields", len(record.fields))
             elif record.fields:  # a line without any is between rows
                 yield _utf8_row(dict(zip(names, record.fields, strict=True)), origin)
+
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def _refuse_other_separator(names: list[str], separator: str, origin: str) -> None:
+    """Raise ValueError for a header of one column that is several by another separator."""
+    if names and names[0].startswith("sep="):
+        raise ValueError(f"{origin}: {names[0]!r} tells Excel of a separator and names no columns; delete the line")
+    if len(names) != 1:
+        return
+    for other, word in SEPARATORS.items():
+        if other != separator and other in names[0]:
+            columns = ", ".join(name.strip() for name in names[0].split(other))
+            kind = ".tsv" if separator == "\t" else ".csv"
+            remedy = "name it .tsv" if other == "\t" else f"save it with {SEPARATORS[separator]}"
+            if other == "," and separator == "\t":
+                remedy = "name it .csv"
+            raise ValueError(
+                f"{origin}: fields of {kind} files are separated by {SEPARATORS[separator]}, and these ({columns}) by "
+                f"{word}; {remedy}"
+            )
 
 
 def _refuse_copies(names: Iterable[Any], origin: str) -> None:
@@ -256,7 +279,14 @@ def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
 
     try:
         with file.open() as content:
-            sheets = pandas.read_excel(io.BytesIO(content.read()), sheet_name=None, header=None, dtype=object)
+            sheets = pandas.read_excel(
+                # "None" and "NA" are answers; what is not a number is a cell whose formula failed.
+                io.BytesIO(content.read()),
+                sheet_name=None,
+                header=None,
+                dtype=object,
+                keep_default_na=False,
+            )
     except ImportError as error:
         raise ValueError(f"{file}: Excel files need the package openpyxl (pip install openpyxl)") from error
     except Exception as error:  # whatever the reader of a broken file stumbles on
@@ -266,11 +296,15 @@ def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
         found = ", ".join(map(repr, filled)) or "none"
         raise ValueError(f"{file}: one sheet with rows is read, this file has {found}; save one alone")
     header, *rows = next(iter(filled.values())).values.tolist()
-    names = ["" if pandas.isna(name) else str(name) for name in header]
+    used = [place for place in range(len(header)) if any(cells[place] != "" for cells in (header, *rows))]
+    names = [str(header[place]) for place in used]  # a column that was only coloured is none
     _refuse_copies(names, f"{file} row 1")
     for number, cells in enumerate(rows, start=2):
-        values = ["" if pandas.isna(cell) else str(cell) for cell in cells]
-        yield Row(dict(zip(names, values, strict=True)), f"{file} row {number}")
+        values = {name: cells[place] for name, place in zip(names, used, strict=True)}
+        if wrong := [name for name, value in values.items() if pandas.isna(value)]:
+            yield BadRow(f"{file} row {number}", "a value", "an error of the formula", wrong[0])
+        elif any(value != "" for value in values.values()):  # as a line of a CSV file without any
+            yield Row({name: str(value) for name, value in values.items()}, f"{file} row {number}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -287,6 +321,17 @@ FILE_READERS: dict[str, Callable[[DataFile], Iterator[Row | BadRow]]] = {
     ".arrow": partial(_read_by_datasets, kind="arrow"),
     ".xlsx": _read_excel,
 }
+OTHER_FILES = {
+    ".txt": '; text without rows is a line {"text": "..."} a document in a .jsonl file',
+    ".md": '; text without rows is a line {"text": "..."} a document in a .jsonl file',
+    ".xls": "; save it as .xlsx",
+    ".pkl": "; a pickle runs code, so save the rows as .parquet or .jsonl",
+    ".zip": "; unpack it",
+    ".tar": "; unpack it",
+    ".yaml": "; a file of options stands without data=, as in lightning-peft train my.yaml",
+    ".yml": "; a file of options stands without data=, as in lightning-peft train my.yaml",
+}
+"""What to do about files that people bring and that hold no rows as they are."""
 COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
@@ -305,10 +350,10 @@ def find_files(option: str, value: str | list[str]) -> list[DataFile]:
             raise ValueError(f"{option}={value}: {file} is a link to a file that is not there")
         kind, packed = file.suffixes
         if kind not in FILE_READERS or (packed and kind not in COMPRESSIBLE):
-            raise ValueError(
+            said = (
                 f"{option}={value}: {Path(file.path).name} must end in {', '.join(FILE_READERS)}, the text ones also "
-                f"in {', '.join(DECOMPRESSED)} after that"
             )
+            raise ValueError(f"{said}in {', '.join(DECOMPRESSED)} after that{OTHER_FILES.get(kind, '')}")
         if file.size() == 0:
             raise ValueError(f"{option}={value}: {file} is empty")
     return files

@@ -16,9 +16,11 @@ import pytest
 from lightning_peft.compose import compose_config
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import BadRow
+from lightning_peft.data.files import find_files
 from lightning_peft.data.samples import make_samples
 from lightning_peft.data.sources import iterate_rows, rows_identity
 from lightning_peft.data.turns import read_turns
+from lightning_peft.words import everyday
 
 ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(6)]
 
@@ -220,3 +222,64 @@ def test_key_that_stands_twice_in_an_object_is_named(tmp_path, name, text, place
 def test_key_that_stands_twice_in_json_inside_a_row_is_named(turn):
     with pytest.raises(BadRow, match="key '(city|name)' twice in one object"):
         read_turns([{"role": "user", "content": "a"}, turn], "rows.jsonl line 1", "messages")
+
+
+def workbook(path, *rows):
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.active["F9"].font = openpyxl.styles.Font(bold=True)  # a cell without anything in it
+    book.save(path)
+    return str(path)
+
+
+def test_excel_text_is_kept_whatever_it_says(tmp_path):
+    answers = ["None", "NA", "null", "n/a", "nan", "#N/A"]
+    path = workbook(tmp_path / "r.xlsx", ["q", "a"], *([f"q{n}", text] for n, text in enumerate(answers)))
+    found = list(iterate_rows(DataConfig(train_path=path, validation_fraction=0), "train"))
+    assert [row.values["a"] for row in found[:-1]] == answers[:-1]
+    assert "row 7, column 'a': expected a value, got 'an error of the formula'" in str(found[-1])
+
+
+def test_excel_rows_and_columns_without_a_cell_are_none(tmp_path):
+    path = workbook(tmp_path / "r.xlsx", ["q", "a"], ["one", 5], [None, None], ["two", ""])
+    assert read(path) == [{"q": "one", "a": "5"}, {"q": "two", "a": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "r.csv",
+            "question;answer\nWhat is 2, and 3?;5\n",
+            "commas, and these .question, answer. by semicolons; save it",
+        ),
+        ("r.csv", "\ufeffquestion\tanswer\nWhat?\t5\n", "commas, and these .question, answer. by tabs; name it .tsv"),
+        ("r.csv", "question|answer\nWhat?|5\n", "by bars; save it with commas"),
+        ("r.tsv", "question,answer\nWhat?,5\n", "tabs, and these .question, answer. by commas; name it .csv"),
+        ("r.csv", "sep=;\nprompt;completion\n", "'sep=;' tells Excel of a separator and names no columns; delete"),
+    ],
+)
+def test_table_with_another_separator_is_told_so(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} line 1: .*{message}"):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("r.txt", "a document in a .jsonl"), ("r.TXT", "a line"), ("r.xls", "save it as .xlsx"), ("r.zip", "unpack"),
+     ("r.tar.gz", "unpack it"), ("r.pkl", "a pickle runs code"), ("r.yaml", "lightning-peft train my.yaml")],
+)  # fmt: skip
+def test_file_that_holds_no_rows_has_a_remedy(tmp_path, monkeypatch, name, remedy):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("x")
+    words = everyday("train", [f"data={name}"])
+    assert words == ["data=jsonl", f"data.train_path={name}"]
+    with pytest.raises(ValueError, match=rf"^data.train_path={name}: .* must end in .*{remedy}"):
+        find_files("data.train_path", name)
+
+
+@pytest.mark.parametrize("name", ["r.JSONL", "r.Jsonl", "r.CSV", "r.JSONL.GZ", "r.Parquet", "not_there.JSON"])
+def test_data_is_a_file_whatever_the_case_of_its_ending(name):
+    assert everyday("train", [f"data={name}"]) == ["data=jsonl", f"data.train_path={name}"]
