@@ -96,7 +96,7 @@ def encode_rows(
                 _refuse(error, config, audit)
                 continue
             for sample in samples:
-                audit.count_sample(sample, kinds_of(sample))
+                audit.count_sample(sample, kinds_of(sample), origin)
                 yield sample
     reading.finish()
 
@@ -167,6 +167,7 @@ class _Reading:
         if conversation.trailing:
             audit.count_listed(["turns after the last answer"])
         audit.count_tools(conversation.tools)
+        audit.count_system(conversation)
 
     def finish(self) -> None:
         """Raises `UnreadError` for what nobody reads, and the error of the first row where none could be read."""
