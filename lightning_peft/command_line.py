@@ -98,7 +98,8 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             with started_by(typed_words):
                 function(starting_config(overrides))
         else:
-            function(compose_config(command, overrides))
+            with started_by(typed_words if command == "submit" else [], command):
+                function(compose_config(command, overrides))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
