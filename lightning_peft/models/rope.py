@@ -187,7 +187,7 @@ def table_of_positions(model: "PreTrainedModel") -> int | None:
         part
         for name, part in tables.items()
         if TABLE_OF_POSITIONS.fullmatch(name.rpartition(".")[2])
-        and context <= len(getattr(part, "weight", part)) <= context + ROWS_BESIDE  # not one of a tower of vision
+        and context <= len(getattr(part, "weight", part)) <= context + ROWS_BESIDE  # it is not one of a tower of vision
     ]
     if not found and architecture.model_type not in BIASES_BY_TABLE:
         return None

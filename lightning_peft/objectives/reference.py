@@ -124,7 +124,7 @@ class ReferenceHead(nn.Module):
 
     def __init__(self, loss: ReferencedLoss):
         super().__init__()
-        self.loss = (loss,)  # in a tuple, as the model is no part of its head
+        self.loss = (loss,)  # the tuple keeps the model from being a part of its head
 
     def forward(self, hidden: Tensor) -> Tensor:
         (loss,) = self.loss

@@ -234,7 +234,7 @@ def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> tuple[li
             raise ValueError(
                 f"quantization.kind={config.kind.name}: {name} {problem}; quantization.exclude keeps a layer dense"
             )
-        if is_linear(module):  # not a subclass whose forward is another, such as a router's
+        if is_linear(module):  # a subclass may have another forward, such as a router's
             names.append(name)
         for own in projections(module):
             whole = f"{name}.{own}"

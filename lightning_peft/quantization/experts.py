@@ -201,7 +201,7 @@ def open_experts(model: nn.Module, names: Iterable[str]) -> None:
         module: Any = model.get_submodule(holder)
         for name in projections(module):
             weight = module._parameters.pop(name, None)
-            if weight is not None:  # not open yet
+            if weight is not None:  # it is not open yet
                 module.add_module(name, ExpertLinear(weight, _is_transposed(module)))
         forward: Callable[..., Tensor] = _every_expert if type(module).__name__ == LLAMA4 else _routed
         module.forward = MethodType(forward, module)

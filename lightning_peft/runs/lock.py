@@ -125,7 +125,7 @@ def remove_if_empty(folder: Path) -> None:
             return
         try:
             path.rmdir()
-        except OSError:  # not empty: it is a run's folder now
+        except OSError:  # it is not empty: it is a run's folder now
             return
         _made_here.discard(path)
 

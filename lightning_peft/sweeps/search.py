@@ -37,7 +37,7 @@ class Pruning(Enum):
     asha = "asha"
     """Asynchronous successive halving: at each rung the best one in `sweep.reduction` goes on."""
     median = "median"
-    """At each rung those go on that are no worse than the median there."""
+    """Trials go on at each rung that are no worse than the median there."""
     hyperband = "hyperband"
     """Several halvings as asha's side by side, each of which leaves out one rung more: what is slow to get good is
     stopped early by the first of them only (Li et al. 2018, arXiv:1603.06560)."""

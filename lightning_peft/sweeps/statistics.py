@@ -157,7 +157,7 @@ def sentence(sweep: Sweep) -> str | None:
     if not ordered:
         return None
     ranks = best_of_ranks(sweep)
-    if len(ranks) < 2 or ordered[0] not in ranks.values():  # as rank=tapered, which is no number, may be best
+    if len(ranks) < 2 or ordered[0] not in ranks.values():  # rank=tapered, which is no number, may be best
         return setting_sentence(sweep, ordered)
     tuned = [key for key in sweep.swept_keys if key not in (*RANKS, SEED)]
     how = f"each at its best {', '.join(key.rpartition('.')[2] for key in tuned)}" if tuned else "none of them tuned"

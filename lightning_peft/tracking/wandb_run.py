@@ -99,7 +99,7 @@ class WandbRun(RunLogger):
     WANDB_MODE, WANDB_DISABLED, WANDB_DIR and WANDB_RUN_ID are heeded, the last one outside of our own sweeps.
 
     The run's id stands in `<run_dir>/wandb_run.json`, so every start of a folder continues one run. `options` go to
-    `wandb.init`. What is null is taken from W&B's environment variable (WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
+    `wandb.init`. A null is taken from W&B's environment variable (WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
     WANDB_TAGS, WANDB_NAME), else the project is PROJECT, the group the sweep's name, the tags `default_tags`, and the
     name that of the run's folder.
     """
@@ -291,7 +291,7 @@ class WandbRun(RunLogger):
     def abandon(self) -> None:
         self.end_log()
         self.forget()
-        if OPEN and self.run is not None:  # else the next run of this process would be told to go on with this one
+        if OPEN and self.run is not None:  # the next run of this process would be told to go on with this one
             self.run.finish(exit_code=1)
         # A service that is dead would be asked again by the next run of this process.
         end_service()

@@ -26,7 +26,7 @@ WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class SignalWatch:
-    """Inside `watching()`, sees to it that a signal ends the process, whatever its main thread waits for."""
+    """A watch which, inside `watching()`, lets a signal end the process, whatever its main thread waits for."""
 
     def __init__(self) -> None:
         self._pipe: tuple[int, int] | None = None

@@ -292,7 +292,7 @@ class SharedPasses:
             with self.noise(members, batches):
                 tokens = self.loss.token_losses(joined)
             for member in members:
-                if member.router_load is not None:  # as counted up to here: the backward pass may run blocks again
+                if member.router_load is not None:  # counted up to here: the backward pass may run blocks again
                     member.router_load.counts = dict(self.router_loads[member.number].counts)
             counts = [batch.num_supervised for batch in batches]
             weights = [None] * len(batches) if tokens.weights is None else tokens.weights.split(counts)

@@ -82,7 +82,7 @@ class Preemption(Callback):
             return
         SIGNAL_WATCH.leaves_by_itself()
         self.checkpoint.save(trainer)
-        trainer.strategy.checkpoint_io.teardown()  # what is written in the background is on disk before we say so
+        trainer.strategy.checkpoint_io.teardown()  # files written in the background are on disk before we say so
         if reason is Paused:
             self.checkpoint.save_adapter(pl_module, self.checkpoint.run_dir / "adapter")
         for run_logger in trainer.loggers:
