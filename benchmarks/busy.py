@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=FOLDER / "busy.json")
     options = parser.parse_args(arguments)
     settings = {key: getattr(options, key) for key in ("shape", "rows", "tokens", "steps", "runs")}
-    for name in (*WAITING, "OMP_NUM_THREADS"):  # what `train` decides by itself is measured
+    for name in (*WAITING, "OMP_NUM_THREADS"):  # `train`'s own decisions are measured
         os.environ.pop(name, None)
     results = Results(options.output, settings)
     for part in options.part:

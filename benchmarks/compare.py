@@ -82,7 +82,7 @@ def summarise(
     return {
         "tokens_per_step": tokens_per_step,
         "speedup": ratio(other["seconds"], ours["seconds"]),
-        # What the machine did beside disturbs this one less.
+        # Other work of the machine disturbs this one less.
         "speedup_in_cpu_seconds": ratio(other["cpu_seconds"], ours["cpu_seconds"]),
         "memory_ratio": peak_gib(ours) / peak_gib(other),
         **sides,

@@ -117,7 +117,7 @@ def ratio(seconds: list[float], reference: list[float]) -> float:
 
 
 def show(rows: dict[str, dict[str, Any]], tokens: int) -> None:
-    """Return a table of the variants against the first one and against LoRA, where it is among them."""
+    """Print a table of the variants against the first one and against LoRA, where it is among them."""
     first, *_ = rows
     table = Table("variant", "s/step", "tokens/s", f"x {first}", "x lora", "step MiB", f"MiB x {first}")
     for name, row in rows.items():

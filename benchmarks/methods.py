@@ -29,8 +29,8 @@ METHODS = (
 )  # fmt: skip
 
 LEARNING_RATE_FACTOR = 7.5
-"""Times the learning rate of each method's option file. Those are the papers' rates for billions of weights and
-thousands of steps; 7.5 is what recipe=lora/text_to_sql, tuned on this model and data, has over method=lora."""
+"""Factor of the learning rate of each method's option file. The files have the papers' rates for billions of weights
+and thousands of steps; 7.5 is what recipe=lora/text_to_sql, tuned on this model and data, has over method=lora."""
 
 HUNG_AFTER = 1800
 """Seconds after which a method is given up."""

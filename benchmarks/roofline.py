@@ -75,7 +75,7 @@ WITHOUT_KERNEL = frozenset(
 
 @dataclass(frozen=True)
 class Rates:
-    """What the GPU sustains; by default an H100 SXM's, as far as they are published or were seen."""
+    """The rates that the GPU sustains; by default an H100 SXM's, as far as they are published or were seen."""
 
     tflops: float = 650
     """Large products in bf16."""

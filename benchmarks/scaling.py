@@ -37,7 +37,7 @@ def ladder() -> dict[str, Point]:
     """Return the points from the plain formulas on padded rows to the smallest step, one lever at a time."""
     plain = ["compile=none", "activation_checkpointing=none"]
     short = Point(1, 2048, plain, short_rows=True)
-    # As many samples as a packed row holds on average.
+    # The row has as many samples as a packed row holds on average.
     padded = Point(8, 512, plain, short_rows=True, packing=False)
     levers = ["compile=blocks", "activation_checkpointing=blocks", "optimizer=adamw_8bit", "quantization=nf4"]
     names = ["compiled blocks", "checkpointed blocks", "8-bit optimiser", "NF4 base"]
