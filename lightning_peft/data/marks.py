@@ -24,7 +24,7 @@ class Marked:
 
 
 def mark_loops(tree: nodes.Template) -> bool:
-    """Put marks into the outermost loops of a template; whether there are any."""
+    """Put marks into the outermost loops of a template; return whether there are any."""
     found = False
 
     def visit(body: list[Any]) -> None:
@@ -51,7 +51,7 @@ def mark_loops(tree: nodes.Template) -> bool:
 
 
 def without_marks(text: str, plain: str) -> Marked | None:
-    """The marked text taken apart; None unless the marks stand in the order of the messages."""
+    """Take the marked text apart; return None unless the marks stand in the order of the messages."""
     starts: dict[int, int] = {}
     removed = end = 0
     for match in MARKS.finditer(text):
