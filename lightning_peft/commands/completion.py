@@ -44,7 +44,7 @@ def completion(words: list[str]) -> None:
 
 
 def all_words() -> list[str]:
-    """group=option for every option file, and key= for every key."""
+    """Return group=option for every option file, and key= for every key."""
     groups = sorted(path for path in CONF_DIR.iterdir() if path.is_dir())
     options = [
         f"{group.name}={path.relative_to(group).with_suffix('')}"

@@ -61,11 +61,11 @@ class Source:
     base: ModelConfig
     features: list[str]
     whole: bool
-    """The run wrote a whole model (method=full)."""
+    """True where the run wrote a whole model (method=full)."""
     merged: bool
-    """The export holds base and adapter in one."""
+    """True where the export holds base and adapter in one."""
     base_name: str
-    """How other programs find the base; empty where the export holds it."""
+    """The name by which other programs find the base; empty where the export holds the base."""
 
 
 def export(config: ExportConfig) -> Receipt:
@@ -100,7 +100,7 @@ def export(config: ExportConfig) -> Receipt:
 
 
 def checked(config: ExportConfig) -> Source:
-    """Look at the run and the format, without a model; prints what each engine does with the result."""
+    """Look at the run and the format, without a model; print what each engine does with the result."""
     output, format = Path(config.output), config.format.value
     check_unused(output)
     if output.suffix == ".gguf":

@@ -30,7 +30,7 @@ class Prompt:
     """A prompt, or one line of `prompt_path`."""
 
     row: dict[str, Any]
-    """What is written beside the answer."""
+    """The values that are written beside the answer."""
     messages: Conversation
     """The conversation to go on with."""
 

@@ -43,11 +43,11 @@ GENERAL_TEXT = (
     "What is the capital of France, and how many people live there?",
     "List three uses of a binary search tree.",
 )
-"""Compared on when the adapter does not say its data set."""
+"""Texts to compare on when the adapter does not say its data set."""
 
 
 def merge(config: MergeCommandConfig) -> Receipt:
-    """Merge the adapter into its base, in fp32 and rounded once; prints the receipt.
+    """Merge the adapter into its base, in fp32 and rounded once; print the receipt.
 
     Raises MergeError, with nothing left at `output`, when the merged model is too far from the adapted one.
     """
@@ -85,7 +85,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
 
 
 def logits_of_base(adapter_path: str, model: ModelConfig | None, precision: str = "auto") -> list[Tensor]:
-    """What the base says to the samples, for an adapter that has written over parts of it."""
+    """Return the base's logits on the samples, for an adapter that has written over parts of the base."""
     base, _ = base_of(adapter_path, model)
     samples = sample_ids(saved_config(adapter_path), load_tokenizer(base), model_context(base))
     loaded = load_base(adapter_path, model, precision)
@@ -95,7 +95,7 @@ def logits_of_base(adapter_path: str, model: ModelConfig | None, precision: str 
 def sample_ids(
     saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast, context: int | None = None
 ) -> list[Tensor]:
-    """Token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`; no more than `context`."""
+    """Return token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`, up to `context`."""
     longest = min(SAMPLE_TOKENS, context or SAMPLE_TOKENS)
     if saved is not None and (found := first_samples(saved.data, "validation", tokenizer, SAMPLES)):
         return [torch.tensor([sample.input_ids[:longest]]) for sample in found]

@@ -41,7 +41,7 @@ LAYOUT = ("layout", "template_options", "reasoning")
 
 
 def pairs(config: PairsConfig) -> dict[str, Any]:
-    """Draw answers to training prompts, score them, and write the pairs; returns and writes what became of them."""
+    """Draw answers to training prompts, score them, and write the pairs; return and write the counts."""
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     refuse_rewards(tuned_folder(config.adapter_path))
     data = rows_asked(config)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def sweep_together(words: list[str]) -> tuple[Path, int]:
-    """Train the trials of a sweep; return its folder, and the exit status of all. `run_dir=X` names the folder.
+    """Train the trials of a sweep; return its folder and the exit status of all. `run_dir=X` names the folder.
 
     Raises ValueError, before anything starts, for a wrong word of any trial; Preempted where a signal ends the sweep.
     """
