@@ -1,4 +1,4 @@
-"""`lightning-peft data`: the rows that `train` would be given with the same words; no model is built or read."""
+"""`lightning-peft data`: the rows that `train` would be given with the same words, read without a model."""
 
 import struct
 import zlib

@@ -1,4 +1,4 @@
-"""d90: how few trained numbers reach 90 % of a reference run (Li et al. 2018, arXiv:1804.08838)."""
+"""d90: the least trained numbers that reach 90 % of a reference run (Li et al. 2018, arXiv:1804.08838)."""
 
 import logging
 from dataclasses import dataclass
@@ -20,28 +20,28 @@ class Trial:
 
     dimension: int
     score: float
-    """Higher is better: the metric, or by how much the validation loss lies below the base's."""
+    """The metric, or the distance of the validation loss below the base's; higher is better."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What a sweep says about the intrinsic dimension of its task."""
+    """The findings of a sweep about the intrinsic dimension of its task."""
 
     trials: list[Trial]
-    """By rising dimension."""
+    """The trials by rising dimension."""
     reference: float
     share: float
 
     @property
     def d90(self) -> int | None:
-        """The smallest dimension swept that reaches `share` of the reference; None when none does."""
+        """Return the smallest dimension swept that reaches `share` of the reference; None when none does."""
         return next((t.dimension for t in self.trials if t.score >= self.share * self.reference), None)
 
 
 def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> Dimensions:
-    """Scores of the finished runs in the folders of `sweep`, and of the run folder `reference`.
+    """Return the scores of the finished runs in the folders of `sweep`, and of the run folder `reference`.
 
-    metric: "loss" takes the validation losses of `result.json`, below that of the base in the reference's
+    metric: "loss" takes the validation losses of `result.json`, subtracted from that of the base in the reference's
     `evaluation.json`; any other name is a metric in the `evaluation.json` of every run. Raises ValueError for a folder
     that lacks them, or a reference no better than its base.
     """

@@ -1,4 +1,4 @@
-"""Pairs of answers of which the worse is the model's own: what preference objectives learn most from.
+"""Pairs of answers of which the worse is the model's own: preference objectives learn most from such pairs.
 
 On-policy pairs: the rejected answer is one that the model gives, so that its probability is there to be taken away
 (Tajwar et al. 2024, arXiv:2404.14367).
@@ -15,7 +15,7 @@ from lightning_peft.evaluation.scorers import Scorer
 from lightning_peft.tasks.task import Row
 
 Score = Callable[[Row, str], float]
-"""What an answer to a row is worth; a large value is good."""
+"""The worth of an answer to a row; a large value is good."""
 
 
 def score_of(scorer: Scorer, small_is_good: bool) -> Score:
@@ -34,7 +34,7 @@ def score_of(scorer: Scorer, small_is_good: bool) -> Score:
 
 @dataclass
 class Counts:
-    """What became of the answers."""
+    """The numbers of answers and rows by what became of them."""
 
     prompts: int = 0
     same_prompts: int = 0

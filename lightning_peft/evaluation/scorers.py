@@ -11,7 +11,7 @@ from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Row, Task
 
 OPTION = "validation.metrics"
-"""What names metrics, unless another option is said to."""
+"""The option that names metrics, unless a caller says another."""
 MAX_NEW_TOKENS = 64
 """Longest answer where neither the data's task nor an option says one."""
 
@@ -31,18 +31,18 @@ TAKEN = (
     # Columns of a sweep's table.
     "trial", "state", "attempts", "exit_code", "seeds",
 )  # fmt: skip
-"""Names under which a run or a sweep keeps something else than a metric, as do those that begin with validation_."""
+"""Names that a run or a sweep uses for something else than a metric, like those that begin with validation_."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """What computes one entry of `validation.metrics`."""
+    """The computation of one entry of `validation.metrics`."""
 
     names: tuple[str, ...]
-    """The metrics it is asked for."""
+    """The metrics that the scorer is asked for."""
     score: Callable[[list[Row], list[str]], dict[str, float]]
     columns: tuple[str, ...] = ()
-    """What rows need beside `prompt` and `completion`."""
+    """Columns that rows need beside `prompt` and `completion`."""
     max_new_tokens: int = MAX_NEW_TOKENS
 
 
@@ -169,12 +169,12 @@ def scores_of(scorers: Sequence[Scorer], rows: list[Row], answers: list[str]) ->
 
 
 def with_answer(row: Row, messages: Conversation, place: int) -> Row:
-    """Return the row with answer `place` and the question before it under the names that tasks read."""
+    """Return the row with answer `place` and the question before that answer under the names that tasks read."""
     asked = [message.content for message in messages[:place] if message.role == "user"]
     return row | {"prompt": asked[-1] if asked else "", "completion": messages[place].content}
 
 
 def spread(count: int, total: int) -> list[int]:
-    """Indices of `count` places evenly spaced over `total`, all of them where there are no more."""
+    """Return the indices of `count` places evenly spaced over `total`, all of them where there are no more."""
     count = min(count, total)
     return [index * total // count for index in range(count)]
