@@ -21,7 +21,7 @@ def json_text(value: Any) -> str:
 
 
 def is_copy(path: Path, folder: str | None) -> bool:
-    """Whether a file was copied from `folder`, where it was written and still is; one that was moved is none."""
+    """Return whether a file was copied from `folder`, where it was written and still is; a moved file is no copy."""
     if not folder or Path(folder) == path.resolve().parent:
         return False
     original = Path(folder) / path.name

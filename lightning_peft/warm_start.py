@@ -63,7 +63,7 @@ def _adapter(folder: Path, lineage: Lineage | None) -> Iterator[tuple[str, Any]]
     # An export has put scaling and ranks of its own into the factors: its file alone says how they are read.
     saved = lineage.config if lineage is not None and lineage.created_by != EXPORTED_BY else {}
     if saved.get("adapter") and is_as_trained(train_config(saved).adapter, config):
-        # The same in the user's own words: a preset of layers instead of all their names, and the preset of options.
+        # The user's own words say the same: a preset of layers instead of all their names, and the preset of options.
         options, method = _changed(train_config(saved).adapter), saved.get("method") or method
     yield "method", method
     for option, value in options.items():
