@@ -56,8 +56,7 @@ def are_ranks_started() -> bool:
 
 
 def rank_environment() -> "ClusterEnvironment":
-    """Return where this process learns its rank, in Lightning's terms: torchrun's variables, else SLURM's, else alone.
-    """
+    """Return where this process learns its rank, in Lightning's terms: from torchrun's variables, SLURM's, or none."""
     # These imports take two seconds, which a command without ranks does not wait for.
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 

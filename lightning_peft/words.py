@@ -290,8 +290,7 @@ def _with_data_option(words: list[str]) -> list[str]:
 
 
 def _of_warm_start(words: list[str]) -> list[str]:
-    """Return words to precede all others of a run that continues an adapter: its folder's, where the user gives none.
-    """
+    """Return words to precede all others of a run that continues an adapter: its folder's, unless the user's."""
     given = {key.lstrip("+"): value for key, sign, value in (word.partition("=") for word in words) if sign}
     folder = given.get("adapter.init_from", "null").strip("'\"")
     if folder in ("", "null") or "config_path" in given or not Path(folder).exists() and "," in folder:
