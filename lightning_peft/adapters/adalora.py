@@ -210,7 +210,7 @@ class RankSchedule:
                 E.mul_(mask.to(E.device))
                 continue
             mask = distribute_tensor(mask, E.device_mesh, E.placements).to_local()
-            own_slice = E.to_local()  # offloaded, it is not on the mesh's device
+            own_slice = E.to_local()  # an offloaded slice is not on the mesh's device
             own_slice.mul_(mask.to(own_slice.device))
 
 

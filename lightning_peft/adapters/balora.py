@@ -135,7 +135,7 @@ class InputVariance(nn.Module):
             self.variances = variances[samples].view(*output.shape[:-1], -1)
 
     def _samples(self, output: Tensor) -> tuple[Tensor, int]:
-        """Return the sample of each token, (B T,), and a number that samples do not reach, without asking the device.
+        """Return the sample of each token, (B T,), and a bound above all of them, without asking the device.
 
         A row is one sample, or begins a new one wherever its positions begin anew.
         """
@@ -149,7 +149,7 @@ class InputVariance(nn.Module):
 
 @contextmanager
 def sampling(model: nn.Module) -> Iterator[None]:
-    """Inside, a model in eval mode draws its BaLoRA layers as in training, in every forward pass anew."""
+    """Let a model in eval mode draw its BaLoRA layers as in training, in every forward pass anew."""
     found = [module for module in model.modules() if isinstance(module, InputVariance)]
     for shared in found:
         shared.is_sampling = True
@@ -174,7 +174,7 @@ class BaLoRALinear(LoRALinear):
         self.place = shared.places[target.name]
 
     def noise(self, x: Tensor) -> Tensor:
-        """Return what is added to A x in a drawn pass, (..., rank) in the dtype of A."""
+        """Return the term added to A x in a drawn pass, (..., rank) in the dtype of A."""
         variances = self._shared[0].variances
         assert variances is not None
         A = self.lora_A.weight

@@ -75,8 +75,8 @@ class RowNorms(nn.Module):
     def once(self, norms: Callable[[], Tensor], factors: tuple[Tensor, Tensor]) -> Tensor:
         """Return `norms()`, taken once while text is generated and the factors stand still.
 
-        It costs a pass over W, which is all that a single token costs. In a training step they are those that whoever
-        began its forward pass took; the factors move after it, so nobody else is given these.
+        The norms cost a pass over W, which is all that a single token costs. In a training step they are the norms
+        taken when its forward pass began; the factors move after the pass, so no other caller is given these.
         """
         if self.training or torch.is_grad_enabled():
             if self.kept is not None:  # no assignment where there is none to make: it would break a graph

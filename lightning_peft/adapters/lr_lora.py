@@ -95,7 +95,7 @@ class LRLoRALinear(Adapter):
         return self.scaling * change
 
     def low_rank(self) -> LowRank | None:
-        """Return B A while every coefficient is zero; what is bent is no low-rank sum."""
+        """Return B A while every coefficient is zero; a bent product is no low-rank sum."""
         if self.lora_c.any():
             return None
         return LowRank(self.lora_A.detach().float(), self.lora_B.detach().float(), self.scaling)

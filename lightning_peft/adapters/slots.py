@@ -33,14 +33,14 @@ def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str,
 
 
 class Routing:
-    """Whose the rows of a batch are: `routes` has the number of a slot or guest for each, -1 for the base."""
+    """The owners of a batch's rows: `routes` has the number of a slot or guest for each, -1 for the base."""
 
     def __init__(self, slots: "Slots", routes: Sequence[int]):
         self.slots, self.routes = slots, tuple(routes)
         self.taken = sorted({route for route in routes if route >= 0})
         self.has_guests = any(route >= slots.count for route in self.taken)
         self.is_finite = all(slots.is_finite(route) for route in self.taken)
-        """Whether a zero in the mask keeps the adapters of other rows out of a row."""
+        """True where a zero in the mask keeps the adapters of other rows out of a row."""
         self.row_factors: dict[SlotLinear, few_rows.RowFactors] = {}
         self.masks: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
@@ -166,16 +166,16 @@ class Slots:
         self.model, self.count, self.rank, self.dtype = model, count, rank, dtype
         self.layers: dict[str, SlotLinear] = {}
         self.routing: Routing | None = None
-        """Of the batch that runs."""
+        """Routing of the batch that runs."""
         self.last: Routing | None = None
-        """Of the batch before, which the next one mostly is too."""
+        """Routing of the batch before, which the next batch mostly has too."""
         self.written: list[set[str]] = [set() for _ in range(count)]
         """Layers that each slot's adapter changes."""
         self.finite: dict[int, bool] = {}
-        """Whether all numbers of a slot or guest are, as far as that was asked."""
+        """True for a slot or guest all of whose numbers are finite, as far as that was asked."""
         self.places: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         self.guests: dict[int, Factors] = {}
-        """By number, which is never that of a slot, nor of another guest."""
+        """Guests by number, which is never that of a slot, nor of another guest."""
         self.numbers = counted_from(count)
 
     @property
@@ -277,7 +277,7 @@ class Slots:
 
     @contextmanager
     def routed(self, routes: Sequence[int]) -> Iterator[None]:
-        """Inside, row i of a batch goes through the slot or guest `routes[i]`; -1 is the base."""
+        """Send row i of a batch through the slot or guest `routes[i]`; -1 is the base."""
         if any(not -1 <= route < self.count and route not in self.guests for route in routes):
             raise ValueError(f"routes {sorted(set(routes))}: there are slots 0 to {self.count - 1}; -1 is the base")
         if self.last is None or self.last.routes != tuple(routes):

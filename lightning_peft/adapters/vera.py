@@ -105,7 +105,7 @@ class VeRALinear(Adapter):
 
     def fused(self, x: Tensor, base: Base) -> Tensor | None:
         if self.active_dropout:
-            if base.form != GIVEN:  # a base that is run in the same step would be fed the dropped input
+            if base.form != GIVEN:  # a base run in the same step would be fed the dropped input
                 return None
             x = F.dropout(x, self.dropout)
         return add_vectors(base, x, *self.projection(), self.vera_lambda_d, self.vera_lambda_b)
