@@ -35,7 +35,7 @@ from lightning_peft.quantization.weights import computing_dtype, is_transposed
 logger = logging.getLogger(__name__)
 
 RECEIPT_NAME = "merge_receipt.json"
-"""Written beside the merged model."""
+"""Name of the file beside the merged model."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -95,7 +95,7 @@ def merge(
     `samples` are token ids (B, T) without padding, on which the saved model is compared with the adapted one; their
     logits are kept in memory. `original` is the base as its checkpoint stores it, which the change is then added to:
     needed for `MergeBase.original`, and where the model was loaded in another dtype. `base_logits` are those of the
-    base on the samples, where disabling the adapters does not give it. Uses `model` and `original` up. Raises
+    base on the samples, where disabling the adapters does not give it. `model` and `original` are used up. Raises
     NotMergeableError, and MergeError, with nothing left at `output`, when they differ too much.
     """
     config = config or MergeConfig()
@@ -182,7 +182,7 @@ def save_model(
 ) -> None:
     """Write a model without adapters and its tokenizer; 4-bit layers as bitsandbytes stores them.
 
-    Casts the model in place where it is not in `dtype` already, but for what its architecture keeps in fp32; without
+    The model is cast in place where it is not in `dtype` already, but for what its architecture keeps in fp32; without
     a dtype every tensor keeps its own. `state` holds its tensors where it is sharded itself.
     """
     kept = fp32_pattern(model, dtype)
@@ -262,7 +262,7 @@ class Comparison:
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """fp32 logits (B, T, V) of ids (B, T), on the host."""
+    """Return the fp32 logits (B, T, V) of ids (B, T), on the host."""
     return model(input_ids=ids, use_cache=False).logits.float().cpu()
 
 
@@ -276,7 +276,7 @@ def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
 
 
 def _save_coded(model: PreTrainedModel, coded: dict[str, QuantizedLinear], folder: Path) -> None:
-    # Slow import: bitsandbytes.
+    # This imports bitsandbytes, which is slow.
     from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 
     state = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(f"{name}." for name in coded))}
