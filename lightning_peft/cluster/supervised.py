@@ -13,7 +13,7 @@ from lightning_peft.cluster.process import LEAVE
 from lightning_peft.cluster.stalls import stalls
 
 PORT = 29500
-"""Where the ranks of several nodes meet, on the first of them."""
+"""The port on the first node at which the ranks of several nodes meet."""
 
 BODY = """\
 {setup}
