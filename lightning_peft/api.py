@@ -146,7 +146,7 @@ def shown() -> Iterator[None]:
 
 
 def _written(rows: Any, name: str, path: Path) -> str:
-    """Keep the rows in the run's folder. Raises ValueError where a run has begun there with others."""
+    """Keep the rows in the run's folder. Raises ValueError where a run began with other rows."""
     text = "\n".join(lines_of(rows, name)) + "\n"
     is_begun = path.is_file() and is_used(path.parent.parent)
     if is_begun and path.read_text(encoding="utf-8") != text:

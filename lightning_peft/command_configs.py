@@ -25,7 +25,7 @@ def check_folder_of(key: str, file: str | None) -> None:
 
 @dataclass
 class EstimateConfig(TrainConfig):
-    """What `train` would need with the same overrides."""
+    """The options of `estimate`: the need of `train` with the same overrides."""
 
     output: str | None = None
     """JSON file for the estimate; null prints it only."""
@@ -483,7 +483,7 @@ class InspectConfig:
     """Another adapter of the same base, to see how many directions the two have in common."""
     intruders: int = 0
     """Largest directions of each tuned weight among which those are counted that are none of the base's; 0 counts none.
-    It takes two singular value decompositions of every weight."""
+    The count takes two singular value decompositions of every weight."""
     directions: int = 0
     """Strongest directions that are read as keys and values, so many of the layers that write the residual stream and
     so many of the others: the tokens of the run's validation rows that each looks for, and of the former those that it

@@ -1,7 +1,7 @@
 """Private members of Lightning, torch and Hydra that the package leans on, one function each.
 
-They were checked with lightning 2.6.6, torch 2.11 and 2.13, hydra-core 1.3.2. Another version is tried here first:
-`tests/test_compat.py` calls every function, and holds that nobody else uses what they hide.
+The functions were checked with lightning 2.6.6, torch 2.11 and 2.13, hydra-core 1.3.2. Another version is tried here
+first: `tests/test_compat.py` calls every function, and holds that nobody else uses what they hide.
 """
 
 from collections.abc import Callable, Iterator, Sequence

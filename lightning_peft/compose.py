@@ -1,4 +1,4 @@
-"""From the words on the command line to a typed config, with errors of one line."""
+"""Compose the words on the command line into a typed config, with errors of one line."""
 
 import difflib
 import logging

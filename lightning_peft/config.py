@@ -67,7 +67,7 @@ def check_task(data: DataConfig) -> None:
 
 
 def rows_of_objective(data: DataConfig, objective: ObjectiveConfig) -> DataConfig:
-    """Return the data options with the rows that the objective takes. Raises ValueError where others are asked for."""
+    """Return the data options with the rows that the objective takes. Raises ValueError for options of other rows."""
     if objective.name not in OBJECTIVES:
         raise ValueError(f"objective.name={objective.name}: must be one of {', '.join(OBJECTIVES)}")
     rows = OBJECTIVES[objective.name].rows

@@ -37,7 +37,7 @@ def import_plugins() -> None:
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules by name, each once a process. Raises PluginError with what went wrong in them."""
+    """Import modules by name, each once a process. Raises PluginError with the error of a module."""
     for name in names:
         try:
             importlib.import_module(name)

@@ -51,7 +51,7 @@ def _line(row: Any, place: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the nearest value that JSON has. Raises TypeError where there is none."""
+    """Return the nearest value that JSON has. Raises TypeError without any."""
     if isinstance(value, date | time):  # a datetime is a date too
         return value.isoformat() if value == value else None  # NaT of pandas does not equal itself
     if hasattr(value, "tolist"):  # numbers and arrays of numpy, tensors

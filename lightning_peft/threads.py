@@ -3,7 +3,7 @@
 OpenMP's threads wait for each other by spinning. Where another process wants a core, a thread that spins takes the time
 of the one it waits for: with one busy neighbour on two cores a step took 25 times as long, and less than twice as long
 with threads that sleep. On quiet cores threads that sleep cost a short step a fifth. So `neighbours.py` has them do
-either; where it cannot tell, they sleep. What the user has set in the environment stands.
+either; where it cannot tell, they sleep. The user's settings in the environment stand.
 """
 
 import math

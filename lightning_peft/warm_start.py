@@ -24,7 +24,7 @@ def words_of_folder(path: str, given: set[str]) -> list[tuple[str, Any]]:
     """Return options by key, in an order in which they can be written on the command line, that fit an adapter folder.
 
     `given` are the keys that the user has typed, which stay as typed: with a method of the user's own nothing about the
-    adapter is taken over. Raises ValueError where the path names no adapter folder, or one that cannot be read.
+    adapter is taken over. Raises ValueError for a path that is no adapter folder, or an unreadable one.
     """
     folder = adapter_folder(path, "adapter.init_from")
     lineage = read_lineage(folder)

@@ -98,7 +98,7 @@ def _without_overridden(words: list[Word]) -> list[Word]:
 
 
 def _search_path(folders: list[str], words: list[str]) -> str:
-    """Return Hydra's word for folders with options of one's own. Raises ValueError where one is no folder."""
+    """Return Hydra's word for folders with options of one's own. Raises ValueError for a word that is no folder."""
     if given := next((word for word in words if word.startswith("hydra.searchpath=")), None):
         raise ValueError(f"{OWN_FOLDER}={folders[0]} and {given}: give all folders by one of them")
     for folder in folders:

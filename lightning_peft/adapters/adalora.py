@@ -174,7 +174,8 @@ class RankSchedule:
         for name, layer in self.layers.items():
             for part in ("lora_A", "lora_B", "lora_E"):
                 parameter = getattr(layer, part)
-                # None where the layer took no part, such as a vision tower's in text: it matters as little as can be.
+                # The gradient is None where the layer took no part, as a vision tower's in text: it matters least of
+                # all.
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 key = f"{name}.{part}"
                 now = gathered(parameter * gradient).abs()

@@ -57,7 +57,7 @@ def kl_to_prior(alpha: Tensor, prior: float) -> Tensor:
 class InputVariance(nn.Module):
     """One variance for every sample and layer, from the mean of the sample's input embeddings.
 
-    A network of two hidden layers with softplus at its end, shared by all layers and fp32. It sees where samples begin
+    A network of two hidden layers with softplus at its end, shared by all layers and fp32, sees where samples begin
     by their positions, so a packed sample has the variance it has alone, and what is padding by `own_tokens`, or by an
     attention mask. In training, or inside `sampling`, a forward pass of the model leaves `variances`, (B, T, layers),
     for the layers to read.
@@ -118,7 +118,7 @@ class InputVariance(nn.Module):
     def _see(self, embeddings: nn.Module, inputs: Any, output: Tensor) -> None:
         if not (self.training or self.is_sampling):
             return
-        # In fp32 whatever the model computes in, its autocast included: small variances are lost in 16 bits.
+        # The sums are in fp32 whatever the model computes in, its autocast included: 16 bits lose small variances.
         with torch.autocast(output.device.type, enabled=False):
             samples, count = self._samples(output)
             flat = output.detach().reshape(-1, output.shape[-1]).to(self.variance_net[0].weight.dtype)  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ class BaLoRALinear(LoRALinear):
 
     def __init__(self, base_layer: nn.Module, target: Target, config: BaLoRAConfig, shared: InputVariance):
         super().__init__(base_layer, target, config)
-        # In a tuple, so that the network is no submodule of each layer: the model registers it once.
+        # The tuple keeps the network from being a submodule of each layer: the model registers it once.
         self._shared = (shared,)
         self.place = shared.places[target.name]
 

@@ -44,7 +44,7 @@ class AdapterBank(nn.Module):
         if self.routes is None or len(self.routes) != len(x):
             raise RuntimeError(f"a batch of {len(x)} rows needs as many routes: call the model inside `routed`")
         routes = self.routes
-        # Those that share the base's product first, each adapter's rows side by side.
+        # Adapters that share the base's product come first, each adapter's rows side by side.
         order = sorted(range(len(x)), key=lambda row: (self._own_product(routes[row]), routes[row]))
         places = torch.tensor(order, device=x.device)
         is_sorted = order == list(range(len(x)))

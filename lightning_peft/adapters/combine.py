@@ -26,7 +26,7 @@ class Combine(Enum):
     svd = "svd"
     """Their weighted sum cut to the largest of their ranks."""
     ties = "ties"
-    """Only the largest numbers of each, of one sign (Yadav et al. 2023, arXiv:2306.01708)."""
+    """The largest numbers of each alone, of one sign (Yadav et al. 2023, arXiv:2306.01708)."""
     dare = "dare"
     """The weighted sum of what is left after numbers are dropped at random, and the rest enlarged (Yu et al. 2023,
     arXiv:2311.03099)."""

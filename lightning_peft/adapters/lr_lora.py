@@ -1,6 +1,6 @@
 """LR-LoRA: a low-rank product bent element by element, so that each layer finds its own rank (Garg et al. 2026).
 
-The paper, arXiv:2606.04325, applies a learned nonlinearity in a sinc basis to B A. Its grid, its start and its final
+The paper, arXiv:2606.04325, applies a learned nonlinearity in a sinc basis to B A. The paper's grid, start and final
 equations were not published with it: they are a reconstruction of ours here.
 """
 

@@ -47,7 +47,8 @@ class Routing:
     def stacked(self, layer: "SlotLinear") -> tuple[Tensor, Tensor, Tensor] | None:
         """Return A (columns, in_features) and B^T (columns, out_features) of all adapters of the batch at a layer.
 
-        The third is (rows, columns): 1 where a column is of a row's own. None where no adapter changes the layer.
+        The third is (rows, columns): 1 where a column is of a row's own. The result is None where no adapter changes
+        the layer.
         """
         slots = self.slots
         if not self.has_guests:
@@ -124,7 +125,7 @@ class SlotLinear(nn.Module):
             return self._by_segments(routing, x)
         if (stacked := routing.stacked(self)) is None:
             return self._base(x)
-        # One product for all adapters, of more columns than a row's own: few launches, and a panel's width on a CPU.
+        # One product serves all adapters, wider than a row's own: few launches, and a panel's width on a CPU.
         A, B, mask = stacked
         inner = x.to(A.dtype) @ A.t()
         inner = (inner * mask.view(len(x), *[1] * (x.ndim - 2), -1)).view(-1, mask.shape[1])
@@ -186,7 +187,7 @@ class Slots:
     def welcome(self, factors: Factors) -> int:
         """Let an adapter take part without a slot; return its number, to be given up by `dismiss`.
 
-        Raises ValueError where it fits no layer.
+        Raises ValueError for an adapter that fits no layer.
         """
         assert self.takes_guests, "a guest's factors are on the host"
         self._wrap_all(factors)
@@ -206,7 +207,7 @@ class Slots:
 
     @torch.no_grad()
     def load(self, slot: int, factors: Factors) -> None:
-        """Put an adapter into a slot. Raises ValueError where its rank is above the slots', or it fits no layer.
+        """Put an adapter into a slot. Raises ValueError for one of a rank above the slots', or that fits no layer.
 
         A failure in the middle of it leaves a slot that the next adapter may have.
         """
@@ -228,7 +229,7 @@ class Slots:
                 into.append(place)
         self.written[slot] |= factors.keys()  # whatever of the copy is done
         self.finite.pop(slot, None)
-        # One call: hundreds of small copies cost more by themselves than what they copy.
+        # One call copies all, as hundreds of small copies cost more by themselves than what they copy.
         torch._foreach_copy_(into, [factor for pair in factors.values() for factor in pair])
         self.written[slot] = set(factors)
 
@@ -250,7 +251,7 @@ class Slots:
         return places
 
     def _wrap_all(self, factors: Factors) -> None:
-        """Wrap the layers of an adapter. Raises ValueError before the first of them where it does not fit one."""
+        """Wrap the layers of an adapter. Raises ValueError, before any is wrapped, for an adapter that does not fit."""
         layers = {name: self._base_layer(name) for name in factors}
         for name, (A, B) in factors.items():
             shape = linear_shape(layers[name])

@@ -112,7 +112,7 @@ def count_intruders(weight: Tensor, tuned: Tensor, count: int) -> int:
 def overlap(first: Adapter, second: Adapter) -> float | None:
     """Return the share of directions that two adapters of a layer have in common (Hu et al. 2021, eq. 4); 0 to 1.
 
-    It is ||U1^T U2||^2 / min(r1, r2) over the column spaces of their B; None where one is no low-rank sum.
+    The share is ||U1^T U2||^2 / min(r1, r2) over the column spaces of the Bs; None where one is no low-rank sum.
     """
     factors = first.low_rank(), second.low_rank()
     if factors[0] is None or factors[1] is None:

@@ -56,7 +56,7 @@ def block_depth(name: str) -> int | None:
 
 
 def parse_layers(layers: str, blocks: int | None = None) -> Callable[[int], bool]:
-    """Return a test whether a block is in "0-3,7,10-". Raises ValueError, with `blocks` for one beyond them too."""
+    """Return a test whether a block is in "0-3,7,10-". Raises ValueError, also for a block beyond `blocks` of them."""
     ranges: list[tuple[int, float]] = []
     for part in layers.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d*))?\s*", part)

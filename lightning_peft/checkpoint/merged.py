@@ -96,7 +96,7 @@ def merge(
     logits are kept in memory. `original` is the base as its checkpoint stores it, which the change is then added to:
     needed for `MergeBase.original`, and where the model was loaded in another dtype. `base_logits` are those of the
     base on the samples, where disabling the adapters does not give it. `model` and `original` are used up. Raises
-    NotMergeableError, and MergeError, with nothing left at `output`, when they differ too much.
+    NotMergeableError, and MergeError, with nothing left at `output`, when the models differ too much.
     """
     config = config or MergeConfig()
     output = Path(output)
@@ -269,7 +269,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
     """Return KL(adapted || merged), summed over tokens, from logits (T, V).
 
-    It is computed in fp64: fp32 would add about 1e-8 a token.
+    The sum is computed in fp64: fp32 would add about 1e-8 a token.
     """
     logs = merged.double().log_softmax(-1), adapted.double().log_softmax(-1)
     return float(F.kl_div(*logs, reduction="sum", log_target=True))

@@ -95,7 +95,7 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
     """Copy the tensors of an adapter folder into a model that `inject_adapters` has prepared for them.
 
     Embeddings and biases of the base that the folder carries are replaced too. Trained tensors of `may_lack` that the
-    folder has not keep their values. Raises AdapterFileError when the file is missing or damaged, or its names or
+    folder has not keep their values. Raises AdapterFileError for a missing or damaged file, and for one whose names or
     shapes are not those of the model.
     """
     folder = Path(folder)

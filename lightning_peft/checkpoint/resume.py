@@ -78,7 +78,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def verify_checkpoint(path: Path) -> None:
     """Read the whole file and compare its checksums.
 
-    Raises CheckpointFileError if it is missing or damaged, UnreadableCheckpoint if it is there and cannot be read.
+    Raises CheckpointFileError for a missing or damaged file, UnreadableCheckpoint for one that cannot be read.
     """
     try:
         if not path.is_file():
@@ -103,7 +103,7 @@ class AtomicCheckpointIO(CheckpointIO):
     """A Trainer plugin that writes beside the file, reads it back, and only then renames it.
 
     With `asynchronous` a thread does so from a copy in host memory; what it meets is raised by the next save or by
-    `teardown`, which both wait for it. Of the files named by `checkpoint_path` it keeps the newest `keep_last`, all
+    `teardown`, which both wait for it. The newest `keep_last` of the files named by `checkpoint_path` are kept, all
     when None. Checkpoints are loaded with `weights_only=True`: tensors and plain Python values, never code.
 
     A LightningModule must override these so that only trainable state is saved (Lightning 2.6: `dump_checkpoint` calls

@@ -173,7 +173,7 @@ class SkyPilot(Cluster):
 
 
 def environment_of(config: SkyPilotConfig) -> dict[str, str]:
-    """Return the variables with their values. Raises ValueError for one that this machine does not have."""
+    """Return the variables with their values. Raises ValueError for a variable that this machine lacks."""
     found = {}
     for name, value in config.environment.items():
         if value is None and name not in os.environ:

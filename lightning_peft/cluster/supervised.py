@@ -1,7 +1,7 @@
 """The bash that runs one start of a training where no `srun` does: in a pod of Kubernetes, on machines of SkyPilot.
 
-It starts the ranks of its node, hands signals on to them, lets a trial leave that was cancelled, ends all when one
-fails, and says by its exit status how the start ended: 75 where the run is saved and is to go on.
+The script starts the ranks of its node, hands signals on to them, lets a trial leave that was cancelled, ends all when
+one fails, and says by its exit status how the start ended: 75 where the run is saved and is to go on.
 """
 
 import shlex

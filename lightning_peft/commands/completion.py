@@ -36,7 +36,7 @@ complete -c lightning-peft -n "not __fish_use_subcommand" -a "@words@"
 
 
 def completion(words: list[str]) -> None:
-    """Print the script of a shell. Raises ValueError for one that is not known."""
+    """Print the script of a shell. Raises ValueError for an unknown shell."""
     if len(words) != 1 or words[0] not in SHELLS:
         raise ValueError(f"completion: name a shell, one of {', '.join(SHELLS)}; got {' '.join(words) or 'none'}")
     script = SHELLS[words[0]]

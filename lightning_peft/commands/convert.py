@@ -147,7 +147,7 @@ def read_parent(path: str, weight: float) -> Parent:
 
 
 def checked(config: ConvertConfig, parents: list[Parent]) -> str:
-    """Return the method that is written, lora or dora. Raises ValueError where the parents do not allow it."""
+    """Return the method that is written, lora or dora. Raises ValueError for parents that do not allow it."""
     asked = "lora" if config.to is None else config.to.value
     for parent in parents:
         is_sum = not_low_rank(features_of(parent.adapter)) is None

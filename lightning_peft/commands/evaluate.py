@@ -237,7 +237,7 @@ def benchmarked(
 def data_of(saved: TrainConfig | None, config: EvaluateConfig | CalibrateConfig | PairsConfig) -> DataConfig:
     """Return the rows that a command asks for: its own, laid out as in the adapter's training, else those of the run.
 
-    `saved` is the run's config. Raises ValueError where neither says them, and for a prompt of a teacher.
+    `saved` is the run's config. Raises ValueError where no rows are given, and for a prompt of a teacher.
     """
     given = config.data
     if given is None:

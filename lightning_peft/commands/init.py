@@ -43,7 +43,7 @@ def init(words: list[str]) -> None:
 
 
 def text_of(path: Path, choices: list[str]) -> str:
-    """Return a file's content for some choices. Raises ValueError where they do not compose, or no file says them."""
+    """Return a file's content for some choices. Raises ValueError for choices that do not compose or fit in no file."""
     refuse_what_no_file_says(path, choices)
     words = everyday("train", choices)
     place = [] if any(word.startswith("run_dir=") for word in words) else ["run_dir=mine"]

@@ -183,7 +183,7 @@ class _ToCut(NamedTuple):
 
 
 def _to_cut(path: str, model: PreTrainedModel, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _ToCut:
-    """Return the changes and the rows to score them on. Raises ValueError where there are none, or no such changes."""
+    """Return the changes and the rows to score them on. Raises ValueError without rows, or without changes to cut."""
     if any(layer.rewrote_base for _, layer in adapters(model)):
         raise ValueError(
             f"smaller_ranks=true: {path} is for a base that its start rewrote; `lightning-peft export format=plain` "

@@ -74,7 +74,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
     original, dtype = None, computing_dtype(model)
     rounded = config.merge.base is MergeBase.dequantised and stored is not None and set(stored) != {dtype}
     if config.merge.base is MergeBase.original or rounded:
-        # Not rounded through the dtype that the run computed in.
+        # The weights are not rounded through the dtype that the run computed in.
         original = load_model(base, None if stored is not None else dtype, device=inference_device())
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
     layout_of(config.adapter_path, tokenizer).save(output)

@@ -77,7 +77,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
 
 
 def rows_asked(config: PairsConfig) -> DataConfig:
-    """Return the data options of the rows whose prompts are asked. Raises ValueError where nothing says them."""
+    """Return the data options of the rows whose prompts are asked. Raises ValueError where nothing names rows."""
     data = data_of(saved_config(config.adapter_path), config)
     refuse_margins(data)
     for key, value in given_for_rows(data, "rows"):
@@ -101,7 +101,7 @@ def metric_of(config: PairsConfig, data: DataConfig) -> tuple[str, bool]:
 
 
 def rows_with_answers(found: list[Any], config: PairsConfig) -> list[Asked]:
-    """Return the rows that ask for an answer in words. Raises ValueError for one that does not, and where none is."""
+    """Return the rows that ask for an answer in words. Raises ValueError for another row, and without any."""
     asked = []
     for values, messages in found:
         place = messages.last_answer

@@ -87,7 +87,7 @@ def submit_sweep(words: list[str]) -> None:
 
 
 def estimate_sweep(words: list[str]) -> None:
-    """Print what every trial of the sweep takes, as `submit -m dry_run=true` does. Raises ValueError as it does."""
+    """Print what every trial of the sweep takes, as `submit -m dry_run=true` does. Raises ValueError likewise."""
     own, run_words = split_words([word for word in words if word.partition("=")[0] != "dry_run"])
     renamed = [f"price.{word}" if word.startswith("output=") else word for word in run_words]
     price_words = [word for word in renamed if word.startswith("price.")]
@@ -108,7 +108,7 @@ def price_sweep(config: SubmitSweepConfig, run_words: list[str]) -> None:
 def planned(
     config: SubmitSweepConfig, run_words: list[str], folder: Path, is_begun: bool = False
 ) -> tuple[Sweep, list[TrainConfig]]:
-    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one.
+    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong config.
 
     The rows of a sweep that is begun on this machine are read, too.
     """

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def serve(config: ServeConfig) -> None:
     """Answer requests until the process is asked to leave; then requests in flight are answered first.
 
-    Where vLLM answers, it takes the place of this process.
+    vLLM takes the place of this process where it answers.
     """
     folders = named_folders(config.adapters)
     first = str(next(iter(folders.values()))) if folders else None
@@ -63,7 +63,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def has_vllm(config: ServerConfig) -> bool:
-    """Return whether vLLM is to answer. Raises ValueError where it was asked for and is not there."""
+    """Return whether vLLM is to answer. Raises ValueError where a missing vLLM was asked for."""
     if config.engine is ServingEngine.embedded:
         return False
     if config.python is None:
@@ -152,7 +152,7 @@ def listening(config: ServerConfig) -> socket.socket:
 
 
 def named_folders(adapters: Sequence[str]) -> dict[str, Path]:
-    """Return the folders of `adapters=[name=path,...]`. Raises ValueError for one that is not of that form."""
+    """Return the folders of `adapters=[name=path,...]`. Raises ValueError for an entry of another form."""
     found: dict[str, Path] = {}
     for entry in adapters:
         name, sign, path = entry.partition("=")

@@ -64,7 +64,7 @@ class Judged:
 
 
 def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None) -> None:
-    """Become vLLM with the base and its adapters. Raises ValueError for what it would refuse or compute wrongly."""
+    """Become vLLM with the base and its adapters. Raises ValueError for what vLLM would refuse or compute wrongly."""
     check_options(config.serve, served.base)
     judged = {name: judge(name, folder, served) for name, folder in folders.items()}
     for name, adapter in judged.items():

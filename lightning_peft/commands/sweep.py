@@ -99,7 +99,7 @@ def look(sweep: Sweep, folder: Path, gone: str | None = None) -> None:
 
 
 def seen(config: SweepCommandConfig) -> Sweep:
-    """Return the sweep as it stands now. Its file is brought up to date too, unless it belongs to another user."""
+    """Return the sweep as it stands now, and bring its file up to date, unless that belongs to another user."""
     folder = Path(config.sweep_dir)
     if (folder / MANIFEST).is_file() and not may_be_changed(folder):
         sweep = read_sweep(folder)

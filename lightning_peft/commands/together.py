@@ -226,7 +226,7 @@ def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
 
 def status_of_all(run_dirs: Sequence[Path], statuses: Sequence[int]) -> int:
     """Return the exit status of trials that shared a process: 75 where one is to be gone on with, which a job is
-    requeued for and nothing else; else the largest. One that was cancelled is not gone on with."""
+    requeued for and nothing else; else the largest. A cancelled trial is not gone on with."""
     left = [run_dir for run_dir, status in zip(run_dirs, statuses, strict=True) if status == Preempted.exit_status]
     if left and wanted(left):
         return Preempted.exit_status
@@ -277,7 +277,7 @@ def work(config: TrainConfig, member: Member) -> dict[str, Any]:
 def with_ranks(configs: Sequence[TrainConfig], plan: RunPlan, list_path: Path) -> int:
     """Start the ranks of a group, each of which trains all its runs, and wait for them. Return the exit status.
 
-    Raises Preempted or Interrupted where a signal ended them.
+    Raises Preempted or Interrupted where a signal ended the ranks.
     """
     with ExitStack() as stack:
         for config in configs:

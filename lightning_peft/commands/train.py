@@ -101,7 +101,7 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
 
 
 def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a run that is finished. Raises ValueError where its rows or its base have changed since."""
+    """Return the result of a run that is finished. Raises ValueError for a run whose rows or base changed."""
     run_dir = folder_of(config)
     try:
         with logging_left_to_ranks(True):

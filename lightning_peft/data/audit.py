@@ -101,7 +101,7 @@ class Audit:
             self.bad_row_messages.append(str(error))
 
     def count_tools(self, tools: list[dict[str, Any]] | None) -> None:
-        # In the order of their keys, in which the template writes them.
+        # The keys keep their order, in which the template writes them.
         text = "null" if tools is None else json.dumps(tools)
         self.tools = text if self.tools in (None, text) else ""
 

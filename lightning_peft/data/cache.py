@@ -194,7 +194,7 @@ def _make_and_keep(
                 shutil.rmtree(leftover)
         partial.mkdir()
         samples.save(partial)
-        # Not synced to the disk: what a power cut leaves behind fails the checksum.
+        # The files are not synced to the disk: what a power cut leaves behind fails the checksum.
         (partial / COUNTS).write_text(json.dumps(asdict(audit) | {"fingerprint": samples.fingerprint}))
         partial.rename(entry)
     except OSError as error:

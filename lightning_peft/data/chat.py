@@ -1,4 +1,4 @@
-"""From messages to tokens and labels, by the tokenizer's own chat template.
+"""Turn messages into tokens and labels, by the tokenizer's own chat template.
 
 Labels are set on assistant turns only: from the end of the generation prompt through the turn's end tokens. A text is
 tokenised once, as a whole; `rendering` says which texts a conversation becomes and where its turns are.
@@ -198,7 +198,7 @@ def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> E
 def encode_all(
     conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, rules: Rules | None = None
 ) -> list[list[Encoded]]:
-    """Return the samples of several conversations. Raises `ChatTemplateError`, or any other error of one of them."""
+    """Return the samples of several conversations. Raises `ChatTemplateError`, or another error of a conversation."""
     samples = []
     for outcome in Encoder(tokenizer, rules).encode(conversations):
         if isinstance(outcome, Exception):

@@ -1,4 +1,4 @@
-"""From samples to batches of tensors, made here or by worker processes, from any place of an epoch on."""
+"""Make batches of tensors from samples, here or in worker processes, from any place of an epoch on."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -125,7 +125,7 @@ def _collate_taught(
 ) -> Batch | None:
     """Return the batch that a teacher reads, in a mixture with the samples themselves; None where it reads the same.
 
-    Its rows are as long as those of the samples, or as the longest of its own, and packed in the order of the samples.
+    The batch's rows are as long as those of the samples, or as its longest, and packed in the order of the samples.
     """
     if all(sample.taught is None for sample in samples):
         return None
@@ -174,7 +174,7 @@ class MicroBatchLoader(DataLoader[Batch]):
         return self._place.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a place in the data. Raises ValueError where it was saved with other data."""
+        """Load a place in the data. Raises ValueError for a place saved with other data."""
         saved = state.get("_snapshot", {}).get("_main_snapshot", state)  # torchdata's, with workers
         self._place.load_state_dict(saved.get("_index_sampler_state", saved))
 

@@ -73,7 +73,7 @@ class Trained(Enum):
 def named_sources(entries: list[Any]) -> dict[str, Any]:
     """Return a list of sources as a mapping, each by its `name`, else by its place in the list from 0 on.
 
-    Raises ValueError where one is no mapping, or two have one name.
+    Raises ValueError for a source that is no mapping, or two of one name.
     """
     found: dict[str, Any] = {}
     for place, entry in enumerate(entries):

@@ -129,7 +129,7 @@ def _dense(value: Any) -> Any:
 
 
 def read_json(text: str) -> Any:
-    """Return what a JSON text says. Raises ValueError, also for a key twice in an object: one would be dropped."""
+    """Return what a JSON text says. Raises ValueError, also for a key twice in an object, as one would be dropped."""
     return json.loads(text, object_pairs_hook=_with_each_key_once)
 
 

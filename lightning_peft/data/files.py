@@ -87,7 +87,7 @@ class DataFile:
 
 
 def remote(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path in it. Raises ValueError where it cannot be reached."""
+    """Return the fsspec file system of a URL and the path in it. Raises ValueError for an unreachable system."""
     from fsspec.core import url_to_fs  # only remote files need it
 
     kind = url.split("://")[0]
@@ -173,7 +173,7 @@ def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
 
 
 def _array_row_by_row(text: str, file: DataFile, wrong: Exception) -> Iterator[Row | BadRow]:
-    """Read an array element by element, as some cannot be read. Raises ValueError where it is unknown which."""
+    """Read an array element by element, as some cannot be read. Raises ValueError where their ends cannot be told."""
     try:
         texts = list(elements(text))
     except ValueError:

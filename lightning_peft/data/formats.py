@@ -55,7 +55,7 @@ class Shape:
 
 
 def text_of(row: Row, column: str) -> str:
-    """Return the text of a column. Raises `BadRow` where there is none."""
+    """Return the text of a column. Raises `BadRow` for a row without."""
     if column not in row.values:
         raise BadRow(row.origin, f"a column {column!r}", ", ".join(row.values))
     value = row.values[column]

@@ -94,7 +94,7 @@ class History:
         before = self._whole.text[: self._whole.starts[user]]
         cut, whole_cut = prompt.starts[at_user], whole.starts[at_user]
         if start > user + 1:
-            # Not the first answer: after a question it may be written otherwise than one after a result is.
+            # The first answer is left out: after a question it may be written otherwise than one after a result is.
             answers = (place for place in range(start + 1, index) if self._messages[place]["role"] == "assistant")
             splice = next(answers, index)
             place = at_user + 1 + splice - start

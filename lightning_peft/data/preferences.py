@@ -1,4 +1,4 @@
-"""From the columns of a preference row to two conversations that differ in what the assistant says last."""
+"""Make of the columns of a preference row two conversations that differ in what the assistant says last."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""From a conversation to texts in which each assistant turn stands as it will be generated.
+"""Render a conversation as texts in which each assistant turn stands as it will be generated.
 
 Generation sees the conversation before a turn as the chat template renders it then, with the generation prompt. Most
 templates only append, so one rendering of the whole conversation holds every turn in that form. Some rewrite earlier

@@ -8,8 +8,8 @@ from lightning_peft.data.datamodule import SFTDataModule
 def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
     """Make Lightning's count of batches in a loaded checkpoint right for this number of ranks.
 
-    Lightning counts the batches of one rank and ends the epoch, and an accumulation window, by that count. It also
-    fails to start again from 0 where the checkpoint is of the last batch of a stream. The caller is
+    Lightning counts the batches of one rank and ends the epoch, and an accumulation window, by that count. Lightning
+    also fails to start again from 0 where the checkpoint is of the last batch of a stream. The caller is
     `LightningModule.on_load_checkpoint`, which runs before the loops are restored. Raises ValueError where the
     position cannot be divided among the ranks.
     """
@@ -25,7 +25,7 @@ def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
     behind = current["ready"] - current["completed"]
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]
     if epochs["processed"] < epochs["started"]:
-        # The checkpoint is of the middle of an epoch. One written after a validation counts its last batch as
+        # The checkpoint is of the middle of an epoch. A checkpoint written after a validation counts its last batch as
         # completed, and behind an epoch's last batch Lightning would then begin the same epoch again.
         behind = 1
     ready = taken // world_size

@@ -24,7 +24,7 @@ def _written(value: Any) -> Any:
 
 @lru_cache
 def template_columns(source: str, option: str = "prompt_template") -> set[str]:
-    """Return the columns that a template of `data` names. Raises ValueError where it is no Jinja template."""
+    """Return the columns that a template of `data` names. Raises ValueError for text that is no Jinja template."""
     try:
         return meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(source))
     except TemplateSyntaxError as error:

@@ -1,4 +1,4 @@
-"""From rows to tokenised samples, under the options for bad and too long rows."""
+"""Make tokenised samples of rows, under the options for bad and too long rows."""
 
 import re
 from collections import Counter
@@ -177,7 +177,7 @@ class _Reading:
 
 
 def _read(reader: RowReader | None, refused: ValueError | None, row: Row) -> Conversation:
-    """Return the conversation of a row. Raises `BadRow` whatever is wrong with it, a format of one's own included.
+    """Return the conversation of a row. Raises `BadRow` for any error of the row, also in a format of one's own.
 
     refused: the error that says why there is no reader.
     """

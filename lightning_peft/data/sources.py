@@ -31,7 +31,7 @@ class Source:
 
 
 def data_files(config: DataConfig, split: str) -> list[DataFile]:
-    """Return the files of a split's rows. Raises ValueError where there are none, or one cannot be read."""
+    """Return the files of a split's rows. Raises ValueError for missing or unreadable files."""
     option = f"{split}_path"
     value = getattr(config, option)
     if value is None:
@@ -119,7 +119,7 @@ def iterate_rows(config: DataConfig, split: str, shuffle_shards: random.Random |
     """Iterate over the rows of a split in the order of the source; rows that cannot be read come as the error they are.
 
     `test` is `validation` where the source has no test rows; `validation` is the held-out share of the training rows
-    where it has no validation rows. Which rows are held out depends on `data.split_seed` and their place only, so
+    where it has no validation rows. The choice of held-out rows depends on `data.split_seed` and their place only, so
     that no later choice of limits lets a training row into an evaluation. Raises ValueError for a missing or empty
     file or data set.
     """

@@ -77,7 +77,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
     ) -> str:
-        """Return the conversation as text. Raises `ChatTemplateError` where the template refuses it."""
+        """Return the conversation as text. Raises `ChatTemplateError` for one that the template refuses."""
         return self._render(self._compiled, messages, tools, add_generation_prompt)
 
     def thinking_prompt(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:

@@ -26,9 +26,9 @@ def reasoning_keys(thought: str) -> dict[str, str]:
 def split_thought(content: str, opened: str | None = None) -> tuple[str | None, str]:
     """Return the thought at the beginning of an answer, None where there is none, and the rest.
 
-    opened: the mark with which the prompt opened the thought, if it did. Where it did not, a closing mark without an
-    opening one closes a thought only if it stands as DeepSeek-R1 writes it, alone on a line before an empty one;
-    anywhere else the answer speaks of it. Text before an opening mark is no thought.
+    opened: the mark with which the prompt opened the thought, if it did. Where the prompt did not, a closing mark
+    without an opening one closes a thought only if it stands as DeepSeek-R1 writes it, alone on a line before an empty
+    one; anywhere else the answer speaks of it. Text before an opening mark is no thought.
     """
     begin = OPENING.match(content)
     if begin is not None:

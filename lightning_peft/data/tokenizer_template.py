@@ -31,7 +31,7 @@ _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> ChatTemplate:
-    """Return the tokenizer's chat template, or the plain one. Raises ChatTemplateError for an unusable one."""
+    """Return the tokenizer's chat template, or the plain one. Raises ChatTemplateError for an unusable template."""
     log_layout(tokenizer)
     variables = json.dumps([_special_tokens(tokenizer), dict(options or {})], sort_keys=True)
     return _checked_template(_template_source(tokenizer), variables)

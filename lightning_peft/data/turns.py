@@ -1,4 +1,4 @@
-"""From one turn of a chat row, in any of the shapes in use, to a message."""
+"""Read a turn of a chat row, in any of the shapes in use, as a message."""
 
 import json
 from collections.abc import Iterable, Iterator

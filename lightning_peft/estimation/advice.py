@@ -15,8 +15,8 @@ def smallest_change(
     """Return the config after the first change that is enough by itself, else after all up to the first that is enough
     together with those before it; None where nothing is enough.
 
-    `changes` come with the least costly first and give None where they change nothing. One that does not lower the peak
-    is left out.
+    `changes` come with the least costly first and give None where they change nothing. A change that does not lower the
+    peak is left out.
     """
     for change in changes:
         changed = change(config)

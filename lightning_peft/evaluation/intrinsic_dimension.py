@@ -43,7 +43,7 @@ def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> 
 
     metric: "loss" takes the validation losses of `result.json`, subtracted from that of the base in the reference's
     `evaluation.json`; any other name is a metric in the `evaluation.json` of every run. Raises ValueError for a folder
-    that lacks them, or a reference no better than its base.
+    that lacks scores, or a reference no better than its base.
     """
     base = _found(reference, "evaluation.json", "base", "loss") if metric == LOSS else 0.0
     trials = []
@@ -80,7 +80,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    """Return the options of the adapter in a run's config.yaml. Raises ValueError where it is damaged."""
+    """Return the options of the adapter in a run's config.yaml. Raises ValueError for a damaged file."""
     try:
         adapter = yaml.safe_load(path.read_text(encoding="utf-8"))["adapter"]
         return {"method": adapter["method"], "dimension": adapter.get("dimension")}
@@ -89,7 +89,7 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 
 def _found(folder: Path, name: str, *keys: str) -> Any:
-    """Return what a file of a run holds under the keys. Raises ValueError where it does not."""
+    """Return what a file of a run holds under the keys. Raises ValueError where the file lacks them."""
     again = f"run lightning-peft evaluate adapter_path={folder}" if name == "evaluation.json" else "finish the run"
     if not (folder / name).is_file():
         raise ValueError(f"{folder}: has no {name}; {again}")

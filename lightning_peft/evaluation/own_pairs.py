@@ -62,7 +62,7 @@ class Asked:
     """One row, its conversation up to the answer, and the answers drawn."""
 
     row: Row
-    """With `prompt` and `completion`, as tasks read them."""
+    """The row with `prompt` and `completion`, as tasks read them."""
     conversation: Conversation
     answers: list[str] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ def without_repeats(asked: Sequence[Asked], counts: Counts) -> list[Asked]:
 def pairs_of(asked: Asked, score: Score, limit: int, takes_own: bool, counts: Counts) -> list[tuple[str, str]]:
     """Return at most `limit` pairs (chosen, rejected) of one prompt: each rejected answer is drawn, and scores less.
 
-    The chosen one is the row's; with `takes_own` the best one drawn where it scores no less. Of the worse ones the
+    The chosen one is the row's; with `takes_own` the best one drawn where it scores no less. Among worse answers the
     worst come first, among equals those drawn most often.
     """
     counts.answers += len(asked.answers)
