@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     finally:
-        if IS_COMMAND:  # what Python does at its end is not to be seen either
+        if IS_COMMAND:  # Python's own end is not to be seen either
             end_at_ctrl_c()
 
 

@@ -144,7 +144,7 @@ def choices_help(command: str, choices: list[str]) -> str:
 
 def every_option() -> Iterable[Option]:
     """Return the options of `train`, with those of every method, optimiser, objective and cluster."""
-    from lightning_peft.adapters.registry import METHODS  # with torch, which the pages of other commands do without
+    from lightning_peft.adapters.registry import METHODS  # imports torch, which other pages do without
     from lightning_peft.cluster.registry import CLUSTERS
     from lightning_peft.objectives.registry import OBJECTIVES
     from lightning_peft.optim.optimizers import OPTIMIZERS

@@ -168,7 +168,7 @@ def config_digest(*, _root_: DictConfig) -> str:
     uncounted = ("run_dir", "cluster", "resume", "dry_run", "logger")
     counted = {key: value for key, value in set_options(_root_).items() if key.partition(".")[0] not in uncounted}
     counted |= {"adapter": _root_.adapter.method, "optimizer": _root_.optimizer.name}  # a default of their own classes
-    if _root_.objective.name != SFTConfig.name:  # which runs from before there was another had
+    if _root_.objective.name != SFTConfig.name:  # sft, once the only one, is not counted
         counted["objective"] = _root_.objective.name
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
 

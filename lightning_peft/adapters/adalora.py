@@ -217,7 +217,7 @@ class RankSchedule:
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor that may be sharded."""
-    # Half a second to import, which naming the methods there are should not cost.
+    # This import takes half a second, which naming the methods there are should not cost.
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -66,7 +66,7 @@ class LRLoRAGateLinear(LoRALinear):
 
     def fused(self, x: Tensor, base: Base) -> Tensor | None:
         if self.active_dropout and base.form != GIVEN:
-            return None  # the formula drops before it draws the gates, and so does this
+            return None  # the formula drops inputs before it draws the gates
         x = F.dropout(x, self.active_dropout)
         return add_low_rank(base, x, *self.factors(), self.scaling)
 

@@ -78,11 +78,11 @@ def merge_adapters(
         if result is model or (from_codes and is_quantized(layer.base_layer)):
             start = dense_weight(layer.base_layer).float()
         elif (taken := layer.taken_from_base()) is not None:
-            delta = delta - taken  # the change is to a base that the start rewrote, this one is as published
+            delta = delta - taken  # the start rewrote the change's base, and this base is as published
         write_weight(target, (start + delta).to(_stored_dtype(target)), requantize=True)
         bias: Any = getattr(target, "bias", None)
         own_bias: Any = getattr(layer.base_layer, "bias", None)
-        if result is not model and own_bias is not None and own_bias.requires_grad:  # else it is as published
+        if result is not model and own_bias is not None and own_bias.requires_grad:  # another bias is as published
             bias.copy_(own_bias)
         if delta_bias is not None:
             bias.copy_(bias.float() + delta_bias)

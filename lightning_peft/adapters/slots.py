@@ -227,7 +227,7 @@ class Slots:
                     place[len(factor) :].zero_()
                     place = place[: len(factor)]
                 into.append(place)
-        self.written[slot] |= factors.keys()  # whatever of the copy is done
+        self.written[slot] |= factors.keys()  # also after half a copy
         self.finite.pop(slot, None)
         # One call copies all, as hundreds of small copies cost more by themselves than what they copy.
         torch._foreach_copy_(into, [factor for pair in factors.values() for factor in pair])

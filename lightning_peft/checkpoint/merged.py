@@ -197,7 +197,7 @@ def save_model(
     if coded:
         _save_coded(model, coded, folder)
     else:
-        disable_progress_bar()  # of transformers, which draws into whatever else is printed
+        disable_progress_bar()  # the bar of transformers draws into other output
         model.save_pretrained(folder, state_dict=state)
         if dtype is None and state is None:
             # transformers writes the dtype of the first weight, and would load all others in it.

@@ -90,7 +90,7 @@ def verify_checkpoint(path: Path) -> None:
         with file, zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a position before the file's start: zipfile on a file cut short
+        if error.errno in (None, errno.EINVAL):  # zipfile seeks before the start of a file cut short
             raise CheckpointFileError(f"{path}: truncated or not a checkpoint ({error})") from error
         raise UnreadableCheckpoint(f"{path}: cannot be read ({error.strerror}), so nothing is known of it") from error
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:

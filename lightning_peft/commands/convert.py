@@ -76,7 +76,7 @@ def convert(config: ConvertConfig) -> Receipt:
     Raises ValueError, before a model is loaded, for a conversion that cannot be; MergeError, with nothing left at
     `output`, where the file is further off than `max_kl`.
     """
-    disable_progress_bar()  # of transformers; ours stands in its place
+    disable_progress_bar()  # ours stands in place of transformers' bar
     output = Path(config.output)
     check_unused(output)
     parents = [read_parent(path, weight) for path, weight in zip(config.paths, config.shares, strict=True)]
@@ -90,7 +90,7 @@ def convert(config: ConvertConfig) -> Receipt:
     layout = common_layout(parents, [layout_of(parent.path, tokenizer) for parent in parents])
     context = model_context(base)
     drawn = [sample for parent in parents for sample in sample_ids(saved_config(parent.path), tokenizer, context)]
-    samples = list({tuple(sample.flatten().tolist()): sample for sample in drawn}.values())  # of each data set once
+    samples = list({tuple(sample.flatten().tolist()): sample for sample in drawn}.values())  # each data set counts once
     model = load_base(first, config.model, config.precision)
     asked, comparison = ask(config, parents, model, samples)
     changes, lost = cut_all(config, parents, asked)

@@ -95,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sources = [messages.source for _, messages, _ in asked]
 
     data = validation_data(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
-    loader: Any = data.val_dataloader()  # of batches, which a data loader's type does not say
+    loader: Any = data.val_dataloader()  # the type of a data loader names no batches
     loss_rows = data.validation_audit.rows
     answered = task.max_new_tokens > 0
     results: dict[str, Scores] = {}
@@ -228,7 +228,7 @@ def benchmarked(
     if config.benchmark is None:
         return {}
     logger.info("lm_eval: %s", ", ".join(config.tasks))
-    batch = min(config.batch_size, 16)  # rows of whole contexts, unlike prompts that are answered
+    batch = min(config.batch_size, 16)  # these rows are whole contexts, unlike prompts
     return run_harness(
         model, tokenizer, config.tasks, config.tasks_path, config.benchmark_limit, batch, config.num_fewshot
     )

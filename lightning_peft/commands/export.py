@@ -75,12 +75,12 @@ def export(config: ExportConfig) -> Receipt:
     refuse it or compute it wrongly; MergeError, with nothing left at `output`, where the file is too far off.
     """
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
-    disable_progress_bar()  # of transformers; ours stands in its place
+    disable_progress_bar()  # ours stands in place of transformers' bar
     source = checked(config)
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     layout = layout_of(config.adapter_path, tokenizer)
     if config.format is ExportFormat.ollama:
-        ollama.modelfile("base", None, layout, tokenizer)  # what it cannot say is said before the work
+        ollama.modelfile("base", None, layout, tokenizer)  # an error comes before the work
     comparison = compared(config, source, model)
     output = Path(config.output)
     with atomic_folder(output) as partial:

@@ -81,7 +81,7 @@ def written(
     lines = [f"# lightning-peft train {path}", "# Words after the file win: lightning-peft train "
              f"{path} optimizer.lr=1e-4", ""]  # fmt: skip
     groups = {group: typed.get(group, composed.get(group, DEFAULTS[group])) for group in CHOICES}
-    if "recipe" in typed:  # which chooses what is not typed
+    if "recipe" in typed:  # a recipe chooses what is not typed
         groups = {group: choice for group, choice in groups.items() if group in typed}
     groups |= {key: value for key, value in typed.items() if key in GROUPS and key not in groups}
     for group, choice in groups.items():

@@ -51,7 +51,7 @@ def merge(config: MergeCommandConfig) -> Receipt:
 
     Raises MergeError, with nothing left at `output`, when the merged model is too far from the adapted one.
     """
-    disable_progress_bar()  # of transformers; ours stands in its place
+    disable_progress_bar()  # ours stands in place of transformers' bar
     output = Path(config.output)
     if output.suffix in (".gguf", ".safetensors"):
         raise ValueError(f"output={output}: merge writes a folder of that name; use export format=gguf for a GGUF file")
@@ -61,8 +61,8 @@ def merge(config: MergeCommandConfig) -> Receipt:
     is_adapter = not is_whole_model(folder)
     base, _ = base_of(config.adapter_path, config.model)
     stored = stored_dtypes(base) if is_adapter else None
-    # A folder of HF PEFT does not say what it was trained in: a change that depends on the base is that of the stored,
-    # of most of it, as a router's or a norm's fp32 is no reason to hold all weights in it.
+    # A folder of HF PEFT does not say what it was trained in: a change that depends on the base is taken in the dtype
+    # that most of the base is stored in, as a router's or a norm's fp32 is no reason to hold all weights in fp32.
     most = max(stored, key=lambda dtype: stored[dtype]) if stored else None
     is_fp32 = read_lineage(folder) is None and most in (torch.float32, torch.float64)
     precision = "32-true" if is_fp32 else "auto"

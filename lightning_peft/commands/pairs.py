@@ -145,7 +145,7 @@ def write(config: PairsConfig, data: DataConfig, counts: Counts, lines: list[str
     print(f"{path}: {counts.pairs} pairs")
     files = [shlex.quote(f"data={path}"), shlex.quote(f"adapter.init_from={config.adapter_path}")]
     read = ("prompt", "chosen", "rejected", "tools")
-    beside = sorted({name for line in lines for name in json.loads(line)}.difference(read))  # what its task scores by
+    beside = sorted({name for line in lines for name in json.loads(line)}.difference(read))  # columns of the task
     ignored = [shlex.quote(f"data.ignore_columns=[{','.join(beside)}]")] * bool(beside)
     words = ["lightning-peft train objective=dpo", *files, *words_of_layout(data), *ignored]
     print(f"{' '.join(words)} trains on them")

@@ -87,7 +87,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
 
         from lightning_peft.serving.server import Serving, build_app
     except ImportError as error:
-        # An optional extra.
+        # The server is an optional extra.
         raise ValueError("serve: fastapi or uvicorn is not installed; pip install 'lightning-peft[serve]'") from error
     first = str(next(iter(folders.values()))) if folders else None
     name, base, fingerprint = served.name, served.base, served.fingerprint
@@ -127,7 +127,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     with listening(config.serve) as listener:
         logger.info("listens at http://%s:%d", config.serve.host, listener.getsockname()[1])
         server = uvicorn.Server(uvicorn.Config(build_app(serving), log_level="warning"))
-        with suppress(KeyboardInterrupt):  # raised again once it has drained
+        with suppress(KeyboardInterrupt):  # the server raises it again once it has drained
             server.run(sockets=[listener])
         if not server.started:
             raise SystemExit(3)
@@ -145,7 +145,7 @@ def listening(config: ServerConfig) -> socket.socket:
         elif error.errno == errno.EACCES:
             remedy = "ports below 1024 are the administrator's; give another"
         else:
-            is_name = isinstance(error, socket.gaierror)  # whose number is none of the system's
+            is_name = isinstance(error, socket.gaierror)  # its number is none of the system's
             reason = str(error.strerror) if is_name else os.strerror(error.errno or 0)
             remedy = f"{reason.lower()}; give an address of this machine"
         raise ValueError(f"{at}: {remedy}") from error

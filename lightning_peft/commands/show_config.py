@@ -23,7 +23,7 @@ def text_of(command: str, given: list[str]) -> str:
     origins: dict[str, str] = {}
     words: list[str] = []
     before = values_of(command, [])
-    compose_config(command, everyday(command, given))  # the whole first: what is wrong in it is the user's error
+    compose_config(command, everyday(command, given))  # an error in the whole is the user's
     for word in given:
         words.append(word)
         try:

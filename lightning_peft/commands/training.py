@@ -265,7 +265,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
                 if isinstance(run_logger, RunLogger):
                     run_logger.close(result["status"], run_dir / "adapter")
         if leaves_ranks and result["status"] not in ("finished", "failed"):
-            distributed.disconnect()  # one that leaves alone has srun end the others, which may still be writing
+            distributed.disconnect()  # a rank that leaves alone has srun end the others, which may still write
         signals.stop()
     if distributed.rank() == 0:
         show_result(result, run_dir)
@@ -345,7 +345,7 @@ def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
 
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:
-    print(f"{result['status']}: {os.path.relpath(run_dir)}")  # no title of the table, which would break a long path
+    print(f"{result['status']}: {os.path.relpath(run_dir)}")  # as a title of the table a long path would be broken
     table = Table(show_header=False)
     rows: dict[str, tuple[str, Callable[[Any], str]]] = {
         "steps": ("steps", readable.number),

@@ -91,7 +91,7 @@ class Audit:
                 setattr(found, entry.name, sum(values))
             elif isinstance(values[0], dict):
                 setattr(found, entry.name, {name: sum(v.get(name, 0) for v in values) for v in values for name in v})
-        if found.taught_tokens:  # of the other sources the teacher reads the samples themselves
+        if found.taught_tokens:  # the teacher reads other sources' samples themselves
             found.taught_tokens += sum(audit.tokens for audit in audits if not audit.taught_tokens)
         return found
 

@@ -140,7 +140,7 @@ class Encoder:
         """
         try:
             return self._prompt(messages, check)
-        except (TypeError, UnicodeError, RecursionError) as error:  # of the tokenizer, for half of a surrogate pair
+        except (TypeError, UnicodeError, RecursionError) as error:  # the tokenizer's, for half of a surrogate pair
             raise ValueError(_reason(error)) from error
 
     def _prompt(self, messages: Sequence[Message], check: Callable[[str], None] | None) -> list[int]:
@@ -161,7 +161,7 @@ class Encoder:
         if self._layout is Layout.raw:
             return ends
         call = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
-        for calls in ((), (call, call), (call,)):  # of two calls, as what ends one of several does not end the turn
+        for calls in ((), (call, call), (call,)):  # two, as the end of one call of several does not end the turn
             answer = Message("assistant", "" if calls else "b", tool_calls=calls)
             [outcome] = self.encode([[Message("user", "a"), answer]])
             if isinstance(outcome, Exception):

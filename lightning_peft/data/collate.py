@@ -163,7 +163,7 @@ class MicroBatchLoader(DataLoader[Batch]):
         self._place = sampler
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # Runs at the first `next`: Lightning makes the iterator first and sets the epoch after.
+        # This runs at the first `next`: Lightning makes the iterator first and sets the epoch after.
         self._place.begin()
         for batch in super().__iter__():
             self._place.advance()

@@ -337,7 +337,7 @@ def _remote_files(given: str, entry: str) -> list[DataFile]:
             return _readable(given, map(system.unstrip_protocol, found), system.unstrip_protocol(path))
         else:
             found = [path] if system.exists(path) else []
-    except Exception as error:  # as above: no credentials, no network, no such bucket
+    except Exception as error:  # no credentials, no network, no such bucket
         raise NoSuchRows(f"{given}: cannot be reached ({_first_line(error)})") from error
     if not found:
         raise NoSuchRows(f"{given}: there is no such file")

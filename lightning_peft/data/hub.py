@@ -37,7 +37,7 @@ def hub_rows(config: DataConfig, split: str) -> Iterator[Row | BadRow]:
 def hub_identity(config: DataConfig, split: str) -> Any:
     """Return what tells the rows of a split from others, fit for JSON. Raises ValueError as `hub_rows` does."""
     try:
-        return _loaded(config, split)._fingerprint  # of the files it was read from and what was done to them
+        return _loaded(config, split)._fingerprint  # it covers the files and what was done to them
     except Exception as error:
         return [file.identity() for file in _files(config, split, error)]
 
@@ -82,7 +82,7 @@ def _paths(config: DataConfig, split: str | None) -> Iterable[str]:
 
     try:
         options = load_dataset_builder(str(config.hub_name), config.hub_config).config
-    except Exception as error:  # the failure is told, and this one is of the same cause
+    except Exception as error:  # the failure is told, and has the same cause
         log.debug("%s: %s", config.hub_name, error)
         return ()
     is_usual = getattr(options, "sep", ",") == "," and getattr(options, "field", None) is None

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import nodes
 
 MARK = "mark_message_"
-# Around the number of a message in a marked rendering: private use, and not of the plane that icons are taken from.
+# These enclose the number of a message in a marked rendering: private use, from another plane than icons are.
 OPEN, CLOSE = "\U0010fff0", "\U0010fff1"
 MARKS = re.compile(f"{OPEN}(end|[0-9]+){CLOSE}")
 

@@ -38,7 +38,7 @@ def read_prompt(row: Row, is_raw: bool = False) -> Conversation:
         columns=(column,),
         side={name: name for name in side},
         format=_COLUMNS[column],
-        ignored=frozenset((WEIGHT_COLUMN,)),  # of the loss, which no answer to be generated has
+        ignored=frozenset((WEIGHT_COLUMN,)),  # an answer to be generated has no loss to weigh
         is_raw=is_raw,
     )
     found = reader.asked(row)

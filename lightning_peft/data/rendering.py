@@ -127,7 +127,9 @@ class ConversationRenderer:
         prompt: str,
         exact: bool = True,
     ) -> None:
-        """exact: whether to look beyond a text that stands elsewhere too, at the cost of a rendering."""
+        """Raise for a message that the prompt lacks; `exact` takes a rendering to look beyond text that stands
+        elsewhere.
+        """
         dropped = self._dropped(messages, dicts, tools) if exact else ()
         for index, message in enumerate(messages):
             parts = _SWITCHES.split(message.content) if message.role == "system" else [message.content]
@@ -152,7 +154,7 @@ class ConversationRenderer:
                 self._dropped_of.clear()
             try:
                 text = self._template.render(named, tools, True)
-            except ChatTemplateError:  # of a result that has to be JSON, for one
+            except ChatTemplateError:  # a result that has to be JSON is one reason
                 text = " ".join(said.values())
             self._dropped_of[turns, bool(tools)] = frozenset(i for i in others if said[i] not in text)
         return self._dropped_of[turns, bool(tools)]
@@ -315,7 +317,7 @@ def _place_of(answer: str, said: str, thought_stop: int, stop: int, end: int, ca
     if last.endswith(answer):
         return len(last) - len(answer)
     place = said.find(answer, thought_stop, end)
-    return place if place >= 0 else said.find(answer, 0, end)  # one that begins with the mark that closes a thought
+    return place if place >= 0 else said.find(answer, 0, end)  # an answer may begin with the mark that closes a thought
 
 
 def _names_call(message: Message, text: str) -> bool:

@@ -30,6 +30,6 @@ def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
         behind = 1
     ready = taken // world_size
     current.update(ready=ready, started=ready, processed=ready, completed=ready - behind)
-    # The count over all epochs, which the validations and the random numbers of a batch go by.
+    # This is the count over all epochs, which the validations and the random numbers of a batch go by.
     ready = progress["total"]["ready"] * saved_world_size // world_size
     progress["total"].update(ready=ready, started=ready, processed=ready, completed=ready - behind)

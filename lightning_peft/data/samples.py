@@ -222,7 +222,7 @@ def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowR
     found: Counter[tuple[str, tuple[str, ...]]] = Counter()
     readers: dict[tuple[str, tuple[str, ...]], RowReader] = {}
     refused: ValueError | None = None
-    columns = Counter(tuple(row.values) for row in rows if isinstance(row, Row))  # in the order of the rows
+    columns = Counter(tuple(row.values) for row in rows if isinstance(row, Row))  # counted in the order of the rows
     for names, count in columns.items():
         try:
             reader = row_reader(names, config)

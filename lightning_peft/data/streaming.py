@@ -256,7 +256,7 @@ class StreamedBatches(IterableDataset[Batch]):
         self._resuming = True
 
     def __iter__(self) -> Iterator[Batch]:
-        # Runs at the first `next`.
+        # This runs at the first `next`.
         has_begun = self._state["window_row"] != self._windows.start or self._state["taken"] > 0
         if not self._resuming and has_begun:
             self._begin_epoch(self._state["epoch"] + 1)

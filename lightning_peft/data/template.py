@@ -299,7 +299,7 @@ class ChatTemplate:
                 )
             keys |= reasoning_keys(thought)
         elif CLOSING.search(content) and self._splits_content:
-            keys |= reasoning_keys("")  # or what stands before the mark would be taken for a thought
+            keys |= reasoning_keys("")  # else text before the mark would be taken for a thought
         elif thought:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
         if not calls:

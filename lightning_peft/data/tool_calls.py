@@ -35,7 +35,7 @@ def unread_keys_of_calls(turn: Mapping[str, Any]) -> Iterator[str]:
     for calls in (turn.get("tool_calls"), turn.get("function_call"), *texts):
         try:
             listed = _listed(calls, "", "") if calls not in EMPTY else []
-        except BadRow:  # as its reading will say, of its row
+        except BadRow:  # the reading of its row will say so
             listed = []
         for call in listed:
             function = call.get("function") if isinstance(call, dict) else None

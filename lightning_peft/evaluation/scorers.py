@@ -20,15 +20,15 @@ SMALL_IS_GOOD = ("train_loss", "validation_cross_entropy", "validation_divergenc
 LARGE_IS_GOOD = ("tokens_per_second", "validation_rewards/accuracy", "validation_rewards/margin")
 """Numbers of a result that no task computes, by what is good."""
 TAKEN = (
-    # Columns of metrics.csv.
+    # These are columns of metrics.csv.
     "step", "loss", "grad_norm", "lr", "tokens", "total_tokens", "supervised_tokens", "epoch", "step_seconds", "mfu",
     "supervised_tokens_per_second", "rank", "alpha", "penalty", "kl", "kl_per_token", "cross_entropy", "divergence",
     "router_load", "router_entropy",
-    # Keys of result.json.
+    # These are keys of result.json.
     "status", "end", "steps", "train_loss", "metrics", "data", "trainable_parameters", "total_parameters",
     "tokens_per_second", "peak_memory_gib", "device", "warnings", "stopped_early", "diverged", "seconds",
     "device_hours", "versions", "rollbacks", "lr_factor", "steps_left_out",
-    # Columns of a sweep's table.
+    # These are columns of a sweep's table.
     "trial", "state", "attempts", "exit_code", "seeds",
 )  # fmt: skip
 """Names that a run or a sweep uses for something else than a metric, like those that begin with validation_."""
@@ -90,7 +90,7 @@ def check_direction(option: str, metric: str) -> None:
     """
     name = metric.removeprefix("-")
     owner = next((task for task in TASKS.values() if name in task.metric_names), None)
-    is_loss = name.partition("/")[0] == "validation_loss"  # of all rows, or of a source of a mixture
+    is_loss = name.partition("/")[0] == "validation_loss"  # over all rows, or a source of a mixture
     if owner is None and not is_loss and name not in (*SMALL_IS_GOOD, *LARGE_IS_GOOD):
         return
     is_small_good = name in owner.small_is_good if owner is not None else name not in LARGE_IS_GOOD
