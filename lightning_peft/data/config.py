@@ -171,8 +171,8 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of the training rows held out when the source has no validation rows of its own; 0 turns validation off."""
     split_seed: int = 0
-    """Seed of the held-out share and of generated rows. It is not the run's seed, so that runs with different seeds,
-    and `evaluate` after them, use the same validation rows."""
+    """Seed of the held-out share and of generated rows, apart from the run's seed, so that runs with different seeds, and
+    `evaluate` after them, use the same validation rows."""
     packing: Any = "auto"
     """Several samples to a row of `max_length` tokens; without it, samples of similar length share a micro batch. auto
     packs for the models that keep samples apart, true refuses the others, false never packs."""

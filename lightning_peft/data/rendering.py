@@ -127,8 +127,7 @@ class ConversationRenderer:
         prompt: str,
         exact: bool = True,
     ) -> None:
-        """Raise for a message that the prompt lacks; `exact` takes a rendering to look beyond text that stands
-        elsewhere.
+        """Raise for a message that the prompt lacks; `exact` looks beyond text that stands elsewhere, with a rendering.
         """
         dropped = self._dropped(messages, dicts, tools) if exact else ()
         for index, message in enumerate(messages):
