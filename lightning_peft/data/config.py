@@ -108,7 +108,8 @@ class DataConfig:
     """The content of a row: answers, pairs of a chosen and a rejected one, or labelled ones; null takes the kind that
     the objective trains on, and answers where there is none."""
     task: str = "none"
-    """The scores of answers in `evaluate`: a name in `lightning_peft.tasks.registry.TASKS`; none for the loss only."""
+    """Task by which `evaluate` scores answers: a name in `lightning_peft.tasks.registry.TASKS`; none for the loss only.
+    """
     format: str = "auto"
     """Shape of the rows: messages, instruction, prompt_completion, text, tokens, preference, labelled, or one of your
     own; auto goes by the columns."""
@@ -171,7 +172,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of the training rows held out when the source has no validation rows of its own; 0 turns validation off."""
     split_seed: int = 0
-    """Seed of the held-out share and of generated rows, apart from the run's seed, so that runs with different seeds, and
+    """Seed of the held-out share and of generated rows. A seed apart from the run's lets runs with different seeds, and
     `evaluate` after them, use the same validation rows."""
     packing: Any = "auto"
     """Several samples to a row of `max_length` tokens; without it, samples of similar length share a micro batch. auto

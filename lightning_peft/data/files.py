@@ -150,7 +150,7 @@ def _text_row(text: str, origin: str) -> Row | BadRow:
 
 
 def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
-    """Read the objects of one JSON array, or JSON lines, which often have the same ending."""
+    """Read the objects of one JSON array, or a file that starts otherwise as JSON lines, which are often named so."""
     with file.content() as content:
         start = content.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         if start.startswith(b"["):

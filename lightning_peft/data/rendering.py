@@ -127,8 +127,7 @@ class ConversationRenderer:
         prompt: str,
         exact: bool = True,
     ) -> None:
-        """Raise for a message that the prompt lacks; `exact` looks beyond text that stands elsewhere, with a rendering.
-        """
+        """Raise for a message that the prompt lacks; `exact` looks beyond text that stands elsewhere, by rendering."""
         dropped = self._dropped(messages, dicts, tools) if exact else ()
         for index, message in enumerate(messages):
             parts = _SWITCHES.split(message.content) if message.role == "system" else [message.content]
