@@ -48,7 +48,7 @@ class BaLoRAConfig(LoRAConfig):
 def kl_to_prior(alpha: Tensor, prior: float) -> Tensor:
     """Return KL(N(a, alpha a^2) || N(0, p/(1-p) a^2)) of one element, for any a but 0.
 
-    That is ((alpha + 1) (1-p)/p + log(p/(1-p)) - log alpha - 1) / 2.
+    The KL is ((alpha + 1) (1-p)/p + log(p/(1-p)) - log alpha - 1) / 2.
     """
     ratio = prior / (1 - prior)
     return ((alpha + 1) / ratio + math.log(ratio) - alpha.log() - 1) / 2
@@ -163,8 +163,8 @@ def sampling(model: nn.Module) -> Iterator[None]:
 class BaLoRALinear(LoRALinear):
     """y = W x + scaling * B (A x + sqrt(alpha(x) (A * A) (x * x)) eps), eps standard normal for every token.
 
-    That is the distribution of the output where each element of A has the variance alpha(x) A^2 (the local form of the
-    draw). Without noise, outside training and `sampling`, it is a LoRA.
+    The formula gives the distribution of the output where each element of A has the variance alpha(x) A^2 (the local
+    form of the draw). Without noise, outside training and `sampling`, it is a LoRA.
     """
 
     def __init__(self, base_layer: nn.Module, target: Target, config: BaLoRAConfig, shared: InputVariance):

@@ -75,7 +75,7 @@ class RowNorms(nn.Module):
     def once(self, norms: Callable[[], Tensor], factors: tuple[Tensor, Tensor]) -> Tensor:
         """Return `norms()`, taken once while text is generated and the factors stand still.
 
-        The norms cost a pass over W, which is all that a single token costs. In a training step they are the norms
+        The norms cost a pass over W, which is all that a single token costs. In a training step the norms are those
         taken when its forward pass began; the factors move after the pass, so no other caller is given these.
         """
         if self.training or torch.is_grad_enabled():
