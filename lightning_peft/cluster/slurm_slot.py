@@ -3,7 +3,7 @@
 from lightning_peft.cluster.process import LEAVE
 
 SECONDS_TO_START = 60
-"""Of a job's time, what a further trial needs before it heeds the warning signal."""
+"""The part of a job's time that a further trial needs before it heeds the warning signal."""
 
 SLOT = """\
 job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID

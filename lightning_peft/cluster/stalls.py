@@ -14,5 +14,5 @@ stalls() {
 
 
 def stalls(remedy: str) -> str:
-    """Return the function `stalls`, which says what would help and succeeds where the job is to give up."""
+    """Return the function `stalls`, which names the remedy and succeeds where the job is to give up."""
     return STALLS.replace("{remedy}", remedy)

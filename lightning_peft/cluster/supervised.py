@@ -1,7 +1,7 @@
 """The bash that runs one start of a training where no `srun` does: in a pod of Kubernetes, on machines of SkyPilot.
 
-It starts the ranks of its node, hands signals on to them, lets a trial leave that was cancelled, ends all when one
-fails, and says by its exit status how the start ended: 75 where the run is saved and is to go on.
+The script starts the ranks of its node, hands signals on to them, lets a trial leave that was cancelled, ends all when
+one fails, and says by its exit status how the start ended: 75 where the run is saved and is to go on.
 """
 
 import shlex
@@ -13,7 +13,7 @@ from lightning_peft.cluster.process import LEAVE
 from lightning_peft.cluster.stalls import stalls
 
 PORT = 29500
-"""Where the ranks of several nodes meet, on the first of them."""
+"""The port on the first node at which the ranks of several nodes meet."""
 
 BODY = """\
 {setup}
