@@ -71,7 +71,7 @@ class SlurmConfig(ClusterConfig):
 
 BODY = """\
 {setup}
-# Where the ranks meet: on the first node, at the first free port from one of the job's own on.
+# The ranks meet on the first node, at the first free port from one of the job's own on.
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))
 is_taken() {{ (: > "/dev/tcp/$1/$MASTER_PORT") 2> /dev/null; }}
@@ -80,7 +80,7 @@ while is_taken "$MASTER_ADDR" || is_taken localhost; do MASTER_PORT=$((MASTER_PO
 # The signals are for the ranks; this shell outlives them.
 trap {on_signal} TERM USR1 USR2
 
-# Whether the job is to run on, which one that was cancelled is not; a controller that does not answer is asked again.
+# The job is to run on unless it was cancelled; a controller that does not answer is asked again.
 is_running() {{
   local state
   for _ in {{1..60}}; do
@@ -114,7 +114,7 @@ exit "$status"
 
 
 WANDB = """
-# Started here, Weights & Biases' service outlives the signals that end the ranks, and finishes writing.
+# Weights & Biases' service starts here: it outlives the signals that end the ranks, and finishes writing.
 export WANDB_SERVICE=$({wandb} beta core start --idle-timeout 5m 2>&1 | grep -oE '^3-[0-9]+-[a-z]+-.*')
 [ -n "$WANDB_SERVICE" ] || {{ unset WANDB_SERVICE; echo "wandb: no service; the next start logs what is cut off"; }}
 """

@@ -17,7 +17,7 @@ PORT = 29500
 
 BODY = """\
 {setup}
-# What the lines above have set is theirs.
+# Options that the lines above have set are for those lines alone.
 set +eu +o pipefail
 cd {directory} 2> /dev/null || echo {directory} is not here, so relative paths count from "$PWD"
 export {task_variable}={task}
@@ -39,7 +39,7 @@ tell() {{ for rank in "${{ranks[@]}}"; do kill -s "$1" "$rank" 2> /dev/null; don
 trap 'tell TERM' TERM INT USR1 USR2
 {start}
 
-# Until the ranks have left: one that fails ends the others, and {leave} asks all to save and go.
+# The shell waits until the ranks have left: one that fails ends the others, and {leave} asks all to save and go.
 status=0
 declare -A codes
 while [ "${{#codes[@]}}" -lt "${{#ranks[@]}}" ]; do
