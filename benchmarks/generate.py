@@ -34,7 +34,7 @@ WORDS = ["model=smollm2_135m", "rank=r16", "target_modules=all_linear"]
 
 
 def by_transformers(model: PreTrainedModel | PeftModel, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy answers of `count` tokens by transformers' generate; the prompts are of one length."""
+    """Generate greedy answers of `count` tokens by transformers' generate; the prompts are of one length."""
     config = GenerationConfig(
         max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
     )  # fmt: skip
@@ -46,7 +46,7 @@ def by_transformers(model: PreTrainedModel | PeftModel, prompts: list[list[int]]
 
 
 def by_ours(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy answers of `count` tokens by our decoder, its preparation included."""
+    """Generate greedy answers of `count` tokens by our decoder, its preparation included."""
     sampling = SamplingConfig(max_new_tokens=count)
     rows = [Row(prompt, sampling, lambda _: True, wants_logprobs=False) for prompt in prompts]
     decoder = Decoder(model)
@@ -57,7 +57,7 @@ def by_ours(model: PreTrainedModel, prompts: list[list[int]], count: int) -> lis
 
 
 def prompts_of(tokenizer: Any, batch: int, length: int) -> list[list[int]]:
-    """Prompts of one length, all different."""
+    """Return prompts of one length, all different."""
     texts = [row["prompt"] for row in generate_rows(4 * batch + 16, seed=0, split="test")]
     found = [ids[:length] for text in texts if len(ids := tokenizer(text)["input_ids"]) >= length]
     return found[:batch]

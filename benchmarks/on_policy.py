@@ -21,7 +21,7 @@ from benchmarks.results import FOLDER, Results
 
 @dataclass(frozen=True)
 class Plan:
-    """What one seed takes."""
+    """The parts of one seed."""
 
     model: str = "smollm2_135m"
     sft_steps: int = 32

@@ -19,9 +19,9 @@ Rows = Sequence[tuple[str, Sequence[str]]]
 def print_rows(heading: str, columns: Sequence[str], rows: Rows, title: str | None = None) -> None:
     """Print each row's name and its values under `columns`, words to the left and numbers to the right.
 
-    Nothing is cut off: where a line has no room for name and values, the values stand below the name, and where it has
-    none for the values, each comes with its heading. A pipe has every row on one line, as nothing there has a width;
-    COLUMNS gives it one.
+    Nothing is cut off: where a line has no room for name and values, the values stand below the name, and where a line
+    has none for the values, each comes with its heading. A pipe has every row on one line, as nothing there has a
+    width; COLUMNS gives a pipe one.
     """
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     width = shutil.get_terminal_size().columns if has_width else ENDLESS

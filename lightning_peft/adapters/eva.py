@@ -13,7 +13,7 @@ from lightning_peft.adapters.init import Reads
 
 @dataclass
 class Sketch:
-    """Leading right singular vectors of all the rows seen, updated batch by batch in memory of (rank, width)."""
+    """Leading right singular vectors of all rows seen, updated batch by batch in memory of (rank, width)."""
 
     rank: int
     rows: Tensor | None = None

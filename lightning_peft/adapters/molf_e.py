@@ -56,7 +56,7 @@ class MoLFELinear(Adapter):
     """
 
     scaling = 1.0
-    """Of the sum, whose experts have their own."""
+    """Scaling of the sum, whose experts have their own."""
 
     def __init__(self, base_layer: nn.Module, target: Target, config: MoLFEConfig):
         super().__init__(base_layer)

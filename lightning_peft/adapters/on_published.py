@@ -1,4 +1,4 @@
-"""What an adapter may do on weights that are published in few bits: change them from beside, never write them."""
+"""The limits of an adapter on weights published in few bits: it changes them from beside and never writes them."""
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.init import Reads

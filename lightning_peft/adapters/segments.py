@@ -40,10 +40,10 @@ class Share:
 
 @dataclass
 class Batching:
-    """Whose rows a batch holds. One forward after the other: a backward pass comes before the next `begin`."""
+    """The models whose rows a batch holds. A backward pass comes before the next `begin`."""
 
     shares: Mapping[int, Share] = field(default_factory=dict)
-    """By the model's number, in the order of rows, without gaps."""
+    """Shares by the model's number, in the order of rows, without gaps."""
     random: dict[int, RandomState] = field(default_factory=dict)
     number: int = 0
 
@@ -75,7 +75,7 @@ class SegmentedLinear(nn.Module):
         self.batching = batching
         self.adapters: dict[int, Adapter] = {}
         self.drawn: tuple[int, dict[int, Tensor]] = (0, {})
-        """Number of a batch, and where each model's random numbers stood in it when they were drawn here."""
+        """Number of a batch, and the state of each model's random numbers in that batch when they were drawn here."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features), rows as `batching` has them."""
@@ -105,7 +105,7 @@ class SegmentedLinear(nn.Module):
         self.drawn[1].pop(number, None)
 
     def random(self, number: int) -> RandomState:
-        """Return where a model's random numbers are drawn from; again the same where a block is run a second time."""
+        """Return the state that a model draws random numbers from; the same again where a block runs a second time."""
         batch, states = self.drawn
         if batch != self.batching.number:
             self.drawn = batch, states = self.batching.number, {}

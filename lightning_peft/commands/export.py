@@ -61,11 +61,11 @@ class Source:
     base: ModelConfig
     features: list[str]
     whole: bool
-    """The run wrote a whole model (method=full)."""
+    """True where the run wrote a whole model (method=full)."""
     merged: bool
-    """The export holds base and adapter in one."""
+    """True where the export holds base and adapter in one."""
     base_name: str
-    """How other programs find the base; empty where the export holds it."""
+    """The name by which other programs find the base; empty where the export holds the base."""
 
 
 def export(config: ExportConfig) -> Receipt:
@@ -75,12 +75,12 @@ def export(config: ExportConfig) -> Receipt:
     refuse it or compute it wrongly; MergeError, with nothing left at `output`, where the file is too far off.
     """
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
-    disable_progress_bar()  # of transformers; ours stands in its place
+    disable_progress_bar()  # ours stands in place of transformers' bar
     source = checked(config)
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     layout = layout_of(config.adapter_path, tokenizer)
     if config.format is ExportFormat.ollama:
-        ollama.modelfile("base", None, layout, tokenizer)  # what it cannot say is said before the work
+        ollama.modelfile("base", None, layout, tokenizer)  # an error comes before the work
     comparison = compared(config, source, model)
     output = Path(config.output)
     with atomic_folder(output) as partial:
@@ -100,7 +100,7 @@ def export(config: ExportConfig) -> Receipt:
 
 
 def checked(config: ExportConfig) -> Source:
-    """Look at the run and the format, without a model; prints what each engine does with the result."""
+    """Look at the run and the format, without a model; print what each engine does with the result."""
     output, format = Path(config.output), config.format.value
     check_unused(output)
     if output.suffix == ".gguf":

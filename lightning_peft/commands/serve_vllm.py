@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 16
 SECONDS_FOR_ANOTHER_START = 3600.0
-"""How long a start waits for one that writes the same base or adapters: more than the largest base takes."""
+"""Time that a start waits for one that writes the same base or adapters: more than the largest base takes."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,18 @@ class Served:
 
 @dataclass(frozen=True)
 class Judged:
-    """An adapter, and what vLLM does with it."""
+    """An adapter, and the way vLLM serves it."""
 
     folder: Path
     rank: int
     becomes_plain: bool
-    """vLLM computes it rightly once it is exported."""
+    """True where vLLM computes the adapter rightly once it is exported."""
     text: str
     refused: bool = False
 
 
 def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None) -> None:
-    """Become vLLM with the base and its adapters. Raises ValueError for what it would refuse or compute wrongly."""
+    """Become vLLM with the base and its adapters. Raises ValueError for what vLLM would refuse or compute wrongly."""
     check_options(config.serve, served.base)
     judged = {name: judge(name, folder, served) for name, folder in folders.items()}
     for name, adapter in judged.items():

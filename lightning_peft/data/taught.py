@@ -1,4 +1,4 @@
-"""Samples with what a teacher reads in their place, where it reads more (`data.teacher_prompt`)."""
+"""Samples with those that a teacher reads in their place, where it reads more (`data.teacher_prompt`)."""
 
 from dataclasses import replace
 

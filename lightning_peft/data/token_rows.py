@@ -11,7 +11,7 @@ from lightning_peft.data.rendering import Kind
 from lightning_peft.data.turns import HEAVIEST
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "weights")
-"""What such a row may hold; the first is needed."""
+"""Columns that such a row may hold; the first is needed."""
 _HIGHEST = 2**31 - 1
 
 
@@ -82,7 +82,7 @@ def foreign_token(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> ValueEr
 
 
 def sample_of(tokens: Tokens, ends: set[int]) -> Encoded:
-    """Return the sample that the tokens are; those of `ends` are what generation stops at."""
+    """Return the sample that the tokens are; `ends` are the tokens at which generation stops."""
     labels = [IGNORED_LABEL, *tokens.labels[1:]]
     weights = tokens.weights
     if weights is not None:  # a token of weight 0 is not trained

@@ -1,4 +1,4 @@
-"""Pairs of answers of which the worse is the model's own: what preference objectives learn most from.
+"""Pairs of answers of which the worse is the model's own: preference objectives learn most from such pairs.
 
 On-policy pairs: the rejected answer is one that the model gives, so that its probability is there to be taken away
 (Tajwar et al. 2024, arXiv:2404.14367).
@@ -15,7 +15,7 @@ from lightning_peft.evaluation.scorers import Scorer
 from lightning_peft.tasks.task import Row
 
 Score = Callable[[Row, str], float]
-"""What an answer to a row is worth; a large value is good."""
+"""The worth of an answer to a row; a large value is good."""
 
 
 def score_of(scorer: Scorer, small_is_good: bool) -> Score:
@@ -34,7 +34,7 @@ def score_of(scorer: Scorer, small_is_good: bool) -> Score:
 
 @dataclass
 class Counts:
-    """What became of the answers."""
+    """The numbers of answers and rows by what became of them."""
 
     prompts: int = 0
     same_prompts: int = 0
@@ -62,7 +62,7 @@ class Asked:
     """One row, its conversation up to the answer, and the answers drawn."""
 
     row: Row
-    """With `prompt` and `completion`, as tasks read them."""
+    """The row with `prompt` and `completion`, as tasks read them."""
     conversation: Conversation
     answers: list[str] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ def without_repeats(asked: Sequence[Asked], counts: Counts) -> list[Asked]:
 def pairs_of(asked: Asked, score: Score, limit: int, takes_own: bool, counts: Counts) -> list[tuple[str, str]]:
     """Return at most `limit` pairs (chosen, rejected) of one prompt: each rejected answer is drawn, and scores less.
 
-    The chosen one is the row's; with `takes_own` the best one drawn where it scores no less. Of the worse ones the
+    The chosen one is the row's; with `takes_own` the best one drawn where it scores no less. Among worse answers the
     worst come first, among equals those drawn most often.
     """
     counts.answers += len(asked.answers)

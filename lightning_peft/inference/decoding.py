@@ -30,12 +30,12 @@ class Row:
     prompt: list[int]
     sampling: SamplingConfig
     on_token: Callable[[Choice], bool]
-    """Takes a token; returns whether the answer goes on."""
+    """Function that takes a token and returns whether the answer goes on."""
     slot: int = -1
     """Adapter slot; -1 is the base."""
     top_logprobs: int = 0
     wants_logprobs: bool = True
-    """Whether `Choice.logprob` is read; else it is nan."""
+    """True where `Choice.logprob` is read; it is nan otherwise."""
     tokens: list[int] = field(default_factory=list)
     generator: torch.Generator = field(default_factory=torch.Generator)
 

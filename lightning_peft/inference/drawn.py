@@ -21,9 +21,9 @@ class Drawn:
 
     text: str
     entropy: float
-    """Of the mean of the draws' probabilities, in nats: how unsure the adapter is."""
+    """Entropy of the mean of the draws' probabilities, in nats: how unsure the adapter is."""
     disagreement: float
-    """That entropy less the mean of the draws' own: the part that draws do not agree on."""
+    """`entropy` less the mean of the draws' own entropies: the part that draws do not agree on."""
     confidence: float
     """Probability of the chosen token."""
 

@@ -27,14 +27,14 @@ from lightning_peft.kernels.low_rank import dropout_mask, random_state
 
 @dataclass
 class RandomState:
-    """Where a stream of random numbers is; every draw moves it on."""
+    """The place of a stream of random numbers; every draw moves it on."""
 
     state: Tensor
-    """As the generator of the device has it."""
+    """The state, as the generator of the device has it."""
 
     @contextmanager
     def drawn_from(self, device: torch.device) -> Iterator[None]:
-        """Inside, torch's functions on the device draw from this stream; the device's own stays where it is."""
+        """Let torch's functions on the device draw from this stream, inside the block; their own stays where it is."""
         generator = random_state(device)
         before = generator.get_state()
         generator.set_state(self.state)
@@ -58,7 +58,7 @@ class Segment(NamedTuple):
     scaling: float
     dropout: float = 0.0
     random: RandomState | None = None
-    """Where the dropped inputs are drawn from; not read without dropout."""
+    """Stream that the dropped inputs are drawn from; not read without dropout."""
 
     @property
     def rows(self) -> slice:
@@ -161,7 +161,7 @@ class SegmentSum(torch.autograd.Function):
                 parts.append(Part(segment.rows, grad_inner, scaled_A))
             else:
                 masked.append((segment.rows, mask.mul_(grad_inner @ scaled_A)))
-        del x, rows  # large, and the base's gradient is about to be made
+        del x, rows  # they are large, and the base's gradient is about to be made
         grad_x = None
         if needs_x:
             if base.form == GIVEN:
@@ -198,7 +198,7 @@ def sum_with_parts(
         return output
     weight = weight.t() if transposed else weight
     if rows.dtype.itemsize == 2:
-        # The small products first, then the bias last: see `low_rank_sum`.
+        # The small products come first and the bias last: see `low_rank_sum`.
         covered = 0
         for part in parts:
             torch.mm(part.inner, part.factor, out=output[part.rows])

@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     reference_chosen: Tensor
-    """What the model gave before training; zero for an objective without a reference."""
+    """Log-probabilities that the model gave before training; zero for an objective without a reference."""
     reference_rejected: Tensor
 
     @property
@@ -44,11 +44,11 @@ class Pairs(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What an objective makes of P pairs, (P,) fp32 each."""
+    """An objective's verdict on P pairs, (P,) fp32 each."""
 
     losses: Tensor
     chosen_rewards: Tensor
-    """What the model is taken to find each answer worth."""
+    """The worth of each answer, as the model is taken to find it."""
     rejected_rewards: Tensor
 
 
@@ -124,7 +124,7 @@ def check_above_zero(**options: float) -> None:
 class DPOConfig(ObjectiveConfig):
     name: str = "dpo"
     beta: float = 0.1
-    """How dear it is to leave the reference: the smaller, the further the model goes."""
+    """Price of leaving the reference: the smaller, the further the model goes."""
     label_smoothing: float = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round (cDPO); below 0.5."""
     sft_weight: float = 0.0
@@ -140,7 +140,7 @@ class DPOConfig(ObjectiveConfig):
 
 
 def dpo(pairs: Pairs, config: DPOConfig) -> Judged:
-    """-log sigmoid(beta (r_w - r_l)), r = log(p / p_ref)   (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
+    """Return -log sigmoid(beta (r_w - r_l)), r = log(p / p_ref)   (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
 
     With `sft_weight` a, - a log p_w / |w| is added   (Pang et al. 2024, arXiv:2404.19733, eq. 1).
     """
@@ -163,7 +163,7 @@ class IPOConfig(ObjectiveConfig):
 
 
 def ipo(pairs: Pairs, config: IPOConfig) -> Judged:
-    """(r_w / |w| - r_l / |l| - 1 / (2 beta))^2   (Azar et al. 2023, arXiv:2310.12036, eq. 17).
+    """Return (r_w / |w| - r_l / |l| - 1 / (2 beta))^2   (Azar et al. 2023, arXiv:2310.12036, eq. 17).
 
     Ratios are taken per token, as TRL does after asking the authors.
     """
@@ -187,7 +187,7 @@ class SimPOConfig(ObjectiveConfig):
 
 
 def simpo(pairs: Pairs, config: SimPOConfig) -> Judged:
-    """-log sigmoid(beta (log p_w / |w| - log p_l / |l|) - gamma)   (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
+    """Return -log sigmoid(beta (log p_w / |w| - log p_l / |l|) - gamma) (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
     chosen, rejected = (config.beta * mean for mean in pairs.means)
     return Judged(-F.logsigmoid(chosen - rejected - config.gamma), chosen, rejected)
 
@@ -203,7 +203,8 @@ class ORPOConfig(ObjectiveConfig):
 
 
 def orpo(pairs: Pairs, config: ORPOConfig) -> Judged:
-    """-log P_w - lambda log sigmoid(log(odds_w / odds_l)), P per token   (Hong et al. 2024, arXiv:2403.07691, eq. 6-7).
+    """Return -log P_w - lambda log sigmoid(log(odds_w / odds_l)), P per token   (Hong et al. 2024,
+    arXiv:2403.07691, eq. 6-7).
 
     The cross entropy is the mean over each chosen answer's own tokens, so that a pair counts as one.
     """

@@ -17,11 +17,11 @@ from lightning_peft.serving.tiers import AdapterTiers
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What bytes that are no whole character yet decode to."""
+"""Character that bytes decode to while they are no whole one yet."""
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may."""
+    """A queue in which as many requests wait as may."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Piece:
     finish_reason: str | None = None
     """stop or length, of the last piece."""
     error: Exception | None = None
-    """Why there is no answer: a ValueError speaks to the client."""
+    """Reason why there is no answer: a ValueError speaks to the client."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Job:
     end_ids: frozenset[int]
     """Tokens at which the answer ends."""
     take: Callable[[Piece], None]
-    """Called in the engine's thread."""
+    """Function that takes a piece, called in the engine's thread."""
     folder: Path | None = None
     """The adapter's folder; None is the model as it was loaded."""
     stops: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Job:
     finished: bool = False
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    """What was handed on."""
+    """Text that was handed on."""
 
 
 class Engine:
@@ -74,13 +74,13 @@ class Engine:
         self.max_queue = max_queue
         self.waiting: deque[Job] = deque()
         self.running: dict[int, Job] = {}
-        """By the id of its row."""
+        """Jobs by the ids of their rows."""
         self.may_take = self.max_batch
         """Jobs that this turn may still take from the queue."""
         self.generated = 0
         self.changed = threading.Condition()
         self.adapters = threading.Lock()
-        """Held by who reads or moves adapters."""
+        """Lock held by whoever reads or moves adapters."""
         self.stopping = False
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -190,7 +190,7 @@ class Engine:
         return Row(job.prompt, job.sampling, lambda choice: self._take(job, choice), top_logprobs=job.top_logprobs)
 
     def _take(self, job: Job, choice: Choice) -> bool:
-        """Hand a token on as text; returns whether the answer goes on."""
+        """Hand a token on as text; return whether the answer goes on."""
         self.generated += 1
         job.tokens.append(choice.token)
         if choice.token in job.end_ids:

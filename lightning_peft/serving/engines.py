@@ -1,4 +1,4 @@
-"""What other engines do with an adapter: the table `engines.yaml`, and what it says of one adapter."""
+"""Other engines and what they do with an adapter: the table `engines.yaml`, and what it says of one adapter."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +21,13 @@ PAIRS = ("lora", "lora_fa", "balora")
 NEVER_LOW_RANK = ("dora", "hira", "ia3", "miss", "intrinsic", "other_method")
 """Features whose change is no low-rank sum, whatever the file."""
 ENDS = ("embed", "lm_head", "wte")
-"""What names of embeddings and heads have in them."""
+"""Parts of the names of embeddings and heads."""
 WHOLE_TENSORS = ("trained_modules", "trained_embeddings", "trained_biases")
 """Features that change tensors of the base beside the low-rank sum."""
 
 
 class Outcome(Enum):
-    """What an engine does with a file."""
+    """Ways in which an engine treats a file."""
 
     ok = "ok"
     refuses = "refuses"
@@ -36,7 +36,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Cell:
-    """What an engine does with one feature."""
+    """An engine's treatment of one feature."""
 
     outcome: Outcome
     how: str = ""
@@ -60,7 +60,7 @@ class Engine:
     cells: Mapping[str, Cell]
     """Feature of the run's own folder -> what the engine does with it."""
     kept: Mapping[str, Cell] = field(default_factory=dict)
-    """The same of the formats in `reads`, where it is not ok."""
+    """The same for the formats in `reads`, where it is not ok."""
     rank_option: str = ""
     """The engine's option for the largest rank; empty where any goes."""
     rank_default: int = 0
@@ -70,7 +70,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one engine does with one file."""
+    """One engine's treatment of one file."""
 
     outcome: Outcome
     text: str

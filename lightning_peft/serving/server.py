@@ -32,14 +32,14 @@ from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.tiers import NAME, AdapterTiers, UnknownModelError
 
 SECONDS_BETWEEN_LOOKS = 0.5
-"""How often a request that waits looks whether its client is still there."""
+"""Time between two looks of a waiting request for whether its client is still there."""
 RETRY_AFTER = "1"
 PAGE = Path(__file__).with_name("page.html")
 """A chat with the base and two adapters side by side; it asks the endpoints below, and nothing else."""
 MOST_BYTES = 2**24
 """Largest body of a request."""
 OPEN = ("/", "/health")
-"""What is answered without the API key; the page asks for it."""
+"""Paths that are answered without the API key; the page asks for the key."""
 
 
 class ApiError(Exception):
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 @dataclass
 class Serving:
-    """What the endpoints share."""
+    """The state that the endpoints share."""
 
     engine: Engine
     tiers: AdapterTiers | None
@@ -63,7 +63,7 @@ class Serving:
     """Longest prompt and answer in tokens."""
     config: ServerConfig
     base_is_served: bool = True
-    """Whether the model answers under its own name; not where an adapter was merged into it."""
+    """True where the model answers under its own name; false where an adapter was merged into it."""
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(model, status) -> requests."""
     layouts: dict[Path, PromptLayout] = field(default_factory=dict)
@@ -232,7 +232,7 @@ def build_app(serving: Serving) -> FastAPI:
         assert tiers.directory is not None
         try:
             if body.load_inplace and body.lora_path is None and body.lora_name in tiers.folders:
-                path = tiers.folders[body.lora_name]  # which was allowed when it came
+                path = tiers.folders[body.lora_name]  # the folder was allowed when it came
             else:
                 path = (tiers.directory / (body.lora_path or body.lora_name)).resolve()
                 if not path.is_relative_to(tiers.directory.resolve()):

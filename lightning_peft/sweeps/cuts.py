@@ -1,4 +1,4 @@
-"""What the largest rank of a sweep does when it is cut by SVD, without training, beside what smaller ranks learn."""
+"""The largest rank of a sweep, cut by SVD without training, beside what smaller ranks learn."""
 
 import logging
 import shlex
@@ -18,7 +18,7 @@ INSPECTION, ADAPTER = "inspection.json", "adapter"
 def cut_sentence(sweep: Sweep, folder: Path, shown: str) -> str | None:
     """Say what `inspect smaller_ranks=true` found of the best trial of the largest rank, or how to have it found.
 
-    `shown` is the sweep's folder as it was typed. None where no two ranks are compared.
+    `shown` is the sweep's folder as it was typed. The result is None where no two ranks are compared.
     """
     ranks = best_of_ranks(sweep)
     if len(ranks) < 2:

@@ -1,4 +1,4 @@
-"""What somebody has to know who believes a sweep's table: what its trials do not have in common, or did not come to."""
+"""Doubts for whoever believes a sweep's table: what its trials do not have in common, or did not come to."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,11 +27,11 @@ LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_ba
 """Keys that change how many steps a run has."""
 GONE = (DIVERGED, FAILED, LOST, CANCELLED)
 COVERAGE = {2: "half of all cases", 3: "two cases of three", 4: "four cases of five", 5: "four cases of five"}
-"""How often the middle 95 % of resampled means of so few normal scores hold the true mean; 95 % from some thirty on."""
+"""Share for which the middle 95 % of resampled means of so few normal scores hold the true mean; 95 % from 30 on."""
 
 
 def doubts(sweep: Sweep) -> list[str]:
-    """Return a line for each; empty where the finished trials can be compared as they stand."""
+    """Return a line for each doubt; empty where the finished trials can be compared as they stand."""
     finished = [trial for trial in sweep.trials if score(sweep, trial) is not None]
     if not finished:
         ended = [trial for trial in sweep.trials if trial.state == FINISHED]
@@ -42,14 +42,14 @@ def doubts(sweep: Sweep) -> list[str]:
 
 
 def ties(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that are as good as the best one."""
+    """Name the trials that are as good as the best one."""
     best = min(score(sweep, trial) for trial in finished)  # type: ignore[type-var]
     equal = [trial for trial in finished if score(sweep, trial) == best]
     return [f"equally good: {named(equal)}"] if len(equal) > 1 else []
 
 
 def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials of the same values and the same seed."""
+    """Name the trials of the same values and the same seed."""
     same: dict[tuple[str, ...], list[Trial]] = {}
     for trial in finished:
         same.setdefault(tuple(sorted(f"{key}={value}" for key, value in trial.values.items())), []).append(trial)
@@ -57,7 +57,7 @@ def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) ->
 
 
 def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Groups whose mean is of fewer seeds than were trained, the best first."""
+    """Name the groups whose mean is of fewer seeds than were trained, the best first."""
     if SEED not in sweep.swept_keys:
         return []
     trials = {trial.name: trial for trial in sweep.trials}
@@ -72,7 +72,7 @@ def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) 
 
 
 def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that stopped early, and those of another length than the others."""
+    """Name the trials that stopped early, and those of another length than the others."""
     early = [trial for trial in finished if result_of(trial, "stopped_early")]
     steps = Counter(result_of(trial, "steps") for trial in finished if trial not in early)
     lines = []
@@ -87,7 +87,7 @@ def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) ->
 
 
 def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that were started with words that the others do not have."""
+    """Name the trials that were started with words that the others do not have."""
     by_words: dict[tuple[str, ...], list[Trial]] = {}
     for trial in finished:
         words = [word for word in trial.other_words if changes_numbers(word.removeprefix("without ").partition("=")[0])]
@@ -99,7 +99,7 @@ def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]
 
 
 def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that trained at another rate than they name, or left steps out."""
+    """Name the trials that trained at another rate than they name, or left steps out."""
     slower = [trial for trial in finished if result_of(trial, "rollbacks")]
     skipped = [trial for trial in finished if result_of(trial, "steps_left_out")]
     lines = []
@@ -112,7 +112,7 @@ def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[G
 
 
 def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Keys that make losses of other things, and a loss that is of a few rows."""
+    """Name the keys that make losses of other things, and a loss that is of a few rows."""
     metric = sweep.metric.removeprefix("-")
     lines = []
     keys = [key for key in sweep.swept_keys if is_below(key, OTHER_ROWS)]
@@ -124,7 +124,7 @@ def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group
 
 
 def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Intervals that claim more than so few scores can tell."""
+    """Name the intervals that claim more than so few scores can tell."""
     counts = [len(group.scores) for group in groups if len(group.scores) > 1]
     fewest = min(counts, default=0)
     if fewest not in COVERAGE:
@@ -138,7 +138,7 @@ FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[Group]], list[str]], .
 
 
 def changes_numbers(key: str) -> bool:
-    """Whether an option may change what a run's numbers are, of which one trial may have another value than the others.
+    """Return whether an option may change what a run's numbers are, while trials have different values of it.
 
     The number of steps does: a run that goes on may change it, and is then longer than the others.
     """
@@ -148,7 +148,7 @@ def changes_numbers(key: str) -> bool:
 
 
 def is_below(key: str, keys: Sequence[str]) -> bool:
-    """Whether a swept key is one of these, or an option of one whose options all count."""
+    """Return whether a swept key is one of these, or an option of one whose options all count."""
     below = ("objective", "data.sources", "data.template_options", "model.rope_scaling")
     return key in keys or any(key.startswith(f"{other}.") for other in below if other in keys)
 

@@ -7,4 +7,4 @@ from lightning_peft.tasks.text_to_sql import task as text_to_sql
 NONE = Task("none", score_nothing, headline=None, max_new_tokens=0)
 
 TASKS = {task.name: task for task in (text_to_sql.TASK, cmudict.TASK, final_number.TASK, NONE)}
-"""What `data.task` takes; `data.source` takes those that bring rows."""
+"""Values of `data.task`; `data.source` takes those that bring rows."""

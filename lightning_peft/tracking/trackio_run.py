@@ -35,7 +35,7 @@ class TrackioRun(ServiceRun):
         return "trackio"
 
     def open(self, id: str, is_new: bool) -> str:
-        # An optional extra.
+        # The package is an optional extra.
         import trackio
 
         own = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}

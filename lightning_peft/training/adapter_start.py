@@ -1,4 +1,4 @@
-"""Where adapters start that read more than their own layer: weights before quantisation, activations, gradients."""
+"""The start of adapters that read more than their own layer: weights before quantisation, activations, gradients."""
 
 import logging
 from collections.abc import Callable
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def reads_whole_model(adapter: AdapterConfig, quantization: QuantizationConfig) -> bool:
-    """Whether the adapters start from more than their own layer: weights before quantisation, or activations."""
+    """Return whether the adapters start from more than their own layer: weights before quantisation, or activations."""
     reads = adapter.initialization.reads
     chooses = METHODS[adapter.method].select is not None
     return chooses or reads is Reads.activations or (reads is not Reads.shape and quantization.is_on)

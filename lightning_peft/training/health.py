@@ -1,4 +1,4 @@
-"""How an adapter changes its layers while it trains: the size and rank of every change, and what looks wrong."""
+"""An adapter's changes of its layers while it trains: the size and rank of every change, and what looks wrong."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -118,7 +118,7 @@ def by_owner(model: nn.Module, root: nn.Module) -> list[tuple[FSDPModule | None,
 
 @contextmanager
 def gathered_block(owner: FSDPModule | None) -> Iterator[None]:
-    """Inside, the parameters of a sharded module are whole."""
+    """Keep the parameters of a sharded module whole, inside the block."""
     if owner is None:
         yield
         return
@@ -132,8 +132,8 @@ def gathered_block(owner: FSDPModule | None) -> Iterator[None]:
 def singular_values(grams: dict[str, tuple[Tensor, Tensor, float]]) -> dict[str, Tensor]:
     """Return the singular values of scaling B A by layer, fp64 on the host, from A A^T, B^T B and scaling.
 
-    Those of B A squared are the eigenvalues of sqrt(B^T B) A A^T sqrt(B^T B), matrices of rank x rank. Where a number
-    is not finite they are nan.
+    The squared singular values of B A are the eigenvalues of sqrt(B^T B) A A^T sqrt(B^T B), matrices of rank x rank.
+    Where a number is not finite, the values are nan.
     """
     by_rank: dict[int, list[str]] = {}
     for name, (gram, _, _) in grams.items():

@@ -66,12 +66,12 @@ class Member:
         """Its tree of modules: adapters of its own around weights that all share."""
         self.loss: ModelLoss | None = None
         self.router_load: RouterLoad | None = None
-        """What it logs of its experts; None where it has none, or does not log them."""
+        """Load of its experts that it logs; None where it has none, or does not log them."""
         self.batch: Batch | None = None
-        """What it waits to have run."""
+        """Batch that it waits to have run."""
         self.answer: tuple[Tensor, list[Tensor | None]] | BaseException | None = None
         self.random: dict[str, Tensor] = {}
-        """Where its random numbers stand while another thread works."""
+        """State of its random numbers while another thread works."""
         self.turn = threading.Semaphore(0)
         self.is_done = False
 
@@ -99,7 +99,7 @@ class TogetherLoss(SupervisedLoss):
     def __init__(self, model: PreTrainedModel, packing: bool | str, config: SFTConfig, member: Member):
         # Whatever this run asks for, its rows are packed behind those of the others: that is to be checked.
         super().__init__(model, packing or "auto", config)
-        self._member = (member,)  # in a tuple: not for copies of this module
+        self._member = (member,)  # the tuple keeps it out of copies of this module
         member.model, member.loss = model, self
 
     def forward(self, batch: Batch) -> Tensor:
@@ -161,7 +161,7 @@ class MemberSignals(PreemptionSignals):
 
 @dataclass
 class Outcome(Generic[Result]):
-    """How one member ended: what it returned, or what it raised."""
+    """The end of one member: what it returned, or what it raised."""
 
     value: Result | None = None
     error: BaseException | None = None
@@ -240,7 +240,7 @@ class Group:
         error, seen = outcome.error, set[int]()
         while error is not None and id(error) not in seen:
             seen.add(id(error))
-            error.__traceback__ = None  # whose frames hold its trainer
+            error.__traceback__ = None  # its frames hold its trainer
             error = error.__cause__ or error.__context__
         gc.collect()  # Trainer and module know each other
 
@@ -271,7 +271,7 @@ class SharedPasses:
         checked = members[0].loss
         assert checked is not None
         self.loss.logit_path, self.loss.is_checked = checked.logit_path, True
-        self.loss.label_smoothing = checked.label_smoothing  # the same for all
+        self.loss.label_smoothing = checked.label_smoothing  # it is the same for all
         self.router_loads = {member.number: RouterLoad(model) for member in members if member.router_load is not None}
 
     def take(self, members: Sequence[Member]) -> list[tuple[Tensor, list[Tensor | None]]]:
@@ -292,7 +292,7 @@ class SharedPasses:
             with self.noise(members, batches):
                 tokens = self.loss.token_losses(joined)
             for member in members:
-                if member.router_load is not None:  # as counted up to here: the backward pass may run blocks again
+                if member.router_load is not None:  # counted up to here: the backward pass may run blocks again
                     member.router_load.counts = dict(self.router_loads[member.number].counts)
             counts = [batch.num_supervised for batch in batches]
             weights = [None] * len(batches) if tokens.weights is None else tokens.weights.split(counts)
@@ -312,7 +312,7 @@ class SharedPasses:
         return answers
 
     def noise(self, members: Sequence[Member], batches: Sequence[Batch]) -> AbstractContextManager[None]:
-        """Inside, the embeddings of each batch have the noise that its member trains with, drawn as by itself."""
+        """Return a context: each batch's embeddings have the noise that its member trains with, drawn as by itself."""
         alphas = [0.0 if member.loss is None else member.loss.noise_alpha for member in members]
         if not any(alphas):
             return nullcontext()

@@ -172,7 +172,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def inputs_of(name: str) -> Tensor:
-    """What a layer is fed by the batches, without padding, (tokens, width)."""
+    """Return what a layer is fed by the batches, without padding, (tokens, width)."""
     model, seen = llama(), []
     model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, :9].flatten(0, 1)))
     with torch.no_grad():

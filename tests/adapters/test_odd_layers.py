@@ -42,7 +42,7 @@ def merged_by_hand(model, family):
 def test_all_linear_adapts_what_reads_its_weights(family):
     """Every layer's change counts, and reaches its gradient, as if its weight were the sum."""
     base = small_model(family)
-    keep_weights_in_evaluation(base)  # as loading does
+    keep_weights_in_evaluation(base)  # loading does so
     model = perturbed(base)
     logits = model(input_ids=IDS, use_cache=False).logits
     expected = merged_by_hand(model, family)(input_ids=IDS, use_cache=False).logits.detach()

@@ -196,7 +196,7 @@ def test_requantised_base_loads_in_four_bits(tmp_path: Path) -> None:
 
 
 def logits_of_codes(folder: Path) -> Tensor:
-    """The requantised model computed another way: bitsandbytes' weights made dense in a plain model."""
+    """Return the requantised model's logits in another way: bitsandbytes' weights made dense in a plain model."""
     coded = reload(folder / "out")
     plain = tiny_model().eval()
     with torch.no_grad():

@@ -65,7 +65,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def move(model: nn.Module, amount: float = 0.05) -> None:
-    """Trained parameters away from where they started."""
+    """Move trained parameters away from where they started."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -178,7 +178,7 @@ def test_pruned_adalora_of_hf_keeps_its_first_scaling(tmp_path: Path) -> None:
 
 
 def test_every_method_with_adapters_has_words() -> None:
-    """Those that are only written leave a folder that another row reads."""
+    """Methods that are only written leave a folder that another row reads."""
     written = {name: spelling(name) for name, method in METHODS.items() if method.layers}
     assert {name for name, row in written.items() if row.is_read} == set(spellings())
     for row in written.values():

@@ -67,7 +67,7 @@ def test_experts_that_ran_in_16_bits_are_added_to_the_published_ones(family: str
         for one in (model, original, expected):
             for name, parameter in one.named_parameters():
                 if name.endswith("bias"):
-                    parameter.fill_(1 / 3)  # which bf16 rounds
+                    parameter.fill_(1 / 3)  # bf16 rounds them
     model.bfloat16()
     if is_coded:
         quantize_linears(model, QuantizationConfig(Kind.nf4, block_size=32))

@@ -130,7 +130,7 @@ def test_estimate_counts_the_codes(folder, tmp_path):
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "moe_fp8_128", "moe_gptq", "moe_packed_int4", "mxfp4"])
 def test_the_layers_are_known_without_their_files(name, tmp_path):
-    """Of the size they have once loaded, from the names in the files or from config.json alone."""
+    """They have the size that they have once loaded, from the names in the files or from config.json alone."""
     path = tmp_path / "low"
     if name == "mxfp4":
         publish_mxfp4(small_model("gpt_oss"), path, tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""What a run was trained in goes with its adapter: precision, codes, the base it is compared with, its tokens."""
+"""The settings of a run go with its adapter: precision, codes, the base it is compared with, its tokens."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ NAME = "model.layers.0.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """An fp32 checkpoint, and rows to train on."""
+    """Return an fp32 checkpoint, and rows to train on."""
     folder = tmp_path_factory.mktemp("base")
     model = tiny_model()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def scores(folder, *words):
 
 @pytest.fixture(scope="module")
 def own_loss(base, tmp_path_factory):
-    """Loss of the base alone, in fp32."""
+    """Return the loss of the base alone, in fp32."""
     output = tmp_path_factory.mktemp("own") / "scores.json"
     words = ["model=hf", f"model.path={base}", *data(base), "models=base", "precision=32-true", "data.max_length=64"]
     assert main(["evaluate", *words, f"output={output}", "max_rows=4"]) == 0

@@ -24,7 +24,7 @@ CITIES = ("Oslo", "Rome")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model folder with Qwen3's template."""
+    """Return a model folder with Qwen3's template."""
     folder, tokenizer = tmp_path_factory.mktemp("qwen3"), tiny_tokenizer()
     tokenizer.chat_template = (TRL / "qwen3.jinja").read_text()
     config = Qwen3Config(
@@ -58,7 +58,7 @@ def answered(run_dir, prompt, capsys, *words):
 
 
 def generated_tokens(run_dir, prompt):
-    """The tokens of an answer, special ones among them, as the decoder of `generate` writes it; and the tokenizer."""
+    """Return an answer's tokens, special ones among them, as the decoder of `generate` writes it; and the tokenizer."""
     model, tokenizer = load_for_inference(str(run_dir), None, "auto")
     assert why_not_decoded(model) is None
     layout = layout_of(str(run_dir), tokenizer)

@@ -70,7 +70,7 @@ NO_TOOLS = {
     "chatml", "smollm2", "mistral_v0.1", "olmo", "phi4", "phi4_mini", "opens_thought",
     "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
 }  # fmt: skip
-"""Those that write no tools; Phi 4 mini does from a key of the system turn, not from its variable."""
+"""Templates that write no tools; Phi 4 mini does from a key of the system turn, not from its variable."""
 NO_THOUGHT = {
     (name, kind)
     for name in ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4")
@@ -83,11 +83,11 @@ OPENS = ("deepseekv3", "deepseek_r1_distill", "nemotron", "opens_thought")
 """Their prompts open a thought that their renderings of an answer do not begin with, or not always."""
 
 MOVES = {("mistral_v0.3", "system"), ("gptoss", "thoughts and calls")}
-"""What stands in the prompt is written elsewhere, or dropped, with the answer."""
+"""Templates that write the text of the prompt elsewhere, or drop it, with the answer."""
 
 
 def dicts(tokenizer, messages):
-    """Messages as `apply_chat_template` takes them, thoughts inline where the template has no key for them."""
+    """Return messages as `apply_chat_template` takes them, thoughts inline where the template has no key for them."""
     template = template_of(tokenizer)
     return [template.spelled(message) for message in messages]
 
@@ -95,7 +95,7 @@ def dicts(tokenizer, messages):
 def applied(tokenizer, conversation, messages, generation, **more):
     return tokenizer.apply_chat_template(
         dicts(tokenizer, messages),
-        chat_template=template_of(tokenizer).source,  # the tokenizer's own, but for today's date
+        chat_template=template_of(tokenizer).source,  # they are the tokenizer's own, but for today's date
         tools=conversation.tools,
         xml_tools=conversation.tools,  # SmolLM 3's name for them
         tokenize=False,
@@ -105,7 +105,7 @@ def applied(tokenizer, conversation, messages, generation, **more):
 
 
 def samples_by_turn(tokenizer, conversation):
-    """The prompt's tokens and the trained text of each trained turn, in the order of the turns."""
+    """Return the prompt's tokens and the trained text of each trained turn, in the order of the turns."""
     [samples] = encode_all([conversation], tokenizer)
     turns = []
     for sample in samples:
@@ -143,7 +143,7 @@ def test_each_turn_follows_its_prompt_as_the_template_renders_it(name, kind):
         trained = tokenizer.decode(trained_ids)
         if whole.startswith(prompt):
             follows = whole[len(prompt) :]
-            if name == "glm4moe":  # what begins the next turn ends this one
+            if name == "glm4moe":  # the next turn's beginning ends this one
                 follows += "<|observation|>" if message.tool_calls else "<|user|>"
             assert follows.startswith(trained)
             assert not follows.removeprefix(trained).strip("\n") or name.startswith("phi")  # EOS after the last message
@@ -357,7 +357,7 @@ OPENED_BEFORE |= {"chatml": "Two.\n</think>\n\nIt is 4.", "qwen3": "Two.\n</thin
 
 @pytest.mark.parametrize("name", OPENED_BEFORE)
 def test_thought_whose_opening_the_prompt_wrote_is_a_thought(name):
-    """The closing mark alone: anywhere where the template's prompt opens the thought, else as DeepSeek-R1 writes it."""
+    """A closing mark is one anywhere where the template's prompt opens the thought, else as DeepSeek-R1 writes it."""
     tokenizer = tokenizer_of(name)
     inline = Conversation([ASKED, Message("assistant", OPENED_BEFORE[name])])
     [[kept]], [[dropped]] = (
@@ -446,7 +446,7 @@ def numbered_call(number):
 
 
 def is_refused(name, conversation):
-    """Whether the template cannot write a random conversation, by what was found of it above."""
+    """Return whether the template cannot write a random conversation, by what was found of it above."""
     system, calls = conversation[0].role == "system", any(message.tool_calls for message in conversation)
     return bool(
         (system and name in NO_SYSTEM)
@@ -457,13 +457,13 @@ def is_refused(name, conversation):
 
 
 AFTER_THOUGHT = ("deepseekv3", "deepseek_r1_distill", "opens_thought")
-"""Their prompts open a thought, and their own renderings drop it, or write no mark of one that is empty."""
+"""Templates whose prompts open a thought that their renderings drop, or write no mark of where it is empty."""
 HEADERS = {"mistral_v0.3": "[/INST]", "gptoss": "<|start|>assistant"}
-"""What stands before an answer where the prompt before it is written otherwise once it is there."""
+"""Text before an answer where the prompt before it is written otherwise once it is there."""
 
 
 def to_be_trained(name, tokenizer, prompt, whole, message, with_thought):
-    """The text that generation is to write: what the template's own rendering of the turn has behind its prompt."""
+    """Return the text that generation is to write: what the template's rendering of the turn has behind its prompt."""
     if whole.startswith(prompt):
         said = whole[len(prompt) :].rstrip("\n")
         if name in ("phi3", "phi3_5"):
@@ -540,7 +540,7 @@ def random_conversation(rng):
 
 
 def row_of(conversation):
-    """A row as a data set holds it."""
+    """Return a row as a data set holds it."""
     keys = {"reasoning": "reasoning_content"}
     turns = [
         {
@@ -564,7 +564,7 @@ def test_cost_is_linear_in_the_turns(name):
     turns = [
         message for number in range(100) for message in (Message("user", f"Q{number}"), answer("llama3_1", number))
     ]
-    encode_all([Conversation(turns[:4])], tokenizer)  # what is found out about a template once
+    encode_all([Conversation(turns[:4])], tokenizer)  # some things are found out about a template once
     seconds = []
     for _ in range(3):  # a core that others use, or a collection of garbage, adds to one of them
         started = time.process_time()

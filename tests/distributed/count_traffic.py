@@ -1,4 +1,4 @@
-"""Started on every rank: bytes that a forward and backward pass of a sharded model gathers and reduces, as JSON."""
+"""Count the bytes that a forward and backward pass of a sharded model gathers and reduces, on every rank, as JSON."""
 
 import json
 import sys

@@ -52,7 +52,7 @@ class AttentionOutputs(TorchDispatchMode):
 
 
 def saved_bytes(objective: SupervisedLoss, batch: Batch, mode: str) -> int:
-    """Bytes of the storages that autograd or a checkpoint keeps after the forward pass, weights and batch left out."""
+    """Return the bytes of storages that autograd or a checkpoint keeps after the forward, but for weights and batch."""
     saved: list[torch.Tensor] = []
     objective.check(batch)
 

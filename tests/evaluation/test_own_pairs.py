@@ -1,4 +1,4 @@
-"""Pairs of a model's own wrong answers: which are made, what is counted, and the command on a run made here."""
+"""Pairs of a model's own wrong answers: the pairs made, the counts, and the command on a run made here."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Takes training steps on fake tensors that lie on cuda:0, and says what a GPU would have met.
+"""Take training steps on fake tensors that lie on cuda:0, and say what a GPU would have met.
 
     python steps.py CASES.json     # a list of {"method", "kind", "checkpointing", "head", "dropout", "optimizer"}
 

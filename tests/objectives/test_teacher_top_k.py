@@ -1,4 +1,4 @@
-"""A teacher that reads the rows once: what is kept of it, and the loss on that."""
+"""A teacher that reads the rows once: the part of it that is kept, and the loss on that."""
 
 from contextlib import closing
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_all_tokens_kept_are_the_teacher_itself(kind, temperature, more, tmp_pat
 
 @pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5)])
 def test_others_are_one_token_with_their_mass(kind, beta, tmp_path):
-    """By torch on whole logits: probabilities of the teacher's five likeliest, and of all others summed."""
+    """Torch has them on whole logits: probabilities of the teacher's five likeliest, and of all others summed."""
     words = [f"objective.divergence={kind}", "objective.weight=1", "objective.teacher=tiny_tied"]
     module, data = kept(tmp_path, 5, *words)
     loss, _ = mean_loss(module, data)

@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def weight_of(rows: int = 96, columns: int = 60) -> torch.Tensor:
-    """60 columns are no multiple of any 4-bit block; a row of zeros has no scale."""
+    """Return a weight: 60 columns are no multiple of any 4-bit block; a row of zeros has no scale."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     return weight

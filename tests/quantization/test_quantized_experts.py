@@ -41,7 +41,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def dense_again(model: Any) -> Any:
-    """The plain model with the weights that the codes stand for."""
+    """Return the plain model with the weights that the codes stand for."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CodedWeight):
             model.set_submodule(name, dequantized_layer(layer))

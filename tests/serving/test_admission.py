@@ -1,4 +1,4 @@
-"""Who is taken into the batch, and when: the engine's turns, without a server around it."""
+"""The choice and the time of who is taken into the batch: the engine's turns, without a server around it."""
 
 import shutil
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def answers(engine: Engine, jobs: list[Job]) -> list[list[int]]:
 
 
 def test_more_adapters_than_slots_and_host_places_run_at_once(folders: list[Path]) -> None:
-    """On a CPU: four adapters over one slot, two on the host; each is answered as by itself."""
+    """Four adapters over one slot, two of them on the host, are each answered as by themselves, on a CPU."""
     alone = [answers(engine(1), [job([5, 6, 7], folder, [])])[0] for folder in folders]
     assert len({tuple(tokens) for tokens in alone}) == 4
     shared = engine(1)
@@ -92,7 +92,7 @@ def test_a_failure_leaves_no_guest_behind(folders: list[Path]) -> None:
 
 
 def widen_q(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A layer of another width."""
+    """Give a layer another width."""
     return {name: torch.cat([value, value], 1) if "q_proj.lora_A" in name else value for name, value in A_and_B.items()}
 
 
@@ -109,7 +109,7 @@ def make_numbers(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def cut_B(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """B of another rank than A."""
+    """Give B another rank than A."""
     return {name: value[:, :1].contiguous() if "lora_B" in name else value for name, value in A_and_B.items()}
 
 
@@ -121,7 +121,7 @@ def test_an_adapter_that_does_not_fit_ends_its_own_request_alone(
     folders: list[Path],
     tmp_path: Path,
 ) -> None:
-    """Asked for while another has its slot, or beside it in a free one; its layers are those of the first."""
+    """It is asked for while another has its slot, or beside it in a free one; its layers are those of the first."""
     misshapen = tmp_path / "misshapen"
     shutil.copytree(folders[0], misshapen)
     (misshapen / "lineage.json").unlink()

@@ -111,7 +111,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def test_rollback_is_the_run_resumed_at_a_lower_rate(tmp_path):
-    """From the checkpoint behind step 6, bit for bit, also where the run is paused behind it before it saves again."""
+    """It goes on from step 6, bit for bit, also where the run is paused behind it before it saves again."""
     with pytest.raises(Paused):
         train(tiny_config(tmp_path / "by_hand", *SHORT, "pause_at=6"))
     full = float(list(csv.DictReader((tmp_path / "by_hand" / "metrics.csv").read_text().splitlines()))[-1]["lr"])
@@ -226,7 +226,7 @@ def test_skipping_ends_after_patience_and_at_a_broken_weight():
 
 
 def test_checkpoint_waits_for_a_loss_that_is_far_above(tmp_path):
-    """What is written while the loss explodes would push out what can be gone back to."""
+    """A checkpoint written while the loss explodes would push out what can be gone back to."""
     guard = Guard(GuardConfig(factor=3, patience=4))
     for step in range(30):
         guard.look(step, values(2.0), nn.Identity())

@@ -1,4 +1,4 @@
-"""What is said of an adapter while it trains is what its matrices say, and what looks wrong is told once."""
+"""The log of an adapter while it trains says what its matrices say, and tells once what looks wrong."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def rows_of(run_dir: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("method", ["lora", "dora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_changes_are_those_of_the_dense_matrices(method):
-    """By an SVD of the whole change, where the meter looks at matrices of rank x rank, or iterates."""
+    """The changes come of an SVD of the whole, where the meter looks at matrices of rank x rank, or iterates."""
     module, data = tiny_parts(tiny_config(Path("unused"), f"method={method}", "data.packing=false"))
     plain_trainer(max_steps=3).fit(module, datamodule=data)
     found = ChangeMeter().measure(module.model, module.objective)
@@ -109,7 +109,7 @@ def test_end_of_a_run_says_what_looks_wrong_and_keeps_it(tmp_path, caplog, capsy
 
 
 def lora_model(*spoilt: str) -> nn.Module:
-    """Layers a, b and c whose adapters change them; the named ones have an infinite B."""
+    """Return a model of layers a, b and c whose adapters change them; the named ones have an infinite B."""
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(20, 12, bias=False) for name in "abc"})
     inject_adapters(model, LoRAConfig(method="lora", rank=8, target_modules=["a", "b", "c"]))

@@ -1,4 +1,4 @@
-"""No step waits for the device: what it computes is read back every `trainer.log_every_n_steps`, and then at once."""
+"""No step waits for the device: its numbers are read back every `trainer.log_every_n_steps`, and then at once."""
 
 from contextlib import suppress
 
@@ -43,7 +43,7 @@ def test_no_step_waits_for_the_device(words, tmp_path, monkeypatch):
 
 
 def wait_in_vain():
-    """Call what a CPU build refuses: that it is called is what counts."""
+    """Call what a CPU build refuses: the call is what counts."""
     with suppress(AssertionError, RuntimeError):
         torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""What MFU is made of: linear weights, attention, experts that a token goes to, and the device's own peak."""
+"""The parts of MFU: linear weights, attention, experts that a token goes to, and the device's own peak."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Training on a 4-bit base: what the log says of it, and that it does not change."""
+"""Training on a 4-bit base: the log's words about it, and the proof that it does not change."""
 
 import logging
 import math

@@ -48,7 +48,7 @@ def result(run_dir: Path) -> dict[str, object]:
 
 
 def assert_as_alone(run_dir: Path, alone: Path, limit: float = 1e-6) -> None:
-    """Equal but for the order in which fp32 sums of more rows are taken.
+    """Assert that runs are equal but for the order in which fp32 sums of more rows are taken.
 
     AdamW divides by a gradient's size, so that an element whose gradient is nothing but rounding moves by its sign:
     weights are compared as a whole.

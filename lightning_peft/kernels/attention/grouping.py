@@ -1,9 +1,9 @@
-"""How the samples of a packed batch are put side by side for attention on a CPU, and cut into strips.
+"""The arrangement of a packed batch's samples side by side for attention on a CPU, and their cut into strips.
 
 Samples of like length make a group: each is padded to the longest, and all take the same strips, one batched product
 for a strip of all samples and heads. A strip is a run of queries; its keys go from the first that its window reaches
-(without one, the sample's first) to its last query. Which samples share a group and where strips are cut follows from
-two measured costs.
+(without one, the sample's first) to its last query. Two measured costs decide which samples share a group and where
+strips are cut.
 """
 
 from functools import lru_cache
@@ -43,12 +43,12 @@ class Group(NamedTuple):
 
 
 class Reordering(NamedTuple):
-    """Which token of the batch is where."""
+    """The place of each token of the batch."""
 
     tokens: Tensor
     """(slots,): the position in the batch of each slot's token; in slots past a sample's end, of its last one."""
     is_padding: Tensor
-    """(slots,): whether a slot is past its sample's end."""
+    """(slots,): true where a slot is past its sample's end."""
     places: Tensor
     """(N,): the slot of each of the batch's tokens."""
 
@@ -142,7 +142,7 @@ def strip_length(batch: int, keys: int) -> int:
 def cut_strips(length: int, batch: int, window: int | None) -> list[Strip]:
     """Return the strips of `length` queries, in `batch` matrices side by side: the heads of all samples of a group.
 
-    Of all ways to cut at every MIN_STRIP tokens, the one with the fewest scores; a strip counts as STRIP_COST of them.
+    The cuts are at multiples of MIN_STRIP tokens, those with the fewest scores; a strip counts as STRIP_COST of them.
     """
     cuts = [*range(0, length, MIN_STRIP), length]
     cost, previous = [0], [0]

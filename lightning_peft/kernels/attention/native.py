@@ -32,10 +32,10 @@ class Work(ctypes.Structure):
 
 
 class Split(NamedTuple):
-    """How a call's heads are shared among threads."""
+    """The division of a call's heads among threads."""
 
     parts: int
-    """Into which the query heads of one key head are cut: 1, or one each where samples alone keep too few busy."""
+    """Parts that the query heads of one key head are cut into: 1, or one each where samples alone keep too few busy."""
     threads: int
 
 
@@ -45,7 +45,7 @@ def takes(query: Tensor) -> bool:
 
 
 def split(num_samples: int, heads: int, key_heads: int) -> Split:
-    """Samples are taken as they come: with four for a thread, none waits long for the last."""
+    """Return the division of the heads. Samples are taken as they come: with four for a thread, none waits long."""
     threads = torch.get_num_threads()
     parts = heads // key_heads if num_samples * key_heads < 4 * threads else 1
     return Split(parts, min(threads, num_samples * key_heads * parts))

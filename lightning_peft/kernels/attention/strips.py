@@ -44,7 +44,7 @@ def by_head(x: Tensor, group: Group, key_heads: int) -> Tensor:
 
 
 def to_rows(x: Tensor, group: Group, key_heads: int, dtype: torch.dtype) -> Tensor:
-    """(slots, H, C) -> (batch, rows, C), contiguous: a strip's rows follow one another.
+    """Reorder (slots, H, C) to (batch, rows, C), contiguous: a strip's rows follow one another.
 
     `batch` is samples * key heads, `rows` length * H / key heads.
     """
@@ -53,7 +53,7 @@ def to_rows(x: Tensor, group: Group, key_heads: int, dtype: torch.dtype) -> Tens
 
 
 def to_columns(x: Tensor, group: Group, dtype: torch.dtype, ones: int = 0) -> Tensor:
-    """(slots, G, D) -> (batch, D + ones, length), contiguous, with ones in the last rows."""
+    """Reorder (slots, G, D) to (batch, D + ones, length), contiguous, with ones in the last rows."""
     heads = by_head(x, group, x.shape[1]).squeeze(3).mT
     columns = torch.empty(*heads.shape[:2], x.shape[-1] + ones, group.length, dtype=dtype)
     columns[:, :, : x.shape[-1]].copy_(heads)
@@ -80,7 +80,7 @@ class Product:
     """Products of a group's strips, written to the same memory in turn, which so stays in the cache."""
 
     def __init__(self, queries: Tensor, group: Group, dtype: torch.dtype):
-        """`queries` as `to_rows` gives them, the left factors' rows."""
+        """Take `queries` as `to_rows` gives them, the left factors' rows."""
         most = max((strip.stop - strip.start) * (strip.stop - strip.first) for strip in group.strips)
         self.memory = torch.empty(queries.shape[0] * queries.shape[1] // group.length * most, dtype=dtype)
 
@@ -117,10 +117,10 @@ def hide(scores: Tensor, strip: Strip) -> None:
 def attend_group(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, group: Group, output: Tensor, normalizers: Tensor
 ) -> None:
-    """Softmax attention of one group's slots out of query (slots, H, D), key and value (slots, G, D).
+    """Compute the softmax attention of one group's slots out of query (slots, H, D), key and value (slots, G, D).
 
-    Writes to `output` (slots, H, D) and, fp32, `normalizers` (slots, H, 1). Scores and softmax are fp32, probabilities
-    are rounded to the dtype of `value`.
+    The result goes to `output` (slots, H, D) and, fp32, `normalizers` (slots, H, 1). Scores and softmax are fp32,
+    probabilities are rounded to the dtype of `value`.
     """
     key_heads = key.shape[1]
     queries = to_rows(query, group, key_heads, torch.float32)
@@ -141,9 +141,9 @@ def attend_group(
 
 
 def with_constant(x: Tensor, constant: Tensor) -> Tensor:
-    """(..., D) and (..., 1) fp32 -> (..., D + 2): the constant in two columns, to twice the digits of x's dtype.
+    """Join (..., D) and (..., 1) fp32 to (..., D + 2): the constant is in two columns, to twice x's digits.
 
-    A product with a matrix that has ones in its last rows adds it.
+    A product with a matrix that has ones in its last rows adds the constant.
     """
     high = constant.to(x.dtype)
     return torch.cat((x, high, (constant - high).to(x.dtype)), -1)
@@ -247,7 +247,7 @@ def attend_backward(
 
 
 def flat(x: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B T, H, D), a view of what projections give."""
+    """Return (B, H, T, D) as (B T, H, D), a view of what projections give."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 

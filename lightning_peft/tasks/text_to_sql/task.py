@@ -16,7 +16,7 @@ def _is_right_sql(row: Row, answer: str) -> bool:
 
 
 def score_text_to_sql(rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """`execution_accuracy`, and `execution_accuracy/LEVEL` for each level among the rows."""
+    """Return `execution_accuracy`, and `execution_accuracy/LEVEL` for each level among the rows."""
     by_level: dict[str, list[bool]] = defaultdict(list)
     for row, answer in zip(rows, answers, strict=True):
         by_level[row["level"]].append(_is_right_sql(row, answer))

@@ -55,7 +55,7 @@ class Samples(Callback):
             self.write(trainer, base, answers)
 
     def generate(self, pl_module: LightningModule) -> tuple[Sequence[str | None], list[str]]:
-        """(what the base answers, None where it is trained itself; what the model answers now)."""
+        """Return (what the base answers, None where it is trained itself; what the model answers now)."""
         model = pl_module.model
         assert isinstance(model, PreTrainedModel)
         if self.base_answers is None and next(adapters(model), None) is not None:

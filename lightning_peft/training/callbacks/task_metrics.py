@@ -103,7 +103,7 @@ class TaskMetrics(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for scorer in self.scorers:
             for name in scorer.names:
-                trainer.callback_metrics.pop(name, None)  # of the validation before, should this one score none
+                trainer.callback_metrics.pop(name, None)  # this validation may score none
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -131,7 +131,7 @@ class TaskMetrics(Callback):
             )  # fmt: skip
 
     def is_beyond_budget(self, trainer: Trainer) -> bool:
-        """Whether another scoring like the last would take more than the share; rank zero's clock decides."""
+        """Return whether another scoring like the last would take more than the share; rank zero's clock decides."""
         elapsed = self.clock() - self.started
         is_beyond = self.budget is not None and self.spent + self.last > self.budget * (elapsed + self.last)
         is_beyond = distributed.on_rank_zero(lambda: is_beyond)

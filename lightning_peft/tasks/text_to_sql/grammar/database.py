@@ -50,7 +50,7 @@ class Database:
         return self._checks_left <= 0
 
     def run(self, sql: str) -> list[Row]:
-        """The rows of one SELECT statement; raises QueryError on anything else or over the bounds."""
+        """Return the rows of one SELECT statement; raises QueryError on anything else or over the bounds."""
         self._checks_left = MAX_VM_STEPS // STEPS_PER_CHECK
         try:
             cursor = self._connection.execute(sql)
@@ -70,7 +70,7 @@ class Database:
 class DatabasePair:
     """The two databases on which an answer must be right: the row's seed and the next one, with other rows.
 
-    Filled when first asked; `with` closes them.
+    They are filled when first asked; `with` closes them.
     """
 
     def __init__(self, schema: Schema, seed: int) -> None:
@@ -87,7 +87,7 @@ class DatabasePair:
             database.close()
 
     def run(self, sql: str) -> list[list[Row]]:
-        """The results on both; raises QueryError if one fails."""
+        """Return the results on both; raises QueryError if one fails."""
         if not self._databases:
             for rows in (self.first_rows, fill(self._schema, self._seed + 1)):
                 self._databases.append(Database(self._schema, rows))
@@ -95,7 +95,7 @@ class DatabasePair:
 
 
 def is_ordered(sql: str) -> bool:
-    """Whether the order of the result counts; the grammar has ORDER BY at the outermost level only."""
+    """Return whether the order of the result counts; the grammar has ORDER BY at the outermost level only."""
     return " ORDER BY " in sql
 
 
@@ -110,7 +110,7 @@ def _same_row(a: Row, b: Row) -> bool:
 
 
 def same_result(gold: Sequence[Row], answer: Sequence[Row], ordered: bool) -> bool:
-    """Equal rows, as a list if `ordered`, else as a multiset; numbers within a relative 1e-6."""
+    """Return whether rows are equal, as a list if `ordered`, else as a multiset; numbers within a relative 1e-6."""
     if len(gold) != len(answer):
         return False
     if ordered:

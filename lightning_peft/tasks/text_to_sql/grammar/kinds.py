@@ -58,11 +58,11 @@ LEVEL_SHARES = {"easy": 0.45, "medium": 0.35, "hard": 0.20}
 
 
 def draw_kind(rng: random.Random) -> str:
-    """A kind of query: the level by its share, then every kind of that level alike."""
+    """Return a kind of query: the level by its share, then every kind of that level alike."""
     level = rng.choices(list(LEVEL_SHARES), weights=list(LEVEL_SHARES.values()))[0]
     return rng.choice([name for name, kind in KINDS.items() if kind.level == level])
 
 
 def ask(draw: Draw, query: Query, kind: Kind) -> str:
-    """The question in words."""
+    """Return the question in words."""
     return draw.phrase(QUESTIONS[kind.phrasing]).format(**query.words)
