@@ -23,7 +23,7 @@ from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SupervisedLoss
-from lightning_peft.quantization.convert import prepare_quantized
+from lightning_peft.quantization.quantize import prepare_quantized
 from lightning_peft.runs.machine import GIB, Machine
 from lightning_peft.runs.plan import RunPlan, logging_left_to_ranks, plan_run
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks

@@ -75,8 +75,8 @@ from lightning_peft.models.weight_files import (
 )
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
 from lightning_peft.quantization.published.format import PublishedFormat
+from lightning_peft.quantization.quantize import quantize_linears
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Self
 
-from lightning_peft.tasks.text_to_sql.grammar.schema import Rows, Schema, fill
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import Rows, Schema, fill
 
 MAX_VM_STEPS = 500_000
 """sqlite virtual-machine steps that one query may take; a gold query takes a few thousand."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lightning_peft.tasks.text_to_sql.grammar import phrasings
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import Column, Rows, Schema, Table, Value
 from lightning_peft.tasks.text_to_sql.grammar.phrasings import Wording
-from lightning_peft.tasks.text_to_sql.grammar.schema import Column, Rows, Schema, Table, Value
 
 T = TypeVar("T")
 NUMBERS = ("integer", "real")

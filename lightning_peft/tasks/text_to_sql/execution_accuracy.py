@@ -5,8 +5,8 @@ from collections import defaultdict
 from lightning_peft.tasks.task import OwnRows, Row, Task, share
 from lightning_peft.tasks.text_to_sql.answers import execution_match, extract_sql
 from lightning_peft.tasks.text_to_sql.grammar.database import DatabasePair
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import parse_schema
 from lightning_peft.tasks.text_to_sql.grammar.kinds import LEVEL_SHARES
-from lightning_peft.tasks.text_to_sql.grammar.schema import parse_schema
 from lightning_peft.tasks.text_to_sql.rows import rows_of_kind
 
 
