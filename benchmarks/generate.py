@@ -24,7 +24,7 @@ from benchmarks.results import FOLDER, Results
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.compose import compose_config
-from lightning_peft.inference.decoding import Decoder, Row
+from lightning_peft.inference.continuous_batching import Decoder, Row
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer

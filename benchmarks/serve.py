@@ -28,7 +28,7 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.slots import Slots, cast_factors
 from lightning_peft.checkpoint.peft_format import read_low_rank, save_adapter
 from lightning_peft.compose import compose_config
-from lightning_peft.inference.decoding import Decoder, Row
+from lightning_peft.inference.continuous_batching import Decoder, Row
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer, model_name
 from lightning_peft.models.stored import source_fingerprint

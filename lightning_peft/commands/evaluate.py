@@ -41,7 +41,7 @@ from lightning_peft.evaluation.runner import PREFERENCES, Scores, score, with_sh
 from lightning_peft.evaluation.scorers import with_answer
 from lightning_peft.inference.drawn import check_draws
 from lightning_peft.inference.load import is_whole_model, tuned_folder
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.objectives.reward import RewardConfig
 from lightning_peft.strict_json import json_text
 from lightning_peft.tasks.registry import TASKS

@@ -18,7 +18,7 @@ from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_ste
 from lightning_peft.estimation.teacher import EmptyDistilledLoss, stored_by_teacher
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.loading import empty_model, prepare_as_published
-from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.models.weight_streaming import fp32_pattern
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.registry import OBJECTIVES

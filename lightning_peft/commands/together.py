@@ -28,7 +28,7 @@ from lightning_peft.distributed import LAUNCHER
 from lightning_peft.estimation.together import most_together
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.loading import empty_model
-from lightning_peft.models.packing import obstacle_to_one_row
+from lightning_peft.models.packing_choice import obstacle_to_one_row
 from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.runs.errors import is_input_error, one_line
 from lightning_peft.runs.folder import folder_of, opened_folder

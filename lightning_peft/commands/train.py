@@ -33,7 +33,7 @@ from lightning_peft.models.loading import (
     model_vocabulary,
     prepare_as_published,
 )
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from lightning_peft.data.chat import end_token_ids
-from lightning_peft.inference.decoding import Choice, Decoder, Row
+from lightning_peft.inference.continuous_batching import Choice, Decoder, Row
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import (
     PREFILL_TOKENS,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from lightning_peft.inference.decoding import Choice, Decoder, Row
+from lightning_peft.inference.continuous_batching import Choice, Decoder, Row
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
 from lightning_peft.serving.tiers import AdapterTiers

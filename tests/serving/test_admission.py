@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from server_process import save
 
 from lightning_peft.adapters.slots import Factors, Slots
-from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
 from lightning_peft.models.loading import load_model, load_tokenizer

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.conversion import Fusion, LoadingPlan, plan_loading
-from lightning_peft.models.low_bit import LowBitSource, prepare_low_bit_layers
+from lightning_peft.models.low_bit_source import LowBitSource, prepare_low_bit_layers
 from lightning_peft.models.multimodal import remember_files
 from lightning_peft.models.weight_files import PickledSource, SafetensorsSource, WeightSource
 from lightning_peft.quantization.config import QuantizationConfig
