@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.job import ClusterConfig, Work
+from lightning_peft.cluster.job import ClusterConfig, JobSpec
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.next_trial import turn_of_slot, work_to_begin
@@ -71,7 +71,7 @@ def task_folder(sweep: Sweep, folder: Path, task: str) -> Path:
     return Path(lines[int(number)])
 
 
-def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> Work:
+def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> JobSpec:
     """What the next array is to do: train these trials, or where there are none draw those that are still to be drawn.
 
     `run` is the config of one of them. Slots are as many as have something to do at once, with those that are there
@@ -82,7 +82,7 @@ def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainCo
         tasks, parallel = max(1, math.ceil(work_to_begin(sweep) / sweep.together)), None
         if sweep.parallel is not None:
             tasks = max(0, min(tasks, sweep.parallel - slots_at_work(sweep)))
-    return Work(
+    return JobSpec(
         name=folder.name,
         folder=folder,
         directory=sweep.directory,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_peft.adapters.segments import Batching, SegmentedLinear, Share, segment_layers
+from lightning_peft.adapters.segments import BatchShares, SegmentedLinear, Share, segment_layers
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
@@ -262,7 +262,7 @@ class SharedPasses:
 
     def __init__(self, group: Group, members: Sequence[Member]):
         assert group.template is not None
-        self.batching = Batching()
+        self.batching = BatchShares()
         model = copy_around_same_tensors(group.template)
         models = {member.number: member.model for member in members if member.model is not None}
         segment_layers(model, self.batching, models)
