@@ -40,7 +40,7 @@ from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
 from lightning_peft.tracking.run_log import PRINTED
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction, StrategyKind
 from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
-from lightning_peft.training.together import Group, Member, Outcome
+from lightning_peft.training.together import Member, MemberOutcome, RunGroup
 
 logger = logging.getLogger(__name__)
 
@@ -203,11 +203,11 @@ def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
         leave_with_launcher()
     has_joined = plan.is_rank and distributed.connect(plan.accelerator)
     names = [folder_of(config).name for config in configs]
-    group, statuses = Group(names), [0] * len(names)
+    group, statuses = RunGroup(names), [0] * len(names)
     if any(config.callbacks for config in configs):
         logger.info("callbacks: hooks on a model's layers see validations only, as one model takes all training passes")
 
-    def ended(number: int, outcome: Outcome[dict[str, Any]]) -> None:
+    def ended(number: int, outcome: MemberOutcome[dict[str, Any]]) -> None:
         status = statuses[number] = exit_status(outcome.error)  # its traceback, which tells, is let go of behind this
         if distributed.rank() == 0:
             say(names[number], outcome.error, status)

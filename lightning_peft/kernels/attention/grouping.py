@@ -33,7 +33,7 @@ class Strip(NamedTuple):
     """Additive, fp32, (queries, masked keys): for the last keys of the strip, all those before are seen."""
 
 
-class Group(NamedTuple):
+class LengthGroup(NamedTuple):
     """Samples computed as if all were `length` tokens long; their tokens lie in slots, sample after sample."""
 
     samples: int
@@ -56,7 +56,7 @@ class Reordering(NamedTuple):
 class Arrangement(NamedTuple):
     """The groups of a batch, and the order of its slots; no reordering where they are the batch's positions."""
 
-    groups: list[Group]
+    groups: list[LengthGroup]
     num_slots: int
     reordering: Reordering | None
 
@@ -74,7 +74,7 @@ def find_samples(cu_seqlens: Tensor, rows: int, width: int) -> list[Sample]:
 @lru_cache(maxsize=4)  # the layers of a model, forward and backward, ask for the same ones
 def arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arrangement:
     """Group the samples of a batch; a query sees its sample's keys up to itself, at most the last `window`."""
-    groups: list[Group] = []
+    groups: list[LengthGroup] = []
     tokens, is_padding = [], []
     start = 0
     for members in group_samples(samples, heads, window):
@@ -84,7 +84,9 @@ def arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arra
         tokens.append(positions.minimum(stops - 1).flatten())
         is_padding.append((positions >= stops).flatten())
         stop = start + positions.numel()
-        groups.append(Group(len(members), length, slice(start, stop), cut_strips(length, len(members) * heads, window)))
+        groups.append(
+            LengthGroup(len(members), length, slice(start, stop), cut_strips(length, len(members) * heads, window))
+        )
         start = stop
     return Arrangement(groups, start, reorder(torch.cat(tokens), torch.cat(is_padding)))
 
