@@ -51,7 +51,7 @@ class Encoded:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Outcome = list[Encoded] | Exception
+EncodedOrError = list[Encoded] | Exception
 """The samples of a conversation, or what is wrong with it."""
 
 
@@ -107,12 +107,12 @@ class Encoder:
             self._chat = ConversationRenderer(self.template, special, added, self._rules)
         return self._chat
 
-    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Outcome]:
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[EncodedOrError]:
         """Samples of each conversation, or the error that it raises; together, because that is faster.
 
         Raises `ChatTemplateError` where the chat template can take no conversation at all.
         """
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, EncodedOrError] = {}
         rendered: dict[int, list[Rendered]] = {}
         texts: dict[int, str] = {}
         renderer: ConversationRenderer | None = None
@@ -175,7 +175,7 @@ class Encoder:
         return ends
 
 
-def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[Outcome]]) -> dict[int, Outcome]:
+def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[EncodedOrError]]) -> dict[int, EncodedOrError]:
     """What `work` makes of all that is given at once, or of one after the other where one of them makes it fail."""
     try:
         return dict(zip(given, work(list(given.values())), strict=True)) if given else {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_peft.kernels.attention.grouping import (
     Arrangement,
     LengthGroup,
-    Sample,
+    SampleBounds,
     Strip,
     arrange,
     most_samples,
@@ -195,7 +195,7 @@ def attend_group_backward(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, samples: list[Sample], scaling: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, samples: list[SampleBounds], scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, T, H, D) and log normalisers (B, T, H) fp32.
 
@@ -221,7 +221,7 @@ def attend_backward(
     value: Tensor,
     output: Tensor,
     normalizers: Tensor,
-    samples: list[Sample],
+    samples: list[SampleBounds],
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
