@@ -24,7 +24,7 @@ from benchmarks.results import FOLDER, Results
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.compose import compose_config
-from lightning_peft.inference.decoding import Decoder, Row
+from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
@@ -48,7 +48,7 @@ def by_transformers(model: PreTrainedModel | PeftModel, prompts: list[list[int]]
 def by_ours(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
     """Generate greedy answers of `count` tokens by our decoder, its preparation included."""
     sampling = SamplingConfig(max_new_tokens=count)
-    rows = [Row(prompt, sampling, lambda _: True, wants_logprobs=False) for prompt in prompts]
+    rows = [RunningSequence(prompt, sampling, lambda _: True, wants_logprobs=False) for prompt in prompts]
     decoder = Decoder(model)
     decoder.add(*rows)
     while decoder.rows:

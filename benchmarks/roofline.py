@@ -46,7 +46,7 @@ from lightning_peft.objectives.logits import LogitPath
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import prepare_quantized
+from lightning_peft.quantization.quantize import prepare_quantized
 from lightning_peft.training.token_scaling import scale_gradients
 
 VARIANTS = ("frozen", "lora", "qlora", "dora", "qdora")

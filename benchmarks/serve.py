@@ -28,11 +28,11 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.slots import Slots, cast_factors
 from lightning_peft.checkpoint.peft_format import read_low_rank, save_adapter
 from lightning_peft.compose import compose_config
-from lightning_peft.inference.decoding import Decoder, Row
+from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer, model_name
 from lightning_peft.models.stored import source_fingerprint
-from lightning_peft.serving.engine import Engine, Job
+from lightning_peft.serving.engine import Engine, GenerationRequest
 from lightning_peft.serving.tiers import AdapterTiers
 from lightning_peft.tasks.text_to_sql.rows import generate_rows
 
@@ -95,7 +95,7 @@ class Bench:
         sampling = SamplingConfig(max_new_tokens=self.tokens)
         decoder.add(
             *(
-                Row(prompt, sampling, lambda _: True, route, wants_logprobs=False)
+                RunningSequence(prompt, sampling, lambda _: True, route, wants_logprobs=False)
                 for prompt, route in zip(self.prompts, routes, strict=True)
             )
         )
@@ -167,7 +167,7 @@ def more_than_slots(bench: Bench) -> dict[str, Any]:
         sampling = SamplingConfig(max_new_tokens=bench.tokens)
         for request, number in enumerate(numbers):
             prompt = bench.prompts[request % ROWS]
-            engine.submit(Job(prompt, sampling, frozenset(), lambda _: None, bench.path(number)))
+            engine.submit(GenerationRequest(prompt, sampling, frozenset(), lambda _: None, bench.path(number)))
         while engine.waiting or engine.running:
             engine.turn()
 

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.adapters.base import AdapterConfig
-from lightning_peft.adapters.init import Reads
+from lightning_peft.adapters.initialization import Reads
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.cluster.job import ClusterConfig
 from lightning_peft.data.config import DataConfig

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from lightning_peft.adapters.bias import Bias
-from lightning_peft.adapters.init import INITS, Initialization
+from lightning_peft.adapters.initialization import INITS, Initialization
 from lightning_peft.kernels.frozen_linear import Base, given
 from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.frozen_base import frozen_base

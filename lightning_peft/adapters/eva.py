@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.init import Reads
+from lightning_peft.adapters.initialization import Reads
 
 
 @dataclass

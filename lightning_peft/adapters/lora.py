@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.bias import Bias
-from lightning_peft.adapters.init import INITS, Reads, Start, kaiming
+from lightning_peft.adapters.initialization import INITS, Reads, Start, kaiming
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
 from lightning_peft.kernels.frozen_linear import Base
 from lightning_peft.kernels.grouped import grouped_product

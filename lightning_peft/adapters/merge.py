@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lightning_peft.adapters.base import NotMergeableError
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.targets import is_tied, untie
-from lightning_peft.quantization.convert import dequantized_layer
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, close_experts, open_experts
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.quantize import dequantized_layer
 from lightning_peft.quantization.weights import dense_weight, is_quantized, write_weight
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
-from lightning_peft.adapters.init import kaiming
+from lightning_peft.adapters.initialization import kaiming
 from lightning_peft.adapters.lora import PEFT
 from lightning_peft.adapters.method import Contract, Method, linears, only_written
 from lightning_peft.quantization.weights import linear_shape

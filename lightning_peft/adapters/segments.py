@@ -39,7 +39,7 @@ class Share:
 
 
 @dataclass
-class Batching:
+class BatchShares:
     """The models whose rows a batch holds. A backward pass comes before the next `begin`."""
 
     shares: Mapping[int, Share] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class SegmentedLinear(nn.Module):
     The adapters are the models' own layers, and no modules of this one. A model without one has the base's output.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str, batching: Batching):
+    def __init__(self, base_layer: nn.Module, name: str, batching: BatchShares):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
@@ -115,7 +115,7 @@ class SegmentedLinear(nn.Module):
         return self.batching.random[number]
 
 
-def segment_layers(model: nn.Module, batching: Batching, models: Mapping[int, nn.Module]) -> None:
+def segment_layers(model: nn.Module, batching: BatchShares, models: Mapping[int, nn.Module]) -> None:
     """Put the adapters of `models`, by number, around the layers of `model`, which are of the same base.
 
     Raises ValueError for an adapter whose output is not the base's and a low-rank product.

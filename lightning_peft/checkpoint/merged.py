@@ -26,7 +26,7 @@ from lightning_peft.checkpoint.resume import gathered
 from lightning_peft.kernels.codes import INT8
 from lightning_peft.kernels.low_bit import LOW_BIT
 from lightning_peft.models.multimodal import LeftOnDisk, save_left
-from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.models.weight_streaming import fp32_pattern
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import QuantizedExperts
 from lightning_peft.quantization.linear import QuantizedLinear

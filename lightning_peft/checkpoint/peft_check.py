@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.models.reward_head import reward_head
-from lightning_peft.models.streaming import parameters_on_meta
+from lightning_peft.models.weight_streaming import parameters_on_meta
 from lightning_peft.quantization.weights import never_calls
 
 

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from lightning_peft.adapters.init import INITS
+from lightning_peft.adapters.initialization import INITS
 from lightning_peft.adapters.inject import SHARED
 from lightning_peft.adapters.method import PeftSpelling
 from lightning_peft.adapters.registry import METHODS

@@ -80,7 +80,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Work:
+class JobSpec:
     """The work of a job: one run, or the trials of a sweep, one or several in each task."""
 
     name: str
@@ -117,15 +117,15 @@ class Cluster(ABC):
     """True where one task of a job can be ended, and the others go on."""
 
     @abstractmethod
-    def check(self, config: ClusterConfig, work: Work) -> None:
+    def check(self, config: ClusterConfig, work: JobSpec) -> None:
         """Raise ValueError for work that this cluster cannot do as it is asked."""
 
     @abstractmethod
-    def text(self, config: ClusterConfig, work: Work) -> str:
+    def text(self, config: ClusterConfig, work: JobSpec) -> str:
         """Return the file that is handed to the cluster."""
 
     @abstractmethod
-    def submit(self, path: Path, work: Work) -> str:
+    def submit(self, path: Path, work: JobSpec) -> str:
         """Hand the file over and return the job's id. Raises ClusterError with what was wrong."""
 
     @abstractmethod

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from lightning_peft.cluster.documents import yaml_text
-from lightning_peft.cluster.job import SAVED, SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
+from lightning_peft.cluster.job import SAVED, SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, JobSpec
 from lightning_peft.cluster.supervised import PORT, check_draws_nothing, check_is_shared, script
 
 KUBECTL = Commands(
@@ -71,7 +71,7 @@ class Kubernetes(Cluster):
     file = "job.yaml"
     cancels_tasks = False
 
-    def check(self, config: ClusterConfig, work: Work) -> None:
+    def check(self, config: ClusterConfig, work: JobSpec) -> None:
         assert isinstance(config, KubernetesConfig)
         if not config.image:
             raise ValueError("cluster.image: give the image of the pods, as cluster.image=me/lightning_peft:1")
@@ -83,7 +83,7 @@ class Kubernetes(Cluster):
         check_is_shared(config.volumes, work.folder, config.name)
         check_draws_nothing(config, work)
 
-    def text(self, config: ClusterConfig, work: Work) -> str:
+    def text(self, config: ClusterConfig, work: JobSpec) -> str:
         assert isinstance(config, KubernetesConfig)
         name = job_name(work.name)
         documents = [job(config, work, name)]
@@ -91,7 +91,7 @@ class Kubernetes(Cluster):
             documents.insert(0, service(config, name))
         return yaml_text(*documents)
 
-    def submit(self, path: Path, work: Work) -> str:
+    def submit(self, path: Path, work: JobSpec) -> str:
         written = KUBECTL.run("kubectl", "create", "--filename", str(path), "--output", "name")
         found = [line.partition("/") for line in written.split()]
         (name,) = [name for kind, _, name in found if kind.startswith("job")]
@@ -159,7 +159,7 @@ def service(config: KubernetesConfig, name: str) -> dict[str, Any]:
     }
 
 
-def job(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
+def job(config: KubernetesConfig, work: JobSpec, name: str) -> dict[str, Any]:
     is_sweep = work.run_dirs is not None
     pods = work.tasks if is_sweep else config.nodes
     spec: dict[str, Any] = {
@@ -188,7 +188,7 @@ def rules(is_sweep: bool) -> list[dict[str, Any]]:
     ]
 
 
-def pod(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
+def pod(config: KubernetesConfig, work: JobSpec, name: str) -> dict[str, Any]:
     number = "$JOB_COMPLETION_INDEX"
     text = script(
         config,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.documents import yaml_text
-from lightning_peft.cluster.job import SAVED, TASK, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
+from lightning_peft.cluster.job import SAVED, TASK, Cluster, ClusterConfig, ClusterError, Commands, Job, JobSpec
 from lightning_peft.cluster.supervised import check_draws_nothing, check_is_shared, script
 
 SECONDS = 900
@@ -80,7 +80,7 @@ class SkyPilot(Cluster):
 
     file = "job.sky.yaml"
 
-    def check(self, config: ClusterConfig, work: Work) -> None:
+    def check(self, config: ClusterConfig, work: JobSpec) -> None:
         assert isinstance(config, SkyPilotConfig)
         check_is_shared(config.volumes, work.folder, config.name)
         check_draws_nothing(config, work)
@@ -91,7 +91,7 @@ class SkyPilot(Cluster):
                 "leave it out"
             )
 
-    def text(self, config: ClusterConfig, work: Work) -> str:
+    def text(self, config: ClusterConfig, work: JobSpec) -> str:
         assert isinstance(config, SkyPilotConfig)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", work.name).strip("-._") or "run"
         name = f"{name if name[0].isalpha() else f'run-{name}'}-{secrets.token_hex(3)}"
@@ -124,7 +124,7 @@ class SkyPilot(Cluster):
         }
         return yaml_text({key: value for key, value in task.items() if value is not None})
 
-    def submit(self, path: Path, work: Work) -> str:
+    def submit(self, path: Path, work: JobSpec) -> str:
         text = path.read_text(encoding="utf-8")
         (name,) = re.findall(r"^name: (\S+)$", text, re.MULTILINE)
         launch = ("sky", "jobs", "launch", "--yes", "--detach-run")

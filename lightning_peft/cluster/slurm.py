@@ -17,7 +17,7 @@ from lightning_peft.cluster.job import (
     ClusterError,
     Commands,
     Job,
-    Work,
+    JobSpec,
 )
 from lightning_peft.cluster.slurm_slot import SECONDS_TO_START, SLOT
 from lightning_peft.cluster.stalls import stalls
@@ -215,7 +215,7 @@ class Slurm(Cluster):
 
     file = "job.sbatch"
 
-    def check(self, config: ClusterConfig, work: Work) -> None:
+    def check(self, config: ClusterConfig, work: JobSpec) -> None:
         log_path(work.folder, "")
         assert isinstance(config, SlurmConfig)
         if work.is_asking and config.container is not None:
@@ -225,7 +225,7 @@ class Slurm(Cluster):
                 "cluster.python, or use a grid or random draws without sweep.pruning and sweep.budget_gpu_hours"
             )
 
-    def text(self, config: ClusterConfig, work: Work) -> str:
+    def text(self, config: ClusterConfig, work: JobSpec) -> str:
         assert isinstance(config, SlurmConfig)
         python = config.python or ("python" if config.container else sys.executable)
         train, run_dir = train_words(work.folder / "config.yaml"), shlex.quote(str(work.folder))
@@ -248,7 +248,7 @@ class Slurm(Cluster):
             slot_of=work.folder if work.takes_turns else None,
         )  # fmt: skip
 
-    def submit(self, path: Path, work: Work) -> str:
+    def submit(self, path: Path, work: JobSpec) -> str:
         return SLURM_COMMANDS.run("sbatch", "--parsable", str(path)).strip().partition(";")[0]
 
     def find(self, job_ids: Iterable[str]) -> dict[str, Job]:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_peft.cluster.job import TASK, ClusterConfig, Work
+from lightning_peft.cluster.job import TASK, ClusterConfig, JobSpec
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.cluster.stalls import stalls
 
@@ -66,7 +66,7 @@ finish "$status"
 """
 
 
-def script(config: ClusterConfig, work: Work, task: str, number: str, node: str, first_node: str) -> str:
+def script(config: ClusterConfig, work: JobSpec, task: str, number: str, node: str, first_node: str) -> str:
     """Return the bash of one start.
 
     `task`, the id of what it runs, `number`, which of the job's tasks that is, `node`, the number of this node, and
@@ -124,7 +124,7 @@ def check_is_shared(volumes: Mapping[str, str], work_folder: Path, cluster: str)
         )
 
 
-def check_draws_nothing(config: ClusterConfig, work: Work) -> None:
+def check_draws_nothing(config: ClusterConfig, work: JobSpec) -> None:
     """Raise ValueError for tasks that would draw their trials: they cannot ask the cluster how the others stand."""
     if work.is_asking:
         raise ValueError(

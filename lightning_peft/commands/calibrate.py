@@ -14,7 +14,7 @@ from lightning_peft.commands.evaluate import data_of, refuse_margins, show_calib
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
 from lightning_peft.inference.load import tuned_folder
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:

@@ -41,11 +41,11 @@ from lightning_peft.evaluation.runner import PREFERENCES, Scores, score, with_sh
 from lightning_peft.evaluation.scorers import with_answer
 from lightning_peft.inference.drawn import check_draws
 from lightning_peft.inference.load import is_whole_model, tuned_folder
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.objectives.reward import RewardConfig
 from lightning_peft.strict_json import json_text
 from lightning_peft.tasks.registry import TASKS
-from lightning_peft.tasks.task import Row, Task
+from lightning_peft.tasks.task import Task, TaskRow
 
 logger = logging.getLogger(__name__)
 
@@ -360,7 +360,7 @@ def show_benchmark(metrics: dict[str, dict[str, Metric]]) -> None:
     console().print(table)
 
 
-def show_samples(results: dict[str, Scores], task: Task, rows: list[Row], count: int) -> None:
+def show_samples(results: dict[str, Scores], task: Task, rows: list[TaskRow], count: int) -> None:
     """Print a few questions, each with the right answer and what every model said."""
     answers = {name: scores.answers for name, scores in results.items() if scores.answers}
     if not answers or count == 0:

@@ -54,7 +54,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportedRun:
     """A trained run, and how it is written."""
 
     folder: Path
@@ -99,7 +99,7 @@ def export(config: ExportConfig) -> Receipt:
     return receipt
 
 
-def checked(config: ExportConfig) -> Source:
+def checked(config: ExportConfig) -> ExportedRun:
     """Look at the run and the format, without a model; print what each engine does with the result."""
     output, format = Path(config.output), config.format.value
     check_unused(output)
@@ -143,7 +143,7 @@ def checked(config: ExportConfig) -> Source:
         raise ValueError(f"base_name={config.base_name}: this export holds the base itself; leave it out")
     for line in table_of(features, largest_rank(adapter), format, rank):
         print(line)
-    return Source(folder, base, features, whole, merged, name)
+    return ExportedRun(folder, base, features, whole, merged, name)
 
 
 def resolving_name(config: ExportConfig, base: ModelConfig) -> str:
@@ -174,7 +174,7 @@ def base_file(base: ModelConfig) -> Path | None:
     return location if location.suffix == ".gguf" else None
 
 
-def compared(config: ExportConfig, source: Source, model: PreTrainedModel) -> Comparison:
+def compared(config: ExportConfig, source: ExportedRun, model: PreTrainedModel) -> Comparison:
     """Ask the trained model, which the written file is then compared with."""
     base_logits = None
     if not source.whole and (tensors_beside(source.folder) or any(layer.rewrote_base for _, layer in adapters(model))):
@@ -186,7 +186,7 @@ def compared(config: ExportConfig, source: Source, model: PreTrainedModel) -> Co
 
 def write_pairs(
     config: ExportConfig,
-    source: Source,
+    source: ExportedRun,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     layout: PromptLayout,
@@ -225,7 +225,7 @@ def write_pairs(
 
 def write_merged(
     config: ExportConfig,
-    source: Source,
+    source: ExportedRun,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     layout: PromptLayout,

@@ -40,7 +40,7 @@ from lightning_peft.evaluation.key_values import key_values
 from lightning_peft.evaluation.smaller_ranks import score_ranks, smallest_as_good
 from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
 from lightning_peft.quantization.weights import dense_weight, is_quantized

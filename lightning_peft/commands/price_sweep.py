@@ -23,7 +23,7 @@ from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.estimation.memory import Estimate
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, model_vocabulary
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.runs.machine import GIB, RESERVED
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, read_result
 from lightning_peft.training.config import ActivationCheckpointing

@@ -21,7 +21,7 @@ from lightning_peft.commands.adapted import (
     load_for_inference,
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm
-from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name

@@ -52,7 +52,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedAdapter:
     """An adapter, and the way vLLM serves it."""
 
     folder: Path
@@ -136,7 +136,7 @@ def check_options(config: ServerConfig, base: ModelConfig) -> None:
         raise ValueError(f"model.random_weights=true: vLLM reads weights from files; {instead}")
 
 
-def judge(name: str, folder: Path, served: Served) -> Judged:
+def judge(name: str, folder: Path, served: Served) -> JudgedAdapter:
     """Return what vLLM does with an adapter. Raises ValueError for a wrong base, a reward model, a name."""
     try:
         check_name(name, served.name)
@@ -149,14 +149,14 @@ def judge(name: str, folder: Path, served: Served) -> Judged:
     engine, features, rank = engines()["vllm"], features_of_folder(folder), stored_rank(folder)
     own = verdict(engine, features, rank, None)
     if own.outcome is Outcome.ok:
-        return Judged(folder, rank, False, f"{engine.title} {own.text}")
+        return JudgedAdapter(folder, rank, False, f"{engine.title} {own.text}")
     blocking = not_low_rank(features)
     exported = verdict(engine, features, rank, ExportFormat.plain.value)
     if blocking is not None or exported.outcome is not Outcome.ok:
         remedy = "serve.engine=embedded serves it alone, `lightning-peft merge` makes a model of it and its base"
         said = own if blocking is not None else exported
-        return Judged(folder, rank, False, f"{engine.title} {said.text}; {remedy}", refused=True)
-    return Judged(folder, rank, True, f"{engine.title} {exported.text}, after `export format=plain`")
+        return JudgedAdapter(folder, rank, False, f"{engine.title} {said.text}; {remedy}", refused=True)
+    return JudgedAdapter(folder, rank, True, f"{engine.title} {exported.text}, after `export format=plain`")
 
 
 def stored_rank(folder: Path) -> int:

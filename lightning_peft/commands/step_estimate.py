@@ -18,12 +18,12 @@ from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_ste
 from lightning_peft.estimation.teacher import EmptyDistilledLoss, stored_by_teacher
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.loading import empty_model, prepare_as_published
-from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.models.weight_streaming import fp32_pattern
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SupervisedLoss
-from lightning_peft.quantization.convert import prepare_quantized
+from lightning_peft.quantization.quantize import prepare_quantized
 from lightning_peft.runs.machine import GIB, Machine
 from lightning_peft.runs.plan import RunPlan, logging_left_to_ranks, plan_run
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks

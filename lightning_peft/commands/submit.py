@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file, write_text
-from lightning_peft.cluster.job import ClusterConfig, ClusterError, ClusterSilent, Work
+from lightning_peft.cluster.job import ClusterConfig, ClusterError, ClusterSilent, JobSpec
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.runs.folder import find_start
@@ -99,9 +99,9 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
     return config
 
 
-def work_of(config: TrainConfig, run_dir: Path) -> Work:
+def work_of(config: TrainConfig, run_dir: Path) -> JobSpec:
     """Return the work of a job of one run."""
-    return Work(run_dir.name, run_dir.resolve(), os.getcwd(), has_wandb="wandb" in config.logger)
+    return JobSpec(run_dir.name, run_dir.resolve(), os.getcwd(), has_wandb="wandb" in config.logger)
 
 
 def refuse_second_job(run_dir: Path) -> None:

@@ -22,6 +22,7 @@ from lightning_peft.sweeps.budget import budget_in_words, hours_of_trial, is_ove
 from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.local_worker import end, start_workers
+from lightning_peft.sweeps.next_trial import work_to_begin
 from lightning_peft.sweeps.place import cluster_of, find_jobs, task_of
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
 from lightning_peft.sweeps.search import WITH_TURNS, SweepPlace
@@ -50,7 +51,6 @@ from lightning_peft.sweeps.table import (
     svg_text,
     table_rows,
 )
-from lightning_peft.sweeps.turns import work_to_begin
 from lightning_peft.terminal_table import print_rows
 from lightning_peft.tracking.service_record import forget_steps
 

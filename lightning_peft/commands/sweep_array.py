@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.job import ClusterConfig, Work
+from lightning_peft.cluster.job import ClusterConfig, JobSpec
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
+from lightning_peft.sweeps.next_trial import turn_of_slot, work_to_begin
 from lightning_peft.sweeps.place import find_jobs
 from lightning_peft.sweeps.sweep import QUEUED, Sweep, Trial, begin, changed_sweep
-from lightning_peft.sweeps.turns import turn_of_slot, work_to_begin
 
 
 def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: TrainConfig) -> None:
@@ -71,7 +71,7 @@ def task_folder(sweep: Sweep, folder: Path, task: str) -> Path:
     return Path(lines[int(number)])
 
 
-def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> Work:
+def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> JobSpec:
     """Return the work of the next array: to train these trials, or where there are none to draw the missing ones.
 
     `run` is the config of one of the trials. Slots are as many as have something to do at once, with those that are
@@ -82,7 +82,7 @@ def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainCo
         tasks, parallel = max(1, math.ceil(work_to_begin(sweep) / sweep.together)), None
         if sweep.parallel is not None:
             tasks = max(0, min(tasks, sweep.parallel - slots_at_work(sweep)))
-    return Work(
+    return JobSpec(
         name=folder.name,
         folder=folder,
         directory=sweep.directory,

@@ -28,7 +28,7 @@ from lightning_peft.distributed import LAUNCHER
 from lightning_peft.estimation.together import most_together
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.loading import empty_model
-from lightning_peft.models.packing import obstacle_to_one_row
+from lightning_peft.models.packing_choice import obstacle_to_one_row
 from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.runs.errors import is_input_error, one_line
 from lightning_peft.runs.folder import folder_of, opened_folder
@@ -40,7 +40,7 @@ from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
 from lightning_peft.tracking.run_log import PRINTED
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction, StrategyKind
 from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
-from lightning_peft.training.together import Group, Member, Outcome
+from lightning_peft.training.together import Member, MemberOutcome, RunGroup
 
 logger = logging.getLogger(__name__)
 
@@ -204,11 +204,11 @@ def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
         leave_with_launcher()
     has_joined = plan.is_rank and distributed.connect(plan.accelerator)
     names = [folder_of(config).name for config in configs]
-    group, statuses = Group(names), [0] * len(names)
+    group, statuses = RunGroup(names), [0] * len(names)
     if any(config.callbacks for config in configs):
         logger.info("callbacks: hooks on a model's layers see validations only, as one model takes all training passes")
 
-    def ended(number: int, outcome: Outcome[dict[str, Any]]) -> None:
+    def ended(number: int, outcome: MemberOutcome[dict[str, Any]]) -> None:
         status = statuses[number] = exit_status(outcome.error)  # its traceback, which tells, is let go of behind this
         if distributed.rank() == 0:
             say(names[number], outcome.error, status)

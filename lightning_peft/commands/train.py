@@ -33,13 +33,13 @@ from lightning_peft.models.loading import (
     model_vocabulary,
     prepare_as_published,
 )
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.reward import refuse_trained_output
 from lightning_peft.runs.command import kept_commands
-from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
+from lightning_peft.runs.folder import RunStart, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
 from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
@@ -100,7 +100,7 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
         return train_with_rollbacks(run, start.checkpoint)
 
 
-def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: dict[str, Any]) -> dict[str, Any]:
+def finished_before(config: TrainConfig, plan: RunPlan, start: RunStart, result: dict[str, Any]) -> dict[str, Any]:
     """Return the result of a run that is finished. Raises ValueError for a run whose rows or base changed."""
     run_dir = folder_of(config)
     try:

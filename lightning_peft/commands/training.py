@@ -59,9 +59,9 @@ from lightning_peft.training.callbacks.adapter_health import AdapterHealth
 from lightning_peft.training.callbacks.early_stopping import EarlyStopping
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
-from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
 from lightning_peft.training.callbacks.task_metrics import TaskMetrics
+from lightning_peft.training.callbacks.validation_answers import ValidationAnswers
 from lightning_peft.training.config import ActivationCheckpointing, GuardAction
 from lightning_peft.training.guard import Diverged, Guard
 from lightning_peft.training.model_flops import why_slow
@@ -182,7 +182,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         metrics,
         *([scored] if scored is not None else []),
         *([stopping] if stopping is not None else []),
-        Samples([conversation for _, conversation in samples], tokenizer, run_dir, layout),
+        ValidationAnswers([conversation for _, conversation in samples], tokenizer, run_dir, layout),
         checkpoint,
         preemption,
     ]

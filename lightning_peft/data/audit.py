@@ -13,7 +13,7 @@ from lightning_peft.data.chat import Encoded
 from lightning_peft.data.config import Format
 from lightning_peft.data.conversation import BadRow
 from lightning_peft.data.preferences import Standing
-from lightning_peft.data.rendering import Kind
+from lightning_peft.data.rendering import TokenKind
 
 SHOWN_BAD_ROWS = 3
 
@@ -120,15 +120,15 @@ class Audit:
             self.ignored[name] = self.ignored.get(name, 0) + is_there
 
     def count_sample(self, sample: Encoded, kinds: bytes) -> None:
-        """Count a sample; `kinds` has a `Kind` for each token, as the labels have them."""
+        """Count a sample; `kinds` has a `TokenKind` for each token, as the labels have them."""
         self.samples += 1
         self.tokens += len(kinds)
-        self.supervised += len(kinds) - kinds.count(Kind.none)
-        for kind in (Kind.answer, Kind.reasoning, Kind.tool_call, Kind.end):
+        self.supervised += len(kinds) - kinds.count(TokenKind.none)
+        for kind in (TokenKind.answer, TokenKind.reasoning, TokenKind.tool_call, TokenKind.end):
             if count := kinds.count(kind):
                 self.kinds[kind.name] = self.kinds.get(kind.name, 0) + count
         self.truncated += sample.truncated
-        self.ended += Kind.end in kinds
+        self.ended += TokenKind.end in kinds
 
     def count_unit(self, unit: Sequence[Encoded]) -> None:
         """Count samples that belong together: both answers of a pair, or a labelled one and its mismatch."""
@@ -159,7 +159,7 @@ class Audit:
             f"{self.samples:,} samples of {self.rows:,} rows{files}, {self.tokens:,} tokens, "
             f"{self.supervised:,} trained ({share:.1%})"
         ]
-        if set(self.kinds) - {Kind.answer.name, Kind.end.name}:
+        if set(self.kinds) - {TokenKind.answer.name, TokenKind.end.name}:
             parts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.kinds.items())
             lines.append(f"trained tokens: {parts}")
         if self.taught_tokens:
@@ -279,10 +279,10 @@ def preview(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 KIND_STYLES = {
-    Kind.answer: "black on green",
-    Kind.reasoning: "black on cyan",
-    Kind.tool_call: "black on yellow",
-    Kind.end: "black on magenta",
+    TokenKind.answer: "black on green",
+    TokenKind.reasoning: "black on cyan",
+    TokenKind.tool_call: "black on yellow",
+    TokenKind.end: "black on magenta",
 }
 """The style that shows each kind of trained tokens."""
 
@@ -293,7 +293,7 @@ def preview_kinds(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     kinds = list(sample.kinds or bytes(len(sample.labels)))
     for start, stop in _runs_of(kinds):
         part = tokenizer.decode(sample.input_ids[start:stop], skip_special_tokens=False)
-        text.append(str(part), style=KIND_STYLES.get(Kind(kinds[start]), "dim"))
+        text.append(str(part), style=KIND_STYLES.get(TokenKind(kinds[start]), "dim"))
     return text
 
 

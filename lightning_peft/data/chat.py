@@ -19,7 +19,7 @@ from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, tools_of
 from lightning_peft.data.preferences import Standing
-from lightning_peft.data.rendering import ConversationRenderer, Kind, Rendered, Rules, Span
+from lightning_peft.data.rendering import ConversationRenderer, Rendered, Rules, Span, TokenKind
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError
 from lightning_peft.data.tokenizer_template import template_of
 
@@ -35,7 +35,7 @@ class Encoded:
     truncated: bool = False
     """Trained tokens were cut off at `data.max_length`."""
     kinds: bytes | None = field(default=None, compare=False)
-    """A `Kind` for each token, none where it is not trained."""
+    """A `TokenKind` for each token, none where it is not trained."""
     weights: list[float] | None = None
     """Factor of each token's loss; None where all are 1."""
     standing: Standing | None = None
@@ -51,7 +51,7 @@ class Encoded:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Outcome = list[Encoded] | Exception
+EncodedOrError = list[Encoded] | Exception
 """The samples of a conversation, or what is wrong with it."""
 
 
@@ -70,7 +70,7 @@ def _reason(error: Exception) -> str:
 
 def rules_of(config: DataConfig) -> Rules:
     """Return the rules by which the parts of a conversation are trained under the options."""
-    kinds = frozenset(Kind[part.value] for part in config.train_on) | {Kind.end}
+    kinds = frozenset(TokenKind[part.value] for part in config.train_on) | {TokenKind.end}
     return Rules(kinds, config.train_on_last_turn, config.reasoning)
 
 
@@ -107,12 +107,12 @@ class Encoder:
             self._chat = ConversationRenderer(self.template, special, added, self._rules)
         return self._chat
 
-    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Outcome]:
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[EncodedOrError]:
         """Return the samples of each conversation, or the error that it raises; all together is faster than one by one.
 
         Raises `ChatTemplateError` where the chat template can take no conversation at all.
         """
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, EncodedOrError] = {}
         rendered: dict[int, list[Rendered]] = {}
         texts: dict[int, str] = {}
         renderer: ConversationRenderer | None = None
@@ -175,7 +175,7 @@ class Encoder:
         return ends
 
 
-def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[Outcome]]) -> dict[int, Outcome]:
+def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[EncodedOrError]]) -> dict[int, EncodedOrError]:
     """Return what `work` makes of all that is given at once, or of one after the other where one makes it fail."""
     try:
         return dict(zip(given, work(list(given.values())), strict=True)) if given else {}
@@ -250,9 +250,9 @@ def raw_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) ->
     end = "" if tokenizer.eos_token is None or answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
     text, start = prompt + answer + end, len(prompt)
     if tokenizer.eos_token is None:
-        return Rendered(text, (Span(start, ((len(text), Kind.answer),), messages[1].weight),))
+        return Rendered(text, (Span(start, ((len(text), TokenKind.answer),), messages[1].weight),))
     stop = len(text) - len(tokenizer.eos_token)
-    return Rendered(text, (Span(start, ((stop, Kind.answer), (len(text), Kind.end)), messages[1].weight),))
+    return Rendered(text, (Span(start, ((stop, TokenKind.answer), (len(text), TokenKind.end)), messages[1].weight),))
 
 
 def _text_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -287,7 +287,7 @@ class _Labeller:
     the token " "; a prompt that ends in two newlines may get one token for them or two. There the text is cut.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: frozenset[Kind]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: frozenset[TokenKind]) -> None:
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -301,11 +301,11 @@ class _Labeller:
     def whole(self, texts: Sequence[str]) -> list[list[Encoded]]:
         """Return the sample of each plain text, trained as a whole and closed with EOS."""
         end = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
-        last = bytes((Kind.end,)) * len(end)
+        last = bytes((TokenKind.end,)) * len(end)
         found = []
         for ids in self._tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]:
             ids = _text_ids(ids, self._tokenizer) + end
-            kinds = b"\0" + bytes((Kind.answer,)) * (len(ids) - 1 - len(end)) + last
+            kinds = b"\0" + bytes((TokenKind.answer,)) * (len(ids) - 1 - len(end)) + last
             found.append([Encoded(ids, [IGNORED_LABEL, *ids[1:]], ends=bool(end), kinds=kinds[: len(ids)])])
         return found
 
@@ -352,7 +352,7 @@ class _Labeller:
         weights: list[float] | None = None
         if any(span.weight != 1 for span, _ in spans):
             weights = [1.0] * len(ids)
-        last_kind = Kind.none
+        last_kind = TokenKind.none
         for span, first in spans:
             if span.weight == 0:
                 continue
@@ -369,7 +369,7 @@ class _Labeller:
                 first = max(first, last)
         if labels:
             labels[0], kinds[0] = IGNORED_LABEL, 0
-        return Encoded(ids, labels, ends=last_kind is Kind.end, kinds=bytes(kinds), weights=weights)
+        return Encoded(ids, labels, ends=last_kind is TokenKind.end, kinds=bytes(kinds), weights=weights)
 
     def _ids_alone(self, text: str) -> list[int]:
         if text not in self._alone:

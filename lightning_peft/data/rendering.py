@@ -23,7 +23,7 @@ from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING
 log = logging.getLogger(__name__)
 
 
-class Kind(IntEnum):
+class TokenKind(IntEnum):
     """The kind of a trained token."""
 
     none = 0
@@ -37,7 +37,9 @@ class Kind(IntEnum):
 class Rules:
     """The rules that decide which parts of a conversation are trained."""
 
-    train_on: frozenset[Kind] = frozenset((Kind.answer, Kind.reasoning, Kind.tool_call, Kind.end))
+    train_on: frozenset[TokenKind] = frozenset(
+        (TokenKind.answer, TokenKind.reasoning, TokenKind.tool_call, TokenKind.end)
+    )
     last_turn_only: bool = False
     reasoning: Reasoning = Reasoning.keep
 
@@ -47,7 +49,7 @@ class Span:
     """An assistant turn in a text: where it starts, and its parts, each with the character at which it stops."""
 
     start: int
-    parts: tuple[tuple[int, Kind], ...]
+    parts: tuple[tuple[int, TokenKind], ...]
     weight: float = 1.0
 
     @property
@@ -85,7 +87,7 @@ class ConversationRenderer:
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         history = History(self._template, dicts, tools, answers)
         starts = [len(before) for index in answers if text.startswith(before := history.around(index)[0])]
-        return Rendered(text, tuple(Span(start, ((start, Kind.none),)) for start in starts))
+        return Rendered(text, tuple(Span(start, ((start, TokenKind.none),)) for start in starts))
 
     def __call__(self, conversation: Sequence[Message]) -> list[Rendered]:
         """Return texts that hold each trained turn once, that of the whole conversation last.
@@ -219,7 +221,7 @@ class ConversationRenderer:
             between = between.rstrip()  # the template has put it there already
         return (thought or "").strip() + between + answer
 
-    def _parts(self, message: Message, index: int, said: str) -> tuple[list[tuple[int, Kind]], str]:
+    def _parts(self, message: Message, index: int, said: str) -> tuple[list[tuple[int, TokenKind]], str]:
         """Return the parts of what is said in a turn, each with where it stops, and the text with the turn's end."""
         stop, end = self._end(said)
         if end == stop:
@@ -241,18 +243,18 @@ class ConversationRenderer:
         stop = max(stop, answer_start + len(answer))  # an answer may itself end in a special token
         if given is not None and not (thought or answer or calls):
             raise ChatTemplateError(f"assistant message {index + 1} says nothing, its thought is empty")
-        parts: list[tuple[int, Kind]] = []
+        parts: list[tuple[int, TokenKind]] = []
         first_call = calls and _names_call(message, said[min(thought_stop, answer_start) : answer_start])
         if first_call:
-            parts += [(thought_stop, Kind.reasoning)] * (thought_stop > 0) + [(answer_start, Kind.tool_call)]
+            parts += [(thought_stop, TokenKind.reasoning)] * (thought_stop > 0) + [(answer_start, TokenKind.tool_call)]
         elif thought or CLOSING.search(said[:answer_start]):
-            parts.append((answer_start if answer or calls else stop, Kind.reasoning))
+            parts.append((answer_start if answer or calls else stop, TokenKind.reasoning))
         if answer:
-            parts.append((answer_start + len(answer) if calls else stop, Kind.answer))
+            parts.append((answer_start + len(answer) if calls else stop, TokenKind.answer))
         if calls:
-            parts.append((stop, Kind.tool_call))
+            parts.append((stop, TokenKind.tool_call))
         if end > stop:
-            parts.append((end, Kind.end))
+            parts.append((end, TokenKind.end))
         return [part for part, before in zip(parts, [(0, None), *parts], strict=False) if part[0] > before[0]], said
 
     def _thought_stop(self, thought: str, index: int, said: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
-from lightning_peft.data.chat import Encoded, Encoder, Outcome, encoder_of, end_token_ids, refusal
+from lightning_peft.data.chat import Encoded, EncodedOrError, Encoder, encoder_of, end_token_ids, refusal
 from lightning_peft.data.config import DataConfig, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.formats import WITHOUT_TURNS, RowReader
@@ -349,9 +349,9 @@ def _refuse(error: BadRow | DuplicateBosError, config: DataConfig, audit: Audit)
 
 def _outcomes(
     read: list[tuple[str, Conversation]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
-) -> tuple[Sequence[Outcome], Sequence[Outcome | None]]:
+) -> tuple[Sequence[EncodedOrError], Sequence[EncodedOrError | None]]:
     """Return the samples of each row, and those that a teacher reads in their place, None where it reads the same."""
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[EncodedOrError]
     if all(conversation.tokens is not None for _, conversation in read):
         ends = end_token_ids(tokenizer) if read else set()
         tokens = [conversation.tokens for _, conversation in read if conversation.tokens is not None]
@@ -364,8 +364,8 @@ def _outcomes(
 
 def _trained(
     conversation: Conversation,
-    outcome: Outcome,
-    twins: Outcome | None,
+    outcome: EncodedOrError,
+    twins: EncodedOrError | None,
     origin: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,

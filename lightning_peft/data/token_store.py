@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.preferences import Standing
-from lightning_peft.data.rendering import Kind
+from lightning_peft.data.rendering import TokenKind
 from lightning_peft.data.top_tokens import KeptTeacher, trained_starts
 
 PARTS = ("tokens", "trained", "starts")
@@ -41,7 +41,7 @@ class Samples:
         margins: NDArray[np.float32] | None = None,
         taught: "Samples | None" = None,
     ) -> None:
-        """Keep the arrays. tokens, trained (a `Kind` each) and weights (T,): the samples one after the other.
+        """Keep the arrays. tokens, trained (a `TokenKind` each) and weights (T,): the samples one after the other.
 
         starts (S + 1,): where they begin, then T. standings (U, G): a `Standing` each, where G samples that follow each
         other make one of U units; None where each sample stands alone. margins (U,): of pairs; None where all are 0.
@@ -204,7 +204,7 @@ class Growing:
 
 
 def kinds_of(sample: Encoded) -> bytes:
-    """Return a `Kind` for each token of a sample; answer for every label where the sample says none."""
+    """Return a `TokenKind` for each token of a sample; answer for every label where the sample says none."""
     if sample.kinds is not None:
         return sample.kinds
-    return bytes(0 if label == IGNORED_LABEL else Kind.answer for label in sample.labels)
+    return bytes(0 if label == IGNORED_LABEL else TokenKind.answer for label in sample.labels)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
-from lightning_peft.data.chat import Encoded, Encoder, Outcome, refusal
+from lightning_peft.data.chat import Encoded, EncodedOrError, Encoder, refusal
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import BadRow, Conversation
 from lightning_peft.data.preferences import Standing
@@ -47,7 +47,7 @@ def encode_units(
 
 def _trained_unit(
     unit: list[tuple[Conversation, Standing]],
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[EncodedOrError],
     origin: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,

@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_peft.estimation.recorder import Array, Held, held_bytes
-from lightning_peft.estimation.symbols import Symbols
-from lightning_peft.estimation.trace import ACTIVATIONS, BLOCK_INPUTS, GRADIENTS, LOGITS, WORKSPACE, trace_step
-from lightning_peft.estimation.weights import (
+from lightning_peft.estimation.model_states import (
     ADAPTERS,
     BASE,
     EMBEDDINGS,
@@ -27,6 +24,9 @@ from lightning_peft.estimation.weights import (
     stored_weights,
     whole_weights,
 )
+from lightning_peft.estimation.recorder import Array, Held, held_bytes
+from lightning_peft.estimation.symbols import Symbols
+from lightning_peft.estimation.trace import ACTIVATIONS, BLOCK_INPUTS, GRADIENTS, LOGITS, WORKSPACE, trace_step
 from lightning_peft.objectives.model_loss import ModelLoss
 
 PROCESS, TEACHER = "process", "teacher"

@@ -113,7 +113,7 @@ class Event(NamedTuple):
 
 
 @dataclass
-class Segment:
+class RecordedSegment:
     """The events between two marks."""
 
     name: str
@@ -127,7 +127,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.segments: list[Segment] = []
+        self.segments: list[RecordedSegment] = []
         self.alive: dict[int, weakref.ref[Any]] = {}
         self.numbers: dict[int, int] = {}
         self.count = 0
@@ -135,7 +135,7 @@ class Recorder(TorchDispatchMode):
 
     def mark(self, name: str) -> None:
         """Begin a segment."""
-        self.segments.append(Segment(name))
+        self.segments.append(RecordedSegment(name))
 
     def ignore(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

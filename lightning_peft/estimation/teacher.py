@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters, trained_in_full
 from lightning_peft.data.batch import Batch
+from lightning_peft.estimation.model_states import adapter_parts, array_of, tensors_of
 from lightning_peft.estimation.recorder import Array
-from lightning_peft.estimation.weights import adapter_parts, array_of, tensors_of
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
 from lightning_peft.objectives.linear_cross_entropy import Readout
 

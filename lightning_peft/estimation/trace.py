@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from lightning_peft.data.batch import Batch
-from lightning_peft.estimation.recorder import Array, Held, Recorder, Segment, held_bytes
+from lightning_peft.estimation.recorder import Array, Held, RecordedSegment, Recorder, held_bytes
 from lightning_peft.kernels.codes import dynamic_map
 from lightning_peft.kernels.native.library import without_kernels
 from lightning_peft.models.blocks import transformer_blocks
@@ -93,7 +93,8 @@ def trace_step(
             loss.backward()
     vocabulary = model.config.get_text_config().vocab_size
     parts = {
-        s.name: Part(s, lambda number, array: tags.component(number, array, vocabulary)) for s in recorder.segments
+        s.name: SegmentSummary(s, lambda number, array: tags.component(number, array, vocabulary))
+        for s in recorder.segments
     }
     order = {index: place for place, index in enumerate(sorted(set(stand_ins)))}
     return compose(parts, [order[index] for index in stand_ins], gradients, keeps_gradients)
@@ -221,10 +222,10 @@ class Tags:
         return LOGITS if array.shape[-1:] == (vocabulary,) else WORKSPACE
 
 
-class Part:
+class SegmentSummary:
     """A segment summed up: what it adds for good, and at its largest moments."""
 
-    def __init__(self, segment: Segment, component: Any):
+    def __init__(self, segment: RecordedSegment, component: Any):
         self.flops, self.bytes_moved = segment.flops, segment.bytes_moved
         self.change: Held = Counter()
         self.peak: Held = Counter()
@@ -246,7 +247,7 @@ class Part:
                 self.peaks[name] = Counter({k: count for k, count in self.change.items() if k[0] == name})
 
 
-def compose(parts: dict[str, Part], places: list[int], gradients: Held, keeps_gradients: bool) -> StepTrace:
+def compose(parts: dict[str, SegmentSummary], places: list[int], gradients: Held, keeps_gradients: bool) -> StepTrace:
     """Return the step of the whole model, whose i-th block is like the run one at `places[i]`."""
     phases = {
         "forward": ["start", *(f"forward {place}" for place in places)],

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lightning_peft.tasks.task import Row, Task
+from lightning_peft.tasks.task import Task, TaskRow
 
 DRAWS = 2000
 """Resamples of the rows behind an interval."""
@@ -77,7 +77,7 @@ def bootstrap(rows: Sequence[float], seed: int = 0) -> tuple[float, float] | Non
     return float(low), float(high)
 
 
-def row_scores(task: Task, rows: list[Row], answers: list[str]) -> tuple[dict[str, float], dict[str, list[float]]]:
+def row_scores(task: Task, rows: list[TaskRow], answers: list[str]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the task's metrics, and the value on every row alone of those that are means over rows, else nan."""
     singles = [task.score([row], [answer]) for row, answer in zip(rows, answers, strict=True)]
     metrics = mean_over_rows(singles) if task.is_mean_of_rows else task.score(rows, answers)
@@ -91,7 +91,7 @@ def row_scores(task: Task, rows: list[Row], answers: list[str]) -> tuple[dict[st
 
 
 def scores_by_source(
-    task: Task, rows: list[Row], answers: list[str], sources: Sequence[str], by_row: Mapping[str, list[float]]
+    task: Task, rows: list[TaskRow], answers: list[str], sources: Sequence[str], by_row: Mapping[str, list[float]]
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the task's metrics over the rows of each source of a mixture as METRIC/SOURCE, and their values by row.
 

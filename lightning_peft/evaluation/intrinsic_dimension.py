@@ -15,7 +15,7 @@ LOSS = "loss"
 
 
 @dataclass(frozen=True)
-class Trial:
+class DimensionTrial:
     """One run of a sweep over the dimension."""
 
     dimension: int
@@ -27,7 +27,7 @@ class Trial:
 class Dimensions:
     """The findings of a sweep about the intrinsic dimension of its task."""
 
-    trials: list[Trial]
+    trials: list[DimensionTrial]
     """The trials by rising dimension."""
     reference: float
     share: float
@@ -54,7 +54,7 @@ def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> 
         if not _is_finished(folder):
             logger.info("%s is not finished: left out", folder)
             continue
-        trials.append(Trial(adapter["dimension"], _score(folder, metric, base)))
+        trials.append(DimensionTrial(adapter["dimension"], _score(folder, metric, base)))
     if not trials:
         raise ValueError(f"sweep_path={sweep}: holds no finished run; train -m adapter.dimension=... run_dir={sweep}")
     score = _score(reference, metric, base)

@@ -69,7 +69,7 @@ class Direction:
 
 
 @dataclass
-class Part:
+class SingularDirection:
     """A direction that is being read."""
 
     layer: str
@@ -82,9 +82,9 @@ class Part:
     """(out,) fp32, of norm one."""
 
 
-def strongest(found: Mapping[str, Adapter], count: int) -> list[Part]:
+def strongest(found: Mapping[str, Adapter], count: int) -> list[SingularDirection]:
     """Return the directions of the largest singular values over the layers, embeddings aside, which read no vector."""
-    parts: list[Part] = []
+    parts: list[SingularDirection] = []
     for name, layer in found.items():
         if isinstance(layer.base_layer, nn.Embedding):
             continue  # its input is the token itself
@@ -92,7 +92,7 @@ def strongest(found: Mapping[str, Adapter], count: int) -> list[Part]:
         total = float(values.square().sum())
         for index, value in enumerate(values[:count].tolist()):
             if value > 0:
-                parts.append(Part(name, index, value, value**2 / total, keys[index], outputs[index]))
+                parts.append(SingularDirection(name, index, value, value**2 / total, keys[index], outputs[index]))
     return sorted(parts, key=lambda part: -part.value)[:count]
 
 
@@ -161,7 +161,7 @@ def _read(met: list[Tensor], key: Tensor, _: nn.Module, inputs: tuple[Any, ...])
 
 
 def _direction(
-    part: Part,
+    part: SingularDirection,
     met: Tensor,
     tokens: list[tuple[int, int]],
     rows: list[list[int]],

@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.evaluation.scorers import Scorer
-from lightning_peft.tasks.task import Row
+from lightning_peft.tasks.task import TaskRow
 
-Score = Callable[[Row, str], float]
+Score = Callable[[TaskRow, str], float]
 """The worth of an answer to a row; a large value is good."""
 
 
@@ -23,7 +23,7 @@ def score_of(scorer: Scorer, small_is_good: bool) -> Score:
     (name,) = scorer.names
     sign = -1.0 if small_is_good else 1.0
 
-    def score(row: Row, answer: str) -> float:
+    def score(row: TaskRow, answer: str) -> float:
         value = scorer.score([row], [answer])[name]
         if math.isnan(value):
             raise ValueError(f"metric={name}: is nan for the answer {answer!r} to {row['prompt']!r}")
@@ -61,7 +61,7 @@ class Counts:
 class Asked:
     """One row, its conversation up to the answer, and the answers drawn."""
 
-    row: Row
+    row: TaskRow
     """The row with `prompt` and `completion`, as tasks read them."""
     conversation: Conversation
     answers: list[str] = field(default_factory=list)

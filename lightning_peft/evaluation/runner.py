@@ -20,7 +20,7 @@ from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.progress import Part
-from lightning_peft.tasks.task import Row, Task
+from lightning_peft.tasks.task import Task, TaskRow
 
 PREFERENCES = ("preference_accuracy", "preference_accuracy_per_token")
 """The scores of rows that are pairs of answers."""
@@ -96,7 +96,7 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     batches: Iterable[Batch],
-    rows: list[Row],
+    rows: list[TaskRow],
     conversations: Sequence[Conversation],
     task: Task,
     batch_size: int,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.tasks.registry import TASKS
-from lightning_peft.tasks.task import Row, Task
+from lightning_peft.tasks.task import Task, TaskRow
 
 OPTION = "validation.metrics"
 """The option that names metrics, unless a caller says another."""
@@ -40,7 +40,7 @@ class Scorer:
 
     names: tuple[str, ...]
     """The metrics that the scorer is asked for."""
-    score: Callable[[list[Row], list[str]], dict[str, float]]
+    score: Callable[[list[TaskRow], list[str]], dict[str, float]]
     columns: tuple[str, ...] = ()
     """Columns that rows need beside `prompt` and `completion`."""
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -125,7 +125,7 @@ def _scorer(entry: str, task: str, option: str) -> Scorer:
     return Scorer(names, owner.score, owner.columns, owner.max_new_tokens)
 
 
-def own_metric(entry: str, option: str = OPTION) -> Callable[[list[Row], list[str]], dict[str, float]]:
+def own_metric(entry: str, option: str = OPTION) -> Callable[[list[TaskRow], list[str]], dict[str, float]]:
     """Import module:function, which takes rows and answers and returns one number. Raises ValueError."""
     module, _, name = entry.partition(":")
     try:
@@ -141,7 +141,7 @@ def own_metric(entry: str, option: str = OPTION) -> Callable[[list[Row], list[st
     except ValueError:
         pass  # a function of C says nothing of its arguments
 
-    def score(rows: list[Row], answers: list[str]) -> dict[str, float]:
+    def score(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
         try:
             value = function(rows, answers)
         except Exception as error:
@@ -157,9 +157,9 @@ def own_metric(entry: str, option: str = OPTION) -> Callable[[list[Row], list[st
     return score
 
 
-def scores_of(scorers: Sequence[Scorer], rows: list[Row], answers: list[str]) -> dict[str, float]:
+def scores_of(scorers: Sequence[Scorer], rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
     """Compute every metric that is asked for, once a function; one that these rows do not have is nan."""
-    computed: dict[Callable[[list[Row], list[str]], dict[str, float]], dict[str, float]] = {}
+    computed: dict[Callable[[list[TaskRow], list[str]], dict[str, float]], dict[str, float]] = {}
     found: dict[str, float] = {}
     for scorer in scorers:
         if scorer.score not in computed:
@@ -168,7 +168,7 @@ def scores_of(scorers: Sequence[Scorer], rows: list[Row], answers: list[str]) ->
     return found
 
 
-def with_answer(row: Row, messages: Conversation, place: int) -> Row:
+def with_answer(row: TaskRow, messages: Conversation, place: int) -> TaskRow:
     """Return the row with answer `place` and the question before that answer under the names that tasks read."""
     asked = [message.content for message in messages[:place] if message.role == "user"]
     return row | {"prompt": asked[-1] if asked else "", "completion": messages[place].content}

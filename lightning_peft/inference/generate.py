@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from lightning_peft.data.chat import end_token_ids
-from lightning_peft.inference.decoding import Choice, Decoder, Row
+from lightning_peft.inference.continuous_batching import Choice, Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import (
     PREFILL_TOKENS,
@@ -346,7 +346,9 @@ def decoded(
     return [text for _, text in sorted(zip(order, texts, strict=True))]
 
 
-def answer_row(prompt: list[int], sampling: SamplingConfig, ends: set[int], number: int, part: Part | None) -> Row:
+def answer_row(
+    prompt: list[int], sampling: SamplingConfig, ends: set[int], number: int, part: Part | None
+) -> RunningSequence:
     """Return the row of one answer; equal prompts of a call draw different ones."""
     share = 1 / sampling.max_new_tokens
     counted = 0
@@ -360,7 +362,7 @@ def answer_row(prompt: list[int], sampling: SamplingConfig, ends: set[int], numb
         return not is_end
 
     seeded = replace(sampling, seed=sampling.seed + number)
-    return Row(prompt, seeded, goes_on, wants_logprobs=False)
+    return RunningSequence(prompt, seeded, goes_on, wants_logprobs=False)
 
 
 def generated(

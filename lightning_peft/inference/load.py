@@ -15,7 +15,7 @@ from lightning_peft.models.reward_head import add_reward_head
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import dequantize_modules
+from lightning_peft.quantization.quantize import dequantize_modules
 from lightning_peft.strict_json import read_object
 
 MODEL_FOLDER = "model"

@@ -39,7 +39,7 @@ from lightning_peft.models.gguf_conversion import (
     gguf_tokenizer,
     is_known,
 )
-from lightning_peft.models.low_bit import (
+from lightning_peft.models.low_bit_source import (
     LowBitSource,
     Names,
     check_named,
@@ -66,17 +66,17 @@ from lightning_peft.models.source import (
     weight_files,
     weight_index,
 )
-from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lightning_peft.models.weight_files import (
     SafetensorsSource,
     WeightSource,
     source_of_files,
 )
+from lightning_peft.models.weight_streaming import parameters_on_meta, stream_weights
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
 from lightning_peft.quantization.published.format import PublishedFormat
+from lightning_peft.quantization.quantize import quantize_linears
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.loading import empty_model, model_config
-from lightning_peft.models.low_bit import ONLY_LOW_BIT
+from lightning_peft.models.low_bit_source import ONLY_LOW_BIT
 from lightning_peft.models.source import ModelConfig, files_of_weights, locate, readable_errors, weight_index
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.models.weight_files import PickledSource, map_file, stored_kinds, stored_tensors

@@ -43,7 +43,7 @@ a job for the `submit` that has just handed it over."""
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """The way a run begins."""
 
     checkpoint: Path | None = None
@@ -85,7 +85,7 @@ def starting_config(overrides: list[str]) -> TrainConfig:
 
 
 @contextmanager
-def opened_folder(config: TrainConfig) -> Iterator[Start]:
+def opened_folder(config: TrainConfig) -> Iterator[RunStart]:
     """Be the only writer of the run's folder and learn how the run starts. Every rank calls it.
 
     Raises ValueError where another process writes the folder, where it is used and not to be resumed, or where an
@@ -96,7 +96,7 @@ def opened_folder(config: TrainConfig) -> Iterator[Start]:
     patience = next((seconds for name, seconds in PATIENCE_SECONDS.items() if name in os.environ), 0.0)
     with ExitStack() as stack:
 
-        def lock_and_find() -> Start:
+        def lock_and_find() -> RunStart:
             if not config.dry_run and LAUNCHER not in os.environ:
                 stack.enter_context(only_writer(run_dir, patience_seconds=patience))
             return find_start(config, run_dir)
@@ -110,7 +110,7 @@ def folder_of(config: TrainConfig) -> Path:
     return Path(config.run_dir)
 
 
-def find_start(config: TrainConfig, run_dir: Path) -> Start:
+def find_start(config: TrainConfig, run_dir: Path) -> RunStart:
     """Decide how a run in this folder starts.
 
     A folder with nothing but `config.yaml` is one whose ranks have not begun.
@@ -134,9 +134,9 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
             raise ValueError(f"run_dir={run_dir} holds another run than resume={config.resume}: name a new folder")
         check_saved_config(config, origin)
         check_length(config, origin, path)
-        return Start(path)
+        return RunStart(path)
     if not used:
-        return Start()
+        return RunStart()
     if config.resume == "never":
         raise ValueError(f"run_dir={run_dir} holds a run already: resume=auto continues it, or name another folder")
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
@@ -145,12 +145,12 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
         check_not_finished(run_dir)
         if not config.dry_run:
             forget_rollbacks(config, run_dir)
-        return Start()
+        return RunStart()
     check_saved_config(config, run_dir)
     if result is None:
         assert checkpoint is not None
         check_length(config, run_dir, checkpoint)
-    return Start(checkpoint, result)
+    return RunStart(checkpoint, result)
 
 
 def is_used(run_dir: Path) -> bool:
@@ -267,7 +267,7 @@ def check_length(config: TrainConfig, run_dir: Path, checkpoint: Path) -> None:
             )  # fmt: skip
 
 
-def check_same_content(start: Start, run_dir: Path, content: Mapping[str, str]) -> None:
+def check_same_content(start: RunStart, run_dir: Path, content: Mapping[str, str]) -> None:
     """Compare rows and weights, each by its fingerprint, with those of the checkpoint or the finished run.
 
     Raises ValueError for other training rows or another base. Other validation rows are logged: they change no weight.

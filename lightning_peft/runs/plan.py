@@ -12,7 +12,7 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.nodes import check_nodes
-from lightning_peft.runs.options import check_trainer_options, count_ranks, max_seconds
+from lightning_peft.runs.trainer_options import check_trainer_options, count_ranks, max_seconds
 from lightning_peft.training.compilation import resolve_compilation
 from lightning_peft.training.config import Compilation, StrategyKind
 from lightning_peft.training.precision import resolve_precision, weight_dtype

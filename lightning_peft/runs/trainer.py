@@ -15,8 +15,8 @@ from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.runs.nodes import made, reason
 from lightning_peft.runs.plan import RunPlan
 from lightning_peft.tracking.loggers import RunLogger, failing_alone
-from lightning_peft.training.callbacks.progress import TrainingProgress
 from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
+from lightning_peft.training.callbacks.training_progress import TrainingProgress
 from lightning_peft.training.config import StrategyKind
 from lightning_peft.training.precision import precision_plugin
 from lightning_peft.training.strategies import build_strategy

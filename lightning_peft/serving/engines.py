@@ -48,7 +48,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineRow:
     """A row of the table."""
 
     title: str
@@ -69,7 +69,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FileVerdict:
     """One engine's treatment of one file."""
 
     outcome: Outcome
@@ -77,10 +77,10 @@ class Verdict:
 
 
 @cache
-def engines() -> dict[str, Engine]:
+def engines() -> dict[str, EngineRow]:
     """Return the table, by the names that `engine=` and `target_server=` take."""
     return {
-        name: Engine(
+        name: EngineRow(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
             | {
                 "version": str(row["version"]),
@@ -142,7 +142,7 @@ def not_low_rank(features: Iterable[str]) -> str | None:
     return next((feature for feature in features if feature in (*NEVER_LOW_RANK, *WHOLE_TENSORS)), None)
 
 
-def verdict(engine: Engine, features: Sequence[str], rank: int, format: str | None) -> Verdict:
+def verdict(engine: EngineRow, features: Sequence[str], rank: int, format: str | None) -> FileVerdict:
     """Return what an engine does with an adapter: with its own folder, or exported in a format.
 
     `features` are those of the training's config, `rank` is the largest of a layer.
@@ -151,22 +151,24 @@ def verdict(engine: Engine, features: Sequence[str], rank: int, format: str | No
         blocking = not_low_rank(features)
         fitting = [other for other in engine.reads if blocking is None or other not in PAIR_FORMATS]
         remedy = f"use format={fitting[0]}" if fitting else "use `lightning-peft merge`"
-        return Verdict(Outcome.refuses, f"does not read format={format}; {remedy}")
+        return FileVerdict(Outcome.refuses, f"does not read format={format}; {remedy}")
     cells = engine.cells if format is None else engine.kept
     found = [(feature, cells[feature]) for feature in features if feature in cells]
     for outcome in (Outcome.refuses, Outcome.wrong):
         if bad := [(feature, cell) for feature, cell in found if cell.outcome is outcome]:
             says = "would compute it wrongly" if outcome is Outcome.wrong else "refuses it"
             feature, cell = bad[0]
-            return Verdict(outcome, f"{says} ({spoken(feature)}): {cell.how}")
+            return FileVerdict(outcome, f"{says} ({spoken(feature)}): {cell.how}")
     needs = [cell.how for _, cell in found if cell.how]
     if engine.rank_option and format in (None, "plain") and rank:
         if engine.rank_sizes and rank > engine.rank_sizes[-1]:
-            return Verdict(Outcome.refuses, f"refuses it: rank {rank} is above its largest, {engine.rank_sizes[-1]}")
+            return FileVerdict(
+                Outcome.refuses, f"refuses it: rank {rank} is above its largest, {engine.rank_sizes[-1]}"
+            )
         if rank > engine.rank_default:
             size = next((size for size in engine.rank_sizes if size >= rank), rank)
             needs.append(f"needs {engine.rank_option} {size}")
-    return Verdict(Outcome.ok, "; ".join(["computes it rightly", *needs]))
+    return FileVerdict(Outcome.ok, "; ".join(["computes it rightly", *needs]))
 
 
 def spoken(feature: str) -> str:

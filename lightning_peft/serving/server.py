@@ -26,7 +26,7 @@ from lightning_peft.data.template import ChatTemplateError
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.serving.bodies import ChatRequest, LoadRequest, Sampling, TextRequest, Turn
-from lightning_peft.serving.engine import Engine, Job, Piece, QueueFullError
+from lightning_peft.serving.engine import Engine, GenerationRequest, Piece, QueueFullError
 from lightning_peft.serving.prompt import most_bytes_a_token
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.tiers import NAME, AdapterTiers, UnknownModelError
@@ -332,9 +332,11 @@ async def answered(
     def take(piece: Piece) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    job = Job(prompt, sampling, frozenset(ends), take, folder, tuple(body.stop), answer.top_logprobs)
+    generation = GenerationRequest(
+        prompt, sampling, frozenset(ends), take, folder, tuple(body.stop), answer.top_logprobs
+    )
     try:
-        serving.engine.submit(job)
+        serving.engine.submit(generation)
     except QueueFullError as error:
         serving.requests[body.model, 429] += 1
         raise ApiError(429, f"{error}: try again", "rate_limit_exceeded") from error
@@ -352,7 +354,7 @@ async def answered(
                 if piece.finish_reason is not None or piece.error is not None:
                     return
         finally:
-            job.cancelled = True
+            generation.cancelled = True
 
     source = each()
     first = await anext(source, None)
@@ -371,8 +373,8 @@ async def answered(
     def usage() -> dict[str, int]:
         return {
             "prompt_tokens": len(prompt),
-            "completion_tokens": len(job.tokens),
-            "total_tokens": len(prompt) + len(job.tokens),
+            "completion_tokens": len(generation.tokens),
+            "total_tokens": len(prompt) + len(generation.tokens),
         }
 
     if not body.stream:
@@ -401,7 +403,7 @@ async def answered(
             async for event in events():
                 yield event
         finally:
-            job.cancelled = True
+            generation.cancelled = True
 
     return StreamingResponse(until_gone(), media_type="text/event-stream")
 

@@ -40,9 +40,9 @@ KINDS_OF_LAYOUT = {
 AS_IT_IS = "{{ messages[0]['content'] }}"  # the template of text without turns
 
 Scope = Mapping[str, Any]
-Message = Mapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+ASGIMessage = Mapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
 
 
 class Refusal(Exception):
@@ -345,12 +345,12 @@ class Adapters:
         """Return the status and the text, or the message, of vLLM's answer to a request of our own."""
         status, parts = 500, []
 
-        async def take(message: Message) -> None:
+        async def take(message: ASGIMessage) -> None:
             nonlocal status
             status = message.get("status", status)
             parts.append(message.get("body", b""))
 
-        async def silence() -> Message:
+        async def silence() -> ASGIMessage:
             return await asyncio.get_running_loop().create_future()  # our own request has no client that leaves
 
         await self.app(*request_of(scope, path, body, silence), take)
@@ -395,7 +395,7 @@ def request_of(scope: Scope, path: str, body: Mapping[str, Any], receive: Receiv
     headers = [(key, value) for key, value in scope["headers"] if key.lower() not in ours]
     headers += [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/json")]
 
-    async def again() -> Message:
+    async def again() -> ASGIMessage:
         nonlocal sent
         if sent:
             return await receive()

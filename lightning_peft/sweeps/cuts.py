@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.strict_json import read_object
-from lightning_peft.sweeps.statistics import Group, best_of_ranks, share_of_parameters
+from lightning_peft.sweeps.statistics import SeedGroup, best_of_ranks, share_of_parameters
 from lightning_peft.sweeps.sweep import Sweep, score
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def cut_sentence(sweep: Sweep, folder: Path, shown: str) -> str | None:
     )
 
 
-def best_trial_of(sweep: Sweep, group: Group) -> str:
+def best_trial_of(sweep: Sweep, group: SeedGroup) -> str:
     """Return the name of a group's best trial."""
     scored = {name: value for name in group.names if (value := score(sweep, sweep.trial(name))) is not None}
     return min(scored, key=lambda name: scored[name])

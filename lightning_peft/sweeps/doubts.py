@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_peft.free_options import FREE_TO_CHANGE, NOT_COMPARED
-from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
+from lightning_peft.sweeps.statistics import SEED, SeedGroup, best_first, groups_of
 from lightning_peft.sweeps.sweep import CANCELLED, DIVERGED, FAILED, FINISHED, LOST, Sweep, Trial, score
 
 MOST_NAMES = 3
@@ -41,14 +41,14 @@ def doubts(sweep: Sweep) -> list[str]:
     return [line for find in FINDERS for line in find(sweep, finished, groups)]
 
 
-def ties(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+def ties(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the trials that are as good as the best one."""
     best = min(score(sweep, trial) for trial in finished)  # type: ignore[type-var]
     equal = [trial for trial in finished if score(sweep, trial) == best]
     return [f"equally good: {named(equal)}"] if len(equal) > 1 else []
 
 
-def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the trials of the same values and the same seed."""
     same: dict[tuple[str, ...], list[Trial]] = {}
     for trial in finished:
@@ -56,7 +56,7 @@ def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) ->
     return [f"trained with the same values and seed, counted once: {named(t)}" for t in same.values() if len(t) > 1]
 
 
-def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the groups whose mean is of fewer seeds than were trained, the best first."""
     if SEED not in sweep.swept_keys:
         return []
@@ -71,7 +71,7 @@ def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) 
     return lines[:MOST_NAMES] + ([f"the means of {more} more settings are of some of their seeds"] if more > 0 else [])
 
 
-def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the trials that stopped early, and those of another length than the others."""
     early = [trial for trial in finished if result_of(trial, "stopped_early")]
     steps = Counter(result_of(trial, "steps") for trial in finished if trial not in early)
@@ -86,7 +86,7 @@ def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) ->
     return lines
 
 
-def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the trials that were started with words that the others do not have."""
     by_words: dict[tuple[str, ...], list[Trial]] = {}
     for trial in finished:
@@ -98,7 +98,7 @@ def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]
     return [f"trained with other words ({', '.join(words)}): {named(trials)}" for words, trials in by_words.items()]
 
 
-def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the trials that trained at another rate than they name, or left steps out."""
     slower = [trial for trial in finished if result_of(trial, "rollbacks")]
     skipped = [trial for trial in finished if result_of(trial, "steps_left_out")]
@@ -111,7 +111,7 @@ def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[G
     return lines
 
 
-def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the keys that make losses of other things, and a loss that is of a few rows."""
     metric = sweep.metric.removeprefix("-")
     lines = []
@@ -123,7 +123,7 @@ def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group
     return lines
 
 
-def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
+def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the intervals that claim more than so few scores can tell."""
     counts = [len(group.scores) for group in groups if len(group.scores) > 1]
     fewest = min(counts, default=0)
@@ -132,7 +132,7 @@ def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) 
     return [f"intervals over {fewest} seeds are too narrow: they hold the true mean in {COVERAGE[fewest]}, not in 95 %"]
 
 
-FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[Group]], list[str]], ...] = (
+FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[SeedGroup]], list[str]], ...] = (
     ties, repeats, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
 )  # fmt: skip
 

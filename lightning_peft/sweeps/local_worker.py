@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.process import LEAVE, process, this_process
+from lightning_peft.sweeps.next_trial import claim_next, work_to_begin
 from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
-from lightning_peft.sweeps.turns import claim_next, work_to_begin
 from lightning_peft.threads import available_cores
 from lightning_peft.tracking.run_log import PRINTED
 

@@ -24,7 +24,7 @@ NEXT_SEEDS = ["0", "1", "2"]
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Trials that differ in their seed only."""
 
     values: dict[str, str]
@@ -70,7 +70,7 @@ def bounds(means: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def difference_interval(one: Group, other: Group) -> tuple[float, float] | None:
+def difference_interval(one: SeedGroup, other: SeedGroup) -> tuple[float, float] | None:
     """Return the middle 95 % of the difference of the two means, resampled apart; None with fewer than two scores."""
     if min(len(one.scores), len(other.scores)) < 2:
         return None
@@ -80,7 +80,7 @@ def difference_interval(one: Group, other: Group) -> tuple[float, float] | None:
     return bounds(np.subtract.outer(means, others).ravel())
 
 
-def groups_of(sweep: Sweep) -> list[Group]:
+def groups_of(sweep: Sweep) -> list[SeedGroup]:
     """Return the trials by what they have in common beside the seed, in the order of the sweep."""
     found: dict[tuple[tuple[str, str], ...], list[Trial]] = {}
     for trial in sweep.trials:
@@ -96,11 +96,11 @@ def groups_of(sweep: Sweep) -> list[Group]:
         scores = list(by_seed.values())
         counts = [(trial.result or {}).get("trainable_parameters") for trial in trials]
         parameters = next((count for count in counts if count is not None), None)
-        groups.append(Group(dict(values), [trial.name for trial in trials], scores, parameters))
+        groups.append(SeedGroup(dict(values), [trial.name for trial in trials], scores, parameters))
     return groups
 
 
-def best_first(groups: Sequence[Group], metric: str) -> list[Group]:
+def best_first(groups: Sequence[SeedGroup], metric: str) -> list[SeedGroup]:
     """Return the groups that have a score, the best mean first."""
     scored = [group for group in groups if group.scores]
     return sorted(scored, key=lambda group: group.mean, reverse=metric.startswith("-"))
@@ -124,10 +124,10 @@ def number_of(value: str) -> float | None:
         return None
 
 
-def best_of_ranks(sweep: Sweep) -> dict[int, Group]:
+def best_of_ranks(sweep: Sweep) -> dict[int, SeedGroup]:
     """Return each rank's best group, the smallest rank first: every other key, as the learning rate, tuned for it."""
     key = rank_key(sweep)
-    found: dict[int, Group] = {}
+    found: dict[int, SeedGroup] = {}
     for group in best_first(groups_of(sweep), sweep.metric):
         rank = rank_of(group.values[key]) if key is not None else None
         if rank is not None:
@@ -135,13 +135,13 @@ def best_of_ranks(sweep: Sweep) -> dict[int, Group]:
     return dict(sorted(found.items()))
 
 
-def is_within_noise(group: Group, best: Group) -> bool | None:
+def is_within_noise(group: SeedGroup, best: SeedGroup) -> bool | None:
     """Return whether the means may be equal; None where there are too few seeds to tell."""
     interval = difference_interval(group, best)
     return None if interval is None else interval[0] <= 0 <= interval[1]
 
 
-def choice_of(sweep: Sweep) -> Group | None:
+def choice_of(sweep: Sweep) -> SeedGroup | None:
     """Return the group to go on with: of the smallest rank within noise of the best one, else the best."""
     ordered = best_first(groups_of(sweep), sweep.metric)
     if not ordered:
@@ -196,12 +196,12 @@ def sentence(sweep: Sweep) -> str | None:
     ) + of_those_pruned(sweep, best, ranks[second])
 
 
-def ordered_mean(ranks: Mapping[int, Group], ordered: Sequence[Group]) -> float:
+def ordered_mean(ranks: Mapping[int, SeedGroup], ordered: Sequence[SeedGroup]) -> float:
     """Return the mean of the best of the ranks' groups, of which `ordered` has the best first."""
     return min(ranks.values(), key=ordered.index).mean
 
 
-def setting_sentence(sweep: Sweep, ordered: Sequence[Group]) -> str:
+def setting_sentence(sweep: Sweep, ordered: Sequence[SeedGroup]) -> str:
     """Return what is best where no ranks are compared, and what may be as good."""
     best, metric = ordered[0], sweep.metric.removeprefix("-")
     equal = [group.label for group in ordered if group.mean == best.mean]
@@ -217,7 +217,7 @@ def setting_sentence(sweep: Sweep, ordered: Sequence[Group]) -> str:
     return said + of_those_pruned(sweep, best)
 
 
-def of_those_pruned(sweep: Sweep, *groups: Group) -> str:
+def of_those_pruned(sweep: Sweep, *groups: SeedGroup) -> str:
     """Say that a mean is of the trials that rungs let on, so better than of all; empty where none was stopped."""
     names = [name for group in groups for name in group.names]
     stopped = [trial for trial in sweep.trials if trial.name in names and trial.state == PAUSED and trial.rung_values]
@@ -226,12 +226,12 @@ def of_those_pruned(sweep: Sweep, *groups: Group) -> str:
     return f"; of these {len(names)} trials rungs stopped {len(stopped)}, so the means are of those that were ahead"
 
 
-def seeds_of(one: Group, other: Group) -> str:
+def seeds_of(one: SeedGroup, other: SeedGroup) -> str:
     counts = sorted({len(one.scores), len(other.scores)})
     return " and ".join(map(str, counts))
 
 
-def share_of_parameters(group: Group, reference: Group) -> str:
+def share_of_parameters(group: SeedGroup, reference: SeedGroup) -> str:
     """Return words as in " at an eighth of the parameters"; empty where a number is not known."""
     if not group.parameters or not reference.parameters:
         return ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_peft.readable import natural_order
-from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
+from lightning_peft.sweeps.statistics import SEED, SeedGroup, best_first, groups_of
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, Trial, hours_of, score
 
 RESULT_COLUMNS = (
@@ -168,7 +168,7 @@ def heat_map(sweep: Sweep) -> HeatMap | None:
         sorted({number_or_text(trial.values[key]) for trial in sweep.trials}, key=sort_key) for key in keys
     ]
 
-    def place(group: Group) -> tuple[Any, Any]:
+    def place(group: SeedGroup) -> tuple[Any, Any]:
         return number_or_text(group.values[keys[0]]), number_or_text(group.values[keys[1]])
 
     ordered = best_first(groups_of(sweep), sweep.metric)

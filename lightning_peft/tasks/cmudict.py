@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from lightning_peft.tasks.task import OwnRows, Row, Task, share
+from lightning_peft.tasks.task import OwnRows, Task, TaskRow, share
 
 VALIDATION_PERCENT = 2
 TEST_PERCENT = 2
@@ -78,7 +78,7 @@ def phoneme_error_rate(answers: Sequence[str], golds: Sequence[str]) -> float:
     return edits / sum(len(gold.split()) for gold in golds)
 
 
-def score_cmudict(rows: list[Row], answers: list[str]) -> dict[str, float]:
+def score_cmudict(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
     """Return `exact_match` and `phoneme_error_rate` (may exceed 1), on the first line of each answer."""
     golds = [row["completion"] for row in rows]
     phonemes = [(answer.strip().splitlines() or [""])[0] for answer in answers]

@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal
 
-from lightning_peft.tasks.task import Row, Task, share
+from lightning_peft.tasks.task import Task, TaskRow, share
 
 # A minus sign belongs to the number unless it stands between two, as in 5-3.
 NUMBER = re.compile(r"(?:(?<!\w)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -27,7 +27,7 @@ def final_number_match(answer: str, gold: str) -> bool:
     return number is not None and number == final_number(gold)
 
 
-def score_final_number(rows: list[Row], answers: list[str]) -> dict[str, float]:
+def score_final_number(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
     """Return `final_number_accuracy`: the number after `####`, or the last one where an answer has no `####`."""
     hits = [final_number_match(answer, row["completion"]) for row, answer in zip(rows, answers, strict=True)]
     return {"final_number_accuracy": share(hits)}

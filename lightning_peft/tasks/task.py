@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-Row = dict[str, Any]
+TaskRow = dict[str, Any]
 
 
 def share(hits: list[bool]) -> float:
@@ -12,7 +12,7 @@ def share(hits: list[bool]) -> float:
     return sum(hits) / len(hits)
 
 
-def score_nothing(rows: list[Row], answers: list[str]) -> dict[str, float]:
+def score_nothing(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
     """Return no metric besides the loss."""
     return {}
 
@@ -21,7 +21,7 @@ def score_nothing(rows: list[Row], answers: list[str]) -> dict[str, float]:
 class OwnRows:
     """Rows that a task makes or brings itself, taken by `data.source` of its name."""
 
-    make: Callable[[str, int, int | None, str], Iterable[Row]]
+    make: Callable[[str, int, int | None, str], Iterable[TaskRow]]
     """Function that gives the rows of a split (train, validation or test) for `data.split_seed`, so many of them or the
     task's own number where none is asked for, of a kind of `data.rows`: answers, pairs or labelled."""
     version: Callable[[], Any] = lambda: None
@@ -43,7 +43,7 @@ class Task:
     """The making and scoring of a data set's answers; rows need `prompt`, `completion`, and what `score` reads."""
 
     name: str
-    score: Callable[[list[Row], list[str]], dict[str, float]]
+    score: Callable[[list[TaskRow], list[str]], dict[str, float]]
     headline: str | None
     """The metric of `score` that sums it up; None where there is only the loss."""
     max_new_tokens: int
@@ -73,21 +73,21 @@ class Task:
         """Return the names of the metrics as far as they are known without rows."""
         return self.metrics or (() if self.headline is None else (self.headline,))
 
-    def few_shot(self, train_rows: list[Row]) -> list[Row]:
+    def few_shot(self, train_rows: list[TaskRow]) -> list[TaskRow]:
         """Return the first `num_shots` training rows, each of another value of `spread_shots_by` as far as possible."""
         if self.spread_shots_by is None:
             return train_rows[: self.num_shots]
-        first_of_value: dict[Any, Row] = {}
+        first_of_value: dict[Any, TaskRow] = {}
         for row in train_rows:
             first_of_value.setdefault(row[self.spread_shots_by], row)
         spread = list(first_of_value.values())[: self.num_shots]
         return (spread + [row for row in train_rows if row not in spread])[: self.num_shots]
 
-    def is_right(self, row: Row, answer: str) -> bool | None:
+    def is_right(self, row: TaskRow, answer: str) -> bool | None:
         """Return whether one answer counts; None where there is only the loss."""
         return None if self.headline is None else self.score([row], [answer])[self.headline] == 1.0
 
-    def samples(self, rows: list[Row], answers: dict[str, list[str]], count: int) -> list[Sample]:
+    def samples(self, rows: list[TaskRow], answers: dict[str, list[str]], count: int) -> list[Sample]:
         """Return `count` samples evenly spaced over `rows`; `answers` has one list a model, one answer a row."""
         count = min(count, len(rows))
         chosen = [index * len(rows) // count for index in range(count)]

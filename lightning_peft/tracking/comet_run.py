@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, MetricsRow, ServiceRun, flat
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class CometRun(ServiceRun):
         )
         return id
 
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[MetricsRow]) -> None:
         for step, values in rows:
             self.experiment.log_metrics(values, step=step)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, MetricsRow, ServiceRun, flat
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """Retries and seconds for a server that does not answer, where these variables are not set. MLflow's own seven tries of
@@ -74,7 +74,7 @@ class MLflowRun(ServiceRun):
         run = self.client.create_run(experiment_id, tags=tags, run_name=self.run_name)
         return str(run.info.run_id)
 
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[MetricsRow]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

@@ -24,7 +24,7 @@ PROJECT = "lightning-peft"
 BAD_ENDS = ("diverged", "rolled back", "failed")
 """Ends of a run that somebody should look at."""
 
-Row = tuple[int, dict[str, float]]
+MetricsRow = tuple[int, dict[str, float]]
 """Step, and values by the names of the charts."""
 
 
@@ -44,7 +44,7 @@ class ServiceRun(RunLogger):
         self.known_step = 0
         """Last step up to which earlier starts have sent everything."""
         self.sent_step = 0
-        self.rows: list[Row] = []
+        self.rows: list[MetricsRow] = []
         self.sent_at = time.monotonic()
 
     @abstractmethod
@@ -52,7 +52,7 @@ class ServiceRun(RunLogger):
         """Begin the run, or go on with it; return the id to keep: the one given, or one that the service has drawn."""
 
     @abstractmethod
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[MetricsRow]) -> None:
         """Send scalars, with the step of each as `STEP` as well."""
 
     @abstractmethod

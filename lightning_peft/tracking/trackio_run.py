@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, MetricsRow, ServiceRun, flat
 
 
 class TrackioRun(ServiceRun):
@@ -48,7 +48,7 @@ class TrackioRun(ServiceRun):
         )
         return id
 
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[MetricsRow]) -> None:
         for step, values in rows:
             self.run.log(values, step=step)
 

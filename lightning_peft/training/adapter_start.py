@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.eva import initialize_from_activations
-from lightning_peft.adapters.init import Reads, initialize_from_weights
+from lightning_peft.adapters.initialization import Reads, initialize_from_weights
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.adapters.method import Selection
 from lightning_peft.adapters.registry import METHODS

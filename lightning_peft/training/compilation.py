@@ -70,7 +70,7 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
     }[mode]()
     # Blocks share their code, and ranks that differ by block are compiled each: none may fall back unnoticed.
     set_up_compiler(graphs=len(parts) + 8, on_cuda=torch.cuda.is_available())
-    rows = Rows()
+    rows = CompiledRows()
     for part in parts:
         # It is set on the instance, so that names in the state dict stay what they are.
         part.forward = _compiled_in_training(part, part.forward, backend, rows)  # type: ignore[method-assign]
@@ -79,14 +79,14 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
 
 
 @dataclass
-class Rows:
+class CompiledRows:
     """The most rows of a batch that were compiled."""
 
     most: int = 0
 
 
 def _compiled_in_training(
-    module: nn.Module, forward: Callable[..., Any], backend: str, rows: Rows
+    module: nn.Module, forward: Callable[..., Any], backend: str, rows: CompiledRows
 ) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=backend)
 

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_peft import distributed
 from lightning_peft.optim.sharded import local
 from lightning_peft.training.config import GuardAction, GuardConfig
-from lightning_peft.training.health import NOTHING, Change, is_no_op
+from lightning_peft.training.health import NOTHING, ChangeSize, is_no_op
 from lightning_peft.training.preemption import Preempted
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Guard:
         due = self.config.no_op_steps
         return self.config.action is not GuardAction.none and not self.is_learning and due is not None and step >= due
 
-    def look_at_changes(self, step: int, changes: Mapping[str, Change]) -> None:
+    def look_at_changes(self, step: int, changes: Mapping[str, ChangeSize]) -> None:
         """Raise Diverged where no layer differs from its base."""
         if is_no_op(changes.values()):
             found = Diverged(

@@ -46,7 +46,8 @@ from lightning_peft.optim.schedules import ScheduleConfig, build_schedule, set_r
 from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients, local
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import (
+from lightning_peft.quantization.experts import has_experts, routed_modules
+from lightning_peft.quantization.quantize import (
     bits_per_parameter,
     combined_fingerprint,
     dequantize_modules,
@@ -54,7 +55,6 @@ from lightning_peft.quantization.convert import (
     memory_by_group,
     weights_fingerprint,
 )
-from lightning_peft.quantization.experts import has_experts, routed_modules
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.adapter_start import FirstBatches, chosen_in_full, reads_whole_model, start_adapters
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, host_memory_gib

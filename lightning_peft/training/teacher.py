@@ -26,7 +26,7 @@ from lightning_peft.checkpoint.peft_format import (
 from lightning_peft.data.config import DataConfig
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder, load_adapted, refuse_rewards
 from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_context, model_name
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.models.source import MODELS, ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher

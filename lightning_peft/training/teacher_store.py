@@ -239,7 +239,7 @@ def check_room(samples: Samples, objective: DistillConfig, vocabulary: int, cach
         )
 
 
-class Rows:
+class RowFile:
     """A .npy file whose rows are written one after the other: no hole in it that a full disk would show on reading.
 
     One that was left at a mark goes on there. Raises ValueError where the file is not what was written up to it.
@@ -309,11 +309,11 @@ class Unfinished:
             self.path.mkdir()
             self.files = self._opened({})
 
-    def _opened(self, marks: dict[str, tuple[int, int]]) -> dict[str, Rows]:
-        files: dict[str, Rows] = {}
+    def _opened(self, marks: dict[str, tuple[int, int]]) -> dict[str, RowFile]:
+        files: dict[str, RowFile] = {}
         try:
             for name, shape in self.shapes.items():
-                files[name] = Rows(self.path / name, *shape, marks.get(name))
+                files[name] = RowFile(self.path / name, *shape, marks.get(name))
         except BaseException:
             for file in files.values():
                 file.close()

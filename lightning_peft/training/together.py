@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_peft.adapters.segments import Batching, SegmentedLinear, Share, segment_layers
+from lightning_peft.adapters.segments import BatchShares, SegmentedLinear, Share, segment_layers
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
@@ -60,7 +60,7 @@ class HandedLoss(torch.autograd.Function):
 class Member:
     """One of the runs of a group, as its thread sees it."""
 
-    def __init__(self, group: "Group", number: int, name: str):
+    def __init__(self, group: "RunGroup", number: int, name: str):
         self.group, self.number, self.name = group, number, name
         self.model: PreTrainedModel | None = None
         """Its tree of modules: adapters of its own around weights that all share."""
@@ -137,7 +137,7 @@ class TogetherModule(FinetuneModule):
 class MemberSignals(PreemptionSignals):
     """The reasons for which one run of a group leaves: those of the process, its own time limit, or the file LEAVE."""
 
-    def __init__(self, group: "Group", max_seconds: float | None, run_dir: Path):
+    def __init__(self, group: "RunGroup", max_seconds: float | None, run_dir: Path):
         super().__init__(max_seconds)
         self.group, self.leave = group, run_dir / LEAVE
 
@@ -160,14 +160,14 @@ class MemberSignals(PreemptionSignals):
 
 
 @dataclass
-class Outcome(Generic[Result]):
+class MemberOutcome(Generic[Result]):
     """The end of one member: what it returned, or what it raised."""
 
     value: Result | None = None
     error: BaseException | None = None
 
 
-class Group:
+class RunGroup:
     """Runs that train together. The thread that calls `run` takes the shared passes and the signals."""
 
     def __init__(self, names: Sequence[str]):
@@ -192,10 +192,10 @@ class Group:
     def run(
         self,
         works: Sequence[Callable[[Member], Result]],
-        ended: Callable[[int, Outcome[Result]], None] = lambda number, outcome: None,
-    ) -> list[Outcome[Result]]:
+        ended: Callable[[int, MemberOutcome[Result]], None] = lambda number, outcome: None,
+    ) -> list[MemberOutcome[Result]]:
         """Do each member's work until all have ended, and return how each did; `ended` is called when one has."""
-        outcomes: list[Outcome[Result]] = [Outcome() for _ in self.members]
+        outcomes: list[MemberOutcome[Result]] = [MemberOutcome() for _ in self.members]
 
         def work(member: Member) -> None:
             member.turn.acquire()
@@ -232,7 +232,7 @@ class Group:
         self.back.acquire()
         member.random = random_states()
 
-    def forget(self, member: Member, outcome: Outcome[Result]) -> None:
+    def forget(self, member: Member, outcome: MemberOutcome[Result]) -> None:
         """Free what a member that has ended still holds: the others may train for days."""
         member.model = member.loss = member.router_load = None
         if self.passes is not None:
@@ -260,9 +260,9 @@ class Group:
 class SharedPasses:
     """The model that takes the tokens of all members in one row, and the passes through it."""
 
-    def __init__(self, group: Group, members: Sequence[Member]):
+    def __init__(self, group: RunGroup, members: Sequence[Member]):
         assert group.template is not None
-        self.batching = Batching()
+        self.batching = BatchShares()
         model = copy_around_same_tensors(group.template)
         models = {member.number: member.model for member in members if member.model is not None}
         segment_layers(model, self.batching, models)

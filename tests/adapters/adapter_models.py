@@ -10,7 +10,7 @@ from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
 from lightning_peft.adapters.inject import SHARED, adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 from lightning_peft.quantization.weights import linear_shape
 
 WRAPPING = [name for name, method in METHODS.items() if not method.trains_all]

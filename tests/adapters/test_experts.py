@@ -21,9 +21,9 @@ from lightning_peft.adapters.targets import find_targets
 from lightning_peft.kernels.grouped import RowsPerExpert, product_at_once, runs_at_once
 from lightning_peft.models.forwards import keep_outputs
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_layer, quantize_linears
 from lightning_peft.quantization.experts import close_experts, expert_stacks, open_experts
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.quantize import dequantized_layer, quantize_linears
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing

@@ -24,7 +24,7 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.dora import DoRAConfig
 from lightning_peft.adapters.hira import HiRAConfig
 from lightning_peft.adapters.ia3 import IA3Config as OurIA3Config
-from lightning_peft.adapters.init import initialize_from_weights
+from lightning_peft.adapters.initialization import initialize_from_weights
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.intrinsic import IntrinsicConfig
 from lightning_peft.adapters.lora import LoRAConfig
@@ -42,7 +42,7 @@ from lightning_peft.checkpoint.peft_format import (
 from lightning_peft.checkpoint.peft_methods import spelling, spellings
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers 5.23 deprecates what peft 0.21 calls.

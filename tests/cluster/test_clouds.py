@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from lightning_peft.__main__ import main
-from lightning_peft.cluster.job import Work
+from lightning_peft.cluster.job import JobSpec
 from lightning_peft.cluster.kubernetes import Kubernetes, KubernetesConfig, indexes, jobs_of
 from lightning_peft.cluster.skypilot import SkyPilot, SkyPilotConfig, sky_name
 from lightning_peft.cluster.skypilot import jobs_of as jobs_of_queue
@@ -284,7 +284,7 @@ def start_of(folder: Path, exit_code: int, index: int = 0, nodes: int = 1, setup
     python.write_text(f"#!/bin/bash\nsleep 0.2\necho trained with $LIGHTNING_PEFT_TASK\nexit {exit_code}\n")
     python.chmod(0o755)
     config = KubernetesConfig(image="x", nodes=nodes, setup=[setup], python=str(python), namespace="research")
-    document = list(yaml.safe_load_all(Kubernetes().text(config, Work("x", folder, "/no such folder"))))[-1]
+    document = list(yaml.safe_load_all(Kubernetes().text(config, JobSpec("x", folder, "/no such folder"))))[-1]
     done = run_index(document, index)
     return done.returncode, done.stdout
 
@@ -305,7 +305,7 @@ def test_third_start_of_a_run_without_a_checkpoint_ends_its_job(tmp_path: Path) 
 
 
 def test_every_job_has_a_name_of_its_own() -> None:
-    work = Work("8_Läufe!" * 20, Path("/runs/x"), "/work")
+    work = JobSpec("8_Läufe!" * 20, Path("/runs/x"), "/work")
     kubernetes = [yaml.safe_load(Kubernetes().text(KubernetesConfig(image="x"), work)) for _ in range(2)]
     names = [document["metadata"]["name"] for document in kubernetes]
     assert names[0] != names[1] and all(len(name) <= 50 for name in names)

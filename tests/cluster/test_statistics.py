@@ -21,7 +21,7 @@ from lightning_peft.evaluation.smaller_ranks import RankScore, smallest_as_good
 from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.statistics import (
-    Group,
+    SeedGroup,
     best_of_ranks,
     difference_interval,
     groups_of,
@@ -283,8 +283,8 @@ def test_large_metric_is_ranked_from_the_top(folder):
 def test_many_scores_are_resampled_at_random_alike_each_time():
     generator = random.Random(0)
     scores = [generator.gauss(0, 1) for _ in range(40)]
-    one, other = Group({}, [], scores, None), Group({}, [], [x + 0.5 for x in scores], None)
-    assert one.interval == Group({}, [], list(scores), None).interval
+    one, other = SeedGroup({}, [], scores, None), SeedGroup({}, [], [x + 0.5 for x in scores], None)
+    assert one.interval == SeedGroup({}, [], list(scores), None).interval
     half = 1.96 * statistics.pstdev(scores) / math.sqrt(40)
     assert one.interval == pytest.approx((one.mean - half, one.mean + half), abs=0.05)
     low, high = difference_interval(other, one)

@@ -16,7 +16,7 @@ from lightning_peft.adapters.lora import LoRAConfig, LoRAExperts, LoRALinear
 from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 
 IDS = torch.arange(3, 43)[None]
 LORA: dict[str, Any] = {"r": 4, "task_type": "CAUSAL_LM"}

@@ -14,8 +14,8 @@ from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.models.loading import empty_model, load_model, prepare_as_published
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
-from lightning_peft.quantization.convert import bits_per_parameter
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.quantize import bits_per_parameter
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_linear
+from lightning_peft.quantization.quantize import dequantized_linear
 from lightning_peft.quantization.weights import is_quantized
 
 IDS = torch.arange(3, 43)[None]

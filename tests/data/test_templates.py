@@ -11,7 +11,7 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.chat import Encoder, encode_all, encode_prompt, end_token_ids
 from lightning_peft.data.config import DataConfig, OnBadRow, Reasoning
 from lightning_peft.data.conversation import Conversation, Message, Row
-from lightning_peft.data.rendering import Kind, Rules
+from lightning_peft.data.rendering import Rules, TokenKind
 from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.samples import encode_rows
 from lightning_peft.data.template import ChatTemplateError
@@ -240,7 +240,7 @@ def test_mistrals_ids_of_calls_and_results_are_written():
     """Nine letters or digits, which the template demands of every call, also of one that is tried."""
     tokenizer = tokenizer_of("mistral_v0.3")
     [[sample]] = encode_all([CALLS], tokenizer)
-    assert text_of_kind(sample, Kind.tool_call, tokenizer) == (
+    assert text_of_kind(sample, TokenKind.tool_call, tokenizer) == (
         '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abc123xyz"}]'
     )
     assert '[TOOL_RESULTS] {"content": 3 C, "call_id": "abc123xyz"}' in tokenizer.decode(sample.input_ids)
@@ -271,7 +271,7 @@ def test_calls_are_the_text_of_a_turn_where_the_template_has_no_place_for_them(n
         assert said == whole.removeprefix(prompt).removeprefix("<think>\n\n</think>\n\n").rstrip("\n")
         assert (opening in said) == bool(message.tool_calls)
     kinds = b"".join(sample.kinds for sample in samples)
-    assert {Kind.answer, Kind.tool_call, Kind.end} == set(kinds) - {0}
+    assert {TokenKind.answer, TokenKind.tool_call, TokenKind.end} == set(kinds) - {0}
 
 
 @pytest.mark.parametrize(
@@ -304,13 +304,13 @@ def test_parts_of_a_turn_are_told_apart():
     [[sample, _]] = encode_all([CONVERSATIONS["thoughts and calls"]], tokenizer)
     text = {
         kind: tokenizer.decode([t for t, k in zip(sample.input_ids, sample.kinds, strict=True) if k == kind])
-        for kind in Kind
+        for kind in TokenKind
         if kind
     }
-    assert text[Kind.reasoning] == "<think>\nI need to look.\n</think>\n\n<think>\nCold.\n</think>\n\n"
-    assert text[Kind.answer] == "It is 3 C."
-    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text[Kind.tool_call]
-    assert text[Kind.end] == "<|im_end|><|im_end|>"
+    assert text[TokenKind.reasoning] == "<think>\nI need to look.\n</think>\n\n<think>\nCold.\n</think>\n\n"
+    assert text[TokenKind.answer] == "It is 3 C."
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text[TokenKind.tool_call]
+    assert text[TokenKind.end] == "<|im_end|><|im_end|>"
 
 
 SPELLINGS = ["<think>Two.</think>It is 4.", "<think>\nTwo.\n</think>\n\nIt is 4.", "<think> Two.\n</think>\nIt is 4."]
@@ -343,8 +343,8 @@ def test_answer_that_speaks_of_thoughts_is_an_answer(name, content, rule):
     tokenizer = tokenizer_of(name)
     turns = Conversation([ASKED, Message("assistant", content)])
     [[sample]] = encode_all([turns], tokenizer, Rules(reasoning=Reasoning(rule)))
-    assert text_of_kind(sample, Kind.answer, tokenizer).removeprefix("<|channel|>final<|message|>") == content
-    assert "".join(text_of_kind(sample, Kind.reasoning, tokenizer).split()) in ("", "<think></think>")
+    assert text_of_kind(sample, TokenKind.answer, tokenizer).removeprefix("<|channel|>final<|message|>") == content
+    assert "".join(text_of_kind(sample, TokenKind.reasoning, tokenizer).split()) in ("", "<think></think>")
 
 
 def text_of_kind(sample, kind, tokenizer):
@@ -363,8 +363,8 @@ def test_thought_whose_opening_the_prompt_wrote_is_a_thought(name):
     [[kept]], [[dropped]] = (
         encode_all([inline], tokenizer, Rules(reasoning=rule)) for rule in (Reasoning.keep, Reasoning.drop)
     )
-    assert "Two." in text_of_kind(kept, Kind.reasoning, tokenizer)
-    assert [text_of_kind(sample, Kind.answer, tokenizer) for sample in (kept, dropped)] == ["It is 4."] * 2
+    assert "Two." in text_of_kind(kept, TokenKind.reasoning, tokenizer)
+    assert [text_of_kind(sample, TokenKind.answer, tokenizer) for sample in (kept, dropped)] == ["It is 4."] * 2
     assert "Two." not in tokenizer.decode(dropped.input_ids)
 
 
@@ -391,9 +391,9 @@ def test_parts_that_stand_in_the_marks_around_them_are_told_apart(name):
     tokenizer = tokenizer_of("qwen3")
     message, expected = SHORT[name]
     [[sample]] = encode_all([Conversation([ASKED, message], TOOLS)], tokenizer)
-    kinds = (Kind.reasoning, Kind.answer, Kind.tool_call)
+    kinds = (TokenKind.reasoning, TokenKind.answer, TokenKind.tool_call)
     assert [text_of_kind(sample, kind, tokenizer) for kind in kinds] == expected
-    assert text_of_kind(sample, Kind.end, tokenizer) == "<|im_end|>"
+    assert text_of_kind(sample, TokenKind.end, tokenizer) == "<|im_end|>"
 
 
 PLAIN_TURNS = [Message("assistant", "  two  spaces"), Message("assistant", "", tool_calls=(CALL,)), ANSWERED]

@@ -15,7 +15,7 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.distributed import disconnect
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears, weights_fingerprint
+from lightning_peft.quantization.quantize import quantize_linears, weights_fingerprint
 from lightning_peft.training.strategies import sharding_codes
 
 

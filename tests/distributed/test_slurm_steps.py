@@ -4,7 +4,7 @@ import pytest
 
 from lightning_peft import distributed
 from lightning_peft.runs.machine import Machine
-from lightning_peft.runs.options import count_ranks
+from lightning_peft.runs.trainer_options import count_ranks
 from lightning_peft.training.config import StrategyKind
 
 JOB = {"SLURM_JOB_ID": "71", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}

@@ -15,7 +15,7 @@ from lightning_peft.commands.train import train
 from lightning_peft.evaluation.gate import Metric, bootstrap, row_scores, scores_by_source, verdicts
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Task
-from lightning_peft.tasks.text_to_sql.task import TASK as TEXT_TO_SQL
+from lightning_peft.tasks.text_to_sql.execution_accuracy import TASK as TEXT_TO_SQL
 
 
 @pytest.fixture(scope="module")

@@ -38,9 +38,9 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_layer
 from lightning_peft.quantization.experts import expert_stacks
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.quantize import dequantized_layer
 from lightning_peft.quantization.weights import is_linear, is_transposed, linear_shape
 from lightning_peft.serving.gguf_lora import read_gguf_lora, write_gguf_lora
 from lightning_peft.serving.gguf_model import attention_window, write_gguf_model

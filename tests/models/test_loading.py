@@ -30,8 +30,8 @@ from lightning_peft.models.stored import source_fingerprint, stored_dtypes
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_linear, quantize_linears
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.quantize import dequantized_linear, quantize_linears
 
 IDS = torch.arange(3, 35)[None]
 

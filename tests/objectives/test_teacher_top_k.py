@@ -23,7 +23,7 @@ from lightning_peft.kernels.divergence import divergence
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.objectives.linear_divergence import bucketed
 from lightning_peft.training import teacher_store
-from lightning_peft.training.teacher_store import Rows, check_room, is_whole, keep_teacher, naming_cache, write_top
+from lightning_peft.training.teacher_store import RowFile, check_room, is_whole, keep_teacher, naming_cache, write_top
 
 ANSWERS = [{key: value for key, value in row.items() if key != "hint"} for row in ROWS]
 VOCABULARY = 320
@@ -213,7 +213,7 @@ def test_whole_store_is_read_without_writing(tmp_path):
 
 def test_full_disk_is_said_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="data.cache_dir=here: No space left on device, and what is kept of the"):  # noqa: SIM117
-        with naming_cache("here"), closing(Rows(Path("/dev/full"), np.int32, (4, 5))) as rows:
+        with naming_cache("here"), closing(RowFile(Path("/dev/full"), np.int32, (4, 5))) as rows:
             rows.write(np.zeros((4, 5)))
     module, data = kept(tmp_path, None)
     module.objective_config.teacher_top_k = 10**12

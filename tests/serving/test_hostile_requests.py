@@ -19,7 +19,7 @@ from server_process import ask, ended, save, start
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import CHAT_TEMPLATE

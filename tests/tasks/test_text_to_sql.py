@@ -6,10 +6,10 @@ import pytest
 from lightning_peft.tasks.text_to_sql.answers import execution_match
 from lightning_peft.tasks.text_to_sql.grammar import phrasings
 from lightning_peft.tasks.text_to_sql.grammar.database import Database, DatabasePair, QueryError, same_result
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import DOMAINS, fill, parse_schema
 from lightning_peft.tasks.text_to_sql.grammar.kinds import KINDS, LEVEL_SHARES
 from lightning_peft.tasks.text_to_sql.grammar.phrasings import Wording
 from lightning_peft.tasks.text_to_sql.grammar.questions import QUESTIONS
-from lightning_peft.tasks.text_to_sql.grammar.schema import DOMAINS, fill, parse_schema
 from lightning_peft.tasks.text_to_sql.rows import generate_preference, generate_row, generate_rows
 
 SCHEMA = parse_schema("singer(id, name, country, age) | album(id, title, genre, copies_sold, singer_id)")

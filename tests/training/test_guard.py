@@ -17,7 +17,7 @@ from torch import nn
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.commands.train import train
 from lightning_peft.commands.training import prepare_folder
-from lightning_peft.runs.folder import Start, find_start
+from lightning_peft.runs.folder import RunStart, find_start
 from lightning_peft.runs.rollback import Rollback, roll_back, rollbacks_of, taken_along, write_rollbacks
 from lightning_peft.training.config import GuardAction, GuardConfig
 from lightning_peft.training.guard import Diverged, Guard
@@ -187,7 +187,7 @@ def test_rollbacks_of_a_run_that_begins_anew_are_dropped_with_its_options(tmp_pa
     prepare_folder(before, run_dir)
     write_rollbacks([Rollback(1, 0, 0.5, "by hand")], run_dir)
     for config, kept in ((before, True), (replace(now, dry_run=True), True), (now, False)):
-        assert find_start(config, run_dir) == Start()
+        assert find_start(config, run_dir) == RunStart()
         assert bool(rollbacks_of(run_dir)) is kept
     assert "dropped, as this run begins anew (resume: the checkpoint was made with another config: optimizer.lr" in (
         caplog.text

@@ -18,7 +18,7 @@ from lightning_peft.training.callbacks import adapter_health
 from lightning_peft.training.callbacks.adapter_health import AdapterHealth, gradient_shares
 from lightning_peft.training.config import HealthConfig
 from lightning_peft.training.guard import Diverged
-from lightning_peft.training.health import Change, ChangeMeter, alarms_of, is_no_op
+from lightning_peft.training.health import ChangeMeter, ChangeSize, alarms_of, is_no_op
 
 RUN = ["trainer.max_steps=4", "health.every_n_steps=2", "data.packing=false", "checkpoint.every_n_steps=2"]
 
@@ -78,8 +78,8 @@ def test_measuring_changes_no_number(tmp_path):
     assert losses[0] == losses[1]
 
 
-def change(norm: float, rank: int = 64, effective: float = 40.0) -> Change:
-    return Change(norm / 10, norm, 1.0, rank, effective)
+def change(norm: float, rank: int = 64, effective: float = 40.0) -> ChangeSize:
+    return ChangeSize(norm / 10, norm, 1.0, rank, effective)
 
 
 def test_alarms_name_what_is_wrong():

@@ -8,7 +8,7 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.data.batch import Batch
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 from lightning_peft.training.model_flops import (
     attention_flops,
     linear_flops_per_token,

@@ -25,7 +25,7 @@ from transformers import (
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.models.attention import FEWER_KEY_HEADS
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 from lightning_peft.training import recomputation
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks, keep_attention
 from lightning_peft.training.config import ActivationCheckpointing

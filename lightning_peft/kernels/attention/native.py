@@ -7,12 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_peft.kernels.attention.grouping import SampleBounds
 from lightning_peft.kernels.native.library import LANES, Scratch, address, kernels, library
 
 NO_WINDOW = 2**30
-
-Samples = list[tuple[int, int]]
-"""Position of each sample's first token, and the one past its last, in the flattened batch."""
 
 
 class View(ctypes.Structure):
@@ -60,7 +58,7 @@ def scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, samples: list[SampleBounds], scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, T, H, D) and log normalisers (B, T, H) fp32.
 
@@ -82,7 +80,7 @@ def attend_backward(
     value: Tensor,
     output: Tensor,
     normalizers: Tensor,
-    samples: Samples,
+    samples: list[SampleBounds],
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +104,7 @@ def _call(
     function: str,
     query: Tensor,
     key: Tensor,
-    samples: Samples,
+    samples: list[SampleBounds],
     scaling: float,
     window: int | None,
     shared: Split,

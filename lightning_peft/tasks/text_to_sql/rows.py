@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_peft.tasks.text_to_sql.grammar.database import DatabasePair, QueryError, is_ordered, same_result
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import DOMAINS, draw_schema
 from lightning_peft.tasks.text_to_sql.grammar.draw import Draw, Query, Unavailable
 from lightning_peft.tasks.text_to_sql.grammar.kinds import KINDS, ask, draw_kind
-from lightning_peft.tasks.text_to_sql.grammar.schema import DOMAINS, draw_schema
 
 ATTEMPTS_PER_SCHEMA = 16
 TRAINING_ROWS = 4000

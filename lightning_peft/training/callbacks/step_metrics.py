@@ -17,7 +17,7 @@ from lightning_peft.compat import is_accumulating
 from lightning_peft.data.batch import Batch
 from lightning_peft.distributed import reduce_sums, worst
 from lightning_peft.training.guard import Guard
-from lightning_peft.training.health import Change, ChangeMeter
+from lightning_peft.training.health import ChangeMeter, ChangeSize
 from lightning_peft.training.model_flops import (
     attention_flops,
     linear_flops_per_token,
@@ -80,7 +80,7 @@ def epochs_done(trainer: Trainer) -> float:
     return trainer.current_epoch + (done / batches if batches != float("inf") else 0.0)
 
 
-def changes_alone(module: LightningModule) -> dict[str, Change]:
+def changes_alone(module: LightningModule) -> dict[str, ChangeSize]:
     """Return the changes of the adapted layers; empty where other modules train beside them. All ranks call it."""
     model, root = cast(PreTrainedModel, module.model), module.objective
     assert isinstance(root, nn.Module)

@@ -17,7 +17,7 @@ from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.evaluation.scorers import Scorer, scores_of, spread, with_answer
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.tasks.task import Row
+from lightning_peft.tasks.task import TaskRow
 from lightning_peft.training.config import ValidationConfig
 from lightning_peft.training.strategies import ShardedModel
 
@@ -31,14 +31,14 @@ BATCH_SIZE = 32
 class Questions:
     """The validation rows that are answered each time."""
 
-    rows: list[Row]
+    rows: list[TaskRow]
     prompts: list[list[int]]
     """Token ids."""
 
     @classmethod
     def of(
         cls,
-        found: list[tuple[Row, Conversation]],
+        found: list[tuple[TaskRow, Conversation]],
         tokenizer: PreTrainedTokenizerFast,
         layout: PromptLayout,
         count: int,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lightning_peft.tasks.text_to_sql.grammar import phrasings
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import Column, RowsByTable, Schema, Table, Value
 from lightning_peft.tasks.text_to_sql.grammar.phrasings import Wording
-from lightning_peft.tasks.text_to_sql.grammar.schema import Column, Rows, Schema, Table, Value
 
 T = TypeVar("T")
 NUMBERS = ("integer", "real")
@@ -81,7 +81,7 @@ def join(parent: Table, child: Table) -> str:
 class Draw:
     """Draws from one schema, its rows and the wordings of one split."""
 
-    def __init__(self, rng: random.Random, schema: Schema, rows: Rows, held_out: bool) -> None:
+    def __init__(self, rng: random.Random, schema: Schema, rows: RowsByTable, held_out: bool) -> None:
         self.rng = rng
         self.schema = schema
         self.rows = rows

@@ -21,7 +21,7 @@ from lightning_peft.training.strategies import ShardedModel
 logger = logging.getLogger(__name__)
 
 
-class Samples(Callback):
+class ValidationAnswers(Callback):
     """After each validation during training, writes what base and adapter answer to `<run_dir>/samples.jsonl`.
 
     Each conversation is asked for its last answer; what the data give is written beside the model's.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lightning_peft.tasks.text_to_sql.grammar import domains
 
 Value = str | int | float
-Rows = dict[str, list[dict[str, Value]]]
+RowsByTable = dict[str, list[dict[str, Value]]]
 """Rows of each table, by table name."""
 
 FIRST_NAMES = (
@@ -203,10 +203,10 @@ def _fill_column(rng: random.Random, column: Column, count: int) -> list[Value]:
     return list(_distinct_numbers(rng, int(low), int(high), count))
 
 
-def fill(schema: Schema, seed: int) -> Rows:
+def fill(schema: Schema, seed: int) -> RowsByTable:
     """Return the rows of every table, a function of (schema, seed); some parents have no child."""
     rng = random.Random(seed)
-    rows: Rows = {}
+    rows: RowsByTable = {}
     for depth, table in enumerate(schema.tables):
         count = rng.randint(7, 10) if depth == 0 else rng.randint(11, 15)
         columns: dict[str, list[Value]] = {"id": list(range(1, count + 1))}

@@ -13,9 +13,9 @@ from lightning_peft.models.conversion import Fusion
 from lightning_peft.models.weight_files import WeightSource
 from lightning_peft.quantization.experts import expert_stacks
 from lightning_peft.quantization.published.format import LowBitWeight, PublishedFormat, matches_target
-from lightning_peft.quantization.published.formats import published_format
 from lightning_peft.quantization.published.layers import dense_low_bit, prepare_low_bit, scale_a_row
 from lightning_peft.quantization.published.mxfp4 import MXFP4
+from lightning_peft.quantization.published.registry import published_format
 from lightning_peft.quantization.weights import is_linear
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from adapter_models import adapted, llama, logits, perturb, reset, tokens, wrapp
 from torch import Tensor, nn
 
 from lightning_peft.adapters.eva import initialize_from_activations
-from lightning_peft.adapters.init import INITS, initialize_from_weights
+from lightning_peft.adapters.initialization import INITS, initialize_from_weights
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
 from lightning_peft.quantization.weights import dense_weight

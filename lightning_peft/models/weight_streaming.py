@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.conversion import Fusion, LoadingPlan, plan_loading
-from lightning_peft.models.low_bit import LowBitSource, prepare_low_bit_layers
+from lightning_peft.models.low_bit_source import LowBitSource, prepare_low_bit_layers
 from lightning_peft.models.multimodal import remember_files
 from lightning_peft.models.weight_files import PickledSource, SafetensorsSource, WeightSource
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import load_weight, prepare_quantized
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
-from lightning_peft.quantization.published.formats import check_not_requantised
 from lightning_peft.quantization.published.layers import load_low_bit
+from lightning_peft.quantization.published.registry import check_not_requantised
+from lightning_peft.quantization.quantize import load_weight, prepare_quantized
 
 logger = logging.getLogger(__name__)
 

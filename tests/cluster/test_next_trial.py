@@ -8,8 +8,8 @@ import pytest
 
 from lightning_peft.cluster.job import Job
 from lightning_peft.commands.together import wanted
+from lightning_peft.sweeps.next_trial import turn_of_slot, work_to_begin
 from lightning_peft.sweeps.sweep import Sweep, Trial, changed_sweep, read_sweep, write_sweep
-from lightning_peft.sweeps.turns import turn_of_slot, work_to_begin
 
 
 @pytest.fixture
