@@ -37,7 +37,7 @@ def schema(words: list[str]) -> None:
 
 
 def schema_of_file() -> dict[str, Any]:
-    """The schema: groups by name, sections with their keys, types, choices and docstrings.
+    """Return the schema: groups by name, sections with their keys, types, choices and docstrings.
 
     A key is known in its section and by its whole name; another one is an error, except where anything may be added.
     """
@@ -85,7 +85,7 @@ def schema_of_file() -> dict[str, Any]:
 
 
 def closed() -> dict[str, Any]:
-    """An object without keys of other names."""
+    """Return the schema of an object without keys of other names."""
     return {"type": "object", "additionalProperties": False}
 
 
@@ -95,7 +95,7 @@ TYPES = {
 
 
 def described(option: Option) -> dict[str, Any]:
-    """One key: its docstring, default, and type or choices."""
+    """Return the schema of one key: its docstring, default, and type or choices."""
     found: dict[str, Any] = {"description": option.doc, "default": plain(option)}
     if option.choices:
         return found | {"enum": [*option.choices, *([None] if type(None) in get_args(option.kind) else [])]}
@@ -111,7 +111,7 @@ def described(option: Option) -> dict[str, Any]:
 
 
 def plain(option: Option) -> Any:
-    """The default as JSON has it."""
+    """Return the default as JSON has it."""
     value = option.default
     if isinstance(value, list):
         return [shown(part) for part in value]

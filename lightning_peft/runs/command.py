@@ -1,4 +1,4 @@
-"""What a run was started by, kept in its folder: each command, a line each, and the files that it named."""
+"""The start of a run, kept in its folder: each command, a line each, and the files that it named."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ _words: list[str] = []
 
 @contextmanager
 def started_by(words: Sequence[str], command: str = "train") -> Iterator[None]:
-    """Inside, a run that begins is one of `lightning-peft COMMAND` with these words; without any, a program's own."""
+    """Have a run that begins inside the block be one of `lightning-peft COMMAND` with these words, if there are any."""
     global _words
     before, _words = _words, [command, *words] if words else []
     try:

@@ -39,7 +39,7 @@ class MetricsCSV(RunLogger):
             self.rewrite([row for row in rows if row["step"].isdigit() and int(row["step"]) <= step])
 
     def read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """(columns, rows) of the file as it stands."""
+        """Return (columns, rows) of the file as it stands."""
         if not self.path.exists():
             return list(COLUMNS), []
         with self.path.open(newline="", encoding="utf-8", errors="replace") as file:  # a crash may leave anything
