@@ -20,6 +20,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_peft.data.conversation import BadRow, Row, read_json, without_absent_keys
+from lightning_peft.data.other_files import (
+    OTHER_FILES,
+    refuse_one_object,
+    refuse_other_content,
+    refuse_other_separator,
+)
 from lightning_peft.data.records import elements, records
 
 PACKAGES = {
@@ -120,6 +126,9 @@ def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
     Raises ValueError for a file that cannot be read on.
     """
     try:
+        if file.suffixes[0] in COMPRESSIBLE:
+            with file.content() as content:
+                refuse_other_content(content.read(8), str(file))
         yield from FILE_READERS[file.suffixes[0]](file)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from error
@@ -157,6 +166,8 @@ def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
             # Bytes of another encoding become lone surrogates, by which their rows are found.
             text = (start + content.read()).decode("utf-8-sig", errors="surrogateescape")
     if not start.startswith(b"["):
+        with file.content() as content:
+            refuse_one_object(content, str(file))
         yield from _read_json_lines(file)
         return
     try:
@@ -208,7 +219,7 @@ def _read_table(file: DataFile, separator: str) -> Iterator[Row | BadRow]:
         if header is not None and header.wrong is not None:
             raise ValueError(f"{file} line 1: not CSV ({header.wrong})")
         _refuse_copies(names, f"{file} line 1")
-        _refuse_other_separator(names, separator, f"{file} line 1")
+        refuse_other_separator(names, separator, f"{file} line 1")
         for record in found:
             origin = f"{file} {record.place}"
             if record.wrong is not None:
@@ -217,28 +228,6 @@ def _read_table(file: DataFile, separator: str) -> Iterator[Row | BadRow]:
                 yield BadRow(origin, f"{len(names)} fields", len(record.fields))
             elif record.fields:  # a line without any is between rows
                 yield _utf8_row(dict(zip(names, record.fields, strict=True)), origin)
-
-
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-
-
-def _refuse_other_separator(names: list[str], separator: str, origin: str) -> None:
-    """Raise ValueError for a header of one column that is several by another separator."""
-    if names and names[0].startswith("sep="):
-        raise ValueError(f"{origin}: {names[0]!r} tells Excel of a separator and names no columns; delete the line")
-    if len(names) != 1:
-        return
-    for other, word in SEPARATORS.items():
-        if other != separator and other in names[0]:
-            columns = ", ".join(name.strip() for name in names[0].split(other))
-            kind = ".tsv" if separator == "\t" else ".csv"
-            remedy = "name it .tsv" if other == "\t" else f"save it with {SEPARATORS[separator]}"
-            if other == "," and separator == "\t":
-                remedy = "name it .csv"
-            raise ValueError(
-                f"{origin}: fields of {kind} files are separated by {SEPARATORS[separator]}, and these ({columns}) by "
-                f"{word}; {remedy}"
-            )
 
 
 def _refuse_copies(names: Iterable[Any], origin: str) -> None:
@@ -321,17 +310,6 @@ FILE_READERS: dict[str, Callable[[DataFile], Iterator[Row | BadRow]]] = {
     ".arrow": partial(_read_by_datasets, kind="arrow"),
     ".xlsx": _read_excel,
 }
-OTHER_FILES = {
-    ".txt": '; text without rows is a line {"text": "..."} a document in a .jsonl file',
-    ".md": '; text without rows is a line {"text": "..."} a document in a .jsonl file',
-    ".xls": "; save it as .xlsx",
-    ".pkl": "; a pickle runs code, so save the rows as .parquet or .jsonl",
-    ".zip": "; unpack it",
-    ".tar": "; unpack it",
-    ".yaml": "; a file of options stands without data=, as in lightning-peft train my.yaml",
-    ".yml": "; a file of options stands without data=, as in lightning-peft train my.yaml",
-}
-"""What to do about files that people bring and that hold no rows as they are."""
 COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 

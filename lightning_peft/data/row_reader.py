@@ -35,7 +35,7 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
     Raises ValueError where an option names a column that is not there, or no format fits.
     """
     check_format(config.format)
-    there = ", ".join(columns)
+    there = ", ".join(name if name.replace("_", "a").isalnum() else repr(name) for name in columns)
     kind = config.rows or RowKind.answers
     formats = {format: row_format for format, row_format in FORMATS.items() if row_format.rows is kind}
     _refuse_other_rows(columns, config, kind)

@@ -283,3 +283,36 @@ def test_file_that_holds_no_rows_has_a_remedy(tmp_path, monkeypatch, name, remed
 @pytest.mark.parametrize("name", ["r.JSONL", "r.Jsonl", "r.CSV", "r.JSONL.GZ", "r.Parquet", "not_there.JSON"])
 def test_data_is_a_file_whatever_the_case_of_its_ending(name):
     assert everyday("train", [f"data={name}"]) == ["data=jsonl", f"data.train_path={name}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl", lines(ROWS).decode().encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("r.csv", "prompt,completion\na,b\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("r.jsonl", gzip.compress(lines(ROWS)), "is compressed; let its name end in .gz"),
+        ("r.json", zstandard(lines(ROWS)), "is compressed; let its name end in .zst"),
+        ("r.csv", b"PK\x03\x04 and so on", "is an archive or an Excel file; let its name end in .xlsx, or unpack it"),
+        ("r.jsonl", b"PAR1 and so on", "is Parquet; let its name end in .parquet"),
+        ("r.json", json.dumps({"version": 1, "data": ROWS}).encode(), "is one object whose rows are inside 'data'; "),
+        ("r.json", json.dumps({"rows": ROWS}, indent=2).encode(), "is one object whose rows are inside 'rows'; "),
+        ("r.json", json.dumps(ROWS[0], indent=2).encode(), "is one object over several lines; rows are an array of"),
+    ],
+)
+def test_file_that_is_not_what_its_name_says_is_told_so(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}: {message}"):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("row", [{"data": "x", "text": "y"}, {"items": [], "text": "y"}, {"data": ["a"], "text": "y"}])
+def test_one_row_of_json_is_a_row(tmp_path, row):
+    (tmp_path / "r.json").write_text(json.dumps(row))
+    assert read(str(tmp_path / "r.json")) == [row]
+
+
+def test_columns_that_need_quotes_are_shown_with_them(tmp_path, chatml):
+    (tmp_path / "r.csv").write_text("prompt, completion\na,b\n")
+    config = DataConfig(train_path=str(tmp_path / "r.csv"), validation_fraction=0)
+    with pytest.raises(ValueError, match="the columns are prompt, ' completion'; name two with"):
+        make_samples(config, "train", chatml)
