@@ -272,6 +272,7 @@ def explain(error: Exception, command: str) -> str:
 IN_PLAIN_WORDS = {
     r"could not be converted to Integer": "must be a whole number",
     r"could not be converted to Float": "must be a number, as in 2e-4",
+    r"is not a ListConfig, list or tuple": "must be a list, in brackets, as [a,b]",
     r"is not a valid bool": "must be true or false",
     r"field '.*' is not Optional": "null is no value of it; leave it out for the default",
     r"Cannot convert 'list' to string": "must be a text and no list; put it in quotes",

@@ -174,7 +174,7 @@ class _Reading:
         if self.unread:
             raise UnreadError(_unread_message(self.unread, self._audit.rows))
         if self._refused is not None and self._reader is None and self._audit.rows == self._audit.bad_rows:
-            raise self._refused
+            raise ValueError(self._audit.bad_row_messages[0]) from self._refused
 
 
 def _read(reader: RowReader | None, refused: ValueError | None, row: Row) -> Conversation:

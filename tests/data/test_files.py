@@ -316,3 +316,16 @@ def test_columns_that_need_quotes_are_shown_with_them(tmp_path, chatml):
     config = DataConfig(train_path=str(tmp_path / "r.csv"), validation_fraction=0)
     with pytest.raises(ValueError, match="the columns are prompt, ' completion'; name two with"):
         make_samples(config, "train", chatml)
+
+
+@pytest.mark.parametrize(
+    ("columns", "likely"),
+    [
+        ("question,answer", "question data.completion_column=answer"),
+        ("Prompt,Response", "Prompt data.completion_column=Res"),
+    ],
+)
+def test_columns_as_people_call_them_are_proposed(tmp_path, chatml, columns, likely):
+    (tmp_path / "r.csv").write_text(f"{columns}\na,b\n")
+    with pytest.raises(ValueError, match=f"or data.messages_column, as data.prompt_column={likely}"):
+        make_samples(DataConfig(train_path=str(tmp_path / "r.csv"), validation_fraction=0), "train", chatml)
