@@ -345,7 +345,8 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
     """Return our word for another tool's, else the options of the command that look like a mistyped one."""
     if (known := ours(key)) is not None and known != key:
-        return f"; use {known}"
+        is_file = known == "run_dir" and "output" in list(groups_and_defaults(command)[1])
+        return f"; use {'output' if is_file else known}"
     if (instead := what_instead(key)) is not None:
         return f"; {instead}"
     choices, config = groups_and_defaults(command)

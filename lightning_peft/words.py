@@ -125,6 +125,8 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     key, sign, value = word.partition("=")
     if not sign:
         return [word]
+    if key == "data" and value.startswith("[") and (entries := _entries(value)) and all(map(_is_rows, entries)):
+        return ["data=jsonl", f"data.train_path=[{','.join(entries)}]"]
     if (group := key.lstrip("+")) in _groups(folders) and (command in RUN_COMMANDS or group not in ("rank", "method")):
         if (CONF_DIR / group).is_dir():  # a group of one's own is added with its plus
             key, word = group, f"{group}={value}"
@@ -132,7 +134,7 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     if key == "cluster" and command == "train":
         raise ValueError(f"{word}: train runs here; submit takes the same words and hands them to the cluster")
     if key == "adapters" and value.startswith("[") and value.endswith("]"):
-        entries = [entry.strip().strip("'\"") for entry in value[1:-1].split(",")]
+        entries = _entries(value)
         return ["adapters=[" + ",".join(f"'{entry}'" for entry in entries if entry) + "]"]
     if key == SOURCES_KEY and value.startswith("["):
         return _words_of_list(word)
@@ -155,6 +157,11 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     if key == "data" and "," not in value and _no_option("data", value, folders) and _is_rows(value):
         return ["data=jsonl", f"data.train_path={value}"]
     return [word]
+
+
+def _entries(value: str) -> list[str]:
+    """Return the texts of a list such as [a,b], without quotes."""
+    return [text for entry in value.strip("[]").split(",") if (text := entry.strip().strip("'\""))]
 
 
 def _words_of_list(word: str) -> list[str]:
@@ -210,6 +217,9 @@ def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
 def no_such_option(group: str, name: str, options: Sequence[str]) -> str:
     """Say that a group has no such option, which one was meant where that can be told, and which there are."""
     said = f"{group}={name}: no such option"
+    if group == "adapter" and name not in options:
+        left = "leave it out, or " if name in ("", "null") else ""
+        return f"{said}; {left}choose a method as method=lora, and its own keys as adapter.rank=8"
     if (meant := option_meant(group, name, options)) is not None:
         said += f"; use {meant}"
     elif group == "data" and re.fullmatch(r"[\w.-]+/[\w.-]+", name):

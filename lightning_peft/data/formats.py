@@ -395,6 +395,6 @@ def check_format(name: str, key: str = "data.format") -> None:
         meant = NAMES_ELSEWHERE.get(name.lower().partition(".")[0])
         ours = f"use {key}={meant}, or " if meant is not None else ""
         raise ValueError(
-            f"{key}={name}: no such format; {ours}choose one of auto, {', '.join(FORMATS)}, or give the module that adds "
-            "it, as imports=[my_rows]"
+            f"{key}={name}: no such format; {ours}choose one of auto, {', '.join(FORMATS)}, or give the module that "
+            "adds it, as imports=[my_rows]"
         )

@@ -329,3 +329,11 @@ def test_columns_as_people_call_them_are_proposed(tmp_path, chatml, columns, lik
     (tmp_path / "r.csv").write_text(f"{columns}\na,b\n")
     with pytest.raises(ValueError, match=f"or data.messages_column, as data.prompt_column={likely}"):
         make_samples(DataConfig(train_path=str(tmp_path / "r.csv"), validation_fraction=0), "train", chatml)
+
+
+def test_data_may_be_a_list_of_files(folder):
+    words = everyday("train", [f"data=[{folder}/top.jsonl, '{folder}/a/b/low.json']"])
+    config = compose_config("train", words)
+    assert config.data.train_path == [f"{folder}/top.jsonl", f"{folder}/a/b/low.json"]
+    with pytest.raises(ValueError, match="takes one option; add -m and write data=alpaca,gsm8k for a sweep"):
+        everyday("train", ["data=[alpaca,gsm8k]"])
