@@ -168,9 +168,7 @@ class ConversationRenderer:
             message = messages[index]
             thought, content = self._template.thought_of(message)
             if thought is None and OPENING.match(content):
-                raise ChatTemplateError(
-                    f"data.reasoning={rule.value}: assistant message {index + 1} opens a thought that it does not close"
-                )
+                _log_open_thought(rule.value)
             if (answer := without_thoughts(content)) != content:
                 _log_thoughts_inside(rule.value)
             thought, content = "" if thought is None and answer != content else thought, answer
@@ -310,6 +308,11 @@ def _log_thinking() -> None:
         "The chat template's usual prompt asks for no thought: turns with one are trained after the prompt of "
         "enable_thinking=true; data.template_options={enable_thinking:true} generates with it too."
     )
+
+
+@lru_cache
+def _log_open_thought(rule: str) -> None:
+    log.warning("data.reasoning=%s: an answer that opens a thought and does not close it stays as it is", rule)
 
 
 @lru_cache

@@ -11,6 +11,7 @@ from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.config import DataConfig, Layout, OnBadRow, Reasoning, Trained
 from lightning_peft.data.conversation import BadRow, Message, Row
 from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.rendering import _log_open_thought
 from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.samples import UnreadError, encode_rows, make_samples
 
@@ -514,11 +515,11 @@ def test_dropped_thoughts_are_those_inside_answers_too(chatml, answer, trained):
     assert "<think>" not in answer or "<think>" in chatml.decode(kept[0].input_ids)
 
 
-def test_thought_that_is_not_closed_cannot_be_dropped(chatml):
-    with pytest.raises(
-        BadRow, match="row 1: data.reasoning=drop: assistant message 2 opens a thought that it does not"
-    ):
-        run([{"messages": [HI, HELLO | {"content": "<think>It is"}]}], chatml, reasoning=Reasoning.drop)
+def test_thought_that_is_not_closed_stays_and_is_said(chatml, caplog):
+    _log_open_thought.cache_clear()
+    samples, _ = run([{"messages": [HI, HELLO | {"content": "<think>It is"}]}], chatml, reasoning=Reasoning.drop)
+    assert "<think>It is" in chatml.decode(samples[0].input_ids)
+    assert "data.reasoning=drop: an answer that opens a thought and does not close it stays" in caplog.text
 
 
 TURNS_AS_TEXT = json.dumps([HI, HELLO])
