@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def readable(series: Series) -> tuple[Series, str]:
         for step, value in zip(steps, values, strict=True):
             at_step.setdefault(step, []).append(value)
     steps = sorted(at_step)
-    of_all = {"highest": max, "median": statistics.median, "lowest": min}
+    of_all: dict[str, Callable[[list[float]], float]] = {"highest": max, "median": statistics.median, "lowest": min}
     last = sorted(series, key=lambda name: series[name][1][-1])
     caption = (
         f"{len(series)} curves, the highest, median and lowest value at each step; at the end {last[-1]} is highest, "
