@@ -239,7 +239,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         result |= preemption.last_validation()
         leaves_ranks = leaves_ranks and left.__cause__ is None
         if isinstance(left, Diverged):
-            result["diverged"] = {"step": left.step, "reason": left.reason}
+            result["diverged"] = {"step": left.step, "reason": left.reason, "rows": left.rows}
             if can_roll_back(config.guard, rollbacks, left):
                 result["status"], leaves_ranks = ROLLED_BACK, False
         raise

@@ -67,6 +67,9 @@ class Batch:
     source: SourceOf | None = None
     """Where the samples come from, in the validation of a mixture; None where it does not matter."""
 
+    origins: tuple[str, ...] = ()
+    """Where the rows of the samples stand, each once, as in rows.jsonl:3; empty in a filler."""
+
     @property
     def ends(self) -> Tensor:
         """Return where the last token of each sample is in the flattened tokens, (S,) int64; `lengths` are known."""

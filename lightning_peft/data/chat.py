@@ -46,6 +46,8 @@ class Encoded:
     """What is kept of a teacher at the trained tokens: `KeptTeacher.of`."""
     margin: float | None = None
     """By how much a chosen answer is to be ahead; None where its row says nothing of it."""
+    origin: str = field(default="", compare=False)
+    """Where its row stands, as in rows.jsonl:3; empty where nobody says."""
 
 
 log = logging.getLogger(__name__)
