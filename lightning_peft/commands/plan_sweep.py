@@ -110,7 +110,7 @@ def planned(
 ) -> tuple[Sweep, list[TrainConfig]]:
     """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one.
 
-    Of one that is begun on this machine the rows are read, too.
+    Of one that is begun the rows are read, too, where its trials see the files that are seen here.
     """
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
@@ -128,8 +128,10 @@ def planned(
     if config.sweep.together is not None:
         share_bases(sweep, runs, config.sweep.together)
     check_scorers(runs)
-    if is_begun and runs[0].cluster is None:
-        check_rows(runs)
+    if is_begun:
+        resolved = [run if run.cluster is None else for_cluster(run, run.cluster) for run in runs]
+        if runs[0].cluster is None or CLUSTERS[runs[0].cluster.name].cluster.shares_files:
+            check_rows(resolved, runs[0].cluster)
     return sweep, runs if sweep.trials else runs[:1]
 
 

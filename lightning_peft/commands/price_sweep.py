@@ -27,7 +27,7 @@ from lightning_peft.models.packing import packing_of
 from lightning_peft.runs.machine import GIB, RESERVED
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, read_result
 from lightning_peft.training.config import ActivationCheckpointing
-from lightning_peft.training.model_flops import peak_flops
+from lightning_peft.training.model_flops import PEAK_FLOPS, peak_flops
 from lightning_peft.training.teacher import teacher_context
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Measured:
 def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> list[Price]:
     """Return the price of each trial. Reads the rows and counts their tokens; no weights."""
     measured = list(finished_runs(config.measured))
+    check_gpu(config.gpu, measured)
     estimates: dict[str, tuple[ActivationCheckpointing, Estimate]] = {}
     rows: dict[str, tuple[int, float]] = {}
     found = []
@@ -87,6 +88,16 @@ def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> li
         hours = None if speed is None else tokens / speed / 3600
         found.append(Price(name, estimate.peak, plan.ranks, plan.accelerator, steps, tokens, hours, source))
     return found
+
+
+def check_gpu(gpu: str | None, measured: Sequence[Measured]) -> None:
+    """Raise ValueError for a GPU of which neither the peak is known nor a run was measured."""
+    if gpu is None or peak_flops(gpu) is not None or any(is_same_device(each.device, gpu) for each in measured):
+        return
+    raise ValueError(
+        f"price.gpu={gpu}: its peak is not known and no run in price.measured was on it; choose one of "
+        f"{', '.join(PEAK_FLOPS)}"
+    )
 
 
 def planned_run(run: TrainConfig) -> EstimateConfig:

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -116,8 +118,7 @@ class WandbRun(RunLogger):
         **options: Any,
     ):
         super().__init__(run_dir)
-        if mode not in ("auto", *MODES):
-            raise ValueError(f"logger.wandb.mode={mode!r}: must be auto, online, offline or disabled")
+        self.check_arguments("logger.wandb", {"mode": mode, **options})
         if mode == "auto":
             mode = mode_of_user()
             if mode == "offline":
@@ -138,7 +139,6 @@ class WandbRun(RunLogger):
         self.options: dict[str, Any] = defaults
         for more in (variables, given):
             self.options = self.options | {key: value for key, value in more.items() if value is not None}
-        self.check_options()
         self.run: Any = None
         self.log: RunLog | None = None
         self.written_step = 0
@@ -154,16 +154,20 @@ class WandbRun(RunLogger):
         """The folder that W&B makes its own one in."""
         return os.environ.get("WANDB_DIR") or str(self.run_dir)
 
-    def check_options(self) -> None:
+    @classmethod
+    def check_arguments(cls, key: str, arguments: Mapping[str, Any]) -> None:
         # wandb takes a second to import.
         import wandb
 
-        known = inspect.signature(wandb.init).parameters
-        unknown = [key for key in self.options if key not in known]
-        if unknown:
-            raise ValueError(f"logger.wandb.{unknown[0]}: wandb.init has no such argument")
-        if "id" in self.options or "dir" in self.options or "resume" in self.options:
-            raise ValueError("logger.wandb: id, dir and resume follow from run_dir")
+        if (mode := arguments.get("mode", "auto")) not in ("auto", *MODES):
+            raise ValueError(f"{key}.mode={mode!r}: must be auto, online, offline or disabled")
+        known = {*inspect.signature(wandb.init).parameters, *inspect.signature(cls).parameters} - {"options"}
+        if unknown := [name for name in arguments if name not in known]:
+            near = get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{key}.{unknown[0]}: wandb.init has no such argument{hint}")
+        if given := [name for name in ("id", "dir", "resume") if name in arguments]:
+            raise ValueError(f"{key}.{given[0]}: id, dir and resume follow from run_dir")
 
     def begin(self, step: int) -> None:
         import wandb
