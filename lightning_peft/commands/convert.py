@@ -45,6 +45,7 @@ from lightning_peft.models.loading import load_tokenizer, model_context, model_n
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import Kind
+from lightning_peft.runs.lock import only_maker
 from lightning_peft.serving.engines import features_of, not_low_rank
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,13 @@ def convert(config: ConvertConfig) -> Receipt:
     """
     disable_progress_bar()  # of transformers; ours stands in its place
     output = Path(config.output)
-    check_unused(output)
+    with only_maker(output):
+        check_unused(output)
+        return convert_into(output, config)
+
+
+def convert_into(output: Path, config: ConvertConfig) -> Receipt:
+    """Convert into a folder that nobody else makes meanwhile."""
     parents = [read_parent(path, weight) for path, weight in zip(config.paths, config.shares, strict=True)]
     method = checked(config, parents)
     first = parents[0].path

@@ -32,6 +32,7 @@ from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context
 from lightning_peft.models.source import MODELS, ModelConfig, locate
 from lightning_peft.quantization.weights import computing_dtype
+from lightning_peft.runs.lock import only_maker
 from lightning_peft.serving import gguf_lora, gguf_model, ollama
 from lightning_peft.serving.engines import (
     NEVER_LOW_RANK,
@@ -74,6 +75,12 @@ def export(config: ExportConfig) -> Receipt:
     Raises ValueError, before a model is loaded, where the format cannot hold the adapter or an engine named would
     refuse it or compute it wrongly; MergeError, with nothing left at `output`, where the file is too far off.
     """
+    with only_maker(Path(config.output)):
+        return export_alone(config)
+
+
+def export_alone(config: ExportConfig) -> Receipt:
+    """Export into a folder that nobody else makes meanwhile."""
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     disable_progress_bar()  # of transformers; ours stands in its place
     source = checked(config)
