@@ -1,6 +1,5 @@
 """`lightning-peft export`: a trained adapter as the files that other engines read, with a receipt."""
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from lightning_peft.serving.engines import (
 )
 from lightning_peft.serving.plain import cut_pairs, inject_pairs, plain_pairs, write_plain
 from lightning_peft.serving.prompt import TEMPLATE_NAME, template_with_system
+from lightning_peft.strict_json import json_text
 
 RECEIPT_NAME = "export_receipt.json"
 RESIDUAL_NAME = "svd_residual.json"
@@ -210,7 +210,7 @@ def write_pairs(
             f"svd_rank={config.svd_rank}: loses {sum(lost.values()) / len(lost):.2%} of a layer's change in the mean, "
             f"{lost[worst]:.2%} at {worst}"
         )
-        (folder / RESIDUAL_NAME).write_text(json.dumps(lost, indent=2) + "\n")
+        (folder / RESIDUAL_NAME).write_text(json_text(lost))
     path = folder / gguf_lora.FILE_NAME
     if config.format is ExportFormat.plain:
         write_plain(pairs, model, folder, source.base_name, read_lineage(source.folder))

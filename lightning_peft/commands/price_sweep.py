@@ -1,6 +1,5 @@
 """What a sweep will take before any of it runs: memory, steps and hours of each trial, and where it fits."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from lightning_peft.estimation.memory import Estimate
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, model_vocabulary
 from lightning_peft.models.packing import packing_of
 from lightning_peft.runs.machine import GIB, RESERVED
+from lightning_peft.strict_json import json_text
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, read_result
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.model_flops import PEAK_FLOPS, peak_flops
@@ -272,5 +272,5 @@ def show_prices(
     print(line + (f"; sweep.pruning={sweep.pruning} takes less" if sweep.pruning != "none" else ""))
     report = {"trials": entries, "count": count, "device_hours": total}
     if output is not None:
-        write_text(Path(output), json.dumps(report, indent=2) + "\n")
+        write_text(Path(output), json_text(report))
     return report

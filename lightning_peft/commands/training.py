@@ -1,7 +1,6 @@
 """One training in this process, from checked rows and options to an adapter and `result.json` in the run's folder."""
 
 import gc
-import json
 import logging
 import math
 import os
@@ -195,9 +194,9 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     try:
         fit(trainer, module, data, resumed, signals, config.callbacks)
         if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
-            write_text(run_dir / "wins.json", json.dumps(routed.report(), indent=2) + "\n")
+            write_text(run_dir / "wins.json", json_text(routed.report()))
         if module.selection is not None and distributed.rank() == 0:
-            write_text(run_dir / "selection.json", json.dumps(vars(module.selection), indent=2) + "\n")
+            write_text(run_dir / "selection.json", json_text(vars(module.selection)))
             Console().print(table_of(module.selection))
         save(module, run_dir / "adapter")
         if distributed.rank() == 0 and (run_dir / "adapter").is_dir():

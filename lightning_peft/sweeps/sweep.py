@@ -22,7 +22,7 @@ from typing import Any
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import LEAVE, Process, this_process
-from lightning_peft.strict_json import is_copy, read_object
+from lightning_peft.strict_json import is_copy, json_text, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def check_texts(sweep: Sweep) -> None:
 def write_sweep(sweep: Sweep, folder: Path) -> None:
     sweep.folder = str(folder.resolve())
     with atomic_file(folder / MANIFEST) as path:
-        path.write_text(json.dumps(asdict(sweep), indent=1) + "\n")
+        path.write_text(json_text(asdict(sweep)))
 
 
 @contextmanager
