@@ -15,8 +15,8 @@ demo: .venv/.installed
 test: .venv/.installed-test lint
 	$(PYTEST)
 
-# What make test leaves out and needs no GPU: the slow tests, several processes, SLURM. Those wait for SLURM and for each
-# other about half of their time, so that one file more than there are cores is under way.
+# The tests that make test leaves out and that need no GPU: slow ones, several processes, SLURM. They wait for SLURM and
+# for each other about half of their time, so that one file more than there are cores is under way.
 ONE_MORE := -n $$(($$(nproc) + 1))
 test-long: .venv/.installed-test
 	$(PYTEST) $(ONE_MORE) -m "slow or multi_process or slurm"

@@ -1,1 +1,1 @@
-"""What the package costs and achieves, measured; results/ holds the figures, docs/benchmarks.md shows them."""
+"""The package's costs and gains, measured; results/ holds the figures, docs/benchmarks.md shows them."""

@@ -1,4 +1,4 @@
-"""The seed papers' own ablations on text-to-SQL, over seeds: what of a method makes the difference.
+"""The seed papers' own ablations on text-to-SQL, over seeds: the part of a method that makes the difference.
 
     python benchmarks/ablations.py                            # all parts, tiny model
     python benchmarks/ablations.py --parts score --model smollm2_135m
@@ -8,7 +8,7 @@ share        LR-LoRA, bent and gated, beside LoRA: stable rank, and the share of
 calibration  BaLoRA: the mean beside draws, LoRA with dropout and an ensemble of LoRAs beside both
 wins         MoLF-Efficient: steps that each expert won, by kind of module
 
-It goes on where it was stopped: a run in the result file is not made again.
+The command goes on where it was stopped: a run in the result file is not made again.
 """
 
 import argparse
@@ -33,11 +33,11 @@ BUDGET = 0.3
 """Share of the parameters that Hybrid-LoRA may train in full; its default holds no module of the tiny model."""
 
 Run = Callable[..., tuple[Path, dict[str, Any]]]
-"""Trains with words of `train` in a fresh folder; returns it and the result."""
+"""Function that trains with words of `train` in a fresh folder, and returns the folder and the result."""
 
 
 def score_part(run: Run, seed: int) -> dict[str, Any]:
-    """Validation loss by what chose the modules that train in full, as many parameters each, and of LoRA alone."""
+    """Return the validation loss by what chose the modules to train in full, as many parameters each, and of LoRA."""
     found: dict[str, Any] = {"lora": {"validation_loss": run("method=lora")[1]["validation_loss"]}}
     for score in SCORES:
         folder, result = run("method=hybrid_lora", f"adapter.score={score}", f"adapter.budget={BUDGET}")
@@ -47,7 +47,7 @@ def score_part(run: Run, seed: int) -> dict[str, Any]:
 
 
 def share_part(run: Run, seed: int) -> dict[str, Any]:
-    """Validation loss, the layers' stable ranks, and the share of the squared change of each block."""
+    """Return the validation loss, the layers' stable ranks, and the share of the squared change of each block."""
     found = {}
     for method in ("lora", "lr_lora", "lr_lora_gate"):
         folder, result = run(f"method={method}", *(["adapter.penalty=0.05"] if method == "lr_lora_gate" else []))
@@ -62,7 +62,7 @@ def share_part(run: Run, seed: int) -> dict[str, Any]:
 
 
 def calibration_part(run: Run, seed: int) -> dict[str, Any]:
-    """Calibration of BaLoRA's mean and draws, and of LoRA, with dropout and as an ensemble of two."""
+    """Return the calibration of BaLoRA's mean and draws, and of LoRA, with dropout and as an ensemble of two."""
     bayes, _ = run("method=balora")
     loras = [run("method=lora", "adapter.dropout=0.1", f"seed={one}")[0] for one in (seed, seed + 100)]
     own = calibrate(compose_config("calibrate", [f"adapter_path={bayes}", "passes=8"]))
@@ -74,7 +74,7 @@ def calibration_part(run: Run, seed: int) -> dict[str, Any]:
 
 
 def wins_part(run: Run, seed: int) -> dict[str, Any]:
-    """Share of the steps that each expert won, by kind of module."""
+    """Return the share of the steps that each expert won, by kind of module."""
     folder, result = run("method=molf_e")
     sums: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for layer, wins in json.loads((folder / "wins.json").read_text()).items():

@@ -1,8 +1,8 @@
-"""Which causal attention over packed samples is fastest here: forward and backward, SmolLM2-135M's heads.
+"""The fastest causal attention over packed samples here: forward and backward, SmolLM2-135M's heads.
 
     python benchmarks/attention.py
 
-All of them take their turns in one process. Ours is `models.attention.varlen_attention`; the others do the same work
+The candidates take their turns in one process. Ours is `models.attention.varlen_attention`; the others do the same work
 with torch's own function and backends.
 """
 
@@ -52,7 +52,7 @@ def by_sample(backend: SDPBackend) -> Attention:
 
 
 def dense_mask(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-    """One call whose (T, T) mask keeps the samples apart."""
+    """Attend in one call whose (T, T) mask keeps the samples apart."""
     mask = torch.block_diag(*(torch.ones(n, n, device=query.device).tril() for n in lengths)).bool()
     return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
 
@@ -66,7 +66,7 @@ IMPLEMENTATIONS: dict[str, Attention] = {
 
 
 def inputs(tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query (1, 9, T, 64), key and value (1, 3, T, 64), laid out as projections make them."""
+    """Draw query (1, 9, T, 64), key and value (1, 3, T, 64), laid out as projections make them."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int) -> Tensor:
@@ -77,7 +77,7 @@ def inputs(tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor
 
 
 def measure(lengths: list[int], repeats: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Median seconds of a forward and backward pass of each implementation."""
+    """Measure the median seconds of a forward and backward pass of each implementation."""
     tensors = inputs(sum(lengths), dtype, device)
     seconds: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for _ in range(repeats + 1):

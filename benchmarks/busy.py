@@ -1,4 +1,4 @@
-"""What a training step costs beside other processes that want the same cores: 0, 1 and 2 of them.
+"""The cost of a training step beside other processes that want the same cores: 0, 1 and 2 of them.
 
     python benchmarks/busy.py                        # SmolLM2-135M's shape, rows of 512 tokens; needs a quiet machine
     python benchmarks/busy.py --part quiet
@@ -34,7 +34,7 @@ from lightning_peft.threads import WAITING
 COUNTS = (0, 1, 2)
 """Busy processes beside a step."""
 MOST = {1: 2.2, 2: 3.3}
-"""Of a quiet step's time, on two cores."""
+"""Bar of a step's time over that of a quiet one, on two cores."""
 MOST_OF_SPINNING = 1.02
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
 """libgomp's own count where nobody gives one."""
@@ -112,7 +112,7 @@ def step_seconds(
 
 
 def measure_beside(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every step by the number of busy processes, and the ratios of their medians to quiet."""
+    """Measure the seconds of every step by the number of busy processes, and the ratios of their medians to quiet."""
     seconds = step_seconds(options, COUNTS, {})
     medians = {count: statistics.median(found) for count, found in seconds.items()}
     ratios = {f"{count}_to_quiet": medians[count] / medians[0] for count in COUNTS[1:]}
@@ -120,7 +120,7 @@ def measure_beside(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_quiet(options: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a quiet step of each run as it is and with threads that spin, and the ratio of neighbours."""
+    """Measure the median seconds of quiet steps by run, as is and with threads that spin, and neighbours' ratio."""
     medians: dict[str, list[float]] = {"as_it_is": [], "spinning": []}
     for _ in range(options.runs):
         for name, environment in (("as_it_is", {}), ("spinning", SPINNING)):
@@ -133,7 +133,7 @@ PARTS = {"beside": measure_beside, "quiet": measure_quiet}
 
 
 def above_bars(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """What is slower than it may be, a line each."""
+    """Return a line for each figure that is slower than it may be."""
     bars = [("beside", f"{count}_to_quiet", most) for count, most in MOST.items()]
     bars.append(("quiet", "to_spinning", MOST_OF_SPINNING))
     return [
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=FOLDER / "busy.json")
     options = parser.parse_args(arguments)
     settings = {key: getattr(options, key) for key in ("shape", "rows", "tokens", "steps", "runs")}
-    for name in (*WAITING, "OMP_NUM_THREADS"):  # what `train` decides by itself is measured
+    for name in (*WAITING, "OMP_NUM_THREADS"):  # `train`'s own decisions are measured
         os.environ.pop(name, None)
     results = Results(options.output, settings)
     for part in options.part:

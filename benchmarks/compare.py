@@ -38,7 +38,7 @@ def prepare(folder: Path, workload: Workload, steps: int, model: str, rank: int)
 
 
 def reference_losses(workload: Workload, steps: int, model: str, rank: int) -> list[float]:
-    """Losses of HF PEFT in fp32, which those of bf16 are measured against."""
+    """Compute the losses of HF PEFT in fp32, which those of bf16 are measured against."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, workload, steps, model, rank)
@@ -50,7 +50,7 @@ def reference_losses(workload: Workload, steps: int, model: str, rank: int) -> l
 def compare(
     workload: Workload, rival: str, steps: int, model: str, rank: int, dtype: torch.dtype, reference: list[float]
 ) -> dict[str, Any]:
-    """One rival on one workload, and ours beside it."""
+    """Run one rival on one workload, and ours beside it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         words, tokens = prepare(folder, workload, steps, model, rank)
@@ -74,7 +74,7 @@ def compare(
 def summarise(
     sides: dict[str, dict[str, Any]], rival: str, tokens_per_step: float, reference: list[float]
 ) -> dict[str, Any]:
-    """Rates, peaks and what ours has over the rival, with every step's seconds and loss."""
+    """Return the rates, peaks and what ours has over the rival, with every step's seconds and loss."""
     for side in sides.values():
         side["largest_loss_error"] = max(abs(a - b) for a, b in zip(side["losses"], reference, strict=True))
         side["tokens_per_second"] = tokens_per_step / statistics.median(side["seconds"][COUNTED])
@@ -82,7 +82,7 @@ def summarise(
     return {
         "tokens_per_step": tokens_per_step,
         "speedup": ratio(other["seconds"], ours["seconds"]),
-        # What the machine did beside disturbs this one less.
+        # Other work of the machine disturbs this one less.
         "speedup_in_cpu_seconds": ratio(other["cpu_seconds"], ours["cpu_seconds"]),
         "memory_ratio": peak_gib(ours) / peak_gib(other),
         **sides,
@@ -90,7 +90,7 @@ def summarise(
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """Median over neighbouring steps."""
+    """Return the median over neighbouring steps."""
     return statistics.median(a / b for a, b in list(zip(theirs, ours, strict=True))[COUNTED])
 
 

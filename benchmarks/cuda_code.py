@@ -107,7 +107,7 @@ def _cudnn_attention(
 
 @dataclass
 class Fused:
-    """What the compiler made of a graph beside the operators that it calls: kernels of its own."""
+    """The compiler's product from a graph beside the operators that it calls: kernels of its own."""
 
     direction: str
     """forward or backward."""

@@ -31,7 +31,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def anonymous_mib() -> float:
-    """This process's memory that is not mapped from files."""
+    """Return the memory of this process that is not mapped from files."""
     return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024
 
 

@@ -1,4 +1,4 @@
-"""What each method costs above the frozen floor: forward and input gradients of the base, with no adapters at all.
+"""The cost of each method above the frozen floor: forward and input gradients of the base, with no adapters at all.
 
     python benchmarks/floor.py --variants frozen lora qlora dora
 
@@ -71,7 +71,7 @@ def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 def random_batch(vocabulary: int, rows: int, tokens: int) -> Batch:
-    """Rows of one sample each, every token supervised."""
+    """Draw rows of one sample each, every token supervised."""
     input_ids = torch.randint(0, vocabulary, (rows, tokens))
     labels = input_ids.clone()
     labels[:, 0] = -100
@@ -81,7 +81,7 @@ def random_batch(vocabulary: int, rows: int, tokens: int) -> Batch:
 
 
 def peak_allocation(run: Callable[[], Any]) -> int:
-    """Bytes that `run` has allocated at its worst moment, above what there was before."""
+    """Measure the bytes that `run` has allocated at its worst moment, above what there was before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     held = peak = 0
@@ -93,11 +93,11 @@ def peak_allocation(run: Callable[[], Any]) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Seconds of every repeat and peak MiB of each variant."""
+    """Measure the seconds of every repeat and peak MiB of each variant."""
     steps = {variant: Step(variant, options) for variant in options.variants}
     vocabulary = next(iter(steps.values())).model.config.get_text_config().vocab_size
     batch = random_batch(vocabulary, options.rows, options.tokens)
-    keep_freed_memory()  # as `train` does
+    keep_freed_memory()  # `train` does the same
     for step in steps.values():
         step(batch)  # first calls allocate more, the optimiser's states among it
     peaks = {variant: peak_allocation(partial(step, batch)) for variant, step in steps.items()}
@@ -112,12 +112,12 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def ratio(seconds: list[float], reference: list[float]) -> float:
-    """Median of the ratios of neighbouring repeats."""
+    """Return the median of the ratios of neighbouring repeats."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
 
 
 def show(rows: dict[str, dict[str, Any]], tokens: int) -> None:
-    """A table of the variants against the first one and against LoRA, where it is among them."""
+    """Print a table of the variants against the first one and against LoRA, where it is among them."""
     first, *_ = rows
     table = Table("variant", "s/step", "tokens/s", f"x {first}", "x lora", "step MiB", f"MiB x {first}")
     for name, row in rows.items():

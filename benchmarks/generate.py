@@ -24,7 +24,7 @@ from benchmarks.results import FOLDER, Results
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.compose import compose_config
-from lightning_peft.inference.decoding import Decoder, Row
+from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
@@ -34,7 +34,7 @@ WORDS = ["model=smollm2_135m", "rank=r16", "target_modules=all_linear"]
 
 
 def by_transformers(model: PreTrainedModel | PeftModel, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy answers of `count` tokens by transformers' generate; the prompts are of one length."""
+    """Generate greedy answers of `count` tokens by transformers' generate; the prompts are of one length."""
     config = GenerationConfig(
         max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
     )  # fmt: skip
@@ -46,9 +46,9 @@ def by_transformers(model: PreTrainedModel | PeftModel, prompts: list[list[int]]
 
 
 def by_ours(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy answers of `count` tokens by our decoder, its preparation included."""
+    """Generate greedy answers of `count` tokens by our decoder, its preparation included."""
     sampling = SamplingConfig(max_new_tokens=count)
-    rows = [Row(prompt, sampling, lambda _: True, wants_logprobs=False) for prompt in prompts]
+    rows = [RunningSequence(prompt, sampling, lambda _: True, wants_logprobs=False) for prompt in prompts]
     decoder = Decoder(model)
     decoder.add(*rows)
     while decoder.rows:
@@ -57,7 +57,7 @@ def by_ours(model: PreTrainedModel, prompts: list[list[int]], count: int) -> lis
 
 
 def prompts_of(tokenizer: Any, batch: int, length: int) -> list[list[int]]:
-    """Prompts of one length, all different."""
+    """Return prompts of one length, all different."""
     texts = [row["prompt"] for row in generate_rows(4 * batch + 16, seed=0, split="test")]
     found = [ids[:length] for text in texts if len(ids := tokenizer(text)["input_ids"]) >= length]
     return found[:batch]

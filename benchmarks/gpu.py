@@ -104,14 +104,14 @@ def measure(run: Run, device: str, timeout: float) -> dict[str, Any]:
 
 
 def verdict(row: dict[str, Any], bar: dict[str, float]) -> dict[str, bool]:
-    """Which of the bars are met: a rate at least, a peak at most."""
+    """Say which of the bars are met: a rate at least, a peak at most."""
     return {
         name: row[name] >= limit if name == "tokens_per_second" else row[name] <= limit for name, limit in bar.items()
     }
 
 
 LARGEST_LOSS_GAP = 0.02
-"""Between the losses of two runs on the same rows and weights, as a share. Ours: bf16 rounds in other orders."""
+"""Share by which the losses of two runs on the same rows and weights may differ. Ours: bf16 rounds in other orders."""
 
 
 def wrong_losses(rows: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Interrupts tiny runs and sweeps at random moments, goes on to their ends, and compares with undisturbed ones.
+"""Interrupt tiny runs and sweeps at random moments, go on to their ends, and compare with undisturbed ones.
 
     python benchmarks/interruptions.py [PREEMPTIONS [KILLS [SEED]]]
 
@@ -54,7 +54,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def run(config: TrainConfig) -> None:
-    """What the command line does, without its imports: they are of the server this process is forked from."""
+    """Do what the command line does, without its imports: they are of the server this process is forked from."""
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     with nothing_to_lose():
@@ -72,7 +72,7 @@ def config_of(run_dir: Path, pause_at: int | None = None) -> TrainConfig:
 
 
 def outcome(run_dir: Path) -> tuple[dict[str, bytes], list[dict[str, str]]]:
-    """Adapters by folder, and the rows of metrics.csv without times."""
+    """Return the adapters by folder, and the rows of metrics.csv without times."""
     adapters = {
         name: (run_dir / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "adapter_best")
     }
@@ -81,7 +81,7 @@ def outcome(run_dir: Path) -> tuple[dict[str, bytes], list[dict[str, str]]]:
 
 
 def disturbed_run(run_dir: Path, pending: list[signal.Signals], seconds: float, rng: random.Random) -> Counter[str]:
-    """Run over both rungs to the end, interrupted as long as `pending` has signals; what happened how often."""
+    """Run over both rungs to the end, interrupted as long as `pending` has signals; return what happened how often."""
     seen: Counter[str] = Counter()
     for rung in RUNGS:
         while True:
@@ -112,9 +112,9 @@ def disturbed_run(run_dir: Path, pending: list[signal.Signals], seconds: float, 
 
 
 def runs(folder: Path, pending: list[signal.Signals], rng: random.Random) -> dict[str, Any]:
-    """Runs that are interrupted until no signal is left."""
+    """Make runs that are interrupted until no signal is left."""
     undisturbed = folder / "undisturbed"
-    start(config_of(undisturbed)).join()  # imports as well
+    start(config_of(undisturbed)).join()  # this imports as well
     started = time.perf_counter()
     start(config_of(folder / "timed")).join()
     seconds = time.perf_counter() - started
@@ -150,14 +150,14 @@ def is_over(sweep: Sweep) -> bool:
 
 
 def training(sweep: Sweep, folder: Path) -> Trial | None:
-    """A trial that takes steps now, in a process of its own."""
+    """Find a trial that takes steps now, in a process of its own."""
     workers = {worker.pid for worker in sweep.workers}
     found = (t for t in sweep.trials if t.process is not None and t.process.is_alive and t.process.pid not in workers)
     return next((trial for trial in found if (folder / trial.name / "metrics.csv").exists()), None)
 
 
 def sweeps(folder: Path, pending: list[signal.Signals], rng: random.Random) -> dict[str, Any]:
-    """Two pruned sweeps at once, one below the other, whose trials are interrupted; killed ones are retried."""
+    """Run two pruned sweeps at once, one below the other, whose trials are interrupted; killed ones are retried."""
     places = [folder / "sweep", folder / "sweep" / "inner"]
     seen: Counter[str] = Counter()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -15,7 +15,7 @@ RIVALS = ("peft", "trl", "unsloth", "liger-kernel")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and device: enough to judge a figure, nothing that tells one machine from its twin."""
+    """Return processor, cores, memory and device: enough to judge a figure, nothing that tells it from its twin."""
     machine: dict[str, Any] = {
         "cpu": _field(Path("/proc/cpuinfo"), "model name"),
         "cores": len(os.sched_getaffinity(0)),
@@ -34,7 +34,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def fastest_dtype(device: str) -> str:
-    """bfloat16 where the device, cpu or cuda, multiplies it in hardware, else float32."""
+    """Return bfloat16 where the device, cpu or cuda, multiplies it in hardware, else float32."""
     return "bfloat16" if has_fast_bf16(device) else "float32"
 
 
@@ -49,7 +49,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command as it would be typed in the repository."""
+    """Return the command as it would be typed in the repository."""
     script = Path(sys.argv[0])
     return " ".join(["python", f"benchmarks/{script.name}", *sys.argv[1:]])
 

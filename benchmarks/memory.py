@@ -8,7 +8,7 @@ import torch
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs: mapped weights do not count."""
+    """Return the resident memory of this process that no file backs: mapped weights do not count."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
@@ -47,7 +47,7 @@ class PeakMemory:
         self._thread.join()
 
     def stop(self) -> dict[str, Any]:
-        """Peaks in GiB: anonymous memory above the start, resident set as a whole, allocated on the device."""
+        """Return the peaks in GiB: anonymous memory above the start, whole resident set, allocated on the device."""
         self.stop_watching()
         peaks = {
             "anonymous_gib": (self.peak - self.before) / 2**30,

@@ -1,4 +1,4 @@
-"""Every method on one task: what it learns, and what a step costs beside LoRA's.
+"""Every method on one task: its gain, and the cost of a step beside LoRA's.
 
     python benchmarks/methods.py                 # trains and scores all methods, about four minutes each
     python benchmarks/methods.py --part time     # step time and peak memory beside LoRA's
@@ -29,15 +29,15 @@ METHODS = (
 )  # fmt: skip
 
 LEARNING_RATE_FACTOR = 7.5
-"""Times the learning rate of each method's option file. Those are the papers' rates for billions of weights and
-thousands of steps; 7.5 is what recipe=lora/text_to_sql, tuned on this model and data, has over method=lora."""
+"""Factor of the learning rate of each method's option file. The files have the papers' rates for billions of weights
+and thousands of steps; 7.5 is what recipe=lora/text_to_sql, tuned on this model and data, has over method=lora."""
 
 HUNG_AFTER = 1800
 """Seconds after which a method is given up."""
 
 
 def run_lightning_peft(log: Path, *words: str) -> None:
-    """One command in a process of its own. Raises RuntimeError with the end of its output when it fails."""
+    """Run one command in a process of its own. Raises RuntimeError with the end of its output when it fails."""
     with log.open("a") as output:
         done = subprocess.run(
             [sys.executable, "-m", "lightning_peft", *words], stdout=output, stderr=output, timeout=HUNG_AFTER
@@ -79,7 +79,7 @@ def train_and_score(method: str, steps: int, rows: int, model: str, folder: Path
 
 
 def score_base(rows: int, adapter: Path) -> dict[str, Any]:
-    """The model before training, which is shown three solved examples."""
+    """Score the model before training, which is shown three solved examples."""
     run_lightning_peft(
         adapter / "log.txt", "evaluate", f"adapter_path={adapter}/run", f"max_rows={rows}", "models=base", "samples=0"
     )
@@ -88,7 +88,7 @@ def score_base(rows: int, adapter: Path) -> dict[str, Any]:
 
 
 def measure_quality(methods: list[str], results: Results, steps: int, rows: int, model: str) -> list[str]:
-    """Fill `results` with the methods it lacks; returns the names of those that failed."""
+    """Fill `results` with the methods it lacks; return the names of those that failed."""
     failed = []
     for method in methods:
         if method in results.rows and (method != "lora" or "base" in results.rows):

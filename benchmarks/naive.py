@@ -11,12 +11,12 @@ from lightning_peft.objectives.sft import SupervisedLoss
 
 
 def plain_adapter(self: LoRALinear, x: Tensor) -> Tensor:
-    """W x + scaling * B A x, every product kept for the backward pass."""
+    """Return W x + scaling * B A x, every product kept for the backward pass."""
     return self.base_layer(x) + self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(x.dtype) * self.scaling
 
 
 def plain_loss(self: SupervisedLoss, batch: Batch) -> Tensor:
-    """The logits of all tokens at once."""
+    """Return the loss from the logits of all tokens at once."""
     hidden = self.model.base_model(**decoder_inputs(self.model, batch)).last_hidden_state
     logits = self.model.get_output_embeddings()(hidden).float()
     labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)

@@ -21,7 +21,7 @@ from benchmarks.results import FOLDER, Results
 
 @dataclass(frozen=True)
 class Plan:
-    """What one seed takes."""
+    """The parts of one seed."""
 
     model: str = "smollm2_135m"
     sft_steps: int = 32
@@ -53,7 +53,8 @@ def words_of(plan: Plan, seed: int, folder: Path) -> dict[str, list[str]]:
     pairs, sft = folder / f"pairs-{seed}.jsonl", folder / f"sft-{seed}"
     continued = [f"adapter.init_from={sft}", "data=jsonl", f"data.train_path={pairs}", "data.validation_fraction=0",
                  "data.ignore_columns=[schema]", "schedule=linear", "validation.samples=0", "data.max_length=512",
-                 "data.micro_batch_size=1", f"optimizer.lr={plan.dpo_lr}", f"trainer.max_steps={plan.dpo_steps}"]  # fmt: skip
+                 "data.micro_batch_size=1", f"optimizer.lr={plan.dpo_lr}",
+                 f"trainer.max_steps={plan.dpo_steps}"]  # fmt: skip
     return {
         f"sft-{seed}/result.json": [
             "train", *base, *data, "rank=r16", "schedule=linear", "schedule.warmup_steps=5", "optimizer.lr=1.5e-3",
@@ -79,8 +80,8 @@ def words_of_control(plan: Plan, seed: int, folder: Path) -> dict[str, list[str]
         f"control-{seed}/result.json": [
             "train", f"model={plan.model}", f"seed={seed}", f"adapter.init_from={folder}/sft-{seed}", "data=jsonl",
             f"data.train_path={folder}/pairs-{seed}.jsonl", "data.completion_column=chosen",
-            "data.ignore_columns=[rejected,schema]", "data.validation_fraction=0", "schedule=linear", "validation.samples=0",
-            "data.max_length=512", "data.micro_batch_size=1", f"optimizer.lr={plan.dpo_lr}",
+            "data.ignore_columns=[rejected,schema]", "data.validation_fraction=0", "schedule=linear",
+            "validation.samples=0", "data.max_length=512", "data.micro_batch_size=1", f"optimizer.lr={plan.dpo_lr}",
             f"trainer.max_steps={plan.dpo_steps}", f"run_dir={run}",
         ],
         f"control-{seed}.json": scored(plan, run, folder / f"control-{seed}.json"),

@@ -33,7 +33,7 @@ class TakeTurns(Callback):
 
 
 def train_command(overrides: Sequence[str], steps: int, run_dir: Path) -> list[str]:
-    """The command that trains in turns; validation and samples are off."""
+    """Return the command that trains in turns; validation and samples are off."""
     return [
         sys.executable, "-m", "lightning_peft", "train", *overrides, f"trainer.max_steps={steps}", "logger=none",
         f"run_dir={run_dir}", "+callbacks.turns._target_=benchmarks.ours.TakeTurns",
@@ -41,7 +41,8 @@ def train_command(overrides: Sequence[str], steps: int, run_dir: Path) -> list[s
 
 
 def measure_runs(runs: Mapping[str, Sequence[str]], steps: int, timeout: float = 1800) -> dict[str, dict[str, Any]]:
-    """`train` with each of the overrides, in turn; by name what `run_in_turns` gives, with medians after the warm-up.
+    """Run `train` with each of the overrides in turn; return `run_in_turns`' values by name, with medians after
+    warm-up.
 
     Raises RuntimeError when a run fails.
     """
@@ -60,6 +61,6 @@ def measure_runs(runs: Mapping[str, Sequence[str]], steps: int, timeout: float =
 
 
 def peak_gib(side: dict[str, Any]) -> float:
-    """The peak that counts: allocated on the device, else anonymous memory above what the imports hold."""
+    """Return the peak that counts: allocated on the device, else anonymous memory above what the imports hold."""
     peak: dict[str, float] = side["peak"]
     return peak.get("device_gib", peak["anonymous_gib"])

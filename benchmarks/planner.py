@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def compared(result: dict[str, Any]) -> dict[str, Any]:
-    """A measurement with the estimate beside it."""
+    """Return a measurement with the estimate beside it."""
     name, measured = result["name"], result["measured"]
     overrides = train_words(name)
     estimate = estimate_of(compose_config("estimate", overrides))
@@ -123,7 +123,7 @@ def compared(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_words(name: str) -> list[str]:
-    """The overrides of a configuration."""
+    """Return the overrides of a configuration."""
     model, method, size, *others = name.split()
     rows, length = size.split("x")
     others = [word if "=" in word else f"activation_checkpointing={word}" for word in others]
@@ -140,7 +140,7 @@ def train_words(name: str) -> list[str]:
 
 
 def write_model(shape: dict[str, Any], folder: Path) -> None:
-    """A model folder with random fp32 weights and a byte tokenizer."""
+    """Write a model folder with random fp32 weights and a byte tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     options = {key: value for key, value in shape.items() if key not in ("model_type", "architectures")}
     config = AutoConfig.for_model(shape["model_type"], **options)
@@ -159,7 +159,7 @@ def write_model(shape: dict[str, Any], folder: Path) -> None:
 
 
 def write_rows() -> Path:
-    """Rows of text longer than any sequence: full rows, every token supervised."""
+    """Write rows of text longer than any sequence: full rows, every token supervised."""
     path = WORK / "rows.jsonl"
     if not path.exists():
         text = "the quick brown fox jumps over the lazy dog " * 60
@@ -168,7 +168,7 @@ def write_rows() -> Path:
 
 
 def measure(overrides: list[str]) -> int:
-    """Peak bytes of a training in a process of its own: a fork of this one, which has only imported everything."""
+    """Measure the peak bytes of a training in a process of its own: a fork of this one, which has its imports."""
     run_dir = tempfile.mkdtemp(dir=WORK)
     read_end, write_end = os.pipe()
     pid = os.fork()
@@ -189,7 +189,7 @@ def measure(overrides: list[str]) -> int:
 
 
 def rank_baseline(overrides: list[str]) -> int:
-    """RssAnon after the imports of a rank, which is no fork; bitsandbytes, 42 MiB, only where it is used."""
+    """Measure RssAnon after the imports of a rank, which is no fork; bitsandbytes, 42 MiB, only where it is used."""
     config = compose_config("train", overrides)
     modules = ["lightning_peft.commands.train", "transformers.models.llama.modeling_llama"]
     if config.quantization.is_on or config.optimizer.name.endswith("8bit"):
@@ -200,7 +200,7 @@ def rank_baseline(overrides: list[str]) -> int:
 
 
 def child(overrides: list[str], answers: int) -> None:
-    """Train; tell the memory before, and at the end the peak allocated on CUDA, 0 on a CPU. Does not return."""
+    """Train; tell the memory before, and at the end the peak allocated on CUDA, 0 on a CPU. The process ends here."""
     status = 1
     try:
         os.write(answers, f"{anonymous_memory(os.getpid())}\n".encode())
@@ -213,7 +213,7 @@ def child(overrides: list[str], answers: int) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """The processes it started: the ranks of a run that has several."""
+    """Return the processes that a process started: the ranks of a run that has several."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -221,7 +221,7 @@ def children(pid: int) -> list[int]:
 
 
 def anonymous_memory(pid: int) -> int:
-    """RssAnon in bytes; 0 for a process that is gone."""
+    """Return RssAnon in bytes; 0 for a process that is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -230,7 +230,7 @@ def anonymous_memory(pid: int) -> int:
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """The results there are, by name."""
+    """Return the results that there are, by name."""
     return {r["name"]: r for r in json.loads(RESULTS.read_text())["results"]} if RESULTS.exists() else {}
 
 

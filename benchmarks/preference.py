@@ -33,7 +33,7 @@ rounding."""
 
 
 def write_pairs(folder: Path, steps: int, max_length: int) -> list[str]:
-    """Write `rows.jsonl`, pairs of text-to-SQL; returns the words with which `train` reads them."""
+    """Write `rows.jsonl`, pairs of text-to-SQL; return the words with which `train` reads them."""
     # No tokenizer makes fewer than 40 tokens of an answer with its prompt.
     found = [generate_preference(0, "train", False, number) for number in range(max(8, steps * max_length // 40))]
     lines = [json.dumps({key: row[key] for key in ("prompt", "chosen", "rejected")}) for row in found]
@@ -45,7 +45,7 @@ def write_pairs(folder: Path, steps: int, max_length: int) -> list[str]:
 
 
 def compare(model: str, steps: int, max_length: int, rank: int, dtype: str) -> dict[str, Any]:
-    """Run both in turn; what `summarise` says of them."""
+    """Run both in turn; return what `summarise` says of them."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_model(model, folder, rank)
@@ -66,7 +66,7 @@ def compare(model: str, steps: int, max_length: int, rank: int, dtype: str) -> d
 
 
 def summarise(sides: dict[str, dict[str, Any]], pairs: list[int], largest: float) -> dict[str, Any]:
-    """Rates and peaks, with every step's seconds and loss. Raises RuntimeError where losses differ by more."""
+    """Return rates and peaks, with every step's seconds and loss. Raises RuntimeError where losses differ by more."""
     ours, theirs = sides["ours"], sides["trl"]
     distance = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
     if not distance <= largest:

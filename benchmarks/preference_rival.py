@@ -30,7 +30,7 @@ class OnTokens(DPOTrainer):
 
 
 def pad_pairs(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The pairs of one step as TRL's own collator has them: chosen, then rejected, padded on the right."""
+    """Return the pairs of one step as TRL's own collator has them: chosen, then rejected, padded on the right."""
     (item,) = items
     samples: list[TokenRow] = [
         {"input_ids": ids, "labels": labels} for ids, labels in zip(item["input_ids"], item["labels"], strict=True)

@@ -50,7 +50,7 @@ class TakeTurns(TrainerCallback):
 
 
 def pad(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The rows of one step, padded on the right to the longest of them."""
+    """Return the rows of one step, padded on the right to the longest of them."""
     (item,) = items
     rows: list[TokenRow] = [
         {"input_ids": ids, "labels": labels}
@@ -70,7 +70,7 @@ def pad(items: list[dict[str, Any]]) -> dict[str, Tensor]:
 def training_arguments(
     steps: int, lr: float, dtype: torch.dtype, folder: str, checkpointing: bool = False
 ) -> dict[str, Any]:
-    """What `train` does by default, in the words of `transformers`: AdamW, gradients clipped at 1, rows in order."""
+    """Return `train`'s defaults in the words of `transformers`: AdamW, gradients clipped at 1, rows in order."""
     return {
         "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": 1, "learning_rate": lr,
         "lr_scheduler_type": "constant", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0,
@@ -82,7 +82,7 @@ def training_arguments(
 
 
 def load(folder: Path, dtype: torch.dtype) -> PeftModel:
-    """The model in `folder` with its starting adapter; a shape without weights is drawn, with a fresh one."""
+    """Load the model in `folder` with its starting adapter; a shape without weights is drawn, with a fresh one."""
     if not (folder / "start").is_dir():
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model"), dtype=dtype)
@@ -98,7 +98,7 @@ def peft_trainer(folder: Path, dtype: torch.dtype, options: dict[str, Any], **co
 
 
 def trl_trainer(folder: Path, dtype: torch.dtype, options: dict[str, Any], **common: Any) -> Trainer:
-    from trl import SFTConfig, SFTTrainer  # as HF PEFT alone does not need it
+    from trl import SFTConfig, SFTTrainer  # HF PEFT alone does not need it
 
     # The rows are token ids already, which is the point; TRL would pad them as `pad` does.
     config = SFTConfig(**options, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -107,7 +107,7 @@ def trl_trainer(folder: Path, dtype: torch.dtype, options: dict[str, Any], **com
 
 
 def unsloth_trainer(folder: Path, dtype: torch.dtype, options: dict[str, Any], **common: Any) -> Trainer:
-    from unsloth import FastLanguageModel  # patches what it finds on import
+    from unsloth import FastLanguageModel  # it patches what it finds on import
 
     model, _ = FastLanguageModel.from_pretrained(str(folder / "model"), dtype=dtype, load_in_4bit=False)
     start = json.loads((folder / "start" / "adapter_config.json").read_text())
@@ -122,7 +122,7 @@ RIVALS = {"peft": peft_trainer, "trl": trl_trainer, "unsloth": unsloth_trainer}
 
 
 def why_not(name: str) -> str | None:
-    """Why a rival cannot run here; None when it can."""
+    """Return why a rival cannot run here; None when it can."""
     if importlib.util.find_spec(name) is None:
         return f"{name} is not installed"
     if name == "unsloth" and not torch.cuda.is_available():
@@ -136,7 +136,7 @@ def rival_command(name: str, folder: Path, lr: float, dtype: torch.dtype, checkp
 
 
 def measure_rival(name: str, overrides: list[str], steps: int, folder: Path, timeout: float) -> dict[str, Any]:
-    """A rival alone, recomputing activations, on the rows that `train` with these overrides reads."""
+    """Measure a rival alone, recomputing activations, on the rows that `train` with these overrides reads."""
     tokens = write_steps(overrides, folder, steps) / steps
     dtype = getattr(torch, fastest_dtype("cuda" if torch.cuda.is_available() else "cpu"))
     command = rival_command(name, folder, 2e-4, dtype, checkpointing=True)

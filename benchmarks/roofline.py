@@ -1,4 +1,4 @@
-"""What a training step asks of an H100, counted without one, and the rate that its own rates would allow.
+"""The demands of a training step on an H100, counted without one, and the rate that its own rates would allow.
 
     python -m benchmarks.roofline                  # LoRA, QLoRA and DoRA of an 8B shape on 2 x 4,096 tokens
     python -m benchmarks.roofline --variants lora --tflops 700 --launch-us 3
@@ -46,7 +46,7 @@ from lightning_peft.objectives.logits import LogitPath
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import prepare_quantized
+from lightning_peft.quantization.quantize import prepare_quantized
 from lightning_peft.training.token_scaling import scale_gradients
 
 VARIANTS = ("frozen", "lora", "qlora", "dora", "qdora")
@@ -75,7 +75,7 @@ WITHOUT_KERNEL = frozenset(
 
 @dataclass(frozen=True)
 class Rates:
-    """What the GPU sustains; by default an H100 SXM's, as far as they are published or were seen."""
+    """The rates that the GPU sustains; by default an H100 SXM's, as far as they are published or were seen."""
 
     tflops: float = 650
     """Large products in bf16."""

@@ -1,4 +1,4 @@
-"""What a step costs as one thing grows, and what each lever brings: time and memory of `lightning-peft train`.
+"""The cost of a step as one thing grows, and the gain of each lever: time and memory of `lightning-peft train`.
 
     python benchmarks/scaling.py                        # all parts, with random weights of real shapes
     python benchmarks/scaling.py --part rank ladder
@@ -27,17 +27,17 @@ class Point:
     words: list[str] = field(default_factory=list)
     short_rows: bool = False
     packing: bool = True
-    """Of the short rows."""
+    """Tokens of the short rows."""
     shape: str | None = None
     naive: list[str] = field(default_factory=list)
     """Parts of the step that are replaced by the plain formula: loss, adapter."""
 
 
 def ladder() -> dict[str, Point]:
-    """From the plain formulas on padded rows to the smallest step, one lever at a time."""
+    """Return the points from the plain formulas on padded rows to the smallest step, one lever at a time."""
     plain = ["compile=none", "activation_checkpointing=none"]
     short = Point(1, 2048, plain, short_rows=True)
-    # As many samples as a packed row holds on average.
+    # The row has as many samples as a packed row holds on average.
     padded = Point(8, 512, plain, short_rows=True, packing=False)
     levers = ["compile=blocks", "activation_checkpointing=blocks", "optimizer=adamw_8bit", "quantization=nf4"]
     names = ["compiled blocks", "checkpointed blocks", "8-bit optimiser", "NF4 base"]

@@ -28,11 +28,11 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.slots import Slots, cast_factors
 from lightning_peft.checkpoint.peft_format import read_low_rank, save_adapter
 from lightning_peft.compose import compose_config
-from lightning_peft.inference.decoding import Decoder, Row
+from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer, model_name
 from lightning_peft.models.stored import source_fingerprint
-from lightning_peft.serving.engine import Engine, Job
+from lightning_peft.serving.engine import Engine, GenerationRequest
 from lightning_peft.serving.tiers import AdapterTiers
 from lightning_peft.tasks.text_to_sql.rows import generate_rows
 
@@ -78,7 +78,7 @@ class Bench:
             for name, way in ways.items():
                 started = time.process_time()
                 way()
-                if turn:  # the first one allocates
+                if turn:  # the first call allocates
                     seconds[name].append(time.process_time() - started)
         return seconds
 
@@ -95,7 +95,7 @@ class Bench:
         sampling = SamplingConfig(max_new_tokens=self.tokens)
         decoder.add(
             *(
-                Row(prompt, sampling, lambda _: True, route, wants_logprobs=False)
+                RunningSequence(prompt, sampling, lambda _: True, route, wants_logprobs=False)
                 for prompt, route in zip(self.prompts, routes, strict=True)
             )
         )
@@ -104,7 +104,7 @@ class Bench:
 
 
 def mixed(bench: Bench) -> dict[str, Any]:
-    """Eight adapters in 16 rows, beside one adapter in 16 rows and HF PEFT's adapter_names."""
+    """Measure eight adapters in 16 rows, beside one adapter in 16 rows and HF PEFT's adapter_names."""
     slots = bench.slots()
     decoder = Decoder(slots.model, slots)  # type: ignore[arg-type]
     theirs = PeftModel.from_pretrained(copy.deepcopy(bench.base), str(bench.path(0)), adapter_name="a0")
@@ -141,7 +141,7 @@ def by_peft(model: PeftModel | PreTrainedModel, bench: Bench, names: list[str]) 
 
 
 def swap(bench: Bench) -> dict[str, Any]:
-    """Putting an adapter into a slot, from host memory and from disk."""
+    """Measure the time to put an adapter into a slot, from host memory and from disk."""
     slots = bench.slots()
     kept = bench.factors(3)
     ways = {"host": lambda: slots.load(1, kept), "disk": lambda: slots.load(1, bench.factors(3))}
@@ -157,7 +157,7 @@ def tiers_of(bench: Bench, slots: Slots, count: int, host_limit: int) -> Adapter
 
 
 def more_than_slots(bench: Bench) -> dict[str, Any]:
-    """64 requests, 16 at a time, for 64 adapters over 8 slots, beside the same for one adapter."""
+    """Measure 64 requests, 16 at a time, for 64 adapters over 8 slots, beside the same for one adapter."""
     slots = bench.slots()
     decoder = Decoder(slots.model, slots)  # type: ignore[arg-type]
     tiers = tiers_of(bench, slots, MANY, MANY)
@@ -167,7 +167,7 @@ def more_than_slots(bench: Bench) -> dict[str, Any]:
         sampling = SamplingConfig(max_new_tokens=bench.tokens)
         for request, number in enumerate(numbers):
             prompt = bench.prompts[request % ROWS]
-            engine.submit(Job(prompt, sampling, frozenset(), lambda _: None, bench.path(number)))
+            engine.submit(GenerationRequest(prompt, sampling, frozenset(), lambda _: None, bench.path(number)))
         while engine.waiting or engine.running:
             engine.turn()
 
@@ -176,7 +176,7 @@ def more_than_slots(bench: Bench) -> dict[str, Any]:
 
 
 def registered(bench: Bench) -> dict[str, Any]:
-    """Memory with 1,000 adapters that were each asked for once, above that with 8, serve.host_adapters=8."""
+    """Measure the memory with 1,000 adapters asked for once each, above that with 8, serve.host_adapters=8."""
     slots = bench.slots()
 
     def resident(count: int) -> float:
@@ -188,7 +188,7 @@ def registered(bench: Bench) -> dict[str, Any]:
         gc.collect()
         return resident_mib()
 
-    resident(SLOTS)  # what is allocated once
+    resident(SLOTS)  # some memory is allocated once
     few = resident(SLOTS)
     many = resident(REGISTERED)
     return {"mib_above_eight": many - few, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

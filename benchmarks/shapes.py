@@ -40,7 +40,7 @@ LONGEST_CONTEXT = 2**20
 
 
 def write_shape(name: str, folder: Path) -> list[str]:
-    """Write the configuration and a tokenizer of bytes to `folder`; returns the overrides that train on it."""
+    """Write the configuration and a tokenizer of bytes to `folder`; return the overrides that train on it."""
     # Token 2 ends a turn and 0 pads, as the tokenizer has them.
     config = LlamaConfig(
         **SHAPES[name], max_position_embeddings=LONGEST_CONTEXT, bos_token_id=None, eos_token_id=2, pad_token_id=0

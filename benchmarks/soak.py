@@ -1,4 +1,4 @@
-"""Trains the tiny model for thousands of steps with everything on: do memory, open files and threads stay flat?
+"""Train the tiny model for thousands of steps with everything on: do memory, open files and threads stay flat?
 
     python benchmarks/soak.py [STEPS]
 
@@ -38,11 +38,11 @@ SEEN: list[tuple[int, float, int, int]] = []
 
 
 class Watch(Callback):
-    """Notes what the process holds."""
+    """A watch over what the process holds."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         if trainer.global_step % EVERY == 0:
-            # Of the module that Hydra imports, which is not the one that runs.
+            # The module is the one that Hydra imports, which is not the one that runs.
             from benchmarks import soak
 
             soak.SEEN.append((trainer.global_step, anonymous_mib(), len(os.listdir("/proc/self/fd")), thread_count()))

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def read(name: str) -> dict[str, Row]:
-    """The rows of a result file; none when it is not there."""
+    """Return the rows of a result file; none when it is not there."""
     path = FOLDER / f"{name}.json"
     rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.is_file() else {}
     return rows
@@ -31,14 +31,14 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def show(row: Row, key: str, form: str) -> str:
-    """The value in this format; a dash when the row lacks it."""
+    """Return the value in this format; a dash when the row lacks it."""
     return format(row[key], form) if key in row else "-"
 
 
 def compare_table() -> str:
     rows = []
     for name, row in read("compare").items():
-        if "ours" not in row:  # the losses that all others are measured against
+        if "ours" not in row:  # all others are measured against these losses
             continue
         workload, _, rival = name.partition(", ")
         ours, other = row["ours"], row[rival]
@@ -159,7 +159,7 @@ def on_policy_table() -> str:
 
 
 def ablations_table() -> str:
-    """The mean over seeds, and the least and the most in brackets."""
+    """Return the table of ablations: the mean over seeds, and the least and the most in brackets."""
     values: dict[str, list[float]] = {}
     for name, row in read("ablations").items():
         for what, value in figures_of_ablation(name.partition(",")[0], row):
@@ -172,7 +172,7 @@ def ablations_table() -> str:
 
 
 def figures_of_ablation(part: str, row: Row) -> list[tuple[str, float]]:
-    """Name and value of what an ablation's row is read for."""
+    """Return name and value of what an ablation's row is read for."""
     if part == "score":
         return [(f"Hybrid-LoRA, {name}: validation loss", found["validation_loss"]) for name, found in row.items()]
     if part == "share":
@@ -209,7 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(text: str) -> str:
-    """The text with every marked table as the result files have it."""
+    """Return the text with every marked table as the result files have it."""
     return MARKED.sub(lambda found: found.group(1) + TABLES[found.group(2)]() + found.group(3), text)
 
 

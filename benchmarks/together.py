@@ -39,8 +39,8 @@ from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.training.host_memory import keep_freed_memory
 from lightning_peft.training.together import (
-    Group,
     HandedLoss,
+    RunGroup,
     SharedPasses,
     TogetherLoss,
     random_states,
@@ -81,7 +81,7 @@ class Ways:
 
     def __init__(self, base: Any, batches: Sequence[Batch]):
         self.batches = batches
-        self.group = Group([str(rank) for rank in RANKS])
+        self.group = RunGroup([str(rank) for rank in RANKS])
         self.group.template = base
         self.members, self.losses = [], []
         for member, rank, rate in zip(self.group.members, RANKS, RATES, strict=True):

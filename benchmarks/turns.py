@@ -39,7 +39,7 @@ class Turns:
         self._reports = os.fdopen(int(write), "w")
         self._started: tuple[float, float] | None = None
         self.loss: float | None = None
-        """Set by the loop after its step: mean over the step's supervised tokens."""
+        """Mean loss over the step's supervised tokens, set by the loop after its step."""
         self.tokens: int | None = None
         """Tokens of the step that are not padding, from a loop that knows them."""
 
@@ -98,7 +98,7 @@ class Side:
             self.kill()
             raise
         self.start_seconds = time.perf_counter() - started
-        """From the start of the process to its first request for a turn: imports, data, model."""
+        """Seconds from the start of the process to its first request for a turn: imports, data, model."""
         self.steps: list[dict[str, Any]] = []
 
     def step(self) -> None:
@@ -107,7 +107,7 @@ class Side:
         self.steps.append(self._receive())
 
     def summary(self) -> dict[str, Any]:
-        """What the process says at its end; call it after its last step."""
+        """Return what the process says at its end; call `summary` after the last step."""
         summary = self._receive()
         self._process.wait(timeout=300)
         return summary
@@ -132,9 +132,9 @@ def run_in_turns(
 ) -> dict[str, dict[str, Any]]:
     """Start each command, one after the other, and let them take `steps` steps in turn.
 
-    Returns, by name: start_seconds, first_step_seconds (start included), seconds, cpu_seconds (the processor's own, of
-    all threads), losses and tokens of every step, and the process's own summary. Raises RuntimeError, with the end of
-    its output, when a process ends early; after `timeout` seconds it is made to.
+    The result has by name: start_seconds, first_step_seconds (start included), seconds, cpu_seconds (the processor's
+    own, of all threads), losses and tokens of every step, and the process's own summary. Raises RuntimeError, with the
+    end of its output, when a process ends early; after `timeout` seconds it is made to.
     """
     sides: list[Side] = []
     try:

@@ -35,7 +35,7 @@ class Workload:
     """Ours runs with compile=blocks; its compilation is in the time to the first step."""
 
     def write_rows(self, folder: Path, steps: int) -> list[str]:
-        """Write `rows.jsonl`; returns the overrides for it."""
+        """Write `rows.jsonl`; return the overrides for it."""
         path = folder / "rows.jsonl"
         # No tokenizer makes fewer than 40 tokens of a row.
         needed = steps * self.rows * self.tokens // 40 if self.packed else 64
@@ -55,7 +55,7 @@ class Workload:
         ]  # fmt: skip
 
     def _long_texts(self, rows: list[dict[str, str]], count: int) -> list[str]:
-        """Texts longer than `tokens` in any tokenizer, all different: questions and answers in random order."""
+        """Return texts longer than `tokens` in any tokenizer, all different: questions and answers in random order."""
         draw = random.Random(0)
         texts = []
         for _ in range(count):
@@ -76,7 +76,7 @@ WORKLOADS = {
 
 
 def split_samples(batch: Batch) -> list[TokenRow]:
-    """The samples of a micro batch, without its padding; a batch of several rows must have none."""
+    """Return the samples of a micro batch, without its padding; a batch of several rows must have none."""
     assert batch.num_tokens == batch.input_ids.numel() or batch.input_ids.shape[0] == 1
     ids = batch.input_ids.flatten()[: batch.num_tokens].tolist()
     labels = batch.labels.flatten()[: batch.num_tokens].tolist()
@@ -88,7 +88,7 @@ def split_samples(batch: Batch) -> list[TokenRow]:
 
 
 def write_steps(overrides: list[str], folder: Path, steps: int) -> int:
-    """Write `steps.json`, the token rows of each of the steps that `train` takes; returns the tokens of all."""
+    """Write `steps.json`, the token rows of each of the steps that `train` takes; return the tokens of all."""
     config = compose_config("train", overrides)
     data = SFTDataModule(config.data, load_tokenizer(config.model), config.seed)
     data.setup()

@@ -1,9 +1,9 @@
-"""Writes what the pages take from the code: tables of methods and options, words of other tools, the examples.
+"""Write what the pages take from the code: tables of methods and options, words of other tools, the examples.
 
     python docs/generate.py
 
-A test holds the pages to it. What it writes stands between `<!-- generated NAME -->` and `<!-- end -->`; the first page
-of the site is the README.
+A test holds the pages to it. The text stands between `<!-- generated NAME -->` and `<!-- end -->`; the first page of
+the site is the README.
 """
 
 import re

@@ -10,13 +10,13 @@ import random
 from collections.abc import Iterator
 
 from lightning_peft.tasks.registry import TASKS
-from lightning_peft.tasks.task import OwnRows, Row, Task
+from lightning_peft.tasks.task import OwnRows, Task, TaskRow
 
 VERSION = 1
 """Part of the name under which tokens are kept: count it up when the rows change."""
 
 
-def sums(split: str, seed: int, count: int | None, kind: str) -> Iterator[Row]:
+def sums(split: str, seed: int, count: int | None, kind: str) -> Iterator[TaskRow]:
     """Yield rows of two numbers and their sum, each number below 100."""
     draw = random.Random(f"{seed} {split}")
     for _ in range(count or (1000 if split == "train" else 100)):
@@ -24,7 +24,7 @@ def sums(split: str, seed: int, count: int | None, kind: str) -> Iterator[Row]:
         yield {"prompt": f"{a} + {b}", "completion": str(a + b)}
 
 
-def score_sums(rows: list[Row], answers: list[str]) -> dict[str, float]:
+def score_sums(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
     """Return `right`, the share of answers that begin with the sum."""
     hits = [(answer.split() or [""])[0] == row["completion"] for row, answer in zip(rows, answers, strict=True)]
     return {"right": hits.count(True) / len(hits)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_peft.adapters.init import INITS, Initialization, Start
+from lightning_peft.adapters.initialization import INITS, Initialization, Start
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerChoice, OptimizerConfig
 
 

@@ -12,7 +12,7 @@ __all__ = ["Run", "finetune", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, so that the command answers --help without torch, and Ctrl-C from the first moment."""
+    """Import an attribute on demand, as --help needs no torch and Ctrl-C is to work from the first moment."""
     if name == "__version__":
         return _version()
     if name not in __all__:
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
-    # Four fifths of what the command imports before it heeds Ctrl-C.
+    # These are four fifths of what the command imports before it heeds Ctrl-C.
     from importlib.metadata import PackageNotFoundError, version
 
     try:

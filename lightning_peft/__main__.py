@@ -35,9 +35,9 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 wrong input (one line on stderr says what), 130 interrupted.
+    """Run a command; return its status: 0 done, 1 failed, 2 wrong input (said in a line on stderr), 130 interrupted.
 
-    75 from `train`: asked to leave, to be resumed (`training/preemption.py`).
+    The status 75 of `train` says that the run was asked to leave and is to be resumed (`training/preemption.py`).
     """
     open_what_is_closed()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: the working folder is there no more; cd to one that is", file=sys.stderr)
         return 2
     if not sys.flags.safe_path and here not in sys.path:
-        sys.path.insert(0, here)  # for callbacks of one's own, as `python -m` and so the ranks have it
+        sys.path.insert(0, here)  # for callbacks of one's own: `python -m`, and so the ranks, have it
     module, function = COMMANDS[command][0].split(":")
     set_up_threads()
     let_segments_grow()
@@ -83,12 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     finally:
-        if IS_COMMAND:  # what Python does at its end is not to be seen either
+        if IS_COMMAND:  # Python's own end is not to be seen either
             end_at_ctrl_c()
 
 
 def imported(module: str, function: str) -> Callable[[Any], Any]:
-    """Import the function of a command. Ctrl-C meanwhile ends the process: an import would make another error of it."""
+    """Import the function of a command. Ctrl-C ends the process meanwhile: an import would make another error of it."""
     if IS_COMMAND:
         end_at_ctrl_c()
     found: Callable[[Any], Any] = getattr(importlib.import_module(module), function)

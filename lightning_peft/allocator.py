@@ -1,4 +1,4 @@
-"""How torch's allocator takes the memory of a GPU: decided before CUDA starts."""
+"""The way torch's allocator takes the memory of a GPU, decided before CUDA starts."""
 
 import os
 

@@ -41,18 +41,18 @@ class Run:
     """A finished run, or an adapter folder of ours or of HF PEFT: what it learned, ready to answer."""
 
     def __init__(self, folder: str | Path) -> None:
-        """`folder` is a run folder or an adapter folder; nothing is loaded before it is asked for."""
+        """Take a run folder or an adapter folder; nothing is loaded before it is asked for."""
         self.folder = Path(folder)
         self._tuned = tuned_folder(str(self.folder))
 
     @property
     def adapter(self) -> Path:
-        """The adapter folder, which HF PEFT loads; the whole model's after full fine-tuning."""
+        """Return the adapter folder, which HF PEFT loads; the whole model's folder after full fine-tuning."""
         return self._tuned
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What `result.json` holds: losses, steps, tokens a second, memory. Raises ValueError for a bare adapter."""
+        """Return `result.json`: losses, steps, tokens a second, memory. Raises ValueError for a bare adapter."""
         path = self.folder / "result.json"
         if not path.is_file():
             raise ValueError(f"{self.folder}: no result.json, so it is an adapter folder and no run")
@@ -60,12 +60,12 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, str]]:
-        """The rows of `metrics.csv`, one a step and one a validation."""
+        """Return the rows of `metrics.csv`, one a step and one a validation."""
         return MetricsCSV(str(self.folder)).read()[1]
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """The adapted model, in the precision it was trained in, and its tokenizer."""
+        """Return the adapted model, in the precision it was trained in, and its tokenizer."""
         return load_for_inference(str(self.folder), None, "auto")
 
     def generate(self, prompt: str | list[str], **sampling: Any) -> Any:
@@ -126,7 +126,7 @@ def load(folder: str | Path) -> Run:
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Inside, audit and losses appear on stderr, as in a notebook's cell, unless the program set up logging itself."""
+    """Let audit and losses appear on stderr, as in a notebook's cell, unless the program set up logging itself."""
     ours = logging.getLogger("lightning_peft")
     if ours.hasHandlers():
         yield
@@ -146,7 +146,7 @@ def shown() -> Iterator[None]:
 
 
 def _written(rows: Any, name: str, path: Path) -> str:
-    """Keep the rows in the run's folder. Raises ValueError where a run has begun there with others."""
+    """Keep the rows in the run's folder. Raises ValueError where a run began with other rows."""
     text = "\n".join(lines_of(rows, name)) + "\n"
     is_begun = path.is_file() and is_used(path.parent.parent)
     if is_begun and path.read_text(encoding="utf-8") != text:

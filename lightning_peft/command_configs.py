@@ -25,7 +25,7 @@ def check_folder_of(key: str, file: str | None) -> None:
 
 @dataclass
 class EstimateConfig(TrainConfig):
-    """What `train` would need with the same overrides."""
+    """The options of `estimate`: the need of `train` with the same overrides."""
 
     output: str | None = None
     """JSON file for the estimate; null prints it only."""
@@ -47,7 +47,7 @@ class DataCommandConfig(TrainConfig):
     """Exit with status 2 where the audit warns of something."""
 
     def check_length(self) -> None:
-        """No run follows, so none needs an end."""
+        """Accept any length: no run follows, so none needs an end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ class DataCommandConfig(TrainConfig):
 
 
 class Scored(Enum):
-    """What `evaluate` runs the rows through."""
+    """The models that `evaluate` runs the rows through."""
 
     both = "both"
     base = "base"
@@ -103,7 +103,7 @@ class EvaluateConfig:
     benchmark_limit: int | None = None
     """Documents of each task; null takes all."""
     num_fewshot: int | None = None
-    """Solved examples before each question of the harness; null takes what the task says."""
+    """Solved examples before each question of the harness; null takes that of the task."""
 
     def __post_init__(self) -> None:
         for key in ("max_rows", "batch_size", "passes"):
@@ -168,7 +168,7 @@ class GenerateConfig:
 
 
 class Chosen(Enum):
-    """What stands as the better answer of a pair that `pairs` writes."""
+    """The better answer of a pair that `pairs` writes."""
 
     row = "row"
     """The answer of the row."""
@@ -178,7 +178,7 @@ class Chosen(Enum):
 
 @dataclass
 class PairsConfig:
-    """Writes pairs of answers for objective=dpo: what is right, and what the adapter itself answers wrongly."""
+    """Writes pairs of answers for objective=dpo: a right one, and a wrong one of the adapter itself."""
 
     adapter_path: str = "???"
     """Run folder, adapter folder or sweep whose answers are drawn."""
@@ -195,10 +195,10 @@ class PairsConfig:
     chosen: Chosen = Chosen.row
     """The better answer: row for the row's own, best for the best of all that were drawn."""
     metric: str | None = None
-    """What an answer is scored by, as an entry of validation.metrics: a metric of a task, or module:function, of which
-    a large value is good; null takes that of data.task."""
+    """Score of an answer, as an entry of validation.metrics: a metric of a task, or module:function, of which a large
+    value is good; null takes that of data.task."""
     max_new_tokens: int | None = None
-    """Longest answer in tokens; null takes what the task says."""
+    """Longest answer in tokens; null takes that of the task."""
     batch_size: int = 64
     """Answers generated at once."""
     seed: int = 0
@@ -249,7 +249,7 @@ class MergeCommandConfig:
 
 
 class ExportFormat(Enum):
-    """What `export` writes."""
+    """The format that `export` writes."""
 
     plain = "plain"
     """A LoRA folder with the scaling in B, for vLLM, SGLang, LoRAX and HF PEFT."""
@@ -313,7 +313,7 @@ class PushConfig:
     repo: str = "???"
     """Name on the hub, as in me/my-adapter."""
     private: bool = False
-    """Whether a new repository is private."""
+    """Make a new repository private."""
     message: str = "Upload with lightning-peft"
     """Message of the commit."""
     dry_run: bool = False
@@ -329,7 +329,7 @@ class ReportConfig:
     output: str | None = None
     """The .html file; null writes report.html into the folder."""
     png: bool = False
-    """Whether each picture is written as a PNG beside the page, too."""
+    """Write each picture as a PNG beside the page, too."""
 
 
 @dataclass
@@ -357,7 +357,7 @@ class ServeConfig:
 
 @dataclass
 class CalibrateConfig:
-    """Scores how far an adapter's probabilities can be believed, on the rows it was validated on."""
+    """Scores the calibration of an adapter's probabilities, on the rows it was validated on."""
 
     adapter_path: str = "???"
     """Run or adapter folder."""
@@ -410,21 +410,22 @@ class ConvertConfig:
     """Folder to write; must not exist."""
     svd_rank: int | None = None
     """Typed rank=8 as well: cut the change of every layer to this rank by SVD; a layer of a smaller one keeps it. null
-    cuts nothing, but what is no low-rank sum, which is cut to the largest rank of what it is made of."""
+    cuts nothing but a change that is no low-rank sum, which is cut to the largest rank among its parts."""
     energy: float | None = None
     """Cut every layer to the smallest rank that keeps this share of its squared singular values, as in 0.99."""
     to: LowRankMethod | None = None
-    """Typed method=dora as well: what is written, lora or dora. null keeps a LoRA a LoRA. A DoRA made of a LoRA gives
-    the same outputs; a LoRA made of a DoRA is the nearest of its rank, and the same where no magnitude has moved."""
+    """Typed method=dora as well: the method written, lora or dora; null keeps a LoRA a LoRA. A DoRA made of a LoRA
+    gives the same outputs; a LoRA made of a DoRA is the nearest of its rank, the same where no magnitude has moved.
+    """
     combine: Combine = Combine.linear
-    """How several adapters become one: linear, their exact sum; svd, the sum cut to the largest rank; ties; dare."""
+    """Combination of several adapters: linear, their exact sum; svd, the sum cut to the largest rank; ties; dare."""
     weights: list[float] = field(default_factory=list)
     """Factor of each adapter; empty takes equal parts that add up to one, and one for each with ties, which takes a
     mean itself."""
     density: float | None = None
     """Share of each change's numbers that ties and dare keep; null is 0.2 with ties, as in its paper, 0.5 with dare."""
     seed: int = 0
-    """Seed of what dare drops."""
+    """Seed of dare's drops."""
     max_kl: float | None = None
     """Largest mean KL(asked || written) accepted, nats per token; null is 0.01 where nothing is cut off, and none where
     something is."""
@@ -482,7 +483,7 @@ class InspectConfig:
     """Another adapter of the same base, to see how many directions the two have in common."""
     intruders: int = 0
     """Largest directions of each tuned weight among which those are counted that are none of the base's; 0 counts none.
-    It takes two singular value decompositions of every weight."""
+    The count takes two singular value decompositions of every weight."""
     directions: int = 0
     """Strongest directions that are read as keys and values, so many of the layers that write the residual stream and
     so many of the others: the tokens of the run's validation rows that each looks for, and of the former those that it
@@ -520,7 +521,7 @@ class D90Config:
     reference_path: str = "???"
     """Run folder of full fine-tuning or LoRA on the same data, after `evaluate`."""
     metric: str = "loss"
-    """loss: how far the validation loss falls below the base's; or a metric in every run's evaluation.json."""
+    """loss: the distance of the validation loss below the base's; or a metric in every run's evaluation.json."""
     share: float = 0.9
     """Share of the reference's score to be reached; d90 takes 0.9."""
 
@@ -531,7 +532,7 @@ class D90Config:
 
 @dataclass
 class PriceConfig:
-    """Where `estimate -m` and `submit -m dry_run=true` know from how fast the trials of a sweep are."""
+    """The sources from which `estimate -m` and `submit -m dry_run=true` take the speed of a sweep's trials."""
 
     measured: list[str] = field(default_factory=lambda: ["runs", "sweeps"])
     """Folders below which finished runs of the same kind, on the same device, say how fast a trial is."""
@@ -550,7 +551,7 @@ class PriceConfig:
 
 @dataclass
 class SubmitSweepConfig:
-    """What `submit -m` takes beside the words of a single run."""
+    """The options of `submit -m` beside the words of a single run."""
 
     sweep_dir: str | None = None
     """Folder of the sweep; null takes sweeps/<time>."""
@@ -561,7 +562,7 @@ class SubmitSweepConfig:
 
 
 class SweepVerb(Enum):
-    """What to do with a sweep."""
+    """The action on a sweep."""
 
     status = "status"
     retry = "retry"
@@ -583,9 +584,9 @@ class SweepCommandConfig:
     trials: list[str] = field(default_factory=list)
     """retry, cancel: these trials, by name; cancel without names takes all. ask: those that ended."""
     gone: str | None = None
-    """A machine that is no more: what a cluster=local sweep has running on it is taken for over."""
+    """A machine that is no more: the trials of a cluster=local sweep that run on it are taken for over."""
     ended: int | None = None
-    """ask: the exit status of what the task has run since it began; null where it begins."""
+    """ask: the exit status of the trials that the task has run since its start; null at its start."""
     sort: str | None = None
     """table: column to sort by, -column for the largest first; null takes the sweep's metric."""
     output_path: str | None = None

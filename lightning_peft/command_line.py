@@ -52,7 +52,7 @@ LIBRARY_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "The `srun` command is available on your system but is not used",
 )
-"""What torchdata and Lightning say and a user can do nothing about, or need not: `train` starts its ranks itself."""
+"""Warnings of torchdata and Lightning that a user cannot or need not heed, as `train` starts its ranks itself."""
 
 
 BY_WORDS = ("sweep", "init", "config", "schema", "completion", "models")
@@ -60,7 +60,7 @@ BY_WORDS = ("sweep", "init", "config", "schema", "completion", "models")
 
 
 def run_command(command: str, function: Callable[[Any], Any], overrides: list[str]) -> int:
-    """Compose, run, and return the exit status. LIGHTNING_PEFT_TRACEBACK=1 shows where a one-line error came from."""
+    """Compose, run, and return the exit status. LIGHTNING_PEFT_TRACEBACK=1 shows the origin of a one-line error."""
     set_up_logging()
     if any(word in HELP for word in overrides):
         return show_help(command, [word for word in overrides if word not in HELP])
@@ -123,7 +123,7 @@ def is_list(words: list[str]) -> bool:
 
 
 def show_help(command: str, words: list[str]) -> int:
-    # AST and every method's config, which a command that runs does without.
+    # This imports AST and every method's config, which a command that runs does without.
     from lightning_peft.help import command_help
 
     try:
@@ -144,13 +144,13 @@ def is_reader_gone() -> bool:
 
 
 def leave_reader() -> int:
-    """Let what is still printed go nowhere: what is not read is not wanted."""
+    """Send what is still printed nowhere, as nobody reads it, and return the exit status."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE
 
 
 def say_what_is_wrong(error: Exception) -> int:
-    """Print an error that speaks to the user, once for all ranks; the exit status."""
+    """Print an error that speaks to the user, once for all ranks; return the exit status."""
     if os.environ.get("LIGHTNING_PEFT_TRACEBACK"):
         traceback.print_exception(error)
     rank = distributed.rank()
@@ -188,7 +188,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
             check_same_sweep(place, swept)
             is_here = not any(word.startswith("hydra/launcher=") for word in words)
             if is_here and not (place / MANIFEST).is_file():  # trials that have finished ask for no rows
-                # Models and rows, which other commands do without.
+                # This imports models and rows, which other commands do without.
                 from lightning_peft.commands.check_sweep import check_rows
 
                 check_rows(runs)
@@ -208,7 +208,7 @@ def run_trials(
     `folder` is empty, or the word that names the sweep's folder.
     """
     folders: list[Path] = []
-    # Hydra's own would put a date and a name before each line, and say run_dir in its grammar.
+    # Hydra's own logging would put a date and a name before each line, and say run_dir in its grammar.
     words += [f"hydra/{kind}=none" for kind in ("job_logging", "hydra_logging") if f"hydra/{kind}" not in fixed]
     words += [f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, 'run_dir'])}]"]
     words += [word.replace("run_dir=", "hydra.sweep.dir=", 1) for word in quote_text_values(folder)]
@@ -257,7 +257,7 @@ def show_sweep(folder: Path) -> None:
 
 
 def check_one_sweeper(words: list[str], config: Any) -> None:
-    """Raises ValueError for a sweeper that chooses as it goes, in one process with trials of several ranks, and for
+    """Raise ValueError for a sweeper that chooses as it goes, in one process with trials of several ranks, and for
     an interval that Hydra's own cannot draw from.
     """
     hydra_options = dict(word.partition("=")[::2] for word in words)
@@ -294,14 +294,14 @@ def is_swept(word: str) -> bool:
 
 
 def first_trial(words: list[str]) -> list[str]:
-    """The overrides of a sweep's first trial."""
+    """Return the overrides of a sweep's first trial."""
     return one_of_each_value(words)[0]
 
 
 def one_of_each_value(words: list[str]) -> list[list[str]]:
-    """The overrides of trials in which every swept value is met, the first of them a sweep's first.
+    """Return the overrides of trials in which every swept value is met, the first of them a sweep's first.
 
-    What is for Hydra alone and what cannot be enumerated is left out.
+    Words for Hydra alone and values that cannot be enumerated are left out.
     """
     singles: list[list[str]] = []
     for word, override in zip(words, read_words(words), strict=True):
@@ -324,9 +324,9 @@ def ignore_library_noise() -> None:
 
 
 def set_up_logging() -> None:
-    """One line a message, on stderr, ours from INFO (of rank zero) and others' from WARNING.
+    """Log one line a message on stderr, ours from INFO (of rank zero) and others' from WARNING.
 
-    What the terminal's encoding lacks is shown by its number: an answer in another script ends no training.
+    Characters that the terminal's encoding lacks are shown by number: an answer in another script ends no training.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

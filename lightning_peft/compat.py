@@ -1,7 +1,7 @@
 """Private members of Lightning, torch and Hydra that the package leans on, one function each.
 
-Checked with lightning 2.6.6, torch 2.11 and 2.13, hydra-core 1.3.2. Another version of these is tried here first:
-`tests/test_compat.py` calls every function, and holds that nobody else uses what they hide.
+The functions were checked with lightning 2.6.6, torch 2.11 and 2.13, hydra-core 1.3.2. Another version is tried here
+first: `tests/test_compat.py` calls every function, and holds that nobody else uses what they hide.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +54,7 @@ def ignore_in_ddp(module: "nn.Module", names: Sequence[str]) -> None:
 
 @contextmanager
 def fsdp_parameters_made_by(make: Callable[..., "nn.Parameter"]) -> Iterator[None]:
-    """Inside, `fully_shard` makes its parameters with `make(data, requires_grad)`, and only it."""
+    """Have `fully_shard` inside, and only it, make its parameters with `make(data, requires_grad)`."""
     from torch import nn
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 

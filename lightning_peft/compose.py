@@ -1,4 +1,4 @@
-"""From the words on the command line to a typed config, with errors of one line."""
+"""Compose the words on the command line into a typed config, with errors of one line."""
 
 import difflib
 import logging
@@ -51,14 +51,14 @@ SEARCH_PATH = "hydra.searchpath"
 
 
 def open_words(overrides: list[str]) -> list[str]:
-    """Words of open dictionaries as Hydra wants them, so that nobody needs to know whether a key stands there."""
+    """Return words of open dictionaries as Hydra wants them, so that nobody needs to know whether a key is there."""
     return [f"++{override}" if OPEN.match(override) else override for override in overrides]
 
 
 def compose_config(command: str, overrides: list[str]) -> Any:
-    """The typed root config of a command.
+    """Return the typed root config of a command.
 
-    Raises ValueError with one line that names the key, the value and what would be right.
+    Raises ValueError with one line that names the key, the value and the remedy.
     """
     if any(word.startswith("config_path=") for word in overrides):
         return saved_config(command, overrides)
@@ -68,7 +68,7 @@ def compose_config(command: str, overrides: list[str]) -> Any:
 
 @contextmanager
 def explained(command: str) -> Iterator[None]:
-    """Inside, what Hydra and OmegaConf raise becomes a ValueError in the words of the command line."""
+    """Turn what Hydra and OmegaConf raise inside into a ValueError in the words of the command line."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -76,7 +76,7 @@ def explained(command: str) -> Iterator[None]:
 
 
 def composed(command: str, overrides: list[str]) -> DictConfig:
-    """The config of a command before its values are resolved and typed."""
+    """Return the config of a command before its values are resolved and typed."""
     import_plugins()
     overrides = imported_by_words(overrides)
     register_schemas()
@@ -88,7 +88,7 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
         words = open_words(quote_text_values(overrides))
         try:
             config = compose(command, words)
-        except AssertionError as error:  # OmegaConf's, for a key below null
+        except AssertionError as error:  # OmegaConf raises it for a key below null
             if (key := key_of_null_part(command, words)) is None:
                 raise
             part = key.partition(".")[0]
@@ -142,13 +142,13 @@ FORMER_PATHS = {
     f"lightning_peft.training.{name}": f"lightning_peft.tracking.{name}"
     for name in ("metrics_csv.MetricsCSV", "loggers.TensorBoard", "wandb_run.WandbRun")
 }
-"""Where a class lies that the `config.yaml` of an earlier version names by another path."""
+"""The path of a class now, by the path that the `config.yaml` of an earlier version has."""
 
 
 def saved_config(command: str, overrides: list[str]) -> TrainConfig:
-    """The config of `train config_path=RUN/config.yaml`, which every rank of a run is started from.
+    """Return the config of `train config_path=RUN/config.yaml`, which every rank of a run is started from.
 
-    It is the whole config: beside it stands at most how the run goes on.
+    The file is the whole config: the words beside it say at most how the run goes on.
     """
     path = Path(next(word for word in overrides if word.startswith("config_path=")).partition("=")[2].strip("'\""))
     beside = dict(word.partition("=")[::2] for word in overrides if not word.startswith("config_path="))
@@ -187,7 +187,7 @@ def with_present_paths(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_folder_of(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved config whose run is the one in the folder that the file lies in, also where that was copied or moved."""
+    """Return a saved config whose run is the one in the file's folder, also where that folder was copied or moved."""
     run_dir = saved.get("run_dir")
     if path.name != "config.yaml" or not run_dir or Path(run_dir).resolve() == path.parent.resolve():
         return saved
@@ -202,9 +202,10 @@ def in_folder_of(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def typed(config: DictConfig) -> Any:
-    """The dataclass behind a composed config; runs every `__post_init__`."""
+    """Return the dataclass behind a composed config; runs every `__post_init__`."""
     if "run_dir" in config:
-        # First, and once: it may hold a digest of the config, which resolving changes, and other values refer to it.
+        # run_dir is resolved first, and once: it may hold a digest of the config, which resolving changes, and other
+        # values refer to this folder.
         config.run_dir = config.run_dir
     OmegaConf.resolve(config)
     check_finite(OmegaConf.to_container(config))
@@ -215,7 +216,7 @@ def typed(config: DictConfig) -> Any:
 
 
 def explain(error: Exception, command: str) -> str:
-    """Hydra's or OmegaConf's message as one line in the words of the command line."""
+    """Return Hydra's or OmegaConf's message as one line in the words of the command line."""
     text = str(error)
     if isinstance(error, MissingConfigException) and (missing := re.search(r"Could not find '([^']+)'", text)):
         group, _, option = missing.group(1).rpartition("/")
@@ -255,11 +256,11 @@ IN_PLAIN_WORDS = {
     r"Cannot convert 'dict' to string": "must be a text and have no keys inside",
     r"Cannot merge DictConfig with ListConfig": "must be keys with values, and no list",
 }
-"""What OmegaConf says -> what would be right."""
+"""Words of OmegaConf -> the remedy."""
 
 
 def plainly(message: str) -> str:
-    """OmegaConf's message with what would be right behind it."""
+    """Return OmegaConf's message with the remedy behind it."""
     right = next((words for pattern, words in IN_PLAIN_WORDS.items() if re.search(pattern, message)), None)
     return message if right is None else f"{message}; {right}"
 
@@ -269,7 +270,7 @@ def first_line(error: BaseException) -> str:
 
 
 def config_loader(words: list[str]) -> ConfigLoader:
-    """Hydra's reader of option files, with those of the folders that the words name; inside `initialize_config_dir`."""
+    """Return Hydra's reader of option files and those of the words' own folders; inside `initialize_config_dir`."""
     path = GlobalHydra.instance().config_loader().get_search_path()
     for word in words:
         if word.startswith(f"{SEARCH_PATH}="):
@@ -280,7 +281,7 @@ def config_loader(words: list[str]) -> ConfigLoader:
 
 
 def read_words(words: list[str]) -> list[Override]:
-    """Hydra's reading of the words, globs over option files included, those of one's own folders too.
+    """Return Hydra's reading of the words, with globs over option files, those of one's own folders included.
 
     Raises ValueError for a word that Hydra cannot read.
     """
@@ -307,7 +308,7 @@ def absolute_search_path(word: str) -> str:
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Keys that no dataclass of the config has: Hydra adds whatever is typed with a + before it."""
+    """Yield the keys that no dataclass of the config has: Hydra adds whatever is typed with a + before it."""
     kind = OmegaConf.get_type(config)
     known = {f.name for f in fields(kind)} if kind is not None and is_dataclass(kind) else None
     for key in map(str, config):
@@ -319,7 +320,7 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
-    """Our word for another tool's, else the options of the command that look like a mistyped one."""
+    """Return our word for another tool's, else the options of the command that look like a mistyped one."""
     if (known := ours(key)) is not None and known != key:
         return f"; use {known}"
     if (instead := what_instead(key)) is not None:
@@ -339,7 +340,7 @@ def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
 
 
 def groups_and_defaults(command: str) -> tuple[dict[str, str], DictConfig]:
-    """The command's config groups with their default options, and its config when nothing is overridden."""
+    """Return the command's config groups with their default options, and its config when nothing is overridden."""
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
         config = compose(command, return_hydra_config=True)
     chosen = {str(group): str(option) for group, option in config.hydra.runtime.choices.items()}

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.adapters.base import AdapterConfig
-from lightning_peft.adapters.init import Reads
+from lightning_peft.adapters.initialization import Reads
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.cluster.job import ClusterConfig
 from lightning_peft.data.config import DataConfig
@@ -42,11 +42,11 @@ logger = logging.getLogger(__name__)
 
 
 MAY_BE_INFINITE = ("trainer", "callbacks", "logger", "claim", "gate", "max_kl")
-"""Parts with arguments of what is not ours, where inf may mean something, and limits that inf takes away."""
+"""Parts with arguments of other libraries, where inf may mean something, and limits that inf takes away."""
 
 
 def check_finite(options: Any, key: str = "") -> None:
-    """Raise ValueError for a number that is nan or infinite in the nested dictionaries of a config: none means that.
+    """Raise ValueError for a nan or infinite number in the nested dictionaries of a config: no option means one.
 
     Comparisons with nan are false, so that it would pass most checks of a range.
     """
@@ -67,7 +67,7 @@ def check_task(data: DataConfig) -> None:
 
 
 def rows_of_objective(data: DataConfig, objective: ObjectiveConfig) -> DataConfig:
-    """Return the data options with the rows that the objective takes. Raises ValueError where others are asked for."""
+    """Return the data options with the rows that the objective takes. Raises ValueError for options of other rows."""
     if objective.name not in OBJECTIVES:
         raise ValueError(f"objective.name={objective.name}: must be one of {', '.join(OBJECTIVES)}")
     rows = OBJECTIVES[objective.name].rows
@@ -102,7 +102,7 @@ class TrainConfig:
     run_dir: str | None = None
     """Folder of the run; null takes runs/<time>-<method>-<model>."""
     method: str = "lora"
-    """What runs, jobs and W&B tags call the method; set by the option file of `method=`."""
+    """Name of the method in runs, jobs and W&B tags; set by the option file of `method=`."""
     imports: list[str] = field(default_factory=list)
     """Modules imported before options are read: methods, objectives, sources, tasks of one's own."""
     seed: int = 0
@@ -114,9 +114,9 @@ class TrainConfig:
     pause_at: int | None = None
     """Optimiser step after which this start saves and pauses, with status 75; the schedule spans the whole run."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.elementwise
-    """What is recomputed in the backward pass instead of kept."""
+    """Activations that are recomputed in the backward pass instead of kept."""
     compile: Compilation = Compilation.auto
-    """What torch.compile turns into kernels of its own: none, blocks, full; auto is blocks on a GPU."""
+    """Part that torch.compile turns into kernels of its own: none, blocks, full; auto is blocks on a GPU."""
     device_memory_gib: float | None = None
     """Memory of the device a hardware profile is for; `estimate` compares with it, null takes this machine's."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -139,11 +139,11 @@ class TrainConfig:
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Further Lightning callbacks by name, each a `_target_` node."""
     cluster: ClusterConfig | None = None
-    """Where `submit` runs it; null under `train`, which runs it here."""
+    """Cluster on which `submit` runs the training; null under `train`, which runs it here."""
     target_server: list[str] = field(default_factory=list)
     """Engines that will serve the adapter: vllm, llama_cpp, sglang, lorax, tgi, ollama; checked before step 0."""
     claim: dict[str, Any] = field(default_factory=dict)
-    """What a recipe says it reaches; kept with the run, read by nobody else."""
+    """Scores that a recipe says it reaches; kept with the run, read by nobody else."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -202,7 +202,7 @@ class TrainConfig:
             raise ValueError("data.streaming=true: how many rows there are is not known, so give trainer.max_steps")
 
     def check_metrics(self) -> None:
-        """Raise ValueError for a metric that is not known, or that is to choose something and is not computed."""
+        """Raise ValueError for an unknown metric, and for one that is to choose something and is not computed."""
         computed = [
             *validation_losses(self.data),
             *validation_numbers(self.objective.name),
@@ -223,7 +223,7 @@ class TrainConfig:
 
     @property
     def choosing_metrics(self) -> dict[str, str | None]:
-        """The metrics that choose a checkpoint or an end, by option."""
+        """Return the metrics that choose a checkpoint or an end, by option."""
         return {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
 
     def check_directions(self) -> None:
@@ -298,7 +298,7 @@ class TrainConfig:
 
 
 def train_config(saved: dict[str, Any]) -> TrainConfig:
-    """The typed config from the plain dictionary that `config.yaml` and `lineage.json` hold.
+    """Return the typed config from the plain dictionary that `config.yaml` and `lineage.json` hold.
 
     Raises ValueError for a method that is not known here; nothing that the dictionary names is imported.
     """
@@ -324,7 +324,7 @@ def train_config(saved: dict[str, Any]) -> TrainConfig:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as nested dictionaries of numbers and strings, fit for YAML and JSON."""
+    """Return a config dataclass as nested dictionaries of numbers and strings, fit for YAML and JSON."""
     node = OmegaConf.structured(config) if not isinstance(config, DictConfig) else config
     container = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
     assert isinstance(container, dict)

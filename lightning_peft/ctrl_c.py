@@ -1,9 +1,9 @@
-"""Ctrl-C while the command imports: one line and status 130, where Python would show whatever it was in the middle of.
+"""Ctrl-C while the command imports: one line and status 130, where Python would show what it was at.
 
-Imported before everything else, so it imports nothing that takes time.
+This module is imported before everything else, so it imports nothing that takes time.
 """
 
-# What `signal` wraps, in C; the module itself takes milliseconds.
+# `signal` wraps this module of C; `signal` itself takes milliseconds.
 import _signal  # type: ignore[import-not-found]
 import os
 import sys
@@ -29,13 +29,13 @@ def is_command() -> bool:
 
 
 def end_at_ctrl_c() -> None:
-    """From here on Ctrl-C ends the process at once; not where it is ignored, or where somebody else heeds it."""
+    """Let Ctrl-C end the process at once from here on, unless it is ignored, or somebody else heeds it."""
     if is_heeded_by(_signal.default_int_handler):
         _signal.signal(_signal.SIGINT, leave_at_once)
 
 
 def raise_at_ctrl_c() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt again, so that what is begun can be put away."""
+    """Let Ctrl-C raise KeyboardInterrupt again from here on, so that what is begun can be put away."""
     if is_heeded_by(leave_at_once):
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
 

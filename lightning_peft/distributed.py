@@ -1,4 +1,4 @@
-"""Which rank this process is, and the few things ranks do together."""
+"""The rank of this process, and the few things ranks do together."""
 
 import os
 import re
@@ -23,21 +23,21 @@ LAUNCHER = "LIGHTNING_PEFT_LAUNCHER"
 TIMEOUT = timedelta(minutes=30)
 """Longest wait of one rank for the others; loading a large model from a slow disk is in it."""
 SECONDS_BETWEEN_WORDS = 30.0
-"""How long rank zero works by itself before it tells the others that it goes on."""
+"""Time that rank zero works by itself before it tells the others that it goes on."""
 WAIT_IS_SAID_AFTER = 20.0
 """Seconds of waiting for the other ranks until the log says so."""
 
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""SLURM's numbers from here on are no steps of `srun`: the batch script, a shell of `salloc`, and the like."""
+"""The first of SLURM's numbers that are no steps of `srun`: the batch script, a shell of `salloc`, and the like."""
 
 
 def is_torchrun_rank() -> bool:
-    """Whether torchrun, or our own launcher, started this process as one of its ranks."""
+    """Return whether torchrun, or our own launcher, started this process as one of its ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def slurm_tasks() -> int:
-    """Processes that `srun` started together with this one; 1 outside of its steps.
+    """Return the number of processes that `srun` started together with this one; 1 outside of its steps.
 
     SLURM_NTASKS says how many the job was given, in a batch script and in a shell on a node as well.
     """
@@ -48,7 +48,7 @@ def slurm_tasks() -> int:
 
 
 def are_ranks_started() -> bool:
-    """Whether torchrun, srun or our own launcher started this process as one of its ranks.
+    """Return whether torchrun, srun or our own launcher started this process as one of its ranks.
 
     A single task of srun, as a shell of `srun --pty` is, stands alone: `train` starts ranks from there.
     """
@@ -56,8 +56,8 @@ def are_ranks_started() -> bool:
 
 
 def rank_environment() -> "ClusterEnvironment":
-    """How this process learns its rank, in Lightning's terms: torchrun's variables before SLURM's, else alone."""
-    # Two seconds that a command without ranks does not wait for.
+    """Return where this process learns its rank, in Lightning's terms: from torchrun's variables, SLURM's, or none."""
+    # These imports take two seconds, which a command without ranks does not wait for.
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
     if not are_ranks_started():
@@ -69,8 +69,8 @@ def rank_environment() -> "ClusterEnvironment":
 
 
 def slurm_step_for_torchrun() -> dict[str, str]:
-    """The variables that torchrun would give this task of `srun`. Where the ranks meet may be set beforehand."""
-    # The first of "gpu[03-07,12],cpu1".
+    """Return the variables that torchrun would give this task of `srun`. The place where ranks meet may be preset."""
+    # The match is the first of "gpu[03-07,12],cpu1".
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
     host = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]
     number = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ["SLURM_STEP_ID"])
@@ -85,31 +85,31 @@ def slurm_step_for_torchrun() -> dict[str, str]:
 
 
 def slurm_tasks_per_node() -> int | None:
-    """Tasks of the step on each of its nodes; None outside of srun, or where the nodes do not have equally many."""
+    """Return the step's tasks on each of its nodes; None outside of srun, or where nodes do not have equally many."""
     text = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
     equal = re.fullmatch(r"(\d+)(\(x\d+\))?", text)
     return int(equal[1]) if equal and slurm_tasks() > 1 and not is_torchrun_rank() else None
 
 
 def rank() -> int:
-    """This process's number among all ranks; 0 where there is one process. Needs no process group."""
+    """Return this process's number among all ranks; 0 where there is one process. Needs no process group."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) if are_ranks_started() else 0
 
 
 def world_size() -> int:
-    """Ranks that were started; 1 in a process that stands alone. Needs no process group."""
+    """Return the number of ranks that were started; 1 in a process that stands alone. Needs no process group."""
     return int(os.environ["WORLD_SIZE"]) if is_torchrun_rank() else slurm_tasks()
 
 
 def is_connected() -> bool:
-    """Whether there are other ranks to talk to."""
+    """Return whether there are other ranks to talk to."""
     return dist.is_available() and dist.is_initialized()
 
 
 def connect(accelerator: str) -> bool:
     """Join the process group of the ranks that were started: gloo for the host, NCCL for CUDA devices.
 
-    False where this process had joined before, and whoever did that leaves it.
+    Return False where this process had joined before: whoever did that leaves it.
     """
     if is_connected():
         return False
@@ -138,7 +138,7 @@ def connect(accelerator: str) -> bool:
 
 
 def say_that_it_waits(rank: int, count: int, place: str) -> None:
-    # Not by the log, which is rank zero's.
+    # Every rank says it by itself, as the log is rank zero's.
     print(f"rank {rank} of {count} waits for the others, who meet at {place}", file=sys.stderr, flush=True)
 
 
@@ -149,8 +149,8 @@ def disconnect() -> None:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an exception says that another rank was gone or silent, so that the reason is to be found there."""
-    while error.__context__ is not None:  # what a clean-up without the others ran into hides the first error
+    """Return whether an exception says that another rank was gone or silent, and so has the reason."""
+    while error.__context__ is not None:  # an error of a clean-up without the others hides the first error
         error = error.__context__
     if not isinstance(error, RuntimeError) or world_size() == 1:
         return False
@@ -158,7 +158,7 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 def on_rank_zero(function: Callable[[], Answer]) -> Answer:
-    """The function's value, computed on rank zero and sent to all; what it raises for wrong input likewise."""
+    """Return the function's value, computed on rank zero and sent to all; its error for wrong input likewise."""
     if not is_connected():
         return function()
     answer: list[object] = [None, None]
@@ -175,9 +175,9 @@ def on_rank_zero(function: Callable[[], Answer]) -> Answer:
 
 
 def on_rank_zero_in_steps(steps: Callable[[], Iterable[object]]) -> None:
-    """Go through an iterable on rank zero alone, however long it takes; all raise what it raises for wrong input.
+    """Go through an iterable on rank zero alone, however long it takes; all raise its error for wrong input.
 
-    The other ranks hear that it goes on, so that only a single step has to take less than `TIMEOUT`.
+    The other ranks hear that the work goes on, so that only a single step has to take less than `TIMEOUT`.
     """
     if not is_connected():
         for _ in steps():
@@ -197,14 +197,14 @@ def on_rank_zero_in_steps(steps: Callable[[], Iterable[object]]) -> None:
 
 
 def reduce_sums(sums: Tensor) -> Tensor:
-    """Element-wise sum over all ranks, in place."""
+    """Sum element-wise over all ranks, in place."""
     if is_connected():
         dist.all_reduce(sums)
     return sums
 
 
 def highest(number: int) -> int:
-    """The highest of the ranks' numbers. Goes by way of the host, so that no device has to be waited for."""
+    """Return the highest of the ranks' numbers, by way of the host, so that no device has to be waited for."""
     if not is_connected():
         return number
     found = torch.tensor(number)
@@ -222,7 +222,7 @@ def of_all(own: Sequence[Answer]) -> list[Answer]:
 
 
 def worst(value: float) -> float:
-    """The largest of the ranks' values."""
+    """Return the largest of the ranks' values."""
     if not is_connected():
         return value
     largest = torch.tensor(value, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Options in which the starts of one run may differ."""
 
 NOT_COMPARED = ("resume", "dry_run", "pause_at", "run_dir", "logger", "callbacks", "cluster", "claim", "method")
-"""What may differ between the starts of one run."""
+"""Options that may differ between the starts of one run."""
 
 FREE_TO_CHANGE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.devices", "trainer.num_nodes",

@@ -43,7 +43,7 @@ TRAINER = {
     "trainer.devices": "Ranks on this node; auto takes every GPU.",
     "trainer.precision": "auto, 32-true, bf16-true, bf16-mixed or 16-mixed.",
 }
-"""Lightning's arguments, whose docstrings are not ours."""
+"""Lightning's arguments with our words, as their docstrings are not ours."""
 EXAMPLES = {
     "train": (
         "train my.yaml                            # a file of your own",
@@ -74,7 +74,7 @@ WORDS_ONLY = {
 
 
 def command_help(command: str, words: list[str]) -> str:
-    """The page of a command; of a group or section of it where a word names one; of what choices set otherwise."""
+    """Return the page of a command, of a group or section that a word names, or of what choices set otherwise."""
     if command in WORDS_ONLY:
         return WORDS_ONLY[command]
     topics = [word for word in words if "=" not in word]
@@ -110,7 +110,7 @@ def page(command: str) -> str:
 
 
 def topic_help(command: str, topic: str) -> str:
-    """A group's options, one a line, and its keys; or the keys that begin with a section's name."""
+    """Return a group's options, one a line, and its keys; or the keys that begin with a section's name."""
     folder = CONF_DIR / topic
     defaults, config = groups_and_defaults(command if command != "sweep" else "train")
     lines = []
@@ -135,7 +135,7 @@ def topic_help(command: str, topic: str) -> str:
 
 
 def choices_help(command: str, choices: list[str]) -> str:
-    """What some choices change in the composed config."""
+    """Return what some choices change in the composed config."""
     before, after = (flat(plain(compose_config(command, words))) for words in ([], choices))
     changed = [f"  {key}={after[key]}" + (f"   (else {before[key]})" if key in before else "") for key in sorted(after)
                if before.get(key) != after[key] and not key.endswith("run_dir")]  # fmt: skip
@@ -143,8 +143,8 @@ def choices_help(command: str, choices: list[str]) -> str:
 
 
 def every_option() -> Iterable[Option]:
-    """Options of `train`, with those of every method, optimiser, objective and cluster."""
-    from lightning_peft.adapters.registry import METHODS  # with torch, which the pages of other commands do without
+    """Return the options of `train`, with those of every method, optimiser, objective and cluster."""
+    from lightning_peft.adapters.registry import METHODS  # imports torch, which other pages do without
     from lightning_peft.cluster.registry import CLUSTERS
     from lightning_peft.objectives.registry import OBJECTIVES
     from lightning_peft.optim.optimizers import OPTIMIZERS
@@ -161,13 +161,13 @@ def every_option() -> Iterable[Option]:
 
 
 def sections() -> list[str]:
-    """Parts of the config that are no group, such as checkpoint and validation."""
+    """Return the parts of the config that are no group, such as checkpoint and validation."""
     found = {option.key.partition(".")[0] for option in options_of(ROOTS["train"]) if "." in option.key}
     return sorted(found - GROUPS.keys() - {"adapter"})
 
 
 def value_of(config: DictConfig | None, key: str, option: Option | None) -> str:
-    """The default that a command composes, else the class's own."""
+    """Return the default that a command composes, else the class's own."""
     value: Any = None if config is None else OmegaConf.select(config, key, default=None, throw_on_missing=False)
     if value is None:
         return "null" if option is None else option.shown_default
@@ -184,7 +184,7 @@ def none_or(name: str) -> str:
 
 
 def entry(name: str, text: str, indent: int) -> list[str]:
-    """A name and what it is, beside each other where there is room, within WIDTH columns."""
+    """Return a name and its text, beside each other where there is room, within WIDTH columns."""
     wrapped = textwrap.wrap(text, WIDTH - indent - 2) or [""]
     if len(name) + 4 > indent:
         return [f"  {name}", *(" " * indent + line for line in wrapped)]
@@ -192,7 +192,7 @@ def entry(name: str, text: str, indent: int) -> list[str]:
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as one dictionary of the keys that are typed."""
+    """Return nested options as one dictionary of the keys that are typed."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:

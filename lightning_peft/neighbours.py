@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin while they wait follows what else their cores do.
+"""The time that OpenMP's threads spin while they wait, which follows what else their cores do.
 
 Threads that spin for each other are woken sooner: on quiet cores a short step takes a fifth less time than with threads
 that sleep. Where another process wants a core, a thread that spins takes the time of the one it waits for. libgomp goes
@@ -16,9 +16,9 @@ STAT = Path("/proc/stat")
 EVERY = 0.5
 """Seconds between two looks."""
 BUSY, QUIET = 0.3, 0.15
-"""Cores that others keep busy: from where threads sleep, and below which, twice running, they spin again."""
+"""Cores that others keep busy: threads sleep from the first on, and spin again below the second, twice running."""
 SPLIT = 2**18
-"""Numbers that torch shares among several threads."""
+"""Count of numbers that torch shares among several threads."""
 
 
 def busy_seconds(cores: set[int]) -> float | None:
@@ -30,7 +30,7 @@ def busy_seconds(cores: set[int]) -> float | None:
         return None
     found = {fields[0]: fields[1:] for line in lines if (fields := line.split()) and fields[0].startswith("cpu")}
     rows = [found[f"cpu{core}"] for core in cores if f"cpu{core}" in found]
-    # user, nice, system; idle and iowait are left out; irq, softirq.
+    # The fields are user, nice and system, then irq and softirq; idle and iowait are left out.
     return sum(int(row[place]) for row in rows for place in (0, 1, 2, 5, 6)) / ticks if rows else None
 
 

@@ -1,4 +1,4 @@
-"""What every option means: the docstrings below the fields of our config classes, with types and defaults."""
+"""The meaning of every option: the docstrings below the fields of our config classes, with types and defaults."""
 
 import ast
 import inspect
@@ -15,27 +15,27 @@ class Option:
     """One key of the command line."""
 
     key: str
-    """As typed, for example data.max_length."""
+    """The key as typed, for example data.max_length."""
     kind: Any
     """Its type."""
     default: Any
     doc: str
-    """What the docstring below the field says, on one line."""
+    """The docstring below the field, on one line."""
 
     @property
     def choices(self) -> list[str]:
-        """Names of an enumeration's members; empty for other types."""
+        """Return the names of an enumeration's members; empty for other types."""
         kinds = [self.kind, *get_args(self.kind)]
         return [member.name for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for member in kind]
 
     @property
     def shown_default(self) -> str:
-        """The default as it would be typed."""
+        """Return the default as it would be typed."""
         return "???" if self.default is MISSING or self.default == "???" else shown(self.default)
 
 
 def shown(value: Any) -> str:
-    """A value as it would be typed."""
+    """Return a value as it would be typed."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list):
@@ -45,7 +45,7 @@ def shown(value: Any) -> str:
 
 @cache
 def field_docs(config: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, its bases' included, each on one line."""
+    """Return the docstring below each field of a dataclass, its bases' included, each on one line."""
     docs: dict[str, str] = {}
     for kind in reversed(config.__mro__):
         if not is_dataclass(kind):
@@ -62,7 +62,7 @@ def field_docs(config: type) -> dict[str, str]:
 
 
 def options_of(config: type, prefix: str = "") -> Iterator[Option]:
-    """Every option of a config class and of the classes inside it, by the key that is typed."""
+    """Yield every option of a config class and of the classes inside it, by the key that is typed."""
     docs, hints = field_docs(config), get_type_hints(config)
     for entry in fields(config):
         kind = hints[entry.name]

@@ -1,4 +1,4 @@
-"""What HF's Trainer, TRL and PEFT, axolotl, LLaMA-Factory, unsloth, torchtune and litgpt call our keys and options."""
+"""Names of our keys and options in HF's Trainer, TRL, PEFT, axolotl, LLaMA-Factory, unsloth, torchtune and litgpt."""
 
 import difflib
 import re
@@ -122,7 +122,7 @@ OURS = {
     "cluster.time": "time walltime",
     "cluster.gpus_per_node": "gres gpus_per_node",
 }
-"""Our word -> what HF's Trainer and PEFT, axolotl, LLaMA-Factory, torchtune and litgpt call it."""
+"""Our word -> its names in HF's Trainer and PEFT, axolotl, LLaMA-Factory, torchtune and litgpt."""
 BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
 IN_SECTION = {
     "data.path": "data.train_path", "data.file": "data.train_path", "data.name": "data.hub_name",
@@ -173,7 +173,7 @@ NOT_HERE = {
     },
     "local_rank": "leave it out: train starts its ranks itself",
 }
-"""Keys without a counterpart -> what to do instead."""
+"""Keys without a counterpart -> the thing to do instead."""
 
 OPTIONS = {
     "method": {
@@ -213,7 +213,7 @@ OPTIONS = {
              "jsonl": "csv json parquet file files local custom", "hub": "hf huggingface"},
     "cluster": {"slurm": "sbatch srun", "kubernetes": "k8s", "skypilot": "sky"},
 }  # fmt: skip
-"""Group -> our option -> what others call it, or the nearest that there is here."""
+"""Group -> our option -> its names elsewhere, or those of options that it is the nearest to."""
 BY_THEIR_OPTION = {
     (group, theirs): ours
     for group, options in OPTIONS.items()
@@ -226,7 +226,7 @@ OF_ANOTHER_GROUP = {
     ("strategy", "qlora"): "method=qlora", ("quantization", "qlora"): "method=qlora",
     ("cluster", "local"): "submit -m, or train without it",
 }  # fmt: skip
-"""An option typed for a group that has not got it -> what it is here."""
+"""An option typed for a group that has not got it -> our word for it."""
 
 COMMANDS = {
     "train": "finetune fine-tune fine_tune finetuning tune sft dpo fit run train-model lora qlora full finetune_lora "
@@ -246,17 +246,17 @@ COMMANDS = {
     "--version": "version -V -v --v",
     "--help": "help --h -help man usage",
 }
-"""Our command -> what others call it."""
+"""Our command -> its names in other tools."""
 BY_THEIR_COMMAND = {theirs: ours for ours, names in COMMANDS.items() for theirs in names.split()}
 
 
 def plain_name(name: str) -> str:
-    """Return a name as people mean it: of lower case, with one kind of separator."""
+    """Return a name as people mean it: in lower case, with one kind of separator."""
     return re.sub(r"[-_. ]+", "_", name.strip().strip("'\"").lower())
 
 
 def ours(key: str) -> str | None:
-    """Our word for a key of another tool; None where it is not known."""
+    """Return our word for a key of another tool; None for an unknown key."""
     whole = key.lstrip("+~-").replace("-", "_").lower()
     leaf = whole.rpartition(".")[2]
     return IN_SECTION.get(whole) or BY_THEIRS.get(whole) or BY_THEIRS.get(leaf)
@@ -268,7 +268,7 @@ def what_instead(key: str) -> str | None:
 
 
 def option_meant(group: str, name: str, options: Sequence[str]) -> str | None:
-    """Return what is meant by a name that is no option of a group, as it is typed; None where it cannot be told."""
+    """Return what is meant by a name that is no option of a group, as it is typed; None where no option is near."""
     plain = plain_name(name)
     by_plain_name = {plain_name(option): option for option in options} | {
         plain_name(option).replace("_", ""): option for option in options

@@ -14,7 +14,7 @@ from lightning_peft.slips import OPEN
 SOURCES_KEY = "data.sources"
 """The key of a mixture, which may be a list too."""
 EMPTY = ("callbacks", "claim")
-"""What holds nothing unless it is given: a file that says so says no more than that."""
+"""Parts that hold nothing unless they are given: a file that leaves one empty says no more than that."""
 
 
 class EachKeyOnce(yaml.SafeLoader):
@@ -45,7 +45,7 @@ def words_of_file(path: Path) -> list[str]:
 
 
 def words_of_text(text: str, path: Path) -> list[str]:
-    """Return the words of a file from its content; `path` is what errors name."""
+    """Return the words of a file from its content; `path` is the name in errors."""
     try:
         content = yaml.load(text, EachKeyOnce)
     except yaml.YAMLError as error:
@@ -65,7 +65,7 @@ def words_of_text(text: str, path: Path) -> list[str]:
 
 
 def what_is_wrong(error: yaml.YAMLError) -> str:
-    """Return what PyYAML found, with its line, in words of one line."""
+    """Return PyYAML's finding, with its place in the file, as one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
@@ -113,7 +113,7 @@ def flat_words(content: dict[Any, Any], prefix: str, path: Path) -> Iterator[str
 
 
 def typed_value(value: Any) -> str:
-    """A YAML value in Hydra's grammar."""
+    """Return a YAML value in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, bool):

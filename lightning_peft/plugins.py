@@ -37,7 +37,7 @@ def import_plugins() -> None:
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules by name, each once a process. Raises PluginError with what went wrong in them."""
+    """Import modules by name, each once a process. Raises PluginError with the error of a module."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -74,6 +74,6 @@ def is_of_plugin(filename: str) -> bool:
 
 
 def _last(error: Exception) -> str:
-    """Where an import failed and of what, in one line."""
+    """Return where an import failed and of what, in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({frame.filename}, line {frame.lineno})"

@@ -1,4 +1,4 @@
-"""What a long part of a command shows: one line that renews itself on a terminal, log lines anywhere else."""
+"""The progress of a long part of a command: one line that renews itself on a terminal, log lines anywhere else."""
 
 import logging
 import math
@@ -16,9 +16,9 @@ from lightning_peft.readable import duration
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Between two log lines of a part, where stderr is no terminal."""
+"""Time between two log lines of a part, where stderr is no terminal."""
 SECONDS_BETWEEN_LOOKS = 0.5
-"""Between two looks of the thread that renews the line."""
+"""Time between two looks of the thread that renews the line."""
 BAR_WIDTH = 20
 T = TypeVar("T")
 CLEAR = "\r\x1b[2K"
@@ -70,7 +70,7 @@ class Part:
 
     @property
     def share(self) -> float | None:
-        """What is done of all, 0 to 1; None where that is not known."""
+        """Return the share that is done, 0 to 1; None where the total is not known."""
         return min(self.done / self.total, 1.0) if self.total else None
 
     def text(self, width: int) -> str:
@@ -181,7 +181,7 @@ class Screen:
         self.replaced, self.terminal = [], None
 
     def renew(self, part: Part) -> None:
-        """Draw the line of a part, or log it when that is due; nothing where a part within it is at work."""
+        """Draw the line of a part, or log it when that is due; do nothing where a part within it is at work."""
         with self.lock:
             if not self.parts or self.parts[-1] is not part:
                 return

@@ -37,7 +37,7 @@ def short_count(value: float) -> str:
 def number(value: float) -> str:
     """Return a number with separators from 1,000 on, as in "11,510"; smaller ones have four digits that count.
 
-    Below a thousandth it is written with an exponent, as in "2e-4".
+    A number below a thousandth is written with an exponent, as in "2e-4".
     """
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 999.95):
         return f"{value:,.0f}"
@@ -60,5 +60,5 @@ def loss(value: float) -> str:
 
 
 def natural_order(text: str) -> list[str | int]:
-    """Return what to sort words by so that numbers inside them count as numbers: r4, r8, r16."""
+    """Return a key to sort words by so that numbers inside them count as numbers: r4, r8, r16."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", text))]

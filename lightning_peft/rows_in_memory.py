@@ -8,14 +8,14 @@ from typing import Any
 from lightning_peft.strict_json import strict
 
 TABLES = {"to_pylist": (), "to_dicts": (), "to_dict": ("records",)}
-"""How the rows of a table are asked for: of pyarrow, polars and pandas."""
+"""The methods, with their arguments, that give the rows of a table: of pyarrow, polars and pandas."""
 ROW = "a row is a dictionary such as {'prompt': ..., 'completion': ...}"
 
 
 def lines_of(rows: Any, name: str) -> list[str]:
-    """Return each row as a line of JSON, missing values as null and moments as ISO text.
+    """Return each row as a line of JSON, missing values as null and dates and times as ISO text.
 
-    `name` is the argument that errors name. Raises ValueError for what holds no rows, and for a value that no JSON has.
+    `name` is the argument that errors name. Raises ValueError for an object without rows, and a value that JSON lacks.
     """
     lines = [_line(row, f"{name}[{place}]") for place, row in enumerate(_each(rows, name))]
     if not lines:
@@ -51,9 +51,9 @@ def _line(row: Any, place: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the nearest value that JSON has. Raises TypeError where there is none."""
-    if isinstance(value, date | time):  # a moment is a date too
-        return value.isoformat() if value == value else None  # what pandas has for no moment is not itself
+    """Return the nearest value that JSON has. Raises TypeError without any."""
+    if isinstance(value, date | time):  # a datetime is a date too
+        return value.isoformat() if value == value else None  # NaT of pandas does not equal itself
     if hasattr(value, "tolist"):  # numbers and arrays of numpy, tensors
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is nothing that JSON has")

@@ -1,4 +1,4 @@
-"""Where Hydra finds the schemas and names: the schema of every option file, and what runs and trials are called."""
+"""The schemas and names that Hydra finds: the schema of every option file, and the names of runs and trials."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ from lightning_peft.training.config import (
 CONF_DIR = next(
     folder for parent in (Path(__file__).parent, Path(__file__).parent.parent) if (folder := parent / "conf").is_dir()
 )
-"""Inside the package in a wheel, beside it in a checkout."""
+"""Folder of the option files: inside the package in a wheel, beside it in a checkout."""
 
 
 ROOTS: dict[str, type] = {
@@ -118,7 +118,7 @@ def with_open_dictionaries(options: type) -> DictConfig:
 
 
 def beyond_train(root: type[TrainConfig]) -> DictConfig:
-    """The schema of a command whose option file starts from train's: what the command has beyond it."""
+    """Return the schema of a command whose option file starts from train's: what the command has beyond train."""
     schema = OmegaConf.structured(root)
     if root is not TrainConfig:
         OmegaConf.set_struct(schema, False)
@@ -133,7 +133,7 @@ NAME_LENGTH = 120
 
 
 def trial_name(overrides: str) -> str:
-    """Folder of a sweep's trial: "adapter.rank=4,adapter.alpha=16" -> "rank4_alpha16"; no = and no , in it.
+    """Return the folder of a sweep's trial: "adapter.rank=4,adapter.alpha=16" -> "rank4_alpha16"; no = and no , in it.
 
     Other overrides have another name: where one is cut, or a character replaced, a digest of the whole follows.
     """
@@ -148,7 +148,7 @@ def trial_name(overrides: str) -> str:
 
 
 def model_label(*, _root_: DictConfig) -> str:
-    """The model's name for people: llama_3_1_8b, or the last part of `model.path`."""
+    """Return the model's name for people: llama_3_1_8b, or the last part of `model.path`."""
     model = _root_.model
     if model.label or model.name != "hf" or not model.path:
         return str(model.label or model.name)
@@ -156,25 +156,25 @@ def model_label(*, _root_: DictConfig) -> str:
 
 
 def run_label(*, _root_: DictConfig) -> str:
-    """Method and model of a run, as in qlora-llama_3_1_8b."""
+    """Return method and model of a run, as in qlora-llama_3_1_8b."""
     return f"{_root_.method}-{model_label(_root_=_root_)}"
 
 
 def config_digest(*, _root_: DictConfig) -> str:
-    """Eight letters that tell configs apart; where a run stands, logs, and on which cluster it runs does not count.
+    """Return eight letters that tell configs apart; a run's folder, its loggers and its cluster do not count.
 
-    Only what differs from the defaults does, so that a version with one more option finds the runs of this one.
+    Only values other than the defaults count, so that a version with one more option finds the runs of this one.
     """
     uncounted = ("run_dir", "cluster", "resume", "dry_run", "logger")
     counted = {key: value for key, value in set_options(_root_).items() if key.partition(".")[0] not in uncounted}
     counted |= {"adapter": _root_.adapter.method, "optimizer": _root_.optimizer.name}  # a default of their own classes
-    if _root_.objective.name != SFTConfig.name:  # which runs of before there was another had
+    if _root_.objective.name != SFTConfig.name:  # sft, once the only one, is not counted
         counted["objective"] = _root_.objective.name
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def set_options(config: DictConfig, prefix: str = "") -> dict[str, Any]:
-    """Every option, by its whole key, that is not what its dataclass, or for the Trainer train.yaml, gives it."""
+    """Return every option, by its whole key, that differs from its dataclass, or for the Trainer from train.yaml."""
     kind = OmegaConf.get_type(config)
     defaults = OmegaConf.structured(kind) if is_dataclass(kind) else OmegaConf.create(trainer_defaults(prefix))
     given = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
@@ -192,7 +192,7 @@ def set_options(config: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 @cache
 def trainer_defaults(prefix: str) -> dict[Any, Any]:
-    """What train.yaml gives the keys below `trainer.`; nothing for other prefixes."""
+    """Return what train.yaml gives the keys below `trainer.`; nothing for other prefixes."""
     if prefix != "trainer.":
         return {}
     defaults = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "train.yaml").trainer, resolve=False)
@@ -200,7 +200,7 @@ def trainer_defaults(prefix: str) -> dict[Any, Any]:
     return defaults
 
 
-# At the import: processes that a Hydra launcher starts get the schemas from it, but no resolvers.
+# Resolvers are added at the import: processes that a Hydra launcher starts get the schemas from it, but no resolvers.
 OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
 OmegaConf.register_new_resolver("model_label", model_label, replace=True)
 OmegaConf.register_new_resolver("run_label", run_label, replace=True)

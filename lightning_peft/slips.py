@@ -1,4 +1,4 @@
-"""How words of a command line are mistyped: dashes, spaces, colons, quotes of a word processor."""
+"""Slips in the words of a command line: dashes, spaces, colons, quotes of a word processor."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,9 @@ VERBATIM = re.compile(
 )
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
 OPEN = re.compile(r"^(?:(?:trainer|callbacks|logger|claim|gate)\.|gate=)")
-"""Keys below which anything may be added: arguments of what is not ours."""
+"""Keys below which anything may be added: arguments of other libraries."""
 NAMED = re.compile(rf"{OPEN.pattern}|^data\.sources\.|^(?:callbacks|logger|claim|gate)$")
-"""What has names of the user's own, each of which, or all at once, may be taken away with ~."""
+"""Keys with names of the user's own, each of which, or all at once, may be taken away with ~."""
 TYPOGRAPHIC = str.maketrans(
     {
         "\u201c": '"',
@@ -27,7 +27,7 @@ TYPOGRAPHIC = str.maketrans(
         "\u2212": "-",
     }
 )
-"""What word processors and web pages make of quotes and dashes."""
+"""Quotes and dashes as word processors and web pages write them, with the plain ones."""
 KEY = r"[+~]{0,2}[A-Za-z_][\w./-]*"
 FLAGS = ("dry_run", "model.trust_remote_code", "data.streaming", "data.packing", "smaller_ranks", "failed", "private")
 
@@ -55,7 +55,7 @@ def check_dashes(command: str, words: Sequence[str]) -> None:
 def corrected(words: Sequence[str]) -> Iterator[str]:
     """Yield words without spaces around them, and with the folder that ~ stands for.
 
-    Raises ValueError for a word that is typed as no option is, with the right form beside it.
+    Raises ValueError for a word that is typed as no option is, with the right form in the message.
     """
     for place, word in enumerate(words):
         if not word.strip():

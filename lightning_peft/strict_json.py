@@ -26,7 +26,7 @@ def json_line(value: Any) -> str:
 
 
 def is_copy(path: Path, folder: str | None) -> bool:
-    """Whether a file was copied from `folder`, where it was written and still is; one that was moved is none."""
+    """Return whether a file was copied from `folder`, where it was written and still is; a moved file is no copy."""
     if not folder or Path(folder) == path.resolve().parent:
         return False
     original = Path(folder) / path.name
@@ -34,7 +34,7 @@ def is_copy(path: Path, folder: str | None) -> bool:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Return what a file holds, which is one of ours. Raises ValueError with the remedy where it is damaged."""
+    """Return what a file holds, which is one of ours. Raises ValueError with the remedy for a damaged file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no text

@@ -12,16 +12,16 @@ from rich.table import Table
 
 ENDLESS = 100_000
 
-Rows = Sequence[tuple[str, Sequence[str]]]
+TableRows = Sequence[tuple[str, Sequence[str]]]
 """The name of each row, and its values."""
 
 
-def print_rows(heading: str, columns: Sequence[str], rows: Rows, title: str | None = None) -> None:
+def print_rows(heading: str, columns: Sequence[str], rows: TableRows, title: str | None = None) -> None:
     """Print each row's name and its values under `columns`, words to the left and numbers to the right.
 
-    Nothing is cut off: where a line has no room for name and values, the values stand below the name, and where it has
-    none for the values, each comes with its heading. A pipe has every row on one line, as nothing there has a width;
-    COLUMNS gives it one.
+    Nothing is cut off: where a line has no room for name and values, the values stand below the name, and where a line
+    has none for the values, each comes with its heading. A pipe has every row on one line, as nothing there has a
+    width; COLUMNS gives a pipe one.
     """
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     width = shutil.get_terminal_size().columns if has_width else ENDLESS
@@ -36,7 +36,7 @@ def print_rows(heading: str, columns: Sequence[str], rows: Rows, title: str | No
     print("\n".join([*([] if title is None else [title]), *lines]))
 
 
-def rows_as_table(heading: str, columns: Sequence[str], rows: Rows, title: str | None) -> Table:
+def rows_as_table(heading: str, columns: Sequence[str], rows: TableRows, title: str | None) -> Table:
     made = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=title)
     made.add_column(heading)
     for index, column in enumerate(columns):
@@ -46,11 +46,11 @@ def rows_as_table(heading: str, columns: Sequence[str], rows: Rows, title: str |
     return made
 
 
-def are_words(rows: Rows, column: int) -> bool:
+def are_words(rows: TableRows, column: int) -> bool:
     return any(values[column][:1].isalpha() for _, values in rows)
 
 
-def values_below_names(columns: Sequence[str], rows: Rows) -> list[str]:
+def values_below_names(columns: Sequence[str], rows: TableRows) -> list[str]:
     """Return lines with the values of all rows in columns, each row's below its name."""
     heads = [column.split("\n") for column in columns]
     depth = max(len(head) for head in heads)
@@ -70,7 +70,7 @@ def values_below_names(columns: Sequence[str], rows: Rows) -> list[str]:
     return found
 
 
-def values_with_headings(columns: Sequence[str], rows: Rows, width: int) -> list[str]:
+def values_with_headings(columns: Sequence[str], rows: TableRows, width: int) -> list[str]:
     """Return for each row its name, and below it "heading value" pairs, as many to a line as there is room for."""
     lines = []
     for name, values in rows:

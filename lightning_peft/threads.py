@@ -1,9 +1,9 @@
-"""How torch's threads share the cores with other processes: decided before torch is imported.
+"""The way torch's threads share the cores with other processes, decided before torch is imported.
 
 OpenMP's threads wait for each other by spinning. Where another process wants a core, a thread that spins takes the time
 of the one it waits for: with one busy neighbour on two cores a step took 25 times as long, and less than twice as long
 with threads that sleep. On quiet cores threads that sleep cost a short step a fifth. So `neighbours.py` has them do
-either; where it cannot tell, they sleep. What the user has set in the environment stands.
+either; where it cannot tell, they sleep. The user's settings in the environment stand.
 """
 
 import math
@@ -13,24 +13,24 @@ from pathlib import Path
 from lightning_peft import neighbours
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables by which somebody has decided how threads wait."""
+"""Variables by which a user may have decided how threads wait."""
 CGROUPS = Path("/sys/fs/cgroup")
 SPINS = 20_000
 """Rounds that a thread spins before it sleeps, half a millisecond: as fast on quiet cores as libgomp's own 300,000.
 
-Found in the environment it is what a parent process decided by itself, and is decided anew.
+This number in the environment was decided by a parent process by itself, and is decided anew.
 """
 
 
 def available_cores() -> int:
-    """Cores this process may use: those of its affinity mask, or fewer where the container has a quota of time."""
+    """Return the cores this process may use: those of its affinity mask, or fewer under a container's quota of time."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = quota_of_cores(CGROUPS)
     return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
 
 
 def quota_of_cores(folder: Path) -> float | None:
-    """The cgroup's share of time in cores (v2's cpu.max, v1's cfs_quota); None where there is none."""
+    """Return the cgroup's share of time in cores (v2's cpu.max, v1's cfs_quota); None where there is none."""
     try:
         quota, _, period = (folder / "cpu.max").read_text().partition(" ")
         return None if quota == "max" else int(quota) / int(period)
@@ -45,10 +45,10 @@ def quota_of_cores(folder: Path) -> float | None:
 
 
 def set_up_threads() -> None:
-    """Have no more threads than the cores there are time for, and have them sleep where others want those cores."""
+    """Set no more threads than the cores there are time for, and let them sleep where others want those cores."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     has_all = "OMP_NUM_THREADS" not in os.environ and available_cores() == allowed
-    if not any(os.environ.get(name, str(SPINS)) != str(SPINS) for name in WAITING):  # ours comes from a parent, too
+    if not any(os.environ.get(name, str(SPINS)) != str(SPINS) for name in WAITING):  # ours may be a parent's
         spins = has_all and allowed != 1 and quota_of_cores(CGROUPS) is None and neighbours.can_be_followed()
         os.environ["GOMP_SPINCOUNT"] = str(SPINS if spins else 0)
         if spins:
@@ -58,7 +58,7 @@ def set_up_threads() -> None:
 
 
 def described() -> str:
-    """The threads of this process in one line, for the start of a run."""
+    """Return the threads of this process in one line, for the start of a run."""
     threads = os.environ.get("OMP_NUM_THREADS", str(available_cores()))
     waits = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
     if waits == f"GOMP_SPINCOUNT={SPINS}":

@@ -1,4 +1,4 @@
-"""Where this package keeps what can be made again."""
+"""The folder in which this package keeps what can be made again."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """lightning_peft under $XDG_CACHE_HOME or ~/.cache; a folder of this user's for temporary files without a home.
+    """Return lightning_peft under $XDG_CACHE_HOME or ~/.cache; without a home, a temporary folder of this user's.
 
     A path there that is not absolute counts as none, as the XDG specification has it.
     """

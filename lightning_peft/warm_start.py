@@ -24,7 +24,7 @@ def words_of_folder(path: str, given: set[str]) -> list[tuple[str, Any]]:
     """Return options by key, in an order in which they can be written on the command line, that fit an adapter folder.
 
     `given` are the keys that the user has typed, which stay as typed: with a method of the user's own nothing about the
-    adapter is taken over. Raises ValueError where the path names no adapter folder, or one that cannot be read.
+    adapter is taken over. Raises ValueError for a path that is no adapter folder, or an unreadable one.
     """
     folder = adapter_folder(path, "adapter.init_from")
     lineage = read_lineage(folder)
@@ -63,7 +63,7 @@ def _adapter(folder: Path, lineage: Lineage | None) -> Iterator[tuple[str, Any]]
     # An export has put scaling and ranks of its own into the factors: its file alone says how they are read.
     saved = lineage.config if lineage is not None and lineage.created_by != EXPORTED_BY else {}
     if saved.get("adapter") and is_as_trained(train_config(saved).adapter, config):
-        # The same in the user's own words: a preset of layers instead of all their names, and the preset of options.
+        # The user's own words say the same: a preset of layers instead of all their names, and the preset of options.
         options, method = _changed(train_config(saved).adapter), saved.get("method") or method
     yield "method", method
     for option, value in options.items():

@@ -64,7 +64,8 @@ def everyday(command: str, words: list[str]) -> list[str]:
     folders = [word.partition("=")[2] for word, _ in given if word.startswith(f"{OWN_FOLDER}=")]
     if command in (*RUN_COMMANDS, "serve", *FIRST_WORD.keys() - {"push", "report"}):
         places = (CONF_DIR, *map(Path, folders))
-        # As typed, so that model=tiny takes a file's org/name back; and as written, where rank is adapter.rank.
+        # Words count as typed, so that model=tiny takes a file's org/name back, and as rewritten, where rank is
+        # adapter.rank.
         typed = _without_overridden(given)
         given = _without_overridden(
             [(p, of_file) for word, of_file in typed for p in _rewritten(word, places, command)]
@@ -74,13 +75,13 @@ def everyday(command: str, words: list[str]) -> list[str]:
         written = [word for word in written if not word.startswith(f"{OWN_FOLDER}=")]
         written = [_search_path(folders, written), *written]
     if command in RUN_COMMANDS:
-        written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # that is to leave it out
+        written = [word for word in _with_data_option(written) if word != "run_dir=null"]  # null is the same as no word
         written = [*_of_warm_start(written), *written]
     return written
 
 
 def _without_overridden(words: list[Word]) -> list[Word]:
-    """Return the words without those of a file whose key a later word gives as well.
+    """Return the words, without words of a file whose key a later word gives as well.
 
     Hydra lets the later of two keys win by itself, but a key win over a group, and it takes none twice in a sweep.
     """
@@ -90,14 +91,14 @@ def _without_overridden(words: list[Word]) -> list[Word]:
         key = word.partition("=")[0].lstrip("+")
         if is_of_file and key in given:
             continue
-        if key != OWN_FOLDER:  # of which there may be several
+        if key != OWN_FOLDER:  # there may be several folders
             given |= {key, OF_ONE_KEY.get(key, key)}
         kept.append((word, is_of_file))
     return kept[::-1]
 
 
 def _search_path(folders: list[str], words: list[str]) -> str:
-    """Return Hydra's word for folders with options of one's own. Raises ValueError where one is no folder."""
+    """Return Hydra's word for folders with options of one's own. Raises ValueError for a word that is no folder."""
     if given := next((word for word in words if word.startswith("hydra.searchpath=")), None):
         raise ValueError(f"{OWN_FOLDER}={folders[0]} and {given}: give all folders by one of them")
     for folder in folders:
@@ -107,7 +108,7 @@ def _search_path(folders: list[str], words: list[str]) -> str:
 
 
 def _of_bare_words(command: str, words: list[str]) -> list[str]:
-    """Return what a command works on, by its key. Raises ValueError for more of them than the command takes."""
+    """Return bare words as the key that the command works on. Raises ValueError for more than the command takes."""
     if not words:
         return []
     key = FIRST_WORD[command]
@@ -135,7 +136,7 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
         return ["adapters=[" + ",".join(f"'{entry}'" for entry in entries if entry) + "]"]
     if key == SOURCES_KEY and value.startswith("["):
         return _words_of_list(word)
-    if command == "convert" and key in ("rank", "method"):  # which Hydra knows as groups
+    if command == "convert" and key in ("rank", "method"):  # Hydra knows these as groups
         return [f"{'svd_rank' if key == 'rank' else 'to'}={value}"]
     if key == "rank" and command in RUN_COMMANDS and re.fullmatch(NUMBERS, number := value.strip("'\"")):
         return [f"adapter.rank={number}"]
@@ -157,7 +158,7 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
 
 
 def _words_of_list(word: str) -> list[str]:
-    """The words that data.sources=[{...},{...}] stands for, each entry by its name."""
+    """Return the words that data.sources=[{...},{...}] stands for, each entry by its name."""
     from hydra.core.override_parser.overrides_parser import (
         OverridesParser,
     )  # slow to import
@@ -172,7 +173,7 @@ def _words_of_list(word: str) -> list[str]:
 
 NUMBERS = r"[-+]?[\d.][\d.e_+-]*(,[-+]?[\d.][\d.e_+-]*)*"
 SWEEP_OF_NUMBERS = r"(?:\w+\()+(?:[-+\d.,\s)]|\b[a-z]+=|\btrue\b|\bfalse\b)*\)+"
-"""As range(4,9,4), sort(choice(4,8)): what Hydra sweeps by a function, without a name among it."""
+"""Sweeps by a function of Hydra with no name in it, as range(4,9,4) or sort(choice(4,8))."""
 
 
 def _groups(folders: Sequence[Path]) -> set[str]:
@@ -191,7 +192,7 @@ def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
         raise ValueError(
             f"{group}={value}: takes one option; add -m and write {group}={value[1:].rstrip(']')} for a sweep"
         )
-    # Hydra's end of a sweep over option files: it takes a number for no name, and says so without the word.
+    # A sweep over option files ends in Hydra here: Hydra takes a number for no name, and says so without the word.
     parts = re.sub(r"^(?:choice|sort|shuffle)\((.*)\)$", r"\1", value).split(",")
     number = next((part.strip() for part in parts if re.fullmatch(NUMBERS, part.strip())), None)
     if number is not None and any(re.match("[A-Za-z]", part.strip()) for part in parts) and "(" not in parts[0]:
@@ -207,7 +208,7 @@ def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
 
 
 def no_such_option(group: str, name: str, options: Sequence[str]) -> str:
-    """Say that a group has no such option, what was meant where that can be told, and which there are."""
+    """Say that a group has no such option, which one was meant where that can be told, and which there are."""
     said = f"{group}={name}: no such option"
     if (meant := option_meant(group, name, options)) is not None:
         said += f"; use {meant}"
@@ -274,7 +275,7 @@ _OPTION_OF_ROWS = {"data.train_path": "jsonl", SOURCES_KEY: "jsonl", "data.hub_n
 
 
 def _with_data_option(words: list[str]) -> list[str]:
-    """Rows of one's own are read as files, or from the hub, where no data set is named.
+    """Have rows of one's own read as files, or from the hub, where no data set is named.
 
     The default's own rows would hide them, or its system prompt stand before them.
     """
@@ -289,12 +290,12 @@ def _with_data_option(words: list[str]) -> list[str]:
 
 
 def _of_warm_start(words: list[str]) -> list[str]:
-    """Words before all others for a run that continues an adapter: what its folder says and the user does not."""
+    """Return words to precede all others of a run that continues an adapter: its folder's, unless the user's."""
     given = {key.lstrip("+"): value for key, sign, value in (word.partition("=") for word in words) if sign}
     folder = given.get("adapter.init_from", "null").strip("'\"")
     if folder in ("", "null") or "config_path" in given or not Path(folder).exists() and "," in folder:
         return []
-    # The formats of adapters, and torch with them.
+    # This imports the formats of adapters, and torch with them.
     from lightning_peft.warm_start import words_of_folder
 
     return [f"{key}={typed_value(value)}" for key, value in words_of_folder(folder, set(given))]

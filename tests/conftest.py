@@ -1,4 +1,4 @@
-"""What all tests share: tokens are kept in a folder of the session, not of whoever runs them."""
+"""The fixtures of all tests: tokens are kept in a folder of the session, not of whoever runs them."""
 
 import signal
 import time
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def long_markers(item: pytest.Item) -> list[int]:
-    """The places in LONG of a test's markers."""
+    """Return the places in LONG of a test's markers."""
     return [place for place, name in enumerate(LONG) if item.get_closest_marker(name) is not None]
 
 
@@ -41,7 +41,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """A run that is left ignores signals until its process ends, which here is that of the tests behind it."""
+    """Give signals back their meaning: a run that is left ignores them until its process ends, as here."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""From Python: rows in, a run out."""
+"""The package from Python: rows in, a run out."""
 
 import datetime
 import json

@@ -43,7 +43,7 @@ class Line(LightningModule):
 
 
 class Watch(Callback):
-    """What each batch is told, and the handler of SIGTERM meanwhile."""
+    """The words for each batch, and the handler of SIGTERM meanwhile."""
 
     def __init__(self):
         self.told, self.handlers = [], set()

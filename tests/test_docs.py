@@ -1,4 +1,4 @@
-"""What README and docs say is so: commands compose, Python runs, tables are the code's, named tests and files exist."""
+"""README and docs are true: commands compose, Python runs, tables are the code's, named tests and files exist."""
 
 import re
 import shlex
@@ -55,7 +55,7 @@ OTHER_LINES = (
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with the files that the pages speak of."""
+    """Make a working folder with the files that the pages speak of."""
     for name in ("rows.jsonl", "train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"prompt": "1 + 1", "completion": "2"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1 + 1", "chosen": "2", "rejected": "3"}\n')

@@ -1,4 +1,4 @@
-"""What went wrong in runs, sweeps, clusters and dashboards, each with the test that keeps it from coming back."""
+"""Faults of runs, sweeps, clusters and dashboards, each with the test that keeps it from coming back."""
 
 import pytest
 from test_friction import names_of_tests
@@ -106,7 +106,7 @@ HELD = {
     "host memory that grows": "training/test_host_memory.py::test_steps_reuse_what_the_ones_before_freed",
     "files that colleagues cannot read": "commands/test_after_training.py::test_files_may_be_read_by_whom_the_umask_says",
 }  # fmt: skip
-"""What went wrong -> the test that would fail if it did again."""
+"""Fault -> the test that would fail if it did again."""
 
 
 @pytest.mark.parametrize("fault", HELD)

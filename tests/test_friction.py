@@ -1,4 +1,4 @@
-"""What hindered new users, each with the test that keeps it closed."""
+"""Hindrances of new users, each with the test that keeps it closed."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,7 @@ CLOSED = {
     "runs and jobs called hf and lora": "test_configs.py::test_run_is_named_by_method_and_model",
     "cluster=local is in no help": "commands/test_words.py::test_help_is_a_page_of_80_columns_with_docstrings",
     "Python blocks that do not run": "test_docs.py::test_python_runs",
-    # what it looks like
+    # its looks
     "the loss is not shown in a terminal": "commands/test_terminal.py::test_training_has_one_bar_that_nothing_tears",
     "a pipe gets control characters": "commands/test_terminal.py::test_a_pipe_gets_plain_lines",
     "1.151e+04": "test_readable.py::test_number_has_separators_and_no_false_digits",
@@ -63,7 +63,7 @@ CLOSED = {
     "two sweep systems": "runs/test_folder.py::test_two_sweeps_do_not_share_a_folder",
     "SFT only": "objectives/test_preference.py",
 }  # fmt: skip
-"""What hindered -> the test that would fail if it did again."""
+"""Hindrance -> the test that would fail if it did again."""
 
 
 @pytest.mark.parametrize("hindrance", CLOSED)
@@ -73,6 +73,6 @@ def test_what_hindered_is_held_by_a_test(hindrance):
 
 
 def names_of_tests(file: str) -> list[str]:
-    """The functions of a file of tests, sorted."""
+    """Return the functions of a file of tests, sorted."""
     tree = ast.parse((TESTS / file).read_text())
     return sorted(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))

@@ -47,7 +47,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Dotted names that the file imports from the package, inside functions and for type checking alike."""
+    """Return the dotted names that the file imports from the package, inside functions and for type checking alike."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +62,7 @@ def imported_parts(path: Path) -> set[str]:
 
 
 def file_imports() -> dict[str, set[str]]:
-    """Module -> modules of the package that it imports."""
+    """Return the modules of the package that each of its modules imports."""
     names = {
         ".".join(("lightning_peft", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
         for path in PACKAGE.rglob("*.py")
@@ -71,7 +71,7 @@ def file_imports() -> dict[str, set[str]]:
 
 
 def circles(imports: dict[str, set[str]]) -> list[str]:
-    """Modules that lead back to themselves: what is left when those that import nothing left are taken away."""
+    """Return modules that lead back to themselves: what is left when those that import nothing left are taken away."""
     left = dict(imports)
     while free := [name for name, others in left.items() if not others & left.keys()]:
         for name in free:

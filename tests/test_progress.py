@@ -13,7 +13,7 @@ from lightning_peft.progress import Part
 
 
 def written_to_terminal(work) -> str:
-    """What a process that does the work writes to a terminal of 80 columns."""
+    """Run a process that does the work; return what it writes to a terminal of 80 columns."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ |= {"TERM": "xterm", "COLUMNS": "80"}

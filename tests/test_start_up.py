@@ -14,9 +14,9 @@ OPTIONAL = (
 )  # fmt: skip
 TINY = ["model=tiny", "data.max_rows=4", "data.max_validation_rows=2", "trainer.max_steps=1"]
 SLOW = ("lightning", "torch.distributed.tensor", "transformers.modeling_utils")
-"""What a command that trains nothing does without: half of a start."""
+"""Modules that a command which trains nothing does without: half of a start."""
 STARTS = {
-    # What a start imports before it heeds Ctrl-C is as little as can be.
+    # A start imports as little as can be before it heeds Ctrl-C.
     "usage": (["--help"], 0, ("torch", "transformers", "lightning", "hydra", "importlib.metadata", *OPTIONAL)),
     # torchmetrics, which Lightning brings, imports matplotlib wherever it is installed.
     "train": (["train", *TINY], 0, tuple(name for name in OPTIONAL if name != "matplotlib")),

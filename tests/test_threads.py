@@ -42,7 +42,7 @@ def test_threads_wait_as_their_neighbours_let_them_unless_told_otherwise():
     follows = len(os.sched_getaffinity(0)) > 1 and available_cores() == len(os.sched_getaffinity(0))
     assert described().endswith("=20000 and asleep beside busy neighbours" if follows else "GOMP_SPINCOUNT=0")
     assert described(OMP_NUM_THREADS="2").endswith("GOMP_SPINCOUNT=0")
-    assert described(GOMP_SPINCOUNT="20000") == described()  # what a parent decided is no word of the user
+    assert described(GOMP_SPINCOUNT="20000") == described()  # a parent's decision is no word of the user
     assert described(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="20000").endswith("GOMP_SPINCOUNT=0")
     assert described(GOMP_SPINCOUNT="100").endswith("GOMP_SPINCOUNT=100")
     assert described(OMP_WAIT_POLICY="active").endswith("cores, OMP_WAIT_POLICY=active")

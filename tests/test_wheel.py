@@ -1,4 +1,4 @@
-"""What is installed works without the checkout: options and recipes travel inside the wheel."""
+"""The installed package works without the checkout: options and recipes travel inside the wheel."""
 
 import os
 import subprocess

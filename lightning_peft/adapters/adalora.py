@@ -174,7 +174,8 @@ class RankSchedule:
         for name, layer in self.layers.items():
             for part in ("lora_A", "lora_B", "lora_E"):
                 parameter = getattr(layer, part)
-                # None where the layer took no part, such as a vision tower's in text: it matters as little as can be.
+                # The gradient is None where the layer took no part, as a vision tower's in text: it matters least of
+                # all.
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 key = f"{name}.{part}"
                 now = gathered(parameter * gradient).abs()
@@ -210,13 +211,13 @@ class RankSchedule:
                 E.mul_(mask.to(E.device))
                 continue
             mask = distribute_tensor(mask, E.device_mesh, E.placements).to_local()
-            own_slice = E.to_local()  # offloaded, it is not on the mesh's device
+            own_slice = E.to_local()  # an offloaded slice is not on the mesh's device
             own_slice.mul_(mask.to(own_slice.device))
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor that may be sharded."""
-    # Half a second to import, which naming the methods there are should not cost.
+    # This import takes half a second, which naming the methods there are should not cost.
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -48,7 +48,7 @@ class BaLoRAConfig(LoRAConfig):
 def kl_to_prior(alpha: Tensor, prior: float) -> Tensor:
     """Return KL(N(a, alpha a^2) || N(0, p/(1-p) a^2)) of one element, for any a but 0.
 
-    That is ((alpha + 1) (1-p)/p + log(p/(1-p)) - log alpha - 1) / 2.
+    The KL is ((alpha + 1) (1-p)/p + log(p/(1-p)) - log alpha - 1) / 2.
     """
     ratio = prior / (1 - prior)
     return ((alpha + 1) / ratio + math.log(ratio) - alpha.log() - 1) / 2
@@ -57,7 +57,7 @@ def kl_to_prior(alpha: Tensor, prior: float) -> Tensor:
 class InputVariance(nn.Module):
     """One variance for every sample and layer, from the mean of the sample's input embeddings.
 
-    A network of two hidden layers with softplus at its end, shared by all layers and fp32. It sees where samples begin
+    A network of two hidden layers with softplus at its end, shared by all layers and fp32, sees where samples begin
     by their positions, so a packed sample has the variance it has alone, and what is padding by `own_tokens`, or by an
     attention mask. In training, or inside `sampling`, a forward pass of the model leaves `variances`, (B, T, layers),
     for the layers to read.
@@ -118,7 +118,7 @@ class InputVariance(nn.Module):
     def _see(self, embeddings: nn.Module, inputs: Any, output: Tensor) -> None:
         if not (self.training or self.is_sampling):
             return
-        # In fp32 whatever the model computes in, its autocast included: small variances are lost in 16 bits.
+        # The sums are in fp32 whatever the model computes in, its autocast included: 16 bits lose small variances.
         with torch.autocast(output.device.type, enabled=False):
             samples, count = self._samples(output)
             flat = output.detach().reshape(-1, output.shape[-1]).to(self.variance_net[0].weight.dtype)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ class InputVariance(nn.Module):
             self.variances = variances[samples].view(*output.shape[:-1], -1)
 
     def _samples(self, output: Tensor) -> tuple[Tensor, int]:
-        """Return the sample of each token, (B T,), and a number that samples do not reach, without asking the device.
+        """Return the sample of each token, (B T,), and a bound above all of them, without asking the device.
 
         A row is one sample, or begins a new one wherever its positions begin anew.
         """
@@ -149,7 +149,7 @@ class InputVariance(nn.Module):
 
 @contextmanager
 def sampling(model: nn.Module) -> Iterator[None]:
-    """Inside, a model in eval mode draws its BaLoRA layers as in training, in every forward pass anew."""
+    """Let a model in eval mode draw its BaLoRA layers as in training, in every forward pass anew."""
     found = [module for module in model.modules() if isinstance(module, InputVariance)]
     for shared in found:
         shared.is_sampling = True
@@ -163,18 +163,18 @@ def sampling(model: nn.Module) -> Iterator[None]:
 class BaLoRALinear(LoRALinear):
     """y = W x + scaling * B (A x + sqrt(alpha(x) (A * A) (x * x)) eps), eps standard normal for every token.
 
-    That is the distribution of the output where each element of A has the variance alpha(x) A^2 (the local form of the
-    draw). Without noise, outside training and `sampling`, it is a LoRA.
+    The formula gives the distribution of the output where each element of A has the variance alpha(x) A^2 (the local
+    form of the draw). Without noise, outside training and `sampling`, it is a LoRA.
     """
 
     def __init__(self, base_layer: nn.Module, target: Target, config: BaLoRAConfig, shared: InputVariance):
         super().__init__(base_layer, target, config)
-        # In a tuple, so that the network is no submodule of each layer: the model registers it once.
+        # The tuple keeps the network from being a submodule of each layer: the model registers it once.
         self._shared = (shared,)
         self.place = shared.places[target.name]
 
     def noise(self, x: Tensor) -> Tensor:
-        """Return what is added to A x in a drawn pass, (..., rank) in the dtype of A."""
+        """Return the term added to A x in a drawn pass, (..., rank) in the dtype of A."""
         variances = self._shared[0].variances
         assert variances is not None
         A = self.lora_A.weight

@@ -1,7 +1,7 @@
 """Several adapters of any method on one frozen base, to train: each row of a batch goes through its own.
 
-Segments in which rows may stand in any order: the base's product is taken once for all rows whose change is a low-rank
-product. Other methods have another product of the base, and take it on their rows alone.
+A bank is made of segments whose rows may stand in any order. The base's product is taken once for all rows whose change
+is a low-rank product. Other methods have another product of the base, and take it on their rows alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ class AdapterBank(nn.Module):
         if self.routes is None or len(self.routes) != len(x):
             raise RuntimeError(f"a batch of {len(x)} rows needs as many routes: call the model inside `routed`")
         routes = self.routes
-        # Those that share the base's product first, each adapter's rows side by side.
+        # Adapters that share the base's product come first, each adapter's rows side by side.
         order = sorted(range(len(x)), key=lambda row: (self._own_product(routes[row]), routes[row]))
         places = torch.tensor(order, device=x.device)
         is_sorted = order == list(range(len(x)))
@@ -72,7 +72,7 @@ class AdapterBank(nn.Module):
         """Return the output of rows x, given runs of them as adapter, first row and the one behind."""
         each = x[0].numel() // x.shape[-1]
         generator = random_state(x.device)
-        # Dropped in the order of the adapters, by the numbers that are next here.
+        # Inputs are dropped in the order of the adapters, by the random numbers that are next here.
         random = RandomState(generator.get_state())
         segments, factors = [], []
         for route, start, stop in runs:
@@ -93,7 +93,7 @@ class AdapterBank(nn.Module):
 def inject_bank(
     model: nn.Module, configs: Sequence[AdapterConfig], fill: Callable[[nn.Module, int], None] | None = None
 ) -> list[str]:
-    """Put one adapter for each config into `model`, side by side in a bank a layer; the names of the layers.
+    """Put one adapter for each config into `model`, side by side in a bank a layer; return the names of the layers.
 
     `fill(model, i)` is called while adapter i alone is in the model, for example to load its file. ValueError for a
     method that keeps state beside its layers, or a config that changes the base all would share.
@@ -116,7 +116,7 @@ def inject_bank(
 
 @contextmanager
 def routed(model: nn.Module, routes: Sequence[int]) -> Iterator[None]:
-    """Inside, row i of a batch goes through adapter `routes[i]` of the model's banks, in the order of `inject_bank`."""
+    """Send row i of a batch through adapter `routes[i]` of the model's banks, in the order of `inject_bank`."""
     banks = [module for module in model.modules() if isinstance(module, AdapterBank)]
     known = {int(key) for bank in banks for key in bank.members}
     if unknown := sorted(set(routes) - known - {-1}):

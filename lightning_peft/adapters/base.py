@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from lightning_peft.adapters.bias import Bias
-from lightning_peft.adapters.init import INITS, Initialization
+from lightning_peft.adapters.initialization import INITS, Initialization
 from lightning_peft.kernels.frozen_linear import Base, given
 from lightning_peft.kernels.low_rank import add_low_rank
 from lightning_peft.quantization.frozen_base import frozen_base
@@ -79,7 +79,7 @@ class AdapterConfig:
     uses_rank: ClassVar[bool] = True
     uses_alpha: ClassVar[bool] = True
     rank_costs_parameters: ClassVar[bool] = True
-    """Whether a rank above a layer's smaller side is a waste worth a warning."""
+    """True where a rank above a layer's smaller side is a waste worth a warning."""
 
     def __post_init__(self) -> None:
         for key, rank in [("rank", self.rank), ("rank_last", self.rank_last), *self.rank_pattern.items()]:
@@ -171,10 +171,11 @@ class Adapter(nn.Module, ABC):
         """The layers that are computed together with this one, and its place among them."""
 
     def __getattr__(self, name: str) -> Any:
-        """What the base layer has: models read sizes, scales and even weights of their layers.
+        """Return what the base layer has: models read sizes, scales and even weights of their layers.
 
         `weight` is the sum of base and change, through which gradients reach the adapter: where a model multiplies with
-        it by itself, as Mamba does, the layer is adapted all the same. Computed anew each time, and without dropout.
+        it by itself, as Mamba does, the layer is adapted all the same. The sum is computed anew each time, without
+        dropout.
         """
         base_layer = self.__dict__.get("_modules", {}).get("base_layer")
         if name.startswith("_") or base_layer is None or name in self.__dict__["_modules"]:
@@ -224,7 +225,8 @@ class Adapter(nn.Module, ABC):
 
     def product(self) -> tuple[Tensor, Tensor] | None:
         """Return A (rank, in_features) and B (out_features, rank) of a layer whose output is, and is no more than, the
-        base's plus `scaling` * B A dropout(x); gradients reach what trains through them. None of any other layer.
+        base's plus `scaling` * B A dropout(x); gradients reach what trains through them. Return None for any other
+        layer.
         """
         return None
 

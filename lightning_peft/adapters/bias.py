@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Bias(Enum):
-    """Which biases train: none, all of the model, or those of the adapted layers."""
+    """The biases that train: none, all of the model, or those of the adapted layers."""
 
     none = "none"
     all = "all"

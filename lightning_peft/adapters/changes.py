@@ -82,7 +82,7 @@ def inject_changes(model: nn.Module, changes: Mapping[str, LowRank], method: str
     for name, layer in adapters(model):
         A, B, _ = changes[name]
         if isinstance(layer, LoRALinear):
-            layer.set_factors(A, B)  # of a DoRA the magnitude becomes the norms of the sum, so that its gain is one
+            layer.set_factors(A, B)  # a DoRA's magnitude becomes the norms of the sum, so that its gain is one
             continue
         assert isinstance(layer, LoRAEmbedding)
         layer.lora_embedding_A.copy_(A)
@@ -93,7 +93,7 @@ def inject_changes(model: nn.Module, changes: Mapping[str, LowRank], method: str
 
 
 class WeightedSum(Adapter):
-    """y = W x + sum of weight times change, each computed by itself: what a combination is compared with.
+    """y = W x + sum of weight times change, each computed by itself, to compare a combination with.
 
     Matrices stay on the host until they are multiplied with. Nothing trains.
     """

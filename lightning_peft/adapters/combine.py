@@ -11,7 +11,7 @@ from lightning_peft.adapters.base import LowRank
 
 
 class Cut(NamedTuple):
-    """A rank to cut a change to: a number, or what keeps a share of the energy; neither keeps what there is."""
+    """A rank to cut a change to: a number, or one that keeps a share of the energy; neither keeps what there is."""
 
     rank: int | None = None
     energy: float | None = None
@@ -19,14 +19,14 @@ class Cut(NamedTuple):
 
 
 class Combine(Enum):
-    """How several changes of a weight become one."""
+    """The ways several changes of a weight become one."""
 
     linear = "linear"
     """Their weighted sum, exact: the ranks add up."""
     svd = "svd"
     """Their weighted sum cut to the largest of their ranks."""
     ties = "ties"
-    """Only the largest numbers of each, of one sign (Yadav et al. 2023, arXiv:2306.01708)."""
+    """The largest numbers of each alone, of one sign (Yadav et al. 2023, arXiv:2306.01708)."""
     dare = "dare"
     """The weighted sum of what is left after numbers are dropped at random, and the rest enlarged (Yu et al. 2023,
     arXiv:2311.03099)."""
@@ -35,7 +35,7 @@ class Combine(Enum):
 def cut(change: LowRank, to: Cut) -> tuple[LowRank, float]:
     """Return the best approximation of a rank, with scaling one, and the share of the energy that is lost.
 
-    Works on the factors: the product is never formed.
+    The work is on the factors: the product is never formed.
     """
     Q_B, R_B = torch.linalg.qr(change.scaling * change.B)
     Q_A, R_A = torch.linalg.qr(change.A.t())
@@ -44,7 +44,7 @@ def cut(change: LowRank, to: Cut) -> tuple[LowRank, float]:
 
 
 def cut_dense(change: Tensor, to: Cut) -> tuple[LowRank, float]:
-    """Return the same of a dense change (out_features, in_features)."""
+    """Cut a dense change (out_features, in_features) as `cut` does a low-rank one."""
     U, S, V = torch.linalg.svd(change, full_matrices=False)
     return _leading(U, S, V, to)
 
@@ -84,7 +84,7 @@ def concatenated(changes: Sequence[LowRank], weights: Sequence[float]) -> LowRan
 def ties(changes: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
     """Return the changes (out, in) trimmed, their sign elected, and the mean of those that have it (section 4.2).
 
-    Trimmed to the largest `density` of each change's numbers, in this weight alone; lambda is one.
+    Each change is trimmed to the largest `density` of its numbers, in this weight alone; lambda is one.
     """
     trimmed = torch.stack([_largest(change, density) for change in changes])
     signs = trimmed.sum(0).sign()
@@ -111,9 +111,9 @@ DENSE: dict[Combine, Callable[[Sequence[Tensor], float, torch.Generator], Tensor
     Combine.ties: ties,
     Combine.dare: dare,
 }
-"""Those that work on the changes as matrices, each times its weight, and leave no low-rank sum."""
+"""Combinations that work on the changes as matrices, each times its weight, and leave no low-rank sum."""
 DENSITY = {Combine.ties: 0.2, Combine.dare: 0.5}
-"""Share of numbers that is kept where none is given: 0.2 is the paper's, 0.5 ours."""
+"""Share of numbers that is kept where none is given: 0.2 is the paper's, 0.5 is ours."""
 
 
 def combined(

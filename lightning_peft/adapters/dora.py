@@ -45,7 +45,7 @@ def adapted_row_norms(weight: Tensor, squared_norms: Tensor, A: Tensor, B: Tenso
         return torch.ops.lightning_peft.row_norms(weight, A, B, scaling)
     rows = max(1, ROWS_AT_ONCE // weight.shape[1])
     cross = torch.cat([part.float() @ A.t() for part in weight.split(rows)])
-    # One pass over (out, rank): 2 s W A^T + s^2 B (A A^T), then its product with B.
+    # 2 s W A^T + s^2 B (A A^T) takes one pass over (out, rank), then comes its product with B.
     cross = torch.addmm(cross, B, A @ A.t(), beta=2 * scaling, alpha=scaling**2)
     return (squared_norms + (cross * B).sum(1)).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
@@ -75,8 +75,8 @@ class RowNorms(nn.Module):
     def once(self, norms: Callable[[], Tensor], factors: tuple[Tensor, Tensor]) -> Tensor:
         """Return `norms()`, taken once while text is generated and the factors stand still.
 
-        It costs a pass over W, which is all that a single token costs. In a training step they are those that whoever
-        began its forward pass took; the factors move after it, so nobody else is given these.
+        The norms cost a pass over W, which is all that a single token costs. In a training step the norms are those
+        taken when its forward pass began; the factors move after the pass, so no other caller is given these.
         """
         if self.training or torch.is_grad_enabled():
             if self.kept is not None:  # no assignment where there is none to make: it would break a graph
@@ -199,7 +199,7 @@ class DoRAEmbedding(LoRAEmbedding):
 class DoRAExperts(LoRAExperts):
     """y_e = m_e / n_e * (W_e x + scaling * B_e A_e x) for the rows of each expert e, n_e the row norms of its own sum.
 
-    m is `lora_magnitude_vector` (experts, out_features), fp32. What a model adds to an expert's output as its bias
+    m is `lora_magnitude_vector` (experts, out_features), fp32. The bias that a model adds to an expert's output
     comes after the gain. Under dropout only A sees the dropped input.
     """
 

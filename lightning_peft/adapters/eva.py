@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.init import Reads
+from lightning_peft.adapters.initialization import Reads
 
 
 @dataclass
 class Sketch:
-    """Leading right singular vectors of all the rows seen, updated batch by batch in memory of (rank, width)."""
+    """Leading right singular vectors of all rows seen, updated batch by batch in memory of (rank, width)."""
 
     rank: int
     rows: Tensor | None = None

@@ -12,8 +12,8 @@ logger = logging.getLogger(__name__)
 
 
 def present_name(model: nn.Module) -> Callable[[str], str]:
-    """Return what renames a layer or tensor as transformers renames a checkpoint's; names of today stay."""
-    # Models of transformers, which a start that trains nothing does without.
+    """Return a function that renames a layer or tensor as transformers renames a checkpoint's; names of today stay."""
+    # This imports models of transformers, which a start that trains nothing does without.
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming

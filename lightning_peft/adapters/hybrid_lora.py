@@ -1,7 +1,7 @@
 """Hybrid-LoRA: the modules that lose most by a low rank are trained in full, the others as LoRA (Zhang et al. 2026).
 
 The paper (arXiv:2605.18822) ranks modules by a score whose formula was not found. The scores here are ours: what of the
-mean gradient lies outside its best rank-r approximation, and three to compare it with.
+mean gradient lies outside its best rank-r approximation, and three to compare that with.
 """
 
 import logging
@@ -31,12 +31,12 @@ SHOWN = 8
 class HybridLoRAConfig(LoRAConfig):
     method: str = "hybrid_lora"
     score: str = "residual_energy"
-    """What ranks the modules: residual_energy, preconditioned, grad_norm or random. All are reconstructions or
-    baselines of ours, the paper's formula was not found."""
+    """Score that ranks the modules: residual_energy, preconditioned, grad_norm or random. All are reconstructions or
+    baselines of ours, as the paper's formula was not found."""
     budget: float = 0.1
     """Share of the candidates that is trained in full; the paper has 10 % of the modules."""
     budget_in: str = "parameters"
-    """What the share is of: parameters, where modules are ranked by their score for a parameter, or modules."""
+    """Unit of the share: parameters, where modules are ranked by their score for a parameter, or modules."""
     probe_batches: int = 4
     """Micro batches whose mean gradient is looked at."""
 
@@ -61,7 +61,7 @@ class Gradients:
     total: Tensor
     """(out_features, in_features)."""
     squares: Tensor | None = None
-    """Of the sums of each batch, where the score asks for them."""
+    """Squares of the sums of each batch, where the score asks for them."""
 
 
 def residual_energy(gradient: Tensor, rank: int) -> float:
@@ -98,9 +98,9 @@ SCORES = ("residual_energy", "preconditioned", "grad_norm", "random")
 
 
 def worth(scores: Mapping[str, float], targets: Iterable[Target], config: HybridLoRAConfig) -> dict[str, float]:
-    """Return what the order goes by: the score, or with a budget in parameters the score of each that LoRA spares.
+    """Return what modules are ordered by: the score, or with a budget in parameters the score of each that LoRA spares.
 
-    A module that LoRA spares nothing of is no candidate then.
+    A module that LoRA spares nothing of is no candidate under such a budget.
     """
     if config.budget_in == "modules":
         return dict(scores)
@@ -135,7 +135,7 @@ def choose(worth: Mapping[str, float], targets: Iterable[Target], config: Hybrid
 
 @contextmanager
 def watched(model: nn.Module, targets: Iterable[Target], squares: bool) -> Any:
-    """Inside, backward passes add up the gradient of every target's weight, dense or coded, in host memory."""
+    """Let backward passes add up the gradient of every target's weight, dense or coded, in host memory."""
     sums = {t.name: Gradients(torch.zeros(t.out_features, t.in_features)) for t in targets}
     if squares:
         for found in sums.values():

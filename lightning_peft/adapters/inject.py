@@ -36,7 +36,7 @@ A key `adapter_shared.vera_A` of the state dict is `base_model.vera_A` in a PEFT
 
 
 def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Freeze `model`, wrap the layers `config` selects, and return their names. Works on the meta device.
+    """Freeze `model`, wrap the layers `config` selects, and return their names. The model may be on the meta device.
 
     Method "full" wraps nothing and leaves every weight trainable. RuntimeError when there are adapters already.
     """
@@ -119,15 +119,15 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def trained_in_full(model: nn.Module) -> set[str]:
-    """Return the names of the trained parameters that belong to no adapter: of modules trained beside them."""
+    """Return the names of trained parameters that belong to no adapter: those of modules trained beside adapters."""
     inside = tuple(f"{name}." for name, _ in adapters(model)) + (f"{SHARED}.",)
     return {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(inside)}
 
 
 def regularization(model: nn.Module) -> Tensor | None:
-    """Return the extra loss of the adapters: the mean over the layers that have one, and what their shared state adds.
+    """Return the extra loss of the adapters: the mean over the layers that have one, plus that of their shared state.
 
-    None where there is none.
+    The loss is None where neither has one.
     """
     losses = [loss for _, adapter in adapters(model) if (loss := adapter.regularization()) is not None]
     total = torch.stack(losses).mean() if losses else None
@@ -136,14 +136,14 @@ def regularization(model: nn.Module) -> Tensor | None:
 
 
 def step_schedule(model: nn.Module, config: AdapterConfig, total_steps: int) -> StepSchedule | None:
-    """Return what must be called after every optimiser step; None for methods that change nothing between steps."""
+    """Return the schedule to call after every optimiser step; None for methods that change nothing between steps."""
     build = METHODS[config.method].schedule
     return None if build is None else build(dict(adapters(model)), config, total_steps)
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base. Modules trained in full, and trained biases, keep their values."""
+    """Make the model its base inside. Modules trained in full, and trained biases, keep their values."""
     before = [(adapter, adapter.enabled) for _, adapter in adapters(model)]
     for adapter, _ in before:
         adapter.enabled = False
@@ -155,7 +155,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters. A quantised layer counts its weights, not its codes; a tied weight counts once."""
+    """Return (trainable, all) parameters. A quantised layer counts its weights, not its codes; a tied weight once."""
     trainable = total = 0
     seen: set[int] = set()
     for module in model.modules():
@@ -243,7 +243,7 @@ def _find_trainable(model: nn.Module, patterns: list[str], adapted: set[str]) ->
 
 
 def _train_in_fp32(modules: list[nn.Module]) -> None:
-    """Make every weight of theirs trainable and fp32, while activations keep the dtype the model computes in."""
+    """Make every weight of these modules trainable and fp32, while activations keep the dtype the model computes in."""
     parts = {module: _own(module)[0].dtype for module in modules}
     for part, compute_dtype in parts.items():
         for parameter in _own(part):
@@ -256,7 +256,7 @@ def _train_in_fp32(modules: list[nn.Module]) -> None:
 
 @contextmanager
 def telling_own_tokens(model: nn.Module, own: Callable[[], Tensor]) -> Iterator[None]:
-    """Inside, what adapters share, where it asks for it, knows which tokens are a sample's own, (B, T) bool."""
+    """Tell the adapters' shared state, where it asks, which tokens are a sample's own, (B, T) bool."""
     shared: Any = getattr(model, SHARED, None)
     if not hasattr(shared, "own_tokens"):
         yield
@@ -281,7 +281,7 @@ def _own(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """The floating tensors of `values`, tuples and dictionaries of them included, in `dtype`; the rest as it is."""
+    """Cast the floating tensors of `values`, also in tuples and dictionaries, to `dtype`; return the rest as it is."""
     return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, values)
 
 

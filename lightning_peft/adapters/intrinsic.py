@@ -141,9 +141,9 @@ class IntrinsicLinear(Adapter):
         super().__init__(base_layer)
         self.shape = linear_shape(base_layer)
         self.depth = target.depth
-        # The name, not the position: the same layer has the same projection whatever else is adapted.
+        # The seed goes by the name, not the position: a layer has one projection whatever else is adapted.
         seed = config.projection_seed + zlib.crc32(target.name.encode())
-        # In a tuple, so that the vector is no submodule of each layer: the model registers it once.
+        # The tuple keeps the vector from being a submodule of each layer: the model registers it once.
         self._shared = (shared,)
         self.projection = Fastfood(
             shared.intrinsic_vector.numel(), math.prod(self.shape), seed, next(base_layer.parameters()).device

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
 from lightning_peft.adapters.bias import Bias
-from lightning_peft.adapters.init import INITS, Reads, Start, kaiming
+from lightning_peft.adapters.initialization import INITS, Reads, Start, kaiming
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
 from lightning_peft.kernels.frozen_linear import Base
 from lightning_peft.kernels.grouped import grouped_product
@@ -27,7 +27,7 @@ class LoRAConfig(AdapterConfig):
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732)."""
     init: str = "kaiming"
-    """How A and B start: a key of `INITS`."""
+    """Start of A and B: a key of `INITS`."""
     bias: Bias = Bias.none
     """Biases of the base trained as well: none, all, or lora_only for those of the adapted layers."""
     experts_share_A: bool = False
@@ -150,7 +150,7 @@ class LoRALinear(Adapter):
         self.lora_B.weight.copy_(B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (rank, in_features) and B (out_features, rank), as the products take them."""
+        """Return A (rank, in_features) and B (out_features, rank), in the form that the products take."""
         return self.lora_A.weight, self.lora_B.weight
 
     def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class LoRALinear(Adapter):
         return total
 
     def before_step(self) -> None:
-        """Take what stands still while a training step runs forward."""
+        """Keep the values that stand still while a training step runs forward."""
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
@@ -299,7 +299,7 @@ PEFT = PeftSpelling(
     ("lora_A.weight", "lora_embedding_A", "lora_B.weight", "lora_embedding_B"),
     {"dropout": "lora_dropout", "rank_stabilized": "use_rslora", "bias": "bias"},
     {"use_dora": False},
-    # True means "start A and B as usual": any other initialisation could change the base while PEFT loads.
+    # True means "start A and B as usual". Any other initialisation could change the base while PEFT loads.
     {"init_lora_weights": True},
     alpha_word="lora_alpha",
     patterns=("rank_pattern", "alpha_pattern"),

@@ -1,6 +1,6 @@
 """LR-LoRA: a low-rank product bent element by element, so that each layer finds its own rank (Garg et al. 2026).
 
-The paper, arXiv:2606.04325, applies a learned nonlinearity in a sinc basis to B A. Its grid, its start and its final
+The paper, arXiv:2606.04325, applies a learned nonlinearity in a sinc basis to B A. The paper's grid, start and final
 equations were not published with it: they are a reconstruction of ours here.
 """
 
@@ -95,7 +95,7 @@ class LRLoRALinear(Adapter):
         return self.scaling * change
 
     def low_rank(self) -> LowRank | None:
-        """Return B A while every coefficient is zero; what is bent is no low-rank sum."""
+        """Return B A while every coefficient is zero; a bent product is no low-rank sum."""
         if self.lora_c.any():
             return None
         return LowRank(self.lora_A.detach().float(), self.lora_B.detach().float(), self.scaling)

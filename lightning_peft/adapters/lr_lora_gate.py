@@ -1,6 +1,6 @@
 """LoRA whose rank is learned by gates: every direction is kept or dropped, layer by layer.
 
-It is the literal reading of "learns the rank of each layer", for those who want a plain LoRA out of it; LR-LoRA itself
+The method is the literal reading of "learns the rank of each layer", for a plain LoRA as the result; LR-LoRA itself
 (arXiv:2606.04325) bends the product instead. The gates are hard-concrete ones (Louizos et al. 2018, arXiv:1712.01312).
 """
 
@@ -66,7 +66,7 @@ class LRLoRAGateLinear(LoRALinear):
 
     def fused(self, x: Tensor, base: Base) -> Tensor | None:
         if self.active_dropout and base.form != GIVEN:
-            return None  # the formula drops before it draws the gates, and so does this
+            return None  # the formula drops inputs before it draws the gates
         x = F.dropout(x, self.active_dropout)
         return add_low_rank(base, x, *self.factors(), self.scaling)
 

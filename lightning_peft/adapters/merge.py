@@ -9,24 +9,24 @@ from torch import Tensor, nn
 from lightning_peft.adapters.base import NotMergeableError
 from lightning_peft.adapters.inject import SHARED, adapters
 from lightning_peft.adapters.targets import is_tied, untie
-from lightning_peft.quantization.convert import dequantized_layer
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, close_experts, open_experts
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.quantize import dequantized_layer
 from lightning_peft.quantization.weights import dense_weight, is_quantized, write_weight
 
 Model = TypeVar("Model", bound=nn.Module)
 
 GIVEN = "weights_of_the_adapter"
-"""Attribute of the model: what its adapter's file makes of frozen weights of the base, a `Given` by name."""
+"""Attribute of the model with a `Given` by name for each frozen weight of the base that the adapter's file changes."""
 
 
 class Given(NamedTuple):
-    """What the file of an adapter makes of a weight of its base that does not train."""
+    """The change that an adapter's file makes to a weight of its base that does not train."""
 
     change: Callable[[Tensor], Tensor]
-    """The weight as published, fp32, to the one the adapter was trained on."""
+    """Turns the weight as published, fp32, into the one the adapter was trained on."""
     is_new: bool = False
-    """Whether the base has no such weight, and got one of zeros."""
+    """True where the base has no such weight, and got one of zeros."""
     stored: tuple[str, Tensor] | None = None
     """Name and tensor that say so in a file; None for the weight itself."""
     rows: tuple[int, ...] = ()
@@ -78,11 +78,11 @@ def merge_adapters(
         if result is model or (from_codes and is_quantized(layer.base_layer)):
             start = dense_weight(layer.base_layer).float()
         elif (taken := layer.taken_from_base()) is not None:
-            delta = delta - taken  # the change is to a base that the start rewrote, this one is as published
+            delta = delta - taken  # the start rewrote the change's base, and this base is as published
         write_weight(target, (start + delta).to(_stored_dtype(target)), requantize=True)
         bias: Any = getattr(target, "bias", None)
         own_bias: Any = getattr(layer.base_layer, "bias", None)
-        if result is not model and own_bias is not None and own_bias.requires_grad:  # else it is as published
+        if result is not model and own_bias is not None and own_bias.requires_grad:  # another bias is as published
             bias.copy_(own_bias)
         if delta_bias is not None:
             bias.copy_(bias.float() + delta_bias)

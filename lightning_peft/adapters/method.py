@@ -15,7 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class PeftSpelling:
-    """How HF PEFT writes a method down."""
+    """HF PEFT's spelling of a method."""
 
     peft_type: str
     tensors: tuple[str, ...]
@@ -30,7 +30,7 @@ class PeftSpelling:
     """HF's word for the rank; None where the tensors do not tell it."""
     alpha_word: str | None = None
     rank_offset: float = 0.0
-    """HF divides alpha by the rank plus this."""
+    """The number that HF adds to the rank to divide alpha by."""
     patterns: tuple[str, ...] = ()
     """The ones among rank_pattern and alpha_pattern that HF knows for this type."""
     in_peft: bool = True
@@ -48,7 +48,7 @@ class PeftSpelling:
 
 @dataclass(frozen=True)
 class Contract:
-    """The numbers the contract suite holds a method to, beside what holds for all."""
+    """The numbers that the contract suite holds a method to, beside those for all methods."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """Options that suit a small model of width 64 with rank 4."""
@@ -65,11 +65,11 @@ class Selection:
     """The modules that a look at the data has chosen to be trained in full, alike on every rank and kept by a run."""
 
     chosen: list[str]
-    """Best first."""
+    """Names of the modules, the best first."""
     scores: dict[str, float]
-    """Of every candidate."""
+    """The score of every candidate."""
     score: str
-    """What they are."""
+    """The name of the score."""
 
     def applied(self, config: AdapterConfig) -> AdapterConfig:
         """Return the config with the chosen modules trained in full in place of adapted."""
@@ -89,29 +89,29 @@ class Method:
     """Kind of layer -> the adapter around it, made from (base_layer, target, config); empty where every weight
     trains."""
     trains_base: bool = False
-    """Whether every weight of the base trains beside the adapters, which a run then merges into a whole model."""
+    """True where every weight of the base trains beside the adapters, which a run then merges into a whole model."""
     trained: tuple[str, ...] = ()
     """Ends of the names of the parameters that train."""
     change: str = ""
     """The change to a weight W (d x k), as the table of methods prints it."""
     paper: str = ""
-    """Where the method was published."""
+    """The publication of the method."""
     reconstruction: str = ""
-    """What its paper leaves open and this package fills in, for the docs and the cards; empty where nothing is."""
+    """The points that its paper leaves open and this package fills in, for docs and cards; empty without any."""
     count: str = ""
     """Numbers trained per linear layer (d x k), as the table of methods prints it."""
     shared: Callable[[Any, Any, Any], nn.Module] | None = None
     """(config, targets, model) -> state all layers share, handed to each as `shared`; it has `reset_parameters`, and
     may have a `regularization` like a layer's."""
     schedule: Callable[[Any, Any, int], StepSchedule] | None = None
-    """(adapters by name, config, optimiser steps) -> what changes the adapters between steps."""
+    """(adapters by name, config, optimiser steps) -> the schedule that changes the adapters between steps."""
     select: Callable[[Any, Any, Any, Any], Selection] | None = None
     """(base model, config, losses of micro batches, device that sums over ranks) -> modules trained in full; before
     the adapters are made."""
     largest_selection: Callable[[Any, Any], Selection] | None = None
     """(base model, config) -> the selection that costs most, for an estimate without data."""
     cannot_shard: str = ""
-    """Why slices of the adapters cannot be trained (strategy=fsdp); empty where they can."""
+    """The reason why slices of the adapters cannot be trained (strategy=fsdp); empty where they can."""
     peft: PeftSpelling | None = None
     """HF PEFT's words; without them the folder has our own words, for us to read."""
     contract: Contract = field(default_factory=Contract)

@@ -30,7 +30,7 @@ class MiSSLinear(Adapter):
     """y = W x + D^T s,  s_i = sum of x_j over j = i (mod rank).
 
     D is `miss_block` (rank, out_features), fp32, zero at the start: the inputs are cut into groups of `rank` and all
-    groups share D. Keeps (N, rank) of activations, not x.
+    groups share D. The layer keeps (N, rank) of activations, not x.
     """
 
     def __init__(self, base_layer: nn.Module, target: Target, config: MiSSConfig):

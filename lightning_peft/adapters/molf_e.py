@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank, Target
-from lightning_peft.adapters.init import kaiming
+from lightning_peft.adapters.initialization import kaiming
 from lightning_peft.adapters.lora import PEFT
 from lightning_peft.adapters.method import Contract, Method, linears, only_written
 from lightning_peft.quantization.weights import linear_shape
@@ -56,7 +56,7 @@ class MoLFELinear(Adapter):
     """
 
     scaling = 1.0
-    """Of the sum, whose experts have their own."""
+    """Scaling of the sum, whose experts have their own."""
 
     def __init__(self, base_layer: nn.Module, target: Target, config: MoLFEConfig):
         super().__init__(base_layer)

@@ -1,11 +1,11 @@
-"""What an adapter may do on weights that are published in few bits: change them from beside, never write them."""
+"""The limits of an adapter on weights published in few bits: it changes them from beside and never writes them."""
 
 from lightning_peft.adapters.base import AdapterConfig
-from lightning_peft.adapters.init import Reads
+from lightning_peft.adapters.initialization import Reads
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.published.format import PublishedFormat
-from lightning_peft.quantization.published.formats import check_not_requantised
+from lightning_peft.quantization.published.registry import check_not_requantised
 
 
 def check_fits_published(form: PublishedFormat, adapter: AdapterConfig, quantization: QuantizationConfig) -> None:

@@ -38,6 +38,6 @@ METHODS: dict[str, Method] = {
     "vera": vera.METHOD,
     "balora": balora.METHOD,
 }
-"""Name -> row; of those whose folders look alike, the one that others are kinds of stands first.
+"""Name -> row; among methods whose folders look alike, the one that others are kinds of stands first.
 
 `METHODS["mine"] = Method(...)` adds one from outside the package."""

@@ -39,11 +39,11 @@ class Share:
 
 
 @dataclass
-class Batching:
-    """Whose rows a batch holds. One forward after the other: a backward pass comes before the next `begin`."""
+class BatchShares:
+    """The models whose rows a batch holds. A backward pass comes before the next `begin`."""
 
     shares: Mapping[int, Share] = field(default_factory=dict)
-    """By the model's number, in the order of rows, without gaps."""
+    """Shares by the model's number, in the order of rows, without gaps."""
     random: dict[int, RandomState] = field(default_factory=dict)
     number: int = 0
 
@@ -68,14 +68,14 @@ class SegmentedLinear(nn.Module):
     The adapters are the models' own layers, and no modules of this one. A model without one has the base's output.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str, batching: Batching):
+    def __init__(self, base_layer: nn.Module, name: str, batching: BatchShares):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
         self.batching = batching
         self.adapters: dict[int, Adapter] = {}
         self.drawn: tuple[int, dict[int, Tensor]] = (0, {})
-        """Number of a batch, and where each model's random numbers stood in it when they were drawn here."""
+        """Number of a batch, and the state of each model's random numbers in that batch when they were drawn here."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features), rows as `batching` has them."""
@@ -105,7 +105,7 @@ class SegmentedLinear(nn.Module):
         self.drawn[1].pop(number, None)
 
     def random(self, number: int) -> RandomState:
-        """Return where a model's random numbers are drawn from; again the same where a block is run a second time."""
+        """Return the state that a model draws random numbers from; the same again where a block runs a second time."""
         batch, states = self.drawn
         if batch != self.batching.number:
             self.drawn = batch, states = self.batching.number, {}
@@ -115,7 +115,7 @@ class SegmentedLinear(nn.Module):
         return self.batching.random[number]
 
 
-def segment_layers(model: nn.Module, batching: Batching, models: Mapping[int, nn.Module]) -> None:
+def segment_layers(model: nn.Module, batching: BatchShares, models: Mapping[int, nn.Module]) -> None:
     """Put the adapters of `models`, by number, around the layers of `model`, which are of the same base.
 
     Raises ValueError for an adapter whose output is not the base's and a low-rank product.

@@ -1,7 +1,7 @@
 """Layers that read one input, adapted together: queries, keys and values, or gate and up.
 
-What is stored is each layer's own, as everywhere; the first layer of a group that a model calls computes them all, and
-the others hand out what it found for them. A layer that is called with another input computes by itself.
+The stored state is each layer's own, as everywhere; the first layer of a group that a model calls computes them all,
+and the others hand out the outputs found for them. A layer that is called with another input computes by itself.
 """
 
 from collections.abc import Iterable, Sequence
@@ -112,7 +112,7 @@ def share_inputs(model: nn.Module) -> list[SharedInput]:
 
 
 class FactorCopies:
-    """What all groups need once a forward pass: their factors in the dtype of the products, and the norms of DoRA."""
+    """The needs of all groups in a forward pass: their factors in the dtype of the products, and the norms of DoRA."""
 
     def __init__(self, groups: Iterable[SharedInput]):
         self.groups = list(groups)

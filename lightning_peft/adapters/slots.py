@@ -33,21 +33,22 @@ def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str,
 
 
 class Routing:
-    """Whose the rows of a batch are: `routes` has the number of a slot or guest for each, -1 for the base."""
+    """The owners of a batch's rows: `routes` has the number of a slot or guest for each, -1 for the base."""
 
     def __init__(self, slots: "Slots", routes: Sequence[int]):
         self.slots, self.routes = slots, tuple(routes)
         self.taken = sorted({route for route in routes if route >= 0})
         self.has_guests = any(route >= slots.count for route in self.taken)
         self.is_finite = all(slots.is_finite(route) for route in self.taken)
-        """Whether a zero in the mask keeps the adapters of other rows out of a row."""
+        """True where a zero in the mask keeps the adapters of other rows out of a row."""
         self.row_factors: dict[SlotLinear, few_rows.RowFactors] = {}
         self.masks: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
     def stacked(self, layer: "SlotLinear") -> tuple[Tensor, Tensor, Tensor] | None:
         """Return A (columns, in_features) and B^T (columns, out_features) of all adapters of the batch at a layer.
 
-        The third is (rows, columns): 1 where a column is of a row's own. None where no adapter changes the layer.
+        The third is (rows, columns): 1 where a column is of a row's own. The result is None where no adapter changes
+        the layer.
         """
         slots = self.slots
         if not self.has_guests:
@@ -124,7 +125,7 @@ class SlotLinear(nn.Module):
             return self._by_segments(routing, x)
         if (stacked := routing.stacked(self)) is None:
             return self._base(x)
-        # One product for all adapters, of more columns than a row's own: few launches, and a panel's width on a CPU.
+        # One product serves all adapters, wider than a row's own: few launches, and a panel's width on a CPU.
         A, B, mask = stacked
         inner = x.to(A.dtype) @ A.t()
         inner = (inner * mask.view(len(x), *[1] * (x.ndim - 2), -1)).view(-1, mask.shape[1])
@@ -166,16 +167,16 @@ class Slots:
         self.model, self.count, self.rank, self.dtype = model, count, rank, dtype
         self.layers: dict[str, SlotLinear] = {}
         self.routing: Routing | None = None
-        """Of the batch that runs."""
+        """Routing of the batch that runs."""
         self.last: Routing | None = None
-        """Of the batch before, which the next one mostly is too."""
+        """Routing of the batch before, which the next batch mostly has too."""
         self.written: list[set[str]] = [set() for _ in range(count)]
         """Layers that each slot's adapter changes."""
         self.finite: dict[int, bool] = {}
-        """Whether all numbers of a slot or guest are, as far as that was asked."""
+        """True for a slot or guest all of whose numbers are finite, as far as that was asked."""
         self.places: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         self.guests: dict[int, Factors] = {}
-        """By number, which is never that of a slot, nor of another guest."""
+        """Guests by number, which is never that of a slot, nor of another guest."""
         self.numbers = counted_from(count)
 
     @property
@@ -186,7 +187,7 @@ class Slots:
     def welcome(self, factors: Factors) -> int:
         """Let an adapter take part without a slot; return its number, to be given up by `dismiss`.
 
-        Raises ValueError where it fits no layer.
+        Raises ValueError for an adapter that fits no layer.
         """
         assert self.takes_guests, "a guest's factors are on the host"
         self._wrap_all(factors)
@@ -206,7 +207,7 @@ class Slots:
 
     @torch.no_grad()
     def load(self, slot: int, factors: Factors) -> None:
-        """Put an adapter into a slot. Raises ValueError where its rank is above the slots', or it fits no layer.
+        """Put an adapter into a slot. Raises ValueError for one of a rank above the slots', or that fits no layer.
 
         A failure in the middle of it leaves a slot that the next adapter may have.
         """
@@ -226,9 +227,9 @@ class Slots:
                     place[len(factor) :].zero_()
                     place = place[: len(factor)]
                 into.append(place)
-        self.written[slot] |= factors.keys()  # whatever of the copy is done
+        self.written[slot] |= factors.keys()  # also after half a copy
         self.finite.pop(slot, None)
-        # One call: hundreds of small copies cost more by themselves than what they copy.
+        # One call copies all, as hundreds of small copies cost more by themselves than what they copy.
         torch._foreach_copy_(into, [factor for pair in factors.values() for factor in pair])
         self.written[slot] = set(factors)
 
@@ -250,7 +251,7 @@ class Slots:
         return places
 
     def _wrap_all(self, factors: Factors) -> None:
-        """Wrap the layers of an adapter. Raises ValueError before the first of them where it does not fit one."""
+        """Wrap the layers of an adapter. Raises ValueError, before any is wrapped, for an adapter that does not fit."""
         layers = {name: self._base_layer(name) for name in factors}
         for name, (A, B) in factors.items():
             shape = linear_shape(layers[name])
@@ -277,7 +278,7 @@ class Slots:
 
     @contextmanager
     def routed(self, routes: Sequence[int]) -> Iterator[None]:
-        """Inside, row i of a batch goes through the slot or guest `routes[i]`; -1 is the base."""
+        """Send row i of a batch through the slot or guest `routes[i]`; -1 is the base."""
         if any(not -1 <= route < self.count and route not in self.guests for route in routes):
             raise ValueError(f"routes {sorted(set(routes))}: there are slots 0 to {self.count - 1}; -1 is the base")
         if self.last is None or self.last.routes != tuple(routes):

@@ -1,4 +1,4 @@
-"""What an adapter has learned, layer by layer: the size, the rank and the directions of its change."""
+"""The spectrum of an adapter's change, layer by layer: its size, rank and directions."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lightning_peft.adapters.dora import DoRAEmbedding, DoRALinear
 from lightning_peft.quantization.weights import dense_weight
 
 DEAD = 1e-3
-"""A direction is dead below this share of the layer's largest singular value. Ours."""
+"""A direction is dead below this share of the layer's largest singular value, a number of ours."""
 INTRUDER = 0.5
 """Cosine below which a direction of the tuned weight is none of the base's (Shuttleworth et al. 2024, section 3)."""
 
@@ -35,9 +35,9 @@ class LayerSpectrum:
     balance: float | None
     """||B|| / ||A|| of a low-rank change, its scaling left out; None for another."""
     singular_values: list[float]
-    """The largest first, as many as `rank`."""
+    """The singular values, the largest first, as many as `rank`."""
     intruders: int | None = None
-    """Among the largest left singular directions of W + dW, those that are none of W's; None where not looked for."""
+    """Number among the largest left singular directions of W + dW that are none of W's; None where not looked for."""
     magnitude: float | None = None
     """Share of a DoRA's change that is its magnitude's: ||m - n||^2 beside ||s B A||^2, n the norms that m began as."""
     quantization_error: float | None = None
@@ -112,7 +112,7 @@ def count_intruders(weight: Tensor, tuned: Tensor, count: int) -> int:
 def overlap(first: Adapter, second: Adapter) -> float | None:
     """Return the share of directions that two adapters of a layer have in common (Hu et al. 2021, eq. 4); 0 to 1.
 
-    It is ||U1^T U2||^2 / min(r1, r2) over the column spaces of their B; None where one is no low-rank sum.
+    The share is ||U1^T U2||^2 / min(r1, r2) over the column spaces of the Bs; None where one is no low-rank sum.
     """
     factors = first.low_rank(), second.low_rank()
     if factors[0] is None or factors[1] is None:

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, and of what size. Needs shapes only: a model on the meta device will do."""
+"""The layers that get an adapter, and its size. Shapes are enough: a model on the meta device will do."""
 
 import difflib
 import logging
@@ -56,7 +56,7 @@ def block_depth(name: str) -> int | None:
 
 
 def parse_layers(layers: str, blocks: int | None = None) -> Callable[[int], bool]:
-    """Test for "0-3,7,10-": is this block among them. Raises ValueError, with `blocks` for one beyond them too."""
+    """Return a test whether a block is in "0-3,7,10-". Raises ValueError, also for a block beyond `blocks` of them."""
     ranges: list[tuple[int, float]] = []
     for part in layers.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d*))?\s*", part)
@@ -229,7 +229,7 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def text_tower(model: nn.Module) -> str | None:
-    """Name of the part of a multimodal model that reads text; None for a model of text alone."""
+    """Return the name of the part of a multimodal model that reads text; None for a model of text alone."""
     config = getattr(model, "config", None)
     kinds = ("vision_config", "audio_config", "vit_config")
     if not any(getattr(config, kind, None) is not None for kind in kinds):
@@ -246,7 +246,7 @@ def ends(model: nn.Module) -> tuple[Any, Any]:
 
 
 def names_an_end(model: nn.Module, config: AdapterConfig) -> bool:
-    """Whether the names given to adapt or to train are those of an embedding or head that share one weight."""
+    """Return whether the names given to adapt or to train are those of an embedding or head that share one weight."""
     if not is_tied(model):
         return False
     given = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules]

@@ -83,7 +83,7 @@ class VeRALinear(Adapter):
         device = next(base_layer.parameters()).device
         self.dropout = config.dropout
         self.initial_d = config.initial_d
-        # In a tuple, so that the pair is no submodule of each layer: the model registers it once.
+        # The tuple keeps the pair from being a submodule of each layer: the model registers it once.
         self._shared = (shared,)
         rank = shared.vera_A.shape[0]
         self.vera_lambda_b = nn.Parameter(torch.empty(self.out_features, device=device, dtype=torch.float32))
@@ -105,7 +105,7 @@ class VeRALinear(Adapter):
 
     def fused(self, x: Tensor, base: Base) -> Tensor | None:
         if self.active_dropout:
-            if base.form != GIVEN:  # a base that is run in the same step would be fed the dropped input
+            if base.form != GIVEN:  # a base run in the same step would be fed the dropped input
                 return None
             x = F.dropout(x, self.dropout)
         return add_vectors(base, x, *self.projection(), self.vera_lambda_d, self.vera_lambda_b)

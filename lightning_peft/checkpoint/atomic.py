@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 DEVICES = "/dev"
-"""Where names are of devices, and of what this process has open."""
+"""The folder of devices, and of what this process has open."""
 
 
 class SaveError(OSError):
@@ -50,7 +50,7 @@ def atomic_file(path: Path, has_one_writer: bool = True) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Return an empty folder to write to, which becomes `path` when the block ends without an exception.
 
-    Its files may be read by whom the umask says, whatever wrote them.
+    The umask says who may read the folder's files, whatever wrote them.
     Raises SaveError on any OSError, a full disk among them.
     """
     partial = partial_path(path)
@@ -85,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def names_file(path: Path) -> Iterator[None]:
-    """Inside, a failed file operation that names no file, as one on a full disk, names this one."""
+    """Have a failed file operation inside that names no file, as one on a full disk, name this one."""
     try:
         yield
     except OSError as error:
@@ -100,7 +100,7 @@ def _save_errors(path: Path, partial: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         _remove(partial)
-        if isinstance(error, SaveError):  # of a file in the folder
+        if isinstance(error, SaveError):  # for a file in the folder
             error = error.__cause__ if isinstance(error.__cause__, OSError | SafetensorError) else error
         reason = getattr(error, "strerror", None) or str(error)
         raise SaveError(f"{path}: cannot be saved ({reason}); what was there before is unchanged") from error
@@ -114,7 +114,7 @@ def _replace_folder(new: Path, path: Path) -> None:
         os.rename(new, path)
         return
     if not _exchange(new, path):
-        # Two renames, on file systems and kernels without an exchange: a crash between them leaves `.NAME.previous`.
+        # File systems and kernels without an exchange take two renames: a crash between them leaves `.NAME.previous`.
         previous = path.with_name(f".{path.name}.previous")
         _remove(previous)
         os.rename(path, previous)

@@ -1,4 +1,4 @@
-"""Where an adapter comes from: which base, which config, which data, which versions."""
+"""The origin of an adapter: base, config, data and versions."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ def installed_versions() -> dict[str, str]:
 
 
 EXPORTED_BY = "lightning-peft export"
-"""What wrote an adapter whose factors no longer are those of the options in its lineage."""
+"""The command that wrote an adapter whose factors no longer are those of the options in its lineage."""
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Lineage:
     method: str = "lora"
     """Key of `METHODS`; HF's file does not tell LoRA-FA from LoRA, and has no word for some methods."""
     quantization: str = "none"
-    """How the base was quantised while the adapter was trained."""
+    """Quantisation of the base while the adapter was trained."""
     precision: str | None = None
-    """What the run computed in, such as bf16-true; null where a folder does not say."""
+    """Precision that the run computed in, such as bf16-true; null where a folder does not say."""
     packing_difference: float | None = None
     """Difference of a packed sample's logits to those it has alone, as a share of the largest, on the machine of the
     run; null where nothing was packed."""
@@ -63,9 +63,9 @@ class Lineage:
     commands: list[str] = field(default_factory=list)
     """The commands that the run was started and gone on with, as they were typed; empty for a run from Python."""
     objective: str = "sft"
-    """Key of `OBJECTIVES`: what the adapter was trained for."""
+    """Key of `OBJECTIVES` that the adapter was trained for."""
     parents: list[dict[str, Any]] = field(default_factory=list)
-    """The adapters that `convert` made it of: name, method, rank, weight and adapter_sha256 of each."""
+    """The adapters that `convert` made this one of: name, method, rank, weight and adapter_sha256 of each."""
 
 
 def write_lineage(lineage: Lineage, folder: Path) -> None:

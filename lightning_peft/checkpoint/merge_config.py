@@ -7,7 +7,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 class MergeBase(Enum):
-    """Which weights the change is added to when the base is quantised."""
+    """The weights that the change is added to when the base is quantised."""
 
     dequantised = "dequantised"
     """The weights the adapter was trained on, made dense: the merged model is the adapted one but for one rounding."""
@@ -19,7 +19,7 @@ class MergeBase(Enum):
 
 @dataclass
 class MergeConfig:
-    """How base and adapter become one model, and how far it may be from the two."""
+    """The way base and adapter become one model, and the largest distance of that model from the two."""
 
     max_kl: float = 0.01
     """Largest mean KL(adapter || merged) accepted, nats per token."""

@@ -26,7 +26,7 @@ from lightning_peft.checkpoint.resume import gathered
 from lightning_peft.kernels.codes import INT8
 from lightning_peft.kernels.low_bit import LOW_BIT
 from lightning_peft.models.multimodal import LeftOnDisk, save_left
-from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.models.weight_streaming import fp32_pattern
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import QuantizedExperts
 from lightning_peft.quantization.linear import QuantizedLinear
@@ -35,7 +35,7 @@ from lightning_peft.quantization.weights import computing_dtype, is_transposed
 logger = logging.getLogger(__name__)
 
 RECEIPT_NAME = "merge_receipt.json"
-"""Written beside the merged model."""
+"""Name of the file beside the merged model."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -95,8 +95,8 @@ def merge(
     `samples` are token ids (B, T) without padding, on which the saved model is compared with the adapted one; their
     logits are kept in memory. `original` is the base as its checkpoint stores it, which the change is then added to:
     needed for `MergeBase.original`, and where the model was loaded in another dtype. `base_logits` are those of the
-    base on the samples, where disabling the adapters does not give it. Uses `model` and `original` up. Raises
-    NotMergeableError, and MergeError, with nothing left at `output`, when they differ too much.
+    base on the samples, where disabling the adapters does not give it. `model` and `original` are used up. Raises
+    NotMergeableError, and MergeError, with nothing left at `output`, when the models differ too much.
     """
     config = config or MergeConfig()
     output = Path(output)
@@ -182,7 +182,7 @@ def save_model(
 ) -> None:
     """Write a model without adapters and its tokenizer; 4-bit layers as bitsandbytes stores them.
 
-    Casts the model in place where it is not in `dtype` already, but for what its architecture keeps in fp32; without
+    The model is cast in place where it is not in `dtype` already, but for what its architecture keeps in fp32; without
     a dtype every tensor keeps its own. `state` holds its tensors where it is sharded itself.
     """
     kept = fp32_pattern(model, dtype)
@@ -197,7 +197,7 @@ def save_model(
     if coded:
         _save_coded(model, coded, folder)
     else:
-        disable_progress_bar()  # of transformers, which draws into whatever else is printed
+        disable_progress_bar()  # the bar of transformers draws into other output
         model.save_pretrained(folder, state_dict=state)
         if dtype is None and state is None:
             # transformers writes the dtype of the first weight, and would load all others in it.
@@ -262,21 +262,21 @@ class Comparison:
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """fp32 logits (B, T, V) of ids (B, T), on the host."""
+    """Return the fp32 logits (B, T, V) of ids (B, T), on the host."""
     return model(input_ids=ids, use_cache=False).logits.float().cpu()
 
 
 def _kl_divergence(adapted: Tensor, merged: Tensor) -> float:
     """Return KL(adapted || merged), summed over tokens, from logits (T, V).
 
-    It is computed in fp64: fp32 would add about 1e-8 a token.
+    The sum is computed in fp64: fp32 would add about 1e-8 a token.
     """
     logs = merged.double().log_softmax(-1), adapted.double().log_softmax(-1)
     return float(F.kl_div(*logs, reduction="sum", log_target=True))
 
 
 def _save_coded(model: PreTrainedModel, coded: dict[str, QuantizedLinear], folder: Path) -> None:
-    # Slow import: bitsandbytes.
+    # This imports bitsandbytes, which is slow.
     from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 
     state = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(f"{name}." for name in coded))}

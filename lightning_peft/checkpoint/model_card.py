@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "README.md"
 MARK = "<!-- written by lightning-peft -->"
-"""Stands in every card of ours; a file without it belongs to somebody else, and is left as it is."""
+"""A line in every card of ours; a file without it belongs to somebody else, and is left as it is."""
 
 
 def write_card(folder: Path, run: Path | None = None, lineage: Lineage | None = None) -> None:
@@ -59,7 +59,7 @@ def _facts(lineage: Lineage, adapter: dict[str, Any]) -> str:
     trainer = config.get("trainer", {})
     steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
     length = f"{steps} steps" if steps not in (None, -1) else f"{epochs} epochs"
-    own_run = len(lineage.parents) <= 1  # of several, the config is that of the first alone
+    own_run = len(lineage.parents) <= 1  # with several, the config is that of the first alone
     facts = {
         "base": f"{lineage.base_name}, weights {lineage.base_fingerprint[:12]}",
         "method": config.get("method") or lineage.method,
@@ -161,7 +161,7 @@ def _number(value: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return what a file holds; nothing, said in a line, where it is damaged: what the card is of stands by itself."""
+    """Return what a file holds; nothing, with a logged line, where it is damaged: the model stands by itself."""
     try:
         return read_object(path, "the card leaves out what it says") if path.is_file() else {}
     except ValueError as error:

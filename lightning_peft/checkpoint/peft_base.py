@@ -1,7 +1,7 @@
-"""What an adapter folder of HF PEFT changes of its base beside the adapters: rows of embeddings, biases, embeddings.
+"""The changes of the base in an adapter folder of HF PEFT beside the adapters: rows of embeddings, biases, embeddings.
 
-Those that train here are the adapter's own tensors. The others are frozen weights of the base that take the values of
-the file, and that are kept with the model so that they go along when it is saved or merged.
+Changed weights that train here are the adapter's own tensors. The others are frozen weights of the base that take the
+values of the file, and that are kept with the model so that they go along when it is saved or merged.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 ROWS = ".token_adapter.trainable_tokens_delta"
 """End of the name of the rows (n, dim) that `trainable_token_indices` trained of a weight: values, not changes."""
 LORA_BIAS = ".lora_B.bias"
-"""End of the name of what `lora_bias` adds to the output of B, before it is scaled, (out,)."""
+"""End of the name of the tensor that `lora_bias` adds to the output of B, before the scaling, (out,)."""
 
 
 class BaseChangeError(ValueError):
@@ -33,7 +33,7 @@ class BaseChangeError(ValueError):
 def given_by(
     model: nn.Module, words: Mapping[str, Any], tensors: dict[str, Tensor], trained: Iterable[str]
 ) -> dict[str, Given]:
-    """Take what changes weights of the base out of `tensors`, by our names; the changes, by the weight's name.
+    """Take what changes weights of the base out of `tensors`, by our names; return the changes by the weight's name.
 
     A weight in `trained`, which the run trains, gets its changed value in `tensors` instead. Raises BaseChangeError.
     """
@@ -46,9 +46,10 @@ def given_by(
 
 
 def apply_given(model: nn.Module, changes: Mapping[str, Given]) -> None:
-    """Change the model's weights, and remember how, for whoever saves or merges it.
+    """Change the model's weights, and keep the changes for whoever saves or merges the model.
 
-    A changed weight has storage of its own from then on: a teacher may stand around the same tensors, and keeps its.
+    A changed weight has storage of its own from then on: a teacher may stand around the same tensors, and keeps its
+    own.
     """
     for name, given in changes.items():
         parameter = model.get_parameter(name)

@@ -1,4 +1,4 @@
-"""Whether HF PEFT, where it is installed, reads a folder as the adapter that it is."""
+"""Check that HF PEFT, where it is installed, reads a folder as the adapter that it is."""
 
 import importlib.util
 import re
@@ -10,14 +10,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.models.reward_head import reward_head
-from lightning_peft.models.streaming import parameters_on_meta
+from lightning_peft.models.weight_streaming import parameters_on_meta
 from lightning_peft.quantization.weights import never_calls
 
 
 def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
-    """In one line how HF PEFT fails to read the adapter of `folder` into a model like this one, without any weights.
+    """Return in one line how HF PEFT fails to read the adapter of `folder` into a model like this one, without weights.
 
-    None where it reads it, and where PEFT is not installed.
+    The line is None where PEFT reads the adapter, and where PEFT is not installed.
     """
     if importlib.util.find_spec("peft") is None:
         return None

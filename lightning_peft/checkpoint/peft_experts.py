@@ -1,9 +1,9 @@
 """Adapters of stacked experts as HF PEFT's `target_parameters` has them, both ways.
 
 HF wraps a module once for each of its parameters, the first one innermost: `experts.base_layer.lora_A.weight` is
-gate_up_proj's, `experts.lora_A.weight` down_proj's. It keeps the factors of all experts in two matrices, A (experts x
-rank, in) with an expert's rows together, B (out, rank x experts) with those of a rank together. Which side of a stored
-matrix is the inputs' it reads off the module's `is_transposed`, so of Llama 4's it has the factors the other way round.
+gate_up_proj's, `experts.lora_A.weight` down_proj's. HF keeps the factors of all experts in two matrices, A (experts x
+rank, in) with an expert's rows together, B (out, rank x experts) with those of a rank together. HF reads off the
+module's `is_transposed` which side of a stored matrix is the inputs', so Llama 4's factors are the other way round.
 """
 
 import re

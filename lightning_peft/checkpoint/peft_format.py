@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "adapter_model.safetensors"
 SHARED_PREFIX = "base_model."
 NAMED_DEFAULT = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.default(?=\.|$)")
-"""What PEFT calls an adapter unless it is told otherwise, and takes out of the names that it saves."""
+"""PEFT's name of an adapter unless it is told otherwise, which PEFT takes out of the names that it saves."""
 
 
 def save_adapter(
@@ -60,11 +60,10 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model`, and the modules trained in full, as a folder that HF PEFT loads.
 
-    `tokenizer` goes with it where it has tokens that the base's has not. Layers whose initialisation rewrote the base
-    become a LoRA of twice the rank on the untouched one. `beside` is called
-    with the folder before it takes its place, and may write what else goes with it. Replaces `folder` in one step;
-    SaveError leaves it as it was. With several ranks every one must call this, as sharded tensors are
-    gathered; rank zero writes.
+    `tokenizer` goes with the folder where it has tokens that the base's has not. Layers whose initialisation rewrote
+    the base become a LoRA of twice the rank on the untouched one. `beside` is called with the folder before that takes
+    its place, and may write what else goes along. `folder` is replaced in one step; SaveError leaves it as it was. With
+    several ranks every one must call this, as sharded tensors are gathered; rank zero writes.
     """
     if METHODS[config.method].trains_all:
         raise ValueError(f"{folder}: method {config.method} has no adapter to save, only a whole model")
@@ -96,7 +95,7 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
     """Copy the tensors of an adapter folder into a model that `inject_adapters` has prepared for them.
 
     Embeddings and biases of the base that the folder carries are replaced too. Trained tensors of `may_lack` that the
-    folder has not keep their values. Raises AdapterFileError when the file is missing or damaged, or its names or
+    folder has not keep their values. Raises AdapterFileError for a missing or damaged file, and for one whose names or
     shapes are not those of the model.
     """
     folder = Path(folder)
@@ -152,9 +151,9 @@ def adapter_config_from_peft(folder: str | Path) -> AdapterConfig:
 
 
 def changes_base(folder: Path) -> bool:
-    """Whether a folder carries more than adapters: trained modules, biases, embeddings, or a rewritten base.
+    """Return whether a folder carries more than adapters: trained modules, biases, embeddings, or a rewritten base.
 
-    Disabling the adapters of a model that has loaded it does not give the base back.
+    Disabling the adapters of a model that has loaded such a folder does not give the base back.
     """
     return bool(tensors_beside(folder)) or read_words(folder).get("init_lora_weights") in REWRITES_BASE
 
@@ -313,7 +312,7 @@ def file_sha256(path: Path) -> str:
 def _base_tensors(model: nn.Module, words: Words, names: Iterable[str]) -> dict[str, Tensor]:
     """Return the frozen tensors of the base that HF stores with an adapter.
 
-    They are resized or adapted embeddings, and trained biases.
+    These tensors are resized or adapted embeddings, and trained biases.
     """
     ends = {id(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")}
     embeddings = {name for name, module in model.named_modules() if id(module) in ends}

@@ -1,9 +1,9 @@
-"""HF PEFT's words: how each method is spelled, and which of HF's features we do not have."""
+"""HF PEFT's words: the spelling of each method, and the features of HF that we do not have."""
 
 from dataclasses import fields
 from typing import Any
 
-from lightning_peft.adapters.init import INITS
+from lightning_peft.adapters.initialization import INITS
 from lightning_peft.adapters.inject import SHARED
 from lightning_peft.adapters.method import PeftSpelling
 from lightning_peft.adapters.registry import METHODS
@@ -44,7 +44,7 @@ SWITCHED_OFF: dict[str, tuple[Any, ...]] = {
 }
 """HF features that we do not have, with the values at which they are off."""
 
-# Which layers were adapted at which rank is read off the tensors; the others say how training began or was run.
+# The tensors tell which layers were adapted at which rank; the other words say how training began or was run.
 WITHOUT_EFFECT = """
     target_modules exclude_modules layers_to_transform layers_pattern rank_pattern auto_mapping base_model_name_or_path
     corda_config ensure_weight_tying eva_config fan_in_fan_out feedforward_modules inference_mode init_ia3_weights

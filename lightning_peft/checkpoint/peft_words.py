@@ -190,7 +190,7 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
         )
     if row.read_more is not None:
         options |= row.read_more(words, layers)
-    # Of two tied layers HF trains the rows together.
+    # HF trains the rows of two tied layers together.
     whole = [name for name in shapes if not name.endswith(ROWS)]
     outside_blocks = [name for name in whole if name.startswith(PREFIX) and block_depth(name) is None]
     return METHODS[method].config(
@@ -209,7 +209,7 @@ def _typed(config: type[AdapterConfig], option: str, value: Any) -> Any:
 
 
 def method_of(folder: Path, words: Words) -> str:
-    """Return the method an adapter folder holds; lineage tells those apart that HF writes alike."""
+    """Return the method an adapter folder holds; the lineage tells methods apart that HF writes alike."""
     fitting = [
         method
         for method, row in spellings().items()

@@ -78,7 +78,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def verify_checkpoint(path: Path) -> None:
     """Read the whole file and compare its checksums.
 
-    Raises CheckpointFileError if it is missing or damaged, UnreadableCheckpoint if it is there and cannot be read.
+    Raises CheckpointFileError for a missing or damaged file, UnreadableCheckpoint for one that cannot be read.
     """
     try:
         if not path.is_file():
@@ -90,7 +90,7 @@ def verify_checkpoint(path: Path) -> None:
         with file, zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a position before the file's start: zipfile on a file cut short
+        if error.errno in (None, errno.EINVAL):  # zipfile seeks before the start of a file cut short
             raise CheckpointFileError(f"{path}: truncated or not a checkpoint ({error})") from error
         raise UnreadableCheckpoint(f"{path}: cannot be read ({error.strerror}), so nothing is known of it") from error
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
@@ -103,10 +103,10 @@ class AtomicCheckpointIO(CheckpointIO):
     """A Trainer plugin that writes beside the file, reads it back, and only then renames it.
 
     With `asynchronous` a thread does so from a copy in host memory; what it meets is raised by the next save or by
-    `teardown`, which both wait for it. Of the files named by `checkpoint_path` it keeps the newest `keep_last`, all
+    `teardown`, which both wait for it. The newest `keep_last` of the files named by `checkpoint_path` are kept, all
     when None. Checkpoints are loaded with `weights_only=True`: tensors and plain Python values, never code.
 
-    What a LightningModule must override so that only trainable state is saved (Lightning 2.6: `dump_checkpoint` calls
+    A LightningModule must override these so that only trainable state is saved (Lightning 2.6: `dump_checkpoint` calls
     `state_dict()`, and `restore_model` calls `load_state_dict(state, strict=self.strict_loading)`):
 
         def state_dict(self, *args, **kwargs):
@@ -128,7 +128,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self.writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Raises SaveError, with the previous checkpoints untouched, when the disk is full."""
+        """Save a checkpoint. Raises SaveError, with the previous checkpoints untouched, when the disk is full."""
         if storage_options is not None:
             raise TypeError(f"storage_options={storage_options!r}: AtomicCheckpointIO has none")
         self.teardown()
@@ -140,7 +140,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self.writing = self.writer.submit(self._write, lambda file: file.write(memory.getbuffer()), Path(path))
 
     def teardown(self) -> None:
-        """Wait until the last checkpoint is on disk; raises what prevented it. Lightning calls this at a run's end."""
+        """Wait until the last checkpoint is on disk; raise what prevented that. Lightning calls this at a run's end."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
@@ -158,7 +158,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors on the CPU unless `map_location` says otherwise. Raises CheckpointFileError."""
+        """Load a checkpoint, tensors on the CPU unless `map_location` says otherwise. Raises CheckpointFileError."""
         verify_checkpoint(Path(path))
         try:
             return torch.load(
@@ -194,12 +194,12 @@ def saved_guard(path: Path) -> dict[str, Any]:
 
 
 def _mapped(path: Path) -> dict[str, Any]:
-    """A checkpoint whose tensors stay on disk."""
+    """Return a checkpoint whose tensors stay on disk."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _save(checkpoint: dict[str, Any], file: Any) -> None:
-    """`torch.save`, whose errors on a full disk are RuntimeErrors of its zip writer."""
+    """Call `torch.save`; its errors on a full disk are RuntimeErrors of its zip writer."""
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
@@ -212,7 +212,7 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
 def trainable_state(model: nn.Module) -> dict[str, nn.Parameter | Tensor]:
     """Return what distinguishes a tuned model from its base, by name and not copied.
 
-    That is every parameter that trains, and all that adapters hold beside their base layer, frozen factors and
+    The state is every parameter that trains, and all that adapters hold beside their base layer, frozen factors and
     persistent buffers included.
     """
     state: dict[str, nn.Parameter | Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -225,7 +225,7 @@ def trainable_state(model: nn.Module) -> dict[str, nn.Parameter | Tensor]:
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """`trainable_state` as `gathered` has it."""
+    """Return `trainable_state` as `gathered` has it."""
     return gathered(trainable_state(model))
 
 
@@ -254,7 +254,7 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors, detached and not copied; a sharded one whole, in host memory, and on rank zero alone.
 
-    One at a time is gathered, so no device has to hold them all. Every rank must call it.
+    Tensors are gathered one at a time, so no device has to hold them all. Every rank must call it.
     """
     found: dict[str, Tensor] = {}
     whole: dict[int, Tensor | None] = {}  # a tied weight, which has two names, is gathered once
@@ -275,7 +275,7 @@ def assign(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
     assert not target.is_meta, "weights arrive before adapters are loaded"
     if isinstance(target, DTensor):
-        # Every rank holds the whole value, so each cuts its own shard and nothing is sent.
+        # Every rank holds the whole value, so each rank cuts its own shard and nothing is sent.
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(value)
 
@@ -286,7 +286,7 @@ def check_names_and_shapes(
     got: Mapping[str, Tensor],
     error: type[ValueError] = CheckpointFileError,
 ) -> None:
-    """Raise one line naming up to three differences."""
+    """Raise `error` with one line that names up to three differences."""
     for problem, names in (
         ("lacks", [n for n in expected if n not in got]),
         ("has, and this model does not,", [n for n in got if n not in expected]),

@@ -1,4 +1,4 @@
-"""What clusters have in common: what a run asks for, what a job runs, how it stands, and commands that can fail."""
+"""The common part of all clusters: what a run asks for, what a job runs, how it stands, and commands that can fail."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 SECONDS = 60
-"""What a cluster's command may take; a controller that is away makes it wait for about as long."""
+"""Time that a cluster's command may take; a controller that is away makes it wait for about as long."""
 SAVED = 75
 """Exit status of `train` that has saved and is to be started again."""
 ONE_RUN = 'ls "$run_dir/checkpoints" 2> /dev/null'
@@ -30,7 +30,7 @@ class ClusterSilent(ClusterError):
 
 @dataclass
 class ClusterConfig:
-    """Where `submit` runs a training, and what it asks for there."""
+    """The cluster on which `submit` runs a training, and the resources it asks for there."""
 
     name: str = ""
     """The cluster's row in `CLUSTERS`, set by its option file."""
@@ -48,7 +48,7 @@ class ClusterConfig:
     """Print what would be handed to the cluster; write and submit nothing."""
 
     ranks_option: ClassVar[str] = "gpus_per_node"
-    """What says how many ranks a node has."""
+    """The option that says how many ranks a node has."""
     MINIMUMS: ClassVar[Mapping[str, int]] = {"nodes": 1, "gpus_per_node": 0, "grace": 1}
 
     def __post_init__(self) -> None:
@@ -64,75 +64,75 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """What a cluster says about a job, or about one task of several."""
+    """A cluster's words about a job, or about one task of several."""
 
     id: str
-    """As 71, or 71_4 for task 4 of job 71."""
+    """The id, as 71, or 71_4 for task 4 of job 71."""
     state: str
-    """As PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, PREEMPTED."""
+    """The state, as PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY, PREEMPTED."""
     exit_code: int
     restarts: int
 
     @property
     def is_active(self) -> bool:
-        """Whether it runs or will run."""
+        """Return whether the job runs or will run."""
         return self.state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a job is to do: one run, or the trials of a sweep, one or several in each task."""
+class JobSpec:
+    """The work of a job: one run, or the trials of a sweep, one or several in each task."""
 
     name: str
-    """For people."""
+    """A name for people."""
     folder: Path
     """Absolute folder for the job's file and logs."""
     directory: str
-    """Where relative paths of the run count from."""
+    """The folder that relative paths of the run count from."""
     run_dirs: Path | None = None
     """File with the folders that the tasks run, a line each; None for one run, which `folder` is of."""
     tasks: int = 1
     parallel: int | None = None
     """Tasks at once; None for as many as the cluster will run."""
     is_asking: bool = False
-    """Whether each task asks the sweep for a trial, which is drawn then."""
+    """True where each task asks the sweep for a trial, which is drawn then."""
     takes_turns: bool = False
-    """Whether each task is a slot, which asks the sweep for one trial after the other until it has none."""
+    """True where each task is a slot, which asks the sweep for one trial after the other until it has none."""
     is_together: bool = False
-    """Whether a folder in `run_dirs` lists, in trials.txt, several that train in one process."""
+    """True where a folder in `run_dirs` lists, in trials.txt, several that train in one process."""
     has_wandb: bool = False
 
     @property
     def written(self) -> str:
-        """Bash that lists what tells whether a start got on."""
+        """Return bash that lists what tells whether a start got on."""
         return TOGETHER if self.is_together else ONE_RUN
 
 
 class Cluster(ABC):
-    """How jobs of one kind of cluster are written, submitted, watched and cancelled."""
+    """The way jobs of one kind of cluster are written, submitted, watched and cancelled."""
 
     file: ClassVar[str]
     """Name of a job's file, with the extension that is the cluster's."""
     cancels_tasks: ClassVar[bool] = True
-    """Whether one task of a job can be ended, and the others go on."""
+    """True where one task of a job can be ended, and the others go on."""
     shares_files: ClassVar[bool] = False
-    """Whether its nodes see the files of the machine that submits."""
+    """True where its nodes see the files of the machine that submits."""
 
     @abstractmethod
-    def check(self, config: ClusterConfig, work: Work) -> None:
+    def check(self, config: ClusterConfig, work: JobSpec) -> None:
         """Raise ValueError for work that this cluster cannot do as it is asked."""
 
     @abstractmethod
-    def text(self, config: ClusterConfig, work: Work) -> str:
+    def text(self, config: ClusterConfig, work: JobSpec) -> str:
         """Return the file that is handed to the cluster."""
 
     @abstractmethod
-    def submit(self, path: Path, work: Work) -> str:
-        """Hand the file over. Returns the job's id; raises ClusterError with what was wrong."""
+    def submit(self, path: Path, work: JobSpec) -> str:
+        """Hand the file over and return the job's id. Raises ClusterError with what was wrong."""
 
     @abstractmethod
     def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
-        """Return the jobs by id, one of several tasks by these (71_0, 71_1 ...). What is forgotten is absent."""
+        """Return the jobs by id, one of several tasks by these (71_0, 71_1 ...). Forgotten jobs are absent."""
 
     @abstractmethod
     def cancel(self, job_ids: Iterable[str]) -> None:
@@ -148,13 +148,13 @@ class Commands:
     """The commands of a cluster, and what a person is told where one gives no answer."""
 
     missing: str
-    """As in "SLURM's commands have to be on PATH here"."""
+    """The message, as in "SLURM's commands have to be on PATH here"."""
     silent: str
-    """As in "no answer from SLURM in 60 s; squeue shows what became of it"."""
+    """The message, as in "no answer from SLURM in 60 s; squeue shows what became of it"."""
     seconds: float = SECONDS
 
     def run(self, *command: str) -> str:
-        """Run one of them. Returns what it prints; raises ClusterError with what it said was wrong."""
+        """Run one of the commands and return its output. Raises ClusterError with what the command said was wrong."""
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.seconds)
         except OSError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from lightning_peft.cluster.documents import yaml_text
-from lightning_peft.cluster.job import SAVED, SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
+from lightning_peft.cluster.job import SAVED, SECONDS, Cluster, ClusterConfig, ClusterError, Commands, Job, JobSpec
 from lightning_peft.cluster.supervised import PORT, check_draws_nothing, check_is_shared, script
 
 KUBECTL = Commands(
@@ -23,17 +23,17 @@ KUBECTL = Commands(
     f"no answer from Kubernetes in {SECONDS} s; kubectl get jobs shows what became of it",
 )
 NAME_LENGTH = 50
-"""Of a Job; its pods' names, with their number and five letters, are names of hosts, of up to 63."""
+"""Longest name of a Job; its pods' names, with a number and five letters more, are names of hosts, of up to 63."""
 CONTAINER = "train"
 WRONG_INPUT = 2
 """Exit status of `train` that is not to be started again."""
 RESTARTS = 6
-"""How often the nodes of one run may fail together: those left over when one of them is lost do."""
+"""Number of times the nodes of one run may fail together: the nodes left over when one is lost do."""
 
 
 @dataclass
 class KubernetesConfig(ClusterConfig):
-    """Where on Kubernetes `submit` runs a training, and what its pods ask for."""
+    """The place on Kubernetes where `submit` runs a training, and the resources its pods ask for."""
 
     name: str = "kubernetes"
     image: str = ""
@@ -71,7 +71,7 @@ class Kubernetes(Cluster):
     file = "job.yaml"
     cancels_tasks = False
 
-    def check(self, config: ClusterConfig, work: Work) -> None:
+    def check(self, config: ClusterConfig, work: JobSpec) -> None:
         assert isinstance(config, KubernetesConfig)
         if not config.image:
             raise ValueError("cluster.image: give the image of the pods, as cluster.image=me/lightning_peft:1")
@@ -83,7 +83,7 @@ class Kubernetes(Cluster):
         check_is_shared(config.volumes, work.folder, config.name)
         check_draws_nothing(config, work)
 
-    def text(self, config: ClusterConfig, work: Work) -> str:
+    def text(self, config: ClusterConfig, work: JobSpec) -> str:
         assert isinstance(config, KubernetesConfig)
         name = job_name(work.name)
         documents = [job(config, work, name)]
@@ -91,7 +91,7 @@ class Kubernetes(Cluster):
             documents.insert(0, service(config, name))
         return yaml_text(*documents)
 
-    def submit(self, path: Path, work: Work) -> str:
+    def submit(self, path: Path, work: JobSpec) -> str:
         written = KUBECTL.run("kubectl", "create", "--filename", str(path), "--output", "name")
         found = [line.partition("/") for line in written.split()]
         (name,) = [name for kind, _, name in found if kind.startswith("job")]
@@ -145,7 +145,7 @@ def metadata(config: KubernetesConfig, name: str) -> dict[str, Any]:
 
 
 def service(config: KubernetesConfig, name: str) -> dict[str, Any]:
-    """Return what gives the pods of a run their names: the ranks meet at NAME-0.NAME."""
+    """Return the service that gives the pods of a run their names: the ranks meet at NAME-0.NAME."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -159,7 +159,7 @@ def service(config: KubernetesConfig, name: str) -> dict[str, Any]:
     }
 
 
-def job(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
+def job(config: KubernetesConfig, work: JobSpec, name: str) -> dict[str, Any]:
     is_sweep = work.run_dirs is not None
     pods = work.tasks if is_sweep else config.nodes
     spec: dict[str, Any] = {
@@ -176,7 +176,7 @@ def job(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
 
 
 def rules(is_sweep: bool) -> list[dict[str, Any]]:
-    """Return what becomes of a pod by how it ended; other ends count as failures."""
+    """Return the rules for a pod by the way it ended; other ends count as failures."""
 
     def on(status: int) -> dict[str, Any]:
         return {"containerName": CONTAINER, "operator": "In", "values": [status]}
@@ -188,7 +188,7 @@ def rules(is_sweep: bool) -> list[dict[str, Any]]:
     ]
 
 
-def pod(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
+def pod(config: KubernetesConfig, work: JobSpec, name: str) -> dict[str, Any]:
     number = "$JOB_COMPLETION_INDEX"
     text = script(
         config,
@@ -212,7 +212,7 @@ def pod(config: KubernetesConfig, work: Work, name: str) -> dict[str, Any]:
     container = {
         "name": CONTAINER,
         "image": config.image,
-        "command": ["bash", "-c", text.replace("$$", "$$$$")],  # of two $ Kubernetes takes one for itself
+        "command": ["bash", "-c", text.replace("$$", "$$$$")],  # Kubernetes takes one of two $ for itself
         "volumeMounts": mounts,
         **({"resources": {"limits": limits}} if limits else {}),
         **({"envFrom": [{"secretRef": {"name": secret}} for secret in config.secrets]} if config.secrets else {}),

@@ -1,4 +1,4 @@
-"""The partitions of a SLURM cluster, as sinfo tells them: what GPUs, memory and time a job can have there."""
+"""The partitions of a SLURM cluster, as sinfo tells them: the GPUs, memory and time that a job can have there."""
 
 import re
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ class Partition:
     nodes: int
     cpus: int
     memory_gib: float
-    """Of a node."""
+    """Memory of a node."""
     gpu: str | None
-    """What SLURM calls the kind of GPU; "" where it does not say, None without GPUs."""
+    """SLURM's name of the kind of GPU; "" where SLURM gives none, None without GPUs."""
     gpus: int
     minutes: int | None
     """Longest job; None for no limit."""
 
     @property
     def gpu_gib(self) -> int | None:
-        """Memory of one of its GPUs; None where its name does not say."""
+        """Return the memory of one of its GPUs; None where its name does not say."""
         return gpu_gib(self.gpu) if self.gpu else None
 
 

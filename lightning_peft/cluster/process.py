@@ -24,12 +24,12 @@ class Process:
 
     @property
     def is_alive(self) -> bool:
-        """One of another machine cannot be seen from here, so it is taken to live until someone says it is over."""
+        """Return whether the process lives; one of another machine is taken to live until someone says it is over."""
         return not self.is_here or start_ticks(self.pid) == self.started
 
 
 def process(pid: int) -> Process:
-    """The process that has the number now; call it while the process cannot have ended unseen."""
+    """Return the process that has the number now; call it while the process cannot have ended unseen."""
     ticks = start_ticks(pid)
     return Process(pid, 0 if ticks is None else ticks, socket.gethostname())
 
@@ -39,7 +39,7 @@ def this_process() -> Process:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started; None when there is none, or only its exit status is left."""
+    """Return when a process started; None when there is none, or only its exit status is left."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

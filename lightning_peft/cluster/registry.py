@@ -1,4 +1,4 @@
-"""The table of clusters: the options of each, and how its jobs are handled."""
+"""The table of clusters: the options of each, and the class that handles its jobs."""
 
 from dataclasses import dataclass
 
@@ -21,4 +21,4 @@ CLUSTERS: dict[str, ClusterRow] = {
     "kubernetes": ClusterRow(KubernetesConfig, Kubernetes()),
     "skypilot": ClusterRow(SkyPilotConfig, SkyPilot()),
 }
-"""Name, as in cluster=slurm -> row."""
+"""Name, as in cluster=slurm, -> row."""

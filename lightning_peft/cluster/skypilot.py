@@ -14,34 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.documents import yaml_text
-from lightning_peft.cluster.job import SAVED, TASK, Cluster, ClusterConfig, ClusterError, Commands, Job, Work
+from lightning_peft.cluster.job import SAVED, TASK, Cluster, ClusterConfig, ClusterError, Commands, Job, JobSpec
 from lightning_peft.cluster.supervised import check_draws_nothing, check_is_shared, script
 
 SECONDS = 900
-"""What a launch may take, which starts a controller first where none is up."""
+"""Time that a launch may take, which starts a controller first where none is up."""
 SKY = Commands(
     "SkyPilot's command has to be on PATH here: pip install skypilot",
     f"no answer from SkyPilot in {SECONDS} s; sky jobs queue shows what became of it",
     SECONDS,
 )
 MODE = "MOUNT_CACHED"
-"""How buckets are mounted: through a cache on the node's disk, as what is mounted directly takes no appended lines."""
+"""The mount of buckets: through a cache on the node's disk, as a direct mount takes no appended lines."""
 NUMBER = "LIGHTNING_PEFT_TASK_NUMBER"
 """Environment variable with the number of a task."""
 NO_JOBS = ("ClusterNotUp", "No in-progress managed jobs")
-"""Said where the controller, which stops when it has been idle, is not up."""
+"""Words of SkyPilot where the controller, which stops when it has been idle, is not up."""
 OF_A_SWEEP = re.compile(r"_\d+$")
-"""Ends the id of a task; a job's own ends with six letters that are no number behind a _."""
+"""The end of a task's id; a job's own id ends with six letters that are no number behind a _."""
 WORDS = {
     "PENDING": "PENDING", "SUBMITTED": "PENDING", "STARTING": "PENDING", "RECOVERING": "REQUEUED",
     "RUNNING": "RUNNING", "CANCELLING": "RUNNING", "SUCCEEDED": "COMPLETED", "CANCELLED": "CANCELLED",
 }  # fmt: skip
-"""SkyPilot's words for how a job stands in ours; those that begin with FAILED are failures."""
+"""SkyPilot's words for the state of a job -> ours; those that begin with FAILED are failures."""
 
 
 @dataclass
 class SkyPilotConfig(ClusterConfig):
-    """Where in the clouds `submit` runs a training, and on what."""
+    """The clouds in which `submit` runs a training, and the machines there."""
 
     name: str = "skypilot"
     accelerator: str | None = None
@@ -80,7 +80,7 @@ class SkyPilot(Cluster):
 
     file = "job.sky.yaml"
 
-    def check(self, config: ClusterConfig, work: Work) -> None:
+    def check(self, config: ClusterConfig, work: JobSpec) -> None:
         assert isinstance(config, SkyPilotConfig)
         check_is_shared(config.volumes, work.folder, config.name)
         check_draws_nothing(config, work)
@@ -91,7 +91,7 @@ class SkyPilot(Cluster):
                 "leave it out"
             )
 
-    def text(self, config: ClusterConfig, work: Work) -> str:
+    def text(self, config: ClusterConfig, work: JobSpec) -> str:
         assert isinstance(config, SkyPilotConfig)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", work.name).strip("-._") or "run"
         name = f"{name if name[0].isalpha() else f'run-{name}'}-{secrets.token_hex(3)}"
@@ -124,7 +124,7 @@ class SkyPilot(Cluster):
         }
         return yaml_text({key: value for key, value in task.items() if value is not None})
 
-    def submit(self, path: Path, work: Work) -> str:
+    def submit(self, path: Path, work: JobSpec) -> str:
         text = path.read_text(encoding="utf-8")
         (name,) = re.findall(r"^name: (\S+)$", text, re.MULTILINE)
         launch = ("sky", "jobs", "launch", "--yes", "--detach-run")
@@ -162,7 +162,7 @@ class SkyPilot(Cluster):
             SKY.run("sky", "jobs", "cancel", "--yes", "--name", name)
 
     def names_of(self, job_id: str) -> list[str]:
-        """Return SkyPilot's names of a job: of a sweep's, all its tasks' that are not over."""
+        """Return SkyPilot's names of a job; for a sweep's job the names of all its tasks that are not over."""
         if OF_A_SWEEP.search(job_id):
             return [sky_name(job_id)]
         found = self.find([job_id])
@@ -173,7 +173,7 @@ class SkyPilot(Cluster):
 
 
 def environment_of(config: SkyPilotConfig) -> dict[str, str]:
-    """Return the variables with their values. Raises ValueError for one that this machine does not have."""
+    """Return the variables with their values. Raises ValueError for a variable that this machine lacks."""
     found = {}
     for name, value in config.environment.items():
         if value is None and name not in os.environ:

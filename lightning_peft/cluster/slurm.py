@@ -1,4 +1,4 @@
-"""SLURM: what a job asks for, its batch script, and the commands that submit, watch, cancel and requeue it."""
+"""SLURM: the resources of a job, its batch script, and the commands that submit, watch, cancel and requeue it."""
 
 import logging
 import re
@@ -17,7 +17,7 @@ from lightning_peft.cluster.job import (
     ClusterError,
     Commands,
     Job,
-    Work,
+    JobSpec,
 )
 from lightning_peft.cluster.slurm_slot import SECONDS_TO_START, SLOT
 from lightning_peft.cluster.stalls import stalls
@@ -31,7 +31,7 @@ SLURM_COMMANDS = Commands(
 
 @dataclass
 class SlurmConfig(ClusterConfig):
-    """Where on a SLURM cluster `submit` runs a training, and what it asks for there."""
+    """The place on a SLURM cluster where `submit` runs a training, and the resources it asks for there."""
 
     name: str = "slurm"
     partition: str | None = None
@@ -71,7 +71,7 @@ class SlurmConfig(ClusterConfig):
 
 BODY = """\
 {setup}
-# Where the ranks meet: on the first node, at the first free port from one of the job's own on.
+# The ranks meet on the first node, at the first free port from one of the job's own on.
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))
 is_taken() {{ (: > "/dev/tcp/$1/$MASTER_PORT") 2> /dev/null; }}
@@ -80,7 +80,7 @@ while is_taken "$MASTER_ADDR" || is_taken localhost; do MASTER_PORT=$((MASTER_PO
 # The signals are for the ranks; this shell outlives them.
 trap {on_signal} TERM USR1 USR2
 
-# Whether the job is to run on, which one that was cancelled is not; a controller that does not answer is asked again.
+# The job is to run on unless it was cancelled; a controller that does not answer is asked again.
 is_running() {{
   local state
   for _ in {{1..60}}; do
@@ -114,7 +114,7 @@ exit "$status"
 
 
 WANDB = """
-# Started here, Weights & Biases' service outlives the signals that end the ranks, and finishes writing.
+# Weights & Biases' service starts here: it outlives the signals that end the ranks, and finishes writing.
 export WANDB_SERVICE=$({wandb} beta core start --idle-timeout 5m 2>&1 | grep -oE '^3-[0-9]+-[a-z]+-.*')
 [ -n "$WANDB_SERVICE" ] || {{ unset WANDB_SERVICE; echo "wandb: no service; the next start logs what is cut off"; }}
 """
@@ -132,7 +132,7 @@ def batch_script(
     written: str = ONE_RUN,
     slot_of: Path | None = None,
 ) -> str:
-    """A batch script of one run, or of an array of runs with `array` as sbatch takes it ("0-7%4").
+    """Return a batch script of one run, or of an array of runs with `array` as sbatch takes it ("0-7%4").
 
     `log` may hold sbatch's %j, %A and %a. `run_dir`, the run's folder, and `train`, the words after `lightning-peft
     train`, every rank's own, are bash, and so is `written`, which lists what tells whether a start got on. Relative
@@ -172,7 +172,7 @@ def batch_script(
 
 
 def directive(option: str, value: str) -> str:
-    """An option of a `#SBATCH` line, its value quoted where sbatch would end it at a blank or a #."""
+    """Return an option of a `#SBATCH` line, its value quoted where sbatch would end it at a blank or a #."""
     if re.fullmatch(r"[\w./%+:=,@^-]*", value):
         return f"--{option}={value}"
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -180,7 +180,7 @@ def directive(option: str, value: str) -> str:
 
 
 def log_path(folder: Path, name: str) -> str:
-    """The log `name`, which may hold %j, %A and %a, in a folder whose own % signs mean themselves.
+    """Return the log `name`, which may hold %j, %A and %a, in a folder whose own % signs mean themselves.
 
     Raises ValueError for a folder that no #SBATCH line can name.
     """
@@ -190,7 +190,7 @@ def log_path(folder: Path, name: str) -> str:
 
 
 def train_words(config_path: Path) -> str:
-    """`train` of `batch_script` for one run."""
+    """Return `train` of `batch_script` for one run."""
     return f"config_path={shlex.quote(str(config_path.resolve()))}"
 
 
@@ -203,9 +203,9 @@ TOGETHER_TRAIN_WORDS = 'config_path="$run_dir/trials.txt"'
 
 
 def array_run_dir(run_dirs: Path) -> str:
-    """`run_dir` of `batch_script` for an array: task i runs what stands in line i (from 0) of a file of run folders.
+    """Return `run_dir` of `batch_script` for an array: task i runs the folder in line i (from 0) of a file of folders.
 
-    A relative path counts from where sbatch is called.
+    A relative path counts from the folder in which sbatch is called.
     """
     return f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(run_dirs))})'
 
@@ -216,7 +216,7 @@ class Slurm(Cluster):
     file = "job.sbatch"
     shares_files = True
 
-    def check(self, config: ClusterConfig, work: Work) -> None:
+    def check(self, config: ClusterConfig, work: JobSpec) -> None:
         log_path(work.folder, "")
         assert isinstance(config, SlurmConfig)
         if work.is_asking and config.container is not None:
@@ -226,7 +226,7 @@ class Slurm(Cluster):
                 "cluster.python, or use a grid or random draws without sweep.pruning and sweep.budget_gpu_hours"
             )
 
-    def text(self, config: ClusterConfig, work: Work) -> str:
+    def text(self, config: ClusterConfig, work: JobSpec) -> str:
         assert isinstance(config, SlurmConfig)
         python = config.python or ("python" if config.container else sys.executable)
         train, run_dir = train_words(work.folder / "config.yaml"), shlex.quote(str(work.folder))
@@ -249,11 +249,11 @@ class Slurm(Cluster):
             slot_of=work.folder if work.takes_turns else None,
         )  # fmt: skip
 
-    def submit(self, path: Path, work: Work) -> str:
+    def submit(self, path: Path, work: JobSpec) -> str:
         return SLURM_COMMANDS.run("sbatch", "--parsable", str(path)).strip().partition(";")[0]
 
     def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
-        """Return the jobs by id, an array by its tasks (71_0, 71_1 ...). What SLURM has forgotten is absent.
+        """Return the jobs by id, an array by its tasks (71_0, 71_1 ...). Forgotten jobs are absent.
 
         slurmctld forgets finished jobs after minutes (MinJobAge); sacct, where there is accounting, remembers them.
         """
@@ -308,7 +308,7 @@ def _from_accounting(job_id: str) -> list[Job]:
 
 
 def array_tasks(text: str) -> list[int]:
-    """The tasks that SLURM writes as "0-3,7%2"."""
+    """Return the tasks that SLURM writes as "0-3,7%2"."""
     tasks: list[int] = []
     for part in re.sub(r"%\d+$", "", text).split(","):
         first, _, last = part.partition("-")

@@ -3,21 +3,21 @@
 from lightning_peft.cluster.process import LEAVE
 
 SECONDS_TO_START = 60
-"""Of a job's time, what a further trial needs before it heeds the warning signal."""
+"""The part of a job's time that a further trial needs before it heeds the warning signal."""
 
 SLOT = """\
 job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
-# What was given is a trial's folder, or one that lists several, which train together.
+# The folder given is a trial's, or one that lists several, which train together.
 trials() {{ if [ -e "$run_dir/trials.txt" ]; then cat "$run_dir/trials.txt"; else echo "$run_dir"; fi; }}
 written() {{ trials | while read -r trial; do ls "$trial/checkpoints" 2> /dev/null; done; }}
-# Trials that are to be gone on with: none that has said how it ended, is at a rung, or was cancelled.
+# A trial is to be gone on with unless it has said how it ended, is at a rung, or was cancelled.
 saved() {{
   trials | while read -r trial; do
     [ -e "$trial/{leave}" ] || grep -Eqs '"status": "(paused|finished|failed|diverged)"' "$trial/result.json" ||
       echo "$trial"
   done
 }}
-# The next trial, of a sweep that is told which ended and how; it may have heard so, and its answer be lost.
+# The sweep names the next trial once told which ended and how; it may have heard so, and its answer be lost.
 ask() {{
   local attempt
   for attempt in 1 2 3; do
@@ -27,7 +27,7 @@ ask() {{
   done
   return 1
 }}
-# Whether the job is near its end: no step is made any more then, and a warning between two trials is heard by none.
+# No step is made any more near the job's end, and a warning between two trials is heard by none.
 is_ending() {{
   [ -n "$told" ] || [ "$((${{SLURM_JOB_END_TIME:-$(($(date +%s) + 86400))}} - $(date +%s)))" -lt {least} ]
 }}
@@ -35,7 +35,7 @@ was_preempted() {{
   trials | while read -r trial; do cat "$trial/result.json" 2> /dev/null; done | grep -q '"status": "preempted"'
 }}
 
-# The same trial in a fresh start of this job, unless that was cancelled; fails where it would do so for ever.
+# A fresh start of this job has the same trial, unless the job was cancelled; it fails where that would go on for ever.
 start_again() {{
   is_running || exit 75
   if stalls; then return 1; fi

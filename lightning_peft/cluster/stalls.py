@@ -1,7 +1,7 @@
 """The bash that counts starts of a job which leave no checkpoint behind: it would start again for ever."""
 
 STALLS = """\
-# Whether a third start in a row has ended before a checkpoint: what `written` lists is what it was at its beginning.
+# A third start in a row stalls that ends before a checkpoint: `written` lists what it listed at the beginning.
 stalls() {
   local starts=$run_dir/starts_without_checkpoint
   if [ "$(written)" != "$checkpoints" ]; then rm -f "$starts"; else date >> "$starts"; fi
@@ -14,5 +14,5 @@ stalls() {
 
 
 def stalls(remedy: str) -> str:
-    """Return the function `stalls`, which says what would help and succeeds where the job is to give up."""
+    """Return the function `stalls`, which names the remedy and succeeds where the job is to give up."""
     return STALLS.replace("{remedy}", remedy)

@@ -1,23 +1,23 @@
 """The bash that runs one start of a training where no `srun` does: in a pod of Kubernetes, on machines of SkyPilot.
 
-It starts the ranks of its node, hands signals on to them, lets a trial leave that was cancelled, ends all when one
-fails, and says by its exit status how the start ended: 75 where the run is saved and is to go on.
+The script starts the ranks of its node, hands signals on to them, lets a trial leave that was cancelled, ends all when
+one fails, and says by its exit status how the start ended: 75 where the run is saved and is to go on.
 """
 
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_peft.cluster.job import TASK, ClusterConfig, Work
+from lightning_peft.cluster.job import TASK, ClusterConfig, JobSpec
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.cluster.stalls import stalls
 
 PORT = 29500
-"""Where the ranks of several nodes meet, on the first of them."""
+"""The port on the first node at which the ranks of several nodes meet."""
 
 BODY = """\
 {setup}
-# What the lines above have set is theirs.
+# Options that the lines above have set are for those lines alone.
 set +eu +o pipefail
 cd {directory} 2> /dev/null || echo {directory} is not here, so relative paths count from "$PWD"
 export {task_variable}={task}
@@ -39,7 +39,7 @@ tell() {{ for rank in "${{ranks[@]}}"; do kill -s "$1" "$rank" 2> /dev/null; don
 trap 'tell TERM' TERM INT USR1 USR2
 {start}
 
-# Until the ranks have left: one that fails ends the others, and {leave} asks all to save and go.
+# The shell waits until the ranks have left: one that fails ends the others, and {leave} asks all to save and go.
 status=0
 declare -A codes
 while [ "${{#codes[@]}}" -lt "${{#ranks[@]}}" ]; do
@@ -66,7 +66,7 @@ finish "$status"
 """
 
 
-def script(config: ClusterConfig, work: Work, task: str, number: str, node: str, first_node: str) -> str:
+def script(config: ClusterConfig, work: JobSpec, task: str, number: str, node: str, first_node: str) -> str:
     """Return the bash of one start.
 
     `task`, the id of what it runs, `number`, which of the job's tasks that is, `node`, the number of this node, and
@@ -124,7 +124,7 @@ def check_is_shared(volumes: Mapping[str, str], work_folder: Path, cluster: str)
         )
 
 
-def check_draws_nothing(config: ClusterConfig, work: Work) -> None:
+def check_draws_nothing(config: ClusterConfig, work: JobSpec) -> None:
     """Raise ValueError for tasks that would draw their trials: they cannot ask the cluster how the others stand."""
     if work.is_asking:
         raise ValueError(

@@ -37,4 +37,4 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "how few trained numbers a task takes, from a sweep of method=intrinsic",
     ),
 }
-"""Name -> where its function is, and what it does in a line."""
+"""Name -> the place of its function, and a line that says what it does."""

@@ -1,4 +1,4 @@
-"""What `evaluate`, `generate` and `merge` share: an adapter's own config, and its model on this machine."""
+"""An adapter's own config, and its model on this machine, for `evaluate`, `generate` and `merge`."""
 
 import logging
 from dataclasses import replace
@@ -43,7 +43,7 @@ def best_of_sweep(adapter_path: str) -> str:
 
 
 def saved_config(adapter_path: str | None) -> TrainConfig | None:
-    """The config an adapter was trained with; None without an adapter, or for a folder of HF PEFT."""
+    """Return the config an adapter was trained with; None without an adapter, or for a folder of HF PEFT."""
     if adapter_path is None:
         return None
     lineage = read_lineage(tuned_folder(adapter_path))
@@ -51,7 +51,7 @@ def saved_config(adapter_path: str | None) -> TrainConfig | None:
 
 
 def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelConfig, QuantizationConfig]:
-    """Base model and quantisation: as given, else as trained."""
+    """Return base model and quantisation: as given, else as trained."""
     saved = saved_config(adapter_path)
     if model is not None and saved is not None and saved.model.new_tokens and not model.new_tokens:
         logger.info("the adapter knows %d tokens more than its base: they are added", len(saved.model.new_tokens))
@@ -69,7 +69,7 @@ def base_of(adapter_path: str | None, model: ModelConfig | None) -> tuple[ModelC
 
 
 def continues_text(adapter_path: str | None) -> bool:
-    """Whether an adapter was trained on text without turns, as far as its folder says."""
+    """Return whether an adapter was trained on text without turns, as far as its folder says."""
     if adapter_path is None:
         return False
     if (saved := PromptLayout.load(tuned_folder(adapter_path))) is not None:
@@ -79,7 +79,7 @@ def continues_text(adapter_path: str | None) -> bool:
 
 
 def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> PromptLayout:
-    """How an adapter's prompts are written; the tokenizer's chat layout for a base, or a folder that does not say."""
+    """Return the layout of an adapter's prompts; the tokenizer's chat layout for a base, or a folder without one."""
     saved = None if adapter_path is None else PromptLayout.load(tuned_folder(adapter_path))
     if saved is not None:
         return saved
@@ -93,9 +93,9 @@ def inference_device() -> torch.device:
 
 
 def inference_dtype(adapter_path: str | None, precision: str) -> torch.dtype:
-    """dtype of `precision`; `auto` is the one the adapter was trained in, else this machine's.
+    """Return the dtype of `precision`; `auto` is the one the adapter was trained in, else this machine's.
 
-    Elsewhere the weights would be rounded otherwise, and 4-bit codes be others.
+    In another dtype the weights would be rounded otherwise, and 4-bit codes be others.
     """
     device = inference_device().type
     here = resolve_precision(precision, device, has_fast_bf16(device), trains_all=False)
@@ -112,14 +112,14 @@ def inference_dtype(adapter_path: str | None, precision: str) -> torch.dtype:
 
 
 def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> PreTrainedModel:
-    """The model that an adapter was trained on, quantised as it was, without the adapter."""
+    """Return the model that an adapter was trained on, quantised as it was, without the adapter."""
     base, quantization = base_of(adapter_path, model)
     dtype = inference_dtype(adapter_path, precision)
     return load_model(base, dtype, quantization, device=inference_device()).eval()
 
 
 def tokenizer_for_inference(adapter_path: str | None, model: ModelConfig | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, as `load_for_inference` loads it."""
+    """Return the tokenizer of a model, as `load_for_inference` loads it."""
     folder = None if adapter_path is None else tuned_folder(adapter_path)
     if folder is not None and is_whole_model(folder):
         return load_tokenizer(ModelConfig(name="hf", path=str(folder)))
@@ -129,7 +129,7 @@ def tokenizer_for_inference(adapter_path: str | None, model: ModelConfig | None)
 def load_for_inference(
     adapter_path: str | None, model: ModelConfig | None, precision: str, takes_rewards: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model, adapted where there is an adapter, and its tokenizer. ValueError for rewards unless they are taken."""
+    """Return the model, with its adapter if it has one, and its tokenizer. ValueError for rewards unless taken."""
     base, quantization = base_of(adapter_path, model)
     device = inference_device()
     dtype = inference_dtype(adapter_path, precision)

@@ -1,4 +1,4 @@
-"""`lightning-peft calibrate`: how far an adapter's probabilities can be believed, drawn, dropped and in an ensemble."""
+"""`lightning-peft calibrate`: the calibration of an adapter's probabilities, drawn, dropped and in an ensemble."""
 
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,12 +13,12 @@ from lightning_peft.commands.evaluate import data_of, refuse_margins, show_calib
 from lightning_peft.commands.picture import write_picture
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
 from lightning_peft.inference.load import tuned_folder
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.strict_json import json_text
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
-    """Score the mean adapter and what is random beside it; prints a table, writes the scores and a diagram."""
+    """Score the mean adapter and what is random beside it; print a table, write the scores and a diagram."""
     data = replace(data_of(saved_config(config.adapter_path), config), max_validation_rows=config.max_rows)
     refuse_margins(data)
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)

@@ -1,4 +1,4 @@
-"""What a sweep is refused for before any of its trials begins."""
+"""The checks that refuse a sweep before any of its trials begins."""
 
 import json
 import logging
@@ -115,10 +115,10 @@ def check_scorers(runs: Sequence[TrainConfig]) -> None:
 def check_rows(runs: Sequence[TrainConfig], cluster: ClusterConfig | None = None) -> None:
     """Raise ValueError where a trial would be refused its layers, its rows or its metrics once it begins.
 
-    Each model with its layers and rows is read once, as the trial does; their tokens are kept for it. Rows that are
-    not there are said and left to the trial, as is a model of which a node of the cluster may have a copy of its own.
+    Each model with its layers and rows is read once, as the trial does; their tokens are kept for it. Missing rows are
+    said and left to the trial, as is a model of which a node of the cluster may have a copy of its own.
     """
-    # Models and tokenizers, which a sweep of a cluster does without.
+    # These import models and tokenizers, which a sweep of a cluster does without.
     from lightning_peft.commands.train import check_model, read_data, task_metrics
     from lightning_peft.models.loading import load_tokenizer
     from lightning_peft.runs.machine import Machine

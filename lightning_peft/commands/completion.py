@@ -36,7 +36,7 @@ complete -c lightning-peft -n "not __fish_use_subcommand" -a "@words@"
 
 
 def completion(words: list[str]) -> None:
-    """Print the script of a shell. Raises ValueError for one that is not known."""
+    """Print the script of a shell. Raises ValueError for an unknown shell."""
     if len(words) != 1 or words[0] not in SHELLS:
         raise ValueError(f"completion: name a shell, one of {', '.join(SHELLS)}; got {' '.join(words) or 'none'}")
     script = SHELLS[words[0]]
@@ -44,7 +44,7 @@ def completion(words: list[str]) -> None:
 
 
 def all_words() -> list[str]:
-    """group=option for every option file, and key= for every key."""
+    """Return group=option for every option file, and key= for every key."""
     groups = sorted(path for path in CONF_DIR.iterdir() if path.is_dir())
     options = [
         f"{group.name}={path.relative_to(group).with_suffix('')}"

@@ -78,7 +78,7 @@ def convert(config: ConvertConfig) -> Receipt:
     Raises ValueError, before a model is loaded, for a conversion that cannot be; MergeError, with nothing left at
     `output`, where the file is further off than `max_kl`.
     """
-    disable_progress_bar()  # of transformers; ours stands in its place
+    disable_progress_bar()  # ours stands in place of transformers' bar
     output = Path(config.output)
     with only_maker(output):
         check_unused(output)
@@ -98,7 +98,7 @@ def convert_into(output: Path, config: ConvertConfig) -> Receipt:
     layout = common_layout(parents, [layout_of(parent.path, tokenizer) for parent in parents])
     context = model_context(base)
     drawn = [sample for parent in parents for sample in sample_ids(saved_config(parent.path), tokenizer, context)]
-    samples = list({tuple(sample.flatten().tolist()): sample for sample in drawn}.values())  # of each data set once
+    samples = list({tuple(sample.flatten().tolist()): sample for sample in drawn}.values())  # each data set counts once
     model = load_base(first, config.model, config.precision)
     asked, comparison = ask(config, parents, model, samples)
     changes, lost = cut_all(config, parents, asked)
@@ -128,7 +128,7 @@ def convert_into(output: Path, config: ConvertConfig) -> Receipt:
 
 
 def read_parent(path: str, weight: float) -> Parent:
-    """Return what a folder says of itself. Raises ValueError for a whole model, or more than adapters."""
+    """Return what an adapter's folder says of it. Raises ValueError for a whole model, or more than adapters."""
     path = best_of_sweep(path)
     folder = tuned_folder(path)
     if is_whole_model(folder):
@@ -155,7 +155,7 @@ def read_parent(path: str, weight: float) -> Parent:
 
 
 def checked(config: ConvertConfig, parents: list[Parent]) -> str:
-    """Return the method that is written, lora or dora. Raises ValueError where the parents do not allow it."""
+    """Return the method that is written, lora or dora. Raises ValueError for parents that do not allow it."""
     asked = "lora" if config.to is None else config.to.value
     for parent in parents:
         is_sum = not_low_rank(features_of(parent.adapter)) is None
@@ -189,7 +189,7 @@ def checked(config: ConvertConfig, parents: list[Parent]) -> str:
 
 
 def check_one_base(parents: list[Parent]) -> None:
-    """Raise LineageError for adapters of several bases; say which differ in how their base was stored."""
+    """Raise LineageError for adapters of several bases; log which differ in how their base was stored."""
     known = [(parent, parent.lineage) for parent in parents if parent.lineage is not None]
     for parent, lineage in known[1:]:
         first, of_first = known[0]
@@ -205,7 +205,7 @@ def check_one_base(parents: list[Parent]) -> None:
 
 
 def common_layout(parents: list[Parent], layouts: list[PromptLayout]) -> PromptLayout:
-    """Return the prompt layout of the first adapter; says in a line in what another's differs."""
+    """Return the prompt layout of the first adapter; log the difference of another's."""
     first = layouts[0]
     for parent, layout in zip(parents[1:], layouts[1:], strict=True):
         if differing := [name for name, value in asdict(first).items() if value != getattr(layout, name)]:
@@ -307,7 +307,7 @@ def lineage_of(parents: list[Parent], written: AdapterConfig, fingerprint: str, 
 
 
 def said(parents: list[Parent], changes: dict[str, LowRank], lost: dict[str, float]) -> list[str]:
-    """Return what was made of what, at which ranks, and where most was lost."""
+    """Return sentences that say what was made of what, at which ranks, and where most was lost."""
     made = " + ".join(f"{parent.weight:g} x {parent.path}" for parent in parents)
     made = made if len(parents) > 1 else parents[0].path
     ranks = [len(change.A) for change in changes.values()]

@@ -10,7 +10,7 @@ from lightning_peft.evaluation.intrinsic_dimension import Dimensions, read_dimen
 
 
 def d90(config: D90Config) -> Dimensions:
-    """Read the sweep and the reference, and print what share of the reference each dimension reaches."""
+    """Read the sweep and the reference, and print the share of the reference that each dimension reaches."""
     found = read_dimensions(Path(config.sweep_path), Path(config.reference_path), config.metric, config.share)
     what = "loss below the base's" if config.metric == "loss" else config.metric.replace("_", " ")
     table = Table("trained numbers", what, "share of the reference")

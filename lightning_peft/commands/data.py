@@ -1,4 +1,4 @@
-"""`lightning-peft data`: what `train` would be given with the same words; no model is built and no weight is read."""
+"""`lightning-peft data`: the rows that `train` would be given with the same words, read without a model."""
 
 import struct
 import zlib
@@ -22,7 +22,7 @@ BINS = 12
 
 
 def data(config: DataCommandConfig) -> dict[str, Any]:
-    """Show samples, the audit and the lengths of the training rows; returns the counts.
+    """Show samples, the audit and the lengths of the training rows; return the counts.
 
     Raises ValueError for anything wrong with the rows and, with `strict`, for anything the audit warns of.
     """
@@ -75,7 +75,7 @@ def show_lengths(console: Console, counts: np.ndarray, edges: np.ndarray) -> Non
 
 
 def bar_chart(counts: np.ndarray, width: int = 480, height: int = 240) -> bytes:
-    """A grey PNG of `width` x `height` pixels with a bar for each count."""
+    """Return a grey PNG of `width` x `height` pixels with a bar for each count."""
     pixels = np.full((height, width), 255, np.uint8)
     step = width // len(counts)
     for number, count in enumerate(counts):

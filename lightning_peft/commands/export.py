@@ -55,18 +55,18 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportedRun:
     """A trained run, and how it is written."""
 
     folder: Path
     base: ModelConfig
     features: list[str]
     whole: bool
-    """The run wrote a whole model (method=full)."""
+    """True where the run wrote a whole model (method=full)."""
     merged: bool
-    """The export holds base and adapter in one."""
+    """True where the export holds base and adapter in one."""
     base_name: str
-    """How other programs find the base; empty where the export holds it."""
+    """The name by which other programs find the base; empty where the export holds the base."""
 
 
 def export(config: ExportConfig) -> Receipt:
@@ -82,12 +82,12 @@ def export(config: ExportConfig) -> Receipt:
 def export_alone(config: ExportConfig) -> Receipt:
     """Export into a folder that nobody else makes meanwhile."""
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
-    disable_progress_bar()  # of transformers; ours stands in its place
+    disable_progress_bar()  # ours stands in place of transformers' bar
     source = checked(config)
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     layout = layout_of(config.adapter_path, tokenizer)
     if config.format is ExportFormat.ollama:
-        ollama.modelfile("base", None, layout, tokenizer)  # what it cannot say is said before the work
+        ollama.modelfile("base", None, layout, tokenizer)  # an error comes before the work
     comparison = compared(config, source, model)
     output = Path(config.output)
     with atomic_folder(output) as partial:
@@ -106,8 +106,8 @@ def export_alone(config: ExportConfig) -> Receipt:
     return receipt
 
 
-def checked(config: ExportConfig) -> Source:
-    """Look at the run and the format, without a model; prints what each engine does with the result."""
+def checked(config: ExportConfig) -> ExportedRun:
+    """Look at the run and the format, without a model; print what each engine does with the result."""
     output, format = Path(config.output), config.format.value
     check_unused(output)
     if output.suffix == ".gguf":
@@ -150,7 +150,7 @@ def checked(config: ExportConfig) -> Source:
         raise ValueError(f"base_name={config.base_name}: this export holds the base itself; leave it out")
     for line in table_of(features, largest_rank(adapter), format, rank):
         print(line)
-    return Source(folder, base, features, whole, merged, name)
+    return ExportedRun(folder, base, features, whole, merged, name)
 
 
 def resolving_name(config: ExportConfig, base: ModelConfig) -> str:
@@ -181,7 +181,7 @@ def base_file(base: ModelConfig) -> Path | None:
     return location if location.suffix == ".gguf" else None
 
 
-def compared(config: ExportConfig, source: Source, model: PreTrainedModel) -> Comparison:
+def compared(config: ExportConfig, source: ExportedRun, model: PreTrainedModel) -> Comparison:
     """Ask the trained model, which the written file is then compared with."""
     base_logits = None
     if not source.whole and (tensors_beside(source.folder) or any(layer.rewrote_base for _, layer in adapters(model))):
@@ -193,7 +193,7 @@ def compared(config: ExportConfig, source: Source, model: PreTrainedModel) -> Co
 
 def write_pairs(
     config: ExportConfig,
-    source: Source,
+    source: ExportedRun,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     layout: PromptLayout,
@@ -232,7 +232,7 @@ def write_pairs(
 
 def write_merged(
     config: ExportConfig,
-    source: Source,
+    source: ExportedRun,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     layout: PromptLayout,

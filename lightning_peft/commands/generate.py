@@ -30,7 +30,7 @@ class Prompt:
     """A prompt, or one line of `prompt_path`."""
 
     row: dict[str, Any]
-    """What is written beside the answer."""
+    """The values that are written beside the answer."""
     messages: Conversation
     """The conversation to go on with."""
 
@@ -103,7 +103,7 @@ def text_prompt(text: str) -> Prompt:
 
 
 def read_prompts(path: str | None, is_raw: bool = False) -> list[Prompt] | None:
-    """Return the prompts of a text file, a line each, or of JSON lines. Raises ValueError for a file without any.
+    """Return the prompts of a text file, a line each, or of JSON lines. Raises ValueError for a file without prompts.
 
     is_raw: prompts are texts that are continued, without turns.
     """

@@ -43,7 +43,7 @@ def init(words: list[str]) -> None:
 
 
 def text_of(path: Path, choices: list[str]) -> str:
-    """The file's content for some choices. Raises ValueError where they do not compose, or a file cannot say them."""
+    """Return a file's content for some choices. Raises ValueError for choices that do not compose or fit in no file."""
     refuse_what_no_file_says(path, choices)
     words = everyday("train", choices)
     place = [] if any(word.startswith("run_dir=") for word in words) else ["run_dir=mine"]
@@ -73,7 +73,7 @@ def docs_of(config: TrainConfig) -> dict[str, str]:
 def written(
     path: Path, config: dict[str, Any], typed: dict[str, Any], composed: dict[str, Any], docs: dict[str, str]
 ) -> str:
-    """The file's lines: groups, then the keys used most with the values of `config`, then all else that was typed.
+    """Return the file's lines: groups, then the keys used most with the values of `config`, then all else typed.
 
     `composed` is what was typed in Hydra's words, which name groups that follow from it, as data=jsonl of a file.
     """
@@ -81,7 +81,7 @@ def written(
     lines = [f"# lightning-peft train {path}", "# Words after the file win: lightning-peft train "
              f"{path} optimizer.lr=1e-4", ""]  # fmt: skip
     groups = {group: typed.get(group, composed.get(group, DEFAULTS[group])) for group in CHOICES}
-    if "recipe" in typed:  # which chooses what is not typed
+    if "recipe" in typed:  # a recipe chooses what is not typed
         groups = {group: choice for group, choice in groups.items() if group in typed}
     groups |= {key: value for key, value in typed.items() if key in GROUPS and key not in groups}
     for group, choice in groups.items():
@@ -112,7 +112,7 @@ def written(
 
 
 def typed_values(words: list[str]) -> dict[str, Any]:
-    """The keys of some words with their values, as Hydra reads them."""
+    """Return the keys of some words with their values, as Hydra reads them."""
     overrides = read_words(quote_text_values(words))
     return {
         word.partition("=")[0].lstrip("+"): override.value() for word, override in zip(words, overrides, strict=True)
@@ -120,7 +120,7 @@ def typed_values(words: list[str]) -> dict[str, Any]:
 
 
 def first_difference(asked: dict[str, Any], got: dict[str, Any]) -> str | None:
-    """Say which value is another one; None where all are the same."""
+    """Return a sentence on the first value that differs; None where all are the same."""
     before, after = flat(asked), flat(got)
     for key in sorted(before.keys() | after.keys()):
         if (ours := before.get(key)) != (theirs := after.get(key)):
@@ -133,6 +133,6 @@ def comment(text: str, indent: str) -> list[str]:
 
 
 def scalar(value: Any) -> str:
-    """A value as one line of YAML."""
+    """Return a value as one line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
     return text.removesuffix("\n...").removesuffix("...").strip()

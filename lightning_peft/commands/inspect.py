@@ -1,4 +1,4 @@
-"""`lightning-peft inspect`: what an adapter has learned, in a table, a JSON file and a picture."""
+"""`lightning-peft inspect`: the figures of what an adapter has learned, in a table, a JSON file and a picture."""
 
 import logging
 import re
@@ -40,7 +40,7 @@ from lightning_peft.evaluation.key_values import key_values
 from lightning_peft.evaluation.smaller_ranks import score_ranks, smallest_as_good
 from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
 from lightning_peft.quantization.weights import dense_weight, is_quantized
@@ -145,7 +145,7 @@ def _directions(
     data: DataConfig,
     count: int,
 ) -> list[dict[str, Any]]:
-    """Read the strongest directions on validation rows and print them; returns them for the file."""
+    """Read the strongest directions on validation rows and print them; return them for the file."""
     if any(layer.rewrote_base for layer in found.values()):
         raise ValueError(
             f"directions={count}: {path} is for a base that its start rewrote; convert it by `export` first"
@@ -174,7 +174,7 @@ def _validation_rows(path: str, config: InspectConfig, option: str) -> DataConfi
 
 
 class _ToCut(NamedTuple):
-    """What the scores of smaller ranks are made of."""
+    """The parts that the scores of smaller ranks are made of."""
 
     changes: dict[str, Change]
     largest: int | None
@@ -183,7 +183,7 @@ class _ToCut(NamedTuple):
 
 
 def _to_cut(path: str, model: PreTrainedModel, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> _ToCut:
-    """Return the changes and the rows to score them on. Raises ValueError where there are none, or no such changes."""
+    """Return the changes and the rows to score them on. Raises ValueError without rows, or without changes to cut."""
     if any(layer.rewrote_base for _, layer in adapters(model)):
         raise ValueError(
             f"smaller_ranks=true: {path} is for a base that its start rewrote; `lightning-peft export format=plain` "
@@ -246,7 +246,7 @@ def _overlaps(found: dict[str, Adapter], config: InspectConfig) -> dict[str, flo
 
 
 def _kind(name: str) -> str:
-    """Return what a layer is called without its block, as self_attn.q_proj."""
+    """Return the name of a layer without its block, as self_attn.q_proj."""
     return re.sub(r"^.*\.\d+\.", "", name)
 
 

@@ -44,15 +44,15 @@ GENERAL_TEXT = (
     "What is the capital of France, and how many people live there?",
     "List three uses of a binary search tree.",
 )
-"""Compared on when the adapter does not say its data set."""
+"""Texts to compare on when the adapter does not say its data set."""
 
 
 def merge(config: MergeCommandConfig) -> Receipt:
-    """Merge the adapter into its base, in fp32 and rounded once; prints the receipt.
+    """Merge the adapter into its base, in fp32 and rounded once; print the receipt.
 
     Raises MergeError, with nothing left at `output`, when the merged model is too far from the adapted one.
     """
-    disable_progress_bar()  # of transformers; ours stands in its place
+    disable_progress_bar()  # ours stands in place of transformers' bar
     output = Path(config.output)
     if output.suffix in (".gguf", ".safetensors"):
         raise ValueError(f"output={output}: merge writes a folder of that name; use export format=gguf for a GGUF file")
@@ -68,8 +68,8 @@ def merge_into(output: Path, config: MergeCommandConfig) -> Receipt:
     is_adapter = not is_whole_model(folder)
     base, _ = base_of(config.adapter_path, config.model)
     stored = stored_dtypes(base) if is_adapter else None
-    # A folder of HF PEFT does not say what it was trained in: a change that depends on the base is that of the stored,
-    # of most of it, as a router's or a norm's fp32 is no reason to hold all weights in it.
+    # A folder of HF PEFT does not say what it was trained in: a change that depends on the base is taken in the dtype
+    # that most of the base is stored in, as a router's or a norm's fp32 is no reason to hold all weights in fp32.
     most = max(stored, key=lambda dtype: stored[dtype]) if stored else None
     is_fp32 = read_lineage(folder) is None and most in (torch.float32, torch.float64)
     precision = "32-true" if is_fp32 else "auto"
@@ -81,7 +81,7 @@ def merge_into(output: Path, config: MergeCommandConfig) -> Receipt:
     original, dtype = None, computing_dtype(model)
     rounded = config.merge.base is MergeBase.dequantised and stored is not None and set(stored) != {dtype}
     if config.merge.base is MergeBase.original or rounded:
-        # Not rounded through the dtype that the run computed in.
+        # The weights are not rounded through the dtype that the run computed in.
         original = load_model(base, None if stored is not None else dtype, device=inference_device())
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
     layout_of(config.adapter_path, tokenizer).save(output)
@@ -92,7 +92,7 @@ def merge_into(output: Path, config: MergeCommandConfig) -> Receipt:
 
 
 def logits_of_base(adapter_path: str, model: ModelConfig | None, precision: str = "auto") -> list[Tensor]:
-    """What the base says to the samples, for an adapter that has written over parts of it."""
+    """Return the base's logits on the samples, for an adapter that has written over parts of the base."""
     base, _ = base_of(adapter_path, model)
     samples = sample_ids(saved_config(adapter_path), load_tokenizer(base), model_context(base))
     loaded = load_base(adapter_path, model, precision)
@@ -102,7 +102,7 @@ def logits_of_base(adapter_path: str, model: ModelConfig | None, precision: str 
 def sample_ids(
     saved: TrainConfig | None, tokenizer: PreTrainedTokenizerFast, context: int | None = None
 ) -> list[Tensor]:
-    """Token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`; no more than `context`."""
+    """Return token ids (1, T) of validation rows of the adapter's data set, else of `GENERAL_TEXT`, up to `context`."""
     longest = min(SAMPLE_TOKENS, context or SAMPLE_TOKENS)
     if saved is not None and (found := first_samples(saved.data, "validation", tokenizer, SAMPLES)):
         return [torch.tensor([sample.input_ids[:longest]]) for sample in found]

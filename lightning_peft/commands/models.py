@@ -1,4 +1,4 @@
-"""`lightning-peft models [MODEL]`: what was verified of each family of models, and of one, with the reasons."""
+"""`lightning-peft models [MODEL]`: the checks of each family of models, and of one, with the reasons."""
 
 import difflib
 from collections.abc import Sequence

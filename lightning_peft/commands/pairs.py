@@ -41,7 +41,7 @@ LAYOUT = ("layout", "template_options", "reasoning")
 
 
 def pairs(config: PairsConfig) -> dict[str, Any]:
-    """Draw answers to training prompts, score them, and write the pairs; returns and writes what became of them."""
+    """Draw answers to training prompts, score them, and write the pairs; return and write the counts."""
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     refuse_rewards(tuned_folder(config.adapter_path))
     data = rows_asked(config)
@@ -77,7 +77,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
 
 
 def rows_asked(config: PairsConfig) -> DataConfig:
-    """Return the data options of the rows whose prompts are asked. Raises ValueError where nothing says them."""
+    """Return the data options of the rows whose prompts are asked. Raises ValueError where nothing names rows."""
     data = data_of(saved_config(config.adapter_path), config)
     refuse_margins(data)
     for key, value in given_for_rows(data, "rows"):
@@ -101,7 +101,7 @@ def metric_of(config: PairsConfig, data: DataConfig) -> tuple[str, bool]:
 
 
 def rows_with_answers(found: list[Any], config: PairsConfig) -> list[Asked]:
-    """Return the rows that ask for an answer in words. Raises ValueError for one that does not, and where none is."""
+    """Return the rows that ask for an answer in words. Raises ValueError for another row, and without any."""
     asked = []
     for values, messages in found:
         place = messages.last_answer
@@ -145,7 +145,7 @@ def write(config: PairsConfig, data: DataConfig, counts: Counts, lines: list[str
     print(f"{path}: {counts.pairs} pairs")
     files = [shlex.quote(f"data={path}"), shlex.quote(f"adapter.init_from={config.adapter_path}")]
     read = ("prompt", "chosen", "rejected", "tools")
-    beside = sorted({name for line in lines for name in json.loads(line)}.difference(read))  # what its task scores by
+    beside = sorted({name for line in lines for name in json.loads(line)}.difference(read))  # columns of the task
     ignored = [shlex.quote(f"data.ignore_columns=[{','.join(beside)}]")] * bool(beside)
     words = ["lightning-peft train objective=dpo", *files, *words_of_layout(data), *ignored]
     print(f"{' '.join(words)} trains on them")

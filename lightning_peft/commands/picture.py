@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 def write_picture(path: Path, draw: Callable[[], Any]) -> None:
     """Write the matplotlib figure that `draw` makes as a PNG; say so where matplotlib is not there.
 
-    `draw` imports what it draws with, which is slow and which other commands do without.
+    `draw` imports the libraries that it draws with, which are slow and which other commands do without.
     """
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("%s: not drawn, which needs matplotlib; pip install 'lightning-peft[report]'", path)

@@ -60,7 +60,7 @@ OWN_KEYS = ("sweep", "sweep_dir", "price", "dry_run")
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """(the sweep's own words, those of a run); `run_dir` names the sweep's folder, as it does under train -m."""
+    """Return (the sweep's own words, those of a run); `run_dir` names the sweep's folder, as it does under train -m."""
     # `cluster` is a group of submit, so no config can have it as a plain key.
     renamed = {"run_dir": "sweep_dir", "cluster": "sweep.cluster"}
     parts = [word.partition("=") for word in words]
@@ -87,7 +87,7 @@ def submit_sweep(words: list[str]) -> None:
 
 
 def estimate_sweep(words: list[str]) -> None:
-    """Print what every trial of the sweep takes, as `submit -m dry_run=true` does. Raises ValueError as it does."""
+    """Print what every trial of the sweep takes, as `submit -m dry_run=true` does. Raises ValueError likewise."""
     own, run_words = split_words([word for word in words if word.partition("=")[0] != "dry_run"])
     renamed = [f"price.{word}" if word.startswith("output=") else word for word in run_words]
     price_words = [word for word in renamed if word.startswith("price.")]
@@ -97,7 +97,7 @@ def estimate_sweep(words: list[str]) -> None:
 
 def price_sweep(config: SubmitSweepConfig, run_words: list[str]) -> None:
     """Print the prices of a sweep that is planned and checked, and not begun."""
-    # Models, tokenizers and rows, which a sweep that is only planned does without.
+    # These import models, tokenizers and rows, which a sweep that is only planned does without.
     from lightning_peft.commands.price_sweep import prices, show_prices
 
     folder = Path(config.sweep_dir or "sweeps/planned").resolve()
@@ -108,9 +108,9 @@ def price_sweep(config: SubmitSweepConfig, run_words: list[str]) -> None:
 def planned(
     config: SubmitSweepConfig, run_words: list[str], folder: Path, is_begun: bool = False
 ) -> tuple[Sweep, list[TrainConfig]]:
-    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong one.
+    """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong config.
 
-    Of one that is begun the rows are read, too, where its trials see the files that are seen here.
+    The rows of a sweep that is begun are read, too, where its trials see the files that are seen here.
     """
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
@@ -158,7 +158,7 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
 
 def share_bases(sweep: Sweep, runs: Sequence[TrainConfig], together: int | str) -> None:
     """Note which trials can train together, and how many do."""
-    # Models, which a sweep whose trials have processes of their own does without.
+    # These import models, which a sweep whose trials have processes of their own does without.
     from lightning_peft.commands.together import bases, most_that_fit
     from lightning_peft.runs.machine import Machine
 
@@ -184,7 +184,7 @@ def start(folder: Path, names: list[str], run: TrainConfig) -> None:
 
 
 def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
-    """The sweep of these words, with every trial that is known now."""
+    """Return the sweep of these words, with every trial that is known now."""
     overrides = parse(words)
     swept = [override for override in overrides if override.is_sweep_override()]
     if not swept:
@@ -222,7 +222,7 @@ def plan(config: SubmitSweepConfig, words: list[str]) -> Sweep:
 
 
 def parse(words: list[str]) -> list[Override]:
-    """Hydra's reading of the words of `submit -m`. Raises ValueError for those that are not for it."""
+    """Return Hydra's reading of the words of `submit -m`. Raises ValueError for words of other sweepers."""
     overrides = read_words(words)
     for override in overrides:
         if override.is_hydra_override() and override.get_key_element() != SEARCH_PATH:
@@ -247,7 +247,7 @@ def dimensions(sweep: Sweep) -> list[Dimension]:
 
 
 def add_trials(sweep: Sweep, trials: list[list[str]]) -> list[Trial]:
-    """Trials with folder names of their own, also where two choices differ in special characters only."""
+    """Add trials with folder names of their own, also where two choices differ in special characters only."""
     taken = {trial.name for trial in sweep.trials}
     added = []
     for overrides in trials:
@@ -268,7 +268,7 @@ def any_draw(sweep: Sweep) -> Trial:
 
 
 def draws_of_each_value(sweep: Sweep) -> list[Trial]:
-    """Return a draw, and for each other choice of a key, or end of its interval, the same draw with that."""
+    """Return a draw, and the same draw with each other choice of a key, or each end of its interval."""
     first = any_draw(sweep)
     trials = [first]
     for place, of in enumerate(dimensions(sweep)):
@@ -282,7 +282,7 @@ def draws_of_each_value(sweep: Sweep) -> list[Trial]:
 
 
 def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] = ()) -> TrainConfig:
-    """The config of a trial, which continues where an earlier attempt left a checkpoint."""
+    """Return the config of a trial, which continues where an earlier attempt left a checkpoint."""
     words = [*sweep.words, *trial.overrides, *more, f"run_dir={folder / trial.name}", "resume=auto"]
     if sweep.cluster in CLUSTERS:
         words.insert(0, f"cluster={sweep.cluster}")
@@ -307,7 +307,7 @@ def write_run(config: TrainConfig) -> None:
 
 
 def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
-    """Optuna's next trial, added to the sweep, after it was told of those that ended.
+    """Add Optuna's next trial to the sweep and return it, after Optuna was told of the trials that ended.
 
     `job` is the task of the job array that asks; one that asks again, requeued, gets the trial it had.
     """

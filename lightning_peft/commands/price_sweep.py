@@ -1,4 +1,4 @@
-"""What a sweep will take before any of it runs: memory, steps and hours of each trial, and where it fits."""
+"""The price of a sweep before any of it runs: memory, steps and hours of each trial, and where it fits."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.estimation.memory import Estimate
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, model_vocabulary
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.runs.machine import GIB, RESERVED
 from lightning_peft.strict_json import json_text
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, read_result
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Price:
-    """What one trial takes."""
+    """The price of one trial."""
 
     trial: str
     peak: int
@@ -46,19 +46,19 @@ class Price:
     tokens: float
     """Real tokens of all steps and ranks."""
     hours: float | None
-    """Of the trial; None where nothing says how fast it is."""
+    """Hours of the trial; None where nothing says how fast the trial is."""
     source: str
-    """Where its speed comes from."""
+    """The source of its speed."""
 
     @property
     def device_hours(self) -> float | None:
-        """Hours of all its GPUs, or of all its processes on CPUs."""
+        """Return the hours of all its GPUs, or of all its processes on CPUs."""
         return None if self.hours is None else self.hours * self.ranks
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How fast a finished run was."""
+    """The speed of a finished run."""
 
     run_dir: str
     kind: tuple[Any, ...]
@@ -68,7 +68,7 @@ class Measured:
 
 
 def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> list[Price]:
-    """Return the price of each trial. Reads the rows and counts their tokens; no weights."""
+    """Return the price of each trial. The rows are read and their tokens counted; no weights are read."""
     measured = list(finished_runs(config.measured))
     check_gpu(config.gpu, measured)
     estimates: dict[str, tuple[ActivationCheckpointing, Estimate]] = {}
@@ -111,7 +111,7 @@ def planned_run(run: TrainConfig) -> EstimateConfig:
 
 
 def memory_key(run: EstimateConfig) -> str:
-    """Two runs with this in common take the same memory."""
+    """Return a text that runs of the same memory have in common."""
     alike = replace(run.data, train_path=None, validation_path=None)
     trainer = {key: run.trainer.get(key) for key in ("accelerator", "devices", "num_nodes", "precision")}
     accumulate = run.trainer.get("accumulate_grad_batches", 1)
@@ -148,7 +148,7 @@ def length_of(
 
 
 def kind_of(run: TrainConfig, ranks: int) -> tuple[Any, ...]:
-    """What two runs have in common that are as fast as each other, but for the adapter's rank."""
+    """Return what runs of one speed have in common, whatever the adapter's rank is."""
     data, trainer = run.data, run.trainer
     return (
         model_name(run.model), run.method, run.quantization.kind.name, run.objective.name, data.max_length,
@@ -173,7 +173,7 @@ def finished_runs(folders: Sequence[str]) -> Iterator[Measured]:
 
 
 def kind_of_saved(saved: dict[str, Any]) -> tuple[tuple[Any, ...], int | None]:
-    """`kind_of` and the rank from a run's config.yaml, also of methods that are not known here."""
+    """Return `kind_of` and the rank from a run's config.yaml, also of methods that are not known here."""
     data, trainer, model = saved["data"], saved["trainer"], saved["model"]
     ranks = trainer.get("devices", 1) * trainer.get("num_nodes", 1) if isinstance(trainer.get("devices"), int) else 1
     kind = (
@@ -230,7 +230,7 @@ def fits_in(price: Price, run: TrainConfig, partition: Partition) -> bool | None
 def show_prices(
     sweep: Sweep, runs: Sequence[TrainConfig], found: Sequence[Price], output: str | None = None
 ) -> dict[str, Any]:
-    """Print what every trial and the whole sweep take, and which partitions they fit into. Returns the same."""
+    """Print what every trial and the whole sweep take, and which partitions they fit into; return the same."""
     try:
         partitions = find_partitions() if sweep.cluster == "slurm" else []
     except ClusterError as error:

@@ -20,7 +20,7 @@ NOT_SENT = ["*.ckpt", "checkpoints/*", "*.lock", ".*"]
 def push(config: PushConfig) -> str:
     """Upload a tuned folder and return its address. Where that cannot be, say the command that does it later.
 
-    Raises ValueError for a folder that holds neither, a name that is none, and for what the hub refuses.
+    Raises ValueError for a folder that holds neither, for an invalid name, and for an upload that the hub refuses.
     """
     folder = pushed_folder(best_of_sweep(config.adapter_path))
     try:

@@ -25,7 +25,7 @@ def report(config: ReportConfig) -> Path:
         raise ValueError(f"output={output}: must end in .html")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("report: needs matplotlib; pip install 'lightning-peft[report]'")
-    # matplotlib, which other commands do without.
+    # This imports matplotlib, which other commands do without.
     from lightning_peft.report.run import run_page
     from lightning_peft.report.sweep import sweep_page
 

@@ -33,7 +33,7 @@ def schema(words: list[str]) -> None:
 
 
 def schema_of_file() -> dict[str, Any]:
-    """The schema: groups by name, sections with their keys, types, choices and docstrings."""
+    """Return the schema: groups by name, sections with their keys, types, choices and docstrings."""
     properties: dict[str, Any] = {}
     options = [*options_of(TrainConfig)]
     for method in METHODS.values():
@@ -76,7 +76,7 @@ TYPES = {
 
 
 def described(option: Option) -> dict[str, Any]:
-    """One key: its docstring, default, and type or choices."""
+    """Return the schema of one key: its docstring, default, and type or choices."""
     found: dict[str, Any] = {"description": option.doc, "default": plain(option)}
     if option.choices:
         return found | {"enum": option.choices}
@@ -86,7 +86,7 @@ def described(option: Option) -> dict[str, Any]:
 
 
 def plain(option: Option) -> Any:
-    """The default as JSON has it."""
+    """Return the default as JSON has it."""
     value = option.default
     if isinstance(value, list):
         return [shown(part) for part in value]

@@ -21,7 +21,7 @@ from lightning_peft.commands.adapted import (
     load_for_inference,
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm
-from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def serve(config: ServeConfig) -> None:
     """Answer requests until the process is asked to leave; then requests in flight are answered first.
 
-    Where vLLM answers, it takes the place of this process.
+    vLLM takes the place of this process where it answers.
     """
     folders = named_folders(config.adapters)
     first = str(next(iter(folders.values()))) if folders else None
@@ -63,7 +63,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def has_vllm(config: ServerConfig) -> bool:
-    """Return whether vLLM is to answer. Raises ValueError where it was asked for and is not there."""
+    """Return whether vLLM is to answer. Raises ValueError where a missing vLLM was asked for."""
     if config.engine is ServingEngine.embedded:
         return False
     if config.python is None:
@@ -87,7 +87,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
 
         from lightning_peft.serving.server import Serving, build_app
     except ImportError as error:
-        # An optional extra.
+        # The server is an optional extra.
         raise ValueError("serve: fastapi or uvicorn is not installed; pip install 'lightning-peft[serve]'") from error
     first = str(next(iter(folders.values()))) if folders else None
     name, base, fingerprint = served.name, served.base, served.fingerprint
@@ -127,7 +127,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     with listening(config.serve) as listener:
         logger.info("listens at http://%s:%d", config.serve.host, listener.getsockname()[1])
         server = uvicorn.Server(uvicorn.Config(build_app(serving), log_level="warning"))
-        with suppress(KeyboardInterrupt):  # raised again once it has drained
+        with suppress(KeyboardInterrupt):  # the server raises it again once it has drained
             server.run(sockets=[listener])
         if not server.started:
             raise SystemExit(3)
@@ -145,14 +145,14 @@ def listening(config: ServerConfig) -> socket.socket:
         elif error.errno == errno.EACCES:
             remedy = "ports below 1024 are the administrator's; give another"
         else:
-            is_name = isinstance(error, socket.gaierror)  # whose number is none of the system's
+            is_name = isinstance(error, socket.gaierror)  # its number is none of the system's
             reason = str(error.strerror) if is_name else os.strerror(error.errno or 0)
             remedy = f"{reason.lower()}; give an address of this machine"
         raise ValueError(f"{at}: {remedy}") from error
 
 
 def named_folders(adapters: Sequence[str]) -> dict[str, Path]:
-    """Return the folders of `adapters=[name=path,...]`. Raises ValueError for one that is not of that form."""
+    """Return the folders of `adapters=[name=path,...]`. Raises ValueError for an entry of another form."""
     found: dict[str, Path] = {}
     for entry in adapters:
         name, sign, path = entry.partition("=")

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 16
 SECONDS_FOR_ANOTHER_START = 3600.0
-"""How long a start waits for one that writes the same base or adapters: more than the largest base takes."""
+"""Time that a start waits for one that writes the same base or adapters: more than the largest base takes."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """An adapter, and what vLLM does with it."""
+class JudgedAdapter:
+    """An adapter, and the way vLLM serves it."""
 
     folder: Path
     rank: int
     becomes_plain: bool
-    """vLLM computes it rightly once it is exported."""
+    """True where vLLM computes the adapter rightly once it is exported."""
     text: str
     refused: bool = False
 
 
 def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None) -> None:
-    """Become vLLM with the base and its adapters. Raises ValueError for what it would refuse or compute wrongly."""
+    """Become vLLM with the base and its adapters. Raises ValueError for what vLLM would refuse or compute wrongly."""
     check_options(config.serve, served.base)
     judged = {name: judge(name, folder, served) for name, folder in folders.items()}
     for name, adapter in judged.items():
@@ -136,7 +136,7 @@ def check_options(config: ServerConfig, base: ModelConfig) -> None:
         raise ValueError(f"model.random_weights=true: vLLM reads weights from files; {instead}")
 
 
-def judge(name: str, folder: Path, served: Served) -> Judged:
+def judge(name: str, folder: Path, served: Served) -> JudgedAdapter:
     """Return what vLLM does with an adapter. Raises ValueError for a wrong base, a reward model, a name."""
     try:
         check_name(name, served.name)
@@ -149,14 +149,14 @@ def judge(name: str, folder: Path, served: Served) -> Judged:
     engine, features, rank = engines()["vllm"], features_of_folder(folder), stored_rank(folder)
     own = verdict(engine, features, rank, None)
     if own.outcome is Outcome.ok:
-        return Judged(folder, rank, False, f"{engine.title} {own.text}")
+        return JudgedAdapter(folder, rank, False, f"{engine.title} {own.text}")
     blocking = not_low_rank(features)
     exported = verdict(engine, features, rank, ExportFormat.plain.value)
     if blocking is not None or exported.outcome is not Outcome.ok:
         remedy = "serve.engine=embedded serves it alone, `lightning-peft merge` makes a model of it and its base"
         said = own if blocking is not None else exported
-        return Judged(folder, rank, False, f"{engine.title} {said.text}; {remedy}", refused=True)
-    return Judged(folder, rank, True, f"{engine.title} {exported.text}, after `export format=plain`")
+        return JudgedAdapter(folder, rank, False, f"{engine.title} {said.text}; {remedy}", refused=True)
+    return JudgedAdapter(folder, rank, True, f"{engine.title} {exported.text}, after `export format=plain`")
 
 
 def stored_rank(folder: Path) -> int:

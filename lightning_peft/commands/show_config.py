@@ -19,11 +19,11 @@ def show_config(words: list[str]) -> None:
 
 
 def text_of(command: str, given: list[str]) -> str:
-    """The lines of the composed config in the order of the config."""
+    """Return the lines of the composed config in the order of the config."""
     origins: dict[str, str] = {}
     words: list[str] = []
     before = values_of(command, [])
-    compose_config(command, everyday(command, given))  # the whole first: what is wrong in it is the user's error
+    compose_config(command, everyday(command, given))  # an error in the whole is the user's
     for word in given:
         words.append(word)
         try:
@@ -40,7 +40,7 @@ def text_of(command: str, given: list[str]) -> str:
 
 
 def values_of(command: str, words: list[str]) -> dict[str, object]:
-    """Every key and its value; the default run folder without the time in it, which is another at each look."""
+    """Return every key and its value; the default run folder without the time in it, which is another at each look."""
     values = flat(plain(compose_config(command, everyday(command, words))))
     if not any(word.startswith("run_dir=") for word in words):
         values["run_dir"] = "runs/<time>-<method>-<model>"

@@ -18,12 +18,12 @@ from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_ste
 from lightning_peft.estimation.teacher import EmptyDistilledLoss, stored_by_teacher
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.loading import empty_model, prepare_as_published
-from lightning_peft.models.streaming import fp32_pattern
+from lightning_peft.models.weight_streaming import fp32_pattern
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SupervisedLoss
-from lightning_peft.quantization.convert import prepare_quantized
+from lightning_peft.quantization.quantize import prepare_quantized
 from lightning_peft.runs.machine import GIB, Machine
 from lightning_peft.runs.plan import RunPlan, logging_left_to_ranks, plan_run
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
@@ -42,7 +42,7 @@ CHEAPEST_FIRST = (
     ActivationCheckpointing.selective,
     ActivationCheckpointing.blocks,
 )
-"""By the work done twice."""
+"""Modes in the order of the work done twice."""
 ROOM = {"cpu": 1.0, "cuda": 0.95}
 """Share of the usable memory that an estimate may take, which knows nothing of what an allocator leaves unused."""
 
@@ -52,7 +52,7 @@ def plan_of(config: EstimateConfig) -> RunPlan:
 
 
 def estimate_of(config: EstimateConfig) -> Estimate:
-    """The estimate of one run; with the mode that fits where activation_checkpointing=auto."""
+    """Return the estimate of one run; with the mode that fits where activation_checkpointing=auto."""
     plan = plan_of(config)
     config = with_fitting_checkpointing(config, plan.machine)
     accelerator = plan.accelerator
@@ -67,7 +67,7 @@ def estimate_of(config: EstimateConfig) -> Estimate:
         strategy=config.strategy.kind.name,
         ranks=plan.ranks,
         slices_on_host=config.strategy.cpu_offload and accelerator == "cuda",
-        # On a GPU such a model is read by the host, and reaches the device block by block.
+        # For a GPU such a model is read by the host, and reaches the device block by block.
         loads_whole=accelerator == "cpu" and reads_whole_model(config.adapter, config.quantization),
         adapter_rank=config.adapter.rank,
     )
@@ -81,7 +81,7 @@ def estimate_of(config: EstimateConfig) -> Estimate:
 
 
 def empty_teacher(config: TrainConfig, objective: DistillConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The teacher as `train` loads it, on the meta device."""
+    """Return the teacher as `train` loads it, on the meta device."""
     named, folder = teacher_model(objective), teacher_folder(objective)
     source = named or config.model
     with named_as_teacher() if named is not None else nullcontext():
@@ -95,7 +95,7 @@ def empty_teacher(config: TrainConfig, objective: DistillConfig, dtype: torch.dt
 
 
 def empty_objective(config: TrainConfig, dtype: torch.dtype) -> ModelLoss:
-    """Model and loss as `train` makes them, on the meta device."""
+    """Return model and loss as `train` makes them, on the meta device."""
     model = empty_model(config.model, dtype)
     form = prepare_as_published(model, config.model)
     if form is not None:

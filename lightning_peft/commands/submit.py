@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file, write_text
-from lightning_peft.cluster.job import ClusterConfig, ClusterError, ClusterSilent, Work
+from lightning_peft.cluster.job import ClusterConfig, ClusterError, ClusterSilent, JobSpec
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.runs.folder import find_start
@@ -23,7 +23,7 @@ from lightning_peft.strict_json import read_object
 logger = logging.getLogger(__name__)
 
 JOB = "job.json"
-"""In a run folder: the job that runs it."""
+"""File in a run folder with the job that runs it."""
 
 
 def submit(config: TrainConfig) -> None:
@@ -60,8 +60,8 @@ def submit(config: TrainConfig) -> None:
 
 @contextmanager
 def nothing_left_if_refused(folder: Path) -> Iterator[None]:
-    """Inside, what is written into a folder, and the folders on the way, go again if the cluster refuses the job, or
-    where they cannot be written."""
+    """Remove the files that are written inside into a folder, and the folders on the way, if the cluster refuses the
+    job or one of them cannot be written."""
     before = set(folder.iterdir()) if folder.exists() else set()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -77,7 +77,7 @@ def nothing_left_if_refused(folder: Path) -> Iterator[None]:
 
 
 def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
-    """The config its ranks run: nodes and devices from the cluster, the run folder absolute.
+    """Return the config its ranks run: nodes and devices from the cluster, the run folder absolute.
 
     Raises ValueError where trainer.num_nodes or trainer.devices say something else, or the run could not resume.
     """
@@ -91,7 +91,7 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
     assert config.run_dir is not None, "the config composes a run_dir"
     run_dir = os.path.abspath(config.run_dir)  # the job may be submitted again from another folder
     config = replace(config, trainer=config.trainer | derived, cluster=None, run_dir=run_dir)
-    # Lightning, which the verbs of a sweep do without.
+    # This imports Lightning, which the verbs of a sweep do without.
     from lightning_peft.runs.machine import Machine
     from lightning_peft.runs.plan import plan_run
 
@@ -99,9 +99,9 @@ def for_cluster(config: TrainConfig, cluster: ClusterConfig) -> TrainConfig:
     return config
 
 
-def work_of(config: TrainConfig, run_dir: Path) -> Work:
-    """What a job of one run is to do."""
-    return Work(run_dir.name, run_dir.resolve(), os.getcwd(), has_wandb="wandb" in config.logger)
+def work_of(config: TrainConfig, run_dir: Path) -> JobSpec:
+    """Return the work of a job of one run."""
+    return JobSpec(run_dir.name, run_dir.resolve(), os.getcwd(), has_wandb="wandb" in config.logger)
 
 
 def refuse_second_job(run_dir: Path) -> None:

@@ -22,6 +22,7 @@ from lightning_peft.sweeps.budget import budget_in_words, hours_of_trial, is_ove
 from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.local_worker import end, start_workers
+from lightning_peft.sweeps.next_trial import work_to_begin
 from lightning_peft.sweeps.place import cluster_of, find_jobs, task_of
 from lightning_peft.sweeps.pruning import paused_at_rung, rungs_in_words
 from lightning_peft.sweeps.search import WITH_TURNS, SweepPlace
@@ -50,7 +51,6 @@ from lightning_peft.sweeps.table import (
     svg_text,
     table_rows,
 )
-from lightning_peft.sweeps.turns import work_to_begin
 from lightning_peft.terminal_table import print_rows
 from lightning_peft.tracking.service_record import forget_steps
 
@@ -65,16 +65,16 @@ SHOWN_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens_per_second": ("tokens/s", readable.number),
     "seconds": ("time", readable.short_duration),
 }
-"""What fits 80 columns beside the trial: a heading and how it is written; files have every column."""
+"""Columns that fit 80 characters beside the trial, each with its heading and its form; files have every column."""
 SECONDS_FOR_ANOTHER_RETRY = 60.0
-"""More than a cluster takes to answer."""
+"""Time to wait for another retry: more than a cluster takes to answer."""
 BUDGET = "sweep.budget_gpu_hours"
 """The one key of the sweep that a retry may change."""
 OWN_KEYS = tuple(SweepCommandConfig.__dataclass_fields__)
 
 
 def sweep(words: list[str]) -> None:
-    """Words: the verb, the folder, keys of this command; for retry also overrides of train."""
+    """Run a verb. `words` are the verb, the folder and keys of this command; for retry also overrides of train."""
     named = [word for word in words if "=" not in word or (Path(word) / MANIFEST).is_file()]
     keyed = [word for word in words if word not in named]
     own = [word for word in keyed if word.partition("=")[0] in OWN_KEYS]
@@ -99,7 +99,7 @@ def look(sweep: Sweep, folder: Path, gone: str | None = None) -> None:
 
 
 def seen(config: SweepCommandConfig) -> Sweep:
-    """Return the sweep as it stands now. Its file is brought up to date too, unless it belongs to another user."""
+    """Return the sweep as it stands now, and bring its file up to date, unless that belongs to another user."""
     folder = Path(config.sweep_dir)
     if (folder / MANIFEST).is_file() and not may_be_changed(folder):
         sweep = read_sweep(folder)
@@ -129,7 +129,7 @@ def status(config: SweepCommandConfig) -> None:
 
 
 def summary(sweep: Sweep) -> str:
-    """As in "8 trials: 6 finished, 2 running"."""
+    """Return a line such as "8 trials: 6 finished, 2 running"."""
     counts = Counter(trial.state for trial in sweep.trials)
     if undrawn := sweep.count - len(sweep.trials):
         counts["to be drawn"] = undrawn
@@ -170,12 +170,12 @@ def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) 
         if is_over_budget(sweep, folder):
             raise ValueError(f"sweep retry: {budget_in_words(sweep, folder, config.sweep_dir.rstrip('/'))}")
         chosen = [sweep.trial(name) for name in config.trials] or (sweep.trials if config.failed else [])
-        # One that a rung stopped has not failed; by its name it can be let on all the same.
+        # A trial that a rung stopped has not failed; by its name it can be let on all the same.
         stopped = [trial for trial in paused_at_rung(sweep) if not config.trials]
         again = [trial for trial in chosen if trial.state in TO_BE_RETRIED and trial not in stopped]
         is_drawing = any(worker.is_alive for worker in sweep.workers) or has_active_array(sweep)
         undrawn = 0 if is_drawing else sweep.count - len(sweep.trials)
-        # Slots leave when there is nothing for them; what ends then may let a trial on that nobody is there for.
+        # Slots leave when there is nothing for them; an end after that may let a trial on that no slot is there for.
         is_left = sweep.has_slots and not is_drawing and work_to_begin(sweep) > 0
         if not again and not undrawn and budget is None and not is_left:
             states = [f"{trial.name} is {trial.state}" for trial in chosen] if config.trials else [summary(sweep)]

@@ -5,18 +5,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.job import ClusterConfig, Work
+from lightning_peft.cluster.job import ClusterConfig, JobSpec
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
+from lightning_peft.sweeps.next_trial import turn_of_slot, work_to_begin
 from lightning_peft.sweeps.place import find_jobs
 from lightning_peft.sweeps.sweep import QUEUED, Sweep, Trial, begin, changed_sweep
-from lightning_peft.sweeps.turns import turn_of_slot, work_to_begin
 
 
 def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: TrainConfig) -> None:
-    """Submit these trials, or with no names as many tasks as Optuna has trials to draw. Prints the job's number.
+    """Submit these trials, or with no names as many tasks as Optuna has trials to draw; print the job's number.
 
-    Of a sweep with slots it submits these, which take by themselves what there is to begin.
+    For a sweep with slots the slots are submitted, which take by themselves what there is to begin.
     """
     kind = CLUSTERS[cluster.name].cluster
     with changed_sweep(folder) as sweep:
@@ -60,7 +60,7 @@ def groups_of_tasks(trials: Sequence[Trial], most: int) -> list[list[Trial]]:
 
 
 def list_path(sweep: Sweep, folder: Path) -> Path:
-    """The run folders of the next array, a line each."""
+    """Return the path of the file with the run folders of the next array, a line each."""
     return folder / f"array-{len(sweep.arrays) + 1}.txt"
 
 
@@ -71,18 +71,18 @@ def task_folder(sweep: Sweep, folder: Path, task: str) -> Path:
     return Path(lines[int(number)])
 
 
-def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> Work:
-    """What the next array is to do: train these trials, or where there are none draw those that are still to be drawn.
+def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainConfig) -> JobSpec:
+    """Return the work of the next array: to train these trials, or where there are none to draw the missing ones.
 
-    `run` is the config of one of them. Slots are as many as have something to do at once, with those that are there
-    already no more than `sweep.parallel`; none where these are as many.
+    `run` is the config of one of the trials. Slots are as many as have something to do at once, with those that are
+    there already no more than `sweep.parallel`; the work has no task where those there are as many.
     """
     tasks, parallel = len(groups_of_tasks(trials, sweep.together)) or sweep.count - len(sweep.trials), sweep.parallel
     if sweep.has_slots:
         tasks, parallel = max(1, math.ceil(work_to_begin(sweep) / sweep.together)), None
         if sweep.parallel is not None:
             tasks = max(0, min(tasks, sweep.parallel - slots_at_work(sweep)))
-    return Work(
+    return JobSpec(
         name=folder.name,
         folder=folder,
         directory=sweep.directory,
@@ -99,7 +99,7 @@ def array_work(sweep: Sweep, trials: Sequence[Trial], folder: Path, run: TrainCo
 def slots_at_work(sweep: Sweep) -> int:
     """Count the slots that will ask for another trial: that wait for their start, or have a trial now.
 
-    One that has none has asked for the last time, and is about to leave.
+    A slot without a trial has asked for the last time, and is about to leave.
     """
     busy = {trial.job for trial in sweep.trials}
     return sum(job.is_active and (job.state in QUEUED or job.id in busy) for job in find_jobs(sweep).values())

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def sweep_together(words: list[str]) -> tuple[Path, int]:
-    """Train the trials of a sweep; return its folder, and the exit status of all. `run_dir=X` names the folder.
+    """Train the trials of a sweep; return its folder and the exit status of all. `run_dir=X` names the folder.
 
     Raises ValueError, before anything starts, for a wrong word of any trial; Preempted where a signal ends the sweep.
     """
@@ -75,7 +75,7 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
             for name in names:
                 enter_trial(folder / name, [*fixed, *trials[name]], swept_words)
             ended = train_group(names, configs, folder / f"together-{number}.txt")
-            for name in names:  # those that could not tell the manifest themselves
+            for name in names:  # some could not tell the manifest themselves
                 note_end(folder / name, ended)
             status = max(status, ended)
         return folder, status
@@ -93,7 +93,7 @@ def train_one(name: str, config: TrainConfig) -> int:
     try:
         train(config)
     except SystemExit as left:  # its ranks have said themselves what they failed by
-        if type(left) in BY_SIGNAL:  # which ends the sweep
+        if type(left) in BY_SIGNAL:  # a signal ends the sweep
             raise
         return int(left.code or 0)
     except Exception as error:

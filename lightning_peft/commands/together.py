@@ -28,7 +28,7 @@ from lightning_peft.distributed import LAUNCHER
 from lightning_peft.estimation.together import most_together
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.loading import empty_model
-from lightning_peft.models.packing import obstacle_to_one_row
+from lightning_peft.models.packing_choice import obstacle_to_one_row
 from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.runs.errors import is_input_error, one_line
 from lightning_peft.runs.folder import folder_of, opened_folder
@@ -40,29 +40,29 @@ from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
 from lightning_peft.tracking.run_log import PRINTED
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction, StrategyKind
 from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
-from lightning_peft.training.together import Group, Member, Outcome
+from lightning_peft.training.together import Member, MemberOutcome, RunGroup
 
 logger = logging.getLogger(__name__)
 
 FAILED = 1
 SHARED = ("model", "quantization", "strategy", "activation_checkpointing", "compile", "device_memory_gib")
-"""Options of which trials that train together have the same values: they make the base, and how it is run."""
+"""Options whose values trials that train together share: these make the base, and the way it is run."""
 ONE_RUN_LOGGERS = ("comet", "trackio")
 """Loggers whose services keep one run of a process, as far as anybody has tried."""
 OF_ALL_TOKENS = "objective.label_smoothing"
-"""One more: the cross entropy is taken of all their tokens at once."""
+"""One more such option, as the cross entropy is taken of all tokens of the trials at once."""
 BY_SIGNAL = (Preempted, Interrupted)
-"""What a signal to this process ends a training with; other kinds of `Preempted` are of one trial."""
+"""Exceptions with which a signal to this process ends a training; other kinds of `Preempted` are of one trial."""
 OWN_TRAINER_OPTIONS = (
     "max_steps", "max_epochs", "max_time", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm",
     "log_every_n_steps", "enable_progress_bar",
 )  # fmt: skip
-"""Of the trainer's, what each trial has for itself."""
+"""Options of the trainer that each trial has for itself."""
 NOT_OF_ONE_TRIAL = {
     "detect_anomaly": "a number of one trial that is not finite would end all",
     "profiler": "it would time what all trials do",
 }
-"""Options of the trainer that say something about passes, which are those of all trials."""
+"""Options of the trainer that say something about passes, which all trials share."""
 
 
 def obstacle(config: TrainConfig, plan: RunPlan) -> str:
@@ -121,8 +121,8 @@ def shared_options(config: TrainConfig) -> dict[str, Any]:
 def bases(configs: Mapping[str, TrainConfig], machine: Machine | None = None) -> dict[str, str | None]:
     """Return for each trial a word that it has in common with those it can train together with.
 
-    None for a trial that has to train by itself. One line says why, and one what keeps trials apart. `machine` is where
-    they will run, null this one.
+    The word is None for a trial that has to train by itself. One line says why, and one what keeps trials apart.
+    `machine` is where they will run, null this one.
     """
     found: dict[str, str | None] = {}
     first: dict[str, dict[str, Any]] = {}
@@ -190,8 +190,9 @@ def as_member(config: TrainConfig) -> TrainConfig:
 def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
     """Train these runs in this process on one base, each as if alone; return the exit status for all of them.
 
-    `list_path` is where ranks find the run folders, one a line. The runs are a group of `grouped`. Every run's end is
-    in its own folder; a manifest above it is told as soon as it ends. Raises Preempted where a signal ended them all.
+    `list_path` is the file in which ranks find the run folders, one a line. The runs are a group of `grouped`. Every
+    run's end is in its own folder; a manifest above it is told as soon as it ends. Raises Preempted where a signal
+    ended them all.
     """
     configs = [as_member(config) for config in configs]
     plans = [plan_run(config, Machine.here(config.trainer)) for config in configs]
@@ -203,11 +204,11 @@ def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
         leave_with_launcher()
     has_joined = plan.is_rank and distributed.connect(plan.accelerator)
     names = [folder_of(config).name for config in configs]
-    group, statuses = Group(names), [0] * len(names)
+    group, statuses = RunGroup(names), [0] * len(names)
     if any(config.callbacks for config in configs):
         logger.info("callbacks: hooks on a model's layers see validations only, as one model takes all training passes")
 
-    def ended(number: int, outcome: Outcome[dict[str, Any]]) -> None:
+    def ended(number: int, outcome: MemberOutcome[dict[str, Any]]) -> None:
         status = statuses[number] = exit_status(outcome.error)  # its traceback, which tells, is let go of behind this
         if distributed.rank() == 0:
             say(names[number], outcome.error, status)
@@ -225,7 +226,7 @@ def train_together(configs: Sequence[TrainConfig], list_path: Path) -> int:
 
 def status_of_all(run_dirs: Sequence[Path], statuses: Sequence[int]) -> int:
     """Return the exit status of trials that shared a process: 75 where one is to be gone on with, which a job is
-    requeued for and nothing else; else the largest. One that was cancelled is not gone on with."""
+    requeued for and nothing else; else the largest. A cancelled trial is not gone on with."""
     left = [run_dir for run_dir, status in zip(run_dirs, statuses, strict=True) if status == Preempted.exit_status]
     if left and wanted(left):
         return Preempted.exit_status
@@ -276,7 +277,7 @@ def work(config: TrainConfig, member: Member) -> dict[str, Any]:
 def with_ranks(configs: Sequence[TrainConfig], plan: RunPlan, list_path: Path) -> int:
     """Start the ranks of a group, each of which trains all its runs, and wait for them. Return the exit status.
 
-    Raises Preempted or Interrupted where a signal ended them.
+    Raises Preempted or Interrupted where a signal ended the ranks.
     """
     with ExitStack() as stack:
         for config in configs:
@@ -308,7 +309,7 @@ def exit_status(error: BaseException | None) -> int:
 
 
 def say(name: str, error: BaseException | None, status: int) -> None:
-    """Say how a run ended that did not end well."""
+    """Log how a run ended that did not end well."""
     if status == WRONG_INPUT and error is not None:
         print(f"error: {name}: {one_line(error)}", file=sys.stderr)
     elif status == FAILED and error is not None:
@@ -336,7 +337,7 @@ def note_end(run_dir: Path, status: int) -> None:
 
 
 class OfThread(logging.Filter):
-    """Lets the records of one member's thread through."""
+    """A filter that lets the records of one member's thread through."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -347,7 +348,7 @@ class OfThread(logging.Filter):
 
 
 class OfOthers(logging.Filter):
-    """Lets through what no member says, what the first one says, and every warning."""
+    """A filter that lets through what no member says, what the first one says, and every warning."""
 
     def __init__(self, names: Sequence[str]):
         super().__init__()
@@ -359,7 +360,7 @@ class OfOthers(logging.Filter):
 
 
 class WithName(logging.Formatter):
-    """Writes a record as another formatter does, behind the name of the member that it is of."""
+    """A formatter that writes a record as another one does, behind the name of the record's member."""
 
     def __init__(self, names: Sequence[str], formatter: logging.Formatter | None):
         super().__init__()
@@ -372,7 +373,7 @@ class WithName(logging.Formatter):
 
 @contextmanager
 def logs_of_members(configs: Sequence[TrainConfig]) -> Iterator[None]:
-    """Inside, each member's log is in its folder, and on stderr the first one's and all warnings."""
+    """Keep each member's log in its folder, and on stderr the first one's and all warnings."""
     root = logging.getLogger()
     names = [folder_of(config).name for config in configs]
     others = OfOthers(names)

@@ -33,13 +33,13 @@ from lightning_peft.models.loading import (
     model_vocabulary,
     prepare_as_published,
 )
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.reward import refuse_trained_output
 from lightning_peft.runs.command import kept_commands
-from lightning_peft.runs.folder import Start, check_same_content, folder_of, opened_folder
+from lightning_peft.runs.folder import RunStart, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, logging_left_to_ranks, plan_run
 from lightning_peft.runs.ranks import leave_with_launcher, run_ranks
@@ -53,9 +53,10 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
-    """Run a training to its end, or on from its last checkpoint. Returns what `result.json` holds.
+    """Run a training to its end, or on from its last checkpoint; return what `result.json` holds.
 
-    With `member` it is one of several that share this process and a base (`commands/together.py`), and its ranks exist.
+    With `member` the run is one of several that share this process and a base (`commands/together.py`), and its
+    ranks exist.
 
     Raises ValueError, before a weight is read, for anything wrong with the config, the data or the run folder; the
     reasons of `training/preemption.py` where the run is left before its end, with `result.json` written.
@@ -99,8 +100,8 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
         return train_with_rollbacks(run, start.checkpoint)
 
 
-def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a run that is finished. Raises ValueError where its rows or its base are others now."""
+def finished_before(config: TrainConfig, plan: RunPlan, start: RunStart, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a run that is finished. Raises ValueError for a run whose rows or base changed."""
     run_dir = folder_of(config)
     try:
         with logging_left_to_ranks(True):
@@ -114,7 +115,7 @@ def finished_before(config: TrainConfig, plan: RunPlan, start: Start, result: di
 
 
 def content_of(config: TrainConfig, data: SFTDataModule) -> dict[str, str]:
-    """Name and fingerprint of what decides a run beside its options."""
+    """Return name and fingerprint of what decides a run beside its options."""
     content = {"training rows": data.fingerprint, "base weights": source_fingerprint(config.model)}
     if data.validation_fingerprint is not None:
         content["validation rows"] = data.validation_fingerprint

@@ -58,9 +58,9 @@ from lightning_peft.training.callbacks.adapter_health import AdapterHealth
 from lightning_peft.training.callbacks.early_stopping import EarlyStopping
 from lightning_peft.training.callbacks.preemption import Preemption
 from lightning_peft.training.callbacks.run_record import RunRecord
-from lightning_peft.training.callbacks.samples import Samples
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, peak_memory_gib
 from lightning_peft.training.callbacks.task_metrics import TaskMetrics
+from lightning_peft.training.callbacks.validation_answers import ValidationAnswers
 from lightning_peft.training.config import ActivationCheckpointing, GuardAction
 from lightning_peft.training.guard import Diverged, Guard
 from lightning_peft.training.model_flops import why_slow
@@ -73,7 +73,7 @@ from lightning_peft.training.together import Member, MemberSignals, TogetherModu
 logger = logging.getLogger(__name__)
 
 ROLLED_BACK = "rolled back"
-"""Status that loggers are told where a run goes on from an earlier checkpoint; no result has it."""
+"""Status for loggers where a run goes on from an earlier checkpoint; no result has this status."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,15 @@ class Prepared:
     data: SFTDataModule
     tokenizer: PreTrainedTokenizerFast
     scored: TaskMetrics | None
-    """What scores answers while it trains."""
+    """The metrics of answers while the run trains; None without any."""
     content: dict[str, str]
     """Name and fingerprint of what decides the run beside its options."""
     started: float
     """`time.perf_counter()` at its start."""
     leaves_ranks: bool
-    """Whether this process is a rank that leaves the others at the end."""
+    """True where this process is a rank that leaves the others at the end."""
     member: Member | None = None
-    """Of several runs that share this process and a base, which one it is."""
+    """The run's place among several that share this process and a base."""
 
     @property
     def run_dir(self) -> Path:
@@ -125,9 +125,10 @@ def say_other_prompts(init_from: str, layout: PromptLayout) -> None:
 
 
 def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback]) -> dict[str, Any]:
-    """Train in this process, on from the checkpoint `resumed`. Returns what `result.json` holds.
+    """Train in this process, on from the checkpoint `resumed`; return what `result.json` holds.
 
-    Leaves that and the adapter in the run's folder. Raises Diverged, with no result where the run is to be rolled back.
+    The result and the adapter are left in the run's folder. Raises Diverged, with no result where the run is to be
+    rolled back.
     """
     config, plan, data, tokenizer, scored = run.config, run.plan, run.data, run.tokenizer, run.scored
     run_dir, content, member, leaves_ranks = run.run_dir, run.content, run.member, run.leaves_ranks
@@ -180,13 +181,13 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         metrics,
         *([scored] if scored is not None else []),
         *([stopping] if stopping is not None else []),
-        Samples([conversation for _, conversation in samples], tokenizer, run_dir, layout),
+        ValidationAnswers([conversation for _, conversation in samples], tokenizer, run_dir, layout),
         checkpoint,
         preemption,
     ]
     trainer = build_trainer(config, plan, count_steps(config.trainer, data), callbacks)
     distributed.on_rank_zero(lambda: prepare_folder(config, run_dir))
-    # Not before the Trainer is made: a start that is refused leaves no folder.
+    # The folder comes after the Trainer, as a start that is refused leaves no folder.
     lineage = replace(lineage, commands=distributed.on_rank_zero(lambda: kept_commands(run_dir)))
     if plan.accelerator == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -218,7 +219,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
             "device": torch.cuda.get_device_name() if plan.accelerator == "cuda" else "cpu",
         }
         warnings = health.at_the_end(trainer, module)  # once the adapter is saved, as it takes memory
-        # Of runs together a step's seconds are those of all, its tokens those of one.
+        # In runs together a step's seconds are those of all runs, its tokens those of one.
         if member is None and (utilization := metrics.utilization()) is not None:
             result["mfu"] = utilization
             cuts = config.trainer.get("accumulate_grad_batches", 1)
@@ -263,7 +264,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
                 if isinstance(run_logger, RunLogger):
                     run_logger.close(result["status"], run_dir / "adapter")
         if leaves_ranks and result["status"] not in ("finished", "failed"):
-            distributed.disconnect()  # one that leaves alone has srun end the others, which may still be writing
+            distributed.disconnect()  # a rank that leaves alone has srun end the others, which may still write
         signals.stop()
     if distributed.rank() == 0:
         show_result(result, run_dir)
@@ -280,7 +281,7 @@ def fit(
     signals: PreemptionSignals,
     callbacks: Mapping[str, Any],
 ) -> None:
-    """`trainer.fit`, with the ways it can be ended from outside told apart.
+    """Call `trainer.fit` and tell apart the ways it can be ended from outside.
 
     Raises ValueError for what Lightning refuses of the user's options, the callbacks that the config names among them.
     """
@@ -304,7 +305,7 @@ def fit(
 
 
 def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModule) -> dict[str, float]:
-    """What a validation gives: the loss per supervised token among it; empty when the data set has no such rows."""
+    """Return a validation's results, the loss per supervised token among them; empty without validation rows."""
     loader = data.val_dataloader()
     if not loader:
         return {}
@@ -314,18 +315,18 @@ def final_validation(trainer: Trainer, module: FinetuneModule, data: SFTDataModu
 
 
 def beside_the_loss(found: Mapping[str, Any]) -> dict[str, float]:
-    """What a validation gives beside its loss: those of the sources of a mixture, and what the objective measures."""
+    """Return a validation's results beside its loss: the losses by source of a mixture, the objective's measures."""
     names = (name for name in found if name.startswith("validation_") and name != "validation_loss")
     return {name: float(found[name]) for name in names}
 
 
 def counts_of(audit: Audit) -> dict[str, int | float]:
-    """The numbers of the audit of the training rows."""
+    """Return the numbers of the audit of the training rows."""
     return {name: value for name, value in vars(audit).items() if type(value) in (int, float)}
 
 
 def last_validation(trainer: Trainer, scored: TaskMetrics | None) -> dict[str, Any]:
-    """What a validation after the step at which the run is left has given; empty where there was none."""
+    """Return the results of a validation after the step at which the run is left; empty without one."""
     seen = trainer.callback_metrics
     if "validation_loss" not in seen or int(seen["step"]) != trainer.global_step:
         return {}
@@ -343,7 +344,7 @@ def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
 
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:
-    print(f"{result['status']}: {os.path.relpath(run_dir)}")  # no title of the table, which would break a long path
+    print(f"{result['status']}: {os.path.relpath(run_dir)}")  # as a title of the table a long path would be broken
     table = Table(show_header=False)
     rows: dict[str, tuple[str, Callable[[Any], str]]] = {
         "steps": ("steps", readable.number),

@@ -1,4 +1,4 @@
-"""What a training leaves behind: the adapter folder, or a whole model in its place, with lineage and card."""
+"""The result of a training: the adapter folder, or a whole model in its place, with lineage and card."""
 
 import logging
 from pathlib import Path
@@ -75,7 +75,7 @@ def save_tuned(
 def is_read_otherwise(model: PreTrainedModel) -> bool:
     """Return whether HF PEFT may rename or refuse layers of the model: with experts, or layers whose weight is read.
 
-    Of others it takes the names as they are, and importing it takes seconds.
+    HF PEFT takes the names of other models as they are, and its import takes seconds.
     """
     if expert_stacks(model):
         return True

@@ -1,4 +1,4 @@
-"""What is checked and counted before the first step, so that a run does not train on nothing for hours."""
+"""The checks and counts before the first step, so that a run does not train on nothing for hours."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +13,13 @@ from lightning_peft.data.chat import Encoded
 from lightning_peft.data.config import Format
 from lightning_peft.data.conversation import BadRow
 from lightning_peft.data.preferences import Standing
-from lightning_peft.data.rendering import Kind
+from lightning_peft.data.rendering import TokenKind
 
 SHOWN_BAD_ROWS = 3
 
 
 class DuplicateBosError(ValueError):
-    """A sample starts with two BOS tokens: the chat template and the tokenizer, or the text, each bring one."""
+    """A sample starts with two BOS tokens, as the chat template and the tokenizer, or the text, each bring one."""
 
 
 @dataclass
@@ -33,13 +33,13 @@ class Audit:
     rows: int = 0
     bad_rows: int = 0
     bad_row_messages: list[str] = field(default_factory=list)
-    """What is wrong with the first few of them."""
+    """The errors of the first few bad rows."""
     samples: int = 0
     tokens: int = 0
     supervised: int = 0
     """Tokens with a label."""
     kinds: dict[str, int] = field(default_factory=dict)
-    """Those tokens by what they are: answer, reasoning, tool_call, end."""
+    """Tokens with a label by their kind: answer, reasoning, tool_call, end."""
     listed: dict[str, int] = field(default_factory=dict)
     """Rows that have a column, or a key of a turn, which nobody reads and which holds an id, a score or the like."""
     ignored: dict[str, int] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Audit:
                 setattr(found, entry.name, sum(values))
             elif isinstance(values[0], dict):
                 setattr(found, entry.name, {name: sum(v.get(name, 0) for v in values) for v in values for name in v})
-        if found.taught_tokens:  # of the other sources the teacher reads the samples themselves
+        if found.taught_tokens:  # the teacher reads other sources' samples themselves
             found.taught_tokens += sum(audit.tokens for audit in audits if not audit.taught_tokens)
         return found
 
@@ -101,13 +101,13 @@ class Audit:
             self.bad_row_messages.append(str(error))
 
     def count_tools(self, tools: list[dict[str, Any]] | None) -> None:
-        # In the order of their keys, in which the template writes them.
+        # The keys keep their order, in which the template writes them.
         text = "null" if tools is None else json.dumps(tools)
         self.tools = text if self.tools in (None, text) else ""
 
     @property
     def shared_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that all rows offer."""
+        """Return the tools that all rows offer."""
         return json.loads(self.tools) if self.tools else None
 
     def count_listed(self, names: Iterable[str]) -> None:
@@ -120,15 +120,15 @@ class Audit:
             self.ignored[name] = self.ignored.get(name, 0) + is_there
 
     def count_sample(self, sample: Encoded, kinds: bytes) -> None:
-        """kinds: a `Kind` for each token, as the labels have them."""
+        """Count a sample; `kinds` has a `TokenKind` for each token, as the labels have them."""
         self.samples += 1
         self.tokens += len(kinds)
-        self.supervised += len(kinds) - kinds.count(Kind.none)
-        for kind in (Kind.answer, Kind.reasoning, Kind.tool_call, Kind.end):
+        self.supervised += len(kinds) - kinds.count(TokenKind.none)
+        for kind in (TokenKind.answer, TokenKind.reasoning, TokenKind.tool_call, TokenKind.end):
             if count := kinds.count(kind):
                 self.kinds[kind.name] = self.kinds.get(kind.name, 0) + count
         self.truncated += sample.truncated
-        self.ended += Kind.end in kinds
+        self.ended += TokenKind.end in kinds
 
     def count_unit(self, unit: Sequence[Encoded]) -> None:
         """Count samples that belong together: both answers of a pair, or a labelled one and its mismatch."""
@@ -152,14 +152,14 @@ class Audit:
             self.preferences[name] = self.preferences.get(name, 0) + count
 
     def lines(self) -> list[str]:
-        """The counts in words."""
+        """Return the counts in words."""
         share = self.supervised / self.tokens if self.tokens else 0.0
         files = f" of {self.files:,} files" if self.files is not None and self.files > 1 else ""
         lines = [
             f"{self.samples:,} samples of {self.rows:,} rows{files}, {self.tokens:,} tokens, "
             f"{self.supervised:,} trained ({share:.1%})"
         ]
-        if set(self.kinds) - {Kind.answer.name, Kind.end.name}:
+        if set(self.kinds) - {TokenKind.answer.name, TokenKind.end.name}:
             parts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.kinds.items())
             lines.append(f"trained tokens: {parts}")
         if self.taught_tokens:
@@ -210,7 +210,7 @@ class Audit:
         return lines
 
     def warnings(self) -> list[str]:
-        """What is left out, cut, or likely to be a mistake; one line each with its number and remedy."""
+        """Return a line for each thing that is left out, cut, or likely to be a mistake, with its number and remedy."""
         lines = []
         if self.bad_rows:
             first = "; ".join(self.bad_row_messages)
@@ -251,7 +251,7 @@ class Audit:
 
 
 def check_sample(sample: Encoded, origin: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `BadRow` for a sample with nothing to train, `DuplicateBosError` for one that starts with two BOS."""
+    """Raise `BadRow` for a sample with nothing to train, `DuplicateBosError` for one that starts with two BOS."""
     bos = tokenizer.bos_token_id
     if bos is not None and sample.input_ids[:2] == [bos, bos]:
         raise DuplicateBosError(
@@ -269,7 +269,7 @@ def check_sample(sample: Encoded, origin: str, tokenizer: PreTrainedTokenizerBas
 
 
 def preview(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A sample as text, trained parts on green, the rest dim; special tokens are shown."""
+    """Return a sample as text, trained parts on green, the rest dim; special tokens are shown."""
     text = Text()
     for start, stop in _runs(sample.labels):
         trained = sample.labels[start] != IGNORED_LABEL
@@ -279,21 +279,21 @@ def preview(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 KIND_STYLES = {
-    Kind.answer: "black on green",
-    Kind.reasoning: "black on cyan",
-    Kind.tool_call: "black on yellow",
-    Kind.end: "black on magenta",
+    TokenKind.answer: "black on green",
+    TokenKind.reasoning: "black on cyan",
+    TokenKind.tool_call: "black on yellow",
+    TokenKind.end: "black on magenta",
 }
-"""How trained tokens are shown."""
+"""The style that shows each kind of trained tokens."""
 
 
 def preview_kinds(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A sample as text, trained parts coloured by what they are, the rest dim."""
+    """Return a sample as text, trained parts coloured by what they are, the rest dim."""
     text = Text()
     kinds = list(sample.kinds or bytes(len(sample.labels)))
     for start, stop in _runs_of(kinds):
         part = tokenizer.decode(sample.input_ids[start:stop], skip_special_tokens=False)
-        text.append(str(part), style=KIND_STYLES.get(Kind(kinds[start]), "dim"))
+        text.append(str(part), style=KIND_STYLES.get(TokenKind(kinds[start]), "dim"))
     return text
 
 

@@ -1,4 +1,4 @@
-"""What a training step receives."""
+"""The batch that a training step receives."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +11,7 @@ IGNORED_LABEL = -100
 
 
 class SourceOf(NamedTuple):
-    """Which source the rows of a batch are of, among all that are validated on."""
+    """The source of the rows of a batch, among all that are validated on."""
 
     name: str
     names: tuple[str, ...]
@@ -56,19 +56,19 @@ class Batch:
     """Pairs of samples that belong together, which follow each other; 0 in a filler, None where samples stand alone."""
 
     margins: Tensor | None = None
-    """(U,) fp32, by how much the chosen answer of each pair is to be ahead; None where all are 0."""
+    """(U,) fp32, the lead that the chosen answer of each pair is to have; None where all are 0."""
 
     taught: "Batch | None" = None
-    """What a teacher reads in place of the samples: as many, in their order, with the same tokens supervised."""
+    """The samples that a teacher reads in place of these: as many, in their order, the same tokens supervised."""
 
     top: TopTokens | None = None
-    """What is kept of a teacher at the supervised tokens; None where it is run in every step, or there is none."""
+    """The kept output of a teacher at the supervised tokens; None where a teacher runs in every step, or none does."""
 
     source: SourceOf | None = None
-    """Where the samples come from, in the validation of a mixture; None where it does not matter."""
+    """The source of the samples, in the validation of a mixture; None where it does not matter."""
 
     origins: tuple[str, ...] = ()
-    """Where the rows of the samples stand, each once, as in rows.jsonl:3; empty in a filler."""
+    """The places of the rows of the samples, each once, as in rows.jsonl line 3; empty in a filler."""
 
     @property
     def ends(self) -> Tensor:
@@ -78,5 +78,5 @@ class Batch:
 
     @property
     def loss_weight(self) -> float:
-        """What the summed loss is to be divided by: labels, each counted by its weight."""
+        """Return the divisor of the summed loss: the number of labels, each counted by its weight."""
         return self.num_supervised if self.weight_sum is None else self.weight_sum

@@ -45,7 +45,7 @@ COUNTS = "counts.json"
 
 
 def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Samples, Audit]:
-    """The samples of a split and their counts: mapped from `data.cache_dir`, tokenised and left there if need be.
+    """Return the samples of a split and their counts: mapped from `data.cache_dir`, or tokenised and left there.
 
     One process tokenises, the others that want the same wait for it; when it could not keep the tokens they all
     tokenise, at the same time. Streamed rows are not kept. Raises what `make_samples` raises.
@@ -81,14 +81,14 @@ def cached_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenize
 
 
 def cache_folder(option: str) -> Path:
-    """The folder that `data.cache_dir` names."""
+    """Return the folder that `data.cache_dir` names."""
     if option == "auto":
         return user_cache()
     return Path(os.path.expanduser(option))
 
 
 def entry_name(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Sixteen hex digits that change with anything that decides the tokens of a split.
+    """Return sixteen hex digits that change with anything that decides the tokens of a split.
 
     Raises ValueError for a missing or empty file or data set.
     """
@@ -148,7 +148,7 @@ def _source_digest(row_format: RowFormat) -> str | None:
 
 
 def _read(entry: Path, report_damage: bool = False) -> tuple[Samples, Audit] | None:
-    """What an entry holds; None where there is none, or it is not what was written."""
+    """Return the content of an entry; None where there is no entry, or its content is not what was written."""
     try:
         if not entry.is_dir():
             return None
@@ -165,7 +165,7 @@ def _read(entry: Path, report_damage: bool = False) -> tuple[Samples, Audit] | N
 
 @contextmanager
 def _alone(entry: Path) -> Iterator[bool]:
-    """Inside, no other process is at work on the entry; yields whether one was waited for. Raises OSError."""
+    """Keep all other processes from work on the entry; yield whether one was waited for. Raises OSError."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     with entry.with_suffix(".lock").open("a") as file:
         waited = False
@@ -194,7 +194,7 @@ def _make_and_keep(
                 shutil.rmtree(leftover)
         partial.mkdir()
         samples.save(partial)
-        # Not synced to the disk: what a power cut leaves behind fails the checksum.
+        # The files are not synced to the disk: what a power cut leaves behind fails the checksum.
         (partial / COUNTS).write_text(json.dumps(asdict(audit) | {"fingerprint": samples.fingerprint}))
         partial.rename(entry)
     except OSError as error:

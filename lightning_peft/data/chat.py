@@ -1,4 +1,4 @@
-"""From messages to tokens and labels, by the tokenizer's own chat template.
+"""Turn messages into tokens and labels, by the tokenizer's own chat template.
 
 Labels are set on assistant turns only: from the end of the generation prompt through the turn's end tokens. A text is
 tokenised once, as a whole; `rendering` says which texts a conversation becomes and where its turns are.
@@ -19,7 +19,7 @@ from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, tools_of
 from lightning_peft.data.preferences import Standing
-from lightning_peft.data.rendering import ConversationRenderer, Kind, Rendered, Rules, Span
+from lightning_peft.data.rendering import ConversationRenderer, Rendered, Rules, Span, TokenKind
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError
 from lightning_peft.data.tokenizer_template import template_of
 
@@ -35,30 +35,30 @@ class Encoded:
     truncated: bool = False
     """Trained tokens were cut off at `data.max_length`."""
     kinds: bytes | None = field(default=None, compare=False)
-    """A `Kind` for each token, none where it is not trained."""
+    """A `TokenKind` for each token, none where it is not trained."""
     weights: list[float] | None = None
     """Factor of each token's loss; None where all are 1."""
     standing: Standing | None = None
-    """What the sample is to a preference objective."""
+    """The part of the sample in a preference objective."""
     taught: "Encoded | None" = field(default=None, compare=False)
-    """What a teacher reads in its place, with the same tokens trained."""
+    """The sample that a teacher reads in place of this one, with the same tokens trained."""
     top: "tuple[NDArray[np.int32], NDArray[np.float32], int] | None" = field(default=None, compare=False)
-    """What is kept of a teacher at the trained tokens: `KeptTeacher.of`."""
+    """The kept part of a teacher's output at the trained tokens: the value of `KeptTeacher.of`."""
     margin: float | None = None
-    """By how much a chosen answer is to be ahead; None where its row says nothing of it."""
+    """The lead that a chosen answer is to have; None where its row gives none."""
     origin: str = field(default="", compare=False)
-    """Where its row stands, as in rows.jsonl:3; empty where nobody says."""
+    """The place of its row, as in rows.jsonl line 3; empty where nobody says it."""
 
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Outcome = list[Encoded] | Exception
+EncodedOrError = list[Encoded] | Exception
 """The samples of a conversation, or what is wrong with it."""
 
 
 def refusal(error: Exception, origin: str, where: str = "") -> BadRow:
-    """What an outcome says against a row: an error of template or tokenizer as a sentence about it."""
+    """Return the error of an outcome as one about its row: an error of template or tokenizer becomes a sentence."""
     return BadRow.because(origin, where + _reason(error))
 
 
@@ -71,8 +71,8 @@ def _reason(error: Exception) -> str:
 
 
 def rules_of(config: DataConfig) -> Rules:
-    """What of a conversation is trained under the options."""
-    kinds = frozenset(Kind[part.value] for part in config.train_on) | {Kind.end}
+    """Return the rules by which the parts of a conversation are trained under the options."""
+    kinds = frozenset(TokenKind[part.value] for part in config.train_on) | {TokenKind.end}
     return Rules(kinds, config.train_on_last_turn, config.reasoning)
 
 
@@ -95,12 +95,12 @@ class Encoder:
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template that conversations are laid out by. Raises `ChatTemplateError`."""
+        """Return the chat template that conversations are laid out by. Raises `ChatTemplateError`."""
         return template_of(self._tokenizer, self._template_options)
 
     @property
     def renderer(self) -> ConversationRenderer:
-        """Of the tokenizer's chat template. Raises `ChatTemplateError`, ValueError for a tokenizer without offsets."""
+        """Return the renderer. Raises `ChatTemplateError`, ValueError for a tokenizer without offsets."""
         if self._chat is None:
             if not self._tokenizer.is_fast:
                 raise ValueError(f"{type(self._tokenizer).__name__} gives no character offsets; a fast one is needed")
@@ -109,12 +109,12 @@ class Encoder:
             self._chat = ConversationRenderer(self.template, special, added, self._rules)
         return self._chat
 
-    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Outcome]:
-        """Samples of each conversation, or the error that it raises; together, because that is faster.
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[EncodedOrError]:
+        """Return the samples of each conversation, or the error that it raises; all together is faster than one by one.
 
         Raises `ChatTemplateError` where the chat template can take no conversation at all.
         """
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, EncodedOrError] = {}
         rendered: dict[int, list[Rendered]] = {}
         texts: dict[int, str] = {}
         renderer: ConversationRenderer | None = None
@@ -135,14 +135,14 @@ class Encoder:
         return [outcomes[index] for index in range(len(conversations))]
 
     def prompt(self, messages: Sequence[Message], check: Callable[[str], None] | None = None) -> list[int]:
-        """Tokens to generate the next assistant turn from: exactly those that stand before it in training.
+        """Return the tokens to generate the next assistant turn from: exactly those before that turn in training.
 
         check: is given the text before its tokens are counted, and may raise. Raises `ChatTemplateError`, and
-        ValueError for what is no text.
+        ValueError for a value that is no text.
         """
         try:
             return self._prompt(messages, check)
-        except (TypeError, UnicodeError, RecursionError) as error:  # of the tokenizer, for half of a surrogate pair
+        except (TypeError, UnicodeError, RecursionError) as error:  # the tokenizer's, for half of a surrogate pair
             raise ValueError(_reason(error)) from error
 
     def _prompt(self, messages: Sequence[Message], check: Callable[[str], None] | None) -> list[int]:
@@ -158,12 +158,12 @@ class Encoder:
         return prompt.input_ids
 
     def end_token_ids(self) -> set[int]:
-        """Tokens at which generation stops: EOS, and those that end an answer, or a call of tools, in training."""
+        """Return the tokens at which generation stops: EOS, and those that end an answer, or a call, in training."""
         ends: set[int] = {self._tokenizer.eos_token_id} - {None}
         if self._layout is Layout.raw:
             return ends
         call = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
-        for calls in ((), (call, call), (call,)):  # of two calls, as what ends one of several does not end the turn
+        for calls in ((), (call, call), (call,)):  # two, as the end of one call of several does not end the turn
             answer = Message("assistant", "" if calls else "b", tool_calls=calls)
             [outcome] = self.encode([[Message("user", "a"), answer]])
             if isinstance(outcome, Exception):
@@ -177,8 +177,8 @@ class Encoder:
         return ends
 
 
-def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[Outcome]]) -> dict[int, Outcome]:
-    """What `work` makes of all that is given at once, or of one after the other where one of them makes it fail."""
+def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[EncodedOrError]]) -> dict[int, EncodedOrError]:
+    """Return what `work` makes of all that is given at once, or of one after the other where one makes it fail."""
     try:
         return dict(zip(given, work(list(given.values())), strict=True)) if given else {}
     except Exception as error:  # the tokenizer raises what it likes, from Rust too
@@ -188,19 +188,19 @@ def _together(given: Mapping[int, T], work: Callable[[list[T]], Sequence[Outcome
 
 
 def encoder_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """The encoder under the options."""
+    """Return the encoder under the options."""
     return Encoder(tokenizer, rules_of(config), config.layout, config.template_options)
 
 
 def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """One conversation or plain text as a sample, the last where it is several. Raises `ChatTemplateError`."""
+    """Return the sample, or the last of several, of a conversation or plain text. Raises `ChatTemplateError`."""
     return encode_all([messages], tokenizer)[0][-1]
 
 
 def encode_all(
     conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, rules: Rules | None = None
 ) -> list[list[Encoded]]:
-    """Samples of several conversations. Raises `ChatTemplateError`, or whatever else is wrong with one of them."""
+    """Return the samples of several conversations. Raises `ChatTemplateError`, or another error of a conversation."""
     samples = []
     for outcome in Encoder(tokenizer, rules).encode(conversations):
         if isinstance(outcome, Exception):
@@ -210,14 +210,14 @@ def encode_all(
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens to generate the next assistant turn from: exactly those that stand before it in training."""
+    """Return the tokens to generate the next assistant turn from: exactly those before that turn in training."""
     return Encoder(tokenizer).prompt(messages)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which generation stops: EOS, and what ends an answer or a call in the chat template.
+    """Return the tokens at which generation stops: EOS, and those that end an answer or a call in the chat template.
 
-    EOS alone where the template can take no conversation, as text can be generated without it.
+    EOS stands alone where the template can take no conversation, as text can be generated without a template.
     """
     try:
         return Encoder(tokenizer).end_token_ids()
@@ -227,7 +227,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens as text; BOS only where it is EOS as well."""
+    """Return the special tokens as text; BOS is among them only where it is EOS as well."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
     if tokenizer.bos_token != tokenizer.eos_token:
@@ -236,7 +236,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def raw_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Prompt and completion as they stand, with EOS where the completion does not end so. Raises ValueError."""
+    """Return prompt and completion as they stand, with EOS where the completion does not end so. Raises ValueError."""
     if [message.role for message in messages] != ["user", "assistant"]:
         roles = ", ".join(message.role for message in messages)
         raise ValueError(f"data.layout=raw: takes prompt/completion or text rows, not a conversation of {roles}")
@@ -252,18 +252,18 @@ def raw_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) ->
     end = "" if tokenizer.eos_token is None or answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
     text, start = prompt + answer + end, len(prompt)
     if tokenizer.eos_token is None:
-        return Rendered(text, (Span(start, ((len(text), Kind.answer),), messages[1].weight),))
+        return Rendered(text, (Span(start, ((len(text), TokenKind.answer),), messages[1].weight),))
     stop = len(text) - len(tokenizer.eos_token)
-    return Rendered(text, (Span(start, ((stop, Kind.answer), (len(text), Kind.end)), messages[1].weight),))
+    return Rendered(text, (Span(start, ((stop, TokenKind.answer), (len(text), TokenKind.end)), messages[1].weight),))
 
 
 def _text_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of plain text as the tokenizer begins it, without the end token that some add themselves."""
+    """Return the ids of plain text as the tokenizer begins it, without the end token that some add themselves."""
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 class _Ends(Sequence[int]):
-    """Where the tokens of a text end in it, 0 for those the tokenizer adds, looked up one by one.
+    """The places where the tokens of a text end in it, 0 for those the tokenizer adds, looked up one by one.
 
     A search asks for a few of them, and to list them all takes longer than to tokenise the text.
     """
@@ -289,31 +289,33 @@ class _Labeller:
     the token " "; a prompt that ends in two newlines may get one token for them or two. There the text is cut.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: frozenset[Kind]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: frozenset[TokenKind]) -> None:
         self._tokenizer = tokenizer
         self._train_on = train_on
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._alone: dict[str, list[int]] = {}
 
     def label(self, rendered: Sequence[Sequence[Rendered]], adds_special_tokens: bool = False) -> list[list[Encoded]]:
-        """The samples of each conversation: one of each text."""
+        """Return the samples of each conversation: one of each text."""
         tokenized = iter(self._tokenize([one.text for texts in rendered for one in texts], adds_special_tokens))
         return [[self._label(one, *next(tokenized), adds_special_tokens) for one in texts] for texts in rendered]
 
     def whole(self, texts: Sequence[str]) -> list[list[Encoded]]:
-        """The sample of each plain text, trained as a whole and closed with EOS."""
+        """Return the sample of each plain text, trained as a whole and closed with EOS."""
         end = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
-        last = bytes((Kind.end,)) * len(end)
+        last = bytes((TokenKind.end,)) * len(end)
         found = []
         for ids in self._tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]:
             ids = _text_ids(ids, self._tokenizer) + end
-            kinds = b"\0" + bytes((Kind.answer,)) * (len(ids) - 1 - len(end)) + last
+            kinds = b"\0" + bytes((TokenKind.answer,)) * (len(ids) - 1 - len(end)) + last
             found.append([Encoded(ids, [IGNORED_LABEL, *ids[1:]], ends=bool(end), kinds=kinds[: len(ids)])])
         return found
 
     def _tokenize(self, texts: list[str], adds: bool = False) -> list[tuple[list[int], Sequence[int]]]:
-        """Ids, and for each the character at which it ends. Where it begins is not used: some tokenizers trim it."""
-        # Not verbose: it would warn of rows longer than the context, which data.on_too_long is there for.
+        """Return the ids, and for each the character at which it ends. The character at which a token begins is not
+        used, as some tokenizers trim it.
+        """
+        # `verbose=False`, as a warning of rows longer than the context is the task of data.on_too_long.
         found = self._tokenizer(texts, add_special_tokens=adds, return_attention_mask=False, verbose=False)
         if found.encodings is None:
             raise ValueError(f"{type(self._tokenizer).__name__} gives no character offsets; a fast one is needed")
@@ -331,7 +333,7 @@ class _Labeller:
         for span in rendered.spans:
             first = bisect_right(ends, span.start - cut)
             special = next((i for i in range(first - 1, -1, -1) if ids[i] in self._special), -1)
-            # Text after a special token is tokenised on its own, and is the same in every row: "assistant" mostly.
+            # Text after a special token is tokenised on its own, and is the same in every row, mostly "assistant".
             since_special = text[cut + ends[special] if special >= 0 else cut : span.start]
             if ids[special + 1 : first] != self._ids_alone(since_special):
                 [(prompt, prompt_ends)] = self._tokenize([text[cut : span.start]], adds and not cut)
@@ -352,7 +354,7 @@ class _Labeller:
         weights: list[float] | None = None
         if any(span.weight != 1 for span, _ in spans):
             weights = [1.0] * len(ids)
-        last_kind = Kind.none
+        last_kind = TokenKind.none
         for span, first in spans:
             if span.weight == 0:
                 continue
@@ -369,7 +371,7 @@ class _Labeller:
                 first = max(first, last)
         if labels:
             labels[0], kinds[0] = IGNORED_LABEL, 0
-        return Encoded(ids, labels, ends=last_kind is Kind.end, kinds=bytes(kinds), weights=weights)
+        return Encoded(ids, labels, ends=last_kind is TokenKind.end, kinds=bytes(kinds), weights=weights)
 
     def _ids_alone(self, text: str) -> list[int]:
         if text not in self._alone:
@@ -378,7 +380,7 @@ class _Labeller:
 
 
 def cut_to(sample: Encoded, limit: int) -> Encoded:
-    """The first `limit` tokens of a sample."""
+    """Return the first `limit` tokens of a sample."""
     labels = sample.labels[:limit]
     truncated = any(label != IGNORED_LABEL for label in sample.labels[limit:])
     return replace(

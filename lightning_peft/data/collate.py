@@ -1,4 +1,4 @@
-"""From samples to batches of tensors, made here or by worker processes, from any place of an epoch on."""
+"""Make batches of tensors from samples, here or in worker processes, from any place of an epoch on."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from lightning_peft.data.top_tokens import TopTokens
 LENGTH_MULTIPLE = 8
 """Unpacked rows are padded to a multiple of this: tensor cores want it, and fewer lengths mean fewer compilations."""
 SECONDS_AFTER_SIGTERM = 60
-"""What a worker process lives on for after SIGTERM; a training process usually ends it sooner."""
+"""The time a worker process lives on for after SIGTERM; a training process usually ends it sooner."""
 
 
 class CollatedBatches(Dataset[Batch]):
@@ -33,7 +33,7 @@ class CollatedBatches(Dataset[Batch]):
         pad_token_id: int,
         source_of: Callable[[int], SourceOf] | None = None,
     ) -> None:
-        """source_of: where a unit comes from, if all of a batch come from there."""
+        """Keep the parts of a batch; `source_of` gives the source of a unit, if all units of a batch share one."""
         self._samples = samples
         self._config = config
         self._pad_token_id = pad_token_id
@@ -54,7 +54,7 @@ def collate(
     filler: bool = False,
     group: int = 1,
 ) -> Batch:
-    """The batch of these rows, each the samples packed into it; `group` of them follow each other and belong together.
+    """Return the batch of these rows, each the samples packed into it, of which `group` follow each other as a unit.
 
     Rows are padded to `group` times `max_length` with packing; without it each sample has a row of its own, and rows
     are padded to the longest one rounded up to a multiple of 8. A filler has no labels and counts no tokens: it keeps a
@@ -112,7 +112,7 @@ def collate(
 
 
 def _collate_top(samples: Sequence[Encoded], filler: bool) -> TopTokens | None:
-    """Return what is kept of a teacher at the supervised tokens; of none in a filler."""
+    """Return what is kept of a teacher at the supervised tokens, which a filler has none of."""
     tops = [sample.top for sample in samples if sample.top is not None]
     if not tops:
         return None
@@ -124,9 +124,9 @@ def _collate_top(samples: Sequence[Encoded], filler: bool) -> TopTokens | None:
 def _collate_taught(
     samples: Sequence[Encoded], pad_token_id: int, max_length: int, packing: bool, filler: bool
 ) -> Batch | None:
-    """Return the batch of what a teacher reads, of a mixture also the samples themselves; None where it reads the same.
+    """Return the batch that a teacher reads, in a mixture with the samples themselves; None where it reads the same.
 
-    Its rows are as long as those of the samples, or as the longest of its own, and packed in the order of the samples.
+    The batch's rows are as long as those of the samples, or as its longest, and packed in the order of the samples.
     """
     if all(sample.taught is None for sample in samples):
         return None
@@ -164,7 +164,7 @@ class MicroBatchLoader(DataLoader[Batch]):
         self._place = sampler
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # Runs at the first `next`: Lightning makes the iterator first and sets the epoch after.
+        # This runs at the first `next`: Lightning makes the iterator first and sets the epoch after.
         self._place.begin()
         for batch in super().__iter__():
             self._place.advance()
@@ -175,7 +175,7 @@ class MicroBatchLoader(DataLoader[Batch]):
         return self._place.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a place in the data. Raises ValueError where it was saved with other data."""
+        """Load a place in the data. Raises ValueError for a place saved with other data."""
         saved = state.get("_snapshot", {}).get("_main_snapshot", state)  # torchdata's, with workers
         self._place.load_state_dict(saved.get("_index_sampler_state", saved))
 
@@ -186,7 +186,7 @@ def unchanged(batch: Any) -> Any:
 
 
 def _outlive_signals(worker: int) -> None:
-    """SLURM signals every process of a job; a worker that died of it would take the step being finished with it."""
+    """Outlive what SLURM signals to every process of a job: a dead worker would take the step at work with it."""
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))

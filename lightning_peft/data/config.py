@@ -19,7 +19,7 @@ class Format(StrEnum):
 
 
 class RowKind(Enum):
-    """What a row holds: answers to learn, a chosen and a rejected answer, or an answer and whether it is wanted."""
+    """The content of a row: answers to learn, a chosen and a rejected answer, or an answer and whether it is wanted."""
 
     answers = "answers"
     pairs = "pairs"
@@ -48,14 +48,14 @@ class OnTooLong(Enum):
 
 
 class Layout(Enum):
-    """How a prompt is written: by the tokenizer's chat template, or as it stands in the row."""
+    """The layout of a prompt: the tokenizer's chat template, or the text as it stands in the row."""
 
     chat = "chat"
     raw = "raw"
 
 
 class Reasoning(Enum):
-    """Which thoughts are trained: each, as its answer is generated; none; or the last answer's of a conversation."""
+    """The thoughts that are trained: each, as its answer is generated; none; or the last answer's of a conversation."""
 
     keep = "keep"
     drop = "drop"
@@ -73,7 +73,7 @@ class Trained(Enum):
 def named_sources(entries: list[Any]) -> dict[str, Any]:
     """Return a list of sources as a mapping, each by its `name`, else by its place in the list from 0 on.
 
-    Raises ValueError where one is no mapping, or two have one name.
+    Raises ValueError for a source that is no mapping, or two of one name.
     """
     found: dict[str, Any] = {}
     for place, entry in enumerate(entries):
@@ -89,7 +89,7 @@ def named_sources(entries: list[Any]) -> dict[str, Any]:
 @dataclass
 class DataConfig:
     source: str = "files"
-    """Where rows come from: a name in `lightning_peft.data.sources.SOURCES`."""
+    """The source of the rows: a name in `lightning_peft.data.sources.SOURCES`."""
     train_path: Any = None
     """For `source=files`: a JSONL, JSON, CSV, TSV, parquet, Arrow or Excel file, a folder, a pattern of several (`**`
     goes into folders), or a list of them. Text may end in .gz, .bz2, .xz or .zst; s3://, gs:// and hf:// are read
@@ -105,10 +105,11 @@ class DataConfig:
     hub_validation_split: str | None = None
     """Split to validate on; without it `validation_fraction` of the training rows are held out."""
     rows: RowKind | None = None
-    """What a row holds: answers, pairs of a chosen and a rejected one, or labelled ones; null takes what the objective
-    trains on, and answers where there is none."""
+    """The content of a row: answers, pairs of a chosen and a rejected one, or labelled ones; null takes the kind that
+    the objective trains on, and answers where there is none."""
     task: str = "none"
-    """How `evaluate` scores the answers: a name in `lightning_peft.tasks.registry.TASKS`; none for the loss only."""
+    """Task by which `evaluate` scores answers: a name in `lightning_peft.tasks.registry.TASKS`; none for the loss only.
+    """
     format: str = "auto"
     """Shape of the rows: messages, instruction, prompt_completion, text, tokens, preference, labelled, or one of your
     own; auto goes by the columns."""
@@ -147,11 +148,11 @@ class DataConfig:
     ignore_columns: list[str] = field(default_factory=list)
     """Columns, and keys of turns, that are left out on purpose."""
     layout: Layout = Layout.chat
-    """How prompts are written; raw takes prompt/completion rows as they stand, without a chat template."""
+    """The layout of prompts; raw takes prompt/completion rows as they stand, without a chat template."""
     template_options: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template, such as `{enable_thinking: false}`, in training and generation."""
     reasoning: Reasoning = Reasoning.keep
-    """Which thoughts are trained. What later prompts show of earlier thoughts is the chat template's choice."""
+    """The thoughts that are trained. The chat template decides which earlier thoughts a later prompt shows."""
     train_on: list[Trained] = field(default_factory=lambda: [Trained.answer, Trained.reasoning, Trained.tool_call])
     """Parts of an assistant's turn that are trained."""
     train_on_last_turn: bool = False
@@ -161,9 +162,9 @@ class DataConfig:
     max_length: int = 512
     """Longest sample in tokens, and with packing the length of every row of a batch."""
     on_too_long: OnTooLong = OnTooLong.truncate
-    """What happens to samples over `max_length`; always counted and reported."""
+    """The treatment of samples over `max_length`, which are always counted and reported."""
     on_bad_row: OnBadRow = OnBadRow.error
-    """What happens to rows that cannot be used; skipped ones are counted and reported."""
+    """The treatment of rows that cannot be used; skipped ones are counted and reported."""
     max_rows: int | None = None
     """Train on the first so many rows; null takes all (generated sources: their own default)."""
     max_validation_rows: int | None = 200
@@ -171,7 +172,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of the training rows held out when the source has no validation rows of its own; 0 turns validation off."""
     split_seed: int = 0
-    """Seed of the held-out share and of generated rows. Not the run's seed, so that runs with different seeds, and
+    """Seed of the held-out share and of generated rows. A seed apart from the run's lets runs with different seeds, and
     `evaluate` after them, use the same validation rows."""
     packing: Any = "auto"
     """Several samples to a row of `max_length` tokens; without it, samples of similar length share a micro batch. auto

@@ -1,4 +1,4 @@
-"""What a row becomes: the messages of a conversation, with the tools it offers."""
+"""The conversation that a row becomes: its messages, with the tools it offers."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ TEXT_ROLE = "text"
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. Only an assistant's has reasoning, tool calls and a weight."""
+    """One turn. Only an assistant's turn has reasoning, tool calls and a weight."""
 
     role: str
     """`system`, `user`, `assistant`, `tool`, or `TEXT_ROLE`."""
@@ -28,7 +28,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a row holds that was tokenised before: equally long lists."""
+    """The content of a row that was tokenised before: equally long lists."""
 
     input_ids: list[int]
     labels: list[int]
@@ -61,48 +61,48 @@ class Conversation(list[Message]):
         self.rejected = rejected
         """The same prompt with the worse answer, of preference rows."""
         self.wanted = wanted
-        """Whether the answer is one to give, of labelled rows."""
+        """True where the answer is one to give, of labelled rows."""
         self.tokens = tokens
-        """What the row is, of rows without messages."""
+        """The tokens of a row without messages."""
         self.taught = taught
-        """What a teacher reads in its place, with the same answers."""
+        """The conversation that a teacher reads in place of this one, with the same answers."""
         self.source = ""
         """Name of the source of a mixture that the row is of; empty where there is one source."""
         self.origin = ""
-        """Where its row was read: "train.jsonl line 3"; empty for a conversation that is of no file."""
+        """The place where its row was read: "train.jsonl line 3"; empty for a conversation that is of no file."""
         self.margin = margin
-        """By how much its answer is to be ahead of the rejected one, of preference rows that say so."""
+        """The lead that its answer is to have over the rejected one, of preference rows that give one."""
 
     def before(self, index: int) -> "Conversation":
-        """The messages before message `index`, with the same tools."""
+        """Return the messages before message `index`, with the same tools."""
         return self.at_its_place(Conversation(self[:index], self.tools))
 
     def at_its_place(self, other: "Conversation") -> "Conversation":
-        """Another conversation that is made of the same row."""
+        """Mark another conversation as made of the same row, and return it."""
         other.origin, other.source = self.origin, self.source
         return other
 
     @property
     def first_trained(self) -> int:
-        """Index of the first answer that is trained; the number of messages where there is none."""
+        """Return the index of the first answer that is trained; the number of messages where there is none."""
         trained = (i for i, message in enumerate(self) if message.role == "assistant" and message.weight > 0)
         return next(trained, len(self))
 
     @property
     def last_answer(self) -> int | None:
-        """Index of the last message of the assistant; None where there is none."""
+        """Return the index of the last message of the assistant; None where there is none."""
         return next((index for index in range(len(self) - 1, -1, -1) if self[index].role == "assistant"), None)
 
     @property
     def trailing(self) -> int:
-        """Messages after the last answer, which are no part of any sample."""
+        """Return the number of messages after the last answer, which are no part of any sample."""
         if self and self[-1].role == "assistant":
             return 0
         return 0 if (last := self.last_answer) is None else len(self) - 1 - last
 
 
 def tools_of(messages: Iterable[Message]) -> list[dict[str, Any]] | None:
-    """The tools that come with the messages; None for a plain list of them."""
+    """Return the tools that come with the messages; None for a plain list of them."""
     return messages.tools if isinstance(messages, Conversation) else None
 
 
@@ -115,9 +115,9 @@ class Row:
 
 
 def without_absent_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow without the keys of objects in it that hold null.
+    """Return a row of Arrow without the keys of objects in it that hold null.
 
-    There all objects of a column have the same keys, so that a tool, or a call, has null for those of the others.
+    All objects of a column have the same keys in Arrow, so that a tool, or a call, has null for those of the others.
     """
     return {name: _dense(value) if isinstance(value, dict | list) else value for name, value in values.items()}
 
@@ -129,7 +129,7 @@ def _dense(value: Any) -> Any:
 
 
 def read_json(text: str) -> Any:
-    """Return what a JSON text says. Raises ValueError, also for a key twice in an object: one would be dropped."""
+    """Return what a JSON text says. Raises ValueError, also for a key twice in an object, as one would be dropped."""
     return json.loads(text, object_pairs_hook=_with_each_key_once)
 
 
@@ -142,7 +142,7 @@ def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: where it is, which column, what was expected, what is there."""
+    """A row that cannot be used; the message has its place, the column, what was expected and what is there."""
 
     def __init__(self, origin: str, expected: str, got: Any, column: str | None = None):
         kind = "" if got is None or isinstance(got, str) else f" ({type(got).__name__})"
@@ -151,7 +151,7 @@ class BadRow(ValueError):
 
     @classmethod
     def because(cls, origin: str, reason: str) -> "BadRow":
-        """The row that another error, or a sentence, is about."""
+        """Return the error of a row that another error, or a sentence, is about."""
         error = cls.__new__(cls)
         line = " ".join(f"{origin}: {reason}".splitlines())
         ValueError.__init__(error, line.encode("utf-8", "backslashreplace").decode())
@@ -159,7 +159,7 @@ class BadRow(ValueError):
 
 
 def shown(value: Any) -> str:
-    """A value on one line of at most 80 characters, fit for any terminal."""
+    """Return a value on one line of at most 80 characters, fit for any terminal."""
     text = repr(value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text.encode("utf-8", "backslashreplace").decode()

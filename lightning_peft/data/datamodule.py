@@ -63,7 +63,9 @@ class SFTDataModule(LightningDataModule):
         vocabulary: int | None = None,
         teacher_context: int | None = None,
     ) -> None:
-        """vocabulary: tokens the model has embeddings for. teacher_context: of what reads data.teacher_prompt."""
+        """Keep the options. vocabulary: tokens with an embedding. teacher_context: of the reader of
+        data.teacher_prompt.
+        """
         super().__init__()
         if model_context is not None and config.max_length > model_context:
             raise ValueError(beyond_context(config.max_length, model_context))
@@ -86,7 +88,7 @@ class SFTDataModule(LightningDataModule):
         """Counts of the training samples; when streaming, of the first window."""
         self.validation_audit = Audit()
         self.train_audits: dict[str, Audit] = {}
-        """Those of each source of a mixture."""
+        """The counts of each source of a mixture."""
         self.validation_audits: dict[str, Audit] = {}
         self.example: Encoded | None = None
         """The first training sample, for `audit.preview`."""
@@ -105,7 +107,7 @@ class SFTDataModule(LightningDataModule):
             self._report("validation", self.validation_audits, self.validation_audit)
 
     def _read(self, split: str, audits: dict[str, Audit]) -> list[Samples]:
-        """The samples of each source; their counts come into `audits`."""
+        """Return the samples of each source; put their counts into `audits`."""
         parts = []
         for source in self._sources:
             with naming(source.name):
@@ -155,7 +157,7 @@ class SFTDataModule(LightningDataModule):
         raise ValueError(f"data.{key}: {found}")
 
     def _training_plan(self, samples: Samples | MixedSamples) -> Callable[[int], list[MicroBatch]]:
-        """The micro batches of an epoch by its number."""
+        """Return a function from the number of an epoch to its micro batches."""
         if isinstance(samples, MixedSamples):
             plan = MixturePlan(samples, self._sources, self._shares, self._seed, self._plan)
             if self._rank_and_world_size()[0] == 0 and not self._config.streaming:
@@ -220,7 +222,7 @@ class SFTDataModule(LightningDataModule):
 
     @cached_property
     def prompt_layout(self) -> PromptLayout:
-        """How prompts are written in the training rows. Needs `setup`."""
+        """Return the layout of prompts in the training rows. Needs `setup`."""
         audits = self.train_audits
         without_turns = [name for name, audit in audits.items() if audit.format in (Format.text, Format.tokens)]
         config = replace(self._config, system_prompt=shared_option(self._config, "system_prompt", without_turns))
@@ -241,22 +243,22 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def is_streaming(self) -> bool:
-        """Whether rows are read during training, so that their number is not known."""
+        """Return whether rows are read during training, so that their number is not known."""
         return self._config.streaming
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any training token; of the first window when streaming. Needs `setup`."""
+        """Return digits that change with any training token, of the first window when streaming. Needs `setup`."""
         return self.training_samples.fingerprint
 
     @property
     def validation_fingerprint(self) -> str | None:
-        """Changes with any validation token; None where there are no validation rows. Needs `setup`."""
+        """Return digits that change with any validation token; None without validation rows. Needs `setup`."""
         return self._validation.fingerprint if self._validation else None
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch, the last one of a part of a window included. Needs `setup`; not streaming."""
+        """Return an epoch's optimiser steps, that of a last partial window included. Needs `setup`; not streaming."""
         if self._train is None:
             raise RuntimeError("call SFTDataModule.setup first")
         return -(-self._micro_batches_per_epoch // (self._rank_and_world_size()[1] * self._accumulate_grad_batches))
@@ -283,13 +285,13 @@ class SFTDataModule(LightningDataModule):
         return self._sampled_loader(samples, MicroBatchSampler(self._train_plan, rank, world_size, samples.fingerprint))
 
     def first_batches(self, count: int) -> list[Batch]:
-        """The first micro batches of the first epoch, or window when streaming, alike on every rank. Needs `setup`."""
+        """Return the first micro batches of the first epoch, or streamed window, alike on every rank. Needs `setup`."""
         samples = self.training_samples
         batches = CollatedBatches(samples, self._config, self._pad_token_id)
         return [batches[Request(rows, filler=False)] for rows in self._train_plan(0)[:count]]
 
     def val_dataloader(self) -> MicroBatchLoader | list[MicroBatchLoader]:
-        """The validation rows in the same batches each time; no loader where there are none."""
+        """Return the validation rows in the same batches each time; no loader where there are none."""
         samples = self._validation
         if samples is None:
             raise RuntimeError("call SFTDataModule.setup first")
@@ -302,7 +304,7 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def sample_sets(self) -> list[Samples]:
-        """The samples of every source, of training and validation rows. Needs `setup`."""
+        """Return the samples of every source, of training and validation rows. Needs `setup`."""
         found = []
         for samples in (self._train, self._validation):
             found += samples.parts if isinstance(samples, MixedSamples) else [samples] if samples is not None else []
@@ -317,7 +319,7 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def validation_names(self) -> tuple[str, ...]:
-        """The sources of a mixture whose rows are validated on; empty without a mixture. Needs `setup`."""
+        """Return the sources of a mixture with validation rows; empty without a mixture. Needs `setup`."""
         if not isinstance(self._validation, MixedSamples):
             return ()
         counted = zip(self._sources, self._validation.parts, strict=True)
@@ -335,7 +337,7 @@ class SFTDataModule(LightningDataModule):
         return MicroBatchLoader(batches, sampler, self._config.num_workers)
 
     def _plan_by_source(self, parts: Sequence[Samples]) -> list[MicroBatch]:
-        """Micro batches of validation rows, each of one source."""
+        """Return micro batches of validation rows, each of one source."""
         plans, first = [], 0
         for part in parts:
             lengths = part.unit_lengths
@@ -344,7 +346,7 @@ class SFTDataModule(LightningDataModule):
         return plans
 
     def _fill(self, samples: Samples | MixedSamples, plan: list[MicroBatch]) -> float | None:
-        """The share of packed rows that is no padding; None without packing."""
+        """Return the share of packed rows that is no padding; None without packing."""
         if not self._config.packing or not plan:
             return None
         packs = [pack for micro_batch in plan for pack in micro_batch]
@@ -357,7 +359,7 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def training_samples(self) -> Samples | MixedSamples:
-        """The tokenised training rows, of the first window when streaming. Needs `setup`."""
+        """Return the tokenised training rows, of the first window when streaming. Needs `setup`."""
         if self._train is None:
             raise RuntimeError("call SFTDataModule.setup first")
         return self._train
@@ -373,5 +375,7 @@ class SFTDataModule(LightningDataModule):
         return {"world_size": self._rank_and_world_size()[1], "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where the checkpoint was made with other rows, or another first window when streaming."""
+        """Load the position in the data. Raises ValueError where the checkpoint was made with other rows, or another
+        first window when streaming.
+        """
         check_fingerprint(state_dict.get("fingerprint", self.fingerprint), self.fingerprint)

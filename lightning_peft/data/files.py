@@ -44,7 +44,7 @@ class DataFile:
 
     @property
     def suffixes(self) -> tuple[str, str]:
-        """The ending that names the format and the one that names the compression, in lower case; "" for none."""
+        """Return the endings that name the format and the compression, in lower case; "" for none."""
         name = Path(self.path)
         packed = name.suffix.lower() if name.suffix.lower() in DECOMPRESSED else ""
         return (Path(name.stem) if packed else name).suffix.lower(), packed
@@ -87,7 +87,7 @@ class DataFile:
 
 
 def remote(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path in it. Raises ValueError where it cannot be reached."""
+    """Return the fsspec file system of a URL and the path in it. Raises ValueError for an unreachable system."""
     from fsspec.core import url_to_fs  # only remote files need it
 
     kind = url.split("://")[0]
@@ -150,7 +150,7 @@ def _text_row(text: str, origin: str) -> Row | BadRow:
 
 
 def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
-    """Objects of one JSON array; a file that starts otherwise is read as JSON lines, which are often named so."""
+    """Read the objects of one JSON array, or a file that starts otherwise as JSON lines, which are often named so."""
     with file.content() as content:
         start = content.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         if start.startswith(b"["):
@@ -173,7 +173,7 @@ def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
 
 
 def _array_row_by_row(text: str, file: DataFile, wrong: Exception) -> Iterator[Row | BadRow]:
-    """The elements of an array of which not all can be read. Raises ValueError where it cannot be told which."""
+    """Read an array element by element, as some cannot be read. Raises ValueError where their ends cannot be told."""
     try:
         texts = list(elements(text))
     except ValueError:
@@ -251,7 +251,7 @@ def _read_by_datasets(file: DataFile, kind: str) -> Iterator[Row | BadRow]:
 
 
 def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
-    """Read the only sheet that has cells; its first row names the columns, and every cell is text as in a CSV file."""
+    """Read the only sheet that has cells; the first row names the columns, and every cell is text as in a CSV file."""
     import pandas  # takes a second
 
     try:
@@ -337,7 +337,7 @@ def _remote_files(given: str, entry: str) -> list[DataFile]:
             return _readable(given, map(system.unstrip_protocol, found), system.unstrip_protocol(path))
         else:
             found = [path] if system.exists(path) else []
-    except Exception as error:  # as above: no credentials, no network, no such bucket
+    except Exception as error:  # no credentials, no network, no such bucket
         raise NoSuchRows(f"{given}: cannot be reached ({_first_line(error)})") from error
     if not found:
         raise NoSuchRows(f"{given}: there is no such file")
@@ -345,7 +345,7 @@ def _remote_files(given: str, entry: str) -> list[DataFile]:
 
 
 def _readable(given: str, paths: Iterable[str], folder: str) -> list[DataFile]:
-    """The files of a folder, hidden ones left out; others than rows stop the run, unless they are its description."""
+    """Return a folder's files, hidden ones and its description left out. Raises ValueError for others than rows."""
     inside = {path: path.removeprefix(folder).strip("/").split("/") for path in paths}
     shown = [path for path, parts in sorted(inside.items()) if not any(part.startswith((".", "_")) for part in parts)]
     described = [path for path in shown if Path(path).name.upper().split(".")[0] in ("README", "LICENSE", "NOTICE")]

@@ -1,4 +1,4 @@
-"""The table of row formats: the columns of each, and how a row of one is read into the messages of a conversation."""
+"""The table of row formats: the columns of each, and how its rows become the messages of a conversation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,9 +26,9 @@ from lightning_peft.data.unread import unread_names
 
 _BESIDE_TURNS = ("system", "history", "input", "tools")
 SIDE_COLUMNS = (*_BESIDE_TURNS, "reasoning")
-"""What a row may hold beside its prompt and answer; `data.system_column` and so on rename them."""
+"""Columns that a row may hold beside its prompt and answer; `data.system_column` and so on rename them."""
 USUAL_NAMES = {"reasoning": "reasoning_content"}
-"""Their columns where those are named otherwise: a `reasoning` column is as often a switch, or a rating."""
+"""Columns with another usual name than their own: a `reasoning` column is as often a switch, or a rating."""
 
 WITHOUT_TURNS = (Format.text, Format.tokens)
 """Rows that no chat template lays out."""
@@ -41,21 +41,21 @@ Answers = list[Message] | tuple[list[Message], list[Message]]
 
 @dataclass(frozen=True)
 class Shape:
-    """The columns of rows of one format, and how their prompts are made."""
+    """The columns of rows of one format, and the way their prompts are made."""
 
     columns: tuple[str, ...]
-    """Those of the format, under the names that they have here."""
+    """Columns of the format, under the names that they have here."""
     side: dict[str, str]
     """Column of each of `SIDE_COLUMNS` that the format has."""
     prompt_template: str | None = None
     teacher_prompt: str | None = None
-    """What a teacher alone reads before the conversation."""
+    """The text that a teacher alone reads before the conversation."""
     is_raw: bool = False
-    """Whether texts stand as they are, without a chat template."""
+    """True where texts stand as they are, without a chat template."""
 
 
 def text_of(row: Row, column: str) -> str:
-    """Return the text of a column. Raises `BadRow` where there is none."""
+    """Return the text of a column. Raises `BadRow` for a row without."""
     if column not in row.values:
         raise BadRow(row.origin, f"a column {column!r}", ", ".join(row.values))
     value = row.values[column]
@@ -102,7 +102,7 @@ def _read_pair(row: Row, shape: Shape) -> list[Message]:
 
 
 def _asked(messages: list[Message], row: Row, shape: Shape) -> list[Message]:
-    """The messages. Raises `BadRow` where no user asks for the first trained answer, here or in the row's history."""
+    """Return the messages. Raises `BadRow` where no user asks for the first trained answer, not in a history either."""
     has_history = row.values.get(shape.side.get("history", "")) not in (None, "", [])
     before = takewhile(lambda message: message.role != "assistant" or message.weight == 0, messages)
     if not has_history and not any(message.role == "user" for message in before):
@@ -149,13 +149,13 @@ class RowFormat:
     """Columns a row shape needs and how its messages are read from them."""
 
     usual_columns: tuple[tuple[str, ...], ...]
-    """Alternatives, the first that is there is taken."""
+    """Alternatives, of which the first that is there is taken."""
     options: tuple[str, ...]
     """Option of `data` that renames each column, as many as an alternative has columns; empty if they are fixed."""
     read: Callable[[Row, Shape], Answers]
-    """What a row says; raises `BadRow` for one that cannot be read. Of labelled rows the last column is the label."""
+    """Reads a row; raises `BadRow` for one that cannot be read. The last column of labelled rows is the label."""
     side: tuple[str, ...] = ()
-    """Those of `SIDE_COLUMNS` that belong to it."""
+    """Names of `SIDE_COLUMNS` that belong to the format."""
     copies: tuple[str, ...] = ()
     """Columns that repeat the others, as alpaca's `text` does."""
     rows: RowKind = RowKind.answers
@@ -186,7 +186,7 @@ FORMATS: dict[str, RowFormat] = {
         rows=RowKind.labelled,
     ),
 }
-"""In the order in which they are looked for: the alpaca data set has a `text` column beside its instructions.
+"""Formats in the order in which they are looked for: the alpaca data set has a `text` column beside its instructions.
 
 `FORMATS["mine"] = RowFormat(...)` adds one from outside the package.
 """
@@ -206,10 +206,10 @@ class RowReader(Shape):
     margin: str | None = None
     """Column of the margin of preference rows."""
     lists_unread: bool = True
-    """Whether columns that nobody reads are of interest; those of generated rows belong to their task."""
+    """True where columns that nobody reads are of interest; those of generated rows belong to their task."""
 
     def __call__(self, row: Row) -> Conversation:
-        """The conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
+        """Return the conversation of a row, the system prompt first if it brings none. Raises `BadRow`."""
         row = self._spelled_out(row)
         names = (self._passed, self._turn_columns, self.ignored, self.scored)
         unread = unread_names(row, *names) if self.lists_unread else ((), ())
@@ -231,7 +231,7 @@ class RowReader(Shape):
         return Conversation(found, found.tools, *unread, wanted=wanted, taught=taught)
 
     def asked(self, row: Row) -> Conversation:
-        """The conversation that a row without an answer asks to go on with. Raises `BadRow`.
+        """Return the conversation that a row without an answer asks to go on with. Raises `BadRow`.
 
         All that may stand beside a prompt is read as in training, and what is no part of it is listed.
         """
@@ -255,16 +255,16 @@ class RowReader(Shape):
         return {name: name in row.values or name in keys for name in sorted(self.ignored)}
 
     def _spelled_out(self, row: Row) -> Row:
-        """The row with its turns as lists, and its tools without the properties that Arrow adds."""
+        """Return the row with its turns as lists, and its tools without the properties that Arrow adds."""
         row = self._with_turns(row)
         if has_null_property(row.values.get(self.side.get("tools", ""))):  # exported from Arrow as JSON
             return Row(without_absent_keys(row.values), row.origin)
         return row
 
     def _with_turns(self, row: Row) -> Row:
-        """The row with the turns that it holds as JSON, as tables of text do, in place of their text.
+        """Return the row with the turns that it holds as JSON, as tables of text do, in place of their text.
 
-        What is to be continued, or answers a text, is text, whatever it says.
+        A text that is to be continued, or that answers a text, stays text, whatever it says.
         """
         if self.format in WITHOUT_TURNS or self.is_raw:
             return row
@@ -293,7 +293,7 @@ class RowReader(Shape):
 
     @cached_property
     def _turn_columns(self) -> tuple[str, ...]:
-        """Columns that may hold lists of turns."""
+        """Return the columns that may hold lists of turns."""
         return (*self.columns, *(self.side[name] for name in ("prompt", "history") if name in self.side))
 
     def _conversation(self, row: Row, messages: list[Message]) -> Conversation:
@@ -372,7 +372,7 @@ class RowReader(Shape):
 
     @cached_property
     def _passed(self) -> frozenset[str]:
-        """Columns that are read, or ignored on request."""
+        """Return the columns that are read, or ignored on request."""
         is_weighted = self.format != Format.text and FORMATS[self.format].rows is RowKind.answers
         weight = (WEIGHT_COLUMN,) if is_weighted else ()
         return self._read_columns.union(self.ignored, weight)

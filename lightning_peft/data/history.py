@@ -30,7 +30,7 @@ class History:
         self._head = self._beginning(answers)
 
     def _beginning(self, answers: Sequence[int]) -> list[int]:
-        """The first exchange, without what happens between its question and its last answer."""
+        """Return the first exchange, without what happens between its question and its last answer."""
         if not self._users:
             return []
         first = self._users[0]
@@ -39,7 +39,7 @@ class History:
         return [*range(first + 1), *last[-1:]]
 
     def around(self, index: int) -> tuple[str, str, Callable[[], tuple[int | None, int | None]]]:
-        """The prompt before answer `index`, the text with it, and a way to find the generation prompt and the turn."""
+        """Return the prompt before answer `index`, the text with it, and a finder of generation prompt and turn."""
         windowed = self._windowed(index)
         if windowed is not None:
             return windowed
@@ -67,7 +67,7 @@ class History:
         return self._template.marked(messages, self._tools, generation, checked=True)  # with the whole conversation
 
     def _windowed(self, index: int) -> tuple[str, str, Callable[[], tuple[int | None, int | None]]] | None:
-        """As `around`, from renderings of a part of the conversation; None where they would not be the same."""
+        """Do as `around`, from renderings of a part of the conversation; return None where they would differ."""
         if self._whole is None:
             return None
         user = max((place for place in self._users if place < index), default=None)
@@ -94,7 +94,7 @@ class History:
         before = self._whole.text[: self._whole.starts[user]]
         cut, whole_cut = prompt.starts[at_user], whole.starts[at_user]
         if start > user + 1:
-            # From the second answer on: the first after a question may be written otherwise than one after a result.
+            # The first answer is left out: after a question it may be written otherwise than one after a result is.
             answers = (place for place in range(start + 1, index) if self._messages[place]["role"] == "assistant")
             splice = next(answers, index)
             place = at_user + 1 + splice - start
@@ -110,7 +110,7 @@ class History:
         )
 
     def _between(self, head: list[int], user: int, start: int, index: int, prompt: Marked, place: int) -> str | None:
-        """The text from a question to message `start` of a long exchange; None where `prompt` goes on otherwise.
+        """Return the text from a question to message `start` of a long exchange; None where `prompt` goes on otherwise.
 
         `place` is that of the message among those of `prompt`.
         """

@@ -37,7 +37,7 @@ def hub_rows(config: DataConfig, split: str) -> Iterator[Row | BadRow]:
 def hub_identity(config: DataConfig, split: str) -> Any:
     """Return what tells the rows of a split from others, fit for JSON. Raises ValueError as `hub_rows` does."""
     try:
-        return _loaded(config, split)._fingerprint  # of the files it was read from and what was done to them
+        return _loaded(config, split)._fingerprint  # it covers the files and what was done to them
     except Exception as error:
         return [file.identity() for file in _files(config, split, error)]
 
@@ -62,7 +62,7 @@ def _loaded(config: DataConfig, split: str) -> Any:
 
 
 def _files(config: DataConfig, split: str, failure: Exception) -> list[DataFile]:
-    """The files of a split, where all are of a kind that is read row by row. Raises ValueError for the failure."""
+    """Return the files of a split, if all can be read row by row. Raises ValueError for the failure."""
     if isinstance(failure, OSError):
         raise ValueError(
             f"data.hub_name={config.hub_name}: not found or the hub cannot be reached ({_reason(failure)}); "
@@ -77,12 +77,12 @@ def _files(config: DataConfig, split: str, failure: Exception) -> list[DataFile]
 
 
 def _paths(config: DataConfig, split: str | None) -> Iterable[str]:
-    """Paths and URLs of a split's files; none where `datasets` reads them in a way of their own."""
+    """Return the paths and URLs of a split's files; none where `datasets` reads them in a way of their own."""
     from datasets import load_dataset_builder
 
     try:
         options = load_dataset_builder(str(config.hub_name), config.hub_config).config
-    except Exception as error:  # the failure is told, and this one is of the same cause
+    except Exception as error:  # the failure is told, and has the same cause
         log.debug("%s: %s", config.hub_name, error)
         return ()
     is_usual = getattr(options, "sep", ",") == "," and getattr(options, "field", None) is None
@@ -90,7 +90,7 @@ def _paths(config: DataConfig, split: str | None) -> Iterable[str]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, on one line: one while rows are generated has its cause alone."""
+    """Return an error's words on one line, or those of its cause for an error while rows are generated."""
     told = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     text = " ".join(str(told).split()) or type(told).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -1,4 +1,4 @@
-"""How prompts are written: one object for training, scoring, chat and serving, saved with the adapter."""
+"""The way prompts are written: one object for training, scoring, chat and serving, saved with the adapter."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ FILE_NAME = "prompt_layout.json"
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """What stands around a question, and at which tokens its answer ends."""
+    """The text around a question, and the tokens at which its answer ends."""
 
     kind: str = "chat"
     """`chat`: by the chat template; `raw`: the prompt as it is; `text`: text that is continued."""
@@ -44,7 +44,7 @@ class PromptLayout:
         tokenizer: PreTrainedTokenizerBase,
         tools: list[dict[str, Any]] | None = None,
     ) -> "PromptLayout":
-        """The layout that rows of a format (of `Format`; None where no row was read) are trained in."""
+        """Return the layout that rows of a format (of `Format`; None where no row was read) are trained in."""
         kind = "text" if format == Format.text else config.layout.value
         template = None
         stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
@@ -61,7 +61,7 @@ class PromptLayout:
 
     @classmethod
     def load(cls, folder: Path) -> "PromptLayout | None":
-        """The layout saved with an adapter, None where there is none. Raises ValueError for a file that is none."""
+        """Return the layout saved with an adapter, None without one. Raises ValueError for a file that is no layout."""
         path = folder / FILE_NAME
         if not path.is_file():
             return None
@@ -85,7 +85,7 @@ class PromptLayout:
             raise TypeError(f"stop_token_ids={self.stop_token_ids}: must be numbers")
 
     def changed_from(self, before: "PromptLayout") -> str | None:
-        """How prompts differ from those of a layout before, in words; None where they do not.
+        """Return the difference of prompts from those of an earlier layout, in words; None where there is none.
 
         System prompt and tools are left out: rows may say them.
         """
@@ -98,18 +98,18 @@ class PromptLayout:
         return None
 
     def with_stops(self, ids: Sequence[int] | int | None) -> "PromptLayout":
-        """The layout whose answers end at these tokens as well: a model's `generation_config.eos_token_id`."""
+        """Return the layout whose answers end at these tokens as well: a model's `generation_config.eos_token_id`."""
         more = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
         return replace(self, stop_token_ids=sorted({*self.stop_token_ids, *more}))
 
     def conversation(self, question: str) -> Conversation:
-        """A question as the beginning of a conversation."""
+        """Return a question as the beginning of a conversation."""
         if self.kind != "chat":
             return Conversation([Message(TEXT_ROLE, question)])
         return self.going_on([Message("user", question)])
 
     def going_on(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Conversation:
-        """A conversation to be gone on with: behind the system prompt, and with the tools, where it names none."""
+        """Return a conversation to go on with: behind the system prompt, and with the tools, where it names none."""
         if self.system_prompt is not None and messages[0].role != "system":
             messages = [Message("system", self.system_prompt), *messages]
         return Conversation(messages, self.tools if tools is None else tools)
@@ -120,7 +120,7 @@ class PromptLayout:
         tokenizer: PreTrainedTokenizerBase,
         check: Callable[[str], None] | None = None,
     ) -> list[int]:
-        """Tokens to generate the next turn from: exactly those that stand before it in training.
+        """Return the tokens to generate the next turn from: exactly those that stand before that turn in training.
 
         check: is given the text before its tokens are counted, and may raise.
         """

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import nodes
 
 MARK = "mark_message_"
-# Around the number of a message in a marked rendering: private use, and not of the plane that icons are taken from.
+# These enclose the number of a message in a marked rendering: private use, from another plane than icons are.
 OPEN, CLOSE = "\U0010fff0", "\U0010fff1"
 MARKS = re.compile(f"{OPEN}(end|[0-9]+){CLOSE}")
 
@@ -24,7 +24,7 @@ class Marked:
 
 
 def mark_loops(tree: nodes.Template) -> bool:
-    """Put marks into the outermost loops of a template; whether there are any."""
+    """Put marks into the outermost loops of a template; return whether there are any."""
     found = False
 
     def visit(body: list[Any]) -> None:
@@ -51,7 +51,7 @@ def mark_loops(tree: nodes.Template) -> bool:
 
 
 def without_marks(text: str, plain: str) -> Marked | None:
-    """The marked text taken apart; None unless the marks stand in the order of the messages."""
+    """Take the marked text apart; return None unless the marks stand in the order of the messages."""
     starts: dict[int, int] = {}
     removed = end = 0
     for match in MARKS.finditer(text):

@@ -1,4 +1,4 @@
-"""The samples of a mixture: which of them come when."""
+"""The samples of a mixture, and the order in which they come."""
 
 import random
 from bisect import bisect_right
@@ -48,17 +48,17 @@ class MixedSamples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Eight hex digits that change with any token, label, weight or boundary of any source."""
+        """Return eight hex digits that change with any token, label, weight or boundary of any source."""
         return f"{crc32(' '.join(part.fingerprint for part in self.parts).encode()):08x}"
 
     @property
     def largest_token(self) -> int:
-        """The highest token id; -1 without samples."""
+        """Return the highest token id; -1 without samples."""
         return max(part.largest_token for part in self.parts)
 
     @cached_property
     def digests(self) -> NDArray[np.uint64]:
-        """(U,) a number for each unit that is another where its tokens or labels are."""
+        """Return (U,) a number for each unit that is another where its tokens or labels are."""
         return np.concatenate([part.digests for part in self.parts])
 
 
@@ -79,7 +79,7 @@ class MixturePlan:
         seed: int,
         plan: Callable[[list[int], random.Random], list[MicroBatch]],
     ) -> None:
-        """plan: micro batches of units of these lengths."""
+        """Plan windows over the sources; `plan` makes micro batches of units of the lengths it is given."""
         self._firsts = samples.firsts
         self._lengths = [np.asarray(part.unit_lengths, dtype=np.int64) for part in samples.parts]
         self._sources = sources
@@ -108,7 +108,7 @@ class MixturePlan:
 
     @property
     def passes(self) -> list[float]:
-        """The passes over each source in an epoch, until it has come to its end."""
+        """Return the passes over each source in an epoch, until it has come to its end."""
         return [
             self._tokens * share / int(some.sum()) if share else 0.0
             for some, share in zip(self._lengths, self._shares, strict=True)

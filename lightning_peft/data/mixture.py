@@ -1,4 +1,4 @@
-"""Several sets of rows in one training: the options of each, and what share of the tokens it has."""
+"""Several sets of rows in one training: the options of each, and its share of the tokens."""
 
 import logging
 import re
@@ -33,14 +33,14 @@ class MixedSource:
     name: str
     """Empty where it is the only one."""
     config: DataConfig
-    """Options of its rows, those of the mixture included."""
+    """Options of the source's rows, those of the mixture included."""
     weight: float | None = None
     max_epochs: int | None = None
 
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Inside, the message of a ValueError begins with the source that it is about."""
+    """Let the message of a ValueError raised inside begin with the source that it is about."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Where samples come from, file and line or source and row, in a few bytes each."""
+"""Origins of samples, file and line or source and row, in a few bytes each."""
 
 import json
 import re
@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,17})", re.DOTALL)
-"""A place and the number that it ends with, written as numbers are."""
+"""Pattern of a place and the number that it ends with, written as numbers are."""
 NO_NUMBER = -1
 FILES = ("origin_places", "origin_numbers")
-"""Of saved origins, each a .npy; the texts are in TEXTS."""
+"""Files of saved origins, each a .npy; the texts are in TEXTS."""
 TEXTS = "origins.json"
 
 
@@ -37,7 +37,7 @@ class Origins:
 
     @classmethod
     def mapped(cls, folder: Path) -> "Origins":
-        """The origins that were saved there. Raises OSError, EOFError or ValueError."""
+        """Return the origins that were saved there. Raises OSError, EOFError or ValueError."""
         places, numbers = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in FILES)
         return cls(json.loads((folder / TEXTS).read_text(encoding="utf-8")), places, numbers)
 

@@ -1,4 +1,4 @@
-"""Which samples share a row, and which rows a micro batch."""
+"""The choice of samples that share a row, and of rows that share a micro batch."""
 
 import random
 from bisect import bisect_left, insort
@@ -12,7 +12,7 @@ GROUPING_WINDOW = 64
 
 
 def pack(lengths: Sequence[int], capacity: int, rng: random.Random | None = None) -> list[list[int]]:
-    """Groups of sample indices whose lengths add up to at most `capacity`, by best fit, longest first.
+    """Return groups of sample indices whose lengths add up to at most `capacity`, by best fit, longest first.
 
     With `rng`, groups come in random order and samples of equal length are interchangeable. The number of groups
     depends on the lengths alone, so that every epoch has as many steps. Raises ValueError for a sample over the
@@ -52,14 +52,14 @@ def _best_fit(indices: list[int], lengths: Sequence[int], capacity: int) -> list
 
 
 def fill_ratio(packs: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> float:
-    """Share of the packs' tokens that are not padding, 0 to 1."""
+    """Return the share of the packs' tokens that are not padding, 0 to 1."""
     return sum(lengths[index] for indices in packs for index in indices) / (len(packs) * capacity) if packs else 0.0
 
 
 def group_by_length(
     lengths: Sequence[int], micro_batch_size: int, rng: random.Random | None = None
 ) -> list[MicroBatch]:
-    """Micro batches of unpacked samples of similar length, in random order with `rng`."""
+    """Return micro batches of unpacked samples of similar length, in random order with `rng`."""
     order = list(range(len(lengths)))
     if rng is not None:
         rng.shuffle(order)
@@ -76,7 +76,7 @@ def group_by_length(
 def plan_micro_batches(
     lengths: Sequence[int], max_length: int, micro_batch_size: int, packing: bool, rng: random.Random | None = None
 ) -> list[MicroBatch]:
-    """All samples once, as micro batches of `micro_batch_size` rows; one may have fewer."""
+    """Return all samples once, as micro batches of `micro_batch_size` rows; one may have fewer."""
     if packing:
         return _cut(pack(lengths, max_length, rng), micro_batch_size)
     return group_by_length(lengths, micro_batch_size, rng)

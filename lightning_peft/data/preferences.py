@@ -1,4 +1,4 @@
-"""From the columns of a preference row to two conversations that differ in what the assistant says last."""
+"""Make of the columns of a preference row two conversations that differ in what the assistant says last."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from lightning_peft.data.turns import HEAVIEST, read_turns
 
 
 class Standing(IntEnum):
-    """What a sample is to a preference objective."""
+    """The part of a sample in a preference objective."""
 
     rejected = 0
     """The worse answer of a pair, or one that its label does not want."""
@@ -51,8 +51,8 @@ def read_chosen_and_rejected(
 ) -> tuple[list[Message], list[Message]]:
     """Return the messages of both answers, each behind the same prompt, whose turns are not trained.
 
-    Answers are texts, or lists of turns that may begin with the prompt. Without a prompt it is what both begin with; of
-    plain texts only where they are laid out as they stand. Raises `BadRow`.
+    Answers are texts, or lists of turns that may begin with the prompt. Without a prompt, the beginning that both share
+    is the prompt; plain texts have one only where they are laid out as they stand. Raises `BadRow`.
     """
     columns = (chosen_column, rejected_column)
     values = [row.values.get(column) for column in columns]

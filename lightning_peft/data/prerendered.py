@@ -18,7 +18,7 @@ class RenderedText:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, ends: Iterable[int]) -> None:
-        """ends: tokens at which an answer ends."""
+        """Find the tokens of the template around its turns; `ends` are the tokens at which an answer ends."""
         question = [{"role": "user", "content": _QUESTION}]
         text = template.render(question, None, True)
         before, after = text.split(_QUESTION)[0], text.split(_QUESTION)[-1]
@@ -32,10 +32,10 @@ class RenderedText:
         self._ends = tuple(str(tokenizer.convert_ids_to_tokens(token)) for token in ends)
 
     def refuse(self, messages: Sequence[Message], origin: str) -> None:
-        """Raises `BadRow` for a message with tokens of the template around it.
+        """Raise `BadRow` for a message with tokens of the template around it.
 
-        Any that begins with a turn's first token, a question that ends with a generation prompt, and an answer that
-        ends with an end token, which the template would write a second time.
+        Such a message begins with a turn's first token, or is a question that ends with a generation prompt, or an
+        answer that ends with an end token, which the template would write a second time.
         """
         for message in messages:
             text = message.content.strip()

@@ -1,4 +1,4 @@
-"""Rows that hold no answer yet: what they ask, and the tokens of it."""
+"""Rows that hold no answer yet: the conversation to go on with, and its tokens."""
 
 from collections.abc import Sequence
 
@@ -12,17 +12,17 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.turns import WEIGHT_COLUMN
 
 _COLUMNS = {"prompt": Format.prompt_completion, "messages": Format.messages}
-"""What asks, and the format of training rows whose other columns may stand beside it."""
+"""Columns that ask, each with the format of training rows whose other columns may stand beside it."""
 _OF_ANSWERS = frozenset(("reasoning", "prompt"))
-"""Of those, what belongs to an answer, or is the question itself."""
+"""The side columns that belong to an answer, or are the question itself."""
 
 
 def read_prompt(row: Row, is_raw: bool = False) -> Conversation:
     """Return the conversation that a row asks to go on with, by what training reads of such rows.
 
-    Of other columns its `listed` and `unread` have the names. is_raw: prompts are texts that are continued, without
-    turns. Raises `BadRow`, also for turns that end in an answer, for keys of turns that nobody reads, and for what can
-    stand beside a prompt and not beside turns.
+    The conversation's `listed` and `unread` have the names of other columns. is_raw: prompts are texts that are
+    continued, without turns. Raises `BadRow`, also for turns that end in an answer, for keys of turns that nobody
+    reads, and for columns that can stand beside a prompt and not beside turns.
     """
     given = [column for column in _COLUMNS if row.values.get(column) not in (None, "", [])]
     if len(given) != 1:
@@ -38,7 +38,7 @@ def read_prompt(row: Row, is_raw: bool = False) -> Conversation:
         columns=(column,),
         side={name: name for name in side},
         format=_COLUMNS[column],
-        ignored=frozenset((WEIGHT_COLUMN,)),  # of the loss, which no answer to be generated has
+        ignored=frozenset((WEIGHT_COLUMN,)),  # an answer to be generated has no loss to weigh
         is_raw=is_raw,
     )
     found = reader.asked(row)

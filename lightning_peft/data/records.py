@@ -1,4 +1,4 @@
-"""Where one record of a text ends, also one that cannot be read: the elements of a JSON array, the rows of a table."""
+"""The records of a text, also those that cannot be read: the elements of a JSON array, the rows of a table."""
 
 import csv
 import re
@@ -12,7 +12,7 @@ _CLOSES = {"[": "]", "{": "}"}
 def elements(array: str) -> Iterator[str]:
     """Iterate over the texts of the elements of a JSON array, whatever is wrong inside one of them.
 
-    Raises ValueError where quotes or brackets do not come in pairs, so that no element after has an end.
+    Raises ValueError where quotes or brackets do not come in pairs, so that no later element has an end.
     """
     awaited: list[str] = []
     begin, follows = 0, False
@@ -44,13 +44,13 @@ class Record(NamedTuple):
     first_line: int
     last_line: int
     wrong: str | None = None
-    """Why it cannot be read, of one without fields."""
+    """The reason why a row without fields cannot be read."""
     text: str = ""
-    """What it is in the file, of one without fields."""
+    """The text in the file of a row without fields."""
 
     @property
     def place(self) -> str:
-        """Its line, or all of one that cannot be read."""
+        """Return the row's line, or all lines of one that cannot be read."""
         if self.wrong is None or self.first_line == self.last_line:
             return f"line {self.last_line}"
         return f"lines {self.first_line} to {self.last_line}"

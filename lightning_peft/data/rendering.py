@@ -1,4 +1,4 @@
-"""From a conversation to texts in which each assistant turn stands as it will be generated.
+"""Render a conversation as texts in which each assistant turn stands as it will be generated.
 
 Generation sees the conversation before a turn as the chat template renders it then, with the generation prompt. Most
 templates only append, so one rendering of the whole conversation holds every turn in that form. Some rewrite earlier
@@ -23,8 +23,8 @@ from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING
 log = logging.getLogger(__name__)
 
 
-class Kind(IntEnum):
-    """What a trained token is."""
+class TokenKind(IntEnum):
+    """The kind of a trained token."""
 
     none = 0
     answer = 1
@@ -35,9 +35,11 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Rules:
-    """What of a conversation is trained."""
+    """The rules that decide which parts of a conversation are trained."""
 
-    train_on: frozenset[Kind] = frozenset((Kind.answer, Kind.reasoning, Kind.tool_call, Kind.end))
+    train_on: frozenset[TokenKind] = frozenset(
+        (TokenKind.answer, TokenKind.reasoning, TokenKind.tool_call, TokenKind.end)
+    )
     last_turn_only: bool = False
     reasoning: Reasoning = Reasoning.keep
 
@@ -47,7 +49,7 @@ class Span:
     """An assistant turn in a text: where it starts, and its parts, each with the character at which it stops."""
 
     start: int
-    parts: tuple[tuple[int, Kind], ...]
+    parts: tuple[tuple[int, TokenKind], ...]
     weight: float = 1.0
 
     @property
@@ -67,7 +69,7 @@ class ConversationRenderer:
     """Renders conversations under one template and rules."""
 
     def __init__(self, template: ChatTemplate, special: Sequence[str], added: Sequence[str], rules: Rules) -> None:
-        """special: special tokens that may end a turn; added: all tokens beside the vocabulary."""
+        """Keep the rules. special: tokens that may end a turn; added: all tokens beside the vocabulary."""
         self._template = template
         self._rules = rules
         self._ends = [pattern for tokens in (special, added) if (pattern := _ends_pattern(tokens)) is not None]
@@ -76,7 +78,7 @@ class ConversationRenderer:
         self._dropped_of: dict[tuple[Any, bool], frozenset[int]] = {}
 
     def prompt(self, messages: Sequence[Message]) -> Rendered:
-        """The text to generate the next turn from, and the earlier turns in it. Raises `ChatTemplateError`."""
+        """Return the text to generate the next turn from, and the earlier turns in it. Raises `ChatTemplateError`."""
         tools = tools_of(messages)
         self._check_tools(tools)
         dicts = [self._template.spelled(message) for message in messages]
@@ -85,10 +87,10 @@ class ConversationRenderer:
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         history = History(self._template, dicts, tools, answers)
         starts = [len(before) for index in answers if text.startswith(before := history.around(index)[0])]
-        return Rendered(text, tuple(Span(start, ((start, Kind.none),)) for start in starts))
+        return Rendered(text, tuple(Span(start, ((start, TokenKind.none),)) for start in starts))
 
     def __call__(self, conversation: Sequence[Message]) -> list[Rendered]:
-        """Texts that hold each trained turn once, that of the whole conversation last.
+        """Return texts that hold each trained turn once, that of the whole conversation last.
 
         Raises `ChatTemplateError`.
         """
@@ -127,7 +129,7 @@ class ConversationRenderer:
         prompt: str,
         exact: bool = True,
     ) -> None:
-        """exact: whether to look beyond a text that stands elsewhere too, at the cost of a rendering."""
+        """Raise for a message that the prompt lacks; `exact` looks beyond text that stands elsewhere, by rendering."""
         dropped = self._dropped(messages, dicts, tools) if exact else ()
         for index, message in enumerate(messages):
             parts = _SWITCHES.split(message.content) if message.role == "system" else [message.content]
@@ -139,9 +141,9 @@ class ConversationRenderer:
                 )
 
     def _dropped(self, messages: Sequence[Message], dicts: Sequence[dict[str, Any]], tools: Any) -> frozenset[int]:
-        """Which of the turns before an answer the template leaves out, found once for all that take the same turns.
+        """Return which turns before an answer the template leaves out, found once for all that take the same turns.
 
-        Each says what no other says, as the text of one that is left out may stand elsewhere in the prompt.
+        Each turn says what no other says, as the text of one that is left out may stand elsewhere in the prompt.
         """
         others = [index for index, message in enumerate(messages) if message.role != "assistant"]
         turns = tuple((one.role, bool(one.tool_calls), one.reasoning is None, one.name is None) for one in messages)
@@ -152,7 +154,7 @@ class ConversationRenderer:
                 self._dropped_of.clear()
             try:
                 text = self._template.render(named, tools, True)
-            except ChatTemplateError:  # of a result that has to be JSON, for one
+            except ChatTemplateError:  # a result that has to be JSON is one reason
                 text = " ".join(said.values())
             self._dropped_of[turns, bool(tools)] = frozenset(i for i in others if said[i] not in text)
         return self._dropped_of[turns, bool(tools)]
@@ -192,7 +194,7 @@ class ConversationRenderer:
     def _rewritten(
         self, message: Message, index: int, prompt: str, whole: str, end: int | None, place: int | None
     ) -> str:
-        """What the assistant says where the rendering with the answer does not begin with the prompt.
+        """Return what the assistant says where the rendering with the answer does not begin with the prompt.
 
         `end` is where the generation prompt begins in `prompt`, `place` where the turn does in `whole`.
         """
@@ -219,8 +221,8 @@ class ConversationRenderer:
             between = between.rstrip()  # the template has put it there already
         return (thought or "").strip() + between + answer
 
-    def _parts(self, message: Message, index: int, said: str) -> tuple[list[tuple[int, Kind]], str]:
-        """The parts of what is said in a turn, each with where it stops, and the text with the turn's end."""
+    def _parts(self, message: Message, index: int, said: str) -> tuple[list[tuple[int, TokenKind]], str]:
+        """Return the parts of what is said in a turn, each with where it stops, and the text with the turn's end."""
         stop, end = self._end(said)
         if end == stop:
             follows = self._follows(bool(message.tool_calls))
@@ -241,22 +243,22 @@ class ConversationRenderer:
         stop = max(stop, answer_start + len(answer))  # an answer may itself end in a special token
         if given is not None and not (thought or answer or calls):
             raise ChatTemplateError(f"assistant message {index + 1} says nothing, its thought is empty")
-        parts: list[tuple[int, Kind]] = []
+        parts: list[tuple[int, TokenKind]] = []
         first_call = calls and _names_call(message, said[min(thought_stop, answer_start) : answer_start])
         if first_call:
-            parts += [(thought_stop, Kind.reasoning)] * (thought_stop > 0) + [(answer_start, Kind.tool_call)]
+            parts += [(thought_stop, TokenKind.reasoning)] * (thought_stop > 0) + [(answer_start, TokenKind.tool_call)]
         elif thought or CLOSING.search(said[:answer_start]):
-            parts.append((answer_start if answer or calls else stop, Kind.reasoning))
+            parts.append((answer_start if answer or calls else stop, TokenKind.reasoning))
         if answer:
-            parts.append((answer_start + len(answer) if calls else stop, Kind.answer))
+            parts.append((answer_start + len(answer) if calls else stop, TokenKind.answer))
         if calls:
-            parts.append((stop, Kind.tool_call))
+            parts.append((stop, TokenKind.tool_call))
         if end > stop:
-            parts.append((end, Kind.end))
+            parts.append((end, TokenKind.end))
         return [part for part, before in zip(parts, [(0, None), *parts], strict=False) if part[0] > before[0]], said
 
     def _thought_stop(self, thought: str, index: int, said: str) -> int:
-        """Where the thought of a turn stops, and what closes it; 0 where nothing of the kind is said."""
+        """Return where the thought of a turn stops with the mark that closes it; 0 where no thought is said."""
         if not thought:
             empty = EMPTY_THOUGHT.match(said)
             return empty.end() if empty is not None else 0
@@ -274,14 +276,14 @@ class ConversationRenderer:
         return closing.end() if closing is not None else place + len(thought)
 
     def _end(self, said: str) -> tuple[int, int]:
-        """Where the end tokens of a turn start and stop; the same place twice where it has none."""
+        """Return where the end tokens of a turn start and stop; the same place twice where it has none."""
         for pattern in self._ends:
             if match := pattern.search(said):
                 return match.start("first"), match.end("first")
         return len(said), len(said)
 
     def _follows(self, calls: bool) -> str:
-        """The token with which the next turn begins, where it is what ends this one."""
+        """Return the token with which the next turn begins, where it is what ends this one."""
         if calls not in self._next_role:
             match = self._begins.match(self._template.next_role(calls)) if self._begins else None
             self._next_role[calls] = match[0] if match else ""
@@ -289,7 +291,7 @@ class ConversationRenderer:
 
 
 _MOST_SHAPES = 4096
-"""Shapes of conversations of which is kept what the template writes."""
+"""Number of shapes of conversations for which the template's writing is kept."""
 _SWITCHES = re.compile(r"/(?:no_)?think\b|/system_override\b")
 """Words of a system message that some templates take out: they say how the prompt is written."""
 _CLOSED_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
@@ -304,10 +306,10 @@ def _log_thinking() -> None:
 
 
 def _place_of(answer: str, said: str, thought_stop: int, stop: int, end: int, calls: bool) -> int:
-    """Where the answer begins in what is said, -1 where it is not in it as it is.
+    """Return where the answer begins in what is said, -1 where it does not stand there unchanged.
 
-    Without calls it ends where the turn's end tokens start, or in some that are its own; with them it follows the
-    thought at once, if it does not follow the calls.
+    Without calls the answer ends where the turn's end tokens start, or in some that are its own; with calls it
+    follows the thought at once, if it does not follow the calls.
     """
     if calls:
         return thought_stop if said.startswith(answer, thought_stop) else said.find(answer, thought_stop, end)
@@ -315,7 +317,7 @@ def _place_of(answer: str, said: str, thought_stop: int, stop: int, end: int, ca
     if last.endswith(answer):
         return len(last) - len(answer)
     place = said.find(answer, thought_stop, end)
-    return place if place >= 0 else said.find(answer, 0, end)  # one that begins with the mark that closes a thought
+    return place if place >= 0 else said.find(answer, 0, end)  # an answer may begin with the mark that closes a thought
 
 
 def _names_call(message: Message, text: str) -> bool:
@@ -327,7 +329,7 @@ def _alternatives(tokens: Sequence[str]) -> str:
 
 
 def _ends_pattern(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """End tokens at the end of a turn: the first run of them without white space; others may follow after some."""
+    """Return the pattern of a turn's end tokens; `first` is the run of them before any white space."""
     either = _alternatives(tokens)
     return re.compile(rf"(?P<first>(?:{either})+)(?:\s*(?:{either}))*\s*\Z") if either else None
 
@@ -338,7 +340,7 @@ def _begins_pattern(tokens: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def _share_texts(turns: Sequence[Rendered]) -> list[Rendered]:
-    """Fewer texts: a turn that another text holds in the same form, after the same prompt, is trained there."""
+    """Return fewer texts: a turn that another text holds in the same form, after the same prompt, is trained there."""
     left = list(turns)
     texts: list[Rendered] = []
     while left:

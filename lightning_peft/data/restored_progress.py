@@ -1,4 +1,4 @@
-"""Where a run goes on that was saved on another number of ranks."""
+"""The place where a run goes on that was saved on another number of ranks."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from lightning_peft.data.datamodule import SFTDataModule
 def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
     """Make Lightning's count of batches in a loaded checkpoint right for this number of ranks.
 
-    Lightning counts the batches of one rank and ends the epoch, and an accumulation window, by that count. It also
-    fails to start again from 0 where the checkpoint is of the last batch of a stream. For
+    Lightning counts the batches of one rank and ends the epoch, and an accumulation window, by that count. Lightning
+    also fails to start again from 0 where the checkpoint is of the last batch of a stream. The caller is
     `LightningModule.on_load_checkpoint`, which runs before the loops are restored. Raises ValueError where the
     position cannot be divided among the ranks.
     """
@@ -25,11 +25,11 @@ def adjust_progress(checkpoint: dict[str, Any], world_size: int) -> None:
     behind = current["ready"] - current["completed"]
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]
     if epochs["processed"] < epochs["started"]:
-        # Written within an epoch. One written after a validation counts its last batch as completed, and behind an
-        # epoch's last batch Lightning would then begin the same epoch again.
+        # The checkpoint is of the middle of an epoch. A checkpoint written after a validation counts its last batch as
+        # completed, and behind an epoch's last batch Lightning would then begin the same epoch again.
         behind = 1
     ready = taken // world_size
     current.update(ready=ready, started=ready, processed=ready, completed=ready - behind)
-    # Over all epochs: what the validations and the random numbers of a batch go by.
+    # This is the count over all epochs, which the validations and the random numbers of a batch go by.
     ready = progress["total"]["ready"] * saved_world_size // world_size
     progress["total"].update(ready=ready, started=ready, processed=ready, completed=ready - behind)

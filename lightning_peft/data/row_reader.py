@@ -30,7 +30,7 @@ def _alternatives(row_format: RowFormat, config: DataConfig) -> list[tuple[str, 
 
 
 def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
-    """The reader for rows with these columns, by `data.format` and the column options, else by their names.
+    """Return the reader for rows with these columns, by `data.format` and the column options, else by their names.
 
     Raises ValueError where an option names a column that is not there, or no format fits.
     """
@@ -150,7 +150,7 @@ def _kind_of(columns: Collection[str], wanted: RowKind) -> RowKind:
 
 
 def _templated_reader(columns: Collection[str], config: DataConfig, wanted: Iterable[str]) -> RowReader:
-    """The reader of rows whose prompt is `data.prompt_template`, filled with their columns."""
+    """Return the reader of rows whose prompt is `data.prompt_template`, filled with their columns."""
     source = config.prompt_template or ""
     if config.rows is RowKind.pairs and config.prompt_column is None:
         answers = (config.chosen_column or "chosen", config.rejected_column or "rejected")

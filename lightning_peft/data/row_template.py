@@ -16,7 +16,7 @@ def _row_template(source: str) -> Any:
 
 
 def _written(value: Any) -> Any:
-    """What a row template puts into a prompt. Raises ValueError for nothing, which would be the word None or nan."""
+    """Return a value as a prompt has it. Raises ValueError for nothing, which would become the word None or nan."""
     if value is None or value != value:
         raise ValueError("a column is empty; {{ column or '' }} writes nothing then")
     return value
@@ -24,7 +24,7 @@ def _written(value: Any) -> Any:
 
 @lru_cache
 def template_columns(source: str, option: str = "prompt_template") -> set[str]:
-    """The columns that a template of `data` names. Raises ValueError where it is no Jinja template."""
+    """Return the columns that a template of `data` names. Raises ValueError for text that is no Jinja template."""
     try:
         return meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(source))
     except TemplateSyntaxError as error:

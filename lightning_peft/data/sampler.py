@@ -1,4 +1,4 @@
-"""Which micro batch comes next, on which rank, and where to go on after an interruption."""
+"""The micro batch that comes next on each rank, and the place to go on from after an interruption."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ class Request(NamedTuple):
 
     rows: MicroBatch
     filler: bool
-    """Only keeps a rank in step: no labels, no tokens."""
+    """True for one that only keeps a rank in step: it has no labels and no tokens."""
 
 
 def check_fingerprint(saved: str, now: str) -> None:
-    """Raises ValueError where data are not those that a state was saved with."""
+    """Raise ValueError where data are not those that a state was saved with."""
     if saved != now:
         raise ValueError(
             f"the training data are not those of the checkpoint (fingerprint {now}, then {saved}): go on with the same "
@@ -46,12 +46,12 @@ class MicroBatchSampler(Sampler[Request]):
         self._planned: tuple[int, list[MicroBatch]] = (-1, [])
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch; a loaded position stays if it is of this epoch."""
+        """Begin an epoch, as Lightning asks before each; a loaded position stays if it is of this epoch."""
         if epoch != self._epoch:
             self._epoch, self._taken = epoch, 0
 
     def __len__(self) -> int:
-        """Micro batches of one rank in a whole epoch."""
+        """Return the micro batches of one rank in a whole epoch."""
         return -(-len(self._epoch_plan()) // self._world_size)
 
     def __iter__(self) -> Iterator[Request]:
@@ -89,6 +89,6 @@ class MicroBatchSampler(Sampler[Request]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state was saved with other data."""
+        """Load a position. Raises ValueError where the state was saved with other data."""
         check_fingerprint(state["fingerprint"], self._fingerprint)
         self._epoch, self._taken, self._resuming = state["epoch"], state["taken"], True

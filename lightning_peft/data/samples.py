@@ -1,4 +1,4 @@
-"""From rows to tokenised samples, under the options for bad and too long rows."""
+"""Make tokenised samples of rows, under the options for bad and too long rows."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
-from lightning_peft.data.chat import Encoded, Encoder, Outcome, encoder_of, end_token_ids, refusal
+from lightning_peft.data.chat import Encoded, EncodedOrError, Encoder, encoder_of, end_token_ids, refusal
 from lightning_peft.data.config import DataConfig, Layout, OnBadRow, OnTooLong, RowKind
 from lightning_peft.data.conversation import BadRow, Conversation, Row
 from lightning_peft.data.formats import WITHOUT_TURNS, RowReader
@@ -41,7 +41,7 @@ class UnreadError(ValueError):
 
 
 def make_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Samples, Audit]:
-    """The tokenised rows of a split, of the first window of the training rows when streaming, and their counts.
+    """Return the tokenised rows of a split, of the first window of the training rows when streaming, and their counts.
 
     The first window is the first that has a sample, and those before it. Raises `BadRow`, `UnreadError`, ValueError
     for options that do not fit the rows, `ChatTemplateError`, `DuplicateBosError`.
@@ -68,7 +68,7 @@ def encode_rows(
     part: Part | None = None,
     reader: RowReader | None = None,
 ) -> Iterator[Encoded]:
-    """Samples of the rows in their order, counted in `audit`; `part` advances with the rows.
+    """Return the samples of the rows in their order, counted in `audit`; `part` advances with the rows.
 
     reader: of all rows of which these are a window; None takes what fits most of the first of these. Raises `BadRow`,
     `UnreadError`, ValueError for options that do not fit the rows, `ChatTemplateError`, `DuplicateBosError`.
@@ -81,7 +81,7 @@ def encode_rows(
         read = reading.conversations(several)
         if part is not None:
             part.advance(len(several))
-        if reading.unread:  # only the rest of them is counted
+        if reading.unread:  # the other names are only counted
             continue
         if config.rows not in (None, RowKind.answers):
             refuse = partial(_refuse, config=config, audit=audit)
@@ -103,7 +103,7 @@ def encode_rows(
 
 
 class _Reading:
-    """Rows read as conversations, block after block, and what in them nobody reads."""
+    """Rows read as conversations, block after block, and the names in them that nobody reads."""
 
     def __init__(
         self,
@@ -124,10 +124,10 @@ class _Reading:
         self.unread: Counter[str] = Counter()
         """Rows that have a column, or a key of a turn, which nobody reads and which may be part of a conversation."""
         self.last: Conversation | None = None
-        """The last one that was read."""
+        """The last conversation that was read."""
 
     def conversations(self, rows: Sequence[Row | BadRow]) -> list[tuple[str, Conversation]]:
-        """The conversation of each row with the row's place; bad rows as `data.on_bad_row` says."""
+        """Return the conversation of each row with the row's place; bad rows as `data.on_bad_row` says."""
         if self._reader is None:
             self._reader, self._refused = _find_reader(rows, self._config)
         if self._reader is not None:
@@ -153,7 +153,7 @@ class _Reading:
         if reader.ignored:
             audit.count_ignored(reader.ignores(row))
         if self._config.layout is Layout.chat and reader.format not in WITHOUT_TURNS:
-            if self._template is None or self._rendered is None:  # once: the tokenizer's own is asked for each time
+            if self._template is None or self._rendered is None:  # found once, not by row
                 self._template = self._encoder.template
                 self._rendered = RenderedText(self._tokenizer, self._template, self._encoder.end_token_ids())
             self._rendered.refuse(conversation, row.origin)
@@ -170,7 +170,7 @@ class _Reading:
         audit.count_tools(conversation.tools)
 
     def finish(self) -> None:
-        """Raises `UnreadError` for what nobody reads, and the error of the first row where none could be read."""
+        """Raise `UnreadError` for what nobody reads, and the error of the first row where none could be read."""
         if self.unread:
             raise UnreadError(_unread_message(self.unread, self._audit.rows))
         if self._refused is not None and self._reader is None and self._audit.rows == self._audit.bad_rows:
@@ -178,9 +178,9 @@ class _Reading:
 
 
 def _read(reader: RowReader | None, refused: ValueError | None, row: Row) -> Conversation:
-    """The conversation of a row. Raises `BadRow` whatever is wrong with it, also in a format of one's own.
+    """Return the conversation of a row. Raises `BadRow` for any error of the row, also in a format of one's own.
 
-    refused: why there is no reader.
+    refused: the error that says why there is no reader.
     """
     if reader is None:
         raise BadRow.because(row.origin, str(refused))
@@ -203,7 +203,7 @@ def unwritten(conversation: Conversation, template: ChatTemplate) -> list[tuple[
 
 
 def reader_of(config: DataConfig, split: str) -> RowReader | None:
-    """The reader of the rows of a split, whichever window of them is read; None where no row can be read.
+    """Return the reader of the rows of a split, whichever window of them is read; None where no row can be read.
 
     The first rows in the order of the source decide, so that ranks, epochs and later starts read alike.
     """
@@ -216,14 +216,14 @@ def reader_of(config: DataConfig, split: str) -> RowReader | None:
 
 
 def _find_reader(rows: Iterable[Row | BadRow], config: DataConfig) -> tuple[RowReader | None, ValueError | None]:
-    """The reader that fits most of the rows; the error of the first row where none fits any.
+    """Return the reader that fits most of the rows; the error of the first row where none fits any.
 
     With `data.on_bad_row=error` the first row that was read decides.
     """
     found: Counter[tuple[str, tuple[str, ...]]] = Counter()
     readers: dict[tuple[str, tuple[str, ...]], RowReader] = {}
     refused: ValueError | None = None
-    columns = Counter(tuple(row.values) for row in rows if isinstance(row, Row))  # in the order of the rows
+    columns = Counter(tuple(row.values) for row in rows if isinstance(row, Row))  # counted in the order of the rows
     for names, count in columns.items():
         try:
             reader = row_reader(names, config)
@@ -266,10 +266,10 @@ def read_conversations(
     tokenizer: PreTrainedTokenizerBase | None,
     audit: Audit | None = None,
 ) -> list[tuple[dict[str, Any], Conversation]]:
-    """The first usable rows of a split, each with its messages; bad rows as `data.on_bad_row` says.
+    """Return the first usable rows of a split, each with its messages; bad rows as `data.on_bad_row` says.
 
     tokenizer: as in training, a row that it or its chat template refuses is a bad one; None looks at the rows alone.
-    audit: counts the rows, for a caller whose rows nobody else counts. Those of a mixture come from its sources in
+    audit: counts the rows, for a caller whose rows nobody else counts. The rows of a mixture come from its sources in
     turn. Raises `BadRow`, ValueError for options that do not fit the rows.
     """
     turns = zip_longest(
@@ -279,7 +279,7 @@ def read_conversations(
 
 
 def first_samples(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Encoded]:
-    """The first samples of a split, as training makes them; those of a mixture come from its sources in turn.
+    """Return the first samples of a split, as training makes them; those of a mixture come from its sources in turn.
 
     Raises as `encode_rows` does, of the rows that it reads.
     """
@@ -318,7 +318,7 @@ def _usable(
     config: DataConfig,
     audit: Audit,
 ) -> list[tuple[dict[str, Any], Conversation]]:
-    """Those of the rows that can be read and, where there is an encoder, laid out."""
+    """Return the rows that can be read and, where there is an encoder, laid out."""
     read: list[tuple[Row, Conversation]] = []
     for row in rows:
         audit.rows += 1
@@ -350,9 +350,9 @@ def _refuse(error: BadRow | DuplicateBosError, config: DataConfig, audit: Audit)
 
 def _outcomes(
     read: list[tuple[str, Conversation]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
-) -> tuple[Sequence[Outcome], Sequence[Outcome | None]]:
-    """The samples of each row, and those that a teacher reads in their place, None where it reads the same."""
-    outcomes: Sequence[Outcome]
+) -> tuple[Sequence[EncodedOrError], Sequence[EncodedOrError | None]]:
+    """Return the samples of each row, and those that a teacher reads in their place, None where it reads the same."""
+    outcomes: Sequence[EncodedOrError]
     if all(conversation.tokens is not None for _, conversation in read):
         ends = end_token_ids(tokenizer) if read else set()
         tokens = [conversation.tokens for _, conversation in read if conversation.tokens is not None]
@@ -365,14 +365,14 @@ def _outcomes(
 
 def _trained(
     conversation: Conversation,
-    outcome: Outcome,
-    twins: Outcome | None,
+    outcome: EncodedOrError,
+    twins: EncodedOrError | None,
     origin: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     audit: Audit,
 ) -> list[Encoded]:
-    """The samples of a row that have something to train, cut as the options say. Raises BadRow, DuplicateBosError."""
+    """Return a row's samples with something to train, cut as the options say. Raises BadRow, DuplicateBosError."""
     if isinstance(outcome, Exception):
         raise refusal(outcome, origin) from outcome
     if conversation.first_trained == len(conversation) and conversation.last_answer is not None:

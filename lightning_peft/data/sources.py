@@ -1,4 +1,4 @@
-"""Where rows come from: files, the Hugging Face hub, or data the project makes itself."""
+"""The sources of rows: files, the Hugging Face hub, or data the project makes itself."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -21,17 +21,17 @@ Shard = Callable[[], Iterator[Row | BadRow]]
 
 @dataclass(frozen=True)
 class Source:
-    """Which splits a source has of its own under the options, and the shards of one of them."""
+    """The splits that a source has of its own under the options, and the shards of one of them."""
 
     splits: Callable[[DataConfig], set[str]]
-    """Among train, validation and test."""
+    """The splits of the source's own, among train, validation and test."""
     shards: Callable[[DataConfig, str], list[Shard]]
     identity: Callable[[DataConfig, str], Any]
-    """What decides the rows of a split beside the options and our own code, fit for JSON."""
+    """The identity of a split's rows: all that decides them beside the options and our own code, fit for JSON."""
 
 
 def data_files(config: DataConfig, split: str) -> list[DataFile]:
-    """Return the files of a split's rows. Raises ValueError where there are none, or one cannot be read."""
+    """Return the files of a split's rows. Raises ValueError for missing or unreadable files."""
     option = f"{split}_path"
     value = getattr(config, option)
     if value is None:
@@ -87,7 +87,7 @@ def _all_splits(config: DataConfig) -> set[str]:
 
 
 SPLITS = ("test", "validation", "train")
-"""A split the source does not have is taken from the next."""
+"""The splits in their order: one that the source does not have is taken from the next."""
 
 SOURCES = {
     "files": Source(_splits_by_option("validation_path"), _file_shards, _file_identity),
@@ -106,7 +106,7 @@ def _source(config: DataConfig) -> Source:
 
 
 def rows_identity(config: DataConfig, split: str) -> Any:
-    """What tells the rows of a split from others that the same options could mean, fit for JSON.
+    """Return what tells a split's rows from others that the same options could mean, fit for JSON.
 
     Raises ValueError for a missing or empty file or data set.
     """
@@ -116,10 +116,10 @@ def rows_identity(config: DataConfig, split: str) -> Any:
 
 
 def iterate_rows(config: DataConfig, split: str, shuffle_shards: random.Random | None = None) -> Iterator[Row | BadRow]:
-    """Rows of a split in the order of the source, those that cannot be read as the error they are.
+    """Iterate over the rows of a split in the order of the source; rows that cannot be read come as the error they are.
 
     `test` is `validation` where the source has no test rows; `validation` is the held-out share of the training rows
-    where it has no validation rows. Which rows are held out depends on `data.split_seed` and their place only, so
+    where it has no validation rows. The choice of held-out rows depends on `data.split_seed` and their place only, so
     that no later choice of limits lets a training row into an evaluation. Raises ValueError for a missing or empty
     file or data set.
     """
@@ -141,12 +141,12 @@ def iterate_rows(config: DataConfig, split: str, shuffle_shards: random.Random |
 
 
 def _chosen(shard: int, split: str, config: DataConfig) -> Iterator[bool]:
-    """Whether the rows of a shard, one after the other, are of the training or of the held-out rows."""
+    """Yield for each row of a shard whether it is in the split: among the training or the held-out rows."""
     return (_is_held_out(index, shard, config) == (split == "validation") for index in count())
 
 
 def _is_held_out(index: int, shard: int, config: DataConfig) -> bool:
-    """One random row of every 1 / `data.validation_fraction` rows of a shard is held out."""
+    """Return whether a row is the random one of 1 / `data.validation_fraction` rows of a shard that is held out."""
     return index == _held_out_index(
         int(index * config.validation_fraction), shard, config.validation_fraction, config.split_seed
     )

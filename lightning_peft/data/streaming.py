@@ -32,7 +32,7 @@ class Windows(ABC):
     """The windows of a stream: samples that are shuffled and packed together, found again by where one begins."""
 
     start: Any
-    """Where the first window of an epoch begins."""
+    """The place where the first window of an epoch begins."""
 
     def __init__(
         self,
@@ -43,9 +43,8 @@ class Windows(ABC):
         check: Callable[[Samples], None],
         listed: Collection[tuple[str, str]] = (),
     ) -> None:
-        """reports: whether to say what an audit finds on the way; check: raises where a window cannot be trained.
-
-        listed: names of what nobody reads that were said before, each with its source.
+        """Keep the options. reports: whether to say what an audit finds on the way; check: raises where a window cannot
+        be trained; listed: names of what nobody reads that were said before, each with its source.
         """
         self._config = config
         self._listed = set(listed)
@@ -57,7 +56,7 @@ class Windows(ABC):
 
     @abstractmethod
     def since(self, epoch: int, begin: Any) -> Iterator[tuple[Any, Samples, list[MicroBatch]]]:
-        """Iterate over the windows from the one that begins there: where, its samples and its micro batches."""
+        """Iterate over the windows from place `begin` on: where each begins, its samples and its micro batches."""
 
     def _plan(self, samples: Samples, rng: random.Random) -> list[MicroBatch]:
         self._check(samples)
@@ -179,18 +178,18 @@ class _SourceStream:
         self._block: list[Encoded] = []
         self._block_rows = 0
         self._found = self._row > 0 or self._taken > 0
-        """Whether this pass, or the one before, had a sample."""
+        """True where this pass, or the one before, had a sample."""
         if self._taken:
             self._read_block()
 
     @property
     def place(self) -> tuple[int, int, int, int]:
-        """Where the next sample comes from."""
+        """Return the place that the next sample comes from."""
         return self._pass, self._row, self._taken, self._tokens
 
     @property
     def progress(self) -> float:
-        """Tokens taken for each token of its share."""
+        """Return the tokens taken for each token of the source's share."""
         return self._tokens / self._share
 
     def has_more(self) -> bool:
@@ -257,7 +256,7 @@ class StreamedBatches(IterableDataset[Batch]):
         self._resuming = True
 
     def __iter__(self) -> Iterator[Batch]:
-        # Runs at the first `next`.
+        # This runs at the first `next`.
         has_begun = self._state["window_row"] != self._windows.start or self._state["taken"] > 0
         if not self._resuming and has_begun:
             self._begin_epoch(self._state["epoch"] + 1)

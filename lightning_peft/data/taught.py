@@ -1,14 +1,14 @@
-"""Samples with what a teacher reads in their place, where it reads more (`data.teacher_prompt`)."""
+"""Samples with those that a teacher reads in their place, where it reads more (`data.teacher_prompt`)."""
 
 from dataclasses import replace
 
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.batch import IGNORED_LABEL
-from lightning_peft.data.chat import Encoded, Outcome, cut_to, refusal
+from lightning_peft.data.chat import Encoded, EncodedOrError, cut_to, refusal
 from lightning_peft.data.conversation import BadRow
 
 
-def with_twins(samples: list[Encoded], twins: Outcome, origin: str) -> list[Encoded]:
+def with_twins(samples: list[Encoded], twins: EncodedOrError, origin: str) -> list[Encoded]:
     """Return the samples of a row, each with what a teacher reads in its place. Raises `BadRow`."""
     if isinstance(twins, Exception):
         raise refusal(twins, origin, "behind data.teacher_prompt: ") from twins

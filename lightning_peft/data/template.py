@@ -1,6 +1,6 @@
-"""A chat template: rendering, where each message stands in the text, and how it spells thoughts and calls.
+"""A chat template: its rendering, the place of each message in the text, and its spelling of thoughts and calls.
 
-What a template takes is found by trying it on a short conversation, not by the name of a model family.
+A trial on a short conversation shows what a template takes, not the name of a model family.
 """
 
 import json
@@ -22,10 +22,10 @@ from lightning_peft.data.thoughts import CLOSING, OPENED, reasoning_keys, split_
 log = logging.getLogger(__name__)
 
 _RENDER_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-"""What a template, which is a program, raises on a conversation it was not written for."""
+"""The errors that a template, which is a program, raises on a conversation it was not written for."""
 
 _OWN_THOUGHT = re.compile(r"""reasoning_content|\.\s*reasoning\b|["']reasoning["']|<\|channel>|\[THINK\]""")
-"""What the source of a template has that reads thoughts from a key, or spells them its own way."""
+"""The words in the source of a template that reads thoughts from a key, or spells them its own way."""
 
 _ASKED, _ANSWERED, _THOUGHT, _NAME = "Qzx asks", "Qzy answers", "Qzw thinks", "qznname01"
 # Mistral's templates take calls with ids of nine letters or digits alone.
@@ -47,7 +47,7 @@ class ChatTemplateError(ValueError):
 
 @dataclass(frozen=True)
 class CallSpelling:
-    """How a template takes a turn that calls tools."""
+    """The way a template takes a turn that calls tools."""
 
     arguments_as_text: bool
     empty_content: dict[str, Any]
@@ -58,7 +58,7 @@ class ChatTemplate:
     """A chat template with the special tokens it may write. Use `tokenizer_template.template_of` to get one."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        """options: variables that the template reads, such as enable_thinking.
+        """Compile the template; `options` are variables that it reads, such as enable_thinking.
 
         Raises ChatTemplateError where the text is no template, ValueError for an option that it does not name.
         """
@@ -77,11 +77,11 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
     ) -> str:
-        """The conversation as text. Raises `ChatTemplateError` where the template refuses it."""
+        """Return the conversation as text. Raises `ChatTemplateError` for one that the template refuses."""
         return self._render(self._compiled, messages, tools, add_generation_prompt)
 
     def thinking_prompt(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-        """The prompt that asks for a thought, of a template whose usual one asks for none."""
+        """Return the prompt that asks for a thought, of a template whose usual one asks for none."""
         return self._render(self._compiled, messages, tools, True, enable_thinking=True)
 
     def _render(self, compiled: Any, messages: Sequence[Any], tools: Any, generation: bool, **more: Any) -> str:
@@ -101,7 +101,7 @@ class ChatTemplate:
     def marked(
         self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool, checked: bool = False
     ) -> Marked | None:
-        """The rendering with the place of each message; None where the template's messages are not told apart.
+        """Return the rendering with the place of each message; None where the template's messages are not told apart.
 
         checked: the template was seen to render these messages alike with and without marks.
         """
@@ -123,7 +123,7 @@ class ChatTemplate:
 
     @cached_property
     def _marking(self) -> Any:
-        """The template with a mark where each round of its loops over messages begins, and where they end."""
+        """Return the template with a mark where each round of its loops over messages begins, and where they end."""
         environment = self._compiled.environment
         try:
             tree = environment.parse(self.source)
@@ -141,18 +141,18 @@ class ChatTemplate:
 
     @cached_property
     def takes_tools(self) -> bool:
-        """Whether the template writes the tools of a conversation."""
+        """Return whether the template writes the tools of a conversation."""
         return "qzv_call" in self._try([{"role": "user", "content": _ASKED}], [_TOOL], True)
 
     @cached_property
     def takes_reasoning(self) -> bool:
-        """Whether the template writes a thought that stands beside the content of an answer."""
+        """Return whether the template writes a thought that stands beside the content of an answer."""
         answer = {"role": "assistant", "content": _ANSWERED, **reasoning_keys(_THOUGHT)}
         return _THOUGHT in self._try([{"role": "user", "content": _ASKED}, answer])
 
     @cached_property
     def takes_reasoning_with_calls(self) -> bool:
-        """Whether the template writes a thought that stands beside calls of tools."""
+        """Return whether the template writes a thought that stands beside calls of tools."""
         if self.call_spelling is None:
             return False
         turn = {"role": "assistant", **self.call_spelling.empty_content, "tool_calls": [self._spelled_call(_CALL)]}
@@ -160,7 +160,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_several_calls(self) -> bool:
-        """Whether the template writes all calls of a turn, or refuses several itself."""
+        """Return whether the template writes all calls of a turn, or refuses several itself."""
         if self.call_spelling is None:
             return self.calls_as_text is not None
         calls = [self._spelled_call(call) for call in (_CALL, _OTHER_CALL)]
@@ -184,12 +184,12 @@ class ChatTemplate:
 
     @cached_property
     def _names_reasoning(self) -> bool:
-        """Whether thoughts have a place of their own, so that `<think>` in the content would be something else."""
+        """Return whether thoughts have a place of their own, so that `<think>` in content is something else."""
         return _OWN_THOUGHT.search(self.source) is not None or self.takes_reasoning or self.takes_reasoning_with_calls
 
     @cached_property
     def call_spelling(self) -> CallSpelling | None:
-        """How calls of tools are handed to the template; None where it does not write them."""
+        """Return the way calls of tools are handed to the template; None where it does not write them."""
         function = _CALL["function"]
         assert isinstance(function, dict)
         as_text = {**_CALL, "function": {**function, "arguments": json.dumps(function["arguments"])}}
@@ -203,24 +203,24 @@ class ChatTemplate:
 
     @cached_property
     def calls_as_text(self) -> Callable[[str, Sequence[Mapping[str, Any]]], str] | None:
-        """Makes the content of a turn that calls tools, where the template has no other place for calls."""
+        """Return what makes the content of a turn that calls tools, where the template has no other place for calls."""
         return writer_of(self._try([{"role": "user", "content": _ASKED}], [_TOOL], True))
 
     @cached_property
     def opens_thought(self) -> str | None:
-        """The mark with which the generation prompt opens a thought; None where it does not."""
+        """Return the mark with which the generation prompt opens a thought; None where it does not."""
         opened = OPENED.search(self._try([{"role": "user", "content": _ASKED}], generation=True))
         return None if opened is None else opened["mark"]
 
     def thought_of(self, message: Message) -> tuple[str | None, str]:
-        """The thought of a turn, by its key or at the beginning of its content, None without one; and its answer."""
+        """Return a turn's thought, from its key or the beginning of its content, else None; and the answer."""
         if message.reasoning is not None:
             return message.reasoning, message.content
         return split_thought(message.content, self.opens_thought)
 
     @cached_property
     def _splits_content(self) -> bool:
-        """Whether the template looks for a thought in the content of an answer, unless a key says that it has none."""
+        """Return whether the template looks for a thought in an answer's content, unless a key says it has none."""
         said = f"{_THOUGHT} </think> {_ANSWERED}"
         texts = [
             self._try([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": said, **keys}])
@@ -230,7 +230,7 @@ class ChatTemplate:
 
     @cached_property
     def thought_begin(self) -> str:
-        """What an answer puts before its thought; empty where the template writes none, or in the prompt."""
+        """Return the text before an answer's thought; empty where there is none, or where it is in the prompt."""
         question = [{"role": "user", "content": _ASKED}]
         prompt, answer = self._try(question, generation=True), {"role": "assistant", "content": _ANSWERED}
         text = self._try([*question, answer | reasoning_keys(_THOUGHT)])
@@ -239,7 +239,7 @@ class ChatTemplate:
 
     @cached_property
     def thought_end(self) -> str:
-        """What stands between a thought and its answer; the common spelling where the template writes none."""
+        """Return the text between a thought and its answer; the common spelling where the template writes none."""
         question = [{"role": "user", "content": _ASKED}]
         for answer in (
             {"role": "assistant", "content": _ANSWERED, **reasoning_keys(_THOUGHT)},
@@ -251,7 +251,7 @@ class ChatTemplate:
         return "\n</think>\n\n"
 
     def check(self) -> None:
-        """Raises ChatTemplateError where the template does not write an answer, once, or refuses a plain question."""
+        """Raise ChatTemplateError where the template does not write an answer, once, or refuses a plain question."""
         question = [{"role": "user", "content": _ASKED}]
         text = self.render([*question, {"role": "assistant", "content": _ANSWERED}], None, False)
         if (count := text.count(_ANSWERED)) != 1:
@@ -260,7 +260,7 @@ class ChatTemplate:
             )
 
     def next_role(self, calls: bool) -> str:
-        """What the template puts right after an answer, or calls, to begin the turn that follows; "" if it refuses."""
+        """Return the beginning of a turn right after an answer, or calls; "" if the template refuses such a turn."""
         spelling = self.call_spelling
         turn: dict[str, Any] = {"role": "assistant", "content": _ANSWERED}
         if calls and spelling is not None:
@@ -278,7 +278,7 @@ class ChatTemplate:
         return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
     def spelled(self, message: Message) -> dict[str, Any]:
-        """A message as the template takes it. Raises `ChatTemplateError` for what the template cannot write."""
+        """Return a message as the template takes it. Raises `ChatTemplateError` for what the template cannot write."""
         named = {"name": message.name, "tool_call_id": message.tool_call_id}
         keys: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
         if message.role != "assistant":
@@ -299,7 +299,7 @@ class ChatTemplate:
                 )
             keys |= reasoning_keys(thought)
         elif CLOSING.search(content) and self._splits_content:
-            keys |= reasoning_keys("")  # or what stands before the mark would be taken for a thought
+            keys |= reasoning_keys("")  # else text before the mark would be taken for a thought
         elif thought:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
         if not calls:

@@ -8,13 +8,13 @@ Calls = Sequence[Mapping[str, Any]]
 
 
 def _as_json(calls: Calls) -> str:
-    """As SmolLM 3 and the Hermes models call."""
+    """Write calls as SmolLM 3 and the Hermes models do."""
     told = (json.dumps(call["function"], ensure_ascii=False) for call in calls)
     return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in told)
 
 
 def _as_python(calls: Calls) -> str:
-    """As LFM 2 calls."""
+    """Write calls as LFM 2 does."""
     told = []
     for call in calls:
         function = call["function"]
@@ -35,13 +35,13 @@ _WRITERS: dict[str, tuple[Callable[[Calls], str], str]] = {
     "<tool_call>": (_as_json, "\n"),
     "<|tool_list_start|>": (_as_python, ""),
 }
-"""By a mark in the prompt that offers tools: how calls are written, and what stands between words and calls."""
+"""The writer of calls, and the text between words and calls, by a mark in the prompt that offers tools."""
 
 
 def writer_of(prompt: str) -> Callable[[str, Calls], str] | None:
     """Return what makes the text of an answer from its words and its calls.
 
-    prompt: a rendering with tools, which tells how they are to be called; None where it does not.
+    prompt: a rendering with tools, which tells how they are to be called. The result is None where it does not tell.
     """
     found = next((writer for mark, writer in _WRITERS.items() if mark in prompt), None)
     if found is None:

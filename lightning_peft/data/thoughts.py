@@ -3,7 +3,7 @@
 import re
 
 MARKS = {"<think>": "</think>", "<|channel>thought\n": "<channel|>", "[THINK]": "[/THINK]"}
-"""What opens a thought, as models write it, and what closes it."""
+"""Marks that open a thought, as models write it, each with the mark that closes it."""
 _OPENS, _CLOSES = ("|".join(map(re.escape, marks)) for marks in (MARKS, MARKS.values()))
 _ANY = re.compile(f"{_OPENS}|{_CLOSES}")
 _CODE = "```"
@@ -13,22 +13,22 @@ OPENING = re.compile(rf"\s*(?:{_OPENS})")
 OPENED = re.compile(rf"(?P<mark>{_OPENS})\s*\Z")
 """The end of a prompt that opens the thought itself."""
 CLOSING = re.compile(rf"\s*(?:{_CLOSES})\s*")
-"""What stands between a thought and its answer."""
+"""The text between a thought and its answer."""
 EMPTY_THOUGHT = re.compile(rf"\s*(?:{_OPENS})?\s*(?:{_CLOSES})\s*")
-"""The beginning of a text that says that nothing was thought; its opening may be in the prompt."""
+"""The beginning of a text that says that nothing was thought; the opening mark may be in the prompt."""
 
 
 def reasoning_keys(thought: str) -> dict[str, str]:
-    """The thought of a message under the names that templates read."""
+    """Return the thought of a message under the names that templates read."""
     return {"thinking": thought, "reasoning_content": thought}
 
 
 def split_thought(content: str, opened: str | None = None) -> tuple[str | None, str]:
-    """The thought at the beginning of an answer, None where there is none, and the rest.
+    """Return the thought at the beginning of an answer, None where there is none, and the rest.
 
-    opened: the mark with which the prompt opened the thought, if it did. Where it did not, a closing mark without an
-    opening one closes a thought only if it stands as DeepSeek-R1 writes it, alone on a line before an empty one;
-    anywhere else the answer speaks of it. Text before an opening mark is no thought.
+    opened: the mark with which the prompt opened the thought, if it did. Where the prompt did not, a closing mark
+    without an opening one closes a thought only if it stands as DeepSeek-R1 writes it, alone on a line before an empty
+    one; anywhere else the answer speaks of it. Text before an opening mark is no thought.
     """
     begin = OPENING.match(content)
     if begin is not None:

@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.conversation import BadRow, Row, Tokens, read_json
-from lightning_peft.data.rendering import Kind
+from lightning_peft.data.rendering import TokenKind
 from lightning_peft.data.turns import HEAVIEST
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "weights")
-"""What such a row may hold; the first is needed."""
+"""Columns that such a row may hold; the first is needed."""
 _HIGHEST = 2**31 - 1
 
 
@@ -82,13 +82,14 @@ def foreign_token(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> ValueEr
 
 
 def sample_of(tokens: Tokens, ends: set[int]) -> Encoded:
-    """Return the sample that the tokens are; those of `ends` are what generation stops at."""
+    """Return the sample that the tokens are; `ends` are the tokens at which generation stops."""
     labels = [IGNORED_LABEL, *tokens.labels[1:]]
     weights = tokens.weights
     if weights is not None:  # a token of weight 0 is not trained
         labels = [label if factor else IGNORED_LABEL for label, factor in zip(labels, weights, strict=True)]
     kinds = bytes(
-        Kind.none if label == IGNORED_LABEL else Kind.end if label in ends else Kind.answer for label in labels
+        TokenKind.none if label == IGNORED_LABEL else TokenKind.end if label in ends else TokenKind.answer
+        for label in labels
     )
     trained = kinds.rstrip(b"\0")
-    return Encoded(tokens.input_ids, labels, trained[-1:] == bytes((Kind.end,)), kinds=kinds, weights=weights)
+    return Encoded(tokens.input_ids, labels, trained[-1:] == bytes((TokenKind.end,)), kinds=kinds, weights=weights)

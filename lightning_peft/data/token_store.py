@@ -14,19 +14,19 @@ from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.origins import TEXTS, GrowingOrigins, Origins
 from lightning_peft.data.preferences import Standing
-from lightning_peft.data.rendering import Kind
+from lightning_peft.data.rendering import TokenKind
 from lightning_peft.data.top_tokens import KeptTeacher, trained_starts
 
 PARTS = ("tokens", "trained", "starts")
 """Files of saved samples, each a .npy."""
 WEIGHTS = "weights"
-"""One more of them where a token's loss has a factor other than 1."""
+"""One more file where a token's loss has a factor other than 1."""
 STANDINGS = "standings"
-"""One more of them where samples belong together."""
+"""One more file where samples belong together."""
 TAUGHT = "taught"
-"""Folder of what a teacher reads in their place."""
+"""Folder of the samples that a teacher reads in place of these."""
 MARGINS = "margins"
-"""One more of them where pairs have margins."""
+"""One more file where pairs have margins."""
 
 
 class Samples:
@@ -43,7 +43,7 @@ class Samples:
         taught: "Samples | None" = None,
         origins: Origins | None = None,
     ) -> None:
-        """tokens, trained (a `Kind` each) and weights (T,): the samples one after the other.
+        """Keep the arrays. tokens, trained (a `TokenKind` each) and weights (T,): the samples one after the other.
 
         starts (S + 1,): where they begin, then T. standings (U, G): a `Standing` each, where G samples that follow each
         other make one of U units; None where each sample stands alone. margins (U,): of pairs; None where all are 0.
@@ -54,10 +54,10 @@ class Samples:
         self._margins = margins
         self._origins = origins
         self.taught = taught
-        """What a teacher reads in the place of each sample; None where it reads the same."""
+        """The samples that a teacher reads in the place of these; None where it reads the same."""
         self._kept: KeptTeacher | None = None
         self.group: int = 1 if standings is None else standings.shape[1]
-        """Samples that belong together."""
+        """Number of samples that belong together."""
         self.lengths: list[int] = np.diff(starts).tolist()
 
     @classmethod
@@ -84,7 +84,7 @@ class Samples:
 
     @classmethod
     def mapped(cls, folder: Path) -> "Samples":
-        """The samples that were saved there, read when they are asked for. Raises OSError, EOFError or ValueError."""
+        """Return the samples saved in a folder, read on demand. Raises OSError, EOFError or ValueError."""
         tokens, trained, starts = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in PARTS)
         more = [folder / f"{name}.npy" for name in (WEIGHTS, STANDINGS, MARGINS)]
         weights, standings, margins = (
@@ -98,7 +98,7 @@ class Samples:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Encoded:
-        """Sample `index`; whether it ends or was cut is counted in the audit and not kept."""
+        """Return sample `index`; the audit counts whether it ends or was cut, which is not kept here."""
         tokens, trained, starts = self._parts
         span = slice(starts[index], starts[index + 1])
         ids = tokens[span].tolist()
@@ -137,7 +137,7 @@ class Samples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Eight hex digits that change with any token, label, weight or boundary."""
+        """Return eight hex digits that change with any token, label, weight or boundary."""
         tokens, trained, starts = self._parts
         checksum = 0
         parts = [tokens, (trained != 0).view(np.uint8), starts]
@@ -150,13 +150,13 @@ class Samples:
 
     @property
     def largest_token(self) -> int:
-        """The highest token id; -1 without samples."""
+        """Return the highest token id; -1 without samples."""
         own = int(self._parts[0].max()) if len(self._parts[0]) else -1
         return own if self.taught is None else max(own, self.taught.largest_token)
 
     @cached_property
     def digests(self) -> NDArray[np.uint64]:
-        """(U,) a number for each unit that is another where its tokens or labels are, so that copies can be told."""
+        """Return (U,) a number for each unit that differs where tokens or labels do, so that copies can be told."""
         tokens, trained, starts = self._parts
         bounds = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
 
@@ -214,7 +214,7 @@ class Growing:
 
 
 def kinds_of(sample: Encoded) -> bytes:
-    """A `Kind` for each token of a sample; answer for every label where it says none."""
+    """Return a `TokenKind` for each token of a sample; answer for every label where the sample says none."""
     if sample.kinds is not None:
         return sample.kinds
-    return bytes(0 if label == IGNORED_LABEL else Kind.answer for label in sample.labels)
+    return bytes(0 if label == IGNORED_LABEL else TokenKind.answer for label in sample.labels)

@@ -21,17 +21,17 @@ PLAIN_TEMPLATE = (
     "{% else %}{{ 'Assistant: ' + message.content + eos_token + '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""For tokenizers that bring no chat template."""
+"""The template for tokenizers that bring no chat template."""
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Today, for the templates that write it: one day for every start of a run, and for training and generation. It is the
-one that Llama 3's templates fall back to."""
+"""The date that templates take for today: one day for every start of a run, and for training and generation. Llama 3's
+templates fall back to the same one."""
 
 _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> ChatTemplate:
-    """The tokenizer's chat template, or the plain one. Raises ChatTemplateError where it cannot be trained with."""
+    """Return the tokenizer's chat template, or the plain one. Raises ChatTemplateError for an unusable template."""
     log_layout(tokenizer)
     variables = json.dumps([_special_tokens(tokenizer), dict(options or {})], sort_keys=True)
     return _checked_template(_template_source(tokenizer), variables)

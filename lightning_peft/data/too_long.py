@@ -1,4 +1,4 @@
-"""What becomes of samples over `data.max_length`."""
+"""The treatment of samples over `data.max_length`."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ def fits(sample: Encoded, config: DataConfig) -> bool:
 
 
 def shortened(sample: Encoded, origin: str, config: DataConfig, audit: Audit) -> list[Encoded]:
-    """The pieces of a sample that does not fit: what `data.on_too_long` leaves of it, each of them fits."""
+    """Return the pieces that `data.on_too_long` leaves of a sample that does not fit; each of them fits."""
     return TOO_LONG[config.on_too_long](sample, origin, config.max_length, audit)
 
 

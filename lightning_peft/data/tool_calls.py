@@ -15,7 +15,7 @@ _FUNCTION_KEYS = frozenset(("name", "arguments", "parameters"))
 
 
 def read_calls(turn: Mapping[str, Any], text: Any, name: str, origin: str, column: str) -> tuple[Any, ...]:
-    """The calls of a turn: those of its keys, or its text where its author is one of `CALL_ROLES`. Raises `BadRow`."""
+    """Return a turn's calls: those of its keys, or its text where its author is in `CALL_ROLES`. Raises `BadRow`."""
     given = {key: turn[key] for key in ("tool_calls", "function_call") if turn.get(key) not in EMPTY}
     if name.lower() in CALL_ROLES:
         if given:
@@ -29,13 +29,13 @@ def read_calls(turn: Mapping[str, Any], text: Any, name: str, origin: str, colum
 
 
 def unread_keys_of_calls(turn: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of the calls of a turn that mean nothing here."""
+    """Iterate over keys of the calls of a turn that mean nothing here."""
     name = turn.get("role") or turn.get("from")
     texts = (turn.get("content"), turn.get("value")) if isinstance(name, str) and name.lower() in CALL_ROLES else ()
     for calls in (turn.get("tool_calls"), turn.get("function_call"), *texts):
         try:
             listed = _listed(calls, "", "") if calls not in EMPTY else []
-        except BadRow:  # as its reading will say, of its row
+        except BadRow:  # the reading of its row will say so
             listed = []
         for call in listed:
             function = call.get("function") if isinstance(call, dict) else None
@@ -75,7 +75,7 @@ def _read_call(call: Any, origin: str, column: str) -> Mapping[str, Any]:
 
 
 def read_tools(row: Row, column: str | None) -> list[dict[str, Any]] | None:
-    """The tools that a row offers in a column, None where there are none. Raises `BadRow`."""
+    """Return the tools that a row offers in a column, None where there are none. Raises `BadRow`."""
     value = row.values.get(column) if column is not None else None
     if isinstance(value, str) and value.strip():
         value = json_in(value, row.origin, "JSON", column)

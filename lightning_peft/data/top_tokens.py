@@ -1,4 +1,4 @@
-"""What is kept of a teacher's distribution at each trained token: its likeliest tokens, and the mass of all others."""
+"""The kept part of a teacher's distribution at each trained token: its likeliest tokens, and the mass of all others."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ IDS, LOG_PROBABILITIES, VOCABULARY = "ids.npy", "log_probabilities.npy", "vocabu
 
 @dataclass
 class TopTokens:
-    """What a teacher gives at the N supervised tokens of a batch, in their order."""
+    """A teacher's output at the N supervised tokens of a batch, in their order."""
 
     ids: Tensor
     """(N, k) int64, its likeliest tokens."""
@@ -23,10 +23,10 @@ class TopTokens:
 
 
 class KeptTeacher:
-    """Those of every trained token of a set of samples, mapped from a folder."""
+    """The kept distributions at every trained token of a set of samples, mapped from a folder."""
 
     def __init__(self, folder: Path, starts: NDArray[np.int64]) -> None:
-        """starts (S + 1,): the trained tokens before each sample, then all of them. Raises OSError or ValueError."""
+        """Map files. starts (S + 1,): the trained tokens before each sample, then all. Raises OSError or ValueError."""
         self.ids = np.load(folder / IDS, mmap_mode="r")
         self.log_probabilities = np.load(folder / LOG_PROBABILITIES, mmap_mode="r")
         self.vocabulary = int(np.load(folder / VOCABULARY))

@@ -1,4 +1,4 @@
-"""From one turn of a chat row, in any of the shapes in use, to a message."""
+"""Read a turn of a chat row, in any of the shapes in use, as a message."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -41,7 +41,7 @@ READ_KEYS = frozenset(
 )
 """Keys of a turn that mean something here."""
 OPTIONAL_KEYS = READ_KEYS - {"role", "content", "from", "value"}
-"""Those that `data.ignore_columns` may leave out."""
+"""Keys that `data.ignore_columns` may leave out."""
 _PART_TYPES = frozenset(("text", "image", "image_url", "audio", "input_audio", "video", "file"))
 _PART_KEYS = frozenset(("type", "text"))
 _SAID = frozenset(("content", "value", "tool_calls", "function_call"))
@@ -61,7 +61,7 @@ def is_turn(turn: Any) -> bool:
 
 
 def turns_of(text: str) -> list[Any] | None:
-    """The turns that a text holds as JSON; None for a text of any other kind, which says what it says."""
+    """Return the turns that a text holds as JSON; None for a text of any other kind, which stays as it is."""
     if not text.lstrip().startswith("["):
         return None
     try:
@@ -72,7 +72,7 @@ def turns_of(text: str) -> list[Any] | None:
 
 
 def read_turns(turns: Any, origin: str, column: str) -> list[Message]:
-    """The messages of a list of turns. Raises `BadRow`."""
+    """Return the messages of a list of turns. Raises `BadRow`."""
     if not isinstance(turns, list) or not turns:
         raise BadRow(origin, "a list of messages", turns, column)
     return [_read_turn(turn, origin, column) for turn in turns]
@@ -120,7 +120,7 @@ def _read_turn(turn: Any, origin: str, column: str) -> Message:
 
 
 def unread_keys(turns: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """What of turns means nothing here: the name of each key that holds something, and where it stands."""
+    """Iterate over keys of turns that mean nothing here: the name of each that holds something, and its place."""
     for turn in turns:
         yield from ((str(key), "turn") for key in turn if key not in READ_KEYS and turn[key] not in EMPTY)
         content = turn.get("content") or turn.get("value")
@@ -144,7 +144,7 @@ def _as_json(result: Any, origin: str, column: str) -> str:
 
 
 def _joined(content: Any, origin: str, column: str) -> Any:
-    """The text of content that is given in parts."""
+    """Return the text of content that is given in parts."""
     if not _are_parts(content):
         return content
     for part in content:
@@ -166,7 +166,7 @@ def _reasoning(turn: dict[str, Any], origin: str, column: str) -> str | None:
 
 
 def one_thought(reasoning: str | None, content: str, origin: str, column: str) -> tuple[str | None, str]:
-    """The thought that a key holds, and the content without the same one."""
+    """Return the thought that a key holds, and the content without the same one."""
     if reasoning is None or OPENING.match(content) is None:
         return reasoning, content
     inline, rest = split_thought(content)

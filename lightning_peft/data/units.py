@@ -6,7 +6,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.data.audit import Audit, DuplicateBosError, check_sample
-from lightning_peft.data.chat import Encoded, Encoder, Outcome, refusal
+from lightning_peft.data.chat import Encoded, EncodedOrError, Encoder, refusal
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import BadRow, Conversation
 from lightning_peft.data.preferences import Standing
@@ -23,9 +23,9 @@ def encode_units(
     audit: Audit,
     refuse: Callable[[BadRow | DuplicateBosError], None],
 ) -> Iterator[Encoded]:
-    """Samples of preference rows, those that belong together one after the other; a row gives all of them or none.
+    """Return samples of preference rows, those of a row one after the other; a row gives all of its own or none.
 
-    before: what was read before these; refuse: takes what is wrong with a row.
+    before: the row that was read before these; refuse: takes the error of a row.
     """
     units = [_unit(read, place, before) for place in range(len(read))]
     audit.without_others += len(read) == 1 and before is None and read[0][1].rejected is None
@@ -48,13 +48,13 @@ def encode_units(
 
 def _trained_unit(
     unit: list[tuple[Conversation, Standing]],
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[EncodedOrError],
     origin: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     audit: Audit,
 ) -> list[Encoded]:
-    """The samples of a row that belong together; none where one is too long and left out.
+    """Return the samples of a row that belong together; none where one is too long and left out.
 
     Raises `BadRow`, `DuplicateBosError`.
     """
@@ -83,7 +83,7 @@ def _unit(
 ) -> list[tuple[Conversation, Standing]]:
     """Return what belongs together of a row: both answers, or the answer and that of the row before to its prompt.
 
-    The row before the first of several is their last, and before one alone it is `before`, of those read earlier.
+    The row before the first of several is their last; before one alone it is `before`, a row read earlier.
     """
     conversation = read[place][1]
     if conversation.rejected is not None:

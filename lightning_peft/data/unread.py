@@ -1,4 +1,4 @@
-"""What of a row nobody reads."""
+"""The columns of a row, and keys of its turns, that nobody reads."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -11,13 +11,13 @@ from lightning_peft.data.turns import WEIGHT_COLUMN, is_of_others, unread_keys
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _TRAINS = ("weight", "loss", "train", "mask", "label", "think", "thought", "reasoning", "target", "margin")
-"""Beginnings of words that say what is trained, and how: no column named so is beside the point."""
+"""Beginnings of words that say what is trained, and how: a column with such a name is never beside the point."""
 _NUMBERED = frozenset(
     "id ids idx index uuid guid hash score scores rating ratings timestamp date url urls count".split()
 )
 """Last words of names that identify a row, count it or rate it, whatever stands before them."""
 _COUNTS = frozenset("num n nb score rating".split())
-"""First words that do, as in num_turns."""
+"""First words of names that count or rate, as in num_turns."""
 _SORTED = frozenset(
     "type kind category categories level difficulty split model domain dataset subset seed number length len tokens "
     "quality version license".split()
@@ -29,9 +29,9 @@ _BESIDE = frozenset(
     "rank reward turn turns toxic toxicity redacted deleted synthetic perplexity confidence helpfulness correctness "
     "coherence complexity verbosity tree_state review_result emojis country state hashed_ip".split()
 )
-"""Whole names of what data sets say of their rows."""
+"""Whole names of columns in which data sets describe their rows."""
 _RECORDS = frozenset("meta metadata header openai_moderation detoxify_moderation".split())
-"""Those of what holds several things of the kind, at any length."""
+"""Names of columns that hold several descriptions, at any length."""
 _OF_PANDAS = re.compile(r"(?:unnamed: \d+|__index_level_\d+__)?", re.IGNORECASE)
 """Columns of row numbers."""
 _LONGEST = 100
@@ -39,8 +39,8 @@ _LONGEST = 100
 
 
 class _Says(Enum):
-    """What a name says of its value: nothing, so that it may be trained on; that it is beside the point; or that it is
-    so where it is short."""
+    """The meaning of a name for its value: none, so that the value may be trained on; that it is beside the point; or
+    that it is so where it is short."""
 
     anything = "anything"
     short = "short"

@@ -1,1 +1,1 @@
-"""What a training step needs, found by running it on tensors without memory: bytes by component, FLOPs, traffic."""
+"""The needs of a training step, found by a run on tensors without memory: bytes by component, FLOPs, traffic."""

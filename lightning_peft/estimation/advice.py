@@ -12,11 +12,11 @@ def smallest_change(
     peak: Callable[[Config], int],
     limit: float,
 ) -> Config | None:
-    """The config after the first change that is enough by itself, else after all up to the first that is together with
-    those before it; None where nothing is enough.
+    """Return the config after the first change that is enough by itself, else after all up to the first that is enough
+    together with those before it; None where nothing is enough.
 
-    `changes` come with the least costly first and give None where they change nothing. One that does not lower the peak
-    is left out.
+    `changes` come with the least costly first and give None where they change nothing. A change that does not lower the
+    peak is left out.
     """
     for change in changes:
         changed = change(config)

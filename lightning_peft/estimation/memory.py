@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_peft.estimation.recorder import Array, Held, held_bytes
-from lightning_peft.estimation.symbols import Symbols
-from lightning_peft.estimation.trace import ACTIVATIONS, BLOCK_INPUTS, GRADIENTS, LOGITS, WORKSPACE, trace_step
-from lightning_peft.estimation.weights import (
+from lightning_peft.estimation.model_states import (
     ADAPTERS,
     BASE,
     EMBEDDINGS,
@@ -27,6 +24,9 @@ from lightning_peft.estimation.weights import (
     stored_weights,
     whole_weights,
 )
+from lightning_peft.estimation.recorder import Array, Held, held_bytes
+from lightning_peft.estimation.symbols import Symbols
+from lightning_peft.estimation.trace import ACTIVATIONS, BLOCK_INPUTS, GRADIENTS, LOGITS, WORKSPACE, trace_step
 from lightning_peft.objectives.model_loss import ModelLoss
 
 PROCESS, TEACHER = "process", "teacher"
@@ -40,7 +40,7 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What decides the memory of a step beside the model."""
+    """The options that decide the memory of a step beside the model."""
 
     rows: int
     length: int
@@ -52,13 +52,13 @@ class StepOptions:
     strategy: str = "single"
     ranks: int = 1
     slices_on_host: bool = False
-    """Whether FSDP's slices, their gradients and optimiser states wait in host memory."""
+    """True where FSDP's slices, their gradients and optimiser states wait in host memory."""
     loads_whole: bool = False
-    """Whether FSDP's ranks read the whole model before they shard it, as some inits need."""
+    """True where FSDP's ranks read the whole model before they shard it, as some inits need."""
     teacher: Counter[Array] = field(default_factory=Counter)
-    """What a teacher stores beside the base."""
+    """The arrays that a teacher stores beside the base."""
     adapter_rank: int | None = None
-    """For the formulas only."""
+    """The adapters' rank, for the formulas only."""
 
     @property
     def shards(self) -> int:
@@ -66,12 +66,12 @@ class StepOptions:
 
     @property
     def offloads_to_host(self) -> bool:
-        """Whether block inputs wait in host memory; on a CPU they stay where they are."""
+        """Return whether block inputs wait in host memory; on a CPU they stay where they are."""
         return self.offloads_activations and self.accelerator == "cuda"
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether the last step's gradients are there in the backward pass; DDP's buckets always hold them."""
+        """Return whether the last step's gradients are there in the backward pass; DDP's buckets always hold them."""
         return self.accumulate > 1 or self.strategy == "ddp"
 
 
@@ -85,7 +85,7 @@ class Component:
     largest: int
     """Bytes when this one holds most."""
     formula: str
-    """Of `at_peak`, or of `largest` where that is nothing."""
+    """The formula of `at_peak`, or of `largest` where `at_peak` is 0."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,27 @@ class Estimate:
     legend: str
     """The letters of the formulas."""
     flops: int
-    """Of an optimiser step."""
+    """FLOPs of an optimiser step."""
     bytes_moved: int
-    """Read and written in an optimiser step, each operator by itself."""
+    """Bytes read and written in an optimiser step, each operator by itself."""
     tokens: int
-    """Of an optimiser step."""
+    """Tokens of an optimiser step."""
 
     @property
     def peak(self) -> int:
-        """Bytes: max_memory_allocated on CUDA; on a CPU the process's anonymous memory above that after imports."""
+        """Return the bytes at the peak: max_memory_allocated on CUDA; on a CPU the process's anonymous memory above
+        that after imports.
+        """
         return max(self.phases.values())
 
     @property
     def phase(self) -> str:
-        """The phase in which the peak is reached."""
+        """Return the phase in which the peak is reached."""
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
 def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
-    """The estimate for a model on the meta device, quantised, adapted and checkpointed as for training.
+    """Return the estimate for a model on the meta device, quantised, adapted and checkpointed as for training.
 
     The model is used up. Every token counts as supervised, every row as full.
     """
@@ -147,7 +149,7 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     )
 
     def settled(held: Held) -> Held:
-        """Gradients as this rank's slices, block inputs where they wait."""
+        """Cut gradients to this rank's slices, and count block inputs where they wait."""
         own: Held = Counter()
         for (name, array), count in held.items():
             if name == GRADIENTS and options.slices_on_host:
@@ -162,7 +164,7 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     for moment in trace.moments:
         moments[moment.phase] = always + gathered + settled(moment.held)
     moments["optimiser"] = always + settled(trace.gradients) + scratch
-    if shards > 1 and options.accelerator == "cpu":  # of a GPU's slices the whole is in host memory
+    if shards > 1 and options.accelerator == "cpu":  # the slices of GPUs are gathered in host memory
         moments["saving"] = always + settled(trace.gradients) + whole_weights(trained)
     parameter_bytes = sum(shard(array, shards).nbytes * count for (_, array), count in trace.gradients.items())
     largest = {name: settled(held) for name, held in trace.largest.items()} | {ACTIVATIONS: settled(trace.kept)}
@@ -181,7 +183,7 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
 
 
 def list_components(moments: dict[str, Held], largest: dict[str, Held], symbols: Symbols) -> list[Component]:
-    """The components there are, with what they hold at the peak of all moments."""
+    """Return the components there are, with the bytes they hold at the peak of all moments."""
     peak = max(moments.values(), key=held_bytes)
     components = []
     for name in COMPONENTS:

@@ -68,7 +68,7 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.lightning_peft.add_up.default: lambda *_: [],
     torch.ops.lightning_peft.row_norms.default: lambda *_: [],
 }
-"""What operators that cannot be followed inside hold while they run, beside inputs and outputs."""
+"""Arrays that operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 
 
 def _attention_flops(query: Tensor, key: Tensor, *_: Any, **options: Any) -> int:
@@ -113,8 +113,8 @@ class Event(NamedTuple):
 
 
 @dataclass
-class Segment:
-    """What happened between two marks."""
+class RecordedSegment:
+    """The events between two marks."""
 
     name: str
     events: list[Event] = field(default_factory=list)
@@ -127,7 +127,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.segments: list[Segment] = []
+        self.segments: list[RecordedSegment] = []
         self.alive: dict[int, weakref.ref[Any]] = {}
         self.numbers: dict[int, int] = {}
         self.count = 0
@@ -135,14 +135,14 @@ class Recorder(TorchDispatchMode):
 
     def mark(self, name: str) -> None:
         """Begin a segment."""
-        self.segments.append(Segment(name))
+        self.segments.append(RecordedSegment(name))
 
     def ignore(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self.alive[id(storage)] = weakref.ref(storage)
 
     def number(self, tensor: Tensor) -> int | None:
-        """The number of a recorded tensor's storage; None for an ignored one."""
+        """Return the number of a recorded tensor's storage; None for an ignored one."""
         return self.numbers.get(id(tensor.untyped_storage()))
 
     @contextmanager
@@ -178,7 +178,7 @@ class Recorder(TorchDispatchMode):
         return output
 
     def see(self, tensor: Tensor) -> bool:
-        """Whether the tensor's storage is new; it is then followed until it goes."""
+        """Return whether the tensor's storage is new; it is then followed until it goes."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self.alive:
@@ -200,12 +200,12 @@ class Recorder(TorchDispatchMode):
         return True
 
     def living(self) -> set[int]:
-        """Numbers of the storages that are there now."""
+        """Return the numbers of the storages that are there now."""
         return set(self.numbers.values())
 
 
 Held = Counter[tuple[str, Array]]
-"""How many storages of each component, shape and dtype there are."""
+"""The number of storages of each component, shape and dtype."""
 
 
 def held_bytes(held: Held) -> int:

@@ -38,7 +38,7 @@ class Symbols:
         return ", ".join(used)
 
     def term(self, shape: tuple[int, ...]) -> tuple[int, tuple[str, ...]]:
-        """A number and the letters it is multiplied by."""
+        """Return a number and the letters it is multiplied by."""
         factor = 1
         letters: list[str] = []
         for size in shape:
@@ -47,12 +47,14 @@ class Symbols:
             if size in self.products:
                 letters += self.products[size]
                 continue
-            # Codes are (D, F / 2), their scales (D, F / 64): the number that is left stays a divisor of a letter.
+            # Codes are (D, F / 2), their scales (D, F / 64), so the number that is left stays a divisor of a letter.
             factor *= size
         return factor, tuple(sorted(letters, key=ORDER.index))
 
     def formula(self, held: Held) -> str:
-        """The bytes of these storages: a sum of products, by size of element. Numbers below a percent end in "..."."""
+        """Return the bytes of these storages: a sum of products, by size of element. Numbers below a percent end in
+        "...".
+        """
         by_size: dict[int, Counter[tuple[str, ...]]] = {}
         for (_, array), count in held.items():
             if count:

@@ -1,4 +1,4 @@
-"""A teacher on the meta device: what it stores beside the base, and what it leaves for the loss."""
+"""A teacher on the meta device: the tensors that it stores beside the base, and those that it leaves for the loss."""
 
 from collections import Counter
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters, trained_in_full
 from lightning_peft.data.batch import Batch
+from lightning_peft.estimation.model_states import adapter_parts, array_of, tensors_of
 from lightning_peft.estimation.recorder import Array
-from lightning_peft.estimation.weights import adapter_parts, array_of, tensors_of
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
 from lightning_peft.objectives.linear_cross_entropy import Readout
 
@@ -17,7 +17,7 @@ from lightning_peft.objectives.linear_cross_entropy import Readout
 class EmptyDistilledLoss(DistilledLoss):
     """The loss with a head and hidden states of the teacher's sizes.
 
-    What the teacher's blocks need for a moment is not there: it is gone before the student's activations are made.
+    The passing needs of the teacher's blocks are left out: they are over before the student's activations are made.
     """
 
     def __init__(self, model: PreTrainedModel, config: DistillConfig, teacher: PreTrainedModel):

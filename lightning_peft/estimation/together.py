@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from lightning_peft.estimation.memory import Estimate
+from lightning_peft.estimation.model_states import ADAPTERS, IMPORTANCE, OPTIMIZER
 from lightning_peft.estimation.trace import ACTIVATIONS, GRADIENTS
-from lightning_peft.estimation.weights import ADAPTERS, IMPORTANCE, OPTIMIZER
 
 OWN = (ADAPTERS, GRADIENTS, OPTIMIZER, IMPORTANCE, ACTIVATIONS)
 """Components that each run has for itself; the others, the base above all, are there once."""

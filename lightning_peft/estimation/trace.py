@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from lightning_peft.data.batch import Batch
-from lightning_peft.estimation.recorder import Array, Held, Recorder, Segment, held_bytes
+from lightning_peft.estimation.recorder import Array, Held, RecordedSegment, Recorder, held_bytes
 from lightning_peft.kernels.codes import dynamic_map
 from lightning_peft.kernels.native.library import without_kernels
 from lightning_peft.models.blocks import transformer_blocks
@@ -27,7 +27,7 @@ BLOCK_INPUTS = "block inputs"
 
 @dataclass(frozen=True)
 class Moment:
-    """What lives at one moment of a step, beside weights and optimiser states."""
+    """The storages that live at one moment of a step, beside weights and optimiser states."""
 
     phase: str
     held: Held
@@ -38,11 +38,11 @@ class StepTrace:
     """Forward and backward pass of one micro batch."""
 
     moments: list[Moment]
-    """The largest of each phase: forward, loss, backward."""
+    """The largest moment of each phase: forward, loss, backward."""
     largest: dict[str, Held]
-    """For each component, what it holds when it holds most."""
+    """The storages of each component when it holds most."""
     kept: Held
-    """What the forward pass keeps for the backward pass."""
+    """The storages that the forward pass keeps for the backward pass."""
     gradients: Held
     flops: int
     bytes_moved: int
@@ -56,7 +56,7 @@ def trace_step(
     autocast: torch.dtype | None = None,
     accelerator: str = "cpu",
 ) -> StepTrace:
-    """One micro batch of `rows` full rows of `length` tokens, every one supervised.
+    """Trace one micro batch of `rows` full rows of `length` tokens, every one supervised.
 
     `objective` holds a model on the meta device, quantised, adapted and checkpointed as for training; it is used up.
     Gradients of the step before live until the backward pass starts, and with `keeps_gradients` (a later micro batch
@@ -93,14 +93,15 @@ def trace_step(
             loss.backward()
     vocabulary = model.config.get_text_config().vocab_size
     parts = {
-        s.name: Part(s, lambda number, array: tags.component(number, array, vocabulary)) for s in recorder.segments
+        s.name: SegmentSummary(s, lambda number, array: tags.component(number, array, vocabulary))
+        for s in recorder.segments
     }
     order = {index: place for place, index in enumerate(sorted(set(stand_ins)))}
     return compose(parts, [order[index] for index in stand_ins], gradients, keeps_gradients)
 
 
 def choose_stand_ins(model: PreTrainedModel, blocks: list[nn.Module]) -> list[int]:
-    """For every block the index of the one that is run in its place: itself for the first and the last."""
+    """Return for every block the index of the one that is run in its place: its own for the first and the last."""
     last = len(blocks) - 1
     if container(model, blocks) is None:
         return list(range(len(blocks)))
@@ -110,7 +111,7 @@ def choose_stand_ins(model: PreTrainedModel, blocks: list[nn.Module]) -> list[in
 
 
 def kind(block: nn.Module) -> Any:
-    """Equal for blocks that take the same memory."""
+    """Return a value that is equal for blocks of the same memory."""
     tensors = [(n, t.shape, t.dtype, t.requires_grad) for n, t in block.state_dict(keep_vars=True).items()]
     options = [
         (name, key, value)
@@ -122,7 +123,7 @@ def kind(block: nn.Module) -> Any:
 
 
 def container(model: PreTrainedModel, blocks: list[nn.Module]) -> nn.ModuleList | None:
-    """The list that holds all blocks and nothing else."""
+    """Return the list that holds all blocks and nothing else."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return next((module for module in lists if list(module) == blocks), None)
 
@@ -160,7 +161,7 @@ def make_fake(module: nn.Module, recorder: Recorder | None = None, device: str =
 
 
 def fake_batch(rows: int, length: int, recorder: Recorder) -> Batch:
-    """A batch of full rows, one sample each, all but the first token of each supervised."""
+    """Return a batch of full rows, one sample each, all but the first token of each supervised."""
     input_ids, labels, position_ids = (torch.empty(rows, length, dtype=torch.int64, device="cpu") for _ in range(3))
     cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device="cpu")
     lengths = torch.full((rows,), length, dtype=torch.int64, device="cpu")
@@ -174,7 +175,7 @@ def fake_batch(rows: int, length: int, recorder: Recorder) -> Batch:
 
 
 class Tags:
-    """Which recorded storages are gradients, block inputs, or kept for the backward pass."""
+    """The recorded storages that are gradients, block inputs, or kept for the backward pass."""
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
@@ -207,7 +208,8 @@ class Tags:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
-                # Runs once the gradient of the block's output is complete: the block's own backward pass begins.
+                # The hook runs once the gradient of the block's output is complete: the block's own backward pass
+                # begins.
                 hidden.register_hook(lambda _: self.recorder.mark(f"backward {place}"))
 
         return hook
@@ -220,10 +222,10 @@ class Tags:
         return LOGITS if array.shape[-1:] == (vocabulary,) else WORKSPACE
 
 
-class Part:
+class SegmentSummary:
     """A segment summed up: what it adds for good, and at its largest moments."""
 
-    def __init__(self, segment: Segment, component: Any):
+    def __init__(self, segment: RecordedSegment, component: Any):
         self.flops, self.bytes_moved = segment.flops, segment.bytes_moved
         self.change: Held = Counter()
         self.peak: Held = Counter()
@@ -245,8 +247,8 @@ class Part:
                 self.peaks[name] = Counter({k: count for k, count in self.change.items() if k[0] == name})
 
 
-def compose(parts: dict[str, Part], places: list[int], gradients: Held, keeps_gradients: bool) -> StepTrace:
-    """The step of the whole model, whose i-th block is like the run one at `places[i]`."""
+def compose(parts: dict[str, SegmentSummary], places: list[int], gradients: Held, keeps_gradients: bool) -> StepTrace:
+    """Return the step of the whole model, whose i-th block is like the run one at `places[i]`."""
     phases = {
         "forward": ["start", *(f"forward {place}" for place in places)],
         "loss": ["loss"],
@@ -277,7 +279,7 @@ def compose(parts: dict[str, Part], places: list[int], gradients: Held, keeps_gr
 
 
 def added(a: Held, b: Held) -> Held:
-    """The sum, without what comes to nothing."""
+    """Return the sum, without what comes to nothing."""
     total = a.copy()
     total.update(b)
     return Counter({key: count for key, count in total.items() if count})

@@ -1,4 +1,4 @@
-"""How far a model's probabilities for the tokens of right answers can be believed."""
+"""The calibration of a model's probabilities for the tokens of right answers."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,9 +43,9 @@ class Tally:
 
     def __init__(self) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64)
-        """Right ones, -log p, Brier, entropy."""
+        """Sums of right tokens, -log p, Brier score and entropy."""
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)
-        """Tokens, confidence and right ones of each bin."""
+        """Sums of tokens, confidence and right tokens of each bin."""
 
     def add(self, probabilities: Tensor, labels: Tensor) -> None:
         """Count tokens with probabilities (N, V), fp32, and right ones (N,)."""
@@ -80,12 +80,12 @@ class Way:
     models: Sequence[PreTrainedModel]
     passes: int = 1
     drawing: Callable[[nn.Module], AbstractContextManager[None]] | None = None
-    """What makes a pass of a model random."""
+    """The context in which a pass of a model is random."""
 
 
 @contextmanager
 def dropping(model: nn.Module, dropout: float) -> Iterator[None]:
-    """Inside, adapters drop inputs with this probability, as in training (Gal and Ghahramani 2016, arXiv:1506.02142).
+    """Let adapters drop inputs with this probability, as in training (Gal and Ghahramani 2016, arXiv:1506.02142).
 
     Raises ValueError where no layer drops.
     """
@@ -118,7 +118,7 @@ def of_answers_to_give(batch: Batch) -> Batch:
 def calibration(way: Way, batches: Iterable[Batch], seed: int) -> Calibration:
     """Score the mean of the probabilities that all passes give; passes are drawn from the seed.
 
-    Of preference rows it is that of the tokens of chosen answers.
+    For preference rows the tokens of chosen answers alone are scored.
     """
     objectives = [SupervisedLoss(model) for model in way.models]
     tally = Tally()
@@ -131,7 +131,7 @@ def calibration(way: Way, batches: Iterable[Batch], seed: int) -> Calibration:
         if not objectives[0].is_checked:
             for objective in objectives:
                 objective.check(moved)
-            # Where one model needs samples apart, all have them apart: tokens come in one order.
+            # Where one model needs samples apart, all models have them apart, so that tokens come in one order.
             apart = any(objective.runs_apart for objective in objectives)
             for objective in objectives:
                 objective.runs_apart = apart

@@ -1,4 +1,4 @@
-"""Whether an adapter may be shipped: how much better than its base it is by each metric, and within what interval."""
+"""Decide whether an adapter may be shipped, from the interval of its improvement over its base by each metric."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lightning_peft.tasks.task import Row, Task
+from lightning_peft.tasks.task import Task, TaskRow
 
 DRAWS = 2000
 """Resamples of the rows behind an interval."""
@@ -34,25 +34,25 @@ class Metric:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % bootstrap interval of the mean over rows; None where it is no such mean."""
+        """Return the 95 % bootstrap interval of the mean over rows; None where it is no such mean."""
         return bootstrap(self.rows)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of one metric."""
+    """The gate's verdict on one metric."""
 
     name: str
     least: float
-    """The improvement that is asked for; below 0 it is what may be lost."""
+    """The improvement that is asked for; a number below 0 is the loss that is allowed."""
     improvement: float
     """Adapter minus base, the other way round where small is good."""
     interval: tuple[float, float] | None
-    """Of the improvement, from the same rows resampled for both."""
+    """The interval of the improvement, from the same rows resampled for both models."""
 
     @property
     def passes(self) -> bool:
-        """Whether the lower end of the interval is enough; the improvement itself where there is no interval."""
+        """Return whether the lower end of the interval is enough; the improvement itself where there is no interval."""
         lower = self.improvement if self.interval is None else self.interval[0]
         return lower >= self.least - 1e-12
 
@@ -77,8 +77,8 @@ def bootstrap(rows: Sequence[float], seed: int = 0) -> tuple[float, float] | Non
     return float(low), float(high)
 
 
-def row_scores(task: Task, rows: list[Row], answers: list[str]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Return the task's metrics, and of those that are means over rows the value on every row alone, else nan."""
+def row_scores(task: Task, rows: list[TaskRow], answers: list[str]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the task's metrics, and the value on every row alone of those that are means over rows, else nan."""
     singles = [task.score([row], [answer]) for row, answer in zip(rows, answers, strict=True)]
     metrics = mean_over_rows(singles) if task.is_mean_of_rows else task.score(rows, answers)
     found = {}
@@ -91,11 +91,11 @@ def row_scores(task: Task, rows: list[Row], answers: list[str]) -> tuple[dict[st
 
 
 def scores_by_source(
-    task: Task, rows: list[Row], answers: list[str], sources: Sequence[str], by_row: Mapping[str, list[float]]
+    task: Task, rows: list[TaskRow], answers: list[str], sources: Sequence[str], by_row: Mapping[str, list[float]]
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the task's metrics over the rows of each source of a mixture as METRIC/SOURCE, and their values by row.
 
-    sources: that of each row, empty without a mixture; by_row: what `row_scores` found.
+    sources: the source of each row, empty without a mixture; by_row: the values that `row_scores` found.
     """
     metrics: dict[str, float] = {}
     found: dict[str, list[float]] = {}

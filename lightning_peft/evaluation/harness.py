@@ -25,9 +25,9 @@ def check_harness(tasks: Sequence[str], tasks_path: str | None) -> None:
 
 @cache
 def task_manager(tasks: tuple[str, ...], tasks_path: str | None) -> Any:
-    """Return an index that holds the tasks: of the files in `tasks_path` alone where those do, as the harness's own are
-    ten thousand."""
-    # An optional extra, and seconds to import.
+    """Return an index that holds the tasks: of the files in `tasks_path` alone where they hold all, as the harness's
+    own are ten thousand."""
+    # The harness is an optional extra and takes seconds to import.
     from lm_eval.tasks import TaskManager
 
     if tasks_path is not None:

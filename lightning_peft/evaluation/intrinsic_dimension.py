@@ -1,4 +1,4 @@
-"""d90: how few trained numbers reach 90 % of a reference run (Li et al. 2018, arXiv:1804.08838)."""
+"""d90: the least trained numbers that reach 90 % of a reference run (Li et al. 2018, arXiv:1804.08838)."""
 
 import logging
 from dataclasses import dataclass
@@ -15,35 +15,35 @@ LOSS = "loss"
 
 
 @dataclass(frozen=True)
-class Trial:
+class DimensionTrial:
     """One run of a sweep over the dimension."""
 
     dimension: int
     score: float
-    """Higher is better: the metric, or by how much the validation loss lies below the base's."""
+    """The metric, or the distance of the validation loss below the base's; higher is better."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What a sweep says about the intrinsic dimension of its task."""
+    """The findings of a sweep about the intrinsic dimension of its task."""
 
-    trials: list[Trial]
-    """By rising dimension."""
+    trials: list[DimensionTrial]
+    """The trials by rising dimension."""
     reference: float
     share: float
 
     @property
     def d90(self) -> int | None:
-        """The smallest dimension swept that reaches `share` of the reference; None when none does."""
+        """Return the smallest dimension swept that reaches `share` of the reference; None when none does."""
         return next((t.dimension for t in self.trials if t.score >= self.share * self.reference), None)
 
 
 def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> Dimensions:
-    """Scores of the finished runs in the folders of `sweep`, and of the run folder `reference`.
+    """Return the scores of the finished runs in the folders of `sweep`, and of the run folder `reference`.
 
-    metric: "loss" takes the validation losses of `result.json`, below that of the base in the reference's
+    metric: "loss" takes the validation losses of `result.json`, subtracted from that of the base in the reference's
     `evaluation.json`; any other name is a metric in the `evaluation.json` of every run. Raises ValueError for a folder
-    that lacks them, or a reference no better than its base.
+    that lacks scores, or a reference no better than its base.
     """
     base = _found(reference, "evaluation.json", "base", "loss") if metric == LOSS else 0.0
     trials = []
@@ -54,7 +54,7 @@ def read_dimensions(sweep: Path, reference: Path, metric: str, share: float) -> 
         if not _is_finished(folder):
             logger.info("%s is not finished: left out", folder)
             continue
-        trials.append(Trial(adapter["dimension"], _score(folder, metric, base)))
+        trials.append(DimensionTrial(adapter["dimension"], _score(folder, metric, base)))
     if not trials:
         raise ValueError(f"sweep_path={sweep}: holds no finished run; train -m adapter.dimension=... run_dir={sweep}")
     score = _score(reference, metric, base)
@@ -80,7 +80,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    """Return the options of the adapter in a run's config.yaml. Raises ValueError where it is damaged."""
+    """Return the options of the adapter in a run's config.yaml. Raises ValueError for a damaged file."""
     try:
         adapter = yaml.safe_load(path.read_text(encoding="utf-8"))["adapter"]
         return {"method": adapter["method"], "dimension": adapter.get("dimension")}
@@ -89,7 +89,7 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 
 def _found(folder: Path, name: str, *keys: str) -> Any:
-    """Return what a file of a run holds under the keys. Raises ValueError where it does not."""
+    """Return what a file of a run holds under the keys. Raises ValueError where the file lacks them."""
     again = f"run lightning-peft evaluate adapter_path={folder}" if name == "evaluation.json" else "finish the run"
     if not (folder / name).is_file():
         raise ValueError(f"{folder}: has no {name}; {again}")

@@ -1,4 +1,5 @@
-"""The strongest directions of an adapter read as keys and values: what each looks for, and what it promotes.
+"""The strongest directions of an adapter read as keys and values: the tokens that each looks for, and those that it
+promotes.
 
 The change of a layer is a sum of s_i u_i v_i^T, its singular value decomposition: at a token with input x it adds
 s_i (v_i . x) u_i. v_i is the key, and the tokens where v_i . x is largest are what it looks for; u_i is the value, and
@@ -31,7 +32,7 @@ NORMED = (
 )
 """Norms of blocks that normalise what attention and feed-forward give before it is added."""
 PROMOTING = ("residual stream", "logits")
-"""What a layer writes whose directions promote tokens."""
+"""The destinations of layers whose directions promote tokens."""
 CONTEXT = 8
 """Tokens shown before the one that is read."""
 READ, PROMOTED = 5, 8
@@ -58,17 +59,17 @@ class Direction:
     """0 for the layer's strongest."""
     singular_value: float
     energy: float
-    """Share of the layer's squared change."""
+    """The direction's share of the layer's squared change."""
     reads: list[Reading]
-    """Where v . x is largest, each token once; its sign is that of the largest in size."""
+    """Places where v . x is largest, each token once; the sign of v is that of the largest in size."""
     promotes: list[str] | None
     """Tokens whose logits the value raises most, at the tokens that are read; None where the layer writes elsewhere."""
     writes: str
-    """What the layer writes: `residual stream`, `logits`, or where its output goes otherwise."""
+    """The destination of the layer's output: `residual stream`, `logits`, or another in words."""
 
 
 @dataclass
-class Part:
+class SingularDirection:
     """A direction that is being read."""
 
     layer: str
@@ -81,9 +82,9 @@ class Part:
     """(out,) fp32, of norm one."""
 
 
-def strongest(found: Mapping[str, Adapter], count: int) -> list[Part]:
+def strongest(found: Mapping[str, Adapter], count: int) -> list[SingularDirection]:
     """Return the directions of the largest singular values over the layers, embeddings aside, which read no vector."""
-    parts: list[Part] = []
+    parts: list[SingularDirection] = []
     for name, layer in found.items():
         if isinstance(layer.base_layer, nn.Embedding):
             continue  # its input is the token itself
@@ -91,7 +92,7 @@ def strongest(found: Mapping[str, Adapter], count: int) -> list[Part]:
         total = float(values.square().sum())
         for index, value in enumerate(values[:count].tolist()):
             if value > 0:
-                parts.append(Part(name, index, value, value**2 / total, keys[index], outputs[index]))
+                parts.append(SingularDirection(name, index, value, value**2 / total, keys[index], outputs[index]))
     return sorted(parts, key=lambda part: -part.value)[:count]
 
 
@@ -116,9 +117,9 @@ def key_values(
     rows: Iterable[Sequence[int]],
     count: int,
 ) -> list[Direction]:
-    """Return the `count` strongest directions of layers that promote tokens, and as many of the others.
+    """Return the `count` strongest directions of layers that promote tokens, and as many of the other layers.
 
-    They are read on rows of token ids that the model runs through one by one.
+    The directions are read on rows of token ids that the model runs through one by one.
     """
     writers: dict[str, Adapter] = {}
     others: dict[str, Adapter] = {}
@@ -160,7 +161,7 @@ def _read(met: list[Tensor], key: Tensor, _: nn.Module, inputs: tuple[Any, ...])
 
 
 def _direction(
-    part: Part,
+    part: SingularDirection,
     met: Tensor,
     tokens: list[tuple[int, int]],
     rows: list[list[int]],
@@ -227,7 +228,7 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 def through_head(model: PreTrainedModel, norm: nn.Module, hidden: Tensor, change: Tensor) -> Tensor:
     """Return the first-order change of the logits, (V,), that `change` (D,) of the hidden states makes: their mean.
 
-    hidden (N, D), fp32, is what the final norm is fed. What later layers make of the change is not part of it.
+    hidden (N, D), fp32, is what the final norm is fed. The effect of the change through later layers is left out.
     """
     head: Any = model.get_output_embeddings()
     head = head.base_layer if isinstance(head, Adapter) else head

@@ -1,4 +1,4 @@
-"""Pairs of answers of which the worse is the model's own: what preference objectives learn most from.
+"""Pairs of answers of which the worse is the model's own: preference objectives learn most from such pairs.
 
 On-policy pairs: the rejected answer is one that the model gives, so that its probability is there to be taken away
 (Tajwar et al. 2024, arXiv:2404.14367).
@@ -12,10 +12,10 @@ from typing import Any
 
 from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.evaluation.scorers import Scorer
-from lightning_peft.tasks.task import Row
+from lightning_peft.tasks.task import TaskRow
 
-Score = Callable[[Row, str], float]
-"""What an answer to a row is worth; a large value is good."""
+Score = Callable[[TaskRow, str], float]
+"""The worth of an answer to a row; a large value is good."""
 
 
 def score_of(scorer: Scorer, small_is_good: bool) -> Score:
@@ -23,7 +23,7 @@ def score_of(scorer: Scorer, small_is_good: bool) -> Score:
     (name,) = scorer.names
     sign = -1.0 if small_is_good else 1.0
 
-    def score(row: Row, answer: str) -> float:
+    def score(row: TaskRow, answer: str) -> float:
         value = scorer.score([row], [answer])[name]
         if math.isnan(value):
             raise ValueError(f"metric={name}: is nan for the answer {answer!r} to {row['prompt']!r}")
@@ -34,7 +34,7 @@ def score_of(scorer: Scorer, small_is_good: bool) -> Score:
 
 @dataclass
 class Counts:
-    """What became of the answers."""
+    """The numbers of answers and rows by what became of them."""
 
     prompts: int = 0
     same_prompts: int = 0
@@ -61,8 +61,8 @@ class Counts:
 class Asked:
     """One row, its conversation up to the answer, and the answers drawn."""
 
-    row: Row
-    """With `prompt` and `completion`, as tasks read them."""
+    row: TaskRow
+    """The row with `prompt` and `completion`, as tasks read them."""
     conversation: Conversation
     answers: list[str] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ def without_repeats(asked: Sequence[Asked], counts: Counts) -> list[Asked]:
 def pairs_of(asked: Asked, score: Score, limit: int, takes_own: bool, counts: Counts) -> list[tuple[str, str]]:
     """Return at most `limit` pairs (chosen, rejected) of one prompt: each rejected answer is drawn, and scores less.
 
-    The chosen one is the row's; with `takes_own` the best one drawn where it scores no less. Of the worse ones the
+    The chosen one is the row's; with `takes_own` the best one drawn where it scores no less. Among worse answers the
     worst come first, among equals those drawn most often.
     """
     counts.answers += len(asked.answers)

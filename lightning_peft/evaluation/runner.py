@@ -20,15 +20,15 @@ from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.progress import Part
-from lightning_peft.tasks.task import Row, Task
+from lightning_peft.tasks.task import Task, TaskRow
 
 PREFERENCES = ("preference_accuracy", "preference_accuracy_per_token")
-"""What is scored of rows that are pairs of answers."""
+"""The scores of rows that are pairs of answers."""
 
 
 @dataclass
 class Scores:
-    """What one model reached."""
+    """The scores that one model reached."""
 
     loss: float
     perplexity: float
@@ -37,14 +37,14 @@ class Scores:
     source_losses: dict[str, float] = field(default_factory=dict)
     """The loss over the rows of each source of a mixture."""
     row_metrics: dict[str, list[float]] = field(default_factory=dict)
-    """Those of the metrics that are means over rows, for each row."""
+    """The values by row of the metrics that are means over rows."""
     source_metrics: dict[str, float] = field(default_factory=dict)
     """The metrics over the rows of each source of a mixture, as METRIC/SOURCE."""
 
 
 @torch.inference_mode()
 def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Cross entropy per supervised token, in nats; of preference rows that of the chosen answers.
+    """Return the cross entropy per supervised token, in nats; in preference rows that of the chosen answers.
 
     The second are scores of pairs of answers: `preference_accuracy`, how often the chosen one is the more likely, and
     the same by the log-probability per token. The third are the losses of the sources of a mixture.
@@ -85,7 +85,7 @@ def answer_rows(
     batch_size: int,
     layout: PromptLayout,
 ) -> list[str]:
-    """Greedy answers to conversations that end with a user turn."""
+    """Return greedy answers to conversations that end with a user turn."""
     prompts = prompts_of(conversations, layout, tokenizer)
     return generate_batch(
         model, tokenizer, prompts, SamplingConfig(max_new_tokens=task.max_new_tokens), batch_size=batch_size
@@ -96,16 +96,16 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     batches: Iterable[Batch],
-    rows: list[Row],
+    rows: list[TaskRow],
     conversations: Sequence[Conversation],
     task: Task,
     batch_size: int,
     layout: PromptLayout,
     sources: Sequence[str] = (),
 ) -> Scores:
-    """Loss over `batches`, and `task`'s metrics of the answers to `conversations`, one for each of `rows`.
+    """Return the loss over `batches`, and `task`'s metrics of the answers to `conversations`, one for each of `rows`.
 
-    sources: which source of a mixture each row is of.
+    sources: the source of a mixture of each row.
     """
     loss, preferences, source_losses = mean_loss(model, batches)
     perplexity = math.exp(min(loss, 700.0))
@@ -118,7 +118,7 @@ def score(
 
 
 def with_shots(conversations: Sequence[Conversation], shots: Sequence[Sequence[Message]]) -> list[Conversation]:
-    """Conversations that begin with solved examples, after the system message if there is one."""
+    """Return the conversations, which begin with solved examples, after the system message if there is one."""
     turns = [message for shot in shots for message in shot if message.role != "system"]
     started = []
     for messages in conversations:

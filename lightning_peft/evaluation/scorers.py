@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.tasks.registry import TASKS
-from lightning_peft.tasks.task import Row, Task
+from lightning_peft.tasks.task import Task, TaskRow
 
 OPTION = "validation.metrics"
-"""What names metrics, unless another option is said to."""
+"""The option that names metrics, unless a caller says another."""
 MAX_NEW_TOKENS = 64
 """Longest answer where neither the data's task nor an option says one."""
 
@@ -20,29 +20,29 @@ SMALL_IS_GOOD = ("train_loss", "validation_cross_entropy", "validation_divergenc
 LARGE_IS_GOOD = ("tokens_per_second", "validation_rewards/accuracy", "validation_rewards/margin")
 """Numbers of a result that no task computes, by what is good."""
 TAKEN = (
-    # Columns of metrics.csv.
+    # These are columns of metrics.csv.
     "step", "loss", "grad_norm", "lr", "tokens", "total_tokens", "supervised_tokens", "epoch", "step_seconds", "mfu",
     "supervised_tokens_per_second", "rank", "alpha", "penalty", "kl", "kl_per_token", "cross_entropy", "divergence",
     "router_load", "router_entropy",
-    # Keys of result.json.
+    # These are keys of result.json.
     "status", "end", "steps", "train_loss", "metrics", "data", "trainable_parameters", "total_parameters",
     "tokens_per_second", "peak_memory_gib", "device", "warnings", "stopped_early", "diverged", "seconds",
     "device_hours", "versions", "rollbacks", "lr_factor", "steps_left_out",
-    # Columns of a sweep's table.
+    # These are columns of a sweep's table.
     "trial", "state", "attempts", "exit_code", "seeds",
 )  # fmt: skip
-"""Names under which a run or a sweep keeps something else than a metric, as do those that begin with validation_."""
+"""Names that a run or a sweep uses for something else than a metric, like those that begin with validation_."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """What computes one entry of `validation.metrics`."""
+    """The computation of one entry of `validation.metrics`."""
 
     names: tuple[str, ...]
-    """The metrics it is asked for."""
-    score: Callable[[list[Row], list[str]], dict[str, float]]
+    """The metrics that the scorer is asked for."""
+    score: Callable[[list[TaskRow], list[str]], dict[str, float]]
     columns: tuple[str, ...] = ()
-    """What rows need beside `prompt` and `completion`."""
+    """Columns that rows need beside `prompt` and `completion`."""
     max_new_tokens: int = MAX_NEW_TOKENS
 
 
@@ -90,7 +90,7 @@ def check_direction(option: str, metric: str) -> None:
     """
     name = metric.removeprefix("-")
     owner = next((task for task in TASKS.values() if name in task.metric_names), None)
-    is_loss = name.partition("/")[0] == "validation_loss"  # of all rows, or of a source of a mixture
+    is_loss = name.partition("/")[0] == "validation_loss"  # over all rows, or a source of a mixture
     if owner is None and not is_loss and name not in (*SMALL_IS_GOOD, *LARGE_IS_GOOD):
         return
     is_small_good = name in owner.small_is_good if owner is not None else name not in LARGE_IS_GOOD
@@ -125,7 +125,7 @@ def _scorer(entry: str, task: str, option: str) -> Scorer:
     return Scorer(names, owner.score, owner.columns, owner.max_new_tokens)
 
 
-def own_metric(entry: str, option: str = OPTION) -> Callable[[list[Row], list[str]], dict[str, float]]:
+def own_metric(entry: str, option: str = OPTION) -> Callable[[list[TaskRow], list[str]], dict[str, float]]:
     """Import module:function, which takes rows and answers and returns one number. Raises ValueError."""
     module, _, name = entry.partition(":")
     try:
@@ -141,7 +141,7 @@ def own_metric(entry: str, option: str = OPTION) -> Callable[[list[Row], list[st
     except ValueError:
         pass  # a function of C says nothing of its arguments
 
-    def score(rows: list[Row], answers: list[str]) -> dict[str, float]:
+    def score(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
         try:
             value = function(rows, answers)
         except Exception as error:
@@ -157,9 +157,9 @@ def own_metric(entry: str, option: str = OPTION) -> Callable[[list[Row], list[st
     return score
 
 
-def scores_of(scorers: Sequence[Scorer], rows: list[Row], answers: list[str]) -> dict[str, float]:
+def scores_of(scorers: Sequence[Scorer], rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
     """Compute every metric that is asked for, once a function; one that these rows do not have is nan."""
-    computed: dict[Callable[[list[Row], list[str]], dict[str, float]], dict[str, float]] = {}
+    computed: dict[Callable[[list[TaskRow], list[str]], dict[str, float]], dict[str, float]] = {}
     found: dict[str, float] = {}
     for scorer in scorers:
         if scorer.score not in computed:
@@ -168,13 +168,13 @@ def scores_of(scorers: Sequence[Scorer], rows: list[Row], answers: list[str]) ->
     return found
 
 
-def with_answer(row: Row, messages: Conversation, place: int) -> Row:
-    """Return the row with answer `place` and the question before it under the names that tasks read."""
+def with_answer(row: TaskRow, messages: Conversation, place: int) -> TaskRow:
+    """Return the row with answer `place` and the question before that answer under the names that tasks read."""
     asked = [message.content for message in messages[:place] if message.role == "user"]
     return row | {"prompt": asked[-1] if asked else "", "completion": messages[place].content}
 
 
 def spread(count: int, total: int) -> list[int]:
-    """Indices of `count` places evenly spaced over `total`, all of them where there are no more."""
+    """Return the indices of `count` places evenly spaced over `total`, all of them where there are no more."""
     count = min(count, total)
     return [index * total // count for index in range(count)]

@@ -1,4 +1,4 @@
-"""What a smaller rank would do: an adapter cut by SVD to half its rank again and again, scored without training."""
+"""The scores of smaller ranks: an adapter cut by SVD to half its rank again and again, scored without training."""
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ class RankScore:
 
     rank: int
     loss: float
-    """Per supervised token, in nats."""
+    """The loss per supervised token, in nats."""
     difference: float
-    """To the loss of the whole adapter."""
+    """The difference to the loss of the whole adapter."""
     interval: tuple[float, float]
     """The middle 95 % of the differences of resampled rows."""
 
@@ -48,7 +48,7 @@ class RankScore:
 def row_losses(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the cross entropy of every row's supervised tokens, summed, and what they count; (rows,) each.
 
-    Of preference rows that of the chosen answers.
+    In preference rows the chosen answers alone count.
     """
     objective = SupervisedLoss(model)
     sums: list[Tensor] = []
@@ -84,7 +84,7 @@ def score_ranks(
 ) -> tuple[float, list[RankScore]]:
     """Return the loss of an adapted model, and the scores of its halved ranks; the model ends as its base.
 
-    `changes` are those of the model's layers, `largest` is the rank that is halved, null of a method without one.
+    `changes` are those of the model's layers; `largest` is the rank that is halved, None for a method without one.
     """
     sums, counts = row_losses(model, batches)
     take_out_adapters(model)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.data.chat import end_token_ids
-from lightning_peft.inference.decoding import draw
+from lightning_peft.inference.continuous_batching import draw
 from lightning_peft.inference.generate import declared_end_ids, room_for
 from lightning_peft.inference.sampling import SamplingConfig
 
@@ -21,9 +21,9 @@ class Drawn:
 
     text: str
     entropy: float
-    """Of the mean of the draws' probabilities, in nats: how unsure the adapter is."""
+    """Entropy of the mean of the draws' probabilities, in nats: how unsure the adapter is."""
     disagreement: float
-    """That entropy less the mean of the draws' own: the part that draws do not agree on."""
+    """`entropy` less the mean of the draws' own entropies: the part that draws do not agree on."""
     confidence: float
     """Probability of the chosen token."""
 

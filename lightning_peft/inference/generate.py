@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from lightning_peft.data.chat import end_token_ids
-from lightning_peft.inference.decoding import Choice, Decoder, Row
+from lightning_peft.inference.continuous_batching import Choice, Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import (
     PREFILL_TOKENS,
@@ -48,7 +48,7 @@ CLOSE, CLOSE_IN_16_BITS = 1e-4, 2**-4
 JOIN_SHARE = 0.25
 """Share of a batch's places that is free before further prompts run."""
 OWN_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-"""What a model's code raises for a batch or a cache that it was never run with."""
+"""Errors of a model's code for a batch or a cache that it was never run with."""
 TRIED_TOKENS = 8
 """Tokens of a prompt with which it is tried whether a model takes the cache that transformers makes for it."""
 CHANGE_SCORES = (
@@ -60,7 +60,7 @@ CHANGE_SCORES = (
 
 
 def declared_end_ids(model: PreTrainedModel) -> set[int]:
-    """Tokens at which the model's own `generation_config.json` says that an answer ends."""
+    """Return the tokens at which the model's own `generation_config.json` says that an answer ends."""
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
@@ -107,9 +107,10 @@ def room_for(model: PreTrainedModel, prompts: list[list[int]], most: int) -> lis
 
 @contextmanager
 def only_what_is_asked(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's `generate` takes no setting from the model's own generation config.
+    """Keep the model's `generate`, inside the block, from any setting of the model's own generation config.
 
-    It would take all that it is not told: beams, several answers, times, kinds of caches and of outputs.
+    Without it, `generate` takes all that it is not told from there: beams, several answers, times, kinds of caches and
+    of outputs.
     """
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -119,7 +120,7 @@ def only_what_is_asked(model: PreTrainedModel) -> Iterator[None]:
 
 
 def pad_left(prompts: list[list[int]], prefix: int, pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """input_ids and attention_mask, (B, T) int64: the common prefix, then padding, then the rest at the right edge."""
+    """Return input_ids and attention_mask, (B, T) int64: common prefix, padding, the rest at the right edge."""
     width = max(map(len, prompts))
     gaps = [width - len(prompt) for prompt in prompts]
     ids = [p[:prefix] + [pad_id] * gap + p[prefix:] for p, gap in zip(prompts, gaps, strict=True)]
@@ -128,14 +129,14 @@ def pad_left(prompts: list[list[int]], prefix: int, pad_id: int, device: torch.d
 
 
 def common_prefix(prompts: list[list[int]]) -> int:
-    """Number of leading tokens all prompts share, at least one token of each prompt left out."""
+    """Return the number of leading tokens all prompts share, at least one token of each prompt left out."""
     first, last = min(prompts), max(prompts)
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return min(shared, min(map(len, prompts)) - 1)
 
 
 class Batching(Enum):
-    """How prompts are put side by side, the fastest first."""
+    """Ways to put prompts side by side, the fastest first."""
 
     shared_prefix = "what all prompts begin with runs once, and padding follows it"
     left_padding = "prompts are padded on the left"
@@ -152,12 +153,12 @@ class Prompts:
     prefix: int = 0
     """Tokens that run once, before padding."""
     cache: DynamicCache | None = None
-    """Keys and values of those."""
+    """Keys and values of the prefix."""
     use_cache: bool = True
-    """Whether a token is computed from what is kept of those before it, not from all of them anew."""
+    """True where a token is computed from what is kept of those before it, not from all of them anew."""
 
     def inputs(self, prompts: list[list[int]], pad_id: int) -> dict[str, Any]:
-        """Arguments of the model's `generate` for a batch."""
+        """Return the arguments of the model's `generate` for a batch."""
         inputs: dict[str, Any] = pad_left(prompts, self.prefix, pad_id, self.model.device)
         if self.cache is not None:
             repeated = copy.deepcopy(self.cache)
@@ -168,7 +169,7 @@ class Prompts:
 
 @torch.inference_mode()
 def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: int, use_cache: bool = True) -> Prompts:
-    """The fastest way to batch in which the shortest prompt beside another one gets the logits it gets alone."""
+    """Return the fastest way to batch in which the shortest prompt beside another one gets the logits it gets alone."""
     shortest, longest = min(prompts, key=len), max(prompts, key=len)
     prefix = common_prefix(prompts)
     ways = [Prompts(model, way, use_cache=use_cache) for way in (Batching.left_padding, Batching.equal_length)]
@@ -184,7 +185,7 @@ def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: in
         other = shortest[::-1] if way.batching is Batching.equal_length else longest
         try:
             logits = first_logits(way, [shortest, other], pad_id)
-        except torch.OutOfMemoryError:  # says nothing of the model
+        except torch.OutOfMemoryError:  # that failure says nothing of the model
             raise
         except OWN_ERRORS as error:
             logger.info("%s cannot run where %s: %s", type(model).__name__, way.batching.value, error)
@@ -196,7 +197,7 @@ def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: in
 
 
 def first_logits(way: Prompts, prompts: list[list[int]], pad_id: int) -> Tensor:
-    """Logits (CHECKED_TOKENS, V) of the first tokens of the first prompt's greedy answer."""
+    """Return the logits (CHECKED_TOKENS, V) of the first tokens of the first prompt's greedy answer."""
     config = GenerationConfig(
         max_new_tokens=CHECKED_TOKENS, do_sample=False, pad_token_id=pad_id, eos_token_id=None, output_logits=True,
         return_dict_in_generate=True, use_cache=way.use_cache, **own_scores(way.model),
@@ -207,7 +208,7 @@ def first_logits(way: Prompts, prompts: list[list[int]], pad_id: int) -> Tensor:
 
 
 def is_close(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits are equal but for the rounding of another batch's products.
+    """Return whether logits are equal but for the rounding of another batch's products.
 
     Where the first choices part, what follows is of other text, and no longer compared.
     """
@@ -220,7 +221,7 @@ def is_close(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 
 def batches(prompts: list[list[int]], way: Batching, batch_size: int) -> Iterator[list[int]]:
-    """Indices of the prompts of each batch, by length."""
+    """Yield the indices of the prompts of each batch, by length."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order]
     if way is Batching.alone:
@@ -259,10 +260,10 @@ def generate_batch(
     sampling: SamplingConfig,
     batch_size: int = 32,
 ) -> list[str]:
-    """The answer to each prompt (token ids), in the order given: the one it gets alone.
+    """Return the answer to each prompt (token ids), in the order given: the answer it gets alone.
 
-    What all prompts begin with - a system prompt, solved examples - runs through the model once where its cache can be
-    repeated.
+    The beginning that all prompts share - a system prompt, solved examples - runs through the model once where its
+    cache can be repeated.
     """
     if not prompts:
         return []
@@ -292,7 +293,7 @@ def takes_cache(model: PreTrainedModel, prompt: list[int], pad_id: int) -> bool:
         try:
             with only_what_is_asked(model):
                 model.generate(**inputs, generation_config=config)  # type: ignore[operator]
-        except torch.OutOfMemoryError:  # says nothing of the model
+        except torch.OutOfMemoryError:  # that failure says nothing of the model
             raise
         except OWN_ERRORS as error:
             reason = " ".join(str(error).split())[:120]
@@ -321,7 +322,7 @@ def decoded(
     batch_size: int,
     part: Part,
 ) -> list[str]:
-    """Answers by our decoder: the next prompts take the places of answers that ended."""
+    """Return the answers of our decoder: the next prompts take the places of answers that ended."""
     ends = end_token_ids(tokenizer) | declared_end_ids(model)
     decoder = Decoder(model)
     assert isinstance(decoder.steps, StaticSteps)
@@ -345,7 +346,9 @@ def decoded(
     return [text for _, text in sorted(zip(order, texts, strict=True))]
 
 
-def answer_row(prompt: list[int], sampling: SamplingConfig, ends: set[int], number: int, part: Part | None) -> Row:
+def answer_row(
+    prompt: list[int], sampling: SamplingConfig, ends: set[int], number: int, part: Part | None
+) -> RunningSequence:
     """Return the row of one answer; equal prompts of a call draw different ones."""
     share = 1 / sampling.max_new_tokens
     counted = 0
@@ -359,7 +362,7 @@ def answer_row(prompt: list[int], sampling: SamplingConfig, ends: set[int], numb
         return not is_end
 
     seeded = replace(sampling, seed=sampling.seed + number)
-    return Row(prompt, seeded, goes_on, wants_logprobs=False)
+    return RunningSequence(prompt, seeded, goes_on, wants_logprobs=False)
 
 
 def generated(
@@ -370,7 +373,7 @@ def generated(
     batch_size: int,
     part: Part,
 ) -> list[str]:
-    """Answers by transformers' `generate`; how prompts share a batch is tried on two of them first.
+    """Return the answers of transformers' `generate`; how prompts share a batch is tried on two of them first.
 
     An answer that may be cut by the end of the model's positions comes alone, where that end is its own.
     """
@@ -405,7 +408,7 @@ def generated(
 def generate_stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
 ) -> Iterator[str]:
-    """Pieces of the answer to one prompt (token ids) as they come."""
+    """Return the pieces of the answer to one prompt (token ids) as they come."""
     if (reason := why_not_decoded(model)) is None:
         return streamed(model, tokenizer, prompt, sampling)
     say_once(f"{type(model).__name__}: answers come from transformers' generate, slower, as {reason}")
@@ -415,7 +418,7 @@ def generate_stream(
 def streamed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
 ) -> Iterator[str]:
-    """Pieces of an answer by our decoder: whole words, as the next token may still change the last one."""
+    """Yield the pieces of an answer of our decoder: whole words, as the next token may still change the last one."""
     decoder, streamer = Decoder(model), Pieces(tokenizer, skip_special_tokens=True)
     row = answer_row(prompt, sampling, end_token_ids(tokenizer) | declared_end_ids(model), 0, None)
     decoder.add(row)
@@ -444,7 +447,7 @@ class Pieces(TextStreamer):
 def generated_stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
 ) -> Iterator[str]:
-    """Pieces of an answer by transformers' `generate`, which runs in a thread."""
+    """Yield the pieces of an answer of transformers' `generate`, which runs in a thread."""
     config = generation_config(sampling, tokenizer, model)
     (config.max_new_tokens,) = room_for(model, [prompt], sampling.max_new_tokens)
     config.use_cache = takes_cache(model, prompt, config.pad_token_id)
@@ -459,7 +462,7 @@ def generated_stream(
                 model.generate(  # type: ignore[operator]
                     **inputs, generation_config=config, streamer=streamer, tokenizer=tokenizer
                 )
-        except BaseException as error:  # handed to the caller's thread below
+        except BaseException as error:  # the error is handed to the caller's thread below
             failure.append(error)
             streamer.end()
 

@@ -15,24 +15,24 @@ from lightning_peft.models.reward_head import add_reward_head
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import dequantize_modules
+from lightning_peft.quantization.quantize import dequantize_modules
 from lightning_peft.strict_json import read_object
 
 MODEL_FOLDER = "model"
-"""Where a run of full fine-tuning writes its model; other runs write `adapter/`."""
+"""Folder that a run of full fine-tuning writes its model to; other runs write `adapter/`."""
 
 logger = logging.getLogger(__name__)
 
 
 def tuned_folder(path: str) -> Path:
-    """The folder with the result of a run: an adapter folder, or `adapter/`, or `model/` of full fine-tuning."""
+    """Return the folder with the result of a run: an adapter folder, or `adapter/`, or `model/` of full fine-tuning."""
     if (Path(path) / MODEL_FOLDER / "config.json").is_file():
         return Path(path) / MODEL_FOLDER
     return adapter_folder(path)
 
 
 def adapter_folder(path: str, option: str = "adapter_path") -> Path:
-    """The adapter folder named by a path: the folder itself, or `adapter/` of a run. ValueError if there is none."""
+    """Return the adapter folder of a path: the folder itself, or `adapter/` of a run. Raises ValueError without one."""
     for folder in (Path(path), Path(path) / "adapter"):
         if (folder / CONFIG_NAME).is_file():
             return folder
@@ -62,7 +62,7 @@ def base_named_by(folder: Path) -> ModelConfig | None:
 
 
 def is_whole_model(folder: Path) -> bool:
-    """Whether a tuned folder holds all weights, and no adapter."""
+    """Return whether a tuned folder holds all weights, and no adapter."""
     return not (folder / CONFIG_NAME).is_file()
 
 
@@ -83,7 +83,7 @@ def load_adapted(
     device: torch.device,
     takes_rewards: bool = False,
 ) -> PreTrainedModel:
-    """The model of `model` with the adapter of `folder`, in eval mode.
+    """Return the model of `model` with the adapter of `folder`, in eval mode.
 
     Raises ValueError for a reward model unless `takes_rewards`, LineageError when the adapter was trained on another
     base, AdapterFileError when its file does not fit.

@@ -1,11 +1,11 @@
-"""How an answer's tokens are chosen."""
+"""The choice of an answer's tokens."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class SamplingConfig:
-    """How tokens are chosen."""
+    """The rules by which tokens are chosen."""
 
     max_new_tokens: int = 256
     """Longest answer in tokens."""

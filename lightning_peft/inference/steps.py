@@ -159,7 +159,7 @@ class Products:
         """Layer, its frozen base, and B^T (rank, out_features) of its adapter."""
         self.dtype = dtype
         self.is_read: list[bool] = []
-        """Whether the kernel of few rows can read a layer's weight."""
+        """True where the kernel of few rows can read a layer's weight."""
         self.slices: list[slice] = []
         stacked: list[Tensor] = []
         probe, end = torch.empty(0, dtype=dtype, device=next(layers[0].parameters()).device), 0
@@ -182,7 +182,7 @@ class Products:
             self.slices.append(slice(start, end))
         self.A = torch.cat(stacked) if stacked else None
         self.row_factors: dict[tuple[int, int], few_rows.RowFactors] = {}
-        """By a layer's place and the number of rows."""
+        """Factors by a layer's place and the number of rows."""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Map (rows, in_features) to (rows, out_features) of each layer."""

@@ -33,7 +33,7 @@ INT8 = "int8"
 class Codes(NamedTuple):
     """A quantised weight of shape (out, in): what is stored of it.
 
-    Of a kind of `LOW_BIT` the four are the codes, scales, zeros and groups that `dequantize_low_bit` takes.
+    For a kind of `LOW_BIT` the four are the codes, scales, zeros and groups that `dequantize_low_bit` takes.
     """
 
     weight: Tensor
@@ -49,7 +49,7 @@ class Codes(NamedTuple):
 @cache
 def dynamic_map(device: torch.device) -> Tensor:
     """Return the levels of bitsandbytes' signed dynamic 8-bit type, (256,) fp32: one tensor per device."""
-    from bitsandbytes.functional import create_dynamic_map  # slow import, see the module docstring
+    from bitsandbytes.functional import create_dynamic_map  # the import is slow, see the module docstring
 
     return create_dynamic_map(signed=True).to(device)
 
@@ -107,7 +107,7 @@ def quantize(weight: Tensor, kind: str = "nf4", block_size: int = 64, double_qua
 @cache
 def levels(kind: str, device: torch.device) -> Tensor:
     """Return the sixteen values that the codes of nf4 or fp4 stand for, fp32: one tensor per device."""
-    from bitsandbytes.functional import get_4bit_type  # slow import, see the module docstring
+    from bitsandbytes.functional import get_4bit_type  # the import is slow, see the module docstring
 
     return get_4bit_type(kind, device=str(device)).float()
 
@@ -249,7 +249,7 @@ def _coded_matmul(
     bias = None if bias is None else bias.to(x.dtype)
     if inner is not None and factor is not None:
         return torch.ops.lightning_peft.low_rank_sum(x, dense, inner, factor, gain, bias, transpose)
-    # Into a tensor of its own: a view made in here could not be written over by an adapter.
+    # The sum goes into a tensor of its own: a view made in here could not be written over by an adapter.
     output = x.new_empty(*x.shape[:-1], dense.shape[0 if transpose else 1])
     rows, matrix = x.reshape(-1, x.shape[-1]), dense.t() if transpose else dense
     if bias is None:
@@ -280,7 +280,7 @@ def _coded_matmul_fake(
 class CodedMatmul(torch.autograd.Function):
     """x W^T + bias for coded W. Forward and backward dequantise once each; the dense weight is never saved.
 
-    Gradients: x and bias. x may have any float dtype; W is dequantised to it.
+    x and bias have gradients. x may have any float dtype; W is dequantised to it.
     """
 
     @staticmethod

@@ -87,7 +87,7 @@ def cross_entropy_with_gradient_(
 
 
 def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum of losses (N,), each times its weight."""
+    """Return the sum of losses (N,), each times its weight."""
     return losses.sum() if weights is None else losses @ weights
 
 
@@ -117,10 +117,10 @@ class FrozenHeadLosses(torch.autograd.Function):
         smoothing: float = 0.0,
     ) -> Tensor:
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        # In the weight's dtype: autocast does not reach a product with out=, and a layer norm under it gives fp32.
+        # The dtype is the weight's: autocast does not reach a product with out=, and a layer norm under it gives fp32.
         hidden = hidden.to(weight.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Made once, written over by every chunk: a fresh tensor of this size costs the system a page fault per 4 KiB.
+        # The buffer is made once and written over by every chunk: a fresh one costs the system a page fault per 4 KiB.
         buffer = weight.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
         rows = softmax_rows(weight.shape[0]) if hidden.device.type == "cpu" else chunk
         for start in range(0, hidden.shape[0], chunk):

@@ -1,4 +1,4 @@
-"""What stands between the products of a decoding step in bf16 on a CPU, one position a row, by kernels.
+"""The operations between the products of a decoding step in bf16 on a CPU, one position a row, by kernels.
 
 Each of torch's operators costs as much as a few thousand numbers do; a block has forty of them. Numbers are rounded
 where transformers' modules round them.

@@ -46,7 +46,8 @@ def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 def divergence_with_gradient(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Return the divergence of each row, (N,), and its gradient for the logits behind `student`, (N, V).
 
-    Of KL(q || p) that is p - q; of the others p (r - p . r) with r = log p - log q, or (1 - beta) (log p - log m).
+    The gradient of KL(q || p) is p - q, that of the others p (r - p . r) with r = log p - log q, or (1 - beta) (log p -
+    log m).
     """
     probabilities = student.exp()
     if beta == 0:

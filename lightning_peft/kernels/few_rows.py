@@ -34,7 +34,7 @@ class RowFactors(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype) -> "RowFactors":
-        """Return them for each row's A and B^T, contiguous on the host; None leaves a row alone."""
+        """Return the pairs of each row's A and B^T, contiguous on the host; None leaves a row alone."""
         for factor in {id(factor): factor for pair in pairs if pair is not None for factor in pair}.values():
             assert is_plain(factor, dtype), f"the kernel reads contiguous {dtype} on the host, not {factor.dtype}"
         ranks = [0 if pair is None else len(pair[0]) for pair in pairs]

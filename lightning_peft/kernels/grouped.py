@@ -24,22 +24,22 @@ ALIGNED = 8
 
 
 class RowsPerExpert(Sequence[int]):
-    """How many of the sorted ids name each expert. Reading a number waits for the device; `ends` does not."""
+    """The number of sorted ids that name each expert. Reading a number waits for the device; `ends` does not."""
 
     def __init__(self, sorted_ids: Tensor, experts: int):
-        """sorted_ids (N,) int64, ascending."""
+        """Take sorted_ids (N,) int64, ascending."""
         self.sorted_ids = sorted_ids
         self.experts = experts
 
     @cached_property
     def ends(self) -> Tensor:
-        """Where the rows of each expert end, (experts,) int32 on the ids' device."""
+        """Return where the rows of each expert end, (experts,) int32 on the ids' device."""
         experts = torch.arange(self.experts, device=self.sorted_ids.device)
         return torch.searchsorted(self.sorted_ids, experts, right=True, out_int32=True)
 
     @cached_property
     def sizes(self) -> list[int]:
-        """The numbers on the host; as many for each where ids have no values, in the planner."""
+        """Return the numbers on the host; as many for each where ids have no values, in the planner."""
         if isinstance(self.sorted_ids, FakeTensor):
             share, rest = divmod(self.sorted_ids.numel(), self.experts)
             return [share + (expert < rest) for expert in range(self.experts)]
@@ -74,7 +74,7 @@ def grouped_product(
     """
     if stack is not None and isinstance(sizes, RowsPerExpert) and runs_at_once(x, stack, base_of(0).dtype):
         return product_at_once(x, sizes.ends, stack.to(base_of(0).dtype), factors, scaling, dropout)
-    # Unbound rather than indexed: the gradients of all experts are then put together once.
+    # The factors are unbound rather than indexed: the gradients of all experts are then put together once.
     pairs = repeat(None) if factors is None else zip(factors[0].unbind(), factors[1].unbind(), strict=True)
     outputs = [
         _product(rows, base_of(expert), pair, scaling, dropout)
@@ -85,7 +85,7 @@ def grouped_product(
 
 
 def runs_at_once(x: Tensor, stack: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies all experts in one kernel: bf16 on Hopper and later, others split on the host."""
+    """Return whether the device multiplies all experts at once: bf16 on Hopper and later; others split on the host."""
     if not x.is_cuda or isinstance(x, FakeTensor) or not len(x) or dtype is not torch.bfloat16:
         return False
     is_aligned = stack.shape[1] % ALIGNED == 0 and stack.shape[2] % ALIGNED == 0
@@ -105,7 +105,7 @@ def product_at_once(
     output = torch._grouped_mm(cast, stack.mT, offs=ends)
     if factors is None:
         return output
-    # A rank of any size: rows of zeros change nothing.
+    # Any rank will do: rows of zeros change nothing.
     missing = -factors[0].shape[1] % ALIGNED
     A = F.pad((scaling * factors[0]).to(stack.dtype), (0, 0, 0, missing))
     B = F.pad(factors[1].to(stack.dtype), (0, missing))

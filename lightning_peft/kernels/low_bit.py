@@ -17,7 +17,7 @@ CHUNK_WEIGHTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 class Storage(NamedTuple):
-    """How the codes of a kind lie in bytes."""
+    """The layout in bytes of the codes of a kind."""
 
     per_byte: int
     """Codes in a byte, the first column's in the highest bits."""

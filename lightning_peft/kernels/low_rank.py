@@ -26,7 +26,7 @@ from lightning_peft.kernels.products import scale_
 def add_low_rank(base: Base, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor | None:
     """Return base + scaling * dropout(x) A^T B^T, (..., out_features).
 
-    None where dropout cannot be drawn again and the base was not run yet.
+    The result is None where dropout cannot be drawn again and the base was not run yet.
     """
     if dropout and not can_redraw(x):
         if base.form != GIVEN:
@@ -93,7 +93,7 @@ class LowRankProduct(torch.autograd.Function):
         dtype = base.dtype
         ctx.dropout_state = random_state(x.device).get_state() if dropout else None
         cast = x.to(dtype)
-        # Contiguous, as the mask that is drawn again is.
+        # The gradient is contiguous, as the mask that is drawn again is.
         dropped = F.dropout(x.contiguous(), dropout).to(dtype) if dropout else cast
         inner = dropped.reshape(-1, x.shape[-1]) @ (scaling * A).to(dtype).t()
         output = base_with_product(cast, base, inner, B.to(dtype))
@@ -121,9 +121,9 @@ class LowRankProduct(torch.autograd.Function):
             rows = x.reshape(-1, A.shape[1])
             dropped = (rows if mask is None else rows * mask).to(dtype)
             del rows
-        # The small products first, while what they read is in the caches.
+        # The small products come first, while what they read is in the caches.
         grad_inner, grad_A, grad_B = factor_gradients(grad_rows, dropped, inner, B.to(dtype), needs_B)
-        del x, dropped  # large, and the base's gradient is about to be made
+        del x, dropped  # they are large, and the base's gradient is about to be made
         if grad_A is not None:
             grad_A = grad_A.to(A.dtype).mul_(ctx.scaling)
         if grad_B is not None:
@@ -194,7 +194,7 @@ class MagnitudeProduct(torch.autograd.Function):
             # The rest of a trained bias' gradient comes through the given output.
             grad_bias = ((1 - gain) * grad_rows.sum(0, dtype=gain.dtype)).to(given_bias.dtype)
         x_shape, x_dtype = x.shape, x.dtype
-        del x, x_rows, output  # large, and the base's gradient is about to be made
+        del x, x_rows, output  # they are large, and the base's gradient is about to be made
         to_base = grad  # the bias of a base that is run in here is not under the gain
         if base.form == GIVEN or ctx.needs_input_grad[1]:
             grad_base = grad_rows * gain.to(dtype)

@@ -1,7 +1,7 @@
 """A frozen layer's product and a low-rank term in the same sums, and that term's gradients, as operators.
 
-Computed by compiled kernels (linear.cpp) for bf16 on a processor whose fastest products AVX-512 makes, elsewhere by
-products of torch. Operators, so that the compiler and the planner need not know which.
+Compiled kernels (linear.cpp) compute them for bf16 on a processor whose fastest products AVX-512 makes, and products of
+torch elsewhere. They are operators so that the compiler and the planner need not know which.
 """
 
 import math
@@ -59,8 +59,8 @@ def low_rank_sum(
     if transposed:
         weight, factor = weight.t(), factor.t()
     if x.dtype.itemsize == 2:
-        # The small product first: what is rounded is the change, and the large one's sums in fp32 are added to it. The
-        # bias last, or the change would be rounded beside it.
+        # The small product comes first: what is rounded is the change, and the large one's sums in fp32 are added to
+        # it. The bias comes last, or the change would be rounded beside it.
         torch.mm(inner, factor, out=into)
         scale_(into.addmm_(rows, weight), gain, None)
         return output if bias is None else output.add_(bias)
@@ -94,7 +94,7 @@ def low_rank_gradients(grad: Tensor, x: Tensor, inner: Tensor, B: Tensor) -> tup
     if takes_gradients(grad, x, inner):
         return _gradients_by_kernel(grad, x, inner, B)
     grad_inner = grad @ B
-    # Of the two ways to write this product, the one that leaves the wide matrix as it lies.
+    # There are two ways to write this product; this one leaves the wide matrix as it lies.
     grad_B = summed_product(inner.t(), grad).t().contiguous()
     return grad_inner, summed_product(grad_inner.t(), x), grad_B
 

@@ -27,14 +27,14 @@ from lightning_peft.kernels.low_rank import dropout_mask, random_state
 
 @dataclass
 class RandomState:
-    """Where a stream of random numbers is; every draw moves it on."""
+    """The place of a stream of random numbers; every draw moves it on."""
 
     state: Tensor
-    """As the generator of the device has it."""
+    """The state, as the generator of the device has it."""
 
     @contextmanager
     def drawn_from(self, device: torch.device) -> Iterator[None]:
-        """Inside, torch's functions on the device draw from this stream; the device's own stays where it is."""
+        """Let torch's functions on the device draw from this stream, inside the block; their own stays where it is."""
         generator = random_state(device)
         before = generator.get_state()
         generator.set_state(self.state)
@@ -58,7 +58,7 @@ class Segment(NamedTuple):
     scaling: float
     dropout: float = 0.0
     random: RandomState | None = None
-    """Where the dropped inputs are drawn from; not read without dropout."""
+    """Stream that the dropped inputs are drawn from; not read without dropout."""
 
     @property
     def rows(self) -> slice:
@@ -69,7 +69,7 @@ class Segment(NamedTuple):
         return A if self.scaling == 1 else self.scaling * A
 
 
-class Part(NamedTuple):
+class RowProduct(NamedTuple):
     """A small product on some rows: inner (rows, R) times factor (R, width)."""
 
     rows: slice
@@ -98,7 +98,7 @@ class SegmentSum(torch.autograd.Function):
         dtype = base.dtype
         rows = x.reshape(-1, x.shape[-1])
         cast = rows.to(dtype)
-        parts: list[Part] = []
+        parts: list[RowProduct] = []
         states: list[Tensor | None] = []
         for segment, A, B in zip(segments, factors[::2], factors[1::2], strict=True):
             own = cast[segment.rows]
@@ -109,7 +109,7 @@ class SegmentSum(torch.autograd.Function):
             else:
                 states.append(None)
             inner = own @ segment.scaled(A).to(dtype).t()
-            parts.append(Part(segment.rows, inner, B.to(dtype).t()))
+            parts.append(RowProduct(segment.rows, inner, B.to(dtype).t()))
         if base.form == GIVEN:
             output = base.first
             flat = output.view(-1, output.shape[-1])
@@ -158,10 +158,10 @@ class SegmentSum(torch.autograd.Function):
             if not needs_x:
                 continue
             if mask is None:
-                parts.append(Part(segment.rows, grad_inner, scaled_A))
+                parts.append(RowProduct(segment.rows, grad_inner, scaled_A))
             else:
                 masked.append((segment.rows, mask.mul_(grad_inner @ scaled_A)))
-        del x, rows  # large, and the base's gradient is about to be made
+        del x, rows  # they are large, and the base's gradient is about to be made
         grad_x = None
         if needs_x:
             if base.form == GIVEN:
@@ -186,7 +186,7 @@ def dense_weight(base: Base) -> Tensor:
 
 
 def sum_with_parts(
-    rows: Tensor, weight: Tensor, parts: Sequence[Part], bias: Tensor | None, transposed: bool
+    rows: Tensor, weight: Tensor, parts: Sequence[RowProduct], bias: Tensor | None, transposed: bool
 ) -> Tensor:
     """Return rows W + bias, (N, width), with each part's product added to its rows; rounded as `low_rank_sum` does.
 
@@ -198,7 +198,7 @@ def sum_with_parts(
         return output
     weight = weight.t() if transposed else weight
     if rows.dtype.itemsize == 2:
-        # The small products first, then the bias last: see `low_rank_sum`.
+        # The small products come first and the bias last: see `low_rank_sum`.
         covered = 0
         for part in parts:
             torch.mm(part.inner, part.factor, out=output[part.rows])
@@ -222,7 +222,7 @@ def sum_with_parts(
     return output
 
 
-def gaps(parts: Sequence[Part], count: int) -> Sequence[slice]:
+def gaps(parts: Sequence[RowProduct], count: int) -> Sequence[slice]:
     """Return the runs of `count` rows that no part is for."""
     found, end = [], 0
     for rows in sorted((part.rows for part in parts), key=lambda rows: rows.start):
@@ -232,7 +232,7 @@ def gaps(parts: Sequence[Part], count: int) -> Sequence[slice]:
 
 
 def sum_by_kernel(
-    rows: Tensor, weight: Tensor, parts: Sequence[Part], bias: Tensor | None, transposed: bool, output: Tensor
+    rows: Tensor, weight: Tensor, parts: Sequence[RowProduct], bias: Tensor | None, transposed: bool, output: Tensor
 ) -> None:
     """Write `sum_with_parts` into the output by the compiled kernel.
 

@@ -105,7 +105,7 @@ class SharedLowRankProduct(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             x_shape, x_dtype = x.shape, x.dtype
-            del x, x_rows  # large, and its gradient is about to be made
+            del x, x_rows  # they are large, and x's gradient is about to be made
             grad_x = torch.ops.lightning_peft.shared_input_gradient(rows, frozen, grad_inner, stack, *ctx.form)
             grad_x = grad_x.view(x_shape).to(x_dtype)
         nothing = (None,) * (len(ctx.needs_input_grad) - 6 - 2 * ctx.count)
@@ -221,7 +221,7 @@ def shared_input_gradient(
 
     `weights` has each layer's weight, or its codes; one dense weight exists at a time.
     """
-    result = inner @ factor  # the small product first, for its digits: see `low_rank_sum`
+    result = inner @ factor  # the small product comes first, for its digits: see `low_rank_sum`
     width = len(weights) // len(grads)
     for place, grad in enumerate(grads):
         own = weights[place * width : (place + 1) * width]

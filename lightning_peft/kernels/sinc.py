@@ -26,7 +26,7 @@ class Grid(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """What the functions of all nodes share at a place: node i's is (-1)^i sine / (place - i)."""
+    """The terms that the functions of all nodes share at a place: node i's is (-1)^i sine / (place - i)."""
 
     sine: Tensor
     """sin(pi place) / pi."""
@@ -42,7 +42,7 @@ class Wave(NamedTuple):
     @classmethod
     def at(cls, places: Tensor, nodes: int) -> "Wave":
         nearest = places.round()
-        gap = places - nearest  # exact, so sines next to a node are as well
+        gap = places - nearest  # the gap is exact, so sines next to a node are as well
         odd = 1 - 2 * nearest.remainder(2)
         angle = gap * math.pi
         sine, cosine = angle.sin().mul_(odd).div_(math.pi), angle.cos_().mul_(odd)
@@ -132,14 +132,14 @@ def _gradients(
     at_zero, found = values_at_zero(width, grid), []
     for node in range(grid.nodes):
         reciprocals(places, node, inverse)
-        # A product with a mask: sums by index are added in another order each time on CUDA.
+        # This is a product with a mask: sums by index are added in another order each time on CUDA.
         near = (wave.nearest == node).to(change.dtype)
         # The value at zero is taken off before the sum: the sums of both are far larger than their difference.
         value = (near.mul_(wave.near)).addcmul_(inverse, wave.sine, value=(-1) ** node).sub_(at_zero[node])
         found.append(torch.dot(change.flatten(), value.flatten()))
         first.addcmul_(inverse, coefficients[node], value=(-1) ** node)
         second.addcmul_(inverse.square_(), coefficients[node], value=(-1) ** node)
-    # d sinc(x) / dx = (cos(pi x) - sinc(x)) / x; by its series where the node is near, and the quotient cancels.
+    # d sinc(x) / dx = (cos(pi x) - sinc(x)) / x; near a node the quotient cancels, so the series is taken.
     square = (math.pi * wave.gap) ** 2
     series = -(math.pi**2) / 3 * wave.gap * (1 - square / 10 * (1 - square / 28 * (1 - square / 54)))
     own = of_nearest(wave, coefficients)

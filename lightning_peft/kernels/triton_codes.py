@@ -21,7 +21,7 @@ def _decode(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     byte = tl.load(codes + place // 2, mask=inside, other=0).to(tl.int32)
-    code = tl.where(place % 2 == 0, byte >> 4, byte & 15)  # the even column in the high half
+    code = tl.where(place % 2 == 0, byte >> 4, byte & 15)  # the even column is in the high half
     block = place // BLOCK_SIZE
     if TWICE:
         level = tl.load(absmax_levels + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))

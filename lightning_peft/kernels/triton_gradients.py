@@ -76,7 +76,7 @@ def read_once(grad: Tensor, B: Tensor, inner: Tensor, scaling: float, inner_part
     (rows, width), rank = grad.shape, B.shape[1]
     chunks, parts = len(inner_parts), len(B_parts)
     own_rows = triton.cdiv(triton.cdiv(rows, parts), ROWS) * ROWS
-    # Of one stage: with more, what is in flight leaves the registers.
+    # The pipeline has one stage: with more, what is in flight leaves the registers.
     _read_once[(chunks, parts)](
         grad, B, inner, inner_parts, B_parts, rows, width, rank, own_rows,
         grad.stride(0), inner.stride(0), inner_parts.stride(0), inner_parts.stride(1), B_parts.stride(0), scaling,

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FEWER_KEY_HEADS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch 2.11 takes them without being told."""
 ROW_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-"""What attends to rows of one sample, the first that takes them."""
+"""Backends that attend to rows of one sample; the first that takes them does."""
 
 
 def varlen_attention(
@@ -43,9 +43,9 @@ def varlen_attention(
     dropout: float = 0.0,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention inside each sample of a packed batch, (B, T, H, D).
+    """Return the causal attention inside each sample of a packed batch, (B, T, H, D).
 
-    In the dtype of `query`, or of autocast where that is on.
+    The result has the dtype of `query`, or of autocast where that is on.
 
     query (B, H, T, D); key and value (B, G, T, D), H a multiple of G; cu_seqlens (S + 1,) int32, from 0 to B * T, no
     sample longer than `max_seqlen` or over two rows, else ValueError. A position sees at most the last `window`
@@ -102,7 +102,7 @@ def _has_flash_attention(query: Tensor, value: Tensor) -> bool:
 def _attend_by_sample(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
-    """`varlen_attention` where no kernel takes samples of different lengths: fp32, old GPUs, dropout."""
+    """Compute `varlen_attention` where no kernel takes samples of different lengths: fp32, old GPUs, dropout."""
     outputs = []
     width = query.shape[2]
     for first, last in find_samples(cu_seqlens, query.shape[0], width):
@@ -118,7 +118,7 @@ def _attend_by_sample(
 
 
 def window_mask(length: int, window: int | None, like: Tensor) -> Tensor | None:
-    """Additive causal mask (length, length) of a sliding window, or None where the window covers the sample."""
+    """Return a sliding window's additive causal mask (length, length), or None where the window covers the sample."""
     if window is None or length <= window:
         return None
     positions = torch.arange(length, device=like.device)
@@ -140,7 +140,7 @@ def attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls for `VARLEN`; shapes as in `varlen_attention`."""
+    """Attend as transformers has `VARLEN` do; shapes are those of `varlen_attention`."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     return varlen_attention(
@@ -168,12 +168,12 @@ VARLEN_TYPES = frozenset(
     qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2
     """.split()
 )
-# Those whose own mask, (B, 1, T, T) from the position ids, keeps samples apart under eager and sdpa.
+# Model types whose own mask, (B, 1, T, T) from the position ids, keeps samples apart under eager and sdpa.
 MASKED_TYPES = (VARLEN_TYPES | {"gemma2"}) - {"afmoe", "opt"}
 
 
 def choose_attention(config: PreTrainedConfig, requested: str) -> str | None:
-    """The implementation to give transformers for `model.attention`; None leaves the choice to it."""
+    """Return the implementation to give transformers for `model.attention`; None leaves the choice to it."""
     known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()} - {VARLEN}
     # A name with a slash is a kernel of the hub.
     if requested not in {"auto", "varlen", *known} and "/" not in requested:
@@ -190,7 +190,7 @@ def choose_attention(config: PreTrainedConfig, requested: str) -> str | None:
 
 
 def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether samples packed into one row stay independent of each other in this model."""
+    """Return whether samples packed into one row stay independent of each other in this model."""
     config = model.config
     if config._attn_implementation == VARLEN:
         return config.model_type in VARLEN_TYPES

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:
-    """The part of a causal language model that makes hidden states of tokens, without the head; the model itself where
-    it has no such part."""
+    """Return the part of a causal language model that makes hidden states of tokens, without the head.
+
+    A model without such a part is returned itself.
+    """
     base: nn.Module = model.base_model
     if base is not model:
         return base
@@ -20,7 +22,7 @@ def decoder_of(model: "PreTrainedModel") -> nn.Module:
 
 
 def block_names(model: "PreTrainedModel") -> list[str]:
-    """Names of the decoder layers in order, by the class names transformers keeps on one device; [] if it has none.
+    """Return the decoder layers' names in order, by the class names transformers keeps on one device; [] without any.
 
     Embeddings are no layer, nor is a part of a layer, as the mixers are that Falcon Mamba names too. A model that names
     no classes has its layers in its largest list of modules of one class.
@@ -47,7 +49,7 @@ def _largest_list(model: "PreTrainedModel") -> list[str]:
 
 
 def transformer_blocks(model: "PreTrainedModel") -> list[nn.Module]:
-    """The decoder layers in order, before they are sharded. Raises ValueError if there are none."""
+    """Return the decoder layers in order, before they are sharded. Raises ValueError if there are none."""
     blocks = [model.get_submodule(name) for name in block_names(model)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} does not say which of its modules are the transformer blocks")

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint make which parameters, by transformers' rules of conversion."""
+"""The tensors of a checkpoint that make each parameter, by transformers' rules of conversion."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -33,7 +33,7 @@ class Fusion(NamedTuple):
 
 
 class LoadingPlan(NamedTuple):
-    """What each key of a checkpoint becomes."""
+    """The place of each key of a checkpoint."""
 
     direct: dict[str, str]
     """Parameter name: key."""

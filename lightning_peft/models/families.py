@@ -1,4 +1,4 @@
-"""What was verified of each family of models: the results of the tests that put every family through every check.
+"""The families of models and what was verified of each: the results of the tests that put all through every check.
 
 `make test-families` writes them to `families.json`, a family at a time; the default tests hold the file to what they
 find for the families that people use most.
@@ -31,12 +31,12 @@ CHECKS = {
     "gguf": "a GGUF file of the whole model is read back with equal logits",
     "gguf_lora": "a GGUF file of the adapter is read back with equal logits",
 }
-"""What a cell of each column says where it is ok."""
+"""The meaning of ok in each column."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What was found for one family."""
+    """The findings for one family."""
 
     model_type: str
     """Its name in a config.json."""
@@ -64,7 +64,7 @@ COLUMNS = {
     "PEFT": ("peft", "from_peft"),
     "GGUF": ("gguf", "gguf_lora"),
 }
-"""What a user does: the checks that have to be ok for it."""
+"""A user's tasks, and the checks that have to be ok for each."""
 
 
 def in_short(family: Family, column: str) -> str:

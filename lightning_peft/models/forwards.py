@@ -1,4 +1,4 @@
-"""What is set about the forward passes of transformers' models, so that they can be trained and asked here."""
+"""Settings of the forward passes of transformers' models, so that they can be trained and asked here."""
 
 import inspect
 import logging
@@ -64,7 +64,7 @@ def keep_layers_in_training(model: PreTrainedModel) -> None:
 def accept_usual_arguments(model: PreTrainedModel) -> None:
     """Let a forward pass that knows no positions, caches or packed samples, as some remote code, be called as others.
 
-    What it does not know are defaults then: rows of one sample from position 0, without a cache.
+    Arguments that the pass does not know are defaults then: rows of one sample from position 0, without a cache.
     """
     for module in {decoder_of(model), model}:
         unknown = [name for name in USUAL_ARGUMENTS if not takes(module, name)]

@@ -27,7 +27,7 @@ CHUNK = 1 << 18
 
 
 class TensorEntry(NamedTuple):
-    """Where a tensor lies in the file."""
+    """The place of a tensor in the file."""
 
     shape: tuple[int, ...]
     kind: int
@@ -94,7 +94,7 @@ class GGUFFile:
         return struct.unpack_from(code, self.data, at)[0], at + struct.calcsize(code)
 
     def _strings(self, at: int, count: int) -> tuple[list[str], int]:
-        """An array of strings, with no call for each: a vocabulary and its merges are a hundred thousand."""
+        """Read an array of strings, with no call for each: a vocabulary and its merges are a hundred thousand."""
         data, length_at, values = self.data, struct.Struct("<Q").unpack_from, []
         for _ in range(count):
             start = at + 8
@@ -103,7 +103,7 @@ class GGUFFile:
         return values, at
 
     def stored(self, name: str) -> memoryview:
-        """The mapped bytes of a tensor. Raises ValueError where the file ends before they do."""
+        """Return the mapped bytes of a tensor. Raises ValueError where the file ends before they do."""
         entry = self.tensors[name]
         size = stored_bytes(entry)
         data = memoryview(self.data)[entry.offset : entry.offset + size]
@@ -112,7 +112,7 @@ class GGUFFile:
         return data
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor, dequantised in fp32 and cast once to `dtype`."""
+        """Return the tensor, dequantised in fp32 and cast once to `dtype`."""
         entry = self.tensors[name]
         data = torch.frombuffer(bytearray(self.stored(name)), dtype=torch.uint8)
         if entry.kind in PLAIN:
@@ -128,7 +128,7 @@ class GGUFFile:
 
 
 def block_sizes(kind: int) -> tuple[int, int]:
-    """Weights and bytes of one block."""
+    """Return the weights and bytes of one block."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # only GGUF files need the package
 
     return GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
@@ -142,7 +142,7 @@ def stored_bytes(entry: TensorEntry) -> int:
 
 
 def dequantize_blocks(blocks: Tensor, kind: int) -> Tensor:
-    """(N, weights per block) fp32 from (N, bytes per block) uint8, bit for bit what the `gguf` package computes."""
+    """Return (N, weights per block) fp32 of (N, bytes per block) uint8, bit for bit as the `gguf` package has them."""
     if kind == Q8_0:
         return blocks[:, 2:].view(torch.int8) * _halves(blocks, 0)
     if kind in (Q4_0, Q4_1):
@@ -157,5 +157,5 @@ def dequantize_blocks(blocks: Tensor, kind: int) -> Tensor:
 
 
 def _halves(blocks: Tensor, at: int) -> Tensor:
-    """The fp16 number at byte `at` of each block, (N, 1) fp32."""
+    """Return the fp16 number at byte `at` of each block, (N, 1) fp32."""
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()

@@ -1,4 +1,4 @@
-"""What a GGUF file of the Llama and Qwen families means to transformers: configuration, weights, tokenizer.
+"""Convert a GGUF file of the Llama and Qwen families for transformers: configuration, weights, tokenizer.
 
 transformers converts any GGUF file, in 10 to 40 seconds for SmolLM2-135M; this takes about one and gives the same
 weights bit for bit. A file with anything not listed here is left to transformers.
@@ -56,7 +56,7 @@ BLOCK_MODULES = {
 PRE_TOKENIZERS = {
     "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
 }
-"""How text is split before byte-pair merging, by tokenizer.ggml.pre."""
+"""The steps that split text before byte-pair merging, by tokenizer.ggml.pre."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies: how llama.cpp stores Llama 3.1's scaling."""
@@ -65,7 +65,7 @@ CONTROL = 3
 
 
 def parameter_name(name: str) -> str | None:
-    """The parameter of a GGUF tensor; None for one not listed here."""
+    """Return the parameter of a GGUF tensor; None for one not listed here."""
     module, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias"):
         return None
@@ -76,7 +76,7 @@ def parameter_name(name: str) -> str | None:
 
 
 def is_known(file: GGUFFile) -> bool:
-    """Whether every tensor and the position encoding of the file are ones this module converts."""
+    """Return whether every tensor and the position encoding of the file are ones this module converts."""
     scaling = _rope_field(file, "scaling.type", "none")
     tensors = (name for name in file.tensors if name != ROPE_FACTORS)
     is_ours = file.fields.get("general.architecture") in ARCHITECTURES
@@ -103,7 +103,7 @@ def _rope_field(file: GGUFFile, key: str, default: Any = None) -> Any:
 
 
 def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
-    """How positions are encoded, in transformers' words."""
+    """Return how positions are encoded, in transformers' words."""
     theta = _rope_field(file, "freq_base", 10000.0)
     factor = _rope_field(file, "scaling.factor", _rope_field(file, "scale_linear", 1.0))
     scaling = _rope_field(file, "scaling.type", "none")
@@ -130,7 +130,7 @@ def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
 
 
 def llama3_parameters(factors: Tensor, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Llama 3.1's scaling, from the divisors (head_dim / 2,) of the frequencies that llama.cpp stores; None if other.
+    """Return Llama 3.1's scaling, by the divisors (head_dim / 2,) of the frequencies llama.cpp stores; None if other.
 
     Its context is a power of two, its two bounds are 1 and 4 in every model published.
     """
@@ -154,7 +154,7 @@ def llama3_parameters(factors: Tensor, theta: float, head_dim: int) -> dict[str,
 
 
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:
-    """The model configuration, from the file's metadata."""
+    """Return the model configuration, from the file's metadata."""
     if (parts := file.fields.get("split.count", 1)) > 1:
         raise ValueError(
             f"model.path={file.path}: is one of {parts} parts of a model; put them together by llama-gguf-split --merge"
@@ -211,17 +211,17 @@ class GGUFSource:
 
 
 def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from llama.cpp's order (rotary pairs side by side) to transformers' (the two halves apart)."""
+    """Reorder the rows of each head from llama.cpp's order (rotary pairs) to transformers' (the two halves apart)."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
 def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from transformers' order to llama.cpp's: the inverse of `halves_from_pairs`."""
+    """Reorder the rows of each head from transformers' order to llama.cpp's: the inverse of `halves_from_pairs`."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
 def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast | None:
-    """The tokenizer, from the file's metadata; None for a kind not listed here."""
+    """Return the tokenizer, from the file's metadata; None for a kind not listed here."""
     field = partial(_tokenizer_field, file)
     if field("model") != "gpt2" or field("pre") not in PRE_TOKENIZERS:
         return None

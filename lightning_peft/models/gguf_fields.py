@@ -1,4 +1,4 @@
-"""Whether a GGUF file's metadata say what the configuration says that was made of them.
+"""The comparison of a GGUF file's metadata with the configuration that was made of them.
 
 A field that nobody reads is a model computed otherwise: a softcap, a scale, a window, heads that rotate in part.
 """

@@ -39,7 +39,7 @@ from lightning_peft.models.gguf_conversion import (
     gguf_tokenizer,
     is_known,
 )
-from lightning_peft.models.low_bit import (
+from lightning_peft.models.low_bit_source import (
     LowBitSource,
     Names,
     check_named,
@@ -66,17 +66,17 @@ from lightning_peft.models.source import (
     weight_files,
     weight_index,
 )
-from lightning_peft.models.streaming import parameters_on_meta, stream_weights
 from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lightning_peft.models.weight_files import (
     SafetensorsSource,
     WeightSource,
     source_of_files,
 )
+from lightning_peft.models.weight_streaming import parameters_on_meta, stream_weights
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
 from lightning_peft.quantization.published.format import PublishedFormat
+from lightning_peft.quantization.quantize import quantize_linears
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +85,12 @@ NEED_IMAGES = {"Llama4ForConditionalGeneration"}
 
 
 def model_name(config: ModelConfig) -> str:
-    """What the base is called in an adapter's files: its path or hub id, else its name here."""
+    """Return what the base is called in an adapter's files: its path or hub id, else its name here."""
     return config.path or config.name
 
 
 def model_config(config: ModelConfig) -> PreTrainedConfig:
-    """The architecture's configuration, without reading a weight. Raises ValueError when there is no such model."""
+    """Return the architecture's configuration without reading a weight. Raises ValueError without such a model."""
     if config.is_tiny:
         return tiny_config(tied=config.name == "tiny_tied")
     with readable_errors(config):
@@ -108,18 +108,18 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
 
 
 def model_context(config: ModelConfig) -> int | None:
-    """Longest sequence the model was built for, in tokens; None when its configuration does not say."""
+    """Return the longest sequence the model was built for, in tokens; None when its configuration does not say."""
     return context_length(model_config(config))
 
 
 def model_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Tokens the model has embeddings for once it is loaded."""
+    """Return the number of tokens the model has embeddings for once it is loaded."""
     size = model_config(config).get_text_config().vocab_size
     return max(size, len(tokenizer)) if config.new_tokens else size
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model without weights: its parameters are on the meta device, its buffers hold values."""
+    """Return the model without weights: its parameters are on the meta device, its buffers hold values."""
     architecture = model_config(config)
     if config.new_tokens:
         text = architecture.get_text_config()
@@ -129,7 +129,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreT
 
 
 def prepare_as_published(model: PreTrainedModel, config: ModelConfig) -> PublishedFormat | None:
-    """Make those layers of an empty model coded ones that its checkpoint holds in few bits; which format that is.
+    """Make those layers of an empty model coded ones that its checkpoint holds in few bits; return its format.
 
     They are known by the names of the tensors where files or their index are at hand, else by config.json alone.
     """
@@ -149,7 +149,7 @@ def prepare_as_published(model: PreTrainedModel, config: ModelConfig) -> Publish
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
-    """The model's tokenizer, with `new_tokens` added. Raises ValueError when there is no such model."""
+    """Return the model's tokenizer, with `new_tokens` added. Raises ValueError when there is no such model."""
     if config.is_tiny:
         tokenizer = tiny_tokenizer()
     else:
@@ -168,7 +168,7 @@ def _load_tokenizer(config: ModelConfig, location: Path) -> PreTrainedTokenizerF
         raise ValueError(f"model.path={config.path}: its tokenizer has no fast form (tokenizer.json), which is needed")
     beside = location / "chat_template.json"
     if tokenizer.chat_template is None and beside.is_file():
-        # Of multimodal models from before 2025, whose processor reads it.
+        # Multimodal models from before 2025 have this file, which their processor reads.
         with readable_making(config, f"chat template of its {beside.name}"):
             tokenizer.chat_template = json.loads(beside.read_text())["chat_template"]
     return tokenizer
@@ -180,7 +180,7 @@ def load_model(
     quantization: QuantizationConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The model with its weights in `dtype` on `device`, in eval mode, its linear layers quantised where asked.
+    """Return the model with its weights in `dtype` on `device`, in eval mode, its linear layers quantised where asked.
 
     Without a dtype each weight keeps the one it is stored in, to be written rather than run. Raises ValueError when
     there is no such model, or its files do not fit together.
@@ -199,10 +199,10 @@ def load_by_block(
     quantization: QuantizationConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, Iterator[str]]:
-    """The model `load_model` gives, its transformer blocks on the meta device, and what fills them in order, one each
-    time it is asked for its name.
+    """Return `load_model`'s model, its transformer blocks on the meta device, and what fills them in order.
 
-    A model that cannot be streamed, a tiny one or one that transformers reads, is on the host with all its blocks.
+    One block is filled each time its name is asked for. A model that cannot be streamed, a tiny one or one that
+    transformers reads, is on the host with all its blocks.
     """
     model, blocks = _load_parts(config, dtype, quantization, torch.device(device))
     if config.new_tokens:
@@ -274,7 +274,7 @@ def _readable(config: ModelConfig, parts: Iterator[str]) -> Iterator[str]:
 
 
 def _weight_source(config: ModelConfig, location: Path) -> WeightSource | None:
-    """Where the weights are read from; None for a GGUF file that cannot be streamed."""
+    """Return where the weights are read from; None for a GGUF file that cannot be streamed."""
     if location.suffix == ".gguf":
         file = GGUFFile(location)
         return GGUFSource(file) if is_known(file) else None
@@ -285,7 +285,7 @@ def _weight_source(config: ModelConfig, location: Path) -> WeightSource | None:
 
 
 def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    format_of(architecture)  # refuses what cannot be read
+    format_of(architecture)  # this refuses what cannot be read
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if (attention := choose_attention(architecture, config.attention)) is not None:
         options["attn_implementation"] = attention
@@ -304,7 +304,7 @@ def _build(config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dty
 
 
 def _generation_config(config: ModelConfig, folder: Path) -> GenerationConfig | None:
-    """How the model's publisher generates with it; None where the folder does not say."""
+    """Return how the model's publisher generates with it; None where the folder does not say."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return None
@@ -317,9 +317,9 @@ def _generation_config(config: ModelConfig, folder: Path) -> GenerationConfig | 
 
 
 def _auto_class(config: ModelConfig, architecture: PreTrainedConfig) -> Any:
-    """The class of transformers that knows the architecture: a causal language model, or one inside a multimodal model.
+    """Return transformers' class for the architecture: a causal language model, or one inside a multimodal model.
 
-    Where both know it, the one that the checkpoint names: Llama 4's text alone has another layout than the whole.
+    Where both know it, the checkpoint names the one to take: Llama 4's text alone has another layout than the whole.
     Raises ValueError for one that is neither, such as an encoder-decoder.
     """
     remote = getattr(architecture, "auto_map", None) or {}
@@ -368,7 +368,7 @@ def _class_name(auto_class: Any, architecture: PreTrainedConfig) -> str:
 def _load_gguf_by_transformers(
     config: ModelConfig, location: Path, dtype: torch.dtype, quantization: QuantizationConfig | None
 ) -> PreTrainedModel:
-    """A GGUF file of a family that is not streamed."""
+    """Load a GGUF file of a family that is not streamed."""
     logger.info("%s is read by transformers, slower and with more memory: its family is not streamed", location.name)
     model: PreTrainedModel = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
     check_read(GGUFFile(location), model)

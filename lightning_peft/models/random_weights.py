@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 STANDARD_DEVIATION = 0.02
-"""Of every matrix: what transformers initialises most families with."""
+"""Standard deviation of every matrix: transformers initialises most families with it."""
 
 
 class RandomWeights:

@@ -37,7 +37,7 @@ BIASES_BY_TABLE = ("mpt",)
 
 @dataclass
 class RopeScaling:
-    """How rotary positions reach beyond the context the model was trained on."""
+    """The reach of rotary positions beyond the context the model was trained on."""
 
     type: str | None = None
     """linear, dynamic or yarn; null keeps the model's own positions. yarn needs the least training; dynamic changes
@@ -73,7 +73,7 @@ class RopeScaling:
 def scale_positions(architecture: "PreTrainedConfig", scaling: RopeScaling) -> None:
     """Set a model's configuration to positions scaled so, and to the context that gives.
 
-    ValueError where it has no rotary positions, or has scaled ones and nobody says what it was trained on.
+    Raises ValueError where it has no rotary positions, or has scaled ones and nobody says what it was trained on.
     """
     if not scaling.is_on:
         return
@@ -99,7 +99,7 @@ def scale_positions(architecture: "PreTrainedConfig", scaling: RopeScaling) -> N
         if part.get("rope_type") != scaling.type:
             dropped |= OF_A_SCALING
         elif part.get("factor") != scaling.factor:
-            dropped.add("attention_factor")  # of that factor
+            dropped.add("attention_factor")  # it was that of the old factor
         kept = {key: value for key, value in part.items() if key not in dropped}
         part.clear()
         part.update(kept, rope_type=scaling.type, factor=scaling.factor)
@@ -110,7 +110,7 @@ def scale_positions(architecture: "PreTrainedConfig", scaling: RopeScaling) -> N
     # The dynamic base is computed from the context trained on, which transformers reads there.
     assert scaling.factor is not None
     text.max_position_embeddings = original if scaling.type == "dynamic" else int(original * scaling.factor)
-    try:  # as a saved config.json would be read again: a family may know some ways alone, as Phi 3 does
+    try:  # it is read as a saved config.json would be read again: a family may know some ways alone, as Phi 3 does
         read = type(text).from_dict(text.to_dict()).rope_parameters
     except (KeyError, ValueError):
         read = None
@@ -187,7 +187,7 @@ def table_of_positions(model: "PreTrainedModel") -> int | None:
         part
         for name, part in tables.items()
         if TABLE_OF_POSITIONS.fullmatch(name.rpartition(".")[2])
-        and context <= len(getattr(part, "weight", part)) <= context + ROWS_BESIDE  # not one of a tower of vision
+        and context <= len(getattr(part, "weight", part)) <= context + ROWS_BESIDE  # it is not one of a tower of vision
     ]
     if not found and architecture.model_type not in BIASES_BY_TABLE:
         return None
@@ -198,7 +198,7 @@ def table_of_positions(model: "PreTrainedModel") -> int | None:
 
 
 def follows_length(architecture: "PreTrainedConfig", longest: int | None) -> bool:
-    """Whether the rotary frequencies are those of the longest sample of a batch, so that samples change one another.
+    """Return whether the rotary frequencies are those of a batch's longest sample, so that samples change one another.
 
     longrope has two sets, the second for batches with a sample beyond the context trained on; `longest` are the tokens
     that a sample may have.

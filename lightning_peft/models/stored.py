@@ -1,4 +1,4 @@
-"""What stands in a base's files, without a model of it: fingerprint and dtypes."""
+"""The contents of a base's files, without a model of it: fingerprint and dtypes."""
 
 import hashlib
 from collections import Counter
@@ -9,7 +9,7 @@ import torch
 
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.loading import empty_model, model_config
-from lightning_peft.models.low_bit import ONLY_LOW_BIT
+from lightning_peft.models.low_bit_source import ONLY_LOW_BIT
 from lightning_peft.models.source import ModelConfig, files_of_weights, locate, readable_errors, weight_index
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.models.weight_files import PickledSource, map_file, stored_kinds, stored_tensors
@@ -18,15 +18,16 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Safetensors' names of the dtypes that weights are computed in."""
 CODES = {"U8", "I8", "I32"}
 INTEGERS = {"I64", "I16", "BOOL"} | CODES
-"""Names of those that are buffers, or some of them codes."""
+"""Names of the dtypes that are of buffers, or some of them of codes."""
 SAMPLED_BYTES = 1024
 """Bytes of each weight's start, middle and end that go into a fingerprint."""
 
 
 def source_fingerprint(config: ModelConfig) -> str:
-    """SHA-256 of the base's weights as published: names, shapes and bytes sampled from each.
+    """Return the SHA-256 of the base's weights as published: names, shapes and bytes sampled from each.
 
-    It is the same however they are split over files, quantised when loaded or extended by new tokens.
+    The fingerprint is the same however the weights are split over files, quantised when loaded or extended by new
+    tokens.
     """
     digest = hashlib.sha256()
     for name, shape, data in sorted(_stored_weights(config), key=lambda weight: weight[0]):
@@ -37,7 +38,7 @@ def source_fingerprint(config: ModelConfig) -> str:
 
 
 def stored_dtypes(config: ModelConfig) -> Counter[torch.dtype] | None:
-    """How many weights are published in each floating dtype; None for a container of codes, or one not streamed."""
+    """Return the published weights' number by floating dtype; None for a container of codes, or one not streamed."""
     if config.is_tiny or config.random_weights:
         return Counter({torch.float32: 1})
     with readable_errors(config):
@@ -55,7 +56,7 @@ def stored_dtypes(config: ModelConfig) -> Counter[torch.dtype] | None:
 
 
 def _is_coded(config: ModelConfig, files: Sequence[Path]) -> bool:
-    """Whether integers in a container are codes, and no buffers such as GPT-2's masks."""
+    """Return whether integers in a container are codes, and no buffers such as GPT-2's masks."""
     keys = (key for path in files for key, _, _ in stored_tensors(path))
     return getattr(model_config(config), "quantization_config", None) is not None or any(
         ".quant_state." in key or key.endswith(ONLY_LOW_BIT) for key in keys
@@ -63,7 +64,7 @@ def _is_coded(config: ModelConfig, files: Sequence[Path]) -> bool:
 
 
 def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], memoryview]]:
-    """Name, shape and stored bytes of every weight, in any order."""
+    """Yield name, shape and stored bytes of every weight, in any order."""
     if config.is_tiny:
         tensors = tiny_model(tied=config.name == "tiny_tied").state_dict()
         yield from ((name, tensor.shape, memoryview(tensor.numpy()).cast("B")) for name, tensor in tensors.items())

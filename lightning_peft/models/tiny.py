@@ -12,7 +12,10 @@ CHAT_TEMPLATE = (
 
 
 def tiny_config(tied: bool = False) -> LlamaConfig:
-    """Two layers, width 64, 4 heads on 2 key-value heads; more embedding rows (320) than tokens (259), as real ones."""
+    """Return a config of two layers, width 64, 4 heads on 2 key-value heads.
+
+    As in real ones there are more embedding rows (320) than tokens (259).
+    """
     return LlamaConfig(
         vocab_size=320,
         hidden_size=64,
@@ -29,14 +32,14 @@ def tiny_config(tied: bool = False) -> LlamaConfig:
 
 
 def tiny_model(tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
-    """The model in fp32 on the CPU; equal weights for equal seeds, the global random state is left alone."""
+    """Return the model in fp32 on the CPU; equal weights for equal seeds, the global random state is left alone."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return LlamaForCausalLM(tiny_config(tied))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte and three special ones; ChatML turns, the end of a turn is the eos token."""
+    """Return a tokenizer of one token a byte and three special ones, with ChatML turns, whose end is the eos token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([PAD, TURN_START, TURN_END, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -20,7 +20,7 @@ class WeightSource(Protocol):
     def names(self) -> list[str]: ...
 
     def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        """The tensor in its own memory, in `dtype` when given and floating, else as stored."""
+        """Return the tensor in its own memory, in `dtype` when given and floating, else as stored."""
         ...
 
 
@@ -71,12 +71,12 @@ class SafetensorsSource:
         mapped = self.files[name].get_tensor(name)
         # FP8 is no number without its scale: it stays as stored for whoever has one.
         is_cast = dtype is not None and mapped.is_floating_point() and mapped.itemsize > 1
-        # A copy: the mapped pages would change under us if the file did.
+        # This is a copy: the mapped pages would change under us if the file did.
         return mapped.to(dtype if is_cast else mapped.dtype, copy=True)
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors hold the same bytes, codes too."""
+    """Return whether two tensors hold the same bytes, codes too."""
     same_kind = first.dtype == second.dtype and first.shape == second.shape
     return same_kind and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
@@ -134,19 +134,19 @@ def source_of_files(paths: list[Path], index: Mapping[str, str] | None = None) -
 
 
 def map_file(path: Path) -> memoryview:
-    """The file's bytes, read from disk where they are looked at."""
+    """Return the file's bytes, read from disk where they are looked at."""
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def stored_tensors(path: Path) -> Iterator[tuple[str, list[int], memoryview]]:
-    """Name, shape and mapped bytes of every tensor in a safetensors file, by its header."""
+    """Yield name, shape and mapped bytes of every tensor in a safetensors file, by its header."""
     for name, entry, data in _entries(path):
         yield name, entry["shape"], data
 
 
 def stored_kinds(path: Path) -> Counter[str]:
-    """How many numbers of each dtype are in a file, by safetensors' names."""
+    """Return how many numbers of each dtype are in a file, by safetensors' names."""
     sizes: Counter[str] = Counter()
     for _, entry, _ in _entries(path):
         sizes[entry["dtype"]] += math.prod(entry["shape"])

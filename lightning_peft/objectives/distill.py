@@ -24,7 +24,7 @@ MEASURED = ("cross_entropy", "divergence")
 
 
 class Divergence(Enum):
-    """How far the student's distribution p is from the teacher's q."""
+    """The distance of the student's distribution p from the teacher's q."""
 
     forward_kl = "forward_kl"
     reverse_kl = "reverse_kl"
@@ -40,7 +40,7 @@ class DistillConfig(ObjectiveConfig):
     teacher_adapter: str | None = None
     """Run or adapter folder that the teacher has; without `teacher` it stands on the same base."""
     quantize_teacher: bool = False
-    """Whether weights read for `teacher` are quantised as the base is; false reads them as they are stored."""
+    """Quantise weights read for `teacher` as the base is; false reads them as they are stored."""
     teacher_top_k: int | None = None
     """Likeliest tokens of the teacher that are kept, with the mass of all others as one: the teacher reads all rows
     once, before training, and what it gives stands beside their tokens in data.cache_dir; null runs it in each step."""
@@ -48,11 +48,11 @@ class DistillConfig(ObjectiveConfig):
     """w in (1 - w) * cross entropy + w * temperature^2 * divergence, over supervised tokens (Hinton et al. 2015,
     arXiv:1503.02531); 0 is sft, 1 does not look at the tokens themselves."""
     temperature: float = 1.0
-    """What both models' logits are divided by in the divergence; above 1 small probabilities count for more."""
+    """Number that both models' logits are divided by in the divergence; above 1 small probabilities count for more."""
     divergence: Divergence = Divergence.forward_kl
-    """Of teacher q and student p. forward_kl: KL(q || p), which covers all that the teacher does; reverse_kl:
-    KL(p || q), which keeps to what it does most (Gu et al. 2023, arXiv:2306.08543); jsd: between them (Agarwal et al.
-    2024, arXiv:2306.13649)."""
+    """Divergence of teacher q and student p. forward_kl: KL(q || p), which covers all that the teacher does;
+    reverse_kl: KL(p || q), which keeps to what it does most (Gu et al. 2023, arXiv:2306.08543); jsd: between them
+    (Agarwal et al. 2024, arXiv:2306.13649)."""
     jsd_beta: float = 0.5
     """b in b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p, of divergence=jsd."""
 
@@ -92,7 +92,7 @@ class DistilledLoss(ModelLoss):
     """(1 - w) * cross entropy + w T^2 D(teacher, student), each summed over supervised tokens."""
 
     teacher: Teacher | None = None
-    """Given by whoever has loaded the model, before the first batch."""
+    """The teacher, given by whoever has loaded the model, before the first batch."""
 
     def __init__(self, model: "PreTrainedModel", config: DistillConfig, packing: bool | str):
         super().__init__(model, packing)
@@ -109,7 +109,7 @@ class DistilledLoss(ModelLoss):
         """Return the loss summed over the batch's supervised tokens, each times its weight, fp32 scalar."""
         if not self.is_checked:
             self.check(batch)
-        # Before the step's own forward, whose activations are not there yet.
+        # The teacher runs before the step's own forward, whose activations are not there yet.
         taught = None if self.config.teacher_top_k is not None else self.teacher_readout(batch)
         readout = self.readout(batch)
         if taught is None:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def noisy_embeddings(model: "PreTrainedModel", batch: Batch, alpha: float) -> Iterator[None]:
-    """Inside, the model's embeddings of this batch have noise, uniform in +-alpha / sqrt(L d) for a sample of L tokens.
+    """Add noise to the model's embeddings of this batch: uniform in +-alpha / sqrt(L d) for a sample of L tokens.
 
-    It is drawn from torch's own generator, which training seeds anew for every batch.
+    The noise lasts as long as the block. It is drawn from torch's own generator, seeded anew for every batch.
     """
     with changed_embeddings(model, lambda embedded: with_noise(embedded, batch, alpha)):
         yield
@@ -25,7 +25,7 @@ def noisy_embeddings(model: "PreTrainedModel", batch: Batch, alpha: float) -> It
 
 @contextmanager
 def changed_embeddings(model: "PreTrainedModel", change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the model goes on with what `change` makes of its embeddings, (B, T, D)."""
+    """Have the model go on with what `change` makes of its embeddings, (B, T, D), inside the block."""
 
     def changed(module: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
         return change(embedded)
@@ -48,7 +48,7 @@ def with_noise(embedded: Tensor, batch: Batch, alpha: float) -> Tensor:
 def sample_lengths(batch: Batch) -> Tensor:
     """Return for each token (B, T) the length of its sample up to the last label, int64; 1 for one without a label.
 
-    What follows the last label is seen by no loss, and includes the padding, which depends on how rows are packed.
+    No loss sees the tokens behind the last label; the padding is among them, and depends on how rows are packed.
     """
     bounds = batch.cu_seqlens[1:].to(batch.labels.device, torch.int64)
     places = torch.arange(batch.labels.numel(), device=batch.labels.device)

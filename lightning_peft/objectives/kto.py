@@ -23,7 +23,7 @@ MEASURED = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejecte
 class KTOConfig(ObjectiveConfig):
     name: str = "kto"
     beta: float = 0.1
-    """How dear it is to leave the reference: the smaller, the further the model goes."""
+    """Price of leaving the reference: the smaller, the further the model goes."""
     desirable_weight: float = 1.0
     """Factor of the losses of wanted answers; with other numbers of each kind, bring weight x number near 1 to 4/3."""
     undesirable_weight: float = 1.0
@@ -72,7 +72,7 @@ class KTOLoss(ReferencedLoss):
     def after_step(self, measured: dict[str, Tensor]) -> None:
         found = measured["kl"].float().clamp(min=0)
         before = torch.zeros_like(found) if self.distance is None else self.distance.to(found.device)
-        self.distance = torch.where(found.isfinite(), found, before)  # of a step that may be left out
+        self.distance = torch.where(found.isfinite(), found, before)  # the step may be left out
 
     def step_state(self) -> dict[str, Tensor]:
         return {} if self.distance is None else {"distance": self.distance}

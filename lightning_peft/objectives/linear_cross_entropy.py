@@ -29,7 +29,7 @@ def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:
 
 @contextmanager
 def chunks_as_on(device: str) -> Iterator[None]:
-    """Inside, chunks are those of cpu or cuda wherever the tensors are: an estimate computes on the host."""
+    """Take the chunks of cpu or cuda, inside the block, wherever the tensors are: an estimate computes on the host."""
     token = _pretended.set(device)
     try:
         yield
@@ -44,7 +44,7 @@ class Readout(NamedTuple):
     """(N, D), what the head is fed; (N, V) final logits where they are not rebuilt here, `head` being an identity."""
     head: nn.Module
     transform: LogitTransform | None
-    """What the head's output goes through."""
+    """Function that the head's output goes through."""
     labels: Tensor
     """(N,) int64, the tokens."""
     samples: Tensor

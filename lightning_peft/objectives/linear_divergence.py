@@ -21,7 +21,7 @@ class TaughtLosses(NamedTuple):
     mixed: Tensor
     """(1 - weight) * cross entropy + weight * temperature^2 * divergence, with a gradient for the student alone."""
     cross_entropy: Tensor
-    """Without a gradient, as `divergence` is."""
+    """Cross entropy without a gradient, as `divergence` is."""
     divergence: Tensor
 
 
@@ -29,7 +29,7 @@ def final_logits(readout: Readout, tokens: slice) -> Tensor:
     """Return the logits that the model itself would give these tokens, (n, V)."""
     hidden, head = readout.hidden[tokens], readout.head
     if type(head) is nn.Linear:
-        # In the weight's dtype, as the student's: two equal models are to give equal logits.
+        # The product is in the weight's dtype, as the student's: two equal models are to give equal logits.
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
     else:
@@ -40,7 +40,7 @@ def final_logits(readout: Readout, tokens: slice) -> Tensor:
 def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
     """Return the log-probabilities of tokens `ids` (n, k) under logits (n, V), and of all others together, (n, k + 1).
 
-    (n, k) where k is V, so that there are no others.
+    The shape is (n, k) where k is V, so that there are no others.
     """
     total = logits.logsumexp(-1, keepdim=True)
     own = logits.gather(1, ids) - total

@@ -1,8 +1,8 @@
-"""How a model makes logits of its decoder's hidden states, read off its own forward pass.
+"""The way a model makes logits of its decoder's hidden states, read off its own forward pass.
 
-The loss runs decoder and head apart, so that logits are never held whole. What else lies between them - softcaps,
-scales, multipliers, another layer - is no matter of three attribute names: the model runs once on a few tokens, with
-numbers put in the head's place, and what comes out is compared with what is rebuilt here.
+The loss runs decoder and head apart, so that logits are never held whole. The steps between the two - softcaps, scales,
+multipliers, another layer - are no matter of three attribute names: the model runs once on a few tokens, with numbers
+put in the head's place, and what comes out is compared with what is rebuilt here.
 """
 
 import inspect
@@ -33,16 +33,16 @@ LARGEST_LOGIT = 60.0
 
 
 OTHER_DTYPES = re.compile(r"same dtype|expected scalar type|dtypes? match")
-"""What torch says of a product of two dtypes."""
+"""Torch's words about a product of two dtypes."""
 
 
 class LogitPath(NamedTuple):
     """logits = transform(head(scaled(hidden))); None stands for no change."""
 
     scaled: Function | None = None
-    """Before the head."""
+    """The change before the head."""
     transform: Function | None = None
-    """After it."""
+    """The change after the head."""
 
 
 class Observed(NamedTuple):
@@ -55,7 +55,7 @@ class Observed(NamedTuple):
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Difference that rounding explains, as a share of the largest value."""
+    """Return the difference that rounding explains, as a share of the largest value."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 2**-5
 
 
@@ -66,7 +66,7 @@ def rounded_in(values: Tensor) -> torch.dtype:
 
 
 def own_inputs(input_ids: Tensor) -> dict[str, Any]:
-    """Arguments of the model's own forward pass on rows that are one sample each."""
+    """Return the arguments of the model's own forward pass on rows that are one sample each."""
     return {"input_ids": input_ids, "use_cache": False}
 
 
@@ -74,7 +74,7 @@ def own_inputs(input_ids: Tensor) -> dict[str, Any]:
 def find_logit_path(
     model: "PreTrainedModel", input_ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]
 ) -> LogitPath | None:
-    """The path of `model`, from a row of token ids (1, T); None, with a logged line, where it is not rebuilt here.
+    """Return the path of `model`, from a row of token ids (1, T); None, with a logged line, where it is not rebuilt.
 
     `decoder_inputs` makes the decoder's arguments of one row. The model is run twice, in eval mode, and in fp32 where
     all its weights are: what autocast rounds is larger than what some models do before their heads.
@@ -133,7 +133,7 @@ def refuse_not_finite(model: nn.Module, logits: Tensor) -> None:
     """Raise ValueError for logits that are no numbers; minus infinity, of a token that is never said, is one."""
     if not (logits.isnan() | (logits == float("inf"))).any():
         return
-    from torch.distributed.tensor import DTensor  # a second that a start which trains nothing does without
+    from torch.distributed.tensor import DTensor  # this takes a second, which only training needs
 
     parts = {n: w.to_local() if isinstance(w, DTensor) else w for n, w in model.named_parameters()}
     if wrong := [name for name, part in parts.items() if part.is_floating_point() and not part.isfinite().all()]:
@@ -176,7 +176,7 @@ def warn_of_own_loss(model: "PreTrainedModel", input_ids: Tensor) -> None:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model drops nothing out and compiles nothing."""
+    """Keep the model from dropping anything out and from compiling anything, inside the block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -188,7 +188,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _find(model: "PreTrainedModel", ids: Tensor, decoder_inputs: Callable[[Tensor], dict[str, Any]]) -> LogitPath | str:
-    """The path, or in words what the model does otherwise."""
+    """Return the path, or in words what the model does otherwise."""
     head = model.get_output_embeddings()
     if head is None:
         return "names no output head"
@@ -215,7 +215,7 @@ def _find(model: "PreTrainedModel", ids: Tensor, decoder_inputs: Callable[[Tenso
 
 
 def observe(model: "PreTrainedModel", head: nn.Module, inputs: dict[str, Any]) -> Observed | None:
-    """A forward pass with the head's output replaced by numbers from -LARGEST_LOGIT to LARGEST_LOGIT."""
+    """Run the forward pass with the head's output replaced by numbers from -LARGEST_LOGIT to LARGEST_LOGIT."""
     calls: list[tuple[Tensor, Tensor]] = []
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ Candidate = tuple[Function | None]
 
 
 def scalings(model: "PreTrainedModel") -> Iterator[Candidate]:
-    """No change, and products and quotients with every number of the model's configuration."""
+    """Yield no change, and products and quotients with every number of the model's configuration."""
     yield (None,)
     for value in numbers(model):
         yield (partial(torch.mul, other=value),)
@@ -254,7 +254,7 @@ def softcap(cap: float, logits: Tensor) -> Tensor:
 
 
 def numbers(model: "PreTrainedModel") -> list[float]:
-    """Numbers other than 0 and 1 that the configuration holds or derives, and attributes of model and decoder."""
+    """Return numbers but 0 and 1 that the configuration holds or derives, and attributes of model and decoder."""
     config = model.config.get_text_config()
     derived = {name: getattr(config, name, None) for name, x in vars(type(config)).items() if isinstance(x, property)}
     places = [config.to_dict(), derived, vars(model), vars(decoder_of(model))]
@@ -268,16 +268,16 @@ def apply(candidate: Candidate, x: Tensor) -> Tensor:
 
 
 def is_same(rebuilt: Tensor, own: Tensor) -> bool:
-    """Whether the tensors agree but for rounding."""
+    """Return whether the tensors agree but for rounding."""
     return bool(relative_difference(rebuilt, own) <= tolerance(rounded_in(own)))
 
 
 def relative_difference(other: Tensor, own: Tensor) -> Tensor:
-    """Median over tokens of `token_differences`: in 16 bits, the choice of experts may flip for some."""
+    """Return the median over tokens of `token_differences`: in 16 bits, the choice of experts may flip for some."""
     return token_differences(other, own).median()
 
 
 def token_differences(other: Tensor, own: Tensor) -> Tensor:
-    """Largest difference of each token's values to the largest of its own ones."""
+    """Return the largest difference of each token's values to the largest of its own ones."""
     size = own.float().abs().amax(-1).clamp(min=1e-12)
     return (other.float() - own.float()).abs().amax(-1) / size

@@ -49,10 +49,10 @@ NEXT_TOKENS = 3
 
 
 def decoder_inputs(model: "PreTrainedModel", batch: Batch) -> dict[str, Any]:
-    """Keyword arguments with which a decoder keeps the packed samples of a batch apart.
+    """Return the keyword arguments with which a decoder keeps the packed samples of a batch apart.
 
-    Where samples begin is said only where a row holds several, or to the attention that goes by it: a decoder that
-    cannot keep samples apart must not be told that there are some.
+    The beginnings of samples are passed only where a row holds several, or to the attention that goes by them: a
+    decoder that cannot keep samples apart must not be told that there are some.
     """
     inputs = {"input_ids": batch.input_ids, "position_ids": row_positions(model, batch), "use_cache": False}
     if not is_packed(batch) and model.config._attn_implementation != VARLEN:
@@ -104,19 +104,19 @@ class ModelLoss(nn.Module, ABC):
     """Size of the noise on the embeddings while training (`embedding_noise`); 0 adds none."""
 
     def __init__(self, model: "PreTrainedModel", packing: bool | str = "auto"):
-        """packing: `data.packing`; with true, a model that does not keep packed samples apart is refused."""
+        """Take packing, `data.packing`: with true, a model that does not keep packed samples apart is refused."""
         super().__init__()
         self.model = model
         self.packing = packing
         self.logit_path: LogitPath | None = None
-        """How logits come of hidden states; None before the first forward, and where the model's own are taken."""
+        """The path from hidden states to logits; None before the first forward, and where the model's own are taken."""
         self.is_checked = False
         self.packing_difference: float | None = None
-        """What the check found for packed samples; None before it, and where none are packed."""
+        """The check's finding for packed samples; None before the check, and where none are packed."""
         self.runs_apart = False
-        """Whether packed samples are run as rows of their own, because the check found that they see each other."""
+        """True where packed samples are run as rows of their own, because the check found that they see each other."""
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}
-        """What the last forward measured beside the loss: sum and count over the batch, fp32 scalars, by name."""
+        """Measurements of the last forward beside the loss: sum and count over the batch, fp32 scalars, by name."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
@@ -154,7 +154,7 @@ class ModelLoss(nn.Module, ABC):
 
     def check_samples(self, batch: Batch) -> None:
         """See on the batch's first tokens whether packed samples stay apart, and whether the model is causal."""
-        # Models of transformers, which a start that trains nothing does without.
+        # The import is of transformers' models, which a start that trains nothing does without.
         from lightning_peft.models.attention import supports_packing
 
         refuse_foresight(self.model, batch.input_ids)
@@ -182,7 +182,7 @@ class ModelLoss(nn.Module, ABC):
 
     @torch.no_grad()
     def _compare_packed(self, first: Tensor, second: Tensor) -> tuple[float, torch.dtype]:
-        """Difference of the second sample's logits, packed behind the first one, to those it has alone; their dtype."""
+        """Return the second sample's difference in logits, packed behind the first or alone; and the logits' dtype."""
         lengths = torch.tensor([0, len(first), len(second)])
         bounds = lengths.cumsum(0).to(device=first.device, dtype=torch.int32)
         places = torch.cat([torch.arange(len(ids), device=ids.device) for ids in (first, second)])[None]
@@ -240,7 +240,7 @@ class ModelLoss(nn.Module, ABC):
         sees_others = self.runs_apart or follows_length(self.model.config, batch.max_seqlen)
         if not sees_others or not is_packed(batch):
             return [batch]
-        # Sharding, which a start that trains nothing does without.
+        # The import is of sharding, which a start that trains nothing does without.
         from torch.distributed.fsdp import FSDPModule
 
         # Blocks of a sharded model are gathered from all ranks: each runs it once, whatever its samples.
@@ -296,11 +296,14 @@ class ModelLoss(nn.Module, ABC):
         return noisy_embeddings(self.model, batch, self.noise_alpha)
 
     def _own_tokens(self, batch: Batch) -> AbstractContextManager[None]:
-        """Inside, adapters that follow a whole sample know it up to its last label, however it is packed and padded."""
+        """Return a context in which adapters that follow a whole sample know it up to its last label.
+
+        Packing and padding change nothing of what they know.
+        """
         return telling_own_tokens(self.model, lambda: batch.position_ids < sample_lengths(batch))
 
     def _row_inputs(self, ids: Tensor) -> dict[str, Any]:
-        """The decoder's arguments for rows of ids (B, T) that are one sample each."""
+        """Return the decoder's arguments for rows of ids (B, T) that are one sample each."""
         rows, width = ids.shape
         bounds = torch.arange(0, (rows + 1) * width, width, dtype=torch.int32, device=ids.device)
         places = torch.arange(width, device=ids.device).expand(rows, width)

@@ -27,16 +27,16 @@ class Objective:
     build: "Callable[[PreTrainedModel, Any, bool | str], ModelLoss]"
     """(model, options, `data.packing`) -> the model with its loss."""
     rows: RowKind = RowKind.answers
-    """What a row must hold."""
+    """Columns that a row must hold."""
     uses_reference: bool = False
-    """Whether the loss compares with the model as it was before training."""
+    """True where the loss compares with the model as it was before training."""
     logs: tuple[str, ...] = ()
     """Names of what `ModelLoss.measured` holds after each forward."""
     formula: str = ""
     """The loss, as the table of objectives prints it."""
     paper: str = ""
-    """Where the objective was published."""
+    """The publication of the objective."""
     prepare: "Callable[[PreTrainedModel, int], Any] | None" = None
     """(model, seed): adds what trains beside adapters, such as a head; called before they are put in."""
     gives_rewards: bool = False
-    """Whether what is trained scores answers, and writes none."""
+    """True where what is trained scores answers, and writes none."""

@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     reference_chosen: Tensor
-    """What the model gave before training; zero for an objective without a reference."""
+    """Log-probabilities that the model gave before training; zero for an objective without a reference."""
     reference_rejected: Tensor
 
     @property
@@ -43,16 +43,16 @@ class Pairs(NamedTuple):
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
-class Judged(NamedTuple):
-    """What an objective makes of P pairs, (P,) fp32 each."""
+class JudgedPairs(NamedTuple):
+    """An objective's verdict on P pairs, (P,) fp32 each."""
 
     losses: Tensor
     chosen_rewards: Tensor
-    """What the model is taken to find each answer worth."""
+    """The worth of each answer, as the model is taken to find it."""
     rejected_rewards: Tensor
 
 
-PairLosses = Callable[[Pairs, Any], Judged]
+PairLosses = Callable[[Pairs, Any], JudgedPairs]
 MEASURED = (
     "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen", "logps/rejected",
 )  # fmt: skip
@@ -91,7 +91,7 @@ def _split(values: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def _measured(pairs: Pairs, judged: Judged) -> dict[str, tuple[Tensor, Tensor]]:
+def _measured(pairs: Pairs, judged: JudgedPairs) -> dict[str, tuple[Tensor, Tensor]]:
     chosen, rejected = judged.chosen_rewards.detach(), judged.rejected_rewards.detach()
     ahead = (chosen > rejected).float()
     values = (chosen, rejected, chosen - rejected, ahead, pairs.chosen.detach(), pairs.rejected.detach())
@@ -124,7 +124,7 @@ def check_above_zero(**options: float) -> None:
 class DPOConfig(ObjectiveConfig):
     name: str = "dpo"
     beta: float = 0.1
-    """How dear it is to leave the reference: the smaller, the further the model goes."""
+    """Price of leaving the reference: the smaller, the further the model goes."""
     label_smoothing: float = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round (cDPO); below 0.5."""
     sft_weight: float = 0.0
@@ -139,8 +139,8 @@ class DPOConfig(ObjectiveConfig):
             raise ValueError(f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 0.5")
 
 
-def dpo(pairs: Pairs, config: DPOConfig) -> Judged:
-    """-log sigmoid(beta (r_w - r_l)), r = log(p / p_ref)   (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
+def dpo(pairs: Pairs, config: DPOConfig) -> JudgedPairs:
+    """Return -log sigmoid(beta (r_w - r_l)), r = log(p / p_ref)   (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
 
     With `sft_weight` a, - a log p_w / |w| is added   (Pang et al. 2024, arXiv:2404.19733, eq. 1).
     """
@@ -149,7 +149,7 @@ def dpo(pairs: Pairs, config: DPOConfig) -> Judged:
     losses = -(1 - smoothing) * F.logsigmoid(chosen - rejected) - smoothing * F.logsigmoid(rejected - chosen)
     if config.sft_weight:
         losses = losses - config.sft_weight * pairs.means[0]
-    return Judged(losses, chosen, rejected)
+    return JudgedPairs(losses, chosen, rejected)
 
 
 @dataclass
@@ -162,14 +162,14 @@ class IPOConfig(ObjectiveConfig):
         check_above_zero(beta=self.beta)
 
 
-def ipo(pairs: Pairs, config: IPOConfig) -> Judged:
-    """(r_w / |w| - r_l / |l| - 1 / (2 beta))^2   (Azar et al. 2023, arXiv:2310.12036, eq. 17).
+def ipo(pairs: Pairs, config: IPOConfig) -> JudgedPairs:
+    """Return (r_w / |w| - r_l / |l| - 1 / (2 beta))^2   (Azar et al. 2023, arXiv:2310.12036, eq. 17).
 
     Ratios are taken per token, as TRL does after asking the authors.
     """
     chosen, rejected = pairs.ratios
     margin = chosen / pairs.chosen_tokens - rejected / pairs.rejected_tokens
-    return Judged((margin - 1 / (2 * config.beta)) ** 2, config.beta * chosen, config.beta * rejected)
+    return JudgedPairs((margin - 1 / (2 * config.beta)) ** 2, config.beta * chosen, config.beta * rejected)
 
 
 @dataclass
@@ -186,10 +186,10 @@ class SimPOConfig(ObjectiveConfig):
             raise ValueError(f"objective.gamma={self.gamma}: must be 0 or more")
 
 
-def simpo(pairs: Pairs, config: SimPOConfig) -> Judged:
-    """-log sigmoid(beta (log p_w / |w| - log p_l / |l|) - gamma)   (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
+def simpo(pairs: Pairs, config: SimPOConfig) -> JudgedPairs:
+    """Return -log sigmoid(beta (log p_w / |w| - log p_l / |l|) - gamma) (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
     chosen, rejected = (config.beta * mean for mean in pairs.means)
-    return Judged(-F.logsigmoid(chosen - rejected - config.gamma), chosen, rejected)
+    return JudgedPairs(-F.logsigmoid(chosen - rejected - config.gamma), chosen, rejected)
 
 
 @dataclass
@@ -202,15 +202,16 @@ class ORPOConfig(ObjectiveConfig):
         check_above_zero(odds_weight=self.odds_weight)
 
 
-def orpo(pairs: Pairs, config: ORPOConfig) -> Judged:
-    """-log P_w - lambda log sigmoid(log(odds_w / odds_l)), P per token   (Hong et al. 2024, arXiv:2403.07691, eq. 6-7).
+def orpo(pairs: Pairs, config: ORPOConfig) -> JudgedPairs:
+    """Return -log P_w - lambda log sigmoid(log(odds_w / odds_l)), P per token   (Hong et al. 2024,
+    arXiv:2403.07691, eq. 6-7).
 
     The cross entropy is the mean over each chosen answer's own tokens, so that a pair counts as one.
     """
     chosen, rejected = pairs.means
     log_odds = (chosen - log_one_minus_exp(chosen)) - (rejected - log_one_minus_exp(rejected))
     losses = -chosen - config.odds_weight * F.logsigmoid(log_odds)
-    return Judged(losses, config.odds_weight * chosen, config.odds_weight * rejected)
+    return JudgedPairs(losses, config.odds_weight * chosen, config.odds_weight * rejected)
 
 
 def log_one_minus_exp(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_peft.objectives.logits import in_eval_mode
 from lightning_peft.objectives.model_loss import ModelLoss, TokenLosses
 
 KL = "kl_per_token"
-"""What validation measures beside `measures`: the mean of KL(p || p_ref) over the tokens of the answers."""
+"""Measurement of a validation beside `measures`: the mean of KL(p || p_ref) over the tokens of the answers."""
 
 
 def starts_as_base(adapter: AdapterConfig) -> bool:
@@ -34,7 +34,7 @@ class ReferencedLoss(ModelLoss, ABC):
     measures: tuple[str, ...] = ()
     """Names of what `judged` measures."""
     uses_reference = True
-    """Whether the loss reads the reference; else it is all zeros."""
+    """True where the loss reads the reference, which is all zeros otherwise."""
     start: list[tuple[nn.Parameter, Tensor]] | None = None
     """Trained parameters with the values they started from; None where the start is the base with adapters off."""
 
@@ -57,7 +57,7 @@ class ReferencedLoss(ModelLoss, ABC):
             self.check(batch)
         start, reference = self.reference_readout(batch) if self.uses_reference else (None, None)
         if self.training:
-            start = None  # of validations only, and large where it is logits
+            start = None  # validations alone need it, and logits are large
         readout = self.readout(batch)
         sums, counts = self.sums_of(batch, readout)
         loss = sums.sum() * 0
@@ -93,13 +93,13 @@ class ReferencedLoss(ModelLoss, ABC):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the model is the reference, without gradients and dropout. Comes before the step's own forward."""
+        """Make the model the reference, without gradients and dropout, in a block before the step's own forward."""
         with torch.no_grad(), in_eval_mode(self.model):
             if self.start is None:
                 with disable_adapters(self.model):
                     yield
                 return
-            # In place: validation runs in inference mode, where a parameter would get another kind of tensor.
+            # This is in place: validation runs in inference mode, where a parameter would get another kind of tensor.
             now = [parameter.detach().clone() for parameter, _ in self.start]
             for parameter, value in self.start:
                 parameter.copy_(value)
@@ -124,7 +124,7 @@ class ReferenceHead(nn.Module):
 
     def __init__(self, loss: ReferencedLoss):
         super().__init__()
-        self.loss = (loss,)  # in a tuple, as the model is no part of its head
+        self.loss = (loss,)  # the tuple keeps the model from being a part of its head
 
     def forward(self, hidden: Tensor) -> Tensor:
         (loss,) = self.loss

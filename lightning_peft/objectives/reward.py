@@ -45,7 +45,7 @@ class RewardLoss(ModelLoss):
     def __init__(self, model: "PreTrainedModel", config: RewardConfig, packing: bool | str):
         super().__init__(model, packing)
         self.config = config
-        self.head: tuple[RewardHead] = (add_reward_head(model).requires_grad_(True),)  # the model's, in a tuple
+        self.head: tuple[RewardHead] = (add_reward_head(model).requires_grad_(True),)  # the tuple hides the model's own
         refuse_trained_output(model)
 
     def check(self, batch: Batch) -> None:

@@ -40,7 +40,7 @@ class BitsandbytesAdamW(Optimizer2State):
             torch.cuda.synchronize()
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """As the parent's, which puts every state on the device: large ones go back to paged memory."""
+        """Load as the parent does, which puts every state on the device; then move large ones back to paged memory."""
         super().load_state_dict(state_dict, move_to_device)
         if not self.is_paged:
             return

@@ -36,7 +36,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     """Decay of the squared gradient's running mean."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Number added to the denominator."""
     lora_plus_ratio: float | None = None
     """Learning rate of lora_B over that of lora_A (LoRA+, arXiv:2402.12354); null trains both at `lr`."""
 
@@ -64,7 +64,7 @@ class OptimizerConfig:
 class RoutedAdamWConfig(OptimizerConfig):
     name: str = "routed_adamw"
     score: str = "epd"
-    """What experts compete by: epd, the expected decrease of the loss, or pfn, the norm of Adam's direction."""
+    """Score by which experts compete: epd, the expected decrease of the loss, or pfn, the norm of Adam's direction."""
     winners: int = 1
     """Experts of a layer that are moved in a step."""
 
@@ -102,7 +102,7 @@ def _bitsandbytes_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -
     elif choice.is_paged:
         logger.info("optimizer=%s: there is no paging without CUDA, the states stay in ordinary memory", config.name)
     return BitsandbytesAdamW(
-        "adam",  # with decoupled decay: bitsandbytes' AdamW classes pass the same name
+        "adam",  # the decay is decoupled: bitsandbytes' AdamW classes pass the same name
         groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -121,7 +121,7 @@ class OptimizerChoice:
     state_bits: int = 32
     """Bits of each of the two states of a parameter."""
     is_paged: bool = False
-    """Whether large states live in memory the driver moves between device and host (QLoRA, section 3)."""
+    """True where large states live in memory the driver moves between device and host (QLoRA, section 3)."""
     config: type[OptimizerConfig] = OptimizerConfig
 
 
@@ -137,7 +137,7 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, in_full: Collection[str] = ()
 ) -> Optimizer:
-    """The configured optimiser over those of the parameters that train, in named groups (see `parameter_groups`).
+    """Return the configured optimiser over those of the parameters that train, in named groups (`parameter_groups`).
 
     `in_full` names those of the base that train beside adapters.
 
@@ -166,7 +166,7 @@ def build_optimizer(
 
 
 def optimizer_state_bytes(sizes: Iterable[int], name: str) -> tuple[int, int]:
-    """(paged, resident) bytes of state on CUDA for tensors of these numbers of elements."""
+    """Return (paged, resident) bytes of state on CUDA for tensors of these numbers of elements."""
     choice = OPTIMIZERS[name]
     paged = resident = 0
     for size in sizes:

@@ -1,4 +1,4 @@
-"""Which parameters share a learning rate and a weight decay."""
+"""The groups of parameters that share a learning rate and a weight decay."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_lora_B(name: str) -> bool:
-    """Whether a parameter is the B of a low-rank product, linear or embedding."""
+    """Return whether a parameter is the B of a low-rank product, linear or embedding."""
     return any(part in ("lora_B", "lora_embedding_B") for part in name.split("."))
 
 
@@ -17,12 +17,12 @@ def parameter_groups(
     weight_decay: float,
     lora_plus_ratio: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser, each with a `name` for the logs, in an order that depends on which kinds exist only.
+    """Return groups with a `name` each for the logs, in an order that depends on nothing but the kinds that exist.
 
-    Without a ratio: "decay" and "no_decay". With one (LoRA+, Hayou et al. 2024, arXiv:2402.12354): "B" at ratio x lr,
-    "A" (every other matrix) and "no_decay" at lr. Vectors and scalars - biases, norms, DoRA's magnitudes, VeRA's - are
-    never decayed and keep the base rate; HF PEFT raises theirs by the ratio. The B of an embedding is raised like any
-    B, while HF gives embeddings a fixed rate of 1e-6. Frozen parameters are left out.
+    Without a ratio they are "decay" and "no_decay". With one (LoRA+, Hayou et al. 2024, arXiv:2402.12354) they are "B"
+    at ratio x lr, "A" (every other matrix) and "no_decay" at lr. Vectors and scalars - biases, norms, DoRA's
+    magnitudes, VeRA's - are never decayed and keep the base rate; HF PEFT raises theirs by the ratio. The B of an
+    embedding is raised like any B, while HF gives embeddings a fixed rate of 1e-6. Frozen parameters are left out.
     """
     matrices, raised, vectors = [], [], []
     for name, parameter in named_parameters:

@@ -22,7 +22,7 @@ SCORES = ("epd", "pfn")
 
 
 class Place(NamedTuple):
-    """Where the score of an expert stands."""
+    """The place of an expert's score."""
 
     layer: int
     expert: int

@@ -47,14 +47,14 @@ class ScheduleConfig:
 
 
 def warmup_steps(total_steps: int, config: ScheduleConfig) -> int:
-    """Optimiser steps of warm-up in a run of `total_steps`, at most all of them."""
+    """Return the optimiser steps of warm-up in a run of `total_steps`, at most all of them."""
     if config.warmup_steps is None:
         return math.ceil(config.warmup_fraction * total_steps)
     return min(config.warmup_steps, total_steps)
 
 
 def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
-    """Factor of the peak rate for optimiser step `step`, counted from 0.
+    """Return the factor of the peak rate for optimiser step `step`, counted from 0.
 
     In a warm-up of w steps, step w - 1 is the first at exactly the peak and step 0 already learns. Steps from
     `total_steps` on, which only a prolonged run has, stay at `min_lr_ratio`.
@@ -75,7 +75,7 @@ def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
 def build_schedule(
     optimizer: Optimizer, config: ScheduleConfig, total_steps: int, rate_factor: float = 1.0
 ) -> LambdaLR:
-    """A scheduler to be stepped after every optimiser step; every group follows the factor from its own rate.
+    """Return a scheduler to be stepped after every optimiser step; every group follows the factor from its own rate.
 
     All rates are multiplied by `rate_factor` besides.
     """

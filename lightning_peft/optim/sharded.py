@@ -20,15 +20,15 @@ LEVELS = {"state1": "qmap1", "state2": "qmap2"}
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor, in the same memory; any other tensor as it is."""
-    # Half a second to import, which naming the optimisers there are should not cost.
+    """Return this rank's rows of a sharded tensor, in the same memory; any other tensor as it is."""
+    # The import takes half a second, which naming the optimisers there are should not cost.
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(parameter: nn.Parameter) -> nn.Parameter:
-    """What an optimiser steps in place of a parameter that may be sharded; see `hand_over_gradients`."""
+    """Return what an optimiser steps in place of a parameter that may be sharded; see `hand_over_gradients`."""
     held = local(parameter)
     if held is parameter:
         return parameter
@@ -49,7 +49,7 @@ def hand_over_gradients(optimizer: Optimizer) -> None:
 def drop_gradients(optimizer: Optimizer) -> None:
     """Free the gradients of the optimiser's rows and of the sharded parameters they belong to.
 
-    Not those of the model's parameters: between a forward and its backward pass these are the gathered ones for every
+    The model's own gradients stay: between a forward and its backward pass they are the gathered ones for every
     group that stays gathered, and its shards would add up the gradients of all steps.
     """
     optimizer.zero_grad()
@@ -60,7 +60,7 @@ def drop_gradients(optimizer: Optimizer) -> None:
 
 
 def row_counts(parameter: Tensor) -> list[int]:
-    """Rows of the parameter on each rank, as FSDP2 cuts them: one entry where it is not sharded."""
+    """Return the rows of the parameter on each rank, as FSDP2 cuts them: one entry where it is not sharded."""
     whole = getattr(parameter, "whole", None)
     if whole is None:
         return [parameter.shape[0] if parameter.ndim else 1]
@@ -70,14 +70,14 @@ def row_counts(parameter: Tensor) -> list[int]:
 
 
 def named_parameters(optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """The optimiser's parameters with their names, in its order."""
+    """Return the optimiser's parameters with their names, in its order."""
     return [
         pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
     ]
 
 
 def named_state(optimizer: Optimizer) -> dict[str, Any]:
-    """{"groups": options by group name, "state": state by parameter name}, tensors whole and on the host.
+    """Return {"groups": options by group name, "state": state by parameter name}, tensors whole and on the host.
 
     With sharded parameters every rank must call it and rank zero alone gets the state. `rows` of an entry says how many
     rows each rank held: the blocks of an 8-bit state begin anew at each.
@@ -99,7 +99,7 @@ def named_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_named_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Take up a state that `named_state` gave, at this number of ranks. ValueError for other parameters."""
+    """Take up a state that `named_state` gave, at this number of ranks. Raises ValueError for other parameters."""
     named = named_parameters(optimizer)
     if unknown := sorted(saved["state"].keys() - {name for name, _ in named}):
         raise ValueError(f"checkpoint: its optimiser has state for {unknown[0]}, which is not trained here")
@@ -113,7 +113,7 @@ def load_named_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def _own_rows(optimizer: Optimizer, parameter: nn.Parameter, entry: dict[str, Any]) -> dict[str, Any]:
-    """This rank's part of a parameter's saved state, in the form the optimiser keeps it."""
+    """Return this rank's part of a parameter's saved state, in the form the optimiser keeps it."""
     rank = dist.get_rank() if hasattr(parameter, "whole") else 0
     counts, saved_counts = row_counts(parameter), entry["rows"]
     width = parameter[0].numel()
@@ -129,7 +129,7 @@ def _own_rows(optimizer: Optimizer, parameter: nn.Parameter, entry: dict[str, An
 
 
 def _joined(optimizer: Optimizer, pieces: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ranks' pieces of one parameter's state, one below the other.
+    """Return the ranks' pieces of one parameter's state, one below the other.
 
     A rank whose piece is too small for 8 bits keeps fp32: where others have 8 bits, all become fp32.
     """
@@ -142,7 +142,7 @@ def _joined(optimizer: Optimizer, pieces: list[dict[str, Any]]) -> dict[str, Any
 
 
 def _in_fp32(optimizer: Optimizer, entry: dict[str, Any], counts: list[int], width: int) -> dict[str, Any]:
-    """A whole saved state without 8-bit codes; `counts` are the rows of the pieces they were made in."""
+    """Return a whole saved state without 8-bit codes; `counts` are the rows of the pieces quantised."""
     if "absmax1" not in entry:
         return entry
     pieces, row, block = [], 0, 0
@@ -168,7 +168,7 @@ def _blocks(rows: int, width: int) -> int:
 
 
 def _is_aligned(counts: list[int], width: int) -> bool:
-    """Whether every rank's rows begin at a block of the whole tensor, so that blocks do not depend on the cut."""
+    """Return whether every rank's rows begin at a block of the whole tensor, so that blocks depend on no cut."""
     return all(sum(counts[:rank]) * width % STATE_BLOCK == 0 for rank in range(len(counts)))
 
 
@@ -178,17 +178,17 @@ def _keeps_8bit(optimizer: Optimizer, parameter: Tensor) -> bool:
 
 
 def _levels(optimizer: Any, level: str) -> Tensor:
-    """The 256 values that 8-bit codes of a moment stand for, (256,) fp32."""
+    """Return the 256 values that 8-bit codes of a moment stand for, (256,) fp32."""
     if not optimizer.name2qmap:
         optimizer.fill_qmap()
     return optimizer.name2qmap["dynamic" if level == "qmap1" else "udynamic"]
 
 
 def dequantized(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """bitsandbytes' state of one parameter with both moments in fp32, on the host."""
+    """Return bitsandbytes' state of one parameter with both moments in fp32, on the host."""
     if "absmax1" not in state:
         return state
-    from bitsandbytes.functional import dequantize_blockwise  # slow import; who has 8-bit states has it already
+    from bitsandbytes.functional import dequantize_blockwise  # the import is slow; who has 8-bit states has it already
 
     plain = {key: value for key, value in state.items() if key not in SCALES.values()}
     for key, scale in SCALES.items():
@@ -198,8 +198,8 @@ def dequantized(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantized(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `dequantized`, to the nearest codes."""
-    from bitsandbytes.functional import quantize_blockwise  # slow import; who has 8-bit states has it already
+    """Return the reverse of `dequantized`, to the nearest codes."""
+    from bitsandbytes.functional import quantize_blockwise  # the import is slow; who has 8-bit states has it already
 
     coded = dict(state)
     for key, scale in SCALES.items():

@@ -44,7 +44,7 @@ def from_bitsandbytes_state(state: Mapping[str, Tensor]) -> QuantizedLinear:
 
     Codes are not copied.
 
-    ValueError when the codes are packed in a way 4-bit layers here cannot hold.
+    Raises ValueError when the codes are packed in a way 4-bit layers here cannot hold.
     """
     packed = [key for key in state if key.startswith(PACKED)]
     if len(packed) != 1:
@@ -75,7 +75,7 @@ def from_bitsandbytes_state(state: Mapping[str, Tensor]) -> QuantizedLinear:
 def layer_without_codes(packed: Tensor) -> QuantizedLinear:
     """Return the layer, without values and bias, that the `PACKED` tensor of a state dict describes.
 
-    ValueError as above.
+    Raises ValueError as `from_bitsandbytes_state` does.
     """
     numbers = unpack_tensor_to_dict(packed)
     nested_block_size = numbers.get("nested_blocksize")

@@ -1,4 +1,4 @@
-"""How the frozen base is stored."""
+"""The storage of the frozen base."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,7 +15,7 @@ class Kind(Enum):
 
 @dataclass
 class QuantizationConfig:
-    """How the frozen base is stored: linear layers and stacked experts; the rest always keeps the compute dtype."""
+    """The storage of the frozen base: linear layers and stacked experts; the rest always keeps the compute dtype."""
 
     kind: Kind = Kind.none
     """nf4 suits normally distributed weights (QLoRA, section 3); fp4 is kept for comparison; int8 has the smallest

@@ -25,13 +25,13 @@ LLAMA4 = "Llama4TextExperts"
 
 
 class Stack(NamedTuple):
-    """What a stack of matrices is, whether it is a parameter or a layer."""
+    """A stack of matrices, be it a parameter or a layer."""
 
     experts: int
     out_features: int
     in_features: int
     opens: bool
-    """Whether it can be made a layer: its module computes in a way known here."""
+    """True where it can be made a layer: its module computes in a way known here."""
 
     @property
     def weights(self) -> int:
@@ -52,7 +52,7 @@ class ExpertLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(experts, out_features, in_features), whole where the weight is sharded."""
+        """Return (experts, out_features, in_features), whole where the weight is sharded."""
         experts, rows, columns = self.weight.shape
         return (experts, columns, rows) if self.transposed else (experts, rows, columns)
 
@@ -126,13 +126,13 @@ def projections(module: nn.Module) -> tuple[str, ...]:
 
 
 CHOICE = "top_k_index"
-"""What most of transformers' modules of experts call the argument with each token's choice."""
+"""Name of the argument with each token's choice in most of transformers' modules of experts."""
 
 
 def routed_modules(model: nn.Module) -> dict[str, int]:
     """Return the modules of experts that are given each token's choice, by name, and how many experts each has.
 
-    Opened or not; those that compute in a way of their own too. Experts that do nothing count.
+    Modules may be opened or not, and may compute in a way of their own. Experts that do nothing count.
     """
     found = {}
     for name, module in model.named_modules():
@@ -164,9 +164,9 @@ def expert_stacks(model: nn.Module) -> dict[str, Stack]:
 
 
 def unknown_stacks(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """3-D parameters of a module called `name` that hold a matrix for each expert, where it cannot be opened.
+    """Return 3-D parameters of a module called `name` that hold a matrix for each expert, where it cannot be opened.
 
-    Others have three dimensions too: convolutions, the mixing weights of a recurrence, a vision probe.
+    Other parameters have three dimensions too: convolutions, the mixing weights of a recurrence, a vision probe.
     """
     is_own = isinstance(module, ExpertLinear | CodedWeight) or hasattr(module, "base_layer")
     if is_own or projections(module):
@@ -201,7 +201,7 @@ def open_experts(model: nn.Module, names: Iterable[str]) -> None:
         module: Any = model.get_submodule(holder)
         for name in projections(module):
             weight = module._parameters.pop(name, None)
-            if weight is not None:  # not open yet
+            if weight is not None:  # it is not open yet
                 module.add_module(name, ExpertLinear(weight, _is_transposed(module)))
         forward: Callable[..., Tensor] = _every_expert if type(module).__name__ == LLAMA4 else _routed
         module.forward = MethodType(forward, module)

@@ -10,11 +10,11 @@ from lightning_peft.quantization.linear import QuantizedLinear
 def frozen_base(layer: nn.Module, x: Tensor) -> Base | None:
     """Describe the layer as the base of a fused kernel for x (..., in_features).
 
-    None where the layer trains, has hooks or is of a kind the kernels do not know: then it has to be called.
+    The result is None where the layer trains, has hooks or is unknown to the kernels: then it has to be called.
     """
     if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
         return None
-    if "forward" in layer.__dict__:  # as libraries that move weights to and fro put one there
+    if "forward" in layer.__dict__:  # libraries that move weights to and fro put one there
         return None
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

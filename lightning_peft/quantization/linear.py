@@ -143,7 +143,7 @@ class QuantizedLinear(CodedWeight):
 
     bias: nn.Parameter | None
     transposed: bool = False
-    """Whether the dense layer it stands for has its inputs first (GPT-2's Conv1D); the codes never have."""
+    """True where the dense layer it stands for has its inputs first (GPT-2's Conv1D); the codes never have."""
 
     def __init__(
         self,

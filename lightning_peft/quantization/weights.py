@@ -22,13 +22,13 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer's own weight has its inputs first, as GPT-2's has."""
+    """Return whether the layer's own weight has its inputs first, as GPT-2's has."""
     return isinstance(layer, Conv1D)
 
 
 @cache
 def acts_as_linear(kind: type[nn.Linear]) -> bool:
-    """Whether a class of linear layers computes the plain product: not a router's choice, nor one of groups."""
+    """Return whether a class of linear layers computes the plain product: not a router's choice, nor one of groups."""
     if kind.forward is nn.Linear.forward:
         return True
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -42,17 +42,17 @@ def acts_as_linear(kind: type[nn.Linear]) -> bool:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is dense and computes the product of its weight."""
+    """Return whether a layer is dense and computes the product of its weight."""
     return isinstance(layer, Conv1D) or isinstance(layer, nn.Linear) and acts_as_linear(type(layer))  # type: ignore[arg-type]
 
 
 def reads_weight(parent: nn.Module, leaf: str) -> bool:
-    """Whether the code of a module multiplies with the weight of its layer `leaf` by itself, as Mamba's mixer does."""
+    """Return whether a module's code multiplies with the weight of its layer `leaf` itself, as Mamba's mixer does."""
     return _code_has(parent, rf"self\.{leaf}\.weight(?!\.(device|dtype|shape))")
 
 
 def never_calls(parent: nn.Module, leaf: str) -> bool:
-    """Whether the code of a module multiplies with its layer's weight on every device, where others only do on some."""
+    """Return whether a module's code multiplies with its layer's weight on every device, as others do only on some."""
     return _code_has(parent, rf"self\.{leaf}\.weight @")
 
 
@@ -65,12 +65,12 @@ def _code_has(parent: nn.Module, pattern: str) -> bool:
 def _source(method: Any) -> str:
     try:
         return inspect.getsource(method)
-    except (OSError, TypeError):  # made at run time
+    except (OSError, TypeError):  # it was made at run time
         return ""
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer; (num_embeddings, embedding_dim) of an embedding."""
+    """Return (out_features, in_features) of a linear layer; (num_embeddings, embedding_dim) of an embedding."""
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
     if isinstance(layer, Conv1D):

@@ -45,7 +45,7 @@ class Page:
         self.parts.append(f'<p class="note">{html.escape(text)}</p>')
 
     def figure(self, name: str, figure: Figure, caption: str = "", kind: str = "") -> None:
-        """Add a picture; `name` is that of its PNG. Of kind `half`, two of them stand side by side."""
+        """Add a picture; `name` is that of its PNG. Two of kind `half` stand side by side."""
         self.figures[name] = figure
         below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
         self.parts.append(f'<figure id="{name}" class="{kind}">{svg(figure)}{below}</figure>')

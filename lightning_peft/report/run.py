@@ -129,7 +129,7 @@ def _samples(page: Page, path: Path) -> None:
         return
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     rows = [row for line in lines if (row := _sample(line)) is not None]
-    if len(rows) < len(lines):  # as a run that was killed leaves the last one
+    if len(rows) < len(lines):  # a run that was killed leaves the last one so
         page.note(f"{len(lines) - len(rows)} of {len(lines)} lines of {path.name} are damaged, and left out")
     if not rows:
         return

@@ -1,4 +1,4 @@
-"""What a run was started by, kept in its folder: each command, a line each, and the files that it named."""
+"""The start of a run, kept in its folder: each command, a line each, and the files that it named."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ _words: list[str] = []
 
 @contextmanager
 def started_by(words: Sequence[str]) -> Iterator[None]:
-    """Inside, a run that begins is one of `lightning-peft train` with these words."""
+    """Have a run that begins inside the block be one of `lightning-peft train` with these words."""
     global _words
     before, _words = _words, list(words)
     try:

@@ -1,4 +1,4 @@
-"""Which errors speak to the user, and how: one line, and the exit status for wrong input."""
+"""The errors that speak to the user, and their form: one line, and the exit status for wrong input."""
 
 import traceback
 from pathlib import Path
@@ -23,12 +23,12 @@ def one_line(error: BaseException) -> str:
 
 
 def is_symlink_loop(error: BaseException) -> bool:
-    """Whether a path leads through links into itself, which Path.resolve tells so before Python 3.13."""
+    """Return whether a path leads through links into itself, which Path.resolve tells so before Python 3.13."""
     return isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from ")
 
 
 def is_input_error(error: BaseException) -> bool:
-    """Whether an exception speaks to the user: a failed file operation, a cluster's refusal, or our own ValueError.
+    """Return whether an error speaks to the user: a failed file operation, a cluster's refusal, or our own ValueError.
 
     A ValueError out of a library is a defect, to be seen with its traceback and another exit status.
     """

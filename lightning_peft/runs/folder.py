@@ -1,4 +1,4 @@
-"""What a run folder says about the run in it: unused, to be resumed from a checkpoint, or finished."""
+"""The state of the run in a folder: unused, to be resumed from a checkpoint, or finished."""
 
 import copy
 import logging
@@ -30,24 +30,24 @@ from lightning_peft.sweeps.sweep import MANIFEST, read_result
 logger = logging.getLogger(__name__)
 
 ROLLBACKS = "rollbacks.json"
-"""What `runs/rollback.py` remembers in a run's folder."""
+"""File in which `runs/rollback.py` remembers a run's rollbacks."""
 LEFT_BY_A_RUN = ("checkpoints", "metrics.csv", "result.json", "adapter", "model", ROLLBACKS)
-"""What a run folder holds once something happened in it."""
+"""Contents of a run folder once something happened in it."""
 TOLD_BY_CONTENT = ("data.train_path", "data.validation_path", "data.hub_name", "model.path")
 """Options that may name the same content elsewhere: `check_same_content` compares the rows and the weights."""
 _SOURCE = re.compile(r"^data\.sources\.[\w-]+\.")
-"""What stands before an option of a source of a mixture."""
+"""Words before an option of a source of a mixture."""
 PATIENCE_SECONDS = {"SLURM_RESTART_COUNT": 120.0, TASK: 120.0, "SLURM_JOB_ID": 15.0}
-"""How long a run waits for the folder where this variable is set: a requeued one for the processes of its last start, a
-job for the `submit` that has just handed it over."""
+"""Time that a run waits for the folder where this variable is set: a requeued one for the processes of its last start,
+a job for the `submit` that has just handed it over."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """How a run begins."""
+class RunStart:
+    """The way a run begins."""
 
     checkpoint: Path | None = None
-    """What to resume from; None starts at step 0."""
+    """Checkpoint to resume from; None starts at step 0."""
     result: dict[str, Any] | None = None
     """The result of a run that is finished already."""
 
@@ -85,7 +85,7 @@ def starting_config(overrides: list[str]) -> TrainConfig:
 
 
 @contextmanager
-def opened_folder(config: TrainConfig) -> Iterator[Start]:
+def opened_folder(config: TrainConfig) -> Iterator[RunStart]:
     """Be the only writer of the run's folder and learn how the run starts. Every rank calls it.
 
     Raises ValueError where another process writes the folder, where it is used and not to be resumed, or where an
@@ -96,7 +96,7 @@ def opened_folder(config: TrainConfig) -> Iterator[Start]:
     patience = next((seconds for name, seconds in PATIENCE_SECONDS.items() if name in os.environ), 0.0)
     with ExitStack() as stack:
 
-        def lock_and_find() -> Start:
+        def lock_and_find() -> RunStart:
             if not config.dry_run and LAUNCHER not in os.environ:
                 stack.enter_context(only_writer(run_dir, patience_seconds=patience))
             return find_start(config, run_dir)
@@ -110,7 +110,7 @@ def folder_of(config: TrainConfig) -> Path:
     return Path(config.run_dir)
 
 
-def find_start(config: TrainConfig, run_dir: Path) -> Start:
+def find_start(config: TrainConfig, run_dir: Path) -> RunStart:
     """Decide how a run in this folder starts.
 
     A folder with nothing but `config.yaml` is one whose ranks have not begun.
@@ -118,7 +118,7 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
     Raises ValueError for a used folder that is not to be resumed, for options that changed since, and for checkpoints
     that cannot be read; OSError where the folder itself cannot.
     """
-    # Lightning, which the verbs of a sweep do without.
+    # The import is of Lightning, which the verbs of a sweep do without.
     from lightning_peft.checkpoint.resume import latest_checkpoint, verify_checkpoint
 
     if (run_dir / MANIFEST).exists():
@@ -134,9 +134,9 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
             raise ValueError(f"run_dir={run_dir} holds another run than resume={config.resume}: name a new folder")
         check_saved_config(config, origin)
         check_length(config, origin, path)
-        return Start(path)
+        return RunStart(path)
     if not used:
-        return Start()
+        return RunStart()
     if config.resume == "never":
         raise ValueError(f"run_dir={run_dir} holds a run already: resume=auto continues it, or name another folder")
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
@@ -145,12 +145,12 @@ def find_start(config: TrainConfig, run_dir: Path) -> Start:
         check_not_finished(run_dir)
         if not config.dry_run:
             forget_rollbacks(config, run_dir)
-        return Start()
+        return RunStart()
     check_saved_config(config, run_dir)
     if result is None:
         assert checkpoint is not None
         check_length(config, run_dir, checkpoint)
-    return Start(checkpoint, result)
+    return RunStart(checkpoint, result)
 
 
 def is_used(run_dir: Path) -> bool:
@@ -188,7 +188,7 @@ def forget_rollbacks(config: TrainConfig, run_dir: Path) -> None:
 
 
 def finished_result(config: TrainConfig, run_dir: Path, checkpoint: Path | None) -> dict[str, Any] | None:
-    """`result.json` of a run that reached the end it was given, if that is the end it is given now.
+    """Return `result.json` of a run that reached the end it was given, if that is the end it is given now.
 
     `checkpoint` is what the run goes on from where what it trained is gone.
     """
@@ -250,7 +250,7 @@ def saved_options(run_dir: Path) -> dict[Any, Any]:
 
 def check_length(config: TrainConfig, run_dir: Path, checkpoint: Path) -> None:
     """Raise ValueError for an end before the checkpoint; log one line where a schedule gets another length."""
-    # torch, which a folder that is not resumed does without.
+    # The import is of torch, which a folder that is not resumed does without.
     from lightning_peft.checkpoint.resume import saved_step
 
     saved = saved_options(run_dir)["trainer"]
@@ -267,12 +267,12 @@ def check_length(config: TrainConfig, run_dir: Path, checkpoint: Path) -> None:
             )  # fmt: skip
 
 
-def check_same_content(start: Start, run_dir: Path, content: Mapping[str, str]) -> None:
+def check_same_content(start: RunStart, run_dir: Path, content: Mapping[str, str]) -> None:
     """Compare rows and weights, each by its fingerprint, with those of the checkpoint or the finished run.
 
     Raises ValueError for other training rows or another base. Other validation rows are logged: they change no weight.
     """
-    # Lightning, which a fresh start has by then, and other callers may not need.
+    # The import is of Lightning, which a fresh start has by then, and other callers may not need.
     from lightning_peft.checkpoint.lineage import read_lineage
     from lightning_peft.checkpoint.resume import saved_content
 
@@ -297,7 +297,7 @@ def check_same_content(start: Start, run_dir: Path, content: Mapping[str, str]) 
 
 
 def global_batch(trainer: dict[str, Any]) -> int | None:
-    """Micro batches in an optimiser step over all ranks; None where `trainer.devices` is left to the machine."""
+    """Return an optimiser step's micro batches over all ranks; None where `trainer.devices` is left to the machine."""
     counts = [trainer.get(key, 1) for key in ("devices", "num_nodes", "accumulate_grad_batches")]
     return math.prod(counts) if all(isinstance(count, int) and count > 0 for count in counts) else None
 

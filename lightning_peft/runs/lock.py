@@ -28,7 +28,7 @@ LOCK = ".writer"
 BEAT_SECONDS = 3.0
 """Time between two renewals of the lock file's time stamp."""
 WATCH_SECONDS = 4 * BEAT_SECONDS
-"""How long the time stamp of a holder on another node is watched."""
+"""Time for which the time stamp of a holder on another node is watched."""
 
 _open_locks: set[int] = set()
 """File descriptors of held locks. A forked child closes them: else a DataLoader worker would hold its parent's lock."""
@@ -86,7 +86,7 @@ def new_folder(path: Path) -> Path:
 def only_writer(
     folder: Path, key: str = "run_dir", patience_seconds: float = 0.0, named: Path | None = None
 ) -> Iterator[None]:
-    """Inside, no other process that asks is in the same block for the folder, which is made where it is missing.
+    """Keep every other process that asks out of the block for the folder, which is made where it is missing.
 
     Raises FolderInUse, which names the holder, once `patience_seconds` have passed; `key` is the option that named the
     folder, or `named` where that is another. A folder made for this block goes again when the block leaves it empty.
@@ -115,7 +115,7 @@ def only_writer(
 
 @contextmanager
 def only_maker(output: Path) -> Iterator[None]:
-    """Inside, no other process that asks makes what is to lie at `output`. Raises FolderInUse, which names the holder.
+    """Keep every other process that asks from making `output`. Raises FolderInUse, which names the holder.
 
     The lock lies beside it: a folder that is made must not be there before.
     """
@@ -140,7 +140,7 @@ def remove_if_empty(folder: Path) -> None:
             return
         try:
             path.rmdir()
-        except OSError:  # not empty: it is a run's folder now
+        except OSError:  # it is not empty: it is a run's folder now
             return
         _made_here.discard(path)
 
@@ -177,7 +177,7 @@ def _locked_file(folder: Path, word: str, patience_seconds: float) -> IO[str]:
 
 
 def _take(file: IO[str], path: Path) -> bool:
-    """Lock the open file; False where somebody holds it."""
+    """Lock the open file; return False where somebody holds it."""
     carries_locks = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,22 +200,22 @@ def _take(file: IO[str], path: Path) -> bool:
 
 
 def _take_again(file: IO[str]) -> bool:
-    """The holder before removed the file between `open` and `flock`: the lock of the next one is a new file."""
+    """Let go and return False: the holder before removed the file after `open`, so that the next lock is a new file."""
     fcntl.flock(file, fcntl.LOCK_UN)
     return False
 
 
 def _is_beating(path: Path) -> bool:
-    """Whether the holder, on another node, renews the time stamp.
+    """Return whether the holder, on another node, renews the time stamp.
 
-    How old that is says nothing: the clocks of two nodes may differ by any time, and one may be set meanwhile.
+    The age of the stamp says nothing: the clocks of two nodes may differ by any time, and one may be set meanwhile.
     """
     first = path.stat().st_mtime_ns
     logger.info("%s: looking for %.0f seconds whether its writer on another node is alive", path.parent, WATCH_SECONDS)
     end = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(BEAT_SECONDS / 2)
-        # Opened anew: NFS looks at the server's attributes then, and at its own copy otherwise.
+        # The file is opened anew: NFS looks at the server's attributes then, and at its own copy otherwise.
         with path.open(encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_mtime_ns != first:
                 return True
@@ -224,7 +224,7 @@ def _is_beating(path: Path) -> bool:
 
 def _beat(path: Path, done: threading.Event) -> None:
     while not done.wait(BEAT_SECONDS):
-        with suppress(OSError):  # a file server that is away for a while; the lock itself stands
+        with suppress(OSError):  # a file server may be away for a while; the lock itself stands
             os.utime(path)
 
 
@@ -237,7 +237,7 @@ def _write_holder(file: IO[str]) -> None:
 
 
 def _read_holder(file: IO[str]) -> Holder | None:
-    """The holder that the file names; None where it was not written yet."""
+    """Return the holder that the file names; None where it was not written yet."""
     file.seek(0)
     try:
         return Holder(**json.loads(file.read()))

@@ -11,25 +11,25 @@ from lightning_peft.training.precision import has_fast_bf16
 
 GIB = 2**30
 RESERVED = {"cpu": 0.5 * GIB, "cuda": 0.75 * GIB}
-"""What an estimate leaves out: the interpreter and its libraries; the CUDA context and gaps between allocations."""
+"""Memory left out by an estimate: the interpreter and its libraries; the CUDA context and gaps between allocations."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run may use of one machine."""
+    """The part of one machine that a run may use."""
 
     accelerator: str
     """cpu or cuda."""
     gpus: int | None
     """CUDA devices; None for a machine that is not this one and did not say."""
     has_bf16: bool
-    """Whether the device multiplies bf16 in hardware."""
+    """True where the device multiplies bf16 in hardware."""
     is_here: bool = True
-    """Whether this process runs on it."""
+    """True where this process runs on it."""
 
     @classmethod
     def here(cls, trainer: dict[str, Any]) -> "Machine":
-        """This machine, with the accelerator that `trainer.accelerator` asks for. Raises ValueError without one."""
+        """Return this machine with the accelerator of `trainer.accelerator`. Raises ValueError where it has none."""
         name = _named(trainer)
         if name == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"trainer.accelerator={trainer['accelerator']}: this machine has no CUDA device; "
@@ -40,18 +40,18 @@ class Machine:
 
     @classmethod
     def planned(cls, trainer: dict[str, Any]) -> "Machine":
-        """The machine an estimate is for: a GPU asked for by name need not be here, and is taken to have bf16."""
+        """Return the machine to estimate for: a GPU asked for by name need not be here, and is taken to have bf16."""
         if _named(trainer) != "cuda" or torch.cuda.is_available():
             return cls.here(trainer)
         return cls("cuda", None, has_bf16=True, is_here=False)
 
     @classmethod
     def of_cluster(cls, trainer: dict[str, Any], cluster: ClusterConfig) -> "Machine":
-        """A node that a cluster will give the run; whether it has GPUs may be up to a partition of SLURM."""
+        """Return a node that a cluster will give the run; whether it has GPUs may be up to a partition of SLURM."""
         return cls(_named(trainer) or "cuda", cluster.gpus_per_node or None, has_bf16=True, is_here=False)
 
     def memory(self, named_gib: float | None) -> float | None:
-        """Bytes a run can use of `named_gib`, else of this machine, less `RESERVED`; None for a GPU not known."""
+        """Return the bytes to use of `named_gib`, else of this machine, less `RESERVED`; None for a GPU not known."""
         if named_gib is not None:
             total: float | None = named_gib * GIB
         elif self.accelerator == "cpu":
@@ -62,7 +62,7 @@ class Machine:
 
 
 def _named(trainer: dict[str, Any]) -> str | None:
-    """cpu or cuda as `trainer.accelerator` names it; None for auto."""
+    """Return cpu or cuda as `trainer.accelerator` names it; None for auto."""
     name = str(trainer.get("accelerator", "auto"))
     if name not in ("auto", "cpu", "gpu", "cuda"):
         raise ValueError(f"trainer.accelerator={name!r}: must be auto, cpu or gpu")

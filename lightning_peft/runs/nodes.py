@@ -17,7 +17,7 @@ from lightning_peft.tracking.loggers import RunLogger
 
 
 def check_nodes(config: TrainConfig) -> None:
-    """Raises ValueError for a callback or logger whose `_target_` is missing, is none, or takes other arguments.
+    """Raise ValueError for a callback or logger whose `_target_` is missing, is none, or takes other arguments.
 
     Only its module is imported.
     """
@@ -41,7 +41,7 @@ def check_nodes(config: TrainConfig) -> None:
 
 
 def made(group: str, nodes: Mapping[str, Any], kind: type) -> list[Any]:
-    """The callbacks or loggers that the nodes describe. Raises ValueError for one that cannot be made."""
+    """Return the callbacks or loggers that the nodes describe. Raises ValueError for one that cannot be made."""
     parts = []
     for name, node in nodes.items():
         try:
@@ -72,7 +72,7 @@ def refusal(error: Exception, callbacks: Mapping[str, Any]) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """What a library said first, without Hydra's words around it."""
+    """Return what a library said first, without Hydra's words around it."""
     while isinstance(error, InstantiationException | ImportError) and error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,7 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.config import TrainConfig
 from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.nodes import check_nodes
-from lightning_peft.runs.options import check_trainer_options, count_ranks, max_seconds
+from lightning_peft.runs.trainer_options import check_trainer_options, count_ranks, max_seconds
 from lightning_peft.training.compilation import resolve_compilation
 from lightning_peft.training.config import Compilation, StrategyKind
 from lightning_peft.training.precision import resolve_precision, weight_dtype
@@ -20,7 +20,7 @@ from lightning_peft.training.precision import resolve_precision, weight_dtype
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How a run computes, and on what."""
+    """The way a run computes, and the devices it computes on."""
 
     machine: Machine
     precision: str
@@ -33,22 +33,22 @@ class RunPlan:
     """Ranks on a node."""
     nodes: int
     trains_all: bool
-    """Whether every weight is trained, and no adapter."""
+    """True where every weight is trained, and no adapter."""
     max_seconds: float | None
     """After so long a start is paused; None for no limit."""
     starts_ranks: bool
-    """Whether the ranks are to be started from this process."""
+    """True where the ranks are to be started from this process."""
     is_rank: bool
-    """Whether this process is one of several ranks."""
+    """True where this process is one of several ranks."""
 
     @property
     def accelerator(self) -> str:
-        """cpu or cuda."""
+        """Return cpu or cuda."""
         return self.machine.accelerator
 
     @property
     def ranks(self) -> int:
-        """Processes that share the run."""
+        """Return the number of processes that share the run."""
         return self.devices * self.nodes
 
 
@@ -109,7 +109,7 @@ def check_ranks_can_start(plan: RunPlan) -> None:
 
 @contextmanager
 def logging_left_to_ranks(left: bool) -> Iterator[None]:
-    """Inside, nothing below an error is logged: the ranks check the same again, and rank zero says it."""
+    """Log nothing below an error, inside the block: the ranks check the same again, and rank zero says it."""
     package = logging.getLogger("lightning_peft")
     level = package.level
     package.setLevel(logging.ERROR if left else level)

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this node, every one from the run's `config.yaml`."""
+"""Start the ranks of a run on this node, every one from the run's `config.yaml`."""
 
 import json
 import logging
@@ -34,18 +34,18 @@ PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """Signals to this process that go to every rank, which decides what they mean."""
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_FOLLOW = 120.0
-"""From the first rank that left as it was asked to, until those that are still here are ended."""
+"""Time from the first rank that left as it was asked to, until those that are still here are ended."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable with the file a rank writes its last words to; torchrun sets it as well."""
 SECONDS_FOR_LAST_WORDS = 5.0
-"""What a rank that lost the others waits before it leaves: whoever started them ends all at the first that does."""
+"""Time that a rank which lost the others waits to leave: whoever started them ends all at the first that does."""
 
 
 def run_ranks(config_path: Path, count: int) -> None:
     """Train with `count` processes and wait for them. Raises SystemExit with the exit status of the first that fails.
 
-    Interrupted or Preempted where they left because a signal to this process asked them to, Paused where they left
-    without one. A rank that fails ends the others. The command is the one a cluster's
+    Raises Interrupted or Preempted where they left because a signal to this process asked them to, Paused where they
+    left without one. A rank that fails ends the others. The command is the one a cluster's
     `srun` uses, `python -m lightning_peft train config_path=...`: the words of a sweep never reach a rank.
     """
     # The ranks meet in a store of this process: a port found free would be someone else's a moment later.
@@ -86,7 +86,7 @@ def run_ranks(config_path: Path, count: int) -> None:
 
 
 def first_failures(ranks: SubprocessContext) -> tuple[dict[int, int], bool]:
-    """Wait until a rank fails, or all are done. Passes signals on.
+    """Wait until a rank fails, or all are done, and pass signals on.
 
     Return the exit status of each that failed by itself, and whether a signal to this process asked them to leave.
     """
@@ -126,9 +126,9 @@ def wait_for_last_words(ranks: SubprocessContext) -> None:
 
 
 def report(failed: dict[int, int], ranks: SubprocessContext) -> int:
-    """The exit status for the ranks that failed; one line on stderr says which was the first, and of what."""
+    """Return the exit status for the ranks that failed; one line on stderr says which was the first, and of what."""
     words = {rank: read_last_words(ranks.error_files[rank]) for rank in failed}
-    # One that was killed comes first, one that only lost the others last.
+    # A rank that was killed comes first, one that only lost the others last.
     rank, code = min(failed.items(), key=lambda item: (words[item[0]].get("is_lost", False), item[1] > 0, item[0]))
     if code < 0:
         print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
@@ -144,7 +144,7 @@ def report(failed: dict[int, int], ranks: SubprocessContext) -> int:
 
 
 def leave_with_launcher() -> None:
-    """For a rank: end when the process that started it was killed, and so could not end the ranks itself."""
+    """End this rank when the process that started it was killed, and so could not end the ranks itself."""
     if LAUNCHER not in os.environ:
         return
     launcher = int(os.environ[LAUNCHER])
@@ -159,7 +159,7 @@ def leave_with_launcher() -> None:
 
 
 def leave_last_words(line: str, is_lost: bool = False) -> bool:
-    """For a rank: leave the line to whoever started the ranks; False where nobody would read it.
+    """Leave a rank's line to whoever started the ranks; return False where nobody would read it.
 
     `is_lost` says that another rank was gone first.
     """
@@ -171,12 +171,12 @@ def leave_last_words(line: str, is_lost: bool = False) -> bool:
 
 
 def read_last_words(path: str) -> dict[str, Any]:
-    """What `leave_last_words` wrote; empty where the rank left none."""
+    """Return what `leave_last_words` wrote; empty where the rank left none."""
     return json.loads(Path(path).read_text()) if Path(path).exists() else {}
 
 
 def say_others_are_lost(error: BaseException) -> None:
-    """For a rank that could not go on without the others: one line, and time for the first that left to say why."""
+    """Say in one line that this rank could not go on without the others, and give the first to go time to say why."""
     rank = distributed.rank()
     line = f"lost another rank ({' '.join(str(error).split())[:200]})"
     if not leave_last_words(line, is_lost=True):
@@ -187,7 +187,7 @@ def say_others_are_lost(error: BaseException) -> None:
 
 @contextmanager
 def signals_raised() -> Iterator[None]:
-    """Inside, PASSED_ON raise SignalException in the main thread; afterwards they do what they did before.
+    """Have PASSED_ON raise SignalException in the main thread, inside the block; afterwards they do as before.
 
     A signal that is ignored stays ignored, here and in the ranks: `nohup` and a shell's `&` have asked for that.
     """

@@ -1,4 +1,4 @@
-"""Goes back to the last good checkpoint of a run that diverged, and remembers the lower learning rate in its folder."""
+"""Go back to the last good checkpoint of a run that diverged, and remember the lower learning rate in its folder."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ class Rollback:
     back_to: int
     """Optimiser step of the checkpoint; 0 for the start of the run."""
     lr_factor: float
-    """What the learning rate is multiplied by from there on, rollbacks of before included."""
+    """Factor of the learning rate from there on, rollbacks of before included."""
     reason: str
 
 
@@ -49,7 +49,7 @@ def write_rollbacks(rollbacks: Sequence[Rollback], run_dir: Path) -> None:
 def taken_along(run_dir: Path, checkpoint: Path | None) -> list[Rollback]:
     """Return the rollbacks behind a start, and say what they do to the learning rate.
 
-    Of another folder, whose checkpoint is gone on from here, those up to that checkpoint are kept here.
+    For another folder, whose checkpoint is gone on from here, the rollbacks up to that checkpoint are kept here.
     """
     origin = run_dir if checkpoint is None else checkpoint.resolve().parent.parent
     found = rollbacks_of(origin)
@@ -90,10 +90,9 @@ def end_of_divergence(config: GuardConfig, rollbacks: Sequence[Rollback], found:
 
 
 def roll_back(config: GuardConfig, run_dir: Path, step: int, reason: str) -> Path | None:
-    """Return the checkpoint to go on from, None for the start of the run, once newer ones are away and the rate is
-    noted. For rank zero.
+    """Put newer checkpoints away, note the rate, and return the checkpoint to go on from, None for the run's start.
 
-    A good checkpoint is one behind a step whose loss was not above the guard's bound.
+    A good checkpoint is one behind a step whose loss was not above the guard's bound. Rank zero alone calls it.
     """
     folder = run_dir / "checkpoints"
     while (checkpoint := latest_checkpoint(folder)) is not None and saved_guard(checkpoint).get("above", 0):

@@ -15,8 +15,8 @@ from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.runs.nodes import made, reason
 from lightning_peft.runs.plan import RunPlan
 from lightning_peft.tracking.loggers import RunLogger, failing_alone
-from lightning_peft.training.callbacks.progress import TrainingProgress
 from lightning_peft.training.callbacks.step_validation import NEVER, StepValidation
+from lightning_peft.training.callbacks.training_progress import TrainingProgress
 from lightning_peft.training.config import StrategyKind
 from lightning_peft.training.precision import precision_plugin
 from lightning_peft.training.strategies import build_strategy
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def count_steps(options: dict[str, Any], data: SFTDataModule) -> int:
-    """Optimiser steps of the run: `max_steps`, or `max_epochs` (1) passes over the rows, whichever ends first."""
+    """Return the run's optimiser steps: `max_steps`, or `max_epochs` (1) passes over the rows, whichever ends first."""
     max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")
     if max_steps in (None, -1):
         return data.steps_per_epoch * (1 if max_epochs in (None, -1) else max_epochs)
@@ -38,7 +38,7 @@ def count_steps(options: dict[str, Any], data: SFTDataModule) -> int:
 
 
 def quiet_lightning() -> None:
-    """Nothing below a warning from Lightning, and that once: its import sets its own level and handlers."""
+    """Log nothing below a warning from Lightning, and that once: its import sets its own level and handlers."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger(name).handlers.clear()
@@ -46,7 +46,7 @@ def quiet_lightning() -> None:
 
 
 def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: list[Callback]) -> Trainer:
-    """The Trainer of a run of so many optimiser steps. Raises ValueError for options Lightning refuses."""
+    """Return the Trainer of a run of so many optimiser steps. Raises ValueError for options Lightning refuses."""
     quiet_lightning()
     # Its time limit would end the run for good: `training/preemption.py` pauses it.
     options = {key: value for key, value in config.trainer.items() if key not in ("precision", "max_time")}
@@ -55,7 +55,7 @@ def build_trainer(config: TrainConfig, plan: RunPlan, steps: int, callbacks: lis
     options |= {"max_steps": steps, "max_epochs": -1, "accelerator": "gpu" if accelerator == "cuda" else "cpu"}
     options |= {"devices": plan.devices, "num_nodes": plan.nodes}
     if config.strategy.kind is StrategyKind.fsdp:
-        options["inference_mode"] = False  # what is gathered for a validation is gathered into again for training
+        options["inference_mode"] = False  # a tensor gathered for a validation is gathered into again for training
     if config.validation.every_n_steps is not None or config.validation.at_steps:
         options |= {"val_check_interval": NEVER, "check_val_every_n_epoch": None}
         step_validation = StepValidation(config.validation.every_n_steps, config.validation.at_steps)

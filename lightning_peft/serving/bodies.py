@@ -27,7 +27,7 @@ def without_point(number: Any) -> Any:
 
 def author(name: str) -> str:
     """Return system, user, assistant or tool for any name of one that training rows may give. Raises ValueError."""
-    known = [name for name in ROLES if name not in CALL_ROLES]  # whose text would have to be read as a call
+    known = [name for name in ROLES if name not in CALL_ROLES]  # the text of others would be read as a call
     if name.lower() not in known:
         raise ValueError(f"{name!r} is no role; there are {', '.join(known)}")
     return ROLES[name.lower()]
@@ -50,13 +50,13 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """What a stream says beside its pieces."""
+    """Options for what a stream says beside its pieces."""
 
     include_usage: bool = False
 
 
 class Sampling(Body):
-    """What both kinds of completion take."""
+    """The keys that both kinds of completion take."""
 
     model: Text
     max_tokens: Whole | None = Field(default=None, ge=1)

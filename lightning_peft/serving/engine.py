@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from lightning_peft.inference.decoding import Choice, Decoder, Row
+from lightning_peft.inference.continuous_batching import Choice, Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
 from lightning_peft.serving.tiers import AdapterTiers
@@ -17,11 +17,11 @@ from lightning_peft.serving.tiers import AdapterTiers
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What bytes that are no whole character yet decode to."""
+"""Character that bytes decode to while they are no whole one yet."""
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may."""
+    """A queue in which as many requests wait as may."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Piece:
     finish_reason: str | None = None
     """stop or length, of the last piece."""
     error: Exception | None = None
-    """Why there is no answer: a ValueError speaks to the client."""
+    """Reason why there is no answer: a ValueError speaks to the client."""
 
 
 @dataclass
-class Job:
+class GenerationRequest:
     """A request: its prompt, and who takes its pieces."""
 
     prompt: list[int]
@@ -45,7 +45,7 @@ class Job:
     end_ids: frozenset[int]
     """Tokens at which the answer ends."""
     take: Callable[[Piece], None]
-    """Called in the engine's thread."""
+    """Function that takes a piece, called in the engine's thread."""
     folder: Path | None = None
     """The adapter's folder; None is the model as it was loaded."""
     stops: tuple[str, ...] = ()
@@ -55,11 +55,11 @@ class Job:
     finished: bool = False
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    """What was handed on."""
+    """Text that was handed on."""
 
 
 class Engine:
-    """Answers jobs with one model in one thread, up to `max_batch` of them side by side."""
+    """Answers requests with one model in one thread, up to `max_batch` of them side by side."""
 
     def __init__(
         self,
@@ -72,24 +72,24 @@ class Engine:
         self.decoder, self.tiers, self.tokenizer = decoder, tiers, tokenizer
         self.max_batch = max_batch if decoder.can_batch else 1
         self.max_queue = max_queue
-        self.waiting: deque[Job] = deque()
-        self.running: dict[int, Job] = {}
-        """By the id of its row."""
+        self.waiting: deque[GenerationRequest] = deque()
+        self.running: dict[int, GenerationRequest] = {}
+        """Requests by the ids of their rows."""
         self.may_take = self.max_batch
-        """Jobs that this turn may still take from the queue."""
+        """Requests that this turn may still take from the queue."""
         self.generated = 0
         self.changed = threading.Condition()
         self.adapters = threading.Lock()
-        """Held by who reads or moves adapters."""
+        """Lock held by whoever reads or moves adapters."""
         self.stopping = False
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def submit(self, job: Job) -> None:
-        """Let a job wait for its turn. Raises QueueFullError."""
+    def submit(self, request: GenerationRequest) -> None:
+        """Let a request wait for its turn. Raises QueueFullError."""
         with self.changed:
             if len(self.waiting) >= self.max_queue:
                 raise QueueFullError(f"{self.max_queue} requests wait already")
-            self.waiting.append(job)
+            self.waiting.append(request)
             self.changed.notify()
 
     def stop(self) -> None:
@@ -127,7 +127,7 @@ class Engine:
     def turn(self) -> None:
         """Take in what waits, and give every running answer its next token. The engine's thread calls it.
 
-        It takes up to `max_batch` jobs: answers that end at once, one behind the other, would hold up those that run.
+        It takes up to `max_batch` requests: answers that end at once, one behind the other, would hold up the rest.
         """
         self._drop_cancelled()
         self.may_take = self.max_batch
@@ -140,83 +140,88 @@ class Engine:
             for row in self.decoder.step():
                 self._end(row)
 
-    def _joining(self) -> list[Row]:
+    def _joining(self) -> list[RunningSequence]:
         """Return the next rows that can be taken in, as many as run well at once: of one adapter or of several."""
-        rows: list[Row] = []
+        rows: list[RunningSequence] = []
         tokens = 0
-        while (job := self._next_job(rows, tokens)) is not None:
+        while (request := self._next_request(rows, tokens)) is not None:
             with self.changed:
                 self.waiting.popleft()
-            if not job.cancelled:
+            if not request.cancelled:
                 try:
-                    row, slot = self._row(job), self._slot(job)
-                except Exception as error:  # it is this job's, and no other's
+                    row, slot = self._row(request), self._slot(request)
+                except Exception as error:  # it is this request's, and no other's
                     if not isinstance(error, ValueError | OSError):
                         logger.exception("a request could not be taken in")
-                    job.finished = True
-                    job.take(Piece(error=error))
+                    request.finished = True
+                    request.take(Piece(error=error))
                 else:
                     if slot is None:
                         with self.changed:
-                            self.waiting.appendleft(job)
+                            self.waiting.appendleft(request)
                         break
                     row.slot = slot
                     rows.append(row)
-                    self.running[id(row)] = job
-                    tokens += len(job.prompt)
+                    self.running[id(row)] = request
+                    tokens += len(request.prompt)
             self.may_take -= 1
         return rows
 
-    def _slot(self, job: Job) -> int | None:
-        """Return the number of the slot or guest that a job's row goes through; None where it has to wait for one."""
-        if job.folder is None or self.tiers is None:
+    def _slot(self, request: GenerationRequest) -> int | None:
+        """Return the number of the slot or guest that a request's row goes through; None where it has to wait."""
+        if request.folder is None or self.tiers is None:
             return -1
         with self.adapters:
-            return self.tiers.acquire(job.folder)
+            return self.tiers.acquire(request.folder)
 
-    def _next_job(self, rows: Sequence[Row], tokens: int) -> Job | None:
-        """Return the job whose turn it is; None where it has to wait, or runs better after these rows.
+    def _next_request(self, rows: Sequence[RunningSequence], tokens: int) -> GenerationRequest | None:
+        """Return the request whose turn it is; None where it has to wait, or runs better after these rows.
 
         Prompts are padded to the longest one: what is padding stays below what is not.
         """
         with self.changed:
             if not self.waiting or len(self.running) >= self.max_batch or self.may_take == 0:
                 return None
-            job = self.waiting[0]
-        padded = max(len(job.prompt), *(len(row.prompt) for row in rows)) * (len(rows) + 1) if rows else 0
-        return job if padded <= min(PREFILL_TOKENS, 2 * (tokens + len(job.prompt))) else None
+            request = self.waiting[0]
+        padded = max(len(request.prompt), *(len(row.prompt) for row in rows)) * (len(rows) + 1) if rows else 0
+        return request if padded <= min(PREFILL_TOKENS, 2 * (tokens + len(request.prompt))) else None
 
-    def _row(self, job: Job) -> Row:
-        return Row(job.prompt, job.sampling, lambda choice: self._take(job, choice), top_logprobs=job.top_logprobs)
+    def _row(self, request: GenerationRequest) -> RunningSequence:
+        return RunningSequence(
+            request.prompt,
+            request.sampling,
+            lambda choice: self._take(request, choice),
+            top_logprobs=request.top_logprobs,
+        )
 
-    def _take(self, job: Job, choice: Choice) -> bool:
-        """Hand a token on as text; returns whether the answer goes on."""
+    def _take(self, request: GenerationRequest, choice: Choice) -> bool:
+        """Hand a token on as text; return whether the answer goes on."""
         self.generated += 1
-        job.tokens.append(choice.token)
-        if choice.token in job.end_ids:
-            self._hand_on(job, choice, self._decoded(job.tokens[:-1]), "stop")
+        request.tokens.append(choice.token)
+        if choice.token in request.end_ids:
+            self._hand_on(request, choice, self._decoded(request.tokens[:-1]), "stop")
             return False
-        text = self._decoded(job.tokens)
-        if found := [at for stop in job.stops if (at := text.find(stop)) >= 0]:
-            self._hand_on(job, choice, text[: min(found)], "stop")
+        text = self._decoded(request.tokens)
+        if found := [at for stop in request.stops if (at := text.find(stop)) >= 0]:
+            self._hand_on(request, choice, text[: min(found)], "stop")
             return False
-        if len(job.tokens) >= job.sampling.max_new_tokens:
-            self._hand_on(job, choice, text, "length")
+        if len(request.tokens) >= request.sampling.max_new_tokens:
+            self._hand_on(request, choice, text, "length")
             return False
-        held = max((overlap(text, stop) for stop in job.stops), default=0)
+        held = max((overlap(text, stop) for stop in request.stops), default=0)
         ready = text[: len(text) - held] if held else text
-        self._hand_on(job, choice, job.text if ready.endswith(UNFINISHED) else ready, None)
+        self._hand_on(request, choice, request.text if ready.endswith(UNFINISHED) else ready, None)
         return True
 
-    def _hand_on(self, job: Job, choice: Choice, text: str, reason: str | None) -> None:
-        piece, job.text = text[len(job.text) :], text if len(text) > len(job.text) else job.text
-        job.finished = reason is not None
-        job.take(Piece(piece, choice, reason))
+    def _hand_on(self, request: GenerationRequest, choice: Choice, text: str, reason: str | None) -> None:
+        piece, request.text = text[len(request.text) :], text if len(text) > len(request.text) else request.text
+        request.finished = reason is not None
+        request.take(Piece(piece, choice, reason))
 
     def _decoded(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _end(self, row: Row) -> None:
+    def _end(self, row: RunningSequence) -> None:
         self.running.pop(id(row))
         if row.slot >= 0 and self.tiers is not None:
             self.tiers.release(row.slot)
@@ -229,10 +234,10 @@ class Engine:
                 self._end(row)
 
     def _fail_all(self, error: Exception) -> None:
-        """End every running job with an error, and start from an empty batch."""
-        for job in self.running.values():
-            if not job.finished:
-                job.take(Piece(error=error))
+        """End every running request with an error, and start from an empty batch."""
+        for request in self.running.values():
+            if not request.finished:
+                request.take(Piece(error=error))
         if self.tiers is not None:
             self.tiers.release_all()
         self.running.clear()

@@ -1,4 +1,4 @@
-"""What other engines do with an adapter: the table `engines.yaml`, and what it says of one adapter."""
+"""Other engines and what they do with an adapter: the table `engines.yaml`, and what it says of one adapter."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +21,13 @@ PAIRS = ("lora", "lora_fa", "balora")
 NEVER_LOW_RANK = ("dora", "hira", "ia3", "miss", "intrinsic", "other_method")
 """Features whose change is no low-rank sum, whatever the file."""
 ENDS = ("embed", "lm_head", "wte")
-"""What names of embeddings and heads have in them."""
+"""Parts of the names of embeddings and heads."""
 WHOLE_TENSORS = ("trained_modules", "trained_embeddings", "trained_biases")
 """Features that change tensors of the base beside the low-rank sum."""
 
 
 class Outcome(Enum):
-    """What an engine does with a file."""
+    """Ways in which an engine treats a file."""
 
     ok = "ok"
     refuses = "refuses"
@@ -36,7 +36,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Cell:
-    """What an engine does with one feature."""
+    """An engine's treatment of one feature."""
 
     outcome: Outcome
     how: str = ""
@@ -48,7 +48,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineRow:
     """A row of the table."""
 
     title: str
@@ -60,7 +60,7 @@ class Engine:
     cells: Mapping[str, Cell]
     """Feature of the run's own folder -> what the engine does with it."""
     kept: Mapping[str, Cell] = field(default_factory=dict)
-    """The same of the formats in `reads`, where it is not ok."""
+    """The same for the formats in `reads`, where it is not ok."""
     rank_option: str = ""
     """The engine's option for the largest rank; empty where any goes."""
     rank_default: int = 0
@@ -69,18 +69,18 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What one engine does with one file."""
+class FileVerdict:
+    """One engine's treatment of one file."""
 
     outcome: Outcome
     text: str
 
 
 @cache
-def engines() -> dict[str, Engine]:
+def engines() -> dict[str, EngineRow]:
     """Return the table, by the names that `engine=` and `target_server=` take."""
     return {
-        name: Engine(
+        name: EngineRow(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
             | {
                 "version": str(row["version"]),
@@ -142,7 +142,7 @@ def not_low_rank(features: Iterable[str]) -> str | None:
     return next((feature for feature in features if feature in (*NEVER_LOW_RANK, *WHOLE_TENSORS)), None)
 
 
-def verdict(engine: Engine, features: Sequence[str], rank: int, format: str | None) -> Verdict:
+def verdict(engine: EngineRow, features: Sequence[str], rank: int, format: str | None) -> FileVerdict:
     """Return what an engine does with an adapter: with its own folder, or exported in a format.
 
     `features` are those of the training's config, `rank` is the largest of a layer.
@@ -151,22 +151,24 @@ def verdict(engine: Engine, features: Sequence[str], rank: int, format: str | No
         blocking = not_low_rank(features)
         fitting = [other for other in engine.reads if blocking is None or other not in PAIR_FORMATS]
         remedy = f"use format={fitting[0]}" if fitting else "use `lightning-peft merge`"
-        return Verdict(Outcome.refuses, f"does not read format={format}; {remedy}")
+        return FileVerdict(Outcome.refuses, f"does not read format={format}; {remedy}")
     cells = engine.cells if format is None else engine.kept
     found = [(feature, cells[feature]) for feature in features if feature in cells]
     for outcome in (Outcome.refuses, Outcome.wrong):
         if bad := [(feature, cell) for feature, cell in found if cell.outcome is outcome]:
             says = "would compute it wrongly" if outcome is Outcome.wrong else "refuses it"
             feature, cell = bad[0]
-            return Verdict(outcome, f"{says} ({spoken(feature)}): {cell.how}")
+            return FileVerdict(outcome, f"{says} ({spoken(feature)}): {cell.how}")
     needs = [cell.how for _, cell in found if cell.how]
     if engine.rank_option and format in (None, "plain") and rank:
         if engine.rank_sizes and rank > engine.rank_sizes[-1]:
-            return Verdict(Outcome.refuses, f"refuses it: rank {rank} is above its largest, {engine.rank_sizes[-1]}")
+            return FileVerdict(
+                Outcome.refuses, f"refuses it: rank {rank} is above its largest, {engine.rank_sizes[-1]}"
+            )
         if rank > engine.rank_default:
             size = next((size for size in engine.rank_sizes if size >= rank), rank)
             needs.append(f"needs {engine.rank_option} {size}")
-    return Verdict(Outcome.ok, "; ".join(["computes it rightly", *needs]))
+    return FileVerdict(Outcome.ok, "; ".join(["computes it rightly", *needs]))
 
 
 def spoken(feature: str) -> str:

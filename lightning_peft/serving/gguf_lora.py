@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 
 from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.serving.gguf_names import GGUFNames
-from lightning_peft.serving.plain import Pairs, is_embedding
+from lightning_peft.serving.plain import FactorPairs, is_embedding
 
 FILE_NAME = "adapter.gguf"
 
 
-def check_pairs(pairs: Pairs, model: PreTrainedModel, tied: bool) -> None:
+def check_pairs(pairs: FactorPairs, model: PreTrainedModel, tied: bool) -> None:
     """Raise ValueError for layers that llama.cpp takes no pair of; `tied` is whether the base's head is its embedding.
 
     The model's own configuration does not say so where the run has untied them.
@@ -30,7 +30,7 @@ def check_pairs(pairs: Pairs, model: PreTrainedModel, tied: bool) -> None:
             )
 
 
-def write_gguf_lora(pairs: Pairs, model: PreTrainedModel, path: Path, name: str) -> None:
+def write_gguf_lora(pairs: FactorPairs, model: PreTrainedModel, path: Path, name: str) -> None:
     """Write pairs of layers of `model` to a GGUF file, fp32; alpha is the rank, as the scaling is in B."""
     from gguf import GGUFWriter  # only GGUF files need the package
 

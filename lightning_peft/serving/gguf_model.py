@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "model.gguf"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}
-"""What `dtype=` takes, in llama.cpp's words; vectors are fp32 always."""
+"""Values of `dtype=`, in llama.cpp's words; vectors are fp32 always."""
 FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """llama.cpp's types of tokens."""
@@ -97,7 +97,7 @@ def write_gguf_model(
             raise GGUFModelError(
                 f"dtype=q8_0: {stored} has rows of {tensor.shape[1]}, not a multiple of 32; dtype=bf16"
             )
-        # Sizes first: the file is then written a tensor at a time.
+        # Sizes come first: the file is then written a tensor at a time.
         data = quants.quantize(np.zeros((1, *tensor.shape[1:]), np.float32), kind_of(tensor))
         shape = (tensor.shape[0], *data.shape[1:]) if tensor.ndim == 2 else tuple(tensor.shape)
         size = int(np.prod(shape)) * data.dtype.itemsize

@@ -1,4 +1,4 @@
-"""How llama.cpp names and lays out the tensors of a model: the families whose conversion is that and no more."""
+"""llama.cpp's names and layout of a model's tensors: the families whose conversion is that and no more."""
 
 from typing import Any
 

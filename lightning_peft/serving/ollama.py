@@ -27,13 +27,13 @@ class Turns:
     """A chat template that writes turn after turn: the text around each role's content."""
 
     opening: str
-    """Stands before every conversation: a token that the engine adds by itself is left out."""
+    """Text before every conversation: a token that the engine adds by itself is left out."""
     default_system: str
-    """Stands in for a system turn where there is none."""
+    """Text in place of a system turn where there is none."""
     around: dict[str, tuple[str, str]]
     """Role -> text before and after what it says."""
     answer: str
-    """Stands before the answer."""
+    """Text before the answer."""
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         has_system = any(message["role"] == "system" for message in messages)
@@ -41,7 +41,7 @@ class Turns:
         return self.opening + ("" if has_system else self.default_system) + "".join(turns) + self.answer
 
     def go_template(self) -> str:
-        """Return the same in Ollama's language, Go's templates; it adds `opening` by itself."""
+        """Return the turns in Ollama's language, Go's templates; Ollama adds `opening` by itself."""
         roles = "".join(
             f'{{{{ {"if" if number == 0 else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
             for number, (role, (before, after)) in enumerate(self.around.items())
@@ -66,7 +66,7 @@ def turns_of(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> Turns:
         start, after_system, after_user, after_answer, end = between
         user_after = render(["system", "user", "assistant", "user"], answer=False).rpartition("<3user>")[2]
         alone = render(["user"]).partition("<0user>")[0]
-        # What precedes every question, whatever stood before it.
+        # This text precedes every question, whatever stood before it.
         user_before = commonprefix([text[::-1] for text in (after_system, after_answer, alone)])[::-1]
         bos = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
         opening = bos if start.startswith(bos) else ""

@@ -19,7 +19,7 @@ from lightning_peft.checkpoint.lineage import EXPORTED_BY, Lineage, write_lineag
 from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, file_sha256
 from lightning_peft.checkpoint.peft_words import CONFIG_NAME, PREFIX, target_words
 
-Pairs = Mapping[str, tuple[Tensor, Tensor]]
+FactorPairs = Mapping[str, tuple[Tensor, Tensor]]
 """Layer -> A (rank, in_features) and B (out_features, rank), fp32, one rank for all; the change is B A."""
 
 
@@ -63,7 +63,9 @@ def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return nn.functional.pad(A, (0, 0, 0, missing)).contiguous(), nn.functional.pad(B, (0, missing)).contiguous()
 
 
-def write_plain(pairs: Pairs, model: PreTrainedModel, folder: Path, base_name: str, lineage: Lineage | None) -> None:
+def write_plain(
+    pairs: FactorPairs, model: PreTrainedModel, folder: Path, base_name: str, lineage: Lineage | None
+) -> None:
     """Write pairs of layers of `model` into `folder` as HF PEFT's LoRA, and the lineage of the run they come from."""
     rank = len(next(iter(pairs.values()))[0])
     words = {
@@ -99,7 +101,7 @@ def is_embedding(model: nn.Module, name: str) -> bool:
 
 
 @torch.no_grad()
-def inject_pairs(model: nn.Module, pairs: Pairs) -> None:
+def inject_pairs(model: nn.Module, pairs: FactorPairs) -> None:
     """Put pairs into a fresh base as a LoRA whose scaling is one."""
     rank = len(next(iter(pairs.values()))[0])
     inject_adapters(model, LoRAConfig(rank=rank, alpha=rank, target_modules=list(pairs)))

@@ -16,7 +16,7 @@ NFC_SHRINKS = 4
 def template_with_system(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the chat template of an adapter; one that adds the trained system prompt where a chat brings none.
 
-    None for text without turns.
+    The result is None for text without turns.
     """
     template = layout.template or tokenizer.chat_template
     if layout.kind != "chat" or not isinstance(template, str):
@@ -61,7 +61,7 @@ def most_bytes_a_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
     if any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"]):
         return None
     shrinks = NFC_SHRINKS if any(step["type"] == "NFC" for step in normalizers) else 1
-    return shrinks * max(len(token.encode()) for token in vocabulary)  # as written, which is no less than what it is
+    return shrinks * max(len(token.encode()) for token in vocabulary)  # a token is no shorter as written than read
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:

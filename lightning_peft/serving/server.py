@@ -26,20 +26,20 @@ from lightning_peft.data.template import ChatTemplateError
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.serving.bodies import ChatRequest, LoadRequest, Sampling, TextRequest, Turn
-from lightning_peft.serving.engine import Engine, Job, Piece, QueueFullError
+from lightning_peft.serving.engine import Engine, GenerationRequest, Piece, QueueFullError
 from lightning_peft.serving.prompt import most_bytes_a_token
 from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.serving.tiers import NAME, AdapterTiers, UnknownModelError
 
 SECONDS_BETWEEN_LOOKS = 0.5
-"""How often a request that waits looks whether its client is still there."""
+"""Time between two looks of a waiting request for whether its client is still there."""
 RETRY_AFTER = "1"
 PAGE = Path(__file__).with_name("page.html")
 """A chat with the base and two adapters side by side; it asks the endpoints below, and nothing else."""
 MOST_BYTES = 2**24
 """Largest body of a request."""
 OPEN = ("/", "/health")
-"""What is answered without the API key; the page asks for it."""
+"""Paths that are answered without the API key; the page asks for the key."""
 
 
 class ApiError(Exception):
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 @dataclass
 class Serving:
-    """What the endpoints share."""
+    """The state that the endpoints share."""
 
     engine: Engine
     tiers: AdapterTiers | None
@@ -63,7 +63,7 @@ class Serving:
     """Longest prompt and answer in tokens."""
     config: ServerConfig
     base_is_served: bool = True
-    """Whether the model answers under its own name; not where an adapter was merged into it."""
+    """True where the model answers under its own name; false where an adapter was merged into it."""
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(model, status) -> requests."""
     layouts: dict[Path, PromptLayout] = field(default_factory=dict)
@@ -232,7 +232,7 @@ def build_app(serving: Serving) -> FastAPI:
         assert tiers.directory is not None
         try:
             if body.load_inplace and body.lora_path is None and body.lora_name in tiers.folders:
-                path = tiers.folders[body.lora_name]  # which was allowed when it came
+                path = tiers.folders[body.lora_name]  # the folder was allowed when it came
             else:
                 path = (tiers.directory / (body.lora_path or body.lora_name)).resolve()
                 if not path.is_relative_to(tiers.directory.resolve()):
@@ -332,9 +332,11 @@ async def answered(
     def take(piece: Piece) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    job = Job(prompt, sampling, frozenset(ends), take, folder, tuple(body.stop), answer.top_logprobs)
+    generation = GenerationRequest(
+        prompt, sampling, frozenset(ends), take, folder, tuple(body.stop), answer.top_logprobs
+    )
     try:
-        serving.engine.submit(job)
+        serving.engine.submit(generation)
     except QueueFullError as error:
         serving.requests[body.model, 429] += 1
         raise ApiError(429, f"{error}: try again", "rate_limit_exceeded") from error
@@ -352,7 +354,7 @@ async def answered(
                 if piece.finish_reason is not None or piece.error is not None:
                     return
         finally:
-            job.cancelled = True
+            generation.cancelled = True
 
     source = each()
     first = await anext(source, None)
@@ -371,8 +373,8 @@ async def answered(
     def usage() -> dict[str, int]:
         return {
             "prompt_tokens": len(prompt),
-            "completion_tokens": len(job.tokens),
-            "total_tokens": len(prompt) + len(job.tokens),
+            "completion_tokens": len(generation.tokens),
+            "total_tokens": len(prompt) + len(generation.tokens),
         }
 
     if not body.stream:
@@ -401,7 +403,7 @@ async def answered(
             async for event in events():
                 yield event
         finally:
-            job.cancelled = True
+            generation.cancelled = True
 
     return StreamingResponse(until_gone(), media_type="text/event-stream")
 

@@ -7,7 +7,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ServingEngine(Enum):
-    """What computes the answers."""
+    """The programs that compute the answers."""
 
     auto = "auto"
     vllm = "vllm"
@@ -16,7 +16,7 @@ class ServingEngine(Enum):
 
 @dataclass
 class ServerConfig:
-    """Where the server listens, and how much it takes on."""
+    """The server's address, and how much it takes on."""
 
     engine: ServingEngine = ServingEngine.auto
     """embedded: this process; vllm: vLLM, started with serve.python; auto: vllm where serve.python has it."""
@@ -27,7 +27,7 @@ class ServerConfig:
     port: int = 8000
     """Port to listen at; 0 takes one that is free, which the log names."""
     api_key: str | None = None
-    """What clients must send as their API key; null asks for none."""
+    """Key that clients must send as their API key; null asks for none."""
     max_batch: int = 16
     """Requests answered side by side."""
     max_queue: int = 64

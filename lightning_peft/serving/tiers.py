@@ -1,4 +1,4 @@
-"""Where adapters are: all on disk, the ones used last on the host, a few in slots beside the model."""
+"""The places of adapters: all are on disk, the ones used last on the host, a few in slots beside the model."""
 
 import re
 from collections import OrderedDict
@@ -10,7 +10,7 @@ from lightning_peft.checkpoint.peft_format import read_low_rank
 from lightning_peft.inference.load import adapter_folder
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""What a model may be called: a name is checked before it becomes a path."""
+"""Names that a model may have: a name is checked before it becomes a path."""
 
 
 class UnknownModelError(KeyError):
@@ -18,7 +18,7 @@ class UnknownModelError(KeyError):
 
 
 class AdapterTiers:
-    """Adapters of one base by name. Loaded and used by one thread; a slot in use keeps its adapter.
+    """Adapters of one base by name, loaded and used by one thread; a slot in use keeps its adapter.
 
     `folders` are the registered adapters; with `directory` every folder in it is one too, by its name.
     """
@@ -68,7 +68,7 @@ class AdapterTiers:
     def acquire(self, folder: Path) -> int | None:
         """Return the number of the slot that holds an adapter, which it keeps until `release`.
 
-        While all slots are in use an adapter is a guest where the model's memory is the host's; elsewhere None.
+        While all slots are in use an adapter is a guest where the model's memory is the host's; else None comes back.
         """
         if folder in self.in_slot:
             slot = self.in_slot.index(folder)
@@ -77,7 +77,7 @@ class AdapterTiers:
             if free is None:
                 return self.slots.welcome(self.on_host(folder)) if self.slots.takes_guests else None
             slot, factors = free, self.on_host(folder)
-            self.in_slot[slot] = None  # what follows may fail halfway
+            self.in_slot[slot] = None  # the loading may fail halfway
             self.slots.load(slot, factors)
             self.loads["host"] += 1
             self.in_slot[slot] = folder

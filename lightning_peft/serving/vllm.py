@@ -24,7 +24,7 @@ MIDDLEWARE = Path(vllm_middleware.__file__)
 HAND_OVER = "serve"
 """Folder of the user's cache with what vLLM is handed: bases of other formats, plain adapters, settings."""
 DRAIN_SECONDS = 60
-"""How long requests in flight have once the server is asked to leave."""
+"""Time that requests in flight have once the server is asked to leave."""
 PROBE = """
 import importlib.metadata, importlib.util
 spec = importlib.util.find_spec("vllm")
@@ -36,7 +36,7 @@ if spec is not None and spec.origin is not None:
 
 @dataclass(frozen=True)
 class VllmServer:
-    """What vLLM is started with."""
+    """The options that vLLM is started with."""
 
     python: str
     base: str
@@ -75,7 +75,7 @@ class VllmServer:
         return [*words, "--middleware", f"{MIDDLEWARE.stem}.{vllm_middleware.Adapters.__name__}"]
 
     def variables(self) -> dict[str, str]:
-        """Return what is set in its environment."""
+        """Return the variables that are set in vLLM's environment."""
         folder = self.hand_over_folder()
         path = os.environ.get("PYTHONPATH")
         found = {
@@ -87,7 +87,7 @@ class VllmServer:
         return found if self.config.api_key is None else found | {"VLLM_API_KEY": self.config.api_key}
 
     def environment(self) -> dict[str, str]:
-        """Return its whole environment: what is set here but a key, as only serve.api_key asks for one."""
+        """Return vLLM's whole environment: what is set here but a key, as only serve.api_key asks for one."""
         return {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"} | self.variables()
 
     def hand_over_folder(self) -> Path:

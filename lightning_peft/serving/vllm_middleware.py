@@ -1,4 +1,4 @@
-"""What stands in front of vLLM: prompts as they were trained, and adapters that are checked before they are loaded.
+"""The middleware in front of vLLM: prompts as they were trained, and adapters that are checked before they are loaded.
 
 vLLM imports this file by its own interpreter (`--middleware vllm_middleware.Adapters`), with nothing else of ours
 beside it: the standard library has to do. `serve` checks adapters by the same functions before it starts vLLM.
@@ -22,7 +22,7 @@ from typing import Any
 SETTINGS = "LIGHTNING_PEFT_SERVING"
 """Variable that names the file of the settings."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""What a model may be called: a name is checked before it becomes a path."""
+"""Names that a model may have: a name is checked before it becomes a path."""
 KINDS_OF_PARTS = ("text", "input", "output", "image", "audio", "video", "tool", "thinking", "refusal")
 """First words of the types of message parts: vLLM answers a request to the base with such a part as an adapter of that
 name, where there is one."""
@@ -32,7 +32,7 @@ FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.we
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 OPEN = ("/", "/health")
-"""What is answered without the API key."""
+"""Paths that are answered without the API key."""
 MOST_BYTES = 2**24
 KINDS_OF_LAYOUT = {
     "kind": str, "system_prompt": str, "template": str, "template_options": dict, "tools": list, "stop_token_ids": list,
@@ -40,9 +40,9 @@ KINDS_OF_LAYOUT = {
 AS_IT_IS = "{{ messages[0]['content'] }}"  # the template of text without turns
 
 Scope = Mapping[str, Any]
-Message = Mapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+ASGIMessage = Mapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
 
 
 class Refusal(Exception):
@@ -55,17 +55,17 @@ class Refusal(Exception):
 
 @dataclass
 class Settings:
-    """What `serve` says of the base and its adapters."""
+    """The settings of the base and its adapters, as `serve` writes them."""
 
     base_name: str
-    fingerprint: str  # of the base's weights, as in lineage.json
+    fingerprint: str  # it is that of the base's weights, as in lineage.json
     layers: dict[str, list[int]]  # layer of the base -> its inputs and outputs
-    rank: int  # the largest that vLLM has place for
+    rank: int  # it is the largest that vLLM has place for
     base_layout: dict[str, Any]  # prompts of the base, as in prompt_layout.json
     adapters: dict[str, str]  # name -> folder, of those that vLLM loads when it starts
     adapter_dir: str | None
     allow_load: bool
-    most_requests: int  # that may run and wait; more get status 429
+    most_requests: int  # so many may run and wait; more get status 429
 
 
 def check_name(name: str, base_name: str) -> None:
@@ -187,7 +187,7 @@ class Loaded:
     """An adapter that vLLM holds."""
 
     folder: Path
-    path: str  # the same as vLLM was told
+    path: str  # it is the one that vLLM was told
     layout: dict[str, Any]
 
 
@@ -248,7 +248,7 @@ class Adapters:
                 raise Refusal(400, f"stop_token_ids={stops}: must be a list")
             for layout in (self.settings.base_layout, loaded.layout):
                 stops = [*stops, *(stop for stop in layout.get("stop_token_ids") or [] if stop not in stops)]
-            temperature = 0 if body.get("temperature") is None else body["temperature"]  # the best token, as `generate`
+            temperature = 0 if body.get("temperature") is None else body["temperature"]  # 0 is greedy, as `generate` is
             body |= {"stop_token_ids": stops, "temperature": temperature}
             body = with_trained_prompt(body, loaded.layout) if path == CHAT else body
             await self.app(*request_of(scope, path, body, receive), send)
@@ -298,7 +298,7 @@ class Adapters:
                 raise Refusal(400, f"lora_name={name}: is loaded already; load_inplace=true reads it anew")
             given = body.get("lora_path")
             if given is None and name in self.loaded:
-                folder = self.loaded[name].folder  # which was allowed when it came
+                folder = self.loaded[name].folder  # the folder was allowed when it came
             else:
                 folder = (Path(directory) / str(given or name)).resolve()
                 if not folder.is_relative_to(Path(directory).resolve()):
@@ -315,7 +315,7 @@ class Adapters:
             found = self.on_disk(folder)
         except (ValueError, OSError) as error:
             raise Refusal(400, str(error)) from error
-        # What vLLM keeps of prompts goes by name and path: under a path used before it may be that of former weights.
+        # vLLM keeps prompts by name and path: under a path used before it may be that of former weights.
         # Its load_inplace would read the file again at every step.
         link = Path(self.links.name) / f"{self.loads}-{name}"
         self.loads += 1
@@ -345,12 +345,12 @@ class Adapters:
         """Return the status and the text, or the message, of vLLM's answer to a request of our own."""
         status, parts = 500, []
 
-        async def take(message: Message) -> None:
+        async def take(message: ASGIMessage) -> None:
             nonlocal status
             status = message.get("status", status)
             parts.append(message.get("body", b""))
 
-        async def silence() -> Message:
+        async def silence() -> ASGIMessage:
             return await asyncio.get_running_loop().create_future()  # our own request has no client that leaves
 
         await self.app(*request_of(scope, path, body, silence), take)
@@ -395,7 +395,7 @@ def request_of(scope: Scope, path: str, body: Mapping[str, Any], receive: Receiv
     headers = [(key, value) for key, value in scope["headers"] if key.lower() not in ours]
     headers += [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/json")]
 
-    async def again() -> Message:
+    async def again() -> ASGIMessage:
         nonlocal sent
         if sent:
             return await receive()

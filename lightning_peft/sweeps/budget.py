@@ -1,4 +1,4 @@
-"""How many device hours the trials of a sweep have taken, by what their folders say, and whether more may begin."""
+"""The device hours that the trials of a sweep have taken, by what their folders say, and whether more may begin."""
 
 import csv
 from pathlib import Path
@@ -45,7 +45,7 @@ def is_over_budget(sweep: Sweep, folder: Path) -> bool:
 
 
 def budget_in_words(sweep: Sweep, folder: Path, shown: str) -> str:
-    """As in "budget: 4.1 of 4 device hours; spent, so 3 trials are not begun and 2 stay at a rung; ..."."""
+    """Say it as in "budget: 4.1 of 4 device hours; spent, so 3 trials are not begun and 2 stay at a rung; ..."."""
     assert sweep.budget_gpu_hours is not None
     said = f"budget: {spent_hours(sweep, folder):.3g} of {sweep.budget_gpu_hours:g} device hours"
     if not is_over_budget(sweep, folder):

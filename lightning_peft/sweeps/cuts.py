@@ -1,4 +1,4 @@
-"""What the largest rank of a sweep does when it is cut by SVD, without training, beside what smaller ranks learn."""
+"""The largest rank of a sweep, cut by SVD without training, beside what smaller ranks learn."""
 
 import logging
 import shlex
@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.strict_json import read_object
-from lightning_peft.sweeps.statistics import Group, best_of_ranks, share_of_parameters
+from lightning_peft.sweeps.statistics import SeedGroup, best_of_ranks, share_of_parameters
 from lightning_peft.sweeps.sweep import Sweep, score
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ INSPECTION, ADAPTER = "inspection.json", "adapter"
 def cut_sentence(sweep: Sweep, folder: Path, shown: str) -> str | None:
     """Say what `inspect smaller_ranks=true` found of the best trial of the largest rank, or how to have it found.
 
-    `shown` is the sweep's folder as it was typed. None where no two ranks are compared.
+    `shown` is the sweep's folder as it was typed. The result is None where no two ranks are compared.
     """
     ranks = best_of_ranks(sweep)
     if len(ranks) < 2:
@@ -47,7 +47,7 @@ def cut_sentence(sweep: Sweep, folder: Path, shown: str) -> str | None:
     )
 
 
-def best_trial_of(sweep: Sweep, group: Group) -> str:
+def best_trial_of(sweep: Sweep, group: SeedGroup) -> str:
     """Return the name of a group's best trial."""
     scored = {name: value for name in group.names if (value := score(sweep, sweep.trial(name))) is not None}
     return min(scored, key=lambda name: scored[name])

@@ -1,11 +1,11 @@
-"""What somebody has to know who believes a sweep's table: what its trials do not have in common, or did not come to."""
+"""Doubts for whoever believes a sweep's table: what its trials do not have in common, or did not come to."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_peft.free_options import FREE_TO_CHANGE, NOT_COMPARED
-from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
+from lightning_peft.sweeps.statistics import SEED, SeedGroup, best_first, groups_of
 from lightning_peft.sweeps.sweep import CANCELLED, DIVERGED, FAILED, FINISHED, LOST, Sweep, Trial, score
 
 MOST_NAMES = 3
@@ -27,11 +27,11 @@ LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_ba
 """Keys that change how many steps a run has."""
 GONE = (DIVERGED, FAILED, LOST, CANCELLED)
 COVERAGE = {2: "half of all cases", 3: "two cases of three", 4: "four cases of five", 5: "four cases of five"}
-"""How often the middle 95 % of resampled means of so few normal scores hold the true mean; 95 % from some thirty on."""
+"""Share for which the middle 95 % of resampled means of so few normal scores hold the true mean; 95 % from 30 on."""
 
 
 def doubts(sweep: Sweep) -> list[str]:
-    """Return a line for each; empty where the finished trials can be compared as they stand."""
+    """Return a line for each doubt; empty where the finished trials can be compared as they stand."""
     finished = [trial for trial in sweep.trials if score(sweep, trial) is not None]
     if not finished:
         ended = [trial for trial in sweep.trials if trial.state == FINISHED]
@@ -41,23 +41,23 @@ def doubts(sweep: Sweep) -> list[str]:
     return [line for find in FINDERS for line in find(sweep, finished, groups)]
 
 
-def ties(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that are as good as the best one."""
+def ties(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the trials that are as good as the best one."""
     best = min(score(sweep, trial) for trial in finished)  # type: ignore[type-var]
     equal = [trial for trial in finished if score(sweep, trial) == best]
     return [f"equally good: {named(equal)}"] if len(equal) > 1 else []
 
 
-def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials of the same values and the same seed."""
+def repeats(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the trials of the same values and the same seed."""
     same: dict[tuple[str, ...], list[Trial]] = {}
     for trial in finished:
         same.setdefault(tuple(sorted(f"{key}={value}" for key, value in trial.values.items())), []).append(trial)
     return [f"trained with the same values and seed, counted once: {named(t)}" for t in same.values() if len(t) > 1]
 
 
-def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Groups whose mean is of fewer seeds than were trained, the best first."""
+def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the groups whose mean is of fewer seeds than were trained, the best first."""
     if SEED not in sweep.swept_keys:
         return []
     trials = {trial.name: trial for trial in sweep.trials}
@@ -71,8 +71,8 @@ def survivors(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) 
     return lines[:MOST_NAMES] + ([f"the means of {more} more settings are of some of their seeds"] if more > 0 else [])
 
 
-def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that stopped early, and those of another length than the others."""
+def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the trials that stopped early, and those of another length than the others."""
     early = [trial for trial in finished if result_of(trial, "stopped_early")]
     steps = Counter(result_of(trial, "steps") for trial in finished if trial not in early)
     lines = []
@@ -86,8 +86,8 @@ def lengths(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) ->
     return lines
 
 
-def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that were started with words that the others do not have."""
+def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the trials that were started with words that the others do not have."""
     by_words: dict[tuple[str, ...], list[Trial]] = {}
     for trial in finished:
         words = [word for word in trial.other_words if changes_numbers(word.removeprefix("without ").partition("=")[0])]
@@ -98,8 +98,8 @@ def words_apart(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]
     return [f"trained with other words ({', '.join(words)}): {named(trials)}" for words, trials in by_words.items()]
 
 
-def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Trials that trained at another rate than they name, or left steps out."""
+def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the trials that trained at another rate than they name, or left steps out."""
     slower = [trial for trial in finished if result_of(trial, "rollbacks")]
     skipped = [trial for trial in finished if result_of(trial, "steps_left_out")]
     lines = []
@@ -111,8 +111,8 @@ def changed_by_guard(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[G
     return lines
 
 
-def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Keys that make losses of other things, and a loss that is of a few rows."""
+def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the keys that make losses of other things, and a loss that is of a few rows."""
     metric = sweep.metric.removeprefix("-")
     lines = []
     keys = [key for key in sweep.swept_keys if is_below(key, OTHER_ROWS)]
@@ -123,8 +123,8 @@ def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group
     return lines
 
 
-def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) -> list[str]:
-    """Intervals that claim more than so few scores can tell."""
+def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the intervals that claim more than so few scores can tell."""
     counts = [len(group.scores) for group in groups if len(group.scores) > 1]
     fewest = min(counts, default=0)
     if fewest not in COVERAGE:
@@ -132,13 +132,13 @@ def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[Group]) 
     return [f"intervals over {fewest} seeds are too narrow: they hold the true mean in {COVERAGE[fewest]}, not in 95 %"]
 
 
-FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[Group]], list[str]], ...] = (
+FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[SeedGroup]], list[str]], ...] = (
     ties, repeats, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
 )  # fmt: skip
 
 
 def changes_numbers(key: str) -> bool:
-    """Whether an option may change what a run's numbers are, of which one trial may have another value than the others.
+    """Return whether an option may change what a run's numbers are, while trials have different values of it.
 
     The number of steps does: a run that goes on may change it, and is then longer than the others.
     """
@@ -148,7 +148,7 @@ def changes_numbers(key: str) -> bool:
 
 
 def is_below(key: str, keys: Sequence[str]) -> bool:
-    """Whether a swept key is one of these, or an option of one whose options all count."""
+    """Return whether a swept key is one of these, or an option of one whose options all count."""
     below = ("objective", "data.sources", "data.template_options", "model.rope_scaling")
     return key in keys or any(key.startswith(f"{other}.") for other in below if other in keys)
 

@@ -66,7 +66,7 @@ def enter_trial(run_dir: Path, words: Sequence[str], swept: Iterable[str]) -> No
             if result is not None and result.get("seconds") != trial.counted_seconds:
                 trial.spent_hours += hours_of(result)
                 trial.counted_seconds = result.get("seconds")
-        (run_dir / LEAVE).unlink(missing_ok=True)  # of an earlier start that did not live to leave
+        (run_dir / LEAVE).unlink(missing_ok=True)  # it is of an earlier start, which did not live to leave
         sweep.count = len(sweep.trials)
         # Another start may add values to those of the first.
         sweep.swept = [f"{key}={','.join(dict.fromkeys(t.values[key] for t in sweep.trials))}" for key in keys]

@@ -1,4 +1,4 @@
-"""Runs the trials of a sweep on this machine, one after the other, beside other workers of the same sweep.
+"""Run the trials of a sweep on this machine, one after the other, beside other workers of the same sweep.
 
     python -m lightning_peft.sweeps.local_worker SWEEP_DIR SLOT
 
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cluster.process import LEAVE, process, this_process
+from lightning_peft.sweeps.next_trial import claim_next, work_to_begin
 from lightning_peft.sweeps.sweep import RUNNING, Sweep, Trial, changed_sweep, read_sweep, refresh
-from lightning_peft.sweeps.turns import claim_next, work_to_begin
 from lightning_peft.threads import available_cores
 from lightning_peft.tracking.run_log import PRINTED
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 2.0
-"""How often a worker without a trial looks whether one may go on."""
+"""Time between two looks of a worker without a trial for whether one may go on."""
 GRACE_SECONDS = 30.0
-"""From asking a trial to leave until it is killed: time for a checkpoint."""
+"""Time from asking a trial to leave until it is killed, enough for a checkpoint."""
 
 
 def start_workers(folder: Path) -> None:
@@ -36,13 +36,13 @@ def start_workers(folder: Path) -> None:
         sweep.workers = [worker for worker in sweep.workers if worker.is_alive]
         for slot in range(len(sweep.workers), min(sweep.parallel or 1, work_to_begin(sweep))):
             command = [sys.executable, "-m", "lightning_peft.sweeps.local_worker", str(folder), str(slot)]
-            # Not subprocess, which takes a child that is left alone for a mistake.
+            # This is not subprocess, which takes a child that is left alone for a mistake.
             worker = os.posix_spawn(sys.executable, command, os.environ, file_actions=to_log(folder), setsid=True)
             sweep.workers.append(process(worker))
 
 
 def to_log(folder: Path) -> list[tuple[Any, ...]]:
-    """Nothing to read, and all that is printed at the end of the sweep's workers.txt."""
+    """Return what gives a process nothing to read, and all that it prints to the end of the sweep's workers.txt."""
     append = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     return [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -72,11 +72,10 @@ def work(folder: Path, slot: int) -> None:
 
 
 def claim(folder: Path) -> list[Trial]:
-    """The next trials, now begun by this process: of a pruned sweep those that were preempted, or that a rung lets on,
-    else those that nobody has begun.
+    """Begin trials by this process and return them: those preempted or let on by a rung, else those nobody has begun.
 
-    One, or as many as train together and share a base. Without any, and none to be drawn or to be waited for, this
-    process signs off, as it does where the sweep's budget is spent.
+    There is one, or as many as train together and share a base. Without any, and none to be drawn or to be waited for,
+    this process signs off, as it does where the sweep's budget is spent.
     """
     with changed_sweep(folder) as sweep:
         if sweep.rungs or sweep.budget_gpu_hours is not None:
@@ -91,18 +90,18 @@ def claim(folder: Path) -> list[Trial]:
 
 
 def others_run(sweep: Sweep) -> bool:
-    """Whether a trial of a pruned sweep runs that may let another on when it reaches its rung."""
+    """Return whether a trial of a pruned sweep runs that may let another on when it reaches its rung."""
     return bool(sweep.rungs) and any(trial.state == RUNNING for trial in sweep.trials)
 
 
 def is_awaited(folder: Path) -> bool:
-    """Whether this worker is to look again: it has not signed off, and nothing is left to be drawn."""
+    """Return whether this worker is to look again: it has not signed off, and nothing is left to be drawn."""
     sweep = read_sweep(folder)
     return this_process() in sweep.workers and bool(sweep.rungs) and len(sweep.trials) >= sweep.count
 
 
 def drew_another(folder: Path) -> bool:
-    """Have Optuna draw the next trial; False when the sweep is complete. In a process of its own: it needs Hydra."""
+    """Have Optuna draw the next trial, in a process of its own as it needs Hydra; return False for a complete sweep."""
     sweep = read_sweep(folder)
     if len(sweep.trials) >= sweep.count:
         return False
@@ -142,7 +141,7 @@ def run(trials: Sequence[Trial], folder: Path, slot: int) -> None:
 
 
 def share_of_machine(sweep: Sweep, slot: int) -> dict[str, str]:
-    """Environment that keeps a worker's trials to its part of the cores and GPUs."""
+    """Return the environment that keeps a worker's trials to its part of the cores and GPUs."""
     parallel = sweep.parallel or 1
     share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // parallel)))}
     devices = visible_devices()

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep are, and what is known there of them."""
+"""The place of a sweep's jobs, and what is known there of them."""
 
 from lightning_peft.cluster.job import Cluster, Job, own_task
 from lightning_peft.cluster.registry import CLUSTERS

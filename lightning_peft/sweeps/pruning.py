@@ -1,4 +1,4 @@
-"""Which trials of a pruned sweep go on: rungs are steps at which each trial validates, saves and pauses.
+"""The trials of a pruned sweep that go on: rungs are steps at which each trial validates, saves and pauses.
 
 A trial that stops at a rung is paused, not ended: its schedule spans the whole run, and once it is promoted it goes on
 from its checkpoint as if it had never stopped.
@@ -23,7 +23,7 @@ WARM_UP = 4
 
 
 def rung_steps(max_steps: int, reduction: int, min_steps: int | None) -> list[int]:
-    """Steps at which trials pause: from `min_steps`, each `reduction` times the one before, below `max_steps`.
+    """Return the steps where trials pause: from `min_steps`, each `reduction` times the one before, below `max_steps`.
 
     Without `min_steps` two of them come before the end. Raises ValueError where none does.
     """
@@ -41,7 +41,7 @@ def brackets(count: int, rungs: int, reduction: int, seed: int) -> list[int]:
     """Return for each of `count` trials how many of the first rungs it does not pause at, from 0 to `rungs`.
 
     Bracket b has s = rungs - b halvings, and of the trials a share of reduction^s / (s + 1): each bracket then takes
-    about as many steps as another (Li et al. 2018, algorithm 1). Which trial is in which is drawn.
+    about as many steps as another (Li et al. 2018, algorithm 1). Trials are drawn for the brackets.
     """
     halvings = range(rungs, -1, -1)
     weights = [reduction**s / (s + 1) for s in halvings]
@@ -63,13 +63,13 @@ def enter_brackets(sweep: Sweep, trials: Sequence[Trial]) -> None:
 
 
 def target(sweep: Sweep, trial: Trial) -> int | None:
-    """The step at which the trial's next start pauses; None for one that runs to the end."""
+    """Return the step at which the trial's next start pauses; None for one that runs to the end."""
     passed = trial.bracket + len(trial.rung_values)
     return sweep.rungs[passed] if passed < len(sweep.rungs) else None
 
 
 def may_go_on(sweep: Sweep, trial: Trial) -> bool:
-    """Whether a trial that is paused at a rung is among those that the rule lets on."""
+    """Return whether a trial that is paused at a rung is among those that the rule lets on."""
     values = [t.rung_values[len(trial.rung_values) - 1] for t in sweep.trials if has_passed(t, trial)]
     known = sorted(value for value in values if value is not None)
     value = trial.rung_values[-1]
@@ -77,7 +77,7 @@ def may_go_on(sweep: Sweep, trial: Trial) -> bool:
         return False
     if sweep.pruning == Pruning.median.name:
         return len(known) < WARM_UP or value <= statistics.median(known)
-    # Of equal values those that stand first in the sweep go on, so that no more than the share does.
+    # Among equal values those that stand first in the sweep go on, so that no more than the share does.
     share = len(known) // sweep.reduction
     rank = sum(other < value for other in known)
     before = [t for t in sweep.trials[: sweep.trials.index(trial)] if has_passed(t, trial)]
@@ -86,12 +86,12 @@ def may_go_on(sweep: Sweep, trial: Trial) -> bool:
 
 
 def has_passed(other: Trial, trial: Trial) -> bool:
-    """Whether another trial of the same bracket has a value at the rung at which `trial` is paused."""
+    """Return whether another trial of the same bracket has a value at the rung at which `trial` is paused."""
     return other.bracket == trial.bracket and len(other.rung_values) >= len(trial.rung_values)
 
 
 def paused_at_rung(sweep: Sweep) -> list[Trial]:
-    """The trials that stopped at a rung, the furthest first, and of those the best."""
+    """Return the trials that stopped at a rung, the furthest first, and of those the best."""
     paused = [trial for trial in sweep.trials if trial.state == PAUSED and trial.rung_values]
     return sorted(
         paused, key=lambda t: (-t.bracket - len(t.rung_values), t.rung_values[-1] is None, t.rung_values[-1] or 0.0)
@@ -99,7 +99,7 @@ def paused_at_rung(sweep: Sweep) -> list[Trial]:
 
 
 def promoted(sweep: Sweep) -> Trial | None:
-    """The trial to go on with, the furthest first; None where the rule lets none on.
+    """Return the trial to go on with, the furthest first; None where the rule lets none on.
 
     When nothing runs or waits and none has reached the end, the best of the furthest does: a sweep has a winner, and
     each of its brackets.
@@ -116,7 +116,7 @@ def promoted(sweep: Sweep) -> Trial | None:
 
 
 def preempted(sweep: Sweep) -> Trial | None:
-    """The first trial that was told to leave on its way to a rung, to be gone on with at once; None without one.
+    """Return the first trial that was told to leave on its way to a rung, to be gone on with at once; None without one.
 
     One that has come no further since it was last taken up is left to `sweep retry`.
     """
@@ -139,7 +139,7 @@ def begin_at_rung(sweep: Sweep, trial: Trial, folder: Path) -> None:
 
 
 def rungs_in_words(sweep: Sweep) -> str:
-    """As in "rungs: 9 trials reached step 4, 3 reached step 12, 1 reached the end"."""
+    """Return words as in "rungs: 9 trials reached step 4, 3 reached step 12, 1 reached the end"."""
     reached = [
         f"{sum(t.bracket <= number < t.bracket + len(t.rung_values) for t in sweep.trials)} reached step {step}"
         for number, step in enumerate(sweep.rungs)

@@ -1,4 +1,4 @@
-"""Which trials a sweep has: all combinations, random draws, or what Optuna asks for."""
+"""The trials of a sweep: all combinations, random draws, or what Optuna asks for."""
 
 import math
 import random
@@ -20,7 +20,7 @@ TOLD_REPEATS = 10
 
 
 class Search(Enum):
-    """How a sweep chooses its trials."""
+    """The ways to choose a sweep's trials."""
 
     grid = "grid"
     """Every combination."""
@@ -31,20 +31,20 @@ class Search(Enum):
 
 
 class Pruning(Enum):
-    """Which trials stop before their last step."""
+    """The rules by which trials stop before their last step."""
 
     none = "none"
     asha = "asha"
     """Asynchronous successive halving: at each rung the best one in `sweep.reduction` goes on."""
     median = "median"
-    """At each rung those go on that are no worse than the median there."""
+    """Trials go on at each rung that are no worse than the median there."""
     hyperband = "hyperband"
     """Several halvings as asha's side by side, each of which leaves out one rung more: what is slow to get good is
     stopped early by the first of them only (Li et al. 2018, arXiv:1603.06560)."""
 
 
 class SweepPlace(Enum):
-    """Where the trials of a sweep run."""
+    """The places where the trials of a sweep run."""
 
     slurm = "slurm"
     """A job array."""
@@ -57,23 +57,23 @@ class SweepPlace(Enum):
 
 
 WITH_TURNS = (SweepPlace.local, SweepPlace.slurm)
-"""Where a trial begins when the sweep says so."""
+"""Places where a trial begins when the sweep says so."""
 
 
 @dataclass
 class SweepConfig:
-    """Which trials a sweep has and how many run at once."""
+    """The trials of a sweep and the number that run at once."""
 
     search: Search = Search.grid
     """grid, random or optuna."""
     trials: int | None = None
-    """How many to draw; null for grid."""
+    """Number of trials to draw; null for grid."""
     metric: str = "validation_loss"
     """A number of result.json, or of its metrics, that is to be small; with a minus sign before it, large."""
     cluster: SweepPlace = SweepPlace.slurm
     """slurm, kubernetes, skypilot or local; written cluster=local on the command line."""
     seed: int = 0
-    """Of the draws; the training's is `seed`."""
+    """Seed of the draws; the training's is `seed`."""
     pruning: Pruning = Pruning.none
     """none, asha, median or hyperband: stop trials at rungs, where they pause with a checkpoint; with cluster=local or
     slurm."""
@@ -131,7 +131,7 @@ class Dimension:
 
     key: str
     choices: list[str]
-    """As typed; empty for an interval."""
+    """Values as typed; empty for an interval."""
     low: float = 0.0
     high: float = 0.0
     is_log: bool = False
@@ -139,7 +139,7 @@ class Dimension:
 
     @property
     def size(self) -> float:
-        """How many values there are; infinite for an interval of fractions."""
+        """Return the number of values; infinite for an interval of fractions."""
         if self.choices:
             return len({*self.choices})
         return self.high - self.low + 1 if self.is_int else math.inf
@@ -147,7 +147,7 @@ class Dimension:
     def draw(self, generator: random.Random) -> str:
         if self.choices:
             return generator.choice(self.choices)
-        # Of whole numbers each has the unit around it.
+        # Each whole number has the unit around it.
         low, high = (self.low - 0.5, self.high + 0.5) if self.is_int else (self.low, self.high)
         if self.is_log:
             low, high = math.log(low), math.log(high)
@@ -173,12 +173,12 @@ class Dimension:
 
 
 def combinations(dimensions: Sequence[Dimension]) -> float:
-    """How many different trials there are; infinite where a fraction is drawn."""
+    """Return how many different trials there are; infinite where a fraction is drawn."""
     return math.prod(dimension.size for dimension in dimensions)
 
 
 def dimension(override: Override) -> Dimension:
-    """Of one swept word, in Hydra's grammar. Raises ValueError for an interval that cannot be drawn from."""
+    """Return the dimension of one swept word, in Hydra's grammar. Raises ValueError for an interval without draws."""
     key = override.get_key_element()
     sweep = override.value()
     if not isinstance(sweep, IntervalSweep):
@@ -192,10 +192,10 @@ def dimension(override: Override) -> Dimension:
 
 
 def choices(override: Override) -> list[str]:
-    """The values of a swept word. Raises ValueError where it has none."""
+    """Return the values of a swept word. Raises ValueError where it has none."""
     try:
         values = list(override.sweep_string_iterator())
-    except ValueError as error:  # Python's, of range(0,2,0)
+    except ValueError as error:  # Python raises it for range(0,2,0)
         raise ValueError(f"{override.input_line}: {error}") from error
     if not values:
         raise ValueError(f"{override.input_line}: holds no value, so there is nothing to train")
@@ -203,7 +203,7 @@ def choices(override: Override) -> list[str]:
 
 
 def typed_choices(override: Override) -> list[str]:
-    """The values of a swept word, numbers as they were typed: Hydra writes 1e30 as 1e+30."""
+    """Return the values of a swept word, numbers as they were typed: Hydra writes 1e30 as 1e+30."""
     values = choices(override)
     text = (override.input_line or "").partition("=")[2]
     texts = text.removeprefix("choice(").removesuffix(")").split(",")
@@ -227,7 +227,7 @@ def random_trials(dimensions: Sequence[Dimension], count: int, seed: int) -> lis
     wanted, endless = min(count, combinations(dimensions)), combinations(dimensions) == math.inf
     drawn: dict[tuple[str, ...], None] = {}
     repeats = 0
-    # Of a finite set each comes up in the end; of an interval as narrow as two neighbouring floats no third does.
+    # Each value of a finite set comes up in the end; an interval as narrow as two neighbouring floats has no third.
     while len(drawn) < wanted and not (endless and repeats == MOST_REPEATS):
         words = tuple(f"{d.key}={d.draw(generator)}" for d in dimensions)
         repeats = repeats + 1 if words in drawn else 0
@@ -266,7 +266,7 @@ class OptunaStudy:
             if tuple(overrides) not in drawn:
                 return trial.number, overrides
             self.tell({trial.number: drawn[tuple(overrides)]})
-        # Of one draw more than there are trials one at least is new.
+        # One draw more than there are trials has at least one that is new.
         draws = random_trials(self.dimensions, len(drawn) + 1, self.seed)
         if (left := next((draw for draw in draws if tuple(draw) not in drawn), None)) is None:
             raise ValueError(f"sweep.search=optuna: all {len(drawn)} combinations of the swept values are drawn")
@@ -275,9 +275,9 @@ class OptunaStudy:
         return self.study.ask(distributions).number, left
 
     def tell(self, values: Mapping[int, float | None], pruned: Mapping[int, Mapping[int, float]] | None = None) -> None:
-        """Score (smaller is better) per number of a trial that ended, None where it has none; told once only.
+        """Tell the study the score (smaller is better) by number of each ended trial, None without one; once only.
 
-        `pruned` has what those that were stopped reached, step to score.
+        `pruned` has what the trials that were stopped reached, step to score.
         """
         running = {
             trial.number: trial._trial_id
@@ -310,7 +310,7 @@ class OptunaStudy:
 
 def import_optuna() -> Any:
     try:
-        # An optional extra.
+        # This is an optional extra.
         import optuna
     except ImportError as error:
         raise ValueError("sweep.search=optuna: not installed; pip install 'lightning-peft[optuna]'") from error

@@ -1,4 +1,4 @@
-"""What a sweep's trials say together: means over seeds, how sure they are, and which rank is worth its parameters."""
+"""The findings of all a sweep's trials: means over seeds, how sure they are, and which rank is worth its parameters."""
 
 import itertools
 import math
@@ -24,31 +24,31 @@ NEXT_SEEDS = ["0", "1", "2"]
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Trials that differ in their seed only."""
 
     values: dict[str, str]
     """Swept key to value, without the seed."""
     names: list[str]
-    """Of all its trials."""
+    """Names of all its trials."""
     scores: list[float]
     """The metric of those that finished with a finite number."""
     parameters: int | None
-    """Trained ones of a trial."""
+    """Trained parameters of a trial."""
 
     @property
     def mean(self) -> float:
-        """Of the scores; nan without any."""
+        """Return the mean of the scores; nan without any."""
         return statistics.fmean(self.scores) if self.scores else math.nan
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the scores (n - 1); None for fewer than two."""
+        """Return the standard deviation of the scores (n - 1); None for fewer than two."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The middle 95 % of the means of resampled scores; None for fewer than two."""
+        """Return the middle 95 % of the means of resampled scores; None for fewer than two."""
         return bounds(resampled_means(self.scores)) if len(self.scores) > 1 else None
 
     @property
@@ -70,8 +70,8 @@ def bounds(means: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def difference_interval(one: Group, other: Group) -> tuple[float, float] | None:
-    """The middle 95 % of the difference of the two means, resampled apart; None where one has fewer than two scores."""
+def difference_interval(one: SeedGroup, other: SeedGroup) -> tuple[float, float] | None:
+    """Return the middle 95 % of the difference of the two means, resampled apart; None with fewer than two scores."""
     if min(len(one.scores), len(other.scores)) < 2:
         return None
     means, others = resampled_means(one.scores), resampled_means(other.scores, seed=1)
@@ -80,8 +80,8 @@ def difference_interval(one: Group, other: Group) -> tuple[float, float] | None:
     return bounds(np.subtract.outer(means, others).ravel())
 
 
-def groups_of(sweep: Sweep) -> list[Group]:
-    """The trials by what they have in common beside the seed, in the order of the sweep."""
+def groups_of(sweep: Sweep) -> list[SeedGroup]:
+    """Return the trials by what they have in common beside the seed, in the order of the sweep."""
     found: dict[tuple[tuple[str, str], ...], list[Trial]] = {}
     for trial in sweep.trials:
         found.setdefault(tuple((key, value) for key, value in trial.values.items() if key != SEED), []).append(trial)
@@ -96,12 +96,12 @@ def groups_of(sweep: Sweep) -> list[Group]:
         scores = list(by_seed.values())
         counts = [(trial.result or {}).get("trainable_parameters") for trial in trials]
         parameters = next((count for count in counts if count is not None), None)
-        groups.append(Group(dict(values), [trial.name for trial in trials], scores, parameters))
+        groups.append(SeedGroup(dict(values), [trial.name for trial in trials], scores, parameters))
     return groups
 
 
-def best_first(groups: Sequence[Group], metric: str) -> list[Group]:
-    """The groups that have a score, the best mean first."""
+def best_first(groups: Sequence[SeedGroup], metric: str) -> list[SeedGroup]:
+    """Return the groups that have a score, the best mean first."""
     scored = [group for group in groups if group.scores]
     return sorted(scored, key=lambda group: group.mean, reverse=metric.startswith("-"))
 
@@ -111,23 +111,23 @@ def rank_key(sweep: Sweep) -> str | None:
 
 
 def rank_of(value: str) -> int | None:
-    """The number in 8 or r8; None where there is none."""
+    """Return the number in 8 or r8; None where there is none."""
     digits = value.removeprefix("r")
     return int(digits) if digits.isdecimal() else None
 
 
 def number_of(value: str) -> float | None:
-    """The number in 1e-3, 8 or r8; None where there is none."""
+    """Return the number in 1e-3, 8 or r8; None where there is none."""
     try:
         return float(value.removeprefix("r"))
     except ValueError:
         return None
 
 
-def best_of_ranks(sweep: Sweep) -> dict[int, Group]:
-    """For each rank, from the smallest, its best group: every other key, such as the learning rate, tuned for it."""
+def best_of_ranks(sweep: Sweep) -> dict[int, SeedGroup]:
+    """Return each rank's best group, the smallest rank first: every other key, as the learning rate, tuned for it."""
     key = rank_key(sweep)
-    found: dict[int, Group] = {}
+    found: dict[int, SeedGroup] = {}
     for group in best_first(groups_of(sweep), sweep.metric):
         rank = rank_of(group.values[key]) if key is not None else None
         if rank is not None:
@@ -135,14 +135,14 @@ def best_of_ranks(sweep: Sweep) -> dict[int, Group]:
     return dict(sorted(found.items()))
 
 
-def is_within_noise(group: Group, best: Group) -> bool | None:
-    """Whether the means may be equal; None where there are too few seeds to tell."""
+def is_within_noise(group: SeedGroup, best: SeedGroup) -> bool | None:
+    """Return whether the means may be equal; None where there are too few seeds to tell."""
     interval = difference_interval(group, best)
     return None if interval is None else interval[0] <= 0 <= interval[1]
 
 
-def choice_of(sweep: Sweep) -> Group | None:
-    """The group to go on with: of the smallest rank within noise of the best one, else the best."""
+def choice_of(sweep: Sweep) -> SeedGroup | None:
+    """Return the group to go on with: of the smallest rank within noise of the best one, else the best."""
     ordered = best_first(groups_of(sweep), sweep.metric)
     if not ordered:
         return None
@@ -152,12 +152,12 @@ def choice_of(sweep: Sweep) -> Group | None:
 
 
 def sentence(sweep: Sweep) -> str | None:
-    """What the sweep found, in one sentence with its figures; None before a trial has finished."""
+    """Return what the sweep found, in one sentence with its figures; None before a trial has finished."""
     ordered = best_first(groups_of(sweep), sweep.metric)
     if not ordered:
         return None
     ranks = best_of_ranks(sweep)
-    if len(ranks) < 2 or ordered[0] not in ranks.values():  # as rank=tapered, which is no number, may be best
+    if len(ranks) < 2 or ordered[0] not in ranks.values():  # rank=tapered, which is no number, may be best
         return setting_sentence(sweep, ordered)
     tuned = [key for key in sweep.swept_keys if key not in (*RANKS, SEED)]
     how = f"each at its best {', '.join(key.rpartition('.')[2] for key in tuned)}" if tuned else "none of them tuned"
@@ -196,13 +196,13 @@ def sentence(sweep: Sweep) -> str | None:
     ) + of_those_pruned(sweep, best, ranks[second])
 
 
-def ordered_mean(ranks: Mapping[int, Group], ordered: Sequence[Group]) -> float:
-    """The mean of the best of the ranks' groups, of which `ordered` has the best first."""
+def ordered_mean(ranks: Mapping[int, SeedGroup], ordered: Sequence[SeedGroup]) -> float:
+    """Return the mean of the best of the ranks' groups, of which `ordered` has the best first."""
     return min(ranks.values(), key=ordered.index).mean
 
 
-def setting_sentence(sweep: Sweep, ordered: Sequence[Group]) -> str:
-    """What is best where no ranks are compared, and what may be as good."""
+def setting_sentence(sweep: Sweep, ordered: Sequence[SeedGroup]) -> str:
+    """Return what is best where no ranks are compared, and what may be as good."""
     best, metric = ordered[0], sweep.metric.removeprefix("-")
     equal = [group.label for group in ordered if group.mean == best.mean]
     good = "is best" if len(equal) == 1 else "are equally good"
@@ -217,7 +217,7 @@ def setting_sentence(sweep: Sweep, ordered: Sequence[Group]) -> str:
     return said + of_those_pruned(sweep, best)
 
 
-def of_those_pruned(sweep: Sweep, *groups: Group) -> str:
+def of_those_pruned(sweep: Sweep, *groups: SeedGroup) -> str:
     """Say that a mean is of the trials that rungs let on, so better than of all; empty where none was stopped."""
     names = [name for group in groups for name in group.names]
     stopped = [trial for trial in sweep.trials if trial.name in names and trial.state == PAUSED and trial.rung_values]
@@ -226,13 +226,13 @@ def of_those_pruned(sweep: Sweep, *groups: Group) -> str:
     return f"; of these {len(names)} trials rungs stopped {len(stopped)}, so the means are of those that were ahead"
 
 
-def seeds_of(one: Group, other: Group) -> str:
+def seeds_of(one: SeedGroup, other: SeedGroup) -> str:
     counts = sorted({len(one.scores), len(other.scores)})
     return " and ".join(map(str, counts))
 
 
-def share_of_parameters(group: Group, reference: Group) -> str:
-    """As in " at an eighth of the parameters"; empty where a number is not known."""
+def share_of_parameters(group: SeedGroup, reference: SeedGroup) -> str:
+    """Return words as in " at an eighth of the parameters"; empty where a number is not known."""
     if not group.parameters or not reference.parameters:
         return ""
     share = group.parameters / reference.parameters
@@ -241,14 +241,14 @@ def share_of_parameters(group: Group, reference: Group) -> str:
 
 
 def next_command(sweep: Sweep, folder: str) -> str | None:
-    """The sweep, or the training, that would tell most now; None before a trial has finished."""
+    """Return the sweep, or the training, that would tell most now; None before a trial has finished."""
     choice = choice_of(sweep)
     if choice is None:
         return None
     ranks = best_of_ranks(sweep)
     ordered = best_first(groups_of(sweep), sweep.metric)
     kept = list(ranks.values()) if ordered[0] in ranks.values() else [ordered[0], *(ranks.values() or ordered[1:2])]
-    # Noise first: without it no difference means anything. Seeds that came to no number would do so again.
+    # Noise comes first: without it no difference means anything. Seeds that came to no number would do so again.
     if any(len(group.scores) < 2 and len(group.names) < 2 for group in kept):
         words = {key: list(dict.fromkeys(group.values[key] for group in kept)) for key in choice.values}
         return command(sweep, words | {SEED: NEXT_SEEDS}, folder)
@@ -278,7 +278,7 @@ def beyond_edge(sweep: Sweep, key: str, value: str) -> list[str]:
 
 
 def command(sweep: Sweep, words: Mapping[str, Sequence[str]], folder: str) -> str:
-    """A command line: submit -m where a key has several values, else train with the values and one seed."""
+    """Return a command line: submit -m where a key has several values, else train with the values and one seed."""
     is_sweep = any(len(values) > 1 for values in words.values())
     typed = [word for word in sweep.words if not (sweep.rungs and word.startswith("validation.at_steps="))]
     typed = [*typed, *(f"{key}={','.join(values)}" for key, values in words.items())]

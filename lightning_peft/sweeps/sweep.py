@@ -32,9 +32,9 @@ CHANGE_LOCK = ".lock"
 WAIT_IS_SAID_AFTER = 5.0
 """Seconds of waiting for somebody else's change until the log says whose."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What `flock` raises on a file system without locks, as Lustre is where it was mounted so."""
+"""Errors that `flock` raises on a file system without locks, as Lustre is where it was mounted so."""
 SECONDS_TO_CHANGE = 600.0
-"""More than any change of a sweep takes, with a cluster that does not answer."""
+"""Time above that of any change of a sweep, with a cluster that does not answer."""
 
 WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED = (
     "waiting", "running", "finished", "failed", "lost", "preempted", "interrupted", "paused", "diverged", "cancelled",
@@ -43,7 +43,7 @@ RESULT_NUMBERS = (
     "validation_loss", "train_loss", "steps", "trainable_parameters", "total_parameters", "tokens_per_second",
     "peak_memory_gib", "seconds",
 )  # fmt: skip
-"""What `result.json` of a finished run says in numbers."""
+"""Numbers that `result.json` of a finished run holds."""
 LOCAL = "local"
 """`cluster` of a sweep of this machine's processes."""
 HYDRA = "hydra"
@@ -66,9 +66,9 @@ class Trial:
     attempts: int = 0
     """Starts by a worker, or submissions to the queue."""
     is_waiting: bool = True
-    """Whether no worker has begun it since it was submitted or retried."""
+    """True where no worker has begun it since it was submitted or retried."""
     exit_code: int | None = None
-    """Of the last attempt; null while it runs and where nobody was left to see it."""
+    """Exit status of the last attempt; null while it runs and where nobody was left to see it."""
     result: dict[str, Any] | None = None
     """Its result.json."""
     process: Process | None = None
@@ -80,7 +80,7 @@ class Trial:
     other_words: list[str] = field(default_factory=list)
     """Words of its last start that the sweep's others may not have, "without WORD" for one of theirs that it lacks."""
     base: str | None = None
-    """What it shares with trials of the same word that train together; null for one that trains by itself."""
+    """Word of the base that it shares with the trials it trains together with; null for one that trains by itself."""
     resumed_at: int | None = None
     """Step at which it was preempted when a worker last took it up again by itself."""
     rung_values: list[float | None] = field(default_factory=list)
@@ -90,18 +90,18 @@ class Trial:
     spent_hours: float = 0.0
     """Device hours of the attempts before the last one."""
     counted_seconds: float | None = None
-    """Of the result that was last added to them, which stands there until the next start trains."""
+    """Seconds of the result that was last added to them, which stands there until the next start trains."""
 
     @property
     def values(self) -> dict[str, str]:
-        """Swept key to value."""
+        """Return the value of each swept key."""
         pairs = (word.partition("=") for word in self.overrides)
         return {key.lstrip("+"): value for key, _, value in pairs}
 
 
 @dataclass
 class Sweep:
-    """What `sweep.json` holds."""
+    """The content of `sweep.json`."""
 
     words: list[str]
     """The overrides that all trials share."""
@@ -114,13 +114,13 @@ class Sweep:
     search: str = "grid"
     pruning: str = "none"
     reduction: int = 3
-    """Of asha's trials one in so many goes on from a rung."""
+    """Divisor of asha's trials: one in so many goes on from a rung."""
     rungs: list[int] = field(default_factory=list)
     """Steps at which trials pause; empty without pruning."""
     budget_gpu_hours: float | None = None
     """Device hours after which nothing begins any more; null for no limit."""
     is_spent: bool = False
-    """Whether the workers left because of that."""
+    """True where the workers left because of that limit."""
     count: int = 0
     """Trials in all, of which optuna's are not drawn yet."""
     seed: int = 0
@@ -128,12 +128,12 @@ class Sweep:
     together: int = 1
     """Trials that share one process."""
     folder: str | None = None
-    """Where this file was written: a copy of the folder has no processes and no jobs."""
+    """Folder where this file was written: a copy of the folder has no processes and no jobs."""
     directory: str = "."
-    """Where the sweep was submitted: relative paths of its words start there."""
+    """Directory where the sweep was submitted: relative paths of its words start there."""
     trials: list[Trial] = field(default_factory=list)
     workers: list[Process] = field(default_factory=list)
-    """On this machine."""
+    """Processes on this machine."""
     arrays: list[str] = field(default_factory=list)
     """The cluster's ids of the jobs, each with several tasks."""
 
@@ -156,13 +156,13 @@ class Sweep:
         self.workers = workers
 
     def other_machines(self) -> str:
-        """Where processes of this sweep run that cannot be seen from here; empty where there are none."""
+        """Return where processes of this sweep run that cannot be seen from here; empty where there are none."""
         running = [trial.process for trial in self.trials if trial.process is not None and trial.state not in ENDED]
         return ", ".join(sorted({process.host for process in [*running, *self.workers] if not process.is_here}))
 
     @property
     def has_slots(self) -> bool:
-        """Whether tasks of a job array run one trial after the other, as workers of this machine do."""
+        """Return whether tasks of a job array run one trial after the other, as workers of this machine do."""
         return self.cluster not in (LOCAL, HYDRA) and (self.pruning != "none" or self.budget_gpu_hours is not None)
 
     @property
@@ -171,7 +171,7 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Raises ValueError when there is no sweep."""
+    """Read the sweep of a folder. Raises ValueError when there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder}: holds no {MANIFEST}; name the folder given as sweep_dir to submit -m")
@@ -211,7 +211,7 @@ def write_sweep(sweep: Sweep, folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, nobody else changes the sweep. The lock goes with the process that holds it.
+    """Keep everybody else from changing the sweep, inside the block. The lock goes with the process that holds it.
 
     On a file system without locks a file that only one can make stands for it. One that is left behind counts no longer
     once its process, of this machine, is gone, or it has been waited for for SECONDS_TO_CHANGE.
@@ -302,7 +302,7 @@ def may_be_changed(folder: Path) -> bool:
 
 @contextmanager
 def changed_sweep(folder: Path) -> Iterator[Sweep]:
-    """The sweep, to be changed; written when the block ends without an exception."""
+    """Yield the sweep, to be changed; it is written when the block ends without an exception."""
     if not (folder / MANIFEST).is_file():
         read_sweep(folder)
     with locked(folder):
@@ -314,7 +314,7 @@ def changed_sweep(folder: Path) -> Iterator[Sweep]:
 def begin(trial: Trial, folder: Path) -> None:
     """Count an attempt and drop what the last one left behind as its end.
 
-    What it was asked and did not live to do goes too.
+    Requests that the last attempt did not live to fulfil go too.
     """
     trial.attempts += 1
     trial.is_waiting = False
@@ -367,12 +367,12 @@ def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:
         return str(status)
     if trial.is_waiting and has_worker:
         return WAITING
-    # No result: a batch script may end well all the same, so COMPLETED and an exit status of 0 say nothing.
+    # There is no result: a batch script may end well all the same, so COMPLETED and an exit status of 0 say nothing.
     return FAILED if trial.exit_code or (job is not None and job.state != "COMPLETED") else LOST
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """What `result.json` holds; None when the run has not ended by itself."""
+    """Return what `result.json` holds; None when the run has not ended by itself."""
     path = run_dir / "result.json"
     try:
         result = read_object(path, "taken for a run that did not live to write it")
@@ -387,7 +387,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 
 def is_of_a_run(result: Mapping[str, Any]) -> bool:
-    """Whether a result is one that a run writes, as a hand that edits the file may not leave it."""
+    """Return whether a result is one that a run writes, as a hand that edits the file may not leave it."""
     numbers = [result.get(name) for name in (*RESULT_NUMBERS, "device_hours", "rollbacks", "lr_factor")]
     is_left_midway = result.get("status") in (PREEMPTED, PAUSED)
     return (
@@ -402,12 +402,12 @@ def hours_of(result: Mapping[str, Any] | None) -> float:
     """Return the device hours of the start that a result is of; 0 without one."""
     if result is None:
         return 0.0
-    hours = result.get("device_hours")  # written since there are budgets
+    hours = result.get("device_hours")  # it is written since there are budgets
     return float((result.get("seconds") or 0.0) / 3600 if hours is None else hours)
 
 
 def score(sweep: Sweep, trial: Trial) -> float | None:
-    """The sweep's metric so that smaller is better; None for a trial that did not finish or has no such number."""
+    """Return the sweep's metric, so that smaller is better; None for a trial not finished or without such a number."""
     if trial.state != FINISHED:
         return None
     value = metric_value(trial.result, sweep.metric.removeprefix("-"))
@@ -415,7 +415,7 @@ def score(sweep: Sweep, trial: Trial) -> float | None:
 
 
 def metric_value(result: Mapping[str, Any] | None, metric: str) -> float | None:
-    """A number of a result, of its `metrics` where it is not found beside them; None for one that is not finite."""
+    """Return a number of a result, of its `metrics` where it is not found beside them; None where it is not finite."""
     if result is None:
         return None
     value = result.get(metric, result.get("metrics", {}).get(metric))

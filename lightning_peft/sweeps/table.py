@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_peft.readable import natural_order
-from lightning_peft.sweeps.statistics import SEED, Group, best_first, groups_of
+from lightning_peft.sweeps.statistics import SEED, SeedGroup, best_first, groups_of
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, Trial, hours_of, score
 
 RESULT_COLUMNS = (
     "steps", "train_loss", "validation_loss", "trainable_parameters", "tokens_per_second", "peak_memory_gib", "seconds",
 )  # fmt: skip
 OVER_SEEDS = ("mean", "spread", "low", "high")
-"""What the columns of a metric over seeds end with."""
+"""Endings of the columns of a metric over seeds."""
 CELL_WIDTH, CELL_HEIGHT, MARGIN = 92, 40, 96
 LIGHT, DARK = (253, 231, 37), (59, 82, 139)
 """Colours of the worst and the best value."""
@@ -29,11 +29,11 @@ def short_name(key: str) -> str:
 
 
 def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
-    """A row a trial: name, swept values, state, attempts, exit code, results. `sort` is a column, -column descends.
+    """Return a row for each trial: name, swept values, state, attempts, exit code, results.
 
-    Trials that have nothing in that column, or no finite number, come last. By a result, those that have finished come
-    first. A swept key goes by its last part where no other column is called so. Where seeds are swept, each row has
-    mean, spread and interval over those of its group.
+    `sort` is a column, -column descends; trials that have nothing in it, or no finite number, come last. By a result,
+    those that have finished come first. A swept key goes by its last part where no other column is called so. Where
+    seeds are swept, each row has mean, spread and interval over those of its group.
     """
     names = column_names(sweep)
     over_seeds = seed_columns(sweep)
@@ -60,14 +60,14 @@ def table_rows(sweep: Sweep, sort: str) -> list[dict[str, Any]]:
 
 
 def seconds_of(trial: Trial) -> float | None:
-    """The time that a trial took over all its starts: its result has that of the last one."""
+    """Return the time that a trial took over all its starts: its result has that of the last one."""
     seconds = (trial.result or {}).get("seconds")
     hours = hours_of(trial.result)
     return seconds * (1 + trial.spent_hours / hours) if seconds is not None and hours else seconds
 
 
 def seed_columns(sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """Trial to what its group says of the sweep's metric; empty where no seed is swept."""
+    """Return, by trial, what its group says of the sweep's metric; empty where no seed is swept."""
     if SEED not in sweep.swept_keys:
         return {}
     metric = sweep.metric.removeprefix("-")
@@ -87,7 +87,7 @@ def metric_names(sweep: Sweep) -> list[str]:
 
 
 def column_names(sweep: Sweep) -> dict[str, str]:
-    """Swept key to column."""
+    """Return the column of each swept key."""
     short = Counter(short_name(key) for key in sweep.swept_keys)
     taken = {"trial", "state", "attempts", "exit_code", *RESULT_COLUMNS, *metric_names(sweep)}
     free = {key: key if key not in taken else f"swept {key}" for key in sweep.swept_keys}
@@ -115,7 +115,7 @@ def sort_key(value: Any) -> tuple[bool, Any]:
 
 
 def best_trial(sweep: Sweep) -> tuple[str, float] | None:
-    """(name, value) of the finished trial whose metric is best; None while there is none."""
+    """Return (name, value) of the finished trial whose metric is best; None while there is none."""
     scores = [(value, trial.name) for trial in sweep.trials if (value := score(sweep, trial)) is not None]
     if not scores:
         return None
@@ -132,7 +132,7 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def json_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Strict JSON: a number that is not finite is null."""
+    """Return strict JSON: a number that is not finite is null."""
     finite = [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         for row in rows
@@ -157,7 +157,7 @@ class HeatMap:
 
 
 def heat_map(sweep: Sweep) -> HeatMap | None:
-    """Over rank and alpha where both are swept, else over the first two keys beside the seed; None with fewer."""
+    """Return the map over rank and alpha where both are swept, else over the first two keys but the seed; else None."""
     keys = [key for key in sweep.swept_keys if key != SEED]
     keys = sorted(keys, key=lambda key: key not in ("adapter.rank", "adapter.alpha"))
     keys, others = keys[:2], keys[2:]
@@ -168,7 +168,7 @@ def heat_map(sweep: Sweep) -> HeatMap | None:
         sorted({number_or_text(trial.values[key]) for trial in sweep.trials}, key=sort_key) for key in keys
     ]
 
-    def place(group: Group) -> tuple[Any, Any]:
+    def place(group: SeedGroup) -> tuple[Any, Any]:
         return number_or_text(group.values[keys[0]]), number_or_text(group.values[keys[1]])
 
     ordered = best_first(groups_of(sweep), sweep.metric)
@@ -186,7 +186,7 @@ def heat_map(sweep: Sweep) -> HeatMap | None:
 
 
 def svg_text(map: HeatMap) -> str:
-    """A picture for a browser or a README: rows and columns labelled, every cell with its value."""
+    """Return a picture for a browser or a README: rows and columns labelled, every cell with its value."""
     values = map.cells.values()
     low, high = (min(values), max(values)) if values else (0.0, 0.0)
     width = MARGIN + CELL_WIDTH * len(map.columns) + 12
@@ -225,13 +225,13 @@ def label(x: float, y: float, text: Any, ink: str = "black") -> str:
 
 
 def colours(goodness: float) -> tuple[str, str]:
-    """(fill, ink) between LIGHT at 0 and DARK at 1."""
+    """Return (fill, ink) between LIGHT at 0 and DARK at 1."""
     mixed = [round(a + (b - a) * goodness) for a, b in zip(LIGHT, DARK, strict=True)]
     return "#{:02x}{:02x}{:02x}".format(*mixed), "white" if goodness > 0.5 else "black"
 
 
 def html_text(rows: Sequence[dict[str, Any]], picture: str | None) -> str:
-    """A page with the table and, where there is one, the heat map."""
+    """Return a page with the table and, where there is one, the heat map."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(

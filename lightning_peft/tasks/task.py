@@ -1,10 +1,10 @@
-"""What a task says about itself: its own rows, the metric of its answers, how they are made and shown."""
+"""A task's description of itself: its own rows, the metric of its answers, how they are made and shown."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-Row = dict[str, Any]
+TaskRow = dict[str, Any]
 
 
 def share(hits: list[bool]) -> float:
@@ -12,8 +12,8 @@ def share(hits: list[bool]) -> float:
     return sum(hits) / len(hits)
 
 
-def score_nothing(rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """No metric besides the loss."""
+def score_nothing(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
+    """Return no metric besides the loss."""
     return {}
 
 
@@ -21,11 +21,11 @@ def score_nothing(rows: list[Row], answers: list[str]) -> dict[str, float]:
 class OwnRows:
     """Rows that a task makes or brings itself, taken by `data.source` of its name."""
 
-    make: Callable[[str, int, int | None, str], Iterable[Row]]
-    """Gives the rows of a split (train, validation or test) for `data.split_seed`, so many of them or the task's own
-    number where none is asked for, of a kind of `data.rows`: answers, pairs or labelled."""
+    make: Callable[[str, int, int | None, str], Iterable[TaskRow]]
+    """Function that gives the rows of a split (train, validation or test) for `data.split_seed`, so many of them or the
+    task's own number where none is asked for, of a kind of `data.rows`: answers, pairs or labelled."""
     version: Callable[[], Any] = lambda: None
-    """What decides the rows beside these arguments and the project's own code, fit for JSON."""
+    """Values that decide the rows beside these arguments and the project's own code, fit for JSON."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Sample:
     prompt: str
     expected: str
     answers: dict[str, tuple[str, bool | None]]
-    """For each model what it answered and whether that is right; None where nothing is judged."""
+    """Each model's answer and whether it is right; None where nothing is judged."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """How the answers of a data set are made and scored; rows need `prompt`, `completion`, and what `score` reads."""
+    """The making and scoring of a data set's answers; rows need `prompt`, `completion`, and what `score` reads."""
 
     name: str
-    score: Callable[[list[Row], list[str]], dict[str, float]]
+    score: Callable[[list[TaskRow], list[str]], dict[str, float]]
     headline: str | None
     """The metric of `score` that sums it up; None where there is only the loss."""
     max_new_tokens: int
@@ -57,12 +57,12 @@ class Task:
     num_rows: int = 200
     """Rows scored by default."""
     metrics: tuple[str, ...] = ()
-    """What `score` returns; where it is left out, the headline alone is known before rows are scored."""
+    """Names of what `score` returns; where it is left out, the headline alone is known before rows are scored."""
     small_is_good: tuple[str, ...] = ()
-    """Those of the metrics that are to be small; of the others a large one is good."""
+    """Metrics that are to be small; of the others a large one is good."""
     is_mean_of_rows: bool = False
-    """Whether each metric of `score` is the mean of its values on single rows, over the rows that have it; then a row
-    is scored once, where its own values are wanted too."""
+    """True where each metric of `score` is the mean of its values on single rows, over the rows that have it; then a
+    row is scored once, where its own values are wanted too."""
     columns: tuple[str, ...] = ()
     """Columns that `score` reads beside `prompt` and `completion`."""
     own_rows: OwnRows | None = None
@@ -70,25 +70,25 @@ class Task:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of the metrics as far as they are known without rows."""
+        """Return the names of the metrics as far as they are known without rows."""
         return self.metrics or (() if self.headline is None else (self.headline,))
 
-    def few_shot(self, train_rows: list[Row]) -> list[Row]:
-        """The first `num_shots` training rows, each of another value of `spread_shots_by` as far as there are any."""
+    def few_shot(self, train_rows: list[TaskRow]) -> list[TaskRow]:
+        """Return the first `num_shots` training rows, each of another value of `spread_shots_by` as far as possible."""
         if self.spread_shots_by is None:
             return train_rows[: self.num_shots]
-        first_of_value: dict[Any, Row] = {}
+        first_of_value: dict[Any, TaskRow] = {}
         for row in train_rows:
             first_of_value.setdefault(row[self.spread_shots_by], row)
         spread = list(first_of_value.values())[: self.num_shots]
         return (spread + [row for row in train_rows if row not in spread])[: self.num_shots]
 
-    def is_right(self, row: Row, answer: str) -> bool | None:
-        """Whether one answer counts; None where there is only the loss."""
+    def is_right(self, row: TaskRow, answer: str) -> bool | None:
+        """Return whether one answer counts; None where there is only the loss."""
         return None if self.headline is None else self.score([row], [answer])[self.headline] == 1.0
 
-    def samples(self, rows: list[Row], answers: dict[str, list[str]], count: int) -> list[Sample]:
-        """`count` rows evenly spaced over `rows`; `answers` has one list a model, one answer a row."""
+    def samples(self, rows: list[TaskRow], answers: dict[str, list[str]], count: int) -> list[Sample]:
+        """Return `count` samples evenly spaced over `rows`; `answers` has one list a model, one answer a row."""
         count = min(count, len(rows))
         chosen = [index * len(rows) // count for index in range(count)]
         return [

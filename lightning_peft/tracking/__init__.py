@@ -1,1 +1,1 @@
-"""What a run writes down while it trains: metrics.csv, and the services that show it."""
+"""The records a run writes while it trains: metrics.csv, and the services that show it."""

@@ -1,4 +1,4 @@
-"""What stands in a cell of metrics.csv, which a run may be writing while it is read."""
+"""The content of a cell of metrics.csv, which a run may be writing while it is read."""
 
 import math
 

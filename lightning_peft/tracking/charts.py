@@ -1,4 +1,4 @@
-"""Under which names services show what a run logs: train/..., validation/..., and the result as a summary."""
+"""The names under which services show what a run logs: train/..., validation/..., and the result as a summary."""
 
 import csv
 import re
@@ -17,9 +17,9 @@ CONSTANTS = ("trainable_parameters", "rank", "alpha")
 SUMMARIZED = (
     "steps", "trainable_parameters", "total_parameters", "tokens_per_second", "peak_memory_gib", "seconds", "data",
 )  # fmt: skip
-"""What the summary takes from `result.json` as it stands there."""
+"""Keys that the summary takes from `result.json` as they stand there."""
 SWEEP_FILES = ("sweep.json", "multirun.yaml")
-"""What marks the folder above a run folder as that of a sweep: ours, and Hydra's."""
+"""Files that mark the folder above a run folder as that of a sweep: ours, and Hydra's."""
 
 
 HEALTH = "health/"
@@ -27,9 +27,9 @@ HEALTH = "health/"
 
 
 def charts(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row under the names of W&B's charts: train/loss, validation/loss, validation/METRIC.
+    """Return the columns of a row under the names of W&B's charts: train/loss, validation/loss, validation/METRIC.
 
-    What stands in a row beside a validation loss was taken with it.
+    Values in a row beside a validation loss were taken with it.
     """
     is_validation = "validation_loss" in metrics
     named = {key: value for key, value in metrics.items() if key not in CONSTANTS}
@@ -39,12 +39,12 @@ def charts(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def validation_chart(name: str) -> str:
-    """The chart of what a validation gave: validation/loss, validation/loss/SOURCE, validation/METRIC."""
+    """Return the chart of what a validation gave: validation/loss, validation/loss/SOURCE, validation/METRIC."""
     return "validation/" + re.sub(r"^validation_loss(?=/|$)", "loss", name)
 
 
 def sweep_name(run_dir: Path) -> str | None:
-    """Name of the sweep folder a run folder stands in; None outside a sweep."""
+    """Return the name of the sweep folder a run folder stands in; None outside a sweep."""
     parent = run_dir.resolve().parent
     return parent.name if any((parent / name).exists() for name in SWEEP_FILES) else None
 
@@ -52,7 +52,7 @@ def sweep_name(run_dir: Path) -> str | None:
 def summary_of(run_dir: Path) -> dict[str, Any]:
     """Return what `result.json` says beside the last values of the charts; empty where there is none.
 
-    Of what validations gave, the smallest and the largest value over all starts of the run, as validation/loss.min.
+    It has the smallest and the largest value of each validation chart over all starts, as validation/loss.min.
     """
     path = run_dir / "result.json"
     if not path.exists():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, MetricsRow, ServiceRun, flat
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ QUIET: dict[str, Any] = {
     "auto_metric_logging": False,
     "auto_log_co2": False,
 }
-"""What Comet would find out by itself beside what the run logs."""
+"""Options for what Comet would find out by itself beside what the run logs."""
 
 
 REPORTS_OF_ITSELF = "COMET_INTERNAL_SENTRY_DSN"
@@ -29,7 +29,7 @@ wait for it at its end."""
 
 
 class CometRun(ServiceRun):
-    """Online where there is a key, else into `<run_dir>/comet`, for `comet upload` later.
+    """A run logged online where there is a key, else into `<run_dir>/comet`, for `comet upload` later.
 
     Every start of a folder goes on in one experiment; of an offline one each start leaves an archive, to be uploaded in
     their order.
@@ -56,8 +56,8 @@ class CometRun(ServiceRun):
 
     def open(self, id: str, is_new: bool) -> str:
         os.environ.setdefault(REPORTS_OF_ITSELF, "")
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each try; the last one is ours
-        # An optional extra, and seconds to import.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each try says a line; we say the last
+        # The package is an optional extra, and takes seconds to import.
         import comet_ml
 
         is_online = bool(comet_ml.config.get_config("comet.api_key"))
@@ -77,7 +77,7 @@ class CometRun(ServiceRun):
         )
         return id
 
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[MetricsRow]) -> None:
         for step, values in rows:
             self.experiment.log_metrics(values, step=step)
 

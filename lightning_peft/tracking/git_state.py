@@ -7,13 +7,13 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 SECONDS = 10.0
-"""How long git may take: the files of a large checkout on a network are many."""
+"""Time that git may take: the files of a large checkout on a network are many."""
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Return commit, branch, remote (null without one) and whether tracked files differ from the commit.
 
-    None outside of a checkout, without a commit, and where git is not installed or does not answer.
+    The result is None outside of a checkout, without a commit, and where git is not installed or does not answer.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -36,7 +36,7 @@ def without_credentials(remote: str) -> str:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    # It reads alone: without the lock a git command beside it is not disturbed.
+    # git only reads here: without the lock a git command beside it is not disturbed.
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What every logger of a run shares: one folder, one rank, and failures that never reach the training."""
+"""The behaviour that all loggers of a run share: one folder, one rank, and failures that never reach the training."""
 
 import functools
 import importlib.util
@@ -34,7 +34,7 @@ class RunLogger(Logger):
 
     @classmethod
     def check_installed(cls) -> None:
-        """Raise ValueError with the extra to install where the package is not there. Imports nothing."""
+        """Raise ValueError with the extra to install where the package is not there, without importing it."""
         if cls.needs is not None and importlib.util.find_spec(cls.needs[1]) is None:
             extra = cls.needs[0]
             raise ValueError(f"logger={extra}: not installed; pip install 'lightning-peft[{extra}]'")
@@ -53,17 +53,17 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The resolved config of the run, nested plain values."""
+        """Log the resolved config of the run, nested plain values."""
         self._try(self.write_config, dict(vars(params) if isinstance(params, Namespace) else params))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Scalars after `step` optimiser steps."""
+        """Log scalars after `step` optimiser steps."""
         self._try(self.write_metrics, metrics, step or 0)
 
     @rank_zero_only
     def log_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None:
-        """Prompts and answers, a row each."""
+        """Log prompts and answers, a row each."""
         if self.failed or self.samples_failed:
             return
         try:
@@ -74,12 +74,12 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def start_at(self, step: int) -> None:
-        """The run starts, or goes on, after so many optimiser steps."""
+        """Note that the run starts, or goes on, after so many optimiser steps."""
         self._try(self.begin, step)
 
     @rank_zero_only
     def close(self, status: str, adapter: Path) -> None:
-        """The run ended as `status`: finished, failed, or a status of `training/preemption.py`.
+        """Note that the run ended as `status`: finished, failed, or a status of `training/preemption.py`.
 
         `adapter` is its adapter folder if it finished.
         """
@@ -87,7 +87,7 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_alert(self, title: str, text: str) -> None:
-        """Something a person should look at."""
+        """Log something a person should look at."""
         self._try(self.write_alert, title, text)
 
     def write_config(self, config: dict[str, Any]) -> None: ...
@@ -119,7 +119,7 @@ class RunLogger(Logger):
 
 
 ASKED_OF_LOGGERS = ("log_hyperparams", "log_metrics", "log_graph", "save", "finalize", "after_save_checkpoint")
-"""What Lightning and this package call of any logger."""
+"""Methods that Lightning and this package call of any logger."""
 
 
 def failing_alone(given: Logger, key: str) -> Logger:
@@ -160,7 +160,7 @@ class TensorBoard(RunLogger):
 
     def __init__(self, run_dir: str):
         super().__init__(run_dir)
-        # An optional extra.
+        # The package is an optional extra.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer_class = SummaryWriter
@@ -172,7 +172,7 @@ class TensorBoard(RunLogger):
 
     @property
     def writer(self) -> Any:
-        """Made at the first use: only rank zero may write the file."""
+        """Return the writer, made at the first use: only rank zero may write the file."""
         if self._writer is None:
             self._writer = self._writer_class(str(self.run_dir / "tensorboard"))
         return self._writer

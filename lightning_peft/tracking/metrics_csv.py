@@ -29,7 +29,7 @@ class MetricsCSV(RunLogger):
         self.columns: list[str] = []
         self.waiting: list[dict[str, Any]] = []
         self.is_behind = False
-        """Whether rows that were to be written before wait."""
+        """True while rows that were to be written before wait."""
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class MetricsCSV(RunLogger):
             self.rewrite(columns, [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step])
 
     def read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """(columns, rows) of the file as it stands."""
+        """Return (columns, rows) of the file as it stands."""
         if not self.path.exists():
             return list(COLUMNS), []
         with self.path.open(newline="", encoding="utf-8", errors="replace") as file:  # a crash may leave anything

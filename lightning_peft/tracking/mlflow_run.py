@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, MetricsRow, ServiceRun, flat
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""How long a server that does not answer is waited for, where these variables do not say it. MLflow's own seven
-tries of two minutes would hold a training up for a quarter of an hour."""
+"""Retries and seconds for a server that does not answer, where these variables are not set. MLflow's own seven tries of
+two minutes would hold a training up for a quarter of an hour."""
 MOST_PARAMETERS = 100
 """MLflow takes no more in a request."""
 MOST_CHARACTERS = 500
-"""Of a parameter's value that every server takes."""
+"""Length of a parameter's value that every server takes."""
 ENDS = {"finished": "FINISHED", "failed": "FAILED", "diverged": "FAILED"}
 """MLflow's words for how a run ended; all others are left to be gone on with."""
 
@@ -51,11 +51,11 @@ class MLflowRun(ServiceRun):
     def open(self, id: str, is_new: bool) -> str:
         for variable, value in PATIENCE.items():
             os.environ.setdefault(variable, value)
-        # An optional extra, and seconds to import.
+        # The package is an optional extra, and takes seconds to import.
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each try; the last one is ours
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each try says a line; we say the last
         self.client = MlflowClient(self.tracking_uri)
         if not is_new:
             self.client.update_run(id, status="RUNNING")
@@ -74,12 +74,12 @@ class MLflowRun(ServiceRun):
         run = self.client.create_run(experiment_id, tags=tags, run_name=self.run_name)
         return str(run.info.run_id)
 
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[MetricsRow]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         metrics = [Metric(key, float(value), now, step) for step, values in rows for key, value in values.items()]
-        for start in range(0, len(metrics), 1000):  # what MLflow takes in a request
+        for start in range(0, len(metrics), 1000):  # MLflow takes so many in a request
             self.client.log_batch(self.id, metrics=metrics[start : start + 1000])
 
     def send_config(self, config: dict[str, Any]) -> None:

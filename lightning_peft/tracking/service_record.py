@@ -1,4 +1,4 @@
-"""What a run folder remembers of its runs in tracking services, `SERVICE_run.json`; readable without their packages."""
+"""A run folder's memory of its runs in tracking services, `SERVICE_run.json`; readable without their packages."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def write_record(run_dir: Path, record: dict[str, Any], service: str) -> None:
 
 
 def forget_steps(run_dir: Path, behind: int = 0) -> None:
-    """For a folder that is trained in from an earlier step again: nothing behind it counts as written."""
+    """Forget steps of a folder that is trained in from an earlier one again: nothing behind that counts as written."""
     for service in SERVICES:
         if record_path(run_dir, service).exists():
             record = service_record(run_dir, service)

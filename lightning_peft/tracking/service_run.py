@@ -1,4 +1,4 @@
-"""What runs in tracking services have in common: one run for a folder, over every start of it, and no lost row."""
+"""The common part of runs in tracking services: one run for a folder, over every start of it, and no lost row."""
 
 import json
 import logging
@@ -17,14 +17,14 @@ from lightning_peft.tracking.service_record import service_record, write_record
 logger = logging.getLogger(__name__)
 
 SEND_SECONDS = 5.0
-"""How often rows are sent; one request a step would make steps wait."""
+"""Time between two requests with rows; one request a step would make steps wait."""
 MOST_ROWS = 50
 """Rows sent together, at most."""
 PROJECT = "lightning-peft"
 BAD_ENDS = ("diverged", "rolled back", "failed")
-"""How a run ends that somebody should look at."""
+"""Ends of a run that somebody should look at."""
 
-Row = tuple[int, dict[str, float]]
+MetricsRow = tuple[int, dict[str, float]]
 """Step, and values by the names of the charts."""
 
 
@@ -42,17 +42,17 @@ class ServiceRun(RunLogger):
         self.id = ""
         self.is_open = False
         self.known_step = 0
-        """Up to here earlier starts have sent everything."""
+        """Last step up to which earlier starts have sent everything."""
         self.sent_step = 0
-        self.rows: list[Row] = []
+        self.rows: list[MetricsRow] = []
         self.sent_at = time.monotonic()
 
     @abstractmethod
     def open(self, id: str, is_new: bool) -> str:
-        """Begin the run, or go on with it. Returns the id to keep: the one given, or one that the service has drawn."""
+        """Begin the run, or go on with it; return the id to keep: the one given, or one that the service has drawn."""
 
     @abstractmethod
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[MetricsRow]) -> None:
         """Send scalars, with the step of each as `STEP` as well."""
 
     @abstractmethod

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, Row, ServiceRun, flat
+from lightning_peft.tracking.service_run import BAD_ENDS, PROJECT, MetricsRow, ServiceRun, flat
 
 
 class TrackioRun(ServiceRun):
@@ -35,7 +35,7 @@ class TrackioRun(ServiceRun):
         return "trackio"
 
     def open(self, id: str, is_new: bool) -> str:
-        # An optional extra.
+        # The package is an optional extra.
         import trackio
 
         own = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
@@ -48,7 +48,7 @@ class TrackioRun(ServiceRun):
         )
         return id
 
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[MetricsRow]) -> None:
         for step, values in rows:
             self.run.log(values, step=step)
 

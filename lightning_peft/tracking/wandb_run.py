@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MODES = ("online", "offline", "disabled")
 SERVER_SECONDS = 30
-"""How long the start and the end of a run wait for a server."""
+"""Time that the start and the end of a run wait for a server."""
 SETTINGS: dict[str, Any] = {
     "init_timeout": SERVER_SECONDS,
     "finish_timeout": SERVER_SECONDS,
@@ -47,7 +47,7 @@ FLUSH_SECONDS = 30
 
 
 def has_wandb_key() -> bool:
-    """Whether a run could log in without asking: a key in the environment or in the netrc file."""
+    """Return whether a run could log in without asking: a key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))  # a user without a home has a ~ here
@@ -58,7 +58,7 @@ def has_wandb_key() -> bool:
 
 
 def is_of_agent() -> bool:
-    """Whether `wandb agent` has started this process: W&B takes id and project of the run from it alone."""
+    """Return whether `wandb agent` has started this process: W&B takes id and project of the run from it alone."""
     return bool(os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"))
 
 
@@ -84,7 +84,7 @@ def mode_of_user() -> str:
 OPEN: "WeakSet[WandbRun]" = WeakSet()
 """The runs of this process that log: several where trials train together."""
 SET_HERE: dict[str, str] = {}
-"""Environment variables that the first of them has set."""
+"""Environment variables that the first such run has set."""
 
 
 def end_service() -> None:
@@ -96,12 +96,12 @@ def end_service() -> None:
 
 
 class WandbRun(RunLogger):
-    """Online where there is a key and a server that answers, else into `<run_dir>/wandb` for a later `wandb sync`.
+    """A run online where there is a key and a server that answers, else in `<run_dir>/wandb` for a later `wandb sync`.
 
     WANDB_MODE, WANDB_DISABLED, WANDB_DIR and WANDB_RUN_ID are heeded, the last one outside of our own sweeps.
 
     The run's id stands in `<run_dir>/wandb_run.json`, so every start of a folder continues one run. `options` go to
-    `wandb.init`. What is null is taken from W&B's environment variable (WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
+    `wandb.init`. A null is taken from W&B's environment variable (WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_JOB_TYPE,
     WANDB_TAGS, WANDB_NAME), else the project is PROJECT, the group the sweep's name, the tags `default_tags`, and the
     name that of the run's folder.
     """
@@ -143,7 +143,7 @@ class WandbRun(RunLogger):
         self.log: RunLog | None = None
         self.written_step = 0
         self.logged = (time.monotonic(), 0)
-        """When the record last went forward, and to what step rows had been logged then."""
+        """Time at which the record last went forward, and the step that rows had been logged to then."""
 
     @property
     def name(self) -> str:
@@ -151,7 +151,7 @@ class WandbRun(RunLogger):
 
     @property
     def place(self) -> str:
-        """The folder that W&B makes its own one in."""
+        """Return the folder that W&B makes its own one in."""
         return os.environ.get("WANDB_DIR") or str(self.run_dir)
 
     @classmethod
@@ -177,7 +177,7 @@ class WandbRun(RunLogger):
             os.environ[DATA_DIR] = SET_HERE[DATA_DIR] = str(self.run_dir.resolve() / "wandb")
         record = service_record(self.run_dir, "wandb")
         if (of_user := id_of_user(self.run_dir)) is not None and record["id"] != of_user:
-            record = {"id": of_user, "step": 0}  # what the folder has logged elsewhere is logged there as well
+            record = {"id": of_user, "step": 0}  # rows that the folder has logged elsewhere are logged there as well
             write_record(self.run_dir, record, "wandb")
         self.written_step = record["step"]
         given = {"project": None} if is_of_agent() else {"id": record["id"]}
@@ -189,7 +189,7 @@ class WandbRun(RunLogger):
         )
         options = self.options | given | {"dir": self.place, "settings": wandb.Settings(**settings)}
         if OPEN or wandb.run is not None:
-            options |= {"reinit": "create_new"}  # a run that trains beside this one in the process
+            options |= {"reinit": "create_new"}  # another run of the process logs
         try:
             self.run = wandb.init(**options, mode=self.mode, resume="allow" if self.mode == "online" else None)
         except wandb.errors.CommError as error:
@@ -245,7 +245,7 @@ class WandbRun(RunLogger):
             self.note_written(step)
 
     def note_written(self, step: int) -> None:
-        """What a start behind a killed one need not log again."""
+        """Note what a start behind a killed one need not log again."""
         noted, logged = self.logged
         if time.monotonic() - noted >= FLUSH_SECONDS:
             write_record(self.run_dir, {"id": self.run.id, "step": max(logged, self.written_step)}, "wandb")
@@ -295,13 +295,13 @@ class WandbRun(RunLogger):
     def abandon(self) -> None:
         self.end_log()
         self.forget()
-        if OPEN and self.run is not None:  # else the next run of this process would be told to go on with this one
+        if OPEN and self.run is not None:  # the next run of this process would be told to go on with this one
             self.run.finish(exit_code=1)
         # A service that is dead would be asked again by the next run of this process.
         end_service()
 
     def save_adapter(self, adapter: Path, step: int) -> None:
-        """The adapter folder as an artifact whose metadata is its lineage; the files are not copied."""
+        """Save the adapter folder as an artifact whose metadata is its lineage; the files are not copied."""
         import wandb
 
         lineage = json.loads((adapter / LINEAGE).read_text(encoding="utf-8"))

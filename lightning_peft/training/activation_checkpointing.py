@@ -42,7 +42,7 @@ def checkpoint_blocks(model: PreTrainedModel, mode: ActivationCheckpointing) -> 
     if mode is ActivationCheckpointing.selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
     for block in transformer_blocks(model):
-        # On the instance, so that names in the state dict stay what they are.
+        # It is set on the instance, so that names in the state dict stay what they are.
         block.forward = _checkpointed(block, block.forward, mode, options)  # type: ignore[method-assign]
 
 

@@ -1,4 +1,4 @@
-"""Where adapters start that read more than their own layer: weights before quantisation, activations, gradients."""
+"""The start of adapters that read more than their own layer: weights before quantisation, activations, gradients."""
 
 import logging
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.eva import initialize_from_activations
-from lightning_peft.adapters.init import Reads, initialize_from_weights
+from lightning_peft.adapters.initialization import Reads, initialize_from_weights
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.adapters.method import Selection
 from lightning_peft.adapters.registry import METHODS
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def reads_whole_model(adapter: AdapterConfig, quantization: QuantizationConfig) -> bool:
-    """Whether the adapters start from more than their own layer: weights before quantisation, or activations."""
+    """Return whether the adapters start from more than their own layer: weights before quantisation, or activations."""
     reads = adapter.initialization.reads
     chooses = METHODS[adapter.method].select is not None
     return chooses or reads is Reads.activations or (reads is not Reads.shape and quantization.is_on)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def missing_compiler(accelerator: str) -> str | None:
-    """What torch.compile lacks on this machine for cpu or cuda, or None."""
+    """Return what torch.compile lacks on this machine for cpu or cuda, or None."""
     variable, names = ("CC", ("cc", "gcc", "clang")) if accelerator == "cuda" else ("CXX", ("g++", "c++", "clang++"))
     if not any(shutil.which(name) for name in (os.environ.get(variable, names[0]), *names)):
         return f"no compiler ({names[0]}, or another in {variable})"
@@ -39,7 +39,7 @@ def missing_compiler(accelerator: str) -> str | None:
 def resolve_compilation(
     requested: Compilation, accelerator: str, checkpointing: ActivationCheckpointing
 ) -> Compilation:
-    """none, blocks or full, from `compile`; `accelerator` is cpu or cuda.
+    """Return none, blocks or full, from `compile`; `accelerator` is cpu or cuda.
 
     Raises ValueError when the machine cannot do what was asked for by name.
     """
@@ -60,8 +60,8 @@ def resolve_compilation(
 def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "inductor") -> None:
     """Compile the forward and backward pass of training steps; validation and generation run as before.
 
-    Comes after adapters and activation checkpointing, before sharding. Compiling itself happens in the first steps. A
-    batch of fewer rows than those before, an epoch's last one, is not worth a compilation and runs as before too.
+    It comes after adapters and activation checkpointing, before sharding. Compiling itself happens in the first steps.
+    A batch of fewer rows than those before, an epoch's last one, is not worth a compilation and runs as before too.
     """
     parts: list[nn.Module] = {
         Compilation.none: lambda: [],
@@ -70,23 +70,23 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
     }[mode]()
     # Blocks share their code, and ranks that differ by block are compiled each: none may fall back unnoticed.
     set_up_compiler(graphs=len(parts) + 8, on_cuda=torch.cuda.is_available())
-    rows = Rows()
+    rows = CompiledRows()
     for part in parts:
-        # On the instance, so that names in the state dict stay what they are.
+        # It is set on the instance, so that names in the state dict stay what they are.
         part.forward = _compiled_in_training(part, part.forward, backend, rows)  # type: ignore[method-assign]
     if parts:
         logger.info("compile=%s: the first steps take longer", mode.name)
 
 
 @dataclass
-class Rows:
+class CompiledRows:
     """The most rows of a batch that were compiled."""
 
     most: int = 0
 
 
 def _compiled_in_training(
-    module: nn.Module, forward: Callable[..., Any], backend: str, rows: Rows
+    module: nn.Module, forward: Callable[..., Any], backend: str, rows: CompiledRows
 ) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=backend)
 

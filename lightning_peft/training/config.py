@@ -16,7 +16,7 @@ class StrategyKind(Enum):
 @dataclass
 class StrategyConfig:
     kind: StrategyKind = StrategyKind.single
-    """How ranks share the work: single, ddp or fsdp."""
+    """Way in which ranks share the work: single, ddp or fsdp."""
     cpu_offload: bool = False
     """fsdp on GPUs: slices, gradients and optimiser states stay in host memory; each block visits the device."""
     tensor_parallel: int = 1
@@ -36,7 +36,7 @@ class StrategyConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When resumable state is written."""
+    """The times at which resumable state is written."""
 
     every_n_steps: int | None = 25
     """Optimiser steps between checkpoints; null writes none."""
@@ -46,7 +46,7 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Train on while a thread writes, from a copy in host memory."""
     best_by: str = "validation_loss"
-    """What adapter_best/ is the best by: validation_loss, validation_loss/SOURCE of a mixture, or one of
+    """Metric that adapter_best/ is the best by: validation_loss, validation_loss/SOURCE of a mixture, or one of
     validation.metrics; -NAME where large is good."""
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class CheckpointConfig:
 
 @dataclass
 class ValidationConfig:
-    """When the validation loss and metrics are taken during training. They are always taken at the end."""
+    """The times in training, besides its end, at which the validation loss and metrics are taken."""
 
     every_n_steps: int | None = None
     """Optimiser steps between validations; null for the end only."""
@@ -93,7 +93,7 @@ class ValidationConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    """When a run ends before its last step because it gets no better."""
+    """The rule by which a run ends before its last step because it gets no better."""
 
     metric: str | None = None
     """validation_loss, validation_loss/SOURCE of a mixture, or one of validation.metrics; -NAME where large is good;
@@ -101,7 +101,7 @@ class EarlyStoppingConfig:
     patience: int = 3
     """Validations in a row that are no better than the best one before the run ends."""
     min_delta: float = 0.0
-    """How much better than the best one a validation has to be to count."""
+    """Margin by which a validation has to be better than the best one to count."""
 
     def __post_init__(self) -> None:
         if self.patience < 1:
@@ -123,7 +123,7 @@ class GuardAction(Enum):
 
 @dataclass
 class GuardConfig:
-    """When a run counts as diverged, and what follows."""
+    """The rule by which a run counts as diverged, and what follows."""
 
     action: GuardAction = GuardAction.stop
     """stop ends the run as diverged, with exit status 3; rollback goes back to the last good checkpoint and on at a
@@ -135,7 +135,7 @@ class GuardConfig:
     no_op_steps: int | None = 50
     """Optimiser steps after which an adapter that still changes no layer counts as diverged; null for never."""
     lr_factor: float = 0.5
-    """What a rollback multiplies the learning rate by, once more at each."""
+    """Factor by which a rollback multiplies the learning rate, once more at each."""
     max_rollbacks: int = 3
     """Rollbacks of a run, over all its starts, before it ends as diverged."""
 
@@ -154,7 +154,7 @@ class GuardConfig:
 
 @dataclass
 class HealthConfig:
-    """What of the adapter itself is measured while it trains."""
+    """The measurements of the adapter itself while it trains."""
 
     every_n_steps: int | None = 100
     """Optimiser steps between measurements of every adapted layer: ||dW|| / ||W||, stable rank, and B's share of the
@@ -191,7 +191,7 @@ class Compilation(Enum):
 
 
 def check_compilation(requested: Compilation, checkpointing: ActivationCheckpointing) -> None:
-    """Raises ValueError for what the compiler cannot follow."""
+    """Raise ValueError for what the compiler cannot follow."""
     if checkpointing is ActivationCheckpointing.offload and requested in (Compilation.blocks, Compilation.full):
         raise ValueError(
             f"compile={requested.name} activation_checkpointing=offload: the compiler does not follow the copies to "

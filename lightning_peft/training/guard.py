@@ -1,4 +1,4 @@
-"""Notices a run that diverges: a loss or gradient that is not finite, or a loss far above what it was."""
+"""Notice a run that diverges: a loss or gradient that is not finite, or a loss far above what it was."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from torch import nn
 from lightning_peft import distributed
 from lightning_peft.optim.sharded import local
 from lightning_peft.training.config import GuardAction, GuardConfig
-from lightning_peft.training.health import NOTHING, Change, is_no_op
+from lightning_peft.training.health import NOTHING, ChangeSize, is_no_op
 from lightning_peft.training.preemption import Preempted
 
 logger = logging.getLogger(__name__)
@@ -36,18 +36,18 @@ class Diverged(Preempted):
         super().__init__()
         self.step = step
         self.reason = reason
-        """What was seen at the step, in words."""
+        """Finding of the step, in words."""
         self.rows = list(rows)
-        """Where the rows of its batches stand, of all ranks."""
+        """The places of the rows of its batches, of all ranks."""
         self.can_be_undone = True
-        """Whether another rate may help."""
+        """True where another rate may help."""
 
 
 class Guard:
     """Looks at the numbers of a step when they are read for the loggers anyway, so that no device is waited for."""
 
     def __init__(self, config: GuardConfig, has_scaled_gradients: bool = False) -> None:
-        """With `has_scaled_gradients` (16-mixed) a gradient may overflow: its step is left out by the scaler."""
+        """Let gradients overflow with `has_scaled_gradients` (16-mixed): their step is left out by the scaler."""
         self.config = config
         self.has_scaled_gradients = has_scaled_gradients
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
@@ -57,11 +57,11 @@ class Guard:
         """Steps of the run that were left out."""
         self.left_out_in_a_row = 0
         self.is_learning = config.no_op_steps is None
-        """Whether the adapter is known to change a layer, or nobody asks."""
+        """True where the adapter is known to change a layer, or nobody asks."""
 
     @property
     def is_calm(self) -> bool:
-        """Whether the last step looked at was a good one: a checkpoint written now is one to go back to."""
+        """Return whether the last step looked at was a good one: a checkpoint written now is one to go back to."""
         return self.above == 0 and self.left_out_in_a_row == 0
 
     def look(
@@ -111,11 +111,11 @@ class Guard:
         )  # fmt: skip
 
     def is_no_op_due(self, step: int) -> bool:
-        """Whether it is time to look if the adapter changes anything."""
+        """Return whether it is time to look if the adapter changes anything."""
         due = self.config.no_op_steps
         return self.config.action is not GuardAction.none and not self.is_learning and due is not None and step >= due
 
-    def look_at_changes(self, step: int, changes: Mapping[str, Change]) -> None:
+    def look_at_changes(self, step: int, changes: Mapping[str, ChangeSize]) -> None:
         """Raise Diverged where no layer differs from its base."""
         if is_no_op(changes.values()):
             found = Diverged(
@@ -151,7 +151,7 @@ def has_broken_weight(model: nn.Module) -> bool:
 
 
 def not_finite(model: nn.Module) -> str:
-    """The first trained parameter that is not finite, or has a gradient that is not, in words."""
+    """Return the first trained parameter that is not finite, or has a gradient that is not, in words."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -162,7 +162,7 @@ def not_finite(model: nn.Module) -> str:
 
 
 def named(rows: Sequence[str]) -> str:
-    """As in "; its rows: a.jsonl line 3, a.jsonl line 8 and 6 more"; empty where nobody says."""
+    """Return text as in "; its rows: a.jsonl line 3, a.jsonl line 8 and 6 more"; empty where nobody says."""
     if not rows:
         return ""
     more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""

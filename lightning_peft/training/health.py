@@ -1,4 +1,4 @@
-"""How an adapter changes its layers while it trains: the size and rank of every change, and what looks wrong."""
+"""An adapter's changes of its layers while it trains: the size and rank of every change, and what looks wrong."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ POWER_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Change:
+class ChangeSize:
     """The change dW of one layer beside its base weight W, as it is now."""
 
     relative_norm: float
@@ -47,7 +47,7 @@ class ChangeMeter:
         self.weight_norms: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, root: nn.Module) -> dict[str, Change]:
+    def measure(self, model: nn.Module, root: nn.Module) -> dict[str, ChangeSize]:
         """Return each adapted layer's change by its name. Stacks of experts are left out: their matrices are not one.
 
         `root` is the model, or what is sharded around it. The host reads the small matrices once. All ranks call it
@@ -75,13 +75,13 @@ class ChangeMeter:
             effective = float(torch.exp(-(shares * shares.log()).sum())) if squares else 0.0
             effective = effective if math.isfinite(norm) else math.nan
             stable = squares / largest**2 if squares else 0.0
-            found[name] = Change(self._relative(name, norm), norm, stable, len(values), effective)
+            found[name] = ChangeSize(self._relative(name, norm), norm, stable, len(values), effective)
         return {name: found[name] for name, _ in measured_layers(model)}
 
-    def _of_values(self, name: str, norm: Tensor, largest: Tensor) -> Change:
+    def _of_values(self, name: str, norm: Tensor, largest: Tensor) -> ChangeSize:
         size, first = float(norm), float(largest)
         stable = (size / first) ** 2 if first else 0.0
-        return Change(self._relative(name, size), size, stable, None, None)
+        return ChangeSize(self._relative(name, size), size, stable, None, None)
 
     def _relative(self, name: str, norm: float) -> float:
         """Return a change's norm beside that of its base weight, which may be all zero."""
@@ -118,7 +118,7 @@ def by_owner(model: nn.Module, root: nn.Module) -> list[tuple[FSDPModule | None,
 
 @contextmanager
 def gathered_block(owner: FSDPModule | None) -> Iterator[None]:
-    """Inside, the parameters of a sharded module are whole."""
+    """Keep the parameters of a sharded module whole, inside the block."""
     if owner is None:
         yield
         return
@@ -132,8 +132,8 @@ def gathered_block(owner: FSDPModule | None) -> Iterator[None]:
 def singular_values(grams: dict[str, tuple[Tensor, Tensor, float]]) -> dict[str, Tensor]:
     """Return the singular values of scaling B A by layer, fp64 on the host, from A A^T, B^T B and scaling.
 
-    Those of B A squared are the eigenvalues of sqrt(B^T B) A A^T sqrt(B^T B), matrices of rank x rank. Where a number
-    is not finite they are nan.
+    The squared singular values of B A are the eigenvalues of sqrt(B^T B) A A^T sqrt(B^T B), matrices of rank x rank.
+    Where a number is not finite, the values are nan.
     """
     by_rank: dict[int, list[str]] = {}
     for name, (gram, _, _) in grams.items():
@@ -162,13 +162,13 @@ def norm_and_largest(change: Tensor) -> tuple[Tensor, Tensor]:
     return change.norm(), (change @ x).norm()
 
 
-def is_no_op(changes: Iterable[Change]) -> bool:
+def is_no_op(changes: Iterable[ChangeSize]) -> bool:
     """Return whether no layer differs from its base; False where nothing was measured, or where one is not finite."""
     sizes = [change.relative_norm for change in changes]
     return bool(sizes) and all(size <= NOTHING for size in sizes)
 
 
-def alarms_of(changes: Mapping[str, Change]) -> dict[str, str]:
+def alarms_of(changes: Mapping[str, ChangeSize]) -> dict[str, str]:
     """Say what looks wrong, by kind: no change, one layer that holds it, ranks that are not used.
 
     Layers that are not finite are left out: of them the guard speaks.

@@ -1,4 +1,4 @@
-"""What the C library does with memory that a training step on a CPU has freed."""
+"""The C library's treatment of memory that a training step on a CPU has freed."""
 
 import ctypes
 import logging
@@ -17,7 +17,7 @@ SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what a step frees for the next one; whether it does.
+    """Let glibc keep what a step frees for the next one; return whether it does.
 
     By default it returns free memory to the kernel, which clears every page anew when the next step asks for it: a
     tenth of a step (SmolLM2-135M, 4x512 tokens, two cores). A user's own settings and other C libraries are left alone.

@@ -46,7 +46,8 @@ from lightning_peft.optim.schedules import ScheduleConfig, build_schedule, set_r
 from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients, local
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import (
+from lightning_peft.quantization.experts import has_experts, routed_modules
+from lightning_peft.quantization.quantize import (
     bits_per_parameter,
     combined_fingerprint,
     dequantize_modules,
@@ -54,7 +55,6 @@ from lightning_peft.quantization.convert import (
     memory_by_group,
     weights_fingerprint,
 )
-from lightning_peft.quantization.experts import has_experts, routed_modules
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.adapter_start import FirstBatches, chosen_in_full, reads_whole_model, start_adapters
 from lightning_peft.training.callbacks.step_metrics import StepMetrics, host_memory_gib
@@ -110,9 +110,9 @@ class FinetuneModule(LightningModule):
         self.packing = packing
         self.objective_config = objective or SFTConfig()
         self.lr_factor = 1.0
-        """What the learning rate of all groups is multiplied by; below 1 after rollbacks of `training/guard.py`."""
+        """Factor of the learning rate of all groups; below 1 after rollbacks of `training/guard.py`."""
         self.leaves_out_steps = False
-        """Whether a step whose loss or gradient is not finite changes nothing."""
+        """True where a step whose loss or gradient is not finite changes nothing."""
         self.step_schedule: StepSchedule | None = None
         """The schedule that changes the adapters between steps, for methods that have one."""
         self.saved_schedule: dict[str, Any] | None = None
@@ -124,7 +124,7 @@ class FinetuneModule(LightningModule):
         self.window = TokenWindow()
         self.validation_window = TokenWindow()
         self.source_windows: dict[str, TokenWindow] = {}
-        """Those of each source of a mixture, in the validation that goes on."""
+        """Windows of each source of a mixture, in the validation that goes on."""
         self.router_load: RouterLoad | None = None
         """Counts the rows that experts are given; None for a model without, and under the compiler, which hooks cut."""
         self.step_metrics: dict[str, Tensor] = {}
@@ -188,11 +188,11 @@ class FinetuneModule(LightningModule):
 
     @property
     def first_batches(self) -> FirstBatches | None:
-        """What gives the first batches of the training data; None without a Trainer that has data."""
+        """Return what gives the first batches of the training data; None without a Trainer that has data."""
         return getattr(getattr(self._trainer, "datamodule", None), "first_batches", None)
 
     def select_modules(self, model: PreTrainedModel, device: torch.device) -> None:
-        """For methods that choose them, find the modules trained in full, and make their weights dense."""
+        """Find the modules trained in full, for methods that choose them, and make their weights dense."""
         if METHODS[self.adapter_config.method].select is None:
             return
         if self.selection is None:
@@ -238,7 +238,7 @@ class FinetuneModule(LightningModule):
                     self.first_batches,
                 )  # fmt: skip
             if sharding is not None:
-                transformer_blocks(model)  # says so where there are none
+                transformer_blocks(model)  # this says so where there are none
             checkpoint_blocks(model, self.activation_checkpointing)
             compile_model(model, self.compilation)
             for name in blocks:
@@ -273,7 +273,7 @@ class FinetuneModule(LightningModule):
         return objective
 
     def check_base(self) -> None:
-        """With quantization.verify: RuntimeError where a dequantised weight is not what it was at the first call."""
+        """Raise RuntimeError, with quantization.verify, for a dequantised weight that is not as at the first call."""
         if not self.quantization_config.verify:
             return
         found = weights_fingerprint(self.model)
@@ -283,7 +283,7 @@ class FinetuneModule(LightningModule):
             raise RuntimeError("quantization.verify: the dequantised weights are not those that were loaded")
 
     def log_memory(self, model: PreTrainedModel) -> None:
-        """Bytes of this rank's weights by group and optimiser state, and the bits of a quantised parameter."""
+        """Log this rank's bytes of weights by group and of optimiser state, and the bits of a quantised parameter."""
         trained = [local(p).numel() for p in model.parameters() if p.requires_grad]
         groups = memory_by_group(model)
         groups["optimiser"] = sum(optimizer_state_bytes(trained, self.optimizer_config.name))
@@ -379,7 +379,7 @@ class FinetuneModule(LightningModule):
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if is_accumulating(self.trainer) or any(isinstance(callback, StepMetrics) for callback in callbacks):
             return
-        has_bar = self.trainer.progress_bar_callback is not None  # what is for the bar is read back at every step
+        has_bar = self.trainer.progress_bar_callback is not None  # values for the bar are read back at every step
         for name, value in self.step_metrics.items():  # means over all ranks already
             self.log(name, value.float(), prog_bar=has_bar and name == "loss", batch_size=1)
 

@@ -1,4 +1,4 @@
-"""Which dtype the model computes in, decided without touching the parameters that must stay fp32."""
+"""The dtype the model computes in, decided without touching the parameters that must stay fp32."""
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
@@ -10,7 +10,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-"""What `trainer.precision` accepts beside auto: the dtype the forward pass computes in."""
+"""Values of `trainer.precision` beside auto: the dtype the forward pass computes in."""
 
 
 class ComputePrecision(Precision):
@@ -28,14 +28,14 @@ class ComputePrecision(Precision):
 
 
 def has_fast_bf16(accelerator: str) -> bool:
-    """Whether the device multiplies bf16 in hardware; a CPU that emulates it is ten times slower than in fp32."""
+    """Return whether a device multiplies bf16 in hardware; a CPU that emulates it is ten times slower than in fp32."""
     if accelerator == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resolve_precision(precision: str, accelerator: str, has_bf16: bool, trains_all: bool) -> str:
-    """`auto` made concrete: bf16 where it is native, with fp32 weights under autocast when every weight is trained."""
+    """Return `auto` made concrete: bf16 where native, with fp32 weights under autocast when every weight is trained."""
     if precision == "auto":
         if has_bf16:
             return "bf16-mixed" if trains_all else "bf16-true"
@@ -48,12 +48,12 @@ def resolve_precision(precision: str, accelerator: str, has_bf16: bool, trains_a
 
 
 def precision_plugin(precision: str, accelerator: str) -> Precision:
-    """The Lightning plugin for a concrete precision."""
+    """Return the Lightning plugin for a concrete precision."""
     if precision.endswith("-mixed"):
         return MixedPrecision(precision, device=accelerator)  # type: ignore[arg-type]
     return ComputePrecision(precision)
 
 
 def weight_dtype(precision: str, trains_all: bool) -> torch.dtype:
-    """dtype in which base weights are loaded: fp32 only where they are trained under autocast, or computed in."""
+    """Return the dtype to load base weights in: fp32 only where they are trained under autocast, or computed in."""
     return torch.float32 if trains_all and precision.endswith("-mixed") else DTYPES[precision]

@@ -28,11 +28,11 @@ PREEMPTED = 75
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as of any program: 128 and the signal's number."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What a scheduler sends."""
+"""Signals that a scheduler sends."""
 REPEAT_SECONDS = 5.0
 """A signal so soon after the first is the same request: SLURM signals a launcher and its ranks, and one forwards it."""
 REPEAT_SECONDS_OF_CTRL_C = 1.0
-"""Likewise for Ctrl-C, which reaches launcher and ranks at once; a person who presses again means it."""
+"""The same for Ctrl-C, which reaches launcher and ranks at once; a person who presses again means it."""
 
 
 class Preempted(SystemExit):
@@ -60,7 +60,7 @@ class Paused(Preempted):
 
 AT_ONCE = "leaving at once; resume=auto goes on from the last checkpoint, or begins anew without one"
 REASONS: tuple[type[Preempted], ...] = (Paused, Preempted, Interrupted)
-"""Why a run is left, the weightiest last: where ranks have different reasons it is the one of all."""
+"""Reasons to leave a run, the weightiest last: where ranks have different reasons it is the one of all."""
 
 
 def exit_status_of(number: int) -> int:
@@ -68,20 +68,20 @@ def exit_status_of(number: int) -> int:
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
-    """Signal handler for when there is nothing to save."""
+    """Handle a signal when there is nothing to save."""
     os.write(2, f"{signal.Signals(number).name}: {AT_ONCE}\n".encode())
     os._exit(exit_status_of(number))
 
 
 def handled() -> tuple[signal.Signals, ...]:
-    """The signals that mean something to this process: not Ctrl-C where a shell put it behind with & and ignores it."""
+    """Return the signals that mean something here: not Ctrl-C where a shell put this behind with & and ignores it."""
     is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     return SIGNALS if is_ignored else (*SIGNALS, signal.SIGINT)
 
 
 @contextmanager
 def nothing_to_lose() -> Iterator[None]:
-    """While the block runs, and no `PreemptionSignals` is started in it, a signal ends the process at once."""
+    """Let a signal end the process at once while the block runs, and no `PreemptionSignals` is started in it."""
     previous: dict[signal.Signals, Any] = {number: signal.signal(number, leave_at_once) for number in handled()}
     try:
         yield
@@ -101,7 +101,7 @@ class PreemptionSignals:
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
-        """`max_seconds` is `trainer.max_time`, counted from `start`."""
+        """Take `max_seconds`, which is `trainer.max_time`, counted from `start`."""
         self.max_seconds = max_seconds
         self._received: signal.Signals | None = None
         self._received_at = 0.0
@@ -110,12 +110,12 @@ class PreemptionSignals:
 
     @property
     def received(self) -> signal.Signals | None:
-        """The first signal that came; None before one has."""
+        """Return the first signal that came; None before one has."""
         return self._received
 
     @property
     def reason(self) -> type[Preempted] | None:
-        """Why this rank is to leave; None where it is not."""
+        """Return why this rank is to leave; None where it is not."""
         if self.received is not None:
             return Interrupted if self.received == signal.SIGINT else Preempted
         is_over = self.max_seconds is not None and time.monotonic() - self._started_at >= self.max_seconds

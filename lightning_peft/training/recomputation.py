@@ -1,9 +1,9 @@
 """Keeping half of what a block's backward pass reads: what an elementwise operation made is made again from its inputs.
 
 A gated feed-forward keeps silu(gate) and silu(gate) * up beside gate and up, a norm its output beside its input. One
-pass over memory gives them back, and no matrix product runs twice. Which tensors those are is read off the autograd
-graph, so any model's blocks will do: a product, an activation function or a cast whose own inputs are kept anyway.
-What several operations read, as three projections read a norm's output, is made once and let go after the last.
+pass over memory gives them back, and no matrix product runs twice. The tensors are read off the autograd graph, so any
+model's blocks will do: a product, an activation function or a cast whose own inputs are kept anyway. A tensor that
+several operations read, as three projections read a norm's output, is made once and let go after the last.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ class Kept(NamedTuple):
 
     tensor: Tensor
     version: int
-    """How often it had been written to."""
+    """Number of times that it had been written to."""
 
 
 @dataclass
 class Readers:
-    """How often an operation's output will still be read, and that output between the first time and the last."""
+    """The number of coming reads of an operation's output, and that output between the first read and the last."""
 
     left: int = 0
     output: Tensor | None = None
@@ -40,11 +40,11 @@ class Recomputed(NamedTuple):
 
 
 READERS = "lightning_peft_readers"
-"""Where an operation's `metadata` has its Readers."""
+"""Key of an operation's Readers in its `metadata`."""
 
 
 def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with recomputation of its elementwise operations; torch.compile decides this by itself."""
+    """Return `forward` with recomputation of its elementwise operations; torch.compile decides this by itself."""
 
     def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -56,7 +56,7 @@ def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keep(tensor: Tensor) -> Kept | Recomputed:
-    """What autograd holds in a tensor's place until the backward pass: the operation that made it, or itself."""
+    """Return what autograd holds in a tensor's place until the backward pass: the operation that made it, or itself."""
     node: Any = tensor.grad_fn
     if node is None or not is_recomputable(node):
         # Detached, for a tensor that its own operation saves would keep that operation alive.
@@ -72,7 +72,7 @@ def keep(tensor: Tensor) -> Kept | Recomputed:
 
 
 def restore(kept: Kept | Recomputed) -> Tensor:
-    """RuntimeError where a kept tensor was written to, as autograd itself raises."""
+    """Give back a kept tensor. Raises RuntimeError where it was written to, as autograd itself does."""
     if isinstance(kept, Kept):
         if kept.tensor._version != kept.version:
             raise RuntimeError(
@@ -88,12 +88,12 @@ def restore(kept: Kept | Recomputed) -> Tensor:
 
 
 def is_recomputable(node: Node) -> bool:
-    """Whether `output(node)` works; asks no tensor for its value."""
+    """Return whether `output(node)` works, without asking a tensor for its value."""
     inputs = [function for function, _ in node.next_functions]
     match node.name():
         case "SiluBackward0" | "GeluBackward0":
             return True
-        case "MulBackward0":  # saves each factor that the other's gradient needs
+        case "MulBackward0":  # it saves each factor that the other's gradient needs
             return all(inputs) or any(function is not None and is_recomputable(function) for function in inputs)
         case "ToCopyBackward0":
             return inputs[0] is not None and is_recomputable(inputs[0])
@@ -101,7 +101,7 @@ def is_recomputable(node: Node) -> bool:
 
 
 def output(node: Any) -> Tensor:
-    """What the operation returned in the forward pass, by the same operation on the same inputs."""
+    """Return what the operation returned in the forward pass, by the same operation on the same inputs."""
     inputs = [function for function, _ in node.next_functions]
     made = node._input_metadata[0]
     match node.name():

@@ -1,4 +1,4 @@
-"""How evenly the routers of a mixture use its experts, measured on the device in every forward pass of the training."""
+"""The evenness with which a mixture's routers use its experts, measured on the device in every forward pass."""
 
 import math
 from functools import partial
@@ -22,7 +22,7 @@ class RouterLoad:
 
     def __init__(self, model: nn.Module):
         self.rows = slice(None)
-        """Those that are counted, of the flattened batch."""
+        """Rows of the flattened batch that are counted."""
         self.counts: dict[str, Tensor] = {}
         """(experts,) int64 of each module since `start`."""
         self.handles: list[RemovableHandle] = [

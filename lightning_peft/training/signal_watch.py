@@ -1,4 +1,4 @@
-"""Ends a process that was told to leave and cannot, as its main thread waits for a rank that hangs or never came.
+"""End a process that was told to leave and cannot, as its main thread waits for a rank that hangs or never came.
 
 Python runs a signal's handler between two instructions of the main thread, so not while that waits inside a library.
 But the number of the signal is written to a pipe at once, where a thread reads it.
@@ -26,7 +26,7 @@ WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class SignalWatch:
-    """Inside `watching()`, sees to it that a signal ends the process, whatever its main thread waits for."""
+    """A watch which, inside `watching()`, lets a signal end the process, whatever its main thread waits for."""
 
     def __init__(self) -> None:
         self._pipe: tuple[int, int] | None = None
@@ -35,11 +35,11 @@ class SignalWatch:
         self._longest = 0.0
         self._last = (0.0, 0.0)
         self._works_in_threads = False
-        """Whether other threads than the main one train, one at a time."""
+        """True where other threads than the main one train, one at a time."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """For the main thread of a command. Until its first progress, a signalled process has LEAVES_WITHIN seconds."""
+        """Watch the main thread of a command. Until its first progress, a signalled one has LEAVES_WITHIN seconds."""
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
@@ -59,22 +59,22 @@ class SignalWatch:
         self._told, self._patience = None, math.inf
 
     def begins_to_train(self) -> None:
-        """The first step is about to be taken, in this thread."""
+        """Note that the first step is about to be taken, in this thread."""
         self._works_in_threads = threading.current_thread() is not threading.main_thread()
         self._patience, self._longest, self._last = HANG_SECONDS, 0.0, self._clocks()
 
     def progress(self) -> None:
-        """A step, or a part of a validation, is done."""
+        """Note that a step, or a part of a validation, is done."""
         now = self._clocks()
         self._longest = max(self._longest, now[0] - self._last[0])
         self._patience, self._last = max(HANG_SECONDS, 3 * self._longest), now
 
     def leaves_by_itself(self) -> None:
-        """The process saves, however long that takes; a repeated signal ends it."""
+        """Note that the process saves, however long that takes; a repeated signal ends it."""
         self._patience = math.inf
 
     def _clocks(self) -> tuple[float, float]:
-        """(time, time for which the main thread computed, or the process where others train), seconds."""
+        """Return (time, time for which the main thread computed, or the process where others train), seconds."""
         if self._works_in_threads:
             return time.monotonic(), time.process_time()
         identity = threading.main_thread().ident
@@ -114,4 +114,4 @@ def leave(number: int, reason: str) -> None:
 
 
 SIGNAL_WATCH = SignalWatch()
-"""The one of this process."""
+"""The watch of this process."""

@@ -1,4 +1,4 @@
-"""How the ranks of a run share the work."""
+"""The ways in which the ranks of a run share the work."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -58,7 +58,7 @@ class ReplicatedModel(NamedOptimizerState, DDPStrategy):
 
 @contextmanager
 def sharding_codes() -> Iterator[None]:
-    """Inside, `fully_shard` takes 4-bit codes: before torch 2.13 it asks bytes for a gradient, if only for a moment."""
+    """Let `fully_shard` take 4-bit codes: before torch 2.13 it asks bytes for a gradient, if only for a moment."""
     if torch.__version__ >= "2.13":
         yield
         return
@@ -99,7 +99,7 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
 
     @contextmanager
     def root_gathered(self) -> Iterator[None]:
-        """Inside, the model's own forward works, blocks gathering themselves, as the root's does all the time."""
+        """Let the model's own forward work inside: blocks gather themselves, as the root always does."""
         self.root.unshard()
         try:
             yield
@@ -107,7 +107,7 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
             self.root.reshard()
 
     def model_to_device(self) -> None:
-        """Nothing: `configure_model` put every slice where it belongs."""
+        """Do nothing: `configure_model` put every slice where it belongs."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return Strategy.lightning_module_state_dict(self)
@@ -123,7 +123,7 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
 
 
 def build_strategy(config: StrategyConfig, accelerator: str, ranks: int) -> Strategy:
-    """The Lightning strategy for so many ranks; `accelerator` is cpu or cuda."""
+    """Return the Lightning strategy for so many ranks; `accelerator` is cpu or cuda."""
     if config.kind is StrategyKind.fsdp:
         if config.cpu_offload and accelerator == "cpu":
             logger.info("strategy.cpu_offload=true: this run computes in host memory, so nothing moves")

@@ -26,7 +26,7 @@ from lightning_peft.checkpoint.peft_format import (
 from lightning_peft.data.config import DataConfig
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder, load_adapted, refuse_rewards
 from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_context, model_name
-from lightning_peft.models.packing import packing_of
+from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.models.source import MODELS, ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def teacher_model(objective: DistillConfig) -> ModelConfig | None:
-    """Return the model that `objective.teacher` names, None where it is the base. ValueError for what holds none."""
+    """Return the model that `objective.teacher` names, None where it is the base. Raises ValueError for others."""
     name = objective.teacher
     if name is None:
         return None
@@ -73,7 +73,7 @@ def shares_base(objective: DistillConfig) -> bool:
 
 @contextmanager
 def named_as_teacher() -> Iterator[None]:
-    """Inside, what is wrong with a model is said of `objective.teacher`."""
+    """Say of `objective.teacher`, inside the block, what is wrong with a model."""
     try:
         yield
     except ValueError as error:
@@ -89,7 +89,7 @@ def check_teacher(
 ) -> None:
     """Raise ValueError for a teacher that is not there, has other tokens, or reads fewer of them than a sample has.
 
-    Reads no weights but to fingerprint them. `model`, `quantization` and `tokenizer` are those that train, `longest`
+    Weights are read to fingerprint them alone. `model`, `quantization` and `tokenizer` are those that train, `longest`
     is `data.max_length`.
     """
     named = teacher_model(objective)

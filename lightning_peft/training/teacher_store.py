@@ -56,13 +56,13 @@ SUMS = "sums.json"
 MARKS, SAMPLES = "marks.json", "samples"
 """File of how far a pass has come, as size and checksum of each file, and the key of the samples it has read."""
 SECONDS_BETWEEN_MARKS = 10.0
-"""What a pass that is killed may lose."""
+"""Seconds of work that a pass which is killed may lose."""
 BYTES_AT_ONCE = 2**24
-"""Of a file that is read for its checksum."""
+"""Bytes of a file that are read at once for its checksum."""
 SECONDS_OF_PATIENCE = 10.0
-"""How long a rank looks for what rank zero has left, which a file server may show late."""
+"""Time that a rank looks for what rank zero has left, which a file server may show late."""
 SURELY_LEFT_SECONDS = 3600.0
-"""What was not written to for so long is of a process that was killed."""
+"""Age of the last write from which on a folder is of a process that was killed."""
 
 
 def keep_teacher(
@@ -140,7 +140,7 @@ CODE_OF_THE_TEACHER = ("adapters", "inference", "kernels", "models", "objectives
 
 @contextmanager
 def naming_cache(option: str) -> Iterator[None]:
-    """Inside, a failed file operation is said of `data.cache_dir`."""
+    """Say of `data.cache_dir`, inside the block, that a file operation failed."""
     try:
         yield
     except OSError as error:
@@ -239,7 +239,7 @@ def check_room(samples: Samples, objective: DistillConfig, vocabulary: int, cach
         )
 
 
-class Rows:
+class RowFile:
     """A .npy file whose rows are written one after the other: no hole in it that a full disk would show on reading.
 
     One that was left at a mark goes on there. Raises ValueError where the file is not what was written up to it.
@@ -283,7 +283,7 @@ class Rows:
 
 
 class Unfinished:
-    """What a pass of the teacher has written so far, in a folder beside the one that it is to be.
+    """The part that a pass of the teacher has written so far, in a folder beside the one that it is to be.
 
     Where the store is locked, the folder has one name, so that a pass that was killed goes on at its last mark; else it
     has a name of its own, and goes with the process.
@@ -296,7 +296,7 @@ class Unfinished:
         self.shapes: dict[str, tuple[type[np.int32 | np.float32], tuple[int, int]]]
         self.shapes = {IDS: (np.int32, (tokens, count)), LOG_PROBABILITIES: (np.float32, (tokens, columns))}
         self.samples = 0
-        """Those that are written whole."""
+        """Samples that are written whole."""
         try:
             marks = json.loads((self.path / MARKS).read_text())
             self.files = self._opened({name: tuple(marks[name]) for name in self.shapes})
@@ -309,11 +309,11 @@ class Unfinished:
             self.path.mkdir()
             self.files = self._opened({})
 
-    def _opened(self, marks: dict[str, tuple[int, int]]) -> dict[str, Rows]:
-        files: dict[str, Rows] = {}
+    def _opened(self, marks: dict[str, tuple[int, int]]) -> dict[str, RowFile]:
+        files: dict[str, RowFile] = {}
         try:
             for name, shape in self.shapes.items():
-                files[name] = Rows(self.path / name, *shape, marks.get(name))
+                files[name] = RowFile(self.path / name, *shape, marks.get(name))
         except BaseException:
             for file in files.values():
                 file.close()
@@ -361,7 +361,7 @@ def write_top(
 ) -> Iterator[None]:
     """Run the teacher over the samples, each a row of its own, and leave what is kept in `folder`; yield after each.
 
-    `option` is `data.cache_dir`. What is written has a name of its own until it is whole; where the store is locked, a
+    `option` is `data.cache_dir`. The folder has a name of its own until it is whole; where the store is locked, a
     pass that was stopped goes on from what it has marked.
     """
     shared = min(vocabulary, int(model.config.get_text_config().vocab_size))
@@ -383,7 +383,7 @@ def write_top(
             written = unfinished.files[IDS].size // (4 * count)
             assert written == total, f"{written} tokens of {total}: {IGNORED_LABEL} is the label of all others"
             unfinished.finish(folder, shared)
-    except ValueError:  # a full disk, which has other uses for the room
+    except ValueError:  # the disk is full, and has other uses for the room
         unfinished.remove()
         raise
     finally:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_peft.adapters.segments import Batching, SegmentedLinear, Share, segment_layers
+from lightning_peft.adapters.segments import BatchShares, SegmentedLinear, Share, segment_layers
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
@@ -60,18 +60,18 @@ class HandedLoss(torch.autograd.Function):
 class Member:
     """One of the runs of a group, as its thread sees it."""
 
-    def __init__(self, group: "Group", number: int, name: str):
+    def __init__(self, group: "RunGroup", number: int, name: str):
         self.group, self.number, self.name = group, number, name
         self.model: PreTrainedModel | None = None
         """Its tree of modules: adapters of its own around weights that all share."""
         self.loss: ModelLoss | None = None
         self.router_load: RouterLoad | None = None
-        """What it logs of its experts; None where it has none, or does not log them."""
+        """Load of its experts that it logs; None where it has none, or does not log them."""
         self.batch: Batch | None = None
-        """What it waits to have run."""
+        """Batch that it waits to have run."""
         self.answer: tuple[Tensor, list[Tensor | None]] | BaseException | None = None
         self.random: dict[str, Tensor] = {}
-        """Where its random numbers stand while another thread works."""
+        """State of its random numbers while another thread works."""
         self.turn = threading.Semaphore(0)
         self.is_done = False
 
@@ -99,7 +99,7 @@ class TogetherLoss(SupervisedLoss):
     def __init__(self, model: PreTrainedModel, packing: bool | str, config: SFTConfig, member: Member):
         # Whatever this run asks for, its rows are packed behind those of the others: that is to be checked.
         super().__init__(model, packing or "auto", config)
-        self._member = (member,)  # in a tuple: not for copies of this module
+        self._member = (member,)  # the tuple keeps it out of copies of this module
         member.model, member.loss = model, self
 
     def forward(self, batch: Batch) -> Tensor:
@@ -137,7 +137,7 @@ class TogetherModule(FinetuneModule):
 class MemberSignals(PreemptionSignals):
     """The reasons for which one run of a group leaves: those of the process, its own time limit, or the file LEAVE."""
 
-    def __init__(self, group: "Group", max_seconds: float | None, run_dir: Path):
+    def __init__(self, group: "RunGroup", max_seconds: float | None, run_dir: Path):
         super().__init__(max_seconds)
         self.group, self.leave = group, run_dir / LEAVE
 
@@ -160,14 +160,14 @@ class MemberSignals(PreemptionSignals):
 
 
 @dataclass
-class Outcome(Generic[Result]):
-    """How one member ended: what it returned, or what it raised."""
+class MemberOutcome(Generic[Result]):
+    """The end of one member: what it returned, or what it raised."""
 
     value: Result | None = None
     error: BaseException | None = None
 
 
-class Group:
+class RunGroup:
     """Runs that train together. The thread that calls `run` takes the shared passes and the signals."""
 
     def __init__(self, names: Sequence[str]):
@@ -192,10 +192,10 @@ class Group:
     def run(
         self,
         works: Sequence[Callable[[Member], Result]],
-        ended: Callable[[int, Outcome[Result]], None] = lambda number, outcome: None,
-    ) -> list[Outcome[Result]]:
+        ended: Callable[[int, MemberOutcome[Result]], None] = lambda number, outcome: None,
+    ) -> list[MemberOutcome[Result]]:
         """Do each member's work until all have ended, and return how each did; `ended` is called when one has."""
-        outcomes: list[Outcome[Result]] = [Outcome() for _ in self.members]
+        outcomes: list[MemberOutcome[Result]] = [MemberOutcome() for _ in self.members]
 
         def work(member: Member) -> None:
             member.turn.acquire()
@@ -232,7 +232,7 @@ class Group:
         self.back.acquire()
         member.random = random_states()
 
-    def forget(self, member: Member, outcome: Outcome[Result]) -> None:
+    def forget(self, member: Member, outcome: MemberOutcome[Result]) -> None:
         """Free what a member that has ended still holds: the others may train for days."""
         member.model = member.loss = member.router_load = None
         if self.passes is not None:
@@ -240,7 +240,7 @@ class Group:
         error, seen = outcome.error, set[int]()
         while error is not None and id(error) not in seen:
             seen.add(id(error))
-            error.__traceback__ = None  # whose frames hold its trainer
+            error.__traceback__ = None  # its frames hold its trainer
             error = error.__cause__ or error.__context__
         gc.collect()  # Trainer and module know each other
 
@@ -260,9 +260,9 @@ class Group:
 class SharedPasses:
     """The model that takes the tokens of all members in one row, and the passes through it."""
 
-    def __init__(self, group: Group, members: Sequence[Member]):
+    def __init__(self, group: RunGroup, members: Sequence[Member]):
         assert group.template is not None
-        self.batching = Batching()
+        self.batching = BatchShares()
         model = copy_around_same_tensors(group.template)
         models = {member.number: member.model for member in members if member.model is not None}
         segment_layers(model, self.batching, models)
@@ -271,7 +271,7 @@ class SharedPasses:
         checked = members[0].loss
         assert checked is not None
         self.loss.logit_path, self.loss.is_checked = checked.logit_path, True
-        self.loss.label_smoothing = checked.label_smoothing  # the same for all
+        self.loss.label_smoothing = checked.label_smoothing  # it is the same for all
         self.router_loads = {member.number: RouterLoad(model) for member in members if member.router_load is not None}
 
     def take(self, members: Sequence[Member]) -> list[tuple[Tensor, list[Tensor | None]]]:
@@ -292,7 +292,7 @@ class SharedPasses:
             with self.noise(members, batches):
                 tokens = self.loss.token_losses(joined)
             for member in members:
-                if member.router_load is not None:  # as counted up to here: the backward pass may run blocks again
+                if member.router_load is not None:  # counted up to here: the backward pass may run blocks again
                     member.router_load.counts = dict(self.router_loads[member.number].counts)
             counts = [batch.num_supervised for batch in batches]
             weights = [None] * len(batches) if tokens.weights is None else tokens.weights.split(counts)
@@ -312,7 +312,7 @@ class SharedPasses:
         return answers
 
     def noise(self, members: Sequence[Member], batches: Sequence[Batch]) -> AbstractContextManager[None]:
-        """Inside, the embeddings of each batch have the noise that its member trains with, drawn as by itself."""
+        """Return a context: each batch's embeddings have the noise that its member trains with, drawn as by itself."""
         alphas = [0.0 if member.loss is None else member.loss.noise_alpha for member in members]
         if not any(alphas):
             return nullcontext()

@@ -15,7 +15,7 @@ from lightning_peft.optim.sharded import local
 
 
 class Means(NamedTuple):
-    """What a window came to over all ranks, fp64 scalars."""
+    """The means of a window over all ranks, fp64 scalars."""
 
     loss: Tensor
     """Mean per token, or per pair."""
@@ -69,7 +69,7 @@ class TokenWindow:
 
 
 def divisor(weight: Tensor) -> Tensor:
-    """What sums are divided by: the number of tokens or pairs, or 1 where there are none."""
+    """Return what sums are divided by: the number of tokens or pairs, or 1 where there are none."""
     return torch.where(weight > 0, weight, 1.0)
 
 

@@ -10,7 +10,7 @@ from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
 from lightning_peft.adapters.inject import SHARED, adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 from lightning_peft.quantization.weights import linear_shape
 
 WRAPPING = [name for name, method in METHODS.items() if not method.trains_all]
@@ -18,7 +18,7 @@ WRAPPING = [name for name, method in METHODS.items() if not method.trains_all]
 
 
 def llama(dtype: torch.dtype = torch.float32, quantized: bool = False, **options: Any) -> LlamaForCausalLM:
-    """Two layers of width 64 with grouped keys, biases on q, k, v and o; equal weights at every call."""
+    """Return two layers of width 64 with grouped keys, biases on q, k, v and o; equal weights at every call."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
     config = LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": False, **options})
@@ -34,16 +34,16 @@ def llama(dtype: torch.dtype = torch.float32, quantized: bool = False, **options
 
 
 def config_for(method: str, **options: Any) -> AdapterConfig:
-    """A config of the method at a size that suits the model above."""
+    """Return a config of the method at a size that suits the model above."""
     row = METHODS[method]
     rank = {"rank": 4} if row.config.uses_rank else {}
     return row.config(**{**rank, **row.contract.options, **options})
 
 
 def wrapped(kind: type[Adapter], base_layer: nn.Module, rank: int = 4, alpha: float = 8.0, **options: Any) -> Any:
-    """A fresh adapter of one kind around one layer."""
+    """Return a fresh adapter of one kind around one layer."""
     rows = [row for row in METHODS.values() if kind in row.layers.values()]
-    row = min(rows, key=lambda row: row.config.__module__ != kind.__module__)  # the layer's own, not who borrows it
+    row = min(rows, key=lambda row: row.config.__module__ != kind.__module__)  # no borrower of the layer
     config_class, options = row.config, row.contract.options | options
     sizes = {"rank": rank, "alpha": alpha} if config_class.uses_rank else {}
     if not config_class.uses_alpha:
@@ -57,7 +57,7 @@ def wrapped(kind: type[Adapter], base_layer: nn.Module, rank: int = 4, alpha: fl
 
 
 def reset(model: nn.Module) -> None:
-    """Fresh initial values for every adapter, once tensors built on the meta device hold real weights."""
+    """Give every adapter fresh initial values, once tensors built on the meta device hold real weights."""
     shared: Any = getattr(model, SHARED, None)
     if shared is not None:
         shared.reset_parameters()
@@ -68,7 +68,7 @@ def reset(model: nn.Module) -> None:
 def adapted(
     method: str, dtype: torch.dtype = torch.float32, quantized: bool = False, has_biases: bool = True, **options: Any
 ) -> nn.Module:
-    """The model with fresh adapters."""
+    """Return the model with fresh adapters."""
     model = llama(dtype, quantized, attention_bias=has_biases)
     torch.manual_seed(1)
     inject_adapters(model, config_for(method, **options))
@@ -95,6 +95,6 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def is_base_but_for_rounding(fresh: Tensor, base: nn.Module) -> bool:
-    """Whether logits are about as far from those of `base` in fp32 as its own in bf16 are."""
+    """Return whether logits are about as far from those of `base` in fp32 as its own in bf16 are."""
     own, exact = logits(base), logits(base.float())
     return bool((fresh - exact).norm() < 1.5 * (own - exact).norm())

@@ -1,4 +1,4 @@
-"""Started on two gloo ranks: adapters on a sharded model train as on a whole one."""
+"""Train adapters on a sharded model as on a whole one, started on two gloo ranks."""
 
 import sys
 
@@ -16,7 +16,7 @@ from lightning_peft.training.strategies import sharding_codes
 
 
 def train(model: nn.Module, method: str, steps: int = 4) -> dict[str, torch.Tensor]:
-    """The trainable tensors, whole, after a few steps on the same batch on every rank."""
+    """Train a few steps on the same batch on every rank; return the trainable tensors, whole."""
     options = {"warmup_share": 0.0, "final_share": 0.25, "every_n_steps": 1} if method == "adalora" else {}
     schedule = step_schedule(model, config_for(method, **options), steps)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -29,7 +29,7 @@ EPSILON = 1.2e-7
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads share a product by its shape: with several, more rows are added up in quite another order."""
+    """Compute with one thread: several share a product by its shape, so more rows are added in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -213,7 +213,7 @@ def bank_without_changes(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def test_rows_drop_what_their_adapter_alone_drops() -> None:
-    """In training, with the generator where it stood: two rows of one adapter beside the base's."""
+    """Two rows of one adapter train beside the base's, with the generator where it stood."""
     layer = adapted("lora").train().get_submodule("model.layers.1.self_attn.v_proj")
     layer.dropout = 0.5
     bank, x = AdapterBank([layer]), torch.randn(3, 5, 64)

@@ -1,4 +1,4 @@
-"""What holds for every adapter method, on dense and on 4-bit bases, in fp32 and in bf16."""
+"""The contract of every adapter method, on dense and on 4-bit bases, in fp32 and in bf16."""
 
 import copy
 
@@ -215,7 +215,7 @@ def test_several_adapters_share_one_base_output(method: str, quantized: bool) ->
 @every_base
 @every_method
 def test_fused_step_is_the_formula(method: str, quantized: bool, form: str, dropout: float) -> None:
-    """What a kernel computes is what `adapt` says, gradients included, in fp64 (torch's own tolerances, 1e-7)."""
+    """A kernel computes what `adapt` says, gradients included, in fp64 (torch's own tolerances, 1e-7)."""
     options = {"dropout": dropout} if hasattr(config_for(method), "dropout") else {}
     model = perturb(adapted(method, quantized=quantized, **options)).double().train()
     layer = model.get_submodule("model.layers.1.self_attn.v_proj")

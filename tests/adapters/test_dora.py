@@ -15,7 +15,7 @@ from lightning_peft.quantization.weights import dense_weight
 
 
 def moved(base_layer: nn.Module, **options: float) -> DoRALinear:
-    """A layer with A, B and m away from their start."""
+    """Return a layer with A, B and m away from their start."""
     torch.manual_seed(0)
     layer = wrapped(DoRALinear, base_layer, rank=3, alpha=6.0, **options)
     nn.init.normal_(layer.lora_B.weight, std=0.2)
@@ -25,7 +25,7 @@ def moved(base_layer: nn.Module, **options: float) -> DoRALinear:
 
 
 def dense_weight_of(layer: DoRALinear) -> Tensor:
-    """m (W + s B A) / |W + s B A| with the norm held constant, written out."""
+    """Return m (W + s B A) / |W + s B A| with the norm held constant, written out."""
     direction = dense_weight(layer.base_layer).float() + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
     norms = torch.linalg.norm(direction.detach(), dim=1, keepdim=True)
     return layer.lora_magnitude_vector[:, None] * direction / norms

@@ -21,9 +21,9 @@ from lightning_peft.adapters.targets import find_targets
 from lightning_peft.kernels.grouped import RowsPerExpert, product_at_once, runs_at_once
 from lightning_peft.models.forwards import keep_outputs
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_layer, quantize_linears
 from lightning_peft.quantization.experts import close_experts, expert_stacks, open_experts
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.quantize import dequantized_layer, quantize_linears
 from lightning_peft.quantization.weights import dense_weight
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
@@ -32,11 +32,11 @@ FAMILIES = [
     "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "llama4_text", "granitemoe", "phimoe", "lfm2_moe",
     "ernie4_5_moe", "minimax_m2",
 ]  # fmt: skip
-"""With biases and transposed matrices, shared experts, one expert a token, tied embeddings, gates of their own."""
+"""Families: biases and transposed matrices, shared experts, one expert a token, tied embeddings, gates of their own."""
 
 
 def exact_model(family: str) -> Any:
-    """A small model in fp64 whose experts transformers computes one by one."""
+    """Return a small model in fp64 whose experts transformers computes one by one."""
     model = small_model(family).double()
     model.config._experts_implementation = "eager"
     keep_outputs(model)
@@ -63,7 +63,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def whole(model: Any, family: str) -> tuple[Any, dict[str, Tensor]]:
-    """The plain model with s B_e A_e added to every matrix, and what was added, by layer, as leaves of a graph."""
+    """Return the plain model with s B_e A_e added to every matrix, and the sums added, by layer, as leaves."""
     plain, factors = exact_model(family), {}
     for name, layer in adapters(model):
         stacked = isinstance(layer, LoRAExperts)

@@ -46,8 +46,8 @@ def test_gradient_of_a_low_rank_has_no_residual_and_scales_squared() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
 def test_gradients_are_those_of_the_weights(quantized: bool) -> None:
-    """What the hooks add up over two batches is what autograd gives dense weights of the same values."""
-    from lightning_peft.quantization.convert import dequantize_modules
+    """The hooks add up over two batches what autograd gives dense weights of the same values."""
+    from lightning_peft.quantization.quantize import dequantize_modules
 
     model, plain = llama(quantized=quantized), llama(quantized=quantized)
     targets = find_targets(model, hybrid(), (nn.Linear, type(model.model.layers[0].mlp.up_proj)))

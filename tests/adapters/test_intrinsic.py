@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def dense(projection: Fastfood) -> Tensor:
-    """P as a matrix, (size, d)."""
+    """Return P as a matrix, (size, d)."""
     return torch.stack([projection(column) for column in torch.eye(projection.dimension)], dim=1)
 
 

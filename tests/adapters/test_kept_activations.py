@@ -1,4 +1,4 @@
-"""What adapted layers keep for the backward pass, and what they leave undone in it."""
+"""The tensors that adapted layers keep for the backward pass, and the work that they leave undone in it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ def frozen_layer(kind: type[LoRALinear], **options: Any) -> LoRALinear:
 
 
 def kept(run: Callable[[], Tensor]) -> list[Tensor]:
-    """What `run` keeps for the backward pass."""
+    """Return what `run` keeps for the backward pass."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         run()
@@ -30,7 +30,7 @@ def kept(run: Callable[[], Tensor]) -> list[Tensor]:
 
 
 def activation_bytes(**options: Any) -> int:
-    """Bytes of distinct storages, weights aside, that the adapted model keeps."""
+    """Return the bytes of distinct storages, weights aside, that the adapted model keeps."""
     model = adapted("lora", **options).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = kept(lambda: model.model(input_ids=tokens(), use_cache=False).last_hidden_state)
@@ -84,7 +84,7 @@ def test_no_activation_is_kept_in_fp32_on_a_bf16_base(kind: type[LoRALinear]) ->
 
 
 def products_with_weight(layer: LoRALinear, x: Tensor) -> int:
-    """How often the backward pass multiplies with the frozen weight, or would make a gradient for it."""
+    """Return how often the backward pass multiplies with the frozen weight, or would make a gradient for it."""
     output = layer(x).sum()
     with torch.profiler.profile(record_shapes=True) as recorded:
         output.backward()
@@ -95,7 +95,7 @@ def products_with_weight(layer: LoRALinear, x: Tensor) -> int:
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11
 @pytest.mark.parametrize("kind", [LoRALinear, LoRAFALinear, DoRALinear])
 def test_a_frozen_input_costs_no_product_with_the_weight(kind: type[LoRALinear]) -> None:
-    """As in the first block, whose input comes from frozen embeddings."""
+    """The first block is such a case, whose input comes from frozen embeddings."""
     layer = frozen_layer(kind)
 
     assert products_with_weight(layer, torch.randn(3, 64)) == 0

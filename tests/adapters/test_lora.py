@@ -7,7 +7,7 @@ from adapter_models import wrapped
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.adapters.init import INITS
+from lightning_peft.adapters.initialization import INITS
 from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from lightning_peft.adapters.lora_fa import LoRAFALinear
 from lightning_peft.adapters.merge import merge_adapters

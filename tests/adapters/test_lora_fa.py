@@ -19,7 +19,7 @@ def test_corrected_step_is_the_full_gradient_in_the_rows_of_A(rank_stabilized: b
     (layer(x) * direction).sum().backward()
 
     A = layer.lora_A.weight
-    full_gradient = direction.t() @ x  # of W in y = W x
+    full_gradient = direction.t() @ x  # this is W's in y = W x
     projected = full_gradient @ torch.linalg.pinv(A) @ A
     step = layer.scaling * layer.lora_B.weight.grad @ A
     torch.testing.assert_close(step, projected, atol=1e-4, rtol=1e-4)

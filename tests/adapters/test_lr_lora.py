@@ -1,4 +1,4 @@
-"""LR-LoRA's bent product: the kernel against torch.sinc, and what it can represent."""
+"""LR-LoRA's bent product: the kernel against torch.sinc, and its reach."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ GRID = Grid(-0.8, 1.6 / 7, 8)
 
 
 def plainly(z: Tensor, c: Tensor, width: Tensor) -> Tensor:
-    """The formula of the layer, a function of torch for each node."""
+    """Return the formula of the layer, a function of torch for each node."""
     nodes = [GRID.first + i * GRID.step for i in range(GRID.nodes)]
     terms = [torch.sinc((z / width - t) / GRID.step) - torch.sinc(z.new_tensor(t / GRID.step)) for t in nodes]
     return z + width * sum(c_i * term for c_i, term in zip(c, terms, strict=True))
@@ -78,7 +78,7 @@ def test_bent_change_has_a_rank_above_its_factors() -> None:
 
 
 def test_no_dense_change_is_kept_or_formed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 64 x 128 elements, 16 rows at a time: the largest tensor made, forward and backward, is a slice of them."""
+    """The largest tensor made, forward and backward, is a slice of 16 rows of 64 x 128 elements."""
     monkeypatch.setattr(sinc, "ELEMENTS_AT_ONCE", 16 * 128)
     layer = perturb(wrapped(LRLoRALinear, nn.Linear(128, 64).requires_grad_(False)))
     seen: list[int] = []

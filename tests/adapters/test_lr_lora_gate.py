@@ -1,4 +1,4 @@
-"""Gates that learn a LoRA's ranks: what is drawn, what it costs, and the plain LoRA that is left."""
+"""Gates that learn a LoRA's ranks: the draws, their cost, and the plain LoRA that is left."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 
 def gated_model() -> nn.Module:
-    """The tiny model with a direction of each layer shut, half open and open in turn; one layer has none open."""
+    """Return the tiny model with directions of its layers shut, half open and open in turn; one layer has none open."""
     model = tiny_model().eval()
     inject_adapters(model, config_for("lr_lora_gate"))
     perturb(model)

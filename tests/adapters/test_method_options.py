@@ -27,11 +27,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def own_options(method: str) -> dict[str, Any]:
-    """What the option file of a method of the table leaves in place: the defaults of its config's own fields."""
+    """Return what the option file of a method of the table leaves in place: the defaults of its config's own fields."""
     config = METHODS[method].config
     shared = {field.name for field in fields(AdapterConfig)}
     names = {field.name for field in fields(config) if field.name not in shared} | {"method", "target_modules"}
-    if not config.uses_rank or not config.rank_costs_parameters:  # the others take the group's r16
+    if not config.uses_rank or not config.rank_costs_parameters:  # the other methods take the group's r16
         names.add("rank")
     return {f"adapter.{name}": getattr(config(), name) for name in names}
 

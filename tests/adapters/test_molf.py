@@ -28,7 +28,7 @@ def test_every_weight_trains_and_a_loser_stays() -> None:
         model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
         optimizer.step()
 
-    won = (optimizer.param_groups[0]["wins"] - wins)[:, 0]  # of the weight and bias of each layer
+    won = (optimizer.param_groups[0]["wins"] - wins)[:, 0]  # each layer's weight and bias have them
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     for layer, (name, _) in enumerate(adapters(model)):
         assert (f"{name}.base_layer.weight" in moved) == bool(won[layer])

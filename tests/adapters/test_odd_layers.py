@@ -12,8 +12,8 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.peft_format import file_tensors
 from lightning_peft.models.forwards import keep_weights_in_evaluation
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_linear, quantize_linears
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.quantize import dequantized_linear, quantize_linears
 from lightning_peft.quantization.weights import acts_as_linear, is_quantized
 
 IDS = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -42,7 +42,7 @@ def merged_by_hand(model, family):
 def test_all_linear_adapts_what_reads_its_weights(family):
     """Every layer's change counts, and reaches its gradient, as if its weight were the sum."""
     base = small_model(family)
-    keep_weights_in_evaluation(base)  # as loading does
+    keep_weights_in_evaluation(base)  # loading does so
     model = perturbed(base)
     logits = model(input_ids=IDS, use_cache=False).logits
     expected = merged_by_hand(model, family)(input_ids=IDS, use_cache=False).logits.detach()

@@ -38,7 +38,7 @@ class GainConfig(AdapterConfig):
     strength: float = 0.5
     """Factor before the trained vector."""
     side: Side = Side.rows
-    """What the vector rescales."""
+    """Part that the vector rescales."""
 
     uses_rank: ClassVar[bool] = False
     uses_alpha: ClassVar[bool] = False

@@ -30,7 +30,7 @@ THEIRS: dict[str, peft.PeftConfig] = {
 
 
 def peft_state(model: nn.Module) -> dict[str, Tensor]:
-    """Adapter tensors by the names HF PEFT has for them."""
+    """Return the adapter tensors by the names HF PEFT has for them."""
     state = {
         f"base_model.model.{layer_name}.{name}": parameter.detach().clone()
         for layer_name, layer in adapters(model)
@@ -43,7 +43,7 @@ def peft_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def peft_twin(model: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
-    """HF's model with the weights of ours."""
+    """Return HF's model with the weights of ours."""
     twin = peft.get_peft_model(llama(), config).eval()
     result = peft.set_peft_model_state_dict(twin, peft_state(model))
     assert not result.unexpected_keys

@@ -101,7 +101,7 @@ def test_scaled_sums_pass_gradcheck(zero):
     torch.manual_seed(0)
     total, gain, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), 5, 5))
     assert torch.autograd.gradcheck(lambda total, *rest: scaled_sum(total.clone(), *rest), (total, gain, bias))
-    if zero:  # what is left of the sum then says nothing of the gain
+    if zero:  # the rest of the sum then says nothing of the gain
         with torch.no_grad():
             gain[1] = 0
         scaled_sum(total.clone(), gain, bias).sum().backward()
@@ -118,7 +118,7 @@ def test_norms_are_taken_once_a_step(monkeypatch):
         monkeypatch.setattr(layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
     first, before = gradients(model, IDS)
     layers = [layer for _, layer in adapters(model) if isinstance(layer, DoRALinear)]
-    assert calls == layers  # not again where blocks are computed again
+    assert calls == layers  # it is not drawn again where blocks are computed again
     with torch.no_grad():
         for layer in layers:
             layer.lora_B.weight.mul_(2)
@@ -128,7 +128,7 @@ def test_norms_are_taken_once_a_step(monkeypatch):
     for _, layer in adapters(alone):
         layer.lora_B.weight.data.mul_(2)
     assert_close((second, after), gradients(alone, IDS), rtol=1e-4, atol=1e-5)
-    with torch.no_grad():  # as an optimiser's step, behind which health is measured and a model may be merged
+    with torch.no_grad():  # this is like an optimiser's step, behind which health is measured and a model may be merged
         for layer in [*layers, *(layer for _, layer in adapters(alone) if isinstance(layer, DoRALinear))]:
             layer.lora_B.weight.mul_(3)
             layer.lora_magnitude_vector.mul_(1.1)

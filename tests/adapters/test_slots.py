@@ -51,7 +51,7 @@ def test_row_equals_its_adapter_alone(guests: bool, quantized: bool, dtype: torc
             # Sums of more rows, in another order.
             torch.testing.assert_close(together[row], expected, rtol=1e-5, atol=2e-5)
         else:
-            # As far from the adapted model in fp32 as the adapter alone is: two roundings of the same numbers.
+            # They are as far from the adapted model in fp32 as the adapter alone is: two roundings of the same numbers.
             exact = own.float()(ids[:1], use_cache=False).logits[0].detach()
             assert (together[row] - exact).norm() < 1.2 * (expected - exact).norm()
 
@@ -80,7 +80,7 @@ def test_a_step_of_slots_and_guests_is_each_adapter_alone(dtype: torch.dtype) ->
 @pytest.mark.parametrize("slots_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("guest", [False, True], ids=["slot", "guest"])
 def test_a_step_in_fp32_over_slots_in_bf16_or_a_bias_with_gaps(guest: bool, slots_dtype: torch.dtype) -> None:
-    """What a kernel that reads by address takes for other numbers."""
+    """A kernel that reads by address would take them for other numbers."""
     torch.manual_seed(0)
     layer = nn.Linear(64, 48)
     layer.bias = nn.Parameter(torch.linspace(-9, 9, 96)[::2])
@@ -198,7 +198,7 @@ def test_factors_that_do_not_fit_a_layer_are_refused_whoever_wrapped_it(guest: b
 
 
 def test_a_load_that_fails_halfway_leaves_nothing_to_the_next() -> None:
-    """Of three rows at once, which go through the columns of the slots; the second of the layers has no numbers."""
+    """Three rows at once go through the columns of the slots; the second of the layers has no numbers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).bfloat16().requires_grad_(False)
     slots = Slots(model, 1, 4, torch.bfloat16)
@@ -210,7 +210,7 @@ def test_a_load_that_fails_halfway_leaves_nothing_to_the_next() -> None:
         slots.load(0, factors)
     with pytest.raises(NotImplementedError, match="no data"):
         slots.load(0, {"0": pair(), "1": pair("meta")})
-    assert slots.layers["0"].A.any()  # halfway
+    assert slots.layers["0"].A.any()  # this fails halfway
     slots.load(0, {"1": pair()})
     x = torch.randn(3, 16, dtype=torch.bfloat16)
     with slots.routed([0, 0, 0]):

@@ -8,5 +8,5 @@ from started import forked_where_it_can_be
 
 @pytest.fixture
 def forked_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of their own as ever, forked from one that has imported what they would."""
+    """Start processes of their own as ever, forked from one that has imported what they would."""
     monkeypatch.setattr(subprocess, "Popen", forked_where_it_can_be)

@@ -1,4 +1,4 @@
-"""Steps beside busy processes: how many run beside each, and what is above its bar."""
+"""Steps beside busy processes: how many run beside each, and which figure is above its bar."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_what_is_above_its_bar_is_said():
 
 @pytest.mark.slow
 def test_both_parts_are_measured(tmp_path, monkeypatch, capsys):
-    """Started, not forked: what a fork comes from has threads where nobody says how many."""
+    """The command is started, not forked: the origin of a fork has threads where nobody says how many."""
     for name in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
     output = tmp_path / "busy.json"

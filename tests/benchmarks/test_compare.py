@@ -79,7 +79,7 @@ print(int(total), memory.stop()["anonymous_gib"])
 
 
 def test_peak_memory_sees_what_is_gone_again():
-    # In a process of its own: here an earlier test may have left free memory that new tensors go to.
+    # It runs in a process of its own: here an earlier test may have left free memory that new tensors go to.
     command = [sys.executable, "-c", HELD_AND_GONE]
     total, peak = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert int(total) == 64 * 2**20 and 0.24 < float(peak) < 0.3

@@ -12,7 +12,7 @@ def test_rows_have_the_length_that_the_figures_name(tmp_path, capsys):
     data.hold(str(tmp_path / "rows.jsonl"), "none")
     held = json.loads(capsys.readouterr().out)
     assert held["tokens"] / 38 == pytest.approx(data.TOKENS, rel=0.05)  # 5 % of 40 rows are held out
-    assert held["mib"] >= 0  # in a process that has read rows before
+    assert held["mib"] >= 0  # the process has read rows before
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a step costs above the frozen base."""
+"""The cost of a step above the frozen base."""
 
 import json
 

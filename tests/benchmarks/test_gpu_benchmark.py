@@ -1,4 +1,4 @@
-"""What runs on a GPU runs here first: every run composes, and on a tiny shape every part is measured."""
+"""The benchmark of a GPU runs here first: every run composes, and on a tiny shape every part is measured."""
 
 import json
 

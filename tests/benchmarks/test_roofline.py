@@ -1,4 +1,4 @@
-"""What a compiled block asks of a GPU, held: launches, bytes, what it keeps for the backward pass, graphs."""
+"""The demands of a compiled block on a GPU, held: launches, bytes, what it keeps for the backward pass, graphs."""
 
 import json
 import shutil

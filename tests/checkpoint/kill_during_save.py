@@ -1,6 +1,6 @@
-"""Trains in a child process that is killed with SIGKILL at a random moment, resumes from what it left, again and again.
+"""Train in a child process that is killed with SIGKILL at a random moment, and resume from what it left, many times.
 
-usage: kill_during_save.py FOLDER KILLS. Prints one JSON line: kills, killed_while_saving, steps.
+usage: kill_during_save.py FOLDER KILLS. It prints one JSON line: kills, killed_while_saving, steps.
 """
 
 import json

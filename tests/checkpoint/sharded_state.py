@@ -1,4 +1,4 @@
-"""Started on two gloo ranks: adapters and trainable state of a model sharded by FSDP2, saved in FOLDER."""
+"""Adapters and trainable state of a model sharded by FSDP2, saved in FOLDER; started on two gloo ranks."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to."""
+"""The base that an adapter belongs to."""
 
 import json
 import logging

@@ -22,7 +22,7 @@ from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.checkpoint.merged import MergeError, Receipt, merge, save_model
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 
 SAMPLES = list(torch.randint(0, 300, (3, 2, 20), generator=torch.Generator().manual_seed(4)))
 NF4 = QuantizationConfig(kind=Kind.nf4)
@@ -196,7 +196,7 @@ def test_requantised_base_loads_in_four_bits(tmp_path: Path) -> None:
 
 
 def logits_of_codes(folder: Path) -> Tensor:
-    """The requantised model computed another way: bitsandbytes' weights made dense in a plain model."""
+    """Return the requantised model's logits in another way: bitsandbytes' weights made dense in a plain model."""
     coded = reload(folder / "out")
     plain = tiny_model().eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a card says, from the files beside it."""
+"""The words of a card, from the files beside it."""
 
 import json
 

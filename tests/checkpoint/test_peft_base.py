@@ -1,4 +1,4 @@
-"""What HF PEFT's folders change of the base beside LoRA: rows of embeddings (trainable_token_indices), lora_bias."""
+"""Changes of the base beside LoRA in HF PEFT's folders: rows of embeddings (trainable_token_indices), lora_bias."""
 
 import json
 
@@ -47,7 +47,7 @@ def logits(model):
 
 
 def saved_by_peft(form, folder):
-    """Save an adapter that changes as much as it can; the base's folder, and the logits."""
+    """Save an adapter that changes as much as it can; return the base's folder, and the logits."""
     options, words = FORMS[form]
     small_model("llama", vocab_size=320, **options).save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
@@ -80,7 +80,7 @@ def test_the_logits_are_peft_s_here_and_from_a_folder_of_ours(form, tmp_path):
     with disable_adapters(model):
         assert (logits(model) - logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))).abs().max() > 0.1
 
-    # What a run that begins with it saves: nothing is lost, though none of it trains.
+    # A run that begins with it saves it: nothing is lost, though none of it trains.
     save_adapter(model, config, tmp_path / "ours", str(tmp_path / "base"))
     torch.testing.assert_close(logits(read_here(tmp_path, "ours")[0]), expected, **tolerance)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "ours"))

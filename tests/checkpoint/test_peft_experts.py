@@ -29,7 +29,7 @@ def logits(model: nn.Module) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def same_start() -> None:
-    """HF PEFT draws A by the global generator; now and then two experts of a token are as good as each other."""
+    """Begin both alike: HF PEFT draws A by the global generator; at times two experts of a token are equally good."""
     torch.manual_seed(0)
 
 
@@ -43,7 +43,7 @@ def perturbed(model: Any) -> Any:
 
 
 def close(got: Tensor, expected: Tensor) -> None:
-    """fp32: HF adds the change to the weight, ours is a product of its own."""
+    """Compare in fp32: HF adds the change to the weight, ours is a product of its own."""
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_a_folder_of_ours_is_the_same_adapter_in_peft(family: str, shared: bool,
     inject_adapters(ours, adapter_config_from_peft(tmp_path / "adapter"))
     load_adapter(ours, tmp_path / "adapter")
     assert torch.equal(logits(ours), logits(model))
-    again = small_model(family)  # to go on with one A for all
+    again = small_model(family)  # one A goes on for all
     inject_adapters(again, config)
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again.eval()), logits(model))

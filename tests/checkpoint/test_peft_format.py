@@ -42,7 +42,7 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
 
 
 def randomize(model: nn.Module, seed: int = 1) -> None:
-    """Adapters far from their start, so that a tensor left out shows."""
+    """Move adapters far from their start, so that a tensor left out shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in file_tensors(model).values():
@@ -366,7 +366,7 @@ def test_rank_of_another_adapter_is_named(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes fails, as on a full disk."""
+    """Let writing beyond `size` bytes fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -24,7 +24,7 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.dora import DoRAConfig
 from lightning_peft.adapters.hira import HiRAConfig
 from lightning_peft.adapters.ia3 import IA3Config as OurIA3Config
-from lightning_peft.adapters.init import initialize_from_weights
+from lightning_peft.adapters.initialization import initialize_from_weights
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.intrinsic import IntrinsicConfig
 from lightning_peft.adapters.lora import LoRAConfig
@@ -42,7 +42,7 @@ from lightning_peft.checkpoint.peft_format import (
 from lightning_peft.checkpoint.peft_methods import spelling, spellings
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers 5.23 deprecates what peft 0.21 calls.
@@ -65,7 +65,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def move(model: nn.Module, amount: float = 0.05) -> None:
-    """Trained parameters away from where they started."""
+    """Move trained parameters away from where they started."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -178,7 +178,7 @@ def test_pruned_adalora_of_hf_keeps_its_first_scaling(tmp_path: Path) -> None:
 
 
 def test_every_method_with_adapters_has_words() -> None:
-    """Those that are only written leave a folder that another row reads."""
+    """Methods that are only written leave a folder that another row reads."""
     written = {name: spelling(name) for name, method in METHODS.items() if method.layers}
     assert {name for name, row in written.items() if row.is_read} == set(spellings())
     for row in written.values():

@@ -89,7 +89,7 @@ def test_keep_last_zero_is_refused() -> None:
 
 
 def flip_bit(path: Path) -> None:
-    """In the middle of the largest tensor: the padding between the records of the file would not matter."""
+    """Flip a bit in the middle of the largest tensor: the padding between the records of the file would not matter."""
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda record: record.file_size)
         data = archive.read(largest)
@@ -157,7 +157,7 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Any:
-    """Writing beyond `size` bytes fails, as on a full disk."""
+    """Let writing beyond `size` bytes fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""What a sweep has shown, from its trials' metrics.csv and config.yaml alone and by nothing of the package."""
+"""The results of a sweep, from its trials' metrics.csv and config.yaml alone and by nothing of the package."""
 
 import csv
 import itertools
@@ -22,7 +22,7 @@ class Seen:
     losses: dict[int, float]
     """Step -> validation loss of the last validation there."""
     steps: list[int]
-    """Of the rows with a training loss, in their order."""
+    """Losses of the rows with a training loss, in their order."""
 
 
 def trials_of(folder: Path) -> dict[str, Seen]:
@@ -49,14 +49,14 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def resampled(values: list[float]) -> list[float]:
-    """Means of all resamples."""
+    """Return the means of all resamples."""
     return [sum(chosen) / len(chosen) for chosen in itertools.product(values, repeat=len(values))]
 
 
 def expected_sentence(all_trials: dict[str, Seen], setting: Callable[[Seen], tuple[str, ...]], end: int) -> str:
-    """The sentence of a pruned sweep over ranks, rates, seeds and what else `setting` tells apart.
+    """Return the sentence of a pruned sweep over ranks, rates, seeds and what else `setting` tells apart.
 
-    Over all trials, of which those that have reached step `end` count. Of a rank the setting with the best mean is
+    All trials are looked at, of which those that have reached step `end` count. A rank's setting with the best mean is
     taken. Adapters of LoRA: a rank has its share of the largest one's parameters.
     """
     groups: dict[tuple[int, tuple[str, ...]], list[Seen]] = {}

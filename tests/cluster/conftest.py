@@ -11,7 +11,7 @@ from slurm_cluster import SlurmCluster, why_not
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A running cluster of two nodes that the SLURM commands of this process talk to."""
+    """Yield a running cluster of two nodes that the SLURM commands of this process talk to."""
     if reason := why_not():
         pytest.skip(reason)
     # Not under pytest's folder, which is its owner's alone: munged wants a socket that everybody can reach.

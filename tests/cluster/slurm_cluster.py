@@ -53,7 +53,7 @@ PartitionName=high Nodes=127.0.0.[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=I
 
 
 def why_not() -> str | None:
-    """Why there can be no SLURM here; None when there can."""
+    """Return why there can be no SLURM here; None when there can."""
     missing = [
         name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=search_path()) is None
     ]
@@ -109,7 +109,7 @@ class SlurmCluster:
         return done.stdout
 
     def ask(self, *command: str) -> str:
-        """Output of a client, empty while the controller does not answer: then each client call blocks for seconds."""
+        """Return a client's output, empty while the controller does not answer: then client calls block for seconds."""
         try:
             return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=5).stdout
         except subprocess.TimeoutExpired:

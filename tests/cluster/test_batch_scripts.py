@@ -60,7 +60,7 @@ def test_script_is_valid_bash(script):
 
 
 def run_body(tmp_path: Path, exit_status: int, state: str, train: str = "") -> tuple[int, list[str]]:
-    """The status of the script and what it asked of SLURM, with commands of its own on PATH; `train` is the ranks'."""
+    """Return the script's status and requests of SLURM, with commands of its own on PATH; `train` is the ranks'."""
     log = tmp_path / "asked"
     log.unlink(missing_ok=True)
     commands = {
@@ -138,7 +138,7 @@ def test_run_dir_does_not_follow_from_options_that_have_their_default():
     assert {key: value for key, value in set_options(config).items() if key in set_here}.items() <= set_here.items()
     assert "data.shuffle_window" not in set_options(config) and "trainer.precision" not in set_options(config)
     with open_dict(config):
-        del config.data.shuffle_window  # what a version without this option has
+        del config.data.shuffle_window  # a version without this option has this
     assert config_digest(_root_=config) == digest
     others = (["method=lora"], ["trainer.max_steps=4"], ["seed=1"], ["data.max_rows=8"])
     words = ["model=tiny", "method=dora", "data.max_rows=9", "trainer.max_steps=3"]

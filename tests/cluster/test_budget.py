@@ -15,7 +15,7 @@ from lightning_peft.sweeps.sweep import Sweep, Trial, begin, changed_sweep, read
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sweep of two trials that ended, one that was killed on two devices, and two that are not begun."""
+    """Return a sweep of two trials that ended, one that was killed on two devices, and two that are not begun."""
     trials = [Trial(f"t{n}", [f"seed={n}"], attempts=n < 3, is_waiting=n > 2) for n in range(5)]
     for trial in trials:
         (tmp_path / trial.name).mkdir()
@@ -80,7 +80,7 @@ def test_retry_keeps_to_the_slots_that_may_run_at_once(tmp_path, monkeypatch, ca
     assert main(["submit", "-m", "cluster=slurm", *words]) == 0
 
     def submitted(budget: int, *states: str) -> list[str]:
-        """The arrays that a retry submits, where the tasks of the first are in these states."""
+        """Return the arrays that a retry submits, where the tasks of the first are in these states."""
         task = "JobId={} ArrayJobId=71 ArrayTaskId={} JobState={} ExitCode=0:0 Restarts=0\n"
         queue.write_text("".join(task.format(72 + n, n, state) for n, state in enumerate(states)))
         (tmp_path / "submitted").write_text("")

@@ -1,4 +1,4 @@
-"""Jobs of Kubernetes and SkyPilot: what is written for them, the script that their machines run, and their states."""
+"""Jobs of Kubernetes and SkyPilot: the files written for them, the script that their machines run, and their states."""
 
 import json
 import os
@@ -15,14 +15,14 @@ import pytest
 import yaml
 
 from lightning_peft.__main__ import main
-from lightning_peft.cluster.job import Work
+from lightning_peft.cluster.job import JobSpec
 from lightning_peft.cluster.kubernetes import Kubernetes, KubernetesConfig, indexes, jobs_of
 from lightning_peft.cluster.skypilot import SkyPilot, SkyPilotConfig, sky_name
 from lightning_peft.cluster.skypilot import jobs_of as jobs_of_queue
 from lightning_peft.sweeps.sweep import CANCELLED, FINISHED, read_sweep
 
 VERSIONS = ("1.31", "1.34", "1.37")
-"""Of Kubernetes, whose schemas the documents are held to."""
+"""Version of Kubernetes, whose schemas the documents are held to."""
 TINY = ["model=tiny", "data=cmudict", "data.max_rows=64", "data.max_validation_rows=8", "logger=none"]
 TINY += ["validation.samples=0"]
 
@@ -131,7 +131,7 @@ elif "pods" in words:
 elif "delete" in words:
     (folder / "Job.json").unlink(missing_ok="--ignore-not-found" in words)
 """
-"""Answers as Kubernetes does, from files: no cluster runs where these tests do."""
+"""Commands that answer as Kubernetes does, from files: no cluster runs where these tests do."""
 
 
 def pod(index: int, phase: str, exit_code: int | None = None) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def pod(index: int, phase: str, exit_code: int | None = None) -> dict[str, Any]:
 
 
 def run_index(job: dict[str, Any], index: int) -> subprocess.CompletedProcess[str]:
-    """What the pod of an index does, here."""
+    """Do what the pod of an index does, here."""
     command = [word.replace("$$", "$") for word in job["spec"]["template"]["spec"]["containers"][0]["command"]]
     environment = {**os.environ, "JOB_COMPLETION_INDEX": str(index)}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
@@ -208,7 +208,7 @@ def test_evicted_pod_saves_and_the_next_goes_on(tmp_path: Path) -> None:
 
 
 def written_job(folder: Path, words: list[str]) -> dict[str, Any]:
-    """The Job that submit would create for a run, whose config is written."""
+    """Return the Job that submit would create for a run, whose config is written."""
     bin_folder = folder / "bin"
     bin_folder.mkdir()
     (bin_folder / "kubectl").write_text(KUBECTL.format(python=sys.executable))
@@ -279,12 +279,12 @@ def test_states_in_the_queue_are_told_apart() -> None:
 
 
 def start_of(folder: Path, exit_code: int, index: int = 0, nodes: int = 1, setup: str = "") -> tuple[int, str]:
-    """How one start of a pod ends, and its output, whose ranks end so after a moment."""
+    """Run one start of a pod, whose ranks end so after a moment; return how it ends, and its output."""
     python = folder / "python"
     python.write_text(f"#!/bin/bash\nsleep 0.2\necho trained with $LIGHTNING_PEFT_TASK\nexit {exit_code}\n")
     python.chmod(0o755)
     config = KubernetesConfig(image="x", nodes=nodes, setup=[setup], python=str(python), namespace="research")
-    document = list(yaml.safe_load_all(Kubernetes().text(config, Work("x", folder, "/no such folder"))))[-1]
+    document = list(yaml.safe_load_all(Kubernetes().text(config, JobSpec("x", folder, "/no such folder"))))[-1]
     done = run_index(document, index)
     return done.returncode, done.stdout
 
@@ -305,7 +305,7 @@ def test_third_start_of_a_run_without_a_checkpoint_ends_its_job(tmp_path: Path) 
 
 
 def test_every_job_has_a_name_of_its_own() -> None:
-    work = Work("8_Läufe!" * 20, Path("/runs/x"), "/work")
+    work = JobSpec("8_Läufe!" * 20, Path("/runs/x"), "/work")
     kubernetes = [yaml.safe_load(Kubernetes().text(KubernetesConfig(image="x"), work)) for _ in range(2)]
     names = [document["metadata"]["name"] for document in kubernetes]
     assert names[0] != names[1] and all(len(name) <= 50 for name in names)

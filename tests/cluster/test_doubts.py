@@ -1,4 +1,4 @@
-"""What could mislead in a sweep's table is said, each by its finder, and nothing is said of a sound sweep."""
+"""A doubt about a sweep's table is said, each by its finder, and nothing is said of a sound sweep."""
 
 import json
 import math
@@ -152,7 +152,7 @@ def test_trial_that_has_not_finished_is_ranked_behind_those_that_have():
 
 
 def test_time_of_a_trial_is_that_of_all_its_starts():
-    """One on two devices that was paused at a rung after 30 s, and took 90 s more."""
+    """The trial on two devices was paused at a rung after 30 s, and took 90 s more."""
     resumed = trial(["adapter.rank=4"], 1.5, seconds=90.0, device_hours=0.05)
     resumed.spent_hours = 2 * 30 / 3600
     (row,) = table_rows(a_sweep(resumed), "validation_loss")

@@ -36,7 +36,7 @@ def test_random_trials_differ_stay_inside_and_repeat_with_the_seed():
     assert drawn == random_trials(dimensions, 50, seed=3) != random_trials(dimensions, 50, seed=4)
     rates = [float(words[0].partition("=")[2]) for words in drawn]
     assert all(1e-5 <= rate <= 1e-2 for rate in rates) and len({tuple(words) for words in drawn}) == 50
-    # Of a log interval over three decades a third of the draws falls into each.
+    # A third of the draws falls into each decade of a log interval over three.
     assert 8 <= sum(rate < 1e-4 for rate in rates) <= 27
     assert len(random_trials([of("adapter.rank=4,8,16")], 10, seed=0)) == 3
 
@@ -64,8 +64,8 @@ def test_narrow_interval_is_drawn_from_with_more_digits_and_inside():
 
 
 def test_whole_numbers_of_a_log_interval_are_drawn_by_their_logarithm():
-    """Of 1 to 1000 three tenths are below 10 by the logarithm, a hundredth by the number: P(round(x) < 10) =
-    ln(9.5 / 0.5) / ln(1000.5 / 0.5) = 0.387."""
+    """Of the numbers from 1 to 1000 three tenths are below 10 by the logarithm, a hundredth by the number: P(round(x) <
+    10) = ln(9.5 / 0.5) / ln(1000.5 / 0.5) = 0.387."""
     one = of("adapter.rank=tag(log,int(interval(1,1000)))")
     generator = random.Random(0)
     small = sum(int(one.draw(generator)) < 10 for _ in range(2000)) / 2000

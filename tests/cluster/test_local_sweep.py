@@ -147,7 +147,7 @@ def test_wrong_words_of_the_verbs_are_named(capsys, words, message):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """Three trials, one of which fails; whoever submitted them is killed at once."""
+    """Run three trials, one of which fails; whoever submitted them is killed at once."""
     folder = tmp_path_factory.mktemp("story") / "sweep"
     rows = folder.parent / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n} + 1 =", "completion": str(n + 1)}) + "\n" for n in range(12)))

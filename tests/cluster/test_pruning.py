@@ -1,4 +1,4 @@
-"""Rungs: which trials go on, and that one that pauses and goes on is the run it would have been."""
+"""Rungs: the trials that go on, each of which is the run it would have been without the pause."""
 
 import csv
 import json
@@ -91,7 +91,7 @@ def test_preempted_trial_is_taken_up_again_by_a_worker_while_it_gets_further(tmp
         with changed_sweep(tmp_path) as changed:
             changed.trial("t2").process = None
             changed.workers = [this_process()]
-            for paused in changed.trials[:2]:  # as they were left, without a folder of their own here
+            for paused in changed.trials[:2]:  # they are as they were left, without a folder of their own here
                 paused.process = None
                 (tmp_path / paused.name).mkdir(exist_ok=True)
                 (tmp_path / paused.name / "config.yaml").write_text("pause_at: 3\n")
@@ -112,7 +112,7 @@ def test_rung_keeps_the_metric_by_its_sign_and_only_at_its_step():
     sweep = sweep_of([[]])
     sweep.metric = "-accuracy"
     trial = sweep.trials[0]
-    trial.result = {"status": "paused", "steps": 2, "metrics": {"accuracy": 0.5}}  # by trainer.max_time
+    trial.result = {"status": "paused", "steps": 2, "metrics": {"accuracy": 0.5}}  # trainer.max_time paused it
     note_rung(sweep, trial)
     assert trial.rung_values == []
     trial.result["steps"] = 3
@@ -124,7 +124,7 @@ def test_rung_keeps_the_metric_by_its_sign_and_only_at_its_step():
 
 def test_brackets_take_about_as_many_steps_each():
     found = brackets(17, 2, 3, seed=0)
-    assert [found.count(b) for b in range(3)] == [9, 5, 3]  # of the paper: 3^2 / 3, 3 / 2 and 1 of 5.5
+    assert [found.count(b) for b in range(3)] == [9, 5, 3]  # the paper has 3^2 / 3, 3 / 2 and 1 of 5.5
     assert brackets(17, 2, 3, seed=0) == found != brackets(17, 2, 3, seed=1)
     for count in range(1, 40):
         assert len(brackets(count, 3, 4, 0)) == count and max(brackets(count, 3, 4, 0)) <= 3

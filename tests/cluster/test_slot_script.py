@@ -18,12 +18,12 @@ class Slot:
     state: str = "RUNNING"
     end_time: int | None = None
     silent: int = 0
-    """How often squeue fails before it answers."""
+    """Number of times that squeue fails before it answers."""
     lost: int = 0
-    """How many asks of the sweep after the first get no answer."""
+    """Number of asks of the sweep after the first that get no answer."""
 
     def run(self, first: str, second: str = "exit 0") -> tuple[int, list[str]]:
-        """The exit status, and what was asked; `first` and `second` are what the ranks of the two trials do."""
+        """Return the exit status, and what was asked; `first` and `second` are the ends of the two trials' ranks."""
         log, trials = self.root / "asked", [self.root / name for name in ("a trial", "b")]
         for number, (trial, does) in enumerate(zip(trials, (first, second), strict=True)):
             (trial / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def test_script_is_valid_bash(tmp_path):
         ("exit 75", 75, ["ask", "requeue 71_0"]),  # told before the first step
         ("exit 143", 75, ["ask", "requeue 71_0"]),  # told before Python heeds a signal
         ("exit 1", 1, ["ask", "ask ended=1", "ask ended=0"]),  # raised before the trial could write how it ended
-        (SAYS % ("preempted", 1), 75, ["ask", "requeue 71_0"]),  # of its ranks one was not saved
+        (SAYS % ("preempted", 1), 75, ["ask", "requeue 71_0"]),  # one of its ranks was not saved
         ("touch leave; sleep 3; exit 75", 0, ["ask", "scancel --signal=USR1 71_0", "ask ended=75", "ask ended=0"]),
     ],
 )

@@ -29,7 +29,7 @@ PAUSED = "+callbacks.pause={_target_: signalling.PauseFirstStart, step: 3, secon
 
 
 def submit(run_dir: Path, *overrides: str) -> str:
-    """The id of the job."""
+    """Submit a run; return the id of the job."""
     assert main(["submit", *RUN, f"run_dir={run_dir}", *overrides]) == 0
     return json.loads((run_dir / "job.json").read_text())["job_id"]
 
@@ -66,7 +66,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm, tmp_path_factory):
-    """A run with a file in its folder that Lightning, unasked, would take for its checkpoint under SLURM."""
+    """Train a run with a file in its folder that Lightning, unasked, would take for its checkpoint under SLURM."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
     (run_dir / "hpc_ckpt_1.ckpt").write_bytes(b"of another run")
     assert wait_for_end(submit(run_dir), run_dir).state == "COMPLETED", log(run_dir)
@@ -141,7 +141,7 @@ def test_cancelled_job_stays_cancelled(slurm, tmp_path, capsys):
 def test_any_folder_runs_with_the_environment_of_the_script(slurm, tmp_path):
     run_dir = tmp_path / "my run 50%"
     two_ranks = ["strategy=ddp", "cluster.tasks_per_node=2", "cluster.sbatch=['--export=NONE']", "trainer.max_steps=2"]
-    # Found by the PYTHONPATH of cluster.setup alone.
+    # It is found by the PYTHONPATH of cluster.setup alone.
     job_id = submit(run_dir, *two_ranks, "callbacks.none={_target_: signalling.FailAt, micro_batch: 999}")
     assert wait_for_end(job_id, run_dir).state == "COMPLETED", log(run_dir)
 

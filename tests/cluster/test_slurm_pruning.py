@@ -24,13 +24,13 @@ SECONDS = 2400
 
 
 def is_idle(sweep: Sweep) -> bool:
-    """Whether no slot has anything left to do, and all have left."""
+    """Return whether no slot has anything left to do, and all have left."""
     jobs = find_jobs(sweep).values()
     return all(trial.state in ENDED for trial in sweep.trials) and not any(job.is_active for job in jobs)
 
 
 def processes_of(run_dir: Path) -> list[int]:
-    """The processes that train in a folder."""
+    """Return the processes that train in a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -84,7 +84,7 @@ def test_three_key_three_seed_sweep_survives_what_ends_jobs_and_its_table_is_rig
     (array,) = seen(folder).arrays
 
     def running(slot: int) -> str | None:
-        """The trial that a slot trains, once it takes steps."""
+        """Return the trial that a slot trains, once it takes steps."""
         found = [t.name for t in seen(folder).trials if t.job == f"{array}_{slot}"]
         return next(
             (name for name in found if (folder / name / "metrics.csv").exists() and processes_of(folder / name)), None

@@ -1,4 +1,4 @@
-"""What chooses trials, what stops them, and what shares a process, each in the slots of a real SLURM."""
+"""The choice of trials, their early end, and shared processes, each in the slots of a real SLURM."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_optuna_with_hyperband_and_median_with_shared_processes_run_in_slots_at_
 
 
 def check_hyperband(folder: Path, sweep: Sweep) -> None:
-    """Three of five trials pause at the rung, of which the best goes on; the two of the other bracket never pause."""
+    """Check that three of five trials pause at the rung, of which the best goes on; the other bracket's two never."""
     files = trials_of(folder)
     halved = [trial for trial in sweep.trials if trial.bracket == 0]
     assert len(halved) == 3 and [trial.rung_values for trial in halved] == [

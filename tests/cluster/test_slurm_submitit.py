@@ -19,7 +19,7 @@ def submitit():
 
 
 def sweep(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, object]], str]:
-    """The command as it ended, the results by trial, and the trials' logs."""
+    """Run the command; return how it ended, the results by trial, and the trials' logs."""
     run = subprocess.run(
         [
             sys.executable, "-m", "lightning_peft", "train", "-m", *TINY, "hydra/launcher=submitit_slurm",

@@ -26,7 +26,7 @@ def seen(folder: Path) -> Sweep:
 
 
 def is_over(sweep: Sweep) -> bool:
-    """Whether SLURM too has done with every trial: the result stands before the job ends."""
+    """Return whether SLURM too has done with every trial: the result stands before the job ends."""
     return has_ended(sweep) and all(trial.exit_code is not None for trial in sweep.trials)
 
 
@@ -56,7 +56,7 @@ def test_cancel_ends_running_and_queued_trials(slurm, tmp_path):
 
 
 def test_trials_of_a_task_train_together_and_one_is_cancelled(slurm, tmp_path):
-    """Four trials in two tasks: what is cancelled leaves the other of its task alone, and is not started again."""
+    """A cancelled trial of four in two tasks leaves the other of its task alone, and is not started again."""
     folder = tmp_path / "sweep"
     words = ["method=lora,rslora", "adapter.rank=2,4", "trainer.max_steps=60", "sweep.together=2", "logger=csv"]
     assert main(["submit", "-m", *TINY, *words, f"sweep_dir={folder}", SETUP]) == 0

@@ -21,7 +21,7 @@ from lightning_peft.evaluation.smaller_ranks import RankScore, smallest_as_good
 from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.statistics import (
-    Group,
+    SeedGroup,
     best_of_ranks,
     difference_interval,
     groups_of,
@@ -35,14 +35,14 @@ RANKS, RATES, SEEDS = (4, 8, 64), ("1e-3", "1e-2"), (0, 1, 2)
 
 
 def loss_at(rank: int, rate: str, seed: int) -> float:
-    """Rank 8 and 64 do alike at a rate of their own, rank 4 does worse."""
+    """Return a loss: rank 8 and 64 do alike at a rate of their own, rank 4 does worse."""
     best = {4: 2.0, 8: 1.502, 64: 1.5}[rank] + 0.3 * (rate != {4: "1e-2", 8: "1e-2", 64: "1e-3"}[rank])
     return best + random.Random(f"{rank} {rate} {seed}").gauss(0, 0.01)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of a finished sweep over rank, learning rate and seed."""
+    """Return the folder of a finished sweep over rank, learning rate and seed."""
     trials = []
     for rank, rate, seed in itertools.product(RANKS, RATES, SEEDS):
         name = f"rank{rank}_lr{rate}_seed{seed}"
@@ -59,7 +59,7 @@ def folder(tmp_path):
 
 
 def last_validations(folder: Path, rank: int, rate: str) -> list[float]:
-    """From the metrics.csv files, and from nothing else."""
+    """Read the last validations from the metrics.csv files, and from nothing else."""
     found = []
     for seed in SEEDS:
         with (folder / f"rank{rank}_lr{rate}_seed{seed}" / "metrics.csv").open() as file:
@@ -147,7 +147,7 @@ def test_sentence_of_a_pruned_sweep_says_that_the_means_are_of_those_that_were_a
     said = sentence(sweep)
     assert "over 2 and 3 seeds" in said
     assert said.endswith("; of these 6 trials rungs stopped 1, so the means are of those that were ahead")
-    other = sweep.trial("rank4_lr1e-3_seed1")  # of a setting that is not compared
+    other = sweep.trial("rank4_lr1e-3_seed1")  # these are of a setting that is not compared
     stopped.state, stopped.rung_values, other.state, other.rung_values = "finished", [5.0], "paused", [5.0]
     assert sentence(sweep) == whole
 
@@ -208,7 +208,7 @@ def test_same_values_and_seed_twice_are_one_score(folder):
 
 
 def of_ranks(scores: dict[str, list[float]], key: str = "adapter.rank") -> Sweep:
-    """A sweep over one key and seeds, with a score a seed; nan is a trial that diverged."""
+    """Return a sweep over one key and seeds, with a score a seed; nan is a trial that diverged."""
     trials = [
         Trial(f"{value}_{seed}", [f"{key}={value}", f"seed={seed}"], "diverged" if math.isnan(loss) else "finished", 1,
               is_waiting=False, result={"status": "finished", "steps": 9, "validation_loss": loss, "metrics": {}})
@@ -283,8 +283,8 @@ def test_large_metric_is_ranked_from_the_top(folder):
 def test_many_scores_are_resampled_at_random_alike_each_time():
     generator = random.Random(0)
     scores = [generator.gauss(0, 1) for _ in range(40)]
-    one, other = Group({}, [], scores, None), Group({}, [], [x + 0.5 for x in scores], None)
-    assert one.interval == Group({}, [], list(scores), None).interval
+    one, other = SeedGroup({}, [], scores, None), SeedGroup({}, [], [x + 0.5 for x in scores], None)
+    assert one.interval == SeedGroup({}, [], list(scores), None).interval
     half = 1.96 * statistics.pstdev(scores) / math.sqrt(40)
     assert one.interval == pytest.approx((one.mean - half, one.mean + half), abs=0.05)
     low, high = difference_interval(other, one)

@@ -1,4 +1,4 @@
-"""What a sweep's file and folders say: states, processes, draws, tables."""
+"""The content of a sweep's file and folders: states, processes, draws, tables."""
 
 import csv
 import errno
@@ -163,7 +163,7 @@ def test_wrong_sweep_option_is_named(options, message):
 
 @pytest.fixture
 def rank_by_alpha():
-    """Four trials, of which the last failed; the loss is rank x alpha."""
+    """Return four trials, of which the last failed; the loss is rank x alpha."""
     trials = []
     for rank in (4, 16):
         for alpha in (8, 32):
@@ -308,13 +308,13 @@ def test_sweep_is_changed_by_one_at_a_time_where_files_cannot_be_locked(tmp_path
     for left_by, ahead in ((DEAD, 86400), (replace(DEAD, host="elsewhere"), -86400)):
         monkeypatch.setattr(sweeps, "SECONDS_TO_CHANGE", 600 if left_by.is_here else 0.3)
         (tmp_path / ".changing").write_text(json.dumps(asdict(left_by)))
-        os.utime(tmp_path / ".changing", (time.time() + ahead,) * 2)  # whose clock was another
+        os.utime(tmp_path / ".changing", (time.time() + ahead,) * 2)  # its clock was another
         count(1)
     assert read_sweep(tmp_path).count == 32
 
 
 def test_change_that_is_made_elsewhere_is_waited_for_whatever_the_clock_says(tmp_path, monkeypatch):
-    """Without locks, and with a clock that was set back by a day when the other process began."""
+    """There are no locks, and the clock was set back by a day when the other process began."""
     monkeypatch.setattr(sweeps, "SECONDS_TO_CHANGE", 0.6)
     made = tmp_path / ".changing"
     made.write_text(json.dumps(asdict(replace(DEAD, host="elsewhere"))))

@@ -41,7 +41,7 @@ def in_folder(run_dir: Path, other: Path) -> TrainConfig:
 
 def test_worker_claims_trials_of_one_base(tmp_path):
     sweep_of(tmp_path, ["a", None, "b", "a", "a", "b"], together=2)
-    (tmp_path / "t0" / LEAVE).touch()  # of a start that was killed before it could leave
+    (tmp_path / "t0" / LEAVE).touch()  # it is of a start that was killed before it could leave
     claimed = [[trial.name for trial in claim(tmp_path)] for _ in range(4)]
     assert claimed == [["t0", "t3"], ["t1"], ["t2", "t5"], ["t4"]]
     assert all(trial.attempts == 1 for trial in read_sweep(tmp_path).trials)
@@ -111,7 +111,7 @@ def test_foreground_sweep_trains_together(tmp_path, capsys):
 @pytest.mark.multi_process
 @pytest.mark.slow
 def test_trials_that_leave_their_ranks_end_no_foreground_sweep(tmp_path, capsys):
-    """One by itself, then two in a group, all of which pause."""
+    """One trial trains by itself, then two in a group, and all pause."""
     folder = tmp_path / "sweep"
     words = ["strategy=ddp", "trainer.devices=2", "pause_at=1", "method=dora,lora,rslora", "sweep.together=2"]
     assert main(["train", "-m", *TINY, *words, f"run_dir={folder}"]) == 75

@@ -1,4 +1,4 @@
-"""A command under a pseudo-terminal, and what its screen showed."""
+"""A command under a pseudo-terminal, and its screen."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass
 class Capture:
-    """What a command wrote to a terminal of so many columns."""
+    """The text that a command wrote to a terminal of so many columns."""
 
     text: str
     columns: int
@@ -24,13 +24,13 @@ class Capture:
 
     @property
     def frames(self) -> list[str]:
-        """Every state of the renewed line, in order."""
+        """Return every state of the renewed line, in order."""
         pieces = STYLE.sub("", self.text).split("\r\x1b[2K")[1:]
         return [piece for piece in pieces if piece and "\n" not in piece]  # a log line ends
 
     @property
     def screen(self) -> list[str]:
-        """The lines that stand when the command has ended, of a terminal that wraps at its last column."""
+        """Return the lines that stand when the command has ended, of a terminal that wraps at its last column."""
         rows, row, column = [""], 0, 0
         for token in re.findall(r"\x1b\[2K|\r|\n|[^\x1b]", STYLE.sub("", self.text)):
             if token == "\x1b[2K":
@@ -50,7 +50,7 @@ class Capture:
 
 
 def all_written_to(terminal: int) -> bytes:
-    """What is written until the other end is closed."""
+    """Return what is written until the other end is closed."""
     written = b""
     while True:
         try:

@@ -1,4 +1,4 @@
-"""evaluate, generate and merge on a small trained run, and what they say of damaged or foreign adapters."""
+"""evaluate, generate and merge on a small trained run, and their words about damaged or foreign adapters."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_validation_during_training_equals_the_one_at_the_end(run_dir):
 
 
 def test_hf_peft_loads_the_adapter_with_equal_logits(run_dir):
-    """HF PEFT on a fresh base against our own reload; fp32, another order of summation."""
+    """HF PEFT on a fresh base is held against our own reload; fp32, another order of summation."""
     ours, _ = load_for_inference(str(run_dir), None, "32-true")
     theirs = PeftModel.from_pretrained(load_model(ModelConfig(name="tiny"), torch.float32), run_dir / "adapter").eval()
     ids = torch.arange(40)[None]
@@ -150,7 +150,7 @@ def test_merge_writes_a_plain_model_and_a_receipt(run_dir, tmp_path, capsys):
     assert float(receipt[1]) < 1e-6 and float(receipt[2]) > 99.5
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     weights = load_file(run_dir / "adapter" / "adapter_model.safetensors")
-    base = load_model(ModelConfig(name="tiny"), merged.dtype)  # bf16 where the processor has it
+    base = load_model(ModelConfig(name="tiny"), merged.dtype)  # it is bf16 where the processor has it
     name = "model.layers.0.mlp.up_proj"
     A, B = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     expected = base.get_submodule(name).weight.float() + 2.0 * B @ A

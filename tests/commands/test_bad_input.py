@@ -1,4 +1,4 @@
-"""What wrong input gets: exit status 2 and one line that names the key or file, before a model is loaded."""
+"""The answer to wrong input: exit status 2 and one line that names the key or file, before a model is loaded."""
 
 import json
 
@@ -155,7 +155,7 @@ OTHER_CASES = {
 
 
 def error_line(capsys, words):
-    """The only line on stderr that is an error; the exit status must be 2."""
+    """Return the only line on stderr that is an error; the exit status must be 2."""
     assert main(words) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1

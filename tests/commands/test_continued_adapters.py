@@ -20,7 +20,7 @@ SYSTEM = "Answer in SQL."
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base on disk, as people have theirs."""
+    """Return a base on disk, as people have theirs."""
     folder = tmp_path_factory.mktemp("base") / "tiny base"
     load_model(ModelConfig(name="tiny"), torch.float32).save_pretrained(folder)
     load_tokenizer(ModelConfig(name="tiny")).save_pretrained(folder)
@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_peft(base, tmp_path_factory):
-    """An adapter that HF PEFT wrote: other ranks, scaling and layers than our defaults."""
+    """Return an adapter that HF PEFT wrote: other ranks, scaling and layers than our defaults."""
     folder = tmp_path_factory.mktemp("peft") / "adapter"
     config = LoraConfig(
         r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}, use_rslora=True,
@@ -63,7 +63,7 @@ def test_adapter_of_peft_is_continued_by_its_folder_alone(base, of_peft, tmp_pat
     assert torch.allclose(*logits, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's, that tied layers are adapted
+@pytest.mark.filterwarnings("ignore")  # PEFT warns that tied layers are adapted
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_adapter_of_one_end_of_a_tied_base_is_continued(target, tmp_path):
     """HF PEFT adapts the end alone, which unties the two."""

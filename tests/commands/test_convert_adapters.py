@@ -116,7 +116,7 @@ def test_sum_of_other_ranks_scalings_and_layers_is_exact(runs, tmp_path, capsys)
 def test_combinations_are_cut_to_the_largest_rank(runs, tmp_path, combine, rank):
     receipt = converted([runs / "lora", runs / "few", f"combine={combine}"], tmp_path / "both")
     assert max(receipt["ranks"].values()) == rank and max(receipt["lost"].values()) > 0
-    if combine != "dare":  # of which half was noise
+    if combine != "dare":  # half of them was noise
         assert receipt["recovered"] > 0.8
 
 

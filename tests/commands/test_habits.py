@@ -54,7 +54,7 @@ OPTIONS = {
     "quantization=nf4": "quantization=4bit quantization=NF4", "data=alpaca": "data=alpacca",
     "model=hf model.path=gpt2": "model=gpt2", "data=hub data.hub_name=tatsu-lab/alpaca": "data=tatsu-lab/alpaca",
 }  # fmt: skip
-"""What is answered -> options as they are typed."""
+"""Answer -> options as they are typed."""
 
 SLIPS = [
     (["rank", "=", "16"], "rank = 16: no space around =, as in rank=16"),
@@ -92,7 +92,7 @@ SLIPS = [
     (["cluster=local"], "cluster=local: train runs here; submit takes the same words"),
     (["model=https://huggingface.co/org/name"], "model=https://huggingface.co/org/name: give its name on the hub, as in model=org/name"),
 ]  # fmt: skip
-"""What is typed -> the line that answers it, without composing anything."""
+"""Words as typed -> the line that answers them, without composing anything."""
 
 VALUES = {
     "rank=-1": "adapter.rank=-1: a rank is at least 1", "rank=1.5": "adapter.rank=1.5: .*; must be a whole number",
@@ -229,7 +229,7 @@ def test_failed_file_operation_names_the_file_first(capsys, tmp_path):
 @pytest.mark.parametrize("words", [["train", "--help"], ["config", "train"], ["schema"]])
 def test_pages_may_be_cut_off_by_their_reader(words):
     reader, writer = os.pipe()
-    os.close(reader)  # as `| head` does
+    os.close(reader)  # `| head` does so
     done = started.run([*started.COMMAND, *words], stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")

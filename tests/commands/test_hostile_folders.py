@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
-    """A disk with no room for a page."""
+    """Yield a disk with no room for a page."""
     folder = tmp_path / "full"
     folder.mkdir()
     mount = subprocess.run(
@@ -52,7 +52,7 @@ def full(tmp_path: Path) -> Iterator[Path]:
 
 
 def one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The error of a command, its only one; the exit status must be 2."""
+    """Return the error of a command, its only one; the exit status must be 2."""
     capsys.readouterr()
     assert main(words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -150,7 +150,7 @@ def test_config_path_of_no_config_is_one_line(tmp_path, capsys, content):
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_closed_streams_end_no_command(tmp_path, closed):
-    """What is opened next would take their numbers: a table would be printed into the manifest."""
+    """A file opened next would take their numbers: a table would be printed into the manifest."""
     sweep = a_sweep(tmp_path / "sweep")
     closing = " ".join(f"{number}>&-" for number in closed)
     command = f"exec {closing}; {sys.executable} -m lightning_peft sweep table {sweep} output_path={tmp_path}/table.csv"

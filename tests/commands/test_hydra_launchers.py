@@ -33,7 +33,7 @@ def joblib():
 
 
 def check_failed_trial(folder: Path, *words: str) -> None:
-    """Of two trials the first has no data: the second still runs, and the command tells of the first."""
+    """Check two trials of which the first has no data: the second still runs, and the command tells of the first."""
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n} + 1 =", "completion": str(n + 1)}) + "\n" for n in range(12)))
     run = sweep(folder / "sweep", "data=jsonl", f"data.train_path={folder}/missing.jsonl,{rows}", *words)

@@ -174,7 +174,7 @@ def test_magnitude_has_its_share_of_a_doras_change():
     assert layer_spectrum(layer).magnitude == pytest.approx(0, abs=1e-10)
     layer.lora_magnitude_vector.data *= torch.linspace(0.8, 1.3, OUT)
     turned = 0.5 * layer.lora_B.weight.detach() @ layer.lora_A.weight.detach()
-    moved = layer.delta_weight().detach() - turned  # what is not s B A
+    moved = layer.delta_weight().detach() - turned  # this is not s B A
     expected = moved.square().sum() / (moved.square().sum() + turned.square().sum())
     assert layer_spectrum(layer).magnitude == pytest.approx(float(expected), rel=1e-4)
 
@@ -189,7 +189,7 @@ def test_effect_stands_beside_the_error_of_the_codes(runs, capsys):
         weight = whole.get_submodule(name).weight.detach()
         error = dense_weight(model.get_submodule(name).base_layer) - weight
         assert figures["quantization_error"] == pytest.approx(float(error.norm() / weight.norm()), rel=1e-5)
-        assert 0.05 < figures["quantization_error"] < 0.15  # of normal weights in NF4, blocks of 64: about 0.09
+        assert 0.05 < figures["quantization_error"] < 0.15  # normal weights in NF4, blocks of 64, have about 0.09
 
 
 def test_layers_that_cannot_be_compared_are_counted(runs, capsys):

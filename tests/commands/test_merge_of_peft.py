@@ -16,7 +16,7 @@ from lightning_peft.adapters.lora import LoRAConfig, LoRAExperts, LoRALinear
 from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 
 IDS = torch.arange(3, 43)[None]
 LORA: dict[str, Any] = {"r": 4, "task_type": "CAUSAL_LM"}
@@ -67,7 +67,7 @@ def test_experts_that_ran_in_16_bits_are_added_to_the_published_ones(family: str
         for one in (model, original, expected):
             for name, parameter in one.named_parameters():
                 if name.endswith("bias"):
-                    parameter.fill_(1 / 3)  # which bf16 rounds
+                    parameter.fill_(1 / 3)  # bf16 rounds them
     model.bfloat16()
     if is_coded:
         quantize_linears(model, QuantizationConfig(Kind.nf4, block_size=32))

@@ -1,4 +1,4 @@
-"""A mixture of sources by the words of the command line, and what a run of one leaves."""
+"""A mixture of sources by the words of the command line, and the files that a run of one leaves."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def test_a_run_of_a_mixture_has_a_validation_loss_of_each_source(words):
     last = [row for row in rows if row["validation_loss"]][-1]
     for name, loss in losses.items():
         assert float(last[f"validation_loss/{name}"]) == pytest.approx(loss)
-    # The oracle: the rows of one source alone, scored by the same adapter.
+    # The oracle is the rows of one source alone, scored by the same adapter.
     evaluated = {}
     for name in losses:
         alone = ["data=jsonl", f"data.train_path={name}.jsonl", "data.validation_fraction=0.1", "models=adapter"]
@@ -73,7 +73,7 @@ def test_a_mixture_is_scored_by_its_task_source_by_source(tmp_path, monkeypatch,
     assert report["adapter"]["intervals"].keys() >= {"final_number_accuracy/same"}
     assert report["gate"]["final_number_accuracy/other"]["passes"]
     assert printed.count("of same, 10 rows") == 2 and printed.count("of other, 10 rows") == 2
-    # The oracle: one source alone.
+    # The oracle is one source alone.
     alone = ["data=jsonl", "data.train_path=other.jsonl", "data.task=final_number", "data.validation_fraction=0.1"]
     assert main([*words[:3], "output=other.json", "models=adapter", *alone]) == 0
     scored = json.loads(Path("other.json").read_text())["adapter"]["metrics"]

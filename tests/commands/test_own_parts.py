@@ -19,7 +19,7 @@ CALLBACK = "from lightning.pytorch import Callback\n\n\nclass Mine(Callback):\n 
 
 @pytest.fixture
 def conf(tmp_path, monkeypatch):
-    """A working folder with an option of `data` and a group of its own, in conf/."""
+    """Return a working folder with an option of `data` and a group of its own, in conf/."""
     (tmp_path / "conf" / "data").mkdir(parents=True)
     (tmp_path / "conf" / "experiment").mkdir()
     (tmp_path / "conf" / "data" / "mine.yaml").write_text("defaults: [jsonl]\ntrain_path: rows.jsonl\n")
@@ -38,7 +38,7 @@ def test_conf_dir_is_the_folder_of_ones_own_options(conf, tmp_path):
     words = everyday("train", ["data=mine", "model=tiny", "+experiment=foo", "conf_dir=conf"])
     config = compose_config("train", words)
     assert (config.data.train_path, config.adapter.rank, config.seed) == ("rows.jsonl", 4, 7)
-    assert words[0] == f"hydra.searchpath=[file://{tmp_path}/conf]"  # also where a job starts elsewhere
+    assert words[0] == f"hydra.searchpath=[file://{tmp_path}/conf]"  # this holds where a job starts elsewhere too
     with pytest.raises(ValueError, match="conf_dir=lost: no such folder; it holds GROUP/NAME.yaml"):
         everyday("train", ["conf_dir=lost"])
     with pytest.raises(ValueError, match="conf_dir=conf and hydra.searchpath=.*: give all folders by one of them"):
@@ -71,7 +71,7 @@ def test_own_folder_is_found_by_the_trials_of_submit_m(conf, tmp_path, monkeypat
     sweep = plan(compose_config("submit_sweep", [f"sweep.cluster={cluster}"]), words)
     assert [trial.values for trial in sweep.trials] == [{"data": "cmudict"}, {"data": "mine"}]
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")  # where `sweep retry` is called, say
+    monkeypatch.chdir(tmp_path / "elsewhere")  # `sweep retry` may be called there
     config = trial_config(sweep, sweep.trials[1], tmp_path)
     assert (config.data.train_path, config.seed) == ("rows.jsonl", 7)
 

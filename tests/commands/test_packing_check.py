@@ -22,7 +22,7 @@ def run(folder, name, *words):
 
 @pytest.fixture
 def mixing(monkeypatch):
-    """Attention that takes all samples of a batch for one."""
+    """Return attention that takes all samples of a batch for one."""
     own = attention.varlen_attention
 
     def varlen_attention(query, key, value, cu_seqlens, *args):

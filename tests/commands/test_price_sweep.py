@@ -1,4 +1,4 @@
-"""What a sweep takes is told before it runs: the same numbers as one estimate and one run at a time."""
+"""The price of a sweep is told before it runs: the same numbers as one estimate and one run at a time."""
 
 import json
 from pathlib import Path

@@ -14,8 +14,8 @@ from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.models.loading import empty_model, load_model, prepare_as_published
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
-from lightning_peft.quantization.convert import bits_per_parameter
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.quantize import bits_per_parameter
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_estimate_counts_the_codes(folder, tmp_path):
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "moe_fp8_128", "moe_gptq", "moe_packed_int4", "mxfp4"])
 def test_the_layers_are_known_without_their_files(name, tmp_path):
-    """Of the size they have once loaded, from the names in the files or from config.json alone."""
+    """They have the size that they have once loaded, from the names in the files or from config.json alone."""
     path = tmp_path / "low"
     if name == "mxfp4":
         publish_mxfp4(small_model("gpt_oss"), path, tmp_path / "dense")

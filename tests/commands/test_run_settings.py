@@ -1,4 +1,4 @@
-"""What a run was trained in goes with its adapter: precision, codes, the base it is compared with, its tokens."""
+"""The settings of a run go with its adapter: precision, codes, the base it is compared with, its tokens."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_linear
+from lightning_peft.quantization.quantize import dequantized_linear
 from lightning_peft.quantization.weights import is_quantized
 
 IDS = torch.arange(3, 43)[None]
@@ -24,7 +24,7 @@ NAME = "model.layers.0.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """An fp32 checkpoint, and rows to train on."""
+    """Return an fp32 checkpoint, and rows to train on."""
     folder = tmp_path_factory.mktemp("base")
     model = tiny_model()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def scores(folder, *words):
 
 @pytest.fixture(scope="module")
 def own_loss(base, tmp_path_factory):
-    """Loss of the base alone, in fp32."""
+    """Return the loss of the base alone, in fp32."""
     output = tmp_path_factory.mktemp("own") / "scores.json"
     words = ["model=hf", f"model.path={base}", *data(base), "models=base", "precision=32-true", "data.max_length=64"]
     assert main(["evaluate", *words, f"output={output}", "max_rows=4"]) == 0

@@ -67,7 +67,7 @@ def test_sweep_that_would_differ_between_ranks_is_refused(monkeypatch, capsys, t
 
 @pytest.fixture
 def foreground(tmp_path):
-    """The folder of a sweep over rank that train -m has begun."""
+    """Return the folder of a sweep over rank that train -m has begun."""
     for rank in (2, 4):
         (tmp_path / f"rank{rank}").mkdir()
         enter_trial(tmp_path / f"rank{rank}", ["model=tiny", f"adapter.rank={rank}"], ["adapter.rank=2,4"])

@@ -1,4 +1,4 @@
-"""What `sweep status` and `sweep table` show on narrow terminals and in a pipe: all names and numbers."""
+"""The output of `sweep status` and `sweep table` on narrow terminals and in a pipe: all names and numbers."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ METRIC = "execution_accuracy"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of trials whose names differ at their ends."""
+    """Return a sweep of trials whose names differ at their ends."""
     folder = tmp_path_factory.mktemp("sweep")
     trials = []
     for number, (rank, seed) in enumerate([(4, 0), (4, 1), (64, 0), (64, 1)]):
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_terminal(words: list[str], columns: int) -> list[str]:
-    """The lines that a command writes to a terminal."""
+    """Return the lines that a command writes to a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}

@@ -1,4 +1,4 @@
-"""What a training shows: captures of real runs on pseudo-terminals of 80 and 100 columns, and in a pipe."""
+"""The display of a training: captures of real runs on pseudo-terminals of 80 and 100 columns, and in a pipe."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_training_has_one_bar_that_nothing_tears(columns, folder):
     assert [frame for frame in capture.frames if len(frame) >= columns] == []
     last = [frame for frame in capture.frames if "12/12" in frame][-1]
     assert re.search(r"━ +12/12 +loss \d\.\d{4} +val \d\.\d{4} +lr 0 .* tok/s +\d\.\d GiB +0 s left", last)
-    # What stays is log lines and the table, whole: nothing of the bar, and no line twice.
+    # Log lines and the table stay, whole: nothing of the bar, and no line twice.
     left = "\n".join(capture.screen)
     assert "tok/s" not in left and "━" not in left
     assert "finished: at_" in left

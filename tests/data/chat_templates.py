@@ -167,7 +167,7 @@ _SPECIAL = re.compile(
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with the template of that name and the special tokens that it writes."""
+    """Return a byte-level tokenizer with the template of that name and the special tokens that it writes."""
     if name in OURS:
         template, eos = OURS[name]
     else:

@@ -25,7 +25,7 @@ SPECIAL = [
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """`make_tokenizer(chat_template, bos, eos, adds_bos, trim_offsets)`; byte-level BPE."""
+    """Return the function `make_tokenizer(chat_template, bos, eos, adds_bos, trim_offsets)`; byte-level BPE."""
 
     def make(
         chat_template: str | None = None,
@@ -62,7 +62,7 @@ def chatml(make_tokenizer) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., str]:
-    """`write_jsonl(rows, name)` gives the path; a row that is a string is written as it is."""
+    """Return the function `write_jsonl(rows, name)`, which gives the path; a string is written as it is."""
 
     def write(rows: list[dict | str], name: str = "rows.jsonl") -> str:
         path = tmp_path / name

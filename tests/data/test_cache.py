@@ -39,7 +39,7 @@ def tokens_of(samples):
 
 
 def everything(config, tokenizer, caplog):
-    """Batches, counts and log lines of a start, those about the cache itself left out."""
+    """Return the batches, counts and log lines of a start, those about the cache itself left out."""
     tokenizer_template._log_plain_layout.cache_clear()
     caplog.clear()
     with caplog.at_level(logging.INFO, "lightning_peft"):

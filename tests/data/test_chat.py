@@ -31,7 +31,7 @@ QWEN_3 = (
     "{{ message.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Writes an empty thought into the last answer only, as Qwen3's does."""
+"""Template that writes an empty thought into the last answer only, as Qwen3's does."""
 
 TWO_TURNS = [
     Message("user", "Hi"),
@@ -42,7 +42,7 @@ TWO_TURNS = [
 
 
 def tokens_and_trained(messages, tokenizer):
-    """Tokens as text, those that are trained in a second list with None for the others."""
+    """Return the tokens as text, those that are trained in a second list with None for the others."""
     sample = encode(messages, tokenizer)
     tokens = [tokenizer.decode([token]) for token in sample.input_ids]
     assert all(label in (-100, token) for label, token in zip(sample.labels, sample.input_ids, strict=True))
@@ -98,7 +98,7 @@ def test_mistral_labels_two_turns(make_tokenizer):
 
 
 def trained_texts(messages, tokenizer, **rules):
-    """What each sample of a conversation trains, as text."""
+    """Return what each sample of a conversation trains, as text."""
     [samples] = encode_all([messages], tokenizer, Rules(**rules))
     return [tokenizer.decode([label for label in sample.labels if label != -100]) for sample in samples]
 
@@ -142,7 +142,7 @@ def test_prompt_is_what_stands_before_the_answer(make_tokenizer, template, trim_
 
 
 def test_token_across_the_prompt_end_is_cut(make_tokenizer):
-    """Alone the prompt ends in the token " ", in the whole text the answer's token is " Paris"."""
+    """The prompt alone ends in the token " ", in the whole text the answer's token is " Paris"."""
     template = (
         "{% for message in messages %}{{ message.role + ': ' + message.content + (eos_token if message.role"
         " == 'assistant' else '\n') }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

@@ -49,7 +49,7 @@ def loader_of(path, tokenizer, rank=0, world_size=1, seed=0, **options):
 
 
 def key(batch):
-    """A batch as something to compare; what is no filler."""
+    """Return a batch as something to compare; what is no filler."""
     return tuple(map(tuple, batch.input_ids.tolist())), batch.num_tokens, batch.num_supervised
 
 
@@ -62,7 +62,7 @@ def real(batches):
 
 
 def by_turns(ranks):
-    """Batches of all ranks in the order in which they are taken, fillers left out."""
+    """Return the batches of all ranks in the order in which they are taken, fillers left out."""
     assert len({len(batches) for batches in ranks}) == 1
     return real([batch for turn in zip(*ranks, strict=True) for batch in turn])
 
@@ -202,7 +202,7 @@ TORCHDATA_STATES = {
         "_steps_since_snapshot": 0, "_iterator_finished": False,
     },
 }  # fmt: skip
-"""As torchdata 0.11 wrote them after five batches, the place among them."""
+"""States as torchdata 0.11 wrote them after five batches, the place among them."""
 
 
 @pytest.mark.parametrize("form", TORCHDATA_STATES)

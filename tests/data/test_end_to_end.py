@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from lightning_peft.__main__ import main
 from lightning_peft.commands.adapted import layout_of, load_for_inference
 from lightning_peft.data.chat import end_token_ids
-from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.generate import answer_row, declared_end_ids, why_not_decoded
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -24,7 +24,7 @@ CITIES = ("Oslo", "Rome")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model folder with Qwen3's template."""
+    """Return a model folder with Qwen3's template."""
     folder, tokenizer = tmp_path_factory.mktemp("qwen3"), tiny_tokenizer()
     tokenizer.chat_template = (TRL / "qwen3.jinja").read_text()
     config = Qwen3Config(
@@ -58,7 +58,7 @@ def answered(run_dir, prompt, capsys, *words):
 
 
 def generated_tokens(run_dir, prompt):
-    """The tokens of an answer, special ones among them, as the decoder of `generate` writes it; and the tokenizer."""
+    """Return an answer's tokens, special ones among them, as the decoder of `generate` writes it; and the tokenizer."""
     model, tokenizer = load_for_inference(str(run_dir), None, "auto")
     assert why_not_decoded(model) is None
     layout = layout_of(str(run_dir), tokenizer)

@@ -45,7 +45,7 @@ COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three files, two of them in folders; a description and hidden files that are none."""
+    """Return three files, two of them in folders; a description and hidden files that are none."""
     for name, rows in {"top.jsonl": ROWS[:1], "a/mid.jsonl.gz": ROWS[1:3], "a/b/low.json": ROWS[3:]}.items():
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True, exist_ok=True)

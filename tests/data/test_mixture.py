@@ -19,7 +19,7 @@ NAMES = ("chat", "code", "story")
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """A file for each source; the prompts of its rows begin with its name."""
+    """Return a file for each source; the prompts of its rows begin with its name."""
     folder, rng = tmp_path_factory.mktemp("mixed"), random.Random(0)
 
     def said(most):
@@ -60,7 +60,7 @@ def mixed(paths, tokenizer, weights=(0.5, 0.3, 0.2), place=(0, 1), seed=0, more=
 
 
 def samples_of(batches, tokenizer):
-    """The text of each sample and its tokens, without padding."""
+    """Return the text of each sample and its tokens, without padding."""
     found = []
     for batch in batches:
         if batch.num_tokens:
@@ -94,7 +94,7 @@ def tokenizer(chatml):
 KINDS = [{"streaming": False}, {"streaming": True}, {"packing": False}, {"packing": False, "streaming": True}]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=["packed", "packed stream", "grouped", "grouped stream"])
 BATCHES = 120
-"""Of a stream, which has no end: several passes over the small sources."""
+"""Batches of a stream, which has no end: several passes over the small sources."""
 
 
 def some_of(loader, kind):

@@ -1,4 +1,4 @@
-"""What a model makes of our batches."""
+"""The model's numbers on our batches."""
 
 import pytest
 import torch

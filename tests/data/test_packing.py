@@ -12,7 +12,7 @@ def some_lengths(count: int, seed: int = 0) -> list[int]:
 
 
 def test_best_fit_by_hand():
-    """Longest first: 6 leaves room for 2, 5 for 3, and 4 fits with 4."""
+    """The longest comes first: 6 leaves room for 2, 5 for 3, and 4 fits with 4."""
     packs = pack([3, 6, 4, 2, 4, 5], 8)
     assert sorted(map(sorted, packs)) == [[0, 5], [1, 3], [2, 4]]
 

@@ -1,4 +1,4 @@
-"""Preference rows: what is read of each shape, what is refused, and what becomes of them on the way to a batch."""
+"""Preference rows: the reading of each shape, the refusals, and what becomes of rows on the way to a batch."""
 
 import json
 

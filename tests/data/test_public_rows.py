@@ -455,7 +455,7 @@ def words_of(message):
 
 
 def messages_of(rng):
-    """Turns as agents' traces have them: parallel calls, results without calls, system turns in the middle."""
+    """Return turns as agents' traces have them: parallel calls, results without calls, system turns in the middle."""
     words = iter(range(1000))
 
     def text():

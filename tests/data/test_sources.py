@@ -14,7 +14,7 @@ ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}", "leve
 
 
 def read(config: DataConfig, split: str) -> list[dict]:
-    """All rows of a split; raises the first that cannot be read."""
+    """Read all rows of a split; raises the first that cannot be read."""
     values = []
     for row in iterate_rows(config, split):
         if isinstance(row, BadRow):

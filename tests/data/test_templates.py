@@ -11,7 +11,7 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.chat import Encoder, encode_all, encode_prompt, end_token_ids
 from lightning_peft.data.config import DataConfig, OnBadRow, Reasoning
 from lightning_peft.data.conversation import Conversation, Message, Row
-from lightning_peft.data.rendering import Kind, Rules
+from lightning_peft.data.rendering import Rules, TokenKind
 from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.samples import encode_rows
 from lightning_peft.data.template import ChatTemplateError
@@ -70,7 +70,7 @@ NO_TOOLS = {
     "chatml", "smollm2", "mistral_v0.1", "olmo", "phi4", "phi4_mini", "opens_thought",
     "llama3", "gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "deepseekv3", "deepseek_r1_distill",
 }  # fmt: skip
-"""Those that write no tools; Phi 4 mini does from a key of the system turn, not from its variable."""
+"""Templates that write no tools; Phi 4 mini does from a key of the system turn, not from its variable."""
 NO_THOUGHT = {
     (name, kind)
     for name in ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4")
@@ -83,11 +83,11 @@ OPENS = ("deepseekv3", "deepseek_r1_distill", "nemotron", "opens_thought")
 """Their prompts open a thought that their renderings of an answer do not begin with, or not always."""
 
 MOVES = {("mistral_v0.3", "system"), ("gptoss", "thoughts and calls")}
-"""What stands in the prompt is written elsewhere, or dropped, with the answer."""
+"""Templates that write the text of the prompt elsewhere, or drop it, with the answer."""
 
 
 def dicts(tokenizer, messages):
-    """Messages as `apply_chat_template` takes them, thoughts inline where the template has no key for them."""
+    """Return messages as `apply_chat_template` takes them, thoughts inline where the template has no key for them."""
     template = template_of(tokenizer)
     return [template.spelled(message) for message in messages]
 
@@ -95,7 +95,7 @@ def dicts(tokenizer, messages):
 def applied(tokenizer, conversation, messages, generation, **more):
     return tokenizer.apply_chat_template(
         dicts(tokenizer, messages),
-        chat_template=template_of(tokenizer).source,  # the tokenizer's own, but for today's date
+        chat_template=template_of(tokenizer).source,  # they are the tokenizer's own, but for today's date
         tools=conversation.tools,
         xml_tools=conversation.tools,  # SmolLM 3's name for them
         tokenize=False,
@@ -105,7 +105,7 @@ def applied(tokenizer, conversation, messages, generation, **more):
 
 
 def samples_by_turn(tokenizer, conversation):
-    """The prompt's tokens and the trained text of each trained turn, in the order of the turns."""
+    """Return the prompt's tokens and the trained text of each trained turn, in the order of the turns."""
     [samples] = encode_all([conversation], tokenizer)
     turns = []
     for sample in samples:
@@ -143,7 +143,7 @@ def test_each_turn_follows_its_prompt_as_the_template_renders_it(name, kind):
         trained = tokenizer.decode(trained_ids)
         if whole.startswith(prompt):
             follows = whole[len(prompt) :]
-            if name == "glm4moe":  # what begins the next turn ends this one
+            if name == "glm4moe":  # the next turn's beginning ends this one
                 follows += "<|observation|>" if message.tool_calls else "<|user|>"
             assert follows.startswith(trained)
             assert not follows.removeprefix(trained).strip("\n") or name.startswith("phi")  # EOS after the last message
@@ -240,7 +240,7 @@ def test_mistrals_ids_of_calls_and_results_are_written():
     """Nine letters or digits, which the template demands of every call, also of one that is tried."""
     tokenizer = tokenizer_of("mistral_v0.3")
     [[sample]] = encode_all([CALLS], tokenizer)
-    assert text_of_kind(sample, Kind.tool_call, tokenizer) == (
+    assert text_of_kind(sample, TokenKind.tool_call, tokenizer) == (
         '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abc123xyz"}]'
     )
     assert '[TOOL_RESULTS] {"content": 3 C, "call_id": "abc123xyz"}' in tokenizer.decode(sample.input_ids)
@@ -271,7 +271,7 @@ def test_calls_are_the_text_of_a_turn_where_the_template_has_no_place_for_them(n
         assert said == whole.removeprefix(prompt).removeprefix("<think>\n\n</think>\n\n").rstrip("\n")
         assert (opening in said) == bool(message.tool_calls)
     kinds = b"".join(sample.kinds for sample in samples)
-    assert {Kind.answer, Kind.tool_call, Kind.end} == set(kinds) - {0}
+    assert {TokenKind.answer, TokenKind.tool_call, TokenKind.end} == set(kinds) - {0}
 
 
 @pytest.mark.parametrize(
@@ -304,13 +304,13 @@ def test_parts_of_a_turn_are_told_apart():
     [[sample, _]] = encode_all([CONVERSATIONS["thoughts and calls"]], tokenizer)
     text = {
         kind: tokenizer.decode([t for t, k in zip(sample.input_ids, sample.kinds, strict=True) if k == kind])
-        for kind in Kind
+        for kind in TokenKind
         if kind
     }
-    assert text[Kind.reasoning] == "<think>\nI need to look.\n</think>\n\n<think>\nCold.\n</think>\n\n"
-    assert text[Kind.answer] == "It is 3 C."
-    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text[Kind.tool_call]
-    assert text[Kind.end] == "<|im_end|><|im_end|>"
+    assert text[TokenKind.reasoning] == "<think>\nI need to look.\n</think>\n\n<think>\nCold.\n</think>\n\n"
+    assert text[TokenKind.answer] == "It is 3 C."
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text[TokenKind.tool_call]
+    assert text[TokenKind.end] == "<|im_end|><|im_end|>"
 
 
 SPELLINGS = ["<think>Two.</think>It is 4.", "<think>\nTwo.\n</think>\n\nIt is 4.", "<think> Two.\n</think>\nIt is 4."]
@@ -343,8 +343,8 @@ def test_answer_that_speaks_of_thoughts_is_an_answer(name, content, rule):
     tokenizer = tokenizer_of(name)
     turns = Conversation([ASKED, Message("assistant", content)])
     [[sample]] = encode_all([turns], tokenizer, Rules(reasoning=Reasoning(rule)))
-    assert text_of_kind(sample, Kind.answer, tokenizer).removeprefix("<|channel|>final<|message|>") == content
-    assert "".join(text_of_kind(sample, Kind.reasoning, tokenizer).split()) in ("", "<think></think>")
+    assert text_of_kind(sample, TokenKind.answer, tokenizer).removeprefix("<|channel|>final<|message|>") == content
+    assert "".join(text_of_kind(sample, TokenKind.reasoning, tokenizer).split()) in ("", "<think></think>")
 
 
 def text_of_kind(sample, kind, tokenizer):
@@ -357,14 +357,14 @@ OPENED_BEFORE |= {"chatml": "Two.\n</think>\n\nIt is 4.", "qwen3": "Two.\n</thin
 
 @pytest.mark.parametrize("name", OPENED_BEFORE)
 def test_thought_whose_opening_the_prompt_wrote_is_a_thought(name):
-    """The closing mark alone: anywhere where the template's prompt opens the thought, else as DeepSeek-R1 writes it."""
+    """A closing mark is one anywhere where the template's prompt opens the thought, else as DeepSeek-R1 writes it."""
     tokenizer = tokenizer_of(name)
     inline = Conversation([ASKED, Message("assistant", OPENED_BEFORE[name])])
     [[kept]], [[dropped]] = (
         encode_all([inline], tokenizer, Rules(reasoning=rule)) for rule in (Reasoning.keep, Reasoning.drop)
     )
-    assert "Two." in text_of_kind(kept, Kind.reasoning, tokenizer)
-    assert [text_of_kind(sample, Kind.answer, tokenizer) for sample in (kept, dropped)] == ["It is 4."] * 2
+    assert "Two." in text_of_kind(kept, TokenKind.reasoning, tokenizer)
+    assert [text_of_kind(sample, TokenKind.answer, tokenizer) for sample in (kept, dropped)] == ["It is 4."] * 2
     assert "Two." not in tokenizer.decode(dropped.input_ids)
 
 
@@ -391,9 +391,9 @@ def test_parts_that_stand_in_the_marks_around_them_are_told_apart(name):
     tokenizer = tokenizer_of("qwen3")
     message, expected = SHORT[name]
     [[sample]] = encode_all([Conversation([ASKED, message], TOOLS)], tokenizer)
-    kinds = (Kind.reasoning, Kind.answer, Kind.tool_call)
+    kinds = (TokenKind.reasoning, TokenKind.answer, TokenKind.tool_call)
     assert [text_of_kind(sample, kind, tokenizer) for kind in kinds] == expected
-    assert text_of_kind(sample, Kind.end, tokenizer) == "<|im_end|>"
+    assert text_of_kind(sample, TokenKind.end, tokenizer) == "<|im_end|>"
 
 
 PLAIN_TURNS = [Message("assistant", "  two  spaces"), Message("assistant", "", tool_calls=(CALL,)), ANSWERED]
@@ -446,7 +446,7 @@ def numbered_call(number):
 
 
 def is_refused(name, conversation):
-    """Whether the template cannot write a random conversation, by what was found of it above."""
+    """Return whether the template cannot write a random conversation, by what was found of it above."""
     system, calls = conversation[0].role == "system", any(message.tool_calls for message in conversation)
     return bool(
         (system and name in NO_SYSTEM)
@@ -457,13 +457,13 @@ def is_refused(name, conversation):
 
 
 AFTER_THOUGHT = ("deepseekv3", "deepseek_r1_distill", "opens_thought")
-"""Their prompts open a thought, and their own renderings drop it, or write no mark of one that is empty."""
+"""Templates whose prompts open a thought that their renderings drop, or write no mark of where it is empty."""
 HEADERS = {"mistral_v0.3": "[/INST]", "gptoss": "<|start|>assistant"}
-"""What stands before an answer where the prompt before it is written otherwise once it is there."""
+"""Text before an answer where the prompt before it is written otherwise once it is there."""
 
 
 def to_be_trained(name, tokenizer, prompt, whole, message, with_thought):
-    """The text that generation is to write: what the template's own rendering of the turn has behind its prompt."""
+    """Return the text that generation is to write: what the template's rendering of the turn has behind its prompt."""
     if whole.startswith(prompt):
         said = whole[len(prompt) :].rstrip("\n")
         if name in ("phi3", "phi3_5"):
@@ -540,7 +540,7 @@ def random_conversation(rng):
 
 
 def row_of(conversation):
-    """A row as a data set holds it."""
+    """Return a row as a data set holds it."""
     keys = {"reasoning": "reasoning_content"}
     turns = [
         {
@@ -564,7 +564,7 @@ def test_cost_is_linear_in_the_turns(name):
     turns = [
         message for number in range(100) for message in (Message("user", f"Q{number}"), answer("llama3_1", number))
     ]
-    encode_all([Conversation(turns[:4])], tokenizer)  # what is found out about a template once
+    encode_all([Conversation(turns[:4])], tokenizer)  # some things are found out about a template once
     seconds = []
     for _ in range(3):  # a core that others use, or a collection of garbage, adds to one of them
         started = time.process_time()

@@ -21,7 +21,7 @@ def samples(path, tokenizer, **options):
 
 @pytest.fixture
 def tokenised(chatml, write_jsonl):
-    """Rows, and the same rows as their own tokens and labels."""
+    """Return the rows, and the same rows as their own tokens and labels."""
     plain = write_jsonl(ROWS, "plain.jsonl")
     encoded, _ = samples(plain, chatml)
     rows = [{"input_ids": s.input_ids, "labels": s.labels, "attention_mask": [1] * len(s.labels)} for s in encoded]

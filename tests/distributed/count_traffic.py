@@ -1,4 +1,4 @@
-"""Started on every rank: bytes that a forward and backward pass of a sharded model gathers and reduces, as JSON."""
+"""Count the bytes that a forward and backward pass of a sharded model gathers and reduces, on every rank, as JSON."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.distributed import disconnect
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears, weights_fingerprint
+from lightning_peft.quantization.quantize import quantize_linears, weights_fingerprint
 from lightning_peft.training.strategies import sharding_codes
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class KillRankOne(Callback):
-    """As the kernel does with a process that takes too much memory."""
+    """A kill as the kernel's of a process that takes too much memory."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_rank == 1 and batch_idx == 1:
@@ -35,7 +35,7 @@ class RankOneEnds(Callback):
 
 
 class SignalLauncher(Callback):
-    """As SLURM or a shell do: the launcher alone gets the signal."""
+    """A signal as SLURM's or a shell's: the launcher alone gets it."""
 
     def __init__(self, name: str = "SIGTERM"):
         self.number = signal.Signals[name]

@@ -1,4 +1,4 @@
-"""Started on every rank: rank zero works longer than ranks may be silent; each writes what it saw into a file."""
+"""Started on every rank, rank zero works longer than ranks may be silent; each rank writes what it saw into a file."""
 
 import sys
 import time

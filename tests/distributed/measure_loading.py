@@ -1,4 +1,4 @@
-"""Started with torchrun on overrides of `train`: the run up to its first step, with its loading measured."""
+"""Run `train` up to its first step with its loading measured, started with torchrun on overrides."""
 
 import sys
 

@@ -26,7 +26,7 @@ def train_on_ranks(count: int, folder: Path, runs: dict[str, list[str]], seconds
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
-    """The optimiser steps in `metrics.csv`."""
+    """Return the optimiser steps in `metrics.csv`."""
     with (run_dir / "metrics.csv").open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file) if row["loss"]]
 

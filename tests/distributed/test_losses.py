@@ -14,7 +14,7 @@ FP32_NOISE = {"rtol": 2e-5, "atol": 2e-6}
 
 
 def global_batch_of_4(ranks: int) -> list[str]:
-    """micro_batch_size x accumulate_grad_batches x ranks: 1 x 4 x 1, 1 x 2 x 2 or 1 x 1 x 4 packed rows."""
+    """Return the words for micro_batch_size x accumulate_grad_batches x ranks: 1 x 4 x 1, 1 x 2 x 2, 1 x 1 x 4."""
     return [*STEPS, f"trainer.accumulate_grad_batches={4 // ranks}"]
 
 
@@ -62,7 +62,7 @@ def test_other_ways_to_take_the_steps_equal_one_process(runs, kind):
 
 @pytest.mark.multi_process
 def test_losses_fall_and_differ_between_bases(runs):
-    # So that equal losses above are not equal for want of training.
+    # Equal losses above are not equal for want of training then.
     losses = column(runs / "single1_dense", "loss")
     assert losses[-1] < losses[0] - 0.1
     assert column(runs / "single1_nf4", "loss") != losses

@@ -9,10 +9,10 @@ from rank_runs import column, result, train_on_ranks
 from lightning_peft.schemas import CONF_DIR
 
 METHODS = sorted({path.stem for path in (CONF_DIR / "method").glob("*.yaml")} - {"qlora", "qdora"})
-"""Without those that are another one on a 4-bit base."""
+"""Methods without those that are another one on a 4-bit base."""
 BASES = ["none", "nf4"]
 NO_MEANING = {("full", "nf4"), ("molf", "nf4"), ("loftq", "none")}
-"""Refused on one process too."""
+"""Methods that are refused on one process too."""
 SMALL = {"molf": ["adapter.expert_ranks=[4]"], "hybrid_lora": ["adapter.budget=0.3"]}
 """Options that suit a model of two blocks."""
 REFUSED = {
@@ -51,7 +51,7 @@ def test_method_takes_the_steps_of_one_process(runs, method, base, kind):
     one, two = runs / f"single_{method}_{base}", runs / f"{kind}_{method}_{base}"
     if (method, kind) in REFUSED:
         assert re.match(REFUSED[method, kind], (two / "error.txt").read_text())
-        assert [path.name for path in two.iterdir()] == ["error.txt"]  # before anything was loaded or written
+        assert [path.name for path in two.iterdir()] == ["error.txt"]  # this came before anything was loaded or written
         return
     assert not (two / "error.txt").exists(), (two / "error.txt").read_text()
     assert len(column(one, "loss")) == 2

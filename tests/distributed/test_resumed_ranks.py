@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed")
 
     def several(setting: str, count: int) -> dict[str, list[str]]:
-        """Runs that start in a setting; the second half starts anew where the first stopped."""
+        """Train runs that start in a setting; the second half starts anew where the first stopped."""
         own = [*RUN, *SETTINGS[setting], *steps(count)]
         runs = {f"{before}_{after}": own for before, after in CHANGES if (before if count == 2 else after) == setting}
         if setting == "fsdp2":

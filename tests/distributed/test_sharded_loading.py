@@ -22,7 +22,7 @@ LARGE_TENSORS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6
 
 
 def save_tiny(folder: Path, **options: object) -> str:
-    """The overrides for a small model that, unlike model=tiny, is read from a folder."""
+    """Return the overrides for a small model that, unlike model=tiny, is read from a folder."""
     shape = tiny_config(**options)
     shape.attention_bias = True
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_slices_train_as_the_whole_model(runs, case):
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory):
-    """A Llama of twenty blocks, 0.5 GB in bf16."""
+    """Return a Llama of twenty blocks, 0.5 GB in bf16."""
     folder = tmp_path_factory.mktemp("large_model")
     shape = LlamaConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=BLOCKS, num_attention_heads=16,
@@ -124,7 +124,7 @@ def large_model(tmp_path_factory):
 
 
 def loading(folder: Path, model: Path, *words: str) -> tuple[list[dict[str, int]], str]:
-    """What each of two ranks measured, and the log."""
+    """Load on two ranks; return what each measured, and the log."""
     run = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(MEASURE),

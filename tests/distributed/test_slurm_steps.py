@@ -1,10 +1,10 @@
-"""Which processes of a SLURM job are ranks, and how they find each other, by the variables SLURM sets."""
+"""The processes of a SLURM job that are ranks, and how they find each other, by the variables SLURM sets."""
 
 import pytest
 
 from lightning_peft import distributed
 from lightning_peft.runs.machine import Machine
-from lightning_peft.runs.options import count_ranks
+from lightning_peft.runs.trainer_options import count_ranks
 from lightning_peft.training.config import StrategyKind
 
 JOB = {"SLURM_JOB_ID": "71", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -17,7 +17,7 @@ SECOND_OF_TWO_NODES = JOB | {
 @pytest.fixture
 def environment(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(key, "before")  # so that what rank_environment sets is taken back
+        monkeypatch.setenv(key, "before")  # the variables that rank_environment sets are taken back
         monkeypatch.delenv(key)
     return lambda variables: [monkeypatch.setenv(key, value) for key, value in variables.items()]
 

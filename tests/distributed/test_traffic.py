@@ -1,4 +1,4 @@
-"""What a sharded step sends between ranks and keeps for gradients."""
+"""The traffic of a sharded step between ranks, and the memory that it keeps for gradients."""
 
 import json
 from pathlib import Path

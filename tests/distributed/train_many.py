@@ -1,6 +1,6 @@
-"""Started on every rank: trains one config after the other, given as a JSON list of lists of overrides.
+"""Train one config after the other on every rank, given as a JSON list of lists of overrides.
 
-What a config raises goes to `error.txt` in its run folder, on rank zero.
+The error of a config goes to `error.txt` in its run folder, on rank zero.
 """
 
 import json

@@ -28,7 +28,7 @@ def tiny_estimate(*overrides: str) -> Estimate:
 
 
 def config_folder(folder: Path, **changes: int) -> Path:
-    """A model folder that holds a config.json and nothing else."""
+    """Return a model folder that holds a config.json and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = tiny_config().to_dict() | {"architectures": ["LlamaForCausalLM"]} | changes
     (folder / "config.json").write_text(json.dumps(shape))

@@ -15,7 +15,7 @@ CASES = [(), ("method=qlora", "activation_checkpointing=blocks"), ("method=full"
 
 
 def value_of(formula: str, legend: str) -> int:
-    """A printed formula, worked out with the printed sizes."""
+    """Return a printed formula, worked out with the printed sizes."""
     sizes = {name: int(size.replace(",", "")) for name, size in re.findall(r"(\w) = ([\d,]+)", legend)}
     total = 0
     for itemsize, terms in re.findall(r"(\d+) x \(([^)]*)\)", formula):

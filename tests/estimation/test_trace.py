@@ -52,7 +52,7 @@ class AttentionOutputs(TorchDispatchMode):
 
 
 def saved_bytes(objective: SupervisedLoss, batch: Batch, mode: str) -> int:
-    """Bytes of the storages that autograd or a checkpoint keeps after the forward pass, weights and batch left out."""
+    """Return the bytes of storages that autograd or a checkpoint keeps after the forward, but for weights and batch."""
     saved: list[torch.Tensor] = []
     objective.check(batch)
 
@@ -158,7 +158,7 @@ def test_what_an_operator_holds_while_it_runs_is_added_up():
     with watch.recording():
         watch.mark("part")
         torch.ops.lightning_peft.low_rank_gradients(grad, x, inner, B)
-    part = trace.Part(watch.segments[0], lambda number, array: str(number == recorder.SCRATCH_STORAGE))
+    part = trace.SegmentSummary(watch.segments[0], lambda number, array: str(number == recorder.SCRATCH_STORAGE))
     assert sum(array.nbytes * n for (_, array), n in part.peaks["True"].items()) == 2 * (6 * 2 + 2 * 4)
     assert all(count == 0 for (name, _), count in part.change.items() if name == "True")
 

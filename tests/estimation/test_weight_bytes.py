@@ -8,8 +8,7 @@ from empty_models import TINY, config_folder, empty
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.compose import compose_config
-from lightning_peft.estimation.recorder import Held, held_bytes
-from lightning_peft.estimation.weights import (
+from lightning_peft.estimation.model_states import (
     ADAPTERS,
     BASE,
     EMBEDDINGS,
@@ -19,9 +18,10 @@ from lightning_peft.estimation.weights import (
     optimizer_states,
     stored_weights,
 )
+from lightning_peft.estimation.recorder import Held, held_bytes
 from lightning_peft.models.loading import load_model
 from lightning_peft.optim.optimizers import build_optimizer, optimizer_state_bytes
-from lightning_peft.quantization.convert import memory_by_group
+from lightning_peft.quantization.quantize import memory_by_group
 
 D, F, V, KV, LAYERS, R = 64, 128, 320, 32, 2, 16
 LINEARS = LAYERS * (2 * D * D + 2 * KV * D + 3 * F * D)

@@ -81,7 +81,7 @@ def test_command_scores_every_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "mamba"])
 def test_logits_are_those_the_loss_is_taken_of(name: str) -> None:
-    """Also of a model whose logits are scaled or capped, and of one that would mix the samples of a row."""
+    """This holds for logits that are scaled or capped, and for a model that would mix the samples of a row."""
     model = small_model(name).eval()
     torch.manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size - 1, (1, 24))
@@ -127,7 +127,7 @@ def test_draws_of_what_draws_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_rejected_answers_are_no_right_tokens(tmp_path: Path) -> None:
-    """Of a run on pairs the cross entropy is that of the chosen answers, as `evaluate` has it."""
+    """The cross entropy of a run on pairs is that of the chosen answers, as `evaluate` has it."""
     train(tiny_config(tmp_path / "run", "objective=dpo", "trainer.max_steps=2"))
     found = calibrate(compose_config("calibrate", [f"adapter_path={tmp_path}/run", "max_rows=4"]))
     words = [f"adapter_path={tmp_path}/run", "max_rows=4", "models=adapter", "samples=0"]

@@ -15,7 +15,7 @@ from lightning_peft.commands.train import train
 from lightning_peft.evaluation.gate import Metric, bootstrap, row_scores, scores_by_source, verdicts
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Task
-from lightning_peft.tasks.text_to_sql.task import TASK as TEXT_TO_SQL
+from lightning_peft.tasks.text_to_sql.execution_accuracy import TASK as TEXT_TO_SQL
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_only_means_over_rows_have_an_interval():
 
 
 def test_scores_of_a_source_are_those_of_its_rows_alone():
-    """Of a task that is a mean over rows, and of one that is scored as a whole."""
+    """One task is a mean over rows, one is scored as a whole."""
     rows = [{"completion": f"so #### {number}"} for number in range(6)]
     answers, sources = ["0", "2", "2", "3", "5", "5"], ["a", "b", "a", "a", "b", "a"]
     for task in (TASKS["final_number"], replace(TASKS["final_number"], is_mean_of_rows=False)):
@@ -151,7 +151,7 @@ def test_task_that_the_harness_lacks_is_named(run_dir, capsys):
 
 
 def accuracy_by_hand(run_dir: Path, rows: list[dict], name: str) -> float:
-    """The choice with the higher log-likelihood, summed from the model's logits."""
+    """Return whether the choice with the higher log-likelihood, summed from the model's logits, is right."""
     from lightning_peft.adapters.inject import disable_adapters
     from lightning_peft.commands.adapted import load_for_inference
 

@@ -23,7 +23,7 @@ def write_run(folder: Path, loss: float, dimension: int | None = None, accuracy:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Losses 3.5, 2.25, 2.1: a quarter, 87.5 % and 95 % of a fall from 4 to 2; accuracies the other way round."""
+    """Write losses 3.5, 2.25, 2.1: a quarter, 87.5 % and 95 % of a fall from 4 to 2; accuracies the other way round."""
     for dimension, loss, accuracy in [(1024, 2.1, 0.5), (64, 3.5, 0.9), (256, 2.25, 0.7)]:
         write_run(tmp_path / "sweep" / f"dimension{dimension}", loss, dimension, accuracy)
     return tmp_path / "sweep"

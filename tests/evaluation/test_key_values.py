@@ -18,7 +18,7 @@ DOWN, QUERY = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
 
 
 def planted(layers, gamma=1.0):
-    """The tiny model with a LoRA of rank 2 that is zero but for what is planted: name -> (scale, key, value)."""
+    """Return the tiny model with a LoRA of rank 2 that is zero but for what is planted: name -> (scale, key, value)."""
     model = tiny_model().eval()
     with torch.no_grad():
         model.model.norm.weight.mul_(gamma)
@@ -35,7 +35,7 @@ def planted(layers, gamma=1.0):
 
 
 def inputs_of(model, name, ids):
-    """What a layer is fed at each token of a row."""
+    """Return what a layer is fed at each token of a row."""
     seen = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_planted_key_and_value_are_read(rows):
     with torch.no_grad():
         xs = [inputs_of(tiny_model().eval(), DOWN, row_ids) for row_ids in ids]
         mean = torch.cat(xs).mean(0)
-        key = xs[row][place] - mean  # what tells this token from the others
+        key = xs[row][place] - mean  # this tells the token from the others
         value = tiny_model().get_output_embeddings().weight[target]
     model = planted({DOWN: (5.0, key / key.norm(), value), QUERY: (1.0, torch.ones(64) / 8, torch.randn(64))})
     first, second = key_values(model, tokenizer, dict(adapters(model)), ids, 1)

@@ -1,4 +1,4 @@
-"""A metric of one's own: what it may be, and what is said where it fails."""
+"""A metric of one's own: the forms it may have, and the line where it fails."""
 
 import pytest
 

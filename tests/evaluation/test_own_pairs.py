@@ -1,4 +1,4 @@
-"""Pairs of a model's own wrong answers: which are made, what is counted, and the command on a run made here."""
+"""Pairs of a model's own wrong answers: the pairs made, the counts, and the command on a run made here."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.evaluation.own_pairs import Asked, Counts, pair_row, pairs_of, without_repeats
-from lightning_peft.tasks.text_to_sql.task import TASK
+from lightning_peft.tasks.text_to_sql.execution_accuracy import TASK
 
 QUESTION = Conversation([Message("user", "Say as many as asked.")])
 

@@ -21,7 +21,7 @@ from lightning_peft.evaluation.smaller_ranks import (
 
 
 def learned(true_rank: int):
-    """A model whose LoRA of rank 8 uses so many directions, and batches that are what it says."""
+    """Return a model whose LoRA of rank 8 uses so many directions, and batches that are what it says."""
     model = llama()
     inject_adapters(model, LoRAConfig(rank=8))
     perturb(model, 1.0)

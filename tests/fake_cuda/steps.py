@@ -1,4 +1,4 @@
-"""Takes training steps on fake tensors that lie on cuda:0, and says what a GPU would have met.
+"""Take training steps on fake tensors that lie on cuda:0, and say what a GPU would have met.
 
     python steps.py CASES.json     # a list of {"method", "kind", "checkpointing", "head", "dropout", "optimizer"}
 
@@ -38,7 +38,7 @@ from lightning_peft.optim.bitsandbytes_adamw import BitsandbytesAdamW
 from lightning_peft.optim.optimizers import OptimizerConfig, build_optimizer
 from lightning_peft.optim.sharded import load_named_state, named_state
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import prepare_quantized
+from lightning_peft.quantization.quantize import prepare_quantized
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
 from lightning_peft.training.token_scaling import TokenWindow, divisor, scale_gradients

@@ -1,6 +1,6 @@
 """The steps that a GPU would run, on fake tensors that lie on one: nothing on two devices, nothing waited for.
 
-What they compute is not seen here; that is what the same steps on a CPU are for.
+Their numbers are not seen here; the same steps on a CPU are for that.
 """
 
 import json
@@ -47,7 +47,7 @@ pytestmark = [
 
 @cache
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run every case in one process, whose torch believes in a GPU; by the case."""
+    """Run every case in one process, whose torch believes in a GPU; return what each gave by the case."""
     file = folder / "cases.json"
     file.write_text(json.dumps(CASES))
     done = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 from host_syncs import CudaSyncs
 
 from lightning_peft.__main__ import main
-from lightning_peft.training.callbacks import progress
+from lightning_peft.training.callbacks import training_progress
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "adalora"])
 def test_no_step_waits_for_the_cuda_device(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", float("inf"))
+    monkeypatch.setattr(training_progress, "SECONDS_BETWEEN_LINES", float("inf"))
     words = [
         "train", "model=tiny", "data.max_rows=24", "data.max_validation_rows=4", "data.micro_batch_size=1",
         f"method={method}", "trainer.accelerator=gpu", "trainer.precision=bf16-true", "trainer.max_steps=5",

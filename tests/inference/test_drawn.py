@@ -19,7 +19,7 @@ PROMPT = list(range(70, 90))
 
 
 def drawn_model(variance):
-    """The tiny model with a BaLoRA that changes it a lot, its variance near the given one for any input."""
+    """Return the tiny model with a BaLoRA that changes it a lot, its variance near the given one for any input."""
     torch.manual_seed(0)
     model = tiny_model().eval()
     inject_adapters(model, BaLoRAConfig(rank=4, alpha=8.0, target_modules="all_linear"))

@@ -40,7 +40,7 @@ def tokenizer():
 
 
 def greedy_alone(model, tokenizer, prompt, count):
-    """Plain greedy decoding without cache or padding."""
+    """Decode greedily without cache or padding."""
     ids = list(prompt)
     for _ in range(count):
         with torch.inference_mode():
@@ -122,14 +122,14 @@ STATIC = ["llama", "qwen2", "qwen3", "mistral"]
 
 
 def static_model(family):
-    """A model of a family whose attention sees all positions."""
+    """Return a model of a family whose attention sees all positions."""
     model = small_model(family, sliding_window=None, use_sliding_window=False)
     assert why_not_static(model) is None
     return model
 
 
 def draw_adapter(model, method="lora"):
-    """Adapters of all linear layers that change what the model says."""
+    """Draw adapters of all linear layers that change what the model says."""
     inject_adapters(model, METHODS[method].config(method=method, rank=4))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def draw_adapter(model, method="lora"):
 @pytest.mark.parametrize("family", STATIC)
 @pytest.mark.parametrize("method", [None, "lora", "dora"])
 def test_steps_on_a_static_cache_are_those_of_the_model(family, method):
-    """Prompts of unlike lengths, a row that leaves, one that comes: the scores are those of each row's text alone."""
+    """Prompts are of unlike lengths, a row leaves, one comes: the scores are those of each row's text alone."""
     model = static_model(family)
     if method is not None:
         draw_adapter(model, method)
@@ -166,7 +166,7 @@ def check(model, texts, scores):
 
 
 def test_factors_are_read_anew_for_each_call(tokenizer):
-    """What training changed in an adapter changes the answers that follow."""
+    """A change of an adapter by training changes the answers that follow."""
     model, prompts = draw_adapter(static_model("llama")), [[5, 6, 7], [5, 6, 9, 10]]
     first = generate_batch(model, tokenizer, prompts, SamplingConfig(max_new_tokens=12))
     for _, adapter in adapters(model):
@@ -187,7 +187,7 @@ def test_more_prompts_than_places_take_those_of_answers_that_ended(tokenizer):
 
 
 def test_a_cache_takes_as_many_rows_as_memory_is_meant_for(monkeypatch):
-    """As much as the weights where no more is meant for it in any case."""
+    """It takes as much as the weights where no more is meant for it in any case."""
     model = static_model("llama")
     row = 2 * 2 * 2 * 16 * 4 * 32  # layers, keys and values, heads, head_dim, bytes, positions
     monkeypatch.setattr(steps_module, "CACHE_BYTES", 0)
@@ -260,7 +260,7 @@ def test_equal_prompts_of_a_call_draw_different_answers(model, tokenizer):
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_answer_that_ends_early_is_compared_up_to_its_end():
-    """Alone the shortest prompt's answer ends with its second token, beside a longer one the batch goes on."""
+    """The shortest prompt's answer alone ends with its second token, beside a longer one the batch goes on."""
     model, prompts = small_model("apertus"), [[5, 6, 7], [8, 70, 20, 30, 40, 46]]
     answer = model.generate(torch.tensor(prompts[:1]), max_new_tokens=2, do_sample=False, eos_token_id=None)
     model.generation_config.eos_token_id = [int(answer[0, -1])]

@@ -1,4 +1,4 @@
-"""Which samples share a group, where their slots lie and how strips are cut."""
+"""The groups that samples share, the places of their slots and the cuts of strips."""
 
 from itertools import pairwise
 

@@ -17,7 +17,7 @@ WIDTH = 2 * MAX_STRIP + 44
 
 
 def inputs(dtype: torch.dtype, rows: int = 2, spread: float = 1.0) -> list[Tensor]:
-    """query, key and value with 6, 2 and 2 heads of 16, laid out as models do, and a gradient of the output."""
+    """Return query, key and value with 6, 2 and 2 heads of 16, laid out as models do, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(rows, WIDTH, heads, 16, generator=generator) for heads in (6, 2, 2, 6)]
     drawn[0] *= spread
@@ -25,7 +25,7 @@ def inputs(dtype: torch.dtype, rows: int = 2, spread: float = 1.0) -> list[Tenso
 
 
 def by_formula(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float, window: int) -> Tensor:
-    """Attention with the mask of all tokens written out, (rows, WIDTH, heads, D)."""
+    """Return the attention with the mask of all tokens written out, (rows, WIDTH, heads, D)."""
     sample = torch.bucketize(torch.arange(query.shape[0] * WIDTH), torch.tensor(bounds[1:]), right=True)
     sample = sample.view(query.shape[0], 1, WIDTH)
     distance = torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)
@@ -38,7 +38,7 @@ def by_formula(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], sca
 def errors(
     dtype: torch.dtype, bounds: list[int], scaling: float, window: int | None, spread: float = 1.0
 ) -> list[float]:
-    """Output's and gradients' distance from the formula in fp64, as a share of its norm."""
+    """Return the output's and gradients' distance from the formula in fp64, as a share of its norm."""
     *drawn, grad = inputs(dtype, spread=spread)
     ours, exact = ([x.detach().to(kind).requires_grad_() for x in drawn] for kind in (dtype, torch.float64))
     output = varlen_attention(*ours, torch.tensor(bounds, dtype=torch.int32), WIDTH, scaling, window=window)
@@ -73,7 +73,7 @@ def without_kernel() -> Iterator[None]:
 
 @pytest.fixture(params=["kernel", "without_kernel"])
 def either(request: pytest.FixtureRequest) -> None:
-    """Both implementations of bf16."""
+    """Compute with both implementations of bf16."""
     request.getfixturevalue(request.param)
     chosen = operator.implementation(torch.empty(1, 1, 1, 16, dtype=torch.bfloat16))
     assert (chosen is native_attention) == (request.param == "kernel")
@@ -91,8 +91,8 @@ def test_bf16_is_off_by_its_rounding_whatever_the_scores(spread: float) -> None:
 @pytest.mark.parametrize(("window", "most"), [(None, 0.0035), (50, 0.0035), (2, 0.005)])
 @pytest.mark.parametrize("bounds", [PACKED, [0, WIDTH, 2 * WIDTH]], ids=["packed", "a sample a row"])
 def test_the_kernel_rounds_what_it_keeps_and_nothing_else(bounds: list[int], window: int | None, most: float) -> None:
-    # P, dS, O and the gradients, each by at most 2^-8 and by 0.0017 in the mean of squares; scores stay in fp32. Of two
-    # keys dP - <dO, O> is a small difference, so O's rounding counts for more.
+    # P, dS, O and the gradients, each by at most 2^-8 and by 0.0017 in the mean of squares; scores stay in fp32. With
+    # two keys dP - <dO, O> is a small difference, so O's rounding counts for more.
     assert max(errors(torch.bfloat16, bounds, 0.3, window)) < most
 
 
@@ -103,7 +103,7 @@ def test_the_kernel_takes_any_heads_layout_and_number_of_threads(
     heads: int, key_heads: int, head_dim: int, threads: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    # As a fused projection leaves them: rows of all heads side by side.
+    # A fused projection leaves them so: rows of all heads side by side.
     drawn = torch.randn(2, WIDTH, heads + 2 * key_heads, head_dim, generator=generator).bfloat16().transpose(1, 2)
     bounds = torch.tensor(PACKED, dtype=torch.int32)
     before = torch.get_num_threads()
@@ -132,7 +132,7 @@ def test_what_is_not_a_number_is_passed_on() -> None:
 
 @pytest.fixture
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So little memory for scores that every strip is of the shortest."""
+    """Have so little memory for scores that every strip is of the shortest."""
     monkeypatch.setattr(grouping, "STRIP_BYTES", 4 * 6 * WIDTH * MIN_STRIP)
     grouping.arrange.cache_clear()
     yield

@@ -1,4 +1,4 @@
-"""What stands between the products of a decoding step, beside transformers' modules and torch's attention."""
+"""The operations between the products of a decoding step, beside transformers' modules and torch's attention."""
 
 import pytest
 import torch

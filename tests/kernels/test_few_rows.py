@@ -21,7 +21,7 @@ DTYPES = [
 ]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ROUNDING = {torch.float32: 2.4e-6, torch.bfloat16: 2**-8}
-"""Of an output, in parts of the largest: of sums of some hundred products in fp32, and of one rounding to bf16."""
+"""Error of outputs, in parts of the largest: of sums of some hundred products in fp32, and of one rounding to bf16."""
 
 
 def within_rounding(actual: Tensor, expected: Tensor) -> bool:

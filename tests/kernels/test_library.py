@@ -1,4 +1,4 @@
-"""The kernels' library: compiled once, and what is said where it cannot be."""
+"""The kernels' library: compiled once, and the words where it cannot be."""
 
 import logging
 import shutil

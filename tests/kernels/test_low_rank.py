@@ -24,7 +24,7 @@ FORMS = ["dense", "dense with bias", "nf4 with bias", "int8"]
 
 
 def adapted_layer(kind: type[Any], form: str, dropout: float = 0.0) -> Any:
-    """A layer 64 -> 24 in fp64 whose adapter changes something; its bias, if it has one, trains."""
+    """Return a layer 64 -> 24 in fp64 whose adapter changes something; its bias, if it has one, trains."""
     torch.manual_seed(0)
     base: nn.Module = nn.Linear(64, 24, bias="bias" in form, dtype=torch.float64)
     if not form.startswith("dense"):
@@ -145,7 +145,7 @@ def test_a_layer_with_hooks_or_a_forward_of_its_own_is_called() -> None:
 
 
 def test_the_output_can_be_written_over() -> None:
-    """As a residual added in place does."""
+    """A residual added in place does so."""
     layer = adapted_layer(LoRALinear, "dense")
     x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
     layer(x).add_(1).sum().backward()

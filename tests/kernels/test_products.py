@@ -35,7 +35,7 @@ def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """As a share of what is expected."""
+    """Return the distance as a share of what is expected."""
     return float((actual.double() - expected).norm() / expected.norm())
 
 
@@ -51,7 +51,7 @@ def test_a_sum_is_rounded_once(
 ) -> None:
     rows, width, out, rank = shape
     x, weight, inner, factor, bias = drawn((rows, width), (width, out), (rows, rank), (rank, out), (out,))
-    x = torch.cat((x, x), 1)[:, :width]  # as a fused projection leaves it
+    x = torch.cat((x, x), 1)[:, :width]  # a fused projection leaves it so
     expected = x.double() @ weight.double() + inner.double() @ factor.double()
     if with_bias:
         expected += bias.double()
@@ -99,7 +99,7 @@ def test_gradients_of_the_factors(shape: tuple[int, int, int, int], either: str,
     assert grad_inner.dtype == torch.bfloat16 and grad_A.dtype == grad_B.dtype == torch.float32
     assert grad_B.is_contiguous()
     assert distance(grad_inner, grad.double() @ B.double()) < 0.002
-    # From the rounded grad_inner. The kernel's sums stay in fp32; torch rounds them to bf16.
+    # It comes of the rounded grad_inner. The kernel's sums stay in fp32; torch rounds them to bf16.
     bound = 1e-6 if either == "kernels" else 0.002
     assert distance(grad_A, grad_inner.double().t() @ x.double()) < bound
     assert distance(grad_B, grad.double().t() @ inner.double()) < bound

@@ -84,7 +84,7 @@ def test_each_segment_is_its_change_alone(form: str, dropout: float) -> None:
 
 @pytest.fixture
 def kernel_or_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that has the compiled kernel, or one that computes in its place what the kernel is tested against."""
+    """Compute by the compiled kernel where a processor has it, or by what the kernel is tested against."""
     if products.kernels_are_fastest():
         return
 
@@ -104,7 +104,7 @@ def kernel_or_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [(96, 64, 64), (200, 200, 256), (8, 8, 8)], ids=["one", "each", "torch"])
 def test_each_segment_is_its_change_alone_in_bf16(form: str, rows: tuple[int, int, int]) -> None:
-    """By the kernel in one product, by the kernel in a product each, and by torch; a unit of bf16's last place."""
+    """The kernel computes it in one product, in a product each, and torch does; a unit of bf16's last place."""
     bounds = torch.tensor([0, *rows]).cumsum(0).tolist()
     segments = [Segment(bounds[i], bounds[i + 1], 0.5) for i in range(3)]
     assert_each_as_alone(form, torch.bfloat16, segments, bounds[-1], share=2**-7)

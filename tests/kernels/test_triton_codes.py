@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="no triton (pip install triton)"),
 ]
 
-# In a process of its own: the interpreter is chosen before the kernel is defined.
+# It runs in a process of its own: the interpreter is chosen before the kernel is defined.
 COMPARE = """
 import torch
 from lightning_peft.kernels import codes

@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="no triton (pip install triton)"),
 ]
 
-# In a process of its own: the interpreter is chosen before the kernels are defined.
+# It runs in a process of its own: the interpreter is chosen before the kernels are defined.
 COMPARE = """
 import torch
 from lightning_peft.kernels import shared_input
@@ -68,7 +68,7 @@ def test_sums_stay_in_the_registers_of_a_gpu(architecture, columns, rank, tmp_pa
     )  # fmt: skip
     options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    assert made.metadata.shared <= 99 * 1024  # what a program may have on the smallest of them
+    assert made.metadata.shared <= 99 * 1024  # a program may have so much on the smallest of them
     (tmp_path / "code").write_bytes(made.asm["cubin"])
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     words = [os.path.join(tools, "cuobjdump"), "-res-usage", str(tmp_path / "code")]

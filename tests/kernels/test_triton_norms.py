@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="no triton (pip install triton)"),
 ]
 
-# In a process of its own: the interpreter is chosen before the kernel is defined.
+# It runs in a process of its own: the interpreter is chosen before the kernel is defined.
 COMPARE = """
 import torch
 from lightning_peft.kernels.triton_norms import row_norms
@@ -62,7 +62,7 @@ def test_tiles_stay_in_the_registers_of_a_gpu(architecture, weight, tmp_path):
     )  # fmt: skip
     options = {"num_warps": 4, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    assert made.metadata.shared <= 99 * 1024  # what a program may have on the smallest of them
+    assert made.metadata.shared <= 99 * 1024  # a program may have so much on the smallest of them
     (tmp_path / "code").write_bytes(made.asm["cubin"])
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     words = [os.path.join(tools, "cuobjdump"), "-res-usage", str(tmp_path / "code")]

@@ -24,7 +24,7 @@ MOST_USED = """
 llama qwen2 qwen3 qwen3_moe qwen3_next qwen3_5_text gemma2 gemma3_text gemma4_text mistral mixtral phi3 phimoe gpt_oss
 granite granitemoe smollm3 olmo2 olmo3 deepseek_v3 glm4_moe falcon_h1 nemotron_h bamba cohere2 gpt2 llama4_text
 """.split()
-"""In the default suite."""
+"""Families of the default suite."""
 EVERY = f"""
 {" ".join(MOST_USED)} afmoe apertus arcee bart biogpt bitnet bloom codegen cohere cwm dbrx deepseek_v2 diffllama doge
 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_mamba flex_olmo gemma gemma3n_text glm glm4 gpt_bigcode
@@ -120,7 +120,7 @@ OPTIONS: dict[str, dict[str, object]] = {
         "v_head_dim": 16,
     },
 }  # fmt: skip
-"""What a family's configuration needs beside the sizes."""
+"""Options that a family's configuration needs beside the sizes."""
 
 
 def _takes(config: object, name: str) -> bool:
@@ -131,7 +131,7 @@ def _takes(config: object, name: str) -> bool:
 
 
 def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrainedModel:
-    """A two-layer model with weights large enough for attention to matter, in fp32 and eval mode.
+    """Return a two-layer model with weights large enough for attention to matter, in fp32 and eval mode.
 
     Layer kinds that alternate, such as sliding and full attention, both occur.
     """

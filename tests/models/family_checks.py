@@ -1,4 +1,4 @@
-"""What is checked of every family of models, each against plain transformers and HF PEFT.
+"""The checks of every family of models, each against plain transformers and HF PEFT.
 
 A check returns nothing where the family passes, why it is refused where the refusal is one that the check expects, and
 `NOT_APPLICABLE` where there is nothing to check; everything else is a failed assertion.
@@ -38,9 +38,9 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.objectives.sft import SupervisedLoss
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_layer
 from lightning_peft.quantization.experts import expert_stacks
 from lightning_peft.quantization.linear import CodedWeight
+from lightning_peft.quantization.quantize import dequantized_layer
 from lightning_peft.quantization.weights import is_linear, is_transposed, linear_shape
 from lightning_peft.serving.gguf_lora import read_gguf_lora, write_gguf_lora
 from lightning_peft.serving.gguf_model import attention_window, write_gguf_model
@@ -66,7 +66,7 @@ def batch(packing: bool):
 
 
 def own_loss(model: PreTrainedModel) -> torch.Tensor:
-    """Cross entropy of transformers' logits of each sample by itself."""
+    """Return the cross entropy of transformers' logits of each sample by itself."""
     logits = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in samples()]
     return sum(F.cross_entropy(x[:-1], ids[1:], reduction="sum") for x, ids in zip(logits, samples(), strict=True))
 
@@ -105,7 +105,7 @@ class Family:
         return model.eval(), config
 
     def summed(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Plain transformers with scaling B A added to its weights."""
+        """Return plain transformers with scaling B A added to its weights."""
         plain = self.plain()
         with torch.no_grad():
             for name, layer in adapters(model):
@@ -120,7 +120,7 @@ class Family:
         return plain
 
     def train_words(self) -> list[str]:
-        """The words of a training with the defaults on rows of its own."""
+        """Return the words of a training with the defaults on rows of its own."""
         rows = [{"prompt": f"Add {a} and {b}.", "completion": f"It is {a + b}."} for a in range(4) for b in range(4)]
         (self.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [
@@ -131,7 +131,7 @@ class Family:
 
 
 def close(logits: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """fp32 through other kernels and orders of summation."""
+    """Compare in fp32, through other kernels and orders of summation."""
     torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
@@ -141,7 +141,7 @@ def refused(error: BaseException) -> str:
 
 
 def losses_of(model: PreTrainedModel, steps: int) -> list[float]:
-    """Train a new adapter so many steps; the loss of each."""
+    """Train a new adapter so many steps; return the loss of each."""
     torch.manual_seed(0)
     inject_adapters(model, LoRAConfig(rank=4))
     objective = SupervisedLoss(model).train()
@@ -251,7 +251,7 @@ def check_peft(family: Family) -> str | None:
 
 
 def check_from_peft(family: Family) -> str | None:
-    """An adapter of all linear layers; of the attention where that one changes routers, which is refused."""
+    """Check an adapter of all linear layers, or of the attention where that one changes routers, which is refused."""
     theirs = peft_model(family, "all-linear")
     if isinstance(theirs, str):
         return theirs
@@ -269,7 +269,7 @@ def check_from_peft(family: Family) -> str | None:
 
 
 def peft_model(family: Family, targets: str | list[str]) -> PeftModel | str:
-    """A model of HF PEFT with random factors, or why PEFT refuses these layers."""
+    """Return a model of HF PEFT with random factors, or why PEFT refuses these layers."""
     config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(0)
     try:

@@ -1,4 +1,4 @@
-"""Prints the peak of anonymous memory while a folder's model loads, above its value before, and the model's size."""
+"""Print the peak of anonymous memory while a folder's model loads, above its value before, and the model's size."""
 
 import json
 import sys

@@ -131,7 +131,7 @@ Llama 3.1 and older presets are not here: benchmarks/shapes.py has what is measu
 """
 
 EVERYDAY = ["qwen3_8b", "qwen3_5_9b", "llama_3_2_1b_instruct", "gemma_3_4b", "phi_4_mini", "gpt_oss_20b"]
-"""One of most families, cheap enough to be trained at their widths."""
+"""Shapes of most families, one each, cheap enough to be trained at their widths."""
 
 
 def shape(name: str) -> PreTrainedConfig:

@@ -34,7 +34,7 @@ def packed_inputs() -> dict[str, Tensor | int | bool]:
 
 
 def separate_logits(model: PreTrainedModel) -> Tensor:
-    """The logits of each sample on its own, transformers' way, laid out as the packed rows."""
+    """Return the logits of each sample on its own, transformers' way, laid out as the packed rows."""
     rows = packed_inputs()["input_ids"]
     return torch.stack(
         [
@@ -150,7 +150,7 @@ def test_named_attention_is_passed_on() -> None:
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
-    """Softmax attention of one sample, written out; (H, T, D)."""
+    """Return the softmax attention of one sample, written out; (H, T, D)."""
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
     distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
     hidden = (distance < 0) | (distance >= (window or 10**9))
@@ -192,7 +192,7 @@ def test_wrong_cu_seqlens_is_refused(bounds: list[int]) -> None:
 
 def test_checkpointed_blocks_give_equal_gradients() -> None:
     plain, checkpointed = packing_model("llama"), packing_model("llama")
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # of transformers 5.23, of 5.17
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # 5.23 has one, 5.17 the other
     next(getattr(checkpointed, name) for name in names if hasattr(checkpointed, name))()
     for model in (plain, checkpointed):
         model.train()

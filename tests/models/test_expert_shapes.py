@@ -65,7 +65,7 @@ def test_a_mixture_is_estimated_whole(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_four_layers_load_in_nf4_and_train_two_steps(name: str, tmp_path: Path) -> None:
-    """In the precision of the machine: in bf16 a processor that has no products for it takes minutes a step.
+    """The precision is the machine's: in bf16 a processor that has no products for it takes minutes a step.
 
     12 GiB are half of what a machine for such a run has. fp32 embeddings and head are 4.3 and 2.3 of them, and the four
     layers alone would be 12.8 and 9.7 GiB.

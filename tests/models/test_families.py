@@ -1,4 +1,4 @@
-"""Families of transformers through what users do with them, and the record of what was found.
+"""Families of transformers through what users do with them, and the record of the findings.
 
 The families people use most are in the default suite, through the checks that take a second; every family goes through
 every check where the marker families is asked for, and what is found goes into the record.
@@ -61,7 +61,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("family", MOST_USED, indirect=True)
 def test_most_used_family(family: Family, check: str) -> None:
     found, expected = QUICK[check](family) or OK, families()[family.name].cells[check]
-    # What stands behind a colon may be another package's words, which change with its version.
+    # The text behind a colon may be another package's words, which change with its version.
     assert found.partition(": ")[0] == expected.partition(": ")[0]
 
 
@@ -104,7 +104,7 @@ def test_ranks_that_share_a_model(names: list[str], tmp_path: Path) -> None:
 
 
 def shares_weights(family: Family) -> bool:
-    """Whether no block of the model can be sharded, which goes into the record."""
+    """Return whether no block of the model can be sharded, which goes into the record."""
     try:
         check_blocks_can_be_sharded(empty_model(family.config))
     except ValueError as error:

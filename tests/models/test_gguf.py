@@ -30,7 +30,7 @@ def write_gguf(
     scaling: Callable[[GGUFWriter], None] | None = None,
     **more: np.ndarray,
 ) -> None:
-    """The model as llama.cpp would store it: rotary pairs of llama's q and k side by side, matrices quantised."""
+    """Write the model as llama.cpp would store it: rotary pairs of llama's q and k side by side, matrices quantised."""
     config, architecture = model.config, model.config.model_type
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -74,7 +74,7 @@ def test_gguf_equals_its_model(model_type: str, kind: str, tmp_path: Path) -> No
     with torch.no_grad():
         for parameter in original.parameters():
             if parameter.ndim == 2:
-                # What the type keeps of the weight; rows permute, so quantising here or there is the same.
+                # The type keeps these bits of the weight; rows permute, so quantising here or there is the same.
                 packed = gguf.quants.quantize(parameter.numpy(), stored_as)
                 parameter.copy_(torch.from_numpy(gguf.quants.dequantize(packed, stored_as)))
     assert torch.equal(model(IDS).logits, original(IDS).logits)
@@ -197,7 +197,7 @@ UNLIKE = np.linspace(1, 7, 8, dtype=np.float32)
 
 
 def llama3_factors() -> np.ndarray:
-    """As llama.cpp's converter writes them."""
+    """Return the factors as llama.cpp's converter writes them."""
     factors = []
     for frequency in 10000.0 ** -(np.arange(0, 16, 2) / 16):
         wavelength = 2 * np.pi / frequency

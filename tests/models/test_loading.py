@@ -30,8 +30,8 @@ from lightning_peft.models.stored import source_fingerprint, stored_dtypes
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import dequantized_linear, quantize_linears
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.quantize import dequantized_linear, quantize_linears
 
 IDS = torch.arange(3, 35)[None]
 
@@ -100,7 +100,7 @@ def test_quantised_while_streaming_equals_quantised_after(tmp_path: Path) -> Non
 
 
 def filled(model: torch.nn.Module) -> list[bool]:
-    """Which blocks hold weights."""
+    """Return which blocks hold weights."""
     return [not any(parameter.is_meta for parameter in block.parameters()) for block in model.model.layers]
 
 
@@ -169,7 +169,7 @@ def test_bitsandbytes_checkpoint_keeps_its_codes(tmp_path: Path) -> None:
 
 
 def test_codes_are_found_under_the_names_that_transformers_renames(tmp_path: Path) -> None:
-    """Keys without the model's prefix, as of a checkpoint of the model without its head."""
+    """The keys lack the model's prefix, as in a checkpoint of the model without its head."""
     save_small(tmp_path, intermediate_size=128)
     dense = load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
     tensors = {}
@@ -213,7 +213,7 @@ def test_cheap_facts_need_no_weights(tmp_path: Path) -> None:
 
 
 def pickled(folder: Path, tensors: dict[str, object] | None = None, **options: object) -> ModelConfig:
-    """A model folder whose weights are a .bin file: its own, or those given."""
+    """Return a model folder whose weights are a .bin file: its own, or those given."""
     config = save_small(folder, intermediate_size=128)
     own = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -280,7 +280,7 @@ BROKEN_PICKLED = {
 
 
 def assert_one_sentence(config: ModelConfig, change: Callable[[Path], object], message: str) -> None:
-    """The folder of a model, once it is changed, is refused."""
+    """Assert that the folder of a model, once it is changed, is refused in one sentence."""
     change(Path(str(config.path)))
     with pytest.raises(ValueError, match=message) as caught:
         load_model(config, torch.float32)
@@ -328,7 +328,7 @@ def test_a_tensor_of_two_files_must_be_the_same(tmp_path: Path) -> None:
 def test_matrices_of_zeros_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = save_small(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.embed_tokens.weight"][:40] = 0  # as rows of tokens that nobody uses are
+    tensors["model.embed_tokens.weight"][:40] = 0  # rows of tokens that nobody uses are so
     tensors["model.layers.1.mlp.up_proj.weight"].zero_()
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     load_model(config, torch.float32)
@@ -593,7 +593,7 @@ def test_fingerprint_follows_the_weights(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 1.6 GB in bf16, in eleven files."""
+    """Return a Llama of 1.6 GB in bf16, in eleven files."""
     folder = tmp_path_factory.mktemp("large")
     shape = LlamaConfig(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=10, num_attention_heads=16, num_key_value_heads=16,
@@ -625,7 +625,7 @@ def test_peak_memory_is_the_model_and_one_tensor(kind: str, large_folder: Path) 
 
 
 def two_saves(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A model saved in few files over one that was saved in more."""
+    """Return a model saved in few files over one that was saved in more."""
     right, older = small_model("llama"), small_model("llama", seed=1)
     older.save_pretrained(folder, max_shard_size="40KB")
     right.save_pretrained(folder / "few", max_shard_size="150KB")
@@ -696,7 +696,7 @@ def test_no_layer_is_skipped_in_training(
     expected = model(IDS).logits
     model.train()
     assert all(torch.equal(model(IDS).logits, expected) for _ in range(8))
-    assert getattr(model.config, option) == 0.5  # which goes with a merged model
+    assert getattr(model.config, option) == 0.5  # the configuration goes with a merged model
 
 
 def test_a_model_that_needs_images_is_refused_with_a_remedy(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from families import small_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from lightning_peft.data.config import DataConfig
-from lightning_peft.models.packing import obstacle_to_one_row, packing_of
+from lightning_peft.models.packing_choice import obstacle_to_one_row, packing_of
 from lightning_peft.models.source import VARLEN
 
 

@@ -1,4 +1,4 @@
-"""Presets of current models: what they name, their sizes, and that adapters train on layers of their widths."""
+"""Presets of current models: their names, their sizes, and that adapters train on layers of their widths."""
 
 import re
 from pathlib import Path

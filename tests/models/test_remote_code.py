@@ -62,7 +62,7 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
             x = x + layer(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None])
         return CausalLMOutput(logits=self.head(x))
 """
-"""Of years ago: it knows no positions, no caches and no packed samples."""
+"""Code of years ago: it knows no positions, no caches and no packed samples."""
 ENDS = """
     def get_input_embeddings(self):
         return self.wte
@@ -74,14 +74,14 @@ ENDS = """
 
 @pytest.fixture(scope="module", autouse=True)
 def own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies the files into a cache that it imports from."""
+    """Have a cache of modules: transformers copies the files into it and imports from there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
 
 
 def own_model(folder: Path, modeling: str, kind: str, model_type: str | None = None) -> ModelConfig:
-    """A folder with files of its own; `kind` is in the names of its classes, which transformers keeps by name."""
+    """Write a folder with files of its own; `kind` is in the names of its classes, which transformers keeps by name."""
     small_model("llama").save_pretrained(folder)
     names = {"OwnConfig": f"{kind}Config", "OwnForCausalLM": f"{kind}ForCausalLM", "own_type": kind.lower()}
     for file, text in {"configuration_own.py": CONFIGURATION, "modeling_own.py": modeling}.items():

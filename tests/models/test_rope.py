@@ -1,4 +1,4 @@
-"""Positions beyond a model's context: what transformers computes with the same configuration, from run to merge."""
+"""Positions beyond a model's context: the numbers of transformers with the same configuration, from run to merge."""
 
 import json
 from copy import deepcopy
@@ -31,12 +31,12 @@ from lightning_peft.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lightning_peft.objectives.sft import SupervisedLoss
 
 IDS = torch.randint(3, 90, (1, 150), generator=torch.Generator().manual_seed(3))
-"""Longer than the 64 tokens of the models."""
+"""Row that is longer than the 64 tokens of the models."""
 FAMILIES = ["llama", "qwen3", "gemma3_text", "deepseek_v3", "mistral"]
 
 
 def expected(path: Path, scaling: RopeScaling) -> torch.Tensor:
-    """Logits of transformers' own model, its configuration written by hand."""
+    """Return the logits of transformers' own model, its configuration written by hand."""
     words = json.loads((path / "config.json").read_text())
     rope = {"rope_type": scaling.type, "factor": scaling.factor}
     if scaling.type == "yarn":
@@ -153,7 +153,7 @@ def test_scaled_positions_are_scaled_again_only_from_a_known_context(tmp_path: P
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny model of 128 tokens and rows of more."""
+    """Return a tiny model of 128 tokens and rows of more."""
     folder = tmp_path_factory.mktemp("base")
     model = tiny_model()
     model.config.max_position_embeddings = 128
@@ -184,7 +184,7 @@ def test_a_run_takes_its_positions_to_evaluate_merge_and_export(base, tmp_path):
     run, merged = tmp_path / "run", tmp_path / "merged"
     assert train(base, run, "model.rope_scaling.type=yarn", "model.rope_scaling.factor=2") == 0
     trained = json.loads((run / "result.json").read_text())["validation_loss"]
-    for words in ([], ["model=hf", f"model.path={base}"]):  # as trained, and on a base that does not say
+    for words in ([], ["model=hf", f"model.path={base}"]):  # once as trained, and once the base does not say
         assert main(["evaluate", f"adapter_path={run}", f"output={tmp_path}/scores.json", *words]) == 0
         scores = json.loads((tmp_path / "scores.json").read_text())
         assert scores["adapter"]["loss"] == pytest.approx(trained, rel=1e-5)
@@ -221,7 +221,7 @@ BY_LENGTH = [
 def test_a_row_has_the_positions_it_has_alone(name: str, options: dict, tmp_path: Path) -> None:
     family = Family(name, tmp_path, **options)
     with torch.no_grad():
-        # Alone each begins anew, as a dynamic base remembers the longest so far.
+        # Each begins anew alone, as a dynamic base remembers the longest so far.
         expected = sum(one_loss(family.plain(), ids) for ids in samples())
         objective = SupervisedLoss(family.ours())
         for packing in (False, True, False):

@@ -39,7 +39,7 @@ def written(path: Path, rows: list) -> Path:
 
 
 def parts(folder: Path, objective: str, rows: list, *more: str) -> tuple[FinetuneModule, SFTDataModule]:
-    """The module with its model, adapters drawn at random, and its data set up."""
+    """Return the module with its model, adapters drawn at random, and its data set up."""
     path = written(folder / "rows.jsonl", rows)
     config = tiny_config(
         folder / "run", f"objective={objective}", "data=jsonl", f"data.train_path={path}", "data.max_length=160",

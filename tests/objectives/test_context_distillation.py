@@ -31,7 +31,7 @@ def taught(tmp_path, *more, rows=ROWS, prompt=PROMPT):
 
 
 def plain_divergence(module, data, tokenizer, rows=ROWS, system=""):
-    """Mean KL(q || p) over the answers' tokens: q of the base behind the hint, p of the model without, each alone."""
+    """Return mean KL(q || p) over the answers' tokens: q is the base's behind the hint, p the model's without."""
     base = tiny_model().eval()
     total, count = 0.0, 0
     for row in rows:
@@ -55,7 +55,7 @@ def plain_divergence(module, data, tokenizer, rows=ROWS, system=""):
 
 
 def answer_length(data, row, tokenizer):
-    """Tokens of a row's answer that are trained, by the sample that holds it."""
+    """Return the number of a row's answer tokens that are trained, by the sample that holds it."""
     samples = data.training_samples
     ids = tokenizer(row["prompt"])["input_ids"]
     for place in range(len(samples)):
@@ -147,7 +147,7 @@ def test_sources_without_a_prompt_are_read_as_they_are(tmp_path):
 
 
 def summed(module, data):
-    """The losses of all samples, packed in one row."""
+    """Return the losses of all samples, packed in one row."""
     samples = [data.training_samples[place] for place in range(len(data.training_samples))]
     width = sum(len(sample.input_ids) for sample in samples)
     with torch.no_grad():

@@ -44,7 +44,7 @@ def taught(tmp_path, *more, rows=ROWS):
 
 
 def plain_logits(model, data):
-    """(logits, tokens) of the trained tokens of every sample, run alone."""
+    """Return (logits, tokens) of the trained tokens of every sample, run alone."""
     samples = data.training_samples
     found = []
     for place in range(len(samples)):

@@ -27,7 +27,7 @@ def rows():
 
 
 def batches():
-    """The samples a row each, and two layouts of them packed."""
+    """Return the samples a row each, and two layouts of them packed."""
     one, two, three = rows()
     return [
         collate([[one], [two], [three]], 0, 32, packing=False),

@@ -28,7 +28,7 @@ def softcap(logits):
 
 
 def readouts(dtype=torch.float64, tokens=37, transform=None, teacher_rows=VOCABULARY, bias=True):
-    """A student of width 16 and a teacher of width 24."""
+    """Return a student of width 16 and a teacher of width 24."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, VOCABULARY - 5, (tokens,), generator=generator)
     found = []
@@ -42,7 +42,7 @@ def readouts(dtype=torch.float64, tokens=37, transform=None, teacher_rows=VOCABU
 
 
 def plain(student, teacher, mix):
-    """Cross entropy and divergence of each token, by torch's functions of whole logits."""
+    """Return the cross entropy and divergence of each token, by torch's functions of whole logits."""
     logits = [r.head(r.hidden).to(torch.float64) for r in (student, teacher)]
     logits = [logit if student.transform is None else student.transform(logit) for logit in logits]
     cross_entropy = F.cross_entropy(logits[0], student.labels, reduction="none")
@@ -103,7 +103,7 @@ def test_models_whose_logits_are_not_rebuilt_are_compared_by_their_own(kind):
     mix = Mix(0.7, 2.0, BETAS[kind])
     cross_entropy, divergence = plain(*own, mix)
     expected = 0.3 * cross_entropy + 0.7 * 4 * divergence
-    for teacher in (own[1], readouts()[1]):  # of the teacher, logits or hidden states
+    for teacher in (own[1], readouts()[1]):  # these are the teacher's, logits or hidden states
         losses = taught_token_losses(own[0], teacher, mix)
         torch.testing.assert_close(losses.mixed, expected, **TOLERANCES[torch.float64])
     (ours,) = torch.autograd.grad(losses.mixed.sum(), own[0].hidden)

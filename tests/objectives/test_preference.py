@@ -24,7 +24,7 @@ FP32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def plain_log_probabilities(model, samples):
-    """(summed log-probability, number) of the trained tokens of each sample, run alone, by torch's softmax."""
+    """Return (summed log-probability, number) of the trained tokens of each sample, run alone, by torch's softmax."""
     found = []
     for sample in samples:
         logits = model(input_ids=torch.tensor([sample.input_ids]), use_cache=False).logits[0, :-1].float()
@@ -35,7 +35,7 @@ def plain_log_probabilities(model, samples):
 
 
 def plain_pairs(module, data):
-    """Policy and reference log-probabilities and lengths, (P,) each, of chosen and rejected answers."""
+    """Return policy and reference log-probabilities and lengths, (P,) each, of chosen and rejected answers."""
     samples = data.training_samples
     each = [samples.unit(place) for place in range(len(samples.unit_lengths))]
     found = []
@@ -49,7 +49,7 @@ def plain_pairs(module, data):
 
 
 def mean_loss(module, data):
-    """The objective's mean over all rows, and the means of what it measures."""
+    """Return the objective's mean over all rows, and the means of what it measures."""
     total, weight, sums = 0.0, 0.0, defaultdict(lambda: [0.0, 0.0])
     for batch in data.train_dataloader():
         total = total + module.objective(batch)
@@ -66,7 +66,7 @@ def gradients(module, loss):
 
 
 def trl_dpo_loss(kind, beta, chosen, rejected, sft_weight=None):
-    """TRL's own DPO code on log-probabilities of whole answers, each given as that of one token."""
+    """Run TRL's own DPO code on log-probabilities of whole answers, each given as that of one token."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl.trainer.dpo_trainer import DPOTrainer
@@ -96,7 +96,7 @@ def trl_dpo_loss(kind, beta, chosen, rejected, sft_weight=None):
 
 
 def trl_pair_loss(loss_type, chosen, rejected, **options):
-    """TRL's CPO code, whose losses take what is compared as it is."""
+    """Run TRL's CPO code, whose losses take what is compared as it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl.experimental.cpo.cpo_trainer import CPOTrainer

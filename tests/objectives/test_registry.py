@@ -1,4 +1,4 @@
-"""What the table of objectives says of each, and the words it gives the command line."""
+"""The table of objectives: its facts about each, and the words it gives the command line."""
 
 import pytest
 

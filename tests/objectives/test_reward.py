@@ -1,4 +1,4 @@
-"""The reward head against TRL's loss on the same rows, and what may be made of its adapter."""
+"""The reward head against TRL's loss on the same rows, and the uses of its adapter."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ MARGINS = [{**row, "margin": margin} for row, margin in zip(pair_rows(7), [0, 0.
 
 
 def drawn(tmp_path, rows, *more):
-    """The module with adapters and a head that are not zero, and its data."""
+    """Return the module with adapters and a head that are not zero, and its data."""
     module, data = parts(tmp_path, "reward", rows, *more)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def drawn(tmp_path, rows, *more):
 
 
 def plain_rewards(module, data):
-    """The head's number at the last token of each sample, run alone, (P,) of chosen and of rejected answers."""
+    """Return the head's number at the last token of each sample, run alone, (P,) of chosen and of rejected answers."""
     samples = data.training_samples
     found = []
     for place in range(len(samples)):
@@ -52,7 +52,7 @@ def plain_rewards(module, data):
 
 
 def trl_loss(chosen, rejected, margins, coefficient):
-    """TRL's own code on these rewards."""
+    """Run TRL's own code on these rewards."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl.trainer.reward_trainer import RewardTrainer
@@ -130,7 +130,7 @@ def run(folder, *more):
 
 
 def rewards_in_transformers(folder, base, tokens):
-    """What transformers and HF PEFT read of the folder: one number for each row of tokens."""
+    """Return what transformers and HF PEFT read of the folder: one number for each row of tokens."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 

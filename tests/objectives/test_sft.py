@@ -203,7 +203,7 @@ def packed_batch():
 
 
 def mixing(family="llama", packing="auto"):
-    """A model whose kernel for packed samples forgets where they begin, as a broken build of one may."""
+    """Return a model whose kernel for packed samples forgets where they begin, as a broken build of one may."""
     objective, _ = objective_and_batch(family)
     objective.packing = packing
     for layer in objective.model.model.layers:

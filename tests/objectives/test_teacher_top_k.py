@@ -1,4 +1,4 @@
-"""A teacher that reads the rows once: what is kept of it, and the loss on that."""
+"""A teacher that reads the rows once: the part of it that is kept, and the loss on that."""
 
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +23,7 @@ from lightning_peft.kernels.divergence import divergence
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.objectives.linear_divergence import bucketed
 from lightning_peft.training import teacher_store
-from lightning_peft.training.teacher_store import Rows, check_room, is_whole, keep_teacher, naming_cache, write_top
+from lightning_peft.training.teacher_store import RowFile, check_room, is_whole, keep_teacher, naming_cache, write_top
 
 ANSWERS = [{key: value for key, value in row.items() if key != "hint"} for row in ROWS]
 VOCABULARY = 320
@@ -60,7 +60,7 @@ def test_all_tokens_kept_are_the_teacher_itself(kind, temperature, more, tmp_pat
 
 @pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5)])
 def test_others_are_one_token_with_their_mass(kind, beta, tmp_path):
-    """By torch on whole logits: probabilities of the teacher's five likeliest, and of all others summed."""
+    """Torch has them on whole logits: probabilities of the teacher's five likeliest, and of all others summed."""
     words = [f"objective.divergence={kind}", "objective.weight=1", "objective.teacher=tiny_tied"]
     module, data = kept(tmp_path, 5, *words)
     loss, _ = mean_loss(module, data)
@@ -213,7 +213,7 @@ def test_whole_store_is_read_without_writing(tmp_path):
 
 def test_full_disk_is_said_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="data.cache_dir=here: No space left on device, and what is kept of the"):  # noqa: SIM117
-        with naming_cache("here"), closing(Rows(Path("/dev/full"), np.int32, (4, 5))) as rows:
+        with naming_cache("here"), closing(RowFile(Path("/dev/full"), np.int32, (4, 5))) as rows:
             rows.write(np.zeros((4, 5)))
     module, data = kept(tmp_path, None)
     module.objective_config.teacher_top_k = 10**12

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerConfig, build_optimizer, optimizer_state_bytes
 
 PLAIN = [name for name, choice in OPTIMIZERS.items() if choice.config is OptimizerConfig]
-"""Those that step any parameter; the one that chooses between experts is held by test_routed_adamw."""
+"""Optimisers that step any parameter; the one that chooses between experts is held by test_routed_adamw."""
 SHAPES = [(16, 576), (192, 16), (500, 300), (576,)]
-"""8-bit, too small for 8 bits, large enough for pages, not decayed."""
+"""Sizes that are 8-bit, too small for 8 bits, large enough for pages, not decayed."""
 
 
 def build(name: str, device: str = "cpu") -> tuple[list[nn.Parameter], Optimizer]:
@@ -32,7 +32,7 @@ def train(parameters: list[nn.Parameter], optimizer: Optimizer, steps: range) ->
 
 
 def resumed(name: str, parameters: list[nn.Parameter], optimizer: Optimizer) -> tuple[list[nn.Parameter], Optimizer]:
-    """New objects holding the same state, through a file."""
+    """Return new objects holding the same state, through a file."""
     file = io.BytesIO()
     torch.save({"weights": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}, file)
     file.seek(0)

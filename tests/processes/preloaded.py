@@ -28,8 +28,8 @@ def import_what_a_start_imports() -> None:
 
     before = dict(os.environ)
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a thread would look at the neighbours, and no fork have it
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which starts its threads when it is imported
-    set_up_threads()  # as `main` does before torch is imported
+    set_up_threads()  # `main` does so before torch is imported
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start its threads when it is imported
     let_segments_grow()
     for name in ("command_line", "commands.training", "commands.train"):
         importlib.import_module(f"lightning_peft.{name}")
@@ -38,7 +38,7 @@ def import_what_a_start_imports() -> None:
     os.environ.clear()
     os.environ.update(before)
     gc.collect()
-    gc.freeze()  # else the first collection of each fork copies every page
+    gc.freeze()  # the first collection of each fork would copy every page
 
 
 def forked(control: socket.socket) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def forked(control: socket.socket) -> dict[str, Any]:
     for descriptor in (answer, woken, wake):
         os.close(descriptor)
     request: dict[str, Any] = json.loads(text)
-    above = max(request["files"]) + 1  # so that none of them takes the place of another
+    above = max(request["files"]) + 1  # none of them takes the place of another then
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in files]
     for file in files:
         os.close(file)

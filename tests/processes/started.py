@@ -1,8 +1,8 @@
 """Starts of the command line as processes of their own, without the eight seconds that each spends on imports.
 
 They are forked from a process that has imported what a start imports (`preloaded.py`). From there on everything is
-real: arguments, environment, working folder, pipes, signals by pid, exit status, the end of the interpreter. What a
-test says about imports themselves, threads, memory or what another interpreter prints takes `subprocess`.
+real: arguments, environment, working folder, pipes, signals by pid, exit status, the end of the interpreter. A test
+of imports themselves, threads, memory or what another interpreter prints takes `subprocess`.
 """
 
 import atexit
@@ -36,12 +36,12 @@ OF_ONE_START = (
 AT_THE_BEGINNING = {
     number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 }
-"""What signals do in this process before a test runs in it."""
+"""Handlers of signals in this process before a test runs in it."""
 
 
 @contextmanager
 def signals_of_the_beginning() -> Iterator[None]:
-    """Inside, what is started inherits no signal that a test left ignored: all forks of later tests would have it."""
+    """Let no start inherit a signal that a test left ignored, inside the block: all later forks would have it."""
     now = {number: signal.signal(number, handler) for number, handler in AT_THE_BEGINNING.items()}
     try:
         yield
@@ -57,7 +57,7 @@ class Preloaded:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, str(Path(__file__).with_name("preloaded.py")), str(theirs.fileno())]
-            # Pipes, as its stream objects stay: those that were opened for a file would seek in a fork's pipe.
+            # It gets pipes, as its stream objects stay: those opened for a file would seek in a fork's pipe.
             with signals_of_the_beginning():
                 self.process = subprocess.Popen(
                     command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -66,7 +66,7 @@ class Preloaded:
         atexit.register(self.close)
 
     def fork(self, request: dict[str, Any], files: dict[int, int]) -> tuple[int, socket.socket]:
-        """The pid of a new process and the socket on which its status comes; `files` are ours by its numbers."""
+        """Return the pid of a new process and the socket on which its status comes; `files` are ours by its numbers."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             text = json.dumps(request | {"files": list(files)}).encode()
@@ -91,7 +91,7 @@ class Started(subprocess.Popen):  # type: ignore[type-arg]
     """A process as `subprocess.Popen` has it, forked instead of started; of its options those that tests use."""
 
     def _execute_child(self, *given: Any) -> None:
-        # What Popen calls once the pipes are made; their names and order are those of this Python's Popen.
+        # Popen calls these once the pipes are made; their names and order are those of this Python's Popen.
         options = inspect.signature(super()._execute_child).bind(*given).arguments
         arguments = [os.fspath(word) for word in options["args"]]
         left_out = [name for name in ("shell", "preexec_fn", "executable") if options[name]]
@@ -115,7 +115,7 @@ class Started(subprocess.Popen):  # type: ignore[type-arg]
             self._close_pipe_fds(*(options[name] for name in pipes))
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        """What os.waitpid(self.pid, wait_flags) gives for a child of this process."""
+        """Return what os.waitpid(self.pid, wait_flags) gives for a child of this process."""
         ready, _, _ = select.select([self.answer], [], [], 0 if wait_flags & os.WNOHANG else None)
         if not ready:
             return 0, 0
@@ -131,7 +131,7 @@ class Started(subprocess.Popen):  # type: ignore[type-arg]
 
 
 def forked_where_it_can_be(arguments: Sequence[str | Path], **options: Any) -> subprocess.Popen[Any]:
-    """What stands in for subprocess.Popen where the code under test starts `python -m MODULE` itself."""
+    """Return what stands in for subprocess.Popen where the code under test starts `python -m MODULE` itself."""
     is_module = list(arguments[:2]) == [sys.executable, "-m"]
     return (Started if is_module else POPEN)(arguments, **options)
 
@@ -140,7 +140,7 @@ POPEN = subprocess.Popen
 
 
 def run(arguments: Sequence[str | Path], timeout: float = 600, **options: Any) -> subprocess.CompletedProcess[Any]:
-    """What subprocess.run(..., capture_output=True, text=True) returns, of a forked process."""
+    """Return what subprocess.run(..., capture_output=True, text=True) returns, of a forked process."""
     captured = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with Started(arguments, **(captured | options)) as process:
         try:

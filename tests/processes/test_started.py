@@ -45,7 +45,7 @@ def test_signal_and_poll_reach_it(tmp_path):
         try:
             assert process.wait(timeout=10) == process.poll() == -signal.SIGTERM
         finally:
-            process.kill()  # what sleeps on would be waited for
+            process.kill()  # a process that sleeps on would be waited for
 
 
 def test_command_is_the_real_one(tmp_path):
@@ -79,7 +79,7 @@ def test_ranks_are_processes_that_meet(tmp_path):
         "dist.init_process_group('gloo')\n"
         "numbers = torch.tensor([2.0 ** dist.get_rank(), 1.0])\n"
         "dist.all_reduce(numbers)\n"
-        "sys.stdout.write(f'{os.getpid()} {numbers.tolist()}\\n')\n"  # in one piece: all write to one pipe
+        "sys.stdout.write(f'{os.getpid()} {numbers.tolist()}\\n')\n"  # it is in one piece: all write to one pipe
         "if sys.argv[1] == 'fail' and dist.get_rank() == 1: sys.exit('one has failed')\n"
         "if sys.argv[1] == 'fail': dist.barrier()\n"
     )

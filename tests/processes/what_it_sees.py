@@ -1,4 +1,4 @@
-"""Prints what a process finds around itself, as JSON, and leaves in the way its first word says."""
+"""Print what a process finds around itself, as JSON, and leave in the way the first word says."""
 
 import atexit
 import json

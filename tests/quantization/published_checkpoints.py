@@ -18,7 +18,7 @@ Tensors = dict[str, Tensor]
 
 
 def words(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """Rows (n, m) of unsigned integers packed along n, the first in the lowest bits, into int32 (n * bits / 32, m)."""
+    """Pack rows (n, m) of unsigned integers along n, the first in the lowest bits, into int32 (n * bits / 32, m)."""
     array = values.numpy()
     count = len(array) * bits // 32
     packed = np.zeros((count, array.shape[1]), dtype=np.uint32)
@@ -34,7 +34,7 @@ def words(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Te
 
 
 def affine(weight: Tensor, bits: int, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Integers, zeros and fp16 scales (out, groups) of a weight whose columns belong to groups, and what they mean."""
+    """Return integers, zeros and fp16 scales (out, groups) of a weight whose columns are in groups, and the values."""
     top, count = 2**bits - 1, int(groups.max()) + 1
     scales, zeros = torch.empty(len(weight), count), torch.empty(len(weight), count)
     for group in range(count):
@@ -100,7 +100,7 @@ def packed_integers(
 
 
 def fp8(weight: Tensor, block: tuple[int, int] | None, end: str = ".weight_scale_inv") -> tuple[Tensors, Tensor]:
-    """One scale a block; a block of (0, 0) is the whole tensor, its scale without a dimension."""
+    """Return FP8 codes with one scale a block; a block of (0, 0) is the whole tensor, its scale without a dimension."""
     rows, columns = weight.shape
     height, width = (rows, columns) if block == (0, 0) else block or (1, columns)
     grid = (-(-rows // height), -(-columns // width))
@@ -118,7 +118,7 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def mxfp4(stack: Tensor) -> tuple[Tensors, Tensor]:
-    """Of a stack (experts, out, in)."""
+    """Return the codes of a stack (experts, out, in)."""
     blocks = stack.unflatten(-1, (-1, 32))
     exponents = (blocks.abs().amax(-1) / 6).log2().ceil()
     values = blocks / exponents.exp2()[..., None]
@@ -189,7 +189,7 @@ PUBLISHED = {
 
 
 def publish(model: PreTrainedModel, folder: Path, form: Published, dense_folder: Path | None = None) -> Tensors:
-    """Write the model with every linear layer of its blocks in that format; the dense weights of these, by name.
+    """Write the model with every linear layer of its blocks in that format; return the dense weights of these, by name.
 
     `dense_folder` gets the plain model of the same weights.
     """
@@ -220,7 +220,7 @@ def write(model: PreTrainedModel, folder: Path, tensors: Tensors, quantization: 
 def publish_experts(model: PreTrainedModel, folder: Path, form: Published, dense_folder: Path) -> Tensors:
     """Write a mixture of experts with a matrix an expert, as most are published, each in that format.
 
-    Returns the dense stacks and layers that they mean, by name.
+    The result has the dense stacks and layers that they mean, by name.
     """
     model.save_pretrained(dense_folder)
     from safetensors.torch import load_file
@@ -244,7 +244,7 @@ def publish_experts(model: PreTrainedModel, folder: Path, form: Published, dense
 
 
 def publish_mxfp4(model: PreTrainedModel, folder: Path, dense_folder: Path) -> Tensors:
-    """Write a GPT-OSS with its experts in MXFP4; the dense stacks (experts, out, in) that they mean, by name."""
+    """Write a GPT-OSS with its experts in MXFP4; return the dense stacks (experts, out, in) by name."""
     tensors, meant = {name: t.clone() for name, t in model.state_dict().items()}, {}
     dense = dict(tensors)
     for name in list(tensors):

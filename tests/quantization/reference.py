@@ -19,7 +19,7 @@ LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
 
 def dynamic_levels() -> Tensor:
-    """Signed dynamic 8-bit type: for each decade 10^-6 .. 1, the midpoints of 2^i equal parts of [0.1, 1]; 0 and 1."""
+    """Return the signed dynamic 8-bit type: the midpoints of 2^i equal parts of [0.1, 1] times 10^-6 .. 1; 0, 1."""
     levels = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
@@ -29,7 +29,7 @@ def dynamic_levels() -> Tensor:
 
 
 def blockwise_codes(values: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Index of the nearest level for each value over its block's absolute maximum, and those maxima (fp32)."""
+    """Return the index of the nearest level of each value over its block's absolute maximum, and the maxima (fp32)."""
     codes, maxima = [], []
     ordered, order = levels.sort(stable=True)
     edges = (ordered[:-1] + ordered[1:]) / 2
@@ -42,14 +42,14 @@ def blockwise_codes(values: Tensor, levels: Tensor, block_size: int) -> tuple[Te
 
 
 def quantize(weight: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
-    """(out, in / 2) bytes, even columns in the high half, and (out, in / block_size) absolute maxima."""
+    """Return (out, in / 2) bytes, even columns in the high half, and (out, in / block_size) absolute maxima."""
     codes, absmax = blockwise_codes(weight, LEVELS[kind], block_size)
     packed = (codes[::2] << 4 | codes[1::2]).to(torch.uint8)
     return packed.view(weight.shape[0], -1), absmax.view(weight.shape[0], -1)
 
 
 def dequantize(packed: Tensor, absmax: Tensor, kind: str, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Level times absolute maximum in fp32, rounded once."""
+    """Return level times absolute maximum in fp32, rounded once."""
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(packed.shape[0], -1).long()
     scales = absmax.view(packed.shape[0], -1).repeat_interleave(block_size, dim=1)
     return (LEVELS[kind][codes] * scales).to(dtype)

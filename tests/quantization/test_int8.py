@@ -12,8 +12,8 @@ from lightning_peft.checkpoint.merge_config import MergeBase, MergeConfig
 from lightning_peft.checkpoint.merged import MergeError, merge
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import bits_per_parameter, quantize_linears, weights_fingerprint
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.quantize import bits_per_parameter, quantize_linears, weights_fingerprint
 from lightning_peft.quantization.weights import dense_weight, is_quantized
 
 INT8 = QuantizationConfig(kind=Kind.int8, double_quantization=False)
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def weight_of(rows: int = 96, columns: int = 60) -> torch.Tensor:
-    """60 columns are no multiple of any 4-bit block; a row of zeros has no scale."""
+    """Return a weight: 60 columns are no multiple of any 4-bit block; a row of zeros has no scale."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     return weight

@@ -15,11 +15,11 @@ from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.kernels.codes import Codes, dequantize
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
-from lightning_peft.quantization.convert import bits_per_parameter
 from lightning_peft.quantization.experts import QuantizedExperts
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 from lightning_peft.quantization.published.fp8 import FP8
 from lightning_peft.quantization.published.mxfp4 import MXFP4
+from lightning_peft.quantization.quantize import bits_per_parameter
 
 
 def logits(model: Any) -> Tensor:

@@ -16,14 +16,14 @@ from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import (
+from lightning_peft.quantization.experts import QuantizedExperts, close_experts
+from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
+from lightning_peft.quantization.quantize import (
     bits_per_parameter,
     dequantized_layer,
     quantize_linears,
     weights_fingerprint,
 )
-from lightning_peft.quantization.experts import QuantizedExperts, close_experts
-from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIGS = {
@@ -41,7 +41,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def dense_again(model: Any) -> Any:
-    """The plain model with the weights that the codes stand for."""
+    """Return the plain model with the weights that the codes stand for."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CodedWeight):
             model.set_submodule(name, dequantized_layer(layer))

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_peft.distributed import disconnect
-from lightning_peft.quantization.convert import weights_fingerprint
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.quantize import weights_fingerprint
 from lightning_peft.training.strategies import sharding_codes
 
 

@@ -68,7 +68,7 @@ def test_interval_is_wilsons():
 
 
 def sweep_of(folder, axes, value, **options):
-    """A sweep folder as trials leave it: result.json and metrics.csv of each."""
+    """Write a sweep folder as trials leave it: result.json and metrics.csv of each."""
     trials = []
     for values in itertools.product(*axes.values()):
         name = "_".join(f"{key.rpartition('.')[2]}{choice}" for key, choice in zip(axes, values, strict=True))
@@ -87,7 +87,7 @@ def sweep_of(folder, axes, value, **options):
 
 
 def shown_numbers(page):
-    """Texts that are drawn as paths carry their characters in comments of the SVG."""
+    """Return the numbers shown: texts that are drawn as paths carry their characters in comments of the SVG."""
     return set(re.findall(r"<!-- (-?[\d.]+) -->", page.text()))
 
 

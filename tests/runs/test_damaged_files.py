@@ -21,7 +21,7 @@ WORDS = ["trainer.max_steps=4", "checkpoint.every_n_steps=1", "validation.every_
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """`whole`, which finished, and `paused`, which is to go on."""
+    """Return `whole`, which finished, and `paused`, which is to go on."""
     folder = tmp_path_factory.mktemp("runs")
     train(tiny_config(folder / "whole", *WORDS))
     with pytest.raises(SystemExit):
@@ -30,7 +30,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def damaged(runs: Path, name: str, to: Path, file: str, content: bytes | None) -> Path:
-    """A copy of a run with a file cut short (None), or with other content."""
+    """Return a copy of a run with a file cut short (None), or with other content."""
     run_dir = to / "run"
     shutil.copytree(runs / name, run_dir)
     path = run_dir / file

@@ -1,4 +1,4 @@
-"""A run folder is written by one run, and what says that it resumes, resumes."""
+"""A run folder is written by one run, and a run that says that it resumes, resumes."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def signal_at(name: str, micro_batch: int) -> str:
 
 
 def stopped(run_dir: Path, *words: str, at: int = 3) -> Path:
-    """A run that was preempted behind a step."""
+    """Return a run that was preempted behind a step."""
     with pytest.raises(Preempted):
         train(tiny_config(run_dir, *RUN, *words, signal_at("SIGTERM", at)))
     return run_dir
@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def everybodys_folder():
-    """A folder that other users reach, as those of pytest are not."""
+    """Yield a folder that other users reach, as those of pytest are not."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -303,7 +303,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2], texts
     (refused,) = [text for process, text in zip(processes, texts, strict=True) if process.returncode]
-    assert "holds a sweep already" in refused or "writes it" in refused  # as the first is done with it, or not yet
+    assert "holds a sweep already" in refused or "writes it" in refused  # the first is done with it, or not yet
     manifest = json.loads((tmp_path / "S" / "sweep.json").read_text())
     names = {trial["name"] for trial in manifest["trials"]}
     assert names in ({"rank2", "rank4"}, {"rank8", "rank16"})

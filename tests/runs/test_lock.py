@@ -61,7 +61,7 @@ def test_patience_waits_for_one_that_is_leaving(tmp_path):
 
 @pytest.mark.parametrize("clock", [0.0, -86400.0, 86400.0])
 def test_holder_on_another_node_is_told_by_its_time_stamp(tmp_path, monkeypatch, clock):
-    """Also where the clock of that node is a day behind or ahead."""
+    """This holds where the clock of that node is a day behind or ahead too."""
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(lock, "WATCH_SECONDS", 0.5)
     path = tmp_path / LOCK

@@ -1,4 +1,4 @@
-"""Two commands at one sweep's folder, and a sweep of another user: who holds it is said, and nothing is lost."""
+"""Two commands at one sweep's folder, and a sweep of another user: the holder is named, and nothing is lost."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def a_sweep(folder: Path, cluster: str = "local") -> Path:
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    """A folder that another process writes, and its number."""
+    """Yield a folder that another process writes, and its number."""
     holder = holder_of(tmp_path / "sweep")
     yield tmp_path / "sweep", holder.pid
     holder.send_signal(signal.SIGKILL)
@@ -114,7 +114,7 @@ def test_whoever_waits_for_a_change_of_the_sweep_says_for_whom(tmp_path, monkeyp
 
 @contextmanager
 def as_a_stranger() -> Iterator[None]:
-    """Inside, files are opened as by a user of another number."""
+    """Have files opened as by a user of another number, inside the block."""
     if os.getuid() != 0:
         pytest.skip("becoming another user needs root")
     groups = os.getgroups()
@@ -131,7 +131,7 @@ def as_a_stranger() -> Iterator[None]:
 
 @pytest.fixture
 def of_root(tmp_path: Path) -> Iterator[Path]:
-    """The sweep of a user, in a folder that others may look into."""
+    """Yield the sweep of a user, in a folder that others may look into."""
     folder = a_sweep(tmp_path / "sweep")
     opened = [path for path in tmp_path.parents if not path.stat().st_mode & 0o001]
     before = [path.stat().st_mode for path in opened]
@@ -146,7 +146,7 @@ def of_root(tmp_path: Path) -> Iterator[Path]:
 
 def test_sweep_of_another_user_can_be_looked_at_and_not_changed(of_root, capsys):
     verbs = {"status": [], "table": [], "retry": ["failed=true"], "cancel": []}
-    for verb in ("status", "table", "cancel"):  # what is imported on the way may be in a folder of root's own
+    for verb in ("status", "table", "cancel"):  # modules imported on the way may be in a folder of root's own
         assert main(["sweep", verb, str(of_root)]) == 0
     before = (of_root / "sweep.json").read_bytes()
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Greedy tokens by llama.cpp, run by its own interpreter: reads a request as JSON and prints the tokens."""
+"""Greedy tokens by llama.cpp, run by its own interpreter: a request is read as JSON and the tokens are printed."""
 
 import itertools
 import json

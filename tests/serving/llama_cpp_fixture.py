@@ -1,8 +1,8 @@
-"""What llama.cpp's own converter makes of adapters that anyone can make again: run once, kept as checksums.
+"""The files of llama.cpp's own converter for adapters that anyone can make again: run once, kept as checksums.
 
     python tests/serving/llama_cpp_fixture.py FOLDER_OF_LLAMA_CPP
 
-runs its `convert_lora_to_gguf.py` and writes `llama_cpp_lora.json` beside this file.
+This runs its `convert_lora_to_gguf.py` and writes `llama_cpp_lora.json` beside this file.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ RANK = 3
 
 
 def numbers(shape: tuple[int, ...], start: int) -> Tensor:
-    """fp32 numbers between -1 and 1 that no random generator has to draw."""
+    """Return fp32 numbers between -1 and 1 that no random generator has to draw."""
     count = torch.arange(shape[0] * shape[1], dtype=torch.int64) + start
     return ((count * 7919 % 2003).float() / 1001.5 - 1).view(shape)
 

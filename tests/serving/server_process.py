@@ -25,7 +25,7 @@ from lightning_peft.models.tiny import CHAT_TEMPLATE
 
 
 def save(folder: Path, config: AdapterConfig, scale: float, base: str = "tiny", seed: int = 0) -> None:
-    """An adapter as `train` leaves it, its weights moved at random instead."""
+    """Save an adapter as `train` leaves it, its weights moved at random instead."""
     source = ModelConfig(base)
     model = load_model(source, torch.float32)
     torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def start(words: list[str], key: str = "none") -> tuple[subprocess.Popen[str], o
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """What the server wrote to stderr, once it has left as it was asked to."""
+    """Return what the server wrote to stderr, once it has left as it was asked to."""
     _, said = process.communicate(timeout=120)
     assert process.returncode in (0, -signal.SIGTERM)
     return said

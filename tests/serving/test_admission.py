@@ -1,4 +1,4 @@
-"""Who is taken into the batch, and when: the engine's turns, without a server around it."""
+"""The choice and the time of who is taken into the batch: the engine's turns, without a server around it."""
 
 import shutil
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from server_process import save
 
 from lightning_peft.adapters.slots import Factors, Slots
-from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
-from lightning_peft.serving.engine import Engine, Job, Piece
+from lightning_peft.serving.engine import Engine, GenerationRequest, Piece
 from lightning_peft.serving.tiers import AdapterTiers
 
 TINY = ModelConfig("tiny")
@@ -38,29 +38,29 @@ def engine(slots: int, max_batch: int = 8) -> Engine:
     return Engine(Decoder(model, room), tiers, load_tokenizer(TINY), max_batch, 64)
 
 
-def job(prompt: list[int], folder: Path | None, pieces: list[Piece], tokens: int = 6) -> Job:
-    return Job(prompt, SamplingConfig(max_new_tokens=tokens), frozenset(), pieces.append, folder)
+def request(prompt: list[int], folder: Path | None, pieces: list[Piece], tokens: int = 6) -> GenerationRequest:
+    return GenerationRequest(prompt, SamplingConfig(max_new_tokens=tokens), frozenset(), pieces.append, folder)
 
 
-def answers(engine: Engine, jobs: list[Job]) -> list[list[int]]:
-    for one in jobs:
+def answers(engine: Engine, requests: list[GenerationRequest]) -> list[list[int]]:
+    for one in requests:
         engine.submit(one)
     while engine.waiting or engine.running:
         engine.turn()
-    return [one.tokens for one in jobs]
+    return [one.tokens for one in requests]
 
 
 def test_more_adapters_than_slots_and_host_places_run_at_once(folders: list[Path]) -> None:
-    """On a CPU: four adapters over one slot, two on the host; each is answered as by itself."""
-    alone = [answers(engine(1), [job([5, 6, 7], folder, [])])[0] for folder in folders]
+    """Four adapters over one slot, two of them on the host, are each answered as by themselves, on a CPU."""
+    alone = [answers(engine(1), [request([5, 6, 7], folder, [])])[0] for folder in folders]
     assert len({tuple(tokens) for tokens in alone}) == 4
     shared = engine(1)
-    jobs = [job([5, 6, 7], folder, []) for folder in folders]
-    for one in jobs:
+    requests = [request([5, 6, 7], folder, []) for folder in folders]
+    for one in requests:
         shared.submit(one)
     shared.turn()
     assert len(shared.running) == 4 and len(shared.tiers.slots.guests) == 3 and len(shared.tiers.host) == 2
-    assert answers(shared, []) == [] and [one.tokens for one in jobs] == alone
+    assert answers(shared, []) == [] and [one.tokens for one in requests] == alone
     assert not shared.tiers.slots.guests and shared.tiers.users == [0]
 
 
@@ -68,7 +68,7 @@ def test_prompts_that_join_together_are_of_a_length(folders: list[Path]) -> None
     """A long prompt beside short ones would have them padded to its length: it runs behind them."""
     shared, lengths = engine(2), (3, 4, 3, 300, 3)
     for length in lengths:
-        shared.submit(job([5] * length, folders[length % 2], []))
+        shared.submit(request([5] * length, folders[length % 2], []))
     assert [len(row.prompt) for row in shared._joining()] == [3, 4, 3]
     assert [len(row.prompt) for row in shared._joining()] == [300, 3]  # less padding than prompt
 
@@ -76,23 +76,23 @@ def test_prompts_that_join_together_are_of_a_length(folders: list[Path]) -> None
 def test_prompts_that_join_together_fit_one_prefill() -> None:
     shared = engine(1, max_batch=64)
     for _ in range(9):
-        shared.submit(job([5] * (PREFILL_TOKENS // 4), None, []))
+        shared.submit(request([5] * (PREFILL_TOKENS // 4), None, []))
     assert [len(shared._joining()) for _ in range(3)] == [4, 4, 1]
 
 
 def test_a_failure_leaves_no_guest_behind(folders: list[Path]) -> None:
     shared, pieces = engine(1), [[], [], []]
     for folder, own in zip(folders, pieces, strict=False):
-        shared.submit(job([5, 6], folder, own))
+        shared.submit(request([5, 6], folder, own))
     shared.turn()
     shared._fail_all(RuntimeError("out of memory"))
     assert all(str(own[-1].error) == "out of memory" for own in pieces)
     assert not shared.tiers.slots.guests and not shared.running
-    assert len(answers(shared, [job([5, 6], folders[0], [])])[0]) == 6
+    assert len(answers(shared, [request([5, 6], folders[0], [])])[0]) == 6
 
 
 def widen_q(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A layer of another width."""
+    """Give a layer another width."""
     return {name: torch.cat([value, value], 1) if "q_proj.lora_A" in name else value for name, value in A_and_B.items()}
 
 
@@ -109,7 +109,7 @@ def make_numbers(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def cut_B(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """B of another rank than A."""
+    """Give B another rank than A."""
     return {name: value[:, :1].contiguous() if "lora_B" in name else value for name, value in A_and_B.items()}
 
 
@@ -121,16 +121,16 @@ def test_an_adapter_that_does_not_fit_ends_its_own_request_alone(
     folders: list[Path],
     tmp_path: Path,
 ) -> None:
-    """Asked for while another has its slot, or beside it in a free one; its layers are those of the first."""
+    """It is asked for while another has its slot, or beside it in a free one; its layers are those of the first."""
     misshapen = tmp_path / "misshapen"
     shutil.copytree(folders[0], misshapen)
     (misshapen / "lineage.json").unlink()
     weights = misshapen / "adapter_model.safetensors"
     save_file({name: value.clone() for name, value in change(load_file(weights)).items()}, weights)
-    [expected] = answers(engine(1), [job([5, 6, 7], folders[1], [])])
+    [expected] = answers(engine(1), [request([5, 6, 7], folders[1], [])])
     shared, pieces = engine(slots), []
-    good, bad = job([5, 6, 7], folders[1], []), job([5, 6, 7], misshapen, pieces)
-    for one in (good, bad, job([5, 6, 7], folders[2], [])):
+    good, bad = request([5, 6, 7], folders[1], []), request([5, 6, 7], misshapen, pieces)
+    for one in (good, bad, request([5, 6, 7], folders[2], [])):
         shared.submit(one)
     for _ in range(10):
         shared.turn()
@@ -154,8 +154,8 @@ def test_a_failure_of_any_kind_while_joining_is_one_requests(folders: list[Path]
         return read(folder)
 
     monkeypatch.setattr(shared.tiers, "on_host", out_of_memory)
-    jobs = [job([5, 6], folders[0], []), job([5, 6], folders[1], pieces), job([5, 6], folders[2], [])]
-    tokens = answers(shared, jobs)
+    requests = [request([5, 6], folders[0], []), request([5, 6], folders[1], pieces), request([5, 6], folders[2], [])]
+    tokens = answers(shared, requests)
     assert [len(found) for found in tokens] == [6, 0, 6]
     assert [str(piece.error) for piece in pieces] == ["out of memory"]
 
@@ -169,10 +169,10 @@ def test_answers_that_end_at_once_hold_up_none_that_run() -> None:
         if len(short) < 100:
             shared.submit(one_token())
 
-    def one_token() -> Job:
-        return Job([5] * 50, SamplingConfig(max_new_tokens=1), frozenset(), take)
+    def one_token() -> GenerationRequest:
+        return GenerationRequest([5] * 50, SamplingConfig(max_new_tokens=1), frozenset(), take)
 
-    running = job([5, 6], None, [], 50)
+    running = request([5, 6], None, [], 50)
     shared.submit(running)
     shared.turn()
     before = len(running.tokens)

@@ -1,4 +1,4 @@
-"""What the table of engines says of an adapter: a test a cell, and the lines and refusals made of them."""
+"""The verdicts of the table of engines on an adapter: a test a cell, and the lines and refusals made of them."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from lightning_peft.serving.engines import (
 
 
 def config_of(feature: str) -> AdapterConfig:
-    """An adapter with one feature beside plain LoRA."""
+    """Return an adapter with one feature beside plain LoRA."""
     options = {
         "rslora": {"rank_stabilized": True},
         "rank_pattern": {"rank_pattern": {"q_proj": 4}},
@@ -58,7 +58,7 @@ OUTCOMES = {
     "adapted_head": (OK, OK, OK, OK, OK, NO),
     "adapted_embeddings": (OK, OK, OK, BAD, BAD, NO),
 }
-"""What was seen, or read in their code, of the folder that `train` writes."""
+"""Verdicts seen, or read in the engines' code, on the folder that `train` writes."""
 
 
 @pytest.mark.parametrize("feature", OUTCOMES)

@@ -19,7 +19,7 @@ from server_process import ask, ended, save, start
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.decoding import Decoder
+from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import CHAT_TEMPLATE
@@ -28,13 +28,13 @@ from lightning_peft.serving.server import Serving, build_app
 from lightning_peft.serving.server_config import ServerConfig
 
 SECONDS_HELD = 20.0
-"""How long a test that is to fail takes."""
+"""Time that a test which is to fail takes."""
 HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter, and a folder of others: one with a layout of wrong types, one that is not finite, a link outside."""
+    """Return an adapter, and a folder of others: a layout of wrong types, one not finite, one a link outside."""
     place = tmp_path_factory.mktemp("hostile")
     save(place / "a", config_for("lora", rank=8), 0.2)
     folder = place / "dir"
@@ -132,7 +132,7 @@ def test_values_of_other_kinds(client: openai.OpenAI, more: dict[str, Any], says
 def test_names_that_are_paths_or_worse(client: openai.OpenAI, name: str) -> None:
     response = post(client, "chat/completions", {"model": name, "messages": HI})
     assert response.status_code == 404 and "not here; there are tiny, a, copy" in response.json()["error"]["message"]
-    if name != "..":  # what lies there is said by its own line
+    if name != "..":  # its own line says what lies there
         loaded = post(client, "load_lora_adapter", {"lora_name": name, "lora_path": "copy"})
         assert loaded.status_code == 400 and "letters, digits, dots" in loaded.text
 

@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: what its template writes is what the chat template writes."""
+"""Ollama's Modelfile: its template writes what the chat template writes."""
 
 import re
 
@@ -20,7 +20,7 @@ ADDS_UP = "{% for m in messages %}{{ loop.index }}:{{ m['content'] }}{% endfor %
 
 
 def go(template: str, messages: list[dict[str, str]]) -> str:
-    """The template as Ollama runs it, for the words of Go's language that a Modelfile of ours uses."""
+    """Run the template as Ollama does, for the words of Go's language that a Modelfile of ours uses."""
     default, turns, answer = re.fullmatch(
         r"(.*?)\{\{ range .Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S
     ).groups()

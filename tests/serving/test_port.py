@@ -1,4 +1,4 @@
-"""Where the server listens: an address that cannot be had is one line before a weight is read."""
+"""The address at which the server listens: one that cannot be had is one line before a weight is read."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""How many bytes of a text a token stands for at most: a prompt above that for every token cannot fit."""
+"""The bytes of a text that a token stands for at most: a prompt above that for every token cannot fit."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ def byte_level(change: Callable[[Tokenizer], object] = lambda tokenizer: None) -
 
 
 def fallback(*missing: int) -> PreTrainedTokenizerFast:
-    """Words of Llama 2's kind, with a token for each byte but some."""
+    """Return a tokenizer of words of Llama 2's kind, with a token for each byte but some."""
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256) if byte not in missing), "▁", "a", "▁a"]
     vocabulary = {name: number for number, name in enumerate(names)}
     model = models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)

@@ -13,7 +13,7 @@ from lightning_peft.commands.adapted import layout_of, load_for_inference
 from lightning_peft.commands.export import base_file, export
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
-from lightning_peft.inference.decoding import Decoder, Row
+from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
@@ -64,7 +64,7 @@ def expected(folder, prompts) -> list[list[int]]:
 
 
 def greedy(model, prompts: list[list[int]]) -> list[list[int]]:
-    rows = [Row(prompt, SamplingConfig(max_new_tokens=TOKENS), lambda _: True) for prompt in prompts]
+    rows = [RunningSequence(prompt, SamplingConfig(max_new_tokens=TOKENS), lambda _: True) for prompt in prompts]
     decoder = Decoder(model)
     decoder.add(*rows)
     while decoder.rows:

@@ -24,7 +24,7 @@ QUESTIONS = ("How many singers are there?", "List all.", "What is the largest?",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Adapters on the tiny model, and a folder of more: a copy, a damaged one, one of another base, a DoRA."""
+    """Train adapters on the tiny model, and a folder of more: a copy, a damaged one, one of another base, a DoRA."""
     place = tmp_path_factory.mktemp("serve")
     save(place / "a", config_for("lora", rank=8), 0.2)
     save(place / "b", config_for("lora", rank=4, rank_stabilized=True), 0.4)

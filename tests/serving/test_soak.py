@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 REQUESTS, CLIENTS, ADAPTERS, TOKENS = 2000, 20, 10, 6
 QUESTIONS = ("How many singers are there?", "List all.", "Show the names of all people, the oldest first.")
 MOST_MIB = 24
-"""What the allocator may hold more at the end than after a quarter of the requests."""
+"""Memory that the allocator may hold more at the end than after a quarter of the requests."""
 
 
 def used(process: int) -> dict[str, float]:
@@ -29,7 +29,7 @@ def used(process: int) -> dict[str, float]:
 
 
 class Client:
-    """What one client does: mostly questions, now and then something that a server must survive."""
+    """The work of one client: mostly questions, now and then something that a server must survive."""
 
     def __init__(self, url: str, number: int, expected: dict[tuple[str, str], str]):
         self.http = httpx.Client(base_url=url, timeout=300)

@@ -1,4 +1,4 @@
-"""What `serve.engine=vllm` starts, and what it refuses before anything starts.
+"""The start of `serve.engine=vllm`, and its refusals before anything starts.
 
 The interpreter is this one, with a package in vLLM's place that says how it was started: the command is ours, and what
 follows is vLLM's, which `test_real_engines.py` starts.

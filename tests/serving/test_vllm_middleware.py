@@ -1,4 +1,4 @@
-"""What stands in front of vLLM, driven by ASGI calls: an application behind it says what it was asked."""
+"""The middleware in front of vLLM, driven by ASGI calls: an application behind it says what it was asked."""
 
 import ast
 import asyncio
@@ -32,7 +32,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters of the tiny model by what is the matter with them; `dir` is the folder that is served."""
+    """Return adapters of the tiny model by what is the matter with them; `dir` is the folder that is served."""
     place = tmp_path_factory.mktemp("middleware")
     save(place / "a", config_for("lora", rank=8), 0.2)
     save(place / "dir" / "foreign", config_for("lora"), 0.1, "tiny_tied")
@@ -68,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(folder: Path, change: Any) -> None:
-    """Write an adapter's tensors anew; without lineage, as others' adapters are."""
+    """Write an adapter's tensors anew; they have no lineage, as others' adapters."""
     path = folder / "adapter_model.safetensors"
     tensors = dict(change(name, value) for name, value in load_file(path).items())
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
@@ -308,7 +308,7 @@ def test_models_are_the_base_and_its_adapters(front: Adapters) -> None:
 
 
 def test_an_adapter_is_loaded_anew_under_a_path_that_was_not_used(front: Adapters, behind: Behind) -> None:
-    """Of prompts that an adapter has answered vLLM keeps keys and values, by its name and path."""
+    """vLLM keeps keys and values of prompts that an adapter has answered, by its name and path."""
     for _ in range(2):
         answer = ask(front, LOAD, {"lora_name": "mine", "lora_path": "copy", "load_inplace": True})
         assert answer.json() == {"status": "loaded", "lora_name": "mine"}

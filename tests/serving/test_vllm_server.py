@@ -42,7 +42,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, an AdaLoRA with another template, and a folder: twice the run's weights, a wrong base, a DoRA."""
+    """Make a run, an AdaLoRA with another template, and a folder: the run's weights twice, a wrong base, a DoRA."""
     place = tmp_path_factory.mktemp("vllm")
     train(compose_config("train", [*TRAINING, f"run_dir={place}/run"]))
     save(place / "ada", config_for("adalora"), 0.02, BASE)
@@ -114,7 +114,7 @@ def base_tokens() -> list[list[int]]:
 
 @pytest.mark.parametrize("name", ["run", "ada", "dir/other", None])
 def test_prompts_and_greedy_tokens_are_ours(served: Served, base_tokens: list[list[int]], name: str | None) -> None:
-    """For two adapters named, one as plain LoRA it became, one that is read when it is asked for, and the base."""
+    """They are so for two adapters named, one as plain LoRA it became, one read when asked for, and the base."""
     prompts, tokens = expected(None if name is None else served.place / name)
     answers = [ask(served, BASE if name is None else name.removeprefix("dir/"), question) for question in QUESTIONS]
     assert [answer.prompt_token_ids for answer in answers] == prompts
@@ -191,7 +191,7 @@ def test_sigterm_lets_an_answer_end_and_leaves_no_process(served: Served) -> Non
     served.process.send_signal(signal.SIGTERM)
     assert [part.choices[0].finish_reason for part in stream][-1] in ("length", "stop")
     assert served.process.wait(timeout=180) == 0, served.log.read_text()[-3000:]
-    for _ in range(20):  # what vLLM has ended is a moment later taken away
+    for _ in range(20):  # the processes that vLLM has ended are taken away a moment later
         if not (left := in_session(served.process.pid)):
             break
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Greedy tokens by vLLM, run by its own interpreter: reads a request as JSON and writes the tokens to its file."""
+"""Greedy tokens by vLLM, run by its own interpreter: a request is read as JSON and the tokens go to its file."""
 
 import json
 import sys

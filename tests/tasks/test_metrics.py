@@ -6,7 +6,7 @@ from lightning_peft.tasks.cmudict import edit_distance, exact_match, phoneme_err
 from lightning_peft.tasks.final_number import final_number, final_number_match
 from lightning_peft.tasks.text_to_sql.answers import execution_match, extract_sql
 from lightning_peft.tasks.text_to_sql.grammar.database import DatabasePair
-from lightning_peft.tasks.text_to_sql.grammar.schema import parse_schema
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import parse_schema
 from lightning_peft.tasks.text_to_sql.rows import generate_rows
 
 SQL = "SELECT name FROM singer WHERE age > 30"

@@ -6,10 +6,10 @@ import pytest
 from lightning_peft.tasks.text_to_sql.answers import execution_match
 from lightning_peft.tasks.text_to_sql.grammar import phrasings
 from lightning_peft.tasks.text_to_sql.grammar.database import Database, DatabasePair, QueryError, same_result
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import DOMAINS, fill, parse_schema
 from lightning_peft.tasks.text_to_sql.grammar.kinds import KINDS, LEVEL_SHARES
 from lightning_peft.tasks.text_to_sql.grammar.phrasings import Wording
 from lightning_peft.tasks.text_to_sql.grammar.questions import QUESTIONS
-from lightning_peft.tasks.text_to_sql.grammar.schema import DOMAINS, fill, parse_schema
 from lightning_peft.tasks.text_to_sql.rows import generate_preference, generate_row, generate_rows
 
 SCHEMA = parse_schema("singer(id, name, country, age) | album(id, title, genre, copies_sold, singer_id)")
@@ -17,7 +17,7 @@ SCHEMA = parse_schema("singer(id, name, country, age) | album(id, title, genre, 
 
 @pytest.fixture(scope="module")
 def rows():
-    """600 rows of several seeds and all splits."""
+    """Return 600 rows of several seeds and all splits."""
     asked = [(300, 0, "train"), (100, 1, "train"), (100, 0, "test"), (50, 7, "test"), (50, 0, "validation")]
     return [row for count, seed, split in asked for row in generate_rows(count, seed, split)]
 
@@ -30,7 +30,7 @@ def database():
 
 
 def run_plainly(row, seed, sql, reverse_scans=False):
-    """The result in a database built here, without the class under test."""
+    """Return the result in a database built here, without the class under test."""
     schema = parse_schema(row["schema"])
     connection = sqlite3.connect(":memory:")
     for statement in schema.create_statements():

@@ -1,4 +1,4 @@
-"""What has to be the same of a run that was disturbed and one that was not."""
+"""The files that have to be the same for a run that was disturbed and one that was not."""
 
 import csv
 import json

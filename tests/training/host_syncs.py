@@ -1,7 +1,7 @@
-"""Records where a training loop makes the host wait for a tensor.
+"""Record where a training loop makes the host wait for a tensor.
 
 On a CUDA device each of these waits for all the work that is queued; on a CPU, where the tests run, nothing waits and
-the calls are the same. What happens inside an operator of our own is not seen.
+the calls are the same. Work inside an operator of our own is not seen.
 """
 
 import traceback
@@ -51,13 +51,13 @@ class Operators(TorchDispatchMode):
 
 
 def is_watched(trainer: Trainer) -> bool:
-    """All steps but the first, which ends in a line of progress, and the last, after which the run is summed up."""
+    """Return whether a step is watched: not the first, which ends in a line of progress, nor the last."""
     return 0 < trainer.global_step < trainer.max_steps - 1
 
 
 @contextmanager
 def watched_synchronisation(record: Callable[[str], None]) -> Iterator[None]:
-    """Inside, a wait that is no operator, and that CUDA's own debug mode does not see either, is recorded."""
+    """Record a wait that is no operator, and that CUDA's own debug mode does not see either, inside the block."""
     places = [(torch.cuda, "synchronize"), (torch.cuda.Event, "synchronize"), (torch.cuda.Stream, "synchronize")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in places]
 

@@ -45,7 +45,7 @@ def forget_compilations():
 
 
 def packed_batch(seed: int, rows: int = 1) -> Batch:
-    """Rows of two to five samples; how many and how long depends on the seed."""
+    """Return rows of two to five samples; their number and lengths depend on the seed."""
     draw = random.Random(seed)
     bounds = [0]
     for row in range(rows):
@@ -76,7 +76,7 @@ def objective(mode: Compilation, checkpointing: str, kind: Kind, backend: str = 
 
 
 def step(loss: SupervisedLoss, batch: Batch) -> list[Tensor]:
-    """The loss and every gradient."""
+    """Take a step; return the loss and every gradient."""
     loss.zero_grad()
     value = loss(batch)
     value.backward()
@@ -112,12 +112,12 @@ def test_packed_epochs_are_compiled_once(mode, graphs):
     for epoch in range(2):
         for seed in range(6):
             step(loss, packed_batch(10 * epoch + seed, rows=3))
-        last = packed_batch(epoch, rows=2)  # what is left of the epoch
+        last = packed_batch(epoch, rows=2)  # the rest of the epoch follows
         torch.testing.assert_close(step(loss, last), step(plain, last))
         with torch.no_grad():
             loss.eval()(packed_batch(epoch, rows=3))
         loss.train()
-    assert counters["stats"]["unique_graphs"] == graphs  # of blocks, the first one's input has no gradient
+    assert counters["stats"]["unique_graphs"] == graphs  # the input of the first block has no gradient
 
 
 def test_equal_blocks_share_one_compilation():

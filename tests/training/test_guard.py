@@ -17,7 +17,7 @@ from torch import nn
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.commands.train import train
 from lightning_peft.commands.training import prepare_folder
-from lightning_peft.runs.folder import Start, find_start
+from lightning_peft.runs.folder import RunStart, find_start
 from lightning_peft.runs.rollback import Rollback, roll_back, rollbacks_of, taken_along, write_rollbacks
 from lightning_peft.training.config import GuardAction, GuardConfig
 from lightning_peft.training.guard import Diverged, Guard
@@ -111,7 +111,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def test_rollback_is_the_run_resumed_at_a_lower_rate(tmp_path):
-    """From the checkpoint behind step 6, bit for bit, also where the run is paused behind it before it saves again."""
+    """It goes on from step 6, bit for bit, also where the run is paused behind it before it saves again."""
     with pytest.raises(Paused):
         train(tiny_config(tmp_path / "by_hand", *SHORT, "pause_at=6"))
     full = float(list(csv.DictReader((tmp_path / "by_hand" / "metrics.csv").read_text().splitlines()))[-1]["lr"])
@@ -187,7 +187,7 @@ def test_rollbacks_of_a_run_that_begins_anew_are_dropped_with_its_options(tmp_pa
     prepare_folder(before, run_dir)
     write_rollbacks([Rollback(1, 0, 0.5, "by hand")], run_dir)
     for config, kept in ((before, True), (replace(now, dry_run=True), True), (now, False)):
-        assert find_start(config, run_dir) == Start()
+        assert find_start(config, run_dir) == RunStart()
         assert bool(rollbacks_of(run_dir)) is kept
     assert "dropped, as this run begins anew (resume: the checkpoint was made with another config: optimizer.lr" in (
         caplog.text
@@ -226,7 +226,7 @@ def test_skipping_ends_after_patience_and_at_a_broken_weight():
 
 
 def test_checkpoint_waits_for_a_loss_that_is_far_above(tmp_path):
-    """What is written while the loss explodes would push out what can be gone back to."""
+    """A checkpoint written while the loss explodes would push out what can be gone back to."""
     guard = Guard(GuardConfig(factor=3, patience=4))
     for step in range(30):
         guard.look(step, values(2.0), nn.Identity())

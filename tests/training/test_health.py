@@ -1,4 +1,4 @@
-"""What is said of an adapter while it trains is what its matrices say, and what looks wrong is told once."""
+"""The log of an adapter while it trains says what its matrices say, and tells once what looks wrong."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from lightning_peft.training.callbacks import adapter_health
 from lightning_peft.training.callbacks.adapter_health import AdapterHealth, gradient_shares
 from lightning_peft.training.config import HealthConfig
 from lightning_peft.training.guard import Diverged
-from lightning_peft.training.health import Change, ChangeMeter, alarms_of, is_no_op
+from lightning_peft.training.health import ChangeMeter, ChangeSize, alarms_of, is_no_op
 
 RUN = ["trainer.max_steps=4", "health.every_n_steps=2", "data.packing=false", "checkpoint.every_n_steps=2"]
 
@@ -29,7 +29,7 @@ def rows_of(run_dir: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("method", ["lora", "dora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_changes_are_those_of_the_dense_matrices(method):
-    """By an SVD of the whole change, where the meter looks at matrices of rank x rank, or iterates."""
+    """The changes come of an SVD of the whole, where the meter looks at matrices of rank x rank, or iterates."""
     module, data = tiny_parts(tiny_config(Path("unused"), f"method={method}", "data.packing=false"))
     plain_trainer(max_steps=3).fit(module, datamodule=data)
     found = ChangeMeter().measure(module.model, module.objective)
@@ -78,8 +78,8 @@ def test_measuring_changes_no_number(tmp_path):
     assert losses[0] == losses[1]
 
 
-def change(norm: float, rank: int = 64, effective: float = 40.0) -> Change:
-    return Change(norm / 10, norm, 1.0, rank, effective)
+def change(norm: float, rank: int = 64, effective: float = 40.0) -> ChangeSize:
+    return ChangeSize(norm / 10, norm, 1.0, rank, effective)
 
 
 def test_alarms_name_what_is_wrong():
@@ -109,7 +109,7 @@ def test_end_of_a_run_says_what_looks_wrong_and_keeps_it(tmp_path, caplog, capsy
 
 
 def lora_model(*spoilt: str) -> nn.Module:
-    """Layers a, b and c whose adapters change them; the named ones have an infinite B."""
+    """Return a model of layers a, b and c whose adapters change them; the named ones have an infinite B."""
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(20, 12, bias=False) for name in "abc"})
     inject_adapters(model, LoRAConfig(method="lora", rank=8, target_modules=["a", "b", "c"]))

@@ -1,4 +1,4 @@
-"""What a process asks of the kernel once freed memory is kept; in processes of their own, as it changes them."""
+"""The memory a process asks of the kernel where freed memory is kept; in processes of their own, as it changes them."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ def page_faults(keep: bool, **environment: str) -> tuple[bool, int]:
 
 def test_steps_reuse_what_the_ones_before_freed() -> None:
     kept, faults = page_faults(keep=True)
-    # By itself glibc returns memory depending on what lies at the end of the heap; so told, it always does.
+    # glibc by itself returns memory depending on what lies at the end of the heap; so told, it always does.
     _, faults_otherwise = page_faults(keep=False, MALLOC_MMAP_THRESHOLD_="131072")
     assert kept and faults < faults_otherwise / 20 and faults_otherwise > 500
 

@@ -1,4 +1,4 @@
-"""No step waits for the device: what it computes is read back every `trainer.log_every_n_steps`, and then at once."""
+"""No step waits for the device: its numbers are read back every `trainer.log_every_n_steps`, and then at once."""
 
 from contextlib import suppress
 
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from tiny_runs import plain_trainer, tiny_config, tiny_parts
 
 from lightning_peft.commands.train import train
-from lightning_peft.training.callbacks import progress
+from lightning_peft.training.callbacks import training_progress
 
 WATCHED = [
     "+callbacks.audit._target_=host_syncs.HostSyncs",
@@ -36,14 +36,14 @@ METHODS = ["lora", "dora", "qlora", "adalora", "lora_plus", "intrinsic", "full"]
     ids=" ".join,
 )
 def test_no_step_waits_for_the_device(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", float("inf"))
+    monkeypatch.setattr(training_progress, "SECONDS_BETWEEN_LINES", float("inf"))
     train(tiny_config(tmp_path / "run", *WATCHED, *words))
     assert HostSyncs.micro_batches == 6
     assert HostSyncs.found == [], "\n".join(HostSyncs.found)
 
 
 def wait_in_vain():
-    """Call what a CPU build refuses: that it is called is what counts."""
+    """Call what a CPU build refuses: the call is what counts."""
     with suppress(AssertionError, RuntimeError):
         torch.cuda.synchronize()
 

@@ -70,7 +70,7 @@ def test_logger_of_ones_own_fails_alone(tmp_path, caplog, at_end):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a disk of 64 KiB."""
+    """Give a folder on a disk of 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]

@@ -1,4 +1,4 @@
-"""What MFU is made of: linear weights, attention, experts that a token goes to, and the device's own peak."""
+"""The parts of MFU: linear weights, attention, experts that a token goes to, and the device's own peak."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.data.batch import Batch
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 from lightning_peft.training.model_flops import (
     attention_flops,
     linear_flops_per_token,

@@ -26,7 +26,7 @@ def weights_after(tmp_path, steps, accumulate, micro_batch_size, **options):
 
 
 def test_first_step_moves_along_the_gradient_of_the_token_mean(tmp_path):
-    """One window of four micro batches against torch's own cross entropy over all their tokens at once."""
+    """One window of four micro batches is held against torch's own cross entropy over all their tokens at once."""
     config = tiny_config(tmp_path, "trainer.accumulate_grad_batches=4", "data.packing=false")
     module, data = tiny_parts(config)
     seen = []
@@ -79,7 +79,7 @@ def test_anyones_trainer_is_told_the_losses_of_training(tmp_path, accumulate):
         )
         assert len(ours) == len(theirs) == 3 and theirs == pytest.approx(ours, rel=1e-5), key
     assert "loss" in trainer.callback_metrics
-    assert not trainer.progress_bar_metrics  # there is no bar, and what is for one is waited for at every step
+    assert not trainer.progress_bar_metrics  # there is no bar, whose values are waited for at every step
 
 
 def test_loss_is_in_the_bar_of_anyones_trainer(tmp_path):

@@ -1,4 +1,4 @@
-"""Which dtype a run computes in."""
+"""The dtype a run computes in."""
 
 import pytest
 import torch

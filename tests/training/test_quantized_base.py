@@ -1,4 +1,4 @@
-"""Training on a 4-bit base: what the log says of it, and that it does not change."""
+"""Training on a 4-bit base: the log's words about it, and the proof that it does not change."""
 
 import logging
 import math
@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from tiny_runs import plain_trainer, tiny_config, tiny_parts
 
-from lightning_peft.quantization.convert import weights_fingerprint
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.quantize import weights_fingerprint
 
 VERIFIED = ["method=qlora", "quantization.verify=true"]
 

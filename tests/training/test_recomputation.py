@@ -25,7 +25,7 @@ from transformers import (
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.models.attention import FEWER_KEY_HEADS
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import quantize_linears
+from lightning_peft.quantization.quantize import quantize_linears
 from lightning_peft.training import recomputation
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks, keep_attention
 from lightning_peft.training.config import ActivationCheckpointing
@@ -56,7 +56,7 @@ def build(name: str, method: str, dtype: torch.dtype, quantized: bool = False) -
 
 
 def take_step(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The logits and every gradient."""
+    """Take a step; return the logits and every gradient."""
     torch.manual_seed(seed)
     logits = model(input_ids=IDS, use_cache=False).logits
     logits.float().logsumexp(-1).sum().backward()
@@ -83,7 +83,7 @@ def test_gradients_are_the_plain_ones(name, method, quantized, dtype):
 
 
 def kept_bytes(model: nn.Module, monkeypatch: pytest.MonkeyPatch, mode: str) -> int:
-    """Of all tensors that autograd keeps of a forward pass, the model's own aside."""
+    """Return the bytes of all tensors that autograd keeps of a forward pass, the model's own aside."""
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     storages: dict[int, int] = {}
     alive = []
@@ -107,7 +107,7 @@ def kept_bytes(model: nn.Module, monkeypatch: pytest.MonkeyPatch, mode: str) -> 
 
 
 def test_norms_and_gates_are_not_kept(monkeypatch):
-    """Of a block's 10 D + 4 F numbers a token: two norms' outputs, the activated gate and its product with up."""
+    """A block's 10 D + 4 F numbers a token lack two norms' outputs, the activated gate and its product with up."""
     sizes = {
         mode: kept_bytes(build("llama", "lora", torch.float32), monkeypatch, mode) for mode in ("none", "elementwise")
     }
@@ -161,7 +161,7 @@ def test_product_of_a_scalar_tensor_and_a_number_keeps_its_dtype():
 
 
 def test_selective_runs_the_kernel_of_packed_attention_once():
-    """On tensors without values: the kernel is CUDA's, its formulas of shapes are everywhere."""
+    """The tensors have no values: the kernel is CUDA's, its formulas of shapes are everywhere."""
     calls = []
 
     class Calls(TorchDispatchMode):
@@ -181,7 +181,7 @@ def test_selective_runs_the_kernel_of_packed_attention_once():
     with Calls():
         checkpoint(block, query, use_reentrant=False, context_fn=contexts).sum().backward()
     assert calls.count("torch_attn._varlen_attn.default") == 1
-    assert calls.count("aten.mul.Tensor") > 2  # what is around it runs again
+    assert calls.count("aten.mul.Tensor") > 2  # all around it runs again
 
 
 def test_what_several_read_is_made_once():

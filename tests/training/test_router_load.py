@@ -41,7 +41,7 @@ def test_even_use_is_one(choice: list[list[int]], load: float, entropy: float) -
 @pytest.mark.parametrize("experts", ["none", 2])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_counts_are_the_routers_choices(family: str, experts: Any) -> None:
-    """Two forward passes, as of a loss with a reference, and a recomputation of the last step that does not count."""
+    """There are two forward passes, as for a loss with a reference, and a recomputation that does not count."""
     model = small_model(family)
     inject_adapters(model, LoRAConfig(rank=2, experts=experts))
     checkpoint_blocks(model, ActivationCheckpointing.blocks)
@@ -94,7 +94,7 @@ def test_experts_without_a_choice_to_count_are_told_from_none() -> None:
 
 
 def small_mixture(tmp_path: Path) -> list[str]:
-    """Words of `train` for a mixture and a few rows in a folder."""
+    """Return words of `train` for a mixture and a few rows in a folder."""
     small_model("mixtral", vocab_size=320).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [json.dumps({"prompt": f"Add {a}.", "completion": f"It is {a + 1}."}) + "\n" for a in range(8)]
@@ -112,7 +112,7 @@ def steps_of(run_dir: Path) -> list[dict[str, str]]:
 
 
 def test_a_run_of_a_mixture_has_them_in_its_metrics(tmp_path: Path) -> None:
-    """Alone, and beside another in one process, where each has those of its own rows."""
+    """It has them alone, and beside another in one process, where each has those of its own rows."""
     words = small_mixture(tmp_path)
     assert main(["train", *words, f"run_dir={tmp_path}/run"]) == 0
     steps = steps_of(tmp_path / "run")

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lightning_peft.training.callbacks.progress import RunPart
+from lightning_peft.training.callbacks.training_progress import RunPart
 
 
 def run_part(step=1_234, total=10_000, tokens=11_510):

@@ -38,14 +38,14 @@ def points(run_dir: Path, column: str) -> list[tuple[int, float]]:
 
 
 def trial_folder(tmp_path: Path) -> Path:
-    """A run folder inside a sweep's."""
+    """Make a run folder inside a sweep's."""
     (tmp_path / "ranks").mkdir()
     (tmp_path / "ranks" / "sweep.json").write_text("{}")
     return tmp_path / "ranks" / "rank4"
 
 
 def train_with_a_failure(run_dir: Path, *words: str) -> None:
-    """Two starts: the first fails behind its checkpoint."""
+    """Train two starts: the first fails behind its checkpoint."""
     with pytest.raises(RuntimeError, match="stopped"):
         train(tiny_config(run_dir, *WORDS, *words, FAIL))
     train(tiny_config(run_dir, *WORDS, *words))
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 @contextmanager
 def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """A real server on SQLite, ended with the block."""
+    """Run a real server on SQLite, ended with the block."""
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),

@@ -22,7 +22,7 @@ SCORED = [*RUN, "validation.metrics=[test_task_metrics:nth,execution_accuracy]",
 given: list[list[str]] = []
 """Answers of every scoring."""
 values = [1.0]
-"""What the metric of one's own says at each scoring, the last one from then on."""
+"""Values of the metric of one's own at each scoring, the last one from then on."""
 
 
 def nth(rows, answers):

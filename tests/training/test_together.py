@@ -20,7 +20,7 @@ from lightning_peft.commands.train import train
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
 from lightning_peft.training.preemption import Preempted
-from lightning_peft.training.together import Group, Member, MemberSignals
+from lightning_peft.training.together import Member, MemberSignals, RunGroup
 
 COMMON = ["trainer.max_steps=3", "validation.every_n_steps=2"]
 TRIALS: dict[str, list[str]] = {
@@ -48,7 +48,7 @@ def result(run_dir: Path) -> dict[str, object]:
 
 
 def assert_as_alone(run_dir: Path, alone: Path, limit: float = 1e-6) -> None:
-    """Equal but for the order in which fp32 sums of more rows are taken.
+    """Assert that runs are equal but for the order in which fp32 sums of more rows are taken.
 
     AdamW divides by a gradient's size, so that an element whose gradient is nothing but rounding moves by its sign:
     weights are compared as a whole.
@@ -155,12 +155,12 @@ def test_member_that_has_ended_is_freed_while_the_others_go_on(tmp_path: Path) -
     def look(member: Member) -> bool:
         return held[0]() is None
 
-    failed, looked = Group(["a", "b"]).run([fail, look])
+    failed, looked = RunGroup(["a", "b"]).run([fail, look])
     assert isinstance(failed.error, ValueError) and looked.value is True
 
 
 def test_signals_of_a_member_are_those_of_its_process(tmp_path: Path) -> None:
-    group = Group(["a"])
+    group = RunGroup(["a"])
     signals = MemberSignals(group, None, tmp_path)
     before = signals.received
     group.signals._remember(signal.SIGUSR1, None)

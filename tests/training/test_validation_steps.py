@@ -1,4 +1,4 @@
-"""When the validation loss is taken during training."""
+"""The times at which the validation loss is taken during training."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tiny_runs import tiny_config

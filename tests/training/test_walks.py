@@ -1,4 +1,4 @@
-"""How many places a reader is led through; `walks.py` says what counts."""
+"""The number of places that a reader is led through; `walks.py` says what counts."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ MARK = "quokkas and numbats"
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory) -> list[Hop]:
-    """The walk of a plain prompt and completion, tokens kept on disk, from the file to the loss of a step."""
+    """Return the walk of a plain prompt and completion, tokens kept on disk, from the file to the loss of a step."""
     folder = tmp_path_factory.mktemp("walk")
     rows = [{"prompt": f"Question {place}", "completion": f"{MARK} {place}"} for place in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

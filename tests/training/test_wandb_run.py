@@ -27,7 +27,7 @@ from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.tracking.service_record import service_record
 from lightning_peft.tracking.wandb_run import WandbRun, id_of_user
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # wandb's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # these are wandb's own
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 
 
 def checkout(folder: Path) -> str:
-    """A git checkout with a change that is in no commit and a remote with a password; returns the commit."""
+    """Make a git checkout with a change that is in no commit and a remote with a password; return the commit."""
     for words in (
         ["init", "-q", "-b", "main"], ["add", "notes.txt"],
         ["-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "first"],
@@ -62,7 +62,7 @@ def checkout(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run inside a sweep's folder, and what W&B has of it."""
+    """Train a run inside a sweep's folder; return it, and what W&B has of it."""
     sweep = tmp_path_factory.mktemp("sweeps") / "ranks"
     sweep.mkdir()
     (sweep / "sweep.json").write_text("{}")
@@ -133,7 +133,7 @@ def test_run_beside_one_that_fails_goes_on(tmp_path, monkeypatch, how):
     monkeypatch.setattr("lightning_peft.tracking.wandb_run.SETTINGS", wandb_run.SETTINGS | {"init_timeout": 2})
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    wandb.teardown()  # reads the environment when the first run of a process starts
+    wandb.teardown()  # wandb reads the environment when the first run of a process starts
     kept = WandbRun(str(tmp_path / "kept"), "p", mode="offline")
     kept.start_at(0)
     kept.log_metrics({"loss": 3.0}, step=1)
@@ -358,7 +358,7 @@ def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """An empty `wandb` folder in a run folder, on a disk of 64 KiB."""
+    """Mount an empty `wandb` folder in a run folder, on a disk of 64 KiB."""
     folder = tmp_path / "run" / "wandb"
     folder.mkdir(parents=True)
     mount = subprocess.run(
@@ -419,12 +419,12 @@ def test_wrong_option_is_named(tmp_path, options, message):
 
 
 def test_variables_win_over_defaults_and_a_home_is_not_needed(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/proc")  # where nobody can make a folder
-    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)  # left by a run of another test that was never ended
+    monkeypatch.setenv("HOME", "/proc")  # nobody can make a folder there
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)  # a run of another test that was never ended left it
     variables = {"PROJECT": "mine", "NAME": "called", "TAGS": "a,b", "RUN_GROUP": "ours", "JOB_TYPE": "sweep"}
     for key, value in variables.items():
         monkeypatch.setenv(f"WANDB_{key}", value)
-    (tmp_path / "multirun.yaml").touch()  # so that there is a sweep whose name could be the group
+    (tmp_path / "multirun.yaml").touch()  # the sweep's name could be the group then
     train(wandb_config(tmp_path / "run", "validation.every_n_steps=2", "validation.samples=1"))
     (run,) = offline_runs(tmp_path / "run")
     assert (run.project, run.name, run.group, run.job_type) == ("mine", "called", "ours", "sweep")

@@ -46,7 +46,7 @@ def hop_of(frame: FrameType) -> Hop:
 
 @contextmanager
 def profiled(see: Callable[[FrameType, str, Any], None] | None) -> Iterator[None]:
-    """Inside, `see` is told of each call and return; behind it, whoever was told before."""
+    """Have `see` told of each call and return, inside the block; behind it, whoever was told before."""
     before = sys.getprofile()
     sys.setprofile(see)
     try:
@@ -59,7 +59,7 @@ class RowWalk:
     """The hops of a row, in the order in which it first takes them."""
 
     def __init__(self, mark: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """mark: a text that is in the row and nowhere else."""
+        """Take mark, a text that is in the row and nowhere else."""
         self.mark = mark
         self.tokenizer = tokenizer
         self.hops: list[Hop] = []

@@ -1,4 +1,4 @@
-"""Reads an offline run-*.wandb file: LevelDB log framing around protobuf records, torn tails tolerated."""
+"""Read an offline run-*.wandb file: LevelDB log framing around protobuf records, torn tails tolerated."""
 
 import json
 import struct
@@ -15,7 +15,7 @@ FULL, LAST = 1, 4
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The protobuf records of a file, checksums verified."""
+    """Yield the protobuf records of a file, checksums verified."""
     data = path.read_bytes()
     assert data[:4] == b":W&B", f"{path} is not a W&B file"
     position, pending = HEADER, b""
@@ -45,7 +45,7 @@ def records(path: Path) -> Iterator[Any]:
 
 @dataclass
 class OfflineRun:
-    """What one start of a run left in its file."""
+    """The records that one start of a run left in its file."""
 
     id: str = ""
     group: str = ""
@@ -66,7 +66,7 @@ class OfflineRun:
     """Commit and remote."""
 
     def scalars(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of every row that has the key."""
+        """Return (step, value) of every row that has the key."""
         return [(row["trainer/global_step"], row[key]) for row in self.rows if key in row]
 
 
@@ -107,6 +107,6 @@ def offline_run(path: Path) -> OfflineRun:
 
 
 def offline_runs(run_dir: Path) -> list[OfflineRun]:
-    """The starts of a run folder, oldest first."""
+    """Return the starts of a run folder, oldest first."""
     files = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     return [offline_run(path) for path in sorted(files, key=lambda path: path.stat().st_mtime)]

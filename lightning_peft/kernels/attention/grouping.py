@@ -1,9 +1,9 @@
-"""How the samples of a packed batch are put side by side for attention on a CPU, and cut into strips.
+"""The arrangement of a packed batch's samples side by side for attention on a CPU, and their cut into strips.
 
 Samples of like length make a group: each is padded to the longest, and all take the same strips, one batched product
 for a strip of all samples and heads. A strip is a run of queries; its keys go from the first that its window reaches
-(without one, the sample's first) to its last query. Which samples share a group and where strips are cut follows from
-two measured costs.
+(without one, the sample's first) to its last query. Two measured costs decide which samples share a group and where
+strips are cut.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ STRIP_COST, GROUP_COST = 3 * 2**15, 2**17
 STRIP_BYTES = 2**25
 """fp32 scores of a strip longer than the shortest. Ours: with fewer the products of long samples are too small."""
 
-Sample = tuple[int, int]
+SampleBounds = tuple[int, int]
 """Positions of its first token and past its last, in the flattened batch."""
 
 
@@ -33,7 +33,7 @@ class Strip(NamedTuple):
     """Additive, fp32, (queries, masked keys): for the last keys of the strip, all those before are seen."""
 
 
-class Group(NamedTuple):
+class LengthGroup(NamedTuple):
     """Samples computed as if all were `length` tokens long; their tokens lie in slots, sample after sample."""
 
     samples: int
@@ -43,12 +43,12 @@ class Group(NamedTuple):
 
 
 class Reordering(NamedTuple):
-    """Which token of the batch is where."""
+    """The place of each token of the batch."""
 
     tokens: Tensor
     """(slots,): the position in the batch of each slot's token; in slots past a sample's end, of its last one."""
     is_padding: Tensor
-    """(slots,): whether a slot is past its sample's end."""
+    """(slots,): true where a slot is past its sample's end."""
     places: Tensor
     """(N,): the slot of each of the batch's tokens."""
 
@@ -56,12 +56,12 @@ class Reordering(NamedTuple):
 class Arrangement(NamedTuple):
     """The groups of a batch, and the order of its slots; no reordering where they are the batch's positions."""
 
-    groups: list[Group]
+    groups: list[LengthGroup]
     num_slots: int
     reordering: Reordering | None
 
 
-def find_samples(cu_seqlens: Tensor, rows: int, width: int) -> list[Sample]:
+def find_samples(cu_seqlens: Tensor, rows: int, width: int) -> list[SampleBounds]:
     """Return the samples of a (rows, width) batch; ValueError where they do not fill it."""
     bounds = cu_seqlens.tolist()
     samples = list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -72,9 +72,9 @@ def find_samples(cu_seqlens: Tensor, rows: int, width: int) -> list[Sample]:
 
 
 @lru_cache(maxsize=4)  # the layers of a model, forward and backward, ask for the same ones
-def arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arrangement:
+def arrange(samples: tuple[SampleBounds, ...], heads: int, window: int | None) -> Arrangement:
     """Group the samples of a batch; a query sees its sample's keys up to itself, at most the last `window`."""
-    groups: list[Group] = []
+    groups: list[LengthGroup] = []
     tokens, is_padding = [], []
     start = 0
     for members in group_samples(samples, heads, window):
@@ -84,7 +84,9 @@ def arrange(samples: tuple[Sample, ...], heads: int, window: int | None) -> Arra
         tokens.append(positions.minimum(stops - 1).flatten())
         is_padding.append((positions >= stops).flatten())
         stop = start + positions.numel()
-        groups.append(Group(len(members), length, slice(start, stop), cut_strips(length, len(members) * heads, window)))
+        groups.append(
+            LengthGroup(len(members), length, slice(start, stop), cut_strips(length, len(members) * heads, window))
+        )
         start = stop
     return Arrangement(groups, start, reorder(torch.cat(tokens), torch.cat(is_padding)))
 
@@ -99,14 +101,14 @@ def reorder(tokens: Tensor, is_padding: Tensor) -> Reordering | None:
     return Reordering(tokens, is_padding, places)
 
 
-def group_samples(samples: tuple[Sample, ...], heads: int, window: int | None) -> list[list[Sample]]:
+def group_samples(samples: tuple[SampleBounds, ...], heads: int, window: int | None) -> list[list[SampleBounds]]:
     """Group the samples by falling length.
 
     A new group begins where the padding of the last one would cost more than a group does, or where even its shortest
     strip would have more scores than STRIP_BYTES.
     """
     by_length = sorted(samples, key=lambda sample: sample[0] - sample[1])
-    groups: list[list[Sample]] = [[]]
+    groups: list[list[SampleBounds]] = [[]]
     longest, wasted = by_length[0][1] - by_length[0][0], 0
     for start, stop in by_length:
         length = stop - start
@@ -142,7 +144,7 @@ def strip_length(batch: int, keys: int) -> int:
 def cut_strips(length: int, batch: int, window: int | None) -> list[Strip]:
     """Return the strips of `length` queries, in `batch` matrices side by side: the heads of all samples of a group.
 
-    Of all ways to cut at every MIN_STRIP tokens, the one with the fewest scores; a strip counts as STRIP_COST of them.
+    The cuts are at multiples of MIN_STRIP tokens, those with the fewest scores; a strip counts as STRIP_COST of them.
     """
     cuts = [*range(0, length, MIN_STRIP), length]
     cost, previous = [0], [0]

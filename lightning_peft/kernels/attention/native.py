@@ -7,12 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_peft.kernels.attention.grouping import SampleBounds
 from lightning_peft.kernels.native.library import LANES, Scratch, address, kernels, library
 
 NO_WINDOW = 2**30
-
-Samples = list[tuple[int, int]]
-"""Position of each sample's first token, and the one past its last, in the flattened batch."""
 
 
 class View(ctypes.Structure):
@@ -32,10 +30,10 @@ class Work(ctypes.Structure):
 
 
 class Split(NamedTuple):
-    """How a call's heads are shared among threads."""
+    """The division of a call's heads among threads."""
 
     parts: int
-    """Into which the query heads of one key head are cut: 1, or one each where samples alone keep too few busy."""
+    """Parts that the query heads of one key head are cut into: 1, or one each where samples alone keep too few busy."""
     threads: int
 
 
@@ -45,7 +43,7 @@ def takes(query: Tensor) -> bool:
 
 
 def split(num_samples: int, heads: int, key_heads: int) -> Split:
-    """Samples are taken as they come: with four for a thread, none waits long for the last."""
+    """Return the division of the heads. Samples are taken as they come: with four for a thread, none waits long."""
     threads = torch.get_num_threads()
     parts = heads // key_heads if num_samples * key_heads < 4 * threads else 1
     return Split(parts, min(threads, num_samples * key_heads * parts))
@@ -60,7 +58,7 @@ def scratch(query: Tensor, key: Tensor, backward: bool) -> Scratch:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, samples: list[SampleBounds], scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, T, H, D) and log normalisers (B, T, H) fp32.
 
@@ -82,7 +80,7 @@ def attend_backward(
     value: Tensor,
     output: Tensor,
     normalizers: Tensor,
-    samples: Samples,
+    samples: list[SampleBounds],
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +104,7 @@ def _call(
     function: str,
     query: Tensor,
     key: Tensor,
-    samples: Samples,
+    samples: list[SampleBounds],
     scaling: float,
     window: int | None,
     shared: Split,

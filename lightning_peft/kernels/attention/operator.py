@@ -1,8 +1,8 @@
 """Causal attention over packed samples on a CPU, as operators.
 
-They are operators so that the compiler keeps a block in one graph. What they keep for the backward pass has the dtype
-it came in. Two implementations compute them: for bf16 on a processor with AVX-512 a kernel in C++ (`native`), two to
-three times as fast as the other, products of torch (`strips`), which run anywhere.
+They are operators so that the compiler keeps a block in one graph. Tensors kept for the backward pass have the dtype
+they came in. Two implementations compute the operators: for bf16 on a processor with AVX-512 a kernel in C++
+(`native`), two to three times as fast as the other, products of torch (`strips`), which run anywhere.
 """
 
 from typing import Any

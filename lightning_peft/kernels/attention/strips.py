@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_peft.kernels.attention.grouping import (
     Arrangement,
-    Group,
-    Sample,
+    LengthGroup,
+    SampleBounds,
     Strip,
     arrange,
     most_samples,
@@ -38,13 +38,13 @@ def in_order(x: Tensor, arrangement: Arrangement) -> Tensor:
     return x if arrangement.reordering is None else x.index_select(0, arrangement.reordering.places)
 
 
-def by_head(x: Tensor, group: Group, key_heads: int) -> Tensor:
+def by_head(x: Tensor, group: LengthGroup, key_heads: int) -> Tensor:
     """Return the group's part of (slots, H, C), a view (samples, key heads, length, H / key heads, C)."""
     return x[group.slots].view(group.samples, group.length, key_heads, -1, x.shape[-1]).transpose(1, 2)
 
 
-def to_rows(x: Tensor, group: Group, key_heads: int, dtype: torch.dtype) -> Tensor:
-    """(slots, H, C) -> (batch, rows, C), contiguous: a strip's rows follow one another.
+def to_rows(x: Tensor, group: LengthGroup, key_heads: int, dtype: torch.dtype) -> Tensor:
+    """Reorder (slots, H, C) to (batch, rows, C), contiguous: a strip's rows follow one another.
 
     `batch` is samples * key heads, `rows` length * H / key heads.
     """
@@ -52,8 +52,8 @@ def to_rows(x: Tensor, group: Group, key_heads: int, dtype: torch.dtype) -> Tens
     return torch.empty(heads.shape, dtype=dtype).copy_(heads).flatten(2, 3).flatten(0, 1)
 
 
-def to_columns(x: Tensor, group: Group, dtype: torch.dtype, ones: int = 0) -> Tensor:
-    """(slots, G, D) -> (batch, D + ones, length), contiguous, with ones in the last rows."""
+def to_columns(x: Tensor, group: LengthGroup, dtype: torch.dtype, ones: int = 0) -> Tensor:
+    """Reorder (slots, G, D) to (batch, D + ones, length), contiguous, with ones in the last rows."""
     heads = by_head(x, group, x.shape[1]).squeeze(3).mT
     columns = torch.empty(*heads.shape[:2], x.shape[-1] + ones, group.length, dtype=dtype)
     columns[:, :, : x.shape[-1]].copy_(heads)
@@ -61,13 +61,13 @@ def to_columns(x: Tensor, group: Group, dtype: torch.dtype, ones: int = 0) -> Te
     return columns.flatten(0, 1)
 
 
-def queries_of(strip: Strip, rows: Tensor, group: Group) -> Tensor:
+def queries_of(strip: Strip, rows: Tensor, group: LengthGroup) -> Tensor:
     """Return the strip's part of what `to_rows` gave."""
     ratio = rows.shape[1] // group.length
     return rows[:, strip.start * ratio : strip.stop * ratio]
 
 
-def put(x: Tensor, whole: Tensor, group: Group, key_heads: int, queries: slice, factor: float = 1.0) -> None:
+def put(x: Tensor, whole: Tensor, group: LengthGroup, key_heads: int, queries: slice, factor: float = 1.0) -> None:
     """Write x (batch, rows, C), the rows of these queries of every sample, times `factor`, to `whole` (slots, H, C)."""
     place = by_head(whole, group, key_heads)[:, :, queries]
     if factor == 1:
@@ -79,8 +79,8 @@ def put(x: Tensor, whole: Tensor, group: Group, key_heads: int, queries: slice, 
 class Product:
     """Products of a group's strips, written to the same memory in turn, which so stays in the cache."""
 
-    def __init__(self, queries: Tensor, group: Group, dtype: torch.dtype):
-        """`queries` as `to_rows` gives them, the left factors' rows."""
+    def __init__(self, queries: Tensor, group: LengthGroup, dtype: torch.dtype):
+        """Take `queries` as `to_rows` gives them, the left factors' rows."""
         most = max((strip.stop - strip.start) * (strip.stop - strip.first) for strip in group.strips)
         self.memory = torch.empty(queries.shape[0] * queries.shape[1] // group.length * most, dtype=dtype)
 
@@ -115,12 +115,12 @@ def hide(scores: Tensor, strip: Strip) -> None:
 
 
 def attend_group(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, group: Group, output: Tensor, normalizers: Tensor
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, group: LengthGroup, output: Tensor, normalizers: Tensor
 ) -> None:
-    """Softmax attention of one group's slots out of query (slots, H, D), key and value (slots, G, D).
+    """Compute the softmax attention of one group's slots out of query (slots, H, D), key and value (slots, G, D).
 
-    Writes to `output` (slots, H, D) and, fp32, `normalizers` (slots, H, 1). Scores and softmax are fp32, probabilities
-    are rounded to the dtype of `value`.
+    The result goes to `output` (slots, H, D) and, fp32, `normalizers` (slots, H, 1). Scores and softmax are fp32,
+    probabilities are rounded to the dtype of `value`.
     """
     key_heads = key.shape[1]
     queries = to_rows(query, group, key_heads, torch.float32)
@@ -141,9 +141,9 @@ def attend_group(
 
 
 def with_constant(x: Tensor, constant: Tensor) -> Tensor:
-    """(..., D) and (..., 1) fp32 -> (..., D + 2): the constant in two columns, to twice the digits of x's dtype.
+    """Join (..., D) and (..., 1) fp32 to (..., D + 2): the constant is in two columns, to twice x's digits.
 
-    A product with a matrix that has ones in its last rows adds it.
+    A product with a matrix that has ones in its last rows adds the constant.
     """
     high = constant.to(x.dtype)
     return torch.cat((x, high, (constant - high).to(x.dtype)), -1)
@@ -156,7 +156,7 @@ def attend_group_backward(
     value: Tensor,
     scaling: float,
     after: float,
-    group: Group,
+    group: LengthGroup,
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
@@ -195,7 +195,7 @@ def attend_group_backward(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, samples: list[Sample], scaling: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, samples: list[SampleBounds], scaling: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, T, H, D) and log normalisers (B, T, H) fp32.
 
@@ -221,7 +221,7 @@ def attend_backward(
     value: Tensor,
     output: Tensor,
     normalizers: Tensor,
-    samples: list[Sample],
+    samples: list[SampleBounds],
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +247,7 @@ def attend_backward(
 
 
 def flat(x: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B T, H, D), a view of what projections give."""
+    """Return (B, H, T, D) as (B T, H, D), a view of what projections give."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 

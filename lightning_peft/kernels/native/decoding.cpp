@@ -1,5 +1,5 @@
-// What stands between the products of a decoding step, bf16: norms, gates, rotation and attention of one position a row.
-// Called by kernels/decoding.py. Numbers are rounded where transformers' modules round them.
+// The operations between the products of a decoding step, bf16: norms, gates, rotation and attention of one position a
+// row. kernels/decoding.py calls them. Numbers are rounded where transformers' modules round them.
 #include <math.h>
 #include <omp.h>
 

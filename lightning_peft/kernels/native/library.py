@@ -1,7 +1,7 @@
 """The kernels' shared libraries: each compiled once, kept in the user's cache folder, loaded from there.
 
-Named by its sources, compiler and flags, so that it is never out of date. The flags name instructions and not the
-machine's own model: what one node of a cluster leaves in a shared home, nodes of the same system can load.
+A library is named by its sources, compiler and flags, so that it is never out of date. The flags name instructions and
+not the machine's own model: what one node of a cluster leaves in a shared home, nodes of the same system can load.
 """
 
 import ctypes
@@ -38,14 +38,14 @@ FLAGS = (
 
 
 class Build(NamedTuple):
-    """What a shared library is made of."""
+    """The parts that a shared library is made of."""
 
     sources: tuple[str, ...]
     headers: tuple[str, ...]
     instructions: tuple[str, ...]
-    """Flags of those that its processors have."""
+    """Flags of the instructions that its processors have."""
     without: str
-    """What goes on more slowly without it."""
+    """The work that goes on more slowly without the library."""
 
 
 AVX512_BF16 = Build(
@@ -67,7 +67,7 @@ _switched_off = False
 def library(build: Build = AVX512_BF16) -> ctypes.CDLL | None:
     """Return the kernels of a build.
 
-    None on a processor without its instructions, and, with a logged line, where they do not compile.
+    The result is None on a processor without its instructions, and, with a logged line, where they do not compile.
     """
     return None if _switched_off else _load(build)
 
@@ -81,7 +81,7 @@ def has_instructions(build: Build) -> bool:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Inside, behave like a machine without the kernels."""
+    """Behave like a machine without the kernels, inside the block."""
     global _switched_off
     before, _switched_off = _switched_off, True
     try:
@@ -109,14 +109,14 @@ def kernels(build: Build = AVX512_BF16) -> ctypes.CDLL:
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p:
-    """Return where a tensor's numbers begin, for a kernel; null of None."""
+    """Return where a tensor's numbers begin, for a kernel; null for None."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def compiled(build: Build = AVX512_BF16) -> Path:
     """Return a library's file, made if it is not there.
 
-    RuntimeError where the compiler fails, OSError where files do.
+    Raises RuntimeError where the compiler fails, OSError where files do.
     """
     digest = hashlib.sha256(" ".join((compiler(), *FLAGS, *build.instructions)).encode())
     for name in (*build.headers, *build.sources):
@@ -128,7 +128,7 @@ def compiled(build: Build = AVX512_BF16) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             compile_to(made, build)
-            ctypes.CDLL(str(made))  # what does not load here is not kept
+            ctypes.CDLL(str(made))  # a library that does not load here is not kept
             os.replace(made, path)  # several processes may be making it
         logger.info("kernels compiled in %.1f s, kept as %s", time.monotonic() - start, path)
     return path
@@ -140,7 +140,7 @@ def compiler() -> str:
 
 
 def compile_to(path: Path, build: Build) -> None:
-    """Raises RuntimeError with the compiler's first line of complaint, ValueError where its words have no end."""
+    """Compile to a file. Raises RuntimeError with the compiler's first complaint, ValueError for words without end."""
     sources = (str(FOLDER / name) for name in build.sources)
     command = [*shlex.split(compiler()), *sources, "-o", str(path), *build.instructions, *FLAGS]
     try:

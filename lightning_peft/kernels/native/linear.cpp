@@ -114,8 +114,8 @@ void low_rank_sum(const bf16* x, long stride, const bf16* weight, const bf16* in
   }
 }
 
-// Of y = ... + x A^T B^T, with inner = x A^T (rows, rank), from that of y, grad (rows, out): grad_inner = grad B
-// (rows, rank), grad_A = grad_inner^T x (rank, in) and grad_B = grad^T inner (out, rank), fp32. B is (out, rank).
+// The gradients of y = ... + x A^T B^T, with inner = x A^T (rows, rank), from that of y, grad (rows, out): grad_inner =
+// grad B (rows, rank), grad_A = grad_inner^T x (rank, in) and grad_B = grad^T inner (out, rank), fp32. B is (out, rank).
 //
 // x (rows, in) and grad are read from memory once; in, out are multiples of LANES, rank <= PANEL. Scratch: sums_A
 // (threads, padded, in), sums_B (threads, padded, out) and B_paired (out, padded), rank padded to a multiple of LANES.

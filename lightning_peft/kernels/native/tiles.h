@@ -1,7 +1,7 @@
 // Products of bf16 matrices, summed in fp32 registers, and the layout they take.
 //
 // vdpbf16ps adds to each of 16 fp32 lanes the products of two bf16 neighbours. So a right factor (K, N) is "paired":
-// it lies as [K / 2][N][2]. Of a left factor (M, K) two neighbours of a row are fetched at a time.
+// it lies as [K / 2][N][2]. Two neighbours of a row of a left factor (M, K) are fetched at a time.
 #pragma once
 
 #include "vectors.h"

@@ -22,7 +22,7 @@ inline __m512 widened(const bf16* x) {
 
 inline void store_rounded(bf16* into, __m512 x) { _mm256_storeu_si256((__m256i*)into, (__m256i)_mm512_cvtneps_pbh(x)); }
 
-// Of the lanes at, at + 1, ... those in [first, last).
+// The mask of the lanes at, at + 1, ... that are in [first, last).
 inline __mmask16 lanes_of(int first, int last, int at) {
   int from = max(0, min(LANES, first - at)), to = max(0, min(LANES, last - at));
   return (__mmask16)(((1u << to) - 1) & ~((1u << from) - 1));

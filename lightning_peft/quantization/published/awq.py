@@ -12,7 +12,7 @@ from lightning_peft.kernels.low_bit import packed
 from lightning_peft.quantization.published.format import LowBitWeight, PublishedFormat, empty_weight, from_words
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word the first output of eight is, the second and so on."""
+"""Places in a word of the first output of eight, of the second and so on."""
 
 
 class AWQ(PublishedFormat):

@@ -1,4 +1,4 @@
-"""What a published low-bit format is: which tensors make a weight, and which codes they are."""
+"""A published low-bit format: the tensors that make a weight, and the codes that they are."""
 
 import math
 import re
@@ -17,7 +17,7 @@ NAMED = {2: "uint2", 3: "uint4", 4: "uint4", 8: "uint8"}
 
 
 def matches_target(target: str, name: str) -> bool:
-    """Whether a layer is what config.json calls by this target: its name, or a pattern after "re:"."""
+    """Return whether a layer is what config.json calls by this target: its name, or a pattern after "re:"."""
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), name) is not None
     return target == name
@@ -27,7 +27,7 @@ class LowBitWeight(NamedTuple):
     """A weight (out, in), or a stack of them, in the codes of a published checkpoint."""
 
     kind: str
-    """Of `LOW_BIT`."""
+    """A kind of `LOW_BIT`."""
     block_size: int
     """Neighbouring columns that share a scale."""
     codes: Codes
@@ -37,7 +37,7 @@ class LowBitWeight(NamedTuple):
 
 
 class PublishedFormat(ABC):
-    """How one checkpoint holds its low-bit weights, by the `quantization_config` of its config.json.
+    """One checkpoint's form of low-bit weights, by the `quantization_config` of its config.json.
 
     A weight's tensors share the beginning of their names. Making one raises ValueError for a variant that is not read.
     """
@@ -49,7 +49,7 @@ class PublishedFormat(ABC):
     parts: ClassVar[tuple[str, ...]]
     """Ends of the names of all tensors that make a weight."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Those parts that a weight may lack."""
+    """Parts that a weight may lack."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of tensors that say how activations are quantised: here they are not."""
 
@@ -90,7 +90,7 @@ class PublishedFormat(ABC):
         return found
 
     def is_whole(self, parts: Collection[str]) -> bool:
-        """Whether these parts make a weight."""
+        """Return whether these parts make a weight."""
         return all(end in parts or end in self.optional for end in self.parts)
 
 
@@ -134,5 +134,5 @@ def from_words(words: Tensor, bits: int) -> Tensor:
 
 
 def even_groups(groups: Tensor | None, size: int) -> bool:
-    """Whether groups (in,) number the columns in their order, `size` to each."""
+    """Return whether groups (in,) number the columns in their order, `size` to each."""
     return groups is None or torch.equal(groups.long(), torch.arange(len(groups), device=groups.device) // size)

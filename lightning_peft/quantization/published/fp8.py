@@ -54,7 +54,7 @@ def fp8_layout(rows: int, columns: int, block: tuple[int, int] | None) -> LowBit
 def fp8_weight(name: str, weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> LowBitWeight:
     """Return the codes of an FP8 weight (..., out, in) and its factors: one, or one a row or block.
 
-    ValueError for another kind of FP8, or factors of another shape.
+    Raises ValueError for another kind of FP8, or factors of another shape.
     """
     if weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"{name} is stored as {weight.dtype}, not as float8_e4m3fn, and is not read")

@@ -13,9 +13,9 @@ from lightning_peft.quantization.weights import is_linear, is_transposed, linear
 
 
 def prepare_low_bit(model: nn.Module, names: Mapping[str, str], form: PublishedFormat) -> list[str]:
-    """Put coded layers without values in the place of those whose parameters have these names; which it did.
+    """Put coded layers without values in the place of those whose parameters have these names; return which.
 
-    The parameters are given with their layers' names in the checkpoint. Left out are layers that the model does not
+    The parameters are given with their layers' names in the checkpoint. Layers are left out that the model does not
     call as linear ones: their weights have to be dense. ValueError for a stack of experts that cannot be a layer.
     """
     linears, stacks = [], []
@@ -72,7 +72,7 @@ def _is_read(model: nn.Module, name: str) -> bool:
 def load_low_bit(model: nn.Module, name: str, weight: LowBitWeight) -> None:
     """Give the layer that stands for the parameter of that name its codes.
 
-    ValueError where they are of another shape.
+    Raises ValueError where the codes are of another shape.
     """
     holder, _, leaf = name.rpartition(".")
     layer = model.get_submodule(holder if leaf == "weight" else name)

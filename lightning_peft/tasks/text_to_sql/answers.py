@@ -1,4 +1,4 @@
-"""Finds the SQL in an answer and runs it against the right one."""
+"""Find the SQL in an answer and run it against the right one."""
 
 import re
 
@@ -25,9 +25,9 @@ OPEN_ENDED = re.compile(
 
 
 def extract_sql(text: str) -> str:
-    """The first statement in an answer: out of ``` fences and prose, up to `;`, a blank line or the prose after it.
+    """Return an answer's first statement: out of ``` fences and prose, up to `;`, a blank line or the prose after it.
 
-    Empty if there is no SELECT or WITH.
+    The result is empty if there is no SELECT or WITH.
     """
     for fenced in FENCE.findall(text):
         if STATEMENT.search(fenced):
@@ -62,7 +62,7 @@ def _without_prose_after(statement: str) -> str:
 
 
 def execution_match(answer: str, gold: str, databases: DatabasePair) -> bool:
-    """Whether `answer` returns what `gold` does on both databases, in the same order if `gold` has an ORDER BY."""
+    """Return whether `answer` returns what `gold` does on both databases, in the same order if `gold` has ORDER BY."""
     try:
         results = databases.run(answer)
     except QueryError:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_peft.tasks.text_to_sql.grammar.database import DatabasePair, QueryError, is_ordered, same_result
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import DOMAINS, draw_schema
 from lightning_peft.tasks.text_to_sql.grammar.draw import Draw, Query, Unavailable
 from lightning_peft.tasks.text_to_sql.grammar.kinds import KINDS, ask, draw_kind
-from lightning_peft.tasks.text_to_sql.grammar.schema import DOMAINS, draw_schema
 
 ATTEMPTS_PER_SCHEMA = 16
 TRAINING_ROWS = 4000
@@ -37,7 +37,7 @@ def _is_valid(query: Query, databases: DatabasePair) -> bool:
 
 
 def _wrong_answer(rng: random.Random, draw: Draw, query: Query, databases: DatabasePair) -> str | None:
-    """SQL that runs and returns something else: it ignores a part of the question, else answers another one."""
+    """Return SQL that runs and returns something else: it ignores a part of the question, else answers another one."""
     results, ordered = databases.run(query.sql), is_ordered(query.sql)
     candidates = rng.sample(query.simpler, len(query.simpler))
     for name in rng.choices(list(KINDS), k=ATTEMPTS_PER_SCHEMA):
@@ -56,7 +56,7 @@ def _wrong_answer(rng: random.Random, draw: Draw, query: Query, databases: Datab
 
 
 def _draw_row(rng: random.Random, split: str, kind_name: str, with_wrong: bool) -> dict[str, Any] | None:
-    """A row of this kind on a fresh schema, or None when the schema or its rows do not allow one."""
+    """Return a row of this kind on a fresh schema, or None when the schema or its rows do not allow one."""
     kind = KINDS[kind_name]
     schema = draw_schema(rng, split)
     seed = rng.getrandbits(31)
@@ -77,9 +77,9 @@ def _draw_row(rng: random.Random, split: str, kind_name: str, with_wrong: bool) 
 
 
 def generate_row(seed: int, split: str, index: int, with_wrong: bool = False) -> dict[str, Any]:
-    """A row: `prompt` (schema line, question), `completion` (SQL), `level`, `kind`, `schema`, `seed` (of its rows).
+    """Return a row: `prompt` (schema line, question), `completion` (SQL), `level`, `kind`, `schema`, `seed` (of rows).
 
-    With `with_wrong` also `wrong`: SQL that runs and returns other rows.
+    With `with_wrong` it has `wrong` too: SQL that runs and returns other rows.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
     kind = draw_kind(rng)
@@ -90,7 +90,7 @@ def generate_row(seed: int, split: str, index: int, with_wrong: bool = False) ->
 
 
 def generate_preference(seed: int, split: str, labelled: bool, index: int) -> dict[str, Any]:
-    """A row of `prompt`, `chosen`, `rejected`; if labelled of `prompt`, `completion`, `label`, every second right."""
+    """Return `prompt`, `chosen`, `rejected`; if labelled `prompt`, `completion`, `label`, every second right."""
     row = generate_row(seed, split, index, with_wrong=True)
     right, wrong = row.pop("completion"), row.pop("wrong")
     if labelled:
@@ -99,7 +99,7 @@ def generate_preference(seed: int, split: str, labelled: bool, index: int) -> di
 
 
 def generate_rows(count: int, seed: int, split: str) -> list[dict[str, Any]]:
-    """The first `count` rows of train, validation or test; row i depends on (seed, split, i) alone."""
+    """Return the first `count` rows of train, validation or test; row i depends on (seed, split, i) alone."""
     if split not in DOMAINS:
         raise ValueError(f"split={split!r}: must be one of {', '.join(DOMAINS)}")
     return [generate_row(seed, split, index) for index in range(count)]

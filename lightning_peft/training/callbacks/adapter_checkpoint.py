@@ -39,7 +39,7 @@ class AdapterCheckpoint(Callback):
         self.is_calm = is_calm
         self.is_due = False
         self.best = math.inf
-        """Of `config.best_by`, negative where large is good."""
+        """Best value of `config.best_by`, negative where large is good."""
         self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,6 +113,6 @@ class AdapterCheckpoint(Callback):
         # A validation at the checkpoint's own step came after it; its result stands in the file only.
         written = self.best_written()
         known = [] if written is None else [self.sign * float(written)]
-        if state_dict.get("best_by") == self.config.best_by:  # what was the best by another metric is forgotten
+        if state_dict.get("best_by") == self.config.best_by:  # the best by another metric is forgotten
             known.append(state_dict["best"])
         self.best = min(known, default=math.inf)

@@ -1,4 +1,4 @@
-"""Measures every adapted layer at intervals, for the log, and says what looks wrong."""
+"""Measure every adapted layer at intervals, for the log, and say what looks wrong."""
 
 import logging
 from typing import Any, cast
@@ -19,7 +19,7 @@ from lightning_peft.training.health import ChangeMeter, alarms_of, measured_laye
 logger = logging.getLogger(__name__)
 
 OUTER = ("lora_B", "lora_embedding_B", "vera_lambda_b")
-"""What the factor is called that the change ends with."""
+"""Names of the factor that the change ends with."""
 
 
 ENOUGH_STEPS = 50

@@ -1,4 +1,4 @@
-"""Ends a run that gets no better."""
+"""End a run that gets no better."""
 
 import logging
 import math
@@ -35,7 +35,7 @@ class EarlyStopping(Callback):
         self.best = math.inf
         self.waited = 0
         self.reason: str | None = None
-        """Why the run was stopped."""
+        """Reason for which the run was stopped."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.should_stop = trainer.should_stop or self.reason is not None

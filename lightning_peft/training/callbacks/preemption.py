@@ -1,4 +1,4 @@
-"""Leaves a run at a step boundary once any rank was signalled."""
+"""Leave a run at a step boundary once any rank was signalled."""
 
 import logging
 from collections.abc import Callable
@@ -31,8 +31,8 @@ class Preemption(Callback):
         validated: Callable[[Trainer], dict[str, Any]] = lambda trainer: {},
         how_to_go_on: Callable[[Path], str] = lambda run_dir: f"run_dir={run_dir} resume=auto goes on from there",
     ):
-        """`validated` returns what a validation behind the last step has given, empty without one; `how_to_go_on` what
-        the user is told of a run's folder.
+        """Take `validated`, which returns what a validation behind the last step has given, empty without one, and
+        `how_to_go_on`, which returns what the user is told of a run's folder.
         """
         self.signals = signals
         self.checkpoint = checkpoint
@@ -41,7 +41,7 @@ class Preemption(Callback):
         self.how_to_go_on = how_to_go_on
         self.trainer: Trainer | None = None
         self.resumed: dict[str, Any] = {}
-        """What `validated` returned behind the step of the checkpoint that this start goes on from."""
+        """Values that `validated` returned behind the step of the checkpoint that this start goes on from."""
         self.resumed_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,7 +82,7 @@ class Preemption(Callback):
             return
         SIGNAL_WATCH.leaves_by_itself()
         self.checkpoint.save(trainer)
-        trainer.strategy.checkpoint_io.teardown()  # what is written in the background is on disk before we say so
+        trainer.strategy.checkpoint_io.teardown()  # files written in the background are on disk before we say so
         if reason is Paused:
             self.checkpoint.save_adapter(pl_module, self.checkpoint.run_dir / "adapter")
         for run_logger in trainer.loggers:
@@ -111,7 +111,7 @@ class Preemption(Callback):
         self.resumed = state_dict["validation"]
 
     def reason_of_all(self) -> type[Preempted] | None:
-        """The weightiest reason that any rank has to leave."""
+        """Return the weightiest reason that any rank has to leave."""
         own = self.signals.reason
         number = distributed.highest(0 if own is None else REASONS.index(own) + 1)
         return REASONS[number - 1] if number else None

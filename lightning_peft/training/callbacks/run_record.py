@@ -1,4 +1,4 @@
-"""Tells the loggers, once the ranks exist, which run they log and where it starts."""
+"""Tell the loggers, once the ranks exist, which run they log and where it starts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What each optimiser step cost and achieved, sent to every logger without waiting for the device at each step."""
+"""The cost and gain of each optimiser step, sent to every logger without waiting for the device at each step."""
 
 import resource
 import statistics
@@ -18,7 +18,7 @@ from lightning_peft.compat import is_accumulating
 from lightning_peft.data.batch import Batch
 from lightning_peft.distributed import of_all, reduce_sums, worst
 from lightning_peft.training.guard import Guard
-from lightning_peft.training.health import Change, ChangeMeter
+from lightning_peft.training.health import ChangeMeter, ChangeSize
 from lightning_peft.training.model_flops import (
     attention_flops,
     linear_flops_per_token,
@@ -34,14 +34,14 @@ WARM_UP_STEPS = 2
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak allocated on CUDA; on a CPU the peak resident set of this process."""
+    """Return the peak allocated on CUDA; on a CPU the peak resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def host_memory_gib() -> float:
-    """Anonymous memory of this process now: mapped files are the machine's. Where it is not told, the peak of all."""
+    """Return this process's anonymous memory now: mapped files are the machine's. It is the peak of all if not told."""
     status = Path("/proc/self/status")
     _, found, rest = (status.read_text() if status.is_file() else "").partition("RssAnon:")
     return int(rest.split()[0]) / 2**20 if found else peak_memory_gib(torch.device("cpu"))
@@ -65,7 +65,7 @@ class Instant:
 
 
 def rank_and_alpha(module: LightningModule) -> dict[str, float]:
-    """What a sweep plots the loss against; empty for methods without a rank."""
+    """Return what a sweep plots the loss against; empty for methods without a rank."""
     config = module.adapter_config
     if not isinstance(config, AdapterConfig) or config.rank is None:
         return {}
@@ -75,13 +75,13 @@ def rank_and_alpha(module: LightningModule) -> dict[str, float]:
 
 
 def epochs_done(trainer: Trainer) -> float:
-    """Passes over the rows so far; whole ones only where nobody knows how long one is."""
+    """Return the passes over the rows so far; whole ones only where nobody knows how long one is."""
     batches = trainer.num_training_batches
     done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return trainer.current_epoch + (done / batches if batches != float("inf") else 0.0)
 
 
-def changes_alone(module: LightningModule) -> dict[str, Change]:
+def changes_alone(module: LightningModule) -> dict[str, ChangeSize]:
     """Return the changes of the adapted layers; empty where other modules train beside them. All ranks call it."""
     model, root = cast(PreTrainedModel, module.model), module.objective
     assert isinstance(root, nn.Module)
@@ -101,12 +101,12 @@ class StepMetrics(Callback):
         """Step and row; tokens are this rank's."""
         self.step_tokens = 0
         self.total_tokens = 0
-        """Of all ranks and steps that are flushed, those of earlier starts included."""
+        """Tokens of all ranks and steps that are flushed, those of earlier starts included."""
         self.step_started = Instant(torch.device("cpu"))
         self.step_squares: Tensor | float = 0.0
         """Squared lengths of the samples of this step, on the device; counted where the peak of the device is known."""
         self.step_rows: list[str] = []
-        """Where the rows of this step, of this rank, stand."""
+        """The places of the rows of this step, of this rank."""
         self.was_validated = False
         self.durations: list[tuple[float, int]] = []
         self.utilizations: list[float] = []
@@ -129,7 +129,7 @@ class StepMetrics(Callback):
         self.was_validated = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.was_validated:  # what other callbacks did at the validation is no part of the step either
+        if self.was_validated:  # the work of other callbacks at the validation is no part of the step either
             self.step_started, self.was_validated = Instant(pl_module.device), False
 
     def on_train_batch_end(
@@ -181,7 +181,7 @@ class StepMetrics(Callback):
             values["tokens_per_second"] = values["tokens"] / values["step_seconds"]
             values["supervised_tokens_per_second"] = values["supervised_tokens"] / values["step_seconds"]
             if self.flops_per_token:
-                # Attention is this rank's, of tokens all ranks': the others' samples are taken to be as long.
+                # Attention is this rank's, the tokens are all ranks': the others' samples are taken to be as long.
                 ranks = trainer.world_size
                 flops = self.flops_per_token * values["tokens"] + self.attention_flops * squares * ranks
                 values["mfu"] = model_flops_utilization(flops, seconds, ranks)
@@ -223,19 +223,19 @@ class StepMetrics(Callback):
 
     @property
     def loss(self) -> float | None:
-        """Loss of the last optimiser step, per supervised token over all ranks."""
+        """Return the loss of the last optimiser step, per supervised token over all ranks."""
         return None if self.last_loss is None else float(self.last_loss)
 
     def tokens_per_second(self) -> float | None:
-        """Median over the steps after the warm-up, real tokens over all ranks; None when there were none."""
+        """Return the median over the steps after the warm-up, real tokens over all ranks; None when there were none."""
         if not self.durations:
             return None
         return statistics.median(tokens / seconds for seconds, tokens in self.durations)
 
     def utilization(self) -> float | None:
-        """Median share of the devices' peak over the same steps; None where the peak is not known."""
+        """Return the median share of the devices' peak over the same steps; None where the peak is not known."""
         return statistics.median(self.utilizations) if self.utilizations else None
 
     def tokens_of_a_step(self) -> float:
-        """Median number of tokens over all ranks, of the same steps; 0 without any."""
+        """Return the median number of tokens over all ranks, of the same steps; 0 without any."""
         return float(statistics.median(tokens for _, tokens in self.durations)) if self.durations else 0.0

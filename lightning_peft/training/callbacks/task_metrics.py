@@ -17,7 +17,7 @@ from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.evaluation.scorers import Scorer, scores_of, spread, with_answer
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.tasks.task import Row
+from lightning_peft.tasks.task import TaskRow
 from lightning_peft.training.config import ValidationConfig
 from lightning_peft.training.strategies import ShardedModel
 
@@ -31,14 +31,14 @@ BATCH_SIZE = 32
 class Questions:
     """The validation rows that are answered each time."""
 
-    rows: list[Row]
+    rows: list[TaskRow]
     prompts: list[list[int]]
     """Token ids."""
 
     @classmethod
     def of(
         cls,
-        found: list[tuple[Row, Conversation]],
+        found: list[tuple[TaskRow, Conversation]],
         tokenizer: PreTrainedTokenizerFast,
         layout: PromptLayout,
         count: int,
@@ -103,7 +103,7 @@ class TaskMetrics(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for scorer in self.scorers:
             for name in scorer.names:
-                trainer.callback_metrics.pop(name, None)  # of the validation before, should this one score none
+                trainer.callback_metrics.pop(name, None)  # this validation may score none
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -131,7 +131,7 @@ class TaskMetrics(Callback):
             )  # fmt: skip
 
     def is_beyond_budget(self, trainer: Trainer) -> bool:
-        """Whether another scoring like the last would take more than the share; rank zero's clock decides."""
+        """Return whether another scoring like the last would take more than the share; rank zero's clock decides."""
         elapsed = self.clock() - self.started
         is_beyond = self.budget is not None and self.spent + self.last > self.budget * (elapsed + self.last)
         is_beyond = distributed.on_rank_zero(lambda: is_beyond)

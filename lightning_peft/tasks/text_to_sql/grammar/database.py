@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Self
 
-from lightning_peft.tasks.text_to_sql.grammar.schema import Rows, Schema, fill
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import RowsByTable, Schema, fill
 
 MAX_VM_STEPS = 500_000
 """sqlite virtual-machine steps that one query may take; a gold query takes a few thousand."""
@@ -14,7 +14,7 @@ MAX_VALUE_BYTES = 2_000
 """Longest value, and longest row in a sort: with the bound on steps no query holds more than about 200 MB."""
 STEPS_PER_CHECK = 10_000
 
-Row = tuple[object, ...]
+ResultRow = tuple[object, ...]
 
 
 class QueryError(ValueError):
@@ -29,7 +29,7 @@ def _allow_reads(action: int, *_: str | None) -> int:
 class Database:
     """A schema filled with rows; after the fill nothing but SELECT and WITH is allowed."""
 
-    def __init__(self, schema: Schema, rows: Rows) -> None:
+    def __init__(self, schema: Schema, rows: RowsByTable) -> None:
         # autocommit: a failed statement leaves no transaction open
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
         self._connection.execute("BEGIN")
@@ -49,8 +49,8 @@ class Database:
         self._checks_left -= 1
         return self._checks_left <= 0
 
-    def run(self, sql: str) -> list[Row]:
-        """The rows of one SELECT statement; raises QueryError on anything else or over the bounds."""
+    def run(self, sql: str) -> list[ResultRow]:
+        """Return the rows of one SELECT statement; raises QueryError on anything else or over the bounds."""
         self._checks_left = MAX_VM_STEPS // STEPS_PER_CHECK
         try:
             cursor = self._connection.execute(sql)
@@ -70,7 +70,7 @@ class Database:
 class DatabasePair:
     """The two databases on which an answer must be right: the row's seed and the next one, with other rows.
 
-    Filled when first asked; `with` closes them.
+    They are filled when first asked; `with` closes them.
     """
 
     def __init__(self, schema: Schema, seed: int) -> None:
@@ -86,8 +86,8 @@ class DatabasePair:
         for database in self._databases:
             database.close()
 
-    def run(self, sql: str) -> list[list[Row]]:
-        """The results on both; raises QueryError if one fails."""
+    def run(self, sql: str) -> list[list[ResultRow]]:
+        """Return the results on both; raises QueryError if one fails."""
         if not self._databases:
             for rows in (self.first_rows, fill(self._schema, self._seed + 1)):
                 self._databases.append(Database(self._schema, rows))
@@ -95,7 +95,7 @@ class DatabasePair:
 
 
 def is_ordered(sql: str) -> bool:
-    """Whether the order of the result counts; the grammar has ORDER BY at the outermost level only."""
+    """Return whether the order of the result counts; the grammar has ORDER BY at the outermost level only."""
     return " ORDER BY " in sql
 
 
@@ -105,12 +105,12 @@ def _same_value(a: object, b: object) -> bool:
     return a == b
 
 
-def _same_row(a: Row, b: Row) -> bool:
+def _same_row(a: ResultRow, b: ResultRow) -> bool:
     return len(a) == len(b) and all(_same_value(x, y) for x, y in zip(a, b, strict=True))
 
 
-def same_result(gold: Sequence[Row], answer: Sequence[Row], ordered: bool) -> bool:
-    """Equal rows, as a list if `ordered`, else as a multiset; numbers within a relative 1e-6."""
+def same_result(gold: Sequence[ResultRow], answer: Sequence[ResultRow], ordered: bool) -> bool:
+    """Return whether rows are equal, as a list if `ordered`, else as a multiset; numbers within a relative 1e-6."""
     if len(gold) != len(answer):
         return False
     if ordered:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lightning_peft.tasks.text_to_sql.grammar import phrasings
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import Column, RowsByTable, Schema, Table, Value
 from lightning_peft.tasks.text_to_sql.grammar.phrasings import Wording
-from lightning_peft.tasks.text_to_sql.grammar.schema import Column, Rows, Schema, Table, Value
 
 T = TypeVar("T")
 NUMBERS = ("integer", "real")
@@ -33,7 +33,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Condition:
-    """What stands after WHERE, and after the noun in the question."""
+    """The words after WHERE, and those after the noun in the question."""
 
     sql: str
     words: str
@@ -42,46 +42,46 @@ class Condition:
 
 
 def with_article(words: str) -> str:
-    """`a singer`, `an album`, `a university`."""
+    """Return `a singer`, `an album`, `a university`."""
     vowel = words[0] in "aeiou" and not words.startswith("uni")
     return f"an {words}" if vowel else f"a {words}"
 
 
 def names(columns: Sequence[Column], prefix: str = "") -> str:
-    """The columns as they stand after SELECT."""
+    """Return the columns as they stand after SELECT."""
     return ", ".join(prefix + column.name for column in columns)
 
 
 def column_words(columns: Sequence[Column]) -> dict[str, str]:
-    """Words for the columns to show."""
+    """Return words for the columns to show."""
     return {"columns": " and ".join(column.words for column in columns), "is": "is" if len(columns) == 1 else "are"}
 
 
 def thing_words(table: Table) -> dict[str, str]:
-    """Words for the table in question."""
+    """Return words for the table in question."""
     return {"thing": table.singular, "things": table.plural, "a_thing": with_article(table.singular)}
 
 
 def family_words(parent: Table, child: Table) -> dict[str, str]:
-    """Words for a child table in question and its parent."""
+    """Return words for a child table in question and its parent."""
     words = {"parent": parent.singular, "parents": parent.plural, "a_parent": with_article(parent.singular)}
     return {**words, **thing_words(child)}
 
 
 def order_by(expression: str, direction: str) -> str:
-    """ORDER BY; ASC is left out."""
+    """Return ORDER BY; ASC is left out."""
     return f"ORDER BY {expression} DESC" if direction == "DESC" else f"ORDER BY {expression}"
 
 
 def join(parent: Table, child: Table) -> str:
-    """FROM the child joined to its parent."""
+    """Return FROM the child joined to its parent."""
     return f"FROM {child.name} JOIN {parent.name} ON {child.name}.{parent.name}_id = {parent.name}.id"
 
 
 class Draw:
     """Draws from one schema, its rows and the wordings of one split."""
 
-    def __init__(self, rng: random.Random, schema: Schema, rows: Rows, held_out: bool) -> None:
+    def __init__(self, rng: random.Random, schema: Schema, rows: RowsByTable, held_out: bool) -> None:
         self.rng = rng
         self.schema = schema
         self.rows = rows
@@ -91,7 +91,7 @@ class Draw:
         return self.rng.choice(wording.held_out if self.held_out else wording.train)
 
     def one(self, options: Sequence[T]) -> T:
-        """A random member; raises Unavailable if there is none."""
+        """Return a random member; raises Unavailable if there is none."""
         if not options:
             raise Unavailable
         return self.rng.choice(options)
@@ -100,18 +100,18 @@ class Draw:
         return self.one(self.schema.tables)
 
     def link(self) -> tuple[Table, Table]:
-        """A (parent, child) pair."""
+        """Return a (parent, child) pair."""
         return self.one(self.schema.children())
 
     def direction(self) -> str:
         return self.rng.choice(["DESC", "ASC"])
 
     def column(self, table: Table, *kinds: str, exclude: Sequence[Column] = ()) -> Column:
-        """A column of these kinds."""
+        """Return a column of these kinds."""
         return self.one([column for column in table.of_kind(*kinds) if column not in exclude])
 
     def columns(self, table: Table, most: int = 2, exclude: Sequence[Column] = ()) -> list[Column]:
-        """One to `most` columns to show, the label more often than others."""
+        """Return one to `most` columns to show, the label more often than others."""
         options = [column for column in table.columns if column not in exclude]
         labels = [column for column in options if column.kind == "label"]
         first = self.rng.choice(labels) if labels and self.rng.random() < 0.5 else self.one(options)
@@ -124,13 +124,13 @@ class Draw:
         return [row[column.name] for row in self.rows[table.name]]
 
     def aggregate(self, table: Table) -> tuple[str, str, Column]:
-        """Function, its word and the column."""
+        """Return the function, its word and the column."""
         column = self.column(table, "integer", "real", "year")
         function = self.rng.choice(["min", "max"] if column.kind == "year" else ["avg", "sum", "min", "max"])
         return function, self.rng.choice(phrasings.AGGREGATES[function]), column
 
     def condition(self, table: Table, prefix: str = "", exclude: Sequence[Column] = ()) -> Condition:
-        """One comparison of a column with a value that occurs in it."""
+        """Return one comparison of a column with a value that occurs in it."""
         column = self.column(table, "category", *RANGES, exclude=exclude)
         value = self.rng.choice(self.values(table, column))
         if column.kind == "category":
@@ -144,7 +144,7 @@ class Draw:
         return Condition(f"{prefix}{column.name} {operator} {literal}", self._words(key, column, value))
 
     def between(self, table: Table) -> Condition:
-        """A column between two values that occur in it, with at least one value between them."""
+        """Return a column between two values that occur in it, with at least one value between them."""
         column = self.column(table, "integer", "real", "year")
         values = sorted(set(self.values(table, column)), key=float)
         if len(values) < 4:
@@ -154,7 +154,7 @@ class Draw:
         return Condition(f"{column.name} BETWEEN {low} AND {high}", self._words("between", column, low, high))
 
     def like(self, table: Table) -> Condition:
-        """A label that starts with, ends with or contains one or two letters."""
+        """Return a label that starts with, ends with or contains one or two letters."""
         column = self.column(table, "label")
         word = self.rng.choice(str(self.rng.choice(self.values(table, column))).split())
         key = self.rng.choice(["starts", "contains", "ends"])
@@ -170,7 +170,7 @@ class Draw:
         return Condition(f"{column.name} LIKE '{pattern}'", self._words(key, column, value))
 
     def compound(self, table: Table, *connectives: str) -> Condition:
-        """Conditions on two different columns joined by AND or OR."""
+        """Return conditions on two different columns joined by AND or OR."""
         first = self.column(table, "category", *RANGES)
         a = self.condition(table, exclude=[column for column in table.columns if column != first])
         b = self.condition(table, exclude=[first])
@@ -179,7 +179,7 @@ class Draw:
         return Condition(f"{a.sql} {connective} {b.sql}", words, (a.sql, b.sql))
 
     def nested(self, table: Table) -> Condition:
-        """A AND (B OR C)."""
+        """Return A AND (B OR C)."""
         either = self.compound(table, "OR")
         both = self.condition(table)
         parts = (both.sql, f"{both.sql} AND {either.parts[0]}", f"{both.sql} AND {either.parts[1]}")

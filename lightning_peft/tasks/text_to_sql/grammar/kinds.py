@@ -10,7 +10,7 @@ from lightning_peft.tasks.text_to_sql.grammar.questions import QUESTIONS
 
 
 @dataclass(frozen=True)
-class Kind:
+class QueryKind:
     """One kind of query: how hard it is, how it is drawn, the key of its wordings in `QUESTIONS`."""
 
     level: str
@@ -19,50 +19,50 @@ class Kind:
 
 
 KINDS = {
-    "list": Kind("easy", one_table.list_columns, "list"),
-    "filter": Kind("easy", one_table.filter_rows, "filter"),
-    "count": Kind("easy", one_table.count_rows, "count"),
-    "count_filter": Kind("easy", one_table.count_filter, "count_filter"),
-    "aggregate": Kind("easy", one_table.aggregate, "aggregate"),
-    "aggregate_filter": Kind("easy", one_table.aggregate_filter, "aggregate_filter"),
-    "sort": Kind("easy", one_table.sort, "sort"),
-    "distinct": Kind("easy", one_table.distinct, "distinct"),
-    "count_distinct": Kind("easy", one_table.count_distinct, "count_distinct"),
-    "top": Kind("medium", one_table.top, "top"),
-    "top_several": Kind("medium", one_table.top_several, "top_several"),
-    "compound": Kind("medium", one_table.filter_compound, "filter"),
-    "count_compound": Kind("medium", one_table.count_compound, "count_filter"),
-    "between": Kind("medium", one_table.filter_between, "filter"),
-    "like": Kind("medium", one_table.filter_like, "filter"),
-    "group_count": Kind("medium", one_table.group_count, "group_count"),
-    "group_aggregate": Kind("medium", one_table.group_aggregate, "group_aggregate"),
-    "join_list": Kind("medium", several_tables.join_list, "join_list"),
-    "join_filter": Kind("medium", several_tables.join_filter, "join_filter"),
-    "join_count": Kind("medium", several_tables.join_count, "join_count"),
-    "nested": Kind("hard", one_table.filter_nested, "filter"),
-    "having": Kind("hard", one_table.having, "having"),
-    "having_aggregate": Kind("hard", one_table.having_aggregate, "having_aggregate"),
-    "most_common": Kind("hard", one_table.most_common, "most_common"),
-    "children_count": Kind("hard", several_tables.children_count, "children_count"),
-    "children_having": Kind("hard", several_tables.children_having, "children_having"),
-    "most_children": Kind("hard", several_tables.most_children, "most_children"),
-    "no_children": Kind("hard", several_tables.no_children, "no_children"),
-    "children_in": Kind("hard", several_tables.children_in, "children_in"),
-    "versus_average": Kind("hard", one_table.versus_average, "versus_average"),
-    "versus_group": Kind("hard", one_table.versus_group, "versus_group"),
-    "intersect": Kind("hard", one_table.intersect, "intersect"),
-    "except": Kind("hard", one_table.set_difference, "except"),
-    "grandparent_filter": Kind("hard", several_tables.grandparent_filter, "grandparent_filter"),
+    "list": QueryKind("easy", one_table.list_columns, "list"),
+    "filter": QueryKind("easy", one_table.filter_rows, "filter"),
+    "count": QueryKind("easy", one_table.count_rows, "count"),
+    "count_filter": QueryKind("easy", one_table.count_filter, "count_filter"),
+    "aggregate": QueryKind("easy", one_table.aggregate, "aggregate"),
+    "aggregate_filter": QueryKind("easy", one_table.aggregate_filter, "aggregate_filter"),
+    "sort": QueryKind("easy", one_table.sort, "sort"),
+    "distinct": QueryKind("easy", one_table.distinct, "distinct"),
+    "count_distinct": QueryKind("easy", one_table.count_distinct, "count_distinct"),
+    "top": QueryKind("medium", one_table.top, "top"),
+    "top_several": QueryKind("medium", one_table.top_several, "top_several"),
+    "compound": QueryKind("medium", one_table.filter_compound, "filter"),
+    "count_compound": QueryKind("medium", one_table.count_compound, "count_filter"),
+    "between": QueryKind("medium", one_table.filter_between, "filter"),
+    "like": QueryKind("medium", one_table.filter_like, "filter"),
+    "group_count": QueryKind("medium", one_table.group_count, "group_count"),
+    "group_aggregate": QueryKind("medium", one_table.group_aggregate, "group_aggregate"),
+    "join_list": QueryKind("medium", several_tables.join_list, "join_list"),
+    "join_filter": QueryKind("medium", several_tables.join_filter, "join_filter"),
+    "join_count": QueryKind("medium", several_tables.join_count, "join_count"),
+    "nested": QueryKind("hard", one_table.filter_nested, "filter"),
+    "having": QueryKind("hard", one_table.having, "having"),
+    "having_aggregate": QueryKind("hard", one_table.having_aggregate, "having_aggregate"),
+    "most_common": QueryKind("hard", one_table.most_common, "most_common"),
+    "children_count": QueryKind("hard", several_tables.children_count, "children_count"),
+    "children_having": QueryKind("hard", several_tables.children_having, "children_having"),
+    "most_children": QueryKind("hard", several_tables.most_children, "most_children"),
+    "no_children": QueryKind("hard", several_tables.no_children, "no_children"),
+    "children_in": QueryKind("hard", several_tables.children_in, "children_in"),
+    "versus_average": QueryKind("hard", one_table.versus_average, "versus_average"),
+    "versus_group": QueryKind("hard", one_table.versus_group, "versus_group"),
+    "intersect": QueryKind("hard", one_table.intersect, "intersect"),
+    "except": QueryKind("hard", one_table.set_difference, "except"),
+    "grandparent_filter": QueryKind("hard", several_tables.grandparent_filter, "grandparent_filter"),
 }
 LEVEL_SHARES = {"easy": 0.45, "medium": 0.35, "hard": 0.20}
 
 
 def draw_kind(rng: random.Random) -> str:
-    """A kind of query: the level by its share, then every kind of that level alike."""
+    """Return a kind of query: the level by its share, then every kind of that level alike."""
     level = rng.choices(list(LEVEL_SHARES), weights=list(LEVEL_SHARES.values()))[0]
     return rng.choice([name for name, kind in KINDS.items() if kind.level == level])
 
 
-def ask(draw: Draw, query: Query, kind: Kind) -> str:
-    """The question in words."""
+def ask(draw: Draw, query: Query, kind: QueryKind) -> str:
+    """Return the question in words."""
     return draw.phrase(QUESTIONS[kind.phrasing]).format(**query.words)

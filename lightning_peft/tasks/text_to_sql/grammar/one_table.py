@@ -3,6 +3,7 @@
 from collections import Counter
 
 from lightning_peft.tasks.text_to_sql.grammar import phrasings
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import Table
 from lightning_peft.tasks.text_to_sql.grammar.draw import (
     NUMBERS,
     RANGES,
@@ -15,7 +16,6 @@ from lightning_peft.tasks.text_to_sql.grammar.draw import (
     thing_words,
     with_article,
 )
-from lightning_peft.tasks.text_to_sql.grammar.schema import Table
 
 
 def list_columns(draw: Draw) -> Query:

@@ -1,4 +1,4 @@
-"""How parts of a question are worded: for each a list for training and a list held out for validation and test."""
+"""The wordings of a question's parts: for each a list for training and a list held out for validation and test."""
 
 from dataclasses import dataclass
 
@@ -160,7 +160,7 @@ ORDERS = {
     ),
 }
 
-# Single words: the same for all splits.
+# Single words are the same for all splits.
 AGGREGATES = {
     "avg": ("average", "mean"),
     "sum": ("total",),

@@ -57,7 +57,7 @@ def children_having(draw: Draw) -> Query:
 def most_children(draw: Draw) -> Query:
     parent, child = draw.link()
     label = draw.column(parent, "label")
-    # Only "most": parents without children have the fewest, and an inner join leaves them out.
+    # Only "most" is asked: parents without children have the fewest, and an inner join leaves them out.
     grouped = f"{join(parent, child)} GROUP BY {parent.name}.id"
     order = order_by("count(*)", "DESC")
     words = {"parent_column": label.words, "extreme": phrasings.EXTREMES["DESC"], **family_words(parent, child)}

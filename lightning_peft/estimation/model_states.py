@@ -1,4 +1,4 @@
-"""What a model and its optimiser store, by component: exact, read from the modules and never from their values."""
+"""The bytes that a model and its optimiser store, by component: exact, read from the modules and never from values."""
 
 import math
 from collections import Counter
@@ -27,7 +27,7 @@ def array_of(tensor: Tensor) -> Array:
 
 
 def stored_weights(model: PreTrainedModel, shards: int = 1, whole: Container[int] = (), buffers: bool = True) -> Held:
-    """Every parameter and buffer of the model on one of so many ranks that share it; a tied tensor counts once.
+    """Return every parameter and buffer of the model on one of so many ranks that share it; a tied tensor counts once.
 
     `whole` are ids of parameters that are not sharded yet; without `buffers` only parameters are counted.
 
@@ -56,7 +56,7 @@ def stored_weights(model: PreTrainedModel, shards: int = 1, whole: Container[int
 
 
 def loaded_weights(model: PreTrainedModel, shards: int) -> Held:
-    """What a rank holds when the last block is filled and not sharded yet, the root group neither."""
+    """Return what a rank holds when the last block is filled, and neither it nor the root group is sharded yet."""
     sharded = {id(p) for block in transformer_blocks(model)[:-1] for p in block.parameters()}
     return stored_weights(model, shards, {id(p) for p in model.parameters()} - sharded)
 
@@ -72,14 +72,14 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def shard(array: Array, shards: int) -> Array:
-    """The largest slice of a tensor that FSDP2 cuts along its rows."""
+    """Return the largest slice of a tensor that FSDP2 cuts along its rows."""
     if shards == 1 or not array.shape:
         return array
     return Array((math.ceil(array.shape[0] / shards), *array.shape[1:]), array.dtype)
 
 
 def optimizer_states(trained: Iterable[Tensor], name: str, shards: int, pages: bool) -> tuple[Held, int]:
-    """What the optimiser keeps on the device, and with `pages` the bytes that live in host memory instead."""
+    """Return what the optimiser keeps on the device, and with `pages` the bytes that live in host memory instead."""
     choice = OPTIMIZERS[name]
     held: Held = Counter()
     paged = 0
@@ -116,17 +116,17 @@ def importance_scores(model: PreTrainedModel) -> Held:
 
 
 def optimizer_scratch(trained: Iterable[Tensor], name: str, shards: int, accelerator: str) -> Held:
-    """What a step of the optimiser needs for a moment: bitsandbytes on a CPU computes in fp32 copies."""
+    """Return what a step of the optimiser needs for a moment: bitsandbytes on a CPU computes in fp32 copies."""
     if OPTIMIZERS[name].state_bits != 8 or accelerator != "cpu":
         return Counter()
     largest = max((shard(array_of(t), shards) for t in trained), key=lambda array: array.nbytes)
-    # Both states, the scaled gradient and two steps of the denominator.
+    # A step needs both states, the scaled gradient and two steps of the denominator.
     return Counter({(WORKSPACE, largest): 5})
 
 
 def gathered_weights(model: PreTrainedModel) -> Held:
-    """What an FSDP2 rank holds beyond its slices: the root group, gathered through the whole step, and the largest
-    block, gathered once for the computation and once as it came from the other ranks."""
+    """Return what an FSDP2 rank holds beyond its slices: the root group, gathered through the whole step, and the
+    largest block, gathered once for the computation and once as it came from the other ranks."""
     blocks = transformer_blocks(model)
     inside = {id(p) for block in blocks for p in block.parameters()}
     root = Counter((GATHERED, array_of(p)) for p in model.parameters() if id(p) not in inside)
@@ -136,7 +136,7 @@ def gathered_weights(model: PreTrainedModel) -> Held:
 
 
 def whole_weights(trained: Iterable[Tensor]) -> Held:
-    """What rank zero gathers to save, at its most: everything trained so far, and twice the one on its way."""
+    """Return the most that rank zero gathers to save: everything trained so far, and twice the one on its way."""
     held: Held = Counter()
     most = held
     for tensor in trained:
@@ -147,7 +147,7 @@ def whole_weights(trained: Iterable[Tensor]) -> Held:
 
 
 def loading_scratch(model: PreTrainedModel) -> Held:
-    """What reading the largest weight needs beside the finished model: quantising holds it dense, and its codes twice.
+    """Return the need of reading the largest weight beside the finished model: its dense form, and its codes twice.
 
     Dense weights are read into the memory they stay in.
     """

@@ -38,7 +38,7 @@ WRAPPERS = ("base_layer", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def quantize_linears(model: nn.Module, config: QuantizationConfig) -> list[str]:
-    """Replace the model's linear layers by 4-bit ones, one at a time, each dense weight freed at once; their names.
+    """Replace the model's linear layers by 4-bit ones one at a time, each dense weight freed at once; return the names.
 
     ValueError names the layers that cannot be quantised, before any is touched.
     """
@@ -59,7 +59,7 @@ def quantize_linears(model: nn.Module, config: QuantizationConfig) -> list[str]:
 
 
 def prepare_quantized(model: nn.Module, config: QuantizationConfig) -> list[str]:
-    """Replace the linear layers of a model on the meta device by 4-bit ones without values; their names.
+    """Replace the linear layers of a model on the meta device by 4-bit ones without values; return their names.
 
     Each weight is then handed to `load_weight` as it is read, so that no more than one is dense at a time.
     """
@@ -90,7 +90,7 @@ def _empty_experts(layer: ExpertLinear, config: QuantizationConfig) -> Quantized
 def load_weight(model: nn.Module, name: str, weight: Tensor) -> bool:
     """Give a dense weight to the layer that stands for the parameter of that name, quantising it where it is coded.
 
-    False when the model has the parameter itself. Codes stay on the weight's device.
+    The result is False when the model has the parameter itself. Codes stay on the weight's device.
     """
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
@@ -234,7 +234,7 @@ def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> tuple[li
             raise ValueError(
                 f"quantization.kind={config.kind.name}: {name} {problem}; quantization.exclude keeps a layer dense"
             )
-        if is_linear(module):  # not a subclass whose forward is another, such as a router's
+        if is_linear(module):  # a subclass may have another forward, such as a router's
             names.append(name)
         for own in projections(module):
             whole = f"{name}.{own}"

@@ -21,7 +21,7 @@ REMEMBERED_LOOKS = 20
 
 
 class RunPart(Part):
-    """What is known of a run: its figures are read from the device only when they are shown."""
+    """The figures known of a run, read from the device only when they are shown."""
 
     def __init__(self, total: int):
         super().__init__("training", total)

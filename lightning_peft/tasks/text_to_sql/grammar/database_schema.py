@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lightning_peft.tasks.text_to_sql.grammar import domains
 
 Value = str | int | float
-Rows = dict[str, list[dict[str, Value]]]
+RowsByTable = dict[str, list[dict[str, Value]]]
 """Rows of each table, by table name."""
 
 FIRST_NAMES = (
@@ -55,7 +55,7 @@ class Column:
 
     @property
     def words(self) -> str:
-        """The name as it stands in a question."""
+        """Return the name as it stands in a question."""
         return self.name.replace("_", " ")
 
 
@@ -85,7 +85,7 @@ class Table:
 
     @property
     def column_names(self) -> list[str]:
-        """All names in the order of the database: id, the columns, the foreign key."""
+        """Return all names in the order of the database: id, the columns, the foreign key."""
         foreign_key = [f"{self.parent}_id"] if self.parent else []
         return ["id", *(column.name for column in self.columns), *foreign_key]
 
@@ -97,11 +97,11 @@ class Schema:
     tables: tuple[Table, ...]
 
     def line(self) -> str:
-        """For the prompt: `singer(id, name, age) | album(id, title, singer_id)`; `parse_schema` reads it back."""
+        """Return the prompt's line: `singer(id, name) | album(id, title, singer_id)`; `parse_schema` reads it back."""
         return " | ".join(f"{table.name}({', '.join(table.column_names)})" for table in self.tables)
 
     def create_statements(self) -> list[str]:
-        """One CREATE TABLE for each table, with its foreign key."""
+        """Return one CREATE TABLE for each table, with its foreign key."""
         types = {"integer": "INTEGER", "year": "INTEGER", "real": "REAL"}
         statements = []
         for table in self.tables:
@@ -112,7 +112,7 @@ class Schema:
         return statements
 
     def children(self) -> list[tuple[Table, Table]]:
-        """Every (parent, child) pair."""
+        """Return every (parent, child) pair."""
         by_name = {table.name: table for table in self.tables}
         return [(by_name[table.parent], table) for table in self.tables if table.parent]
 
@@ -151,7 +151,7 @@ TABLES = {table.name: table for domains in DOMAINS.values() for tables in domain
 
 
 def draw_schema(rng: random.Random, split: str) -> Schema:
-    """Two or three tables of one domain of the split, each with two to four of its columns."""
+    """Return two or three tables of one domain of the split, each with two to four of its columns."""
     tables = rng.choice(DOMAINS[split])
     if rng.random() < 0.7:
         tables = tables[:2]
@@ -166,7 +166,7 @@ def draw_schema(rng: random.Random, split: str) -> Schema:
 
 
 def parse_schema(line: str) -> Schema:
-    """The schema that `Schema.line` wrote; raises ValueError on a table or column outside the vocabulary."""
+    """Return the schema that `Schema.line` wrote; raises ValueError on a table or column outside the vocabulary."""
     tables = []
     for part in line.split(" | "):
         name, _, columns = part.rstrip(")").partition("(")
@@ -203,10 +203,10 @@ def _fill_column(rng: random.Random, column: Column, count: int) -> list[Value]:
     return list(_distinct_numbers(rng, int(low), int(high), count))
 
 
-def fill(schema: Schema, seed: int) -> Rows:
-    """Rows for every table, a function of (schema, seed); some parents have no child."""
+def fill(schema: Schema, seed: int) -> RowsByTable:
+    """Return the rows of every table, a function of (schema, seed); some parents have no child."""
     rng = random.Random(seed)
-    rows: Rows = {}
+    rows: RowsByTable = {}
     for depth, table in enumerate(schema.tables):
         count = rng.randint(7, 10) if depth == 0 else rng.randint(11, 15)
         columns: dict[str, list[Value]] = {"id": list(range(1, count + 1))}

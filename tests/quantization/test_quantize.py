@@ -8,7 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from lightning_peft.models.tiny import tiny_config, tiny_model
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.quantization.convert import (
+from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.quantize import (
     bits_per_parameter,
     dequantized_linear,
     load_weight,
@@ -17,7 +18,6 @@ from lightning_peft.quantization.convert import (
     quantize_linears,
     weights_fingerprint,
 )
-from lightning_peft.quantization.linear import QuantizedLinear
 
 NF4 = QuantizationConfig(kind=Kind.nf4)
 LINEARS_PER_BLOCK = 7

@@ -13,9 +13,9 @@ from lightning_peft.models.conversion import Fusion
 from lightning_peft.models.weight_files import WeightSource
 from lightning_peft.quantization.experts import expert_stacks
 from lightning_peft.quantization.published.format import LowBitWeight, PublishedFormat, matches_target
-from lightning_peft.quantization.published.formats import published_format
 from lightning_peft.quantization.published.layers import dense_low_bit, prepare_low_bit, scale_a_row
 from lightning_peft.quantization.published.mxfp4 import MXFP4
+from lightning_peft.quantization.published.registry import published_format
 from lightning_peft.quantization.weights import is_linear
 
 logger = logging.getLogger(__name__)
@@ -118,9 +118,9 @@ def check_named(source: WeightSource) -> None:
 def prepare_low_bit_layers(
     model: PreTrainedModel, source: LowBitSource, direct: Mapping[str, str], fused: Mapping[str, Fusion]
 ) -> list[str]:
-    """Make those layers of an empty model coded ones that the checkpoint holds so; names of their parameters.
+    """Make those layers of an empty model coded ones that the checkpoint holds so; return their parameters' names.
 
-    ValueError for low-bit weights that transformers puts together in a way that codes cannot be.
+    Raises ValueError for low-bit weights that transformers puts together in a way that codes cannot be.
     """
     names = {name: _layer(key) for name, key in direct.items() if key in source.coded}
     for name, fusion in fused.items():
@@ -141,7 +141,7 @@ def prepare_low_bit_layers(
 
 
 def prepare_by_config(model: PreTrainedModel, form: PublishedFormat) -> list[str]:
-    """Make those layers of an empty model coded ones that config.json says are; names of their parameters.
+    """Make those layers of an empty model coded ones that config.json says are; return their parameters' names.
 
     All linear layers and experts are, but for the output head and those that it names.
     """
@@ -162,7 +162,7 @@ def _layer(key: str) -> str:
 
 
 def _keeps_columns(fusion: Fusion) -> bool:
-    """Whether a rule only stacks matrices and puts rows under rows, so that codes and scales go the same way."""
+    """Return whether a rule only stacks matrices and puts rows under rows, so that codes and scales go the same way."""
     stacks = any(isinstance(operation, MergeModulelist) for operation in fusion.rule.operations)
     return len(fusion.rule.target_patterns) == 1 and all(
         isinstance(op, MergeModulelist) or (isinstance(op, Concatenate) and op.dim == int(stacks))

@@ -9,7 +9,7 @@ from adapter_models import adapted, llama, logits, perturb, reset, tokens, wrapp
 from torch import Tensor, nn
 
 from lightning_peft.adapters.eva import initialize_from_activations
-from lightning_peft.adapters.init import INITS, initialize_from_weights
+from lightning_peft.adapters.initialization import INITS, initialize_from_weights
 from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig, LoRALinear
 from lightning_peft.quantization.weights import dense_weight
@@ -172,7 +172,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def inputs_of(name: str) -> Tensor:
-    """What a layer is fed by the batches, without padding, (tokens, width)."""
+    """Return what a layer is fed by the batches, without padding, (tokens, width)."""
     model, seen = llama(), []
     model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, :9].flatten(0, 1)))
     with torch.no_grad():

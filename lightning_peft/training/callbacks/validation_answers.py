@@ -21,7 +21,7 @@ from lightning_peft.training.strategies import ShardedModel
 logger = logging.getLogger(__name__)
 
 
-class Samples(Callback):
+class ValidationAnswers(Callback):
     """After each validation during training, writes what base and adapter answer to `<run_dir>/samples.jsonl`.
 
     Each conversation is asked for its last answer; what the data give is written beside the model's.
@@ -55,7 +55,7 @@ class Samples(Callback):
             self.write(trainer, base, answers)
 
     def generate(self, pl_module: LightningModule) -> tuple[Sequence[str | None], list[str]]:
-        """(what the base answers, None where it is trained itself; what the model answers now)."""
+        """Return (what the base answers, None where it is trained itself; what the model answers now)."""
         model = pl_module.model
         assert isinstance(model, PreTrainedModel)
         if self.base_answers is None and next(adapters(model), None) is not None:

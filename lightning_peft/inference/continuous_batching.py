@@ -24,18 +24,18 @@ class Choice:
 
 
 @dataclass
-class Row:
+class RunningSequence:
     """One answer being written."""
 
     prompt: list[int]
     sampling: SamplingConfig
     on_token: Callable[[Choice], bool]
-    """Takes a token; returns whether the answer goes on."""
+    """Function that takes a token and returns whether the answer goes on."""
     slot: int = -1
     """Adapter slot; -1 is the base."""
     top_logprobs: int = 0
     wants_logprobs: bool = True
-    """Whether `Choice.logprob` is read; else it is nan."""
+    """True where `Choice.logprob` is read; it is nan otherwise."""
     tokens: list[int] = field(default_factory=list)
     generator: torch.Generator = field(default_factory=torch.Generator)
 
@@ -74,10 +74,10 @@ class Decoder:
         self.is_static = why_not_static(model) is None
         self.steps: Steps = StaticSteps(model, slots) if self.is_static else PlainSteps(model, slots)
         self.can_batch = self.is_static or can_repeat_prefix(model)
-        self.rows: list[Row] = []
+        self.rows: list[RunningSequence] = []
 
     @torch.inference_mode()
-    def add(self, *rows: Row) -> None:
+    def add(self, *rows: RunningSequence) -> None:
         """Run the prompts of rows and give each its first token; those that go on take part in the next step."""
         added = sorted(rows, key=lambda row: row.slot)  # rows of one adapter side by side are read together
         scores = self.steps.begin([row.prompt for row in added], [row.slot for row in added])
@@ -85,12 +85,12 @@ class Decoder:
         self._choose(scores, added)
 
     @torch.inference_mode()
-    def step(self) -> list[Row]:
+    def step(self) -> list[RunningSequence]:
         """Give every row its next token; return those that ended."""
         scores = self.steps.step([row.tokens[-1] for row in self.rows], [row.slot for row in self.rows])
         return self._choose(scores, list(self.rows))
 
-    def drop(self, rows: list[Row]) -> None:
+    def drop(self, rows: list[RunningSequence]) -> None:
         """Take rows out; the last ones take their places, so that no other moves."""
         gone = set(map(id, rows))
         kept = [i for i, row in enumerate(self.rows) if id(row) not in gone]
@@ -106,7 +106,7 @@ class Decoder:
         self.rows = [self.rows[i] for i in kept]
         self.steps.keep(kept)
 
-    def _choose(self, scores: Tensor, rows: list[Row]) -> list[Row]:
+    def _choose(self, scores: Tensor, rows: list[RunningSequence]) -> list[RunningSequence]:
         """Give rows, the last of the batch, a token from their scores (rows, V); take out and return those that end."""
         best = scores.float().argmax(-1).tolist()  # in bf16 a search takes four times as long on a CPU
         asked = [i for i, row in enumerate(rows) if row.is_scored]

@@ -18,21 +18,21 @@ from transformers import PreTrainedModel
 
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.conversion import Fusion, LoadingPlan, plan_loading
-from lightning_peft.models.low_bit import LowBitSource, prepare_low_bit_layers
+from lightning_peft.models.low_bit_source import LowBitSource, prepare_low_bit_layers
 from lightning_peft.models.multimodal import remember_files
 from lightning_peft.models.weight_files import PickledSource, SafetensorsSource, WeightSource
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.quantization.convert import load_weight, prepare_quantized
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
-from lightning_peft.quantization.published.formats import check_not_requantised
 from lightning_peft.quantization.published.layers import load_low_bit
+from lightning_peft.quantization.published.registry import check_not_requantised
+from lightning_peft.quantization.quantize import load_weight, prepare_quantized
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters on the meta device and real buffers, such as rotary frequencies."""
+    """Give modules built inside parameters on the meta device and real buffers, such as rotary frequencies."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -149,7 +149,7 @@ def stream_weights(
                 if not buffer.is_meta and buffer.device != device:
                     put_tensor(model, buffer_name, buffer.to(device))
         for name in [name for name in missing if part_of(name, steps) == part]:
-            # A block whose weights are another's, as Zamba 2 repeats one; the checkpoint holds them once.
+            # A block's weights may be another's, as Zamba 2 repeats one; the checkpoint holds them once.
             source_name = model.all_tied_weights_keys.get(name)
             if source_name is not None and source_name in targets and source_name not in missing:
                 share_tensor(model, name, source_name)
@@ -167,7 +167,7 @@ def stream_weights(
 
 
 def is_empty(tensor: Tensor) -> bool:
-    """Whether a weight matrix holds zeros alone, as in a file whose place was taken and whose bytes did not come."""
+    """Return whether a weight matrix is all zeros, as in a file whose place was taken and whose bytes did not come."""
     if tensor.ndim < 2 or not tensor.is_floating_point() or tensor.itemsize == 1:
         return False
     first = tensor.reshape(-1)[:1024]
@@ -185,7 +185,7 @@ def remedy_for(model: PreTrainedModel, lacking: list[str], unused: list[str]) ->
 
 
 def part_of(name: str, parts: Container[str]) -> str:
-    """The part that a parameter's name lies in; "" where that is none of them."""
+    """Return the part that a parameter's name lies in; "" where that is none of them."""
     words = name.split(".")
     return next((part for end in range(1, len(words)) if (part := ".".join(words[:end])) in parts), "")
 
@@ -230,7 +230,7 @@ def share_tensor(model: nn.Module, name: str, source: str) -> None:
 
 
 def fp32_pattern(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:
-    """Names of the parameters this architecture keeps in fp32, such as routing biases."""
+    """Return a pattern of the names of the parameters this architecture keeps in fp32, such as routing biases."""
     if dtype is None:
         return None
     names = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
@@ -240,7 +240,7 @@ def fp32_pattern(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Patter
 
 
 def bitsandbytes_layers(source: WeightSource) -> dict[str, set[str]]:
-    """Layers whose weights the checkpoint holds as bitsandbytes' 4-bit codes, with their keys."""
+    """Return the layers whose weights the checkpoint holds as bitsandbytes' 4-bit codes, with their keys."""
     layers: dict[str, set[str]] = {}
     for key in source.names():
         name, marker, _ = key.partition(".weight.quant_state.bitsandbytes__")
@@ -255,9 +255,9 @@ def bitsandbytes_layers(source: WeightSource) -> dict[str, set[str]]:
 
 
 def take_coded_layers(plan: LoadingPlan, codes: Mapping[str, set[str]]) -> dict[str, str]:
-    """Take the layers that bitsandbytes has quantised out of a plan; model's name of each: the checkpoint's.
+    """Take the layers that bitsandbytes has quantised out of a plan; return the checkpoint's name by the model's.
 
-    ValueError for one that is no layer by itself in the model, or is in a part that stays on disk.
+    Raises ValueError for one that is no layer by itself in the model, or is in a part that stays on disk.
     """
     found: dict[str, str] = {}
     for name, key in list(plan.direct.items()):
@@ -288,7 +288,7 @@ def prepare_bitsandbytes_layers(
     model: nn.Module, source: WeightSource, codes: Mapping[str, set[str]], layers: Mapping[str, str]
 ) -> None:
     """Replace the linear layers the checkpoint holds as codes, by its names, by 4-bit ones without values."""
-    # Imports bitsandbytes, four seconds that only such a checkpoint needs.
+    # This imports bitsandbytes, four seconds that only such a checkpoint needs.
     from lightning_peft.quantization.bitsandbytes_format import PACKED, layer_without_codes
 
     for name, stored in layers.items():
@@ -302,7 +302,7 @@ def put_bitsandbytes_layer(
     model: nn.Module, name: str, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Fill a layer with the codes bitsandbytes stored, by their names below the layer, computing in `dtype`."""
-    from lightning_peft.quantization.bitsandbytes_format import from_bitsandbytes_state  # as slow as above
+    from lightning_peft.quantization.bitsandbytes_format import from_bitsandbytes_state  # it is as slow as above
 
     stored = from_bitsandbytes_state(tensors)
     stored = stored.to(device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Whether samples are packed for a model: `data.packing` made concrete; and whether those of several runs may be."""
+"""The decision whether a model's samples are packed: `data.packing` made concrete; and whether several runs' are."""
 
 import logging
 from collections.abc import Mapping
@@ -15,13 +15,14 @@ from lightning_peft.models.source import VARLEN
 logger = logging.getLogger(__name__)
 
 OF_OTHER_HEADS = ("classifier_", "summary_")
-"""How a configuration's options begin that are for heads that no causal language model has."""
+"""Beginnings of a configuration's options that are for heads that no causal language model has."""
 
 
 def packing_of(config: DataConfig, model: PreTrainedModel) -> bool:
-    """Whether rows hold several samples; a model on the meta device will do.
+    """Return whether rows hold several samples; a model on the meta device will do.
 
-    `auto` packs where samples stay apart, and says so where they would not. ValueError for true where they would not.
+    `auto` packs where samples stay apart, and says so where they would not. Raises ValueError for true
+    where they would not.
     """
     if follows_length(model.config, config.max_length):
         problem = "the longest of packed samples would set the rotary frequencies of all"

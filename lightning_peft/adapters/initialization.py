@@ -1,4 +1,4 @@
-"""How A and B of a low-rank adapter start: pure functions, and `INITS`, the table of them.
+"""The start of A and B of a low-rank adapter: pure functions, and `INITS`, the table of them.
 
 A function returns the start of one layer from one matrix, which its row says: the layer's shape, its weight, what
 quantisation took from its weight, or the directions of its activations.
@@ -21,7 +21,7 @@ class Start(NamedTuple):
 
     A: Tensor
     B: Tensor | None = None
-    """None is zero."""
+    """None stands for zero."""
     from_base: bool = False
     """Take scaling * B A out of the base weight, so that the layer starts as its base."""
 
@@ -46,33 +46,33 @@ class Initialization:
     start: Callable[[Tensor, int, float], Start]
     """(matrix, rank, scaling) -> the start of one layer."""
     reads: Reads = Reads.shape
-    """Where it is not the layer's own shape or weight, the layer starts as kaiming until the matrix is there."""
+    """The matrix that `start` reads; where it is not the layer's own, the layer starts as kaiming until it is there."""
     bounds_rank: bool = False
-    """A layer has no more directions than its smaller side: a higher rank is an error."""
+    """True where a layer has no more directions than its smaller side, so that a higher rank is an error."""
     rewrites_base: bool = False
-    """Whether `start` takes its product out of the base weight."""
+    """True where `start` takes its product out of the base weight."""
     in_peft: bool = False
-    """Whether HF PEFT, with `init_lora_weights` of this name, leaves exactly the same base."""
+    """True where HF PEFT, with `init_lora_weights` of this name, leaves exactly the same base."""
     is_neutral: bool = False
-    """Whether the layer starts as its base with nothing taken from it, so that loaded values may replace the start."""
+    """True where the layer starts as its base with nothing taken out, so that loaded values may replace the start."""
 
 
 def kaiming(matrix: Tensor, rank: int, scaling: float) -> Start:
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0: the reference code of the LoRA paper."""
+    """Draw A ~ U(-1/sqrt(in), 1/sqrt(in)) and set B = 0, as the reference code of the LoRA paper does."""
     A = torch.empty(rank, matrix.shape[1], device=matrix.device)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     return Start(A)
 
 
 def gaussian(matrix: Tensor, rank: int, scaling: float) -> Start:
-    """A ~ N(0, 1/rank^2), B = 0."""
+    """Draw A ~ N(0, 1/rank^2) and set B = 0."""
     A = torch.empty(rank, matrix.shape[1], device=matrix.device)
     nn.init.normal_(A, std=1 / rank)
     return Start(A)
 
 
 def orthogonal(matrix: Tensor, rank: int, scaling: float) -> Start:
-    """A and B are both non-zero, in spaces that are orthogonal, so that B A = 0. The rank must be even."""
+    """Draw A and B in orthogonal spaces, both non-zero, so that B A = 0. The rank must be even."""
     if rank % 2:
         raise ValueError(f"adapter.rank={rank}: adapter.init=orthogonal splits the rank in two, take an even one")
     out_features, in_features = matrix.shape
@@ -83,31 +83,31 @@ def orthogonal(matrix: Tensor, rank: int, scaling: float) -> Start:
 
 
 def pissa(weight: Tensor, rank: int, scaling: float) -> Start:
-    """A and B are the largest singular parts of W, which leaves W (Meng et al. 2024, arXiv:2404.02948)."""
+    """Set A and B to the largest singular parts of W, which leave W (Meng et al. 2024, arXiv:2404.02948)."""
     return Start(*principal_factors(weight, rank, scaling), from_base=True)
 
 
 def pissa_fast(weight: Tensor, rank: int, scaling: float) -> Start:
-    """PiSSA with a randomised SVD: seconds for a layer that takes minutes, and the same function at the start."""
+    """Do PiSSA with a randomised SVD: seconds for a layer that takes minutes, and the same function at the start."""
     return Start(*principal_factors(weight, rank, scaling, fast=True), from_base=True)
 
 
 def olora(weight: Tensor, rank: int, scaling: float) -> Start:
-    """B and A are the leading part of the QR decomposition of W, which leaves W (Buyukakyuz 2024, arXiv:2406.01775)."""
+    """Set B and A to the leading part of W's QR decomposition, which leaves W (Buyukakyuz 2024, arXiv:2406.01775)."""
     Q, R = torch.linalg.qr(weight)
     return Start(R[:rank], Q[:, :rank], from_base=True)
 
 
 def loftq(error: Tensor, rank: int, scaling: float) -> Start:
-    """scaling * B A is the best product for what quantisation lost (Li et al. 2023, arXiv:2310.08659).
+    """Set scaling * B A to the best product for what quantisation lost (Li et al. 2023, arXiv:2310.08659).
 
-    One alternation, so that the codes stay.
+    There is one alternation, so that the codes stay.
     """
     return Start(*principal_factors(error, rank, scaling))
 
 
 def eva(directions: Tensor, rank: int, scaling: float) -> Start:
-    """A is the leading directions of the layer's inputs, B = 0 (Paischer et al. 2024, arXiv:2410.07170)."""
+    """Set A to the leading directions of the layer's inputs and B = 0 (Paischer et al. 2024, arXiv:2410.07170)."""
     return Start(directions[:rank])
 
 

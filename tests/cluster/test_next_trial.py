@@ -1,4 +1,4 @@
-"""Which trial a slot is given: its own after an interruption, else the next; nothing twice and nothing lost."""
+"""The trial that a slot is given: its own after an interruption, else the next; nothing twice and nothing lost."""
 
 import json
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import pytest
 
 from lightning_peft.cluster.job import Job
 from lightning_peft.commands.together import wanted
+from lightning_peft.sweeps.next_trial import turn_of_slot, work_to_begin
 from lightning_peft.sweeps.sweep import Sweep, Trial, changed_sweep, read_sweep, write_sweep
-from lightning_peft.sweeps.turns import turn_of_slot, work_to_begin
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def turn(folder: Path, task: str, ended: int | None = None, of: Sequence[str] = (), **states: str) -> list[str]:
-    """What a slot gets that says how `of` ended; the tasks are in these states, running unless said otherwise."""
+    """Return what a slot gets that says how `of` ended; tasks are in these states, running unless said otherwise."""
     queue = {f"71_{n}": Job(f"71_{n}", states.get(f"task{n}", "RUNNING"), 0, 0) for n in range(3)}
     with changed_sweep(folder) as sweep:
         return [trial.name for trial in turn_of_slot(sweep, folder, task, ended, queue, of)]

@@ -1,4 +1,4 @@
-"""Which trial is next, of a sweep whose trials are begun one by one: by workers of this machine, or by slots.
+"""The next trial of a sweep whose trials are begun one by one: by workers of this machine, or by slots.
 
 A slot is a task of a job array that asks the sweep for one trial after the other. A trial that its job is working on
 has the task's id as `Trial.job`.
@@ -29,13 +29,13 @@ from lightning_peft.sweeps.sweep import (
 logger = logging.getLogger(__name__)
 
 OVER = (FINISHED, PAUSED, FAILED, DIVERGED)
-"""What a result says of a start that is not to be gone on with by the job that made it."""
+"""Statuses of a start that is not to be gone on with by the job that made it."""
 
 
 def next_trial(sweep: Sweep, beside: Sequence[Trial]) -> Trial | None:
-    """The trial to begin next: one that was preempted, one that a rung lets on, or one that nobody has begun.
+    """Return the trial to begin next: one that was preempted, one that a rung lets on, or one that nobody has begun.
 
-    Where some are claimed already, one that can train beside them.
+    With some claimed already, it is one that can train beside them.
     """
     trial = preempted(sweep) or promoted(sweep) if sweep.rungs else None
     if not beside:
@@ -109,12 +109,12 @@ def leave_to_retry(trial: Trial, folder: Path) -> None:
 
 
 def is_over(sweep: Sweep, trial: Trial, folder: Path, ended: int | None) -> bool:
-    """Whether a trial is not to be gone on with by the slot that began it, whose last start ended so."""
+    """Return whether a trial is not to be gone on with by the slot that began it, whose last start ended so."""
     result = read_result(folder / trial.name)
     if trial.is_cancelled or (folder / trial.name / LEAVE).exists():
         return True
     if result is not None and result["status"] == PAUSED and result["steps"] != target(sweep, trial):
-        # By trainer.max_time, which the next start has anew; one that gets no further is left to `sweep retry`.
+        # trainer.max_time paused it, which the next start has anew; one that gets no further is left to `sweep retry`.
         known, trial.resumed_at = trial.resumed_at or 0, int(result["steps"])
         return trial.resumed_at <= known
     if result is None:

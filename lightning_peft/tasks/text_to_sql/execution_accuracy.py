@@ -2,21 +2,21 @@
 
 from collections import defaultdict
 
-from lightning_peft.tasks.task import OwnRows, Row, Task, share
+from lightning_peft.tasks.task import OwnRows, Task, TaskRow, share
 from lightning_peft.tasks.text_to_sql.answers import execution_match, extract_sql
 from lightning_peft.tasks.text_to_sql.grammar.database import DatabasePair
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import parse_schema
 from lightning_peft.tasks.text_to_sql.grammar.kinds import LEVEL_SHARES
-from lightning_peft.tasks.text_to_sql.grammar.schema import parse_schema
 from lightning_peft.tasks.text_to_sql.rows import rows_of_kind
 
 
-def _is_right_sql(row: Row, answer: str) -> bool:
+def _is_right_sql(row: TaskRow, answer: str) -> bool:
     with DatabasePair(parse_schema(row["schema"]), row["seed"]) as databases:
         return execution_match(extract_sql(answer), row["completion"], databases)
 
 
-def score_text_to_sql(rows: list[Row], answers: list[str]) -> dict[str, float]:
-    """`execution_accuracy`, and `execution_accuracy/LEVEL` for each level among the rows."""
+def score_text_to_sql(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
+    """Return `execution_accuracy`, and `execution_accuracy/LEVEL` for each level among the rows."""
     by_level: dict[str, list[bool]] = defaultdict(list)
     for row, answer in zip(rows, answers, strict=True):
         by_level[row["level"]].append(_is_right_sql(row, answer))

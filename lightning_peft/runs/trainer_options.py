@@ -32,7 +32,7 @@ AT_LEAST_ONE = ("accumulate_grad_batches", "log_every_n_steps")
 
 
 def check_trainer_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for an argument the Trainer lacks, one `train` sets itself, or a value that cannot be."""
+    """Raise ValueError for an argument the Trainer lacks, one `train` sets itself, or a value that cannot be."""
     known = set(inspect.signature(Trainer).parameters)
     for key in options:
         if key != "_target_" and key not in known:
@@ -62,7 +62,7 @@ def check_trainer_options(options: dict[str, Any]) -> None:
 
 
 def count_ranks(options: dict[str, Any], strategy: StrategyKind, machine: Machine) -> tuple[int, int]:
-    """(ranks on a node, nodes). Raises ValueError where the options, or the ranks that were started, do not agree."""
+    """Return (ranks on a node, nodes). Raises ValueError where the options, or the ranks started, do not agree."""
     devices, nodes = options.get("devices", 1), options.get("num_nodes", 1)
     if devices in ("auto", -1):
         devices = max(1, machine.gpus or 0) if strategy is not StrategyKind.single else 1
@@ -88,7 +88,7 @@ def count_ranks(options: dict[str, Any], strategy: StrategyKind, machine: Machin
 
 
 def max_seconds(options: dict[str, Any]) -> float | None:
-    """`trainer.max_time` in seconds, from DD:HH:MM:SS or HH:MM:SS, or timedelta's words as in {hours: 2}."""
+    """Return `trainer.max_time` in seconds, from DD:HH:MM:SS or HH:MM:SS, or timedelta's words as in {hours: 2}."""
     value = options.get("max_time")
     if value is None:
         return None
