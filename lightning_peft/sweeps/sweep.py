@@ -198,6 +198,8 @@ def check_texts(sweep: Sweep) -> None:
         for text in (trial.name, trial.state, *trial.overrides, *trial.other_words):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} of a trial is no text")
+        if trial.name in ("", ".", "..") or "/" in trial.name:
+            raise TypeError(f"{trial.name!r} is no name of a folder in the sweep's")
     for text in (sweep.metric, sweep.directory, *sweep.words, *sweep.swept):
         if not isinstance(text, str):
             raise TypeError(f"{text!r} is no text")

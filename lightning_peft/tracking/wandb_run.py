@@ -22,6 +22,12 @@ from lightning_peft.tracking.service_record import service_record, write_record
 logger = logging.getLogger(__name__)
 
 MODES = ("online", "offline", "disabled")
+MODES_OF_VARIABLE = (*MODES, "dryrun", "run", "shared")
+"""Values of WANDB_MODE; dryrun is offline, run is online."""
+NOT_IN_PROJECTS = "/\\#?%:"
+"""Characters that W&B refuses in the name of a project."""
+NOT_IN_IDS = ":;,#?/'"
+"""Characters that W&B refuses in the id of a run."""
 SERVER_SECONDS = 30
 """Time that the start and the end of a run wait for a server."""
 SETTINGS: dict[str, Any] = {
@@ -168,6 +174,16 @@ class WandbRun(RunLogger):
             raise ValueError(f"{key}.{unknown[0]}: wandb.init has no such argument{hint}")
         if given := [name for name in ("id", "dir", "resume") if name in arguments]:
             raise ValueError(f"{key}.{given[0]}: id, dir and resume follow from run_dir")
+        if arguments.get("mode", "auto") == "auto" and (mode := mode_of_user()) not in MODES_OF_VARIABLE:
+            raise ValueError(f"WANDB_MODE={mode}: must be one of {', '.join(MODES_OF_VARIABLE)}")
+        project, id = os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_RUN_ID")
+        for named, name, refused in (
+            (f"{key}.project", arguments.get("project"), NOT_IN_PROJECTS),
+            ("WANDB_PROJECT", project, NOT_IN_PROJECTS),
+            ("WANDB_RUN_ID", id, NOT_IN_IDS),
+        ):
+            if wrong := sorted(set(name or "") & set(refused)):
+                raise ValueError(f"{named}={name}: W&B takes no {' '.join(wrong)} in it")
 
     def begin(self, step: int) -> None:
         import wandb
