@@ -27,6 +27,7 @@ from lightning_peft.config import TrainConfig, plain
 from lightning_peft.runs.folder import refuse_run
 from lightning_peft.runs.lock import new_folder, only_writer, remove_if_empty
 from lightning_peft.schemas import trial_name
+from lightning_peft.sweeps.change_lock import locked
 from lightning_peft.sweeps.local_worker import start_workers
 from lightning_peft.sweeps.pruning import RUNG_OPTION, enter_brackets
 from lightning_peft.sweeps.search import (
@@ -47,7 +48,6 @@ from lightning_peft.sweeps.sweep import (
     Sweep,
     Trial,
     begin,
-    locked,
     score,
     write_sweep,
 )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from lightning_peft.checkpoint.atomic import names_file
-from lightning_peft.sweeps.sweep import NO_LOCKS
+from lightning_peft.sweeps.change_lock import NO_LOCKS
 
 logger = logging.getLogger(__name__)
 
