@@ -65,7 +65,10 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     renamed = {"run_dir": "sweep_dir", "cluster": "sweep.cluster"}
     parts = [word.partition("=") for word in words]
     words = [renamed.get(key, key) + sign + value for key, sign, value in parts]
-    own = [word for word in words if word.partition("=")[0].partition(".")[0] in OWN_KEYS]
+    own = [word for word in words if word.lstrip("+").partition("=")[0].partition(".")[0] in OWN_KEYS]
+    for override in read_words([word for word in own if word.lstrip("+").startswith("sweep.")]):
+        if override.is_sweep_override():
+            raise ValueError(f"{override.input_line}: of the sweep itself, so it has one value")
     return own, [word for word in words if word not in own]
 
 

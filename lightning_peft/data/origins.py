@@ -4,6 +4,7 @@ import json
 import re
 from array import array
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,8 @@ class Origins:
         return text if number == NO_NUMBER else f"{text}{number}"
 
     def save(self, folder: Path) -> None:
-        for name, part in zip(FILES, (self._places, self._numbers), strict=True):
+        parts: tuple[NDArray[Any], ...] = (self._places, self._numbers)
+        for name, part in zip(FILES, parts, strict=True):
             np.save(folder / f"{name}.npy", part)
         (folder / TEXTS).write_text(json.dumps(self._texts), encoding="utf-8")
 

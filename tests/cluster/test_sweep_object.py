@@ -150,6 +150,7 @@ def test_folder_without_a_sweep_is_named(tmp_path):
     ("options", "message"),
     [
         ({"parallel": 0}, "sweep.parallel=0"),
+        ({"seed": -1}, "sweep.seed=-1: must be 0 or more"),
         ({"trials": 3}, "sweep.trials=3: a grid has all its combinations"),
         ({"search": "random"}, "sweep.search=random: needs sweep.trials"),
     ],
@@ -376,3 +377,16 @@ def test_name_of_a_trial_that_leads_out_of_the_sweep_is_refused(tmp_path, name, 
     write_sweep(Sweep([], ["seed=1"], "local", "validation_loss", count=1, trials=[Trial(name, ["seed=1"])]), tmp_path)
     assert main(["sweep", "table", str(tmp_path)]) == 2
     assert f"{name!r} is no name of a folder in the sweep's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("+sweep.paralel=2", "sweep.paralel: no such option; did you mean "),
+        ("sweep.parallel=1,2", "sweep.parallel=1,2: of the sweep itself, so it has one value"),
+        ("cluster=local,slurm", "sweep.cluster=local,slurm: of the sweep itself, so it has one value"),
+    ],
+)
+def test_word_of_the_sweep_itself_that_is_wrong_is_named(tmp_path, word, message, capsys):
+    assert main(["submit", "-m", "model=tiny", "seed=0,1", f"sweep_dir={tmp_path}/s p (1)", word]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
