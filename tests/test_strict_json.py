@@ -13,8 +13,8 @@ from lightning_peft.strict_json import json_line, json_text
 from lightning_peft.sweeps.sweep import MANIFEST, Sweep, Trial, read_sweep, write_sweep
 
 WITHOUT_NUMBERS_OF_A_RUN = {
-    "cache.py", "change_lock.py", "layout.py", "lineage.py", "multimodal.py", "origins.py", "peft_format.py", "plain.py", "ranks.py",
-    "schema.py", "service_record.py", "submit.py", "teacher_store.py", "vllm.py",
+    "cache.py", "change_lock.py", "layout.py", "lineage.py", "multimodal.py", "origins.py", "peft_format.py",
+    "plain.py", "ranks.py", "schema.py", "service_record.py", "submit.py", "teacher_store.py", "vllm.py",
 }  # fmt: skip
 """Modules that write names, counts, digests and options, which are finite."""
 
