@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from lightning_peft import distributed
 from lightning_peft.compose import (
     SEARCH_PATH,
+    check_hydra_words,
     compose_config,
     open_words,
     quote_text_values,
@@ -178,6 +179,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
         raise ValueError(f"{command} -m: no key has several values; as in {command} -m adapter.rank=4,8")
     one = compose_config(command, [*first, *folder] if command == "train" else first)
     check_one_sweeper(words, one)
+    check_hydra_words(command, words)
     runs = [one, *(compose_config(command, trial) for trial in others)]
     words = open_words(imported_by_words(words))
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]

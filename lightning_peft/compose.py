@@ -103,6 +103,7 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
     overrides = imported_by_words(overrides)
     register_schemas()
     check_adapter_has_method(overrides)
+    check_no_hydra_words(overrides)
     if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
         raise ValueError("run_dir: give one, or config_path=, where several ranks are started: each would name its own")
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
@@ -136,6 +137,27 @@ def check_adapter_has_method(overrides: list[str]) -> None:
     given = dict(word.partition("=")[::2] for word in overrides)
     if (name := given.get("adapter")) is not None and "method" not in given:
         raise ValueError(f"adapter={name}: use method={name}, which also sets what goes with it")
+
+
+def check_no_hydra_words(overrides: list[str]) -> None:
+    """Raise ValueError for words to Hydra itself, which a single run would pass over in silence."""
+    for word in overrides:
+        key = word.partition("=")[0].lstrip("+~")
+        if key.startswith(("hydra.", "hydra/")) and key != SEARCH_PATH:
+            raise ValueError(f"{word}: a single run reads {SEARCH_PATH} alone; launchers and sweepers are for train -m")
+
+
+def check_hydra_words(command: str, words: list[str]) -> None:
+    """Raise ValueError for a word of a sweep that names no option of Hydra's, or of its sweeper or launcher."""
+    own = [word for word in words if word.partition("=")[0].lstrip("+~").startswith(("hydra.", "hydra/"))]
+    register_schemas()
+    with explained(command), initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+        config = compose(command, own, return_hydra_config=True)
+        chosen = compose(command, [word for word in own if word.startswith("hydra/")], return_hydra_config=True)
+    known = leaf_keys(chosen.hydra, "hydra.")  # its own files have keys that its dataclasses lack
+    if (unknown := next((key for key in unknown_keys(config.hydra, "hydra.") if key not in known), None)) is not None:
+        matches = difflib.get_close_matches(unknown, known, n=1)
+        raise ValueError(f"{unknown}: no such option{f'; did you mean {matches[0]}?' if matches else ''}")
 
 
 FORMER_PATHS = {

@@ -5,7 +5,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -210,6 +210,15 @@ def highest(number: int) -> int:
     found = torch.tensor(number)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
+
+
+def of_all(own: Sequence[Answer]) -> list[Answer]:
+    """Return what the ranks have, in their order. All ranks call it."""
+    if not is_connected():
+        return list(own)
+    found: list[Sequence[Answer]] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return [each for several in found for each in several]
 
 
 def worst(value: float) -> float:

@@ -11,7 +11,8 @@ FREE_TO_CHANGE = (
     "validation.samples", "compile", "activation_checkpointing", "device_memory_gib", "quantization.verify",
     "model.label", "guard.action", "guard.factor", "guard.patience", "guard.no_op_steps",
     "guard.lr_factor", "guard.max_rollbacks", "health.every_n_steps", "checkpoint.best_by", "validation.metrics",
-    "validation.at_steps", "validation.metric_rows", "validation.max_new_tokens", "validation.budget",
+    "validation.every_n_steps", "validation.at_steps", "validation.metric_rows", "validation.max_new_tokens",
+    "validation.budget",
     "early_stopping.metric", "early_stopping.patience", "early_stopping.min_delta",
 )  # fmt: skip
 """Options that a resumed run may change, as they change no number of it. The global batch that some make together must

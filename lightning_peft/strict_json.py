@@ -20,6 +20,11 @@ def json_text(value: Any) -> str:
     return json.dumps(strict(value), indent=2, allow_nan=False) + "\n"
 
 
+def json_line(value: Any) -> str:
+    """Return a value as a line of a file of lines, without the line's end; other scripts stay readable."""
+    return json.dumps(strict(value), ensure_ascii=False, allow_nan=False)
+
+
 def is_copy(path: Path, folder: str | None) -> bool:
     """Return whether a file was copied from `folder`, where it was written and still is; a moved file is no copy."""
     if not folder or Path(folder) == path.resolve().parent:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +29,15 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, has_one_writer: bool = True) -> Iterator[Path]:
     """Return a path to write to, which becomes `path` when the block ends without an exception.
 
-    Raises SaveError on any OSError, a full disk among them.
+    Where several processes may write `path` at once, without `has_one_writer`, each has a path of its own, and the last
+    to end counts. Raises SaveError on any OSError, a full disk among them.
     """
     partial = partial_path(path)
+    if not has_one_writer:
+        partial = partial.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     with _save_errors(path, partial):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -73,7 +77,7 @@ def write_text(path: Path, text: str) -> None:
         with names_file(path):
             path.write_text(text, encoding="utf-8")
         return
-    with atomic_file(path.resolve()) as partial:
+    with atomic_file(path.resolve(), has_one_writer=False) as partial:
         partial.write_text(text, encoding="utf-8")
         if path.exists():
             partial.chmod(path.stat().st_mode & 0o777)

@@ -115,6 +115,8 @@ class Cluster(ABC):
     """Name of a job's file, with the extension that is the cluster's."""
     cancels_tasks: ClassVar[bool] = True
     """True where one task of a job can be ended, and the others go on."""
+    shares_files: ClassVar[bool] = False
+    """True where its nodes see the files of the machine that submits."""
 
     @abstractmethod
     def check(self, config: ClusterConfig, work: JobSpec) -> None:

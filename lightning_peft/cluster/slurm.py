@@ -214,6 +214,7 @@ class Slurm(Cluster):
     """Batch scripts, job arrays and requeues."""
 
     file = "job.sbatch"
+    shares_files = True
 
     def check(self, config: ClusterConfig, work: JobSpec) -> None:
         log_path(work.folder, "")

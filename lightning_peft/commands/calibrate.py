@@ -1,6 +1,5 @@
 """`lightning-peft calibrate`: the calibration of an adapter's probabilities, drawn, dropped and in an ensemble."""
 
-import json
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning_peft.commands.picture import write_picture
 from lightning_peft.evaluation.calibration import Calibration, Way, calibration, dropping
 from lightning_peft.inference.load import tuned_folder
 from lightning_peft.models.packing_choice import packing_of
+from lightning_peft.strict_json import json_text
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
@@ -38,7 +38,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
     found = {name: calibration(way, loader, config.seed) for name, way in ways.items()}
     show_calibration(found, rows)
     path = Path(config.output) if config.output else tuned_folder(config.adapter_path).parent / "calibration.json"
-    write_text(path, json.dumps({name: asdict(scores) for name, scores in found.items()} | {"rows": rows}, indent=2))
+    write_text(path, json_text({name: asdict(scores) for name, scores in found.items()} | {"rows": rows}))
     print(path)
     write_picture(path.with_suffix(".png"), partial(diagram, found))
     return found

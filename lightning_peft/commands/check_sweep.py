@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hydra.core.override_parser.types import Override
 
+from lightning_peft.cluster.job import ClusterConfig
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.files import NoSuchRows
@@ -14,6 +15,7 @@ from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.data.sources import SOURCES
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics, scorers_of, task_of_metric
+from lightning_peft.models.source import NoSuchModel
 from lightning_peft.objectives.registry import validation_numbers
 from lightning_peft.sweeps.pruning import rung_steps
 from lightning_peft.sweeps.search import SweepConfig, typed_choices
@@ -110,11 +112,11 @@ def check_scorers(runs: Sequence[TrainConfig]) -> None:
             scorers_of(run.validation.metrics, run.data.task, [column for row in rows for column in row])
 
 
-def check_rows(runs: Sequence[TrainConfig]) -> None:
+def check_rows(runs: Sequence[TrainConfig], cluster: ClusterConfig | None = None) -> None:
     """Raise ValueError where a trial would be refused its layers, its rows or its metrics once it begins.
 
-    Each model with its layers and rows is read once, as the trial does on this machine; their tokens are kept for it.
-    Missing rows are said and left to the trial.
+    Each model with its layers and rows is read once, as the trial does; their tokens are kept for it. Missing rows are
+    said and left to the trial, as is a model of which a node of the cluster may have a copy of its own.
     """
     # These import models and tokenizers, which a sweep of a cluster does without.
     from lightning_peft.commands.train import check_model, read_data, task_metrics
@@ -131,10 +133,13 @@ def check_rows(runs: Sequence[TrainConfig]) -> None:
         if key in seen:
             continue
         seen.add(key)
-        plan = plan_run(run, Machine.here(run.trainer))
+        machine = Machine.here(run.trainer) if cluster is None else Machine.of_cluster(run.trainer, cluster)
+        plan = plan_run(run, machine)
         try:
             with logging_left_to_ranks(True):  # the trial says it
                 tokenizer = load_tokenizer(run.model)
                 task_metrics(run, read_data(run, check_model(run), tokenizer, plan), tokenizer)
-        except (NoSuchRows, OSError) as error:  # by the time that the trial begins it may be there
+        except (NoSuchRows, NoSuchModel, OSError) as error:  # by the time that the trial begins it may be there
+            if isinstance(error, NoSuchModel) and cluster is None:
+                raise
             logger.warning("%s: a trial that needs it fails, unless it is there when the trial begins", error)

@@ -45,7 +45,9 @@ from lightning_peft.models.loading import load_tokenizer, model_context, model_n
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import Kind
+from lightning_peft.runs.lock import only_maker
 from lightning_peft.serving.engines import features_of, not_low_rank
+from lightning_peft.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,13 @@ def convert(config: ConvertConfig) -> Receipt:
     """
     disable_progress_bar()  # ours stands in place of transformers' bar
     output = Path(config.output)
-    check_unused(output)
+    with only_maker(output):
+        check_unused(output)
+        return convert_into(output, config)
+
+
+def convert_into(output: Path, config: ConvertConfig) -> Receipt:
+    """Convert into a folder that nobody else makes meanwhile."""
     parents = [read_parent(path, weight) for path, weight in zip(config.paths, config.shares, strict=True)]
     method = checked(config, parents)
     first = parents[0].path
@@ -104,7 +112,7 @@ def convert(config: ConvertConfig) -> Receipt:
         load_adapter(model, partial)
         receipt = comparison.receipt(model)
         content = json.loads(receipt.json_text()) | {"ranks": {n: len(c.A) for n, c in changes.items()}, "lost": lost}
-        (partial / RECEIPT_NAME).write_text(json.dumps(content, indent=2) + "\n")
+        (partial / RECEIPT_NAME).write_text(json_text(content))
         layout.save(partial)
         write_card(partial)
         most = config.max_kl or (None if any(share > 0 for share in lost.values()) else EXACT_MAX_KL)

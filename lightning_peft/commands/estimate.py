@@ -1,6 +1,5 @@
 """`lightning-peft estimate`: the need of `train` with the same overrides, and the changes that lower it."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.quantization.config import Kind
 from lightning_peft.runs.machine import GIB
+from lightning_peft.strict_json import json_text
 from lightning_peft.training.config import ActivationCheckpointing, Compilation, StrategyKind
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     if isinstance(config.objective, DistillConfig):
         print("the teacher's own pass is not in the work of a step")
     if config.output is not None:
-        write_text(Path(config.output), json.dumps(report, indent=2))
+        write_text(Path(config.output), json_text(report))
     return report
 
 

@@ -1,6 +1,5 @@
 """`lightning-peft export`: a trained adapter as the files that other engines read, with a receipt."""
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context
 from lightning_peft.models.source import MODELS, ModelConfig, locate
 from lightning_peft.quantization.weights import computing_dtype
+from lightning_peft.runs.lock import only_maker
 from lightning_peft.serving import gguf_lora, gguf_model, ollama
 from lightning_peft.serving.engines import (
     NEVER_LOW_RANK,
@@ -45,6 +45,7 @@ from lightning_peft.serving.engines import (
 )
 from lightning_peft.serving.plain import cut_pairs, inject_pairs, plain_pairs, write_plain
 from lightning_peft.serving.prompt import TEMPLATE_NAME, template_with_system
+from lightning_peft.strict_json import json_text
 
 RECEIPT_NAME = "export_receipt.json"
 RESIDUAL_NAME = "svd_residual.json"
@@ -74,6 +75,12 @@ def export(config: ExportConfig) -> Receipt:
     Raises ValueError, before a model is loaded, where the format cannot hold the adapter or an engine named would
     refuse it or compute it wrongly; MergeError, with nothing left at `output`, where the file is too far off.
     """
+    with only_maker(Path(config.output)):
+        return export_alone(config)
+
+
+def export_alone(config: ExportConfig) -> Receipt:
+    """Export into a folder that nobody else makes meanwhile."""
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     disable_progress_bar()  # ours stands in place of transformers' bar
     source = checked(config)
@@ -203,7 +210,7 @@ def write_pairs(
             f"svd_rank={config.svd_rank}: loses {sum(lost.values()) / len(lost):.2%} of a layer's change in the mean, "
             f"{lost[worst]:.2%} at {worst}"
         )
-        (folder / RESIDUAL_NAME).write_text(json.dumps(lost, indent=2) + "\n")
+        (folder / RESIDUAL_NAME).write_text(json_text(lost))
     path = folder / gguf_lora.FILE_NAME
     if config.format is ExportFormat.plain:
         write_plain(pairs, model, folder, source.base_name, read_lineage(source.folder))

@@ -1,6 +1,5 @@
 """`lightning-peft generate`: answers to one prompt, a file of prompts, or an interactive chat."""
 
-import json
 import logging
 import sys
 from collections import Counter
@@ -21,6 +20,7 @@ from lightning_peft.data.prompt_rows import prompts_of, read_prompt
 from lightning_peft.inference.drawn import check_draws, generate_drawn
 from lightning_peft.inference.generate import generate_batch, generate_stream
 from lightning_peft.progress import Part
+from lightning_peft.strict_json import json_line
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,7 @@ def prompt_of_row(row: Row | BadRow, is_raw: bool) -> Prompt:
 
 def write_answers(rows: list[dict[str, Any]], answers: list[str], output: str | None) -> None:
     """Write each row with its answer as a JSON line, to a file or the terminal."""
-    lines = [
-        json.dumps(row | {"answer": answer}, ensure_ascii=False) for row, answer in zip(rows, answers, strict=True)
-    ]
+    lines = [json_line(row | {"answer": answer}) for row, answer in zip(rows, answers, strict=True)]
     text = "\n".join(lines) + "\n"
     if output is None:
         sys.stdout.write(text)

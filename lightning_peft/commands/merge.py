@@ -33,6 +33,7 @@ from lightning_peft.models.loading import load_model, load_tokenizer, model_cont
 from lightning_peft.models.source import ModelConfig, copy_companions
 from lightning_peft.models.stored import source_fingerprint, stored_dtypes
 from lightning_peft.quantization.weights import computing_dtype
+from lightning_peft.runs.lock import only_maker
 
 SAMPLES = 16
 """Conversations the merged model is compared on."""
@@ -55,7 +56,13 @@ def merge(config: MergeCommandConfig) -> Receipt:
     output = Path(config.output)
     if output.suffix in (".gguf", ".safetensors"):
         raise ValueError(f"output={output}: merge writes a folder of that name; use export format=gguf for a GGUF file")
-    check_unused(output)
+    with only_maker(output):
+        check_unused(output)
+        return merge_into(output, config)
+
+
+def merge_into(output: Path, config: MergeCommandConfig) -> Receipt:
+    """Merge into a folder that nobody else makes meanwhile."""
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     folder = tuned_folder(config.adapter_path)
     is_adapter = not is_whole_model(folder)

@@ -31,7 +31,7 @@ from lightning_peft.inference.load import refuse_rewards, tuned_folder
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.own_file import typed_value
 from lightning_peft.progress import Part
-from lightning_peft.strict_json import json_text
+from lightning_peft.strict_json import json_line, json_text
 from lightning_peft.tasks.registry import TASKS
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
             takes_own = config.chosen is Chosen.best
             for chosen, rejected in pairs_of(each, score, config.pairs_per_prompt, takes_own, counts):
                 row = pair_row(each, chosen, rejected, scorer.columns)
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+                lines.append(json_line(row) + "\n")
             part.advance()
     return write(config, data, counts, lines, metric)
 

@@ -29,6 +29,7 @@ from lightning_peft.runs.command import kept_commands, started_by
 from lightning_peft.runs.folder import refuse_run
 from lightning_peft.runs.lock import new_folder, only_writer, remove_if_empty
 from lightning_peft.schemas import trial_name
+from lightning_peft.sweeps.change_lock import locked
 from lightning_peft.sweeps.local_worker import start_workers
 from lightning_peft.sweeps.pruning import RUNG_OPTION, enter_brackets
 from lightning_peft.sweeps.search import (
@@ -49,7 +50,6 @@ from lightning_peft.sweeps.sweep import (
     Sweep,
     Trial,
     begin,
-    locked,
     score,
     write_sweep,
 )
@@ -67,7 +67,10 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     renamed = {"run_dir": "sweep_dir", "cluster": "sweep.cluster"}
     parts = [word.partition("=") for word in words]
     words = [renamed.get(key, key) + sign + value for key, sign, value in parts]
-    own = [word for word in words if word.partition("=")[0].partition(".")[0] in OWN_KEYS]
+    own = [word for word in words if word.lstrip("+").partition("=")[0].partition(".")[0] in OWN_KEYS]
+    for override in read_words([word for word in own if word.lstrip("+").startswith("sweep.")]):
+        if override.is_sweep_override():
+            raise ValueError(f"{override.input_line}: of the sweep itself, so it has one value")
     return own, [word for word in words if word not in own]
 
 
@@ -112,7 +115,7 @@ def planned(
 ) -> tuple[Sweep, list[TrainConfig]]:
     """Return the sweep and the config of each trial, of optuna the one of a draw. Raises ValueError for a wrong config.
 
-    The rows of a sweep that is begun on this machine are read, too.
+    The rows of a sweep that is begun are read, too, where its trials see the files that are seen here.
     """
     sweep = plan(config, run_words)
     # Optuna's trials are drawn later; a wrong word in them is to be found now all the same.
@@ -130,8 +133,10 @@ def planned(
     if config.sweep.together is not None:
         share_bases(sweep, runs, config.sweep.together)
     check_scorers(runs)
-    if is_begun and runs[0].cluster is None:
-        check_rows(runs)
+    if is_begun:
+        resolved = [run if run.cluster is None else for_cluster(run, run.cluster) for run in runs]
+        if runs[0].cluster is None or CLUSTERS[runs[0].cluster.name].cluster.shares_files:
+            check_rows(resolved, runs[0].cluster)
     return sweep, runs if sweep.trials else runs[:1]
 
 

@@ -1,6 +1,5 @@
 """The price of a sweep before any of it runs: memory, steps and hours of each trial, and where it fits."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,10 @@ from lightning_peft.estimation.memory import Estimate
 from lightning_peft.models.loading import empty_model, load_tokenizer, model_context, model_name, model_vocabulary
 from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.runs.machine import GIB, RESERVED
+from lightning_peft.strict_json import json_text
 from lightning_peft.sweeps.sweep import FINISHED, Sweep, read_result
 from lightning_peft.training.config import ActivationCheckpointing
-from lightning_peft.training.model_flops import peak_flops
+from lightning_peft.training.model_flops import PEAK_FLOPS, peak_flops
 from lightning_peft.training.teacher import teacher_context
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Measured:
 def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> list[Price]:
     """Return the price of each trial. The rows are read and their tokens counted; no weights are read."""
     measured = list(finished_runs(config.measured))
+    check_gpu(config.gpu, measured)
     estimates: dict[str, tuple[ActivationCheckpointing, Estimate]] = {}
     rows: dict[str, tuple[int, float]] = {}
     found = []
@@ -87,6 +88,16 @@ def prices(sweep: Sweep, runs: Sequence[TrainConfig], config: PriceConfig) -> li
         hours = None if speed is None else tokens / speed / 3600
         found.append(Price(name, estimate.peak, plan.ranks, plan.accelerator, steps, tokens, hours, source))
     return found
+
+
+def check_gpu(gpu: str | None, measured: Sequence[Measured]) -> None:
+    """Raise ValueError for a GPU of which neither the peak is known nor a run was measured."""
+    if gpu is None or peak_flops(gpu) is not None or any(is_same_device(each.device, gpu) for each in measured):
+        return
+    raise ValueError(
+        f"price.gpu={gpu}: its peak is not known and no run in price.measured was on it; choose one of "
+        f"{', '.join(PEAK_FLOPS)}"
+    )
 
 
 def planned_run(run: TrainConfig) -> EstimateConfig:
@@ -261,5 +272,5 @@ def show_prices(
     print(line + (f"; sweep.pruning={sweep.pruning} takes less" if sweep.pruning != "none" else ""))
     report = {"trials": entries, "count": count, "device_hours": total}
     if output is not None:
-        write_text(Path(output), json.dumps(report, indent=2) + "\n")
+        write_text(Path(output), json_text(report))
     return report

@@ -19,6 +19,7 @@ from lightning_peft.config import TrainConfig
 from lightning_peft.runs.folder import LEFT_BY_A_RUN, check_saved_config
 from lightning_peft.runs.lock import only_writer
 from lightning_peft.sweeps.budget import budget_in_words, hours_of_trial, is_over_budget
+from lightning_peft.sweeps.change_lock import may_be_changed
 from lightning_peft.sweeps.cuts import cut_sentence
 from lightning_peft.sweeps.doubts import doubts
 from lightning_peft.sweeps.local_worker import end, start_workers
@@ -36,7 +37,6 @@ from lightning_peft.sweeps.sweep import (
     Sweep,
     Trial,
     changed_sweep,
-    may_be_changed,
     metric_value,
     read_sweep,
     refresh,

@@ -1,7 +1,6 @@
 """One training in this process, from checked rows and options to an adapter and `result.json` in the run's folder."""
 
 import gc
-import json
 import logging
 import math
 import os
@@ -198,9 +197,9 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     try:
         fit(trainer, module, data, resumed, signals, config.callbacks)
         if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
-            write_text(run_dir / "wins.json", json.dumps(routed.report(), indent=2) + "\n")
+            write_text(run_dir / "wins.json", json_text(routed.report()))
         if module.selection is not None and distributed.rank() == 0:
-            write_text(run_dir / "selection.json", json.dumps(vars(module.selection), indent=2) + "\n")
+            write_text(run_dir / "selection.json", json_text(vars(module.selection)))
             Console().print(table_of(module.selection))
         save(module, run_dir / "adapter")
         if distributed.rank() == 0 and (run_dir / "adapter").is_dir():
@@ -242,7 +241,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         result |= preemption.last_validation()
         leaves_ranks = leaves_ranks and left.__cause__ is None
         if isinstance(left, Diverged):
-            result["diverged"] = {"step": left.step, "reason": left.reason}
+            result["diverged"] = {"step": left.step, "reason": left.reason, "rows": left.rows}
             if can_roll_back(config.guard, rollbacks, left):
                 result["status"], leaves_ranks = ROLLED_BACK, False
         raise

@@ -67,6 +67,9 @@ class Batch:
     source: SourceOf | None = None
     """The source of the samples, in the validation of a mixture; None where it does not matter."""
 
+    origins: tuple[str, ...] = ()
+    """The places of the rows of the samples, each once, as in rows.jsonl line 3; empty in a filler."""
+
     @property
     def ends(self) -> Tensor:
         """Return where the last token of each sample is in the flattened tokens, (S,) int64; `lengths` are known."""

@@ -46,6 +46,8 @@ class Encoded:
     """The kept part of a teacher's output at the trained tokens: the value of `KeptTeacher.of`."""
     margin: float | None = None
     """The lead that a chosen answer is to have; None where its row gives none."""
+    origin: str = field(default="", compare=False)
+    """The place of its row, as in rows.jsonl line 3; empty where nobody says it."""
 
 
 log = logging.getLogger(__name__)

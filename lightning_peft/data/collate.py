@@ -105,6 +105,7 @@ def collate(
         num_units=None if group == 1 else 0 if filler else len(starts) // group,
         top=_collate_top(samples, filler),
         taught=_collate_taught(samples, pad_token_id, max_length, packing, filler),
+        origins=() if filler else tuple(dict.fromkeys(sample.origin for sample in samples if sample.origin)),
         margins=None if set(margins) == {None} else torch.tensor([margin or 0.0 for margin in margins]),
         weight_sum=None if weights is None else float(weights[labels != IGNORED_LABEL].sum(dtype=torch.float64)),
     )

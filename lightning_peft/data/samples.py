@@ -97,6 +97,7 @@ def encode_rows(
                 continue
             for sample in samples:
                 audit.count_sample(sample, kinds_of(sample), origin)
+                sample.origin = origin
                 yield sample
     reading.finish()
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
+from lightning_peft.data.origins import TEXTS, GrowingOrigins, Origins
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import TokenKind
 from lightning_peft.data.top_tokens import KeptTeacher, trained_starts
@@ -40,6 +41,7 @@ class Samples:
         standings: NDArray[np.uint8] | None = None,
         margins: NDArray[np.float32] | None = None,
         taught: "Samples | None" = None,
+        origins: Origins | None = None,
     ) -> None:
         """Keep the arrays. tokens, trained (a `TokenKind` each) and weights (T,): the samples one after the other.
 
@@ -50,6 +52,7 @@ class Samples:
         self._weights = weights
         self._standings = standings
         self._margins = margins
+        self._origins = origins
         self.taught = taught
         """The samples that a teacher reads in the place of these; None where it reads the same."""
         self._kept: KeptTeacher | None = None
@@ -73,6 +76,8 @@ class Samples:
             np.save(folder / f"{STANDINGS}.npy", self._standings)
         if self._margins is not None:
             np.save(folder / f"{MARGINS}.npy", self._margins)
+        if self._origins is not None:
+            self._origins.save(folder)
         if self.taught is not None:
             (folder / TAUGHT).mkdir()
             self.taught.save(folder / TAUGHT)
@@ -86,7 +91,8 @@ class Samples:
             np.asarray(np.load(path, mmap_mode="r")) if path.exists() else None for path in more
         )
         taught = cls.mapped(folder / TAUGHT) if (folder / TAUGHT).is_dir() else None
-        return cls(tokens, trained, starts, weights, standings, margins, taught)
+        origins = Origins.mapped(folder) if (folder / TEXTS).exists() else None
+        return cls(tokens, trained, starts, weights, standings, margins, taught, origins)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -107,6 +113,7 @@ class Samples:
         return Encoded(
             ids, labels, ends=False, kinds=kinds, weights=weights, standing=standing, taught=taught, margin=margin,
             top=None if self._kept is None else self._kept.of(index),
+            origin="" if self._origins is None else self._origins[index],
         )  # fmt: skip
 
     @cached_property
@@ -173,6 +180,7 @@ class Growing:
         self.weights: array[float] | None = None
         self.margins: list[float | None] = []
         self.taught: Growing | None = None
+        self.origins = GrowingOrigins()
 
     def add(self, sample: Encoded) -> None:
         if sample.taught is not None:
@@ -185,6 +193,7 @@ class Growing:
         if sample.standing is not None:
             self.standings.append(sample.standing)
             self.margins.append(sample.margin)
+        self.origins.add(sample.origin)
         self.tokens.extend(sample.input_ids)
         self.trained.frombytes(kinds_of(sample))
         self.starts.append(len(self.tokens))
@@ -200,6 +209,7 @@ class Growing:
             np.asarray(self.tokens), np.asarray(self.trained), np.asarray(self.starts), factors, together,
             ahead if any(margin is not None for margin in of_units) else None,
             None if self.taught is None else self.taught.samples(1),
+            self.origins.origins(),
         )  # fmt: skip
 
 

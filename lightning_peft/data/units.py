@@ -42,6 +42,7 @@ def encode_units(
         for sample in encoded:
             if sample.standing is not Standing.mismatched:
                 audit.count_sample(sample, kinds_of(sample), origin)
+            sample.origin = origin
             yield sample
 
 

@@ -39,6 +39,10 @@ PUBLISHED = {"smollm2_135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub ids of the embedded models."""
 
 
+class NoSuchModel(ValueError):
+    """Says that a model is not to be found on this machine, now."""
+
+
 @dataclass
 class ModelConfig:
     """The base model, its place, and the way its attention runs."""
@@ -112,14 +116,14 @@ def locate(config: ModelConfig, weights: bool = False) -> Path:
     if path.exists():
         return path
     if path.suffix == ".gguf" or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
-        raise ValueError(f"model.path={config.path}: no such file or folder")
+        raise NoSuchModel(f"model.path={config.path}: no such file or folder")
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
     if weights:
         patterns += ["*.safetensors", *(["pytorch_model*.bin"] if config.allow_pickle else [])]
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns, etag_timeout=5))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise ValueError(
+        raise NoSuchModel(
             f"model.path={config.path}: no such folder here, not in the cache, and the hub cannot be reached; "
             "give a local folder or a .gguf file"
         ) from error

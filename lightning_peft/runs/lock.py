@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from lightning_peft.checkpoint.atomic import names_file
-from lightning_peft.sweeps.sweep import NO_LOCKS
+from lightning_peft.sweeps.change_lock import NO_LOCKS
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +83,17 @@ def new_folder(path: Path) -> Path:
 
 
 @contextmanager
-def only_writer(folder: Path, key: str = "run_dir", patience_seconds: float = 0.0) -> Iterator[None]:
+def only_writer(
+    folder: Path, key: str = "run_dir", patience_seconds: float = 0.0, named: Path | None = None
+) -> Iterator[None]:
     """Keep every other process that asks out of the block for the folder, which is made where it is missing.
 
     Raises FolderInUse, which names the holder, once `patience_seconds` have passed; `key` is the option that named the
-    folder. A folder made for this block goes again when the block leaves it empty.
+    folder, or `named` where that is another. A folder made for this block goes again when the block leaves it empty.
     """
     refuse_file(folder, key)
     _make(folder)
-    file = _locked_file(folder, key, patience_seconds)
+    file = _locked_file(folder, f"{key}={named or folder}", patience_seconds)
     _open_locks.add(file.fileno())
     done = threading.Event()
     beats = threading.Thread(target=_beat, args=(folder / LOCK, done), daemon=True)
@@ -109,6 +111,19 @@ def only_writer(folder: Path, key: str = "run_dir", patience_seconds: float = 0.
         with suppress(OSError):  # a full disk says so a second time, and without the file's name
             file.close()
         remove_if_empty(folder)
+
+
+@contextmanager
+def only_maker(output: Path) -> Iterator[None]:
+    """Keep every other process that asks from making `output`. Raises FolderInUse, which names the holder.
+
+    The lock lies beside it: a folder that is made must not be there before.
+    """
+    beside = output.absolute().with_name(f".{output.name}.writer")
+    with only_writer(beside, "output", named=output):
+        yield
+    with suppress(OSError):  # one that a killed process has left is not removed by itself
+        beside.rmdir()
 
 
 def refuse_file(folder: Path, key: str) -> None:
@@ -136,11 +151,15 @@ def _make(folder: Path) -> None:
     _made_here.update(missing)
 
 
-def _locked_file(folder: Path, key: str, patience_seconds: float) -> IO[str]:
+def _locked_file(folder: Path, word: str, patience_seconds: float) -> IO[str]:
     deadline = time.monotonic() + patience_seconds
     is_waiting = False
     while True:
-        file = (folder / LOCK).open("a+", encoding="utf-8")
+        try:
+            file = (folder / LOCK).open("a+", encoding="utf-8")
+        except FileNotFoundError:  # the holder before has just removed the folder, as nothing was in it
+            _make(folder)
+            continue
         try:
             if _take(file, folder / LOCK):
                 return file
@@ -150,7 +169,7 @@ def _locked_file(folder: Path, key: str, patience_seconds: float) -> IO[str]:
             raise
         file.close()
         if time.monotonic() >= deadline:
-            raise FolderInUse(f"{key}={folder}: {holder or 'another process'} writes it: wait for it, or name another")
+            raise FolderInUse(f"{word}: {holder or 'another process'} writes it: wait for it, or name another")
         if not is_waiting:
             logger.info("%s: waiting for %s, which still writes it", folder, holder or "another process")
             is_waiting = True

@@ -37,6 +37,7 @@ def check_nodes(config: TrainConfig) -> None:
                 raise ValueError(f"{key}._target_={node['_target_']}: no Lightning {kind.__name__.lower()}")
             if isinstance(target, type) and issubclass(target, RunLogger):
                 target.check_installed()
+                target.check_arguments(key, arguments)
 
 
 def made(group: str, nodes: Mapping[str, Any], kind: type) -> list[Any]:

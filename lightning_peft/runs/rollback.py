@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.resume import latest_checkpoint, saved_guard, saved_step
 from lightning_peft.runs.folder import ROLLBACKS
+from lightning_peft.strict_json import json_text
 from lightning_peft.tracking.service_record import forget_steps
 from lightning_peft.training.config import GuardAction, GuardConfig
 from lightning_peft.training.guard import Diverged
@@ -42,7 +43,7 @@ def rollbacks_of(run_dir: Path) -> list[Rollback]:
 
 def write_rollbacks(rollbacks: Sequence[Rollback], run_dir: Path) -> None:
     with atomic_file(run_dir / ROLLBACKS) as path:
-        path.write_text(json.dumps([asdict(rollback) for rollback in rollbacks], indent=2) + "\n")
+        path.write_text(json_text([asdict(rollback) for rollback in rollbacks]))
 
 
 def taken_along(run_dir: Path, checkpoint: Path | None) -> list[Rollback]:

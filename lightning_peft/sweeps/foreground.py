@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning_peft.cluster.process import LEAVE, this_process
+from lightning_peft.sweeps.change_lock import locked
 from lightning_peft.sweeps.sweep import (
     FINISHED,
     HYDRA,
@@ -12,7 +13,6 @@ from lightning_peft.sweeps.sweep import (
     Sweep,
     Trial,
     hours_of,
-    locked,
     read_result,
     read_sweep,
     write_sweep,

@@ -107,6 +107,8 @@ class SweepConfig:
             raise ValueError(f"sweep.search={self.search.name}: needs sweep.trials, at least 1")
         if self.reduction < 2:
             raise ValueError(f"sweep.reduction={self.reduction}: must be at least 2")
+        if self.seed < 0:
+            raise ValueError(f"sweep.seed={self.seed}: must be 0 or more")
         if self.min_steps is not None and self.min_steps < 1:
             raise ValueError(f"sweep.min_steps={self.min_steps}: must be at least 1, or null")
         if self.pruning is not Pruning.none and self.cluster not in WITH_TURNS:

@@ -4,38 +4,23 @@
 the process and the queue, each time anew; the file keeps what was seen last.
 """
 
-import errno
-import fcntl
-import json
 import logging
 import math
-import os
-import socket
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.job import Job
-from lightning_peft.cluster.process import LEAVE, Process, this_process
-from lightning_peft.strict_json import is_copy, read_object
+from lightning_peft.cluster.process import LEAVE, Process
+from lightning_peft.strict_json import is_copy, json_text, read_object
+from lightning_peft.sweeps.change_lock import locked
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "sweep.json"
-CHANGE_LOCK = ".lock"
-"""Name of the file that is locked while the manifest is changed; it holds the process that changed it last."""
-WAIT_IS_SAID_AFTER = 5.0
-"""Seconds of waiting for somebody else's change until the log says whose."""
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors that `flock` raises on a file system without locks, as Lustre is where it was mounted so."""
-SECONDS_TO_CHANGE = 600.0
-"""Time above that of any change of a sweep, with a cluster that does not answer."""
-
 WAITING, RUNNING, FINISHED, FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED = (
     "waiting", "running", "finished", "failed", "lost", "preempted", "interrupted", "paused", "diverged", "cancelled",
 )  # fmt: skip
@@ -198,6 +183,8 @@ def check_texts(sweep: Sweep) -> None:
         for text in (trial.name, trial.state, *trial.overrides, *trial.other_words):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} of a trial is no text")
+        if trial.name in ("", ".", "..") or "/" in trial.name:
+            raise TypeError(f"{trial.name!r} is no name of a folder in the sweep's")
     for text in (sweep.metric, sweep.directory, *sweep.words, *sweep.swept):
         if not isinstance(text, str):
             raise TypeError(f"{text!r} is no text")
@@ -206,98 +193,7 @@ def check_texts(sweep: Sweep) -> None:
 def write_sweep(sweep: Sweep, folder: Path) -> None:
     sweep.folder = str(folder.resolve())
     with atomic_file(folder / MANIFEST) as path:
-        path.write_text(json.dumps(asdict(sweep), indent=1) + "\n")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep everybody else from changing the sweep, inside the block. The lock goes with the process that holds it.
-
-    On a file system without locks a file that only one can make stands for it. One that is left behind counts no longer
-    once its process, of this machine, is gone, or it has been waited for for SECONDS_TO_CHANGE.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / CHANGE_LOCK).open("a+", encoding="utf-8") as file:
-        waiting = threading.Timer(WAIT_IS_SAID_AFTER, say_who_changes, (folder,))
-        waiting.daemon = True
-        waiting.start()
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        else:
-            waiting.cancel()
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
-            return
-        finally:
-            waiting.cancel()
-    made = folder / ".changing"
-    take_place(made)
-    try:
-        made.write_text(json.dumps(asdict(this_process())), encoding="utf-8")
-        yield
-    finally:
-        made.unlink(missing_ok=True)
-
-
-def take_place(made: Path) -> None:
-    """Make a file that only one process can make, once it is gone or its maker is."""
-    first, began = None, time.monotonic()
-    since, is_said = began, False
-    while True:
-        try:
-            made.open("x", encoding="utf-8").close()
-            return
-        except FileExistsError:
-            with suppress(FileNotFoundError):
-                found = made.stat()
-                seen = found.st_ino, found.st_mtime_ns
-                first, since = (first, since) if seen == first else (seen, time.monotonic())
-                if is_of_dead(made) or time.monotonic() - since > SECONDS_TO_CHANGE:
-                    remove_the_same(made, found.st_ino)
-                elif not is_said and time.monotonic() - began > WAIT_IS_SAID_AFTER:
-                    is_said = True
-                    logger.warning(
-                        "%s: waiting for its process (%s), %d s at most; remove the file if that is no more",
-                        made, made.read_text(encoding="utf-8", errors="replace").strip() or "not named",
-                        SECONDS_TO_CHANGE,
-                    )  # fmt: skip
-            time.sleep(0.1)
-
-
-def remove_the_same(made: Path, inode: int) -> None:
-    """Remove a file that was left behind, and not one that another process has made in its place meanwhile."""
-    aside = made.with_name(f"{made.name}.{socket.gethostname()}.{os.getpid()}")
-    made.rename(aside)
-    if aside.stat().st_ino == inode:
-        logger.warning("%s: left behind by a process that was killed; removed", made)
-        aside.unlink()
-    else:
-        aside.rename(made)
-
-
-def is_of_dead(made: Path) -> bool:
-    """Return whether a file names a process of this machine that is gone."""
-    try:
-        return not Process(**json.loads(made.read_text(encoding="utf-8"))).is_alive
-    except (ValueError, TypeError):  # it is being written
-        return False
-
-
-def say_who_changes(folder: Path) -> None:
-    with suppress(OSError):
-        who = (folder / CHANGE_LOCK).read_text(encoding="utf-8", errors="replace") or "another process"
-        logger.warning("%s: waiting for %s, which changes the sweep", folder, who)
-
-
-def may_be_changed(folder: Path) -> bool:
-    """Return whether this user may write the sweep's file; somebody else's sweep can be looked at all the same."""
-    places = [place for place in (folder, folder / CHANGE_LOCK) if place.exists()]
-    return all(os.access(place, os.W_OK, effective_ids=True) for place in places)
+        path.write_text(json_text(asdict(sweep)))
 
 
 @contextmanager

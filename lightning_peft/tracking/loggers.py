@@ -5,7 +5,7 @@ import importlib.util
 import logging
 from abc import abstractmethod
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ class RunLogger(Logger):
         if cls.needs is not None and importlib.util.find_spec(cls.needs[1]) is None:
             extra = cls.needs[0]
             raise ValueError(f"logger={extra}: not installed; pip install 'lightning-peft[{extra}]'")
+
+    @classmethod
+    def check_arguments(cls, key: str, arguments: Mapping[str, Any]) -> None:
+        """Raise ValueError for arguments of the node `key` that its service does not take, whatever the signature."""
 
     @property
     @abstractmethod

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -20,6 +22,12 @@ from lightning_peft.tracking.service_record import service_record, write_record
 logger = logging.getLogger(__name__)
 
 MODES = ("online", "offline", "disabled")
+MODES_OF_VARIABLE = (*MODES, "dryrun", "run", "shared")
+"""Values of WANDB_MODE; dryrun is offline, run is online."""
+NOT_IN_PROJECTS = "/\\#?%:"
+"""Characters that W&B refuses in the name of a project."""
+NOT_IN_IDS = ":;,#?/'"
+"""Characters that W&B refuses in the id of a run."""
 SERVER_SECONDS = 30
 """Time that the start and the end of a run wait for a server."""
 SETTINGS: dict[str, Any] = {
@@ -116,8 +124,7 @@ class WandbRun(RunLogger):
         **options: Any,
     ):
         super().__init__(run_dir)
-        if mode not in ("auto", *MODES):
-            raise ValueError(f"logger.wandb.mode={mode!r}: must be auto, online, offline or disabled")
+        self.check_arguments("logger.wandb", {"mode": mode, **options})
         if mode == "auto":
             mode = mode_of_user()
             if mode == "offline":
@@ -138,7 +145,6 @@ class WandbRun(RunLogger):
         self.options: dict[str, Any] = defaults
         for more in (variables, given):
             self.options = self.options | {key: value for key, value in more.items() if value is not None}
-        self.check_options()
         self.run: Any = None
         self.log: RunLog | None = None
         self.written_step = 0
@@ -154,16 +160,30 @@ class WandbRun(RunLogger):
         """Return the folder that W&B makes its own one in."""
         return os.environ.get("WANDB_DIR") or str(self.run_dir)
 
-    def check_options(self) -> None:
+    @classmethod
+    def check_arguments(cls, key: str, arguments: Mapping[str, Any]) -> None:
         # wandb takes a second to import.
         import wandb
 
-        known = inspect.signature(wandb.init).parameters
-        unknown = [key for key in self.options if key not in known]
-        if unknown:
-            raise ValueError(f"logger.wandb.{unknown[0]}: wandb.init has no such argument")
-        if "id" in self.options or "dir" in self.options or "resume" in self.options:
-            raise ValueError("logger.wandb: id, dir and resume follow from run_dir")
+        if (mode := arguments.get("mode", "auto")) not in ("auto", *MODES):
+            raise ValueError(f"{key}.mode={mode!r}: must be auto, online, offline or disabled")
+        known = {*inspect.signature(wandb.init).parameters, *inspect.signature(cls).parameters} - {"options"}
+        if unknown := [name for name in arguments if name not in known]:
+            near = get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{key}.{unknown[0]}: wandb.init has no such argument{hint}")
+        if given := [name for name in ("id", "dir", "resume") if name in arguments]:
+            raise ValueError(f"{key}.{given[0]}: id, dir and resume follow from run_dir")
+        if arguments.get("mode", "auto") == "auto" and (mode := mode_of_user()) not in MODES_OF_VARIABLE:
+            raise ValueError(f"WANDB_MODE={mode}: must be one of {', '.join(MODES_OF_VARIABLE)}")
+        project, id = os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_RUN_ID")
+        for named, name, refused in (
+            (f"{key}.project", arguments.get("project"), NOT_IN_PROJECTS),
+            ("WANDB_PROJECT", project, NOT_IN_PROJECTS),
+            ("WANDB_RUN_ID", id, NOT_IN_IDS),
+        ):
+            if wrong := sorted(set(name or "") & set(refused)):
+                raise ValueError(f"{named}={name}: W&B takes no {' '.join(wrong)} in it")
 
     def begin(self, step: int) -> None:
         import wandb

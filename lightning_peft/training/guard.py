@@ -4,7 +4,7 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ REMEMBERED = 100
 """Losses whose median is what a loss is compared with."""
 ENOUGH = 20
 """Losses after which there is a median to compare with."""
+NAMED_ROWS = 4
+"""Rows of a batch that a line names; the result has them all."""
 
 
 class Diverged(Preempted):
@@ -30,11 +32,13 @@ class Diverged(Preempted):
     status = "diverged"
     exit_status = 3
 
-    def __init__(self, step: int, reason: str) -> None:
+    def __init__(self, step: int, reason: str, rows: Sequence[str] = ()) -> None:
         super().__init__()
         self.step = step
         self.reason = reason
         """Finding of the step, in words."""
+        self.rows = list(rows)
+        """The places of the rows of its batches, of all ranks."""
         self.can_be_undone = True
         """True where another rate may help."""
 
@@ -60,38 +64,47 @@ class Guard:
         """Return whether the last step looked at was a good one: a checkpoint written now is one to go back to."""
         return self.above == 0 and self.left_out_in_a_row == 0
 
-    def look(self, step: int, values: dict[str, Any], model: nn.Module) -> None:
-        """Raise Diverged where the step's loss or gradient says so. All ranks see the same numbers."""
+    def look(
+        self, step: int, values: dict[str, Any], model: nn.Module, rows_of: Callable[[], Sequence[str]] = tuple
+    ) -> None:
+        """Raise Diverged where the step's loss or gradient says so. All ranks see the same numbers.
+
+        rows_of: asks all ranks where the rows of the step stand.
+        """
         if self.config.action is GuardAction.none:
             return
         loss, norm = values["loss"], values.get("grad_norm", 0.0)
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.has_scaled_gradients):
-            seen = f"loss {loss:g}, norm of the gradient {norm:g}{not_finite(model)}"
+            rows = rows_of()
+            seen = f"loss {loss:g}, norm of the gradient {norm:g}{not_finite(model)}{named(rows)}"
             if self.config.action is not GuardAction.skip:
-                raise Diverged(step, seen)
-            self.note_left_out(step, seen, model)
+                raise Diverged(step, seen, rows)
+            self.note_left_out(step, seen, model, rows)
             return
         self.left_out_in_a_row = 0
         median = statistics.median(self.losses) if len(self.losses) >= ENOUGH else math.inf
         is_above = self.config.factor is not None and loss > self.config.factor * median
         self.above = self.above + 1 if is_above else 0
         if self.above >= self.config.patience:
+            rows = rows_of()
             raise Diverged(
                 step,
                 f"loss {loss:.4g}, for {self.above} steps above guard.factor={self.config.factor:g} times the median "
-                f"{median:.4g} of those before",
+                f"{median:.4g} of those before{named(rows)}",
+                rows,
             )
         if not is_above:
             self.losses.append(loss)
 
-    def note_left_out(self, step: int, seen: str, model: nn.Module) -> None:
+    def note_left_out(self, step: int, seen: str, model: nn.Module, rows: Sequence[str]) -> None:
         """Count a step that moved nothing. Raises Diverged where there are too many, or where a weight is broken."""
         self.left_out += 1
         self.left_out_in_a_row += 1
         if has_broken_weight(model):
-            raise Diverged(step, f"{seen}; leaving steps out mends no weight")
+            raise Diverged(step, f"{seen}; leaving steps out mends no weight", rows)
         if self.left_out_in_a_row >= self.config.patience:
-            raise Diverged(step, f"{seen}, the last of guard.patience={self.config.patience} steps left out in a row")
+            last = f"{seen}; the last of guard.patience={self.config.patience} steps left out in a row"
+            raise Diverged(step, last, rows)
         logger.warning(
             "step %d is left out: %s; %d of the run so far, %d in a row", step, seen, self.left_out,
             self.left_out_in_a_row,
@@ -146,3 +159,11 @@ def not_finite(model: nn.Module) -> str:
             if tensor is not None and not bool(torch.isfinite(local(tensor.detach())).all()):
                 return f"; {what}{name} is not finite"
     return ""
+
+
+def named(rows: Sequence[str]) -> str:
+    """Return text as in "; its rows: a.jsonl line 3, a.jsonl line 8 and 6 more"; empty where nobody says."""
+    if not rows:
+        return ""
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    return f"; its rows: {', '.join(rows[:NAMED_ROWS])}{more}"

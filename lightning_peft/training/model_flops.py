@@ -29,7 +29,7 @@ FEW_TOKENS = 2048
 
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 operations per second of a device by its name; None for one that is not known."""
-    parts = [part for part in PEAK_FLOPS if part in device_name]
+    parts = [part for part in PEAK_FLOPS if part.lower() in device_name.lower()]
     return PEAK_FLOPS[max(parts, key=len)] if parts else None
 
 

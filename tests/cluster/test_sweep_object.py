@@ -24,13 +24,13 @@ from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process, process, this_process
 from lightning_peft.commands.sweep import print_trials
 from lightning_peft.schemas import trial_name
-from lightning_peft.sweeps import sweep as sweeps
+from lightning_peft.sweeps import change_lock
+from lightning_peft.sweeps.change_lock import locked
 from lightning_peft.sweeps.search import SweepConfig
 from lightning_peft.sweeps.sweep import (
     Sweep,
     Trial,
     changed_sweep,
-    locked,
     read_sweep,
     refresh,
     state_of,
@@ -150,6 +150,7 @@ def test_folder_without_a_sweep_is_named(tmp_path):
     ("options", "message"),
     [
         ({"parallel": 0}, "sweep.parallel=0"),
+        ({"seed": -1}, "sweep.seed=-1: must be 0 or more"),
         ({"trials": 3}, "sweep.trials=3: a grid has all its combinations"),
         ({"search": "random"}, "sweep.search=random: needs sweep.trials"),
     ],
@@ -306,7 +307,7 @@ def test_sweep_is_changed_by_one_at_a_time_where_files_cannot_be_locked(tmp_path
         thread.join()
     assert read_sweep(tmp_path).count == 30 and not (tmp_path / ".changing").exists()
     for left_by, ahead in ((DEAD, 86400), (replace(DEAD, host="elsewhere"), -86400)):
-        monkeypatch.setattr(sweeps, "SECONDS_TO_CHANGE", 600 if left_by.is_here else 0.3)
+        monkeypatch.setattr(change_lock, "SECONDS_TO_CHANGE", 600 if left_by.is_here else 0.3)
         (tmp_path / ".changing").write_text(json.dumps(asdict(left_by)))
         os.utime(tmp_path / ".changing", (time.time() + ahead,) * 2)  # its clock was another
         count(1)
@@ -315,7 +316,7 @@ def test_sweep_is_changed_by_one_at_a_time_where_files_cannot_be_locked(tmp_path
 
 def test_change_that_is_made_elsewhere_is_waited_for_whatever_the_clock_says(tmp_path, monkeypatch):
     """There are no locks, and the clock was set back by a day when the other process began."""
-    monkeypatch.setattr(sweeps, "SECONDS_TO_CHANGE", 0.6)
+    monkeypatch.setattr(change_lock, "SECONDS_TO_CHANGE", 0.6)
     made = tmp_path / ".changing"
     made.write_text(json.dumps(asdict(replace(DEAD, host="elsewhere"))))
     os.utime(made, (time.time() - 86400,) * 2)
@@ -369,3 +370,23 @@ def test_result_that_a_hand_has_changed_is_said_or_read(result, is_damaged, tmp_
     printed = capsys.readouterr()
     assert ("not what a run writes" in printed.err + caplog.text) == is_damaged
     assert f"of {'two' if is_damaged else 'one'}" in printed.out
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "", "..", "a/b"])
+def test_name_of_a_trial_that_leads_out_of_the_sweep_is_refused(tmp_path, name, capsys):
+    write_sweep(Sweep([], ["seed=1"], "local", "validation_loss", count=1, trials=[Trial(name, ["seed=1"])]), tmp_path)
+    assert main(["sweep", "table", str(tmp_path)]) == 2
+    assert f"{name!r} is no name of a folder in the sweep's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("+sweep.paralel=2", "sweep.paralel: no such option; did you mean "),
+        ("sweep.parallel=1,2", "sweep.parallel=1,2: of the sweep itself, so it has one value"),
+        ("cluster=local,slurm", "sweep.cluster=local,slurm: of the sweep itself, so it has one value"),
+    ],
+)
+def test_word_of_the_sweep_itself_that_is_wrong_is_named(tmp_path, word, message, capsys):
+    assert main(["submit", "-m", "model=tiny", "seed=0,1", f"sweep_dir={tmp_path}/s p (1)", word]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 
 import pytest
+import started
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -21,6 +23,7 @@ from lightning_peft.commands.merge import sample_ids
 from lightning_peft.models import loading
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.runs.lock import only_maker
 
 RUN = [
     "train", "model=tiny", "data.max_rows=40", "data.max_validation_rows=6", "data.micro_batch_size=2",
@@ -210,6 +213,38 @@ def test_merge_above_the_threshold_leaves_nothing(run_dir, tmp_path, capsys):
 def test_merge_refuses_a_used_folder(run_dir, capsys):
     assert main(["merge", f"adapter_path={run_dir}", f"output={run_dir}"]) == 2
     assert "exists already; give a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "adapter_path=RUN"],
+        ["convert", "RUN", "rank=2"],
+        ["export", "adapter_path=RUN", "format=gguf"],
+    ],
+    ids=["merge", "convert", "export"],
+)
+def test_folder_that_another_process_makes_is_refused(run_dir, tmp_path, capsys, words):
+    output = tmp_path / "new" / "made"
+    with only_maker(output):
+        assert main([*(word.replace("RUN", str(run_dir)) for word in words), f"output={output}"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: output={output}: process {os.getpid()} on ") and "writes it: wait for it" in line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_of_two_merges_into_one_folder_one_is_refused(run_dir, tmp_path):
+    output = tmp_path / "merged"
+    command = [*started.COMMAND, "merge", f"adapter_path={run_dir}", f"output={output}"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
+    texts = [process.communicate(timeout=300)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], texts
+    refused = next(text for process, text in zip(both, texts, strict=True) if process.returncode)
+    assert "Traceback" not in refused and f"error: output={output}: " in refused
+    AutoModelForCausalLM.from_pretrained(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_full_fine_tuning_is_evaluated_against_its_base(full_run_dir, capsys):

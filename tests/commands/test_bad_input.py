@@ -78,7 +78,13 @@ TRAIN_CASES = {
     "callback Lightning refuses": (["callbacks.mc._target_=lightning.pytorch.callbacks.ModelCheckpoint"], r"trainer: .*ModelCheckpoint"),
     "profiler of nobody": (["trainer.profiler=nope"], r"trainer: .*`profiler`"),
     "time in words": (["trainer.max_time=tomorrow"], r"trainer.max_time=tomorrow: must be DD:HH:MM:SS"),
-    "argument of a logger": (["logger=wandb", "logger.wandb.projct=x"], r"logger.wandb: .*logger.wandb.projct: wandb.init has no such argument|logger.wandb.projct"),
+    "argument of a logger": (["logger=wandb", "logger.wandb.projct=x", "dry_run=true"], r"^error: logger.wandb.projct: wandb.init has no such argument; did you mean project\?$"),
+    "added to a logger": (["logger=wandb", "+logger.wandb.mod=offline"], r"^error: logger.wandb.mod: wandb.init .*did you mean mode\?$"),
+    "mode of a logger": (["logger=wandb", "logger.wandb.mode=ofline", "dry_run=true"], r"^error: logger.wandb.mode='ofline': must be auto, online"),
+    "argument of another logger": (["logger=tensorboard", "+logger.tensorboard.nme=1", "dry_run=true"], r"logger.tensorboard._target_=.*'nme'"),
+    "word to Hydra": (["+hydra.foo=1", "dry_run=true"], r"^error: \+hydra.foo=1: a single run reads hydra.searchpath alone"),
+    "Hydra's folder": (["hydra.run.dir=x"], r"^error: hydra.run.dir=x: a single run reads hydra.searchpath alone"),
+    "launcher of one run": (["hydra/launcher=joblib"], r"^error: hydra/launcher=joblib: .*launchers and sweepers are for train -m"),
     "unknown precision": (["trainer.precision=bf8"], r"trainer.precision='bf8': must be auto"),
     "fp16 on a CPU": (["trainer.accelerator=cpu", "trainer.precision=16-mixed"], r"16-mixed needs a CUDA device"),
     "unknown accelerator": (["trainer.accelerator=abacus"], r"trainer.accelerator='abacus': must be auto"),
@@ -109,6 +115,26 @@ OTHER_CASES = {
     "prices into a missing folder": (
         ["estimate", "-m", "model=tiny", "seed=1,2", "output=/no/such/p.json"],
         r"price.output=/no/such/p.json: there is no folder /no/such; make it first",
+    ),
+    "prices on a GPU of nobody": (
+        ["estimate", "-m", "model=tiny", "seed=1,2", "price.gpu=NOPE"],
+        r"price.gpu=NOPE: its peak is not known and no run in price.measured was on it; choose one of GB200, ",
+    ),
+    "word to Hydra in a sweep": (
+        ["train", "-m", "model=tiny", "seed=1,2", "+hydra.foo=1"],
+        r"hydra.foo: no such option",
+    ),
+    "word to Hydra's sweeper": (
+        ["train", "-m", "model=tiny", "seed=1,2", "+hydra.sweeper.max_batch=1"],
+        r"hydra.sweeper.max_batch: no such option; did you mean hydra.sweeper.max_batch_size\?",
+    ),
+    "logger of a sweep": (
+        ["train", "-m", "model=tiny", "seed=1,2", "logger=wandb", "logger.wandb.projct=x"],
+        r"logger.wandb.projct: wandb.init has no such argument",
+    ),
+    "logger of a sweep on a cluster": (
+        ["submit", "-m", "model=tiny", "seed=1,2", "logger=wandb", "logger.wandb.projct=x", "sweep_dir=/tmp/no/sweep"],
+        r"logger.wandb.projct: wandb.init has no such argument",
     ),
     "inspection into a missing folder": (
         ["inspect", "x", "output=/no/such/p.json"],

@@ -77,4 +77,4 @@ def test_launcher_that_is_not_installed_is_one_line(tmp_path):
     run = sweep(tmp_path / "sweep", "adapter.rank=2,4", "hydra/launcher=ray")
     assert run.returncode == 2
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("error:")]
-    assert "Could not find 'hydra/launcher/ray'" in line and "Available options" in line
+    assert "hydra/launcher=ray: no such option; hydra/launcher is one of basic" in line

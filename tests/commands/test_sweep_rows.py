@@ -9,6 +9,7 @@ from lightning_peft.commands import plan_sweep
 
 STARTS = [
     ["submit", "-m", "cluster=local", "sweep_dir=sweep"],
+    ["submit", "-m", "cluster=slurm", "sweep_dir=sweep"],
     ["train", "-m", "run_dir=sweep"],
     ["train", "-m", "sweep.together=2", "run_dir=sweep"],
 ]
@@ -23,7 +24,7 @@ def rows(tmp_path, monkeypatch):
     return ["model=tiny", "data=rows.jsonl", "trainer.max_steps=1", "trainer.accelerator=cpu"]
 
 
-@pytest.mark.parametrize("start", STARTS, ids=["submit", "train", "together"])
+@pytest.mark.parametrize("start", STARTS, ids=["local", "slurm", "train", "together"])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -61,3 +62,15 @@ def test_sweep_whose_trials_have_finished_asks_for_no_rows(rows, tmp_path):
     assert main(words) == 0
     (tmp_path / "rows.jsonl").unlink()
     assert main(words) == 0
+
+
+def test_model_that_only_a_node_has_is_left_to_the_trial(rows, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan_sweep, "start", lambda *of: None)
+    words = [*rows[1:], "model=hf", "model.path=/scratch/node/model", "adapter.rank=2,4"]
+    assert main(["submit", "-m", "cluster=local", "sweep_dir=local", *words]) == 2
+    assert "model.path=/scratch/node/model: no such file or folder" in capsys.readouterr().err
+    assert main([*STARTS[1], *words]) == 0
+    assert (
+        "model.path=/scratch/node/model: no such file or folder: a trial that needs it fails" in capsys.readouterr().err
+    )
+    assert len(list(tmp_path.glob("sweep/*/config.yaml"))) == 2

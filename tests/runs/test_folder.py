@@ -180,6 +180,18 @@ def test_run_goes_on_with_options_that_change_no_number(tmp_path, undisturbed):
     assert_equal_runs(run_dir, undisturbed)
 
 
+@pytest.mark.parametrize(("every", "expected_steps"), [("3", {3, 6}), ("null", {6})])
+def test_validations_may_come_more_often_or_not_at_all(tmp_path, undisturbed, every, expected_steps):
+    run_dir = stopped(tmp_path / "run", "validation.every_n_steps=4", at=1)
+    result = train(tiny_config(run_dir, *RUN, f"validation.every_n_steps={every}"))
+    expected = json.loads((undisturbed / "result.json").read_text())
+    assert (result["train_loss"], result["validation_loss"]) == (expected["train_loss"], expected["validation_loss"])
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (run_dir, undisturbed)]
+    assert all((adapters[0][name] == adapters[1][name]).all() for name in adapters[1])
+    rows = list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
+    assert {int(row["step"]) for row in rows if row["validation_loss"]} == expected_steps
+
+
 def test_option_that_is_newer_than_the_run_does_not_stop_it(tmp_path, undisturbed, caplog):
     caplog.set_level("INFO", "lightning_peft")
     run_dir = stopped(tmp_path / "run", "validation.every_n_steps=4")

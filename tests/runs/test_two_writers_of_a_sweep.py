@@ -15,7 +15,7 @@ from test_lock import holder_of
 from tiny_runs import TINY
 
 from lightning_peft.__main__ import main
-from lightning_peft.sweeps import sweep as sweeps
+from lightning_peft.sweeps import change_lock
 from lightning_peft.sweeps.sweep import Sweep, Trial, changed_sweep, write_sweep
 
 SHORT = ["trainer.max_steps=1", "data.max_rows=6", "data.max_validation_rows=2"]
@@ -92,7 +92,7 @@ def test_of_two_sweeps_at_once_one_trains_all_of_its_trials(tmp_path):
 
 
 def test_whoever_waits_for_a_change_of_the_sweep_says_for_whom(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sweeps, "WAIT_IS_SAID_AFTER", 0.1)
+    monkeypatch.setattr(change_lock, "WAIT_IS_SAID_AFTER", 0.1)
     folder, may_end = a_sweep(tmp_path / "sweep"), threading.Event()
     has_begun = threading.Event()
 

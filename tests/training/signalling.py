@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_peft.distributed import highest
 from lightning_peft.training.callbacks.preemption import Preemption
 
 
@@ -120,3 +121,20 @@ class DropGradientsAt(Callback):
         if trainer.global_step + 1 == self.step:
             for parameter in pl_module.parameters():
                 parameter.grad = None
+
+
+class ExplodeOnLong(Callback):
+    """Makes the gradients infinite of the step in which a sample has more than so many tokens."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.is_there = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.is_there = self.is_there or int(batch.lengths.max()) > self.tokens
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if highest(int(self.is_there)):  # the gradients have been added up over the ranks
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))

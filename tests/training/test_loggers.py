@@ -1,12 +1,15 @@
 """Each logger gets the run's scalars; Weights & Biases works with no network and no key."""
 
 import csv
+import subprocess
+from contextlib import suppress
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import tiny_config
 
 from lightning_peft.commands.train import train
+from lightning_peft.tracking.metrics_csv import MetricsCSV
 
 
 def metrics(run_dir):
@@ -63,3 +66,47 @@ def test_logger_of_ones_own_fails_alone(tmp_path, caplog, at_end):
     said = [record.message for record in caplog.records if "logger.mine" in record.message]
     reason = "cannot finalize" if at_end else "the server is away"
     assert said == [f"logger.mine: RuntimeError ({reason}); nothing more is logged there, training goes on"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Give a folder on a disk of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path):
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+def test_rows_wait_while_the_disk_is_full(small_disk, caplog):
+    log = MetricsCSV(str(small_disk))
+    for step in range(1, 200):
+        if step == 50:
+            fill(small_disk / "filler")
+        if step == 150:
+            (small_disk / "filler").unlink()
+        log.log_metrics({"loss": 1 / step, "grad_norm": 1.0} | ({"new": 2.0} if step > 140 else {}), step)
+        if step == 149:
+            kept = [int(row["step"]) for row in metrics(small_disk)]
+            assert kept == list(range(1, kept[-1] + 1)) and kept[-1] < 149, "no row is cut"
+    rows = metrics(small_disk)
+    assert [int(row["step"]) for row in rows] == list(range(1, 200))
+    assert [float(row["loss"]) for row in rows] == [1 / step for step in range(1, 200)]
+    assert not log.failed and caplog.text.count("No space left on device") == 1
+    assert "written again, with the rows that waited" in caplog.text
+
+
+def test_rows_that_never_could_be_written_are_said_at_the_end(small_disk, caplog):
+    fill(small_disk / "filler")
+    log = MetricsCSV(str(small_disk))
+    log.log_metrics({"loss": 1.0}, 1)
+    log.close("finished", small_disk)
+    assert "metrics.csv: OSError ([Errno 28] No space left on device)" in caplog.text

@@ -418,6 +418,21 @@ def test_wrong_option_is_named(tmp_path, options, message):
         WandbRun(str(tmp_path), "p", **options)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WANDB_MODE", "ofline", "WANDB_MODE=ofline: must be one of online, offline, disabled"),
+        ("WANDB_PROJECT", "team/mine", "WANDB_PROJECT=team/mine: W&B takes no / in it"),
+        ("WANDB_RUN_ID", "a:b#", "WANDB_RUN_ID=a:b#: W&B takes no # : in it"),
+    ],
+)
+def test_variable_that_would_end_the_logging_is_refused_before_the_run(tmp_path, monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        train(wandb_config(tmp_path / "run", "dry_run=true"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_variables_win_over_defaults_and_a_home_is_not_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/proc")  # nobody can make a folder there
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)  # a run of another test that was never ended left it

@@ -1,6 +1,5 @@
 """Resumable checkpoints every few steps, and the best adapter of the validations in a folder of its own."""
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.compat import is_accumulating, validation_follows
-from lightning_peft.strict_json import read_object
+from lightning_peft.strict_json import json_text, read_object
 from lightning_peft.training.callbacks.early_stopping import validated
 from lightning_peft.training.config import CheckpointConfig
 
@@ -83,7 +82,7 @@ class AdapterCheckpoint(Callback):
         if not trainer.is_global_zero:
             return
         with atomic_file(self.best_path) as path:
-            path.write_text(json.dumps({self.metric: self.sign * value, "step": trainer.global_step}) + "\n")
+            path.write_text(json_text({self.metric: self.sign * value, "step": trainer.global_step}))
 
     @property
     def metric(self) -> str:

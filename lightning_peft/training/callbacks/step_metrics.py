@@ -3,6 +3,7 @@
 import resource
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.inject import trainable_parameter_counts, trained_in_full
 from lightning_peft.compat import is_accumulating
 from lightning_peft.data.batch import Batch
-from lightning_peft.distributed import reduce_sums, worst
+from lightning_peft.distributed import of_all, reduce_sums, worst
 from lightning_peft.training.guard import Guard
 from lightning_peft.training.health import ChangeMeter, ChangeSize
 from lightning_peft.training.model_flops import (
@@ -26,7 +27,7 @@ from lightning_peft.training.model_flops import (
     squared_lengths,
 )
 
-BEGAN, ENDED, SQUARES = "began", "ended", "squared_lengths"
+BEGAN, ENDED, SQUARES, ROWS = "began", "ended", "squared_lengths", "rows"
 """Keys of a pending row that no logger is given."""
 WARM_UP_STEPS = 2
 """Steps whose time is not counted: first calls allocate and compile."""
@@ -104,6 +105,8 @@ class StepMetrics(Callback):
         self.step_started = Instant(torch.device("cpu"))
         self.step_squares: Tensor | float = 0.0
         """Squared lengths of the samples of this step, on the device; counted where the peak of the device is known."""
+        self.step_rows: list[str] = []
+        """The places of the rows of this step, of this rank."""
         self.was_validated = False
         self.durations: list[tuple[float, int]] = []
         self.utilizations: list[float] = []
@@ -133,6 +136,7 @@ class StepMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.step_tokens += batch.num_tokens
+        self.step_rows += batch.origins
         if self.attention_flops:
             self.step_squares = self.step_squares + squared_lengths(batch)
         if is_accumulating(trainer):
@@ -146,7 +150,8 @@ class StepMetrics(Callback):
         if len(groups) > 1:
             row |= {f"lr/{group['name']}": group["lr"] for group in groups}
         row |= {"tokens": tokens, "epoch": epochs_done(trainer)} | self.constants
-        row |= {BEGAN: began, ENDED: now, SQUARES: squares}
+        row |= {BEGAN: began, ENDED: now, SQUARES: squares, ROWS: self.step_rows}
+        self.step_rows = []
         self.last_loss = row["loss"]
         self.pending.append((trainer.global_step, row))
         if len(self.pending) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -165,7 +170,7 @@ class StepMetrics(Callback):
             self.total_tokens += row["tokens"]
             row["total_tokens"] = self.total_tokens
             self.steps_seen += 1
-            began, ended = row.pop(BEGAN), row.pop(ENDED)
+            began, ended, rows = row.pop(BEGAN), row.pop(ENDED), row.pop(ROWS)
             values = {k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()}
             squares = values.pop(SQUARES)
             seconds = values["step_seconds"] = ended.seconds_since(
@@ -186,7 +191,7 @@ class StepMetrics(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
             if self.guard is not None:
-                self.guard.look(step, values, pl_module)
+                self.guard.look(step, values, pl_module, partial(of_all, rows))
         if self.guard is not None and self.guard.is_no_op_due(trainer.global_step):
             self.guard.look_at_changes(trainer.global_step, changes_alone(pl_module))
 

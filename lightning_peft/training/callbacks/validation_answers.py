@@ -1,6 +1,5 @@
 """Answers to a few validation prompts, so that a reader sees what the loss means."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.strict_json import json_line
 from lightning_peft.tracking.loggers import RunLogger
 from lightning_peft.training.strategies import ShardedModel
 
@@ -72,7 +72,7 @@ class ValidationAnswers(Callback):
         columns = ["step", "prompt", "base", "answer", "reference"]
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+                file.write(json_line(dict(zip(columns, row, strict=True))) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.log_samples(columns, rows, step)
