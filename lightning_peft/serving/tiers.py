@@ -4,7 +4,7 @@ import re
 from collections import OrderedDict
 from pathlib import Path
 
-from lightning_peft.adapters.slots import Factors, Slots, cast_factors
+from lightning_peft.adapters.slots import Factors, Slots, are_finite, cast_factors
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import read_low_rank
 from lightning_peft.inference.load import adapter_folder
@@ -54,10 +54,10 @@ class AdapterTiers:
             return self.host[folder]
         check_lineage(folder, self.fingerprint, base_name=self.base_name)
         factors = cast_factors(read_low_rank(folder), self.slots.dtype)
-        rank = max(len(A) for A, _ in factors.values())
+        rank = max(A.shape[0] for A, _ in factors.values())
         if rank > self.slots.rank:
             raise ValueError(f"{folder}: is of rank {rank}, the slots of {self.slots.rank}; set serve.max_rank={rank}")
-        if not all(bool(factor.isfinite().all()) for pair in factors.values() for factor in pair):
+        if not are_finite(factors):
             raise ValueError(f"{folder}: has numbers that are not finite, in {self.slots.dtype}; it has no answers")
         self.loads["disk"] += 1
         self.host[folder] = factors
@@ -75,10 +75,10 @@ class AdapterTiers:
         else:
             free = next((slot for slot in self.order if self.users[slot] == 0), None)
             if free is None:
-                return self.slots.welcome(self.on_host(folder)) if self.slots.takes_guests else None
+                return self.slots.welcome(self.on_host(folder), True) if self.slots.takes_guests else None
             slot, factors = free, self.on_host(folder)
             self.in_slot[slot] = None  # the loading may fail halfway
-            self.slots.load(slot, factors)
+            self.slots.load(slot, factors, known_finite=True)
             self.loads["host"] += 1
             self.in_slot[slot] = folder
         self.users[slot] += 1
