@@ -1,6 +1,5 @@
 """The places of adapters: all are on disk, the ones used last on the host, a few in slots beside the model."""
 
-import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -8,9 +7,7 @@ from lightning_peft.adapters.slots import Factors, Slots, are_finite, cast_facto
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import read_low_rank
 from lightning_peft.inference.load import adapter_folder
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""Names that a model may have: a name is checked before it becomes a path."""
+from lightning_peft.serving.vllm_middleware import NAME
 
 
 class UnknownModelError(KeyError):
@@ -36,7 +33,10 @@ class AdapterTiers:
 
     def names(self) -> list[str]:
         """Return every name that a request may give, but the base's."""
-        found = sorted(p.name for p in self.directory.iterdir() if p.is_dir()) if self.directory is not None else []
+        try:
+            found = sorted(p.name for p in self.directory.iterdir() if p.is_dir()) if self.directory is not None else []
+        except OSError:  # it was removed, and what is named goes on
+            found = []
         return list(dict.fromkeys([*self.folders, *(name for name in found if NAME.fullmatch(name))]))
 
     def folder(self, name: str) -> Path:
