@@ -187,7 +187,7 @@ def test_logprobs_say_the_bytes_of_parts_of_characters(client: openai.OpenAI, st
         tokens, offsets = sum((s.tokens for s in said), []), sum((s.text_offset for s in said), [])
     else:
         found = client.completions.create(**body).choices[0].logprobs
-        assert found is not None and {len(top) for top in found.top_logprobs or []} == {3}
+        assert found is not None and {len(top) for top in found.top_logprobs or []} <= {2, 3}
         tokens, offsets = found.tokens, found.text_offset
     assert offsets == [sum(map(len, tokens[:n])) for n in range(len(tokens))]
     parts = [token for token in tokens if not token.isascii() or token.startswith("bytes:")]
