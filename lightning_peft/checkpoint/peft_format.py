@@ -96,8 +96,8 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
     """Copy the tensors of an adapter folder into a model that `inject_adapters` has prepared for them.
 
     Embeddings and biases of the base that the folder carries are replaced too. Trained tensors of `may_lack` that the
-    folder has not keep their values. Raises AdapterFileError for a missing or damaged file, and for one whose names or
-    shapes are not those of the model.
+    folder has not keep their values. Raises AdapterFileError for a missing or damaged file, for one whose names or
+    shapes are not those of the model, and for numbers that are not finite.
     """
     folder = Path(folder)
     words = read_words(folder)
@@ -124,6 +124,9 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
     of_base = _base_tensors(model, words, got.keys() - expected.keys())
     expected |= of_base
     check_names_and_shapes(str(folder / WEIGHTS_NAME), expected, got, AdapterFileError)
+    for name, tensor in got.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise AdapterFileError(f"{folder}: {name} has numbers that are not finite; the adapter has no answers")
     _warn_of_other_scaling(model, words, got, folder)
     _check_shared(folder, expected, got)
     for name, target in expected.items():
