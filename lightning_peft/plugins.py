@@ -6,14 +6,22 @@ by name with `imports=[package.module]`, or for an installed package by an entry
 
 import importlib
 import importlib.metadata
+import logging
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 GROUP = "lightning_peft.plugins"
 """Entry points of installed packages; each names a module, or an object in one, whose import adds its rows."""
+OWN_FILES = "own_files"
+"""Folder of a run with files of the user's own that it began with: YAML that its command named, modules it imported."""
 WORD = re.compile(r"^\+{0,2}imports=\[?([^\]]*)\]?$")
 
 
@@ -36,9 +44,22 @@ def import_plugins() -> None:
             raise PluginError(f"plug-in {entry.name} ({entry.value}) cannot be imported: {_last(error)}") from error
 
 
-def import_modules(names: Sequence[str]) -> None:
-    """Import modules by name, each once a process. Raises PluginError with the error of a module."""
-    for name in names:
+def import_modules(names: Sequence[str], kept: Path | None = None) -> None:
+    """Import modules by name, each once a process. Raises PluginError with the error of a module.
+
+    `kept` is a folder that `keep_modules` has filled: a module that is nowhere else is imported from there.
+    """
+    for name in map(str, names):
+        if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+            found = Path(name).name.removesuffix(".py").lstrip(".")
+            example = f", as in imports=[{found}]" if found.isidentifier() else ""
+            raise PluginError(
+                f"imports={name}: must be a module by its dotted name{example}, from the working folder or PYTHONPATH"
+            )
+        top = name.partition(".")[0]
+        if kept is not None and (kept / top).is_dir() | (kept / f"{top}.py").is_file() and find_spec(top) is None:
+            logger.info("imports=%s: not found here, so as it was when the run began, from %s", name, kept)
+            sys.path.append(str(kept))
         try:
             importlib.import_module(name)
             _imported.append(name)
@@ -46,10 +67,32 @@ def import_modules(names: Sequence[str]) -> None:
             if error.name != name and not name.startswith(f"{error.name}."):
                 raise PluginError(f"imports={name}: it imports {error.name}, which is not installed") from error
             raise PluginError(
-                f"imports={name}: no module of that name in the working folder or on PYTHONPATH"
+                f"imports={name}: no module of that name in the working folder ({Path.cwd()}) or on PYTHONPATH; start "
+                "where it lies, or name its folder in PYTHONPATH"
             ) from error
         except Exception as error:
             raise PluginError(f"imports={name}: {_last(error)}") from error
+
+
+def keep_modules(names: Sequence[str], folder: Path) -> None:
+    """Copy the source of imported modules that no package brought into a folder, from which others can import them.
+
+    Of a package it is the source of all its modules.
+    """
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    for name in names:
+        top = name.partition(".")[0]
+        file = getattr(sys.modules.get(top), "__file__", None) or getattr(sys.modules.get(name), "__file__", None)
+        if file is None or folder in Path(file).parents or installed & set(Path(file).resolve().parents):
+            continue
+        is_package, place = Path(file).name == "__init__.py", Path(file).parent
+        if is_package:
+            files = {path.relative_to(place.parent): path for path in place.rglob("*.py")}
+        else:
+            files = {Path(*name.split(".")).with_suffix(".py"): Path(file)}
+        for inside, path in files.items():
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            (folder / inside).write_bytes(path.read_bytes())
 
 
 def imported_by_words(words: Sequence[str]) -> list[str]:

@@ -190,6 +190,10 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
         )
     if row.read_more is not None:
         options |= row.read_more(words, layers)
+    has_bias = any(name.endswith(".bias") and not name.endswith(".lora_B.bias") for name in shapes)
+    if options.get("bias", Bias.none) is not Bias.none and not has_bias:
+        logger.info("%s: bias=%s, and the model had none to train", folder, options["bias"].name)
+        options["bias"] = Bias.none
     # HF trains the rows of two tied layers together.
     whole = [name for name in shapes if not name.endswith(ROWS)]
     outside_blocks = [name for name in whole if name.startswith(PREFIX) and block_depth(name) is None]
