@@ -29,8 +29,8 @@ def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str,
     scaled = torch._foreach_mul([part.A for part in change.values()], [part.scaling for part in change.values()])
     factors = [*scaled, *(part.B.t() for part in change.values())]
     # One piece of memory and one call for all: an adapter has hundreds of small tensors.
-    cast = torch.empty(sum(map(Tensor.numel, factors)), dtype=dtype).split([factor.numel() for factor in factors])
-    cast = [place.view(factor.shape) for place, factor in zip(cast, factors, strict=True)]
+    pieces = torch.empty(sum(map(Tensor.numel, factors)), dtype=dtype).split([factor.numel() for factor in factors])
+    cast = [place.view(factor.shape) for place, factor in zip(pieces, factors, strict=True)]
     torch._foreach_copy_(cast, factors)
     return dict(zip(change, zip(cast[: len(change)], cast[len(change) :], strict=True), strict=True))
 

@@ -46,7 +46,8 @@ class Answer:
     def _said(self, pieces: list[Piece]) -> dict[str, Any]:
         found = [piece.choice for piece in pieces if piece.choice is not None]
         if self.kind == "text":
-            texts, offsets = [token_text(self.tokenizer, choice.token) for choice in found], []
+            texts = [token_text(self.tokenizer, choice.token) for choice in found]
+            offsets: list[int] = []
             for text in texts:
                 offsets.append(self.offset)
                 self.offset += len(text)
