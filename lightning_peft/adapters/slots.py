@@ -26,10 +26,19 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """Return an adapter as the slots hold it: rounded where training rounds it, so that its products are the same."""
-    return {
-        name: ((part.scaling * part.A).to(dtype).contiguous(), part.B.t().to(dtype).contiguous())
-        for name, part in change.items()
-    }
+    scaled = torch._foreach_mul([part.A for part in change.values()], [part.scaling for part in change.values()])
+    factors = [*scaled, *(part.B.t() for part in change.values())]
+    # One piece of memory and one call for all: an adapter has hundreds of small tensors.
+    pieces = torch.empty(sum(map(Tensor.numel, factors)), dtype=dtype).split([factor.numel() for factor in factors])
+    cast = [place.view(factor.shape) for place, factor in zip(pieces, factors, strict=True)]
+    torch._foreach_copy_(cast, factors)
+    return dict(zip(change, zip(cast[: len(change)], cast[len(change) :], strict=True), strict=True))
+
+
+def are_finite(factors: Factors) -> bool:
+    """Return whether all numbers of an adapter are finite."""
+    sizes = torch._foreach_norm([factor for pair in factors.values() for factor in pair], ord=torch.inf)
+    return not sizes or bool(torch.stack(sizes).isfinite().all())
 
 
 class Routing:
@@ -184,7 +193,7 @@ class Slots:
         """Return whether a row can be a guest's: where the model's memory is the host's."""
         return next(self.model.parameters()).device.type == "cpu"
 
-    def welcome(self, factors: Factors) -> int:
+    def welcome(self, factors: Factors, known_finite: bool = False) -> int:
         """Let an adapter take part without a slot; return its number, to be given up by `dismiss`.
 
         Raises ValueError for an adapter that fits no layer.
@@ -192,6 +201,8 @@ class Slots:
         assert self.takes_guests, "a guest's factors are on the host"
         self._wrap_all(factors)
         self.guests[number := next(self.numbers)] = factors
+        if known_finite:
+            self.finite[number] = True
         return number
 
     def dismiss(self, number: int) -> None:
@@ -206,13 +217,13 @@ class Slots:
         return self._places(route)[layer.name] if route >= 0 and layer.name in self.written[route] else None
 
     @torch.no_grad()
-    def load(self, slot: int, factors: Factors) -> None:
+    def load(self, slot: int, factors: Factors, known_finite: bool = False) -> None:
         """Put an adapter into a slot. Raises ValueError for one of a rank above the slots', or that fits no layer.
 
         A failure in the middle of it leaves a slot that the next adapter may have.
         """
         self._wrap_all(factors)
-        rank = max(len(A) for A, _ in factors.values())
+        rank = max(A.shape[0] for A, _ in factors.values())  # len() of a tensor is slow
         if rank > self.rank:
             raise ValueError(f"an adapter of rank {rank} does not fit slots of rank {self.rank}")
         self.last = None
@@ -223,22 +234,22 @@ class Slots:
         into: list[Tensor] = []
         for name, pair in factors.items():
             for place, factor in zip(places[name], pair, strict=True):
-                if len(factor) < self.rank:
-                    place[len(factor) :].zero_()
-                    place = place[: len(factor)]
+                if (rank := factor.shape[0]) < self.rank:
+                    place[rank:].zero_()
+                    place = place[:rank]
                 into.append(place)
         self.written[slot] |= factors.keys()  # also after half a copy
         self.finite.pop(slot, None)
         # One call copies all, as hundreds of small copies cost more by themselves than what they copy.
         torch._foreach_copy_(into, [factor for pair in factors.values() for factor in pair])
         self.written[slot] = set(factors)
+        if known_finite:
+            self.finite[slot] = True
 
     def is_finite(self, slot: int) -> bool:
         """Return whether all numbers of a slot, or guest, are finite."""
         if slot not in self.finite:
-            pairs = self.guests[slot] if slot >= self.count else self._places(slot)
-            sizes = torch._foreach_norm([factor for pair in pairs.values() for factor in pair])
-            self.finite[slot] = not sizes or bool(torch.stack(sizes).isfinite().all())
+            self.finite[slot] = are_finite(self.guests[slot] if slot >= self.count else self._places(slot))
         return self.finite[slot]
 
     def _places(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -255,7 +266,8 @@ class Slots:
         layers = {name: self._base_layer(name) for name in factors}
         for name, (A, B) in factors.items():
             shape = linear_shape(layers[name])
-            fit = A.ndim == B.ndim == 2 and len(A) == len(B) and shape == (B.shape[1], A.shape[1])
+            A_shape, B_shape = A.shape, B.shape
+            fit = len(A_shape) == len(B_shape) == 2 and A_shape[0] == B_shape[0] and shape == (B_shape[1], A_shape[1])
             if not fit or isinstance(layers[name], nn.Embedding):
                 raise ValueError(
                     f"{name}: the adapter's factors, A {tuple(A.shape)} and B transposed {tuple(B.shape)}, do not fit "

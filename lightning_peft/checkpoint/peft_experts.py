@@ -78,6 +78,8 @@ def named_by_parameter(words: Mapping[str, Any], shapes: Shapes, prefix: str) ->
     experts; empty where all are.
     """
     wanted = list(words.get("target_parameters") or [])
+    if not wanted:
+        return dict(shapes), ""
     if unknown := [name for name in wanted if name.rpartition(".")[2] not in PROJECTIONS]:
         return dict(shapes), unknown[0]
     found = dict(shapes)

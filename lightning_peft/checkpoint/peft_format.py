@@ -39,6 +39,7 @@ from lightning_peft.checkpoint.peft_words import (
     write_words,
 )
 from lightning_peft.checkpoint.resume import assign, check_names_and_shapes, gathered
+from lightning_peft.checkpoint.safetensors_file import read_file
 from lightning_peft.quantization.weights import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
     """Copy the tensors of an adapter folder into a model that `inject_adapters` has prepared for them.
 
     Embeddings and biases of the base that the folder carries are replaced too. Trained tensors of `may_lack` that the
-    folder has not keep their values. Raises AdapterFileError for a missing or damaged file, and for one whose names or
-    shapes are not those of the model.
+    folder has not keep their values. Raises AdapterFileError for a missing or damaged file, for one whose names or
+    shapes are not those of the model, and for numbers that are not finite.
     """
     folder = Path(folder)
     words = read_words(folder)
@@ -123,6 +124,9 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
     of_base = _base_tensors(model, words, got.keys() - expected.keys())
     expected |= of_base
     check_names_and_shapes(str(folder / WEIGHTS_NAME), expected, got, AdapterFileError)
+    for name, tensor in got.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise AdapterFileError(f"{folder}: {name} has numbers that are not finite; the adapter has no answers")
     _warn_of_other_scaling(model, words, got, folder)
     _check_shared(folder, expected, got)
     for name, target in expected.items():
@@ -265,21 +269,31 @@ def _files(folder: Path) -> list[str]:
     return [WEIGHTS_NAME, *([shared] if shared else [])]
 
 
-def _open(folder: Path, name: str = WEIGHTS_NAME) -> Any:
+def _existing(folder: Path, name: str) -> Path:
+    """Return the path of a file of an adapter folder. Raises AdapterFileError."""
     path = folder / name
     if not path.is_file():
         pickled = " (adapter_model.bin is a pickle, which may run code: convert it)"
         hint = pickled if (folder / "adapter_model.bin").is_file() else ""
         raise AdapterFileError(f"{folder}: has no {WEIGHTS_NAME}{hint}")
+    return path
+
+
+def _damaged(path: Path, error: Exception) -> AdapterFileError:
+    return AdapterFileError(f"{path}: truncated or damaged ({error})")
+
+
+def _open(folder: Path, name: str = WEIGHTS_NAME) -> Any:
+    path = _existing(folder, name)
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path}: truncated or damaged ({error})") from error
+        raise _damaged(path, error) from error
 
 
 def _plain_name(name: str) -> str:
     """Return a tensor's name without the adapter's own, which a saved state dict of a PEFT model has in it."""
-    return NAMED_DEFAULT.sub(r"\1", name)
+    return NAMED_DEFAULT.sub(r"\1", name) if ".default" in name else name
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -294,13 +308,17 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     lineage = read_lineage(folder)
     tensors: dict[str, Tensor] = {}
     for part in _files(folder):
-        with _open(folder, part) as file:
-            tensors |= {_plain_name(name): file.get_tensor(name) for name in file.keys()}
-    if lineage is not None and lineage.adapter_sha256 not in (None, file_sha256(folder / WEIGHTS_NAME)):
-        raise AdapterFileError(
-            f"{folder / WEIGHTS_NAME}: damaged, it is not the file that lineage.json describes; "
-            "if it was changed on purpose, delete lineage.json"
-        )
+        try:
+            found, content = read_file(_existing(folder, part))
+        except (SafetensorError, OSError) as error:
+            raise _damaged(folder / part, error) from error
+        tensors |= {_plain_name(name): tensor for name, tensor in found.items()}
+        expected = lineage.adapter_sha256 if lineage is not None and part == WEIGHTS_NAME else None
+        if expected is not None and expected != hashlib.sha256(content).hexdigest():
+            raise AdapterFileError(
+                f"{folder / part}: damaged, it is not the file that lineage.json describes; "
+                "if it was changed on purpose, delete lineage.json"
+            )
     return tensors
 
 

@@ -271,10 +271,10 @@ def _check_values(folder: Path, words: Words, row: PeftSpelling) -> None:
 def layer_shapes(shapes: Shapes, row: PeftSpelling) -> dict[str, tuple[int, ...]]:
     """Return the shape of each adapted layer's first tensor, whose dimension 0 is the rank."""
     found: dict[str, tuple[int, ...]] = {}
-    for ending in row.tensors:
+    for ending in (f".{tensor}" for tensor in row.tensors):
         for name, shape in shapes.items():
-            if name.startswith(PREFIX) and name.endswith(f".{ending}"):
-                found.setdefault(name.removeprefix(PREFIX).removesuffix(f".{ending}"), shape)
+            if name.endswith(ending) and name.startswith(PREFIX):
+                found.setdefault(name[len(PREFIX) : -len(ending)], shape)
     return found
 
 

@@ -265,12 +265,15 @@ def cut_all(
             to = Cut(config.svd_rank, config.energy)
             if to == Cut() and (isinstance(change, Tensor) or config.combine is Combine.svd and len(parents) > 1):
                 to = Cut(largest)
-            if isinstance(change, Tensor):
-                changes[name], lost[name] = cut_dense(change, to)
-            elif to == Cut():
-                changes[name], lost[name] = LowRank(change.A, change.scaling * change.B, 1.0), 0.0
-            else:
-                changes[name], lost[name] = cut(change, to)
+            try:
+                if isinstance(change, Tensor):
+                    changes[name], lost[name] = cut_dense(change, to)
+                elif to == Cut():
+                    changes[name], lost[name] = LowRank(change.A, change.scaling * change.B, 1.0), 0.0
+                else:
+                    changes[name], lost[name] = cut(change, to)
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(f"{name}: the adapter's numbers are too large for its singular values") from error
     return changes, lost
 
 

@@ -22,7 +22,7 @@ from lightning_peft.commands.adapted import (
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm
 from lightning_peft.inference.continuous_batching import Decoder
-from lightning_peft.inference.generate import declared_end_ids
+from lightning_peft.inference.generate import declared_end_ids, settings_not_decoded
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig
@@ -31,8 +31,9 @@ from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.serving.engine import Engine
 from lightning_peft.serving.engines import engines
 from lightning_peft.serving.server_config import ServerConfig, ServingEngine
-from lightning_peft.serving.tiers import NAME, AdapterTiers
+from lightning_peft.serving.tiers import AdapterTiers
 from lightning_peft.serving.vllm import vllm_version
+from lightning_peft.serving.vllm_middleware import NAME
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def serve(config: ServeConfig) -> None:
         raise ValueError(f"adapter_dir={directory}: no such folder")
     if name in folders:
         raise ValueError(f"adapters: {name} is the base's name; call the adapter otherwise")
+    if directory is not None:
+        check_no_clash(name, folders, directory)
     context = model_context(base)
     if context is not None and (config.serve.max_length or 0) > context:
         raise ValueError(f"serve.max_length={config.serve.max_length}: is above the model's context, {context}")
@@ -122,6 +125,11 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         tiers.folders = folders
     model.requires_grad_(False)
     layout = layout.with_stops(sorted(declared_end_ids(model)))
+    if ignored := settings_not_decoded(model):
+        said = ", ".join(f"{key}={value}" for key, value in ignored.items())
+        logger.warning(
+            "generation_config.json of the base sets %s: answers here do not follow it, `generate` does", said
+        )
     engine = Engine(Decoder(model, slots), tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
     serving = Serving(engine, tiers, tokenizer, name, layout, served.context, config.serve)
     with listening(config.serve) as listener:
@@ -162,6 +170,19 @@ def named_folders(adapters: Sequence[str]) -> dict[str, Path]:
             raise ValueError(f"adapters: {name} is there twice")
         found[name] = tuned_folder(path) if "/" in path or Path(path).exists() else adapter_folder(path, "adapters")
     return found
+
+
+def check_no_clash(base_name: str, folders: dict[str, Path], directory: Path) -> None:
+    """Raise ValueError for a folder of `adapter_dir` that could not be asked for by its name."""
+    for path in (path for path in directory.iterdir() if path.is_dir()):
+        if path.name == base_name:
+            raise ValueError(f"adapter_dir={directory}: has a folder {path.name}, the base's name; call it otherwise")
+        named = folders.get(path.name)
+        if named is not None and named.resolve() not in (path.resolve(), (path / "adapter").resolve()):
+            raise ValueError(
+                f"adapters: {path.name} is {named}, and a folder of adapter_dir={directory} has that name; "
+                "call one of them otherwise"
+            )
 
 
 def checked(folders: dict[str, Path], fingerprint: str, base_name: str) -> tuple[list[int], Any]:

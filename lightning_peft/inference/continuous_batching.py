@@ -12,6 +12,9 @@ from lightning_peft.adapters.slots import Slots
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PlainSteps, StaticSteps, Steps, can_repeat_prefix, why_not_static
 
+SMALLEST_TEMPERATURE = 1e-30
+"""Temperature below which any difference of two fp32 scores decides as it does here."""
+
 
 @dataclass
 class Choice:
@@ -36,6 +39,8 @@ class RunningSequence:
     top_logprobs: int = 0
     wants_logprobs: bool = True
     """True where `Choice.logprob` is read; it is nan otherwise."""
+    on_failure: Callable[[ValueError], None] | None = None
+    """Function that takes the reason why a row ends without an answer; None goes on with what there is."""
     tokens: list[int] = field(default_factory=list)
     generator: torch.Generator = field(default_factory=torch.Generator)
 
@@ -108,10 +113,16 @@ class Decoder:
 
     def _choose(self, scores: Tensor, rows: list[RunningSequence]) -> list[RunningSequence]:
         """Give rows, the last of the batch, a token from their scores (rows, V); take out and return those that end."""
-        best = scores.float().argmax(-1).tolist()  # in bf16 a search takes four times as long on a CPU
+        highest, best = (found.tolist() for found in scores.float().max(-1))  # in bf16 this takes four times as long
         asked = [i for i, row in enumerate(rows) if row.is_scored]
         read = dict(zip(asked, scores[asked].float().cpu(), strict=True)) if asked else {}
-        ended = [row for i, row in enumerate(rows) if not row.take(best[i], read.get(i))]
+        ended = []
+        for i, row in enumerate(rows):
+            if row.on_failure is not None and not math.isfinite(highest[i]):
+                row.on_failure(ValueError("the scores of the next token are not finite, so there is no answer"))
+                ended.append(row)
+            elif not row.take(best[i], read.get(i)):
+                ended.append(row)
         if ended:
             self.drop(ended)
         return ended
@@ -121,7 +132,9 @@ def draw(scores: Tensor, sampling: SamplingConfig, generator: torch.Generator) -
     """Return the next token from its scores (V,): the best, or one drawn from the smallest set of `top_p`."""
     if sampling.temperature == 0:
         return int(scores.argmax())
-    shares, order = (scores / sampling.temperature).softmax(-1).sort(descending=True)
+    # At a tiny temperature the quotients of the scores themselves would have no fp32 number.
+    quotients = (scores - scores.max()) / max(sampling.temperature, SMALLEST_TEMPERATURE)
+    shares, order = quotients.softmax(-1).sort(descending=True)
     before = shares.cumsum(-1) - shares
     shares = torch.where(before < sampling.top_p, shares, 0.0)
     return int(order[torch.multinomial(shares, 1, generator=generator)])

@@ -306,12 +306,17 @@ def takes_cache(model: PreTrainedModel, prompt: list[int], pad_id: int) -> bool:
 
 def why_not_decoded(model: PreTrainedModel) -> str | None:
     """Return why a model's answers come from transformers' `generate`; None where they come from our decoder."""
-    changed = {name: value for name, value in own_scores(model).items() if value}
-    if stops := getattr(model.generation_config, "stop_strings", None):
-        changed["stop_strings"] = stops
-    if any(value != 1.0 or "penalty" not in name for name, value in changed.items()):
+    if changed := settings_not_decoded(model):
         return f"its generation_config.json sets {', '.join(changed)}"
     return why_not_static(model)
+
+
+def settings_not_decoded(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what changes answers of a model's own generation config, and our decoder does not know."""
+    changed = own_scores(model)
+    if stops := getattr(model.generation_config, "stop_strings", None):
+        changed["stop_strings"] = stops
+    return {name: value for name, value in changed.items() if value and (value != 1.0 or "penalty" not in name)}
 
 
 def decoded(

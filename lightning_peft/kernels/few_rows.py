@@ -37,7 +37,7 @@ class RowFactors(NamedTuple):
         """Return the pairs of each row's A and B^T, contiguous on the host; None leaves a row alone."""
         for factor in {id(factor): factor for pair in pairs if pair is not None for factor in pair}.values():
             assert is_plain(factor, dtype), f"the kernel reads contiguous {dtype} on the host, not {factor.dtype}"
-        ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
+        ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]  # len() of a tensor is slow
         A, B = ([None if pair is None else pair[side].data_ptr() for pair in pairs] for side in (0, 1))
         addresses = c_void_p * len(pairs)
         return cls(dtype, addresses(*A), addresses(*B), (c_int * len(pairs))(*ranks), max(ranks, default=0))

@@ -192,7 +192,13 @@ class Engine:
             request.sampling,
             lambda choice: self._take(request, choice),
             top_logprobs=request.top_logprobs,
+            on_failure=lambda error: self._fail(request, error),
         )
+
+    def _fail(self, request: GenerationRequest, error: ValueError) -> None:
+        """End one request without an answer."""
+        request.finished = True
+        request.take(Piece(error=error))
 
     def _take(self, request: GenerationRequest, choice: Choice) -> bool:
         """Hand a token on as text; return whether the answer goes on."""

@@ -1,11 +1,8 @@
 """OpenAI's endpoints over the engine."""
 
 import asyncio
-import hmac
 import json
 import threading
-import time
-import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,11 +22,13 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.template import ChatTemplateError
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.serving.bodies import ChatRequest, LoadRequest, Sampling, TextRequest, Turn
+from lightning_peft.serving.answers import Answer, error_body
+from lightning_peft.serving.bodies import ChatRequest, LoadRequest, TextRequest, Turn
 from lightning_peft.serving.engine import Engine, GenerationRequest, Piece, QueueFullError
 from lightning_peft.serving.prompt import most_bytes_a_token
 from lightning_peft.serving.server_config import ServerConfig
-from lightning_peft.serving.tiers import NAME, AdapterTiers, UnknownModelError
+from lightning_peft.serving.tiers import AdapterTiers, UnknownModelError
+from lightning_peft.serving.vllm_middleware import NAME, key_fits
 
 SECONDS_BETWEEN_LOOKS = 0.5
 """Time between two looks of a waiting request for whether its client is still there."""
@@ -71,7 +70,7 @@ class Serving:
     """The tokenizer takes one chat template at a time."""
 
     def names(self) -> list[str]:
-        return [self.base_name, *(self.tiers.names() if self.tiers is not None else [])]
+        return list(dict.fromkeys([self.base_name, *(self.tiers.names() if self.tiers is not None else [])]))
 
     def folder(self, model: str) -> Path | None:
         """Return the adapter's folder of a model name, None for the base. Raises ApiError."""
@@ -169,8 +168,8 @@ def build_app(serving: Serving) -> FastAPI:
         if int(length) > MOST_BYTES:
             return JSONResponse(error_body(f"body: {length} bytes are more than {MOST_BYTES}"), 413)
         key = serving.config.api_key
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and request.url.path not in OPEN and not hmac.compare_digest(given.encode(), key.encode()):
+        given = request.headers.get("authorization", "").encode()
+        if request.url.path not in OPEN and not key_fits(given, key):
             return JSONResponse(error_body("the API key is missing or wrong", "invalid_api_key"), 401)
         response: Response = await call_next(request)
         return response
@@ -194,7 +193,7 @@ def build_app(serving: Serving) -> FastAPI:
         parent = {True: None, False: serving.base_name}
         return {"object": "list", "data": [{"id": n, **entry, "parent": parent[n == names[0]]} for n in names]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")  # a hub id has a slash
     async def model(name: str) -> dict[str, Any]:
         serving.folder(name)
         parent = None if name == serving.base_name else serving.base_name
@@ -206,7 +205,9 @@ def build_app(serving: Serving) -> FastAPI:
         prompt = await asyncio.to_thread(serving.chat_prompt, folder, body.messages)
         top = body.top_logprobs if body.logprobs else 0
         limit = body.max_completion_tokens or body.max_tokens
-        return await answered(serving, Answer(body, "chat", body.logprobs, top), prompt, folder, limit, request)
+        return await answered(
+            serving, Answer(body, "chat", body.logprobs, top, serving.tokenizer), prompt, folder, limit, request
+        )
 
     @app.post("/v1/completions")
     async def completions(body: TextRequest, request: Request) -> Response:
@@ -217,7 +218,7 @@ def build_app(serving: Serving) -> FastAPI:
         prompt = (await asyncio.to_thread(serving.tokenizer, body.prompt))["input_ids"]
         if not prompt:
             raise ApiError(400, "prompt: is empty")
-        answer = Answer(body, "text", body.logprobs is not None, body.logprobs or 0)
+        answer = Answer(body, "text", body.logprobs is not None, body.logprobs or 0, serving.tokenizer)
         return await answered(serving, answer, prompt, folder, body.max_tokens or 16, request)
 
     @app.post("/v1/load_lora_adapter")
@@ -265,48 +266,11 @@ def loading_tiers(serving: Serving) -> AdapterTiers:
     return serving.tiers
 
 
-def error_body(message: str, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-
-
-@dataclass
-class Answer:
-    """A completion in OpenAI's words."""
-
-    body: Sampling
-    kind: str
-    """chat or text."""
-    logprobs: bool
-    top_logprobs: int
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def envelope(self, streamed: bool) -> dict[str, Any]:
-        name = "text_completion" if self.kind == "text" else f"chat.completion{'.chunk' if streamed else ''}"
-        return {"id": self.id, "object": name, "created": self.created, "model": self.body.model}
-
-    def choice(self, text: str, pieces: list[Piece], reason: str | None, streamed: bool, tokens: Any) -> dict[str, Any]:
-        said = self._said(pieces, tokens) if self.logprobs else None
-        common = {"index": 0, "finish_reason": reason, "logprobs": said}
-        if self.kind == "text":
-            return {"text": text, **common}
-        return {"delta" if streamed else "message": {"role": "assistant", "content": text}, **common}
-
-    def _said(self, pieces: list[Piece], tokens: Any) -> dict[str, Any]:
-        found = [piece.choice for piece in pieces if piece.choice is not None]
-        if self.kind == "text":
-            return {
-                "tokens": [tokens(c.token) for c in found],
-                "token_logprobs": [c.logprob for c in found],
-                "top_logprobs": [{tokens(t): p for t, p in c.top} for c in found],
-            }
-
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            return {"token": tokens(token), "logprob": logprob, "bytes": list(tokens(token).encode())}
-
-        return {
-            "content": [{**entry(c.token, c.logprob), "top_logprobs": [entry(t, p) for t, p in c.top]} for c in found]
-        }
+def failure_of(error: Exception) -> ApiError:
+    """Return what a client is told of an answer that failed."""
+    if isinstance(error, ValueError | OSError):
+        return ApiError(400, str(error))
+    return ApiError(500, "the answer failed; see the log")
 
 
 async def answered(
@@ -362,13 +326,10 @@ async def answered(
         serving.requests[body.model, 499] += 1
         return Response(status_code=499)  # nobody reads it
     if first.error is not None:
-        spoken = isinstance(first.error, ValueError | OSError)
-        serving.requests[body.model, 400 if spoken else 500] += 1
-        raise ApiError(400 if spoken else 500, str(first.error) if spoken else "the answer failed; see the log")
+        failure = failure_of(first.error)
+        serving.requests[body.model, failure.status] += 1
+        raise failure
     serving.requests[body.model, 200] += 1
-
-    def token_text(token: int) -> str:
-        return str(serving.tokenizer.decode([token]))
 
     def usage() -> dict[str, int]:
         return {
@@ -380,21 +341,24 @@ async def answered(
     if not body.stream:
         found = [first, *[piece async for piece in source]]
         if (failed := found[-1].error) is not None:
-            raise ApiError(500, "the answer failed; see the log") from failed
+            raise failure_of(failed) from failed
         text = "".join(piece.text for piece in found)
-        choice = answer.choice(text, found, found[-1].finish_reason, False, token_text)
+        choice = answer.choice(text, found, found[-1].finish_reason, False)
         return JSONResponse({**answer.envelope(False), "choices": [choice], "usage": usage()})
+
+    says_usage = body.stream_options is not None and body.stream_options.include_usage
+    no_usage = {"usage": None} if says_usage else {}
 
     async def events() -> AsyncIterator[str]:
         piece: Piece | None = first
         while piece is not None:
             if piece.error is not None:
-                yield f"data: {json.dumps(error_body('the answer failed; see the log'))}\n\n"
+                yield f"data: {json.dumps(error_body(str(failure_of(piece.error))))}\n\n"
                 return
-            choice = answer.choice(piece.text, [piece], piece.finish_reason, True, token_text)
-            yield f"data: {json.dumps({**answer.envelope(True), 'choices': [choice]})}\n\n"
+            choice = answer.choice(piece.text, [piece], piece.finish_reason, True)
+            yield f"data: {json.dumps({**answer.envelope(True), 'choices': [choice], **no_usage})}\n\n"
             piece = await anext(source, None)
-        if body.stream_options is not None and body.stream_options.include_usage:
+        if says_usage:
             yield f"data: {json.dumps({**answer.envelope(True), 'choices': [], 'usage': usage()})}\n\n"
         yield "data: [DONE]\n\n"
 

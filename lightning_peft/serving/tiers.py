@@ -1,16 +1,13 @@
 """The places of adapters: all are on disk, the ones used last on the host, a few in slots beside the model."""
 
-import re
 from collections import OrderedDict
 from pathlib import Path
 
-from lightning_peft.adapters.slots import Factors, Slots, cast_factors
+from lightning_peft.adapters.slots import Factors, Slots, are_finite, cast_factors
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import read_low_rank
 from lightning_peft.inference.load import adapter_folder
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""Names that a model may have: a name is checked before it becomes a path."""
+from lightning_peft.serving.vllm_middleware import NAME
 
 
 class UnknownModelError(KeyError):
@@ -36,7 +33,10 @@ class AdapterTiers:
 
     def names(self) -> list[str]:
         """Return every name that a request may give, but the base's."""
-        found = sorted(p.name for p in self.directory.iterdir() if p.is_dir()) if self.directory is not None else []
+        try:
+            found = sorted(p.name for p in self.directory.iterdir() if p.is_dir()) if self.directory is not None else []
+        except OSError:  # it was removed, and what is named goes on
+            found = []
         return list(dict.fromkeys([*self.folders, *(name for name in found if NAME.fullmatch(name))]))
 
     def folder(self, name: str) -> Path:
@@ -54,10 +54,10 @@ class AdapterTiers:
             return self.host[folder]
         check_lineage(folder, self.fingerprint, base_name=self.base_name)
         factors = cast_factors(read_low_rank(folder), self.slots.dtype)
-        rank = max(len(A) for A, _ in factors.values())
+        rank = max(A.shape[0] for A, _ in factors.values())
         if rank > self.slots.rank:
             raise ValueError(f"{folder}: is of rank {rank}, the slots of {self.slots.rank}; set serve.max_rank={rank}")
-        if not all(bool(factor.isfinite().all()) for pair in factors.values() for factor in pair):
+        if not are_finite(factors):
             raise ValueError(f"{folder}: has numbers that are not finite, in {self.slots.dtype}; it has no answers")
         self.loads["disk"] += 1
         self.host[folder] = factors
@@ -75,10 +75,10 @@ class AdapterTiers:
         else:
             free = next((slot for slot in self.order if self.users[slot] == 0), None)
             if free is None:
-                return self.slots.welcome(self.on_host(folder)) if self.slots.takes_guests else None
+                return self.slots.welcome(self.on_host(folder), True) if self.slots.takes_guests else None
             slot, factors = free, self.on_host(folder)
             self.in_slot[slot] = None  # the loading may fail halfway
-            self.slots.load(slot, factors)
+            self.slots.load(slot, factors, known_finite=True)
             self.loads["host"] += 1
             self.in_slot[slot] = folder
         self.users[slot] += 1

@@ -68,6 +68,11 @@ class Settings:
     most_requests: int  # so many may run and wait; more get status 429
 
 
+def key_fits(authorization: bytes, key: str | None) -> bool:
+    """Return whether a request's header has the API key; any will do where there is none to have."""
+    return not key or hmac.compare_digest(authorization.removeprefix(b"Bearer "), key.encode())
+
+
 def check_name(name: str, base_name: str) -> None:
     """Raise ValueError for what an adapter cannot be called."""
     if name == base_name:
@@ -225,8 +230,7 @@ class Adapters:
         path, headers = scope["path"], dict(scope["headers"])
         if scope["method"] == "OPTIONS":
             return await self.app(scope, receive, send)
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if self.key and path not in OPEN and not hmac.compare_digest(given, self.key.encode()):
+        if path not in OPEN and not key_fits(headers.get(b"authorization", b""), self.key):
             raise Refusal(401, "the API key is missing or wrong", "invalid_api_key")
         if scope["method"] in ("GET", "HEAD"):
             if path != "/v1/models":
@@ -243,17 +247,37 @@ class Adapters:
             raise Refusal(429, f"{self.running} requests run and wait already: try again", "rate_limit_exceeded")
         self.running += 1
         try:
-            loaded = await self.of_model(body.get("model"), scope)
-            if not isinstance(stops := body.get("stop_token_ids") or [], list):
-                raise Refusal(400, f"stop_token_ids={stops}: must be a list")
-            for layout in (self.settings.base_layout, loaded.layout):
-                stops = [*stops, *(stop for stop in layout.get("stop_token_ids") or [] if stop not in stops)]
-            temperature = 0 if body.get("temperature") is None else body["temperature"]  # 0 is greedy, as `generate` is
-            body |= {"stop_token_ids": stops, "temperature": temperature}
-            body = with_trained_prompt(body, loaded.layout) if path == CHAT else body
-            await self.app(*request_of(scope, path, body, receive), send)
+            await self.complete(scope, body, receive, send)
         finally:
             self.running -= 1
+
+    async def complete(self, scope: Scope, body: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Have vLLM answer a completion; once more where it came between two loads of an adapter. Raises Refusal."""
+        is_away = False
+
+        async def unless_away(message: ASGIMessage) -> None:
+            nonlocal is_away
+            is_away = is_away or message.get("status") == 404
+            if not is_away:
+                await send(message)
+
+        for take in (unless_away, send):
+            loaded = await self.of_model(body.get("model"), scope)
+            await self.app(*request_of(scope, scope["path"], self.as_trained(scope, body, loaded), receive), take)
+            if not is_away:
+                return
+            async with self.loading:
+                pass  # whoever reads it anew is done
+
+    def as_trained(self, scope: Scope, body: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+        """Return the body of a completion with the prompt, stops and sampling of an adapter. Raises Refusal."""
+        if not isinstance(stops := body.get("stop_token_ids") or [], list):
+            raise Refusal(400, f"stop_token_ids={stops}: must be a list")
+        for layout in (self.settings.base_layout, loaded.layout):
+            stops = [*stops, *(stop for stop in layout.get("stop_token_ids") or [] if stop not in stops)]
+        temperature = 0 if body.get("temperature") is None else body["temperature"]  # 0 is greedy, as `generate` is
+        body = body | {"stop_token_ids": stops, "temperature": temperature}
+        return with_trained_prompt(body, loaded.layout) if scope["path"] == CHAT else body
 
     def names(self) -> list[str]:
         directory = self.settings.adapter_dir

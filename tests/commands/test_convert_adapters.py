@@ -1,11 +1,13 @@
 """`convert` on small trained runs: what is written, read back by HF PEFT, and what is refused in a line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_runs import TINY
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -85,6 +87,19 @@ def test_cut_to_a_rank_is_the_nearest_and_names_what_each_layer_loses(runs, tmp_
     worst = max(receipt["lost"], key=lambda name: receipt["lost"][name])
     assert f"at {worst}" in capsys.readouterr().out
     torch.testing.assert_close(logits(tmp_path / "cut"), logits_in_peft(tmp_path / "cut"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("factor", "says"), [(torch.nan, "has numbers that are not finite"), (1e30, "too large for its singular values")]
+)
+def test_numbers_that_have_no_singular_values_are_refused(runs, tmp_path, capsys, factor, says):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(runs / "lora" / "adapter", adapter)
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name: value * factor for name, value in load_file(weights).items()}, weights)
+    (adapter / "lineage.json").unlink()
+    words = [f"adapter_path={adapter}", "model=tiny", "svd_rank=2", f"output={tmp_path / 'cut'}"]
+    assert says in refused(words, capsys)
 
 
 def test_cut_to_a_share_of_the_energy_gives_each_layer_its_rank(runs, tmp_path):

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from server_process import ask, ended, save, start
 from transformers import PreTrainedTokenizerFast
 
+from lightning_peft.__main__ import main
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.models.loading import load_model, load_tokenizer
@@ -38,13 +41,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hostile")
     save(place / "a", config_for("lora", rank=8), 0.2)
     folder = place / "dir"
-    for name in ("copy", "layout", "nan", "lineage"):
+    for name in ("copy", "layout", "nan", "huge", "lineage"):
         shutil.copytree(place / "a", folder / name)
     (folder / "layout" / "prompt_layout.json").write_text('{"system_prompt": 3}')
     (folder / "lineage" / "lineage.json").write_text("[]")
     weights = folder / "nan" / "adapter_model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(weights).items()}, weights)
     (folder / "nan" / "lineage.json").unlink()
+    weights = folder / "huge" / "adapter_model.safetensors"
+    save_file({name: value * 1e30 for name, value in load_file(weights).items()}, weights)
+    (folder / "huge" / "lineage.json").unlink()
     (folder / "link").symlink_to(place / "a")
     return place
 
@@ -153,6 +159,67 @@ def test_folders_that_are_not_loaded(client: openai.OpenAI, path: str, says: str
     response = post(client, "load_lora_adapter", {"lora_name": "new", "lora_path": path})
     assert response.status_code == 400 and says in response.json()["error"]["message"]
     assert post(client, "chat/completions", {"model": "new", "messages": HI}).status_code == 404
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 1.0}, {"stream": True}, {"logprobs": True}], ids=str)
+def test_an_adapter_whose_scores_are_not_finite_fails_alone(client: openai.OpenAI, more: dict[str, Any]) -> None:
+    """Its weights are finite, its products are not: others in the batch are answered."""
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(ask, client, "a", "hi", 60)
+        response = post(client, "chat/completions", {"model": "huge", "messages": HI, "max_tokens": 3} | more)
+        assert response.status_code == 400
+        assert line(response) == "the scores of the next token are not finite, so there is no answer"
+        assert other.result()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-20])
+def test_a_tiny_temperature_takes_the_likeliest_token(client: openai.OpenAI, temperature: float) -> None:
+    assert ask(client, "a", "hi", 8, temperature=temperature, seed=3) == ask(client, "a", "hi", 8)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_logprobs_say_the_bytes_of_parts_of_characters(client: openai.OpenAI, streamed: bool) -> None:
+    """A token of the tiny model is a byte."""
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 40, "logprobs": 3, "temperature": 2.0}
+    if streamed:
+        chunks = [chunk.choices[0] for chunk in client.completions.create(**body, stream=True)]
+        said = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+        tokens, offsets = sum((s.tokens for s in said), []), sum((s.text_offset for s in said), [])
+    else:
+        found = client.completions.create(**body).choices[0].logprobs
+        assert found is not None and {len(top) for top in found.top_logprobs or []} <= {2, 3}
+        tokens, offsets = found.tokens, found.text_offset
+    assert offsets == [sum(map(len, tokens[:n])) for n in range(len(tokens))]
+    parts = [token for token in tokens if not token.isascii() or token.startswith("bytes:")]
+    assert parts and all(re.fullmatch(r"bytes:\\x[89a-f][0-9a-f]", part) for part in parts)
+    chat = client.chat.completions.create(
+        model="tiny", messages=HI, max_tokens=40, logprobs=True, top_logprobs=2, temperature=2.0
+    )
+    assert chat.choices[0].logprobs is not None
+    found = chat.choices[0].logprobs.content
+    text = b"".join(bytes(token.bytes or []) for token in found).decode(errors="replace")
+    assert text.startswith(str(chat.choices[0].message.content))
+
+
+def test_models_are_said_while_their_folder_is_away(client: openai.OpenAI, place: Path) -> None:
+    (place / "dir").rename(place / "away")
+    try:
+        assert {"tiny", "a"} <= {model.id for model in client.models.list()}
+        response = post(client, "chat/completions", {"model": "copy", "messages": HI})
+        assert response.status_code == 404
+        assert ask(client, "a", "hi", 2) is not None
+    finally:
+        (place / "away").rename(place / "dir")
+
+
+@pytest.mark.parametrize("name", ["tiny", "a"])
+def test_a_name_is_that_of_one_adapter(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    shutil.copytree(place / "a", tmp_path / name)
+    words = ["serve", "model=tiny", f"adapters=[a={place / 'a'}]", f"adapter_dir={tmp_path}", "serve.dry_run=true"]
+    assert main(words) == 2
+    assert "has that name" in (said := capsys.readouterr().err) or "the base's name; call it otherwise" in said
 
 
 def test_the_base_keeps_its_name(client: openai.OpenAI) -> None:

@@ -22,7 +22,7 @@ from lightning_peft.models.loading import empty_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.models.tiny import CHAT_TEMPLATE
-from lightning_peft.serving import tiers, vllm_middleware
+from lightning_peft.serving import vllm_middleware
 from lightning_peft.serving.vllm import layers_of
 from lightning_peft.serving.vllm_middleware import LOAD, SETTINGS, UNLOAD, Adapters, Settings, check_adapter
 
@@ -91,6 +91,7 @@ class Behind:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.loaded = {"a"}
+        self.away: set[str] = set()
         self.held = asyncio.Event()
         self.held.set()
 
@@ -104,6 +105,8 @@ class Behind:
         self.asked.append((scope["path"], given))
         await self.held.wait()
         status, said = 200, {"asked": given}
+        if scope["path"] in (CHAT, TEXT) and given["model"] in self.away:
+            status, said = 404, {"error": {"message": "The model does not exist.", "code": 404}}
         if scope["path"] == LOAD and given["lora_name"] == "refused":
             status, said = 500, {"error": {"message": "vLLM does not yet support it.", "code": 500}}
         await send({"type": "http.response.start", "status": status, "headers": []})
@@ -164,10 +167,6 @@ def test_the_file_needs_the_standard_library_alone() -> None:
     imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     assert {str(name).split(".")[0] for name in imported} <= {*sys.stdlib_module_names}
-
-
-def test_names_are_those_of_the_embedded_engine() -> None:
-    assert vllm_middleware.NAME.pattern == tiers.NAME.pattern
 
 
 def test_a_chat_has_the_trained_system_prompt_template_and_stops(front: Adapters) -> None:
@@ -317,6 +316,31 @@ def test_an_adapter_is_loaded_anew_under_a_path_that_was_not_used(front: Adapter
     assert paths[0] != paths[1]
     assert {Path(path).resolve().name for path in paths} == {"copy"}
     assert not any("load_inplace" in body for _, body in behind.asked)
+
+
+@pytest.mark.parametrize("unloaded", [False, True])
+def test_a_request_between_two_loads_of_its_adapter_waits_for_the_second(
+    front: Adapters, behind: Behind, unloaded: bool
+) -> None:
+    async def answers() -> httpx.Response:
+        behind.away = {"a"}
+        await front.loading.acquire()
+        transport = httpx.ASGITransport(front)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            answer = asyncio.create_task(client.post(CHAT, json={"model": "a", "messages": HI}))
+            while not behind.asked:
+                await asyncio.sleep(0)
+            behind.away = set()
+            if unloaded:
+                del front.loaded["a"]
+            front.loading.release()
+            return await answer
+
+    answer = asyncio.run(answers())
+    if unloaded:
+        assert answer.status_code == 404 and line(answer).startswith("model=a: not here; there are tiny, adalora")
+    else:
+        assert answer.status_code == 200 and [body["model"] for _, body in behind.asked] == ["a", "a"]
 
 
 def test_loading_at_run_time_keeps_to_the_folder_and_to_names(front: Adapters) -> None:

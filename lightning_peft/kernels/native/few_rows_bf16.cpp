@@ -96,8 +96,13 @@ void few_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, const bf16* c
       for (long r = 0; r < rows; r++) {
         float* own = inner + r * most_rank;
         int rank = 0;
-        for (; rank + OUTPUTS <= ranks[r]; rank += OUTPUTS)
-          multiply<1>(x + r * in, A[r] + rank * in, in, own + rank, most_rank, nullptr, 0);
+        const bf16* next = r + 1 < rows && A[r + 1] != A[r] ? A[r + 1] : nullptr;
+        for (; rank + OUTPUTS <= ranks[r]; rank += OUTPUTS) {
+          const bf16* ahead = A[r] + (rank + OUTPUTS) * in;
+          if (rank + 2 * OUTPUTS > ranks[r]) ahead = next;
+          multiply<1>(x + r * in, A[r] + rank * in, in, own + rank, most_rank, (const char*)ahead,
+                      ahead ? OUTPUTS * PAIRS * sizeof(bf16) : 0);
+        }
         for (; rank < ranks[r]; rank++) own[rank] = dot(x + r * in, A[r] + rank * in, in);
       }
     }
@@ -106,7 +111,14 @@ void few_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, const bf16* c
       const int width = out - first < RUN ? out - first : RUN;
       float sums[MOST_ROWS * RUN];
       int o = 0;
-      for (; o + OUTPUTS <= width; o += OUTPUTS) multiply_all(x, rows, w + (first + o) * in, in, sums + o, RUN);
+      for (; o + OUTPUTS <= width; o += OUTPUTS) {
+        multiply_all(x, rows, w + (first + o) * in, in, sums + o, RUN);
+        // Rows of B lie far apart, where no processor guesses them: they come while the next tiles are computed.
+        const long part = (rows + RUN / OUTPUTS - 1) / (RUN / OUTPUTS), from = o / OUTPUTS * part;
+        for (long r = from; most_rank && r < from + part && r < rows; r++)
+          for (int k = 0; k < ranks[r] && (r == 0 || B[r] != B[r - 1]); k++)
+            _mm_prefetch((const char*)(B[r] + k * out + first), _MM_HINT_T0);
+      }
       for (; o < width; o++)
         for (long r = 0; r < rows; r++) sums[r * RUN + o] = dot(x + r * in, w + (first + o) * in, in);
       for (long r = 0; most_rank && r < rows;) {  // rows of one adapter read it together
