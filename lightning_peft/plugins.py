@@ -77,7 +77,7 @@ def import_modules(names: Sequence[str], kept: Path | None = None) -> None:
 def keep_modules(names: Sequence[str], folder: Path) -> None:
     """Copy the source of imported modules that no package brought into a folder, from which others can import them.
 
-    Of a package it is the source of all its modules.
+    A package is copied with all its modules.
     """
     installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     for name in names:

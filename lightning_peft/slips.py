@@ -12,7 +12,7 @@ VERBATIM = re.compile(
 )
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
 TEXT = re.compile(r"^\+{0,2}(?:[\w-]+\.)*(?:prompt|\w+_prompt|prompt_template)=")
-"""Those that hold words for a model, in which ${ is no reference to another key either."""
+"""Keys of words for a model, in which ${ is no reference to another key either."""
 OPEN = re.compile(r"^(?:(?:trainer|callbacks|logger|claim|gate)\.|gate=)")
 """Keys below which anything may be added: arguments of other libraries."""
 NAMED = re.compile(rf"{OPEN.pattern}|^data\.sources\.|^(?:callbacks|logger|claim|gate)$")

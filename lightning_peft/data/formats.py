@@ -386,7 +386,7 @@ NAMES_ELSEWHERE = {
     "kto": Format.labelled,
     **dict.fromkeys(("tokenized", "pretokenized", "input_ids"), Format.tokens),
 }
-"""What other tools call the formats."""
+"""Names that other tools have for the formats."""
 
 
 def check_format(name: str, key: str = "data.format") -> None:

@@ -14,7 +14,7 @@ OTHER_FILES = {
     ".yaml": "; a file of options stands without data=, as in lightning-peft train my.yaml",
     ".yml": "; a file of options stands without data=, as in lightning-peft train my.yaml",
 }
-"""What to do about files that people bring and that hold no rows as they are."""
+"""Remedies for files that people bring and that hold no rows as they are."""
 _BEGINNINGS = {
     b"\xff\xfe": "text in UTF-16; save it as UTF-8",
     b"\xfe\xff": "text in UTF-16; save it as UTF-8",
