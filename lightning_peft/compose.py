@@ -27,6 +27,7 @@ from lightning_peft.other_tools import BY_THEIRS, ours, what_instead
 from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
 from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
 from lightning_peft.slips import OPEN, VERBATIM
+from lightning_peft.tables import TABLES
 from lightning_peft.words import no_such_option, options_of_group
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,8 @@ def explained(command: str) -> Iterator[None]:
 
 def composed(command: str, overrides: list[str]) -> DictConfig:
     """Return the config of a command before its values are resolved and typed."""
-    import_plugins()
-    overrides = imported_by_words(overrides)
+    import_plugins(TABLES)
+    overrides = imported_by_words(overrides, TABLES)
     register_schemas()
     check_adapter_has_method(overrides)
     if distributed.world_size() > 1 and not any(word.startswith("run_dir=") for word in overrides):
@@ -139,8 +140,8 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
         saved = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(saved, dict) or not saved.keys() >= {"adapter", "optimizer"}:
             raise ValueError(f"config_path={path}: not the config.yaml of a run")
-        import_plugins()
-        import_modules(saved.get("imports", []))
+        import_plugins(TABLES)
+        import_modules(saved.get("imports", []), TABLES)
         named = {str(key): value for key, value in saved.items()}
         named |= {key: safe_load(value) for key, value in beside.items()}
         return train_config(in_folder_of(path, with_present_paths(named)))
@@ -263,7 +264,7 @@ def read_words(words: list[str]) -> list[Override]:
 
     Raises ValueError for a word that Hydra cannot read.
     """
-    words = imported_by_words(words)
+    words = imported_by_words(words, TABLES)
     register_schemas()
     # Trials are composed in other working folders as well.
     words = [absolute_search_path(word) if word.startswith(f"{SEARCH_PATH}=") else word for word in words]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,12 @@ import started
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import TINY
+
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.compose import compose_config
+from lightning_peft.optim.optimizers import OPTIMIZERS
+from lightning_peft.plugins import PluginError
+from lightning_peft.tables import TABLES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ["trainer.max_steps=3", "logger=csv", "validation.samples=0"]
@@ -132,19 +139,66 @@ def test_own_row_format(tmp_path):
     assert refused.returncode == 2 and "worked.jsonl line 4" in refused.stderr and "a list of texts" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "imports=broken: no module of that name in the working folder or on PYTHONPATH"),
-        ("import not_there", "imports=broken: it imports not_there, which is not installed"),
-        ("1 / 0", "imports=broken: ZeroDivisionError: division by zero ("),
-    ],
-)
-def test_module_that_cannot_be_imported_is_one_line(tmp_path, text, message):
+REPLACES = "from lightning_peft.adapters import dora\nfrom lightning_peft.adapters.registry import METHODS\n"
+UNWANTED = {
+    "absent": (None, "no module of that name in the working folder or on PYTHONPATH"),
+    "needs": ("import not_there", "it imports not_there, which is not installed"),
+    "raises": ("1 / 0", "ZeroDivisionError: division by zero ("),
+    "says_two_lines": ("raise OSError('one\\ntwo')", "OSError: one two ("),
+    "is_no_python": ("def f(:", "SyntaxError: invalid syntax ("),
+    "is_a_script": ("import argparse\nargparse.ArgumentParser().parse_args(['--x'])", "ends the program while it is"),
+    "ends": ("import sys\nsys.exit()", "ends the program while it is imported (sys.exit(None)); put what a script"),
+    "replaces": (f"{REPLACES}METHODS['lora'] = dora.METHOD", "replaces METHODS['lora'], which runs and adapters mean"),
+    "updates": (f"{REPLACES}METHODS |= {{'vera': dora.METHOD}}", "replaces METHODS['vera'], which runs and adapters"),
+    "removes": (f"{REPLACES}del METHODS['lora']", "removes METHODS['lora'], which runs and adapters mean"),
+    "adds_no_row": (f"{REPLACES}METHODS['mine'] = dora.DoRALinear", "METHODS['mine']=ABCMeta: must be a Method"),
+    "has_a_blank": (f"{REPLACES}METHODS['my own'] = dora.METHOD", "METHODS['my own']: a name is letters, digits and _"),
+    "a.py": ("", "must be the name of a Python module, as in imports=[a]"),
+    "token": ("", "which comes before"),
+}
+
+
+@pytest.mark.parametrize("name", UNWANTED)
+def test_module_that_cannot_be_imported_is_one_line(tmp_path, name, monkeypatch):
+    text, message = UNWANTED[name]
     if text is not None:
-        (tmp_path / "broken.py").write_text(text)
-    done = command("train", "imports=[broken]", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+        (tmp_path / f"{name.removesuffix('.py')}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [dict(table.rows) for table in TABLES]
+    for _ in range(2):  # what failed once is not taken for imported
+        with pytest.raises(PluginError, match=re.escape(f"imports={name}: ") + ".*" + re.escape(message)) as raised:
+            compose_config("train", ["model=tiny", f"imports=[{name}]"])
+        assert "\n" not in str(raised.value)
+    assert [table.rows for table in TABLES] == rows
+
+
+def test_module_that_ends_the_program_is_one_line_of_the_command(tmp_path):
+    (tmp_path / "ends.py").write_text(UNWANTED["is_a_script"][0])
+    done = command("train", "imports=[ends]", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: imports=ends: ends the program")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_what_a_module_prints_is_kept_off_stdout(tmp_path):
+    (tmp_path / "speaks.py").write_text("print('hello')\nprint('there')")
+    done = command("config", "train", "model=tiny", "imports=[speaks]", cwd=tmp_path)
+    assert done.returncode == 0 and "hello" not in done.stdout
+    assert done.stderr == "imports=speaks: prints while it is imported: hello there\n"
+
+
+def test_row_has_the_name_that_it_is_chosen_by(tmp_path, monkeypatch):
+    (tmp_path / "unnamed.py").write_text(
+        "from lightning_peft.adapters import lora\nfrom lightning_peft.adapters.registry import METHODS\n"
+        "from lightning_peft.optim.optimizers import OPTIMIZERS\n"
+        "METHODS['unnamed'] = lora.METHOD\nOPTIMIZERS['unnamed'] = OPTIMIZERS['adamw']"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        config = compose_config("train", ["model=tiny", "imports=[unnamed]", "method=unnamed", "optimizer=unnamed"])
+    finally:
+        del METHODS["unnamed"], OPTIMIZERS["unnamed"]
+    assert (config.adapter.method, config.optimizer.name) == ("unnamed", "unnamed")
 
 
 def test_installed_package_announces_its_module(tmp_path):
