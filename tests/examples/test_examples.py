@@ -21,7 +21,8 @@ from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.plugins import PluginError
 from lightning_peft.tables import TABLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 SHORT = ["trainer.max_steps=3", "logger=csv", "validation.samples=0"]
 METHOD = ["imports=[own_method]", "method=row_gain", *SHORT]
 
@@ -68,6 +69,35 @@ def test_folder_of_somebody_else_runs_no_code(run, tmp_path):
     succeeded(*words, "imports=[own_method]", cwd=tmp_path)
     assert (tmp_path / "imported").exists()
     assert json.loads((tmp_path / "scores.json").read_text())["adapter"]["loss"] > 0
+
+
+@pytest.mark.slow
+def test_method_inside_the_package_is_three_files(tmp_path):
+    """docs/extending.md followed in a copy of the package: the method's file, its row, and its option file."""
+    for name in ("lightning_peft", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (EXAMPLES / "own_method.py").read_text()
+    row = text[text.index('METHODS["row_gain"] = ') :].replace('METHODS["row_gain"]', "METHOD")
+    text = text[: text.index('METHODS["row_gain"] = ')].replace("row_gain", "mine") + row.replace("row_gain", "mine")
+    without = "from lightning_peft.adapters.registry import METHODS\n"
+    (tmp_path / "lightning_peft" / "adapters" / "mine.py").write_text(text.replace(without, ""))
+    registry = tmp_path / "lightning_peft" / "adapters" / "registry.py"
+    table = registry.read_text().replace("    miss,\n", "    mine,\n    miss,\n", 1)
+    registry.write_text(table.replace('    "miss": miss', '    "mine": mine.METHOD,\n    "miss": miss', 1))
+    page = (ROOT / "docs" / "extending.md").read_text()
+    option = page[page.index("# @package _global_") :]
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text(option[: option.index("```")])
+    tiny = [word for word in TINY if not word.startswith("optimizer.lr")]
+    words = ["train", *tiny, *SHORT, "method=mine", "adapter.largest=0.25", f"run_dir={tmp_path}/run"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_peft", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["adapter"]["method"], config["adapter"]["largest"]) == ("mine", 0.25)
+    assert config["optimizer"]["lr"] == 1e-3
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.slow
