@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,21 @@ def test_own_rows_and_their_score(tmp_path):
     succeeded("evaluate", f"adapter_path={tmp_path}/run", "imports=[own_data]", "max_rows=8")
     scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert 0 <= scores["adapter"]["metrics"]["right"] <= 1
+
+
+@pytest.mark.slow
+def test_own_source(tmp_path):
+    with sqlite3.connect(tmp_path / "rows.db") as database:
+        database.execute("CREATE TABLE rows (prompt TEXT, completion TEXT)")
+        database.executemany("INSERT INTO rows VALUES (?, ?)", [(f"{a} + 1?", str(a + 1)) for a in range(16)])
+    words = ["imports=[own_source]", "data=jsonl", "data.source=sqlite", "data.cache_dir=null", "model=tiny"]
+    run = [f"run_dir={tmp_path}/run", "trainer.accelerator=cpu", *SHORT]
+    succeeded("train", *words, f"data.train_path={tmp_path}/rows.db", *run)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+    refused = command("data", *words, f"data.train_path={tmp_path}/none.db")
+    assert (
+        refused.returncode == 2 and refused.stderr == f"error: data.train_path={tmp_path}/none.db: no such database\n"
+    )
 
 
 @pytest.mark.slow
