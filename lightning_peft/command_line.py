@@ -25,6 +25,7 @@ from lightning_peft.compose import (
     compose_config,
     open_words,
     quote_text_values,
+    quoted_texts,
     read_words,
     typed,
 )
@@ -68,6 +69,8 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
     typed_words = list(overrides)
     try:
         overrides = [*everyday(command, [word for word in overrides if word not in SWEEP]), *sweep]
+        if sweep:
+            overrides = quoted_texts(overrides)
         if command in BY_WORDS:
             function(overrides)
         elif command == "submit" and sweep:
@@ -96,7 +99,8 @@ def run_command(command: str, function: Callable[[Any], Any], overrides: list[st
             with started_by(typed_words):
                 function(starting_config(overrides))
         else:
-            function(compose_config(command, overrides))
+            with started_by(typed_words if command == "submit" else [], command):
+                function(compose_config(command, overrides))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

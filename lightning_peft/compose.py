@@ -15,8 +15,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError, safe_load
 
 from lightning_peft import distributed
@@ -24,9 +29,9 @@ from lightning_peft.compat import config_loader_of
 from lightning_peft.config import TrainConfig, check_finite, train_config
 from lightning_peft.options import options_of
 from lightning_peft.other_tools import BY_THEIRS, ours, what_instead
-from lightning_peft.plugins import import_modules, import_plugins, imported_by_words
+from lightning_peft.plugins import OWN_FILES, import_modules, import_plugins, imported_by_words
 from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
-from lightning_peft.slips import OPEN, VERBATIM
+from lightning_peft.slips import OPEN, TEXT, VERBATIM
 from lightning_peft.tables import TABLES
 from lightning_peft.words import no_such_option, options_of_group
 
@@ -40,11 +45,28 @@ def quote_text_values(overrides: list[str]) -> list[str]:
         key, _, value = override.partition("=")
         is_quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
         if VERBATIM.match(override) and value not in ("", "null") and not is_quoted:
-            escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value)
-            escaped = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, escaped)
-            override = f"{key}='{escaped}'"
+            written = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value)
+            written = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, written)
+            override = f"{key}='{written}'"
+        if TEXT.match(override):
+            override = re.sub(r"(?<!\\)((?:\\\\)*)\$\{", r"\1\\${", override)
         quoted.append(override)
     return quoted
+
+
+def quoted_texts(words: list[str]) -> list[str]:
+    """Quote text for a model among the words of a sweep, unless it reads as several values of its key."""
+    parser = OverridesParser.create()
+    written = []
+    for word in words:
+        if TEXT.match(word):
+            try:
+                is_swept = parser.parse_override(word).is_sweep_override()
+            except HydraException:
+                is_swept = False
+            word = word if is_swept else quote_text_values([word])[0]
+        written.append(word)
+    return written
 
 
 SEARCH_PATH = "hydra.searchpath"
@@ -137,11 +159,11 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
             "whole config"
         )
     try:
-        saved = OmegaConf.to_container(OmegaConf.load(path))
+        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         if not isinstance(saved, dict) or not saved.keys() >= {"adapter", "optimizer"}:
             raise ValueError(f"config_path={path}: not the config.yaml of a run")
         import_plugins(TABLES)
-        import_modules(saved.get("imports", []), TABLES)
+        import_modules(saved.get("imports", []), TABLES, kept=path.parent / OWN_FILES)
         named = {str(key): value for key, value in saved.items()}
         named |= {key: safe_load(value) for key, value in beside.items()}
         return train_config(in_folder_of(path, with_present_paths(named)))
@@ -182,16 +204,38 @@ def in_folder_of(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
 
 def typed(config: DictConfig) -> Any:
     """Return the dataclass behind a composed config; runs every `__post_init__`."""
-    if "run_dir" in config:
-        # run_dir is resolved first, and once: it may hold a digest of the config, which resolving changes, and other
-        # values refer to this folder.
-        config.run_dir = config.run_dir
-    OmegaConf.resolve(config)
-    check_finite(OmegaConf.to_container(config))
+    try:
+        if "run_dir" in config:
+            # run_dir is resolved first, and once: it may hold a digest of the config, and other values refer to it.
+            config.run_dir = config.run_dir
+        check_finite(OmegaConf.to_container(config, resolve=True))
+    except InterpolationResolutionError as error:
+        raise ValueError(unresolved(config) or first_line(error)) from error
     made = OmegaConf.to_object(config)
     if isinstance(made, TrainConfig):
         made.check_directions()
     return made
+
+
+def unresolved(config: DictConfig, prefix: str = "") -> str | None:
+    """Say which value refers by ${...} to what is not there; None where each resolves by itself."""
+    for key in map(str, config):
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_interpolation():
+            if not node._is_none() and not node._is_missing() and (found := unresolved(node, f"{prefix}{key}.")):
+                return found
+            continue
+        try:
+            OmegaConf.to_container(OmegaConf.create([config[key]]), resolve=True)
+        except (InterpolationResolutionError, GrammarParseError) as error:
+            written = str(node._value() if node is not None and not isinstance(node, ListConfig) else node)
+            return (
+                f"{prefix}{key}={written}: {first_line(error)}; ${{...}} refers to another key, or to a variable of "
+                "the environment as ${oc.env:NAME}"
+            )
+        except MissingMandatoryValue:
+            continue
+    return None
 
 
 def explain(error: Exception, command: str) -> str:
@@ -229,6 +273,7 @@ def explain(error: Exception, command: str) -> str:
 IN_PLAIN_WORDS = {
     r"could not be converted to Integer": "must be a whole number",
     r"could not be converted to Float": "must be a number, as in 2e-4",
+    r"is not a ListConfig, list or tuple": "must be a list, in brackets, as [a,b]",
     r"is not a valid bool": "must be true or false",
     r"field '.*' is not Optional": "null is no value of it; leave it out for the default",
     r"Cannot convert 'list' to string": "must be a text and no list; put it in quotes",
@@ -301,7 +346,8 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
     """Return our word for another tool's, else the options of the command that look like a mistyped one."""
     if (known := ours(key)) is not None and known != key:
-        return f"; use {known}"
+        is_file = known == "run_dir" and "output" in list(groups_and_defaults(command)[1])
+        return f"; use {'output' if is_file else known}"
     if (instead := what_instead(key)) is not None:
         return f"; {instead}"
     choices, config = groups_and_defaults(command)

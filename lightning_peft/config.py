@@ -2,10 +2,12 @@
 
 import logging
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.initialization import Reads
@@ -14,6 +16,7 @@ from lightning_peft.cluster.job import ClusterConfig
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics
+from lightning_peft.interpolation import escaped
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import starts_as_base
@@ -267,14 +270,23 @@ def train_config(saved: dict[str, Any]) -> TrainConfig:
             objective=OBJECTIVES[objective].config(),
         )
     )
-    config = OmegaConf.to_object(OmegaConf.merge(schema, saved))
+    config = OmegaConf.to_object(OmegaConf.merge(schema, escaped(saved)))
     assert isinstance(config, TrainConfig)
     return config
 
 
 def plain(config: Any) -> dict[str, Any]:
     """Return a config dataclass as nested dictionaries of numbers and strings, fit for YAML and JSON."""
-    node = OmegaConf.structured(config) if not isinstance(config, DictConfig) else config
-    container = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {entry.name: _plain_value(getattr(config, entry.name)) for entry in fields(config)}
+
+
+def _plain_value(value: Any) -> Any:
+    if is_dataclass(value):
+        return plain(value)
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(key): _plain_value(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(part) for part in value]
+    return value

@@ -36,7 +36,9 @@ def words_of_file(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; `lightning-peft init {path}` writes one to start from") from error
+        there = next((other for other in map(path.with_suffix, (".yaml", ".yml")) if other.is_file()), None)
+        hint = f"did you mean {there}?" if there else f"`lightning-peft init {path}` writes one to start from"
+        raise ValueError(f"{path}: no such file; {hint}") from error
     except IsADirectoryError as error:
         raise ValueError(f"{path}: is a folder; give a YAML file, or rows as data={path}") from error
     except UnicodeDecodeError as error:

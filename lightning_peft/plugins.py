@@ -11,18 +11,21 @@ import io
 import logging
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 GROUP = "lightning_peft.plugins"
 """Entry points of installed packages; each names a module, or an object in one, whose import adds its rows."""
+OWN_FILES = "own_files"
+"""Folder of a run with files of the user's own that it began with: YAML that its command named, modules it imported."""
 WORD = re.compile(r"^\+{0,2}imports=\[?([^\]]*)\]?$")
-MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 ROW_NAME = re.compile(r"[A-Za-z]\w*")
 """Names that the command line takes without quotes."""
 PRINTED = 200
@@ -63,17 +66,24 @@ def import_plugins(tables: tuple[Table, ...]) -> None:
         _imported.append(entry.module)
 
 
-def import_modules(names: Sequence[str], tables: tuple[Table, ...]) -> None:
+def import_modules(names: Sequence[str], tables: tuple[Table, ...], kept: Path | None = None) -> None:
     """Import modules by name, each once a process.
 
     Raises PluginError with the error of a module, and for one that ends the program, takes the name of a row that is
-    there already, or adds what is no row. What a module prints goes to the log, as stdout is the command's own.
+    there already, or adds what is no row. What a module prints goes to the log, as stdout is the command's own. `kept`
+    is a folder that `keep_modules` has filled: a module that is nowhere else is imported from there.
     """
-    for name in names:
-        if not MODULE.fullmatch(name) or name.endswith(".py"):
-            stem = name.removesuffix(".py").strip("./").replace("/", ".")
-            hint = f", as in imports=[{stem}]" if MODULE.fullmatch(stem) else ""
-            raise PluginError(f"imports={name}: must be the name of a Python module{hint}")
+    for name in map(str, names):
+        if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+            found = Path(name).name.removesuffix(".py").lstrip(".")
+            example = f", as in imports=[{found}]" if found.isidentifier() else ""
+            raise PluginError(
+                f"imports={name}: must be a module by its dotted name{example}, from the working folder or PYTHONPATH"
+            )
+        top = name.partition(".")[0]
+        if kept is not None and (kept / top).is_dir() | (kept / f"{top}.py").is_file() and find_spec(top) is None:
+            logger.info("imports=%s: not found here, so as it was when the run began, from %s", name, kept)
+            sys.path.append(str(kept))
         try:
             with _guarded(f"imports={name}", tables):
                 _check_is_meant(name, importlib.import_module(name))
@@ -81,7 +91,8 @@ def import_modules(names: Sequence[str], tables: tuple[Table, ...]) -> None:
             if error.name != name and not name.startswith(f"{error.name}."):
                 raise PluginError(f"imports={name}: it imports {error.name}, which is not installed") from error
             raise PluginError(
-                f"imports={name}: no module of that name in the working folder or on PYTHONPATH"
+                f"imports={name}: no module of that name in the working folder ({Path.cwd()}) or on PYTHONPATH; start "
+                "where it lies, or name its folder in PYTHONPATH"
             ) from error
         except PluginError:
             raise
@@ -154,6 +165,27 @@ def _check_rows(label: str, table: Table, before: dict[str, Any]) -> None:
 
 def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"
+
+
+def keep_modules(names: Sequence[str], folder: Path) -> None:
+    """Copy the source of imported modules that no package brought into a folder, from which others can import them.
+
+    Of a package it is the source of all its modules.
+    """
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    for name in names:
+        top = name.partition(".")[0]
+        file = getattr(sys.modules.get(top), "__file__", None) or getattr(sys.modules.get(name), "__file__", None)
+        if file is None or folder in Path(file).parents or installed & set(Path(file).resolve().parents):
+            continue
+        is_package, place = Path(file).name == "__init__.py", Path(file).parent
+        if is_package:
+            files = {path.relative_to(place.parent): path for path in place.rglob("*.py")}
+        else:
+            files = {Path(*name.split(".")).with_suffix(".py"): Path(file)}
+        for inside, path in files.items():
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            (folder / inside).write_bytes(path.read_bytes())
 
 
 def imported_by_words(words: Sequence[str], tables: tuple[Table, ...]) -> list[str]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from lightning_peft.other_tools import NOT_HERE, ours
 
 VERBATIM = re.compile(
-    r"^\+{0,2}(?:prompt|(?:data\.)?system_prompt|run_dir|sweep_dir|output|init_from|(?:[\w-]+\.)*(?:\w+_path|cache_dir|init_from|path|teacher|teacher_adapter|teacher_prompt))="
+    r"^\+{0,2}(?:prompt|run_dir|sweep_dir|output|init_from|(?:[\w-]+\.)*(?:\w+_path|cache_dir|init_from|path|teacher|teacher_adapter|\w+_prompt|prompt_template))="
 )
 """Keys whose values are ordinary text: everything after the first = belongs to them."""
+TEXT = re.compile(r"^\+{0,2}(?:[\w-]+\.)*(?:prompt|\w+_prompt|prompt_template)=")
+"""Those that hold words for a model, in which ${ is no reference to another key either."""
 OPEN = re.compile(r"^(?:(?:trainer|callbacks|logger|claim|gate)\.|gate=)")
 """Keys below which anything may be added: arguments of other libraries."""
 NAMED = re.compile(rf"{OPEN.pattern}|^data\.sources\.|^(?:callbacks|logger|claim|gate)$")

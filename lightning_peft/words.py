@@ -20,7 +20,7 @@ from lightning_peft.slips import check_dashes, corrected
 
 logger = logging.getLogger(__name__)
 
-ROW_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".xlsx", ".arrow", ".gz", ".zst")
+ROW_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".bz2", ".xz", ".zst")
 """Endings by which data=FILE is told from the name of an option."""
 OWN_FOLDER = "conf_dir"
 """The word for a folder of one's own options, as conf_dir=conf with conf/model/mine.yaml for model=mine."""
@@ -125,6 +125,8 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     key, sign, value = word.partition("=")
     if not sign:
         return [word]
+    if key == "data" and value.startswith("[") and (entries := _entries(value)) and all(map(_is_rows, entries)):
+        return ["data=jsonl", f"data.train_path=[{','.join(entries)}]"]
     if (group := key.lstrip("+")) in _groups(folders) and (command in RUN_COMMANDS or group not in ("rank", "method")):
         if (CONF_DIR / group).is_dir():  # a group of one's own is added with its plus
             key, word = group, f"{group}={value}"
@@ -132,7 +134,7 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     if key == "cluster" and command == "train":
         raise ValueError(f"{word}: train runs here; submit takes the same words and hands them to the cluster")
     if key == "adapters" and value.startswith("[") and value.endswith("]"):
-        entries = [entry.strip().strip("'\"") for entry in value[1:-1].split(",")]
+        entries = _entries(value)
         return ["adapters=[" + ",".join(f"'{entry}'" for entry in entries if entry) + "]"]
     if key == SOURCES_KEY and value.startswith("["):
         return _words_of_list(word)
@@ -155,6 +157,11 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     if key == "data" and "," not in value and _no_option("data", value, folders) and _is_rows(value):
         return ["data=jsonl", f"data.train_path={value}"]
     return [word]
+
+
+def _entries(value: str) -> list[str]:
+    """Return the texts of a list such as [a,b], without quotes."""
+    return [text for entry in value.strip("[]").split(",") if (text := entry.strip().strip("'\""))]
 
 
 def _words_of_list(word: str) -> list[str]:
@@ -210,6 +217,9 @@ def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
 def no_such_option(group: str, name: str, options: Sequence[str]) -> str:
     """Say that a group has no such option, which one was meant where that can be told, and which there are."""
     said = f"{group}={name}: no such option"
+    if group == "adapter" and name not in options:
+        left = "leave it out, or " if name in ("", "null") else ""
+        return f"{said}; {left}choose a method as method=lora, and its own keys as adapter.rank=8"
     if (meant := option_meant(group, name, options)) is not None:
         said += f"; use {meant}"
     elif group == "data" and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -267,7 +277,13 @@ def _is_model(value: str) -> bool:
 
 def _is_rows(value: str) -> bool:
     text = value.strip("'\"")
-    return text.endswith(ROW_FILES) or "://" in text or Path(text).is_dir() or Path(text).exists() and "/" in text
+    return (
+        text.lower().endswith((*ROW_FILES, ".txt", ".xls"))
+        or "://" in text
+        or Path(text).is_dir()
+        or Path(text).exists()
+        and bool("/" in text or Path(text).suffix)
+    )
 
 
 _OPTION_OF_ROWS = {"data.train_path": "jsonl", SOURCES_KEY: "jsonl", "data.hub_name": "hub"}

@@ -20,6 +20,7 @@ LAYERS = [
         "terminal_table",
         "ctrl_c",
         "free_options",
+        "interpolation",
     ],
     ["kernels", "progress", "tasks", "rows_in_memory"],
     ["distributed", "quantization", "data"],

@@ -17,11 +17,20 @@ MARK = "<!-- written by lightning-peft -->"
 """A line in every card of ours; a file without it belongs to somebody else, and is left as it is."""
 
 
-def write_card(folder: Path, run: Path | None = None, lineage: Lineage | None = None) -> None:
+UNKNOWN_PROMPTS = (
+    "## Prompts\n\nThe adapter's folder does not say how prompts were written in its training, nor with which system "
+    "prompt; send what its author says. `lightning-peft generate` writes them by the chat template of the tokenizer."
+)
+
+
+def write_card(
+    folder: Path, run: Path | None = None, lineage: Lineage | None = None, knows_prompts: bool = True
+) -> None:
     """Write the card of a tuned or merged folder from its lineage, prompt layout and receipt, and its run's scores.
 
     Scores are read from `result.json` and `evaluation.json` in `run`. `lineage` is the folder's own, unless given, as a
-    merged model has none. A README.md of somebody else stays, and a folder whose origin nobody knows gets none.
+    merged model has none. Without `knows_prompts` the layout is that of the tokenizer, and not of a training. A
+    README.md of somebody else stays, and a folder whose origin nobody knows gets none.
     """
     path = folder / FILE_NAME
     lineage = lineage or read_lineage(folder)
@@ -37,7 +46,7 @@ def write_card(folder: Path, run: Path | None = None, lineage: Lineage | None = 
         _facts(lineage, adapter),
         _commands(lineage),
         _scores(result, evaluation, _json(folder / "merge_receipt.json")),
-        _prompt(_json(folder / "prompt_layout.json")),
+        _prompt(_json(folder / "prompt_layout.json")) if knows_prompts else UNKNOWN_PROMPTS,
         _use_of_rewards(base) if adapter.get("task_type") == OF_REWARDS else _use(bool(adapter), bool(lineage.parents)),
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from lightning_peft.adapters.method import PeftSpelling, Shapes
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.lineage import read_lineage
-from lightning_peft.checkpoint.peft_base import LORA_BIAS, ROWS, write_given_words
+from lightning_peft.checkpoint.peft_base import ROWS, write_given_words
 from lightning_peft.checkpoint.peft_experts import matrix_shapes, named_by_parameter, write_parameter_words
 from lightning_peft.checkpoint.peft_methods import (
     KEEPS_BASE,
@@ -179,8 +179,6 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
         for ours, theirs in row.options.items()
         if theirs in words
     }
-    if "bias" in options and not any(name.endswith(".bias") and not name.endswith(LORA_BIAS) for name in shapes):
-        options["bias"] = Bias.none  # its model had none to train
     if row.rank_word is not None:
         options["rank"], options["rank_pattern"] = _common({name: shape[0] for name, shape in layers.items()})
     if row.alpha_word is not None:
@@ -192,6 +190,10 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
         )
     if row.read_more is not None:
         options |= row.read_more(words, layers)
+    has_bias = any(name.endswith(".bias") and not name.endswith(".lora_B.bias") for name in shapes)
+    if options.get("bias", Bias.none) is not Bias.none and not has_bias:
+        logger.info("%s: bias=%s, and the model had none to train", folder, options["bias"].name)
+        options["bias"] = Bias.none
     # HF trains the rows of two tied layers together.
     whole = [name for name in shapes if not name.endswith(ROWS)]
     outside_blocks = [name for name in whole if name.startswith(PREFIX) and block_depth(name) is None]

@@ -12,6 +12,7 @@ from lightning_peft.config import TrainConfig, plain
 from lightning_peft.help import GROUPS, TRAINER, flat
 from lightning_peft.options import options_of
 from lightning_peft.own_file import words_of_text
+from lightning_peft.slips import TEXT
 from lightning_peft.words import OF_ONE_KEY, everyday
 
 CHOICES = ("method", "model", "data", "hardware", "logger")
@@ -115,8 +116,14 @@ def typed_values(words: list[str]) -> dict[str, Any]:
     """Return the keys of some words with their values, as Hydra reads them."""
     overrides = read_words(quote_text_values(words))
     return {
-        word.partition("=")[0].lstrip("+"): override.value() for word, override in zip(words, overrides, strict=True)
+        word.partition("=")[0].lstrip("+"): as_typed(word, override.value())
+        for word, override in zip(words, overrides, strict=True)
     }
+
+
+def as_typed(word: str, value: Any) -> Any:
+    """Return a value without what `quote_text_values` has put before the ${ of text."""
+    return value.replace("\\${", "${") if TEXT.match(word) and isinstance(value, str) else value
 
 
 def first_difference(asked: dict[str, Any], got: dict[str, Any]) -> str | None:

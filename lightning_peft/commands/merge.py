@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.lineage import Lineage, read_lineage
 from lightning_peft.checkpoint.merge_config import MergeBase
 from lightning_peft.checkpoint.merged import Receipt, check_unused, logits_of
 from lightning_peft.checkpoint.merged import merge as write_merged
 from lightning_peft.checkpoint.model_card import write_card
-from lightning_peft.checkpoint.peft_format import changes_base
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, changes_base
 from lightning_peft.command_configs import MergeCommandConfig
 from lightning_peft.commands.adapted import (
     base_of,
@@ -29,9 +29,9 @@ from lightning_peft.data.chat import encode
 from lightning_peft.data.conversation import Message
 from lightning_peft.data.samples import first_samples
 from lightning_peft.inference.load import is_whole_model, tuned_folder
-from lightning_peft.models.loading import load_model, load_tokenizer, model_context
+from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig, copy_companions
-from lightning_peft.models.stored import stored_dtypes
+from lightning_peft.models.stored import source_fingerprint, stored_dtypes
 from lightning_peft.quantization.weights import computing_dtype
 
 SAMPLES = 16
@@ -79,9 +79,19 @@ def merge(config: MergeCommandConfig) -> Receipt:
     receipt = write_merged(model, tokenizer, output, samples, config.merge, original, base_logits)
     layout_of(config.adapter_path, tokenizer).save(output)
     copy_companions(base, output)
-    write_card(output, folder.parent, read_lineage(folder))
+    if (lineage := read_lineage(folder)) is not None:
+        write_card(output, folder.parent, lineage)
+    else:
+        write_card(output, lineage=lineage_of_peft(folder, base), knows_prompts=False)
     print(f"{output}: {receipt}")
     return receipt
+
+
+def lineage_of_peft(folder: Path, base: ModelConfig) -> Lineage:
+    """Return what can be told of an adapter that HF PEFT wrote: its method, and the base that it was merged into."""
+    method = adapter_config_from_peft(folder).method
+    created_by = f"lightning-peft merge, of a folder of HF PEFT ({folder.name})"
+    return Lineage(source_fingerprint(base), model_name(base), method, created_by=created_by)
 
 
 def logits_of_base(adapter_path: str, model: ModelConfig | None, precision: str = "auto") -> list[Tensor]:

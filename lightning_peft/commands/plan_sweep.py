@@ -24,6 +24,8 @@ from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_work, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, read_words
 from lightning_peft.config import TrainConfig, plain
+from lightning_peft.interpolation import escaped
+from lightning_peft.runs.command import kept_commands, started_by
 from lightning_peft.runs.folder import refuse_run
 from lightning_peft.runs.lock import new_folder, only_writer, remove_if_empty
 from lightning_peft.schemas import trial_name
@@ -147,8 +149,8 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
                 raise ValueError(
                     f"sweep_dir={folder}: holds a sweep already: `sweep retry` goes on with it, or name another"
                 )
-            for run, _ in zip(runs, sweep.trials, strict=False):
-                write_run(run)
+            for run, trial in zip(runs, sweep.trials, strict=False):
+                write_run(run, trial_words(sweep, trial, folder))
             write_sweep(sweep, folder)
         start(folder, [trial.name for trial in sweep.trials], runs[0])
     logger.info("%s: %d trials", folder, sweep.count)
@@ -279,11 +281,15 @@ def draws_of_each_value(sweep: Sweep) -> list[Trial]:
     return trials
 
 
+def trial_words(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] = ()) -> list[str]:
+    """Return the words by which a trial could be started by itself."""
+    cluster = [f"cluster={sweep.cluster}"] if sweep.cluster in CLUSTERS else []
+    return [*cluster, *sweep.words, *trial.overrides, *more, f"run_dir={folder / trial.name}"]
+
+
 def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] = ()) -> TrainConfig:
     """Return the config of a trial, which continues where an earlier attempt left a checkpoint."""
-    words = [*sweep.words, *trial.overrides, *more, f"run_dir={folder / trial.name}", "resume=auto"]
-    if sweep.cluster in CLUSTERS:
-        words.insert(0, f"cluster={sweep.cluster}")
+    words = [*trial_words(sweep, trial, folder, more), "resume=auto"]
     if sweep.cluster == "local" and (typed := [word for word in words if word.startswith("cluster.")]):
         raise ValueError(f"{typed[0]}: cluster=local has no such option")
     config = compose_config("train" if sweep.cluster == "local" else "submit", words)
@@ -291,14 +297,17 @@ def trial_config(sweep: Sweep, trial: Trial, folder: Path, more: Sequence[str] =
     return config
 
 
-def write_run(config: TrainConfig) -> None:
-    """Leave `config.yaml` in the run folder, and the id of its run in each service that logs it."""
+def write_run(config: TrainConfig, words: Sequence[str]) -> None:
+    """Leave `config.yaml` and the trial's own command in the run folder, and the id of its run in each service."""
+    is_of_cluster = config.cluster is not None
     if config.cluster is not None:
         config = for_cluster(config, config.cluster)
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     with atomic_file(run_dir / "config.yaml") as path:
-        OmegaConf.save(OmegaConf.create(plain(config)), path)
+        OmegaConf.save(OmegaConf.create(escaped(plain(config))), path)
+    with started_by(words, "submit" if is_of_cluster else "train"):
+        kept_commands(run_dir)
     for name in config.logger:
         if name in SERVICES:
             service_record(run_dir, name)
@@ -328,7 +337,7 @@ def ask(sweep: Sweep, folder: Path, job: str | None) -> Trial:
     (trial,) = add_trials(sweep, [overrides])
     trial.number = number
     enter_brackets(sweep, [trial])
-    write_run(trial_config(sweep, trial, folder))
+    write_run(trial_config(sweep, trial, folder), trial_words(sweep, trial, folder))
     if job is not None:
         begin(trial, folder)
         trial.job = job

@@ -156,7 +156,7 @@ def finished_runs(folders: Sequence[str]) -> Iterator[Measured]:
                 continue
             if not result.get("tokens_per_second") or not result.get("device"):
                 continue
-            saved: Any = OmegaConf.to_container(OmegaConf.load(config))
+            saved: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
             kind, rank = kind_of_saved(saved)
             yield Measured(str(path.parent), kind, rank, result["device"], float(result["tokens_per_second"]))
 

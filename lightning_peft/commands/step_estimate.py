@@ -56,6 +56,9 @@ def estimate_of(config: EstimateConfig) -> Estimate:
     plan = plan_of(config)
     config = with_fitting_checkpointing(config, plan.machine)
     accelerator = plan.accelerator
+    if config.model.attention == "flex_attention":  # which has no gradient where a step is only looked at
+        logger.info("model.attention=flex_attention: estimated with sdpa")
+        config = replace(config, model=replace(config.model, attention="sdpa"))
     options = StepOptions(
         rows=config.data.micro_batch_size * OBJECTIVES[config.objective.name].rows.samples,
         length=config.data.max_length,

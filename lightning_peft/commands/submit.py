@@ -16,6 +16,8 @@ from lightning_peft.checkpoint.atomic import atomic_file, write_text
 from lightning_peft.cluster.job import ClusterConfig, ClusterError, ClusterSilent, JobSpec
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig, plain
+from lightning_peft.interpolation import escaped
+from lightning_peft.runs.command import kept_commands
 from lightning_peft.runs.folder import find_start
 from lightning_peft.runs.lock import only_writer
 from lightning_peft.strict_json import read_object
@@ -50,7 +52,8 @@ def submit(config: TrainConfig) -> None:
             return
         refuse_second_job(run_dir)
         with nothing_left_if_refused(run_dir):
-            write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+            write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(escaped(plain(config)))))
+            kept_commands(run_dir)
             write_text(run_dir / kind.file, text)
             job_id = kind.submit(run_dir / kind.file, work)
         with atomic_file(run_dir / JOB) as path:

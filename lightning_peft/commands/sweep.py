@@ -12,7 +12,7 @@ from lightning_peft import readable
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.command_configs import SubmitSweepConfig, SweepCommandConfig, SweepVerb
-from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, write_run
+from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, trial_words, write_run
 from lightning_peft.commands.sweep_array import array_work, task_folder, turn
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig
@@ -188,7 +188,7 @@ def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) 
             cluster_of(sweep).check(runs[0].cluster, array_work(sweep, again, folder, runs[0]))
         for trial, run in zip(again, runs, strict=True):
             trial.spent_hours = hours_of_trial(sweep, trial, folder / trial.name)
-            prepare_again(trial, run, folder / trial.name)
+            prepare_again(trial, run, folder / trial.name, trial_words(sweep, trial, folder, run_words))
             trial.other_words = run_words
     logger.info("%s: %d trials run again", folder, len(again) + undrawn)
     if sweep.has_slots:
@@ -217,7 +217,7 @@ def has_active_array(sweep: Sweep) -> bool:
     return any(job.is_active for job in find_jobs(sweep).values())
 
 
-def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path) -> None:
+def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path, words: Sequence[str]) -> None:
     """Make a trial one that nobody has begun; drop its checkpoints if they are of another config."""
     try:
         check_saved_config(run, run_dir, is_content_compared=False)  # rows of another path are a change here
@@ -229,7 +229,7 @@ def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         forget_steps(run_dir)
     (run_dir / "result.json").unlink(missing_ok=True)
-    write_run(run)
+    write_run(run, words)
     trial.state, trial.is_waiting, trial.is_cancelled = WAITING, True, False
     trial.process = trial.result = trial.exit_code = trial.job = None
 

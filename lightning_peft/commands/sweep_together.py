@@ -20,6 +20,7 @@ from lightning_peft.commands.together import (
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config, read_words
 from lightning_peft.config import TrainConfig
+from lightning_peft.runs.command import kept_commands, started_by
 from lightning_peft.runs.folder import sweep_folder
 from lightning_peft.runs.lock import only_writer
 from lightning_peft.runs.machine import Machine
@@ -74,6 +75,8 @@ def sweep_together(words: list[str]) -> tuple[Path, int]:
         for number, names in enumerate(grouped(configs, together or 1), 1):
             for name in names:
                 enter_trial(folder / name, [*fixed, *trials[name]], swept_words)
+                with started_by([*fixed, *trials[name], f"run_dir={(folder / name).resolve()}"]):
+                    kept_commands(folder / name)
             ended = train_group(names, configs, folder / f"together-{number}.txt")
             for name in names:  # some could not tell the manifest themselves
                 note_end(folder / name, ended)

@@ -65,7 +65,10 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     if config.cluster is not None:
         raise ValueError("cluster: train runs here; submit takes the same words and hands them to the cluster")
-    plan = plan_run(config, Machine.here(config.trainer))
+    # What is only looked at is for the machine it names, as on a laptop before a cluster is asked.
+    plan = plan_run(config, Machine.planned(config.trainer) if config.dry_run else Machine.here(config.trainer))
+    if not plan.machine.is_here:
+        logger.info("this machine has no CUDA device: the run is checked for one that has")
     check_ranks_can_start(plan)
     if plan.is_rank and member is None:
         leave_with_launcher()

@@ -34,9 +34,11 @@ from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
+from lightning_peft.interpolation import escaped
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
+from lightning_peft.plugins import OWN_FILES, keep_modules
 from lightning_peft.runs.command import kept_commands
 from lightning_peft.runs.folder import end_of, folder_of
 from lightning_peft.runs.nodes import refusal
@@ -341,7 +343,8 @@ def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "result.json").unlink(missing_ok=True)
     with atomic_file(run_dir / "config.yaml") as path:
-        OmegaConf.save(OmegaConf.create(plain(config)), path)
+        OmegaConf.save(OmegaConf.create(escaped(plain(config))), path)
+    keep_modules(config.imports, run_dir / OWN_FILES)
 
 
 def show_result(result: dict[str, Any], run_dir: Path) -> None:

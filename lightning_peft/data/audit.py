@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.chat import Encoded
 from lightning_peft.data.config import Format
-from lightning_peft.data.conversation import BadRow
+from lightning_peft.data.conversation import BadRow, Message
 from lightning_peft.data.preferences import Standing
 from lightning_peft.data.rendering import TokenKind
 
@@ -64,6 +64,8 @@ class Audit:
     """Samples of a source that an earlier one of the mixture has as well."""
     tools: str | None = None
     """Tools of the first row, as JSON; "" where another row has others."""
+    system: str | None = None
+    """System message of the first row, as JSON; "" where another row has another, or none."""
     preferences: dict[str, int] = field(default_factory=dict)
     """Counts over preference rows: pairs, ties, chosen_tokens, rejected_tokens, chosen_longer, shared_tokens; or wanted
     and unwanted answers."""
@@ -71,6 +73,8 @@ class Audit:
     """Labelled rows read alone, whose own answer stands for that to another prompt."""
     taught_tokens: int = 0
     """Tokens that a teacher reads in place of the samples, where it reads others."""
+    highest: dict[str, int] = field(default_factory=dict)
+    """The highest token id, by the place of the first row that has it; of several sources one each."""
     packing_fill: float | None = None
     """Share of tokens that are not padding, without packing None."""
 
@@ -78,11 +82,12 @@ class Audit:
     def of_all(cls, audits: Sequence["Audit"]) -> "Audit":
         """Return the counts over several sources together; the format is that of the conversations among them."""
         formats = [audit.format for audit in audits if audit.format is not None]
-        tools = {audit.tools for audit in audits if audit.tools is not None}
+        tools, systems = ({getattr(audit, name) for audit in audits} - {None} for name in ("tools", "system"))
         found = cls(
             format=next((name for name in formats if name != Format.text), formats[0] if formats else None),
             files=sum(audit.files or 0 for audit in audits) or None,
             tools=tools.pop() if len(tools) == 1 else "" if tools else None,
+            system=systems.pop() if len(systems) == 1 else "" if systems else None,
             bad_row_messages=[line for audit in audits for line in audit.bad_row_messages][:SHOWN_BAD_ROWS],
         )
         for entry in fields(cls):
@@ -110,6 +115,17 @@ class Audit:
         """Return the tools that all rows offer."""
         return json.loads(self.tools) if self.tools else None
 
+    def count_system(self, conversation: Sequence[Message]) -> None:
+        """Count the system message that a conversation begins with."""
+        first = conversation[0] if conversation else None
+        text = json.dumps(first.content if first is not None and first.role == "system" else None)
+        self.system = text if self.system in (None, text) else ""
+
+    @property
+    def shared_system(self) -> str | None:
+        """Return the system message that all rows begin with."""
+        return json.loads(self.system) if self.system else None
+
     def count_listed(self, names: Iterable[str]) -> None:
         for name in names:
             self.listed[name] = self.listed.get(name, 0) + 1
@@ -119,8 +135,11 @@ class Audit:
         for name, is_there in counts.items():
             self.ignored[name] = self.ignored.get(name, 0) + is_there
 
-    def count_sample(self, sample: Encoded, kinds: bytes) -> None:
-        """Count a sample; `kinds` has a `TokenKind` for each token, as the labels have them."""
+    def count_sample(self, sample: Encoded, kinds: bytes, origin: str) -> None:
+        """Count a sample of the row at `origin`; `kinds` has a `TokenKind` for each token, as the labels have them."""
+        highest = max(sample.input_ids, default=-1)
+        if all(highest > before for before in self.highest.values()):
+            self.highest = {origin: highest}
         self.samples += 1
         self.tokens += len(kinds)
         self.supervised += len(kinds) - kinds.count(TokenKind.none)

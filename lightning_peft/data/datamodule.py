@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -100,7 +100,7 @@ class SFTDataModule(LightningDataModule):
         if self._validation is None:
             parts = self._read("validation", self.validation_audits)
             self._validation = parts[0] if len(parts) == 1 else MixedSamples(parts)
-            self._check_tokens(self._validation)
+            self._check_tokens(self._validation, self.validation_audits.values())
             self._validation_plan = self._plan_by_source(parts)
             self._count_copies(parts)
             self.validation_audit.packing_fill = self._fill(self._validation, self._validation_plan)
@@ -124,7 +124,7 @@ class SFTDataModule(LightningDataModule):
         tokens = [sum(part.lengths) for part in parts]
         self._shares = shares_of(self._sources, tokens, self._config.temperature)
         self._train, self.example = train, train.unit(0)[0]
-        self._check_tokens(train)
+        self._check_tokens(train, self.train_audits.values())
         before = np.empty(0, dtype=np.uint64)
         for audit, part in zip(self.train_audits.values(), parts, strict=True):
             audit.repeated = len(part.digests) - len(np.unique(part.digests))
@@ -154,6 +154,8 @@ class SFTDataModule(LightningDataModule):
         reasons = "; ".join(audit.warnings())
         found = f"nothing to train on in {audit.rows} rows. {reasons}".strip()
         key = f"sources.{source.name}" if source.name else f"source={source.config.source}"
+        if not source.name and source.config.train_path is not None:
+            key = f"train_path={source.config.train_path}"
         raise ValueError(f"data.{key}: {found}")
 
     def _training_plan(self, samples: Samples | MixedSamples) -> Callable[[int], list[MicroBatch]]:
@@ -166,7 +168,7 @@ class SFTDataModule(LightningDataModule):
             return plan
         return lambda epoch: self._plan(samples.unit_lengths, random.Random(f"{self._seed} {epoch}"))
 
-    def _check_tokens(self, samples: Samples | MixedSamples) -> None:
+    def _check_tokens(self, samples: Samples | MixedSamples, audits: Iterable[Audit]) -> None:
         parts = samples.parts if isinstance(samples, MixedSamples) else [samples]
         longest = max((max(part.taught.lengths) for part in parts if part.taught is not None), default=0)
         if self._teacher_context is not None and longest > self._teacher_context:
@@ -178,6 +180,8 @@ class SFTDataModule(LightningDataModule):
         if self._vocabulary is not None and highest >= self._vocabulary:
             token = self._tokenizer.convert_ids_to_tokens(highest) if highest < len(self._tokenizer) else None
             name = "a token" if token is None else f"token {token!r}"
+            at = next((place for audit in audits for place, top in audit.highest.items() if top == highest), None)
+            name = name if at is None else f"{at}: {name}"
             raise ValueError(
                 f"{name} has the id {highest}, the model has embeddings for {self._vocabulary}: take the "
                 "tokenizer that belongs to the model, or give its new tokens as model.new_tokens"
@@ -225,7 +229,8 @@ class SFTDataModule(LightningDataModule):
         """Return the layout of prompts in the training rows. Needs `setup`."""
         audits = self.train_audits
         without_turns = [name for name, audit in audits.items() if audit.format in (Format.text, Format.tokens)]
-        config = replace(self._config, system_prompt=shared_option(self._config, "system_prompt", without_turns))
+        system = shared_option(self._config, "system_prompt", without_turns)
+        config = replace(self._config, system_prompt=self.train_audit.shared_system if system is None else system)
         return PromptLayout.of(config, self.train_audit.format, self._tokenizer, self.train_audit.shared_tools)
 
     def _report(self, split: str, audits: dict[str, Audit], whole: Audit) -> None:

@@ -20,6 +20,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_peft.data.conversation import BadRow, Row, read_json, without_absent_keys
+from lightning_peft.data.other_files import (
+    OTHER_FILES,
+    refuse_one_object,
+    refuse_other_content,
+    refuse_other_separator,
+)
 from lightning_peft.data.records import elements, records
 
 PACKAGES = {
@@ -120,6 +126,9 @@ def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
     Raises ValueError for a file that cannot be read on.
     """
     try:
+        if file.suffixes[0] in COMPRESSIBLE:
+            with file.content() as content:
+                refuse_other_content(content.read(8), str(file))
         yield from FILE_READERS[file.suffixes[0]](file)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from error
@@ -157,6 +166,8 @@ def _read_json(file: DataFile) -> Iterator[Row | BadRow]:
             # Bytes of another encoding become lone surrogates, by which their rows are found.
             text = (start + content.read()).decode("utf-8-sig", errors="surrogateescape")
     if not start.startswith(b"["):
+        with file.content() as content:
+            refuse_one_object(content, str(file))
         yield from _read_json_lines(file)
         return
     try:
@@ -208,6 +219,7 @@ def _read_table(file: DataFile, separator: str) -> Iterator[Row | BadRow]:
         if header is not None and header.wrong is not None:
             raise ValueError(f"{file} line 1: not CSV ({header.wrong})")
         _refuse_copies(names, f"{file} line 1")
+        refuse_other_separator(names, separator, f"{file} line 1")
         for record in found:
             origin = f"{file} {record.place}"
             if record.wrong is not None:
@@ -256,7 +268,14 @@ def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
 
     try:
         with file.open() as content:
-            sheets = pandas.read_excel(io.BytesIO(content.read()), sheet_name=None, header=None, dtype=object)
+            sheets = pandas.read_excel(
+                # "None" and "NA" are answers; what is not a number is a cell whose formula failed.
+                io.BytesIO(content.read()),
+                sheet_name=None,
+                header=None,
+                dtype=object,
+                keep_default_na=False,
+            )
     except ImportError as error:
         raise ValueError(f"{file}: Excel files need the package openpyxl (pip install openpyxl)") from error
     except Exception as error:  # whatever the reader of a broken file stumbles on
@@ -266,11 +285,15 @@ def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
         found = ", ".join(map(repr, filled)) or "none"
         raise ValueError(f"{file}: one sheet with rows is read, this file has {found}; save one alone")
     header, *rows = next(iter(filled.values())).values.tolist()
-    names = ["" if pandas.isna(name) else str(name) for name in header]
+    used = [place for place in range(len(header)) if any(cells[place] != "" for cells in (header, *rows))]
+    names = [str(header[place]) for place in used]  # a column that was only coloured is none
     _refuse_copies(names, f"{file} row 1")
     for number, cells in enumerate(rows, start=2):
-        values = ["" if pandas.isna(cell) else str(cell) for cell in cells]
-        yield Row(dict(zip(names, values, strict=True)), f"{file} row {number}")
+        values = {name: cells[place] for name, place in zip(names, used, strict=True)}
+        if wrong := [name for name, value in values.items() if pandas.isna(value)]:
+            yield BadRow(f"{file} row {number}", "a value", "an error of the formula", wrong[0])
+        elif any(value != "" for value in values.values()):  # as a line of a CSV file without any
+            yield Row({name: str(value) for name, value in values.items()}, f"{file} row {number}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -305,10 +328,10 @@ def find_files(option: str, value: str | list[str]) -> list[DataFile]:
             raise ValueError(f"{option}={value}: {file} is a link to a file that is not there")
         kind, packed = file.suffixes
         if kind not in FILE_READERS or (packed and kind not in COMPRESSIBLE):
-            raise ValueError(
+            said = (
                 f"{option}={value}: {Path(file.path).name} must end in {', '.join(FILE_READERS)}, the text ones also "
-                f"in {', '.join(DECOMPRESSED)} after that"
             )
+            raise ValueError(f"{said}in {', '.join(DECOMPRESSED)} after that{OTHER_FILES.get(kind, '')}")
         if file.size() == 0:
             raise ValueError(f"{option}={value}: {file} is empty")
     return files

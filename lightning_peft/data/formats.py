@@ -378,10 +378,23 @@ class RowReader(Shape):
         return self._read_columns.union(self.ignored, weight)
 
 
+NAMES_ELSEWHERE = {
+    **dict.fromkeys(("sharegpt", "chat_template", "chatml", "openai", "chat", "conversational"), Format.messages),
+    "alpaca": Format.instruction,
+    **dict.fromkeys(("completion", "pretrain", "pretraining", "raw"), Format.text),
+    **dict.fromkeys(("dpo", "ranking", "pairwise"), Format.preference),
+    "kto": Format.labelled,
+    **dict.fromkeys(("tokenized", "pretokenized", "input_ids"), Format.tokens),
+}
+"""What other tools call the formats."""
+
+
 def check_format(name: str, key: str = "data.format") -> None:
     """Raise ValueError for a format that nobody has added."""
     if name not in (Format.auto, *FORMATS):
+        meant = NAMES_ELSEWHERE.get(name.lower().partition(".")[0])
+        ours = f"use {key}={meant}, or " if meant is not None else ""
         raise ValueError(
-            f"{key}={name}: no such format; choose one of auto, {', '.join(FORMATS)}, or give the module that adds it, "
-            "as imports=[my_rows]"
+            f"{key}={name}: no such format; {ours}choose one of auto, {', '.join(FORMATS)}, or give the module that "
+            "adds it, as imports=[my_rows]"
         )

@@ -26,7 +26,7 @@ class PromptLayout:
     kind: str = "chat"
     """`chat`: by the chat template; `raw`: the prompt as it is; `text`: text that is continued."""
     system_prompt: str | None = None
-    """System message of a conversation that has none."""
+    """System message of a conversation that has none: `data.system_prompt`, or that of all training rows."""
     template: str | None = None
     """The chat template; None takes the tokenizer's."""
     template_options: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.formats import check_format
+from lightning_peft.interpolation import escaped
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +132,13 @@ def _source_of(name: str, given: Any, config: DataConfig) -> MixedSource:
         if len(named) > 1:
             raise ValueError(f"{key}: has train_path and hub_name; make two sources of them")
         options["source"] = "files" if "train_path" in named else "hub"
-    schema = OmegaConf.structured(replace(config, sources={}, temperature=1.0))
+    shared = {
+        entry.name: getattr(config, entry.name)
+        for entry in fields(DataConfig)
+        if entry.name not in ("sources", "temperature")
+    }
     try:
-        merged = OmegaConf.merge(schema, options)
+        merged = OmegaConf.merge(OmegaConf.structured(DataConfig), escaped(shared), escaped(options))
     except OmegaConfBaseException as error:
         raise ValueError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}") from error
     with naming(name):

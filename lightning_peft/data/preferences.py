@@ -76,6 +76,9 @@ def read_chosen_and_rejected(
         answers = [read_turns(value, row.origin, column) for value, column in zip(values, columns, strict=True)]
         if any(turns[0].role != "assistant" for turns in answers):
             shared_turns = _shared_turns(*answers)
+            if answers[0][0] != answers[1][0] and all(turns[0].role != "assistant" for turns in answers):
+                expected = f"a user message before the answers, the same in {chosen_column} and {rejected_column}"
+                raise BadRow(row.origin, expected, answers[1][0].content, rejected_column)
             _check_prompt(prompt, shared_turns, row.origin, chosen_column)
             prompt, answers = shared_turns, [turns[len(shared_turns) :] for turns in answers]
     context = [replace(message, weight=0.0) if message.role == "assistant" else message for message in prompt or []]

@@ -18,7 +18,7 @@ from lightning_peft.data.config import Reasoning
 from lightning_peft.data.conversation import Message, tools_of
 from lightning_peft.data.history import EXACT_TURNS, History
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError
-from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING
+from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING, without_thoughts
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,11 @@ class ConversationRenderer:
         for index in answers[:-1] if rule is Reasoning.last else answers:
             message = messages[index]
             thought, content = self._template.thought_of(message)
+            if thought is None and OPENING.match(content):
+                _log_open_thought(rule.value)
+            if (answer := without_thoughts(content)) != content:
+                _log_thoughts_inside(rule.value)
+            thought, content = "" if thought is None and answer != content else thought, answer
             if not content.strip() and not message.tool_calls:
                 raise ChatTemplateError(
                     f"data.reasoning={rule.value}: assistant message {index + 1} is a thought alone, which leaves "
@@ -303,6 +308,16 @@ def _log_thinking() -> None:
         "The chat template's usual prompt asks for no thought: turns with one are trained after the prompt of "
         "enable_thinking=true; data.template_options={enable_thinking:true} generates with it too."
     )
+
+
+@lru_cache
+def _log_open_thought(rule: str) -> None:
+    log.warning("data.reasoning=%s: an answer that opens a thought and does not close it stays as it is", rule)
+
+
+@lru_cache
+def _log_thoughts_inside(rule: str) -> None:
+    log.warning("data.reasoning=%s: thoughts in the middle of answers are left out too", rule)
 
 
 def _place_of(answer: str, said: str, thought_stop: int, stop: int, end: int, calls: bool) -> int:

@@ -35,7 +35,7 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
     Raises ValueError where an option names a column that is not there, or no format fits.
     """
     check_format(config.format)
-    there = ", ".join(columns)
+    there = ", ".join(name if name.replace("_", "a").isalnum() else repr(name) for name in columns)
     kind = config.rows or RowKind.answers
     formats = {format: row_format for format, row_format in FORMATS.items() if row_format.rows is kind}
     _refuse_other_rows(columns, config, kind)
@@ -80,8 +80,22 @@ def row_reader(columns: Collection[str], config: DataConfig) -> RowReader:
     raise ValueError(
         f"data.format=auto: no known shape of row, the columns are {there}; "
         "name two with data.prompt_column and data.completion_column, "
-        "or one with data.text_column or data.messages_column"
+        f"or one with data.text_column or data.messages_column{_likely(columns)}"
     )
+
+
+_PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem")
+_COMPLETIONS = ("completion", "answer", "response", "output", "solution", "chosen")
+"""Names by which data sets call the two, the likeliest first."""
+
+
+def _likely(columns: Collection[str]) -> str:
+    """Return the options that name two columns as people call them; empty where there are none."""
+    by_name = {name.strip().lower(): name for name in columns}
+    prompt, answer = (next((by_name[n] for n in names if n in by_name), None) for names in (_PROMPTS, _COMPLETIONS))
+    if prompt is None or answer is None or not f"{prompt}{answer}".isidentifier():
+        return ""
+    return f", as data.prompt_column={prompt} data.completion_column={answer}"
 
 
 OBJECTIVES_OF = {
@@ -172,6 +186,10 @@ def _templated_reader(columns: Collection[str], config: DataConfig, wanted: Iter
 
 
 def _reader(format: str, names: tuple[str, ...], columns: Collection[str], config: DataConfig) -> RowReader:
+    if len(set(names)) < len(names) and config.prompt_template is None:
+        twice = next(name for name in names if names.count(name) > 1)
+        options = " and ".join(f"data.{option}" for option in FORMATS[format].options)
+        raise ValueError(f"{options}: name column {twice!r} for two of them; each has its own")
     side = {}
     for name in FORMATS[format].side:
         column = getattr(config, f"{name}_column") or USUAL_NAMES.get(name, name)

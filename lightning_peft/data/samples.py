@@ -96,7 +96,7 @@ def encode_rows(
                 _refuse(error, config, audit)
                 continue
             for sample in samples:
-                audit.count_sample(sample, kinds_of(sample))
+                audit.count_sample(sample, kinds_of(sample), origin)
                 yield sample
     reading.finish()
 
@@ -167,13 +167,14 @@ class _Reading:
         if conversation.trailing:
             audit.count_listed(["turns after the last answer"])
         audit.count_tools(conversation.tools)
+        audit.count_system(conversation)
 
     def finish(self) -> None:
         """Raise `UnreadError` for what nobody reads, and the error of the first row where none could be read."""
         if self.unread:
             raise UnreadError(_unread_message(self.unread, self._audit.rows))
         if self._refused is not None and self._reader is None and self._audit.rows == self._audit.bad_rows:
-            raise self._refused
+            raise ValueError(self._audit.bad_row_messages[0]) from self._refused
 
 
 def _read(reader: RowReader | None, refused: ValueError | None, row: Row) -> Conversation:

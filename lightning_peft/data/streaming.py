@@ -3,7 +3,7 @@
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import count, islice
 from typing import Any
@@ -40,7 +40,7 @@ class Windows(ABC):
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         reports: bool,
-        check: Callable[[Samples], None],
+        check: Callable[[Samples, Iterable[Audit]], None],
         listed: Collection[tuple[str, str]] = (),
     ) -> None:
         """Keep the options. reports: whether to say what an audit finds on the way; check: raises where a window cannot
@@ -58,8 +58,8 @@ class Windows(ABC):
     def since(self, epoch: int, begin: Any) -> Iterator[tuple[Any, Samples, list[MicroBatch]]]:
         """Iterate over the windows from place `begin` on: where each begins, its samples and its micro batches."""
 
-    def _plan(self, samples: Samples, rng: random.Random) -> list[MicroBatch]:
-        self._check(samples)
+    def _plan(self, samples: Samples, rng: random.Random, audits: Iterable[Audit]) -> list[MicroBatch]:
+        self._check(samples, audits)
         config = self._config
         capacity = config.max_length * self._group
         return plan_micro_batches(samples.unit_lengths, capacity, config.micro_batch_size, config.packing, rng)
@@ -101,7 +101,7 @@ class RowWindows(Windows):
             self._report_unread(audit, f"epoch {epoch}")
             if number > 1 and number.bit_count() == 1:  # rarer and rarer: an epoch may be days away
                 self._report(audit, f"epoch {epoch}")
-            if plan := self._plan(samples, random.Random(f"{self._seed} {epoch} {begin}")):
+            if plan := self._plan(samples, random.Random(f"{self._seed} {epoch} {begin}"), [audit]):
                 yield begin, samples, plan
             begin += len(window)
 
@@ -124,7 +124,7 @@ class MixedWindows(Windows):
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         reports: bool,
-        check: Callable[[Samples], None],
+        check: Callable[[Samples, Iterable[Audit]], None],
         listed: Collection[tuple[str, str]] = (),
     ) -> None:
         super().__init__(config, tokenizer, seed, reports, check, listed)
@@ -148,7 +148,8 @@ class MixedWindows(Windows):
             if number > 1 and number.bit_count() == 1:
                 for stream in streams:
                     self._report(stream.audit, stream.name)
-            yield begin, samples, self._plan(samples, random.Random(f"{self._seed} {epoch} {begin}"))
+            audits = [stream.audit for stream in streams]
+            yield begin, samples, self._plan(samples, random.Random(f"{self._seed} {epoch} {begin}"), audits)
 
 
 class _SourceStream:

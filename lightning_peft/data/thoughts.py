@@ -7,6 +7,8 @@ MARKS = {"<think>": "</think>", "<|channel>thought\n": "<channel|>", "[THINK]": 
 _OPENS, _CLOSES = ("|".join(map(re.escape, marks)) for marks in (MARKS, MARKS.values()))
 _ANY = re.compile(f"{_OPENS}|{_CLOSES}")
 _CODE = "```"
+_IN_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+_CLOSED = re.compile("|".join(f"{re.escape(begin)}.*?{re.escape(end)}" for begin, end in MARKS.items()), re.DOTALL)
 
 OPENING = re.compile(rf"\s*(?:{_OPENS})")
 """The beginning of a text that starts with a thought."""
@@ -41,6 +43,19 @@ def split_thought(content: str, opened: str | None = None) -> tuple[str | None, 
     if mark[0] == MARKS.get(opened or "") or (_ANY.search(after) is None and _stands_alone(before, after)):
         return before.strip(), after.lstrip()
     return None, content
+
+
+def without_thoughts(content: str) -> str:
+    """Return an answer without the closed thoughts inside it; marks in code are what the answer speaks of."""
+    code = [match.span() for match in _IN_CODE.finditer(content)]
+    kept, place = "", 0
+    for match in _CLOSED.finditer(content):
+        if any(start <= match.start() < stop for start, stop in code):
+            continue
+        before, between = content[place : match.start()], content[match.end() :]
+        kept += before if before[-1:].isspace() else before + between[: len(between) - len(between.lstrip())]
+        place = match.end() + len(between) - len(between.lstrip())
+    return (kept + content[place:]).strip() if place else content
 
 
 def _stands_alone(before: str, after: str) -> bool:

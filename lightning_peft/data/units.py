@@ -41,7 +41,7 @@ def encode_units(
         audit.count_unit(encoded)
         for sample in encoded:
             if sample.standing is not Standing.mismatched:
-                audit.count_sample(sample, kinds_of(sample))
+                audit.count_sample(sample, kinds_of(sample), origin)
             yield sample
 
 

@@ -3,11 +3,12 @@
 import csv
 import json
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.report.figures import curves
+from lightning_peft.report.figures import Series, curves
 from lightning_peft.report.page import Page
 from lightning_peft.strict_json import read_object
 from lightning_peft.tracking.cells import number_of
@@ -17,7 +18,9 @@ KNOWN = (
     "supervised_tokens_per_second", "peak_memory_gib", "validation_loss", "trainable_parameters", "rank", "alpha",
     "epoch", "total_tokens",
 )  # fmt: skip
-"""Columns of metrics.csv that have a picture of their own or need none; others are drawn one by one."""
+"""Columns of metrics.csv that have a picture of their own or need none; others are drawn one picture a kind."""
+SHOWN_CURVES = 8
+"""Curves of one kind that are drawn one by one."""
 SAMPLES = 20
 Z95 = 1.959964
 
@@ -82,11 +85,43 @@ def _curves(page: Page, rows: list[dict[str, float]]) -> None:
         "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second",
         "peak_memory_gib": "peak memory, GiB",
     }  # fmt: skip
-    others = dict.fromkeys(key for row in rows for key in row if key not in KNOWN)
-    for key, name in (single | {key: key.replace("_", " ") for key in others}).items():
-        points = column(rows, key)
-        if points[0] and (key in single or len(set(points[1])) > 1):
-            page.figure(key.replace("/", "_"), curves({name: points}, "step", name), "", "half")
+    for key, name in single.items():
+        if (points := column(rows, key))[0]:
+            page.figure(key, curves({name: points}, "step", name), "", "half")
+    for name, keys in families(key for row in rows for key in row if key not in {*KNOWN, *single}).items():
+        found = {member: points for member, key in keys.items() if (points := column(rows, key))[0]}
+        if any(len(set(values)) > 1 for _, values in found.values()):
+            series, caption = readable(found)
+            label = name.replace("_", " ")
+            page.figure(name.replace("/", "_").replace(" ", "_"), curves(series, "step", label), caption, "half")
+
+
+def families(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the columns that are of one kind, of a layer or a source each, by the kind's name and then by theirs."""
+    found: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(keys):
+        first, *middle = key.split("/")
+        name = f"{first} {middle.pop()}" if len(middle) > 1 else first
+        found.setdefault(name, {})["/".join(middle) or name] = key
+    return found
+
+
+def readable(series: Series) -> tuple[Series, str]:
+    """Return curves of one kind that can be told apart, and a caption: of many the highest, median and lowest."""
+    if len(series) <= SHOWN_CURVES:
+        return series, ""
+    at_step: dict[float, list[float]] = {}
+    for steps, values in series.values():
+        for step, value in zip(steps, values, strict=True):
+            at_step.setdefault(step, []).append(value)
+    steps = sorted(at_step)
+    of_all = {"highest": max, "median": statistics.median, "lowest": min}
+    last = sorted(series, key=lambda name: series[name][1][-1])
+    caption = (
+        f"{len(series)} curves, the highest, median and lowest value at each step; at the end {last[-1]} is highest, "
+        f"{last[0]} lowest; metrics.csv has all"
+    )
+    return {name: (steps, [float(of(at_step[step])) for step in steps]) for name, of in of_all.items()}, caption
 
 
 def _facts(page: Page, result: dict[str, Any]) -> None:

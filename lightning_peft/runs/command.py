@@ -6,20 +6,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import write_text
+from lightning_peft.plugins import OWN_FILES
 
 FILE_NAME = "command.txt"
-OWN_FILES = "own_files"
-"""Folder of a run with the YAML files that its command named, as they were."""
 
 _words: list[str] = []
-"""Words of `train` that this process was started with; empty in a program that trains by itself."""
+"""Command and words that this process was started with; empty in a program that trains by itself."""
 
 
 @contextmanager
-def started_by(words: Sequence[str]) -> Iterator[None]:
-    """Have a run that begins inside the block be one of `lightning-peft train` with these words."""
+def started_by(words: Sequence[str], command: str = "train") -> Iterator[None]:
+    """Have a run that begins inside the block be one of `lightning-peft COMMAND` with these words, if there are any."""
     global _words
-    before, _words = _words, list(words)
+    before, _words = _words, [command, *words] if words else []
     try:
         yield
     finally:
@@ -33,16 +32,22 @@ def kept_commands(run_dir: Path) -> list[str]:
     """
     path = run_dir / FILE_NAME
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    is_rank = bool(lines) and _words == [f"config_path={run_dir / 'config.yaml'}"]
-    line = shlex.join(["lightning-peft", "train", *_words])
+    saved = f"config_path={(run_dir / 'config.yaml').resolve()}"
+    is_rank = bool(lines) and [_resolved(word) for word in _words[1:]] == [saved]
+    line = shlex.join(["lightning-peft", *_words])
     if not _words or is_rank or "\n" in line or lines[-1:] == [line]:
         return lines
     lines.append(line)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join(lines) + "\n")
-    for word in _words:
+    for word in _words[1:]:
         own = Path(word.removeprefix("recipe=")).expanduser()
         if own.suffix in (".yaml", ".yml") and "=" not in str(own) and own.is_file():
             (run_dir / OWN_FILES).mkdir(exist_ok=True)
             write_text(run_dir / OWN_FILES / own.name, own.read_text(encoding="utf-8-sig"))
     return lines
+
+
+def _resolved(word: str) -> str:
+    key, _, value = word.partition("=")
+    return f"{key}={Path(value).resolve()}" if key == "config_path" else word

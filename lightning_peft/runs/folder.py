@@ -238,7 +238,7 @@ def saved_options(run_dir: Path) -> dict[Any, Any]:
         "so the checkpoint's options cannot be compared with these; bring it back, or start afresh in a new run_dir"
     )
     try:
-        saved = OmegaConf.to_container(OmegaConf.load(path))
+        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing, {remedy}") from None
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:

@@ -33,14 +33,14 @@ class Machine:
         name = _named(trainer)
         if name == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"trainer.accelerator={trainer['accelerator']}: this machine has no CUDA device; "
-                             "use cpu or auto")  # fmt: skip
+                             "use cpu or auto, or dry_run=true to check the run")  # fmt: skip
         accelerator = name or ("cuda" if torch.cuda.is_available() else "cpu")
         gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
         return cls(accelerator, gpus, has_fast_bf16(accelerator))
 
     @classmethod
     def planned(cls, trainer: dict[str, Any]) -> "Machine":
-        """Return the machine to estimate for: a GPU asked for by name need not be here, and is taken to have bf16."""
+        """Return the machine of an estimate or dry run: a GPU named need not be here, and is taken to have bf16."""
         if _named(trainer) != "cuda" or torch.cuda.is_available():
             return cls.here(trainer)
         return cls("cuda", None, has_bf16=True, is_here=False)

@@ -84,7 +84,7 @@ def plan_run(config: TrainConfig, machine: Machine) -> RunPlan:
         trains_all=trains_all,
         max_seconds=max_seconds(config.trainer),
         starts_ranks=starts_ranks,
-        is_rank=is_several and not starts_ranks,
+        is_rank=machine.is_here and is_several and not starts_ranks,
     )
 
 

@@ -267,3 +267,38 @@ def test_no_answer_names_a_word_twice():
     ]
     names = [name for names in ast.literal_eval(table).values() for name in names.split()]
     assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "adapter:\n",
+            "adapter=null: no such option; leave it out, or choose a method as method=lora, and its own keys",
+        ),
+        (
+            "adapter: 5\n",
+            "adapter=5: no such option; choose a method as method=lora, and its own keys as adapter.rank=8",
+        ),
+        ("optimizer:\n", "optimizer=null: no such option; optimizer is one of adamw"),
+        ("data: {ignore_columns: id}\n", "data.ignore_columns=id: .*; must be a list, in brackets, as [a,b]"),
+    ],
+)
+def test_section_of_a_file_without_keys_is_one_line(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(f"model: tiny\n{text}")
+    assert main(["train", "my.yaml", "dry_run=true"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(part in said for part in message.split(".*"))
+
+
+def test_file_by_its_other_ending_is_proposed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("model: tiny\n")
+    with pytest.raises(ValueError, match=r"^my.yml: no such file; did you mean my.yaml\?$"):
+        everyday("train", ["my.yml"])
+
+
+@pytest.mark.parametrize(("command", "ours"), [("merge", "output"), ("export", "output"), ("train", "run_dir")])
+def test_folder_to_write_is_named_by_the_commands_own_word(command, ours):
+    assert nearest("out_dir", command) == nearest("output_dir", command) == f"; use {ours}"

@@ -29,6 +29,13 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "pissa": ("cohere2", {}, LoraConfig(**LORA, target_modules="all-linear", init_lora_weights="pissa")),
     "ia3": ("llama", {}, IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])),
     "biases": ("qwen2", {}, LoraConfig(**LORA, target_modules=["q_proj"], bias="all")),
+    "biases of the adapted": ("qwen2", {}, LoraConfig(**LORA, target_modules=["q_proj"], bias="lora_only")),
+    "their lack": ("llama", {}, LoraConfig(**LORA, target_modules=["q_proj"], bias="lora_only")),
+    "biases of an output": (
+        "gpt2",
+        {},
+        LoraConfig(**LORA, target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True),
+    ),
 }
 
 
@@ -56,6 +63,9 @@ def test_a_merge_is_the_model_of_peft(name: str, tmp_path: Path, monkeypatch: py
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     expected = logits(model)
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"# Fine-tuned {tmp_path}/base" in card and "of a folder of HF PEFT (adapter)" in card
+    assert "| merged against adapter: mean kl |" in card and "Trained with the chat template" not in card
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,9 +16,11 @@ import pytest
 from lightning_peft.compose import compose_config
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.conversation import BadRow
+from lightning_peft.data.files import find_files
 from lightning_peft.data.samples import make_samples
 from lightning_peft.data.sources import iterate_rows, rows_identity
 from lightning_peft.data.turns import read_turns
+from lightning_peft.words import everyday
 
 ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(6)]
 
@@ -220,3 +222,118 @@ def test_key_that_stands_twice_in_an_object_is_named(tmp_path, name, text, place
 def test_key_that_stands_twice_in_json_inside_a_row_is_named(turn):
     with pytest.raises(BadRow, match="key '(city|name)' twice in one object"):
         read_turns([{"role": "user", "content": "a"}, turn], "rows.jsonl line 1", "messages")
+
+
+def workbook(path, *rows):
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.active["F9"].font = openpyxl.styles.Font(bold=True)  # a cell without anything in it
+    book.save(path)
+    return str(path)
+
+
+def test_excel_text_is_kept_whatever_it_says(tmp_path):
+    answers = ["None", "NA", "null", "n/a", "nan", "#N/A"]
+    path = workbook(tmp_path / "r.xlsx", ["q", "a"], *([f"q{n}", text] for n, text in enumerate(answers)))
+    found = list(iterate_rows(DataConfig(train_path=path, validation_fraction=0), "train"))
+    assert [row.values["a"] for row in found[:-1]] == answers[:-1]
+    assert "row 7, column 'a': expected a value, got 'an error of the formula'" in str(found[-1])
+
+
+def test_excel_rows_and_columns_without_a_cell_are_none(tmp_path):
+    path = workbook(tmp_path / "r.xlsx", ["q", "a"], ["one", 5], [None, None], ["two", ""])
+    assert read(path) == [{"q": "one", "a": "5"}, {"q": "two", "a": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "r.csv",
+            "question;answer\nWhat is 2, and 3?;5\n",
+            "commas, and these .question, answer. by semicolons; save it",
+        ),
+        ("r.csv", "\ufeffquestion\tanswer\nWhat?\t5\n", "commas, and these .question, answer. by tabs; name it .tsv"),
+        ("r.csv", "question|answer\nWhat?|5\n", "by bars; save it with commas"),
+        ("r.tsv", "question,answer\nWhat?,5\n", "tabs, and these .question, answer. by commas; name it .csv"),
+        ("r.csv", "sep=;\nprompt;completion\n", "'sep=;' tells Excel of a separator and names no columns; delete"),
+    ],
+)
+def test_table_with_another_separator_is_told_so(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} line 1: .*{message}"):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("r.txt", "a document in a .jsonl"), ("r.TXT", "a line"), ("r.xls", "save it as .xlsx"), ("r.zip", "unpack"),
+     ("r.tar.gz", "unpack it"), ("r.pkl", "a pickle runs code"), ("r.yaml", "lightning-peft train my.yaml")],
+)  # fmt: skip
+def test_file_that_holds_no_rows_has_a_remedy(tmp_path, monkeypatch, name, remedy):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("x")
+    words = everyday("train", [f"data={name}"])
+    assert words == ["data=jsonl", f"data.train_path={name}"]
+    with pytest.raises(ValueError, match=rf"^data.train_path={name}: .* must end in .*{remedy}"):
+        find_files("data.train_path", name)
+
+
+@pytest.mark.parametrize("name", ["r.JSONL", "r.Jsonl", "r.CSV", "r.JSONL.GZ", "r.Parquet", "not_there.JSON"])
+def test_data_is_a_file_whatever_the_case_of_its_ending(name):
+    assert everyday("train", [f"data={name}"]) == ["data=jsonl", f"data.train_path={name}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl", lines(ROWS).decode().encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("r.csv", "prompt,completion\na,b\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("r.jsonl", gzip.compress(lines(ROWS)), "is compressed; let its name end in .gz"),
+        ("r.json", zstandard(lines(ROWS)), "is compressed; let its name end in .zst"),
+        ("r.csv", b"PK\x03\x04 and so on", "is an archive or an Excel file; let its name end in .xlsx, or unpack it"),
+        ("r.jsonl", b"PAR1 and so on", "is Parquet; let its name end in .parquet"),
+        ("r.json", json.dumps({"version": 1, "data": ROWS}).encode(), "is one object whose rows are inside 'data'; "),
+        ("r.json", json.dumps({"rows": ROWS}, indent=2).encode(), "is one object whose rows are inside 'rows'; "),
+        ("r.json", json.dumps(ROWS[0], indent=2).encode(), "is one object over several lines; rows are an array of"),
+    ],
+)
+def test_file_that_is_not_what_its_name_says_is_told_so(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}: {message}"):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("row", [{"data": "x", "text": "y"}, {"items": [], "text": "y"}, {"data": ["a"], "text": "y"}])
+def test_one_row_of_json_is_a_row(tmp_path, row):
+    (tmp_path / "r.json").write_text(json.dumps(row))
+    assert read(str(tmp_path / "r.json")) == [row]
+
+
+def test_columns_that_need_quotes_are_shown_with_them(tmp_path, chatml):
+    (tmp_path / "r.csv").write_text("prompt, completion\na,b\n")
+    config = DataConfig(train_path=str(tmp_path / "r.csv"), validation_fraction=0)
+    with pytest.raises(ValueError, match="the columns are prompt, ' completion'; name two with"):
+        make_samples(config, "train", chatml)
+
+
+@pytest.mark.parametrize(
+    ("columns", "likely"),
+    [
+        ("question,answer", "question data.completion_column=answer"),
+        ("Prompt,Response", "Prompt data.completion_column=Res"),
+    ],
+)
+def test_columns_as_people_call_them_are_proposed(tmp_path, chatml, columns, likely):
+    (tmp_path / "r.csv").write_text(f"{columns}\na,b\n")
+    with pytest.raises(ValueError, match=f"or data.messages_column, as data.prompt_column={likely}"):
+        make_samples(DataConfig(train_path=str(tmp_path / "r.csv"), validation_fraction=0), "train", chatml)
+
+
+def test_data_may_be_a_list_of_files(folder):
+    words = everyday("train", [f"data=[{folder}/top.jsonl, '{folder}/a/b/low.json']"])
+    config = compose_config("train", words)
+    assert config.data.train_path == [f"{folder}/top.jsonl", f"{folder}/a/b/low.json"]
+    with pytest.raises(ValueError, match="takes one option; add -m and write data=alpaca,gsm8k for a sweep"):
+        everyday("train", ["data=[alpaca,gsm8k]"])

@@ -2,6 +2,7 @@ import pytest
 
 from lightning_peft.data.config import DataConfig, Format
 from lightning_peft.data.conversation import TEXT_ROLE, BadRow, Message, Row
+from lightning_peft.data.formats import check_format
 from lightning_peft.data.row_reader import row_reader
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -117,3 +118,19 @@ def test_long_values_are_shortened():
     with pytest.raises(BadRow) as caught:
         read({"messages": "x" * 1000})
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("sharegpt", "messages"), ("Alpaca", "instruction"), ("chat_template", "messages"), ("dpo", "preference"),
+     ("chat_template.argilla", "messages"), ("completion", "text")],
+)  # fmt: skip
+def test_format_by_another_tools_name_is_answered_with_ours(name, ours):
+    with pytest.raises(ValueError, match=f"^data.format={name}: no such format; use data.format={ours}, or choose one"):
+        check_format(name)
+
+
+@pytest.mark.parametrize("options", [{"prompt_column": "a", "completion_column": "a"}, {"prompt_column": "completion"}])
+def test_one_column_cannot_be_prompt_and_answer(options):
+    with pytest.raises(ValueError, match="data.prompt_column and data.completion_column: name column '.*' for two"):
+        row_reader(["a", "completion"], DataConfig(**options))

@@ -73,6 +73,10 @@ def test_tools_and_unread_columns_are_as_in_other_rows():
             "expected a user message before the ans",
         ),
         ({"chosen": [USER], "rejected": [USER, NO]}, "a user message before the answers"),
+        (
+            {"chosen": [USER, NO], "rejected": [{**USER, "content": "Another"}, NO]},
+            "before the answers, the same in chosen and rejected, got 'An",
+        ),
         ({"prompt": "Hi", "chosen": [{**YES, "weight": 0.5}], "rejected": [NO]}, "expected turns of weight 0 or 1"),
     ],
 )

@@ -7,9 +7,11 @@ import pytest
 from chat_templates import tokenizer_of
 
 from lightning_peft.data.audit import Audit
+from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.config import DataConfig, Layout, OnBadRow, Reasoning, Trained
 from lightning_peft.data.conversation import BadRow, Message, Row
 from lightning_peft.data.datamodule import SFTDataModule
+from lightning_peft.data.rendering import _log_open_thought
 from lightning_peft.data.row_reader import row_reader
 from lightning_peft.data.samples import UnreadError, encode_rows, make_samples
 
@@ -370,7 +372,9 @@ def test_copies_within_and_across_splits_are_counted(write_jsonl, chatml):
 
 def test_token_beyond_the_embedding_is_an_error(write_jsonl, chatml):
     config = config_of(write_jsonl([PLAIN]), max_length=64)
-    with pytest.raises(ValueError, match=r"has the id \d+, the model has embeddings for 100: take the tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl line 1: .* has the id \d+, the model has embeddings for 100: take the"
+    ):
         SFTDataModule(config, chatml, 0, vocabulary=100).setup()
 
 
@@ -460,6 +464,62 @@ def test_shared_tools_are_written_in_prompts_as_in_training(write_jsonl):
     layout = module.prompt_layout
     prompt = layout.prompt(layout.conversation("Hi"), tokenizer)
     assert module.training_samples[0].input_ids[: len(prompt)] == prompt
+
+
+BRIEFLY = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True}])
+def test_shared_system_message_is_written_in_prompts_as_in_training(write_jsonl, chatml, options):
+    path = write_jsonl([{"messages": [BRIEFLY, HI, HELLO]}] * 3)
+    module = SFTDataModule(DataConfig(train_path=path, validation_fraction=0.0, cache_dir=None, **options), chatml, 0)
+    module.setup()
+    layout = module.prompt_layout
+    assert layout.system_prompt == "Be brief."
+    prompt = layout.prompt(layout.conversation(HI["content"]), chatml)
+    assert module.training_samples[0].input_ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("first", "option", "expected"),
+    [
+        ([], None, None),
+        ([BRIEFLY | {"content": "Else."}], None, None),
+        ([], "Be kind.", "Be kind."),
+        ([BRIEFLY], "x", "x"),
+    ],
+)
+def test_system_message_that_not_all_rows_have_is_not_put_before_prompts(write_jsonl, chatml, first, option, expected):
+    path = write_jsonl([{"messages": [BRIEFLY, HI, HELLO]}, {"messages": [*first, HI, HELLO]}])
+    config = DataConfig(train_path=path, validation_fraction=0.0, cache_dir=None, system_prompt=option)
+    module = SFTDataModule(config, chatml, 0)
+    module.setup()
+    assert module.prompt_layout.system_prompt == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "trained"),
+    [
+        ("Sure. <think>Hm.</think> It is 4.", "Sure. It is 4."),
+        ("<think>a</think>One. <think>b</think> Two.", "One. Two."),
+        ("Write `<think>x</think>` for it.", "Write `<think>x</think>` for it."),
+        ("```\n<think>x</think>\n```\nSo. <think>y</think>", "```\n<think>x</think>\n```\nSo."),
+        ("It opens <think> alone.", "It opens <think> alone."),
+    ],
+)
+def test_dropped_thoughts_are_those_inside_answers_too(chatml, answer, trained):
+    samples, _ = run([{"messages": [HI, HELLO | {"content": answer}]}], chatml, reasoning=Reasoning.drop)
+    labels = [label for label in samples[0].labels if label != IGNORED_LABEL]
+    assert chatml.decode(labels).replace("<|im_end|>", "").strip() == trained
+    kept, _ = run([{"messages": [HI, HELLO | {"content": answer}]}], chatml)
+    assert "<think>" not in answer or "<think>" in chatml.decode(kept[0].input_ids)
+
+
+def test_thought_that_is_not_closed_stays_and_is_said(chatml, caplog):
+    _log_open_thought.cache_clear()
+    samples, _ = run([{"messages": [HI, HELLO | {"content": "<think>It is"}]}], chatml, reasoning=Reasoning.drop)
+    assert "<think>It is" in chatml.decode(samples[0].input_ids)
+    assert "data.reasoning=drop: an answer that opens a thought and does not close it stays" in caplog.text
 
 
 TURNS_AS_TEXT = json.dumps([HI, HELLO])

@@ -327,7 +327,6 @@ def test_thought_written_into_the_answer_is_spelled_as_the_template_does(name, c
 
 NO_THOUGHTS = [
     "The tag </think> closes a thought.",
-    "Sure. <think>two</think> It is 4.",
     "Close with [/THINK] please.",
     "<think> opens one, never closed.",
     "```html\n\n</think>\n\n```",
@@ -345,6 +344,18 @@ def test_answer_that_speaks_of_thoughts_is_an_answer(name, content, rule):
     [[sample]] = encode_all([turns], tokenizer, Rules(reasoning=Reasoning(rule)))
     assert text_of_kind(sample, TokenKind.answer, tokenizer).removeprefix("<|channel|>final<|message|>") == content
     assert "".join(text_of_kind(sample, TokenKind.reasoning, tokenizer).split()) in ("", "<think></think>")
+
+
+INSIDE = "Sure. <think>two</think> It is 4."
+
+
+@pytest.mark.parametrize(("rule", "trained"), [("keep", INSIDE), ("drop", "Sure. It is 4.")])
+@pytest.mark.parametrize("name", ["chatml", "qwen2_5", "llama3_1", "qwen3", "gptoss", "glm4moe", "gemma4_v5"])
+def test_thought_in_the_middle_of_an_answer_is_text_unless_thoughts_are_dropped(name, rule, trained):
+    tokenizer = tokenizer_of(name)
+    turns = Conversation([ASKED, Message("assistant", INSIDE)])
+    [[sample]] = encode_all([turns], tokenizer, Rules(reasoning=Reasoning(rule)))
+    assert text_of_kind(sample, TokenKind.answer, tokenizer).removeprefix("<|channel|>final<|message|>") == trained
 
 
 def text_of_kind(sample, kind, tokenizer):

@@ -106,7 +106,9 @@ def test_token_beyond_the_embedding_is_an_error(chatml, write_jsonl, streaming):
     path = write_jsonl([*[{"input_ids": [5, 6]}] * 20, {"input_ids": [5, 320]}])
     config = DataConfig(train_path=path, validation_fraction=0.0, cache_dir=None, streaming=streaming, shuffle_window=9)
     module = SFTDataModule(config, chatml, 0, vocabulary=300)
-    with pytest.raises(ValueError, match="token '.*' has the id 320, the model has embeddings for 300"):
+    with pytest.raises(
+        ValueError, match="rows.jsonl line 21: token '.*' has the id 320, the model has embeddings for 300"
+    ):
         module.setup()
         list(module.train_dataloader())
 

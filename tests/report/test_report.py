@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import TINY
 
 from lightning_peft.__main__ import main
-from lightning_peft.report.run import with_interval
+from lightning_peft.report.run import run_page, with_interval
 from lightning_peft.report.sweep import sweep_page
 from lightning_peft.sweeps.sweep import Sweep, Trial, refresh, write_sweep
 
@@ -58,6 +58,26 @@ def test_run_has_its_curves_scores_samples_and_origin(run, capsys):
     assert "Answers at step 4" in page.text and "base_fingerprint" in page.text and "optimizer:" in page.text
     for name in page.figures:
         assert (run / f"report_{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_columns_of_many_layers_are_one_picture_a_kind(tmp_path):
+    layers = [f"model.layers.{number}.self_attn.q_proj" for number in range(64)]
+    columns = [f"health/{layer}/{kind}" for layer in layers for kind in ("change", "stable_rank")]
+    columns += ["validation_loss/a", "validation_loss/b", "lr/lora_B", "reward_margin"]
+    with (tmp_path / "metrics.csv").open("w") as file:
+        file.write(",".join(["step", "loss", *columns]) + "\n")
+        for step in range(1, 6):
+            file.write(",".join([str(step), "1", *(str(step * (1 + place)) for place in range(len(columns)))]) + "\n")
+    page = run_page(tmp_path)
+    assert list(page.figures) == [
+        "loss", "health_change", "health_stable_rank", "validation_loss", "lr", "reward_margin"
+    ]  # fmt: skip
+    (change,) = page.figures["health_change"].axes
+    assert [line.get_label() for line in change.lines] == ["highest", "median", "lowest"]
+    assert list(change.lines[1].get_ydata()) == [step * 64.0 for step in range(1, 6)]
+    assert f"64 curves, the highest, median and lowest value at each step; at the end {layers[-1]} is" in page.text()
+    (losses,) = page.figures["validation_loss"].axes
+    assert [line.get_label() for line in losses.lines] == ["a", "b"]
 
 
 def test_interval_is_wilsons():

@@ -1,6 +1,9 @@
 """The command of a run, and the file of one's own that it named, are kept with it."""
 
 import json
+import time
+
+import pytest
 
 from lightning_peft.__main__ import main
 from lightning_peft.runs.command import kept_commands, started_by
@@ -30,6 +33,36 @@ def test_trial_of_a_sweep_has_a_command_of_its_own(tmp_path, monkeypatch):
     assert main([*command.split()[1:-1], "run_dir=again"]) == 0
     losses = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("sweep/rank2", "again")]
     assert losses[0]["train_loss"] == losses[1]["train_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train -m", "submit -m cluster=local"])
+def test_trials_that_train_together_or_as_jobs_have_commands_too(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(FILE)
+    words = [*command.split(), "my.yaml", "adapter.rank=2,4", "sweep.together=2", "run_dir=sweep"]
+    assert main(words) == 0
+    wait_for(tmp_path / "sweep")
+    for rank in (2, 4):
+        (line,) = (tmp_path / "sweep" / f"rank{rank}" / "command.txt").read_text().splitlines()
+        assert line.startswith("lightning-peft train ") and f"adapter.rank={rank} " in line
+        assert line.endswith(f"run_dir={tmp_path}/sweep/rank{rank}") and "trainer.max_steps=1" in line
+        lineage = json.loads((tmp_path / "sweep" / f"rank{rank}" / "adapter" / "lineage.json").read_text())
+        assert lineage["commands"] == [line]
+
+
+def wait_for(folder):
+    until = time.monotonic() + 120
+    while len(list(folder.glob("*/result.json"))) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_submitted_run_keeps_the_words_of_submit(tmp_path):
+    with started_by(["my.yaml", "rank=4"], "submit"):
+        assert kept_commands(tmp_path) == ["lightning-peft submit my.yaml rank=4"]
+    with started_by([f"config_path={tmp_path}/config.yaml"]):  # the job
+        assert kept_commands(tmp_path) == ["lightning-peft submit my.yaml rank=4"]
 
 
 def test_starts_add_up_and_ranks_add_none(tmp_path):
