@@ -41,6 +41,7 @@ from lightning_peft.schemas import CONF_DIR, register_schemas
 from lightning_peft.sweeps.foreground import check_same_sweep, enter_trial, leave_trials
 from lightning_peft.sweeps.search import choices
 from lightning_peft.sweeps.sweep import MANIFEST
+from lightning_peft.tables import TABLES
 from lightning_peft.words import everyday
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def run_sweep(command: str, function: Callable[[Any], Any], overrides: list[str]
     check_one_sweeper(words, one)
     check_hydra_words(command, words)
     runs = [one, *(compose_config(command, trial) for trial in others)]
-    words = open_words(imported_by_words(words))
+    words = open_words(imported_by_words(words, TABLES))
     fixed = [word.partition("=")[0].lstrip("+~") for word in words if not is_swept(word)]
     swept = [word for word in words if is_swept(word) and not word.startswith("hydra")]
     with ExitStack() as stack:

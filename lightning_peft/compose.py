@@ -32,6 +32,7 @@ from lightning_peft.other_tools import BY_THEIRS, ours, what_instead
 from lightning_peft.plugins import OWN_FILES, import_modules, import_plugins, imported_by_words
 from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
 from lightning_peft.slips import OPEN, TEXT, VERBATIM
+from lightning_peft.tables import TABLES
 from lightning_peft.words import no_such_option, options_of_group
 
 logger = logging.getLogger(__name__)
@@ -99,8 +100,8 @@ def explained(command: str) -> Iterator[None]:
 
 def composed(command: str, overrides: list[str]) -> DictConfig:
     """Return the config of a command before its values are resolved and typed."""
-    import_plugins()
-    overrides = imported_by_words(overrides)
+    import_plugins(TABLES)
+    overrides = imported_by_words(overrides, TABLES)
     register_schemas()
     check_adapter_has_method(overrides)
     check_no_hydra_words(overrides)
@@ -183,8 +184,8 @@ def saved_config(command: str, overrides: list[str]) -> TrainConfig:
         saved = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         if not isinstance(saved, dict) or not saved.keys() >= {"adapter", "optimizer"}:
             raise ValueError(f"config_path={path}: not the config.yaml of a run")
-        import_plugins()
-        import_modules(saved.get("imports", []), kept=path.parent / OWN_FILES)
+        import_plugins(TABLES)
+        import_modules(saved.get("imports", []), TABLES, kept=path.parent / OWN_FILES)
         named = {str(key): value for key, value in saved.items()}
         named |= {key: safe_load(value) for key, value in beside.items()}
         return train_config(in_folder_of(path, with_present_paths(named)))
@@ -330,7 +331,7 @@ def read_words(words: list[str]) -> list[Override]:
 
     Raises ValueError for a word that Hydra cannot read.
     """
-    words = imported_by_words(words)
+    words = imported_by_words(words, TABLES)
     register_schemas()
     # Trials are composed in other working folders as well.
     words = [absolute_search_path(word) if word.startswith(f"{SEARCH_PATH}=") else word for word in words]

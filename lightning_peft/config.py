@@ -18,7 +18,6 @@ from lightning_peft.data.mixture import sources_of, validation_losses
 from lightning_peft.evaluation.scorers import check_direction, names_of_metrics
 from lightning_peft.interpolation import escaped
 from lightning_peft.models.source import ModelConfig
-from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import starts_as_base
 from lightning_peft.objectives.registry import OBJECTIVES, validation_numbers
@@ -80,12 +79,13 @@ def rows_of_objective(data: DataConfig, objective: ObjectiveConfig) -> DataConfi
             f"data.rows={data.rows.name}: objective={objective.name} takes {rows.name}; leave it out, or use "
             f"objective={' or '.join(takers)}"
         )
+    teachers = [name for name, row in OBJECTIVES.items() if row.reads_teacher_prompt]
     for source in sources_of(data):
-        if source.config.teacher_prompt is not None and not isinstance(objective, DistillConfig):
+        if source.config.teacher_prompt is not None and not OBJECTIVES[objective.name].reads_teacher_prompt:
             key = f"data.sources.{source.name}" if source.name else "data"
             raise ValueError(
                 f"{key}.teacher_prompt: objective={objective.name} has no teacher that reads it; use "
-                "objective=distill, or data.system_prompt for what the model itself reads"
+                f"objective={' or '.join(teachers)}, or data.system_prompt for what the model itself reads"
             )
     if not OBJECTIVES[objective.name].gives_rewards:
         for source in sources_of(data):
@@ -93,7 +93,8 @@ def rows_of_objective(data: DataConfig, objective: ObjectiveConfig) -> DataConfi
                 key = f"data.sources.{source.name}" if source.name else "data"
                 raise ValueError(
                     f"{key}.margin_column={column}: objective={objective.name} has no margins of rows; use "
-                    "objective=reward, or leave it out"
+                    f"objective={' or '.join(name for name, row in OBJECTIVES.items() if row.gives_rewards)}, "
+                    "or leave it out"
                 )
     return replace(data, rows=rows)
 
@@ -183,16 +184,9 @@ class TrainConfig:
                 "use quantization=nf4 with it"
             )
         self.check_reference(trains_all)
-        if isinstance(self.objective, DistillConfig):
-            self.check_teacher(self.objective)
-        if OBJECTIVES[self.objective.name].gives_rewards:
-            self.check_rewards(trains_all)
-        noise = self.objective.noise_alpha if isinstance(self.objective, SFTConfig) else 0
-        if noise and self.compile is Compilation.full:
-            raise ValueError(
-                f"objective.noise_alpha={noise} compile=full: the noise is another for every batch, "
-                "so that each would be compiled anew; use compile=blocks"
-            )
+        objective = OBJECTIVES[self.objective.name]
+        if objective.check is not None and isinstance(self.objective, objective.config):
+            objective.check(self, self.objective)  # not in a config that no option file has filled yet
         if trains_all and self.quantization.is_on:
             raise ValueError(
                 f"method={method} quantization.kind={self.quantization.kind.name}: 4-bit weights cannot be trained; "
@@ -252,51 +246,6 @@ class TrainConfig:
                 f"objective={self.objective.name} strategy=fsdp: the reference is a copy of what trains where a run "
                 "starts from adapter.init_from, rewrites the base, or trains modules or biases in full, and slices "
                 f"keep no copy; use strategy=ddp{instead}"
-            )
-
-    def check_rewards(self, trains_all: bool) -> None:
-        """Raise ValueError for what a model that scores answers, and writes none, cannot have."""
-        name = f"objective={self.objective.name}"
-        if trains_all:
-            raise ValueError(
-                f"{name} method={self.adapter.method}: its whole model would be saved as one that writes, without the "
-                "head of the rewards; use method=lora"
-            )
-        if self.validation.metrics:
-            raise ValueError(
-                f"{name} validation.metrics={list(self.validation.metrics)}: are of answers, and a reward model writes "
-                "none; leave them out, validation_rewards/accuracy is computed anyway"
-            )
-        if self.target_server:
-            raise ValueError(f"{name} target_server={list(self.target_server)}: engines serve what writes answers")
-
-    def check_teacher(self, objective: DistillConfig) -> None:
-        """Raise ValueError where a run cannot have a teacher beside it, or cannot keep what one gave."""
-        if objective.teacher_top_k is not None:
-            kept = f"objective.teacher_top_k={objective.teacher_top_k}"
-            if self.data.cache_dir is None:
-                raise ValueError(f"{kept} data.cache_dir=null: names no folder to keep it in; leave data.cache_dir out")
-            if self.data.streaming:
-                raise ValueError(
-                    f"{kept} data.streaming=true: rows that are read during training are not there before it; leave "
-                    "one of them out"
-                )
-            return
-        if self.strategy.kind is StrategyKind.fsdp:
-            raise ValueError(
-                "objective=distill strategy=fsdp: every rank holds the teacher whole, and slices of a base share "
-                "nothing with it; use strategy=ddp, or quantization=nf4 where memory is short"
-            )
-        if self.adapter.method in METHODS and METHODS[self.adapter.method].select is not None:
-            raise ValueError(
-                f"objective=distill method={self.adapter.method}: chooses its modules by gradients of the loss, before "
-                "there is a teacher; use another method"
-            )
-        if objective.teacher is None and self.adapter.initialization.rewrites_base:
-            raise ValueError(
-                f"objective=distill adapter.init={self.adapter.init_name}: the start takes a part out of the base that "
-                "the teacher shares; use adapter.init=kaiming, or read it once more with "
-                f"objective.teacher={self.model.path or self.model.name}"
             )
 
 

@@ -89,17 +89,15 @@ def _register(methods: tuple[str, ...], optimizers: tuple[str, ...], objectives:
     for name, row in CLUSTERS.items():
         store.store(group="cluster", name=f"{name}_schema", node=with_open_dictionaries(row.config))
     for name in methods:
-        if (CONF_DIR / "adapter" / f"{name}.yaml").exists():
-            continue
-        # A method from outside the package needs no option files.
-        overrides = {"adapter": name, "quantization": "none", "optimizer": "adamw"}
-        defaults = [*({f"override /{group}": option} for group, option in overrides.items()), "_self_"]
-        store.store(group="adapter", name=name, node={"defaults": [f"{name}_schema"]})
-        store.store(group="method", name=name, package="_global_", node={"defaults": defaults, "method": name})
+        store.store(group="adapter", name=name, node={"defaults": [f"{name}_schema", "_self_"], "method": name})
+        if not (CONF_DIR / "method" / f"{name}.yaml").exists():  # it sets nothing beside its name
+            overrides = {"adapter": name, "quantization": "none", "optimizer": "adamw"}
+            defaults = [*({f"override /{group}": option} for group, option in overrides.items()), "_self_"]
+            store.store(group="method", name=name, package="_global_", node={"defaults": defaults, "method": name})
     for group, rows in {"optimizer": optimizers, "objective": objectives}.items():
         for name in rows:
             if not (CONF_DIR / group / f"{name}.yaml").exists():
-                store.store(group=group, name=name, node={"defaults": [f"{name}_schema"]})
+                store.store(group=group, name=name, node={"defaults": [f"{name}_schema", "_self_"], "name": name})
     singles = {
         "model": ModelConfig, "quantization": QuantizationConfig, "schedule": ScheduleConfig, "data": DataConfig,
         "strategy": StrategyConfig, "cluster": SlurmConfig,

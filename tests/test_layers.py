@@ -33,7 +33,7 @@ LAYERS = [
     ["report"],
     ["config"],
     ["command_configs"],
-    ["schemas", "slips"],
+    ["schemas", "slips", "tables"],
     ["warm_start", "own_file"],
     ["options", "words"],
     ["compose"],

@@ -46,7 +46,7 @@ def layers_with_bias(model: nn.Module, adapted: Container[str], which: Bias) -> 
         if isinstance(getattr(module, "bias", None), nn.Parameter) and (which is Bias.all or name in adapted)
     ]
     if not found:
-        whose = "this model" if which is Bias.all else "none of the adapted layers"
+        whose = "no layer of this model" if which is Bias.all else "none of the adapted layers"
         raise ValueError(f"adapter.bias={which.name}: {whose} has a bias; use adapter.bias=none")
     return found
 

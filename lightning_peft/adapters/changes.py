@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapters.base import Adapter, LowRank
+from lightning_peft.adapters.base import Adapter, AdapterConfig, LowRank
 from lightning_peft.adapters.dora import DoRAEmbedding, DoRALinear
 from lightning_peft.adapters.inject import SHARED, adapters, inject_adapters
-from lightning_peft.adapters.lora import LoRAConfig, LoRAEmbedding, LoRAExperts, LoRALinear
+from lightning_peft.adapters.lora import LoRAEmbedding, LoRAExperts, LoRALinear
 from lightning_peft.adapters.registry import METHODS
 
 Change = LowRank | Tensor
@@ -62,7 +62,7 @@ def take_out_adapters(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def inject_changes(model: nn.Module, changes: Mapping[str, LowRank], method: str) -> LoRAConfig:
+def inject_changes(model: nn.Module, changes: Mapping[str, LowRank], method: str) -> AdapterConfig:
     """Put low-rank changes of scaling one into a fresh base as a LoRA, or a DoRA that computes the same.
 
     Return the config of the adapters: a rank for each layer, and alpha equal to it.
@@ -77,7 +77,6 @@ def inject_changes(model: nn.Module, changes: Mapping[str, LowRank], method: str
         rank_pattern=others,
         alpha_pattern={name: float(rank) for name, rank in others.items()},
     )
-    assert isinstance(config, LoRAConfig)
     inject_adapters(model, config)
     for name, layer in adapters(model):
         A, B, _ = changes[name]

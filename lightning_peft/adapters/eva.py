@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.initialization import Reads
 
 
 @dataclass
@@ -62,7 +61,7 @@ def initialize_from_activations(
 
 
 def _reads_activations(module: nn.Module) -> bool:
-    return isinstance(module, Adapter) and module.initialization.reads is Reads.activations
+    return isinstance(module, Adapter) and module.initialization.spreads_ranks
 
 
 def _observe(

@@ -56,6 +56,11 @@ class Initialization:
     is_neutral: bool = False
     """True where the layer starts as its base with nothing taken out, so that loaded values may replace the start."""
 
+    @property
+    def spreads_ranks(self) -> bool:
+        """Return whether ranks go to the layers by what is measured there, and so differ in the file."""
+        return self.reads is Reads.activations
+
 
 def kaiming(matrix: Tensor, rank: int, scaling: float) -> Start:
     """Draw A ~ U(-1/sqrt(in), 1/sqrt(in)) and set B = 0, as the reference code of the LoRA paper does."""

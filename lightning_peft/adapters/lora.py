@@ -135,7 +135,7 @@ class LoRALinear(Adapter):
     def fit_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the ranks of the checkpoint where the initialisation spread them after the injection."""
         A, B = state.get("lora_A.weight"), state.get("lora_B.weight")
-        if self.initialization.reads is Reads.activations and A is not None and B is not None and len(A) != self.rank:
+        if self.initialization.spreads_ranks and A is not None and B is not None and len(A) != self.rank:
             device = self.lora_A.weight.device
             self.set_factors(A.to(device), B.to(device))
 
@@ -288,10 +288,9 @@ class LoRAExperts(Adapter):
 
 
 def read_lora_words(words: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """Read which biases were trained, and an initialisation that rewrote the base."""
+    """Read an initialisation that rewrote the base."""
     init = words.get("init_lora_weights")
-    rewritten = {"init": init} if init in INITS and INITS[init].rewrites_base else {}
-    return {"bias": Bias[words.get("bias", "none")], **rewritten}
+    return {"init": init} if init in INITS and INITS[init].rewrites_base else {}
 
 
 PEFT = PeftSpelling(

@@ -45,6 +45,16 @@ class PeftSpelling:
     read_more: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None
     """(HF's words, shapes by layer name) -> fields of our config that depend on them."""
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Return whether the file holds low-rank pairs alone, which every engine with LoRA computes."""
+        return self.peft_type == "LORA" and not self.flags.get("use_dora", False)
+
+    def word_of(self, config: AdapterConfig, word: str) -> Any:
+        """Return the value that HF's word has for a config; None where the method does not spell it."""
+        field_ = next((ours for ours, theirs in self.options.items() if theirs == word), None)
+        return None if field_ is None else getattr(config, field_)
+
 
 @dataclass(frozen=True)
 class Contract:

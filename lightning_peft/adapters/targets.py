@@ -217,6 +217,10 @@ def _size(targets: Iterable[Target], shares_A: bool) -> int:
     )
 
 
+UNTIED = "ends_had_one_weight"
+"""The attribute of a model that `untie` has changed."""
+
+
 def is_tied(model: nn.Module) -> bool:
     """Return whether the output head shares its weight with the input embedding."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
@@ -264,6 +268,7 @@ def untie_where_asked(model: nn.Module, config: AdapterConfig) -> None:
 def untie(model: Any) -> None:
     """Give the output head a copy of the weight it shares with the embedding."""
     embedding, head = ends(model)
+    setattr(model, UNTIED, True)
     head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     names = {f"{name}.weight" for name, module in model.named_modules() if module is head}

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.adapters.merge import GIVEN, Given
-from lightning_peft.adapters.targets import is_tied, untie
+from lightning_peft.adapters.targets import UNTIED, ends, is_tied, untie
 from lightning_peft.checkpoint.resume import assign
 from lightning_peft.quantization.linear import CodedWeight
 
@@ -76,7 +77,7 @@ def write_given_words(model: nn.Module) -> dict[str, Any]:
     words: dict[str, Any] = {}
     if rows := {name.removesuffix(".weight"): list(one.rows) for name, one in given.items() if one.rows}:
         words["trainable_token_indices"] = rows
-    if any(one.stored is not None and not one.rows for one in given.values()):
+    if any(one.stored is not None and one.stored[0].endswith(LORA_BIAS) for one in given.values()):
         words["lora_bias"] = True
     if any(one.stored is None and name.endswith(".bias") for name, one in given.items()):
         words["bias"] = "lora_only"
@@ -100,9 +101,11 @@ def _rows(model: nn.Module, words: Mapping[str, Any], tensors: dict[str, Tensor]
                 f"trainable_token_indices: {name} has {tuple(values.shape)} values for {len(numbers[name])} rows, "
                 f"which do not fit this model's weight of {None if weight is None else tuple(weight.shape)}"
             )
+    embedding = head = ""
+    if rows and (is_tied(model) or hasattr(model, UNTIED)):
+        both_ends = ends(model)
+        embedding, head = (next(name for name, module in model.named_modules() if module is end) for end in both_ends)
     if rows and is_tied(model):
-        ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-        embedding, head = (next(name for name, module in model.named_modules() if module is end) for end in ends)
         both = embedding in rows and head in rows
         is_same = both and numbers[embedding] == numbers[head] and torch.equal(rows[embedding], rows[head])
         if is_same:
@@ -116,6 +119,11 @@ def _rows(model: nn.Module, words: Mapping[str, Any], tensors: dict[str, Tensor]
             return weight.index_copy(0, index.to(weight.device), values.to(weight))
 
         found[f"{name}.weight"] = Given(change, stored=(name + ROWS, values), rows=tuple(numbers[name]))
+        inner = f"{head}.base_layer"
+        is_shared = name == embedding and hasattr(model, UNTIED) and not rows.keys() & {head, inner}
+        if is_shared and isinstance(model.get_submodule(head), Adapter):
+            # The base has one weight: HF trains its rows below the head's adapter too.
+            found[f"{inner}.weight"] = Given(change, stored=(name + ROWS, values))
     return found
 
 

@@ -13,6 +13,7 @@ from lightning_peft.data.chat import end_token_ids
 from lightning_peft.inference.continuous_batching import draw
 from lightning_peft.inference.generate import declared_end_ids, room_for
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.token_ids import check_token_ids
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def generate_drawn(
     """
     generator = torch.Generator().manual_seed(options.seed)
     ends = end_token_ids(tokenizer) | declared_end_ids(model)
+    check_token_ids(model, [prompt])
     (longest,) = room_for(model, [prompt], options.max_new_tokens)
     answer: list[int] = []
     sums = torch.zeros(3, dtype=torch.float64)

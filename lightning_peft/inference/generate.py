@@ -35,6 +35,7 @@ from lightning_peft.inference.steps import (
     can_repeat_prefix,
     why_not_static,
 )
+from lightning_peft.inference.token_ids import check_token_ids
 from lightning_peft.models.rope import follows_length, table_of_positions
 from lightning_peft.progress import Part
 from lightning_peft.quantization.weights import computing_dtype
@@ -267,6 +268,7 @@ def generate_batch(
     """
     if not prompts:
         return []
+    check_token_ids(model, prompts)
     with Part("answers", len(prompts)) as part:
         if (reason := why_not_decoded(model)) is None:
             return decoded(model, tokenizer, prompts, sampling, batch_size, part)
@@ -414,6 +416,7 @@ def generate_stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], sampling: SamplingConfig
 ) -> Iterator[str]:
     """Return the pieces of the answer to one prompt (token ids) as they come."""
+    check_token_ids(model, [prompt])
     if (reason := why_not_decoded(model)) is None:
         return streamed(model, tokenizer, prompt, sampling)
     say_once(f"{type(model).__name__}: answers come from transformers' generate, slower, as {reason}")

@@ -1,16 +1,33 @@
 """The tensors of a checkpoint that make each parameter, by transformers' rules of conversion."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lightning_peft.models.multimodal import names_left
+
+
+class _AsPublished:
+    """A model for rules that ask for a parameter's shape: a stack that is kept in codes has the one it had before."""
+
+    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, torch.Size]):
+        self.model, self.shapes = model, shapes
+
+    def get_parameter(self, name: str) -> Tensor:
+        try:
+            return self.model.get_parameter(name)
+        except AttributeError:
+            return torch.empty(self.shapes[name], device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
 
 class Fusion(NamedTuple):
@@ -22,13 +39,19 @@ class Fusion(NamedTuple):
     members: list[tuple[str, str]]
     """Key of each tensor and the pattern of the rule that it falls under, in the order of the experts."""
 
-    def run(self, model: PreTrainedModel, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters by name, made of what `read` gives for each key."""
+    def run(
+        self, model: PreTrainedModel, read: Callable[[str], Tensor], shapes: Mapping[str, torch.Size] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters by name, made of what `read` gives for each key.
+
+        `shapes` are those of the parameters before any became codes.
+        """
         rule = deepcopy(self.rule)
         for key, pattern in self.members:
             # A callable is read when the rule runs.
             rule.add_tensor(self.name, key, pattern, partial(read, key))  # type: ignore[arg-type]
-        for target, value in rule.convert(self.name, model=model, config=model.config).items():
+        published: Any = _AsPublished(model, shapes or {})
+        for target, value in rule.convert(self.name, model=published, config=model.config).items():
             yield target, value[0] if isinstance(value, list) else value
 
 

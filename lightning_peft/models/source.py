@@ -167,6 +167,8 @@ def weight_index(folder: Path, name: str = SAFETENSORS) -> dict[str, str]:
         raise ValueError(f"model.path={path}: not an index of weights ({error!r})") from error
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise ValueError(f"model.path={path}: not an index of weights (weight_map must name a file for each)")
+    if away := next((file for file in index.values() if Path(file).name != file), None):
+        raise ValueError(f"model.path={path}: names {away}, which is in another folder; put the files beside the index")
     return index
 
 

@@ -121,7 +121,7 @@ def stream_weights(
             load_low_bit(model, fusion.name, source.read_fused(model, fusion).to(device))
             missing.discard(fusion.name)
             return
-        for name, tensor in fusion.run(model, lambda key: source.read(key, None)):
+        for name, tensor in fusion.run(model, lambda key: source.read(key, None), targets):
             wanted = dtype_of(name) if tensor.is_floating_point() and tensor.itemsize > 1 else None
             place(name, tensor.to(wanted or tensor.dtype))
 

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_peft.adapters.registry import METHODS
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.kernels.divergence import Mix
@@ -80,6 +81,36 @@ class DistillConfig(ObjectiveConfig):
         return Mix(self.weight, self.temperature, beta)
 
 
+def check_run(run: Any, objective: DistillConfig) -> None:
+    """Raise ValueError where a run cannot have a teacher beside it, or cannot keep what one gave."""
+    if objective.teacher_top_k is not None:
+        kept = f"objective.teacher_top_k={objective.teacher_top_k}"
+        if run.data.cache_dir is None:
+            raise ValueError(f"{kept} data.cache_dir=null: names no folder to keep it in; leave data.cache_dir out")
+        if run.data.streaming:
+            raise ValueError(
+                f"{kept} data.streaming=true: rows that are read during training are not there before it; leave "
+                "one of them out"
+            )
+        return
+    if run.strategy.kind.name == "fsdp":
+        raise ValueError(
+            f"objective={objective.name} strategy=fsdp: every rank holds the teacher whole, and slices of a base share "
+            "nothing with it; use strategy=ddp, or quantization=nf4 where memory is short"
+        )
+    if run.adapter.method in METHODS and METHODS[run.adapter.method].select is not None:
+        raise ValueError(
+            f"objective={objective.name} method={run.adapter.method}: chooses its modules by gradients of the loss, "
+            "before there is a teacher; use another method"
+        )
+    if objective.teacher is None and run.adapter.initialization.rewrites_base:
+        raise ValueError(
+            f"objective={objective.name} adapter.init={run.adapter.init_name}: the start takes a part out of the base "
+            "that the teacher shares; use adapter.init=kaiming, or read it once more with "
+            f"objective.teacher={run.model.path or run.model.name}"
+        )
+
+
 class Teacher:
     """A frozen model beside the one that trains: no module of it, so that it is neither trained, saved nor reduced."""
 
@@ -141,4 +172,6 @@ OBJECTIVE = Objective(
     logs=MEASURED,
     formula="(1 - w) (-log p(answer)) + w T^2 D(teacher, p at T), per token",
     paper="arXiv:1503.02531",
+    reads_teacher_prompt=True,
+    check=check_run,
 )

@@ -40,3 +40,7 @@ class Objective:
     """(model, seed): adds what trains beside adapters, such as a head; called before they are put in."""
     gives_rewards: bool = False
     """True where what is trained scores answers, and writes none."""
+    reads_teacher_prompt: bool = False
+    """True where `data.teacher_prompt` is read."""
+    check: "Callable[[Any, Any], None] | None" = None
+    """(the run's `TrainConfig`, options): raises ValueError for a run that the objective cannot have."""

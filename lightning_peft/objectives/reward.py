@@ -1,13 +1,14 @@
 """A reward model: a number for each answer, which is to be larger for the better one of a pair."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.adapters.inject import adapters
+from lightning_peft.adapters.registry import METHODS
 from lightning_peft.data.batch import Batch
 from lightning_peft.data.config import RowKind
 from lightning_peft.models.blocks import decoder_of
@@ -118,6 +119,24 @@ def refuse_trained_output(model: "PreTrainedModel") -> None:
         )
 
 
+def check_run(run: Any, objective: RewardConfig) -> None:
+    """Raise ValueError for what a model that scores answers, and writes none, cannot have."""
+    name = f"objective={objective.name}"
+    method = run.adapter.method
+    if method in METHODS and METHODS[method].trains_all:
+        raise ValueError(
+            f"{name} method={method}: its whole model would be saved as one that writes, without the "
+            "head of the rewards; use method=lora"
+        )
+    if run.validation.metrics:
+        raise ValueError(
+            f"{name} validation.metrics={list(run.validation.metrics)}: are of answers, and a reward model writes "
+            "none; leave them out, validation_rewards/accuracy is computed anyway"
+        )
+    if run.target_server:
+        raise ValueError(f"{name} target_server={list(run.target_server)}: engines serve what writes answers")
+
+
 OBJECTIVE = Objective(
     RewardConfig,
     RewardLoss,
@@ -127,4 +146,5 @@ OBJECTIVE = Objective(
     paper="arXiv:2204.05862",
     prepare=add_reward_head,
     gives_rewards=True,
+    check=check_run,
 )

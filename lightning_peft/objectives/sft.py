@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the summed next-token cross entropy of a batch under a causal language model."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -44,8 +44,18 @@ class SupervisedLoss(ModelLoss):
         return weighted_sum(readout.losses(), readout.weights)
 
 
+def check_run(run: Any, objective: SFTConfig) -> None:
+    """Raise ValueError for noise in a model that is compiled whole."""
+    if objective.noise_alpha and run.compile.name == "full":
+        raise ValueError(
+            f"objective.noise_alpha={objective.noise_alpha} compile=full: the noise is another for every batch, "
+            "so that each would be compiled anew; use compile=blocks"
+        )
+
+
 OBJECTIVE = Objective(
     SFTConfig,
     lambda model, config, packing: SupervisedLoss(model, packing, config),
     formula="-log p(answer), per token",
+    check=check_run,
 )

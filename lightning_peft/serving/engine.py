@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_peft.inference.continuous_batching import Choice, Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
+from lightning_peft.inference.token_ids import check_token_ids
 from lightning_peft.serving.tiers import AdapterTiers
 
 logger = logging.getLogger(__name__)
@@ -187,6 +188,7 @@ class Engine:
         return request if padded <= min(PREFILL_TOKENS, 2 * (tokens + len(request.prompt))) else None
 
     def _row(self, request: GenerationRequest) -> RunningSequence:
+        check_token_ids(self.decoder.model, [request.prompt])
         return RunningSequence(
             request.prompt,
             request.sampling,

@@ -10,14 +10,11 @@ import yaml
 
 from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.bias import Bias
-from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
 
 TABLE = Path(__file__).with_name("engines.yaml")
 PAIR_FORMATS = ("plain", "gguf_lora")
 """Formats of `export` that hold the adapter alone, as low-rank pairs."""
-PAIRS = ("lora", "lora_fa", "balora")
-"""Methods whose file is A and B, beside those whose folder is one of these; others have a cell of their own name."""
 NEVER_LOW_RANK = ("dora", "hira", "ia3", "miss", "intrinsic", "other_method")
 """Features whose change is no low-rank sum, whatever the file."""
 ENDS = ("embed", "lm_head", "wte")
@@ -105,15 +102,16 @@ def features_of(config: AdapterConfig) -> list[str]:
     if method.trains_all:
         return []
     known = next(iter(engines().values())).cells
-    in_pairs = config.method in PAIRS or (method.peft is not None and not method.peft.is_read)
+    spelling = method.peft
+    in_pairs = spelling is not None and spelling.is_low_rank
     found = ["lora" if in_pairs else config.method if config.method in known else "other_method"]
-    if isinstance(config, LoRAConfig):
-        if config.rank_stabilized:
-            found.append("rslora")
+    if spelling is not None and spelling.word_of(config, "use_rslora"):
+        found.append("rslora")
+    if spelling is not None and spelling.alpha_word is not None:
         alphas = {config.alpha, *config.alpha_pattern.values()} - {None}
         if any(alpha != int(alpha) for alpha in alphas if alpha is not None):
             found.append("fractional_alpha")
-    if config.rank_pattern or config.rank_last is not None or config.init_name == "eva":
+    if config.rank_pattern or config.rank_last is not None or config.initialization.spreads_ranks:
         found.append("rank_pattern")
     if config.alpha_pattern:
         found.append("alpha_pattern")
@@ -133,7 +131,7 @@ def features_of(config: AdapterConfig) -> list[str]:
 def largest_rank(config: AdapterConfig) -> int:
     """Return the largest rank of a layer in the file that such a run saves."""
     ranks = [config.rank or 0, config.rank_last or 0, *config.rank_pattern.values()]
-    growth = config.rank_growth if isinstance(config, LoRAConfig) and config.init == "eva" else 1.0
+    growth = config.rank_growth if config.initialization.spreads_ranks else 1.0
     return int(max(ranks) * growth) * (2 if config.initialization.rewrites_base else 1)
 
 

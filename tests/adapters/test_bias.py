@@ -111,7 +111,9 @@ def test_hf_peft_reads_our_biases_and_we_read_theirs(method: str, bias: str, tmp
     torch.testing.assert_close(logits(again), logits(theirs), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("bias", "whose"), [("all", "this model"), ("lora_only", "none of the adapted layers")])
+@pytest.mark.parametrize(
+    ("bias", "whose"), [("all", "no layer of this model"), ("lora_only", "none of the adapted layers")]
+)
 def test_model_without_biases_is_named(bias: str, whose: str) -> None:
     with pytest.raises(ValueError, match=f"adapter.bias={bias}: {whose} has a bias; use adapter.bias=none"):
         inject_adapters(llama(attention_bias=False), LoRAConfig(bias=Bias[bias]))

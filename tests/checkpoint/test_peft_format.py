@@ -142,6 +142,8 @@ def test_trained_tied_embedding_keeps_both_ends_in_hf_peft(tmp_path: Path) -> No
 HF_CONFIGS = {
     "lora": LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"]),
     "all_linear": LoraConfig(r=4, target_modules="all-linear"),
+    "biases_without_any": LoraConfig(r=4, target_modules=["q_proj"], bias="all"),
+    "own_biases_without_any": LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only"),
     "regex": LoraConfig(r=4, target_modules=r".*layers\.1\.(mlp|self_attn)\.(up|q)_proj"),
     "layers_to_transform": LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
     "exclude": LoraConfig(r=4, target_modules=["q_proj", "k_proj"], exclude_modules=["layers.0.self_attn.k_proj"]),

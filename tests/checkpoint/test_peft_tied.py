@@ -25,6 +25,7 @@ FORMS = {
     "embedding_saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "head_adapted": {"target_modules": ["q_proj", "lm_head"]},
     "embedding_adapted": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head_adapted_rows_trained": {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [3, 5, 9]},
     "tying_ensured": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
 }
 

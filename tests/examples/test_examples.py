@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,14 @@ import yaml
 from safetensors.torch import load_file
 from tiny_runs import TINY
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from lightning_peft.adapters.registry import METHODS
+from lightning_peft.compose import compose_config
+from lightning_peft.optim.optimizers import OPTIMIZERS
+from lightning_peft.plugins import PluginError
+from lightning_peft.tables import TABLES
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 SHORT = ["trainer.max_steps=3", "logger=csv", "validation.samples=0"]
 METHOD = ["imports=[own_method]", "method=row_gain", *SHORT]
 
@@ -61,6 +70,35 @@ def test_folder_of_somebody_else_runs_no_code(run, tmp_path):
     succeeded(*words, "imports=[own_method]", cwd=tmp_path)
     assert (tmp_path / "imported").exists()
     assert json.loads((tmp_path / "scores.json").read_text())["adapter"]["loss"] > 0
+
+
+@pytest.mark.slow
+def test_method_inside_the_package_is_three_files(tmp_path):
+    """docs/extending.md followed in a copy of the package: the method's file, its row, and its option file."""
+    for name in ("lightning_peft", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (EXAMPLES / "own_method.py").read_text()
+    row = text[text.index('METHODS["row_gain"] = ') :].replace('METHODS["row_gain"]', "METHOD")
+    text = text[: text.index('METHODS["row_gain"] = ')].replace("row_gain", "mine") + row.replace("row_gain", "mine")
+    without = "from lightning_peft.adapters.registry import METHODS\n"
+    (tmp_path / "lightning_peft" / "adapters" / "mine.py").write_text(text.replace(without, ""))
+    registry = tmp_path / "lightning_peft" / "adapters" / "registry.py"
+    table = registry.read_text().replace("    miss,\n", "    mine,\n    miss,\n", 1)
+    registry.write_text(table.replace('    "miss": miss', '    "mine": mine.METHOD,\n    "miss": miss', 1))
+    page = (ROOT / "docs" / "extending.md").read_text()
+    option = page[page.index("# @package _global_") :]
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text(option[: option.index("```")])
+    tiny = [word for word in TINY if not word.startswith("optimizer.lr")]
+    words = ["train", *tiny, *SHORT, "method=mine", "adapter.largest=0.25", f"run_dir={tmp_path}/run"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_peft", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["adapter"]["method"], config["adapter"]["largest"]) == ("mine", 0.25)
+    assert config["optimizer"]["lr"] == 1e-3
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.slow
@@ -116,6 +154,21 @@ def test_own_rows_and_their_score(tmp_path):
 
 
 @pytest.mark.slow
+def test_own_source(tmp_path):
+    with sqlite3.connect(tmp_path / "rows.db") as database:
+        database.execute("CREATE TABLE rows (prompt TEXT, completion TEXT)")
+        database.executemany("INSERT INTO rows VALUES (?, ?)", [(f"{a} + 1?", str(a + 1)) for a in range(16)])
+    words = ["imports=[own_source]", "data=jsonl", "data.source=sqlite", "data.cache_dir=null", "model=tiny"]
+    run = [f"run_dir={tmp_path}/run", "trainer.accelerator=cpu", *SHORT]
+    succeeded("train", *words, f"data.train_path={tmp_path}/rows.db", *run)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+    refused = command("data", *words, f"data.train_path={tmp_path}/none.db")
+    assert (
+        refused.returncode == 2 and refused.stderr == f"error: data.train_path={tmp_path}/none.db: no such database\n"
+    )
+
+
+@pytest.mark.slow
 def test_own_row_format(tmp_path):
     rows = [{"problem": f"{a} + 1?", "steps": [f"{a} + 1 = {a + 1}"], "solution": str(a + 1), "system": "Count."}
             for a in range(16)]  # fmt: skip
@@ -132,19 +185,66 @@ def test_own_row_format(tmp_path):
     assert refused.returncode == 2 and "worked.jsonl line 4" in refused.stderr and "a list of texts" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "imports=broken: no module of that name in the working folder ("),
-        ("import not_there", "imports=broken: it imports not_there, which is not installed"),
-        ("1 / 0", "imports=broken: ZeroDivisionError: division by zero ("),
-    ],
-)
-def test_module_that_cannot_be_imported_is_one_line(tmp_path, text, message):
+REPLACES = "from lightning_peft.adapters import dora\nfrom lightning_peft.adapters.registry import METHODS\n"
+UNWANTED = {
+    "absent": (None, "no module of that name in the working folder ("),
+    "needs": ("import not_there", "it imports not_there, which is not installed"),
+    "raises": ("1 / 0", "ZeroDivisionError: division by zero ("),
+    "says_two_lines": ("raise OSError('one\\ntwo')", "OSError: one two ("),
+    "is_no_python": ("def f(:", "SyntaxError: invalid syntax ("),
+    "is_a_script": ("import argparse\nargparse.ArgumentParser().parse_args(['--x'])", "ends the program while it is"),
+    "ends": ("import sys\nsys.exit()", "ends the program while it is imported (sys.exit(None)); put what a script"),
+    "replaces": (f"{REPLACES}METHODS['lora'] = dora.METHOD", "replaces METHODS['lora'], which runs and adapters mean"),
+    "updates": (f"{REPLACES}METHODS |= {{'vera': dora.METHOD}}", "replaces METHODS['vera'], which runs and adapters"),
+    "removes": (f"{REPLACES}del METHODS['lora']", "removes METHODS['lora'], which runs and adapters mean"),
+    "adds_no_row": (f"{REPLACES}METHODS['mine'] = dora.DoRALinear", "METHODS['mine']=ABCMeta: must be a Method"),
+    "has_a_blank": (f"{REPLACES}METHODS['my own'] = dora.METHOD", "METHODS['my own']: a name is letters, digits and _"),
+    "a.py": ("", "must be a module by its dotted name, as in imports=[a], from"),
+    "token": ("", "which comes before"),
+}
+
+
+@pytest.mark.parametrize("name", UNWANTED)
+def test_module_that_cannot_be_imported_is_one_line(tmp_path, name, monkeypatch):
+    text, message = UNWANTED[name]
     if text is not None:
-        (tmp_path / "broken.py").write_text(text)
-    done = command("train", "imports=[broken]", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+        (tmp_path / f"{name.removesuffix('.py')}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [dict(table.rows) for table in TABLES]
+    for _ in range(2):  # what failed once is not taken for imported
+        with pytest.raises(PluginError, match=re.escape(f"imports={name}: ") + ".*" + re.escape(message)) as raised:
+            compose_config("train", ["model=tiny", f"imports=[{name}]"])
+        assert "\n" not in str(raised.value)
+    assert [table.rows for table in TABLES] == rows
+
+
+def test_module_that_ends_the_program_is_one_line_of_the_command(tmp_path):
+    (tmp_path / "ends.py").write_text(UNWANTED["is_a_script"][0])
+    done = command("train", "imports=[ends]", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: imports=ends: ends the program")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_what_a_module_prints_is_kept_off_stdout(tmp_path):
+    (tmp_path / "speaks.py").write_text("print('hello')\nprint('there')")
+    done = command("config", "train", "model=tiny", "imports=[speaks]", cwd=tmp_path)
+    assert done.returncode == 0 and "hello" not in done.stdout
+    assert done.stderr == "imports=speaks: prints while it is imported: hello there\n"
+
+
+def test_row_has_the_name_that_it_is_chosen_by(tmp_path, monkeypatch):
+    (tmp_path / "unnamed.py").write_text(
+        "from lightning_peft.adapters import lora\nfrom lightning_peft.adapters.registry import METHODS\n"
+        "from lightning_peft.optim.optimizers import OPTIMIZERS\n"
+        "METHODS['unnamed'] = lora.METHOD\nOPTIMIZERS['unnamed'] = OPTIMIZERS['adamw']"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        config = compose_config("train", ["model=tiny", "imports=[unnamed]", "method=unnamed", "optimizer=unnamed"])
+    finally:
+        del METHODS["unnamed"], OPTIMIZERS["unnamed"]
+    assert (config.adapter.method, config.optimizer.name) == ("unnamed", "unnamed")
 
 
 def test_installed_package_announces_its_module(tmp_path):

@@ -51,6 +51,17 @@ def greedy_alone(model, tokenizer, prompt, count):
     return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("generate", [generate_batch, lambda *words: list(generate_stream(*words))])
+def test_token_without_an_embedding_is_one_line(model, tokenizer, generate):
+    count = model.get_input_embeddings().num_embeddings
+    foreign = count + 3
+    prompt = [3, foreign] if generate is not generate_batch else [[3, 4], [3, foreign]]
+    with pytest.raises(
+        ValueError, match=f"a token with the id {foreign}, and the model has embeddings for {foreign - 3}"
+    ):
+        generate(model, tokenizer, prompt, SamplingConfig(max_new_tokens=2))
+
+
 def test_batch_with_a_common_prefix_equals_each_prompt_alone(model, tokenizer):
     texts = ["the cat sat on the mat", "the cat ran", "the cat has a very long tail indeed", "the cat"]
     prompts = [tokenizer(text)["input_ids"] for text in texts]

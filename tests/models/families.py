@@ -143,8 +143,10 @@ def small_model(model_type: str, seed: int = 0, **options: object) -> PreTrained
         config = config_class(**values)
     except (TypeError, AttributeError, ValueError):
         config = config_class(**{name: value for name, value in values.items() if name != "head_dim"})
-    if model_type not in OPTIONS and (kinds := list(dict.fromkeys(getattr(default, "layer_types", None) or []))):
-        config = config_class(**values, layer_types=(kinds * 2)[:2])
+    count = int(values.get("num_hidden_layers", 2))
+    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or []))
+    if kinds and model_type not in OPTIONS and "layer_types" not in options:
+        config = config_class(**values, layer_types=(kinds * count)[:count])
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -655,6 +657,17 @@ def test_files_of_other_names_are_read_by_the_index(tmp_path: Path) -> None:
         file.rename(tmp_path / file.name.replace("model-", "part_"))
     loaded = load_model(ModelConfig("hf", str(tmp_path)), torch.float32)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["weights/model.safetensors", "../model.safetensors"])
+def test_an_index_names_files_beside_it(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    config = save_small(folder)
+    (folder / place).parent.mkdir(exist_ok=True)
+    shutil.move(folder / "model.safetensors", folder / place)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": place}}))
+    with pytest.raises(ValueError, match=f"index.json: names {re.escape(place)}, which is in another folder; put the"):
+        load_model(config, torch.float32)
 
 
 def test_shards_of_two_saves_without_an_index_are_refused(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.quantization.bitsandbytes_format import to_bitsandbytes_state
 from lightning_peft.quantization.config import Kind, QuantizationConfig
+from lightning_peft.quantization.experts import QuantizedExperts
 from lightning_peft.quantization.linear import QuantizedLinear
+from lightning_peft.quantization.quantize import dequantized_layer
 
 IDS = torch.arange(3, 43)[None]
 FAMILIES = {
@@ -47,6 +49,12 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_5": {**DELTA_NET, "rope_parameters": ROPE | {"partial_rotary_factor": 1.0}},
     "qwen3_vl": {"rope_parameters": ROPE},
+    "qwen3_vl_moe": {
+        "rope_parameters": ROPE,
+        "moe_intermediate_size": 96,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "qwen2_5_vl": {"rope_parameters": ROPE},
 }
 
@@ -146,6 +154,21 @@ def test_a_run_is_merged_into_the_whole_checkpoint(checkpoint: tuple[str, ModelC
     original = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     assert float((logits(whole) - logits(original)).abs().max()) > 1e-3
     assert torch.equal(logits(load_model(ModelConfig("hf", f"{tmp_path}/merged"), torch.float32)), logits(whole))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_whose_rule_asks_for_their_shape_are_coded(tmp_path: Path) -> None:
+    """transformers turns them where the file has them the other way round, which it sees by the parameter's shape."""
+    config = multimodal_folder("qwen3_vl_moe", tmp_path)
+    dense = load_model(config, torch.float32)
+    coded = load_model(config, torch.float32, QuantizationConfig(Kind.nf4, block_size=32))
+    stacks = {name: m for name, m in coded.named_modules() if isinstance(m, QuantizedExperts)}
+    assert len(stacks) == 4
+    for name, stack in stacks.items():
+        weight, close = dense.get_parameter(name), dequantized_layer(stack).weight
+        assert close.shape == weight.shape
+        assert float((close - weight).norm() / weight.norm()) < 0.12  # NF4's rounding of normal weights is 0.09
+    torch.testing.assert_close(logits(dense), logits(AutoModelForImageTextToText.from_pretrained(tmp_path)))
 
 
 @pytest.mark.filterwarnings("ignore")

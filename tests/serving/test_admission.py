@@ -80,6 +80,14 @@ def test_prompts_that_join_together_fit_one_prefill() -> None:
     assert [len(shared._joining()) for _ in range(3)] == [4, 4, 1]
 
 
+def test_a_token_without_an_embedding_is_its_own_request_s_error() -> None:
+    shared, pieces = engine(1), []
+    foreign = shared.decoder.model.get_input_embeddings().num_embeddings
+    bad, good = request([5, foreign], None, pieces), request([5, 6], None, [])
+    assert [len(tokens) for tokens in answers(shared, [bad, good])] == [0, 6]
+    assert isinstance(pieces[0].error, ValueError) and f"a token with the id {foreign}" in str(pieces[0].error)
+
+
 def test_a_failure_leaves_no_guest_behind(folders: list[Path]) -> None:
     shared, pieces = engine(1), [[], [], []]
     for folder, own in zip(folders, pieces, strict=False):
