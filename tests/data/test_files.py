@@ -298,6 +298,7 @@ def test_data_is_a_file_whatever_the_case_of_its_ending(name):
         ("r.json", json.dumps({"rows": ROWS}, indent=2).encode(), "is one object whose rows are inside 'rows'; "),
         ("r.json", json.dumps(ROWS[0], indent=2).encode(), "is one object over several lines; rows are an array of"),
     ],
+    ids=["utf-16", "utf-16 csv", "gzip", "zstandard", "archive", "parquet", "in data", "in rows", "one object"],
 )
 def test_file_that_is_not_what_its_name_says_is_told_so(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
