@@ -388,6 +388,7 @@ def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
 
 def groups_and_defaults(command: str) -> tuple[dict[str, str], DictConfig]:
     """Return the command's config groups with their default options, and its config when nothing is overridden."""
+    register_schemas()
     with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
         config = compose(command, return_hydra_config=True)
     chosen = {str(group): str(option) for group, option in config.hydra.runtime.choices.items()}

@@ -128,7 +128,7 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
     if key == "data" and value.startswith("[") and (entries := _entries(value)) and all(map(_is_rows, entries)):
         return ["data=jsonl", f"data.train_path=[{','.join(entries)}]"]
     if (group := key.lstrip("+")) in _groups(folders) and (command in RUN_COMMANDS or group not in ("rank", "method")):
-        if (CONF_DIR / group).is_dir():  # a group of one's own is added with its plus
+        if group in _groups((CONF_DIR,)):  # a group of one's own is added with its plus
             key, word = group, f"{group}={value}"
         _check_option(group, value, folders)
     if key == "cluster" and command == "train":
@@ -184,7 +184,8 @@ SWEEP_OF_NUMBERS = r"(?:\w+\()+(?:[-+\d.,\s)]|\b[a-z]+=|\btrue\b|\bfalse\b)*\)+"
 
 
 def _groups(folders: Sequence[Path]) -> set[str]:
-    return {path.name for folder in folders for path in folder.glob("*/")}
+    """Return the names of the groups; the options of adapter come from the table of methods and have no folder."""
+    return {"adapter"} | {path.name for folder in folders for path in folder.glob("*/")}
 
 
 def options_of_group(group: str, folders: Sequence[Path] = (CONF_DIR,)) -> list[str]:

@@ -62,10 +62,6 @@ def test_every_method_option_is_expected_here() -> None:
     assert options("method") == set(EXPECTED)
 
 
-def test_every_method_of_the_table_has_an_adapter_option() -> None:
-    assert options("adapter") == set(METHODS)
-
-
 def test_every_preset_is_an_option() -> None:
     assert options("target_modules") == set(PRESETS) | {"none"}
 

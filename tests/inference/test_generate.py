@@ -16,6 +16,7 @@ from lightning_peft.inference.generate import (
     common_prefix,
     generate_batch,
     generate_stream,
+    generated_stream,
     say_once,
     takes_cache,
     why_not_decoded,
@@ -108,9 +109,24 @@ def test_stream_gives_the_answer_of_the_batch(model, tokenizer):
 
 
 def test_stream_hands_on_the_error_of_its_thread(model, tokenizer):
-    beyond = [model.config.vocab_size + 5]
-    with pytest.raises(IndexError):
-        list(generate_stream(model, tokenizer, beyond, SamplingConfig(max_new_tokens=2)))
+    class Broken(RuntimeError):
+        """The error of a layer."""
+
+    calls = []
+
+    def fail(*_):
+        calls.append(None)
+        if len(calls) > 4:  # the first few see whether the model runs with a cache
+            raise Broken
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(Broken):
+            list(
+                generated_stream(model, tokenizer, tokenizer("the cat")["input_ids"], SamplingConfig(max_new_tokens=8))
+            )
+    finally:
+        hook.remove()
 
 
 def test_drawn_answers_depend_on_the_seed_only(model, tokenizer):
