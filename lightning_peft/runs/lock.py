@@ -98,7 +98,7 @@ def only_writer(
     done = threading.Event()
     beats = threading.Thread(target=_beat, args=(folder / LOCK, done), daemon=True)
     try:
-        with names_file(folder / LOCK):
+        with names_file(named or folder / LOCK):
             _write_holder(file)
         beats.start()
         yield
