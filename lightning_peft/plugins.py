@@ -42,7 +42,7 @@ class PluginError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class OpenTable:
     """A table that takes rows from outside the package."""
 
     name: str
@@ -52,7 +52,7 @@ class Table:
 
 
 @cache
-def import_plugins(tables: tuple[Table, ...]) -> None:
+def import_plugins(tables: tuple[OpenTable, ...]) -> None:
     """Import what installed packages announce, once a process. Raises PluginError."""
     for entry in importlib.metadata.entry_points(group=GROUP):
         label = f"plug-in {entry.name} ({entry.value})"
@@ -66,11 +66,11 @@ def import_plugins(tables: tuple[Table, ...]) -> None:
         _imported.append(entry.module)
 
 
-def import_modules(names: Sequence[str], tables: tuple[Table, ...], kept: Path | None = None) -> None:
+def import_modules(names: Sequence[str], tables: tuple[OpenTable, ...], kept: Path | None = None) -> None:
     """Import modules by name, each once a process.
 
     Raises PluginError with the error of a module, and for one that ends the program, takes the name of a row that is
-    there already, or adds what is no row. What a module prints goes to the log, as stdout is the command's own. `kept`
+    there already, or adds what is no row. Prints of a module go to the log, as stdout is the command's own. `kept`
     is a folder that `keep_modules` has filled: a module that is nowhere else is imported from there.
     """
     for name in map(str, names):
@@ -112,7 +112,7 @@ def _check_is_meant(name: str, module: ModuleType) -> None:
 
 
 @contextlib.contextmanager
-def _guarded(label: str, tables: Sequence[Table]) -> Iterator[None]:
+def _guarded(label: str, tables: Sequence[OpenTable]) -> Iterator[None]:
     """Hold an import to what it may do: add rows of new names, and neither end the program nor print to stdout."""
     before = [dict(table.rows) for table in tables]
     loaded = set(sys.modules)
@@ -144,7 +144,7 @@ def _guarded(label: str, tables: Sequence[Table]) -> Iterator[None]:
         logger.warning("%s: prints while it is imported: %s", label, cut)
 
 
-def _check_rows(label: str, table: Table, before: dict[str, Any]) -> None:
+def _check_rows(label: str, table: OpenTable, before: dict[str, Any]) -> None:
     """Raise PluginError for a row of before that is another now or gone, and for a new one that is no row."""
     for name, row in before.items():
         if table.rows.get(name) is not row:
@@ -188,7 +188,7 @@ def keep_modules(names: Sequence[str], folder: Path) -> None:
             (folder / inside).write_bytes(path.read_bytes())
 
 
-def imported_by_words(words: Sequence[str], tables: tuple[Table, ...]) -> list[str]:
+def imported_by_words(words: Sequence[str], tables: tuple[OpenTable, ...]) -> list[str]:
     """Import what the word imports=[a,b] or imports=a names, and return the words with that as a list."""
     written = []
     for word in words:

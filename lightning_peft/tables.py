@@ -8,16 +8,16 @@ from lightning_peft.data.sources import SOURCES, Source
 from lightning_peft.objectives.objective import Objective
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.optimizers import OPTIMIZERS, OptimizerChoice
-from lightning_peft.plugins import Table
+from lightning_peft.plugins import OpenTable
 from lightning_peft.tasks.registry import TASKS
 from lightning_peft.tasks.task import Task
 
 TABLES = (
-    Table("METHODS", METHODS, Method),
-    Table("INITS", INITS, Initialization),
-    Table("TASKS", TASKS, Task),
-    Table("FORMATS", FORMATS, RowFormat),
-    Table("SOURCES", SOURCES, Source),
-    Table("OBJECTIVES", OBJECTIVES, Objective),
-    Table("OPTIMIZERS", OPTIMIZERS, OptimizerChoice),
+    OpenTable("METHODS", METHODS, Method),
+    OpenTable("INITS", INITS, Initialization),
+    OpenTable("TASKS", TASKS, Task),
+    OpenTable("FORMATS", FORMATS, RowFormat),
+    OpenTable("SOURCES", SOURCES, Source),
+    OpenTable("OBJECTIVES", OBJECTIVES, Objective),
+    OpenTable("OPTIMIZERS", OPTIMIZERS, OptimizerChoice),
 )

@@ -6,6 +6,7 @@ import pytest
 import started
 
 from lightning_peft.plugins import PluginError, import_modules, imported_by_words, keep_modules
+from lightning_peft.tables import TABLES
 
 
 def command(*words, cwd):
@@ -22,19 +23,19 @@ ROWS = '{"prompt":"Hi","completion":"Hello"}\n' * 4
 )  # fmt: skip
 def test_what_is_no_name_of_a_module_is_refused(name, example):
     with pytest.raises(PluginError, match=r"must be a module by its dotted name") as wrong:
-        imported_by_words([f"imports=[{name}]"])
+        imported_by_words([f"imports=[{name}]"], TABLES)
     assert example in str(wrong.value) and "\n" not in str(wrong.value)
 
 
 def test_name_from_a_file_need_not_be_text():
     with pytest.raises(PluginError, match="^imports=7: must be a module"):
-        import_modules([7])
+        import_modules([7], TABLES)
 
 
 def test_module_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PluginError, match=f"no module of that name in the working folder .{tmp_path}. or on"):
-        import_modules(["not_there_at_all"])
+        import_modules(["not_there_at_all"], TABLES)
 
 
 def test_kept_modules_are_those_of_ones_own(tmp_path, monkeypatch):
@@ -45,7 +46,7 @@ def test_kept_modules_are_those_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "here" / "own_space").mkdir()
     (tmp_path / "here" / "own_space" / "inside.py").write_text("X = 2\n")
     names = ["own_single", "own_package.part", "own_space.inside", "json", "torch.nn"]
-    import_modules(names)
+    import_modules(names, TABLES)
     keep_modules(names, tmp_path / "kept")
     kept = sorted(str(path.relative_to(tmp_path / "kept")) for path in (tmp_path / "kept").rglob("*.py"))
     package = ["own_package/__init__.py", "own_package/other.py", "own_package/part/__init__.py"]

@@ -22,8 +22,8 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.template import ChatTemplateError
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.serving.answers import Answer, error_body
 from lightning_peft.serving.bodies import ChatRequest, LoadRequest, TextRequest, Turn
+from lightning_peft.serving.completions import Answer, error_body
 from lightning_peft.serving.engine import Engine, GenerationRequest, Piece, QueueFullError
 from lightning_peft.serving.prompt import most_bytes_a_token
 from lightning_peft.serving.server_config import ServerConfig
