@@ -9,7 +9,8 @@ import pytest
 
 LONG = ("slow", "multi_process", "slurm")
 """Markers of long tests, in the order in which their files are begun."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+"""What signals do before any test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,10 +42,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """Give signals back their meaning: a run that is left ignores them until its process ends, as here."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    """Give signals back their meaning: a run that is left ignores them until its process ends, as here.
+
+    They have it when a test begins, too: a fixture of a whole module may have left a run.
+    """
+    give_signals_back()
     yield
-    for number, handler in before.items():
+    give_signals_back()
+
+
+def give_signals_back() -> None:
+    for number, handler in HANDLERS.items():
         if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
 

@@ -193,7 +193,7 @@ UNWANTED = {
     "says_two_lines": ("raise OSError('one\\ntwo')", "OSError: one two ("),
     "is_no_python": ("def f(:", "SyntaxError: invalid syntax ("),
     "is_a_script": ("import argparse\nargparse.ArgumentParser().parse_args(['--x'])", "ends the program while it is"),
-    "ends": ("import sys\nsys.exit()", "ends the program while it is imported (sys.exit(None)); put what a script"),
+    "ends": ("import sys\nsys.exit(3)", "ends the program while it is imported (sys.exit(3)); put what a script"),
     "replaces": (f"{REPLACES}METHODS['lora'] = dora.METHOD", "replaces METHODS['lora'], which runs and adapters mean"),
     "updates": (f"{REPLACES}METHODS |= {{'vera': dora.METHOD}}", "replaces METHODS['vera'], which runs and adapters"),
     "removes": (f"{REPLACES}del METHODS['lora']", "removes METHODS['lora'], which runs and adapters mean"),
