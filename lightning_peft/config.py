@@ -275,6 +275,11 @@ def train_config(saved: dict[str, Any]) -> TrainConfig:
     return config
 
 
+def as_yaml(config: TrainConfig) -> str:
+    """Return the text of a run's config.yaml, whose values mean themselves when it is read."""
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(plain(config))))
+
+
 def plain(config: Any) -> dict[str, Any]:
     """Return a config dataclass as nested dictionaries of numbers and strings, fit for YAML and JSON."""
     return {entry.name: _plain_value(getattr(config, entry.name)) for entry in fields(config)}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override
-from omegaconf import OmegaConf
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.registry import CLUSTERS
@@ -23,8 +22,7 @@ from lightning_peft.commands.check_sweep import (
 from lightning_peft.commands.submit import for_cluster, nothing_left_if_refused
 from lightning_peft.commands.sweep_array import array_work, submit_array
 from lightning_peft.compose import SEARCH_PATH, compose_config, read_words
-from lightning_peft.config import TrainConfig, plain
-from lightning_peft.interpolation import escaped
+from lightning_peft.config import TrainConfig, as_yaml
 from lightning_peft.runs.command import kept_commands, started_by
 from lightning_peft.runs.folder import refuse_run
 from lightning_peft.runs.lock import new_folder, only_writer, remove_if_empty
@@ -310,7 +308,7 @@ def write_run(config: TrainConfig, words: Sequence[str]) -> None:
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     with atomic_file(run_dir / "config.yaml") as path:
-        OmegaConf.save(OmegaConf.create(escaped(plain(config))), path)
+        path.write_text(as_yaml(config), encoding="utf-8")
     with started_by(words, "submit" if is_of_cluster else "train"):
         kept_commands(run_dir)
     for name in config.logger:

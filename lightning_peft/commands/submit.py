@@ -10,13 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from lightning_peft.checkpoint.atomic import atomic_file, write_text
 from lightning_peft.cluster.job import ClusterConfig, ClusterError, ClusterSilent, JobSpec
 from lightning_peft.cluster.registry import CLUSTERS
-from lightning_peft.config import TrainConfig, plain
-from lightning_peft.interpolation import escaped
+from lightning_peft.config import TrainConfig, as_yaml
 from lightning_peft.runs.command import kept_commands
 from lightning_peft.runs.folder import find_start
 from lightning_peft.runs.lock import only_writer
@@ -52,7 +49,7 @@ def submit(config: TrainConfig) -> None:
             return
         refuse_second_job(run_dir)
         with nothing_left_if_refused(run_dir):
-            write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(escaped(plain(config)))))
+            write_text(run_dir / "config.yaml", as_yaml(config))
             kept_commands(run_dir)
             write_text(run_dir / kind.file, text)
             job_id = kind.submit(run_dir / kind.file, work)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
@@ -27,13 +26,12 @@ from lightning_peft.checkpoint.lineage import installed_versions
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.resume import saved_selection
 from lightning_peft.commands.tuned import check_in_peft, lineage_of, save_tuned
-from lightning_peft.config import TrainConfig, plain
+from lightning_peft.config import TrainConfig, as_yaml, plain
 from lightning_peft.data.audit import Audit
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
-from lightning_peft.interpolation import escaped
 from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.optim.routed_adamw import RoutedAdamW
@@ -342,7 +340,7 @@ def prepare_folder(config: TrainConfig, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "result.json").unlink(missing_ok=True)
     with atomic_file(run_dir / "config.yaml") as path:
-        OmegaConf.save(OmegaConf.create(escaped(plain(config))), path)
+        path.write_text(as_yaml(config), encoding="utf-8")
     keep_modules(config.imports, run_dir / OWN_FILES)
 
 
