@@ -75,8 +75,7 @@ class Neighbours:
     def heed(self, others: float) -> None:
         """Have threads sleep or spin beside others that keep so many cores busy."""
         self.quiet_looks = self.quiet_looks + 1 if others < QUIET else 0
-        torch = sys.modules.get("torch")
-        if others > BUSY and self.pool is None and torch is not None and hasattr(torch, "ones"):
+        if others > BUSY and self.pool is None and torch_is_ready():
             self.pool = Pool()
         elif self.quiet_looks > 1 and self.pool is not None:
             self.pool.let_go()
@@ -86,6 +85,12 @@ class Neighbours:
         while True:
             time.sleep(EVERY)
             self.look()
+
+
+def torch_is_ready() -> bool:
+    """Return whether torch is imported: an operation while another thread still imports it ends the process."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    return spec is not None and not getattr(spec, "_initializing", False)
 
 
 def can_be_followed() -> bool:

@@ -32,6 +32,31 @@ for others in (0.0, 1.0, 1.0, 0.0, 0.0):
 print(*spun)
 """
 
+IMPORTS = """
+import threading
+import time
+from lightning_peft.neighbours import Neighbours
+
+neighbours = Neighbours()
+ready = threading.Event()
+
+def heeds() -> None:
+    while neighbours.pool is None:
+        neighbours.heed(1.0)
+        time.sleep(0.001)
+    ready.set()
+
+threading.Thread(target=heeds, daemon=True).start()
+import torch
+print(ready.wait(60))
+"""
+
+
+def test_the_pool_waits_for_the_import_of_torch() -> None:
+    """An operation beside the import was a segmentation fault, at a start beside busy neighbours."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="as many threads as cores are two here")
 def test_threads_spin_without_busy_neighbours_only() -> None:
