@@ -319,7 +319,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"{folder / part}: damaged, it is not the file that lineage.json describes; "
                 "if it was changed on purpose, delete lineage.json"
             )
-    return tensors
+    return dict(sorted(tensors.items()))  # the library gives names in another order in every process
 
 
 def file_sha256(path: Path) -> str:
