@@ -298,7 +298,7 @@ class ChatTemplate:
                     "out"
                 )
             keys |= reasoning_keys(thought)
-        elif CLOSING.search(content) and self._splits_content:
+        elif self._splits_content and CLOSING.search(content):
             keys |= reasoning_keys("")  # else text before the mark would be taken for a thought
         elif thought:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content}"
