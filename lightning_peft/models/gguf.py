@@ -5,7 +5,9 @@ takes a tenth of one; its dequantisation is used for the types that are not comm
 """
 
 import mmap
+import os
 import struct
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +127,23 @@ class GGUFFile:
             chunk = dequantize_blocks(blocks[start : start + step], entry.kind)
             output[start * weights : start * weights + chunk.numel()] = chunk.reshape(-1)
         return output.view(entry.shape)
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Return the file; the one opened last is parsed again only where it has changed since.
+
+    A run asks its file for the configuration, the tokenizer and the weights, and each time parsed its vocabulary.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return GGUFFile(path)  # which says what is wrong
+    return _opened(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _opened(path: str | Path, *version: int) -> GGUFFile:
+    return GGUFFile(path)
 
 
 def block_sizes(kind: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf import open_gguf
 from lightning_peft.models.loading import empty_model, model_config
 from lightning_peft.models.low_bit_source import ONLY_LOW_BIT
 from lightning_peft.models.source import ModelConfig, files_of_weights, locate, readable_errors, weight_index
@@ -77,7 +77,7 @@ def _stored_weights(config: ModelConfig) -> Iterator[tuple[str, Sequence[int], m
     with readable_errors(config):
         location = locate(config, weights=True)
         if location.suffix == ".gguf":
-            file = GGUFFile(location)
+            file = open_gguf(location)
             yield from ((name, entry.shape, file.stored(name)) for name, entry in file.tensors.items())
             return
         files, index = files_of_weights(config, location), weight_index(location)

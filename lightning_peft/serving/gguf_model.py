@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf import open_gguf
 from lightning_peft.models.gguf_conversion import ARCHITECTURES, ROPE_FACTORS
 from lightning_peft.serving.gguf_names import GGUFNames
 from lightning_peft.serving.prompt import adds_bos, template_with_system
@@ -90,7 +90,7 @@ def write_gguf_model(
         return GGMLQuantizationType.F32 if tensor.ndim == 1 else GGMLQuantizationType[DTYPES[dtype]]
 
     found = dict(stored_tensors(model, names))
-    if base_file is not None and ROPE_FACTORS in (base := GGUFFile(base_file)).tensors:
+    if base_file is not None and ROPE_FACTORS in (base := open_gguf(base_file)).tensors:
         found[ROPE_FACTORS] = base.read(ROPE_FACTORS, torch.float32)
     for stored, tensor in found.items():
         if dtype == "q8_0" and tensor.ndim == 2 and tensor.shape[1] % 32:

@@ -14,6 +14,7 @@ from families import small_model
 from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config, PreTrainedModel
 
+from lightning_peft.models.gguf import open_gguf
 from lightning_peft.models.gguf_conversion import parameter_name
 from lightning_peft.models.gguf_fields import check_fields
 from lightning_peft.models.loading import load_model, load_tokenizer, model_config, model_context
@@ -349,3 +350,15 @@ def test_what_transformers_would_pass_over_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", small_model("llama"), GGMLQuantizationType.F32, extra__weight=UNLIKE)
     with pytest.raises(ValueError, match="does not read 1 of its tensors, such as extra.weight"):
         loaded(tmp_path / "m.gguf")
+
+
+def test_a_file_is_parsed_again_only_where_it_has_changed(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, small_model("llama"), GGMLQuantizationType.F32)
+    file = open_gguf(path)
+    assert open_gguf(path) is file
+    write_gguf(path, small_model("llama", num_hidden_layers=1), GGMLQuantizationType.F32)
+    assert len(open_gguf(path).tensors) < len(file.tensors)
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=f"{path}: truncated or corrupt GGUF file"):
+        open_gguf(path)
