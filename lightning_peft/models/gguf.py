@@ -38,21 +38,26 @@ class TensorEntry(NamedTuple):
     """Bytes from the start of the file."""
 
 
+Header = tuple[dict[str, Any], dict[str, TensorEntry]]
+"""A file's metadata by key, and the places of its tensors by name."""
+
+
 class GGUFFile:
     """An open GGUF file: `fields` (metadata) and `tensors` (name to entry). Raises ValueError where it is none."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, header: Header | None = None):
+        """Map the file, and read its header unless it is known."""
         self.path = Path(path)
         try:
             with open(path, "rb") as file:
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.fields, self.tensors = self._read_header()
+            self.fields, self.tensors = self._read_header() if header is None else header
         except (struct.error, UnicodeDecodeError, KeyError, IndexError) as error:
             raise ValueError(f"model.path={path}: truncated or corrupt GGUF file ({error})") from error
         except (ValueError, OSError) as error:
             raise ValueError(f"model.path={path}: cannot be read as a GGUF file ({error})") from error
 
-    def _read_header(self) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    def _read_header(self) -> Header:
         if self.data[:4] != b"GGUF":
             raise ValueError("it does not start with GGUF")
         version, tensor_count, field_count = struct.unpack_from("<IQQ", self.data, 4)
@@ -130,20 +135,21 @@ class GGUFFile:
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Return the file; the one opened last is parsed again only where it has changed since.
+    """Return the file; the header of the one opened last is read again only where the file has changed since.
 
-    A run asks its file for the configuration, the tokenizer and the weights, and each time parsed its vocabulary.
+    A run asks its file for the configuration, the tokenizer and the weights, and each time read its vocabulary.
     """
     try:
         status = os.stat(path)
     except OSError:
         return GGUFFile(path)  # which says what is wrong
-    return _opened(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    return GGUFFile(path, _header(path, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=1)
-def _opened(path: str | Path, *version: int) -> GGUFFile:
-    return GGUFFile(path)
+def _header(path: str | Path, *version: int) -> Header:
+    file = GGUFFile(path)
+    return file.fields, file.tensors
 
 
 def block_sizes(kind: int) -> tuple[int, int]:
