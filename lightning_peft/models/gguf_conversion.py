@@ -198,7 +198,7 @@ class GGUFSource:
         self.heads: dict[str, int] = {}
         """Heads whose rows llama.cpp interleaves, by module: in the llama architecture alone."""
         if prefix == "llama":
-            queries = file.fields["llama.attention.head_count"]
+            queries: int = file.fields["llama.attention.head_count"]
             self.heads = {"q_proj": queries, "k_proj": file.fields.get("llama.attention.head_count_kv", queries)}
 
     def names(self) -> list[str]:

@@ -129,8 +129,8 @@ class TogetherModule(FinetuneModule):
         assert isinstance(self.objective_config, SFTConfig), "runs together learn by sft"
         return TogetherLoss(model, self.packing, self.objective_config, self._member[0]).train()
 
-    def configure_model(self) -> None:
-        super().configure_model()
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
         self._member[0].router_load = self.router_load
 
 
