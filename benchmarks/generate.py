@@ -25,7 +25,7 @@ from lightning_peft.adapters.inject import adapters, disable_adapters, inject_ad
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.compose import compose_config
 from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
-from lightning_peft.inference.generate import declared_end_ids
+from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.tasks.text_to_sql.rows import generate_rows

@@ -27,7 +27,7 @@ from benchmarks.results import FOLDER, Results
 from benchmarks.shapes import write_shape
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
-from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import Batch

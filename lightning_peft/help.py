@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_peft.command_configs import SubmitSweepConfig, SweepVerb
+from lightning_peft.command_configs.of_runs import SubmitSweepConfig, SweepVerb
 from lightning_peft.compose import compose_config, groups_and_defaults
 from lightning_peft.config import plain
 from lightning_peft.options import Option, options_of, shown

@@ -13,21 +13,25 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.cluster.slurm import SlurmConfig
-from lightning_peft.command_configs import (
-    CalibrateConfig,
+from lightning_peft.command_configs.of_adapters import (
     ConvertConfig,
+    ExportConfig,
+    InspectConfig,
+    MergeCommandConfig,
+    PushConfig,
+)
+from lightning_peft.command_configs.of_answers import (
+    CalibrateConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PairsConfig,
+    ServeConfig,
+)
+from lightning_peft.command_configs.of_runs import (
     D90Config,
     DataCommandConfig,
     EstimateConfig,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    InspectConfig,
-    MergeCommandConfig,
-    PairsConfig,
-    PushConfig,
     ReportConfig,
-    ServeConfig,
     SubmitSweepConfig,
     SweepCommandConfig,
 )
@@ -39,9 +43,7 @@ from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.optim.schedules import ScheduleConfig
 from lightning_peft.quantization.config import QuantizationConfig
-from lightning_peft.training.config import (
-    StrategyConfig,
-)
+from lightning_peft.training.config import StrategyConfig
 
 CONF_DIR = next(
     folder for parent in (Path(__file__).parent, Path(__file__).parent.parent) if (folder := parent / "conf").is_dir()

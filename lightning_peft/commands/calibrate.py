@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.checkpoint.atomic import write_text
-from lightning_peft.command_configs import CalibrateConfig
+from lightning_peft.command_configs.of_answers import CalibrateConfig
 from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.commands.evaluate import data_of, refuse_margins, show_calibration, validation_loader
 from lightning_peft.commands.picture import write_picture

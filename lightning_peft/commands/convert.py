@@ -35,7 +35,7 @@ from lightning_peft.checkpoint.peft_format import (
     tensors_beside,
 )
 from lightning_peft.checkpoint.peft_words import read_words
-from lightning_peft.command_configs import ConvertConfig, LowRankMethod
+from lightning_peft.command_configs.of_adapters import ConvertConfig, LowRankMethod
 from lightning_peft.commands.adapted import base_of, best_of_sweep, layout_of, load_base, saved_config
 from lightning_peft.commands.merge import sample_ids
 from lightning_peft.config import plain

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lightning_peft.command_configs import D90Config
+from lightning_peft.command_configs.of_runs import D90Config
 from lightning_peft.evaluation.intrinsic_dimension import Dimensions, read_dimensions
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lightning_peft.command_configs import DataCommandConfig
+from lightning_peft.command_configs.of_runs import DataCommandConfig
 from lightning_peft.data.audit import KIND_STYLES, preview_kinds
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.models.loading import load_tokenizer, model_context, model_vocabulary

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import write_text
-from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of, plan_of, with_fitting_checkpointing
 from lightning_peft.data.datamodule import beyond_context
 from lightning_peft.estimation.advice import smallest_change

@@ -17,7 +17,7 @@ from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.checkpoint.peft_words import gives_rewards
-from lightning_peft.command_configs import CalibrateConfig, EvaluateConfig, PairsConfig, Scored
+from lightning_peft.command_configs.of_answers import CalibrateConfig, EvaluateConfig, PairsConfig, Scored
 from lightning_peft.commands.adapted import (
     best_of_sweep,
     layout_of,

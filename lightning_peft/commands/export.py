@@ -15,7 +15,7 @@ from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.merged import Comparison, MergeError, Receipt, check_unused
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, tensors_beside
-from lightning_peft.command_configs import ExportConfig, ExportFormat
+from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
 from lightning_peft.commands.adapted import (
     base_of,
     best_of_sweep,

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.atomic import write_text
-from lightning_peft.command_configs import GenerateConfig
+from lightning_peft.command_configs.of_answers import GenerateConfig
 from lightning_peft.commands.adapted import best_of_sweep, continues_text, layout_of, load_for_inference
 from lightning_peft.data.conversation import BadRow, Conversation, Message, Row
 from lightning_peft.data.files import find_files, read_rows

@@ -30,7 +30,7 @@ from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
-from lightning_peft.command_configs import InspectConfig
+from lightning_peft.command_configs.of_adapters import InspectConfig
 from lightning_peft.commands.adapted import base_of, best_of_sweep, inference_dtype, load_for_inference, saved_config
 from lightning_peft.commands.evaluate import console, validation_loader
 from lightning_peft.commands.picture import write_picture

@@ -14,7 +14,7 @@ from lightning_peft.checkpoint.merged import Receipt, check_unused, logits_of
 from lightning_peft.checkpoint.merged import merge as write_merged
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, changes_base
-from lightning_peft.command_configs import MergeCommandConfig
+from lightning_peft.command_configs.of_adapters import MergeCommandConfig
 from lightning_peft.commands.adapted import (
     base_of,
     best_of_sweep,

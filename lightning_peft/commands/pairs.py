@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from lightning_peft.checkpoint.atomic import write_text
-from lightning_peft.command_configs import Chosen, PairsConfig
+from lightning_peft.command_configs.of_answers import Chosen, PairsConfig
 from lightning_peft.commands.adapted import (
     best_of_sweep,
     layout_of,

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 
 from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.cluster.registry import CLUSTERS
-from lightning_peft.command_configs import SubmitSweepConfig
+from lightning_peft.command_configs.of_runs import SubmitSweepConfig
 from lightning_peft.commands.check_sweep import (
     check_given_once,
     check_metric,

@@ -16,7 +16,7 @@ from lightning_peft import readable
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.cluster.job import ClusterError
 from lightning_peft.cluster.partitions import Partition, find_partitions
-from lightning_peft.command_configs import EstimateConfig, PriceConfig
+from lightning_peft.command_configs.of_runs import EstimateConfig, PriceConfig
 from lightning_peft.commands.step_estimate import estimate_of, plan_of, with_fitting_checkpointing
 from lightning_peft.config import TrainConfig
 from lightning_peft.data.datamodule import SFTDataModule

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from lightning_peft.checkpoint.model_card import write_card
-from lightning_peft.command_configs import PushConfig
+from lightning_peft.command_configs.of_adapters import PushConfig
 from lightning_peft.commands.adapted import best_of_sweep
 from lightning_peft.inference.load import MODEL_FOLDER, tuned_folder
 

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import names_file, write_text
-from lightning_peft.command_configs import ReportConfig
+from lightning_peft.command_configs.of_runs import ReportConfig
 from lightning_peft.sweeps.place import find_jobs
 from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
 

@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.cluster.registry import CLUSTERS
-from lightning_peft.command_configs import SubmitSweepConfig
+from lightning_peft.command_configs.of_runs import SubmitSweepConfig
 from lightning_peft.config import TrainConfig
 from lightning_peft.help import GROUPS, TRAINER
 from lightning_peft.objectives.registry import OBJECTIVES

@@ -12,7 +12,7 @@ from typing import Any
 from lightning_peft.adapters.slots import Slots
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import AdapterFileError, read_low_rank
-from lightning_peft.command_configs import ServeConfig
+from lightning_peft.command_configs.of_answers import ServeConfig
 from lightning_peft.commands.adapted import (
     base_of,
     inference_device,
@@ -22,8 +22,8 @@ from lightning_peft.commands.adapted import (
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm
 from lightning_peft.inference.continuous_batching import Decoder
-from lightning_peft.inference.generate import declared_end_ids, settings_not_decoded
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
+from lightning_peft.inference.own_settings import declared_end_ids, settings_not_decoded
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from lightning_peft.checkpoint.atomic import atomic_folder
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, adapter_config_from_peft
-from lightning_peft.command_configs import ExportConfig, ExportFormat, ServeConfig
+from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
+from lightning_peft.command_configs.of_answers import ServeConfig
 from lightning_peft.commands.adapted import features_of_folder, inference_dtype, layout_of
 from lightning_peft.commands.export import base_file, export
 from lightning_peft.inference.load import is_whole_model, refuse_rewards

@@ -12,7 +12,7 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
-from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.config import TrainConfig
 from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
 from lightning_peft.estimation.teacher import EmptyDistilledLoss, stored_by_teacher

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_peft import readable
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.cluster.process import LEAVE
-from lightning_peft.command_configs import SubmitSweepConfig, SweepCommandConfig, SweepVerb
+from lightning_peft.command_configs.of_runs import SubmitSweepConfig, SweepCommandConfig, SweepVerb
 from lightning_peft.commands.plan_sweep import any_draw, ask, split_words, start, trial_config, trial_words, write_run
 from lightning_peft.commands.sweep_array import array_work, task_folder, turn
 from lightning_peft.compose import compose_config

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_peft import distributed
-from lightning_peft.command_configs import SubmitSweepConfig
+from lightning_peft.command_configs.of_runs import SubmitSweepConfig
 from lightning_peft.commands.check_sweep import check_given_once, check_rows, check_trials_differ
 from lightning_peft.commands.plan_sweep import grid
 from lightning_peft.commands.together import (

@@ -18,7 +18,7 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.segments import change_of_base
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.commands.train import train
 from lightning_peft.commands.training import prepare_folder

@@ -19,8 +19,8 @@ from lightning_peft.checkpoint.peft_methods import spelling
 from lightning_peft.checkpoint.resume import whole_state
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.generate import declared_end_ids
 from lightning_peft.inference.load import MODEL_FOLDER
+from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.models.loading import (
     model_name,
 )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.data.chat import end_token_ids
 from lightning_peft.inference.continuous_batching import draw
-from lightning_peft.inference.generate import declared_end_ids, room_for
+from lightning_peft.inference.own_settings import declared_end_ids, room_for
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.token_ids import check_token_ids
 

@@ -1,21 +1,16 @@
 """Text from a causal language model: batches of prompts, or one streamed token by token."""
 
-import copy
 import logging
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from functools import cache
-from itertools import groupby
 from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -27,211 +22,35 @@ from transformers import (
 
 from lightning_peft.data.chat import end_token_ids
 from lightning_peft.inference.continuous_batching import Choice, Decoder, RunningSequence
-from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.inference.steps import (
-    PREFILL_TOKENS,
-    StaticSteps,
-    cache_keyword,
-    can_repeat_prefix,
-    why_not_static,
+from lightning_peft.inference.own_settings import (
+    declared_end_ids,
+    generation_config,
+    only_what_is_asked,
+    room_for,
+    settings_not_decoded,
 )
+from lightning_peft.inference.prompt_batches import (
+    CHECKED_TOKENS,
+    OWN_ERRORS,
+    Batching,
+    Prompts,
+    batches,
+    choose_batching,
+    common_prefix,
+    pad_left,
+)
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.steps import PREFILL_TOKENS, StaticSteps, why_not_static
 from lightning_peft.inference.token_ids import check_token_ids
-from lightning_peft.models.rope import follows_length, table_of_positions
 from lightning_peft.progress import Part
-from lightning_peft.quantization.weights import computing_dtype
 
 logger = logging.getLogger(__name__)
 
-CHECKED_TOKENS = 4
-"""Tokens generated to see whether a prompt in a batch is answered as it is alone."""
-CLOSE, CLOSE_IN_16_BITS = 1e-4, 2**-4
-"""Largest difference of two logits, as a share of the largest, taken for the rounding of another batch."""
 JOIN_SHARE = 0.25
 """Share of a batch's places that is free before further prompts run."""
-OWN_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-"""Errors of a model's code for a batch or a cache that it was never run with."""
+
 TRIED_TOKENS = 8
 """Tokens of a prompt with which it is tried whether a model takes the cache that transformers makes for it."""
-CHANGE_SCORES = (
-    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
-    "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "min_length",
-    "min_new_tokens", "exponential_decay_length_penalty", "token_healing", "watermarking_config", "guidance_scale",
-)  # fmt: skip
-"""Settings of a model's own generation config by which transformers changes the scores, also of greedy answers."""
-
-
-def declared_end_ids(model: PreTrainedModel) -> set[int]:
-    """Return the tokens at which the model's own `generation_config.json` says that an answer ends."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-def generation_config(
-    sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
-) -> GenerationConfig:
-    draws = sampling.temperature > 0
-    # transformers draws among 50 tokens where nobody says how many.
-    options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
-    ends = sorted(end_token_ids(tokenizer) | declared_end_ids(model))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=draws,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        stop_strings=getattr(model.generation_config, "stop_strings", None),
-        **own_scores(model),
-        **options,
-    )
-
-
-def own_scores(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what the model's own generation config sets of `CHANGE_SCORES`."""
-    declared = model.generation_config
-    return {name: value for name in CHANGE_SCORES if (value := getattr(declared, name, None)) is not None}
-
-
-def room_for(model: PreTrainedModel, prompts: list[list[int]], most: int) -> list[int]:
-    """Return how many of `most` tokens each prompt's answer may have, as a model's positions may come to an end.
-
-    Raises ValueError for a prompt that leaves none.
-    """
-    if (positions := table_of_positions(model)) is None:
-        return [most] * len(prompts)
-    if (longest := max(map(len, prompts))) >= positions:
-        raise ValueError(
-            f"a prompt has {longest:,} tokens, and {type(model).__name__} has {positions:,} positions for prompt and "
-            "answer: shorten the prompt"
-        )
-    return [min(most, positions - len(prompt)) for prompt in prompts]
-
-
-@contextmanager
-def only_what_is_asked(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the model's `generate`, inside the block, from any setting of the model's own generation config.
-
-    Without it, `generate` takes all that it is not told from there: beams, several answers, times, kinds of caches and
-    of outputs.
-    """
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def pad_left(prompts: list[list[int]], prefix: int, pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Return input_ids and attention_mask, (B, T) int64: common prefix, padding, the rest at the right edge."""
-    width = max(map(len, prompts))
-    gaps = [width - len(prompt) for prompt in prompts]
-    ids = [p[:prefix] + [pad_id] * gap + p[prefix:] for p, gap in zip(prompts, gaps, strict=True)]
-    mask = [[1] * prefix + [0] * gap + [1] * (width - prefix - gap) for gap in gaps]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
-
-
-def common_prefix(prompts: list[list[int]]) -> int:
-    """Return the number of leading tokens all prompts share, at least one token of each prompt left out."""
-    first, last = min(prompts), max(prompts)
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(shared, min(map(len, prompts)) - 1)
-
-
-class Batching(Enum):
-    """Ways to put prompts side by side, the fastest first."""
-
-    shared_prefix = "what all prompts begin with runs once, and padding follows it"
-    left_padding = "prompts are padded on the left"
-    equal_length = "prompts of one length share a batch"
-    alone = "one prompt runs at a time"
-
-
-@dataclass
-class Prompts:
-    """Prompts of one call, and how this model takes several of them at once."""
-
-    model: PreTrainedModel
-    batching: Batching
-    prefix: int = 0
-    """Tokens that run once, before padding."""
-    cache: DynamicCache | None = None
-    """Keys and values of the prefix."""
-    use_cache: bool = True
-    """True where a token is computed from what is kept of those before it, not from all of them anew."""
-
-    def inputs(self, prompts: list[list[int]], pad_id: int) -> dict[str, Any]:
-        """Return the arguments of the model's `generate` for a batch."""
-        inputs: dict[str, Any] = pad_left(prompts, self.prefix, pad_id, self.model.device)
-        if self.cache is not None:
-            repeated = copy.deepcopy(self.cache)
-            repeated.batch_repeat_interleave(len(prompts))
-            inputs[str(cache_keyword(self.model))] = repeated
-        return inputs
-
-
-@torch.inference_mode()
-def choose_batching(model: PreTrainedModel, prompts: list[list[int]], pad_id: int, use_cache: bool = True) -> Prompts:
-    """Return the fastest way to batch in which the shortest prompt beside another one gets the logits it gets alone."""
-    shortest, longest = min(prompts, key=len), max(prompts, key=len)
-    prefix = common_prefix(prompts)
-    ways = [Prompts(model, way, use_cache=use_cache) for way in (Batching.left_padding, Batching.equal_length)]
-    if follows_length(model.config, None):  # padded rows reach the next frequencies at another token than alone
-        ways = ways[1:]
-    elif prefix and use_cache and can_repeat_prefix(model):
-        cache = DynamicCache(config=model.config)
-        ids = torch.tensor([shortest[:prefix]], device=model.device)
-        model(input_ids=ids, **{str(cache_keyword(model)): cache})
-        ways.insert(0, Prompts(model, Batching.shared_prefix, prefix, cache))
-    expected = first_logits(ways[-1], [shortest], pad_id)
-    for way in ways:
-        other = shortest[::-1] if way.batching is Batching.equal_length else longest
-        try:
-            logits = first_logits(way, [shortest, other], pad_id)
-        except torch.OutOfMemoryError:  # that failure says nothing of the model
-            raise
-        except OWN_ERRORS as error:
-            logger.info("%s cannot run where %s: %s", type(model).__name__, way.batching.value, error)
-            continue
-        if is_close(logits, expected, computing_dtype(model)):
-            return way
-        logger.info("%s answers otherwise than alone where %s: done slower", type(model).__name__, way.batching.value)
-    return Prompts(model, Batching.alone, use_cache=use_cache)
-
-
-def first_logits(way: Prompts, prompts: list[list[int]], pad_id: int) -> Tensor:
-    """Return the logits (CHECKED_TOKENS, V) of the first tokens of the first prompt's greedy answer."""
-    config = GenerationConfig(
-        max_new_tokens=CHECKED_TOKENS, do_sample=False, pad_token_id=pad_id, eos_token_id=None, output_logits=True,
-        return_dict_in_generate=True, use_cache=way.use_cache, **own_scores(way.model),
-    )  # fmt: skip
-    with only_what_is_asked(way.model):
-        output = way.model.generate(**way.inputs(prompts, pad_id), generation_config=config)  # type: ignore[operator]
-    return torch.stack([logits[0] for logits in output.logits]).float()
-
-
-def is_close(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether logits are equal but for the rounding of another batch's products.
-
-    Where the first choices part, what follows is of other text, and no longer compared.
-    """
-    steps = min(len(logits), len(expected))  # an answer that ends early alone goes on beside a longer one
-    logits, expected = logits[:steps], expected[:steps]
-    same = (logits.argmax(-1) == expected.argmax(-1)).long().cumprod(0).bool()
-    compared = torch.cat([same.new_ones(1), same[:-1]])
-    difference = (logits - expected)[compared].abs().amax()
-    return bool(difference <= (CLOSE if dtype is torch.float32 else CLOSE_IN_16_BITS) * expected.abs().amax())
-
-
-def batches(prompts: list[list[int]], way: Batching, batch_size: int) -> Iterator[list[int]]:
-    """Yield the indices of the prompts of each batch, by length."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = [order]
-    if way is Batching.alone:
-        batch_size = 1
-    if way is Batching.equal_length:
-        groups = [list(group) for _, group in groupby(order, key=lambda i: len(prompts[i]))]
-    for group in groups:
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
 
 
 class Counted(StoppingCriteria):
@@ -311,14 +130,6 @@ def why_not_decoded(model: PreTrainedModel) -> str | None:
     if changed := settings_not_decoded(model):
         return f"its generation_config.json sets {', '.join(changed)}"
     return why_not_static(model)
-
-
-def settings_not_decoded(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what changes answers of a model's own generation config, and our decoder does not know."""
-    changed = own_scores(model)
-    if stops := getattr(model.generation_config, "stop_strings", None):
-        changed["stop_strings"] = stops
-    return {name: value for name, value in changed.items() if value and (value != 1.0 or "penalty" not in name)}
 
 
 def decoded(

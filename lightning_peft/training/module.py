@@ -28,10 +28,7 @@ from lightning_peft.optim.schedules import ScheduleConfig, build_schedule, set_r
 from lightning_peft.optim.sharded import drop_gradients, hand_over_gradients, local
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.experts import has_experts, routed_modules
-from lightning_peft.quantization.quantize import (
-    bits_per_parameter,
-    memory_by_group,
-)
+from lightning_peft.quantization.quantize import bits_per_parameter, memory_by_group
 from lightning_peft.training.adapted_module import AdaptedModule
 from lightning_peft.training.callbacks.step_metrics import StepMetrics
 from lightning_peft.training.config import ActivationCheckpointing, Compilation

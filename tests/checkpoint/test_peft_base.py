@@ -14,7 +14,7 @@ from lightning_peft.adapters.inject import disable_adapters, inject_adapters
 from lightning_peft.adapters.merge import merge_adapters
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 from lightning_peft.checkpoint.peft_words import AdapterFileError
-from lightning_peft.command_configs import MergeCommandConfig
+from lightning_peft.command_configs.of_adapters import MergeCommandConfig
 from lightning_peft.commands.merge import merge
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter
 from lightning_peft.checkpoint.peft_words import AdapterFileError
-from lightning_peft.command_configs import MergeCommandConfig
+from lightning_peft.command_configs.of_adapters import MergeCommandConfig
 from lightning_peft.commands.adapted import load_for_inference
 from lightning_peft.commands.merge import merge
 from lightning_peft.inference.generate import generate_batch

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lightning_peft.__main__ import main
-from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import CHEAPEST_FIRST, estimate_of, with_fitting_checkpointing
 from lightning_peft.compose import compose_config
 from lightning_peft.runs.machine import GIB, RESERVED, Machine

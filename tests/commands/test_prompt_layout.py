@@ -7,7 +7,7 @@ import torch
 
 from lightning_peft.__main__ import main
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.inference.generate import generation_config
+from lightning_peft.inference.own_settings import generation_config
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig

@@ -12,7 +12,8 @@ from lightning_peft.__main__ import main
 from lightning_peft.commands.adapted import layout_of, load_for_inference
 from lightning_peft.data.chat import end_token_ids
 from lightning_peft.inference.continuous_batching import Decoder
-from lightning_peft.inference.generate import answer_row, declared_end_ids, why_not_decoded
+from lightning_peft.inference.generate import answer_row, why_not_decoded
+from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 

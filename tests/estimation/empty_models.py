@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_peft.command_configs import EstimateConfig
+from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import empty_objective, estimate_of
 from lightning_peft.compose import compose_config
 from lightning_peft.estimation.memory import Estimate

@@ -11,9 +11,6 @@ import lightning_peft.inference.steps as steps_module
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.inference.generate import (
-    Batching,
-    choose_batching,
-    common_prefix,
     generate_batch,
     generate_stream,
     generated_stream,
@@ -21,6 +18,7 @@ from lightning_peft.inference.generate import (
     takes_cache,
     why_not_decoded,
 )
+from lightning_peft.inference.prompt_batches import Batching, choose_batching, common_prefix
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import StaticSteps, why_not_static
 from lightning_peft.models.loading import load_model, load_tokenizer

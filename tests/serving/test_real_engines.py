@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_peft.command_configs import ExportConfig, ExportFormat
+from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
 from lightning_peft.commands.adapted import layout_of, load_for_inference
 from lightning_peft.commands.export import base_file, export
 from lightning_peft.commands.train import train

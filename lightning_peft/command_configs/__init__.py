@@ -1,0 +1,1 @@
+"""The root configs of the commands beside `train`, a module for commands of a kind."""
