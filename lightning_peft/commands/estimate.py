@@ -18,7 +18,7 @@ from lightning_peft.data.datamodule import beyond_context
 from lightning_peft.estimation.advice import smallest_change
 from lightning_peft.estimation.memory import Estimate
 from lightning_peft.models.loading import model_config, model_context, model_name
-from lightning_peft.objectives.distill import DistillConfig
+from lightning_peft.objectives.teacher import TaughtConfig
 from lightning_peft.optim.optimizers import OPTIMIZERS
 from lightning_peft.quantization.config import Kind
 from lightning_peft.runs.machine import GIB
@@ -53,7 +53,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     else:
         print(f"fits: no, {found.peak / GIB:.2f} of {limit / GIB:.2f} GiB usable")
         report |= advise(config, limit)
-    if isinstance(config.objective, DistillConfig):
+    if isinstance(config.objective, TaughtConfig):
         print("the teacher's own pass is not in the work of a step")
     if config.output is not None:
         write_text(Path(config.output), json_text(report))

@@ -15,14 +15,14 @@ from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.config import TrainConfig
 from lightning_peft.estimation.memory import Estimate, StepOptions, estimate_step
-from lightning_peft.estimation.teacher import EmptyDistilledLoss, stored_by_teacher
+from lightning_peft.estimation.teacher import give_empty_teacher, stored_by_teacher
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.loading import empty_model, prepare_as_published
 from lightning_peft.models.weight_streaming import fp32_pattern
-from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.teacher import TaughtConfig, TaughtLoss
 from lightning_peft.quantization.quantize import prepare_quantized
 from lightning_peft.runs.machine import GIB, Machine
 from lightning_peft.runs.plan import RunPlan, logging_left_to_ranks, plan_run
@@ -75,15 +75,17 @@ def estimate_of(config: EstimateConfig) -> Estimate:
         adapter_rank=config.adapter.rank,
     )
     objective: ModelLoss = empty_objective(config, plan.weight_dtype)
-    if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is None:
+    if isinstance(config.objective, TaughtConfig) and config.objective.runs_teacher:
         teacher = empty_teacher(config, config.objective, plan.weight_dtype)
         stored = stored_by_teacher(teacher, objective.model, shares_base(config.objective))
         options = replace(options, teacher=stored)
-        objective = EmptyDistilledLoss(objective.model, config.objective, teacher)
+        objective = OBJECTIVES[config.objective.name].build(objective.model, config.objective, "auto")
+        assert isinstance(objective, TaughtLoss), "the loss of options with a teacher"
+        give_empty_teacher(objective, teacher)
     return estimate_step(objective, options)
 
 
-def empty_teacher(config: TrainConfig, objective: DistillConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty_teacher(config: TrainConfig, objective: TaughtConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the teacher as `train` loads it, on the meta device."""
     named, folder = teacher_model(objective), teacher_folder(objective)
     source = named or config.model

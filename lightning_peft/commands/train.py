@@ -35,9 +35,9 @@ from lightning_peft.models.loading import (
 )
 from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.models.stored import source_fingerprint
-from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.reward import refuse_trained_output
+from lightning_peft.objectives.teacher import TaughtConfig
 from lightning_peft.runs.command import kept_commands
 from lightning_peft.runs.folder import RunStart, check_same_content, folder_of, opened_folder
 from lightning_peft.runs.machine import Machine
@@ -85,7 +85,7 @@ def train(config: TrainConfig, member: Member | None = None) -> dict[str, Any]:
         with logging_left_to_ranks(plan.starts_ranks and not config.dry_run):
             packs = check_model(config)
         tokenizer = load_tokenizer(config.model)
-        if isinstance(config.objective, DistillConfig):
+        if isinstance(config.objective, TaughtConfig):
             length = config.data.max_length
             check_teacher(config.objective, config.model, config.quantization, tokenizer, length)
         data = read_data(config, packs, tokenizer, plan)
@@ -122,7 +122,7 @@ def content_of(config: TrainConfig, data: SFTDataModule) -> dict[str, str]:
     content = {"training rows": data.fingerprint, "base weights": source_fingerprint(config.model)}
     if data.validation_fingerprint is not None:
         content["validation rows"] = data.validation_fingerprint
-    if isinstance(config.objective, DistillConfig):
+    if isinstance(config.objective, TaughtConfig):
         content |= content_of_teacher(config.objective)
     return content
 
@@ -163,7 +163,7 @@ def check_model(config: TrainConfig) -> bool:
     untie_where_asked(model, config.adapter)
     targets = find_targets(model, config.adapter, tuple(method.layers)) if method.layers else []
     packs = packing_of(config.data, model)
-    if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is None:
+    if isinstance(config.objective, TaughtConfig) and config.objective.runs_teacher:
         packs = packs and teacher_packs(config.objective, config.data)
     if config.dry_run or OBJECTIVES[config.objective.name].gives_rewards:
         inject_adapters(model, config.adapter)

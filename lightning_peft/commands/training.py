@@ -32,8 +32,8 @@ from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
 from lightning_peft.inference.load import MODEL_FOLDER, adapter_folder
-from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.registry import OBJECTIVES
+from lightning_peft.objectives.teacher import TaughtConfig
 from lightning_peft.optim.routed_adamw import RoutedAdamW
 from lightning_peft.plugins import OWN_FILES, keep_modules
 from lightning_peft.runs.command import kept_commands
@@ -132,7 +132,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     """
     config, plan, data, tokenizer, scored = run.config, run.plan, run.data, run.tokenizer, run.scored
     run_dir, content, member, leaves_ranks = run.run_dir, run.content, run.member, run.leaves_ranks
-    if isinstance(config.objective, DistillConfig) and config.objective.teacher_top_k is not None:
+    if isinstance(config.objective, TaughtConfig) and not config.objective.runs_teacher:
         device = torch.device(plan.accelerator if plan.accelerator == "cuda" else "cpu")
         assert config.data.cache_dir is not None, "checked with the options"
         keep_teacher(

@@ -2,23 +2,19 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from lightning_peft.adapters.registry import METHODS
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.kernels.divergence import Mix
-from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.linear_divergence import kept_token_losses, taught_token_losses
-from lightning_peft.objectives.model_loss import ModelLoss
-from lightning_peft.objectives.objective import Objective, ObjectiveConfig
-from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.objective import Objective
+from lightning_peft.objectives.teacher import TaughtConfig, TaughtLoss, check_run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # a start that trains nothing does without it
+    pass  # a start that trains nothing does without it
 
 MEASURED = ("cross_entropy", "divergence")
 """Means over supervised tokens that are logged, neither with its factor in the loss."""
@@ -33,23 +29,11 @@ class Divergence(Enum):
 
 
 @dataclass
-class DistillConfig(ObjectiveConfig):
+class DistillConfig(TaughtConfig):
     name: str = "distill"
-    teacher: str | None = None
-    """Model that teaches, with the vocabulary of the one that learns: a preset of `model=`, a folder, a hub id or a
-    .gguf file; null is the base itself, of whose weights there is no second copy."""
-    teacher_adapter: str | None = None
-    """Run or adapter folder that the teacher has; without `teacher` it stands on the same base."""
-    quantize_teacher: bool = False
-    """Quantise weights read for `teacher` as the base is; false reads them as they are stored."""
-    teacher_top_k: int | None = None
-    """Likeliest tokens of the teacher that are kept, with the mass of all others as one: the teacher reads all rows
-    once, before training, and what it gives stands beside their tokens in data.cache_dir; null runs it in each step."""
     weight: float = 0.5
     """w in (1 - w) * cross entropy + w * temperature^2 * divergence, over supervised tokens (Hinton et al. 2015,
     arXiv:1503.02531); 0 is sft, 1 does not look at the tokens themselves."""
-    temperature: float = 1.0
-    """Number that both models' logits are divided by in the divergence; above 1 small probabilities count for more."""
     divergence: Divergence = Divergence.forward_kl
     """Divergence of teacher q and student p. forward_kl: KL(q || p), which covers all that the teacher does;
     reverse_kl: KL(p || q), which keeps to what it does most (Gu et al. 2023, arXiv:2306.08543); jsd: between them
@@ -58,20 +42,13 @@ class DistillConfig(ObjectiveConfig):
     """b in b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p, of divergence=jsd."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.weight <= 1:
             raise ValueError(f"objective.weight={self.weight}: must be at least 0 and at most 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"objective.temperature={self.temperature}: must be above 0")
         if not 0 < self.jsd_beta < 1:
             raise ValueError(
                 f"objective.jsd_beta={self.jsd_beta}: must be above 0 and below 1; the ends are "
                 "objective.divergence=forward_kl and reverse_kl"
-            )
-        if self.teacher_top_k is not None and self.teacher_top_k < 1:
-            raise ValueError(f"objective.teacher_top_k={self.teacher_top_k}: must be at least 1, or null")
-        if self.quantize_teacher and self.teacher is None:
-            raise ValueError(
-                "objective.quantize_teacher=true: the teacher is the base, quantised as that is; give objective.teacher"
             )
 
     @property
@@ -81,67 +58,17 @@ class DistillConfig(ObjectiveConfig):
         return Mix(self.weight, self.temperature, beta)
 
 
-def check_run(run: Any, objective: DistillConfig) -> None:
-    """Raise ValueError where a run cannot have a teacher beside it, or cannot keep what one gave."""
-    if objective.teacher_top_k is not None:
-        kept = f"objective.teacher_top_k={objective.teacher_top_k}"
-        if run.data.cache_dir is None:
-            raise ValueError(f"{kept} data.cache_dir=null: names no folder to keep it in; leave data.cache_dir out")
-        if run.data.streaming:
-            raise ValueError(
-                f"{kept} data.streaming=true: rows that are read during training are not there before it; leave "
-                "one of them out"
-            )
-        return
-    if run.strategy.kind.name == "fsdp":
-        raise ValueError(
-            f"objective={objective.name} strategy=fsdp: every rank holds the teacher whole, and slices of a base share "
-            "nothing with it; use strategy=ddp, or quantization=nf4 where memory is short"
-        )
-    if run.adapter.method in METHODS and METHODS[run.adapter.method].select is not None:
-        raise ValueError(
-            f"objective={objective.name} method={run.adapter.method}: chooses its modules by gradients of the loss, "
-            "before there is a teacher; use another method"
-        )
-    if objective.teacher is None and run.adapter.initialization.rewrites_base:
-        raise ValueError(
-            f"objective={objective.name} adapter.init={run.adapter.init_name}: the start takes a part out of the base "
-            "that the teacher shares; use adapter.init=kaiming, or read it once more with "
-            f"objective.teacher={run.model.path or run.model.name}"
-        )
-
-
-class Teacher:
-    """A frozen model beside the one that trains: no module of it, so that it is neither trained, saved nor reduced."""
-
-    def __init__(self, model: "PreTrainedModel", packing: bool | str = "auto"):
-        model.requires_grad_(False)
-        self.loss = SupervisedLoss(model, packing).eval()
-
-
-class DistilledLoss(ModelLoss):
+class DistilledLoss(TaughtLoss):
     """(1 - w) * cross entropy + w T^2 D(teacher, student), each summed over supervised tokens."""
 
-    teacher: Teacher | None = None
-    """The teacher, given by whoever has loaded the model, before the first batch."""
-
-    def __init__(self, model: "PreTrainedModel", config: DistillConfig, packing: bool | str):
-        super().__init__(model, packing)
-        self.config = config
-
-    def check(self, batch: Batch) -> None:
-        """See how both models make logits, and whether each keeps packed samples apart."""
-        super().check(batch)
-        if self.config.teacher_top_k is None:
-            assert self.teacher is not None, "a teacher is given before the first batch"
-            self.teacher.loss.check(batch)
+    config: DistillConfig
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss summed over the batch's supervised tokens, each times its weight, fp32 scalar."""
         if not self.is_checked:
             self.check(batch)
         # The teacher runs before the step's own forward, whose activations are not there yet.
-        taught = None if self.config.teacher_top_k is not None else self.teacher_readout(batch)
+        taught = self.given_teacher.readout(batch) if self.config.runs_teacher else None
         readout = self.readout(batch)
         if taught is None:
             if batch.top is None:
@@ -158,12 +85,6 @@ class DistilledLoss(ModelLoss):
             "divergence": (weighted_sum(losses.divergence, weights), count),
         }
         return weighted_sum(losses.mixed, weights)
-
-    @torch.no_grad()
-    def teacher_readout(self, batch: Batch) -> Readout:
-        """Return the teacher's hidden states and head, without a gradient."""
-        assert self.teacher is not None, "a teacher is given before the first batch"
-        return self.teacher.loss.readout(batch.taught or batch)
 
 
 OBJECTIVE = Objective(

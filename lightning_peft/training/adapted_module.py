@@ -22,12 +22,12 @@ from lightning_peft.models.loading import load_by_block, model_name
 from lightning_peft.models.reward_head import REWARD_HEAD
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.twin import copy_around_same_tensors
-from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
 from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.objective import ObjectiveConfig
 from lightning_peft.objectives.reference import ReferencedLoss, starts_as_base
 from lightning_peft.objectives.registry import OBJECTIVES
 from lightning_peft.objectives.sft import SFTConfig
+from lightning_peft.objectives.teacher import TaughtConfig, TaughtLoss
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.quantization.quantize import (
@@ -156,8 +156,8 @@ class AdaptedModule(LightningModule):
         Under FSDP a block is also cut to this rank's slice before the next is read.
         """
         own = self.objective_config
-        has_teacher = isinstance(own, DistillConfig) and own.teacher_top_k is None
-        has_twin = has_teacher and isinstance(own, DistillConfig) and shares_base(own)
+        has_teacher = isinstance(own, TaughtConfig) and own.runs_teacher
+        has_twin = has_teacher and isinstance(own, TaughtConfig) and shares_base(own)
         reads_all = reads_whole_model(self.adapter_config, self.quantization_config) or has_twin
         twin: PreTrainedModel | None = None
         if sharding is not None and reads_all:
@@ -202,7 +202,7 @@ class AdaptedModule(LightningModule):
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
         if sharding is None:
             objective = self.build_objective(model.to(device))  # type: ignore[arg-type]  # as in load_model
-            if has_teacher and isinstance(objective, DistilledLoss):
+            if has_teacher and isinstance(objective, TaughtLoss):
                 give_teacher(
                     objective, twin, self.model_config, self.quantization_config, self.weight_dtype, device
                 )  # fmt: skip

@@ -29,14 +29,14 @@ from lightning_peft.models.loading import empty_model, load_model, load_tokenize
 from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.models.source import MODELS, ModelConfig
 from lightning_peft.models.stored import source_fingerprint
-from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
 from lightning_peft.objectives.objective import ObjectiveConfig
+from lightning_peft.objectives.teacher import TaughtConfig, TaughtLoss, Teacher
 from lightning_peft.quantization.config import QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
 
-def teacher_model(objective: DistillConfig) -> ModelConfig | None:
+def teacher_model(objective: TaughtConfig) -> ModelConfig | None:
     """Return the model that `objective.teacher` names, None where it is the base. Raises ValueError for others."""
     name = objective.teacher
     if name is None:
@@ -51,21 +51,21 @@ def teacher_model(objective: DistillConfig) -> ModelConfig | None:
 
 def teacher_context(objective: ObjectiveConfig, model: ModelConfig) -> int | None:
     """Return the longest sequence the teacher was built for, which is `model` where none is named; None as there."""
-    named = teacher_model(objective) if isinstance(objective, DistillConfig) else None
+    named = teacher_model(objective) if isinstance(objective, TaughtConfig) else None
     if named is None:
         return model_context(model)
     with named_as_teacher():
         return model_context(named)
 
 
-def teacher_folder(objective: DistillConfig) -> Path | None:
+def teacher_folder(objective: TaughtConfig) -> Path | None:
     """Return the adapter folder that the teacher has, None where it has none. Raises ValueError for another path."""
     if objective.teacher_adapter is None:
         return None
     return adapter_folder(objective.teacher_adapter, "objective.teacher_adapter")
 
 
-def shares_base(objective: DistillConfig) -> bool:
+def shares_base(objective: TaughtConfig) -> bool:
     """Return whether the teacher stands on the tensors of the base that is trained on."""
     folder = teacher_folder(objective)
     return objective.teacher is None and (folder is None or not changes_base(folder))
@@ -81,7 +81,7 @@ def named_as_teacher() -> Iterator[None]:
 
 
 def check_teacher(
-    objective: DistillConfig,
+    objective: TaughtConfig,
     model: ModelConfig,
     quantization: QuantizationConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -123,7 +123,7 @@ def check_same_new_tokens(folder: Path, model: ModelConfig) -> None:
         )
 
 
-def teacher_packs(objective: DistillConfig, data: DataConfig) -> bool:
+def teacher_packs(objective: TaughtConfig, data: DataConfig) -> bool:
     """Return whether a named teacher keeps packed samples apart too. Raises ValueError where data.packing=true."""
     if (named := teacher_model(objective)) is None:
         return True
@@ -151,7 +151,7 @@ def check_same_tokens(name: str, theirs: PreTrainedTokenizerFast, ours: PreTrain
     )
 
 
-def content_of_teacher(objective: DistillConfig) -> dict[str, str]:
+def content_of_teacher(objective: TaughtConfig) -> dict[str, str]:
     """Return name and fingerprint of what the teacher is beside the base."""
     content = {}
     if (named := teacher_model(objective)) is not None:
@@ -162,7 +162,7 @@ def content_of_teacher(objective: DistillConfig) -> dict[str, str]:
 
 
 def give_teacher(
-    objective: DistilledLoss,
+    objective: TaughtLoss,
     twin: PreTrainedModel | None,
     model: ModelConfig,
     quantization: QuantizationConfig,
@@ -190,7 +190,7 @@ def give_teacher(
 
 
 def teacher_alone(
-    objective: DistillConfig,
+    objective: TaughtConfig,
     model: ModelConfig,
     quantization: QuantizationConfig,
     dtype: torch.dtype,
@@ -204,7 +204,7 @@ def teacher_alone(
     return teacher.eval().requires_grad_(False)
 
 
-def give_adapter(teacher: PreTrainedModel, objective: DistillConfig) -> None:
+def give_adapter(teacher: PreTrainedModel, objective: TaughtConfig) -> None:
     """Put the teacher's adapter onto the base, where it has one."""
     if (folder := teacher_folder(objective)) is not None:
         inject_adapters(teacher, adapter_config_from_peft(folder))
@@ -216,7 +216,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def _load(
-    objective: DistillConfig,
+    objective: TaughtConfig,
     model: ModelConfig,
     quantization: QuantizationConfig,
     dtype: torch.dtype,

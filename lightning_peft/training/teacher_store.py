@@ -38,10 +38,10 @@ from lightning_peft.data.top_tokens import IDS, LOG_PROBABILITIES, VOCABULARY
 from lightning_peft.models.loading import empty_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
-from lightning_peft.objectives.distill import DistillConfig
 from lightning_peft.objectives.linear_cross_entropy import Readout
 from lightning_peft.objectives.linear_divergence import bucketed, final_logits, in_fp32
 from lightning_peft.objectives.sft import SupervisedLoss
+from lightning_peft.objectives.teacher import TaughtConfig
 from lightning_peft.progress import Part
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.training.teacher import content_of_teacher, teacher_alone
@@ -67,7 +67,7 @@ SURELY_LEFT_SECONDS = 3600.0
 
 def keep_teacher(
     data: SFTDataModule,
-    objective: DistillConfig,
+    objective: TaughtConfig,
     model: ModelConfig,
     quantization: QuantizationConfig,
     dtype: torch.dtype,
@@ -226,7 +226,7 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_room(samples: Samples, objective: DistillConfig, vocabulary: int, cache: Path, option: str) -> None:
+def check_room(samples: Samples, objective: TaughtConfig, vocabulary: int, cache: Path, option: str) -> None:
     """Raise ValueError, before the teacher is read, where the disk has no room for what is kept of it."""
     assert objective.teacher_top_k is not None
     count = min(objective.teacher_top_k, vocabulary)
@@ -353,7 +353,7 @@ class Unfinished:
 def write_top(
     model: PreTrainedModel,
     samples: Samples,
-    objective: DistillConfig,
+    objective: TaughtConfig,
     vocabulary: int,
     folder: Path,
     option: str,
@@ -408,7 +408,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 @torch.inference_mode()
 def top_of_sample(
-    model: PreTrainedModel, sample: Encoded, objective: DistillConfig, count: int, vocabulary: int
+    model: PreTrainedModel, sample: Encoded, objective: TaughtConfig, count: int, vocabulary: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Return `top_of` at the trained tokens of one sample, some tokens at a time."""
     read = sample.taught or sample

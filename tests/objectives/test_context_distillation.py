@@ -18,7 +18,8 @@ from lightning_peft.data.collate import collate
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
-from lightning_peft.objectives.distill import DistillConfig, DistilledLoss, Teacher
+from lightning_peft.objectives.distill import DistillConfig, DistilledLoss
+from lightning_peft.objectives.teacher import Teacher
 
 HINTS = "seven rivers one moon two apples three pears under the sky and five at sea".split()
 ROWS = [{**row, "hint": " ".join(HINTS[: 3 + place])} for place, row in enumerate(answer_rows(9))]
