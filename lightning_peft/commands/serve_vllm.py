@@ -18,7 +18,7 @@ from lightning_peft.commands.adapted import features_of_folder, inference_dtype,
 from lightning_peft.commands.export import base_file, export
 from lightning_peft.inference.load import is_whole_model, refuse_rewards
 from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_name
-from lightning_peft.models.source import ModelConfig, name_for_others
+from lightning_peft.models.source import ModelConfig, commit_of, name_for_others
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.runs.lock import only_writer
 from lightning_peft.serving.engines import Outcome, engines, largest_rank, not_low_rank, verdict
@@ -93,8 +93,9 @@ def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path],
     plain = {name: plain_folder(adapter.folder) for name, adapter in judged.items() if adapter.becomes_plain}
     settings = replace(settings, adapters=settings.adapters | {name: str(path) for name, path in plain.items()})
     assert config.serve.python is not None
+    commit = commit_of(served.base) if base == served.base.path else None
     server = VllmServer(
-        config.serve.python, base, served.base.revision, served.base.trust_remote_code, served.base.allow_pickle,
+        config.serve.python, base, commit, served.base.trust_remote_code, served.base.allow_pickle,
         dtype, settings, config.serve,
     )  # fmt: skip
     words = [f"{key}={value}" for key, value in spoken_variables(server.variables()).items()]

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 import lightning_peft
+from lightning_peft.models.revisions import REVISIONS
 from lightning_peft.models.rope import RopeScaling
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ class ModelConfig:
     path: str | None = None
     """Local folder, hub id or .gguf file of `hf`."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the hub; null takes the commit that a preset's model had when the preset was made, and
+    the newest of any other model. `main` is the newest."""
     attention: str = "auto"
     """auto, varlen, sdpa, eager or another name transformers knows; auto is varlen for the models that can pack."""
     trust_remote_code: bool = False
@@ -121,12 +124,41 @@ def locate(config: ModelConfig, weights: bool = False) -> Path:
     if weights:
         patterns += ["*.safetensors", *(["pytorch_model*.bin"] if config.allow_pickle else [])]
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns, etag_timeout=5))
+        return _snapshot(config.path, revision_of(config), patterns, may_be_other=config.revision is None)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise NoSuchModel(
             f"model.path={config.path}: no such folder here, not in the cache, and the hub cannot be reached; "
             "give a local folder or a .gguf file"
         ) from error
+
+
+def revision_of(config: ModelConfig) -> str | None:
+    """Return the branch, tag or commit that is asked of the hub; None for its newest."""
+    return config.revision or REVISIONS.get(config.path or "")
+
+
+def commit_of(config: ModelConfig) -> str | None:
+    """Return the commit of a model of the hub that is in the cache; None for a model from elsewhere."""
+    folder = locate(config)
+    return folder.name if config.path is not None and folder.parent.name == "snapshots" else None
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str], may_be_other: bool) -> Path:
+    """Return the folder of a model of the hub, downloaded where it is not in the cache."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=5))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        if revision is None or not may_be_other:
+            raise
+        found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        _say_other_commit(name, revision, found.name)
+        return found
+
+
+@cache
+def _say_other_commit(name: str, expected: str, found: str) -> None:
+    text = "model.path=%s: commit %s is not in the cache and the hub cannot be reached: taken is what is there, %s"
+    logger.warning(text, name, expected[:12], found[:12])
 
 
 def weight_files(folder: Path, name: str = SAFETENSORS) -> list[Path]:
@@ -206,7 +238,8 @@ def readable_errors(config: ModelConfig) -> Iterator[None]:
             f"{shown}: access must be granted on huggingface.co first, then run `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ValueError(f"{shown}: no such folder here, and no such model or revision on the hub") from error
+        newest = "; model.revision=main takes its newest" if config.path in REVISIONS and not config.revision else ""
+        raise ValueError(f"{shown}: no such folder here, and no such model or revision on the hub{newest}") from error
     except (OSError, ImportError) as error:
         raise ValueError(f"{shown}: {_in_one_line(error)}") from error
 
