@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.slots import Slots
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.inference.steps import PlainSteps, StaticSteps, Steps, can_repeat_prefix, why_not_static
+from lightning_peft.inference.static_steps import StaticSteps, why_not_static
+from lightning_peft.inference.steps import PlainSteps, Steps, can_repeat_prefix
 
 SMALLEST_TEMPERATURE = 1e-30
 """Temperature below which any difference of two fp32 scores decides as it does here."""

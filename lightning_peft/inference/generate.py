@@ -40,7 +40,8 @@ from lightning_peft.inference.prompt_batches import (
     pad_left,
 )
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.inference.steps import PREFILL_TOKENS, StaticSteps, why_not_static
+from lightning_peft.inference.static_steps import StaticSteps, why_not_static
+from lightning_peft.inference.steps import PREFILL_TOKENS
 from lightning_peft.inference.token_ids import check_token_ids
 from lightning_peft.progress import Part
 
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 JOIN_SHARE = 0.25
 """Share of a batch's places that is free before further prompts run."""
-
 TRIED_TOKENS = 8
 """Tokens of a prompt with which it is tried whether a model takes the cache that transformers makes for it."""
 

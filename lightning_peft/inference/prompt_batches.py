@@ -21,10 +21,8 @@ logger = logging.getLogger(__name__)
 
 CHECKED_TOKENS = 4
 """Tokens generated to see whether a prompt in a batch is answered as it is alone."""
-
 CLOSE, CLOSE_IN_16_BITS = 1e-4, 2**-4
 """Largest difference of two logits, as a share of the largest, taken for the rounding of another batch."""
-
 OWN_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 """Errors of a model's code for a batch or a cache that it was never run with."""
 

@@ -7,7 +7,7 @@ import torch
 from families import small_model
 from transformers import GenerationConfig
 
-import lightning_peft.inference.steps as steps_module
+import lightning_peft.inference.static_steps as steps_module
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.inference.generate import (
@@ -20,7 +20,7 @@ from lightning_peft.inference.generate import (
 )
 from lightning_peft.inference.prompt_batches import Batching, choose_batching, common_prefix
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.inference.steps import StaticSteps, why_not_static
+from lightning_peft.inference.static_steps import StaticSteps, why_not_static
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import Kind, QuantizationConfig
