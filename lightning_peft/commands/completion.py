@@ -1,7 +1,7 @@
 """`lightning-peft completion bash|zsh|fish`: a script that completes commands, groups, options and keys."""
 
 from lightning_peft.commands import COMMANDS
-from lightning_peft.help import TRAINER
+from lightning_peft.help import TRAINER, every_option
 from lightning_peft.options import options_of
 from lightning_peft.schemas import CONF_DIR, ROOTS
 
@@ -52,4 +52,5 @@ def all_words() -> list[str]:
         for path in sorted(group.glob("**/*.yaml"))
     ]
     keys = {option.key for root in ROOTS.values() for option in options_of(root)} | set(TRAINER)
+    keys |= {option.key for option in every_option()}
     return [*options, *(f"{key}=" for key in sorted(keys))]

@@ -6,14 +6,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from lightning_peft.adapters.registry import METHODS
 from lightning_peft.checkpoint.atomic import write_text
-from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.command_configs.of_runs import SubmitSweepConfig
-from lightning_peft.config import TrainConfig
-from lightning_peft.help import GROUPS, TRAINER
-from lightning_peft.objectives.registry import OBJECTIVES
-from lightning_peft.optim.optimizers import OPTIMIZERS
+from lightning_peft.help import GROUPS, TRAINER, every_option
 from lightning_peft.options import Option, options_of, shown
 from lightning_peft.own_file import SOURCES_KEY
 from lightning_peft.schemas import CONF_DIR
@@ -42,15 +37,7 @@ def schema_of_file() -> dict[str, Any]:
     A key is known in its section and by its whole name; another one is an error, except where anything may be added.
     """
     properties: dict[str, Any] = {}
-    options = [*options_of(TrainConfig), *options_of(SubmitSweepConfig)]
-    for method in METHODS.values():
-        options += options_of(method.config, "adapter.")
-    for optimizer in OPTIMIZERS.values():
-        options += options_of(optimizer.config, "optimizer.")
-    for objective in OBJECTIVES.values():
-        options += options_of(objective.config, "objective.")
-    for cluster in CLUSTERS.values():
-        options += options_of(cluster.config, "cluster.")
+    options = [*every_option(), *options_of(SubmitSweepConfig)]
     for option in options:
         section, _, name = option.key.rpartition(".")
         target = properties

@@ -152,6 +152,7 @@ def test_completion_knows_commands_groups_and_keys(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert "estimate" in script and "method=qlora" in script and "optimizer.lr=" in script
+    assert "adapter.use_dora=" not in script and "adapter.dimension=" in script and "objective.beta=" in script
     assert main(["completion", "tcsh"]) == 2
 
 
