@@ -284,6 +284,9 @@ def explain(error: Exception, command: str) -> str:
         if merging := re.search(r"Error merging override (.*)", text):
             return f"{merging.group(1).lstrip('+')}: {plainly(first_line(error.__cause__ or error))}"
         if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
+            key, _, values = ambiguous.group(1).lstrip("+").partition("=")
+            if (known := ours(key)) is not None and known != key and "=" not in known:
+                return f"{key}: no such option; use {known}=[{values}]"
             return f"{ambiguous.group(1).lstrip('+')}: several values; add -m for a sweep, or write a list as key=[a,b]"
     if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
         meanings = {option.key: option.doc for option in options_of(ROOTS.get(command, TrainConfig))}

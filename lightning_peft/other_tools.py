@@ -30,9 +30,11 @@ OURS = {
     "data.micro_batch_size": "mbs batch_size micro_batch_size per_device_train_batch_size train_batch_size bs "
     "per_device_batch_size per_device_eval_batch_size eval_batch_size per_gpu_train_batch_size "
     "train_micro_batch_size_per_gpu mini_batch_size",
-    "data.max_length": "max_length max_seq_length max_seq_len sequence_len cutoff_len seq_len context_length max_len "
-    "seq_length sequence_length model_max_length max_sequence_length context_window max_tokens seqlen",
-    "data.packing": "packing sample_packing pack packed dataset_packed",
+    "data.max_length": "max_prompt_length max_completion_length max_length max_seq_length max_seq_len sequence_len "
+    "cutoff_len seq_len context_length max_len seq_length sequence_length model_max_length max_sequence_length "
+    "context_window max_tokens seqlen",
+    "data.packing": "neat_packing padding_free eval_packing eval_sample_packing packing sample_packing pack packed "
+    "dataset_packed",
     "data.validation_fraction": "val_set_size val_size validation_fraction test_size eval_split_ratio val_ratio "
     "validation_split validation_split_percentage eval_size dev_size val_split_fraction",
     "data.max_rows": "limit max_samples max_rows max_train_samples num_samples n_samples max_examples",
@@ -45,26 +47,26 @@ OURS = {
     "data.completion_column": "completion_column completion_field response_column answer_column output_column "
     "output_field field_output target_column",
     "data.text_column": "dataset_text_field text_column text_field",
-    "data.train_on": "response_template instruction_template "
-    "train_on_inputs train_on_input completion_only_loss assistant_only_loss mask_prompt "
-    "train_on_prompt train_on_responses_only completion_only",
+    "data.train_on": "response_template instruction_template train_on_inputs train_on_input completion_only_loss "
+    "assistant_only_loss mask_prompt train_on_prompt train_on_responses_only completion_only",
     "data.ignore_columns": "remove_columns ignore_columns remove_unused_columns",
-    "data.cache_dir": "dataset_prepared_path cache_dir overwrite_cache",
+    "data.cache_dir": "tokenized_path dataset_prepared_path cache_dir overwrite_cache",
     "data.streaming": "streaming",
     "data.system_prompt": "system_prompt system default_system",
-    "data.num_workers": "num_workers dataloader_num_workers",
+    "data.num_workers": "dataset_num_proc preprocessing_num_workers dataset_processes num_workers "
+    "dataloader_num_workers",
     "seed": "random_seed data_seed random_state rng_seed",
-    "objective": "rl rlhf loss_type training_type stage",
-    "objective.label_smoothing": "label_smoothing cdpo_label_smoothing dpo_label_smoothing",
+    "objective": "pref_loss rl rlhf loss_type training_type stage",
+    "objective.label_smoothing": "label_smoothing_factor label_smoothing cdpo_label_smoothing dpo_label_smoothing",
     "objective.beta": "beta dpo_beta pref_beta rl_beta",
     "objective.gamma": "simpo_gamma",
     "objective.sft_weight": "rpo_alpha pref_ftx sft_coef",
     "objective.centering": "center_rewards_coefficient",
-    "objective.noise_alpha": "neftune_noise_alpha noise_alpha neftune",
+    "objective.noise_alpha": "noisy_embedding_alpha neftune_noise_alpha noise_alpha neftune",
     "objective.teacher": "teacher teacher_model teacher_model_name_or_path",
     "objective.weight": "kd_alpha",
     "objective.temperature": "kd_temperature",
-    "data.train_on_last_turn": "train_on_last_turn",
+    "data.train_on_last_turn": "mask_history train_on_last_turn",
     "data.task": "task metric",
     "adapter.alpha": "alpha lora_alpha",
     "adapter.alpha_pattern": "alpha_pattern",
@@ -72,29 +74,32 @@ OURS = {
     "adapter.bias": "lora_bias bias",
     "adapter.dropout": "dropout lora_dropout",
     "adapter.init": "lora_init init init_lora_weights",
-    "adapter.layers": "layers layers_to_transform",
+    "adapter.layers": "freeze_trainable_layers layers layers_to_transform",
     "adapter.exclude_modules": "exclude_modules",
-    "adapter.trainable_modules": "modules_to_save trainable_modules lora_modules_to_save additional_target",
+    "adapter.trainable_modules": "unfrozen_parameters apply_lora_to_output lora_head modules_to_save "
+    "trainable_modules lora_modules_to_save additional_target",
     "adapter.init_from": "init_from lora_model_dir adapter_name_or_path",
     "adapter.rank_stabilized": "use_rslora rslora rank_stabilized peft_use_rslora",
-    "target_modules": "lora_target_modules lora_target targets target lora_target_linear lora_attn_modules",
+    "target_modules": "apply_lora_to_mlp lora_query lora_key lora_value lora_projection lora_mlp layers_pattern "
+    "lora_target_modules lora_target targets target lora_target_linear lora_attn_modules",
     "rank": "r lora_r lora_rank lora_dim",
-    "method=qlora": "4bit qlora "
-    "load_in_4bit nf4 quantization_bit bits use_4bit load_in_4_bit use_qlora bnb_4bit_quant_type",
+    "method=qlora": "4bit qlora load_in_4bit nf4 quantization_bit bits use_4bit load_in_4_bit use_qlora "
+    "bnb_4bit_quant_type",
     "method=dora": "dora use_dora peft_use_dora",
     "method=pissa": "pissa_init use_pissa",
     "quantization=int8": "load_in_8bit int8",
-    "quantization": "quantization_config quantization_method quantize bnb_config bnb_4bit_use_double_quant",
+    "quantization": "quantize_base quantization_config quantization_method quantize bnb_config "
+    "bnb_4bit_use_double_quant",
     "method": "peft_type finetuning_type adapter_type peft_method use_peft use_lora lora peft peft_config lora_config",
     "model": "model_name_or_path base_model model_name base_model_name model_id pretrained_model_name_or_path "
     "checkpoint_dir base_model_name_or_path model_id_or_path hf_model model_dir",
     "model.path": "model_path path",
     "model.revision": "model_revision revision_of_model revision",
     "model.trust_remote_code": "trust_remote_code",
-    "model.attention": "attn attn_implementation flash_attention attention use_flash_attention flash_attn attn_impl "
-    "flash_attention_2 sdp_attention use_flash_attention_2",
+    "model.attention": "xformers_attention eager_attention s2_attention attn attn_implementation flash_attention "
+    "attention use_flash_attention flash_attn attn_impl flash_attention_2 sdp_attention use_flash_attention_2",
     "hardware=cpu": "cpu",
-    "hardware": "device device_map accelerator use_cpu no_cuda",
+    "hardware": "use_ipex device device_map accelerator use_cpu no_cuda",
     "run_dir": "name output_dir out_dir out output save_dir output_path logging_dir output_folder save_path log_dir "
     "outdir work_dir default_root_dir project_dir",
     "resume=auto": "resume_from_checkpoint auto_resume_from_checkpoints resume_from resume_checkpoint ckpt_path",
@@ -104,18 +109,28 @@ OURS = {
     "checkpoint.best_by": "metric_for_best_model greater_is_better",
     "early_stopping.patience": "early_stopping_patience patience",
     "early_stopping.min_delta": "early_stopping_threshold min_delta",
-    "validation.every_n_steps": "eval "
-    "eval_steps eval_every evals_per_epoch val_check_interval eval_interval eval_strategy "
-    "evaluation_strategy eval_freq do_eval",
+    "validation.every_n_steps": "eval_on_start eval eval_steps eval_every evals_per_epoch val_check_interval "
+    "eval_interval eval_strategy evaluation_strategy eval_freq do_eval",
     "activation_checkpointing": "gradient_checkpointing grad_checkpointing use_gradient_checkpointing "
     "gradient_checkpointing_kwargs enable_activation_checkpointing",
-    "logger": "report_to wandb tracker log_with use_wandb tensorboard loggers",
+    "logger": "metric_logger logger_name report_to wandb tracker log_with use_wandb tensorboard loggers",
     "logger.wandb.project": "wandb_project project",
     "logger.wandb.name": "wandb_name run_name wandb_run_id",
     "logger.wandb.entity": "wandb_entity",
-    "strategy": "distributed deepspeed fsdp ddp parallel accelerator_strategy deepspeed_config fsdp_config zero_stage "
-    "sharding_strategy ddp_find_unused_parameters",
-    "compile": "torch_compile",
+    "strategy": "parallelism_config distributed deepspeed fsdp ddp parallel accelerator_strategy deepspeed_config "
+    "fsdp_config zero_stage sharding_strategy ddp_find_unused_parameters",
+    "model.rope_scaling.type": "rope_scaling",
+    "adapter.experts": "target_parameters",
+    "quantization.double_quantization": "double_quantization",
+    "strategy.cpu_offload": "fsdp_cpu_offload",
+    "strategy.tensor_parallel": "tensor_parallel_dim tensor_parallel_size",
+    "objective.desirable_weight": "kto_chosen_weight desirable_weight",
+    "objective.undesirable_weight": "kto_rejected_weight undesirable_weight",
+    "data.sources": "mix_strategy interleave_probs dataset_mixture",
+    "data.template_options": "enable_thinking chat_template_kwargs",
+    "adapter.init=loftq": "loftq_config loftq",
+    "adapter.init=eva": "eva_config",
+    "compile": "torch_compile_backend torch_compile_mode torch_compile",
     "dry_run": "dryrun debug",
     "sweep_dir": "sweep_path",
     "cluster.partition": "partition",
@@ -131,6 +146,7 @@ IN_SECTION = {
     "model.id": "model.path", "model.model_name": "model.path", "model.dtype": "trainer.precision",
     "data.val_path": "data.validation_path", "optimizer.type": "optimizer", "schedule.name": "schedule",
     "schedule.type": "schedule", "optimizer.momentum": "optimizer.beta1",
+    "eval.interval": "validation.every_n_steps", "eval.max_new_tokens": "validation.max_new_tokens",
 }  # fmt: skip
 """Whole keys whose last part alone means something else."""
 
@@ -172,6 +188,64 @@ NOT_HERE = {
         for name in ("account", "qos", "mem", "constraint", "reservation", "nodelist", "exclude")
     },
     "local_rank": "leave it out: train starts its ranks itself",
+    "task_type": "leave it out: every model here is a causal language model",
+    "model_type": "leave it out: it follows from the model's config.json",
+    "inference_mode": "leave it out: train trains",
+    "auto_find_batch_size": "lightning-peft estimate says what fits; give data.micro_batch_size",
+    "group_by_modality_length": "leave it out: rows are packed",
+    "eval_delay": "validation.at_steps=[...] names the steps",
+    "max_steps_per_epoch": "use trainer.max_steps, which counts over all epochs",
+    "trainable_token_indices": "give model.new_tokens=[...]: embeddings of new tokens train",
+    "resize_vocab": "leave it out: model.new_tokens=[...] adds rows",
+    "overrides_of_model_config": "change the model's config.json, in a folder of your own",
+    "rope_theta": "change the model's config.json, in a folder of your own",
+    "ref_model": "leave it out: the reference is the model without its adapter",
+    "sync_ref_model": "leave it out: the reference is the model without its adapter",
+    "create_new_adapter": "merge the first adapter, and give model=MERGED",
+    "export_dir": "use lightning-peft export RUN output=FOLDER after training",
+    "train.tie_embeddings": "leave it out: it follows from the model",
+    "tie_embeddings": "leave it out: it follows from the model",
+    "access_token": "run hf auth login, or set HF_TOKEN",
+    "hub_token": "run hf auth login, or set HF_TOKEN",
+    "hub_strategy": "use lightning-peft push RUN repo=NAME after training",
+    "hub_private_repo": "use lightning-peft push RUN repo=NAME after training",
+    "plot_loss": "use lightning-peft report RUN after training",
+    "compute_accuracy": "validation.metrics=[...] scores answers while it trains",
+    "infer_backend": "serve takes it as serve.engine",
+    "ignore_data_skip": "leave it out: a resumed run goes on at its very next row",
+    "save_only_model": "leave it out: adapter/ holds the adapter, checkpoints/ what a resume needs",
+    "save_adapter_weights_only": "leave it out: adapter/ holds the adapter, checkpoints/ what a resume needs",
+    "save_safetensors": "leave it out: adapters are always safetensors",
+    "full_determinism": "leave it out: a run is a function of its seed",
+    "logging_first_step": "leave it out: the first step is logged",
+    "log_peak_memory_stats": "leave it out: the peak is in every line and in result.json",
+    "skip_memory_metrics": "leave it out: measuring memory costs nothing",
+    "include_num_input_tokens_seen": "leave it out: metrics.csv counts tokens",
+    "include_tokens_per_second": "leave it out: metrics.csv has it",
+    "include_effective_tokens_per_second": "leave it out: metrics.csv has it",
+    "disable_tqdm": "leave it out: a log file gets lines in place of the bar",
+    "shuffle": "leave it out: training rows are always shuffled, by seed",
+    "shuffle_dataset": "leave it out: training rows are always shuffled, by seed",
+    "shuffle_merged_datasets": "leave it out: training rows are always shuffled, by seed",
+    "dataloader_drop_last": "leave it out: no row is dropped",
+    "dataloader_pin_memory": "leave it out: it follows from the device",
+    "bf16_full_eval": "leave it out: validation runs in trainer.precision",
+    "prediction_loss_only": "leave it out: validation.metrics=[...] asks for more than the loss",
+    "eos_token": "leave it out: end tokens follow from the tokenizer and its template",
+    "lora_mlp_kernel": "leave it out: fused kernels are always on",
+    "lora_qkv_kernel": "leave it out: fused kernels are always on",
+    "enable_liger_kernel": "leave it out: fused kernels are always on",
+    "use_galore": "use method=lora or method=qlora, which need less memory",
+    "use_badam": "use method=lora or method=qlora, which need less memory",
+    "adafactor": "use optimizer=adamw_8bit",
+    "optimizer_in_bwd": "use optimizer=adamw_8bit or paged_adamw_8bit where states need too much memory",
+    "relora_steps": "merge the adapter, and train another one on model=MERGED",
+    "wandb_watch": "use health.every_n_steps, which logs the adapters' norms",
+    "wandb_log_model": "leave it out: the adapter is the W&B run's artifact",
+    "profiler": "give +trainer.profiler=simple",
+    "plugins": "give imports=[MODULE]",
+    "checkpointer": "leave it out, or see checkpoint.every_n_steps",
+    "strict": "leave it out: an unknown key is always an error",
 }
 """Keys without a counterpart -> the thing to do instead."""
 

@@ -11,6 +11,7 @@ import started
 from lightning_peft.__main__ import main
 from lightning_peft.command_line import one_of_each_value
 from lightning_peft.compose import compose_config, nearest
+from lightning_peft.other_tools import ours, what_instead
 from lightning_peft.words import everyday, no_such_option, options_of_group, words_of_file
 
 KEYS = {
@@ -35,6 +36,19 @@ KEYS = {
     "logger": "use_wandb", "strategy": "deepspeed_config fsdp_config", "dry_run": "dryrun",
 }  # fmt: skip
 """Our key -> keys of HF Trainer, TRL, PEFT, axolotl, LLaMA-Factory, torchtune, litgpt and unsloth."""
+
+KEYS_OF_FILES = """
+auto_find_batch_size eval_delay full_determinism hub_token ignore_data_skip label_smoothing_factor logging_first_step
+save_only_model save_safetensors torch_compile_backend padding_free eval_packing dataset_num_proc max_prompt_length
+ref_model eos_token task_type inference_mode target_parameters trainable_token_indices loftq_config eva_config
+model_type strict plugins wandb_watch wandb_log_model lora_mlp_kernel eager_attention unfrozen_parameters relora_steps
+noisy_embedding_alpha overrides_of_model_config mask_history neat_packing mix_strategy resize_vocab use_galore
+infer_backend export_dir enable_thinking plot_loss kto_chosen_weight create_new_adapter rope_scaling lora_query lora_head
+train.tie_embeddings eval.interval eval.max_new_tokens logger_name access_token apply_lora_to_mlp quantize_base shuffle
+checkpointer metric_logger max_steps_per_epoch optimizer_in_bwd fsdp_cpu_offload tensor_parallel_dim
+save_adapter_weights_only log_peak_memory_stats double_quantization disable_tqdm dataloader_drop_last
+""".split()
+"""Keys of other tools' files, as their users paste them."""
 
 NO_COUNTERPART = {
     "do_train": "leave it out", "overwrite_output_dir": "resume=auto", "push_to_hub": "lightning-peft push",
@@ -103,6 +117,7 @@ VALUES = {
     "METHOD=lora": "METHOD: no such option; did you mean method", "learnig_rate=1": "learnig_rate: .*did you mean optimizer.lr",
     "method=lora+": "method=lora.: no such option; use method=lora_plus; method is one of",
     "conf_dir=nope": "conf_dir=nope: no such folder",
+    "lora_target=q_proj,v_proj": r"lora_target: no such option; use target_modules=\[q_proj,v_proj\]$",
 }  # fmt: skip
 """Word -> the line that answers it once the config is composed."""
 
@@ -129,9 +144,15 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(ours, key) for ours, keys in KEYS.items() for key in keys.split()])
-def test_key_of_another_tool_is_answered_with_ours(ours, theirs):
-    assert nearest(theirs, "train") == f"; use {ours}"
+@pytest.mark.parametrize(("own", "theirs"), [(own, key) for own, keys in KEYS.items() for key in keys.split()])
+def test_key_of_another_tool_is_answered_with_ours(own, theirs):
+    assert nearest(theirs, "train") == f"; use {own}"
+
+
+@pytest.mark.parametrize("key", KEYS_OF_FILES)
+def test_key_of_another_tool_s_file_is_known(key):
+    """Nearness of letters, which would answer `shuffle` with `data.shuffle_window`, does not decide."""
+    assert (ours(key) is None) != (what_instead(key) is None)
 
 
 @pytest.mark.parametrize("key", NO_COUNTERPART)
