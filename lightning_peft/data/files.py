@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, time
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -296,7 +297,13 @@ def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
         if wrong := [name for name, value in values.items() if pandas.isna(value)]:
             yield BadRow(f"{file} row {number}", "a value", "an error of the formula", wrong[0])
         elif any(value != "" for value in values.values()):  # as a line of a CSV file without any
-            yield Row({name: str(value) for name, value in values.items()}, f"{file} row {number}")
+            yield Row({name: _cell_text(value) for name, value in values.items()}, f"{file} row {number}")
+
+
+def _cell_text(value: Any) -> str:
+    """Return the text of a cell; Excel keeps a day as its midnight."""
+    is_day = isinstance(value, datetime) and value.time() == time.min
+    return str(value.date() if is_day else value)
 
 
 FILE_READERS: dict[str, Callable[[DataFile], Iterator[Row | BadRow]]] = {
