@@ -259,6 +259,8 @@ class Audit:
                 f"{self.seen_in_training:,} of {units:,} {what} are training {what} as well: their loss says "
                 "nothing of unseen rows"
             )
+        if set(self.kinds) == {TokenKind.end.name}:
+            lines.append("only end tokens are trained: no row has another part that data.train_on names")
         if self.samples and not self.ended:
             reason = (
                 "every answer is cut at data.max_length"

@@ -292,7 +292,9 @@ class _Labeller:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: frozenset[TokenKind]) -> None:
         self._tokenizer = tokenizer
         self._train_on = train_on
-        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self._special = {
+            token: len(str(added)) for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        }
         self._alone: dict[str, list[int]] = {}
 
     def label(self, rendered: Sequence[Sequence[Rendered]], adds_special_tokens: bool = False) -> list[list[Encoded]]:
@@ -351,17 +353,13 @@ class _Labeller:
     def _sample(self, ids: list[int], ends: Sequence[int], spans: Sequence[tuple[Span, int]], length: int) -> Encoded:
         labels = [IGNORED_LABEL] * len(ids)
         kinds = bytearray(len(ids))
-        weights: list[float] | None = None
-        if any(span.weight != 1 for span, _ in spans):
-            weights = [1.0] * len(ids)
+        weights = [1.0] * len(ids) if any(span.weight != 1 for span, _ in spans) else None
         last_kind = TokenKind.none
         for span, first in spans:
             if span.weight == 0:
                 continue
             for stop, kind in span.parts:
-                last = (
-                    bisect_right(ends, ends[min(bisect_left(ends, stop), len(ends) - 1)]) if stop < length else len(ids)
-                )
+                last = self._tokens_to(stop, ids, ends) if stop < length else len(ids)
                 if kind in self._train_on and last > first:
                     labels[first:last] = ids[first:last]
                     kinds[first:last] = bytes((kind,)) * (last - first)
@@ -372,6 +370,13 @@ class _Labeller:
         if labels:
             labels[0], kinds[0] = IGNORED_LABEL, 0
         return Encoded(ids, labels, ends=last_kind is TokenKind.end, kinds=bytes(kinds), weights=weights)
+
+    def _tokens_to(self, stop: int, ids: list[int], ends: Sequence[int]) -> int:
+        """Return the number of tokens up to a character, one across it included."""
+        place = min(bisect_left(ends, stop), len(ends) - 1)
+        if ids[place] in self._special and ends[place] - self._special[ids[place]] >= stop:
+            return place  # the token before ends early, as its normaliser joins a letter and an accent
+        return bisect_right(ends, ends[place])
 
     def _ids_alone(self, text: str) -> list[int]:
         if text not in self._alone:

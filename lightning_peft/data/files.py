@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, time
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -27,12 +28,7 @@ from lightning_peft.data.other_files import (
     refuse_other_separator,
 )
 from lightning_peft.data.records import elements, records
-
-PACKAGES = {
-    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp",
-    "https": "aiohttp", "sftp": "paramiko", "hf": "huggingface_hub",
-}  # fmt: skip
-"""Package that reads URLs of each kind through fsspec."""
+from lightning_peft.data.remote import first_line, remote
 
 
 class NoSuchRows(ValueError):
@@ -51,7 +47,7 @@ class DataFile:
     @property
     def suffixes(self) -> tuple[str, str]:
         """Return the endings that name the format and the compression, in lower case; "" for none."""
-        name = Path(self.path)
+        name = Path(self.path.split("?")[0] if self.is_page else self.path)
         packed = name.suffix.lower() if name.suffix.lower() in DECOMPRESSED else ""
         return (Path(name.stem) if packed else name).suffix.lower(), packed
 
@@ -59,12 +55,17 @@ class DataFile:
     def is_remote(self) -> bool:
         return "://" in self.path
 
+    @property
+    def is_page(self) -> bool:
+        """Return whether a web server has the file; its URL may end in a query, as signed ones do."""
+        return self.path.startswith(("http://", "https://"))
+
     def open(self) -> Any:
         """Open the file as it is stored. Raises OSError."""
         if not self.is_remote:
             return Path(self.path).open("rb")
         system, path = remote(self.path)
-        return system.open(path, "rb")
+        return io.BufferedReader(system.open(path, "rb"), 2**20)  # fsspec's own reading by line seeks, and is slow
 
     @contextmanager
     def content(self) -> Iterator[IO[bytes]]:
@@ -77,33 +78,36 @@ class DataFile:
             with DECOMPRESSED[packed](stored) as content:
                 yield content
 
-    def size(self) -> int:
+    def size(self) -> int | None:
+        """Return the number of bytes; None where the server does not tell. Raises NoSuchRows for one out of reach."""
         if not self.is_remote:
             return Path(self.path).stat().st_size
         system, path = remote(self.path)
-        return int(system.size(path))
+        try:
+            return system.size(path)
+        except Exception as error:  # a file system raises what its service does
+            raise NoSuchRows(f"{self.path}: cannot be reached ({first_line(error.__cause__ or error)})") from error
 
     def identity(self) -> str:
         """Return what changes with the file's content: its digest, or what a remote system tells of it."""
-        if self.is_remote:
-            system, path = remote(self.path)
-            return f"{self.path} {system.ukey(path)}"
-        with self.open() as file:
-            return f"{self.path} {hashlib.file_digest(file, hashlib.blake2b).hexdigest()}"
+        try:
+            if self.is_remote and not self.is_page:  # what fsspec knows of a page is its URL
+                system, path = remote(self.path)
+                return f"{self.path} {system.ukey(path)}"
+            digest = hashlib.blake2b()
+            with self.open() as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            return f"{self.path} {digest.hexdigest()}"
+        except Exception as error:
+            raise self.unreadable(error) from error
 
-
-def remote(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path in it. Raises ValueError for an unreachable system."""
-    from fsspec.core import url_to_fs  # only remote files need it
-
-    kind = url.split("://")[0]
-    try:
-        return url_to_fs(url)
-    except ImportError as error:
-        package = PACKAGES.get(kind, kind)
-        raise ValueError(f"{url}: {kind}:// needs the package {package} (pip install {package})") from error
-    except Exception as error:  # a file system raises what its service does
-        raise ValueError(f"{url}: {_first_line(error)}") from error
+    def unreadable(self, error: Exception) -> Exception:
+        """Return an error of disk, packing or service as a ValueError that names the file; any other as it is."""
+        kinds = (OSError, EOFError, zlib.error, lzma.LZMAError)
+        if isinstance(error, ValueError) or not (self.is_remote or isinstance(error, kinds)):
+            return error
+        return ValueError(f"{self}: cannot be read ({first_line(error)})")
 
 
 def _zstandard(file: IO[bytes]) -> IO[bytes]:
@@ -130,8 +134,8 @@ def read_rows(file: DataFile) -> Iterator[Row | BadRow]:
             with file.content() as content:
                 refuse_other_content(content.read(8), str(file))
         yield from FILE_READERS[file.suffixes[0]](file)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{file}: cannot be read ({_first_line(error)})") from error
+    except Exception as error:  # a service raises what it likes
+        raise file.unreadable(error) from error
 
 
 def _read_json_lines(file: DataFile) -> Iterator[Row | BadRow]:
@@ -243,7 +247,7 @@ def _read_parquet(file: DataFile) -> Iterator[Row | BadRow]:
             opened = pyarrow.parquet.ParquetFile(content)
             empty, names = opened.metadata.num_rows == 0, opened.schema_arrow.names
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a parquet file ({_first_line(error)})") from error
+        raise ValueError(f"{file}: not a parquet file ({first_line(error)})") from error
     _refuse_copies(names, str(file))
     if empty:
         raise ValueError(f"{file}: holds no rows")
@@ -259,7 +263,7 @@ def _read_by_datasets(file: DataFile, kind: str) -> Iterator[Row | BadRow]:
             yield Row(without_absent_keys(values), f"{file} row {number}")
     except Exception as error:  # `datasets` raises what its readers do
         article = "an" if kind == "arrow" else "a"
-        raise ValueError(f"{file}: not {article} {kind} file ({_first_line(error)})") from error
+        raise ValueError(f"{file}: not {article} {kind} file ({first_line(error)})") from error
 
 
 def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
@@ -279,7 +283,7 @@ def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
     except ImportError as error:
         raise ValueError(f"{file}: Excel files need the package openpyxl (pip install openpyxl)") from error
     except Exception as error:  # whatever the reader of a broken file stumbles on
-        raise ValueError(f"{file}: not an Excel file ({_first_line(error)})") from error
+        raise ValueError(f"{file}: not an Excel file ({first_line(error)})") from error
     filled = {name: sheet for name, sheet in sheets.items() if len(sheet)}
     if len(filled) != 1:
         found = ", ".join(map(repr, filled)) or "none"
@@ -293,11 +297,13 @@ def _read_excel(file: DataFile) -> Iterator[Row | BadRow]:
         if wrong := [name for name, value in values.items() if pandas.isna(value)]:
             yield BadRow(f"{file} row {number}", "a value", "an error of the formula", wrong[0])
         elif any(value != "" for value in values.values()):  # as a line of a CSV file without any
-            yield Row({name: str(value) for name, value in values.items()}, f"{file} row {number}")
+            yield Row({name: _cell_text(value) for name, value in values.items()}, f"{file} row {number}")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _cell_text(value: Any) -> str:
+    """Return the text of a cell; Excel keeps a day as its midnight."""
+    is_day = isinstance(value, datetime) and value.time() == time.min
+    return str(value.date() if is_day else value)
 
 
 FILE_READERS: dict[str, Callable[[DataFile], Iterator[Row | BadRow]]] = {
@@ -353,15 +359,17 @@ def _files_of(given: str, entry: str) -> list[DataFile]:
 def _remote_files(given: str, entry: str) -> list[DataFile]:
     system, path = remote(entry)
     try:
-        if any(letter in path for letter in "*?["):
-            found = [name for name in sorted(system.glob(path)) if not system.isdir(name)]
-        elif system.isdir(path):
+        if DataFile(entry).is_page and not path.endswith("/"):  # its size says whether it is there, and else why not
+            return [DataFile(entry)]
+        if system.isdir(path):
             found = sorted(system.find(path))
             return _readable(given, map(system.unstrip_protocol, found), system.unstrip_protocol(path))
-        else:
-            found = [path] if system.exists(path) else []
+        if system.exists(path):
+            found = [path]
+        else:  # a pattern, or nothing
+            found = [name for name in sorted(system.glob(path)) if not system.isdir(name)]
     except Exception as error:  # no credentials, no network, no such bucket
-        raise NoSuchRows(f"{given}: cannot be reached ({_first_line(error)})") from error
+        raise NoSuchRows(f"{given}: cannot be reached ({first_line(error)})") from error
     if not found:
         raise NoSuchRows(f"{given}: there is no such file")
     return [DataFile(system.unstrip_protocol(name)) for name in found]

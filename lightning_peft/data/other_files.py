@@ -16,6 +16,8 @@ OTHER_FILES = {
 }
 """Remedies for files that people bring and that hold no rows as they are."""
 _BEGINNINGS = {
+    b"\xff\xfe\x00\x00": "text in UTF-32; save it as UTF-8",
+    b"\x00\x00\xfe\xff": "text in UTF-32; save it as UTF-8",
     b"\xff\xfe": "text in UTF-16; save it as UTF-8",
     b"\xfe\xff": "text in UTF-16; save it as UTF-8",
     b"\x1f\x8b": "compressed; let its name end in .gz",
@@ -25,7 +27,7 @@ _BEGINNINGS = {
     b"PAR1": "Parquet; let its name end in .parquet",
     b"ARROW1": "Arrow; let its name end in .arrow",
 }
-"""First bytes of what is no text in UTF-8, what it is, and what to do."""
+"""First bytes of what is no text in UTF-8, what it is, and what to do; the first that fits counts."""
 _HOLDERS = ("data", "rows", "examples", "instances", "items", "records", "samples", "train")
 """Keys of one object inside which exports put all rows."""
 _LARGEST_OBJECT = 2**28

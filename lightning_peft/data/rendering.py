@@ -86,8 +86,7 @@ class ConversationRenderer:
         self._check_context(messages, dicts, tools, text)
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         history = History(self._template, dicts, tools, answers)
-        starts = [len(before) for index in answers if text.startswith(before := history.around(index)[0])]
-        return Rendered(text, tuple(Span(start, ((start, TokenKind.none),)) for start in starts))
+        return self._with_places(Rendered(text, ()), [self._place(history, messages, index) for index in answers])
 
     def __call__(self, conversation: Sequence[Message]) -> list[Rendered]:
         """Return texts that hold each trained turn once, that of the whole conversation last.
@@ -112,7 +111,23 @@ class ConversationRenderer:
             index = last_of[text.text]
             exact = place == len(texts) or len(texts) <= EXACT_TURNS
             self._check_context(messages[:index], dicts[:index], tools, text.text, exact)
-        return texts
+        prompts = [
+            turn.text[: turn.spans[0].start] if (turn := turns.get(index)) else self._place(history, messages, index)
+            for index in answers
+            if index < len(messages)
+        ]
+        return [self._with_places(text, prompts) for text in texts]
+
+    def _with_places(self, text: Rendered, prompts: Sequence[str | None]) -> Rendered:
+        """Return the text with a span at each prompt in it, of nothing trained where an answer is context only.
+
+        Tokens of a prompt end where it does, in whatever text it stands: generation starts there.
+        """
+        there = {span.start: span for span in text.spans}
+        for prompt in prompts:
+            if prompt is not None and len(prompt) not in there and text.text.startswith(prompt):
+                there[len(prompt)] = Span(len(prompt), ((len(prompt), TokenKind.none),))
+        return Rendered(text.text, tuple(there[start] for start in sorted(there)))
 
     def _check_tools(self, tools: Any) -> None:
         if tools and not self._template.takes_tools:
@@ -180,12 +195,24 @@ class ConversationRenderer:
             messages[index] = message if thought is None else replace(message, content=content, reasoning=None)
         return messages
 
-    def _turn(self, history: "History", messages: Sequence[Message], index: int) -> Rendered:
-        prompt, whole, places = history.around(index)
-        message = messages[index]
-        if _CLOSED_THOUGHT.search(prompt) and self._template.thought_of(message)[0]:
-            prompt = history.thinking_prompt(index)
+    def _place(self, history: "History", messages: Sequence[Message], index: int) -> str | None:
+        """Return the prompt before a turn that is context; None where the template refuses one, as at the beginning."""
+        try:
+            return self._prompt(history, messages[index], index, history.around(index)[0])
+        except ChatTemplateError:
+            return None
+
+    def _prompt(self, history: "History", message: Message, index: int, usual: str) -> str:
+        """Return the prompt that a turn is generated from: the usual one, or the one that asks for its thought."""
+        if _CLOSED_THOUGHT.search(usual) and self._template.thought_of(message)[0]:
             _log_thinking()
+            return history.thinking_prompt(index)
+        return usual
+
+    def _turn(self, history: "History", messages: Sequence[Message], index: int) -> Rendered:
+        usual, whole, places = history.around(index)
+        message = messages[index]
+        prompt = self._prompt(history, message, index, usual)
         if whole.startswith(prompt):
             said = whole[len(prompt) :]
         else:
@@ -245,7 +272,10 @@ class ConversationRenderer:
             raise ChatTemplateError(
                 f"the chat template does not write the content of assistant message {index + 1} as it is"
             )
-        stop = max(stop, answer_start + len(answer))  # an answer may itself end in a special token
+        after = answer_start + len(answer)
+        if after >= end and (later := self._end(said, after))[0] < len(said):  # the token found is the answer's own
+            stop, end = later
+        stop = max(stop, after)  # an answer may itself end in a special token
         if given is not None and not (thought or answer or calls):
             raise ChatTemplateError(f"assistant message {index + 1} says nothing, its thought is empty")
         parts: list[tuple[int, TokenKind]] = []
@@ -280,10 +310,10 @@ class ConversationRenderer:
         closing = CLOSING.match(said, place + len(thought))
         return closing.end() if closing is not None else place + len(thought)
 
-    def _end(self, said: str) -> tuple[int, int]:
-        """Return where the end tokens of a turn start and stop; the same place twice where it has none."""
+    def _end(self, said: str, after: int = 0) -> tuple[int, int]:
+        """Return where the end tokens of a turn start and stop; the end of the text twice where it has none."""
         for pattern in self._ends:
-            if match := pattern.search(said):
+            if match := pattern.search(said, after):
                 return match.start("first"), match.end("first")
         return len(said), len(said)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chatml import CHATML
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 WORDS = "user assistant system Hi Hello there Paris France Be brief Thanks Welcome one two three four User Assistant"
@@ -25,7 +25,7 @@ SPECIAL = [
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """Return the function `make_tokenizer(chat_template, bos, eos, adds_bos, trim_offsets)`; byte-level BPE."""
+    """Return the function `make_tokenizer(chat_template, bos, eos, ...)`; byte-level BPE."""
 
     def make(
         chat_template: str | None = None,
@@ -33,10 +33,13 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         eos: str | None = "</s>",
         adds_bos: bool = False,
         trim_offsets: bool = False,
+        normalizer: normalizers.Normalizer | None = None,
     ) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
         trainer = trainers.BpeTrainer(
             vocab_size=600, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         )

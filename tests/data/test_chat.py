@@ -1,14 +1,17 @@
 import json
 import logging
+import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from chatml import CHATML
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from lightning_peft.data.chat import ChatTemplateError, encode, encode_all, encode_prompt, end_token_ids
 from lightning_peft.data.conversation import TEXT_ROLE, Message
-from lightning_peft.data.rendering import Rules
+from lightning_peft.data.rendering import Rules, TokenKind
 
 LLAMA_3 = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -124,6 +127,41 @@ def test_trimmed_content_is_labelled_as_rendered(make_tokenizer):
 def test_end_token_in_content_does_not_end_the_span(chatml):
     _, trained = tokens_and_trained([Message("user", "Hi"), Message("assistant", "one<|im_end|>two")], chatml)
     assert [token for token in trained if token] == ["one", "<|im_end|>", "two", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n", "\t\n"])
+def test_end_is_trained_behind_an_answer_that_closes_with_such_a_token(chatml, space):
+    sample = encode([Message("user", "Hi"), Message("assistant", f"say <|im_end|>{space}")], chatml)
+    trained = [label for label in sample.labels if label != -100]
+    assert chatml.decode(trained) == f"say <|im_end|>{space}<|im_end|>"
+    assert (sample.ends, sample.kinds.count(TokenKind.end)) == (True, 1)
+
+
+@pytest.mark.parametrize("answer", ["cafe\u0301", "\u1112\u1161\u11ab", "A\u030a"])
+def test_letter_that_the_tokenizer_joins_with_its_accent_leaves_the_end_an_end(make_tokenizer, answer):
+    tokenizer = make_tokenizer(CHATML, eos="<|im_end|>", normalizer=normalizers.NFC())
+    sample = encode([Message("user", "Hi"), Message("assistant", answer)], tokenizer)
+    kinds = {kind: [t for t, k in zip(sample.input_ids, sample.kinds, strict=True) if k == kind] for kind in TokenKind}
+    assert tokenizer.decode(kinds[TokenKind.answer]) == unicodedata.normalize("NFC", answer)
+    assert tokenizer.decode(kinds[TokenKind.end]) == "<|im_end|>"
+    assert sample.ends
+
+
+@pytest.mark.parametrize("last_turn_only", [False, True])
+@pytest.mark.parametrize("template", ["qwen", "llama"])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize("answer", ["Hello", "\nHello", "\n\nHello"])
+def test_tokens_of_an_earlier_answer_are_those_in_the_prompt_of_generation(
+    make_tokenizer, answer, weight, template, last_turn_only
+):
+    """Whether it is trained in the same text, in one of its own, or not at all."""
+    source = {"qwen": QWEN_3, "llama": LLAMA_3.replace(" | trim", "")}[template]
+    tokenizer = make_tokenizer(source, eos="<|im_end|>")
+    messages = [Message("user", "Hi"), Message("assistant", answer, weight=weight), *TWO_TURNS[2:]]
+    sample = encode_all([messages], tokenizer, Rules(last_turn_only=last_turn_only))[0][-1]
+    prompt = encode_prompt(messages[:3], tokenizer)
+    assert sample.input_ids[: len(prompt)] == prompt
+    assert sample.labels[len(prompt)] == sample.input_ids[len(prompt)]
 
 
 @pytest.mark.parametrize("content", ["Hello", " Hello", "\nHello", "\n\nHello", "😀 Hello", "é", " "])

@@ -1,6 +1,7 @@
 """Rows from folders, lists, compressed files and URLs."""
 
 import bz2
+import datetime
 import gzip
 import importlib.util
 import json
@@ -172,15 +173,20 @@ def test_arrow_files_are_read(tmp_path):
     assert read(str(next((tmp_path / "saved").glob("*.arrow")))) == ROWS
 
 
+DAYS = [["Day?", datetime.date(2024, 1, 2)], ["Moment?", datetime.datetime(2024, 1, 2, 3, 4, 5)]]
+
+
 def test_excel_cells_are_text(tmp_path):
     book = openpyxl.Workbook()
-    for cells in (["prompt", "completion"], ["2 + 2?", 4], ["Half?", 0.5], ["Empty?", None]):
+    for cells in (["prompt", "completion"], ["2 + 2?", 4], ["Half?", 0.5], ["Empty?", None], *DAYS):
         book.active.append(cells)
     book.save(tmp_path / "rows.xlsx")
     assert [tuple(row.values()) for row in read(str(tmp_path / "rows.xlsx"))] == [
         ("2 + 2?", "4"),
         ("Half?", "0.5"),
         ("Empty?", ""),
+        ("Day?", "2024-01-02"),
+        ("Moment?", "2024-01-02 03:04:05"),
     ]
     book.create_sheet("More").append(["prompt"])
     book.save(tmp_path / "rows.xlsx")
@@ -289,6 +295,7 @@ def test_data_is_a_file_whatever_the_case_of_its_ending(name):
     ("name", "content", "message"),
     [
         ("r.jsonl", lines(ROWS).decode().encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+        ("r.jsonl", lines(ROWS).decode().encode("utf-32"), "is text in UTF-32; save it as UTF-8"),
         ("r.csv", "prompt,completion\na,b\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
         ("r.jsonl", gzip.compress(lines(ROWS)), "is compressed; let its name end in .gz"),
         ("r.json", zstandard(lines(ROWS)), "is compressed; let its name end in .zst"),
@@ -298,7 +305,18 @@ def test_data_is_a_file_whatever_the_case_of_its_ending(name):
         ("r.json", json.dumps({"rows": ROWS}, indent=2).encode(), "is one object whose rows are inside 'rows'; "),
         ("r.json", json.dumps(ROWS[0], indent=2).encode(), "is one object over several lines; rows are an array of"),
     ],
-    ids=["utf-16", "utf-16 csv", "gzip", "zstandard", "archive", "parquet", "in data", "in rows", "one object"],
+    ids=[
+        "utf-16",
+        "utf-32",
+        "utf-16 csv",
+        "gzip",
+        "zstandard",
+        "archive",
+        "parquet",
+        "in data",
+        "in rows",
+        "one object",
+    ],
 )
 def test_file_that_is_not_what_its_name_says_is_told_so(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

@@ -221,6 +221,12 @@ def test_parts_that_are_not_trained_have_no_label():
     assert set(audit.kinds) == {"answer", "end"}
 
 
+def test_part_that_no_row_has_leaves_only_ends_to_train_and_is_said():
+    samples, audit = run([{"messages": [HI, HELLO]}], tokenizer_of("chatml"), train_on=[Trained.reasoning])
+    assert [trained(sample, tokenizer_of("chatml")) for sample in samples] == ["<|im_end|>"]
+    assert "only end tokens are trained: no row has another part that data.train_on names" in audit.warnings()
+
+
 def test_audit_counts_the_labels_by_kind():
     tokenizer = tokenizer_of("qwen3")
     samples, audit = run([THINKS], tokenizer)
