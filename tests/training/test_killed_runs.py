@@ -72,6 +72,19 @@ def test_kills_at_many_steps_lose_nothing(tmp_path, undisturbed):
     assert_equal_runs(tmp_path / "run", undisturbed)
 
 
+def test_answers_of_a_resumed_run_are_those_of_one_that_was_never_stopped(tmp_path):
+    """The validation behind step 3 is taken twice, as the last checkpoint is of step 2."""
+    run = [*RUN, "validation.every_n_steps=3", "validation.samples=2", "trainer.max_steps=5"]
+    train(tiny_config(tmp_path / "whole", *run))
+    with pytest.raises(RuntimeError, match="micro batch 7"):
+        train(tiny_config(tmp_path / "run", *run, "+callbacks.fail={_target_: signalling.FailAt, micro_batch: 7}"))
+    samples = tmp_path / "run" / "samples.jsonl"
+    assert len(samples.read_text().splitlines()) == 2
+    samples.write_text(samples.read_text() + '{"step": 3, "prom')
+    train(tiny_config(tmp_path / "run", *run))
+    assert samples.read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
 def test_finished_run_is_not_run_again(undisturbed):
     before = (undisturbed / "result.json").read_text()
     assert train(tiny_config(undisturbed, *RUN)) == json.loads(before)
