@@ -1,6 +1,7 @@
 """Files and folders that are either the old one or the new one, whatever happens while they are written."""
 
 import ctypes
+import errno
 import os
 import shutil
 import socket
@@ -65,6 +66,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(partial)
         _replace_folder(partial, path)
         _sync(path.parent)
+
+
+def check_is_there(folder: Path) -> None:
+    """Raise FileNotFoundError for a folder that was moved or removed: what is saved below it would make another."""
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
 def write_text(path: Path, text: str) -> None:
