@@ -356,6 +356,7 @@ def test_metric_named_like_a_swept_key_leaves_its_column_alone():
         ({"status": "finished", "device_hours": "1"}, True),
         ({"status": "finished", "device_hours": {}}, True),
         ({"status": "finished", "validation_loss": [1.0]}, True),
+        ({"status": "finished", "validation_loss": True}, True),
         ({"status": "paused", "steps": None}, True),
     ],
 )
