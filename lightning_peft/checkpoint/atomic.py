@@ -1,11 +1,12 @@
 """Files and folders that are either the old one or the new one, whatever happens while they are written."""
 
 import ctypes
+import errno
 import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -67,13 +68,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def check_is_there(folder: Path) -> None:
+    """Raise FileNotFoundError for a folder that was moved or removed: what is saved below it would make another."""
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+
+
+def is_written_as_it_stands(path: Path) -> bool:
+    """Return whether a path leads to a device or a pipe, in whose place no file is put."""
+    return path.exists() and (not path.is_file() or path.is_relative_to(DEVICES))  # /dev/stdout may lead to a file
+
+
+def check_can_write(path: Path) -> None:
+    """Raise ValueError for a file that could not be written now, before what is to stand in it is computed."""
+    place = path if is_written_as_it_stands(path) else path.resolve().parent
+    if not os.access(place, os.W_OK, effective_ids=True):  # also where the file system is mounted read-only
+        raise ValueError(f"{path}: cannot be written, as {place} is read-only here; give output= another place")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that somebody asked for, whole or not at all, also behind a link; a device or pipe as it stands.
 
     Who may read a file that was there before may read the new one. Raises SaveError as `atomic_file` does, OSError with
     the file's name for what is no file.
     """
-    if path.exists() and (not path.is_file() or path.is_relative_to(DEVICES)):  # /dev/stdout may lead to a file
+    if is_written_as_it_stands(path):
         with names_file(path):
             path.write_text(text, encoding="utf-8")
         return
@@ -143,5 +162,6 @@ def _sync(path: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        return
+    with suppress(OSError):  # what has failed before is said, and not this
+        path.unlink()

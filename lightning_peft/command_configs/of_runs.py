@@ -53,6 +53,8 @@ class ReportConfig:
     """The .html file; null writes report.html into the folder."""
     png: bool = False
     """Write each picture as a PNG beside the page, too."""
+    wandb: bool = False
+    """Write the report of a sweep to W&B as well, on its server, where its trials were logged."""
 
 
 @dataclass

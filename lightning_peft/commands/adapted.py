@@ -13,6 +13,7 @@ from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.mixture import shared_option
+from lightning_peft.inference.generate import settings_not_decoded
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
@@ -86,6 +87,15 @@ def layout_of(adapter_path: str | None, tokenizer: PreTrainedTokenizerFast) -> P
     trained = saved_config(adapter_path)
     data = trained.data if trained is not None else DataConfig()
     return PromptLayout.of(replace(data, system_prompt=shared_option(data, "system_prompt")), None, tokenizer)
+
+
+def say_settings_not_followed(model: PreTrainedModel) -> None:
+    """Log what the base's own generation config sets and no engine that serves it follows."""
+    if ignored := settings_not_decoded(model):
+        said = ", ".join(f"{key}={value}" for key, value in ignored.items())
+        logger.warning(
+            "generation_config.json of the base sets %s: answers here do not follow it, `generate` does", said
+        )
 
 
 def inference_device() -> torch.device:

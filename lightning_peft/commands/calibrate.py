@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.adapters.balora import InputVariance, sampling
-from lightning_peft.checkpoint.atomic import write_text
+from lightning_peft.checkpoint.atomic import check_can_write, write_text
 from lightning_peft.command_configs.of_answers import CalibrateConfig
 from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.commands.evaluate import data_of, refuse_margins, show_calibration, validation_loader
@@ -19,6 +19,8 @@ from lightning_peft.strict_json import json_text
 
 def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
     """Score the mean adapter and what is random beside it; print a table, write the scores and a diagram."""
+    path = Path(config.output) if config.output else tuned_folder(config.adapter_path).parent / "calibration.json"
+    check_can_write(path)
     data = replace(data_of(saved_config(config.adapter_path), config), max_validation_rows=config.max_rows)
     refuse_margins(data)
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
@@ -37,7 +39,6 @@ def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
         raise ValueError("data has no validation rows: give data.validation_path, or raise data.validation_fraction")
     found = {name: calibration(way, loader, config.seed) for name, way in ways.items()}
     show_calibration(found, rows)
-    path = Path(config.output) if config.output else tuned_folder(config.adapter_path).parent / "calibration.json"
     write_text(path, json_text({name: asdict(scores) for name, scores in found.items()} | {"rows": rows}))
     print(path)
     write_picture(path.with_suffix(".png"), partial(diagram, found))

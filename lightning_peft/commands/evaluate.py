@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.balora import sampling
 from lightning_peft.adapters.inject import disable_adapters
-from lightning_peft.checkpoint.atomic import write_text
+from lightning_peft.checkpoint.atomic import check_can_write, write_text
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import changes_base
 from lightning_peft.checkpoint.peft_words import gives_rewards
@@ -56,6 +56,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score base and adapter on the first `max_rows` test rows; return and write {"base": ..., "adapter": ...}."""
     if config.adapter_path is not None:
         config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
+    if (path := report_path(config)) is not None:
+        check_can_write(path)
     saved = saved_config(config.adapter_path)
     data_config = data_of(saved, config)
     if config.adapter_path is None and config.models is not Scored.base:
@@ -382,13 +384,15 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(width=120)
 
 
+def report_path(config: EvaluateConfig) -> Path | None:
+    if config.output is not None:
+        return Path(config.output)
+    return None if config.adapter_path is None else tuned_folder(config.adapter_path).parent / "evaluation.json"
+
+
 def write_report(report: dict[str, Any], config: EvaluateConfig) -> None:
     """Write the scores to `output`, else to the run's folder, and into the card of what the run made."""
-    if config.output is not None:
-        path = Path(config.output)
-    elif config.adapter_path is not None:
-        path = tuned_folder(config.adapter_path).parent / "evaluation.json"
-    else:
+    if (path := report_path(config)) is None:
         return
     write_text(path, json_text(report))
     if config.output is None and config.adapter_path is not None:

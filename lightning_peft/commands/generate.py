@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lightning_peft.checkpoint.atomic import write_text
+from lightning_peft.checkpoint.atomic import check_can_write, write_text
 from lightning_peft.command_configs.of_answers import GenerateConfig
 from lightning_peft.commands.adapted import best_of_sweep, continues_text, layout_of, load_for_inference
 from lightning_peft.data.conversation import BadRow, Conversation, Message, Row
@@ -53,6 +53,8 @@ def generate(config: GenerateConfig) -> None:
         raise ValueError("prompt=null: a chat reads from stdin, which is closed; give prompt= or prompt_path=")
     if config.output is not None and prompts is None:
         raise ValueError(f"output={config.output}: only the answers to prompt_path go to a file")
+    if config.output is not None:
+        check_can_write(Path(config.output))
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     if config.passes > 1:
         check_draws(model, config.passes)

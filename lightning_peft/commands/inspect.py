@@ -27,7 +27,7 @@ from lightning_peft.adapters.spectrum import (
     warnings_of,
 )
 from lightning_peft.adapters.targets import block_depth
-from lightning_peft.checkpoint.atomic import write_text
+from lightning_peft.checkpoint.atomic import check_can_write, write_text
 from lightning_peft.checkpoint.lineage import read_lineage
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
 from lightning_peft.command_configs.of_adapters import InspectConfig
@@ -59,6 +59,8 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     option = "smaller_ranks=true" if config.smaller_ranks else f"directions={config.directions}"
     rows = _validation_rows(path, config, option) if config.smaller_ranks or config.directions else None
     data = rows if config.smaller_ranks else None
+    output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"
+    check_can_write(output)
     model, tokenizer = _model_of(path, config)
     found = _adapters_in(model, path)
     to_cut = None if data is None else _to_cut(path, model, data, tokenizer)
@@ -84,7 +86,6 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
         print(warning)
     if rows is not None and config.directions:
         content["directions"] = _directions(path, model, tokenizer, found, rows, config.directions)
-    output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"
     write_text(output, json_text(content))
     print(output)
     write_picture(output.with_suffix(".png"), partial(_map, spectra, kinds))

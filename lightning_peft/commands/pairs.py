@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_peft.checkpoint.atomic import write_text
+from lightning_peft.checkpoint.atomic import check_can_write, write_text
 from lightning_peft.command_configs.of_answers import Chosen, PairsConfig
 from lightning_peft.commands.adapted import (
     best_of_sweep,
@@ -44,6 +44,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
     """Draw answers to training prompts, score them, and write the pairs; return and write the counts."""
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     refuse_rewards(tuned_folder(config.adapter_path))
+    check_can_write(Path(config.output))
     data = rows_asked(config)
     metric, small_is_good = metric_of(config, data)
     audit, tokenizer = Audit(), tokenizer_for_inference(config.adapter_path, config.model)

@@ -1,4 +1,4 @@
-"""`lightning-peft report RUN|SWEEP`: one HTML page that needs no network, and its pictures as PNG."""
+"""`lightning-peft report RUN|SWEEP`: one HTML page that needs no network, its pictures as PNG, and W&B's report."""
 
 import importlib.util
 import logging
@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 def report(config: ReportConfig) -> Path:
     """Write the page of a run or sweep and return its path.
 
-    Raises ValueError for a folder that holds neither, for an output that is no .html, and without matplotlib.
+    Raises ValueError for a folder that holds neither, for an output that is no .html, and without matplotlib,
+    and, once the page is written, where W&B takes no report.
     """
     folder = Path(config.path)
     if not folder.is_dir():
@@ -28,9 +29,12 @@ def report(config: ReportConfig) -> Path:
     # This imports matplotlib, which other commands do without.
     from lightning_peft.report.run import run_page
     from lightning_peft.report.sweep import sweep_page
+    from lightning_peft.report.wandb_report import check_wandb_report, write_wandb_report
 
-    if (folder / MANIFEST).is_file():
-        sweep = read_sweep(folder)
+    sweep = read_sweep(folder) if (folder / MANIFEST).is_file() else None
+    if config.wandb:
+        check_wandb_report(folder, sweep)
+    if sweep is not None:
         refresh(sweep, folder, find_jobs(sweep))
         page = sweep_page(folder, sweep)
     else:
@@ -43,4 +47,7 @@ def report(config: ReportConfig) -> Path:
             with names_file(path):
                 figure.savefig(path, dpi=150)
             print(path)
+    if config.wandb:
+        assert sweep is not None, "check_wandb_report refuses a run"
+        print(write_wandb_report(folder, sweep))
     return output

@@ -19,11 +19,12 @@ from lightning_peft.commands.adapted import (
     inference_dtype,
     layout_of,
     load_for_inference,
+    say_settings_not_followed,
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm
 from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
-from lightning_peft.inference.own_settings import declared_end_ids, settings_not_decoded
+from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
@@ -125,11 +126,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         tiers.folders = folders
     model.requires_grad_(False)
     layout = layout.with_stops(sorted(declared_end_ids(model)))
-    if ignored := settings_not_decoded(model):
-        said = ", ".join(f"{key}={value}" for key, value in ignored.items())
-        logger.warning(
-            "generation_config.json of the base sets %s: answers here do not follow it, `generate` does", said
-        )
+    say_settings_not_followed(model)
     engine = Engine(Decoder(model, slots), tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
     serving = Serving(engine, tiers, tokenizer, name, layout, served.context, config.serve)
     with listening(config.serve) as listener:

@@ -14,9 +14,10 @@ from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, adapter_config_from_peft
 from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
 from lightning_peft.command_configs.of_answers import ServeConfig
-from lightning_peft.commands.adapted import features_of_folder, inference_dtype, layout_of
+from lightning_peft.commands.adapted import features_of_folder, inference_dtype, layout_of, say_settings_not_followed
 from lightning_peft.commands.export import base_file, export
 from lightning_peft.inference.load import is_whole_model, refuse_rewards
+from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.models.loading import empty_model, load_model, load_tokenizer, model_name
 from lightning_peft.models.source import ModelConfig, commit_of, name_for_others
 from lightning_peft.quantization.config import QuantizationConfig
@@ -78,9 +79,11 @@ def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path],
         kind = served.quantization.kind.name
         logger.warning("the adapters were trained on a base with quantization.kind=%s, vLLM has it dense", kind)
     rank = config.serve.max_rank or max([adapter.rank for adapter in judged.values()] or [DEFAULT_RANK])
+    model = empty_model(served.base)
+    say_settings_not_followed(model)
+    layout = layout_of(None, load_tokenizer(served.base)).with_stops(sorted(declared_end_ids(model)))
     settings = Settings(
-        served.name, served.fingerprint, layers_of(empty_model(served.base)), size_for(rank),
-        asdict(layout_of(None, load_tokenizer(served.base))),
+        served.name, served.fingerprint, layers_of(model), size_for(rank), asdict(layout),
         {name: str(adapter.folder.resolve()) for name, adapter in judged.items()},
         None if directory is None else str(directory.resolve()), config.serve.allow_load,
         config.serve.max_batch + config.serve.max_queue,

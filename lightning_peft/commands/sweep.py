@@ -70,6 +70,8 @@ SECONDS_FOR_ANOTHER_RETRY = 60.0
 """Time to wait for another retry: more than a cluster takes to answer."""
 BUDGET = "sweep.budget_gpu_hours"
 """The one key of the sweep that a retry may change."""
+RANK = {"rank", "adapter.rank"}
+"""Two words of one key."""
 OWN_KEYS = tuple(SweepCommandConfig.__dataclass_fields__)
 
 
@@ -150,6 +152,16 @@ def retry(config: SweepCommandConfig, overrides: list[str]) -> None:
         start_again(config, overrides, folder)
 
 
+def refuse_swept(words: Sequence[str], sweep: Sweep) -> None:
+    """Raise ValueError for a word of a swept key: a trial would be ranked by a value that it was not trained with."""
+    swept = set(sweep.swept_keys)
+    if swept & RANK:
+        swept |= RANK
+    for word in words:
+        if (key := word.lstrip("+~").partition("=")[0]) in swept:
+            raise ValueError(f"{word}: {key} is swept, so each trial keeps its own; submit other values as a sweep")
+
+
 def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) -> None:
     own, run_words = split_words(overrides)
     budget = more_budget([word for word in own if word.startswith(f"{BUDGET}=")])
@@ -158,6 +170,7 @@ def start_again(config: SweepCommandConfig, overrides: list[str], folder: Path) 
     if kept := [word for word in own if not word.startswith(f"{BUDGET}=")]:
         raise ValueError(f"{kept[0]}: of the sweep as it was submitted; a retry changes those of its runs")
     with changed_sweep(folder) as sweep:
+        refuse_swept(run_words, sweep)
         look(sweep, folder, config.gone)
         if budget is not None and SweepPlace[sweep.cluster] not in WITH_TURNS:
             raise ValueError(

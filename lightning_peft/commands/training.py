@@ -21,7 +21,7 @@ from lightning_peft import distributed, readable
 from lightning_peft.adapters.hybrid_lora import table_of
 from lightning_peft.adapters.inject import trainable_parameter_counts
 from lightning_peft.adapters.method import Selection
-from lightning_peft.checkpoint.atomic import atomic_file, write_text
+from lightning_peft.checkpoint.atomic import atomic_file, check_is_there, write_text
 from lightning_peft.checkpoint.lineage import installed_versions
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.resume import saved_selection
@@ -156,6 +156,8 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     def save(module: LightningModule, folder: Path) -> None:
         assert isinstance(module, FinetuneModule)
         assert module.objective is not None
+        if distributed.rank() == 0:
+            check_is_there(run_dir)
         found = replace(lineage, packing_difference=module.objective.packing_difference)
         save_tuned(module, tokenizer, folder, found, layout)
 
@@ -253,7 +255,8 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
             result |= {"rollbacks": len(rollbacks), "lr_factor": module.lr_factor}
         if guard.left_out:
             result["steps_left_out"] = guard.left_out
-        if distributed.rank() == 0 and result["status"] != ROLLED_BACK:
+        # A folder that was moved meanwhile is not made anew, which would hold nothing else.
+        if distributed.rank() == 0 and result["status"] != ROLLED_BACK and run_dir.is_dir():
             with atomic_file(run_dir / "result.json") as path:
                 path.write_text(json_text(result))
             for folder in (run_dir / "adapter", run_dir / MODEL_FOLDER):

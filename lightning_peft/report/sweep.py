@@ -18,11 +18,8 @@ def sweep_page(folder: Path, sweep: Sweep) -> Page:
     page = Page(f"Sweep {folder.resolve().name}")
     metric = sweep.metric.removeprefix("-")
     page.note(f"{len(sweep.trials)} trials over {', '.join(sweep.swept)}")
-    if (best := best_trial(sweep)) is not None:
-        page.note(f"best {metric}: {best[1]:.6g} of {best[0]}")
-    for said in (*doubts(sweep), sentence(sweep), cut_sentence(sweep, folder, str(folder))):
-        if said is not None:
-            page.note(said)
+    for said in sentences(folder, sweep):
+        page.note(said)
     without = [trial for trial in sweep.trials if score(sweep, trial) is None]
     if without:
         page.note(f"without a number, and in no picture: {', '.join(f'{t.name} ({t.state})' for t in without)}")
@@ -35,6 +32,14 @@ def sweep_page(folder: Path, sweep: Sweep) -> Page:
     page.heading("Where it comes from")
     page.folded("words that all trials share", "\n".join(sweep.words))
     return page
+
+
+def sentences(folder: Path, sweep: Sweep) -> list[str]:
+    """Return the best trial, what keeps numbers from being compared, and what the sweep has shown."""
+    best = best_trial(sweep)
+    of_best = None if best is None else f"best {sweep.metric.removeprefix('-')}: {best[1]:.6g} of {best[0]}"
+    said = (of_best, *doubts(sweep), sentence(sweep), cut_sentence(sweep, folder, str(folder)))
+    return [text for text in said if text is not None]
 
 
 def _metric(page: Page, sweep: Sweep, metric: str) -> None:

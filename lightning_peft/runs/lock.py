@@ -40,6 +40,10 @@ class FolderInUse(ValueError):
     """Another process writes the folder."""
 
 
+class FolderGone(ValueError):
+    """The folder was moved or removed while this process wrote it."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that a lock file names."""
@@ -88,13 +92,15 @@ def only_writer(
 ) -> Iterator[None]:
     """Keep every other process that asks out of the block for the folder, which is made where it is missing.
 
-    Raises FolderInUse, which names the holder, once `patience_seconds` have passed; `key` is the option that named the
-    folder, or `named` where that is another. A folder made for this block goes again when the block leaves it empty.
+    Raises FolderInUse, which names the holder, once `patience_seconds` have passed, and FolderGone for an OSError of
+    the block where the folder is another by then; `key` is the option that named the folder, or `named` where that is
+    another. A folder made for this block goes again when the block leaves it empty.
     """
     refuse_file(folder, key)
     _make(folder)
     file = _locked_file(folder, f"{key}={named or folder}", patience_seconds)
     _open_locks.add(file.fileno())
+    taken = folder.stat()
     done = threading.Event()
     beats = threading.Thread(target=_beat, args=(folder / LOCK, done), daemon=True)
     try:
@@ -102,11 +108,19 @@ def only_writer(
             _write_holder(file)
         beats.start()
         yield
+    except OSError as error:
+        if not _is_gone(folder, taken):
+            raise
+        raise FolderGone(
+            f"{key}={named or folder}: was moved or removed while this process wrote it ({error}); "
+            "give the folder as it is called now"
+        ) from error
     finally:
         done.set()
         if beats.is_alive():
             beats.join()
-        (folder / LOCK).unlink(missing_ok=True)
+        if _is_of(file, folder / LOCK):  # in a folder that was made anew it is another process's
+            (folder / LOCK).unlink(missing_ok=True)
         _open_locks.discard(file.fileno())
         with suppress(OSError):  # a full disk says so a second time, and without the file's name
             file.close()
@@ -129,6 +143,8 @@ def only_maker(output: Path) -> Iterator[None]:
 def refuse_file(folder: Path, key: str) -> None:
     """Raise ValueError where a folder would have to be made over or below a file; `key` is the option that names it."""
     found = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if found is not None and found.is_symlink() and not found.exists():
+        raise ValueError(f"{key}={folder}: {found} is a link to {found.readlink()}, which is not there; name a folder")
     if found is not None and not found.is_dir():
         raise ValueError(f"{key}={folder}: {found} is a file; name a folder")
 
@@ -188,15 +204,28 @@ def _take(file: IO[str], path: Path) -> bool:
             raise
         carries_locks = False
         logger.warning("%s: this file system has no locks; a second writer is told by time stamps only", path.parent)
-    try:
-        if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-            return _take_again(file)
-    except FileNotFoundError:
+    if not _is_of(file, path):
         return _take_again(file)
     holder = _read_holder(file)
     if holder is None or (carries_locks and holder.host == socket.gethostname()):
         return True
     return not _is_beating(path)
+
+
+def _is_gone(folder: Path, taken: os.stat_result) -> bool:
+    """Return whether no folder, or another, is where that of `taken` was."""
+    try:
+        return not os.path.samestat(folder.stat(), taken)
+    except OSError as error:  # a file server may be away for a while
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+
+
+def _is_of(file: IO[str], path: Path) -> bool:
+    """Return whether an open file is still the one that the path leads to."""
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except OSError:
+        return False
 
 
 def _take_again(file: IO[str]) -> bool:

@@ -25,6 +25,20 @@ def without_point(number: Any) -> Any:
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
+def text_of_parts(content: Any) -> Any:
+    """Return the text of a message's parts, which many clients write it in. Raises ValueError for parts of other kinds.
+
+    Parts stand one after the other, a line each, as vLLM has them.
+    """
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
+            raise ValueError(f"a part of type {kind} is not read here: parts are {{type: text, text: ...}}")
+    return "\n".join(part["text"] for part in content)
+
+
 def author(name: str) -> str:
     """Return system, user, assistant or tool for any name of one that training rows may give. Raises ValueError."""
     known = [name for name in ROLES if name not in CALL_ROLES]  # the text of others would be read as a call
@@ -36,6 +50,18 @@ def author(name: str) -> str:
 Text = Annotated[str, AfterValidator(whole_characters)]
 Whole = Annotated[int, BeforeValidator(without_point)]
 Role = Annotated[str, AfterValidator(author)]
+
+
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "audio": (), "best_of": (1,), "frequency_penalty": (0,), "function_call": ("none",), "functions": ([],),
+    "logit_bias": ({},), "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (),
+    "presence_penalty": (0,), "reasoning_effort": (), "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",), "tool_choice": ("none", "auto"),
+    "tools": ([],), "verbosity": (), "web_search_options": (),
+}  # fmt: skip
+"""OpenAI's keys that are not done here, and their values that change no answer: some clients send these unasked."""
+LABELS = ("metadata", "prompt_cache_key", "safety_identifier")
+"""OpenAI's keys that change no answer, whatever their value."""
 
 
 class Body(BaseModel):
@@ -69,6 +95,19 @@ class Sampling(Body):
     n: Whole = Field(default=1, ge=1, le=1)
     user: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def only_what_is_done(cls, given: Any) -> Any:
+        """Leave out what asks for nothing, and name what is not done: ignored, it would be another answer."""
+        if not isinstance(given, dict):
+            return given
+        left_out = {*LABELS, *(key for key, value in given.items() if value is None)}
+        for key in given.keys() & ASKS_NOTHING.keys() - left_out:
+            if given[key] not in ASKS_NOTHING[key]:
+                raise ValueError(f"{key} is not done here; leave it out")
+            left_out.add(key)
+        return {key: value for key, value in given.items() if key not in left_out}
+
     @field_validator("stop", mode="before")
     @classmethod
     def one_stop_is_a_list(cls, given: Any) -> Any:
@@ -85,7 +124,7 @@ class Turn(Body):
     """A message of a chat."""
 
     role: Role
-    content: Text
+    content: Annotated[Text, BeforeValidator(text_of_parts)]
     name: Text | None = None
 
 

@@ -29,6 +29,7 @@ name, where there is one."""
 ROLES = ("system", "user", "assistant", "tool")
 WEIGHTS = "adapter_model.safetensors"
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+MODELS = "/v1/models"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 OPEN = ("/", "/health")
@@ -233,11 +234,11 @@ class Adapters:
         if path not in OPEN and not key_fits(headers.get(b"authorization", b""), self.key):
             raise Refusal(401, "the API key is missing or wrong", "invalid_api_key")
         if scope["method"] in ("GET", "HEAD"):
-            if path != "/v1/models":
-                return await self.app(scope, receive, send)
-            base, common = self.settings.base_name, {"object": "model", "created": 0, "owned_by": "lightning_peft"}
-            models = [{"id": name, **common, "parent": None if name == base else base} for name in self.names()]
-            return await say(send, {"object": "list", "data": models})
+            if path == MODELS:
+                return await say(send, {"object": "list", "data": [self.described(name) for name in self.names()]})
+            if path.startswith(f"{MODELS}/"):
+                return await say(send, self.described(self.known(path.removeprefix(f"{MODELS}/"))))
+            return await self.app(scope, receive, send)
         if path not in (CHAT, TEXT, LOAD, UNLOAD):
             raise Refusal(404, f"{path}: not here, as prompts would not be laid out as trained; use {CHAT} or {TEXT}")
         body = await read_body(receive)
@@ -289,15 +290,25 @@ class Adapters:
             found = []
         return list(dict.fromkeys([self.settings.base_name, *self.loaded, *filter(NAME.fullmatch, found)]))
 
+    def known(self, name: Any) -> str:
+        """Return the name of a model that is here. Raises Refusal."""
+        if not isinstance(name, str) or name not in self.names():
+            there = ", ".join(self.names())
+            raise Refusal(404, f"model={name}: not here; there are {there}", "model_not_found")
+        return name
+
+    def described(self, name: str) -> dict[str, Any]:
+        base = self.settings.base_name
+        parent = None if name == base else base
+        return {"id": name, "object": "model", "created": 0, "owned_by": "lightning_peft", "parent": parent}
+
     async def of_model(self, name: Any, scope: Scope) -> Loaded:
         """Return what a model's requests are answered with, loaded from `adapter_dir` if need be. Raises Refusal."""
         if name == self.settings.base_name:
             return Loaded(Path(), "", self.settings.base_layout)
         if isinstance(name, str) and name in self.loaded:
             return self.loaded[name]
-        if not isinstance(name, str) or name not in self.names():
-            there = ", ".join(self.names())
-            raise Refusal(404, f"model={name}: not here; there are {there}", "model_not_found")
+        name = self.known(name)
         async with self.loading:
             place = Path(str(self.settings.adapter_dir)) / name
             return self.loaded[name] if name in self.loaded else await self.load(name, place, scope)

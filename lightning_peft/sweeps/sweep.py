@@ -288,7 +288,7 @@ def is_of_a_run(result: Mapping[str, Any]) -> bool:
     is_left_midway = result.get("status") in (PREEMPTED, PAUSED)
     return (
         isinstance(result.get("status"), str)
-        and all(number is None or isinstance(number, int | float) for number in numbers)
+        and all(number is None or type(number) in (int, float) for number in numbers)
         and isinstance(result.get("metrics") or {}, dict)
         and not (is_left_midway and result.get("steps") is None)
     )
@@ -315,4 +315,4 @@ def metric_value(result: Mapping[str, Any] | None, metric: str) -> float | None:
     if result is None:
         return None
     value = result.get(metric, result.get("metrics", {}).get(metric))
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None

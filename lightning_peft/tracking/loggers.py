@@ -3,12 +3,15 @@
 import functools
 import importlib.util
 import logging
+import os
+import socket
+import time
 from abc import abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from lightning.pytorch.loggers import Logger
@@ -154,44 +157,71 @@ def failure(error: Exception) -> str:
 
 
 class TensorBoard(RunLogger):
-    """Event files under `<run_dir>/tensorboard`."""
+    """Event files under `<run_dir>/tensorboard`, one a start.
+
+    A row is in its file once it is logged: torch's writer has a thread of its own, which keeps rows for two minutes and
+    prints a traceback where the disk is full.
+    """
 
     needs = ("tensorboard", "tensorboard")
 
     def __init__(self, run_dir: str):
         super().__init__(run_dir)
-        # The package is an optional extra.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer_class = SummaryWriter
-        self._writer: SummaryWriter | None = None
+        self.file: IO[bytes] | None = None
 
     @property
     def name(self) -> str:
         return "tensorboard"
 
-    @property
-    def writer(self) -> Any:
-        """Return the writer, made at the first use: only rank zero may write the file."""
-        if self._writer is None:
-            self._writer = self._writer_class(str(self.run_dir / "tensorboard"))
-        return self._writer
-
     def begin(self, step: int) -> None:
         if step:
             # Events past the checkpoint are hidden; the run writes them again.
-            self._writer = self._writer_class(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+            self.write("session_log", {"status": "START"}, step + 1)
+
+    def write(self, kind: str, content: Any, step: int) -> None:
+        """Append an event of this step, whose field `kind` is `content`. Raises OSError."""
+        # The package is an optional extra.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        if self.file is None:  # made at the first use: only rank zero may write the file
+            self.file = next_event_file(self.run_dir / "tensorboard").open("ab")
+            self.write("file_version", "brain.Event:2", 0)
+        event = Event(wall_time=time.time(), step=step, **{kind: content})
+        RecordWriter(self.file).write(event.SerializeToString())
+        self.file.flush()
 
     def write_config(self, config: dict[str, Any]) -> None:
-        self.writer.add_text("config", "    " + yaml.safe_dump(config, sort_keys=False).replace("\n", "\n    "))
+        self.write_text("config", "    " + yaml.safe_dump(config, sort_keys=False).replace("\n", "\n    "), 0)
 
     def write_metrics(self, metrics: dict[str, float], step: int) -> None:
-        for key, value in metrics.items():
-            self.writer.add_scalar(key, value, step)
+        values = [{"tag": key, "simple_value": float(value)} for key, value in metrics.items()]
+        self.write("summary", {"value": values}, step)
 
     def write_samples(self, columns: list[str], rows: list[list[Any]], step: int) -> None:
         text = "\n\n".join("\n".join(f"{c}: {v}" for c, v in zip(columns, row, strict=True)) for row in rows)
-        self.writer.add_text("samples", text, step)
+        self.write_text("samples", text, step)
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        # The functions that torch's writer makes its events by.
+        from torch.utils.tensorboard.summary import text as as_summary
+
+        self.write("summary", as_summary(tag, text), step)
 
     def end(self, status: str, adapter: Path) -> None:
-        self.writer.close()
+        if self.file is not None:
+            self.file.close()
+
+    def abandon(self) -> None:
+        self.end("failed", self.run_dir)
+
+
+def next_event_file(folder: Path) -> Path:
+    """Return the path of an event file that TensorBoard reads after those that a folder holds, and make the folder.
+
+    It reads them in the order of their names, which begin with seconds; a clock may have been set back since the last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")]
+    now = max([int(time.time()), *(second + 1 for second in seconds)])
+    return folder / f"events.out.tfevents.{now:010}.{socket.gethostname()}.{os.getpid()}"

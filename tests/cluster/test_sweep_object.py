@@ -122,6 +122,19 @@ def test_verbs_answer_on_another_machine(tmp_path, capsys):
     assert read_sweep(tmp_path).trials[0].state == "lost"
 
 
+@pytest.mark.parametrize("word", ["optimizer.lr=1e-3", "++optimizer.lr=1e-3", "rank=8", "adapter.rank=8"])
+def test_retry_leaves_swept_values_to_the_trials(word, tmp_path, capsys):
+    """Its trial would be ranked, and its picture drawn, by a value that it was not trained with."""
+    trial = Trial("b", ["adapter.rank=4", "optimizer.lr=1e30"], "diverged", is_waiting=False)
+    swept = ["adapter.rank=4,8", "optimizer.lr=1e30,1e-3"]
+    write_sweep(Sweep([], swept, "local", "validation_loss", count=1, trials=[trial]), tmp_path)
+    before = (tmp_path / "sweep.json").read_text()
+    assert main(["sweep", "retry", str(tmp_path), "trials=[b]", "data.micro_batch_size=1", word]) == 2
+    key = word.lstrip("+").partition("=")[0]
+    assert f"error: {word}: {key} is swept, so each trial keeps its own; submit other" in capsys.readouterr().err
+    assert (tmp_path / "sweep.json").read_text() == before
+
+
 def test_half_written_result_is_none(tmp_path):
     sweep = Sweep(["a=1"], ["b=1,2"], "local", "loss", trials=[Trial("t", ["b=1"], is_waiting=False)])
     (tmp_path / "t").mkdir()
@@ -356,6 +369,7 @@ def test_metric_named_like_a_swept_key_leaves_its_column_alone():
         ({"status": "finished", "device_hours": "1"}, True),
         ({"status": "finished", "device_hours": {}}, True),
         ({"status": "finished", "validation_loss": [1.0]}, True),
+        ({"status": "finished", "validation_loss": True}, True),
         ({"status": "paused", "steps": None}, True),
     ],
 )

@@ -95,6 +95,53 @@ def is_empty(path: Path) -> bool:
     return path.is_dir() and not any(child.is_file() for child in path.rglob("*"))
 
 
+@pytest.fixture
+def read_only(run: Path, tmp_path: Path) -> Iterator[Path]:
+    """Yield a run's folder on a disk that is mounted read-only."""
+    disk = tmp_path / "read_only"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"mounting a disk needs root: {mount.stderr.strip()}")
+    try:
+        shutil.copytree(run, disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        yield disk / "run"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["evaluate", "RUN"], "RUN/evaluation.json"),
+        (["evaluate", "adapter_path=ELSEWHERE", "output=RUN/scores.json"], "RUN/scores.json"),
+        (["generate", "RUN", "prompt_path=PROMPTS", "output=RUN/answers.jsonl"], "RUN/answers.jsonl"),
+        (["pairs", "adapter_path=RUN", "output=RUN/pairs.jsonl"], "RUN/pairs.jsonl"),
+        (["inspect", "RUN"], "RUN/inspection.json"),
+        (["calibrate", "RUN"], "RUN/calibration.json"),
+    ],
+)
+def test_file_that_cannot_be_written_is_said_before_it_is_computed(
+    run, read_only, tmp_path, capsys, monkeypatch, words, name
+):
+    monkeypatch.setattr("lightning_peft.models.loading.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    (tmp_path / "prompts.txt").write_text("Hi\n")
+    places = {"RUN": str(read_only), "ELSEWHERE": str(run), "PROMPTS": str(tmp_path / "prompts.txt")}
+    for key, place in places.items():
+        words = [word.replace(key, place) for word in words]
+    said = f"{name.replace('RUN', str(read_only))}: cannot be written, as {read_only} is read-only here; give output="
+    assert said in one_line(words, capsys)
+
+
+def test_page_on_a_read_only_disk_is_named_by_its_own_name(read_only, capsys):
+    assert f"{read_only}/report.html: cannot be saved (Read-only file system)" in one_line(
+        ["report", str(read_only)], capsys
+    )
+
+
 def test_file_that_was_asked_for_is_whole_behind_a_link_and_a_device_stays_one(tmp_path):
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")

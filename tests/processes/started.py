@@ -151,10 +151,11 @@ def run(arguments: Sequence[str | Path], timeout: float = 600, **options: Any) -
         return subprocess.CompletedProcess(process.args, process.returncode, *printed)
 
 
-def run_on_ranks(count: int, *program: str | Path, seconds: float = 600) -> tuple[str, str]:
+def run_on_ranks(count: int, *program: str | Path, seconds: float = 600, status: int = 0) -> tuple[str, str]:
     """Run a program on so many processes of one thread as torchrun does, one of them alone: stdout and stderr of all.
 
-    They meet in a store of this process. Where one fails the others are ended; AssertionError with their messages.
+    They meet in a store of this process. Where one ends with another exit status than `status` the others are ended;
+    AssertionError with their messages.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
@@ -170,7 +171,7 @@ def run_on_ranks(count: int, *program: str | Path, seconds: float = 600) -> tupl
         ranks = [Started(command, stdout=out, stderr=messages, env=variables) for variables in environments]
         try:
             while None in [rank.poll() for rank in ranks]:
-                if any(rank.returncode for rank in ranks) or time.monotonic() > deadline:
+                if any(rank.returncode not in (None, status) for rank in ranks) or time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
         finally:
@@ -181,5 +182,5 @@ def run_on_ranks(count: int, *program: str | Path, seconds: float = 600) -> tupl
         for file in (out, messages):
             file.seek(0)
         printed, said = out.read(), messages.read()
-        assert statuses == [0] * count, f"exit statuses {statuses}\n{said[-4000:]}"
+        assert statuses == [status] * count, f"exit statuses {statuses}\n{said[-4000:]}"
         return printed, said

@@ -1,15 +1,18 @@
 """`report`: one page that needs no network, of a run or a sweep, with every number that the files hold."""
 
 import csv
+import importlib.util
 import itertools
 import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
 from tiny_runs import TINY
+from wandb_server import wandb_server
 
 from lightning_peft.__main__ import main
 from lightning_peft.report.run import run_page, with_interval
@@ -169,3 +172,67 @@ def test_a_browser_sorts_the_table(tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert re.findall(r'<tr><td data-v="(rank\d)"', shown) == ["rank4", "rank8", "rank2"]
+
+
+@pytest.fixture
+def logged_sweep(tmp_path, monkeypatch):
+    """Return the folder of a sweep whose trials were logged to W&B."""
+    folder = tmp_path / "a sweep"
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    sweep = sweep_of(folder, {"adapter.rank": [4, 8], "optimizer.lr": [0.001, 0.01]}, lambda rank, lr: rank * lr)
+    for number, trial in enumerate(sweep.trials):
+        (folder / trial.name / "config.yaml").write_text("logger: {wandb: {project: ours}}\n")
+        (folder / trial.name / "wandb_run.json").write_text(json.dumps({"id": f"run{number}", "step": 9}))
+    return folder
+
+
+HAS_WORKSPACES = importlib.util.find_spec("wandb_workspaces") is not None
+
+
+@pytest.mark.parametrize(
+    "is_installed",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_WORKSPACES, reason="no wandb-workspaces"))],
+)
+def test_report_in_wandb_without_what_it_needs_is_refused_by_one_line(logged_sweep, monkeypatch, capsys, is_installed):
+    if not is_installed:
+        monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb_workspaces" else True)
+    assert main(["report", str(logged_sweep), "wandb=true"]) == 2
+    reason = (
+        "W&B writes reports on its server only; give it a key"
+        if is_installed
+        else "needs wandb-workspaces; pip install"
+    )
+    assert capsys.readouterr().err.startswith(f"error: wandb=true: {reason}")
+    assert not (logged_sweep / "report.html").exists()
+    assert main(["report", str(logged_sweep)]) == 0 and (logged_sweep / "report.html").exists()
+
+
+@pytest.mark.skipif(not HAS_WORKSPACES, reason="no wandb-workspaces")
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
+def test_report_of_a_sweep_is_written_in_wandb(logged_sweep, monkeypatch, capsys):
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        assert main(["report", str(logged_sweep), "wandb=true"]) == 0
+        assert "/me/ours/reports/" in capsys.readouterr().out
+        (sent,) = server.reports
+        assert (sent["entityName"], sent["projectName"], sent["displayName"]) == ("me", "ours", "Sweep a sweep")
+        for text in (
+            "best validation_loss: 0.004 of ",
+            "run0",
+            "run3",
+            "config:adapter.value.rank",
+            "config:optimizer.value.lr",
+            "summary:validation/loss",
+        ):
+            assert text in sent["spec"], text
+        server.is_refusing = True
+        assert main(["report", str(logged_sweep), "wandb=true"]) != 0
+        printed = capsys.readouterr()
+        assert "error: no report was written in W&B: " in printed.err and "Traceback" not in printed.err
+    (logged_sweep / "report.html").unlink()
+    assert main(["report", str(logged_sweep), "wandb=true"]) != 0  # its server is gone
+    assert (logged_sweep / "report.html").exists()

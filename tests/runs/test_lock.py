@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.runs import lock
-from lightning_peft.runs.lock import LOCK, FolderInUse, new_folder, only_writer
+from lightning_peft.runs.lock import LOCK, FolderGone, FolderInUse, new_folder, only_writer
 
 HOLD = """
 import sys, time, os
@@ -102,6 +102,27 @@ def test_folder_that_stays_empty_goes_again_with_its_parents(tmp_path):
     with only_writer(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_folder_that_is_moved_is_said_and_not_taken_for_a_new_one(tmp_path, is_made_anew):
+    with pytest.raises(FolderGone, match=r"run_dir=.*run: was moved or removed while this process wrote it \(.*x.txt"):
+        with only_writer(tmp_path / "run"):
+            (tmp_path / "run").rename(tmp_path / "moved")
+            if is_made_anew:
+                (tmp_path / "run").mkdir()
+                (tmp_path / "run" / LOCK).write_text("another writer's")
+            (tmp_path / "run" / "below" / "x.txt").write_text("")
+    assert (tmp_path / "run" / LOCK).exists() == is_made_anew
+    with only_writer(tmp_path / "moved"):
+        pass
+
+
+def test_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    with pytest.raises(ValueError, match=r"run_dir=.*/link/a: .*/link is a link to .*/scratch, which is not there"):
+        with only_writer(tmp_path / "link" / "a"):
+            pass
 
 
 def test_new_folders_have_names_of_their_own(tmp_path):

@@ -107,7 +107,11 @@ def test_bodies_that_are_none(client: openai.OpenAI, raw: bytes, says: str) -> N
         ({"temperature": -1}, "temperature: "),
         ({"temperature": "hot"}, "temperature: "),
         ({"n": 2}, "n: Input should be less than or equal to 1"),
-        ({"logit_bias": {"1": 5}}, "logit_bias: Extra inputs are not permitted"),
+        ({"logit_bias": {"1": 5}}, "logit_bias is not done here; leave it out"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not done here; leave it out"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not done here; leave it out"),
+        ({"presence_penalty": 1}, "presence_penalty is not done here; leave it out"),
+        ({"reasoning_effort": "low"}, "reasoning_effort is not done here; leave it out"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"seed": 2**63}, "seed: Input should be less than 9223372036854775808"),
         ({"stop": [f"s{number}" for number in range(100)]}, "should have at most 16 items"),
@@ -120,7 +124,13 @@ def test_bodies_that_are_none(client: openai.OpenAI, raw: bytes, says: str) -> N
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role: 'wizard' is no role; there are"),
         ({"messages": [{"role": "tool_call", "content": "x"}]}, "messages.0.role: 'tool_call' is no role; there are"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "messages.0.content: "),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]},
+            "messages.0.content: a part of type image_url is not read here",
+        ),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content: a part of type None is not read"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "a part of type text is not read"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "x" * 10**7}]}, "bytes do not fit the model's 2048 tokens, "),
         ({"model": "layout"}, "not a prompt layout (system_prompt=3 is of another type)"),
         ({"model": "lineage"}, "lineage.json: lacks base_fingerprint"),
@@ -234,6 +244,28 @@ def test_null_is_what_is_left_out(client: openai.OpenAI) -> None:
         post(client, "chat/completions", body | nulls).json()["choices"]
         == (post(client, "chat/completions", body).json()["choices"])
     )
+
+
+def test_what_asks_for_nothing_is_no_error(client: openai.OpenAI) -> None:
+    alone = client.chat.completions.create(model="a", messages=HI, max_tokens=9)
+    unasked = client.chat.completions.create(
+        model="a", messages=[{"role": "user", "content": [{"type": "text", "text": HI[0]["content"]}]}], max_tokens=9,
+        n=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, response_format={"type": "text"}, tools=[],
+        tool_choice="none", store=False, metadata={"of": "mine"}, safety_identifier="me", service_tier="auto",
+        parallel_tool_calls=True, modalities=["text"],
+    )  # fmt: skip
+    assert unasked.choices == alone.choices
+    text = client.completions.create(model="a", prompt="Once", max_tokens=4, best_of=1, echo=False, suffix="")
+    assert text.choices == client.completions.create(model="a", prompt="Once", max_tokens=4).choices
+
+
+def test_parts_of_a_message_stand_below_each_other(client: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": "List"}, {"type": "text", "text": "all."}]
+    found = [
+        client.chat.completions.create(model="a", messages=[{"role": "user", "content": content}], max_tokens=9).choices
+        for content in (parts, "List\nall.")
+    ]
+    assert found[0] == found[1]
 
 
 def test_a_number_may_be_written_with_a_point(client: openai.OpenAI) -> None:

@@ -92,6 +92,22 @@ def test_stream_is_the_answer_in_pieces(client):
     assert chunks[-1].usage.completion_tokens == 9 and chunks[-2].choices[0].finish_reason in ("length", "stop")
 
 
+@pytest.mark.parametrize("asked", [{"include_usage": True}, {"include_usage": False}, None])
+def test_usage_of_a_stream_is_null_until_its_last_chunk(client, asked):
+    body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True}
+    more = {} if asked is None else {"stream_options": asked}
+    with client._client.stream("POST", "chat/completions", json=body | more) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    chunks = [json.loads(line) for line in lines]
+    if asked is None or not asked["include_usage"]:
+        assert all("usage" not in chunk for chunk in chunks)
+        return
+    last = chunks.pop()
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 3
+    assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
+
+
 def test_stop_seed_and_logprobs(client):
     whole = ask(client, "a", QUESTIONS[0], 12)
     stop = whole[4:6]

@@ -23,9 +23,11 @@ from started import COMMAND, Started
 
 from lightning_peft.__main__ import main
 from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
 from lightning_peft.serving.vllm import PROBE
+from lightning_peft.serving.vllm_middleware import SETTINGS
 
 IN_ITS_PLACE = """
 import importlib, json, os, signal, sys
@@ -126,6 +128,23 @@ def test_slots_are_no_more_than_adapters_where_none_can_come(place, capsys):
 
 def test_a_base_alone_has_no_adapters(place, capsys):
     assert "--enable-lora" not in command(capsys, words(place))[0]
+
+
+def test_a_base_that_generates_otherwise_is_said_and_stops_where_it_says(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = tmp_path / "base"
+    load_model(ModelConfig("tiny"), torch.float32).save_pretrained(base)
+    load_tokenizer(ModelConfig("tiny")).save_pretrained(base)
+    own = {"eos_token_id": [2, 7], "repetition_penalty": 1.3, "temperature": 0.6, "do_sample": True, "top_p": 0.9}
+    (base / "generation_config.json").write_text(json.dumps(own))
+    environments = []
+    monkeypatch.setattr(os, "execvpe", lambda program, words, environment: environments.append(environment))
+    assert main(["serve", "model=hf", f"model.path={base}", f"serve.python={sys.executable}"]) == 0
+    settings = json.loads(Path(environments[0][SETTINGS]).read_text())
+    assert settings["base_layout"]["stop_token_ids"] == [2, 7]
+    said = "generation_config.json of the base sets repetition_penalty=1.3: answers here do not follow it"
+    lines = capsys.readouterr().err
+    assert said in lines and "temperature" not in lines
 
 
 def test_options_are_vllms(place, capsys):

@@ -304,6 +304,11 @@ def test_models_are_the_base_and_its_adapters(front: Adapters) -> None:
     assert found["tiny"] is None
     assert {"a", "copy", "foreign"} < found.keys()
     assert {found[name] for name in found if name != "tiny"} == {"tiny"}
+    assert ask(front, "/v1/models/a").json()["parent"] == "tiny"
+    assert ask(front, "/v1/models/tiny").json()["id"] == "tiny"
+    for name in ("org/sql", "a/", "nobody"):
+        answer = ask(front, f"/v1/models/{name}")
+        assert (answer.status_code, f"model={name}: not here; there are tiny, a" in line(answer)) == (404, True)
 
 
 def test_an_adapter_is_loaded_anew_under_a_path_that_was_not_used(front: Adapters, behind: Behind) -> None:

@@ -46,6 +46,18 @@ class FailAt(Callback):
             raise RuntimeError(f"micro batch {self.micro_batch}")
 
 
+class MoveAt(Callback):
+    """Moves the run's folder at a micro batch, as a person might."""
+
+    def __init__(self, micro_batch: int, to: str):
+        self.micro_batch = micro_batch
+        self.to = to
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.total_batch_idx == self.micro_batch:
+            Path(trainer.default_root_dir).parent.rename(self.to)
+
+
 class SleepAt(Callback):
     """Stays in a micro batch for a minute, and says so by a file `asleep` in the run folder."""
 

@@ -1,7 +1,6 @@
 """A run that diverges names the rows of the step at which it did."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -72,13 +71,12 @@ def test_rows_of_a_window_of_a_mixture_are_those_of_all_its_micro_batches(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-def test_rows_are_those_of_all_ranks(tmp_path):
+def test_rows_are_those_of_all_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     path = write_rows(tmp_path / "rows.jsonl", long_line=9)
     own = ["data=jsonl", f"data.train_path={path}", "data.on_bad_row=skip", "strategy=ddp", "trainer.devices=2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     words = [*TINY, *BASE, *own, f"run_dir={tmp_path}/r"]
-    done = started.run([*started.COMMAND, "train", *words], env=environment)
-    assert done.returncode == 3, done.stderr[-3000:]
+    started.run_on_ranks(2, *started.COMMAND[1:], "train", *words, status=3)
     named = rows_of(tmp_path / "r")
     assert f"{path} line 9" in named and len(named) == 4
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from started import COMMAND, Started
 from tiny_runs import TINY, tiny_config
 
+from lightning_peft.__main__ import main
 from lightning_peft.commands.train import train
 
 RUN = [
@@ -70,6 +71,32 @@ def test_kills_at_many_steps_lose_nothing(tmp_path, undisturbed):
         start_and_kill(tmp_path / "run", step)
     train(tiny_config(tmp_path / "run", *RUN))
     assert_equal_runs(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize(("micro_batch", "interval"), [(8, 2), (22, 5)], ids=["checkpoint", "adapter"])
+def test_run_whose_folder_is_moved_goes_on_from_where_it_is_now(tmp_path, undisturbed, capsys, micro_batch, interval):
+    """The first thing that it saves afterwards is a checkpoint, or the adapter."""
+    move = f"+callbacks.move={{_target_: signalling.MoveAt, micro_batch: {micro_batch}, to: {tmp_path / 'moved'}}}"
+    words = [*TINY, *RUN, f"run_dir={tmp_path / 'run'}"]
+    assert main(["train", *words, move, f"checkpoint.every_n_steps={interval}"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: run_dir={tmp_path / 'run'}: was moved or removed while this process wrote it")
+    assert not (tmp_path / "run").exists()
+    train(tiny_config(tmp_path / "moved", *RUN))
+    assert_equal_runs(tmp_path / "moved", undisturbed)
+
+
+def test_answers_of_a_resumed_run_are_those_of_one_that_was_never_stopped(tmp_path):
+    """The validation behind step 3 is taken twice, as the last checkpoint is of step 2."""
+    run = [*RUN, "validation.every_n_steps=3", "validation.samples=2", "trainer.max_steps=5"]
+    train(tiny_config(tmp_path / "whole", *run))
+    with pytest.raises(RuntimeError, match="micro batch 7"):
+        train(tiny_config(tmp_path / "run", *run, "+callbacks.fail={_target_: signalling.FailAt, micro_batch: 7}"))
+    samples = tmp_path / "run" / "samples.jsonl"
+    assert len(samples.read_text().splitlines()) == 2
+    samples.write_text(samples.read_text() + '{"step": 3, "prom')
+    train(tiny_config(tmp_path / "run", *run))
+    assert samples.read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
 def test_finished_run_is_not_run_again(undisturbed):

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import tiny_config
 
 from lightning_peft.commands.train import train
+from lightning_peft.tracking.loggers import TensorBoard
 from lightning_peft.tracking.metrics_csv import MetricsCSV
 
 
@@ -24,14 +25,45 @@ def test_csv_has_a_row_per_step(tmp_path):
 
 
 def test_tensorboard_gets_the_same_loss(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     train(tiny_config(tmp_path / "run", "trainer.max_steps=2", "logger=tensorboard"))
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
+    events = events_of(tmp_path / "run")
     rows = metrics(tmp_path / "run")
     logged = [event.value for event in events.Scalars("loss")]
     assert logged == pytest.approx([float(row["loss"]) for row in rows if row["loss"]], rel=1e-6)
+
+
+def events_of(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path, monkeypatch):
+    for start, clock, steps in ((10, 1_000_000_000, (1, 2, 3)), (20, 900_000_000, (2, 3))):  # the clock is set back
+        monkeypatch.setattr("time.time", lambda clock=clock: clock)
+        log = TensorBoard(str(tmp_path))
+        log.start_at(steps[0] - 1)
+        for step in steps:
+            log.log_metrics({"loss": start + step}, step)
+        assert [event.step for event in events_of(tmp_path).Scalars("loss")] == [1, 2, 3], "rows are there at once"
+        log.close("preempted", tmp_path)
+    assert [event.value for event in events_of(tmp_path).Scalars("loss")] == [11, 22, 23]
+
+
+def test_tensorboard_on_a_full_disk_costs_one_line(small_disk, caplog, capfd):
+    log = TensorBoard(str(small_disk))
+    log.log_metrics({"loss": 1.0}, 1)
+    fill(small_disk / "filler")
+    for step in range(2, 400):
+        log.log_metrics({"loss": 1 / step, "grad_norm": 1.0}, step)
+    log.close("finished", small_disk)
+    assert caplog.messages == [
+        "tensorboard: OSError ([Errno 28] No space left on device); nothing more is logged there, training goes on"
+    ]
+    assert capfd.readouterr().err == ""
+    assert [event.step for event in events_of(small_disk).Scalars("loss")][:1] == [1]
 
 
 def test_no_logger_writes_no_metrics(tmp_path):

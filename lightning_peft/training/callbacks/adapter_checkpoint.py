@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_peft.checkpoint.atomic import atomic_file
+from lightning_peft.checkpoint.atomic import atomic_file, check_is_there
 from lightning_peft.checkpoint.resume import checkpoint_path
 from lightning_peft.compat import is_accumulating, validation_follows
 from lightning_peft.strict_json import json_text, read_object
@@ -70,6 +70,8 @@ class AdapterCheckpoint(Callback):
         """Write the checkpoint of this step, once. All ranks call it together."""
         if trainer.global_step == self.saved_step:
             return
+        if trainer.is_global_zero:
+            check_is_there(self.run_dir)
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(checkpoint_path(self.run_dir / "checkpoints", self.saved_step))
 

@@ -1,5 +1,6 @@
 """Answers to a few validation prompts, so that a reader sees what the loss means."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.inject import adapters, disable_adapters
+from lightning_peft.checkpoint.atomic import atomic_file
 from lightning_peft.data.conversation import Conversation
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.prompt_rows import prompts_of
@@ -24,7 +26,8 @@ logger = logging.getLogger(__name__)
 class ValidationAnswers(Callback):
     """After each validation during training, writes what base and adapter answer to `<run_dir>/samples.jsonl`.
 
-    Each conversation is asked for its last answer; what the data give is written beside the model's.
+    Each conversation is asked for its last answer; what the data give is written beside the model's. A resumed run has
+    the lines of one that was never stopped.
     """
 
     def __init__(
@@ -42,6 +45,16 @@ class ValidationAnswers(Callback):
         self.tokenizer = tokenizer
         self.path = run_dir / "samples.jsonl"
         self.base_answers: list[str] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the answers of steps behind the checkpoint, which are written again, and lines that a crash has cut."""
+        if not trainer.is_global_zero or not self.path.exists():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if (step := step_of(line)) is not None and step <= trainer.global_step]
+        if kept != lines:
+            with atomic_file(self.path) as path:
+                path.write_bytes(b"".join(kept))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.prompts:
@@ -84,3 +97,12 @@ class ValidationAnswers(Callback):
             texts = generate_batch(model, self.tokenizer, self.prompts, SamplingConfig(max_new_tokens=96))
         model.train(training)
         return texts
+
+
+def step_of(line: bytes) -> int | None:
+    """Return the step of a line of samples.jsonl; None for one that no run has written so."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) and line.endswith(b"\n") else None
