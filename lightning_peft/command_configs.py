@@ -11,6 +11,7 @@ from lightning_peft.adapters.combine import DENSITY, Combine
 from lightning_peft.checkpoint.merge_config import MergeConfig
 from lightning_peft.config import TrainConfig, check_task
 from lightning_peft.data.config import DataConfig
+from lightning_peft.evaluation.own_pairs import Chosen
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.serving.server_config import ServerConfig
@@ -167,15 +168,6 @@ class GenerateConfig:
         check_folder_of("output", self.output)
 
 
-class Chosen(Enum):
-    """The better answer of a pair that `pairs` writes."""
-
-    row = "row"
-    """The answer of the row."""
-    best = "best"
-    """The best of the adapter's own answers, the row's where none is as good."""
-
-
 @dataclass
 class PairsConfig:
     """Writes pairs of answers for objective=dpo: a right one, and a wrong one of the adapter itself."""
@@ -193,7 +185,8 @@ class PairsConfig:
     pairs_per_prompt: int = 1
     """Most pairs of one prompt: its worst answers, of equal ones those drawn most often."""
     chosen: Chosen = Chosen.row
-    """The better answer: row for the row's own, best for the best of all that were drawn."""
+    """The better answer: row for the row's own; best for the best that was drawn, the row's where none is as good; own
+    for the best that was drawn alone, so that a prompt without one has no pair."""
     metric: str | None = None
     """Score of an answer, as an entry of validation.metrics: a metric of a task, or module:function, of which a large
     value is good; null takes that of data.task."""
