@@ -18,6 +18,12 @@ from lightning_peft.serving.server_config import ServerConfig
 from lightning_peft.sweeps.search import SweepConfig
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that torch's generators do not take, or that a number added to it would make one."""
+    if not 0 <= seed < 2**62:
+        raise ValueError(f"seed={seed}: must be from 0 to 2^62 - 1")
+
+
 def check_folder_of(key: str, file: str | None) -> None:
     """Raise ValueError for a file in a folder that is not there, before anything is computed for it."""
     if file is not None and not Path(file).absolute().parent.is_dir():
@@ -215,8 +221,7 @@ class PairsConfig:
             raise ValueError(f"temperature={self.temperature}: must be 0 (the most likely answer) or above")
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"samples={self.samples} temperature=0: gives one answer so many times; use samples=1")
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed={self.seed}: must be from 0 to 2^62 - 1")
+        check_seed(self.seed)
         if Path(self.output).suffix != ".jsonl" and self.output != "???":
             raise ValueError(f"output={self.output}: must end in .jsonl")
         if Path(self.output).is_dir():
@@ -381,6 +386,7 @@ class CalibrateConfig:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         if self.dropout is not None and not 0 < self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be above 0 and below 1, or null")
+        check_seed(self.seed)
         check_folder_of("output", self.output)
         if self.data is not None:
             check_task(self.data)
@@ -454,6 +460,7 @@ class ConvertConfig:
                 f"weights={self.weights}: must be one for each of the {len(self.paths)} adapters, as in "
                 f"[{','.join(['0.5'] * len(self.paths))}]"
             )
+        check_seed(self.seed)
         if self.density is not None and self.combine not in DENSITY:
             raise ValueError(f"density={self.density}: only combine=ties and combine=dare leave numbers out")
 
