@@ -29,7 +29,7 @@ from lightning_peft.adapters.spectrum import (
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.checkpoint.lineage import check_one_base, read_lineage
-from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tensors_beside
 from lightning_peft.command_configs import InspectConfig
 from lightning_peft.commands.adapted import base_of, best_of_sweep, inference_dtype, load_for_inference, saved_config
 from lightning_peft.commands.evaluate import console, validation_loader
@@ -62,6 +62,7 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     data = rows if config.smaller_ranks else None
     model, tokenizer = _model_of(path, config)
     found = _adapters_in(model, path)
+    beside = tensors_beside(tuned_folder(path))
     to_cut = None if data is None else _to_cut(path, model, data, tokenizer)
     with Part("inspecting", len(found)) as part:
         spectra = {name: layer_spectrum(layer, config.intruders) for name, layer in part.counting(found.items())}
@@ -77,12 +78,15 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
         "energy_by_kind": energy_shares(spectra, kinds),
         "energy_by_block": energy_shares(spectra, blocks),
         "warnings": warnings,
+        "trained_beside": beside,
     }
     if common:
         content["overlap"] = common
     _show(spectra, kinds, common)
     for warning in warnings:
         print(warning)
+    if beside:
+        print(f"also trained, and in no figure here: {len(beside)} of the base's tensors, as {beside[0]}")
     if rows is not None and config.directions:
         content["directions"] = _directions(path, model, tokenizer, found, rows, config.directions)
     output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"

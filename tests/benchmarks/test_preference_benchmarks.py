@@ -65,10 +65,8 @@ def test_own_pairs_are_made_trained_on_and_scored_and_go_on(tmp_path, forked_sta
     assert row["pairs"]["pairs"] == 6 and set(row) == {"pairs", "sft", "dpo", "control", "gain"}
     assert row["gain"] == row["dpo"]["execution_accuracy"] - row["sft"]["execution_accuracy"]
     assert len({row[name]["loss"] for name in ("sft", "dpo", "control")}) == 3
-    schemas = [
-        {json.loads(line)["schema"].partition("(")[0] for line in (tmp_path / f"runs/{name}-0.jsonl").open()}
-        for name in ("learned", "asked")
-    ]
+    lines = [(tmp_path / f"runs/{name}-0.jsonl").read_text().splitlines() for name in ("learned", "asked")]
+    schemas = [{json.loads(line)["schema"].partition("(")[0] for line in part} for part in lines]
     assert schemas[0] and schemas[1] and schemas[0].isdisjoint(schemas[1])
     capsys.readouterr()
     assert on_policy.main(words) == 0 and "seed 0: run before" in capsys.readouterr().out

@@ -199,6 +199,16 @@ def test_layers_that_cannot_be_compared_are_counted(runs, capsys):
     assert said in capsys.readouterr().err and "overlap" not in json.loads(output.read_text())
 
 
+def test_what_trains_beside_the_adapters_is_named(tmp_path, capsys):
+    words = [*TINY, "adapter.trainable_modules=[model.norm]", "trainer.max_steps=1", "logger=none"]
+    assert main(["train", *words, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    said = "also trained, and in no figure here: 1 of the base's tensors, as model.norm.weight"
+    assert said in capsys.readouterr().out
+    content = json.loads((tmp_path / "run" / "inspection.json").read_text())
+    assert content["trained_beside"] == ["model.norm.weight"]
+
+
 def test_adapters_of_two_bases_are_refused_before_one_is_read(runs, tmp_path, capsys, monkeypatch):
     sizes = dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "model")
