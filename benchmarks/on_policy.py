@@ -3,6 +3,9 @@
     python benchmarks/on_policy.py                       # sft, pairs, dpo and both scores, three seeds
     python benchmarks/on_policy.py --control             # and as many steps of sft on the right answers of the pairs
 
+The schemas are of three disjoint sets of domains: sft trains on one half of the training domains, the pairs are of
+prompts about the other half, and the scores are of rows about the test domains.
+
 Each part is a command of `lightning-peft` in a process of its own. It goes on where it was stopped: a seed in the
 result file is not run again, and neither is a part whose result lies in --folder.
 """
@@ -17,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import FOLDER, Results
+from lightning_peft.tasks.text_to_sql.grammar.database_schema import DOMAINS
+from lightning_peft.tasks.text_to_sql.rows import generate_row
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,19 @@ class Plan:
     """The parts of one seed."""
 
     model: str = "smollm2_135m"
-    sft_steps: int = 32
+    rows: int = 1600
+    """Training rows, about half of them for each of sft and the pairs."""
+    sft_steps: int = 80
     """Steps of 512 tokens, rank 16, learning rate 1.5e-3, as recipe=lora/text_to_sql."""
-    asked_rows: int = 160
-    samples: int = 1
-    temperature: float = 0.0
-    dpo_steps: int = 24
-    """Steps of the pairs in a packed row of 1,024 tokens, four or five."""
-    dpo_lr: float = 2e-4
+    asked_rows: int = 200
+    samples: int = 4
+    temperature: float = 0.8
+    chosen: str = "own"
+    """The better answer of a pair: a right one that the adapter gave itself."""
+    pairs_per_prompt: int = 2
+    dpo_steps: int = 30
+    """Steps of the pairs in a packed row of 1,024 tokens, about five."""
+    dpo_lr: float = 1e-4
     beta: float = 0.1
     sft_weight: float = 1.0
     """`objective.sft_weight` of the DPO run, as in the paper that it is of."""
@@ -46,23 +56,37 @@ def lightning_peft(log: Path, *words: str) -> None:
         raise RuntimeError(f"lightning-peft {' '.join(words)}:\n{log.read_text()[-2000:]}")
 
 
+def write_rows(plan: Plan, seed: int, folder: Path) -> None:
+    """Write the training rows of a seed, of every second domain to a file of their own: `learned` and `asked`."""
+    half = {table.name: number % 2 for number, tables in enumerate(DOMAINS["train"]) for table in tables}
+    halves: tuple[list[str], list[str]] = [], []
+    for number in range(plan.rows):
+        row = generate_row(seed, "train", number)
+        halves[half[row["schema"].partition("(")[0]]].append(json.dumps(row) + "\n")
+    for name, lines in zip(("learned", "asked"), halves, strict=True):
+        (folder / f"{name}-{seed}.jsonl").write_text("".join(lines))
+
+
 def words_of(plan: Plan, seed: int, folder: Path) -> dict[str, list[str]]:
     """Return the words of each part of a seed, by the name of what it leaves in `folder`, in their order."""
-    data = ["data=text_to_sql", "data.max_validation_rows=8", "data.micro_batch_size=1", "validation.samples=0"]
+    rows = ["data=text_to_sql", "data.source=files", "data.validation_fraction=0"]
     base = [f"model={plan.model}", f"seed={seed}"]
     pairs, sft = folder / f"pairs-{seed}.jsonl", folder / f"sft-{seed}"
     continued = [f"adapter.init_from={sft}", "data=jsonl", f"data.train_path={pairs}", "data.validation_fraction=0",
-                 "data.ignore_columns=[schema]", "schedule=linear", "validation.samples=0", "data.max_length=512",
-                 "data.micro_batch_size=1", f"optimizer.lr={plan.dpo_lr}",
-                 f"trainer.max_steps={plan.dpo_steps}"]  # fmt: skip
+                 "data.ignore_columns=[schema,level,seed]", "schedule=linear", "schedule.warmup_steps=5",
+                 "validation.samples=0", "data.max_length=512", "data.micro_batch_size=1",
+                 f"optimizer.lr={plan.dpo_lr}", f"trainer.max_steps={plan.dpo_steps}"]  # fmt: skip
     return {
         f"sft-{seed}/result.json": [
-            "train", *base, *data, "rank=r16", "schedule=linear", "schedule.warmup_steps=5", "optimizer.lr=1.5e-3",
-            "data.max_rows=1000", f"trainer.max_steps={plan.sft_steps}", f"run_dir={sft}",
+            "train", *base, *rows, f"data.train_path={folder}/learned-{seed}.jsonl",
+            "data.ignore_columns=[schema,seed,level,kind]", "data.micro_batch_size=1", "validation.samples=0",
+            "rank=r16", "schedule=linear", "schedule.warmup_steps=5", "optimizer.lr=1.5e-3",
+            f"trainer.max_steps={plan.sft_steps}", f"run_dir={sft}",
         ],
         f"pairs-{seed}.json": [
-            "pairs", str(sft), f"output={pairs}", f"max_rows={plan.asked_rows}", f"samples={plan.samples}",
-            f"temperature={plan.temperature}", f"seed={seed}",
+            "pairs", str(sft), *rows, f"data.train_path={folder}/asked-{seed}.jsonl", f"output={pairs}",
+            f"max_rows={plan.asked_rows}", f"samples={plan.samples}", f"temperature={plan.temperature}",
+            f"chosen={plan.chosen}", f"pairs_per_prompt={plan.pairs_per_prompt}", f"seed={seed}",
         ],
         f"dpo-{seed}/result.json": [
             "train", *base, "objective=dpo", *continued, f"objective.beta={plan.beta}",
@@ -80,8 +104,9 @@ def words_of_control(plan: Plan, seed: int, folder: Path) -> dict[str, list[str]
         f"control-{seed}/result.json": [
             "train", f"model={plan.model}", f"seed={seed}", f"adapter.init_from={folder}/sft-{seed}", "data=jsonl",
             f"data.train_path={folder}/pairs-{seed}.jsonl", "data.completion_column=chosen",
-            "data.ignore_columns=[rejected,schema]", "data.validation_fraction=0", "schedule=linear",
-            "validation.samples=0", "data.max_length=512", "data.micro_batch_size=1", f"optimizer.lr={plan.dpo_lr}",
+            "data.ignore_columns=[rejected,schema,level,seed]", "data.validation_fraction=0", "schedule=linear",
+            "schedule.warmup_steps=5", "validation.samples=0",
+            "data.max_length=512", "data.micro_batch_size=1", f"optimizer.lr={plan.dpo_lr}",
             f"trainer.max_steps={plan.dpo_steps}", f"run_dir={run}",
         ],
         f"control-{seed}.json": scored(plan, run, folder / f"control-{seed}.json"),
@@ -148,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         if set(names) <= results.rows.get(f"seed {seed}", {}).keys():
             print(f"seed {seed}: run before", flush=True)
             continue
+        write_rows(plan, seed, options.folder)
         run_parts(words_of(plan, seed, options.folder), options.folder)
         if options.control:
             run_parts(words_of_control(plan, seed, options.folder), options.folder)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,19 @@ def check_lineage(
             quantization,
         )
     return lineage
+
+
+def check_one_base(folders: Sequence[tuple[str, Path]], purpose: str) -> None:
+    """Raise LineageError where adapters, each by the words that name it, were trained on several bases.
+
+    A folder without a lineage is taken as it is; `purpose` is what they are wanted for, as combined.
+    """
+    known = [(words, lineage) for words, folder in folders if (lineage := read_lineage(folder)) is not None]
+    for words, lineage in known[1:]:
+        first, of_first = known[0]
+        if lineage.base_fingerprint != of_first.base_fingerprint:
+            raise LineageError(
+                f"{words}: was trained on {lineage.base_name} (weights {lineage.base_fingerprint[:12]}), and "
+                f"{first} on {of_first.base_name} (weights {of_first.base_fingerprint[:12]}); only adapters of one "
+                f"base are {purpose}"
+            )

@@ -322,6 +322,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return dict(sorted(tensors.items()))  # the library gives names in another order in every process
 
 
+def adapter_sha256(folder: Path) -> str:
+    """Return the checksum of all that makes an adapter: its config, and the files of its tensors.
+
+    Raises AdapterFileError where one is missing.
+    """
+    sums = [file_sha256(_existing(folder, name)) for name in (CONFIG_NAME, *_files(folder))]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

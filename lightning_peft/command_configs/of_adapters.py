@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from lightning_peft.adapters.combine import DENSITY, Combine
 from lightning_peft.checkpoint.merge_config import MergeConfig
-from lightning_peft.command_configs.output_files import check_folder_of
+from lightning_peft.command_configs.shared_checks import check_folder_of, check_seed
 from lightning_peft.models.source import ModelConfig
 
 
@@ -167,6 +167,7 @@ class ConvertConfig:
                 f"weights={self.weights}: must be one for each of the {len(self.paths)} adapters, as in "
                 f"[{','.join(['0.5'] * len(self.paths))}]"
             )
+        check_seed(self.seed)
         if self.density is not None and self.combine not in DENSITY:
             raise ValueError(f"density={self.density}: only combine=ties and combine=dare leave numbers out")
 

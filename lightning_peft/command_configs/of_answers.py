@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from lightning_peft.command_configs.output_files import check_folder_of
+from lightning_peft.command_configs.shared_checks import check_folder_of, check_seed
 from lightning_peft.config import check_task
 from lightning_peft.data.config import DataConfig
+from lightning_peft.evaluation.own_pairs import Chosen
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.serving.server_config import ServerConfig
@@ -123,15 +124,6 @@ class GenerateConfig:
         check_folder_of("output", self.output)
 
 
-class Chosen(Enum):
-    """The better answer of a pair that `pairs` writes."""
-
-    row = "row"
-    """The answer of the row."""
-    best = "best"
-    """The best of the adapter's own answers, the row's where none is as good."""
-
-
 @dataclass
 class PairsConfig:
     """Writes pairs of answers for objective=dpo: a right one, and a wrong one of the adapter itself."""
@@ -149,7 +141,8 @@ class PairsConfig:
     pairs_per_prompt: int = 1
     """Most pairs of one prompt: its worst answers, of equal ones those drawn most often."""
     chosen: Chosen = Chosen.row
-    """The better answer: row for the row's own, best for the best of all that were drawn."""
+    """The better answer: row for the row's own; best for the best that was drawn, the row's where none is as good; own
+    for the best that was drawn alone, so that a prompt without one has no pair."""
     metric: str | None = None
     """Score of an answer, as an entry of validation.metrics: a metric of a task, or module:function, of which a large
     value is good; null takes that of data.task."""
@@ -178,8 +171,7 @@ class PairsConfig:
             raise ValueError(f"temperature={self.temperature}: must be 0 (the most likely answer) or above")
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"samples={self.samples} temperature=0: gives one answer so many times; use samples=1")
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed={self.seed}: must be from 0 to 2^62 - 1")
+        check_seed(self.seed)
         if Path(self.output).suffix != ".jsonl" and self.output != "???":
             raise ValueError(f"output={self.output}: must end in .jsonl")
         if Path(self.output).is_dir():
@@ -245,6 +237,7 @@ class CalibrateConfig:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         if self.dropout is not None and not 0 < self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be above 0 and below 1, or null")
+        check_seed(self.seed)
         check_folder_of("output", self.output)
         if self.data is not None:
             check_task(self.data)

@@ -5,7 +5,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from lightning_peft.command_configs.output_files import check_folder_of
+from lightning_peft.command_configs.shared_checks import check_folder_of
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.search import SweepConfig
 

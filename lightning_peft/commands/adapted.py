@@ -13,8 +13,8 @@ from lightning_peft.config import TrainConfig, train_config
 from lightning_peft.data.config import DataConfig, Layout
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.mixture import shared_option
-from lightning_peft.inference.generate import settings_not_decoded
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
+from lightning_peft.inference.own_settings import settings_not_decoded
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import QuantizationConfig

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_peft.adapters.balora import InputVariance, sampling
 from lightning_peft.checkpoint.atomic import check_can_write, write_text
+from lightning_peft.checkpoint.lineage import check_one_base
 from lightning_peft.command_configs.of_answers import CalibrateConfig
 from lightning_peft.commands.adapted import load_for_inference, saved_config
 from lightning_peft.commands.evaluate import data_of, refuse_margins, show_calibration, validation_loader
@@ -23,6 +24,8 @@ def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
     check_can_write(path)
     data = replace(data_of(saved_config(config.adapter_path), config), max_validation_rows=config.max_rows)
     refuse_margins(data)
+    others = [(f"ensemble={path}", tuned_folder(path)) for path in config.ensemble]
+    check_one_base([(config.adapter_path, tuned_folder(config.adapter_path)), *others], "averaged")
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     ways = {"mean": Way([model])}
     if any(isinstance(module, InputVariance) for module in model.modules()):
@@ -32,8 +35,8 @@ def calibrate(config: CalibrateConfig) -> dict[str, Calibration]:
             [model], config.passes, partial(dropping, dropout=config.dropout)
         )
     if config.ensemble:
-        others = [load_for_inference(path, config.model, config.precision)[0] for path in config.ensemble]
-        ways[f"ensemble of {1 + len(others)}"] = Way([model, *others])
+        members = [load_for_inference(path, config.model, config.precision)[0] for path in config.ensemble]
+        ways[f"ensemble of {1 + len(members)}"] = Way([model, *members])
     loader, rows = validation_loader(replace(data, packing=packing_of(data, model)), tokenizer)
     if not rows:
         raise ValueError("data has no validation rows: give data.validation_path, or raise data.validation_fraction")

@@ -23,7 +23,7 @@ from lightning_peft.adapters.changes import (
 from lightning_peft.adapters.combine import DENSE, DENSITY, Combine, Cut, combined, cut, cut_dense
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.atomic import atomic_folder
-from lightning_peft.checkpoint.lineage import Lineage, LineageError, check_lineage, read_lineage
+from lightning_peft.checkpoint.lineage import Lineage, check_lineage, check_one_base, read_lineage
 from lightning_peft.checkpoint.merged import Comparison, MergeError, Receipt, check_unused
 from lightning_peft.checkpoint.model_card import write_card
 from lightning_peft.checkpoint.peft_format import (
@@ -184,23 +184,18 @@ def checked(config: ConvertConfig, parents: list[Parent]) -> str:
             f"adapter_path={first.path}: nothing to convert; give rank= or energy= to cut it, method=dora, or several "
             "adapters"
         )
-    check_one_base(parents)
+    check_one_base([(f"adapter_path={parent.path}", parent.folder) for parent in parents], "combined")
+    log_differences(parents)
     return asked
 
 
-def check_one_base(parents: list[Parent]) -> None:
-    """Raise LineageError for adapters of several bases; log which differ in how their base was stored."""
+def log_differences(parents: list[Parent]) -> None:
+    """Log which adapters were trained on other rows, or for another objective, than the first."""
     known = [(parent, parent.lineage) for parent in parents if parent.lineage is not None]
     for parent, lineage in known[1:]:
         first, of_first = known[0]
-        if lineage.base_fingerprint != of_first.base_fingerprint:
-            raise LineageError(
-                f"adapter_path={parent.path}: was trained on {lineage.base_name} (weights "
-                f"{lineage.base_fingerprint[:12]}), and {first.path} on {of_first.base_name} (weights "
-                f"{of_first.base_fingerprint[:12]}); only adapters of one base are combined"
-            )
         for key in ("data", "objective"):
-            if len(parents) > 1 and lineage.config.get(key) != of_first.config.get(key):
+            if lineage.config.get(key) != of_first.config.get(key):
                 logger.info("%s has another %s: the written adapter names that of %s", parent.path, key, first.path)
 
 

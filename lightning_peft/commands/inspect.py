@@ -28,8 +28,8 @@ from lightning_peft.adapters.spectrum import (
 )
 from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.atomic import check_can_write, write_text
-from lightning_peft.checkpoint.lineage import read_lineage
-from lightning_peft.checkpoint.peft_format import adapter_config_from_peft
+from lightning_peft.checkpoint.lineage import check_one_base, read_lineage
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tensors_beside
 from lightning_peft.command_configs.of_adapters import InspectConfig
 from lightning_peft.commands.adapted import base_of, best_of_sweep, inference_dtype, load_for_inference, saved_config
 from lightning_peft.commands.evaluate import console, validation_loader
@@ -43,7 +43,7 @@ from lightning_peft.models.loading import load_model
 from lightning_peft.models.packing_choice import packing_of
 from lightning_peft.progress import Part
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts
-from lightning_peft.quantization.weights import dense_weight, is_quantized
+from lightning_peft.quantization.weights import dense_weight, is_quantized, weight_shape
 from lightning_peft.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -58,16 +58,18 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
     path = best_of_sweep(config.adapter_path)
     option = "smaller_ranks=true" if config.smaller_ranks else f"directions={config.directions}"
     rows = _validation_rows(path, config, option) if config.smaller_ranks or config.directions else None
+    other = None if config.other_path is None else _other_of_one_base(path, config.other_path)
     data = rows if config.smaller_ranks else None
     output = Path(config.output) if config.output else tuned_folder(path).parent / "inspection.json"
     check_can_write(output)
     model, tokenizer = _model_of(path, config)
     found = _adapters_in(model, path)
+    beside = tensors_beside(tuned_folder(path))
     to_cut = None if data is None else _to_cut(path, model, data, tokenizer)
     with Part("inspecting", len(found)) as part:
         spectra = {name: layer_spectrum(layer, config.intruders) for name, layer in part.counting(found.items())}
     spectra |= _with_quantization_errors(path, found, spectra, config)
-    common = _overlaps(found, config)
+    common = {} if other is None else _overlaps(found, other, config)
     kinds = {name: _kind(name) for name in spectra}
     blocks = {name: str(block_depth(name)) for name in spectra}
     warnings = warnings_of(spectra)
@@ -78,12 +80,15 @@ def inspect(config: InspectConfig) -> dict[str, LayerSpectrum]:
         "energy_by_kind": energy_shares(spectra, kinds),
         "energy_by_block": energy_shares(spectra, blocks),
         "warnings": warnings,
+        "trained_beside": beside,
     }
     if common:
         content["overlap"] = common
     _show(spectra, kinds, common)
     for warning in warnings:
         print(warning)
+    if beside:
+        print(f"also trained, and in no figure here: {len(beside)} of the base's tensors, as {beside[0]}")
     if rows is not None and config.directions:
         content["directions"] = _directions(path, model, tokenizer, found, rows, config.directions)
     write_text(output, json_text(content))
@@ -228,14 +233,27 @@ def _smaller_ranks(path: str, model: PreTrainedModel, to_cut: _ToCut) -> dict[st
     }  # fmt: skip
 
 
-def _overlaps(found: dict[str, Adapter], config: InspectConfig) -> dict[str, float]:
-    """Return by layer what the adapter has in common with another; empty without another."""
-    if config.other_path is None:
-        return {}
-    path = best_of_sweep(config.other_path)
+def _other_of_one_base(path: str, other_path: str) -> str:
+    """Return the path of the other adapter. Raises ValueError where it is none, LineageError for another base."""
+    other = best_of_sweep(other_path)
+    if is_whole_model(folder := tuned_folder(other)):
+        raise ValueError(f"other_path={other}: a whole model, and inspect looks at adapters")
+    check_one_base([(path, tuned_folder(path)), (f"other_path={other}", folder)], "compared")
+    return other
+
+
+def _overlaps(found: dict[str, Adapter], path: str, config: InspectConfig) -> dict[str, float]:
+    """Return by layer what the adapter has in common with another. Raises ValueError for layers of other shapes."""
     others = _adapters_in(_model_of(path, config)[0], path)
     if not (both := found.keys() & others.keys()):
         raise ValueError(f"other_path={config.other_path}: adapts no layer that the first adapter adapts")
+    for name in sorted(both):
+        here, there = (weight_shape(adapter.base_layer) for adapter in (found[name], others[name]))
+        if here != there:
+            raise ValueError(
+                f"other_path={config.other_path}: its {name} is of {there}, here {here}; only adapters of one base are "
+                "compared"
+            )
     shared = {name: overlap(found[name], others[name]) for name in found if name in both}
     found_common = {name: value for name, value in shared.items() if value is not None}
     if len(found_common) < len(shared):

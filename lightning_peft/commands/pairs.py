@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from lightning_peft.checkpoint.atomic import check_can_write, write_text
-from lightning_peft.command_configs.of_answers import Chosen, PairsConfig
+from lightning_peft.command_configs.of_answers import PairsConfig
 from lightning_peft.commands.adapted import (
     best_of_sweep,
     layout_of,
@@ -24,7 +24,7 @@ from lightning_peft.data.audit import Audit
 from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.data.samples import read_conversations
-from lightning_peft.evaluation.own_pairs import Asked, Counts, pair_row, pairs_of, score_of, without_repeats
+from lightning_peft.evaluation.own_pairs import Asked, Chosen, Counts, pair_row, pairs_of, score_of, without_repeats
 from lightning_peft.evaluation.scorers import scorers_of, task_of_metric, with_answer
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.load import refuse_rewards, tuned_folder
@@ -69,8 +69,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
     with Part("scores", len(asked)) as part:
         for place, each in enumerate(asked):
             each.answers = answers[place * config.samples : (place + 1) * config.samples]
-            takes_own = config.chosen is Chosen.best
-            for chosen, rejected in pairs_of(each, score, config.pairs_per_prompt, takes_own, counts):
+            for chosen, rejected in pairs_of(each, score, config.pairs_per_prompt, config.chosen, counts):
                 row = pair_row(each, chosen, rejected, scorer.columns)
                 lines.append(json_line(row) + "\n")
             part.advance()
@@ -134,9 +133,10 @@ def write(config: PairsConfig, data: DataConfig, counts: Counts, lines: list[str
         table.add_row(name.replace("_", " "), f"{count:,}")
     console().print(table)
     if not lines:
+        own = " beside a right one of the model's own" if config.chosen is Chosen.own else ""
         raise ValueError(
-            f"samples={config.samples} temperature={config.temperature}: no answer is worse than the chosen ones, so "
-            "there are no pairs; ask for more rows, samples, or a higher temperature"
+            f"samples={config.samples} temperature={config.temperature}: no answer is worse than the chosen ones{own}, "
+            "so there are no pairs; ask for more rows, samples, or a higher temperature"
         )
     path = Path(config.output)
     write_text(path, "".join(lines))

@@ -15,6 +15,7 @@ from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import find_targets, untie_where_asked
 from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.checkpoint.peft_format import adapter_sha256
 from lightning_peft.checkpoint.peft_words import gives_rewards
 from lightning_peft.commands.step_estimate import with_fitting_checkpointing
 from lightning_peft.commands.training import Prepared, prepare_folder, train_with_rollbacks
@@ -124,6 +125,9 @@ def content_of(config: TrainConfig, data: SFTDataModule) -> dict[str, str]:
         content["validation rows"] = data.validation_fingerprint
     if isinstance(config.objective, TaughtConfig):
         content |= content_of_teacher(config.objective)
+    if config.adapter.init_from is not None:  # it is the reference of a preference objective, and read again on resume
+        folder = adapter_folder(config.adapter.init_from, "adapter.init_from")
+        content["files of adapter.init_from"] = adapter_sha256(folder)
     return content
 
 

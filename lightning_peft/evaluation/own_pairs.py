@@ -8,11 +8,24 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any
 
 from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.evaluation.scorers import Scorer
 from lightning_peft.tasks.task import TaskRow
+
+
+class Chosen(Enum):
+    """The better answer of a pair that `pairs` writes."""
+
+    row = "row"
+    """The answer of the row."""
+    best = "best"
+    """The best of the adapter's own answers, the row's where none is as good."""
+    own = "own"
+    """The best of the adapter's own answers; a prompt with none that is as good as the row's has no pair."""
+
 
 Score = Callable[[TaskRow, str], float]
 """The worth of an answer to a row; a large value is good."""
@@ -46,6 +59,8 @@ class Counts:
     """Worse answers that were drawn before to the same prompt."""
     empty: int = 0
     """Worse answers without a word, which make no pair."""
+    unmatched: int = 0
+    """Worse answers to prompts that the model has not answered right, where the chosen one is to be its own."""
     over_limit: int = 0
     """Worse answers beyond `pairs_per_prompt`."""
     own_chosen: int = 0
@@ -77,11 +92,11 @@ def without_repeats(asked: Sequence[Asked], counts: Counts) -> list[Asked]:
     return list(found.values())
 
 
-def pairs_of(asked: Asked, score: Score, limit: int, takes_own: bool, counts: Counts) -> list[tuple[str, str]]:
+def pairs_of(asked: Asked, score: Score, limit: int, takes: Chosen, counts: Counts) -> list[tuple[str, str]]:
     """Return at most `limit` pairs (chosen, rejected) of one prompt: each rejected answer is drawn, and scores less.
 
-    The chosen one is the row's; with `takes_own` the best one drawn where it scores no less. Among worse answers the
-    worst come first, among equals those drawn most often.
+    The chosen one is the row's, or the best one drawn where it scores no less. Among worse answers the worst come
+    first, among equals those drawn most often.
     """
     counts.answers += len(asked.answers)
     drawn = Counter(map(str.strip, asked.answers))
@@ -89,13 +104,17 @@ def pairs_of(asked: Asked, score: Score, limit: int, takes_own: bool, counts: Co
     scores = {answer: score(asked.row, texts[answer]) for answer in drawn}
     chosen = asked.row["completion"]
     least = score(asked.row, chosen)
-    if takes_own and (best := max(filter(None, scores), key=scores.__getitem__, default=None)) is not None:
-        if scores[best] >= least:
-            chosen, least = texts[best], scores[best]
+    best = max(filter(None, scores), key=scores.__getitem__, default=None)
+    has_own = best is not None and scores[best] >= least
+    if takes is not Chosen.row and best is not None and has_own:
+        chosen, least = texts[best], scores[best]
     worse = [answer for answer in drawn if scores[answer] < least]
     counts.as_good += sum(drawn[answer] for answer in drawn if scores[answer] >= least)
     counts.repeated += sum(drawn[answer] - 1 for answer in worse)
     counts.empty += "" in worse
+    if takes is Chosen.own and not has_own:
+        counts.unmatched += len(list(filter(None, worse)))
+        return []
     worse = sorted(filter(None, worse), key=lambda answer: (scores[answer], -drawn[answer]))
     counts.over_limit += len(worse[limit:])
     pairs = [(chosen, texts[answer]) for answer in worse[:limit]]

@@ -17,10 +17,9 @@ from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.checkpoint.lineage import check_lineage, read_lineage
 from lightning_peft.checkpoint.peft_format import (
     CONFIG_NAME,
-    WEIGHTS_NAME,
     adapter_config_from_peft,
+    adapter_sha256,
     changes_base,
-    file_sha256,
     load_adapter,
 )
 from lightning_peft.data.config import DataConfig
@@ -157,7 +156,7 @@ def content_of_teacher(objective: TaughtConfig) -> dict[str, str]:
     if (named := teacher_model(objective)) is not None:
         content["teacher weights"] = source_fingerprint(named)
     if (folder := teacher_folder(objective)) is not None:
-        content["teacher adapter"] = file_sha256(folder / WEIGHTS_NAME)
+        content["files of the teacher's adapter"] = adapter_sha256(folder)
     return content
 
 

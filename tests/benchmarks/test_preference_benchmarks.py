@@ -57,12 +57,17 @@ def test_losses_are_trls_step_by_step(tmp_path, forked_starts):
 @pytest.mark.slow
 def test_own_pairs_are_made_trained_on_and_scored_and_go_on(tmp_path, forked_starts, capsys):
     sizes = ["--sft-steps", "2", "--asked-rows", "6", "--dpo-steps", "2", "--scored-rows", "3", "--seeds", "0"]
+    # The random model has no right answer of its own.
+    sizes += ["--rows", "24", "--chosen", "row", "--samples", "1", "--temperature", "0", "--pairs-per-prompt", "1"]
     words = ["--model", "tiny", *sizes, "--control", "--folder", f"{tmp_path}/runs", "--output", f"{tmp_path}/r.json"]
     assert on_policy.main(words) == 0
     row = json.loads((tmp_path / "r.json").read_text())["rows"]["seed 0"]
     assert row["pairs"]["pairs"] == 6 and set(row) == {"pairs", "sft", "dpo", "control", "gain"}
     assert row["gain"] == row["dpo"]["execution_accuracy"] - row["sft"]["execution_accuracy"]
     assert len({row[name]["loss"] for name in ("sft", "dpo", "control")}) == 3
+    lines = [(tmp_path / f"runs/{name}-0.jsonl").read_text().splitlines() for name in ("learned", "asked")]
+    schemas = [{json.loads(line)["schema"].partition("(")[0] for line in part} for part in lines]
+    assert schemas[0] and schemas[1] and schemas[0].isdisjoint(schemas[1])
     capsys.readouterr()
     assert on_policy.main(words) == 0 and "seed 0: run before" in capsys.readouterr().out
 

@@ -210,6 +210,9 @@ def test_what_cannot_be_is_refused_in_a_line(runs, tmp_path, capsys):
     assert "weights=[1.0]: must be one for each of the 2" in refused(
         [runs / "lora", runs / "few", "weights=[1]", out], capsys
     )
+    both = [runs / "lora", runs / "few", out]
+    assert "weights=nan: must be a finite number" in refused([*both, "weights=[nan,1]"], capsys)
+    assert f"seed={2**64}: must be from 0 to 2^62 - 1" in refused([*both, "combine=dare", f"seed={2**64}"], capsys)
     assert "density=0.5: only combine=ties" in refused([runs / "lora", runs / "few", "density=0.5", out], capsys)
     assert "energy=1.5: is a share" in refused([runs / "lora", "energy=1.5", out], capsys)
     assert "weights, combine and density are for several" in refused([runs / "lora", "weights=[2]", out], capsys)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import TINY
 from torch import nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lightning_peft.__main__ import main
 from lightning_peft.adapters.base import Target
@@ -197,6 +197,34 @@ def test_layers_that_cannot_be_compared_are_counted(runs, capsys):
     assert main(["inspect", str(runs / "dora"), f"other_path={runs / 'lora'}", f"output={output}"]) == 0
     said = "14 of 14 layers are not compared: the change of one of the two is no low-rank sum"
     assert said in capsys.readouterr().err and "overlap" not in json.loads(output.read_text())
+
+
+def test_what_trains_beside_the_adapters_is_named(tmp_path, capsys):
+    words = [*TINY, "adapter.trainable_modules=[model.norm]", "trainer.max_steps=1", "logger=none"]
+    assert main(["train", *words, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    said = "also trained, and in no figure here: 1 of the base's tensors, as model.norm.weight"
+    assert said in capsys.readouterr().out
+    content = json.loads((tmp_path / "run" / "inspection.json").read_text())
+    assert content["trained_beside"] == ["model.norm.weight"]
+
+
+def test_adapters_of_two_bases_are_refused_before_one_is_read(runs, tmp_path, capsys, monkeypatch):
+    sizes = dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    words = [*TINY[1:], "model=hf", f"model.path={tmp_path / 'model'}", "trainer.max_steps=1", "logger=none"]
+    assert main(["train", *words, f"run_dir={tmp_path / 'other'}"]) == 0
+    capsys.readouterr()
+    loads = []
+    monkeypatch.setattr(command, "load_for_inference", lambda *a: loads.append(a) or load_for_inference(*a))
+    assert main(["inspect", str(runs / "lora"), str(tmp_path / "other"), f"output={tmp_path / 'i.json'}"]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "only adapters of one base are compared" in said and not loads
+    (tmp_path / "other/adapter/lineage.json").unlink()  # as one of HF PEFT, whose base has no fingerprint
+    words = [str(runs / "lora"), str(tmp_path / "other/adapter"), f"output={tmp_path / 'i.json'}"]
+    assert main(["inspect", *words]) == 2
+    assert "its model.layers.0.mlp.down_proj is of (96, 64), here (64, 128); only" in capsys.readouterr().err
 
 
 def test_wrong_words_are_one_line(runs, capsys):

@@ -1,6 +1,7 @@
 """Scores of probabilities against their formulas, and the command on adapters trained here."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,18 @@ def test_draws_of_what_draws_nothing_are_refused(tmp_path: Path) -> None:
         evaluate(compose_config("evaluate", own))
     with pytest.raises(ValueError, match="passes=2: draws are of an adapter; give adapter_path and leave models=both"):
         compose_config("evaluate", [*own, "models=base"])
+
+
+def test_ensemble_of_two_bases_and_a_seed_that_is_none_are_refused(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path / "run", "trainer.max_steps=1"))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    path = tmp_path / "other/adapter/lineage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_fingerprint": "another"}))
+    words = [f"adapter_path={tmp_path}/run", f"ensemble=[{tmp_path}/other]"]
+    with pytest.raises(ValueError, match="ensemble=.*other: was trained on .*only adapters of one base are averaged"):
+        calibrate(compose_config("calibrate", words))
+    with pytest.raises(ValueError, match=f"seed={2**64}: must be from 0 to"):
+        compose_config("calibrate", [words[0], f"seed={2**64}"])
 
 
 def test_rejected_answers_are_no_right_tokens(tmp_path: Path) -> None:

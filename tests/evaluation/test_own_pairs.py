@@ -15,7 +15,7 @@ from lightning_peft.data.config import DataConfig, RowKind
 from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.data.samples import read_conversations
-from lightning_peft.evaluation.own_pairs import Asked, Counts, pair_row, pairs_of, without_repeats
+from lightning_peft.evaluation.own_pairs import Asked, Chosen, Counts, pair_row, pairs_of, without_repeats
 from lightning_peft.tasks.text_to_sql.execution_accuracy import TASK
 
 QUESTION = Conversation([Message("user", "Say as many as asked.")])
@@ -32,7 +32,7 @@ def letters(row, answer):
 def test_worst_answers_come_first_and_among_equals_the_most_frequent():
     row = asked("a", "b", "aaaaa", "c ", "c", "aa", "", "")
     counts = Counts()
-    assert pairs_of(row, letters, 3, False, counts) == [("aaaa", "c "), ("aaaa", "b"), ("aaaa", "a")]
+    assert pairs_of(row, letters, 3, Chosen.row, counts) == [("aaaa", "c "), ("aaaa", "b"), ("aaaa", "a")]
     assert (counts.as_good, counts.repeated, counts.empty, counts.over_limit, counts.pairs) == (1, 2, 1, 1, 3)
     assert counts.prompts_with_pairs == 1 and counts.own_chosen == 0
 
@@ -41,16 +41,23 @@ def test_worst_answers_come_first_and_among_equals_the_most_frequent():
 def test_best_own_answer_is_chosen_where_it_is_as_good(answers, chosen):
     counts = Counts()
     row = asked(*answers, right="AAAA")
-    found = pairs_of(row, lambda _, answer: float(answer.lower().count("a")), 1, True, counts)
+    found = pairs_of(row, lambda _, answer: float(answer.lower().count("a")), 1, Chosen.best, counts)
     assert found == [(chosen, answers[-1])] and counts.own_chosen == (chosen in answers)
 
 
-@pytest.mark.parametrize("takes_own", [False, True])
-def test_every_answer_is_counted_once(takes_own):
+def test_prompt_without_a_right_answer_of_the_models_own_has_no_pair():
+    counts = Counts()
+    assert pairs_of(asked("a", "b", ""), letters, 3, Chosen.own, counts) == [] and counts.unmatched == 2
+    assert pairs_of(asked("a", "aaaaa"), letters, 3, Chosen.own, counts) == [("aaaaa", "a")]
+    assert (counts.pairs, counts.own_chosen, counts.prompts_with_pairs, counts.empty) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("takes", Chosen)
+def test_every_answer_is_counted_once(takes):
     counts = Counts()
     for answers in (["a", "a", "b"], ["", "", "aaaa", "aaaaa"], ["aaaa"], ["b", "c", "d", "b"]):
-        pairs_of(asked(*answers), letters, 2, takes_own, counts)
-    told = counts.as_good + counts.repeated + counts.empty + counts.over_limit + counts.pairs
+        pairs_of(asked(*answers), letters, 2, takes, counts)
+    told = counts.as_good + counts.repeated + counts.empty + counts.unmatched + counts.over_limit + counts.pairs
     assert told == counts.answers == 12
 
 

@@ -288,6 +288,19 @@ def test_resumed_run_ends_bit_equal_and_another_teacher_cannot_go_on(tmp_path):
         train(run_config(tmp_path / "other", *options, *other))
 
 
+@pytest.mark.parametrize("words", [["objective=distill", "objective.teacher_adapter="], ["adapter.init_from="]])
+def test_adapter_that_is_scaled_anew_between_stop_and_resume_is_noticed(words, tmp_path):
+    train(run_config(tmp_path / "first", "trainer.max_steps=1", "logger=none"))
+    adapter = tmp_path / "first/adapter"
+    options = [*words[:-1], f"{words[-1]}{adapter}", "checkpoint.every_n_steps=2", "logger=none"]
+    train(run_config(tmp_path / "run", *options, "trainer.max_steps=2"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    stopped = checkpoint_path(tmp_path / "run/checkpoints", 2)
+    with pytest.raises(ValueError, match="its files of .* are others now .*: bring the same ones back"):
+        train(run_config(tmp_path / "resumed", *options, "trainer.max_steps=3", f"resume={stopped}"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,5 +1,6 @@
 """A teacher that reads the rows once: the part of it that is kept, and the loss on that."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 from subprocess import PIPE, STDOUT
@@ -130,6 +131,22 @@ def test_teacher_is_run_once_and_a_resumed_run_ends_bit_equal(tmp_path, caplog):
         assert caplog.text.count("likeliest tokens at") == 2
     whole, resumed = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("whole", "resumed"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_adapter_that_teaches_is_run_again_when_its_scaling_is_another(tmp_path, caplog):
+    train(tiny_config(tmp_path / "first", "trainer.max_steps=1", "logger=none"))
+    adapter = tmp_path / "first/adapter"
+    words = [f"objective.teacher_adapter={adapter}", "objective.teacher_top_k=5", f"data.cache_dir={tmp_path}/cache"]
+    (tmp_path / "before").mkdir()
+    module, data = parts(tmp_path / "before", "distill", ANSWERS, *words)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    with caplog.at_level("INFO"):
+        for alpha in (config["lora_alpha"], 2 * config["lora_alpha"]):
+            (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
+            keep(module, data, tmp_path / "cache")
+    assert caplog.text.count("likeliest tokens at") == 2
+    first, second = (np.load(path) for path in (tmp_path / "cache").glob(f"teacher-*/{LOG_PROBABILITIES}"))
+    assert not np.allclose(first, second)
 
 
 def keep(module, data, cache):
