@@ -16,6 +16,7 @@ from typing import Any
 
 from lightning_peft.data.config import Reasoning
 from lightning_peft.data.conversation import Message, tools_of
+from lightning_peft.data.end_tokens import EndTokens
 from lightning_peft.data.history import EXACT_TURNS, History
 from lightning_peft.data.template import ChatTemplate, ChatTemplateError
 from lightning_peft.data.thoughts import CLOSING, EMPTY_THOUGHT, OPENED, OPENING, without_thoughts
@@ -72,7 +73,7 @@ class ConversationRenderer:
         """Keep the rules. special: tokens that may end a turn; added: all tokens beside the vocabulary."""
         self._template = template
         self._rules = rules
-        self._ends = [pattern for tokens in (special, added) if (pattern := _ends_pattern(tokens)) is not None]
+        self._ends = (EndTokens(special), EndTokens(added))
         self._begins = _begins_pattern(special)
         self._next_role: dict[bool, str] = {}
         self._dropped_of: dict[tuple[Any, bool], frozenset[int]] = {}
@@ -312,10 +313,8 @@ class ConversationRenderer:
 
     def _end(self, said: str, after: int = 0) -> tuple[int, int]:
         """Return where the end tokens of a turn start and stop; the end of the text twice where it has none."""
-        for pattern in self._ends:
-            if match := pattern.search(said, after):
-                return match.start("first"), match.end("first")
-        return len(said), len(said)
+        found = (tokens.find(said, after) for tokens in self._ends)
+        return next(filter(None, found), (len(said), len(said)))
 
     def _follows(self, calls: bool) -> str:
         """Return the token with which the next turn begins, where it is what ends this one."""
@@ -369,18 +368,8 @@ def _names_call(message: Message, text: str) -> bool:
     return any(call["function"]["name"] in text for call in message.tool_calls)
 
 
-def _alternatives(tokens: Sequence[str]) -> str:
-    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
-
-
-def _ends_pattern(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """Return the pattern of a turn's end tokens; `first` is the run of them before any white space."""
-    either = _alternatives(tokens)
-    return re.compile(rf"(?P<first>(?:{either})+)(?:\s*(?:{either}))*\s*\Z") if either else None
-
-
 def _begins_pattern(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    either = _alternatives(tokens)
+    either = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token)
     return re.compile(either) if either else None
 
 
