@@ -150,6 +150,7 @@ def summary(folder: Path, seed: int, names: list[str]) -> dict[str, Any]:
         row[name] = {
             "execution_accuracy": found["metrics"]["execution_accuracy"],
             "interval": found["intervals"]["execution_accuracy"],
+            "levels": {key: value for key, value in found["metrics"].items() if key != "execution_accuracy"},
             "loss": found["loss"],
         }
     row["gain"] = row["dpo"]["execution_accuracy"] - row["sft"]["execution_accuracy"]
