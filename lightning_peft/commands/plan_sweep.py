@@ -64,6 +64,9 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     # `cluster` is a group of submit, so no config can have it as a plain key.
     renamed = {"run_dir": "sweep_dir", "cluster": "sweep.cluster"}
     parts = [word.partition("=") for word in words]
+    folders = [word for word, (key, _, _) in zip(words, parts, strict=True) if key in ("run_dir", "sweep_dir")]
+    if len(folders) > 1:
+        raise ValueError(f"{' '.join(folders)}: each names the sweep's folder; give one of them")
     words = [renamed.get(key, key) + sign + value for key, sign, value in parts]
     own = [word for word in words if word.lstrip("+").partition("=")[0].partition(".")[0] in OWN_KEYS]
     for override in read_words([word for word in own if word.lstrip("+").startswith("sweep.")]):

@@ -181,4 +181,7 @@ def end(trial: Trial, sweep: Sweep, folder: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    work(Path(sys.argv[1]), int(sys.argv[2]))
+    try:
+        work(Path(sys.argv[1]), int(sys.argv[2]))
+    except (ValueError, OSError) as error:  # as where the sweep was moved; its trials and status say what is left
+        sys.exit(f"error: {error}; this worker leaves")

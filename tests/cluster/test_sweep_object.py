@@ -135,6 +135,20 @@ def test_retry_leaves_swept_values_to_the_trials(word, tmp_path, capsys):
     assert (tmp_path / "sweep.json").read_text() == before
 
 
+def test_sweep_has_one_folder(tmp_path, capsys):
+    words = [f"run_dir={tmp_path}/a", f"sweep_dir={tmp_path}/b"]
+    assert main(["submit", "-m", "cluster=local", "model=tiny", "adapter.rank=2,4", *words]) == 2
+    assert f"error: {' '.join(words)}: each names the sweep's folder; give one" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_worker_of_a_sweep_that_was_moved_leaves_with_a_line(tmp_path):
+    worker = [sys.executable, "-m", "lightning_peft.sweeps.local_worker", str(tmp_path), "0"]
+    done = subprocess.run(worker, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path}: holds no sweep.json") and done.stderr.count("\n") == 1
+
+
 def test_half_written_result_is_none(tmp_path):
     sweep = Sweep(["a=1"], ["b=1,2"], "local", "loss", trials=[Trial("t", ["b=1"], is_waiting=False)])
     (tmp_path / "t").mkdir()
