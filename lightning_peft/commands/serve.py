@@ -99,12 +99,14 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     rank = config.serve.max_rank or max([*ranks, DEFAULT_RANK if not ranks else 1])
     if alone is not None and (len(folders) > 1 or directory is not None):
         raise alone
+    more = f" and {len(folders) - 5:,} more" if len(folders) > 5 else ""
+    named = ", ".join([*folders][:5]) + more or "of adapter_dir"
     says = (
         "it alone, as its change is no low-rank pair"
         if alone is not None
         else f"{config.serve.slots} slots of rank {rank}"
     )
-    logger.info("%s with %d adapters named: %s", name, len(folders), says)
+    logger.info("%s with %s %s: %s", name, "adapter" if len(folders) == 1 else "adapters", named, says)
     if config.serve.dry_run:
         print(f"{name}: would serve {', '.join([name, *folders]) if alone is None else ', '.join(folders)}; {says}")
         return
