@@ -1,5 +1,6 @@
 """The fixtures of all tests: tokens are kept in a folder of the session, not of whoever runs them."""
 
+import logging
 import signal
 import time
 from collections import Counter
@@ -55,6 +56,16 @@ def give_signals_back() -> None:
     for number, handler in HANDLERS.items():
         if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Take away the handlers of commands that ran in this process: they write to the stderr of a test that is over."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # pytest's own are of classes derived from it
+            root.removeHandler(handler)
+    yield
 
 
 @pytest.fixture(scope="session", autouse=True)
