@@ -192,10 +192,15 @@ def test_table_holds_what_the_results_say(story, tmp_path, capsys):
 def test_retry_runs_the_failed_ones_again_with_other_words(story, capsys):
     folder, rows = story
     before = {trial.name: trial.state for trial in seen(folder).trials}
-    assert main(["sweep", "retry", str(folder), "failed=true", f"data.train_path={rows}"]) == 0
+    assert main(["sweep", "retry", str(folder), "failed=true", f"data.train_path={rows}"]) == 2
+    assert f"data.train_path={rows}: data.train_path is swept, so each trial keeps its own" in capsys.readouterr().err
+    (folder.parent / "missing.jsonl").write_text(rows.read_text())
+    assert main(["sweep", "retry", str(folder), "failed=true", "optimizer.lr=0.0123"]) == 0
     for trial in wait_until(folder, has_ended).trials:
-        assert (trial.state, trial.attempts) == ("finished", 1 if before[trial.name] == "finished" else 2)
-        assert yaml.safe_load((folder / trial.name / "config.yaml").read_text())["data"]["train_path"] == str(rows)
+        was_good = before[trial.name] == "finished"
+        assert (trial.state, trial.attempts) == ("finished", 1 if was_good else 2)
+        config = yaml.safe_load((folder / trial.name / "config.yaml").read_text())
+        assert (config["optimizer"]["lr"] != 0.0123) == was_good
     assert main(["sweep", "retry", str(folder), "failed=true"]) == 2
     assert "nothing to run again: 4 trials: 4 finished" in capsys.readouterr().err
 
