@@ -10,7 +10,8 @@ import pytest
 
 LONG = ("slow", "multi_process", "slurm")
 """Markers of long tests, in the order in which their files are begun."""
-HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+HANDLERS |= {signal.SIGINT: signal.default_int_handler}  # a shell has what runs behind it ignore Ctrl-C
 """What signals do before any test."""
 
 
