@@ -39,7 +39,8 @@ def test_array_with_a_failing_trial_and_its_retry(slurm, tmp_path, capsys):
     assert f"job {array}: 2 trials" in capsys.readouterr().out
     wait_for("the end of the array", SECONDS, lambda: is_over(seen(folder)))
     assert [(trial.state, trial.exit_code) for trial in seen(folder).trials] == [("finished", 0), ("failed", 2)]
-    assert main(["sweep", "retry", str(folder), "failed=true", f"data.train_path={rows}"]) == 0
+    (tmp_path / "missing.jsonl").write_text(rows.read_text())
+    assert main(["sweep", "retry", str(folder), "failed=true"]) == 0
     wait_for("the end of the retry", SECONDS, lambda: is_over(seen(folder)))
     assert [(trial.state, trial.attempts) for trial in seen(folder).trials] == [("finished", 1), ("finished", 2)]
 
