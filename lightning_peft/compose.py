@@ -28,8 +28,9 @@ from lightning_peft import distributed
 from lightning_peft.compat import config_loader_of
 from lightning_peft.config import TrainConfig, check_finite, train_config
 from lightning_peft.options import options_of
-from lightning_peft.other_tools import BY_THEIRS, ours, what_instead
+from lightning_peft.other_tools import BY_THEIRS, LISTS, ours, what_instead
 from lightning_peft.plugins import OWN_FILES, import_modules, import_plugins, imported_by_words
+from lightning_peft.readable import first_line
 from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
 from lightning_peft.slips import OPEN, TEXT, VERBATIM
 from lightning_peft.tables import TABLES
@@ -286,7 +287,8 @@ def explain(error: Exception, command: str) -> str:
         if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
             key, _, values = ambiguous.group(1).lstrip("+").partition("=")
             if (known := ours(key)) is not None and known != key and "=" not in known:
-                return f"{key}: no such option; use {known}=[{values}]"
+                right = f"{known}=[{values}]" if known in LISTS else f"-m for a sweep, with {known}={values}"
+                return f"{key}: no such option; use {right}"
             return f"{ambiguous.group(1).lstrip('+')}: several values; add -m for a sweep, or write a list as key=[a,b]"
     if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
         meanings = {option.key: option.doc for option in options_of(ROOTS.get(command, TrainConfig))}
@@ -312,10 +314,6 @@ def plainly(message: str) -> str:
     """Return OmegaConf's message with the remedy behind it."""
     right = next((words for pattern, words in IN_PLAIN_WORDS.items() if re.search(pattern, message)), None)
     return message if right is None else f"{message}; {right}"
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def config_loader(words: list[str]) -> ConfigLoader:

@@ -119,6 +119,7 @@ OURS = {
     "logger.wandb.entity": "wandb_entity",
     "strategy": "parallelism_config distributed deepspeed fsdp ddp parallel accelerator_strategy deepspeed_config "
     "fsdp_config zero_stage sharding_strategy ddp_find_unused_parameters",
+    "trainer.profiler": "profiler",
     "model.rope_scaling.type": "rope_scaling",
     "adapter.experts": "target_parameters",
     "quantization.double_quantization": "double_quantization",
@@ -139,6 +140,14 @@ OURS = {
 }
 """Our word -> its names in HF's Trainer and PEFT, axolotl, LLaMA-Factory, torchtune and litgpt."""
 BY_THEIRS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
+LISTS = (
+    "target_modules",
+    "adapter.exclude_modules",
+    "adapter.trainable_modules",
+    "data.ignore_columns",
+    "data.train_on",
+)
+"""Our words that take a list."""
 IN_SECTION = {
     "data.path": "data.train_path", "data.file": "data.train_path", "data.name": "data.hub_name",
     "data.split": "data.hub_split", "data.dataset": "data=FILE", "data.output": "data.completion_column",
@@ -202,7 +211,7 @@ NOT_HERE = {
     "ref_model": "leave it out: the reference is the model without its adapter",
     "sync_ref_model": "leave it out: the reference is the model without its adapter",
     "create_new_adapter": "merge the first adapter, and give model=MERGED",
-    "export_dir": "use lightning-peft export RUN output=FOLDER after training",
+    "export_dir": "use lightning-peft merge RUN output=FOLDER after training",
     "train.tie_embeddings": "leave it out: it follows from the model",
     "tie_embeddings": "leave it out: it follows from the model",
     "access_token": "run hf auth login, or set HF_TOKEN",
@@ -242,7 +251,6 @@ NOT_HERE = {
     "relora_steps": "merge the adapter, and train another one on model=MERGED",
     "wandb_watch": "use health.every_n_steps, which logs the adapters' norms",
     "wandb_log_model": "leave it out: the adapter is the W&B run's artifact",
-    "profiler": "give +trainer.profiler=simple",
     "plugins": "give imports=[MODULE]",
     "checkpointer": "leave it out, or see checkpoint.every_n_steps",
     "strict": "leave it out: an unknown key is always an error",

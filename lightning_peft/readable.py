@@ -62,3 +62,8 @@ def loss(value: float) -> str:
 def natural_order(text: str) -> list[str | int]:
     """Return a key to sort words by so that numbers inside them count as numbers: r4, r8, r16."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", text))]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's words, else its kind."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

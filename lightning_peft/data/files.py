@@ -28,7 +28,8 @@ from lightning_peft.data.other_files import (
     refuse_other_separator,
 )
 from lightning_peft.data.records import elements, records
-from lightning_peft.data.remote import first_line, remote
+from lightning_peft.data.remote import remote
+from lightning_peft.readable import first_line
 
 
 class NoSuchRows(ValueError):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from lightning_peft.readable import first_line
+
 PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp",
     "https": "aiohttp", "sftp": "paramiko", "hf": "huggingface_hub",
@@ -21,8 +23,3 @@ def remote(url: str) -> tuple[Any, str]:
         raise ValueError(f"{url}: {kind}:// needs the package {package} (pip install {package})") from error
     except Exception as error:  # a file system raises what its service does
         raise ValueError(f"{url}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's words, else its kind."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -118,6 +118,7 @@ VALUES = {
     "method=lora+": "method=lora.: no such option; use method=lora_plus; method is one of",
     "conf_dir=nope": "conf_dir=nope: no such folder",
     "lora_target=q_proj,v_proj": r"lora_target: no such option; use target_modules=\[q_proj,v_proj\]$",
+    "learning_rate=1e-4,1e-5": "learning_rate: no such option; use -m for a sweep, with optimizer.lr=1e-4,1e-5$",
 }  # fmt: skip
 """Word -> the line that answers it once the config is composed."""
 
