@@ -156,8 +156,7 @@ class AdaptedModule(LightningModule):
         Under FSDP a block is also cut to this rank's slice before the next is read.
         """
         own = self.objective_config
-        has_teacher = isinstance(own, TaughtConfig) and own.runs_teacher
-        has_twin = has_teacher and isinstance(own, TaughtConfig) and shares_base(own)
+        has_twin = isinstance(own, TaughtConfig) and own.runs_teacher and shares_base(own)
         reads_all = reads_whole_model(self.adapter_config, self.quantization_config) or has_twin
         twin: PreTrainedModel | None = None
         if sharding is not None and reads_all:
@@ -202,7 +201,7 @@ class AdaptedModule(LightningModule):
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
         if sharding is None:
             objective = self.build_objective(model.to(device))  # type: ignore[arg-type]  # as in load_model
-            if has_teacher and isinstance(objective, TaughtLoss):
+            if isinstance(objective, TaughtLoss) and objective.config.runs_teacher:
                 give_teacher(
                     objective, twin, self.model_config, self.quantization_config, self.weight_dtype, device
                 )  # fmt: skip
