@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import fill, mounted
 from tiny_runs import tiny_config
 
 from lightning_peft.__main__ import main
@@ -31,24 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
     """Yield a disk with no room for a page."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"mounting a small disk needs root: {mount.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "full") as folder:
         (folder / "old.html").write_text("of before")
-        with (folder / "fill").open("wb", buffering=0) as file:
-            try:
-                while file.write(bytes(4096)) == 4096:
-                    pass
-            except OSError:
-                pass
+        fill(folder / "fill")
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -98,19 +85,10 @@ def is_empty(path: Path) -> bool:
 @pytest.fixture
 def read_only(run: Path, tmp_path: Path) -> Iterator[Path]:
     """Yield a run's folder on a disk that is mounted read-only."""
-    disk = tmp_path / "read_only"
-    disk.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"mounting a disk needs root: {mount.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "read_only", "8m") as disk:
         shutil.copytree(run, disk / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         yield disk / "run"
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 """Each logger gets the run's scalars; Weights & Biases works with no network and no key."""
 
 import csv
-import subprocess
-from contextlib import suppress
 
 import pytest
+from disks import fill, mounted
 from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import tiny_config
 
@@ -103,19 +102,8 @@ def test_logger_of_ones_own_fails_alone(tmp_path, caplog, at_end):
 @pytest.fixture
 def small_disk(tmp_path):
     """Give a folder on a disk of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(path):
-    with suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
+    with mounted(tmp_path / "disk", lazy=True) as folder:
+        yield folder
 
 
 def test_rows_wait_while_the_disk_is_full(small_disk, caplog):

@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import wandb
 import yaml
+from disks import fill, mounted
 from lightning.pytorch import Callback
 from tiny_runs import TINY, tiny_config
 from wandb_records import offline_runs
@@ -359,22 +359,8 @@ def test_training_outlives_a_server_that_is_down(tmp_path, monkeypatch, caplog):
 @pytest.fixture
 def small_disk(tmp_path):
     """Mount an empty `wandb` folder in a run folder, on a disk of 64 KiB."""
-    folder = tmp_path / "run" / "wandb"
-    folder.mkdir(parents=True)
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"mounting a small disk needs root: {mount.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # wandb's service still has its log open
-
-
-def fill(folder: Path) -> None:
-    """Leave no byte of the folder's disk."""
-    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
+    with mounted(tmp_path / "run" / "wandb", lazy=True) as folder:  # wandb's service still has its log open
+        yield folder
 
 
 class FillDisk(Callback):
@@ -385,7 +371,7 @@ class FillDisk(Callback):
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 1:
-            fill(self.folder)
+            fill(self.folder / "filler")
 
 
 @pytest.mark.slow
@@ -394,7 +380,7 @@ def test_training_outlives_a_full_disk(small_disk, tmp_path, when):
     expected = train(wandb_config(tmp_path / "undisturbed"))
     words = []
     if when == "at the start":
-        fill(small_disk)
+        fill(small_disk / "filler")
     else:
         words = [f"+callbacks.fill={{_target_: test_wandb_run.FillDisk, folder: '{small_disk}'}}"]
     result = train(wandb_config(tmp_path / "run", *words))
