@@ -86,30 +86,35 @@ def summarise(sides: dict[str, dict[str, Any]], pairs: list[int], largest: float
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--model", default="smollm2_135m", help="an option of the group model that needs no path")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=512, help="a step is a packed row of twice as many tokens")
-    parser.add_argument("--dtype", choices=list(SAME), help="bfloat16 where the device has it, by default")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(SAME), help="float32 and, where the device has it, bfloat16"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER / "preference.json")
     options = parser.parse_args(arguments)
     if options.steps <= WARM_UP_STEPS + 1:
         parser.error(f"--steps={options.steps}: must be at least {WARM_UP_STEPS + 2}, or no step's time counts")
-    dtype = options.dtype or fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    fastest = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
     settings = {
         "model": options.model, "rank": options.rank, "steps": options.steps, "max_length": options.max_length,
-        "dtype": dtype, "lr": LEARNING_RATE, "beta": BETA,
+        "lr": LEARNING_RATE, "beta": BETA,
     }  # fmt: skip
     results = Results(options.output, settings)
-    if "dpo, trl" in results.rows:
-        print("dpo, trl: measured before")
-        return 0
-    row = compare(options.model, options.steps, options.max_length, options.rank, dtype)
-    results.add("dpo, trl", row)
-    print(
-        f"dpo, trl: {row['speedup_in_cpu_seconds']:.2f}x the pairs by processor time ({row['speedup']:.2f}x by the "
-        f"clock), {row['memory_ratio']:.2f}x the memory, losses within {row['largest_loss_difference']:.1e}"
-    )
+    for dtype in options.dtypes or sorted({"float32", fastest}, reverse=True):
+        name = f"dpo, trl, {dtype}"
+        if name in results.rows:
+            print(f"{name}: measured before", flush=True)
+            continue
+        row = compare(options.model, options.steps, options.max_length, options.rank, dtype)
+        results.add(name, row)
+        print(
+            f"{name}: {row['speedup_in_cpu_seconds']:.2f}x the pairs by processor time ({row['speedup']:.2f}x by the "
+            f"clock), {row['memory_ratio']:.2f}x the memory, losses within {row['largest_loss_difference']:.1e}",
+            flush=True,
+        )
     return 0
 
 

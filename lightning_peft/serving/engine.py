@@ -51,6 +51,8 @@ class GenerationRequest:
     """The adapter's folder; None is the model as it was loaded."""
     stops: tuple[str, ...] = ()
     """Texts at which the answer ends; they are no part of it."""
+    wants_logprobs: bool = False
+    """True where the client reads `Choice.logprob`: a softmax over the vocabulary for each token."""
     top_logprobs: int = 0
     cancelled: bool = False
     finished: bool = False
@@ -194,6 +196,7 @@ class Engine:
             request.sampling,
             lambda choice: self._take(request, choice),
             top_logprobs=request.top_logprobs,
+            wants_logprobs=request.wants_logprobs,
             on_failure=lambda error: self._fail(request, error),
         )
 

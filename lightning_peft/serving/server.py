@@ -297,7 +297,7 @@ async def answered(
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     generation = GenerationRequest(
-        prompt, sampling, frozenset(ends), take, folder, tuple(body.stop), answer.top_logprobs
+        prompt, sampling, frozenset(ends), take, folder, tuple(body.stop), answer.logprobs, answer.top_logprobs
     )
     try:
         serving.engine.submit(generation)

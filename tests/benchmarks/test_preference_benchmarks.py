@@ -46,10 +46,10 @@ def test_padded_pairs_hold_the_samples_of_a_step(tmp_path):
 
 @pytest.mark.slow
 def test_losses_are_trls_step_by_step(tmp_path, forked_starts):
-    words = ["--model", "tiny", "--steps", "4", "--max-length", "1024", "--dtype", "float32"]
+    words = ["--model", "tiny", "--steps", "4", "--max-length", "1024", "--dtypes", "float32"]
     words += ["--output", f"{tmp_path}/preference.json"]
     assert preference.main(words) == 0
-    row = json.loads((tmp_path / "preference.json").read_text())["rows"]["dpo, trl"]
+    row = json.loads((tmp_path / "preference.json").read_text())["rows"]["dpo, trl, float32"]
     assert row["largest_loss_difference"] < 1e-5 and row["ours"]["losses"][3] < row["ours"]["losses"][0]
     assert row["ours"]["losses"][0] == pytest.approx(0.693147, abs=1e-5) and min(row["pairs"]) > 1
 

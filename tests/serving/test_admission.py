@@ -1,5 +1,6 @@
 """The choice and the time of who is taken into the batch: the engine's turns, without a server around it."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,18 @@ def test_more_adapters_than_slots_and_host_places_run_at_once(folders: list[Path
     assert len(shared.running) == 4 and len(shared.tiers.slots.guests) == 3 and len(shared.tiers.host) == 2
     assert answers(shared, []) == [] and [one.tokens for one in requests] == alone
     assert not shared.tiers.slots.guests and shared.tiers.users == [0]
+
+
+def test_a_probability_is_computed_where_it_is_asked_for() -> None:
+    asked: list[Piece] = []
+    plain: list[Piece] = []
+    shared = engine(1)
+    requests = [request([5, 6, 7], None, pieces) for pieces in (asked, plain)]
+    requests[0].wants_logprobs = True
+    first, second = answers(shared, requests)
+    assert first == second and len(asked) == len(plain) == 6
+    assert all(piece.choice is not None and piece.choice.logprob < 0 for piece in asked)
+    assert all(piece.choice is not None and math.isnan(piece.choice.logprob) for piece in plain)
 
 
 def test_prompts_that_join_together_are_of_a_length(folders: list[Path]) -> None:
