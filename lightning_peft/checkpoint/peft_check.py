@@ -13,6 +13,9 @@ from lightning_peft.models.reward_head import reward_head
 from lightning_peft.models.weight_streaming import parameters_on_meta
 from lightning_peft.quantization.weights import never_calls
 
+DIVIDED = {"rwkv": ("attention.output", "feed_forward.value")}
+"""Layers whose weights a model type divides in place for evaluation, in transformers 5.24."""
+
 
 def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
     """Return in one line how HF PEFT fails to read the adapter of `folder` into a model like this one, without weights.
@@ -45,6 +48,11 @@ def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
         return (
             f"HF PEFT leaves out the change of {bypassed[0]}, whose weight {type(model).__name__} multiplies with by "
             "itself, and gives other outputs"
+        )
+    if divided := [name for name in parents if name.endswith(DIVIDED.get(model.config.model_type, ()))]:
+        return (
+            f"HF PEFT leaves {divided[0]}'s change as it is where {type(model).__name__} divides the weight for "
+            "evaluation, and gives other outputs; rescale_every=0 in the base's config.json keeps the weight"
         )
     return None
 

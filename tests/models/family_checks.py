@@ -290,6 +290,8 @@ def read_from_peft(family: Family, theirs: PeftModel) -> None:
     ours = family.ours()
     inject_adapters(ours, adapter_config_from_peft(folder))
     load_adapter(ours, folder)
+    if family.name == "rwkv":  # for evaluation it divides weights and not what PEFT adds to them
+        theirs.train()
     close(own_logits(ours.eval()), own_logits(theirs))
 
 
@@ -380,10 +382,10 @@ REFUSED_BY_PEFT = dict.fromkeys(["mamba", "mamba2", "falcon_mamba", "falcon_h1",
 """Families whose out_proj PEFT does not adapt."""
 OTHER_IN_PEFT = {
     "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "ernie4_5_moe", "exaone_moe", "afmoe", "hunyuan_v1_moe",
-    "qwen3_next", "longcat_flash", "jamba",
+    "qwen3_next", "longcat_flash", "jamba", "rwkv",
 }  # fmt: skip
-"""Families whose dense and shared experts PEFT 0.21 takes for stacked ones (huggingface/peft issue 3711), and Jamba,
-whose dt_proj it adapts in vain."""
+"""Families whose dense and shared experts PEFT 0.21 takes for stacked ones (huggingface/peft issue 3711), Jamba,
+whose dt_proj it adapts in vain, and RWKV, which divides weights for evaluation and no adapter of PEFT's."""
 
 QUICK: dict[str, Callable[[Family], str | None]] = {
     "load": check_load, "loss": check_loss, "pack": check_pack, "adapt": check_adapt, "train": check_train,
