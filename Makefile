@@ -23,11 +23,11 @@ test-long: .venv/.installed-test
 
 # Both in one session, the short files first. PYTEST_FLAGS=--long-until=TIME begins no long test after that Unix time.
 test-every: .venv/.installed-test
-	$(PYTEST) $(ONE_MORE) -m "not gpu and not families and not engines and not expert_shapes"
+	$(PYTEST) $(ONE_MORE) -m "not gpu and not engines and not expert_shapes"
 
-# Every family of models through every check: an hour, and not part of test-all.
+# Every family of models through every check, and into the record that docs/models.md is made of: a quarter of an hour.
 test-families: .venv/.installed-test
-	$(PYTEST) -m families
+	$(PYTEST) -m slow --record tests/models/test_every_family.py
 
 # llama.cpp and vLLM, each in an environment of its own, on our exports: 4 GB, and minutes to compile llama.cpp.
 test-engines: .venv/.installed-test .venv/engines/llama_cpp/.installed .venv/engines/vllm/.installed

@@ -17,6 +17,7 @@ HANDLERS |= {signal.SIGINT: signal.default_int_handler}  # a shell has what runs
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long-until", type=float, help="Unix time from which on no long test is begun")
+    parser.addoption("--record", action="store_true", help="write what families of models do into the record of it")
 
 
 def long_markers(item: pytest.Item) -> list[int]:

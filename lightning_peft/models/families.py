@@ -1,7 +1,7 @@
 """The families of models and what was verified of each: the results of the tests that put all through every check.
 
-`make test-families` writes them to `families.json`, a family at a time; the default tests hold the file to what they
-find for the families that people use most.
+`make test-families` writes them to `families.json`, a family at a time. The long tests hold the file to what they find
+for every family, the default ones for those that people use most.
 """
 
 import json

@@ -1,54 +1,16 @@
-"""Families of transformers through what users do with them, and the record of the findings.
+"""The families of transformers that people use most, through the checks that take a second, beside the record.
 
-The families people use most are in the default suite, through the checks that take a second; every family goes through
-every check where the marker families is asked for, and what is found goes into the record.
+Every family goes through every check in `test_every_family.py`.
 """
 
-import fcntl
-import json
-from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
-
 import pytest
-import torch
 from families import EVERY, MOST_USED
-from family_checks import BY_COMMANDS, QUICK, Family, refused
-from rank_runs import adapter, train_on_ranks
+from family_checks import QUICK, Family
 
-from lightning_peft.models.blocks import check_blocks_can_be_sharded
-from lightning_peft.models.families import CHECKS, OK, RECORD, families
-from lightning_peft.models.loading import empty_model
+from lightning_peft.models.families import CHECKS, OK, families
 
 DEFAULT = ("load", "loss", "pack", "adapt", "nf4", "experts", "peft", "merge", "generate", "train")
 """Checks of the default suite."""
-TOGETHER = 8
-"""Families whose ranks are started once, which takes longer than to train them."""
-GROUPS = [EVERY[start : start + TOGETHER] for start in range(0, len(EVERY), TOGETHER)]
-
-
-def record(name: str, check: str, cell: str) -> None:
-    """Write one cell of the record; several processes may do so at once."""
-    with RECORD.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        found = json.loads(file.read() or "{}")
-        cells = {**found.get(name, {}).get("cells", {}), check: cell}
-        row = {"transformers": metadata.version("transformers"), "cells": {c: cells[c] for c in CHECKS if c in cells}}
-        found[name] = row
-        ordered = {family: found[family] for family in EVERY if family in found}
-        file.truncate(0)
-        file.write(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
-
-
-def recorded(family: Family, check: str, run: Callable[[Family], str | None]) -> None:
-    """Run a check and record what it found, a failure too."""
-    try:
-        cell = run(family) or OK
-    except BaseException as error:
-        record(family.name, check, f"failed: {' '.join(f'{type(error).__name__}: {error}'.split())[:160]}")
-        raise
-    record(family.name, check, cell)
 
 
 @pytest.fixture(scope="module")
@@ -63,63 +25,6 @@ def test_most_used_family(family: Family, check: str) -> None:
     found, expected = QUICK[check](family) or OK, families()[family.name].cells[check]
     # The text behind a colon may be another package's words, which change with its version.
     assert found.partition(": ")[0] == expected.partition(": ")[0]
-
-
-@pytest.mark.families
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("check", QUICK)
-@pytest.mark.parametrize("family", EVERY, indirect=True)
-def test_family(family: Family, check: str) -> None:
-    recorded(family, check, QUICK[check])
-
-
-@pytest.mark.families
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", EVERY)
-def test_commands(name: str, tmp_path: Path) -> None:
-    family = Family(name, tmp_path)
-    for check, run in BY_COMMANDS.items():
-        recorded(family, check, run)
-
-
-@pytest.mark.families
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
-def test_ranks_that_share_a_model(names: list[str], tmp_path: Path) -> None:
-    one, two = {}, {}
-    apart = [name for name in names if not shares_weights(Family(name, tmp_path / name))]
-    for name in apart:
-        words = [*Family(name, tmp_path / name).train_words(), "model=hf", "data.packing=false", "trainer.max_steps=2"]
-        one[f"{name}_one"] = [*words, "strategy=single", "trainer.accumulate_grad_batches=2"]
-        two[f"{name}_two"] = [*words, "strategy=fsdp"]
-    train_on_ranks(1, tmp_path, one)
-    train_on_ranks(2, tmp_path, two)
-    failures = []
-    for name in apart:
-        try:
-            recorded(Family(name, tmp_path / name), "fsdp", lambda family: compare_runs(tmp_path, family.name))
-        except (AssertionError, OSError) as error:
-            failures.append(f"{name}: {error}")
-    assert not failures
-
-
-def shares_weights(family: Family) -> bool:
-    """Return whether no block of the model can be sharded, which goes into the record."""
-    try:
-        check_blocks_can_be_sharded(empty_model(family.config))
-    except ValueError as error:
-        record(family.name, "fsdp", refused(error))
-        return True
-    return False
-
-
-def compare_runs(folder: Path, name: str) -> str | None:
-    trained, expected = adapter(folder / f"{name}_two"), adapter(folder / f"{name}_one")
-    assert trained.keys() == expected.keys()
-    for key in expected:
-        # Adam divides by the root of a small square: sums over the ranks are taken in another order.
-        torch.testing.assert_close(trained[key], expected[key], rtol=1e-3, atol=1e-4)
-    return None
 
 
 def test_the_record_is_whole_and_without_failures() -> None:
