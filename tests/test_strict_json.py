@@ -14,7 +14,7 @@ from lightning_peft.sweeps.sweep import MANIFEST, Sweep, Trial, read_sweep, writ
 
 WITHOUT_NUMBERS_OF_A_RUN = {
     "cache.py", "change_lock.py", "layout.py", "lineage.py", "multimodal.py", "origins.py", "peft_format.py",
-    "plain.py", "ranks.py", "schema.py", "service_record.py", "submit.py", "teacher_store.py", "vllm.py",
+    "plain.py", "ranks.py", "schema.py", "service_record.py", "submit.py", "teacher_files.py", "vllm.py",
 }  # fmt: skip
 """Modules that write names, counts, digests and options, which are finite."""
 

@@ -23,8 +23,9 @@ from lightning_peft.data.top_tokens import IDS, LOG_PROBABILITIES
 from lightning_peft.kernels.divergence import divergence
 from lightning_peft.models.tiny import tiny_model
 from lightning_peft.objectives.linear_divergence import bucketed
-from lightning_peft.training import teacher_store
-from lightning_peft.training.teacher_store import RowFile, check_room, is_whole, keep_teacher, naming_cache, write_top
+from lightning_peft.training import teacher_files
+from lightning_peft.training.teacher_files import RowFile, is_whole
+from lightning_peft.training.teacher_store import check_room, keep_teacher, naming_cache, write_top
 
 ANSWERS = [{key: value for key, value in row.items() if key != "hint"} for row in ROWS]
 VOCABULARY = 320
@@ -185,7 +186,7 @@ def test_a_pass_that_was_stopped_goes_on_at_its_last_mark(is_damaged, tmp_path, 
     """Bit-equal to one that was not; what was written after the mark is dropped, and a damaged part starts over."""
     module, data = kept(tmp_path, 5)
     samples, folder, teacher = data.sample_sets[0], tmp_path / "teacher-x", tiny_model(tied=True).eval()
-    monkeypatch.setattr(teacher_store, "SECONDS_BETWEEN_MARKS", 0.0)
+    monkeypatch.setattr(teacher_files, "SECONDS_BETWEEN_MARKS", 0.0)
 
     def a_pass(into):
         return write_top(teacher, samples, module.objective_config, 320, into, "x", is_locked=True)
