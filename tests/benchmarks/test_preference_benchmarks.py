@@ -1,6 +1,7 @@
 """DPO beside TRL's on the same pairs, and DPO on an adapter's own answers, small."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -70,6 +71,19 @@ def test_own_pairs_are_made_trained_on_and_scored_and_go_on(tmp_path, forked_sta
     assert schemas[0] and schemas[1] and schemas[0].isdisjoint(schemas[1])
     capsys.readouterr()
     assert on_policy.main(words) == 0 and "seed 0: run before" in capsys.readouterr().out
+
+
+def test_asked_rows_are_of_each_level_in_turn(tmp_path):
+    found = {}
+    for levels in ("drawn", "in_turn"):
+        on_policy.write_rows(on_policy.Plan(rows=120, levels=levels), 0, tmp_path)
+        found[levels] = [json.loads(line) for line in (tmp_path / "asked-0.jsonl").read_text().splitlines()]
+    counts = {levels: Counter(row["level"] for row in rows[:18]) for levels, rows in found.items()}
+    assert counts["in_turn"] == {"easy": 6, "medium": 6, "hard": 6} != counts["drawn"]
+    assert sorted(map(repr, found["in_turn"])) == sorted(map(repr, found["drawn"]))
+    with pytest.raises(SystemExit):
+        on_policy.main(["--levels", "sorted", "--folder", f"{tmp_path}/none"])
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
