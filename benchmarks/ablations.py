@@ -4,7 +4,8 @@
     python benchmarks/ablations.py --parts score --model smollm2_135m
 
 score        Hybrid-LoRA: modules chosen by each score against modules drawn at random, and LoRA alone
-share        LR-LoRA, bent and gated, beside LoRA: stable rank, and the share of the change that each block has
+share        LR-LoRA, its coefficients each layer's own or one set for all, and gated, beside LoRA: stable rank, and the
+             share of the change that each block has
 calibration  BaLoRA: the mean beside draws, LoRA with dropout and an ensemble of LoRAs beside both
 wins         MoLF-Efficient: steps that each expert won, by kind of module
 
@@ -32,6 +33,14 @@ from lightning_peft.compose import compose_config
 BUDGET = 0.3
 """Share of the parameters that Hybrid-LoRA may train in full; its default holds no module of the tiny model."""
 
+SHARED = {
+    "lora": ["method=lora"],
+    "lr_lora": ["method=lr_lora"],
+    "lr_lora, one set for all": ["method=lr_lora", "adapter.share=model"],
+    "lr_lora_gate": ["method=lr_lora_gate", "adapter.penalty=0.05"],
+}
+"""Words of each run of the part `share`."""
+
 Run = Callable[..., tuple[Path, dict[str, Any]]]
 """Function that trains with words of `train` in a fresh folder, and returns the folder and the result."""
 
@@ -49,11 +58,11 @@ def score_part(run: Run, seed: int) -> dict[str, Any]:
 def share_part(run: Run, seed: int) -> dict[str, Any]:
     """Return the validation loss, the layers' stable ranks, and the share of the squared change of each block."""
     found = {}
-    for method in ("lora", "lr_lora", "lr_lora_gate"):
-        folder, result = run(f"method={method}", *(["adapter.penalty=0.05"] if method == "lr_lora_gate" else []))
+    for name, words in SHARED.items():
+        folder, result = run(*words)
         spectra = inspect(compose_config("inspect", [f"adapter_path={folder}"]))
         ranks = [spectrum.stable_rank for spectrum in spectra.values()]
-        found[method] = {
+        found[name] = {
             "validation_loss": result["validation_loss"],
             "stable_rank": {"least": min(ranks), "median": statistics.median(ranks), "most": max(ranks)},
             "energy_by_block": json.loads((folder / "inspection.json").read_text())["energy_by_block"],
