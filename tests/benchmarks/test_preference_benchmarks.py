@@ -95,8 +95,10 @@ def test_ablations_give_figures_of_every_part_and_go_on(tmp_path, capsys):
     assert {name for name, _ in figures_of_ablation("calibration", rows["calibration, seed 0"])} >= {
         "balora, mean: ece", "balora, 8 draws: ece", "lora, ensemble of 2: nll",
     }  # fmt: skip
-    for wins in rows["wins, seed 0"]["wins"].values():
-        assert sum(wins.values()) == pytest.approx(1)
+    assert set(rows["wins, seed 0"]) == {"epd", "pfn"}
+    for found in rows["wins, seed 0"].values():
+        for wins in found["wins"].values():
+            assert sum(wins.values()) == pytest.approx(1)
     assert all(value >= 0 for _, value in figures_of_ablation("share", rows["share, seed 0"]))
     capsys.readouterr()
     assert ablations.main(words) == 0 and capsys.readouterr().out.count("run before") == 4
