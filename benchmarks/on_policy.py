@@ -2,6 +2,7 @@
 
     python benchmarks/on_policy.py                       # sft, pairs, dpo and both scores, three seeds
     python benchmarks/on_policy.py --control             # and as many steps of sft on the right answers of the pairs
+    python benchmarks/on_policy.py --levels in_turn      # as many hard prompts asked as easy ones
 
 The schemas are of three disjoint sets of domains: sft trains on one half of the training domains, the pairs are of
 prompts about the other half, and the scores are of rows about the test domains.
@@ -15,7 +16,9 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,9 @@ class Plan:
     sft_steps: int = 80
     """Steps of 512 tokens, rank 16, learning rate 1.5e-3, as recipe=lora/text_to_sql."""
     asked_rows: int = 200
+    levels: str = "drawn"
+    """Order of the rows that are asked, of which the first are: as drawn, or easy, medium and hard in turn. Drawn ones
+    give few hard pairs, as few hard prompts are answered rightly even once."""
     samples: int = 4
     temperature: float = 0.8
     chosen: str = "own"
@@ -56,15 +62,27 @@ def lightning_peft(log: Path, *words: str) -> None:
         raise RuntimeError(f"lightning-peft {' '.join(words)}:\n{log.read_text()[-2000:]}")
 
 
+def in_turn(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows ordered so that the first of each level come first, then the second of each, and so on."""
+    by_level: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_level.setdefault(row["level"], []).append(row)
+    return [row for turn in zip_longest(*by_level.values()) for row in turn if row is not None]
+
+
+LEVELS: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {"drawn": list, "in_turn": in_turn}
+
+
 def write_rows(plan: Plan, seed: int, folder: Path) -> None:
     """Write the training rows of a seed, of every second domain to a file of their own: `learned` and `asked`."""
     half = {table.name: number % 2 for number, tables in enumerate(DOMAINS["train"]) for table in tables}
-    halves: tuple[list[str], list[str]] = [], []
+    learned: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
     for number in range(plan.rows):
         row = generate_row(seed, "train", number)
-        halves[half[row["schema"].partition("(")[0]]].append(json.dumps(row) + "\n")
-    for name, lines in zip(("learned", "asked"), halves, strict=True):
-        (folder / f"{name}-{seed}.jsonl").write_text("".join(lines))
+        (learned, asked)[half[row["schema"].partition("(")[0]]].append(row)
+    for name, rows in (("learned", learned), ("asked", LEVELS[plan.levels](asked))):
+        (folder / f"{name}-{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def words_of(plan: Plan, seed: int, folder: Path) -> dict[str, list[str]]:
@@ -167,6 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args(arguments)
     plan = Plan(**{key: getattr(options, key) for key in asdict(Plan())})
+    if plan.levels not in LEVELS:
+        parser.error(f"--levels {plan.levels}: must be one of {', '.join(LEVELS)}")
     results = Results(options.output, asdict(plan))
     keep_plan(plan, options.folder)
     names = ["sft", "dpo", *(["control"] if options.control else [])]

@@ -188,10 +188,19 @@ def figures_of_ablation(part: str, row: Row) -> list[tuple[str, float]]:
     if part == "calibration":
         return [(f"{name}: {key}", found[key]) for name, found in row.items() for key in ("nll", "ece")]
     return [
-        (f"MoLF-E, {kind}: steps won by expert {expert}", share)
-        for kind, wins in row["wins"].items()
-        for expert, share in wins.items()
+        (f"MoLF-E, {score}: {what}", figure)
+        for score, found in row.items()
+        for what, figure in (
+            ("validation loss", found["validation_loss"]),
+            *((f"steps won by expert {expert}, mean of kinds", share) for expert, share in mean_wins(found["wins"])),
+        )
     ]
+
+
+def mean_wins(wins: dict[str, dict[str, float]]) -> list[tuple[str, float]]:
+    """Return the share of the steps that each expert won, a mean over the kinds of modules."""
+    experts = next(iter(wins.values()))
+    return [(expert, statistics.mean(of_kind[expert] for of_kind in wins.values())) for expert in experts]
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -125,6 +125,11 @@ class AdapterConfig:
         return 1.0
 
     @property
+    def tied(self) -> tuple[str, ...]:
+        """Return the names of the parameters that all layers have in common, as one."""
+        return ()
+
+    @property
     def trained_biases(self) -> Bias:
         """Return the biases of the base that train beside the adapters."""
         return Bias.none

@@ -5,7 +5,7 @@ mean gradient lies outside its best rank-r approximation, and three to compare t
 """
 
 import logging
-import zlib
+import random
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +39,8 @@ class HybridLoRAConfig(LoRAConfig):
     """Unit of the share: parameters, where modules are ranked by their score for a parameter, or modules."""
     probe_batches: int = 4
     """Micro batches whose mean gradient is looked at."""
+    draw_seed: int = 0
+    """Seed of score=random: other modules for another one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,14 +82,14 @@ def residual_energy(gradient: Tensor, rank: int) -> float:
     return max(0.0, float(gradient.double().square().sum() - values.double().square().sum()))
 
 
-def score_of(kind: str, name: str, target: Target, found: Gradients, batches: int) -> float:
+def score_of(config: HybridLoRAConfig, target: Target, found: Gradients, batches: int) -> float:
     """Return the score of a module from the sums of its gradients over so many micro batches."""
     mean = found.total / batches
-    if kind == "random":
-        return zlib.crc32(name.encode()) / 2**32
-    if kind == "grad_norm":
+    if config.score == "random":
+        return random.Random(f"{config.draw_seed} {target.name}").random()
+    if config.score == "grad_norm":
         return float(mean.double().square().sum())
-    if kind == "preconditioned":
+    if config.score == "preconditioned":
         assert found.squares is not None
         mean = mean / ((found.squares / batches).sqrt() + 1e-8)
     assert target.rank is not None
@@ -192,7 +194,7 @@ def select(
         found.total = reduce_sums(found.total.to(device)).cpu()
         if found.squares is not None:
             found.squares = reduce_sums(found.squares.to(device)).cpu()
-        scores[target.name] = score_of(config.score, target.name, target, found, count)
+        scores[target.name] = score_of(config, target, found, count)
     chosen = on_rank_zero(lambda: choose(worth(scores, targets, config), targets, config))
     return Selection(chosen, scores, config.score)
 

@@ -92,6 +92,7 @@ class Injection:
     def finish(self) -> None:
         """Adapt what is left."""
         self._adapt("")
+        tie(self.model, self.config.tied)
         warn_of_rounding(self.config.trained_biases, self.rounded_biases)
 
     def _adapt(self, prefix: str) -> None:
@@ -116,6 +117,14 @@ class Injection:
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Return the adapters of the model with the names their base layers had."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
+
+
+def tie(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Give all adapters the first one's parameters of these names."""
+    layers = [layer for _, layer in adapters(model)]
+    for name in names:
+        for layer in layers[1:]:
+            setattr(layer, name, getattr(layers[0], name))
 
 
 def trained_in_full(model: nn.Module) -> set[str]:

@@ -29,6 +29,9 @@ class LRLoRAConfig(AdapterConfig):
     reach: float = 0.8
     """The nodes lie evenly from -reach to reach times the width, which starts at 1 / sqrt(in_features) (a
     reconstruction)."""
+    share: str = "layer"
+    """Owner of the coefficients: layer, each its own; or model, one set for all layers, as an ablation of the paper has
+    it. Widths stay the layers' own (a reconstruction)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,6 +41,12 @@ class LRLoRAConfig(AdapterConfig):
             raise ValueError(f"adapter.nodes={self.nodes}: must be at least 2, the ends of the grid")
         if not self.reach > 0:
             raise ValueError(f"adapter.reach={self.reach}: must be above 0")
+        if self.share not in ("layer", "model"):
+            raise ValueError(f"adapter.share={self.share}: must be layer or model")
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        return ("lora_c",) if self.share == "model" else ()
 
     @property
     def grid(self) -> Grid:
@@ -50,6 +59,7 @@ class LRLoRALinear(Adapter):
 
     `lora_A` (rank, in_features) and `lora_B` (out_features, rank) start as LoRA's; `lora_c` (nodes,) starts at zero,
     where the change is LoRA's, and the logarithm of the width, `lora_log_width` (1,), at log(1 / sqrt(in_features)).
+    With `share=model` all layers have one `lora_c`.
     phi(0) is 0 for all c, so the layer starts as its base, and phi(B A) has any rank once c has moved.
     """
 
@@ -107,7 +117,8 @@ METHOD = Method(
     trained=("lora_A", "lora_B", "lora_c", "lora_log_width"),
     change="s phi(B A), phi a sinc basis learned for each layer",
     paper="arXiv:2606.04325",
-    reconstruction="the nodes of the sinc basis, their spacing, the start and the subtraction that keeps phi(0) = 0",
+    reconstruction="the nodes of the sinc basis, their spacing, the start and the subtraction that keeps phi(0) = 0; "
+    "what layers have in common with adapter.share=model",
     count="r (d + k) + 9",
     contract=Contract(trained=lambda t: t.rank * (t.out_features + t.in_features) + 9),
 )

@@ -127,7 +127,7 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise AdapterFileError(f"{folder}: {name} has numbers that are not finite; the adapter has no answers")
     _warn_of_other_scaling(model, words, got, folder)
-    _check_shared(folder, expected, got)
+    _check_shared(model, folder, expected, got)
     for name, target in expected.items():
         if name not in of_base:
             assign(target, got[name])
@@ -355,15 +355,16 @@ def _base_tensors(model: nn.Module, words: Words, names: Iterable[str]) -> dict[
     return found
 
 
-def _check_shared(folder: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+def _check_shared(model: nn.Module, folder: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
     """Raise AdapterFileError where a file has different values for one tensor of the model that has two names."""
     first: dict[int, str] = {}
     for name, target in expected.items():
         other = first.setdefault(id(target), name)
         if other != name and not torch.equal(got[other], got[name]):
+            is_adapters = any(name.startswith(f"{PREFIX}{layer}.lora_") for layer, _ in adapters(model))
             raise AdapterFileError(
                 f"{folder / WEIGHTS_NAME}: {other} and {name} differ, and are one tensor in this model: load it with "
-                "adapter.untie_embeddings=true"
+                f"adapter.{'share=layer' if is_adapters else 'untie_embeddings=true'}"
             )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from lightning_peft.commands.picture import write_picture
 from lightning_peft.data.config import DataConfig
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.evaluation.key_values import key_values
-from lightning_peft.evaluation.smaller_ranks import score_ranks, smallest_as_good
+from lightning_peft.evaluation.smaller_ranks import RankScore, score_ranks, smallest_as_good
 from lightning_peft.inference.load import is_whole_model, refuse_rewards, tuned_folder
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.packing_choice import packing_of
@@ -222,7 +222,7 @@ def _smaller_ranks(path: str, model: PreTrainedModel, to_cut: _ToCut) -> dict[st
     Console().print(table)
     best = smallest_as_good(scores)
     if best is None:
-        print(f"no smaller rank does as well on {rows} validation rows")
+        print(_why_none(scores, rows))
     else:
         print(f"rank {best.rank} does as well as the whole adapter on {rows} validation rows:")
         method = "" if all(isinstance(change, LowRank) for change in changes.values()) else " method=lora"
@@ -231,6 +231,17 @@ def _smaller_ranks(path: str, model: PreTrainedModel, to_cut: _ToCut) -> dict[st
         "loss": whole, "rows": rows, "as_good": best.rank if best is not None else None,
         "ranks": [asdict(score) for score in scores],
     }  # fmt: skip
+
+
+def _why_none(scores: Sequence[RankScore], rows: int) -> str:
+    """Say why no smaller rank is named; one that does as well below a rank that does worse may do so by chance."""
+    if not scores:
+        return "rank 1 is the smallest there is"
+    first, *rest = scores
+    line = f"rank {first.rank} does worse than the whole adapter on {rows} validation rows, by {first.difference:.2g}"
+    if others := [str(score.rank) for score in rest if not score.is_worse]:
+        return f"{line}; of rank {', '.join(others)} that is not shown: more rows would tell"
+    return f"{line}, and so does every smaller one"
 
 
 def _other_of_one_base(path: str, other_path: str) -> str:

@@ -43,11 +43,13 @@ class Scores:
 
 
 @torch.inference_mode()
-def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, dict[str, float], dict[str, float]]:
+def mean_loss(
+    model: PreTrainedModel, batches: Iterable[Batch]
+) -> tuple[float, dict[str, list[float]], dict[str, float]]:
     """Return the cross entropy per supervised token, in nats; in preference rows that of the chosen answers.
 
-    The second are scores of pairs of answers: `preference_accuracy`, how often the chosen one is the more likely, and
-    the same by the log-probability per token. The third are the losses of the sources of a mixture.
+    The second are scores of each pair of answers, 1 or 0: `preference_accuracy`, whether the chosen one is the more
+    likely, and the same by the log-probability per token. The third are the losses of the sources of a mixture.
     """
     objective = SupervisedLoss(model)
     sums_of: dict[str, float] = defaultdict(float)
@@ -70,11 +72,11 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, 
                     both = torch.stack([sums, sums / counts]).view(2, -1, 2)
                     ahead.append(both[..., 0] > both[..., 1])
             part.advance()
-    shares = torch.cat(ahead, 1).float().mean(1).tolist() if ahead else []
+    pairs = torch.cat(ahead, 1).float().tolist() if ahead else []
     tokens = sum(tokens_of.values())
     losses = {name: sums_of[name] / count for name, count in tokens_of.items() if name and count}
     mean = sum(sums_of.values()) / tokens if tokens else 0.0
-    return mean, dict(zip(PREFERENCES, shares, strict=False)), losses
+    return mean, dict(zip(PREFERENCES, pairs, strict=False)), losses
 
 
 def answer_rows(
@@ -107,14 +109,15 @@ def score(
 
     sources: the source of a mixture of each row.
     """
-    loss, preferences, source_losses = mean_loss(model, batches)
+    loss, pairs, source_losses = mean_loss(model, batches)
+    preferences = {name: sum(values) / len(values) for name, values in pairs.items()}
     perplexity = math.exp(min(loss, 700.0))
     if task.max_new_tokens == 0:
-        return Scores(loss, perplexity, preferences, source_losses=source_losses)
+        return Scores(loss, perplexity, preferences, source_losses=source_losses, row_metrics=pairs)
     answers = answer_rows(model, tokenizer, conversations, task, batch_size, layout)
     metrics, by_row = row_scores(task, rows, answers)
     of_sources, more = scores_by_source(task, rows, answers, sources, by_row)
-    return Scores(loss, perplexity, metrics | preferences, answers, source_losses, by_row | more, of_sources)
+    return Scores(loss, perplexity, metrics | preferences, answers, source_losses, by_row | more | pairs, of_sources)
 
 
 def with_shots(conversations: Sequence[Conversation], shots: Sequence[Sequence[Message]]) -> list[Conversation]:

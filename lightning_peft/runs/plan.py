@@ -96,6 +96,11 @@ def check_strategy(config: TrainConfig, precision: str) -> None:
         raise ValueError("trainer.precision=16-mixed strategy=fsdp: use bf16-true, bf16-mixed or 32-true")
     if reason := METHODS[config.adapter.method].cannot_shard:
         raise ValueError(f"method={config.adapter.method} strategy=fsdp: {reason}; use strategy=ddp")
+    if tied := config.adapter.tied:
+        raise ValueError(
+            f"method={config.adapter.method} strategy=fsdp: all layers have one {' and '.join(tied)}, and each block "
+            "is sharded by itself; use strategy=ddp"
+        )
 
 
 def check_ranks_can_start(plan: RunPlan) -> None:

@@ -95,6 +95,8 @@ def test_each_score_chooses_and_random_does_not_look() -> None:
         by_norm.scores, key=lambda name: by_norm.scores[name]
     )
     assert found["random"] == chosen(hybrid(score="random", budget=0.3, probe_batches=1))
+    drawn = [tuple(chosen(hybrid(score="random", budget=0.3, draw_seed=seed)).chosen) for seed in range(4)]
+    assert len(set(drawn)) > 1 and drawn[0] == tuple(found["random"].chosen)
 
 
 def test_chosen_modules_train_in_full_at_their_own_rate() -> None:

@@ -1,12 +1,16 @@
 """LR-LoRA's bent product: the kernel against torch.sinc, and its reach."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from adapter_models import adapted, config_for, perturb, tokens, wrapped
+from adapter_models import adapted, config_for, llama, perturb, tokens, wrapped
 from torch import Tensor, nn
 
-from lightning_peft.adapters.inject import adapters
-from lightning_peft.adapters.lr_lora import LRLoRALinear
+from lightning_peft.adapters.inject import adapters, inject_adapters, trainable_parameter_counts
+from lightning_peft.adapters.lr_lora import LRLoRAConfig, LRLoRALinear
+from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
+from lightning_peft.checkpoint.peft_words import AdapterFileError
 from lightning_peft.kernels import sinc
 from lightning_peft.kernels.sinc import Grid, bent, sinc_product
 
@@ -77,6 +81,39 @@ def test_bent_change_has_a_rank_above_its_factors() -> None:
     assert torch.linalg.matrix_rank(layer.delta_weight()) == 24 and layer.low_rank() is None
 
 
+def test_one_set_of_coefficients_has_the_gradients_of_all_layers() -> None:
+    own, one = adapted("lr_lora"), adapted("lr_lora", share="model")
+    for model in (own, one):
+        with torch.no_grad():
+            for _, layer in adapters(model):
+                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(2)) / 10)
+                layer.lora_c.copy_(torch.linspace(-1, 1, 8))
+        model(tokens(), use_cache=False).logits.square().mean().backward()
+    apart, together = ([layer for _, layer in adapters(model)] for model in (own, one))
+
+    assert len({id(layer.lora_c) for layer in together}) == 1
+    assert len({id(layer.lora_log_width) for layer in together}) == len(together)
+    torch.testing.assert_close(together[0].lora_c.grad, torch.stack([layer.lora_c.grad for layer in apart]).sum(0))
+    torch.testing.assert_close([layer.lora_A.grad for layer in together], [layer.lora_A.grad for layer in apart])
+    assert trainable_parameter_counts(own)[0] - trainable_parameter_counts(one)[0] == 8 * (len(apart) - 1)
+
+
+def test_folder_of_one_set_is_read_as_one_and_that_of_many_is_not(tmp_path: Path) -> None:
+    for share in ("model", "layer"):
+        model = perturb(adapted("lr_lora", share=share))
+        save_adapter(model, config_for("lr_lora", share=share), tmp_path / share, "base")
+        config = adapter_config_from_peft(tmp_path / share)
+        assert isinstance(config, LRLoRAConfig) and config.share == share
+        loaded = llama()
+        inject_adapters(loaded, config)
+        load_adapter(loaded, tmp_path / share)
+        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+        assert len({id(layer.lora_c) for _, layer in adapters(loaded)}) == (1 if share == "model" else 14)
+
+    with pytest.raises(AdapterFileError, match="are one tensor in this model: load it with adapter.share=layer"):
+        load_adapter(adapted("lr_lora", share="model"), tmp_path / "layer")
+
+
 def test_no_dense_change_is_kept_or_formed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor made, forward and backward, is a slice of 16 rows of 64 x 128 elements."""
     monkeypatch.setattr(sinc, "ELEMENTS_AT_ONCE", 16 * 128)
@@ -103,6 +140,7 @@ def test_no_dense_change_is_kept_or_formed_whole(monkeypatch: pytest.MonkeyPatch
         ({"nodes": 1}, "adapter.nodes=1: must be at least 2"),
         ({"reach": 0.0}, "adapter.reach=0.0: must be above 0"),
         ({"dropout": 1.0}, r"adapter.dropout=1.0: must be in \[0, 1\)"),
+        ({"share": "block"}, "adapter.share=block: must be layer or model"),
     ],
 )
 def test_bad_option_is_named(options: dict, message: str) -> None:

@@ -1,6 +1,7 @@
 """DPO beside TRL's on the same pairs, and DPO on an adapter's own answers, small."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -72,6 +73,19 @@ def test_own_pairs_are_made_trained_on_and_scored_and_go_on(tmp_path, forked_sta
     assert on_policy.main(words) == 0 and "seed 0: run before" in capsys.readouterr().out
 
 
+def test_asked_rows_are_of_each_level_in_turn(tmp_path):
+    found = {}
+    for levels in ("drawn", "in_turn"):
+        on_policy.write_rows(on_policy.Plan(rows=120, levels=levels), 0, tmp_path)
+        found[levels] = [json.loads(line) for line in (tmp_path / "asked-0.jsonl").read_text().splitlines()]
+    counts = {levels: Counter(row["level"] for row in rows[:18]) for levels, rows in found.items()}
+    assert counts["in_turn"] == {"easy": 6, "medium": 6, "hard": 6} != counts["drawn"]
+    assert sorted(map(repr, found["in_turn"])) == sorted(map(repr, found["drawn"]))
+    with pytest.raises(SystemExit):
+        on_policy.main(["--levels", "sorted", "--folder", f"{tmp_path}/none"])
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.slow
 def test_ablations_give_figures_of_every_part_and_go_on(tmp_path, capsys):
     words = ["--steps", "2", "--rows", "4", "--seeds", "0", "--output", f"{tmp_path}/ablations.json"]
@@ -81,8 +95,10 @@ def test_ablations_give_figures_of_every_part_and_go_on(tmp_path, capsys):
     assert {name for name, _ in figures_of_ablation("calibration", rows["calibration, seed 0"])} >= {
         "balora, mean: ece", "balora, 8 draws: ece", "lora, ensemble of 2: nll",
     }  # fmt: skip
-    for wins in rows["wins, seed 0"]["wins"].values():
-        assert sum(wins.values()) == pytest.approx(1)
+    assert set(rows["wins, seed 0"]) == {"epd", "pfn"}
+    for found in rows["wins, seed 0"].values():
+        for wins in found["wins"].values():
+            assert sum(wins.values()) == pytest.approx(1)
     assert all(value >= 0 for _, value in figures_of_ablation("share", rows["share, seed 0"]))
     capsys.readouterr()
     assert ablations.main(words) == 0 and capsys.readouterr().out.count("run before") == 4

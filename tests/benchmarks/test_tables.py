@@ -87,8 +87,10 @@ def test_ablations_are_means_over_seeds(results):
         f"score, seed {seed}": {"lora": {"validation_loss": 1.0 + seed}, "random": {"validation_loss": 2.0}}
         for seed in (0, 1)
     }
-    rows["wins, seed 0"] = {"validation_loss": 1.0, "wins": {"q_proj": {"0": 0.25, "1": 0.75}}}
+    wins = {"q_proj": {"0": 0.25, "1": 0.75}, "k_proj": {"0": 0.75, "1": 0.25}}
+    rows["wins, seed 0"] = {"pfn": {"validation_loss": 1.0, "wins": wins}}
     results("ablations", rows)
     lines = TABLES["ablations"]().splitlines()
     assert lines[2] == "| Hybrid-LoRA, lora: validation loss | 1.5 | 1 to 2 | 2 |"
-    assert lines[5] == "| MoLF-E, q_proj: steps won by expert 1 | 0.75 | 0.75 to 0.75 | 1 |"
+    assert lines[4] == "| MoLF-E, pfn: validation loss | 1 | 1 to 1 | 1 |"
+    assert lines[6] == "| MoLF-E, pfn: steps won by expert 1, mean of kinds | 0.5 | 0.5 to 0.5 | 1 |"

@@ -90,6 +90,10 @@ TRAIN_CASES = {
     "unknown accelerator": (["trainer.accelerator=abacus"], r"trainer.accelerator='abacus': must be auto"),
     "several devices": (["trainer.devices=2"], r"trainer.devices=2 strategy=single: one process; use strategy=ddp or strategy=fsdp"),
     "AdaLoRA in slices": (["method=adalora", "strategy=fsdp"], r"method=adalora strategy=fsdp: .*use strategy=ddp"),
+    "one set of coefficients in slices": (
+        ["method=lr_lora", "adapter.share=model", "strategy=fsdp"],
+        r"method=lr_lora strategy=fsdp: all layers have one lora_c, .*use strategy=ddp",
+    ),
     "model without a path": (["model=hf"], r"model.path=null: model=hf needs"),
     "missing model folder": (["model=hf", "model.path=/no/model"], r"model.path=/no/model"),
     "missing checkpoint": (["resume=/no/step.ckpt"], r"resume=/no/step.ckpt: no such checkpoint"),

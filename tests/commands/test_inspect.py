@@ -23,7 +23,7 @@ from lightning_peft.adapters.spectrum import (
 )
 from lightning_peft.commands import inspect as command
 from lightning_peft.commands.adapted import load_for_inference
-from lightning_peft.evaluation.smaller_ranks import score_ranks
+from lightning_peft.evaluation.smaller_ranks import RankScore, score_ranks
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -161,9 +161,20 @@ def test_smaller_ranks_are_scored_and_the_words_that_cut_are_printed(runs, capsy
     assert len(loads) == 1 and json.loads(written[0]) == content  # one load, and the inspection before the scores
     assert [score["rank"] for score in found["ranks"]] == [2, 1] and found["rows"] == 4
     if found["as_good"] is None:
-        assert "no smaller rank does as well on 4 validation rows" in said
+        assert "rank 2 does worse than the whole adapter on 4 validation rows, by" in said
     else:
         assert f"lightning-peft convert {runs / 'lora'} rank={found['as_good']} output=" in said
+
+
+def test_no_rank_is_named_with_a_reason_that_the_table_bears_out():
+    def score(rank: int, low: float) -> RankScore:
+        return RankScore(rank, 1.0, low + 0.1, (low, low + 0.2))
+
+    worse = "rank 8 does worse than the whole adapter on 9 validation rows, by 0.3"
+    assert command._why_none([score(8, 0.2), score(4, 0.4)], 9) == f"{worse}, and so does every smaller one"
+    found = command._why_none([score(8, 0.2), score(4, -0.1), score(2, -0.1)], 9)
+    assert found == f"{worse}; of rank 4, 2 that is not shown: more rows would tell"
+    assert command._why_none([], 9) == "rank 1 is the smallest there is"
 
 
 def test_magnitude_has_its_share_of_a_doras_change():

@@ -3,20 +3,27 @@
 import math
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from preference_rows import draw_adapters, labelled_rows, pair_rows, parts
-from tiny_runs import plain_trainer
+from preference_rows import draw_adapters, labelled_rows, pair_rows, parts, written
+from tiny_runs import plain_trainer, tiny_config
 
 from lightning_peft.adapters.inject import disable_adapters
 from lightning_peft.checkpoint.peft_format import save_adapter
 from lightning_peft.checkpoint.resume import trainable_state_dict
+from lightning_peft.commands.adapted import load_for_inference, saved_config
+from lightning_peft.commands.evaluate import evaluate, validation_data
+from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import IGNORED_LABEL
 from lightning_peft.data.preferences import Standing
+from lightning_peft.evaluation.gate import bootstrap
+from lightning_peft.models.loading import load_tokenizer
+from lightning_peft.models.source import ModelConfig
 
 PAIRS = pair_rows(7)
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -288,6 +295,35 @@ def test_run_of_several_windows_is_the_same_however_it_accumulates(tmp_path):
 def test_what_cannot_be_is_refused_before_anything_is_loaded(words, message):
     with pytest.raises(ValueError, match=message):
         compose_config("train", ["model=tiny", *words])
+
+
+def test_evaluate_scores_every_pair_by_the_log_probabilities_of_its_answers(tmp_path):
+    """The share has the interval of a mean over pairs, and a gate that of base and adapter on the same ones."""
+    path = written(tmp_path / "rows.jsonl", pair_rows(13))
+    words = ["objective=dpo", "data=jsonl", f"data.train_path={path}", f"data.validation_path={path}"]
+    more = ["trainer.max_steps=4", "data.packing=false", "data.max_validation_rows=13"]
+    train(tiny_config(tmp_path / "run", *words, *more))
+    words = [f"adapter_path={tmp_path}/run", "gate={preference_accuracy:-1}"]
+    found = evaluate(compose_config("evaluate", words))
+    data = validation_data(saved_config(str(tmp_path / "run")).data, load_tokenizer(ModelConfig(name="tiny")))
+    model, _ = load_for_inference(str(tmp_path / "run"), None, "auto")
+    samples = [sample for batch in data.val_dataloader() for sample in alone(batch)]
+    for name, reference in (("base", disable_adapters(model)), ("adapter", nullcontext())):
+        with torch.no_grad(), reference:
+            sums, counts = (part.view(-1, 2) for part in plain_log_probabilities(model, samples))
+        for metric, values in (("preference_accuracy", sums), ("preference_accuracy_per_token", sums / counts)):
+            ahead = (values[:, 0] > values[:, 1]).tolist()
+            assert found[name]["metrics"][metric] == pytest.approx(sum(ahead) / 13)
+            assert found[name]["intervals"][metric] == pytest.approx(bootstrap([float(each) for each in ahead]))
+    assert found["gate"]["preference_accuracy"]["interval"] is not None
+
+
+def alone(batch):
+    """Return the samples of an unpacked batch."""
+    return [
+        SimpleNamespace(input_ids=ids[:length].tolist(), labels=labels[:length].tolist())
+        for ids, labels, length in zip(batch.input_ids, batch.labels, batch.lengths, strict=True)
+    ]
 
 
 def test_warm_start_from_another_method_says_which(tmp_path):
