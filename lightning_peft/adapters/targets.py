@@ -317,7 +317,8 @@ def _select(
     if unused:
         message = f"adapter.target_modules={given!r} matches no linear layer ({counts})"
         if len(entries) > LISTED:  # a folder of HF PEFT gives every layer's full name
-            message = f"adapter.target_modules: {len(unused)} of {len(entries)} names match no linear layer, such as {unused[0]}"
+            told = f"{len(unused)} of {len(entries)} names match no linear layer, such as {unused[0]}"
+            message = f"adapter.target_modules: {told}"
         if apart := [entry for entry in unused if re.search(r"\.experts\.\d+\.", entry)]:
             raise ValueError(
                 f"adapter.target_modules: {len(apart)} layers such as {apart[0]} are single experts, as transformers 4 "
