@@ -225,7 +225,8 @@ def check_runs(model: PreTrainedModel) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if name.endswith(("dropout", "pdrop")) and value is not None and not (is_number and 0 <= value <= 1):
             raise ValueError(f"config.json: {name}={value!r} must be a number between 0 and 1")
-        if name == "sliding_window" and value is not None and not (type(value) is int and value > 0):
+        is_off = value is None or (value == 0 and said.get("use_sliding_window") is False)  # Qwen2-MoE's class says 0
+        if name == "sliding_window" and not is_off and not (type(value) is int and value > 0):
             raise ValueError(f"config.json: {name}={value!r} must be a number of tokens above 0, or null")
     heads, shared = (said.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
