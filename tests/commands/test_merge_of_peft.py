@@ -86,6 +86,20 @@ def test_a_plain_export_is_the_model_of_peft(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_codes_that_no_adapter_changes_are_as_exact_as_the_merge(tmp_path: Path) -> None:
+    """Codes of a run in fp32 stand for numbers that the 16 bits of its base have no place for."""
+    model, original = small_model("qwen3_moe"), small_model("qwen3_moe")
+    for parameter in original.parameters():
+        parameter.data = parameter.data.bfloat16()  # and no buffers: frequencies stay as they are
+    model.load_state_dict(original.state_dict())
+    quantize_linears(model, QuantizationConfig(Kind.nf4, block_size=32))
+    inject_adapters(model, LoRAConfig(rank=4, target_modules=["q_proj"]))
+    expected = logits(model)
+    merged = merge_adapters(model, torch.float32, original=original, from_codes=True).float()
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_coded", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_experts_that_ran_in_16_bits_are_added_to_the_published_ones(family: str, is_coded: bool) -> None:
