@@ -95,7 +95,9 @@ def merge_adapters(
         elif is_quantized(published := result.get_submodule(name)):
             result.set_submodule(name, dequantized_layer(published))
         elif from_codes:
-            write_weight(result.get_submodule(name), dense_weight(dequantized_layer(module)))
+            target = _writable(published, dtype, requantise)
+            write_weight(target, dense_weight(dequantized_layer(module)))
+            result.set_submodule(name, target)
     if result is not model:
         for name, parameter in trained.items():
             target_parameter = result.get_parameter(name)

@@ -37,6 +37,10 @@ GPT-NeoX's query_key_value, phi-3's qkv_proj.
 """
 
 
+LISTED = 12
+"""Most patterns that an error repeats."""
+
+
 def matches(pattern: str, name: str) -> bool:
     """Return whether a dotted module name fits: an exact name or its end after a dot, a glob, or `re:` and a regex."""
     if pattern.startswith("re:"):
@@ -312,11 +316,20 @@ def _select(
     unused = [entry for entry, names in found.items() if not names]
     if unused:
         message = f"adapter.target_modules={given!r} matches no linear layer ({counts})"
+        if len(entries) > LISTED:  # a folder of HF PEFT gives every layer's full name
+            told = f"{len(unused)} of {len(entries)} names match no linear layer, such as {unused[0]}"
+            message = f"adapter.target_modules: {told}"
         if apart := [entry for entry in unused if re.search(r"\.experts\.\d+\.", entry)]:
             raise ValueError(
                 f"adapter.target_modules: {len(apart)} layers such as {apart[0]} are single experts, as transformers 4 "
                 "had them; this model stacks its experts in one parameter. An adapter of the other layers alone can be "
                 "used"
+            )
+        kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+        if others := [entry for entry in unused if entry in kinds]:
+            raise ValueError(
+                f"adapter.target_modules: {len(others)} names such as {others[0]} ({kinds[others[0]]}) are no linear "
+                "layers, which get no adapter here. An adapter of the other layers alone can be used"
             )
         if any(_matching(entry, list(expert_stacks(model)), []) for entry in unused):
             message += f"; the name belongs to stacked experts, which method {config.method} does not adapt here"

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters
+from lightning_peft.adapters.lora import LoRAExperts
 from lightning_peft.models.reward_head import reward_head
 from lightning_peft.models.weight_streaming import parameters_on_meta
 from lightning_peft.quantization.weights import never_calls
@@ -25,6 +26,7 @@ def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
     if importlib.util.find_spec("peft") is None:
         return None
     from peft import PeftModel  # takes seconds, and only this needs it
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -38,10 +40,12 @@ def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            PeftModel.from_pretrained(base, str(folder))
+            theirs = PeftModel.from_pretrained(base, str(folder))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             return f"HF PEFT does not read it: {_one_line(error)[:160]}"
-    if any("missing adapter keys" in str(warning.message) for warning in caught):
+    adapted = {name for name, part in theirs.get_base_model().named_modules() if isinstance(part, BaseTunerLayer)}
+    unread = [n for n, layer in adapters(model) if not isinstance(layer, LoRAExperts) and n not in adapted]
+    if unread or any("missing adapter keys" in str(warning.message) for warning in caught):
         return f"HF PEFT finds no place for some of its tensors in {type(model).__name__}, and gives other outputs"
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in adapters(model)}
     if bypassed := [name for name, parent in parents.items() if never_calls(parent, name.rpartition(".")[2])]:

@@ -17,6 +17,7 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.adapters.lora import LoRAExperts
 from lightning_peft.adapters.method import Shapes
+from lightning_peft.checkpoint.peft_parameters import is_weight
 from lightning_peft.quantization.experts import PROJECTIONS
 
 FACTORS = ("lora_A", "lora_B")
@@ -74,10 +75,10 @@ def matrix_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def named_by_parameter(words: Mapping[str, Any], shapes: Shapes, prefix: str) -> tuple[dict[str, tuple[int, ...]], str]:
     """Return the shapes of a file with the tensors of wrapped parameters named by the parameter, and what is unknown.
 
-    Dimension 0 of a factor A becomes the rank, which the words tell. The second is a parameter that is no stack of
-    experts; empty where all are.
+    Dimension 0 of a factor A becomes the rank, which the words tell. The second is a parameter that is neither a stack
+    of experts nor a layer's weight; empty where there is none.
     """
-    wanted = list(words.get("target_parameters") or [])
+    wanted = [name for name in words.get("target_parameters") or [] if not is_weight(name)]
     if not wanted:
         return dict(shapes), ""
     if unknown := [name for name in wanted if name.rpartition(".")[2] not in PROJECTIONS]:

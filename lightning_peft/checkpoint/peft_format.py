@@ -26,6 +26,7 @@ from lightning_peft.checkpoint.lineage import Lineage, read_lineage, write_linea
 from lightning_peft.checkpoint.peft_base import BaseChangeError, apply_given, given_by, given_tensors
 from lightning_peft.checkpoint.peft_experts import from_peft, matrix_shapes, to_peft
 from lightning_peft.checkpoint.peft_methods import REWRITES_BASE, spelling
+from lightning_peft.checkpoint.peft_parameters import layers_from_peft
 from lightning_peft.checkpoint.peft_words import (
     CONFIG_NAME,
     PREFIX,
@@ -105,7 +106,9 @@ def load_adapter(model: nn.Module, folder: str | Path, may_lack: Iterable[str] =
     rename = present_name(model)
     got = {
         name if name in expected or not name.startswith(PREFIX) else PREFIX + rename(name.removeprefix(PREFIX)): tensor
-        for name, tensor in from_peft(model, _read_tensors(folder), PREFIX).items()
+        for name, tensor in from_peft(
+            model, layers_from_peft(model, words, _read_tensors(folder), PREFIX), PREFIX
+        ).items()
         if tensor.numel() or name in expected
     }
     own = {name.removeprefix(PREFIX): tensor for name, tensor in got.items() if name.startswith(PREFIX)}
@@ -185,6 +188,10 @@ def read_low_rank(folder: Path) -> dict[str, LowRank]:
         raise AdapterFileError(
             f"{folder}: method {method} is no file of low-rank pairs; `export format=plain` makes one of AdaLoRA and "
             "VeRA, another is served alone"
+        )
+    if parameters := words.get("target_parameters"):
+        raise AdapterFileError(
+            f"{folder}: adapts parameters, as {parameters[0]}, whose layout the model alone tells: serve it alone"
         )
     if words.get("init_lora_weights") in REWRITES_BASE:
         raise AdapterFileError(f"{folder}: is for a base that its start rewrote; `export format=plain` makes it plain")

@@ -19,7 +19,7 @@ from lightning_peft.adapters.lora import LoRAExperts
 from lightning_peft.adapters.method import PeftSpelling, Shapes
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.targets import block_depth
-from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.checkpoint.lineage import Lineage, read_lineage
 from lightning_peft.checkpoint.peft_base import ROWS, write_given_words
 from lightning_peft.checkpoint.peft_experts import matrix_shapes, named_by_parameter, write_parameter_words
 from lightning_peft.checkpoint.peft_methods import (
@@ -31,6 +31,7 @@ from lightning_peft.checkpoint.peft_methods import (
     spelling,
     spellings,
 )
+from lightning_peft.checkpoint.peft_parameters import pattern_name
 from lightning_peft.models.reward_head import reward_head
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,8 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
     shapes, unknown = named_by_parameter(words, shapes, PREFIX)
     if unknown:
         raise AdapterFileError(
-            f"{folder}: target_parameters names {unknown}; of parameters only stacked experts are read"
+            f"{folder}: target_parameters names {unknown}; of parameters only stacked experts and weights of layers "
+            "are read: merge it by HF PEFT's merge_and_unload"
         )
     # A layer that AdaLoRA has cut to rank 0 is the base's.
     layers = {name: shape for name, shape in layer_shapes(shapes, row).items() if shape[0] > 0}
@@ -198,12 +200,17 @@ def read_config(folder: Path, words: Words, shapes: Shapes) -> AdapterConfig:
     whole = [name for name in shapes if not name.endswith(ROWS)]
     outside_blocks = [name for name in whole if name.startswith(PREFIX) and block_depth(name) is None]
     return METHODS[method].config(
-        # PEFT changes one of two tied layers alone; our own folders name both, or neither.
-        untie_embeddings=bool(outside_blocks) and read_lineage(folder) is None,
+        # PEFT changes one of two tied layers alone; our own folders name both, or neither, or say that they untie.
+        untie_embeddings=bool(outside_blocks) and _unties(read_lineage(folder)),
         target_modules=sorted(layers) or _targets_by_words(words),
         trainable_modules=_trained_modules(words, row, shapes),
         **options,
     )
+
+
+def _unties(lineage: Lineage | None) -> bool:
+    """Return whether a folder's adapter gives the ends weights of their own; HF PEFT's has no lineage, and does."""
+    return lineage is None or bool((lineage.config.get("adapter") or {}).get("untie_embeddings"))
 
 
 def _typed(config: type[AdapterConfig], option: str, value: Any) -> Any:
@@ -264,6 +271,10 @@ def _check_values(folder: Path, words: Words, row: PeftSpelling) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise AdapterFileError(f"{path}: {name}={value!r} must be a number")
+        if not value > 0 and name.startswith((str(row.alpha_word), "alpha_pattern")):
+            raise AdapterFileError(
+                f"{path}: {name}={value!r} must be above 0: give the factors the sign, or leave the layer out"
+            )
     if (bias := words.get("bias", "none")) not in Bias.__members__:
         raise AdapterFileError(f"{path}: bias={bias!r} must be one of {', '.join(Bias.__members__)}")
 
@@ -289,8 +300,8 @@ def stored_scaling(words: Words, row: PeftSpelling, name: str, rank: int) -> flo
     A method with an offset keeps dividing by its first rank when ranks are cut.
     """
     assert row.alpha_word is not None and row.rank_word is not None
-    patterns = (words.get("alpha_pattern") or {}).items()
-    alpha = next((v for key, v in patterns if re.match(rf"(.*\.)?({key})$", name)), words.get(row.alpha_word, 8))
+    patterns, known_as = (words.get("alpha_pattern") or {}).items(), pattern_name(words, name)
+    alpha = next((v for key, v in patterns if re.match(rf"(.*\.)?({key})$", known_as)), words.get(row.alpha_word, 8))
     if row.rank_offset:
         rank = words.get(row.rank_word, rank)
     return alpha / _divisor(rank, words, row)

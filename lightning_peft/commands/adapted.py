@@ -17,6 +17,7 @@ from lightning_peft.inference.load import base_named_by, is_whole_model, load_ad
 from lightning_peft.inference.own_settings import settings_not_decoded
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.stored import stored_dtypes
 from lightning_peft.quantization.config import QuantizationConfig
 from lightning_peft.serving.engines import ENDS, features_of
 from lightning_peft.sweeps.sweep import MANIFEST, read_sweep, refresh
@@ -119,6 +120,19 @@ def inference_dtype(adapter_path: str | None, precision: str) -> torch.dtype:
             return trained
         logger.warning("precision=%s: the adapter was trained in %s, outputs differ", precision, lineage.precision)
     return weight_dtype(here, trains_all=False)
+
+
+def precision_of_change(folder: Path, base: ModelConfig) -> str:
+    """Return the precision in which an adapter's change of its weights is taken, to be written: as trained, or `auto`.
+
+    A folder of HF PEFT does not say what it was trained in: a change that depends on the base is taken in the dtype
+    that most of the base is stored in, as a router's or a norm's fp32 is no reason to hold all weights in fp32.
+    """
+    if is_whole_model(folder) or read_lineage(folder) is not None:
+        return "auto"
+    stored = stored_dtypes(base)
+    most = max(stored, key=lambda dtype: stored[dtype]) if stored else None
+    return "32-true" if most in (torch.float32, torch.float64) else "auto"
 
 
 def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> PreTrainedModel:

@@ -34,6 +34,7 @@ from lightning_peft.checkpoint.peft_format import (
     save_adapter,
     tensors_beside,
 )
+from lightning_peft.checkpoint.peft_parameters import is_weight
 from lightning_peft.checkpoint.peft_words import read_words
 from lightning_peft.command_configs.of_adapters import ConvertConfig, LowRankMethod
 from lightning_peft.commands.adapted import base_of, best_of_sweep, layout_of, load_base, saved_config
@@ -140,7 +141,7 @@ def read_parent(path: str, weight: float) -> Parent:
             f"adapter_path={path}: trains {beside[0]} of the base as well, which is no change that convert carries; "
             "use `lightning-peft merge`"
         )
-    if stacks := read_words(folder).get("target_parameters"):
+    if stacks := [name for name in read_words(folder).get("target_parameters") or [] if not is_weight(name)]:
         raise ValueError(
             f"adapter_path={path}: adapts {len(stacks)} stacks of experts, as {stacks[0]}, whose changes are a matrix "
             "for every expert, and convert works on layers of one matrix; use `lightning-peft merge`, or train at the "

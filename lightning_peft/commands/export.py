@@ -23,6 +23,7 @@ from lightning_peft.commands.adapted import (
     layout_of,
     load_base,
     load_for_inference,
+    precision_of_change,
     saved_config,
 )
 from lightning_peft.commands.merge import logits_of_base, sample_ids
@@ -84,6 +85,8 @@ def export_alone(config: ExportConfig) -> Receipt:
     config = replace(config, adapter_path=best_of_sweep(config.adapter_path))
     disable_progress_bar()  # ours stands in place of transformers' bar
     source = checked(config)
+    if config.precision == "auto":
+        config = replace(config, precision=precision_of_change(source.folder, source.base))
     model, tokenizer = load_for_inference(config.adapter_path, config.model, config.precision)
     layout = layout_of(config.adapter_path, tokenizer)
     if config.format is ExportFormat.ollama:
@@ -185,7 +188,7 @@ def compared(config: ExportConfig, source: ExportedRun, model: PreTrainedModel) 
     """Ask the trained model, which the written file is then compared with."""
     base_logits = None
     if not source.whole and (tensors_beside(source.folder) or any(layer.rewrote_base for _, layer in adapters(model))):
-        base_logits = logits_of_base(config.adapter_path, config.model)
+        base_logits = logits_of_base(config.adapter_path, config.model, config.precision)
     tokenizer = load_tokenizer(source.base)
     samples = sample_ids(saved_config(config.adapter_path), tokenizer, model_context(source.base))
     return Comparison(model, samples, base_logits, "export")

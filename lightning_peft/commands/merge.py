@@ -22,6 +22,7 @@ from lightning_peft.commands.adapted import (
     layout_of,
     load_base,
     load_for_inference,
+    precision_of_change,
     saved_config,
 )
 from lightning_peft.config import TrainConfig
@@ -68,11 +69,7 @@ def merge_into(output: Path, config: MergeCommandConfig) -> Receipt:
     is_adapter = not is_whole_model(folder)
     base, _ = base_of(config.adapter_path, config.model)
     stored = stored_dtypes(base) if is_adapter else None
-    # A folder of HF PEFT does not say what it was trained in: a change that depends on the base is taken in the dtype
-    # that most of the base is stored in, as a router's or a norm's fp32 is no reason to hold all weights in fp32.
-    most = max(stored, key=lambda dtype: stored[dtype]) if stored else None
-    is_fp32 = read_lineage(folder) is None and most in (torch.float32, torch.float64)
-    precision = "32-true" if is_fp32 else "auto"
+    precision = precision_of_change(folder, base)
     base_logits = None
     if is_adapter and changes_base(folder):
         base_logits = logits_of_base(config.adapter_path, config.model, precision)

@@ -21,6 +21,7 @@ from lightning_peft.config import TrainConfig, plain
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import MODEL_FOLDER
 from lightning_peft.inference.own_settings import declared_end_ids
+from lightning_peft.models.conversion import fuses_weights
 from lightning_peft.models.loading import (
     model_name,
 )
@@ -73,11 +74,11 @@ def save_tuned(
 
 
 def is_read_otherwise(model: PreTrainedModel) -> bool:
-    """Return whether HF PEFT may rename or refuse layers of the model: with experts, or layers whose weight is read.
+    """Return whether HF PEFT may rename or refuse layers: of a family with experts, or whose weight is read.
 
     HF PEFT takes the names of other models as they are, and its import takes seconds.
     """
-    if expert_stacks(model):
+    if expert_stacks(model) or fuses_weights(model):  # PEFT renames layers of a family that has no expert here
         return True
     parents = [module for module in model.modules() if not isinstance(module, Adapter)]
     return any(reads_weight(parent, leaf) for parent in parents for leaf, _ in parent.named_children())

@@ -68,6 +68,11 @@ class LoadingPlan(NamedTuple):
     """Keys of parts that are left on disk."""
 
 
+def fuses_weights(model: PreTrainedModel) -> bool:
+    """Return whether transformers fuses or splits tensors of such a model's checkpoints, as it stacks experts."""
+    return any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model))
+
+
 def plan_loading(model: PreTrainedModel, keys: list[str], targets: set[str]) -> LoadingPlan:
     """Find the parameters that a checkpoint's keys become, by transformers' conversion rules."""
     rules = get_model_conversion_mapping(model)

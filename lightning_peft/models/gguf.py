@@ -129,7 +129,10 @@ class GGUFFile:
         step = max(CHUNK // weights, 1)
         blocks = data.view(-1, stored)
         for start in range(0, blocks.shape[0], step):
-            chunk = dequantize_blocks(blocks[start : start + step], entry.kind)
+            try:
+                chunk = dequantize_blocks(blocks[start : start + step], entry.kind)
+            except NotImplementedError as error:
+                raise ValueError(f"model.path={self.path}: {name} cannot be read ({error})") from error
             output[start * weights : start * weights + chunk.numel()] = chunk.reshape(-1)
         return output.view(entry.shape)
 

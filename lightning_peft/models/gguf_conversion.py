@@ -5,7 +5,9 @@ weights bit for bit. A file with anything not listed here is left to transformer
 """
 
 import re
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lightning_peft.models.gguf import GGUFFile
+from lightning_peft.models.gguf import GGUFFile, open_gguf
 from lightning_peft.models.gguf_fields import check_fields
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -31,6 +33,8 @@ CONFIG_KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
+NEEDED = ("block_count", "feed_forward_length", "embedding_length", "attention.head_count")
+"""Fields without which nobody can compute the model."""
 TOKEN_KEYS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -75,40 +79,89 @@ def parameter_name(name: str) -> str | None:
     return f"{MODULES[module]}.{leaf}" if module in MODULES else None
 
 
+def open_model(path: str | Path) -> GGUFFile:
+    """Return the file of a whole model. Raises ValueError for one of something else, or of a part."""
+    file = open_gguf(path)
+    if (kind := file.fields.get("general.type", "model")) != "model":
+        raise ValueError(f"model.path={path}: holds no model but what it calls {kind}; give the file of its base")
+    if (parts := file.fields.get("split.count", 1)) > 1:
+        raise ValueError(
+            f"model.path={path}: is one of {parts} parts of a model; put them together by llama-gguf-split --merge"
+        )
+    return file
+
+
 def is_known(file: GGUFFile) -> bool:
     """Return whether every tensor and the position encoding of the file are ones this module converts."""
-    scaling = _rope_field(file, "scaling.type", "none")
+    scaling, _ = rope_scaling(file)
     tensors = (name for name in file.tensors if name != ROPE_FACTORS)
     is_ours = file.fields.get("general.architecture") in ARCHITECTURES
     return is_ours and scaling in ("none", "linear", "yarn") and all(map(parameter_name, tensors))
 
 
 def check_read(file: GGUFFile, model: PreTrainedModel) -> None:
-    """Raise ValueError for what a file holds and transformers, which has read it into `model`, passes over."""
-    scaling = _rope_field(file, "scaling.type", "none")
+    """Raise ValueError for what a file holds and transformers, which is to read it into `model`, passes over.
+
+    Also for what `model` needs and the file lacks, which transformers draws at random. A model on the meta device will
+    do.
+    """
+    scaling, _ = rope_scaling(file)
     if scaling != "none":
-        raise ValueError(f"model.path={file.path}: transformers does not read its {scaling} scaling of positions")
+        raise ValueError(
+            f"model.path={file.path}: transformers does not read its {scaling} scaling of positions; use the model's "
+            "safetensors files"
+        )
     processor = TENSOR_PROCESSORS.get(str(file.fields.get("general.architecture")), TensorProcessor)(config={})
-    read = set(get_gguf_hf_weights_map(model, processor))
-    if unread := [name for name in file.tensors if not {name, name.removesuffix(".weight")} & read]:
+    read = get_gguf_hf_weights_map(model, processor)
+    if unread := [name for name in file.tensors if not {name, name.removesuffix(".weight")} & read.keys()]:
         raise ValueError(
             f"model.path={file.path}: transformers does not read {len(unread)} of its tensors, such as {unread[0]}: "
             "use the model's safetensors files"
         )
+    if lacking := _lacking(file, model, read):
+        raise ValueError(
+            f"model.path={file.path}: lacks {len(lacking)} weights of {type(model).__name__}, such as {lacking[0]}; "
+            "fetch the file again, or use the model's safetensors files"
+        )
     check_fields(file, model.config)
+
+
+def _lacking(file: GGUFFile, model: PreTrainedModel, read: Mapping[str, str]) -> list[str]:
+    """Return the parameters that no tensor of the file fills, or not all that make it; `read` names them by tensor."""
+    sources: dict[str, list[bool]] = {}
+    for tensor, name in read.items():
+        sources.setdefault(name, []).append(bool({tensor, f"{tensor}.weight"} & file.tensors.keys()))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(parameters[name]) for name, found in sources.items() if name in parameters and all(found)}
+    return [name for name, parameter in parameters.items() if id(parameter) not in filled]
 
 
 def _rope_field(file: GGUFFile, key: str, default: Any = None) -> Any:
     return file.fields.get(f"{file.fields.get('general.architecture')}.rope.{key}", default)
 
 
+def rope_scaling(file: GGUFFile) -> tuple[str, float]:
+    """Return the way positions are scaled and its factor, ("none", 1.0) where they are not, as llama.cpp reads them.
+
+    A factor without a type is that of linear scaling.
+    """
+    factor = float(_rope_field(file, "scaling.factor", _rope_field(file, "scale_linear", 1.0)))
+    kind = str(_rope_field(file, "scaling.type", "linear"))
+    is_off = kind == "none" or (kind in ("linear", "yarn") and factor in (0.0, 1.0))
+    return ("none", 1.0) if is_off else (kind, factor)
+
+
 def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
     """Return how positions are encoded, in transformers' words."""
     theta = _rope_field(file, "freq_base", 10000.0)
-    factor = _rope_field(file, "scaling.factor", _rope_field(file, "scale_linear", 1.0))
-    scaling = _rope_field(file, "scaling.type", "none")
+    scaling, factor = rope_scaling(file)
     if ROPE_FACTORS in file.tensors:
         factors = file.read(ROPE_FACTORS, torch.float32)
+        if factors.shape != (head_dim // 2,):
+            raise ValueError(
+                f"model.path={file.path}: {ROPE_FACTORS} has {factors.numel()} factors, and heads of {head_dim} need "
+                f"{head_dim // 2}"
+            )
         context = file.fields[f"{file.fields['general.architecture']}.context_length"]
         return llama3_parameters(factors, theta, head_dim) or {
             "rope_type": "longrope",
@@ -118,14 +171,15 @@ def rope_parameters(file: GGUFFile, head_dim: int) -> dict[str, Any]:
             "attention_factor": 1.0,
             "original_max_position_embeddings": context,
         }
-    if scaling == "none" or factor == 1.0:
+    if scaling == "none":
         return {"rope_type": "default", "rope_theta": theta}
     parameters = {"rope_type": scaling, "rope_theta": theta, "factor": factor}
     if scaling == "yarn":
         for key in ("beta_fast", "beta_slow"):
             if (beta := _rope_field(file, f"scaling.yarn_{key}")) is not None:
                 parameters[key] = beta
-        parameters["original_max_position_embeddings"] = _rope_field(file, "scaling.original_context_length")
+        context = file.fields.get(f"{file.fields['general.architecture']}.context_length")
+        parameters["original_max_position_embeddings"] = _rope_field(file, "scaling.original_context_length", context)
     return parameters
 
 
@@ -155,12 +209,18 @@ def llama3_parameters(factors: Tensor, theta: float, head_dim: int) -> dict[str,
 
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     """Return the model configuration, from the file's metadata."""
-    if (parts := file.fields.get("split.count", 1)) > 1:
-        raise ValueError(
-            f"model.path={file.path}: is one of {parts} parts of a model; put them together by llama-gguf-split --merge"
-        )
     prefix = file.fields["general.architecture"]
     present = {name.removeprefix(f"{prefix}."): value for name, value in file.fields.items()}
+    for name in CONFIG_KEYS.keys() & present.keys():
+        if isinstance(each := present[name], list):  # one for each block
+            if len(set(each)) != 1:
+                raise ValueError(
+                    f"model.path={file.path}: {prefix}.{name}={each} differs by block, which transformers has no place "
+                    f"for in {ARCHITECTURES[prefix]}"
+                )
+            present[name] = each[0]
+    if lacking := [name for name in NEEDED if name not in present]:
+        raise ValueError(f"model.path={file.path}: has no {prefix}.{lacking[0]}; fetch the file again")
     values = {ours: present[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in present}
     values.setdefault("vocab_size", file.tensors["token_embd.weight"].shape[0])
     head_dim = present.get("attention.key_length") or values["hidden_size"] // values["num_attention_heads"]
@@ -198,8 +258,8 @@ class GGUFSource:
         self.heads: dict[str, int] = {}
         """Heads whose rows llama.cpp interleaves, by module: in the llama architecture alone."""
         if prefix == "llama":
-            queries: int = file.fields["llama.attention.head_count"]
-            self.heads = {"q_proj": queries, "k_proj": file.fields.get("llama.attention.head_count_kv", queries)}
+            config: Any = gguf_config(file)
+            self.heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
     def names(self) -> list[str]:
         return list(self.keys)

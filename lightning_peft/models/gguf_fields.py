@@ -47,10 +47,14 @@ OF_ROPE = (
 )  # fmt: skip
 """Fields that `rope_parameters` makes its own of."""
 
+BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
+"""Blocks by which llama.cpp knows the sizes whose scores are not divided by the root of a head's width."""
+
 
 def check_fields(file: GGUFFile, config: PreTrainedConfig) -> None:
     """Raise ValueError for a field of the model that the configuration does not hold."""
     text: Any = config.get_text_config()
+    _check_scores(file, text)
     prefix = f"{file.fields['general.architecture']}."
     for name, value in file.fields.items():
         field = name.removeprefix(prefix)
@@ -68,6 +72,21 @@ def check_fields(file: GGUFFile, config: PreTrainedConfig) -> None:
             raise ValueError(
                 f"model.path={file.path}: {name}={_shown(value)} {known}; use the model's safetensors files"
             )
+
+
+def _check_scores(file: GGUFFile, text: Any) -> None:
+    """Raise ValueError where Gemma's scores are divided by another number than llama.cpp's, which no field says."""
+    scalar = getattr(text, "query_pre_attn_scalar", None)
+    blocks = BLOCKS_OF_27B.get(architecture := str(file.fields["general.architecture"]))
+    if scalar is None or blocks is None:
+        return
+    is_27b = file.fields.get(f"{architecture}.block_count") == blocks
+    right = text.hidden_size // text.num_attention_heads if is_27b else text.head_dim
+    if scalar != right:
+        raise ValueError(
+            f"model.path={file.path}: its scores are divided by the root of {right}, and of {scalar} for transformers; "
+            "use the model's safetensors files"
+        )
 
 
 def _expected(field: str, text: Any) -> list[Any] | None:

@@ -30,7 +30,6 @@ from lightning_peft.models.forwards import (
     keep_weights_in_evaluation,
     name_outputs,
 )
-from lightning_peft.models.gguf import open_gguf
 from lightning_peft.models.gguf_conversion import (
     GGUFSource,
     check_has_places,
@@ -38,6 +37,7 @@ from lightning_peft.models.gguf_conversion import (
     gguf_config,
     gguf_tokenizer,
     is_known,
+    open_model,
 )
 from lightning_peft.models.low_bit_source import (
     LowBitSource,
@@ -80,6 +80,7 @@ from lightning_peft.quantization.quantize import quantize_linears
 
 logger = logging.getLogger(__name__)
 
+OF_METADATA = "model of its metadata, so give the model's safetensors files"
 NEED_IMAGES = {"Llama4ForConditionalGeneration"}
 """Classes that cannot run text alone: with transformers 5.24 this one reads an image's outputs off its text model."""
 
@@ -96,10 +97,11 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
     with readable_errors(config):
         location = locate(config)
         if location.suffix == ".gguf":
-            file = open_gguf(location)
+            file = open_model(location)
             if not is_known(file) and config.rope_scaling.is_on:
                 raise ValueError(f"{config.rope_scaling}: not for {location.name}, which transformers reads by itself")
-            architecture = gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
+            with readable_making(config, OF_METADATA):
+                architecture = gguf_config(file) if is_known(file) else _slow_gguf(config, location, AutoConfig)
         else:
             with readable_making(config, "model of its config.json"):
                 architecture = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
@@ -161,7 +163,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
 
 def _load_tokenizer(config: ModelConfig, location: Path) -> PreTrainedTokenizerFast:
     if location.suffix == ".gguf":
-        return gguf_tokenizer(open_gguf(location)) or _slow_gguf(config, location, AutoTokenizer)
+        return gguf_tokenizer(open_model(location)) or _slow_gguf(config, location, AutoTokenizer)
     with readable_making(config, "tokenizer of its files"):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=config.trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -223,7 +225,8 @@ def check_runs(model: PreTrainedModel) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if name.endswith(("dropout", "pdrop")) and value is not None and not (is_number and 0 <= value <= 1):
             raise ValueError(f"config.json: {name}={value!r} must be a number between 0 and 1")
-        if name == "sliding_window" and value is not None and not (type(value) is int and value > 0):
+        is_off = value is None or (value == 0 and said.get("use_sliding_window") is False)  # Qwen2-MoE's class says 0
+        if name == "sliding_window" and not is_off and not (type(value) is int and value > 0):
             raise ValueError(f"config.json: {name}={value!r} must be a number of tokens above 0, or null")
     heads, shared = (said.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     if type(heads) is int and type(shared) is int and (shared < 1 or heads % shared):
@@ -276,7 +279,7 @@ def _readable(config: ModelConfig, parts: Iterator[str]) -> Iterator[str]:
 def _weight_source(config: ModelConfig, location: Path) -> WeightSource | None:
     """Return where the weights are read from; None for a GGUF file that cannot be streamed."""
     if location.suffix == ".gguf":
-        file = open_gguf(location)
+        file = open_model(location)
         return GGUFSource(file) if is_known(file) else None
     files = files_of_weights(config, location)
     if files[0].suffix == ".bin" and (form := format_of(model_config(config))) is not None:
@@ -370,8 +373,11 @@ def _load_gguf_by_transformers(
 ) -> PreTrainedModel:
     """Load a GGUF file of a family that is not streamed."""
     logger.info("%s is read by transformers, slower and with more memory: its family is not streamed", location.name)
+    architecture = model_config(config)
+    with parameters_on_meta(), readable_making(config, OF_METADATA):
+        empty: PreTrainedModel = _auto_class(config, architecture).from_config(architecture, dtype=dtype)
+    check_read(open_model(location), empty)
     model: PreTrainedModel = _slow_gguf(config, location, AutoModelForCausalLM, dtype=dtype)
-    check_read(open_gguf(location), model)
     if (attention := choose_attention(model.config, config.attention)) is not None:
         model.set_attn_implementation(attention)
     if quantization is not None and quantization.is_on:

@@ -28,7 +28,7 @@ from lightning_peft.quantization.weights import (
     is_linear,
     is_transposed,
     linear_shape,
-    reads_weight,
+    needs_dense_weight,
 )
 
 logger = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ def _names_to_quantize(model: nn.Module, config: QuantizationConfig) -> tuple[li
         if hits or module is head or name.rpartition(".")[2] == "lm_head":
             continue
         parent, _, leaf = name.rpartition(".")
-        if is_linear(module) and reads_weight(model.get_submodule(parent), leaf):
+        if is_linear(module) and needs_dense_weight(model.get_submodule(parent), leaf):
             read.append(name)
             continue
         if problem := _refusal(name, module, config):

@@ -51,6 +51,15 @@ def reads_weight(parent: nn.Module, leaf: str) -> bool:
     return _code_has(parent, rf"self\.{leaf}\.weight(?!\.(device|dtype|shape))")
 
 
+def needs_dense_weight(parent: nn.Module, leaf: str) -> bool:
+    """Return whether a module's code takes its layer's weight for a dense one, which codes are not.
+
+    It multiplies with the weight itself, or casts what it gives the layer to the weight's dtype, as the indexer of
+    DeepSeek V3.2 does: that of codes would make whole numbers of the activations.
+    """
+    return reads_weight(parent, leaf) or _code_has(parent, rf"\.to\((dtype=)?self\.{leaf}\.weight\.dtype")
+
+
 def never_calls(parent: nn.Module, leaf: str) -> bool:
     """Return whether a module's code multiplies with its layer's weight on every device, as others do only on some."""
     return _code_has(parent, rf"self\.{leaf}\.weight @")

@@ -122,9 +122,14 @@ def test_experts_alone_and_one_of_their_parameters(target: str, tmp_path: Path) 
 def test_other_parameters_are_refused_by_name(tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
     get_peft_model(small_model("qwen3_moe"), config).save_pretrained(tmp_path)
-    with pytest.raises(
-        AdapterFileError, match="target_parameters names mlp.gate.weight; of parameters only stacked experts"
-    ):
+    router = r"2 names such as model.layers.0.mlp.gate \(Qwen3MoeTopKRouter\) are no linear layers"
+    with pytest.raises(ValueError, match=router):
+        inject_adapters(small_model("qwen3_moe"), adapter_config_from_peft(tmp_path))
+
+    config = LoraConfig(r=4, target_modules=["v_proj"], target_parameters=["linear_attn.conv1d.weights"])
+    words = {**config.to_dict(), "target_modules": ["v_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(words, default=str))
+    with pytest.raises(AdapterFileError, match="names linear_attn.conv1d.weights; of parameters only stacked experts"):
         adapter_config_from_peft(tmp_path)
 
 

@@ -301,6 +301,11 @@ DAMAGE = {
     "pattern of words": (lambda f: edit(f, alpha_pattern={"q_proj": "3"}), r"alpha_pattern\['q_proj'\]='3' must be"),
     "pattern no object": (lambda f: edit(f, rank_pattern=[4]), r"rank_pattern=\[4\] must be an object of names"),
     "pattern no regex": (lambda f: edit(f, alpha_pattern={"(q": 3}), r"alpha_pattern names '\(q', not a regular"),
+    "alpha zero": (
+        lambda f: edit(f, alpha_pattern={"q_proj": 0}),
+        r"q_proj.\]=0 must be above 0: give",
+    ),
+    "alpha below zero": (lambda f: edit(f, lora_alpha=-8), "lora_alpha=-8 must be above 0: give the factors the sign"),
     "bias unknown": (lambda f: edit(f, bias="sum"), "bias='sum' must be one of none, all, lora_only"),
     "missing tensor": (
         lambda f: change_tensors(f, "1.mlp.up_proj.lora_B.weight", None),

@@ -11,6 +11,7 @@ from lightning_peft.adapters.inject import adapters, inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
+from lightning_peft.commands.tuned import is_read_otherwise
 
 IDS = torch.arange(3, 43)[None]
 WEIGHTS = "adapter_model.safetensors"
@@ -89,3 +90,19 @@ def test_layers_that_peft_adapts_in_vain_are_said(tmp_path):
     torch.testing.assert_close(logits(theirs), logits(plain))
     assert not torch.allclose(logits(model.eval()), logits(plain), atol=1e-2)
     assert "leaves out the change of model.layers.0.mamba.dt_proj" in objection_of_peft(tmp_path, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_peft_has_no_place_for_are_said(tmp_path):
+    """PEFT takes every gate_proj of a family of mixtures for a stack of experts, also where all layers are dense."""
+    sizes = {"mlp_only_layers": [0, 1], "intermediate_size": 96}
+    model, config = small_model("qwen3_moe", **sizes), LoRAConfig(rank=4)
+    inject_adapters(model, config)
+    for _, layer in adapters(model):
+        torch.nn.init.normal_(layer.lora_B.weight)
+    save_adapter(model, config, tmp_path)
+    theirs = PeftModel.from_pretrained(small_model("qwen3_moe", **sizes), str(tmp_path)).eval()
+
+    assert (logits(theirs) - logits(model.eval())).abs().max() > 1e-2
+    assert is_read_otherwise(model)
+    assert "finds no place for some of its tensors" in objection_of_peft(tmp_path, model)

@@ -77,7 +77,11 @@ def test_adapter_of_one_end_of_a_tied_base_is_continued(target, tmp_path):
     assert main(["train", *words]) == 0
     ids = torch.tensor([[5, 9, 12, 31, 2, 7]])
     continued = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter").eval()
-    assert torch.allclose(continued(ids).logits, model(ids).logits, atol=1e-6)
+    expected = model(ids).logits
+    assert torch.allclose(continued(ids).logits, expected, atol=1e-6)
+    assert main(["merge", str(run), f"output={tmp_path}/merged"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_words_of_ones_own_win_over_the_folders(of_peft, tmp_path, capsys):

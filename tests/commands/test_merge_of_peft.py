@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import small_model
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -44,20 +44,26 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CASES)
-def test_a_merge_is_the_model_of_peft(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_peft.commands.adapted.has_fast_bf16", lambda device: True)
+def saved_by_peft(name: str, folder: Path) -> nn.Module:
+    """Save a base and an adapter far from its start; return PEFT's model."""
     family, options, config = CASES[name]
-    small_model(family, vocab_size=320, **options).save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    small_model(family, vocab_size=320, **options).save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_a_merge_is_the_model_of_peft(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_peft.commands.adapted.has_fast_bf16", lambda device: True)
+    model = saved_by_peft(name, tmp_path)
     words = [f"adapter_path={tmp_path}/adapter", f"model={tmp_path}/base", f"output={tmp_path}/merged"]
     assert main(["merge", *words, "merge.dtype=fp32"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -66,6 +72,31 @@ def test_a_merge_is_the_model_of_peft(name: str, tmp_path: Path, monkeypatch: py
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"# Fine-tuned {tmp_path}/base" in card and "of a folder of HF PEFT (adapter)" in card
     assert "| merged against adapter: mean kl |" in card and "Trained with the chat template" not in card
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plain_export_is_the_model_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_peft.commands.adapted.has_fast_bf16", lambda device: True)
+    expected = logits(saved_by_peft("pissa", tmp_path))
+    words = [f"adapter_path={tmp_path}/adapter", f"model={tmp_path}/base", f"output={tmp_path}/plain"]
+    assert main(["export", *words, "format=plain"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "plain"))
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_codes_that_no_adapter_changes_are_as_exact_as_the_merge(tmp_path: Path) -> None:
+    """Codes of a run in fp32 stand for numbers that the 16 bits of its base have no place for."""
+    model, original = small_model("qwen3_moe"), small_model("qwen3_moe")
+    for parameter in original.parameters():
+        parameter.data = parameter.data.bfloat16()  # and no buffers: frequencies stay as they are
+    model.load_state_dict(original.state_dict())
+    quantize_linears(model, QuantizationConfig(Kind.nf4, block_size=32))
+    inject_adapters(model, LoRAConfig(rank=4, target_modules=["q_proj"]))
+    expected = logits(model)
+    merged = merge_adapters(model, torch.float32, original=original, from_codes=True).float()
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore")

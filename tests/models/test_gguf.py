@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import small_model
 from gguf import GGMLQuantizationType, GGUFWriter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Lfm2Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Lfm2Config, PreTrainedModel
 
 from lightning_peft.models.gguf import open_gguf
 from lightning_peft.models.gguf_conversion import parameter_name
@@ -29,6 +29,7 @@ def write_gguf(
     model: PreTrainedModel,
     kind: GGMLQuantizationType,
     scaling: Callable[[GGUFWriter], None] | None = None,
+    heads_of_blocks: list[int] | None = None,
     **more: np.ndarray,
 ) -> None:
     """Write the model as llama.cpp would store it: rotary pairs of llama's q and k side by side, matrices quantised."""
@@ -38,7 +39,10 @@ def write_gguf(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
+    if heads_of_blocks is None:
+        writer.add_head_count(config.num_attention_heads)
+    elif heads_of_blocks:
+        writer.add_array(f"{architecture}.attention.head_count", heads_of_blocks)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(16)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
@@ -82,9 +86,9 @@ def test_gguf_equals_its_model(model_type: str, kind: str, tmp_path: Path) -> No
     assert model_context(config) == 64
 
 
-def test_unknown_tensor_leaves_the_file_to_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    original = small_model("gpt2", max_position_embeddings=1024, n_positions=1024, n_inner=256)
-    writer = GGUFWriter(tmp_path / "model.gguf", "gpt2")
+def write_gpt2(path: Path, original: PreTrainedModel, lacking: str = "") -> None:
+    """Write a file of a family that transformers reads, but for one tensor."""
+    writer = GGUFWriter(path, "gpt2")
     writer.add_context_length(64)
     writer.add_block_count(2)
     writer.add_embedding_length(64)
@@ -94,17 +98,32 @@ def test_unknown_tensor_leaves_the_file_to_transformers(tmp_path: Path, caplog: 
     for name, tensor in original.state_dict().items():
         data = tensor.t() if ".attn.c" in name or ".mlp.c" in name else tensor
         key = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if name != "lm_head.weight":
+        if name != "lm_head.weight" and key != lacking:
             writer.add_tensor(key, np.ascontiguousarray(data.numpy()))
     writer.add_token_list([str(i) for i in range(96)])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def small_gpt2() -> PreTrainedModel:
+    return small_model("gpt2", max_position_embeddings=1024, n_positions=1024, n_inner=256)
+
+
+def test_unknown_tensor_leaves_the_file_to_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    original = small_gpt2()
+    write_gpt2(tmp_path / "model.gguf", original)
     with caplog.at_level(logging.INFO):
         model = load_model(ModelConfig("hf", str(tmp_path / "model.gguf")), torch.float32)
     assert "read by transformers" in caplog.text
     torch.testing.assert_close(model(IDS).logits, original(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tensor_that_transformers_would_draw_at_random_is_refused(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "m.gguf", small_gpt2(), lacking="blk.1.ffn_up.weight")
+    with pytest.raises(ValueError, match="lacks 1 weights of GPT2LMHeadModel, such as transformer.h.1.mlp.c_fc"):
+        loaded(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +259,38 @@ def test_scaled_positions_are_read(kind: str, tmp_path: Path) -> None:
     assert difference(model, original) < 1e-4 < difference(model, scaled_llama(rope_type="default"))
 
 
+@pytest.mark.parametrize("key", ["scaling.factor", "scale_linear"])
+def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(key: str, tmp_path: Path) -> None:
+    original = scaled_llama(rope_type="linear", factor=4.0)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, original, GGMLQuantizationType.F32, lambda w: w.add_float32(f"llama.rope.{key}", 4.0))
+    model = loaded(path)
+    assert difference(model, original) < 1e-4 < difference(model, scaled_llama(rope_type="default"))
+    write_gguf(path, original, GGMLQuantizationType.F32, lambda w: w.add_float32(f"llama.rope.{key}", 0.0))
+    assert difference(loaded(path), scaled_llama(rope_type="default")) < 1e-4
+
+
+def test_a_factor_of_positions_that_transformers_passes_over_is_refused(tmp_path: Path) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_float32("llama.rope.scale_linear", 4.0)
+
+    write_gguf(tmp_path / "m.gguf", small_model("llama"), GGMLQuantizationType.F32, add, extra__weight=UNLIKE)
+    with pytest.raises(ValueError, match="transformers does not read its linear scaling of positions; use the model's"):
+        loaded(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "head_dim", "told"), [(46, 128, "root of 144, and of 256"), (42, 256, ""), (26, 128, "root of 128")]
+)
+def test_scores_of_gemma_are_divided_as_in_llama_cpp_or_refused(blocks: int, head_dim: int, told: str) -> None:
+    file: Any = SimpleNamespace(
+        fields={"general.architecture": "gemma2", "gemma2.block_count": blocks}, path="m.gguf"
+    )  # which no field says
+    config = Gemma2Config(num_hidden_layers=blocks, head_dim=head_dim, hidden_size=4608, num_attention_heads=32)
+    with pytest.raises(ValueError, match=f"its scores are divided by the {told}") if told else nullcontext():
+        check_fields(file, config)
+
+
 def test_biases_of_llama_are_read(tmp_path: Path) -> None:
     original = small_model("llama", attention_bias=True, mlp_bias=True)
     with torch.no_grad():
@@ -349,6 +400,56 @@ def test_layers_without_attention_have_no_heads(heads: Any, is_read: bool) -> No
 def test_what_transformers_would_pass_over_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", small_model("llama"), GGMLQuantizationType.F32, extra__weight=UNLIKE)
     with pytest.raises(ValueError, match="does not read 1 of its tensors, such as extra.weight"):
+        loaded(tmp_path / "m.gguf")
+
+
+def test_fields_for_each_block_are_one_where_they_agree(tmp_path: Path) -> None:
+    original, path = small_model("llama"), tmp_path / "m.gguf"
+    write_gguf(path, original, GGMLQuantizationType.F32, heads_of_blocks=[4, 4])
+    assert torch.equal(loaded(path)(IDS).logits, original(IDS).logits)
+    write_gguf(path, original, GGMLQuantizationType.F32, heads_of_blocks=[4, 2])
+    with pytest.raises(ValueError, match=r"llama.attention.head_count=\[4, 2\] differs by block, which transformers"):
+        loaded(path)
+    write_gguf(path, original, GGMLQuantizationType.F32, heads_of_blocks=[])
+    with pytest.raises(ValueError, match="has no llama.attention.head_count; fetch the file again"):
+        loaded(path)
+
+
+def test_yarn_starts_from_the_context_where_no_other_is_said(tmp_path: Path) -> None:
+    original = scaled_llama(rope_type="yarn", factor=4.0, original_max_position_embeddings=512)
+
+    def scaling(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+
+    write_gguf(tmp_path / "m.gguf", original, GGMLQuantizationType.F32, scaling)
+    model = loaded(tmp_path / "m.gguf")
+    assert difference(model, original) < 1e-4 < difference(model, scaled_llama(rope_type="default"))
+
+
+OTHER_FILES: dict[str, tuple[Callable[[GGUFWriter], None], dict[str, np.ndarray], str]] = {
+    "an adapter": (lambda w: w.add_type("adapter"), {}, "holds no model but what it calls adapter; give the file"),
+    "too few factors": (lambda w: None, {"rope_freqs__weight": UNLIKE[:5]}, "has 5 factors, and heads of 16 need 8"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_that_is_no_model_is_refused(name: str, tmp_path: Path) -> None:
+    add, tensors, message = OTHER_FILES[name]
+    write_gguf(tmp_path / "m.gguf", small_model("llama"), GGMLQuantizationType.F32, add, **tensors)
+    with pytest.raises(ValueError, match=message):
+        loaded(tmp_path / "m.gguf")
+
+
+def test_a_family_that_transformers_does_not_read_is_one_sentence(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "smollm3")
+    writer.add_block_count(2)
+    writer.add_tensor("token_embd.weight", np.ones((96, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"makes no model of its metadata, so give the model's safetensors files \("):
         loaded(tmp_path / "m.gguf")
 
 

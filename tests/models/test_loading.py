@@ -61,6 +61,14 @@ def test_streamed_model_equals_from_pretrained(model_type: str, dtype: torch.dty
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
 
 
+def test_a_window_that_the_configuration_turns_off_is_none(tmp_path: Path) -> None:
+    """transformers makes 0 of the window of a Qwen2-MoE that says use_sliding_window=false, as all published do."""
+    config = save_small(tmp_path, "qwen2_moe", use_sliding_window=False, sliding_window=32768)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert expected.config.sliding_window == 0
+    torch.testing.assert_close(load_model(config, torch.float32)(IDS).logits, expected(IDS).logits)
+
+
 def test_sharded_files_equal_one_file(tmp_path: Path) -> None:
     model = small_model("llama")
     model.save_pretrained(tmp_path / "one")

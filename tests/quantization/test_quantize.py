@@ -3,6 +3,7 @@ import weakref
 
 import pytest
 import torch
+from families import small_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
@@ -11,6 +12,7 @@ from lightning_peft.quantization.config import Kind, QuantizationConfig
 from lightning_peft.quantization.linear import QuantizedLinear
 from lightning_peft.quantization.quantize import (
     bits_per_parameter,
+    dequantized_layer,
     dequantized_linear,
     load_weight,
     memory_by_group,
@@ -69,6 +71,20 @@ def test_excluded_layers_stay_dense():
     assert names == [f"model.layers.1.{part}" for part in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     )]  # fmt: skip
+
+
+def test_a_layer_to_whose_dtype_the_model_casts_stays_dense():
+    """The indexer of DeepSeek V3.2 casts activations to the dtype of a weight: that of codes makes them integers."""
+    sizes = {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16}
+    sizes |= {"qk_rope_head_dim": 16, "index_topk": 4, "index_head_dim": 32, "index_n_heads": 32}
+    model, dense = small_model("deepseek_v32", **sizes), small_model("deepseek_v32", **sizes)
+    for name in [quantize_linears(m, QuantizationConfig(kind=Kind.nf4, block_size=32)) for m in (model, dense)][1]:
+        dense.set_submodule(name, dequantized_layer(dense.get_submodule(name)))
+    ids = torch.arange(3, 33)[None]
+    assert type(model.model.layers[0].self_attn.indexer.weights_proj) is nn.Linear
+    with torch.no_grad():
+        got, expected = model(ids, use_cache=False).logits, dense(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))  # fp32, other kernels
 
 
 def test_unknown_exclusion_is_an_error():

@@ -9,7 +9,7 @@ from lightning_peft.kernels.codes import Codes
 from lightning_peft.quantization.experts import QuantizedExperts, open_experts, projections, stack_shape
 from lightning_peft.quantization.linear import CodedWeight, QuantizedLinear
 from lightning_peft.quantization.published.format import LowBitWeight, PublishedFormat
-from lightning_peft.quantization.weights import is_linear, is_transposed, linear_shape, reads_weight
+from lightning_peft.quantization.weights import is_linear, is_transposed, linear_shape, needs_dense_weight
 
 
 def prepare_low_bit(model: nn.Module, names: Mapping[str, str], form: PublishedFormat) -> list[str]:
@@ -66,7 +66,7 @@ def prepare_low_bit(model: nn.Module, names: Mapping[str, str], form: PublishedF
 
 def _is_read(model: nn.Module, name: str) -> bool:
     parent, _, leaf = name.rpartition(".")
-    return reads_weight(model.get_submodule(parent), leaf)
+    return needs_dense_weight(model.get_submodule(parent), leaf)
 
 
 def load_low_bit(model: nn.Module, name: str, weight: LowBitWeight) -> None:
