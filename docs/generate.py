@@ -15,7 +15,8 @@ from lightning_peft.adapters.base import AdapterConfig
 from lightning_peft.adapters.registry import METHODS
 from lightning_peft.cluster.job import ClusterConfig
 from lightning_peft.cluster.registry import CLUSTERS
-from lightning_peft.compose import compose_config, groups_and_defaults
+from lightning_peft.compose import compose_config
+from lightning_peft.composition_errors import groups_and_defaults
 from lightning_peft.config import TrainConfig
 from lightning_peft.help import GROUPS, TRAINER, none_or
 from lightning_peft.models.families import CHECKS, COLUMNS, families, in_short, refusals

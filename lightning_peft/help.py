@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_peft.command_configs.of_runs import SubmitSweepConfig, SweepVerb
-from lightning_peft.compose import compose_config, groups_and_defaults
+from lightning_peft.compose import compose_config
+from lightning_peft.composition_errors import groups_and_defaults
 from lightning_peft.config import plain
 from lightning_peft.options import Option, options_of, shown
 from lightning_peft.schemas import CONF_DIR, ROOTS

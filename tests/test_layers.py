@@ -36,7 +36,7 @@ LAYERS = [
     ["schemas", "slips", "tables"],
     ["warm_start", "own_file"],
     ["options", "words"],
-    ["compose"],
+    ["compose", "composition_errors"],
     ["help"],
     ["runs"],
     ["commands"],

@@ -18,7 +18,8 @@ from yaml import YAMLError
 
 from lightning_peft import distributed
 from lightning_peft.cluster.job import TASK
-from lightning_peft.compose import compose_config, composed, explained, typed
+from lightning_peft.compose import compose_config, composed, typed
+from lightning_peft.composition_errors import explained
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.distributed import LAUNCHER
 from lightning_peft.free_options import FREE_TO_CHANGE, NOT_COMPARED

@@ -10,7 +10,8 @@ import started
 
 from lightning_peft.__main__ import main
 from lightning_peft.command_line import one_of_each_value
-from lightning_peft.compose import compose_config, nearest
+from lightning_peft.compose import compose_config
+from lightning_peft.composition_errors import nearest
 from lightning_peft.other_tools import ours, what_instead
 from lightning_peft.words import everyday, no_such_option, options_of_group, words_of_file
 

@@ -8,7 +8,8 @@ import yaml
 
 from lightning_peft.__main__ import main
 from lightning_peft.commands.plan_sweep import planned, split_words
-from lightning_peft.compose import compose_config, nearest
+from lightning_peft.compose import compose_config
+from lightning_peft.composition_errors import nearest
 from lightning_peft.config import plain
 from lightning_peft.help import WIDTH, command_help
 from lightning_peft.objectives.registry import OBJECTIVES

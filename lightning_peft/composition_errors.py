@@ -1,0 +1,151 @@
+"""What Hydra and OmegaConf raise, in the words of the command line: one line with the key, the value and the remedy."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from lightning_peft.config import TrainConfig
+from lightning_peft.options import options_of
+from lightning_peft.other_tools import BY_THEIRS, LISTS, ours, what_instead
+from lightning_peft.readable import first_line
+from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
+from lightning_peft.words import no_such_option, options_of_group
+
+
+@contextmanager
+def explained(command: str) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise inside into a ValueError in the words of the command line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error, command)) from error
+
+
+def explain(error: Exception, command: str) -> str:
+    """Return Hydra's or OmegaConf's message as one line in the words of the command line."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and (missing := re.search(r"Could not find '([^']+)'", text)):
+        group, _, option = missing.group(1).rpartition("/")
+        if (folder := group.partition("/")[0]) in ("data", "model"):  # a path of the hub, and no folder of options
+            group, option = folder, missing.group(1).removeprefix(f"{folder}/")
+            return no_such_option(group, option, options_of_group(group))
+        options = re.findall(r"^\t([\w/.-]+)$", text.split("Config search path")[0], re.MULTILINE)
+        named = [name for name in options if name != "schema" and not name.endswith("_schema")]
+        return no_such_option(group, option, named)
+    if isinstance(error, OverrideParseException):
+        name = error.override.lstrip("+").partition("=")[0]
+        if name[:1].isdigit() and (known := ours(name)) is not None:  # 4bit, which is no key for Hydra
+            return f"{name}: no such option; use {known}"
+        return f"{error.override.lstrip('+')}: not of the form key=value (quote text with special characters)"
+    if several := re.search(r"Sweep parameters '(.*)' requires --multirun", text):
+        return f"{several.group(1)}: several values; add -m for a sweep"
+    if isinstance(error, ConfigCompositionException):
+        if unknown := re.search(r"Could not override '([^']+)'", text):
+            return f"{unknown.group(1)}: no such option{nearest(unknown.group(1), command)}"
+        if merging := re.search(r"Error merging override (.*)", text):
+            return f"{merging.group(1).lstrip('+')}: {plainly(first_line(error.__cause__ or error))}"
+        if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
+            key, _, values = ambiguous.group(1).lstrip("+").partition("=")
+            if (known := ours(key)) is not None and known != key and "=" not in known:
+                right = f"{known}=[{values}]" if known in LISTS else f"-m for a sweep, with {known}={values}"
+                return f"{key}: no such option; use {right}"
+            return f"{ambiguous.group(1).lstrip('+')}: several values; add -m for a sweep, or write a list as key=[a,b]"
+    if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
+        meanings = {option.key: option.doc for option in options_of(ROOTS.get(command, TrainConfig))}
+        return f"{key}=...: has to be given" + (f"; {meanings[key]}" if key in meanings else "")
+    key = getattr(error, "full_key", None)
+    return f"{key}: {plainly(first_line(error))}" if key else plainly(first_line(error))
+
+
+IN_PLAIN_WORDS = {
+    r"could not be converted to Integer": "must be a whole number",
+    r"could not be converted to Float": "must be a number, as in 2e-4",
+    r"is not a ListConfig, list or tuple": "must be a list, in brackets, as [a,b]",
+    r"is not a valid bool": "must be true or false",
+    r"field '.*' is not Optional": "null is no value of it; leave it out for the default",
+    r"Cannot convert 'list' to string": "must be a text and no list; put it in quotes",
+    r"Cannot convert 'dict' to string": "must be a text and have no keys inside",
+    r"Cannot merge DictConfig with ListConfig": "must be keys with values, and no list",
+}
+"""Words of OmegaConf -> the remedy."""
+
+
+def plainly(message: str) -> str:
+    """Return OmegaConf's message with the remedy behind it."""
+    right = next((words for pattern, words in IN_PLAIN_WORDS.items() if re.search(pattern, message)), None)
+    return message if right is None else f"{message}; {right}"
+
+
+def unresolved(config: DictConfig, prefix: str = "") -> str | None:
+    """Say which value refers by ${...} to what is not there; None where each resolves by itself."""
+    for key in map(str, config):
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_interpolation():
+            if not node._is_none() and not node._is_missing() and (found := unresolved(node, f"{prefix}{key}.")):
+                return found
+            continue
+        try:
+            OmegaConf.to_container(OmegaConf.create([config[key]]), resolve=True)
+        except (InterpolationResolutionError, GrammarParseError) as error:
+            written = str(node._value() if node is not None and not isinstance(node, ListConfig) else node)
+            return (
+                f"{prefix}{key}={written}: {first_line(error)}; ${{...}} refers to another key, or to a variable of "
+                "the environment as ${oc.env:NAME}"
+            )
+        except MissingMandatoryValue:
+            continue
+    return None
+
+
+def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
+    """Return our word for another tool's, else the options of the command that look like a mistyped one."""
+    if (known := ours(key)) is not None and known != key:
+        is_file = known == "run_dir" and "output" in list(groups_and_defaults(command)[1])
+        return f"; use {'output' if is_file else known}"
+    if (instead := what_instead(key)) is not None:
+        return f"; {instead}"
+    choices, config = groups_and_defaults(command)
+    group = key.partition(".")[0]
+    if group in choices and key in leaf_keys(config):  # another choice than the default was made
+        owner = "method" if group == "adapter" else group
+        return f"; {owner}={choices[owner]} has it, and what was chosen has not"
+    typed_key = key.lower().replace("-", "_")
+    matches = difflib.get_close_matches(
+        typed_key, dict.fromkeys([*choices, *groups, *leaf_keys(config)]), n=3, cutoff=0.6
+    )
+    if theirs := difflib.get_close_matches(typed_key.rpartition(".")[2], BY_THEIRS, n=1, cutoff=0.85):
+        matches = [BY_THEIRS[theirs[0]], *(match for match in matches if match != BY_THEIRS[theirs[0]])][:3]
+    return f"; did you mean {', '.join(matches)}?" if matches else ""
+
+
+def groups_and_defaults(command: str) -> tuple[dict[str, str], DictConfig]:
+    """Return the command's config groups with their default options, and its config when nothing is overridden."""
+    register_schemas()
+    with initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+        config = compose(command, return_hydra_config=True)
+    chosen = {str(group): str(option) for group, option in config.hydra.runtime.choices.items()}
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    return {group: option for group, option in chosen.items() if not group.startswith("hydra")}, config
+
+
+def leaf_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in map(str, config):
+        node = config._get_node(key)
+        name = f"{prefix}{key}"
+        keys.append(name)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            keys += leaf_keys(node, f"{name}.")
+    return keys
