@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_peft.data.config import named_sources
+from lightning_peft.other_tools import ours, what_instead
 from lightning_peft.slips import OPEN
 
 SOURCES_KEY = "data.sources"
@@ -64,6 +65,47 @@ def words_of_text(text: str, path: Path) -> list[str]:
     return [word for word in words if "." not in word.partition("=")[0]] + [
         word for word in words if "." in word.partition("=")[0]
     ]
+
+
+def refuse_file_of_another_tool(path: Path, words: Sequence[str], known: Collection[str]) -> None:
+    """Raise ValueError for a file of which several keys are another tool's, with ours for each: in one line, at once.
+
+    `words` are the file's own, and `known` the groups and sections that there are. A single one is left to the command,
+    which knows what letters are near.
+    """
+    foreign = [
+        (key, value) for key, _, value in (word.partition("=") for word in words) if section_of(key) not in known
+    ]
+    found = [(*meaning_of(key), value) for key, value in foreign]
+    if len(foreign) < 2 or not any(meant or instead for _, meant, instead, _ in found):
+        return
+    said: dict[str, dict[str, None]] = {"write": {}, "leave out": {}, "": {}, "not known:": {}}
+    for name, meant, instead, value in found:
+        is_off = value in ("null", "''") or value == "false" and (meant is None or "=" in meant)
+        if is_off or instead is not None and instead.startswith("leave it out"):
+            said["leave out"][name] = None
+        elif meant is not None:
+            said["write"][f"{name} as {meant}"] = None
+        elif instead is not None:
+            said[""][f"{name}: {instead}"] = None
+        else:
+            said["not known:"][name] = None
+    parts = [f"{what} {', '.join(names)}".strip() for what, names in said.items() if names]
+    raise ValueError(f"{path}: {len(found)} of its keys are another tool's; {'; '.join(parts)}")
+
+
+def meaning_of(key: str) -> tuple[str, str | None, str | None]:
+    """Return a key of another tool, or the section it stands in, with our word for it and with what to do instead."""
+    section = section_of(key)
+    for name in (key, section):
+        if (instead := what_instead(name)) is not None:
+            return name, None, instead
+    meant = ours(key)
+    return key, meant if meant is not None else ours(section), what_instead(key.rpartition(".")[2])
+
+
+def section_of(key: str) -> str:
+    return key.lstrip("+~").partition(".")[0]
 
 
 def what_is_wrong(error: yaml.YAMLError) -> str:

@@ -6,6 +6,7 @@ Names that other tools use are answered with ours.
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -14,8 +15,8 @@ from hydra.errors import OverrideParseException
 from lightning_peft.data.config import named_sources
 from lightning_peft.other_tools import BY_THEIRS as BY_THEIRS
 from lightning_peft.other_tools import option_meant, plain_name
-from lightning_peft.own_file import SOURCES_KEY, flat_words, typed_value, words_of_file
-from lightning_peft.schemas import CONF_DIR
+from lightning_peft.own_file import SOURCES_KEY, flat_words, refuse_file_of_another_tool, typed_value, words_of_file
+from lightning_peft.schemas import CONF_DIR, ROOTS
 from lightning_peft.slips import check_dashes, corrected
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,14 @@ def everyday(command: str, words: list[str]) -> list[str]:
     """
     given: list[Word] = []
     bare: list[str] = []
+    files: dict[Path, list[str]] = {}
     check_dashes(command, words)
     for word in corrected(words) if command not in TAKE_WORDS else words:
         file = word.removeprefix("recipe=")
         if "=" not in file and file.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
-            given += [(part, True) for part in words_of_file(Path(file).expanduser())]
+            path = Path(file).expanduser()
+            files[path] = words_of_file(path)
+            given += [(part, True) for part in files[path]]
         elif command in RUN_COMMANDS and not re.search("^~|=", word) and (meant := _meant_by_bare(word)) is not None:
             raise ValueError(f"{word}: not of the form key=value; {meant}")
         elif command in FIRST_WORD and re.fullmatch(r"[^=+~]+", word):
@@ -62,6 +66,9 @@ def everyday(command: str, words: list[str]) -> list[str]:
             given.append((word, False))
     given += [(word, False) for word in _of_bare_words(command, bare)]
     folders = [word.partition("=")[2] for word, _ in given if word.startswith(f"{OWN_FOLDER}=")]
+    if not folders and not any("hydra.searchpath=" in word for word, _ in given):  # there may be groups of one's own
+        for path, of_file in files.items():
+            refuse_file_of_another_tool(path, of_file, _roots(command))
     if command in (*RUN_COMMANDS, "serve", *FIRST_WORD.keys() - {"push", "report"}):
         places = (CONF_DIR, *map(Path, folders))
         # Words count as typed, so that model=tiny takes a file's org/name back, and as rewritten, where rank is
@@ -192,6 +199,12 @@ def options_of_group(group: str, folders: Sequence[Path] = (CONF_DIR,)) -> list[
     """Return the names of a group's options, those of folders of one's own too."""
     files = [path.relative_to(folder / group) for folder in folders for path in (folder / group).glob("**/*.yaml")]
     return sorted(str(path.with_suffix("")) for path in files)
+
+
+def _roots(command: str) -> set[str]:
+    """Return the first parts of a command's keys, those of its sweep too, and the names of the groups."""
+    configs = (ROOTS.get(command, ROOTS["train"]), ROOTS["submit_sweep"])
+    return {field.name for config in configs for field in fields(config)} | _groups((CONF_DIR,)) | {OWN_FOLDER}
 
 
 def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
