@@ -20,7 +20,7 @@ def test_samples_audit_and_lengths_are_shown_without_a_model(words, tmp_path, ca
     assert main([*words, "samples=2", f"histogram_path={tmp_path}/lengths.png"]) == 0
     shown = capsys.readouterr().out
     assert "sample 2" in shown and "Question 1" in shown and "lengths of samples" in shown
-    assert "samples of" in shown
+    assert "samples of" in shown and "[[answer: Answer" in shown  # where there are no colours
     png = (tmp_path / "lengths.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (480, 240)
     size = struct.unpack(">I", png[33:37])[0]
