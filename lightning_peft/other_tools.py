@@ -105,7 +105,7 @@ OURS = {
     "peft_config lora_config",
     "model": "model_name_or_path base_model base_model_path model_name base_model_name model_id "
     "pretrained_model_name_or_path "
-    "checkpoint_dir base_model_name_or_path model_id_or_path hf_model model_dir",
+    "checkpoint_dir base_model_name_or_path model_id_or_path hf_model model_dir name_or_path",
     "model.path": "model_path path",
     "model.revision": "model_revision revision_of_model revision",
     "model.trust_remote_code": "trust_remote_code",
@@ -236,6 +236,7 @@ NOT_HERE = {
     "adapter_path": "adapter.init_from=FOLDER continues an adapter",
     "use_vllm": "leave it out: no answer is drawn while it trains",
     "num_generations": "lightning-peft pairs RUN samples=8 draws answers, for objective=dpo",
+    "save_merged": "use lightning-peft merge RUN output=FOLDER after training",
     "use_swanlab": "use logger=wandb, mlflow, trackio, comet or tensorboard",
     "overwrite_output_dir": "a used run_dir is an error; give another one, or resume=auto",
     "load_best_model_at_end": "leave it out: adapter_best/ is kept wherever validation runs",
@@ -350,25 +351,29 @@ OPTIONS = {
         "adamw_8bit": "adamw_bnb_8bit adam8bit adamw8bit adamw_torch_8bit", "paged_adamw_32bit": "paged_adamw",
     },
     "schedule": {
-        "cosine": "cosine_annealing cosine_with_min_lr cosine_with_warmup",
-        "constant": "none constant_with_warmup null", "wsd": "warmup_stable_decay", "linear": "linear_with_warmup",
+        "cosine": "cosine_annealing cosine_with_min_lr cosine_with_warmup cosine_with_restarts onecycle one_cycle",
+        "constant": "none constant_with_warmup null", "wsd": "warmup_stable_decay",
+        "linear": "linear_with_warmup polynomial",
     },
     "strategy": {
         "fsdp": "deepspeed zero zero1 zero2 zero3 deepspeed_stage_2 deepspeed_stage_3 full_shard fsdp2",
-        "ddp": "dp data_parallel ddp_find_unused_parameters_true", "single": "auto none null single_device",
+        "ddp": "dp data_parallel ddp_find_unused_parameters_true ddp_spawn ddp_notebook",
+        "single": "auto none null single_device",
     },
     "hardware": {
-        "auto": "gpu cuda none null any", "cpu": "mps tpu laptop", "gpu_24gb": "a10 a10g l4 4090 3090 rtx4090 rtx3090",
-        "gpu_48gb": "l40 l40s a6000 a40", "gpu_80gb": "a100 h100 h200 a100_80gb h100_80gb",
-        "gpu_80gb_x8": "8xa100 8xh100",
+        "auto": "gpu cuda cuda:0 none null any", "cpu": "mps tpu laptop",
+        "gpu_24gb": "24gb a10 a10g l4 4090 3090 rtx4090 rtx3090",
+        "gpu_48gb": "48gb l40 l40s a6000 a40", "gpu_80gb": "80gb a100 h100 h200 a100_80gb h100_80gb",
+        "gpu_80gb_x8": "8xa100 8xh100 a100x8 h100x8 8x_h100 8x_a100", "gpu_24gb_x2": "2x4090 2x3090 4090x2 3090x2",
     },
     "quantization": {
-        "nf4": "4bit int4 bnb bnb_4bit bitsandbytes nf4_double", "int8": "8bit bnb_8bit",
+        "nf4": "4bit 4 true int4 bnb bnb_4bit bitsandbytes nf4_double", "int8": "8bit 8 bnb_8bit",
         "none": "null false no off fp16 bf16",
     },
     "objective": {
         "sft": "pretrain cpt pt supervised instruct clm completion null none",
         "dpo": "rlhf preference", "distill": "kd distillation gkd",
+        "reward": "rm reward_model reward_modeling bradley_terry", "simpo": "cpo",
     },
     "target_modules": {"all_linear": "all linear all_linear_layers", "attention": "attn", "query_value": "qv q_v"},
     "data": {"alpaca": "alpaca_cleaned alpaca_en alpaca_gpt4", "openassistant": "oasst oasst1", "flan_v2": "flan",
@@ -385,6 +390,16 @@ BY_THEIR_OPTION = {
 OF_ANOTHER_GROUP = {
     **{("method", name): f"objective={name}" for name in ("sft", "dpo", "ipo", "kto", "orpo", "simpo", "distill")},
     ("objective", "lora"): "method=lora", ("objective", "full"): "method=full", ("model", "lora"): "method=lora",
+    **{
+        ("objective", name): "objective=dpo, on answers that lightning-peft pairs RUN draws"
+        for name in ("grpo", "ppo", "rloo", "reinforce", "online_dpo")
+    },
+    **{
+        ("quantization", name): "model=org/name of a checkpoint that is published so"
+        for name in ("gptq", "awq", "fp8", "mxfp4", "compressed_tensors")
+    },
+    ("strategy", "tp"): "strategy.tensor_parallel=2 with strategy=fsdp",
+    ("optimizer", "adafactor"): "optimizer=adamw_8bit",
     ("strategy", "qlora"): "method=qlora", ("quantization", "qlora"): "method=qlora",
     ("cluster", "local"): "submit -m, or train without it",
 }  # fmt: skip
@@ -439,6 +454,12 @@ def option_meant(group: str, name: str, options: Sequence[str]) -> str | None:
     known = known or by_plain_name.get(plain) or by_plain_name.get(plain.replace("_", ""))
     if known is None and (elsewhere := OF_ANOTHER_GROUP.get((group, plain))) is not None:
         return elsewhere
+    if known is None and group == "recipe":
+        named = [option for option in options if option.rpartition("/")[2] == plain]
+        known = next(iter(sorted(named, key=lambda option: not option.startswith("lora/"))), None)
     if known is None and plain != "null" and group != "rank":
-        known = next(iter(difflib.get_close_matches(plain, options, n=1, cutoff=0.8)), None)
+        begun = [option for option in options if len(plain) > 4 and option.startswith(plain)]
+        mixed = [option for option in options if sorted(option) == sorted(plain)]
+        near = difflib.get_close_matches(plain, options, n=1, cutoff=0.8)
+        known = next(iter([*near, *mixed, *(begun if len(begun) == 1 else [])]), None)
     return f"{group}={known}" if known is not None else None

@@ -52,7 +52,9 @@ def words_of_text(text: str, path: Path) -> list[str]:
     try:
         content = yaml.load(text, EachKeyOnce)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({what_is_wrong(error)})") from error
+        is_pasted = "\u00a0" in text
+        reason = "it holds no-break spaces, as of a web page; put plain ones" if is_pasted else what_is_wrong(error)
+        raise ValueError(f"{path}: not YAML ({reason})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: must hold keys and values, as in `method: qlora`")
     if content.keys() >= {"adapter", "optimizer", "run_dir"} and "_target_" in (content.get("trainer") or ()):
@@ -117,7 +119,7 @@ def what_is_wrong(error: yaml.YAMLError) -> str:
     if "'\\t'" in problem:
         problem = "a tab, where YAML takes spaces only"
     elif "mapping values are not allowed" in problem:
-        problem = "a second colon; put text that holds one in quotes"
+        problem = "a second colon, or a line too far to the right; put text that holds a colon in quotes"
     elif "cannot start any token" in problem:
         problem += "; put such text in quotes"
     context = getattr(error, "context", None)
@@ -167,5 +169,11 @@ def typed_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{typed_value(part)}" for key, part in value.items()) + "}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./${}:-]+", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        return in_quotes(value)
     return str(value)
+
+
+def in_quotes(text: str) -> str:
+    """Return text in quotes of Hydra's grammar, in which a backslash is one unless a quote follows."""
+    written = re.sub(r"(\\*)'", lambda found: found.group(1) * 2 + "\\'", text)
+    return "'" + re.sub(r"(\\+)$", lambda found: found.group(1) * 2, written) + "'"
