@@ -59,7 +59,7 @@ CLOSED = {
     "lr, epochs, lora_alpha": "commands/test_words.py::test_word_of_another_tool_is_answered_with_ours",
     "rank=-1, logger=null: tracebacks": "commands/test_habits.py::test_wrong_value_says_what_would_be_right",
     "no way to print the composed config": "commands/test_own_file.py::test_config_says_what_set_each_value",
-    "--version, completion": "commands/test_own_file.py::test_completion_knows_commands_groups_and_keys",
+    "--version, completion": "commands/test_completion_in_shells.py::test_words_and_files_are_completed_as_they_are_typed",
     "two sweep systems": "runs/test_folder.py::test_two_sweeps_do_not_share_a_folder",
     "SFT only": "objectives/test_preference.py",
 }  # fmt: skip
