@@ -121,7 +121,7 @@ def corrected(words: Sequence[str]) -> Iterator[str]:
             raise ValueError(f"{typed}: has quotes or dashes of a word processor; use plain ones, as in {plain}")
         if value[-1:] in (",", ";") and len(value) > 1:
             raise ValueError(f"{typed}: ends in {value[-1]}; write {key}={value.rstrip(',; ')}")
-        yield f"{key}={_with_home(value)}"
+        yield f"{key}={with_home(value)}"
 
 
 def _text(word: str) -> str:
@@ -129,9 +129,9 @@ def _text(word: str) -> str:
     if not value.strip(" '\"") and not key.endswith("system_prompt"):
         remedy = "leave it out to chat" if key == "prompt" else "give one, or leave it out"
         raise ValueError(f"{key}=: is empty; {remedy}")
-    return word if key.endswith("prompt") else f"{key}={_with_home(value)}"
+    return word if key.endswith("prompt") else f"{key}={with_home(value)}"
 
 
-def _with_home(value: str) -> str:
+def with_home(value: str) -> str:
     """Return a path whose ~/ the shell has left as it is, as it does behind a =."""
     return str(Path(value).expanduser()) if value.startswith("~/") or value == "~" else value

@@ -18,7 +18,7 @@ from lightning_peft.other_tools import BY_THEIRS as BY_THEIRS
 from lightning_peft.other_tools import option_meant, plain_name
 from lightning_peft.own_file import SOURCES_KEY, flat_words, refuse_file_of_another_tool, typed_value, words_of_file
 from lightning_peft.schemas import CONF_DIR, ROOTS
-from lightning_peft.slips import check_dashes, corrected
+from lightning_peft.slips import check_dashes, corrected, with_home
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def everyday(command: str, words: list[str]) -> list[str]:
     for word in corrected(words) if command not in TAKE_WORDS else words:
         file = word.removeprefix("recipe=")
         if "=" not in file and file.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
-            path = Path(file).expanduser()
+            path = Path(with_home(file))
             files[path] = words_of_file(path)
             given += [(part, True) for part in files[path]]
         elif command in RUN_COMMANDS and not re.search("^~|=", word) and (meant := _meant_by_bare(word)) is not None:
