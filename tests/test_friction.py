@@ -25,12 +25,19 @@ CLOSED = {
     "submit without a cluster is a traceback": "cluster/test_batch_scripts.py::test_missing_slurm_is_one_line_and_leaves_nothing",
     "runs and jobs called hf and lora": "test_configs.py::test_run_is_named_by_method_and_model",
     "cluster=local is in no help": "commands/test_words.py::test_help_is_a_page_of_80_columns_with_docstrings",
+    "commands of the docs that do not run": "test_docs_run.py::test_command_runs",
+    "the first example cannot be dry-run on a laptop": "commands/test_dry_run.py::test_run_for_a_gpu_is_checked_without_one",
+    "a dry run prints a row a layer": "adapters/test_targets.py::test_table_has_a_row_per_kind_of_layer_and_the_totals",
     "Python blocks that do not run": "test_docs.py::test_python_runs",
     # its looks
     "the loss is not shown in a terminal": "commands/test_terminal.py::test_training_has_one_bar_that_nothing_tears",
     "a pipe gets control characters": "commands/test_terminal.py::test_a_pipe_gets_plain_lines",
     "1.151e+04": "test_readable.py::test_number_has_separators_and_no_false_digits",
     "Ctrl-C saves nothing and says failed": "runs/test_folder.py::test_ctrl_c_saves_and_the_run_goes_on",
+    "a preview in a log file has no marks": "data/test_samples.py::test_preview_highlights_what_is_trained",
+    "exit and /help are questions to the model": "commands/test_after_training.py::test_chat_ends_as_chats_do",
+    "sweep --help shows verb: ???": "commands/test_words.py::test_help_is_a_page_of_80_columns_with_docstrings",
+    "adapter.layers=[0] is no text": "commands/test_habits.py::test_what_cannot_be_mistaken_is_taken_as_meant",
     "keys without a word of explanation": "commands/test_words.py::test_every_option_has_a_docstring",
     "--help | head is a traceback": "commands/test_habits.py::test_pages_may_be_cut_off_by_their_reader",
     "tables wider than 80 columns": "cluster/test_sweep_object.py::test_table_fits_80_columns_and_cuts_no_number_short",
@@ -40,6 +47,9 @@ CLOSED = {
     "W&B charts without prefixes, three of them constant": "training/test_wandb_run.py::test_charts_have_prefixes_and_none_is_constant",
     # tasks
     "CSV is hidden behind data=jsonl": "commands/test_words.py::test_everyday_word_means_what_it_says",
+    "a table by semicolons": "data/test_files.py::test_table_with_another_separator_is_told_so",
+    "prompts and completions of turns are refused": "data/test_public_rows.py::test_prompt_of_turns_may_have_a_text_as_its_answer",
+    "tool roles are refused": "data/test_rows.py::test_tools_column_is_a_list_or_json",
     "columns of system, history and tools are dropped": "data/test_rows.py::test_turn_of_weight_zero_is_context_and_a_float_scales_its_loss",
     "the best of a sweep has to be typed": "commands/test_sweep.py::test_sweep_trains_every_trial_in_its_own_folder",
     "an adapter of PEFT has to be described again": "commands/test_continued_adapters.py::test_adapter_of_peft_is_continued_by_its_folder_alone",
@@ -61,6 +71,8 @@ CLOSED = {
     "no way to print the composed config": "commands/test_own_file.py::test_config_says_what_set_each_value",
     "--version, completion": "commands/test_completion_in_shells.py::test_words_and_files_are_completed_as_they_are_typed",
     "two sweep systems": "runs/test_folder.py::test_two_sweeps_do_not_share_a_folder",
+    "whole files of other tools": "commands/test_files_of_other_tools.py::test_every_key_of_another_tool_s_file_is_named_at_once",
+    "no JSON schema for editors": "commands/test_own_file.py::test_schema_describes_a_file",
     "SFT only": "objectives/test_preference.py",
 }  # fmt: skip
 """Hindrance -> the test that would fail if it did again."""

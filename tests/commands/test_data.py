@@ -41,3 +41,12 @@ def test_streamed_rows_are_shown_without_the_length_of_a_run(words, capsys):
     assert "10 samples of 10 rows" in capsys.readouterr().out
     assert main(["train", *streamed[1:-1]]) == 2
     assert "so give trainer.max_steps" in capsys.readouterr().err
+
+
+def test_rows_that_hold_none_out_cost_one_line(words, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
+    assert main(words) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "validation" in line]
+    assert [line for line in said if not line.startswith("validation rows: tokenised")] == [
+        "no validation: data.validation_fraction=0.05 of 8 rows is none; raise it or give data.validation_path"
+    ]
