@@ -108,6 +108,9 @@ class EarlyStoppingConfig:
             raise ValueError(f"early_stopping.patience={self.patience}: must be at least 1")
         if not self.min_delta >= 0:
             raise ValueError(f"early_stopping.min_delta={self.min_delta}: must be 0 or more")
+
+    def check_watches(self) -> None:
+        """Raise ValueError for a rule without a metric, which would end no run."""
         for name in ("patience", "min_delta"):
             value = getattr(self, name)
             if self.metric is None and value != type(self).__dataclass_fields__[name].default:
