@@ -15,13 +15,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError, safe_load
 
 from lightning_peft import distributed
 from lightning_peft.compat import config_loader_of
 from lightning_peft.composition_errors import explain, explained, leaf_keys, nearest, unresolved
 from lightning_peft.config import TrainConfig, check_finite, train_config
+from lightning_peft.own_file import in_quotes
 from lightning_peft.plugins import OWN_FILES, import_modules, import_plugins, imported_by_words
 from lightning_peft.readable import first_line
 from lightning_peft.schemas import CONF_DIR, register_schemas
@@ -38,9 +42,7 @@ def quote_text_values(overrides: list[str]) -> list[str]:
         key, _, value = override.partition("=")
         is_quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
         if VERBATIM.match(override) and value not in ("", "null") and not is_quoted:
-            written = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value)
-            written = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, written)
-            override = f"{key}='{written}'"
+            override = f"{key}={in_quotes(value)}"
         if TEXT.match(override):
             override = re.sub(r"(?<!\\)((?:\\\\)*)\$\{", r"\1\\${", override)
         quoted.append(override)

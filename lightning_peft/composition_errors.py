@@ -20,7 +20,7 @@ from lightning_peft.options import options_of
 from lightning_peft.other_tools import BY_THEIRS, LISTS, ours, what_instead
 from lightning_peft.readable import first_line
 from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
-from lightning_peft.words import no_such_option, options_of_group
+from lightning_peft.words import no_such_option, options_of_group, roots_of
 
 
 @contextmanager
@@ -40,6 +40,8 @@ def explain(error: Exception, command: str) -> str:
         if (folder := group.partition("/")[0]) in ("data", "model"):  # a path of the hub, and no folder of options
             group, option = folder, missing.group(1).removeprefix(f"{folder}/")
             return no_such_option(group, option, options_of_group(group))
+        if folder == "recipe":  # their folders are part of their names
+            return no_such_option(folder, missing.group(1).removeprefix("recipe/"), options_of_group(folder))
         options = re.findall(r"^\t([\w/.-]+)$", text.split("Config search path")[0], re.MULTILINE)
         named = [name for name in options if name != "schema" and not name.endswith("_schema")]
         return no_such_option(group, option, named)
@@ -47,6 +49,9 @@ def explain(error: Exception, command: str) -> str:
         name = error.override.lstrip("+").partition("=")[0]
         if name[:1].isdigit() and (known := ours(name)) is not None:  # 4bit, which is no key for Hydra
             return f"{name}: no such option; use {known}"
+        if (known := ours(name) or name).partition("=")[0] in roots_of(command) and name == error.override:
+            value = "" if "=" in known else "=VALUE"
+            return f"{name}: not of the form key=value; give it a value, as in {known}{value}"
         return f"{error.override.lstrip('+')}: not of the form key=value (quote text with special characters)"
     if several := re.search(r"Sweep parameters '(.*)' requires --multirun", text):
         return f"{several.group(1)}: several values; add -m for a sweep"
@@ -64,6 +69,8 @@ def explain(error: Exception, command: str) -> str:
     if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
         meanings = {option.key: option.doc for option in options_of(ROOTS.get(command, TrainConfig))}
         return f"{key}=...: has to be given" + (f"; {meanings[key]}" if key in meanings else "")
+    if missing := re.search(r"Error resolving interpolation '([^']+)'", text):
+        return f"{missing.group(1)}: refers to nothing that is there; ${{oc.env:NAME}} is a variable of the environment"
     key = getattr(error, "full_key", None)
     return f"{key}: {plainly(first_line(error))}" if key else plainly(first_line(error))
 
@@ -77,6 +84,7 @@ IN_PLAIN_WORDS = {
     r"Cannot convert 'list' to string": "must be a text and no list; put it in quotes",
     r"Cannot convert 'dict' to string": "must be a text and have no keys inside",
     r"Cannot merge DictConfig with ListConfig": "must be keys with values, and no list",
+    r"is not a subclass of|Cannot assign \w+ to Dict": "must be keys with values inside, as --help lists them",
 }
 """Words of OmegaConf -> the remedy."""
 
@@ -115,6 +123,8 @@ def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
         return f"; use {'output' if is_file else known}"
     if (instead := what_instead(key)) is not None:
         return f"; {instead}"
+    if key.startswith("sweep.") and command != "submit_sweep":
+        return "; it is of a sweep, which -m begins"
     choices, config = groups_and_defaults(command)
     group = key.partition(".")[0]
     if group in choices and key in leaf_keys(config):  # another choice than the default was made
@@ -126,6 +136,8 @@ def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
     )
     if theirs := difflib.get_close_matches(typed_key.rpartition(".")[2], BY_THEIRS, n=1, cutoff=0.85):
         matches = [BY_THEIRS[theirs[0]], *(match for match in matches if match != BY_THEIRS[theirs[0]])][:3]
+    if not matches and (leaf := typed_key.rpartition(".")[2]) in (*choices, *config):
+        matches = [leaf]
     return f"; did you mean {', '.join(matches)}?" if matches else ""
 
 

@@ -12,6 +12,7 @@ from lightning_peft.composition_errors import groups_and_defaults
 from lightning_peft.config import plain
 from lightning_peft.options import Option, options_of, shown
 from lightning_peft.schemas import CONF_DIR, ROOTS
+from lightning_peft.words import FIRST_WORD, RUN_COMMANDS
 
 WIDTH = 80
 GROUPS = {
@@ -87,8 +88,17 @@ def command_help(command: str, words: list[str]) -> str:
     return page(command)
 
 
+def taken_by(command: str) -> str:
+    """Return what stands behind a command."""
+    if command == "sweep":
+        return "|".join(verb.name for verb in SweepVerb if verb is not SweepVerb.ask) + " DIR [key=value]"
+    if command in FIRST_WORD:
+        return "DIR [key=value]"
+    return f"{'[FILE.yaml] ' if command in RUN_COMMANDS else ''}[group=option] [key=value]"
+
+
 def page(command: str) -> str:
-    lines = [f"usage: lightning-peft {command} [FILE.yaml] [group=option] [key=value] ...", ""]
+    lines = [f"usage: lightning-peft {command} {taken_by(command)} ...", ""]
     lines += [f"  lightning-peft {example}" for example in EXAMPLES.get(command, ())]
     defaults, config = ({}, None) if command == "sweep" else groups_and_defaults(command)
     groups = [group for group in (*GROUPS, *(g for g in defaults if g not in GROUPS)) if group in defaults]

@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_peft.data.config import named_sources
+from lightning_peft.other_tools import ours, what_instead
 from lightning_peft.slips import OPEN
 
 SOURCES_KEY = "data.sources"
@@ -51,7 +52,9 @@ def words_of_text(text: str, path: Path) -> list[str]:
     try:
         content = yaml.load(text, EachKeyOnce)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({what_is_wrong(error)})") from error
+        is_pasted = "\u00a0" in text
+        reason = "it holds no-break spaces, as of a web page; put plain ones" if is_pasted else what_is_wrong(error)
+        raise ValueError(f"{path}: not YAML ({reason})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: must hold keys and values, as in `method: qlora`")
     if content.keys() >= {"adapter", "optimizer", "run_dir"} and "_target_" in (content.get("trainer") or ()):
@@ -66,6 +69,47 @@ def words_of_text(text: str, path: Path) -> list[str]:
     ]
 
 
+def refuse_file_of_another_tool(path: Path, words: Sequence[str], known: Collection[str]) -> None:
+    """Raise ValueError for a file of which several keys are another tool's, with ours for each: in one line, at once.
+
+    `words` are the file's own, and `known` the groups and sections that there are. A single one is left to the command,
+    which knows what letters are near.
+    """
+    foreign = [
+        (key, value) for key, _, value in (word.partition("=") for word in words) if section_of(key) not in known
+    ]
+    found = [(*meaning_of(key), value) for key, value in foreign]
+    if len(foreign) < 2 or not any(meant or instead for _, meant, instead, _ in found):
+        return
+    said: dict[str, dict[str, None]] = {"write": {}, "leave out": {}, "": {}, "not known:": {}}
+    for name, meant, instead, value in found:
+        is_off = value in ("null", "''") or value == "false" and (meant is None or "=" in meant)
+        if is_off or instead is not None and instead.startswith("leave it out"):
+            said["leave out"][name] = None
+        elif meant is not None:
+            said["write"][f"{name} as {meant}"] = None
+        elif instead is not None:
+            said[""][f"{name}: {instead}"] = None
+        else:
+            said["not known:"][name] = None
+    parts = [f"{what} {', '.join(names)}".strip() for what, names in said.items() if names]
+    raise ValueError(f"{path}: {len(found)} of its keys are another tool's; {'; '.join(parts)}")
+
+
+def meaning_of(key: str) -> tuple[str, str | None, str | None]:
+    """Return a key of another tool, or the section it stands in, with our word for it and with what to do instead."""
+    section = section_of(key)
+    for name in (key, section):
+        if (instead := what_instead(name)) is not None:
+            return name, None, instead
+    meant = ours(key)
+    return key, meant if meant is not None else ours(section), what_instead(key.rpartition(".")[2])
+
+
+def section_of(key: str) -> str:
+    return key.lstrip("+~").partition(".")[0]
+
+
 def what_is_wrong(error: yaml.YAMLError) -> str:
     """Return PyYAML's finding, with its place in the file, as one line."""
     mark = getattr(error, "problem_mark", None)
@@ -75,7 +119,7 @@ def what_is_wrong(error: yaml.YAMLError) -> str:
     if "'\\t'" in problem:
         problem = "a tab, where YAML takes spaces only"
     elif "mapping values are not allowed" in problem:
-        problem = "a second colon; put text that holds one in quotes"
+        problem = "a second colon, or a line too far to the right; put text that holds a colon in quotes"
     elif "cannot start any token" in problem:
         problem += "; put such text in quotes"
     context = getattr(error, "context", None)
@@ -125,5 +169,11 @@ def typed_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{typed_value(part)}" for key, part in value.items()) + "}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./${}:-]+", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        return in_quotes(value)
     return str(value)
+
+
+def in_quotes(text: str) -> str:
+    """Return text in quotes of Hydra's grammar, in which a backslash is one unless a quote follows."""
+    written = re.sub(r"(\\*)'", lambda found: found.group(1) * 2 + "\\'", text)
+    return "'" + re.sub(r"(\\+)$", lambda found: found.group(1) * 2, written) + "'"

@@ -3,9 +3,11 @@
 Names that other tools use are answered with ours.
 """
 
+import difflib
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -14,9 +16,9 @@ from hydra.errors import OverrideParseException
 from lightning_peft.data.config import named_sources
 from lightning_peft.other_tools import BY_THEIRS as BY_THEIRS
 from lightning_peft.other_tools import option_meant, plain_name
-from lightning_peft.own_file import SOURCES_KEY, flat_words, typed_value, words_of_file
-from lightning_peft.schemas import CONF_DIR
-from lightning_peft.slips import check_dashes, corrected
+from lightning_peft.own_file import SOURCES_KEY, flat_words, refuse_file_of_another_tool, typed_value, words_of_file
+from lightning_peft.schemas import CONF_DIR, ROOTS
+from lightning_peft.slips import check_dashes, corrected, with_home
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +51,14 @@ def everyday(command: str, words: list[str]) -> list[str]:
     """
     given: list[Word] = []
     bare: list[str] = []
+    files: dict[Path, list[str]] = {}
     check_dashes(command, words)
     for word in corrected(words) if command not in TAKE_WORDS else words:
         file = word.removeprefix("recipe=")
         if "=" not in file and file.endswith((".yaml", ".yml")) and command in RUN_COMMANDS:
-            given += [(part, True) for part in words_of_file(Path(file).expanduser())]
+            path = Path(with_home(file))
+            files[path] = words_of_file(path)
+            given += [(part, True) for part in files[path]]
         elif command in RUN_COMMANDS and not re.search("^~|=", word) and (meant := _meant_by_bare(word)) is not None:
             raise ValueError(f"{word}: not of the form key=value; {meant}")
         elif command in FIRST_WORD and re.fullmatch(r"[^=+~]+", word):
@@ -62,6 +67,9 @@ def everyday(command: str, words: list[str]) -> list[str]:
             given.append((word, False))
     given += [(word, False) for word in _of_bare_words(command, bare)]
     folders = [word.partition("=")[2] for word, _ in given if word.startswith(f"{OWN_FOLDER}=")]
+    if not folders and not any("hydra.searchpath=" in word for word, _ in given):  # there may be groups of one's own
+        for path, of_file in files.items():
+            refuse_file_of_another_tool(path, of_file, roots_of(command))
     if command in (*RUN_COMMANDS, "serve", *FIRST_WORD.keys() - {"push", "report"}):
         places = (CONF_DIR, *map(Path, folders))
         # Words count as typed, so that model=tiny takes a file's org/name back, and as rewritten, where rank is
@@ -140,7 +148,9 @@ def _rewritten(word: str, folders: Sequence[Path], command: str) -> list[str]:
         return _words_of_list(word)
     if command == "convert" and key in ("rank", "method"):  # Hydra knows these as groups
         return [f"{'svd_rank' if key == 'rank' else 'to'}={value}"]
-    if key == "rank" and command in RUN_COMMANDS and re.fullmatch(NUMBERS, number := value.strip("'\"")):
+    if key == "adapter.layers" and re.fullmatch(r"\[[\d\s,-]+\]", value):
+        return [f"{key}='{re.sub(r'[^0-9,-]', '', value)}'"]
+    if key == "rank" and command in RUN_COMMANDS and re.fullmatch(NUMBERS, number := value.strip("'\"\u00a0")):
         return [f"adapter.rank={number}"]
     if key == "rank" and command in RUN_COMMANDS and re.fullmatch(SWEEP_OF_NUMBERS, value):
         return [f"adapter.rank={value}"]
@@ -194,6 +204,16 @@ def options_of_group(group: str, folders: Sequence[Path] = (CONF_DIR,)) -> list[
     return sorted(str(path.with_suffix("")) for path in files)
 
 
+FIRST_ROWS = re.compile(r"(.+?)(?:[:#]|\[:)(\d+)\]?")
+"""A file with how many of its rows are to be taken, as other tools write it."""
+
+
+def roots_of(command: str) -> set[str]:
+    """Return the first parts of a command's keys, those of its sweep too, and the names of the groups."""
+    configs = (ROOTS.get(command, ROOTS["train"]), ROOTS["submit_sweep"])
+    return {field.name for config in configs for field in fields(config)} | _groups((CONF_DIR,)) | {OWN_FOLDER}
+
+
 def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
     """Raise ValueError for what cannot be the name of an option: nothing, a number, null, true, a list of several."""
     if value.startswith("[") and group not in ("logger", "target_modules"):
@@ -208,9 +228,12 @@ def _check_option(group: str, value: str, folders: Sequence[Path]) -> None:
             raise ValueError(f"{group}={value}: numbers beside names; give numbers alone, as in rank=4,8, or names")
         if group != "target_modules" and _no_option(group, number, folders):
             raise ValueError(no_such_option(group, number, options_of_group(group, folders)))
-    if group in ("rank", "target_modules") and value not in ("", "null") and not value.startswith("true"):
+    is_number = value.lower().lstrip("+-") in ("inf", "nan")  # numbers of Hydra's, and not of YAML's
+    is_other = group in ("rank", "target_modules") and value not in ("", "null") and not value.startswith("true")
+    if is_other and not is_number:
         return  # a number, or names of layers
     is_name = value and isinstance(yaml.safe_load(value) if re.fullmatch(r"[\w.+-]+", value) else value, str)
+    is_name = is_name and not is_number and not (group == "data" and FIRST_ROWS.fullmatch(value))
     if not is_name and _no_option(group, value, folders):
         raise ValueError(no_such_option(group, value, options_of_group(group, folders)))
 
@@ -223,10 +246,20 @@ def no_such_option(group: str, name: str, options: Sequence[str]) -> str:
         return f"{said}; {left}choose a method as method=lora, and its own keys as adapter.rank=8"
     if (meant := option_meant(group, name, options)) is not None:
         said += f"; use {meant}"
+    elif name.startswith("$") and not name.startswith("${"):
+        said += "; a variable of the environment is ${oc.env:" + name[1:] + "}"
+    elif group == "data" and (first := FIRST_ROWS.fullmatch(name)) is not None:
+        said += f"; use data={first.group(1)} data.max_rows={first.group(2)}"
+    elif group == "data" and (there := _rows_of_name(name)) is not None:
+        said += f"; did you mean data={there}?"
     elif group == "data" and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         said += f", file or folder; for a data set of the hub use data=hub data.hub_name={name}"
     elif group == "data" and re.fullmatch(r".*\.\w{2,7}", name):
         said += f"; files of rows end in {', '.join(ROW_FILES)}"
+    elif group == "model" and name.endswith(ROW_FILES):
+        said += f"; rows are data={name}"
+    elif group == "model" and name.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        said += "; a model is the folder with its config.json, or a .gguf file"
     elif group == "model" and name not in ("", "null"):
         said += f"; for a model of the hub use model=hf model.path={name}"
     if group == "rank":
@@ -247,6 +280,8 @@ def _meant_by_bare(word: str) -> str | None:
         return "a file of options is YAML and ends in .yaml"
     if path.is_dir():
         return f"use data={word} for rows, model={word} for a model"
+    if path.suffix == ".json" and path.is_file() and path.read_bytes()[:2000].lstrip()[:1] == b"{":
+        return f"use data={word} for rows; a file of options is YAML and ends in .yaml, and JSON is YAML"
     if _is_rows(word):
         return f"use data={word}"
     for group in ("method", "model", "hardware", "objective", "data", "strategy"):
@@ -269,11 +304,29 @@ def _of_preset(name: str, folders: Sequence[Path]) -> str:
     return str(path or name)
 
 
+ON_HUB = re.compile(r"(?:https?://|hf://)?(?:(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)(?:/.*)?")
+"""An address of a model on the hub, as it is copied from a page."""
+
+
 def _is_model(value: str) -> bool:
     text = value.strip("'\"")
-    if text.startswith("https://"):
-        raise ValueError(f"model={text}: give its name on the hub, as in model={'/'.join(text.split('/')[3:5])}")
+    is_address = text.startswith(("https://", "hf://", "huggingface.co/", "hf.co/")) or re.fullmatch(
+        r"[\w.-]+/[\w.-]+/", text
+    )
+    if is_address and not Path(text).exists() and (address := ON_HUB.fullmatch(text)):
+        raise ValueError(f"model={text}: give its name on the hub, as in model={address.group(1)}")
+    if (revision := re.fullmatch(r"([\w.-]+/[\w.-]+)[@:]([\w.-]+)", text)) and not Path(text).exists():
+        name, commit = revision.groups()
+        raise ValueError(f"model={text}: give the revision beside it, as in model={name} model.revision={commit}")
     return "/" in text or text.endswith(".gguf") or Path(text).is_dir()
+
+
+def _rows_of_name(name: str) -> str | None:
+    """Return the file of rows that a name is nearly that of; None without one."""
+    place = Path(name).parent
+    there = [str(path) for path in place.iterdir() if path.suffix in ROW_FILES] if place.is_dir() else []
+    by_stem = next((file for file in there if Path(file).stem == Path(name).name), None)
+    return by_stem or next(iter(difflib.get_close_matches(name, there, n=1, cutoff=0.8)), None)
 
 
 def _is_rows(value: str) -> bool:

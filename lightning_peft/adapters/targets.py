@@ -280,6 +280,15 @@ def untie(model: Any) -> None:
     logger.info("the output head no longer shares the embedding's weight: the adapter changes one of them")
 
 
+def form_of_list(entry: str) -> str:
+    """Return how a list or a regular expression is written, for an entry that was meant for one; else nothing."""
+    names = re.findall(r"[\w.]+", entry)
+    if len(names) > 1 and re.fullmatch(r"[\w.,;\s'\"\[\]()]+", entry):
+        return f"; write a list as [{','.join(names)}]"
+    is_pattern = not entry.startswith("re:") and re.search(r"[*+?|^$(\[\\]", entry)
+    return f"; a regular expression begins with re:, as in ['re:{entry}']" if is_pattern else ""
+
+
 def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
     """Return the last parts of `names` most like the patterns, for an error message."""
     leaves = sorted({name.rpartition(".")[2] for name in names})
@@ -333,6 +342,7 @@ def _select(
             )
         if any(_matching(entry, list(expert_stacks(model)), []) for entry in unused):
             message += f"; the name belongs to stacked experts, which method {config.method} does not adapt here"
+        message += form_of_list(unused[0])
         raise ValueError(f"{message}; nearest: {nearest_names(unused, candidates)}; presets: {', '.join(PRESETS)}")
     everything = [*candidates, *stacks]
     _check_patterns_used("adapter.exclude_modules", config.exclude_modules, everything)

@@ -62,6 +62,10 @@ class ClusterConfig:
         return self.gpus_per_node or 1
 
 
+QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
+"""States of a job that does not run yet."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A cluster's words about a job, or about one task of several."""
@@ -133,6 +137,13 @@ class Cluster(ABC):
     @abstractmethod
     def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
         """Return the jobs by id, one of several tasks by these (71_0, 71_1 ...). Forgotten jobs are absent."""
+
+    def dropped(self, tasks: Iterable[str], found: Mapping[str, Job], folder: Path) -> dict[str, Job]:
+        """Return those of `tasks` that were cancelled before they started, and that the cluster does not know any more.
+
+        `found` is what it knows, and `folder` that of their job's file and logs.
+        """
+        return {}
 
     @abstractmethod
     def cancel(self, job_ids: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from lightning_peft.cluster.job import (
     ONE_RUN,
+    QUEUED,
     SECONDS,
     Cluster,
     ClusterConfig,
@@ -263,11 +264,28 @@ class Slurm(Cluster):
             found |= {job.id: job for job in jobs}
         return found
 
+    def dropped(self, tasks: Iterable[str], found: Mapping[str, Job], folder: Path) -> dict[str, Job]:
+        """Return the tasks that slurmctld dropped from an array that it knows: it keeps none that did not start.
+
+        One that started and was forgotten has left its log. Where the logs are elsewhere, this cannot be told.
+        """
+        begun = [job for job in found.values() if "_" in job.id and job.state not in QUEUED]
+        if begun and not any(has_log(folder, job.id) for job in begun):
+            return {}
+        arrays = {job_id.partition("_")[0] for job_id in found}
+        gone = [task for task in tasks if task not in found and task.partition("_")[0] in arrays]
+        return {task: Job(task, "CANCELLED", 0, 0) for task in gone if not has_log(folder, task)}
+
     def cancel(self, job_ids: Iterable[str]) -> None:
         SLURM_COMMANDS.run("scancel", *job_ids)
 
     def how_to_cancel(self, job_id: str) -> str:
         return f"scancel {job_id}"
+
+
+def has_log(folder: Path, task: str) -> bool:
+    """Return whether a task of an array, as 71_4, has begun to write its log."""
+    return (folder / f"slurm-{task}.log").exists()
 
 
 def _from_slurmctld(job_id: str) -> list[Job]:

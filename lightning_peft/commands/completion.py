@@ -7,14 +7,18 @@ from lightning_peft.schemas import CONF_DIR, ROOTS
 
 SHELLS = {
     "bash": """_lightning_peft() {
-    local word="${COMP_WORDS[COMP_CWORD]}"
-    COMP_WORDBREAKS="${COMP_WORDBREAKS//=}"
+    local line="${COMP_LINE:0:COMP_POINT}"
+    local word="${line##*[[:space:]]}" key files
     if [ "$COMP_CWORD" -eq 1 ]; then
         COMPREPLY=($(compgen -W "@commands@" -- "$word"))
-    else
-        COMPREPLY=($(compgen -W "@words@" -- "$word") $(compgen -f -- "$word"))
-        [[ "${COMPREPLY[0]}" == *= ]] && compopt -o nospace
+        return
     fi
+    key="${word%"${word##*=}"}"
+    files=($(compgen -f -- "${word##*=}"))
+    COMPREPLY=($(compgen -W "@words@" -- "$word") "${files[@]/#/$key}")
+    # Where = divides words, what is completed is what stands behind it.
+    [[ "$COMP_WORDBREAKS" == *=* ]] && COMPREPLY=("${COMPREPLY[@]#"$key"}")
+    [[ "${COMPREPLY[0]}" == *= ]] && compopt -o nospace
 }
 complete -F _lightning_peft lightning-peft
 """,
@@ -23,7 +27,9 @@ _lightning_peft() {
     if (( CURRENT == 2 )); then
         compadd -- @commands@
     else
-        compadd -S '' -- @words@
+        compadd -S '' -- @keys@
+        compadd -- @options@
+        compset -P '*='
         _files
     fi
 }
@@ -39,8 +45,12 @@ def completion(words: list[str]) -> None:
     """Print the script of a shell. Raises ValueError for an unknown shell."""
     if len(words) != 1 or words[0] not in SHELLS:
         raise ValueError(f"completion: name a shell, one of {', '.join(SHELLS)}; got {' '.join(words) or 'none'}")
-    script = SHELLS[words[0]]
-    print(script.replace("@commands@", " ".join(COMMANDS)).replace("@words@", " ".join(all_words())), end="")
+    script, known = SHELLS[words[0]], all_words()
+    keys = [word for word in known if word.endswith("=")]
+    lists = {"commands": list(COMMANDS), "words": known, "keys": keys, "options": [w for w in known if w not in keys]}
+    for name, entries in lists.items():
+        script = script.replace(f"@{name}@", " ".join(entries))
+    print(script, end="")
 
 
 def all_words() -> list[str]:

@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from lightning_peft.command_configs.of_runs import DataCommandConfig
-from lightning_peft.data.audit import KIND_STYLES, preview_kinds
+from lightning_peft.data.audit import KIND_STYLES, preview_kinds, words_of
 from lightning_peft.data.datamodule import SFTDataModule
 from lightning_peft.models.loading import load_tokenizer, model_context, model_vocabulary
 from lightning_peft.training.teacher import teacher_context
@@ -54,16 +54,17 @@ def data(config: DataCommandConfig) -> dict[str, Any]:
 
 
 def show_samples(console: Console, samples: Any, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-    """Print some samples, trained tokens coloured by what they are."""
+    """Print some samples, trained tokens coloured by what they are, or marked where there are no colours."""
+    has_colours = console.color_system is not None
     legend = Text("trained: ")
     for kind, style in KIND_STYLES.items():
-        legend.append(f" {kind.name.replace('_', ' ')} ", style=style).append(" ")
+        legend.append(f" {words_of(kind)} " if has_colours else f"[[{words_of(kind)}: ...]]", style=style).append(" ")
     console.print(legend)
     for index in range(min(count, len(samples))):
         sample = samples[index]
         standing = "" if sample.standing is None else f" ({sample.standing.name})"
         console.rule(f"sample {index + 1}{standing}, {samples.lengths[index]} tokens")
-        console.print(preview_kinds(sample, tokenizer))
+        console.print(preview_kinds(sample, tokenizer, has_colours))
     console.rule()
 
 

@@ -164,19 +164,26 @@ def stream(
     return "".join(pieces)
 
 
+ENDS_CHAT = ("", "exit", "quit", "/exit", "/quit", "/bye", ":q")
+"""Lines that end a chat, those of other tools too."""
+
+
 def chat(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, layout: PromptLayout, config: GenerateConfig
 ) -> None:
     """Answer line by line, each after the whole conversation; text without turns is continued line by line."""
     conversation = Conversation()
-    print("An empty line ends the chat.", file=sys.stderr)
+    print("An empty line or exit ends the chat.", file=sys.stderr)
     while True:
         try:
             line = input("> ")
         except EOFError:
             return
-        if not line.strip():
+        if line.strip().lower() in ENDS_CHAT:
             return
+        if line.strip() in ("/help", "/?"):
+            print("An empty line or exit ends the chat; every other line is a question.", file=sys.stderr)
+            continue
         asked = layout.conversation(line)
         if conversation and layout.kind == "chat":
             asked = Conversation([*conversation, asked[-1]], asked.tools)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.job import ClusterConfig, JobSpec
+from lightning_peft.cluster.job import QUEUED, ClusterConfig, JobSpec
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.next_trial import turn_of_slot, work_to_begin
 from lightning_peft.sweeps.place import find_jobs
-from lightning_peft.sweeps.sweep import QUEUED, Sweep, Trial, begin, changed_sweep
+from lightning_peft.sweeps.sweep import Sweep, Trial, begin, changed_sweep
 
 
 def submit_array(folder: Path, names: list[str], cluster: ClusterConfig, run: TrainConfig) -> None:

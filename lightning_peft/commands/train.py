@@ -142,7 +142,8 @@ def read_data(config: TrainConfig, packs: bool, tokenizer: PreTrainedTokenizerFa
     with logging_left_to_ranks(is_shown_by_ranks):
         data.setup()
     if config.data.preview and data.example is not None and distributed.rank() == 0 and not is_shown_by_ranks:
-        Console().print(preview(data.example, tokenizer))
+        console = Console()
+        console.print(preview(data.example, tokenizer, has_colours=console.color_system is not None))
     return data
 
 

@@ -4,8 +4,10 @@ import gc
 import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from lightning_peft.objectives.teacher import TaughtConfig
 from lightning_peft.optim.routed_adamw import RoutedAdamW
 from lightning_peft.plugins import OWN_FILES, keep_modules
 from lightning_peft.runs.command import kept_commands
+from lightning_peft.runs.errors import one_line
 from lightning_peft.runs.folder import end_of, folder_of
 from lightning_peft.runs.nodes import refusal
 from lightning_peft.runs.plan import RunPlan
@@ -257,11 +260,8 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
             result["steps_left_out"] = guard.left_out
         # A folder that was moved meanwhile is not made anew, which would hold nothing else.
         if distributed.rank() == 0 and result["status"] != ROLLED_BACK and run_dir.is_dir():
-            with atomic_file(run_dir / "result.json") as path:
-                path.write_text(json_text(result))
-            for folder in (run_dir / "adapter", run_dir / MODEL_FOLDER):
-                if folder.is_dir() and result["status"] == "finished":
-                    write_card(folder, run_dir)
+            with first_error_counts():
+                write_result(result, run_dir)
         if distributed.rank() == 0:
             for run_logger in trainer.loggers:
                 if isinstance(run_logger, RunLogger):
@@ -274,6 +274,28 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     if leaves_ranks:
         distributed.disconnect()
     return result
+
+
+@contextmanager
+def first_error_counts() -> Iterator[None]:
+    """Log a failed file operation inside where an exception is on its way; one of that kind says enough for both."""
+    first = sys.exception()
+    try:
+        yield
+    except OSError as error:
+        if first is None:
+            raise
+        if not isinstance(first, OSError):
+            logger.warning("%s", one_line(error))
+
+
+def write_result(result: Mapping[str, Any], run_dir: Path) -> None:
+    """Write `result.json`, and the card of what a finished run has trained."""
+    with atomic_file(run_dir / "result.json") as path:
+        path.write_text(json_text(result))
+    for folder in (run_dir / "adapter", run_dir / MODEL_FOLDER):
+        if folder.is_dir() and result["status"] == "finished":
+            write_card(folder, run_dir)
 
 
 def fit(

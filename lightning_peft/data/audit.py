@@ -289,13 +289,17 @@ def check_sample(sample: Encoded, origin: str, tokenizer: PreTrainedTokenizerBas
         raise BadRow(origin, "at least one token to train", tokenizer.decode(sample.input_ids))
 
 
-def preview(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return a sample as text, trained parts on green, the rest dim; special tokens are shown."""
+def preview(sample: Encoded, tokenizer: PreTrainedTokenizerBase, has_colours: bool = True) -> Text:
+    """Return a sample as text, trained parts on green, the rest dim; special tokens are shown.
+
+    Where there are no colours, as in a log file, trained parts stand in [[ ]].
+    """
     text = Text()
     for start, stop in _runs(sample.labels):
         trained = sample.labels[start] != IGNORED_LABEL
-        part = tokenizer.decode(sample.input_ids[start:stop], skip_special_tokens=False)
-        text.append(str(part), style="black on green" if trained else "dim")
+        part = str(tokenizer.decode(sample.input_ids[start:stop], skip_special_tokens=False))
+        shown = part if has_colours or not trained else f"[[{part}]]"
+        text.append(shown, style="black on green" if trained else "dim")
     return text
 
 
@@ -308,14 +312,23 @@ KIND_STYLES = {
 """The style that shows each kind of trained tokens."""
 
 
-def preview_kinds(sample: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return a sample as text, trained parts coloured by what they are, the rest dim."""
+def preview_kinds(sample: Encoded, tokenizer: PreTrainedTokenizerBase, has_colours: bool = True) -> Text:
+    """Return a sample as text, trained parts coloured by what they are, the rest dim.
+
+    Where there are no colours, as in a log file, trained parts stand in [[ ]] behind what they are.
+    """
     text = Text()
     kinds = list(sample.kinds or bytes(len(sample.labels)))
     for start, stop in _runs_of(kinds):
-        part = tokenizer.decode(sample.input_ids[start:stop], skip_special_tokens=False)
-        text.append(str(part), style=KIND_STYLES.get(TokenKind(kinds[start]), "dim"))
+        part = str(tokenizer.decode(sample.input_ids[start:stop], skip_special_tokens=False))
+        kind = TokenKind(kinds[start])
+        shown = part if has_colours or kind not in KIND_STYLES else f"[[{words_of(kind)}: {part}]]"
+        text.append(shown, style=KIND_STYLES.get(kind, "dim"))
     return text
+
+
+def words_of(kind: TokenKind) -> str:
+    return kind.name.replace("_", " ")
 
 
 def _runs_of(values: Sequence[int]) -> list[tuple[int, int]]:

@@ -238,7 +238,8 @@ class SFTDataModule(LightningDataModule):
             return
         for name, audit in (audits if len(audits) > 1 else {"": whole}).items():
             prefix = f"{split} data: " + f"{name}: " * bool(name)
-            for line in audit.lines():
+            is_none = split == "validation" and not audit.rows and not self.is_streaming
+            for line in [] if is_none else audit.lines():  # why there is none is said where it is not held out
                 log.info("%s%s", prefix, line)
             for line in audit.warnings():
                 log.warning("%s%s", prefix, line)

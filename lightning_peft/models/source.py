@@ -74,7 +74,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.name not in MODELS:
-            raise ValueError(f"model.name={self.name}: must be one of {', '.join(MODELS)}")
+            raise ValueError(f"model.name={self.name}: must be one of {', '.join(MODELS)}; use model={self.name}")
         if self.name == "hf" and not self.path:
             raise ValueError("model.path=null: model=hf needs a local folder, a hub id or a .gguf file")
         if self.name != "hf" and self.path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_peft.checkpoint.atomic import write_text
 from lightning_peft.plugins import OWN_FILES
+from lightning_peft.slips import with_home
 
 FILE_NAME = "command.txt"
 
@@ -41,7 +42,7 @@ def kept_commands(run_dir: Path) -> list[str]:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join(lines) + "\n")
     for word in _words[1:]:
-        own = Path(word.removeprefix("recipe=")).expanduser()
+        own = Path(with_home(word.removeprefix("recipe=")))
         if own.suffix in (".yaml", ".yml") and "=" not in str(own) and own.is_file():
             (run_dir / OWN_FILES).mkdir(exist_ok=True)
             write_text(run_dir / OWN_FILES / own.name, own.read_text(encoding="utf-8-sig"))

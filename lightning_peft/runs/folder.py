@@ -98,7 +98,9 @@ def opened_folder(config: TrainConfig) -> Iterator[RunStart]:
     with ExitStack() as stack:
 
         def lock_and_find() -> RunStart:
-            if not config.dry_run and LAUNCHER not in os.environ:
+            if config.dry_run:
+                refuse_file(run_dir, "run_dir")
+            elif LAUNCHER not in os.environ:
                 stack.enter_context(only_writer(run_dir, patience_seconds=patience))
             return find_start(config, run_dir)
 

@@ -120,7 +120,8 @@ def only_writer(
         if beats.is_alive():
             beats.join()
         if _is_of(file, folder / LOCK):  # in a folder that was made anew it is another process's
-            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that is read-only by now it stays, and holds nobody off
+                (folder / LOCK).unlink()
         _open_locks.discard(file.fileno())
         with suppress(OSError):  # a full disk says so a second time, and without the file's name
             file.close()

@@ -25,7 +25,8 @@ def check_nodes(config: TrainConfig) -> None:
         for name, node in nodes.items():
             key = f"{group}.{name}"
             if not isinstance(node, Mapping) or "_target_" not in node:
-                raise ValueError(f"{key}: has no {key}._target_, the Lightning {kind.__name__.lower()} to be made")
+                own = f"; a logger's own keys are as in logger.wandb.{name}" if group == "logger" else ""
+                raise ValueError(f"{key}: has no {key}._target_, the Lightning {kind.__name__.lower()} to be made{own}")
             try:
                 target = get_object(node["_target_"])
                 arguments = {str(k): value for k, value in node.items() if not re.fullmatch("_[a-z]+_", str(k))}

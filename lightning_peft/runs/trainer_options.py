@@ -46,7 +46,8 @@ def check_trainer_options(options: dict[str, Any]) -> None:
     for key in ("max_steps", "max_epochs", *AT_LEAST_ONE):
         value = options.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"trainer.{key}={value}: must be a whole number")
+            quotes = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
+            raise ValueError(f"trainer.{key}={value}: must be a whole number{quotes}")
     for key in ("max_steps", "max_epochs"):
         value = options.get(key)
         if value not in (None, -1) and value < 1:
@@ -92,7 +93,9 @@ def max_seconds(options: dict[str, Any]) -> float | None:
     value = options.get("max_time")
     if value is None:
         return None
-    wrong = ValueError(f"trainer.max_time={value}: must be DD:HH:MM:SS or HH:MM:SS, as in 00:12:00:00")
+    wrong = ValueError(
+        f"trainer.max_time={value}: must be DD:HH:MM:SS or HH:MM:SS, as in 00:12:00:00, in quotes in a file"
+    )
     if isinstance(value, dict):
         try:
             seconds = timedelta(**value).total_seconds()

@@ -1,5 +1,7 @@
 """The place of a sweep's jobs, and what is known there of them."""
 
+from pathlib import Path
+
 from lightning_peft.cluster.job import Cluster, Job, own_task
 from lightning_peft.cluster.registry import CLUSTERS
 from lightning_peft.sweeps.sweep import Sweep
@@ -11,8 +13,13 @@ def cluster_of(sweep: Sweep) -> Cluster:
 
 
 def find_jobs(sweep: Sweep) -> dict[str, Job]:
-    """Return the tasks of a sweep's jobs, by id; empty for a sweep of this machine."""
-    return cluster_of(sweep).find(sweep.arrays) if sweep.arrays else {}
+    """Return the tasks of a sweep's jobs, by id, those dropped before they started too; empty on this machine."""
+    if not sweep.arrays:
+        return {}
+    cluster = cluster_of(sweep)
+    found = cluster.find(sweep.arrays)
+    tasks = [trial.job for trial in sweep.trials if trial.job is not None]
+    return found | (cluster.dropped(tasks, found, Path(sweep.folder)) if sweep.folder is not None else {})
 
 
 def task_of(sweep: Sweep) -> str | None:

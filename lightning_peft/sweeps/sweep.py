@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.cluster.job import Job
+from lightning_peft.cluster.job import QUEUED, Job
 from lightning_peft.cluster.process import LEAVE, Process
 from lightning_peft.strict_json import is_copy, json_text, read_object
 from lightning_peft.sweeps.change_lock import locked
@@ -33,8 +33,6 @@ LOCAL = "local"
 """`cluster` of a sweep of this machine's processes."""
 HYDRA = "hydra"
 """`cluster` of a sweep that Hydra's launcher runs: nobody starts its trials again but the command itself."""
-QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
-"""SLURM's words for a job that does not run yet."""
 TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED)
 ENDED = (FINISHED, *TO_BE_RETRIED)
 
@@ -263,6 +261,8 @@ def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:
         return str(status)
     if trial.is_waiting and has_worker:
         return WAITING
+    if job is None and trial.state == CANCELLED:  # the queue has forgotten what it said
+        return CANCELLED
     # There is no result: a batch script may end well all the same, so COMPLETED and an exit status of 0 say nothing.
     return FAILED if trial.exit_code or (job is not None and job.state != "COMPLETED") else LOST
 

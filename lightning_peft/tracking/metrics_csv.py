@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ class MetricsCSV(RunLogger):
         self.waiting.clear()
 
     def end(self, status: str, adapter: Path) -> None:
-        """Write what still waits. Raises OSError."""
+        """Write what still waits. Raises OSError for a finished run; else the steps since the checkpoint come again."""
         if self.waiting:
-            self.append()
+            with nullcontext() if status == "finished" else suppress(OSError):
+                self.append()
 
     def begin(self, step: int) -> None:
         """Drop the rows of steps that the checkpoint at `step` does not contain."""

@@ -56,6 +56,25 @@ def test_cancel_ends_running_and_queued_trials(slurm, tmp_path):
     assert [trial.state for trial in seen(folder).trials] == ["cancelled", "cancelled"]
 
 
+def test_task_that_is_cancelled_before_it_starts_is_said_so(slurm, tmp_path, capsys):
+    """slurmctld drops such a task at once, so nothing but its absence tells of it."""
+    folder = tmp_path / "sweep"
+    words = ["trainer.max_steps=100000", "adapter.rank=2,4,8", f"sweep_dir={folder}", "sweep.parallel=1", SETUP]
+    assert main(["submit", "-m", *TINY, *words]) == 0
+    wait_for("the first trial's start", SECONDS, lambda: seen(folder).trials[0].state == "running")
+    wait_for("its log", SECONDS, lambda: list(folder.glob("slurm-*_0.log")))
+    slurm.run("scancel", str(seen(folder).trials[1].job))
+    assert [trial.state for trial in seen(folder).trials] == ["running", "cancelled", "waiting"]
+    assert main(["sweep", "status", str(folder)]) == 0
+    assert "3 trials: 1 running, 1 cancelled, 1 waiting" in capsys.readouterr().out
+    assert main(["sweep", "cancel", str(folder)]) == 0
+    wait_for("the end of all", SECONDS, lambda: has_ended(seen(folder)))
+    assert [trial.state for trial in seen(folder).trials] == ["cancelled"] * 3
+    assert main(["sweep", "retry", str(folder), "failed=true", "trainer.max_steps=2"]) == 0
+    wait_for("the end of the retry", SECONDS, lambda: is_over(seen(folder)))
+    assert [trial.state for trial in seen(folder).trials] == ["finished"] * 3
+
+
 def test_trials_of_a_task_train_together_and_one_is_cancelled(slurm, tmp_path):
     """A cancelled trial of four in two tasks leaves the other of its task alone, and is not started again."""
     folder = tmp_path / "sweep"

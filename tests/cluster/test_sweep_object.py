@@ -22,6 +22,7 @@ import lightning_peft
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process, process, this_process
+from lightning_peft.cluster.slurm import Slurm
 from lightning_peft.commands.sweep import print_trials
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps import change_lock
@@ -77,10 +78,21 @@ def job(state: str) -> Job:
         (Trial("t", [], is_waiting=False, exit_code=0), job("COMPLETED"), False, "lost"),
         (Trial("t", [], is_waiting=False), job("OUT_OF_MEMORY"), False, "failed"),
         (Trial("t", [], is_waiting=False), job("CANCELLED"), False, "cancelled"),
+        (Trial("t", [], is_waiting=False, state="cancelled"), None, False, "cancelled"),
     ],
 )
 def test_state_follows_from_what_is_seen(trial, job, has_worker, state):
     assert state_of(trial, job, has_worker) == state
+
+
+def test_task_that_is_gone_without_a_log_was_cancelled_before_it_started(tmp_path):
+    found = {job_id: Job(job_id, state, 0, 0) for job_id, state in (("7_0", "RUNNING"), ("7_3", "PENDING"))}
+    tasks = ["7_0", "7_1", "7_2", "7_3", "8_0"]  # nothing is known of array 8
+    (tmp_path / "slurm-7_0.log").touch()
+    (tmp_path / "slurm-7_2.log").touch()  # it started, and was forgotten
+    assert Slurm().dropped(tasks, found, tmp_path) == {"7_1": Job("7_1", "CANCELLED", 0, 0)}
+    (tmp_path / "slurm-7_0.log").unlink()  # logs are elsewhere, as cluster.sbatch=[--output=...] has it
+    assert Slurm().dropped(tasks, found, tmp_path) == {}
 
 
 def test_process_that_ended_is_not_alive_even_before_it_is_waited_for():

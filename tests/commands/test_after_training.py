@@ -135,11 +135,13 @@ def test_prompt_that_is_none_is_named(run_dir, tmp_path, capsys, row, message):
     assert message in capsys.readouterr().err
 
 
-def test_chat_ends_at_an_empty_line(run_dir, monkeypatch, capsys):
-    lines = iter(["hello", ""])
+@pytest.mark.parametrize("last", ["", "exit", "/bye", "Quit"])
+def test_chat_ends_as_chats_do(run_dir, monkeypatch, capsys, last):
+    lines = iter(["hello", "/help", last])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    run(["generate", f"adapter_path={run_dir}", "sampling.max_new_tokens=4"], capsys)
+    said = run(["generate", f"adapter_path={run_dir}", "sampling.max_new_tokens=4"], capsys)
     assert next(lines, None) is None
+    assert said.out.count("\n") == 1 and said.err.count("ends the chat") == 2
 
 
 def test_merge_writes_a_plain_model_and_a_receipt(run_dir, tmp_path, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import started
+import yaml
 
 from lightning_peft.__main__ import main
 from lightning_peft.command_line import one_of_each_value
@@ -67,6 +68,12 @@ OPTIONS = {
     "optimizer=adamw": "optimizer=adam optimizer=AdamW optimizer=adamw_torch", "schedule=constant": "schedule=none",
     "optimizer=adamw_8bit": "optimizer=adamw_bnb_8bit", "logger=tensorboard": "logger=tensorbord", "data=hub": "data=hf",
     "quantization=nf4": "quantization=4bit quantization=NF4", "data=alpaca": "data=alpacca",
+    "objective=reward": "objective=rm", "objective=dpo, on answers that lightning-peft pairs RUN draws": "objective=grpo",
+    "strategy.tensor_parallel=2 with strategy=fsdp": "strategy=tp", "strategy=ddp": "strategy=ddp_spawn",
+    "model=org/name of a checkpoint that is published so": "quantization=gptq quantization=awq quantization=fp8",
+    "hardware=gpu_80gb_x8": "hardware=h100x8", "hardware=gpu_24gb": "hardware=24gb", "method=lora": "method=loar",
+    "schedule=cosine": "schedule=cosine_with_restarts", "model=smollm2_135m": "model=smollm2",
+    "recipe=lora/text_to_sql": "recipe=text_to_sql",
     "model=hf model.path=gpt2": "model=gpt2", "data=hub data.hub_name=tatsu-lab/alpaca": "data=tatsu-lab/alpaca",
 }  # fmt: skip
 """Answer -> options as they are typed."""
@@ -89,6 +96,22 @@ SLIPS = [
     (["--dry-run"], "--dry-run: options are key=value without dashes, as in dry_run=true"),
     (["-c", "my.yaml"], "-c: name the file itself, as in lightning-peft train my.yaml"),
     (["--config=my.yaml"], "--config=my.yaml: name the file itself, as in lightning-peft train my.yaml"),
+    (["--bf16", "True"], "--bf16: options are key=value without dashes, as in trainer.precision=bf16-mixed"),
+    (["--deepspeed", "z3.json"], "--deepspeed: options are key=value without dashes, as in strategy=fsdp"),
+    (["--resume"], "--resume: options are key=value without dashes, as in resume=auto"),
+    (["--no-packing"], "--no-packing: options are key=value without dashes, as in data.packing=false"),
+    (["--lora_target_modules", "q_proj", "v_proj"], "--lora_target_modules: options are key=value without dashes, as in target_modules=q_proj,v_proj"),
+    (["-y"], "-y: no such option; leave it out: nothing is asked, and no run is written over"),
+    (["--config-dir", "conf"], "--config-dir: no such option; conf_dir=FOLDER is the folder of one's own options"),
+    (["rank", ":16"], "rank :16: options are key=value, as in rank=16"),
+    (["adapter.rank:=8"], "adapter.rank:=8: options are key=value, as in adapter.rank=8"),
+    (["adapter:rank=8"], "adapter:rank=8: options are key=value, as in adapter.rank=8"),
+    (["optimizer.lr=1e–4"], "optimizer.lr=1e–4: has quotes or dashes of a word processor; use plain ones, as in optimizer.lr=1e-4"),
+    (["rank=inf"], "rank=inf: no such option; rank is one of "),
+    (["method=nan"], "method=nan: no such option; method is one of "),
+    (["model=hf.co/org/name"], "model=hf.co/org/name: give its name on the hub, as in model=org/name"),
+    (["model=org/name/"], "model=org/name/: give its name on the hub, as in model=org/name"),
+    (["model=org/name@v1"], "model=org/name@v1: give the revision beside it, as in model=org/name model.revision=v1"),
     (["--version"], "--version: `lightning-peft --version` prints the version"),
     (["--overwrite_output_dir"], "--overwrite_output_dir: no such option; a used run_dir is an error"),
     (["~rank"], "~rank: nothing is taken away with ~; give the value that is wanted"),
@@ -118,6 +141,17 @@ VALUES = {
     "METHOD=lora": "METHOD: no such option; did you mean method", "learnig_rate=1": "learnig_rate: .*did you mean optimizer.lr",
     "method=lora+": "method=lora.: no such option; use method=lora_plus; method is one of",
     "conf_dir=nope": "conf_dir=nope: no such folder",
+    "seed": "^seed: not of the form key=value; give it a value, as in seed=VALUE$",
+    "sweep.search=random": "sweep.search: no such option; it is of a sweep, which -m begins",
+    "early_stopping.patience=5": "early_stopping.patience=5: nothing is watched; give early_stopping.metric",
+    "guard=off": "guard=off: .*must be keys with values inside", "qlora.rank=8": "qlora.rank: .*did you mean rank",
+    "model.name=org/name": "model.name=org/name: must be one of .*; use model=org/name",
+    "model=rows.jsonl": "model=rows.jsonl: no such option; rows are data=rows.jsonl",
+    "model=x.safetensors": "model=x.safetensors: .*a model is the folder with its config.json",
+    "model=$MODEL": r"model=\$MODEL: no such option; a variable of the environment is \${oc.env:MODEL}",
+    "model=${oc.env:NO_MODEL}": r"\${oc.env:NO_MODEL}: refers to nothing that is there",
+    "data=rows.jsonl#100": "data=rows.jsonl#100: no such option; use data=rows.jsonl data.max_rows=100",
+    "recipe=nope": "recipe=nope: no such option; recipe is one of .*lora/text_to_sql",
     "lora_target=q_proj,v_proj": r"lora_target: no such option; use target_modules=\[q_proj,v_proj\]$",
     "learning_rate=1e-4,1e-5": "learning_rate: no such option; use -m for a sweep, with optimizer.lr=1e-4,1e-5$",
 }  # fmt: skip
@@ -127,13 +161,14 @@ MEANT = {
     "rank = 16": ["adapter.rank=16"], " rank=16 ": ["adapter.rank=16"], "rank='16'": ["adapter.rank=16"],
     "+method=dora": ["method=dora"], "target_modules=all": ["target_modules=all_linear"],
     "data=~/rows.csv": ["data=jsonl", f"data.train_path={Path.home()}/rows.csv"],
-    "run_dir=~/runs/a": [f"run_dir={Path.home()}/runs/a"], "logger=[csv,wandb]": ["logger=[csv,wandb]"],
+    "adapter.layers=[0,3]": ["adapter.layers='0,3'"], "run_dir=~/runs/a": [f"run_dir={Path.home()}/runs/a"], "logger=[csv,wandb]": ["logger=[csv,wandb]"],
     "data.system_prompt=": ["data.system_prompt="], "run_dir=a – b": ["run_dir=a – b"],
 }  # fmt: skip
 
 FILES = {
     "data:\n\tmax_length: 64\n": "my.yaml: not YAML .line 2: a tab, where YAML takes spaces only",
-    "data:\n  system_prompt: You are: a bot\n": "my.yaml: not YAML .line 2: a second colon; put text that holds one in quotes",
+    "data:\n  system_prompt: You are: a bot\n": "my.yaml: not YAML .line 2: a second colon, or a line too far to the right; put text that holds a colon in quotes",
+    "model:\u00a0tiny\nrank: 8\n": "my.yaml: not YAML .it holds no-break spaces, as of a web page",
     "method: @lora\n": "my.yaml: not YAML .line 1: .*put such text in quotes",
     "data.max_length: 64\ndata:\n  max_length: 32\n": "my.yaml: has data.max_length twice",
     "data: {}\n": "my.yaml: data: has nothing inside", "logger: {}\n": "my.yaml: logger: has nothing inside",
@@ -192,6 +227,29 @@ def test_file_with_a_slip_is_answered_by_line_or_key(tmp_path, text):
     (tmp_path / "my.yaml").write_text(text)
     with pytest.raises(ValueError, match=FILES[text]):
         words_of_file(tmp_path / "my.yaml")
+
+
+def test_name_of_rows_that_is_nearly_there_is_proposed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for typed in ("rows", "rows.jsnl", "row.jsonl2"):
+        assert "did you mean data=rows.jsonl?" in no_such_option("data", typed, options_of_group("data"))
+    (tmp_path / "cfg.json").write_text('{"model": "tiny"}')
+    with pytest.raises(ValueError, match="use data=cfg.json for rows; a file of options is YAML and ends in .yaml"):
+        everyday("train", ["cfg.json"])
+
+
+@pytest.mark.parametrize(
+    "text", ["use \\n here", "a\\\\b", "it's", "\\'", "end\\", "\\\\'\\\\", "C:\\new rows", 'say "hi"']
+)
+def test_text_of_a_file_is_what_stands_in_it(tmp_path, text):
+    """A backslash stood twice in prompts and paths of a file."""
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        yaml.safe_dump({"model": "tiny", "data": {"system_prompt": text, "train_path": text}, "run_dir": text})
+    )
+    config = compose_config("train", everyday("train", [str(path)]))
+    assert (config.data.system_prompt, config.data.train_path, config.run_dir) == (text, text, text)
 
 
 def test_file_may_merge_an_anchor(tmp_path):

@@ -222,6 +222,8 @@ def test_help_is_a_page_of_80_columns_with_docstrings(command, capsys):
     assert max(map(len, page.splitlines())) <= WIDTH + 4
     key = {"train": "optimizer.lr=0.0002", "submit": "sweep.parallel=null", "sweep": "failed=false"}.get(command, "=")
     assert key in page and page.count("\n") > 10
+    takes = {"sweep": "status|retry|cancel|table DIR", "evaluate": "DIR ", "generate": "DIR ", "merge": "DIR "}
+    assert page.startswith(f"usage: lightning-peft {command} {takes.get(command, '[FILE.yaml] ')}")
 
 
 def test_help_of_a_group_has_its_options_and_every_key(capsys):

@@ -120,6 +120,8 @@ def test_preview_highlights_what_is_trained(chatml):
     trained = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert trained == ["Hello there<|im_end|>"]
     assert text.plain == chatml.decode(sample.input_ids)
+    marked = preview(sample, chatml, has_colours=False).plain
+    assert "[[Hello there<|im_end|>]]" in marked and marked.replace("[[", "").replace("]]", "") == text.plain
 
 
 def test_samples_are_kept_exactly():

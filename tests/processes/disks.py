@@ -31,3 +31,20 @@ def fill(path: Path) -> None:
     with suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Make a folder's disk read-only for whoever opens its files from now on, until the block ends.
+
+    A kernel does so to a disk with errors, whatever is open; of its own accord it refuses while files are written.
+    """
+    place = str(folder)
+    bound = subprocess.run(["mount", "--bind", place, place], capture_output=True, text=True)
+    if bound.returncode:
+        pytest.skip(f"mounting a disk needs root: {bound.stderr.strip()}")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)

@@ -24,6 +24,14 @@ def test_command_and_file_of_a_run_are_in_folder_lineage_and_card(tmp_path, monk
     assert f"\n{line}\n" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
+def test_word_that_takes_away_is_no_home(tmp_path, monkeypatch):
+    """~data is the folder of nobody: expanding it ended the run in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    for word in ("~data.sources.docs", "~callbacks.mine.yaml"):
+        with started_by([word]):
+            assert kept_commands(tmp_path / "run")[-1] == f"lightning-peft train '{word}'"
+
+
 def test_trial_of_a_sweep_has_a_command_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(FILE)
