@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf raise, in the words of the command line: one line with the key, the value and the remedy."""
+"""Explain what Hydra and OmegaConf raise: one line in the words of the command line, with the remedy."""
 
 import difflib
 import re

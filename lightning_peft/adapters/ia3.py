@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.layer_names import FEED_FORWARD_OUT, matches
 from lightning_peft.adapters.method import Contract, Method, PeftSpelling, Shapes, linears
-from lightning_peft.adapters.targets import FEED_FORWARD_OUT, matches
 from lightning_peft.quantization.weights import dense_weight, linear_shape
 
 

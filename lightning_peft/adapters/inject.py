@@ -13,17 +13,11 @@ from torch.utils._pytree import tree_map
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, StepSchedule, Target
 from lightning_peft.adapters.bias import layers_with_bias, train_biases, warn_of_rounding
+from lightning_peft.adapters.ends import ends, is_tied, untie_where_asked
 from lightning_peft.adapters.former_names import with_present_names
+from lightning_peft.adapters.layer_names import matches, nearest_names
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import (
-    ends,
-    expert_share,
-    find_targets,
-    is_tied,
-    matches,
-    nearest_names,
-    untie_where_asked,
-)
+from lightning_peft.adapters.targets import expert_share, find_targets
 from lightning_peft.quantization.experts import expert_stacks, open_experts
 from lightning_peft.quantization.weights import is_quantized, weight_shape
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import NotMergeableError
+from lightning_peft.adapters.ends import is_tied, untie
 from lightning_peft.adapters.inject import SHARED, adapters
-from lightning_peft.adapters.targets import is_tied, untie
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, close_experts, open_experts
 from lightning_peft.quantization.linear import CodedWeight
 from lightning_peft.quantization.quantize import dequantized_layer

@@ -1,82 +1,25 @@
 """The layers that get an adapter, and its size. Shapes are enough: a model on the meta device will do."""
 
-import difflib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from lightning_peft.adapters.base import Adapter, AdapterConfig, Target
+from lightning_peft.adapters.ends import ends, refuse_tied, text_tower
+from lightning_peft.adapters.layer_names import PRESETS, block_depth, form_of_list, matches, nearest_names, parse_layers
 from lightning_peft.quantization.experts import ExpertLinear, QuantizedExperts, Stack, expert_stacks
 from lightning_peft.quantization.linear import CodedWeight
 from lightning_peft.quantization.weights import is_linear, linear_shape
 
 logger = logging.getLogger(__name__)
 
-FUSED_QUERY_KEY_VALUE = ["query_key_value", "qkv_proj", "qkv", "c_attn", "Wqkv"]
-FEED_FORWARD_OUT = ["down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h", "w2"]
-
-PRESETS: dict[str, list[str]] = {
-    "all_linear": ["*"],
-    "attention": ["re:.*(?i:attn|attention).*"],
-    "mlp": ["re:(?!.*(attn|attention)).*(mlp|ffn|feed_forward).*", "fc1", "fc2"],
-    "query_value": ["q_proj", "v_proj", "query", "value", *FUSED_QUERY_KEY_VALUE],
-    "query_key_value": ["q_proj", "k_proj", "v_proj", "query", "key", "value", *FUSED_QUERY_KEY_VALUE],
-    "key_value_down": ["k_proj", "v_proj", "key", "value", *FUSED_QUERY_KEY_VALUE, *FEED_FORWARD_OUT],
-}
-"""Patterns per preset, over linear layers of the transformer blocks only: never embeddings, never the output head.
-
-Architectures differ in names, so a preset lists them all and asks that one matches: llama's q_proj, GPT-2's c_attn,
-GPT-NeoX's query_key_value, phi-3's qkv_proj.
-"""
-
-
 LISTED = 12
 """Most patterns that an error repeats."""
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Return whether a dotted module name fits: an exact name or its end after a dot, a glob, or `re:` and a regex."""
-    if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-    if any(character in pattern for character in "*?["):
-        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-    return name == pattern or name.endswith(f".{pattern}")
-
-
-def block_depth(name: str) -> int | None:
-    """Return the index of the transformer block a module lies in: the first number in its dotted name."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(found.group(1)) if found else None
-
-
-def parse_layers(layers: str, blocks: int | None = None) -> Callable[[int], bool]:
-    """Return a test whether a block is in "0-3,7,10-". Raises ValueError, also for a block beyond `blocks` of them."""
-    ranges: list[tuple[int, float]] = []
-    for part in layers.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d*))?\s*", part)
-        if found is None:
-            raise ValueError(f"adapter.layers={layers!r}: write block numbers and ranges, as in 0-3,7,10-")
-        first = int(found.group(1))
-        last = first if found.group(2) is None else int(found.group(3)) if found.group(3) else float("inf")
-        if last < first:
-            raise ValueError(f"adapter.layers={layers!r}: {part.strip()} ends before it starts")
-        if blocks is not None and max(first, last if last < float("inf") else first) >= blocks:
-            raise ValueError(
-                f"adapter.layers={layers!r}: this model's blocks are 0-{blocks - 1}"
-                + (f"; {first}- takes all from {first} on" if first < blocks else "")
-            )
-        ranges.append((first, last))
-    return lambda depth: any(first <= depth <= last for first, last in ranges)
 
 
 def find_targets(model: nn.Module, config: AdapterConfig, layer_types: tuple[type[nn.Module], ...]) -> list[Target]:
@@ -96,7 +39,7 @@ def find_targets(model: nn.Module, config: AdapterConfig, layer_types: tuple[typ
     adaptable = {name: stack for name, stack in stacks.items() if stack.opens and ExpertLinear in layer_types}
     _check_experts(config, stacks, adaptable)
     selected = _select(model, config, candidates, adaptable)
-    _refuse_tied(model, [name for name in selected if name in candidates], "adapter.target_modules")
+    refuse_tied(model, [name for name in selected if name in candidates], "adapter.target_modules")
     depths = [depth for name in [*candidates, *stacks] if (depth := block_depth(name)) is not None]
     last_depth = max(depths, default=0)
     targets = [
@@ -221,81 +164,6 @@ def _size(targets: Iterable[Target], shares_A: bool) -> int:
     )
 
 
-UNTIED = "ends_had_one_weight"
-"""The attribute of a model that `untie` has changed."""
-
-
-def is_tied(model: nn.Module) -> bool:
-    """Return whether the output head shares its weight with the input embedding."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return False
-    embedding, head = ends(model)
-    if embedding is None or head is None:
-        return False
-    # A model on the meta device may not be tied yet.
-    return embedding.weight is head.weight or head.weight.is_meta
-
-
-def text_tower(model: nn.Module) -> str | None:
-    """Return the name of the part of a multimodal model that reads text; None for a model of text alone."""
-    config = getattr(model, "config", None)
-    kinds = ("vision_config", "audio_config", "vit_config")
-    if not any(getattr(config, kind, None) is not None for kind in kinds):
-        return None
-    embedding, _ = ends(model)
-    names = [name for name, module in model.named_modules() if module is embedding]
-    return names[0].rpartition(".")[0] or None if names else None
-
-
-def ends(model: nn.Module) -> tuple[Any, Any]:
-    """Return the input embedding and output head; None where a model has none."""
-    getters: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output")]
-    return getters[0](), getters[1]()
-
-
-def names_an_end(model: nn.Module, config: AdapterConfig) -> bool:
-    """Return whether the names given to adapt or to train are those of an embedding or head that share one weight."""
-    if not is_tied(model):
-        return False
-    given = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules]
-    patterns = [*map(str, given), *config.trainable_modules]
-    names = [name for name, module in model.named_modules() if module in ends(model)]
-    return any(matches(pattern, name) for pattern in patterns if pattern not in PRESETS for name in names)
-
-
-def untie_where_asked(model: nn.Module, config: AdapterConfig) -> None:
-    """Untie embedding and head where `untie_embeddings` says so and one of the two is adapted or trained."""
-    if config.untie_embeddings and names_an_end(model, config):
-        untie(model)
-
-
-def untie(model: Any) -> None:
-    """Give the output head a copy of the weight it shares with the embedding."""
-    embedding, head = ends(model)
-    setattr(model, UNTIED, True)
-    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
-    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in names}
-    logger.info("the output head no longer shares the embedding's weight: the adapter changes one of them")
-
-
-def form_of_list(entry: str) -> str:
-    """Return how a list or a regular expression is written, for an entry that was meant for one; else nothing."""
-    names = re.findall(r"[\w.]+", entry)
-    if len(names) > 1 and re.fullmatch(r"[\w.,;\s'\"\[\]()]+", entry):
-        return f"; write a list as [{','.join(names)}]"
-    is_pattern = not entry.startswith("re:") and re.search(r"[*+?|^$(\[\\]", entry)
-    return f"; a regular expression begins with re:, as in ['re:{entry}']" if is_pattern else ""
-
-
-def nearest_names(patterns: Iterable[str], names: Iterable[str]) -> str:
-    """Return the last parts of `names` most like the patterns, for an error message."""
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    close = [leaf for pattern in patterns for leaf in difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.4)]
-    return ", ".join(dict.fromkeys(close)) or ", ".join(leaves[:12])
-
-
 def _select(
     model: nn.Module, config: AdapterConfig, candidates: Mapping[str, nn.Module], stacks: Iterable[str]
 ) -> list[str]:
@@ -367,17 +235,6 @@ def _matching(entry: str, names: list[str], inner: list[str]) -> set[str]:
     if entry in PRESETS:
         return {name for name in inner if any(matches(pattern, name) for pattern in PRESETS[entry])}
     return {name for name in names if matches(entry, name)}
-
-
-def _refuse_tied(model: nn.Module, selected: Iterable[str], option: str) -> None:
-    if not is_tied(model):
-        return
-    for name in selected:
-        if model.get_submodule(name) in ends(model):
-            raise ValueError(
-                f"{option}: {name} shares its weight with the model's other embedding (tie_word_embeddings), so "
-                "adapting it would untie them: exclude it, or train both in full with adapter.trainable_modules"
-            )
 
 
 def _check_patterns_used(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.ends import UNTIED, ends, is_tied, untie
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.adapters.merge import GIVEN, Given
-from lightning_peft.adapters.targets import UNTIED, ends, is_tied, untie
 from lightning_peft.checkpoint.resume import assign
 from lightning_peft.quantization.linear import CodedWeight
 

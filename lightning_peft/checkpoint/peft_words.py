@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.adapters.base import Adapter, AdapterConfig
 from lightning_peft.adapters.bias import Bias
 from lightning_peft.adapters.inject import SHARED, adapters
+from lightning_peft.adapters.layer_names import block_depth
 from lightning_peft.adapters.lora import LoRAExperts
 from lightning_peft.adapters.method import PeftSpelling, Shapes
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.lineage import Lineage, read_lineage
 from lightning_peft.checkpoint.peft_base import ROWS, write_given_words
 from lightning_peft.checkpoint.peft_experts import matrix_shapes, named_by_parameter, write_parameter_words

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.adapters.base import Adapter, LowRank
 from lightning_peft.adapters.changes import Change, NotOneMatrixError, changes_of
 from lightning_peft.adapters.inject import adapters
+from lightning_peft.adapters.layer_names import block_depth
 from lightning_peft.adapters.spectrum import (
     LayerSpectrum,
     energy_shares,
@@ -26,7 +27,6 @@ from lightning_peft.adapters.spectrum import (
     relative,
     warnings_of,
 )
-from lightning_peft.adapters.targets import block_depth
 from lightning_peft.checkpoint.atomic import check_can_write, write_text
 from lightning_peft.checkpoint.lineage import check_one_base, read_lineage
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, tensors_beside

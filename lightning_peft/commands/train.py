@@ -10,10 +10,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft import distributed
+from lightning_peft.adapters.ends import untie_where_asked
 from lightning_peft.adapters.inject import describe_targets, inject_adapters
 from lightning_peft.adapters.on_published import check_fits_published
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import find_targets, untie_where_asked
+from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import adapter_sha256
 from lightning_peft.checkpoint.peft_words import gives_rewards

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.targets import FEED_FORWARD_OUT, block_depth, matches
+from lightning_peft.adapters.layer_names import FEED_FORWARD_OUT, block_depth, matches
 from lightning_peft.models.blocks import decoder_of
 from lightning_peft.quantization.weights import weight_shape
 

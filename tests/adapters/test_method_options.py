@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lightning_peft.adapters.base import AdapterConfig
+from lightning_peft.adapters.layer_names import PRESETS
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import PRESETS
 from lightning_peft.compose import compose_config
 
 CONF = Path(__file__).parents[2] / "conf"

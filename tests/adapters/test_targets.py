@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from lightning_peft.adapters.base import AdapterConfig, Target
 from lightning_peft.adapters.inject import describe_targets, inject_adapters
+from lightning_peft.adapters.layer_names import matches, parse_layers
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.adapters.targets import expert_share, find_targets, matches, parse_layers
+from lightning_peft.adapters.targets import expert_share, find_targets
 from lightning_peft.adapters.vera import VeRAConfig
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 128}

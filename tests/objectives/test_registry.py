@@ -36,7 +36,7 @@ def test_help_schema_and_completion_name_it(name):
 
 
 def test_unknown_objective_is_answered_with_those_there_are():
-    with pytest.raises(ValueError, match=r"objective=ppo: no such option; objective is one of .*sft"):
+    with pytest.raises(ValueError, match=r"objective=ppo: no such option; .*objective is one of .*sft"):
         compose_config("train", ["objective=ppo"])
     with pytest.raises(ValueError, match="objective.name=ppo: must be one of .*sft"):
         compose_config("train", ["objective.name=ppo"])

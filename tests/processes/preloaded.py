@@ -46,7 +46,7 @@ def forked(control: socket.socket) -> dict[str, Any]:
 
     The process itself ends when `control` is closed at the other end.
     """
-    inherited = signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is for those who ask
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is for those who ask
     children: dict[int, socket.socket] = {}
     woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -74,7 +74,7 @@ def forked(control: socket.socket) -> dict[str, Any]:
             children[pid].send(str(pid).encode())
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, inherited)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as conftest.py has it, also behind a shell
     for other in children.values():
         other.close()
     control.close()
