@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf raise, in the words of the command line: one line with the key, the value and the remedy."""
+"""Errors of Hydra and OmegaConf in the words of the command line: one line with the key, the value and the remedy."""
 
 import difflib
 import re
