@@ -143,7 +143,7 @@ VALUES = {
     "conf_dir=nope": "conf_dir=nope: no such folder",
     "seed": "^seed: not of the form key=value; give it a value, as in seed=VALUE$",
     "sweep.search=random": "sweep.search: no such option; it is of a sweep, which -m begins",
-    "early_stopping.patience=5": "early_stopping.patience=5: nothing is watched; give early_stopping.metric",
+    "early_stopping.patience=5": "^early_stopping.patience=5: nothing is watched; give early_stopping.metric",
     "guard=off": "guard=off: .*must be keys with values inside", "qlora.rank=8": "qlora.rank: .*did you mean rank",
     "model.name=org/name": "model.name=org/name: must be one of .*; use model=org/name",
     "model=rows.jsonl": "model=rows.jsonl: no such option; rows are data=rows.jsonl",
@@ -250,6 +250,13 @@ def test_text_of_a_file_is_what_stands_in_it(tmp_path, text):
     )
     config = compose_config("train", everyday("train", [str(path)]))
     assert (config.data.system_prompt, config.data.train_path, config.run_dir) == (text, text, text)
+
+
+def test_early_stopping_of_a_file_is_switched_off(tmp_path):
+    """A rule that watches nothing is refused where no word says so."""
+    (tmp_path / "my.yaml").write_text("early_stopping: {metric: loss, patience: 5}\nvalidation.every_n_steps: 2\n")
+    words = everyday("train", [str(tmp_path / "my.yaml"), "early_stopping.metric=null"])
+    assert compose_config("train", words).early_stopping.metric is None
 
 
 def test_file_may_merge_an_anchor(tmp_path):
