@@ -240,7 +240,8 @@ def test_name_of_rows_that_is_nearly_there_is_proposed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["use \\n here", "a\\\\b", "it's", "\\'", "end\\", "\\\\'\\\\", "C:\\new rows", 'say "hi"']
+    "text",
+    ["use \\n here", "a\\\\b", "it's", "\\'", "end\\", "\\\\'\\\\", "C:\\new rows", 'say "hi"', "end\\\nof line\\\n"],
 )
 def test_text_of_a_file_is_what_stands_in_it(tmp_path, text):
     """A backslash stood twice in prompts and paths of a file."""
