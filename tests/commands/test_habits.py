@@ -128,6 +128,9 @@ SLIPS = [
     (["model=7"], "model=7: no such option; "),
     (["rank=[4,8]"], "rank=[4,8]: takes one option; add -m and write rank=4,8 for a sweep"),
     (["cluster=local"], "cluster=local: train runs here; submit takes the same words"),
+    (["model=https://huggingface.co/gpt2"], "model=https://huggingface.co/gpt2: give its name on the hub, as in model=hf model.path=gpt2"),
+    (["model=hf.co/org/name?x=1"], "model=hf.co/org/name?x=1: give its name on the hub, as in model=org/name"),
+    (["model=https://a.com/b/c.gguf"], "model=https://a.com/b/c.gguf: is no address of the hub; fetch it"),
     (["model=https://huggingface.co/org/name"], "model=https://huggingface.co/org/name: give its name on the hub, as in model=org/name"),
 ]  # fmt: skip
 """Words as typed -> the line that answers them, without composing anything."""
