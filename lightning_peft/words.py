@@ -317,13 +317,13 @@ ON_HUB = re.compile(r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:
 def _is_model(value: str) -> bool:
     text = value.strip("'\"")
     is_there = Path(text).exists()
-    if (address := ON_HUB.fullmatch(text) or re.fullmatch(r"([\w.-]+/[\w.-]+)/", text)) and not is_there:
+    if (address := ON_HUB.fullmatch(text) or re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/", text)) and not is_there:
         name = address.group(1)
         word = f"model={name}" if "/" in name else f"model=hf model.path={name}"
         raise ValueError(f"model={text}: give its name on the hub, as in {word}")
     if re.match("https?://", text):
         raise ValueError(f"model={text}: is no address of the hub; fetch it, and give the folder or the .gguf file")
-    if (revision := re.fullmatch(r"([\w.-]+/[\w.-]+)[@:]([\w.-]+)", text)) and not is_there:
+    if (revision := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)[@:]([\w.-]+)", text)) and not is_there:
         name, commit = revision.groups()
         raise ValueError(f"model={text}: give the revision beside it, as in model={name} model.revision={commit}")
     return "/" in text or text.endswith(".gguf") or Path(text).is_dir()

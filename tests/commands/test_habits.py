@@ -165,6 +165,7 @@ MEANT = {
     "+method=dora": ["method=dora"], "target_modules=all": ["target_modules=all_linear"],
     "data=~/rows.csv": ["data=jsonl", f"data.train_path={Path.home()}/rows.csv"],
     "adapter.layers=[0,3]": ["adapter.layers='0,3'"], "run_dir=~/runs/a": [f"run_dir={Path.home()}/runs/a"], "logger=[csv,wandb]": ["logger=[csv,wandb]"],
+    "model=./merged/": ["model=hf", "model.path=./merged/"], "model=../a@b": ["model=hf", "model.path=../a@b"],
     "data.system_prompt=": ["data.system_prompt="], "run_dir=a – b": ["run_dir=a – b"],
 }  # fmt: skip
 
