@@ -196,6 +196,10 @@ def test_key_of_another_tool_s_file_is_known(key):
     assert (ours(key) is None) != (what_instead(key) is None)
 
 
+def test_key_of_another_command_is_not_proposed_in_its_own_place():
+    assert "did you mean early_stopping.patience" not in nearest("early_stopping.patience", "generate")
+
+
 @pytest.mark.parametrize("key", NO_COUNTERPART)
 def test_key_without_a_counterpart_is_answered_with_what_to_do(key):
     assert NO_COUNTERPART[key] in nearest(key, "train")
