@@ -109,7 +109,20 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
         groups = config_loader(overrides).list_groups("") if unknown is not None else []
     if unknown is not None:
         raise ValueError(f"{unknown}: no such option{nearest(unknown, command, groups)}")
+    check_stopping(overrides, config)
     return config
+
+
+def check_stopping(overrides: list[str], config: DictConfig) -> None:
+    """Raise ValueError for words of early stopping where nothing is watched, unless a word says so by metric=null."""
+    given = [word.partition("=")[0].lstrip("+") for word in overrides]
+    rules = [key for key in given if key in ("early_stopping.patience", "early_stopping.min_delta")]
+    if not rules or "early_stopping.metric" in given:
+        return
+    rule: Any = OmegaConf.to_object(config.early_stopping)  # its own checks come first
+    if rule.metric is None:
+        value = getattr(rule, rules[0].partition(".")[2])
+        raise ValueError(f"{rules[0]}={value}: nothing is watched; give early_stopping.metric")
 
 
 def key_of_null_part(command: str, words: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Explain what Hydra and OmegaConf raise: one line in the words of the command line, with the remedy."""
+"""Errors of Hydra and OmegaConf in the words of the command line: one line with the key, the value and the remedy."""
 
 import difflib
 import re
@@ -136,6 +136,7 @@ def nearest(key: str, command: str, groups: Sequence[str] = ()) -> str:
     )
     if theirs := difflib.get_close_matches(typed_key.rpartition(".")[2], BY_THEIRS, n=1, cutoff=0.85):
         matches = [BY_THEIRS[theirs[0]], *(match for match in matches if match != BY_THEIRS[theirs[0]])][:3]
+    matches = [match for match in matches if match != key]  # another command has it
     if not matches and (leaf := typed_key.rpartition(".")[2]) in (*choices, *config):
         matches = [leaf]
     return f"; did you mean {', '.join(matches)}?" if matches else ""

@@ -224,11 +224,7 @@ class TrainConfig:
         return {"checkpoint.best_by": self.checkpoint.best_by, "early_stopping.metric": self.early_stopping.metric}
 
     def check_directions(self) -> None:
-        """Raise ValueError for a metric whose sign says the opposite of what is good, and for early stopping by none.
-
-        A run's folder may hold either.
-        """
-        self.early_stopping.check_watches()
+        """Raise ValueError for a metric whose sign says the opposite of what is good; a run's folder may hold one."""
         for option, metric in self.choosing_metrics.items():
             if metric is not None:
                 check_direction(option, metric)

@@ -73,10 +73,12 @@ def refuse_file_of_another_tool(path: Path, words: Sequence[str], known: Collect
     """Raise ValueError for a file of which several keys are another tool's, with ours for each: in one line, at once.
 
     `words` are the file's own, and `known` the groups and sections that there are. A single one is left to the command,
-    which knows what letters are near.
+    which knows what letters are near. Keys of Hydra's are for its sweeper and launcher.
     """
     foreign = [
-        (key, value) for key, _, value in (word.partition("=") for word in words) if section_of(key) not in known
+        (key, value)
+        for key, _, value in (word.partition("=") for word in words)
+        if section_of(key) not in {*known, "hydra"}
     ]
     found = [(*meaning_of(key), value) for key, value in foreign]
     if len(foreign) < 2 or not any(meant or instead for _, meant, instead, _ in found):
@@ -107,7 +109,7 @@ def meaning_of(key: str) -> tuple[str, str | None, str | None]:
 
 
 def section_of(key: str) -> str:
-    return key.lstrip("+~").partition(".")[0]
+    return re.split("[./]", key.lstrip("+~"))[0]
 
 
 def what_is_wrong(error: yaml.YAMLError) -> str:
@@ -176,4 +178,4 @@ def typed_value(value: Any) -> str:
 def in_quotes(text: str) -> str:
     """Return text in quotes of Hydra's grammar, in which a backslash is one unless a quote follows."""
     written = re.sub(r"(\\*)'", lambda found: found.group(1) * 2 + "\\'", text)
-    return "'" + re.sub(r"(\\+)$", lambda found: found.group(1) * 2, written) + "'"
+    return "'" + re.sub(r"(\\+)\Z", lambda found: found.group(1) * 2, written) + "'"

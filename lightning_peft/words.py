@@ -280,7 +280,7 @@ def _meant_by_bare(word: str) -> str | None:
         return "a file of options is YAML and ends in .yaml"
     if path.is_dir():
         return f"use data={word} for rows, model={word} for a model"
-    if path.suffix == ".json" and path.is_file() and path.read_bytes()[:2000].lstrip()[:1] == b"{":
+    if path.suffix == ".json" and path.is_file() and _begins_as_options(path):
         return f"use data={word} for rows; a file of options is YAML and ends in .yaml, and JSON is YAML"
     if _is_rows(word):
         return f"use data={word}"
@@ -290,6 +290,12 @@ def _meant_by_bare(word: str) -> str | None:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", word):
         return f"use model={word} for a model, data=FILE for rows"
     return None
+
+
+def _begins_as_options(path: Path) -> bool:
+    """Return whether a JSON file holds keys and values, and no list of rows; files of rows may be large."""
+    with path.open("rb") as file:
+        return file.read(2000).lstrip()[:1] == b"{"
 
 
 def _no_option(group: str, name: str, folders: Sequence[Path]) -> bool:
@@ -304,18 +310,20 @@ def _of_preset(name: str, folders: Sequence[Path]) -> str:
     return str(path or name)
 
 
-ON_HUB = re.compile(r"(?:https?://|hf://)?(?:(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)(?:/.*)?")
+ON_HUB = re.compile(r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([\w.-]+(?:/[\w.-]+)?)(?:[/?#].*)?")
 """An address of a model on the hub, as it is copied from a page."""
 
 
 def _is_model(value: str) -> bool:
     text = value.strip("'\"")
-    is_address = text.startswith(("https://", "hf://", "huggingface.co/", "hf.co/")) or re.fullmatch(
-        r"[\w.-]+/[\w.-]+/", text
-    )
-    if is_address and not Path(text).exists() and (address := ON_HUB.fullmatch(text)):
-        raise ValueError(f"model={text}: give its name on the hub, as in model={address.group(1)}")
-    if (revision := re.fullmatch(r"([\w.-]+/[\w.-]+)[@:]([\w.-]+)", text)) and not Path(text).exists():
+    is_there = Path(text).exists()
+    if (address := ON_HUB.fullmatch(text) or re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/", text)) and not is_there:
+        name = address.group(1)
+        word = f"model={name}" if "/" in name else f"model=hf model.path={name}"
+        raise ValueError(f"model={text}: give its name on the hub, as in {word}")
+    if re.match("https?://", text):
+        raise ValueError(f"model={text}: is no address of the hub; fetch it, and give the folder or the .gguf file")
+    if (revision := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)[@:]([\w.-]+)", text)) and not is_there:
         name, commit = revision.groups()
         raise ValueError(f"model={text}: give the revision beside it, as in model={name} model.revision={commit}")
     return "/" in text or text.endswith(".gguf") or Path(text).is_dir()

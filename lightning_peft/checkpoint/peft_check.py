@@ -10,12 +10,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters
 from lightning_peft.adapters.lora import LoRAExperts
+from lightning_peft.adapters.targets import block_depth
+from lightning_peft.models.forwards import rescale_every
 from lightning_peft.models.reward_head import reward_head
 from lightning_peft.models.weight_streaming import parameters_on_meta
 from lightning_peft.quantization.weights import never_calls
 
-DIVIDED = {"rwkv": ("attention.output", "feed_forward.value")}
-"""Layers whose weights a model type divides in place for evaluation, in transformers 5.24."""
+DIVIDED = ("attention.output", "feed_forward.value")
+"""Layers whose weights RWKV divides in place for evaluation, in transformers 5.24."""
 
 
 def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
@@ -53,7 +55,8 @@ def objection_of_peft(folder: Path, model: PreTrainedModel) -> str | None:
             f"HF PEFT leaves out the change of {bypassed[0]}, whose weight {type(model).__name__} multiplies with by "
             "itself, and gives other outputs"
         )
-    if divided := [name for name in parents if name.endswith(DIVIDED.get(model.config.model_type, ()))]:
+    every = rescale_every(model)
+    if divided := [n for n in parents if every and n.endswith(DIVIDED) and (block_depth(n) or 0) >= every]:
         return (
             f"HF PEFT leaves {divided[0]}'s change as it is where {type(model).__name__} divides the weight for "
             "evaluation, and gives other outputs; rescale_every=0 in the base's config.json keeps the weight"

@@ -197,6 +197,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
     if plan.accelerator == "cuda":
         torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"status": "failed"}
+    caught = sys.exception()
     try:
         fit(trainer, module, data, resumed, signals, config.callbacks)
         if isinstance(routed := trainer.optimizers[0], RoutedAdamW) and distributed.rank() == 0:
@@ -260,7 +261,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
             result["steps_left_out"] = guard.left_out
         # A folder that was moved meanwhile is not made anew, which would hold nothing else.
         if distributed.rank() == 0 and result["status"] != ROLLED_BACK and run_dir.is_dir():
-            with first_error_counts():
+            with first_error_counts(caught):
                 write_result(result, run_dir)
         if distributed.rank() == 0:
             for run_logger in trainer.loggers:
@@ -277,13 +278,16 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
 
 
 @contextmanager
-def first_error_counts() -> Iterator[None]:
-    """Log a failed file operation inside where an exception is on its way; one of that kind says enough for both."""
+def first_error_counts(caught: BaseException | None) -> Iterator[None]:
+    """Log a failed file operation inside where an exception is on its way; one of that kind says enough for both.
+
+    `caught` is the exception that a caller has in hand, as one that tries again, and that is on no way.
+    """
     first = sys.exception()
     try:
         yield
     except OSError as error:
-        if first is None:
+        if first is caught:
             raise
         if not isinstance(first, OSError):
             logger.warning("%s", one_line(error))

@@ -35,6 +35,11 @@ def name_outputs(model: PreTrainedModel) -> None:
             setattr(config, word, value)
 
 
+def rescale_every(model: PreTrainedModel) -> int:
+    """Return the blocks after which the published RWKV halves weights for evaluation once more; 0 where it does not."""
+    return int(getattr(model, "published_rescale_every", getattr(model.config, "rescale_every", 0)))
+
+
 def keep_weights_in_evaluation(model: PreTrainedModel) -> None:
     """Stop RWKV from dividing weights in place for evaluation: adapters beside them, and codes, do not follow.
 
@@ -42,6 +47,7 @@ def keep_weights_in_evaluation(model: PreTrainedModel) -> None:
     """
     if getattr(model.config, "rescale_every", 0):
         logger.info("%s: weights are not divided for evaluation (rescale_every=0)", type(model).__name__)
+        setattr(model, "published_rescale_every", model.config.rescale_every)  # noqa: B010 - its type takes modules and tensors
         model.config.rescale_every = 0
 
 

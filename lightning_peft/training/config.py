@@ -109,13 +109,6 @@ class EarlyStoppingConfig:
         if not self.min_delta >= 0:
             raise ValueError(f"early_stopping.min_delta={self.min_delta}: must be 0 or more")
 
-    def check_watches(self) -> None:
-        """Raise ValueError for a rule without a metric, which would end no run."""
-        for name in ("patience", "min_delta"):
-            value = getattr(self, name)
-            if self.metric is None and value != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"early_stopping.{name}={value}: nothing is watched; give early_stopping.metric")
-
 
 class GuardAction(Enum):
     stop = "stop"

@@ -12,6 +12,7 @@ from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_check import objection_of_peft
 from lightning_peft.checkpoint.peft_format import adapter_config_from_peft, load_adapter, save_adapter
 from lightning_peft.commands.tuned import is_read_otherwise
+from lightning_peft.models.forwards import keep_weights_in_evaluation
 
 IDS = torch.arange(3, 43)[None]
 WEIGHTS = "adapter_model.safetensors"
@@ -106,3 +107,22 @@ def test_layers_that_peft_has_no_place_for_are_said(tmp_path):
     assert (logits(theirs) - logits(model.eval())).abs().max() > 1e-2
     assert is_read_otherwise(model)
     assert "finds no place for some of its tensors" in objection_of_peft(tmp_path, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("every", "is_other"), [(1, True), (0, False), (2, False)])
+def test_rwkv_is_objected_to_where_it_divides_an_adapted_weight(every, is_other, tmp_path):
+    """A base that its config.json keeps whole, or with too few blocks, is read by PEFT as it is."""
+    model = small_model("rwkv", rescale_every=every)
+    keep_weights_in_evaluation(model)  # loading does so
+    config = LoRAConfig(rank=4, target_modules=["attention.output"])
+    inject_adapters(model, config)
+    for _, layer in adapters(model):
+        torch.nn.init.normal_(layer.lora_B.weight)
+    save_adapter(model, config, tmp_path)
+    theirs = PeftModel.from_pretrained(small_model("rwkv", rescale_every=every), str(tmp_path)).eval()
+
+    with torch.no_grad():
+        apart = (theirs(IDS, use_cache=False).logits - model.eval()(IDS, use_cache=False).logits).abs().max()
+    assert (apart > 1e-2) == is_other
+    assert (objection_of_peft(tmp_path, model) is not None) == is_other

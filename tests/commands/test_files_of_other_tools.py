@@ -143,3 +143,10 @@ def test_groups_of_ones_own_are_no_other_tool_s(tmp_path, monkeypatch):
     (tmp_path / "conf" / "experiment" / "foo.yaml").write_text("# @package _global_\nseed: 7\n")
     (tmp_path / "my.yaml").write_text("conf_dir: conf\nexperiment: foo\nlimit: 3\n")
     assert "experiment=foo" in everyday("train", ["my.yaml"])
+
+
+def test_keys_of_hydra_are_no_other_tool_s(tmp_path, monkeypatch):
+    """A sweep's file may say where its trials go, and by which launcher."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("hydra/launcher: basic\nhydra:\n  job: {name: a}\n  sweep: {dir: trials}\n")
+    assert everyday("train", ["my.yaml"]) == ["hydra/launcher=basic", "hydra.job.name=a", "hydra.sweep.dir=trials"]

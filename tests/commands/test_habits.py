@@ -128,6 +128,9 @@ SLIPS = [
     (["model=7"], "model=7: no such option; "),
     (["rank=[4,8]"], "rank=[4,8]: takes one option; add -m and write rank=4,8 for a sweep"),
     (["cluster=local"], "cluster=local: train runs here; submit takes the same words"),
+    (["model=https://huggingface.co/gpt2"], "model=https://huggingface.co/gpt2: give its name on the hub, as in model=hf model.path=gpt2"),
+    (["model=hf.co/org/name?x=1"], "model=hf.co/org/name?x=1: give its name on the hub, as in model=org/name"),
+    (["model=https://a.com/b/c.gguf"], "model=https://a.com/b/c.gguf: is no address of the hub; fetch it"),
     (["model=https://huggingface.co/org/name"], "model=https://huggingface.co/org/name: give its name on the hub, as in model=org/name"),
 ]  # fmt: skip
 """Words as typed -> the line that answers them, without composing anything."""
@@ -143,7 +146,7 @@ VALUES = {
     "conf_dir=nope": "conf_dir=nope: no such folder",
     "seed": "^seed: not of the form key=value; give it a value, as in seed=VALUE$",
     "sweep.search=random": "sweep.search: no such option; it is of a sweep, which -m begins",
-    "early_stopping.patience=5": "early_stopping.patience=5: nothing is watched; give early_stopping.metric",
+    "early_stopping.patience=5": "^early_stopping.patience=5: nothing is watched; give early_stopping.metric",
     "guard=off": "guard=off: .*must be keys with values inside", "qlora.rank=8": "qlora.rank: .*did you mean rank",
     "model.name=org/name": "model.name=org/name: must be one of .*; use model=org/name",
     "model=rows.jsonl": "model=rows.jsonl: no such option; rows are data=rows.jsonl",
@@ -162,6 +165,7 @@ MEANT = {
     "+method=dora": ["method=dora"], "target_modules=all": ["target_modules=all_linear"],
     "data=~/rows.csv": ["data=jsonl", f"data.train_path={Path.home()}/rows.csv"],
     "adapter.layers=[0,3]": ["adapter.layers='0,3'"], "run_dir=~/runs/a": [f"run_dir={Path.home()}/runs/a"], "logger=[csv,wandb]": ["logger=[csv,wandb]"],
+    "model=./merged/": ["model=hf", "model.path=./merged/"], "model=../a@b": ["model=hf", "model.path=../a@b"],
     "data.system_prompt=": ["data.system_prompt="], "run_dir=a – b": ["run_dir=a – b"],
 }  # fmt: skip
 
@@ -190,6 +194,10 @@ def test_key_of_another_tool_is_answered_with_ours(own, theirs):
 def test_key_of_another_tool_s_file_is_known(key):
     """Nearness of letters, which would answer `shuffle` with `data.shuffle_window`, does not decide."""
     assert (ours(key) is None) != (what_instead(key) is None)
+
+
+def test_key_of_another_command_is_not_proposed_in_its_own_place():
+    assert "did you mean early_stopping.patience" not in nearest("early_stopping.patience", "generate")
 
 
 @pytest.mark.parametrize("key", NO_COUNTERPART)
@@ -240,7 +248,8 @@ def test_name_of_rows_that_is_nearly_there_is_proposed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["use \\n here", "a\\\\b", "it's", "\\'", "end\\", "\\\\'\\\\", "C:\\new rows", 'say "hi"']
+    "text",
+    ["use \\n here", "a\\\\b", "it's", "\\'", "end\\", "\\\\'\\\\", "C:\\new rows", 'say "hi"', "end\\\nof line\\\n"],
 )
 def test_text_of_a_file_is_what_stands_in_it(tmp_path, text):
     """A backslash stood twice in prompts and paths of a file."""
@@ -250,6 +259,13 @@ def test_text_of_a_file_is_what_stands_in_it(tmp_path, text):
     )
     config = compose_config("train", everyday("train", [str(path)]))
     assert (config.data.system_prompt, config.data.train_path, config.run_dir) == (text, text, text)
+
+
+def test_early_stopping_of_a_file_is_switched_off(tmp_path):
+    """A rule that watches nothing is refused where no word says so."""
+    (tmp_path / "my.yaml").write_text("early_stopping: {metric: loss, patience: 5}\nvalidation.every_n_steps: 2\n")
+    words = everyday("train", [str(tmp_path / "my.yaml"), "early_stopping.metric=null"])
+    assert compose_config("train", words).early_stopping.metric is None
 
 
 def test_file_may_merge_an_anchor(tmp_path):

@@ -29,6 +29,16 @@ class TurnsReadOnly(Callback):
             CHANGED.enter_context(read_only(self.folder))
 
 
+class TakesTheName(Callback):
+    """Has a folder stand where the result is to be written."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (self.folder / "result.json" / "in the way").mkdir(parents=True)
+
+
 def steps_of(run: Path) -> list[str]:
     with (run / "metrics.csv").open() as file:
         return [row["step"] for row in csv.DictReader(file) if row["loss"]]
@@ -56,3 +66,14 @@ def test_disk_that_turns_read_only_ends_the_run_in_one_line(step, file, tmp_path
     assert not (run / LOCK).exists() and steps_of(run) == steps_of(whole) == [str(n + 1) for n in range(6)]
     weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, whole)]
     assert all((weights[0][name] == tensor).all() for name, tensor in weights[1].items())
+
+
+def test_run_begun_while_an_error_is_handled_says_its_own(tmp_path, capsys):
+    """A program that tries again after an error has that error in hand, and it is not one of this run."""
+    words = [f"callbacks.takes._target_={__name__}.TakesTheName", f"callbacks.takes.folder={tmp_path / 'run'}"]
+    try:
+        raise MemoryError("of the run before")
+    except MemoryError:
+        code = main([*WORDS, f"run_dir={tmp_path / 'run'}", *words])
+    assert code == 2
+    assert "result.json" in capsys.readouterr().err.splitlines()[-1]
