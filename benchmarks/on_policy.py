@@ -52,6 +52,8 @@ class Plan:
     sft_weight: float = 1.0
     """`objective.sft_weight` of the DPO run, as in the paper that it is of."""
     scored_rows: int = 200
+    scored_seed: int = 0
+    """`data.split_seed` of the scored rows: a setting that was chosen by its scores is scored on other rows."""
 
 
 def lightning_peft(log: Path, *words: str) -> None:
@@ -133,8 +135,8 @@ def words_of_control(plan: Plan, seed: int, folder: Path) -> dict[str, list[str]
 
 def scored(plan: Plan, run: Path, output: Path) -> list[str]:
     """Return the words that score a run on rows of schemas that no training row is about."""
-    return ["evaluate", f"adapter_path={run}", "data=text_to_sql", f"max_rows={plan.scored_rows}", "models=adapter",
-            "samples=0", f"output={output}"]  # fmt: skip
+    return ["evaluate", f"adapter_path={run}", "data=text_to_sql", f"data.split_seed={plan.scored_seed}",
+            f"max_rows={plan.scored_rows}", "models=adapter", "samples=0", f"output={output}"]  # fmt: skip
 
 
 def is_done(result: Path) -> bool:
