@@ -52,7 +52,7 @@ def test_sizes_are_the_published_ones_and_adapters_fit_them(name):
     assert 0 < expected == sum(p.numel() for p in few.parameters() if p.requires_grad)
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_layers_of_published_widths_learn(name, tmp_path):
     config = first_layers(name, layers=2, words=320, experts=4)
