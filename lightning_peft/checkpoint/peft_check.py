@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_peft.adapters.inject import adapters
+from lightning_peft.adapters.layer_names import block_depth
 from lightning_peft.adapters.lora import LoRAExperts
-from lightning_peft.adapters.targets import block_depth
 from lightning_peft.models.forwards import rescale_every
 from lightning_peft.models.reward_head import reward_head
 from lightning_peft.models.weight_streaming import parameters_on_meta

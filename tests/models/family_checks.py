@@ -32,7 +32,7 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.attention import supports_packing
-from lightning_peft.models.families import NOT_APPLICABLE
+from lightning_peft.models.families import NOT_APPLICABLE, OK, families
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.tiny import tiny_tokenizer
@@ -128,6 +128,17 @@ class Family:
             f"data.validation_path={self.folder}/rows.jsonl", "data.max_length=56", "data.cache_dir=null", "rank=r4",
             "trainer.accelerator=cpu", "trainer.precision=32-true", "schedule=constant",
         ]  # fmt: skip
+
+
+Check = Callable[[Family], str | None]
+"""A check returns what is to be said of a family; None where all is right."""
+
+
+def compare(family: Family, check: str, run: Check) -> None:
+    """Run a check and compare what it found to the record's cell."""
+    cell, expected = run(family) or OK, families()[family.name].cells[check]
+    # The text behind a colon may be another package's words, which change with its version.
+    assert cell.partition(": ")[0] == expected.partition(": ")[0]
 
 
 def close(logits: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -386,11 +397,11 @@ OTHER_IN_PEFT = {
 """Families whose dense and shared experts PEFT 0.21 takes for stacked ones (huggingface/peft issue 3711), Jamba,
 whose dt_proj it adapts in vain, and RWKV, which divides weights for evaluation and no adapter of PEFT's."""
 
-QUICK: dict[str, Callable[[Family], str | None]] = {
+QUICK: dict[str, Check] = {
     "load": check_load, "loss": check_loss, "pack": check_pack, "adapt": check_adapt, "train": check_train,
     "nf4": check_nf4, "experts": check_experts, "generate": check_generate, "merge": check_merge, "peft": check_peft,
     "from_peft": check_from_peft, "gguf": check_gguf, "gguf_lora": check_gguf_lora,
 }  # fmt: skip
 """Checks of a second or less."""
-BY_COMMANDS: dict[str, Callable[[Family], str | None]] = {"resume": check_resume, "evaluate": check_evaluate}
+BY_COMMANDS: dict[str, Check] = {"resume": check_resume, "evaluate": check_evaluate}
 """Checks that run commands, in this order."""

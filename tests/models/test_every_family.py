@@ -12,18 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from families import EVERY
-from family_checks import BY_COMMANDS, QUICK, Family, refused
+from family_checks import BY_COMMANDS, QUICK, Check, Family, compare, refused
 from rank_runs import adapter, train_on_ranks
 
 from lightning_peft.models.blocks import check_blocks_can_be_sharded
-from lightning_peft.models.families import CHECKS, OK, RECORD, families
+from lightning_peft.models.families import CHECKS, OK, RECORD
 from lightning_peft.models.loading import empty_model
 
 pytestmark = pytest.mark.slow
 TOGETHER = 8
 """Families whose ranks are started once, which takes longer than to train them."""
 GROUPS = [EVERY[start : start + TOGETHER] for start in range(0, len(EVERY), TOGETHER)]
-Check = Callable[[Family], str | None]
 Found = Callable[[Family, str, Check], None]
 
 
@@ -51,21 +50,9 @@ def record(family: Family, check: str, run: Check) -> None:
     write_cell(family.name, check, cell)
 
 
-def compare(family: Family, check: str, run: Check) -> None:
-    """Run a check and compare what it found to the record's cell."""
-    cell, expected = run(family) or OK, families()[family.name].cells[check]
-    # The text behind a colon may be another package's words, which change with its version.
-    assert cell.partition(": ")[0] == expected.partition(": ")[0]
-
-
 @pytest.fixture(scope="session")
 def found(request: pytest.FixtureRequest) -> Found:
     return record if request.config.getoption("--record") else compare
-
-
-@pytest.fixture(scope="module")
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return Family(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.filterwarnings("ignore")
