@@ -9,7 +9,7 @@ run.metrics["validation_loss"], run.generate("How many singers are there?"), run
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -21,13 +21,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.checkpoint.merged import Receipt
 from lightning_peft.command_line import ignore_library_noise
-from lightning_peft.commands.adapted import layout_of, load_for_inference
+from lightning_peft.commands.adapted import continues_text, layout_of, load_for_inference
+from lightning_peft.commands.generate import Prompt, prompt_of_row, text_prompt
 from lightning_peft.commands.merge import merge
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
+from lightning_peft.data.conversation import Row
+from lightning_peft.data.prompt_rows import prompts_of
 from lightning_peft.inference.generate import generate_batch
 from lightning_peft.inference.load import tuned_folder
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.own_file import words_of_keys
 from lightning_peft.rows_in_memory import lines_of
 from lightning_peft.runs.folder import folder_of, is_used, starting_config
 from lightning_peft.strict_json import read_object
@@ -35,6 +39,7 @@ from lightning_peft.tracking.metrics_csv import MetricsCSV
 from lightning_peft.words import everyday
 
 Rows = Iterable[Mapping[str, Any]]
+OnePrompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class Run:
@@ -68,21 +73,23 @@ class Run:
         """Return the adapted model, in the precision it was trained in, and its tokenizer."""
         return load_for_inference(str(self.folder), None, "auto")
 
-    def generate(self, prompt: str | list[str], **sampling: Any) -> Any:
+    def generate(self, prompt: OnePrompt | Sequence[OnePrompt], **sampling: Any) -> Any:
         """Answer a prompt, or several in a batch, as they were laid out in training.
 
-        `sampling` are fields of `SamplingConfig`, such as max_new_tokens and temperature. Return a string for a string
-        and a list for a list. Raises ValueError for a prompt that is no text, such as a message with its role.
+        A prompt is a text, a conversation to go on with (a list of `{"role": ..., "content": ...}`), or a row as
+        `lightning-peft generate prompt_path=` reads them, such as `{"messages": [...], "tools": [...]}`. `sampling` are
+        fields of `SamplingConfig`, such as max_new_tokens and temperature. Return a string for one prompt and a list
+        for a list of them. Raises ValueError for a prompt of another kind, or one that ends in an answer.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if wrong := [text for text in prompts if not isinstance(text, str)]:
-            raise ValueError(f"prompt: {wrong[0]!r} is a {type(wrong[0]).__name__}; give a text, or a list of texts")
+        is_one = isinstance(prompt, str | Mapping) or _is_conversation(prompt)
+        is_raw = continues_text(str(self.folder))
+        prompts = [_prompt(each, place, is_raw) for place, each in enumerate([prompt] if is_one else prompt)]
         model, tokenizer = self.loaded
         layout = layout_of(str(self.folder), tokenizer)
-        ids = [layout.prompt(layout.conversation(text), tokenizer) for text in prompts]
+        ids = prompts_of([each.conversation(layout) for each in prompts], layout, tokenizer)
         with torch.no_grad():
             answers = generate_batch(model, tokenizer, ids, SamplingConfig(**sampling))
-        return answers[0] if isinstance(prompt, str) else answers
+        return answers[0] if is_one else answers
 
     def merge(self, output: str | Path, *words: str) -> Receipt:
         """Write base and adapter as one plain model; `words` are those of `lightning-peft merge`."""
@@ -93,15 +100,17 @@ class Run:
         return f"Run({str(self.folder)!r})"
 
 
-def finetune(rows: Rows | str | Path, *words: str, validation_rows: Rows | None = None) -> Run:
+def finetune(rows: Rows | str | Path, *words: str, validation_rows: Rows | None = None, **options: Any) -> Run:
     """Fine-tune on rows and return the finished run.
 
     `rows` are dictionaries (a list, a `datasets.Dataset`, a table of pandas) or the path of a file; `words` are those
-    of `lightning-peft train`, such as "method=qlora", "model=org/name", "rank=16", "run_dir=runs/mine". Rows given in
-    memory are kept in the run's folder as JSON lines. Raises ValueError, before a model is loaded, for wrong words or
-    rows.
+    of `lightning-peft train`, such as "method=qlora", "model=org/name", "rank=16", "run_dir=runs/mine". `options` say
+    the same as keys of a YAML file do, as method="qlora", rank=16, data={"max_length": 1024}; words win over them. Rows
+    given in memory are kept in the run's folder as JSON lines. Raises ValueError, before a model is loaded, for wrong
+    words or rows.
     """
     _each_a_word(words)
+    words = (*words_of_keys(options, "options"), *words)
     given = [f"data={rows}"] if isinstance(rows, str | Path) else ["data=jsonl", "data.train_path=rows"]
     config = starting_config(everyday("train", [*words, *given]))
     if not isinstance(rows, str | Path):
@@ -154,6 +163,26 @@ def _written(rows: Any, name: str, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def _is_conversation(prompt: Any) -> bool:
+    """Return whether this is a list of turns, each of which says whose it is."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(map(_is_turn, prompt))
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+
+
+def _prompt(given: Any, place: int, is_raw: bool) -> Prompt:
+    """Return a text, a conversation or a row as a prompt. Raises ValueError for anything else."""
+    if isinstance(given, str):
+        return text_prompt(given)
+    row = {"messages": list(given)} if _is_conversation(given) else given
+    if not isinstance(row, Mapping):
+        right = "give a text, a list of turns with role and content, or a list of such prompts"
+        raise ValueError(f"prompt[{place}]={given!r}: is a {type(given).__name__}; {right}")
+    return prompt_of_row(Row(dict(row), f"prompt[{place}]"), is_raw)
 
 
 def _each_a_word(words: tuple[Any, ...]) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,15 @@ def words_of_text(text: str, path: Path) -> list[str]:
     if content.keys() >= {"adapter", "optimizer", "run_dir"} and "_target_" in (content.get("trainer") or ()):
         raise ValueError(f"{path}: is the whole config of a run; config_path={path} starts from it")
     groups = _groups_of_recipe(content.pop("defaults", []), path)
-    words = list(flat_words(groups | content, "", path))
+    return words_of_keys(groups | content, path)
+
+
+def words_of_keys(content: dict[str, Any], name: Path | str) -> list[str]:
+    """Return the words of nested groups and keys, outer groups first; `name` is what they are called in errors."""
+    words = list(flat_words(content, "", name))
     counts = Counter(word.partition("=")[0] for word in words)
     if twice := next((key for key, count in counts.items() if count > 1), None):
-        raise ValueError(f"{path}: has {twice} twice, as {twice}: and inside {twice.partition('.')[0]}:")
+        raise ValueError(f"{name}: has {twice} twice, as {twice}: and inside {twice.partition('.')[0]}:")
     return [word for word in words if "." not in word.partition("=")[0]] + [
         word for word in words if "." in word.partition("=")[0]
     ]
@@ -143,7 +149,7 @@ def _groups_of_recipe(defaults: Any, path: Path) -> dict[str, Any]:
     return groups
 
 
-def flat_words(content: dict[Any, Any], prefix: str, path: Path) -> Iterator[str]:
+def flat_words(content: dict[Any, Any], prefix: str, path: Path | str) -> Iterator[str]:
     """Yield nested keys and values as words of the command line."""
     for key, value in content.items():
         if not isinstance(key, str):
@@ -161,12 +167,14 @@ def flat_words(content: dict[Any, Any], prefix: str, path: Path) -> Iterator[str
 
 
 def typed_value(value: Any) -> str:
-    """Return a YAML value in Hydra's grammar."""
+    """Return a value of YAML, or of Python, in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, PathLike):
+        value = str(value)
+    if isinstance(value, list | tuple):
         return "[" + ",".join(typed_value(part) for part in value) + "]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{typed_value(part)}" for key, part in value.items()) + "}"

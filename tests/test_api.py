@@ -102,10 +102,52 @@ def test_values_of_tables_are_the_nearest_that_json_has():
     assert lines_of([row], "rows") == ['{"n": 3, "ids": [0, 1, 2], "deep": [{"x": 0.5}], "text": "é"}']
 
 
-@pytest.mark.parametrize("prompt", [[{"role": "user", "content": "Hi"}], [["Hi"]]])
-def test_a_prompt_that_is_no_text_is_named(run, prompt):
-    with pytest.raises(ValueError, match="prompt: .* give a text, or a list of texts"):
+def test_a_conversation_is_gone_on_with(run):
+    turns = [{"role": "user", "content": "Hi"}]
+    answer = run.generate("Hi", max_new_tokens=4)
+    assert run.generate(turns, max_new_tokens=4) == run.generate({"messages": turns}, max_new_tokens=4) == answer
+    longer = [*turns, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    both = run.generate([turns, longer, "Hi"], max_new_tokens=4)
+    assert both == [answer, run.generate(longer, max_new_tokens=4), answer]
+    assert run.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([["Hi"]], r"prompt\[0\]=\['Hi'\]: is a list; give a text, a list of turns with role and content"),
+        (["Hi", 5], r"prompt\[1\]=5: is a int; give a text"),
+        ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "end in an answer"),
+        ({"question": "Hi"}, r"prompt\[0\]: expected text under prompt, or turns under messages"),
+    ],
+)
+def test_a_prompt_of_another_kind_is_named(run, prompt, message):
+    with pytest.raises(ValueError, match=message):
         run.generate(prompt)
+
+
+def test_options_of_python_say_what_words_say(run, tmp_path):
+    options = {
+        "model": "tiny", "trainer": {"max_steps": 2, "precision": "32-true"}, "data": {"validation_fraction": 0.2},
+        "method": "lora", "rank": 8, "run_dir": tmp_path / "run's",
+    }  # fmt: skip
+    again = finetune(ROWS, "rank=4", **options)
+    assert again.folder == tmp_path / "run's"
+    assert again.metrics["train_loss"] == run.metrics["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 1e-4}, "lr: no such option; use optimizer.lr"),
+        ({"data": {"max_lenght": 8}}, "data.max_lenght: no such option; .*data.max_length"),
+        ({"adapter": {"rank": "four"}}, "adapter.rank.*must be a whole number"),
+        ({"adapter.rank": 4, "adapter": {"rank": 4}}, "options: has adapter.rank twice"),
+    ],
+)
+def test_wrong_options_of_python_are_answered_as_words_are(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        finetune(ROWS, *WORDS, f"run_dir={tmp_path}/run", **options)
 
 
 @pytest.mark.parametrize(
