@@ -16,12 +16,15 @@ def _is_right_sql(row: TaskRow, answer: str) -> bool:
 
 
 def score_text_to_sql(rows: list[TaskRow], answers: list[str]) -> dict[str, float]:
-    """Return `execution_accuracy`, and `execution_accuracy/LEVEL` for each level among the rows."""
+    """Return `execution_accuracy`, and `execution_accuracy/LEVEL` for each level among the rows, the easiest first."""
     by_level: dict[str, list[bool]] = defaultdict(list)
     for row, answer in zip(rows, answers, strict=True):
         by_level[row["level"]].append(_is_right_sql(row, answer))
-    levels = {f"execution_accuracy/{level}": share(hits) for level, hits in by_level.items()}
-    return {"execution_accuracy": share([hit for hits in by_level.values() for hit in hits]), **levels}
+    everything = share([hit for hits in by_level.values() for hit in hits])
+    levels = [level for level in dict.fromkeys([*LEVEL_SHARES, *by_level]) if level in by_level]
+    return {"execution_accuracy": everything} | {
+        f"execution_accuracy/{level}": share(by_level[level]) for level in levels
+    }
 
 
 TASK = Task(
