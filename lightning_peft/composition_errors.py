@@ -21,6 +21,7 @@ from lightning_peft.other_tools import BY_THEIRS, LISTS, ours, what_instead
 from lightning_peft.readable import first_line
 from lightning_peft.schemas import CONF_DIR, ROOTS, register_schemas
 from lightning_peft.words import no_such_option, options_of_group, roots_of
+from lightning_peft.written_numbers import number_meant, with_commas
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def explain(error: Exception, command: str) -> str:
         if (known := ours(name) or name).partition("=")[0] in roots_of(command) and name == error.override:
             value = "" if "=" in known else "=VALUE"
             return f"{name}: not of the form key=value; give it a value, as in {known}{value}"
-        return f"{error.override.lstrip('+')}: not of the form key=value (quote text with special characters)"
+        return f"{error.override.lstrip('+')}: {unreadable(error.override.partition('=')[2])}"
     if several := re.search(r"Sweep parameters '(.*)' requires --multirun", text):
         return f"{several.group(1)}: several values; add -m for a sweep"
     if isinstance(error, ConfigCompositionException):
@@ -65,19 +66,21 @@ def explain(error: Exception, command: str) -> str:
             if (known := ours(key)) is not None and known != key and "=" not in known:
                 right = f"{known}=[{values}]" if known in LISTS else f"-m for a sweep, with {known}={values}"
                 return f"{key}: no such option; use {right}"
-            return f"{ambiguous.group(1).lstrip('+')}: several values; add -m for a sweep, or write a list as key=[a,b]"
+            one = f"; one number is {key}={number}" if (number := with_commas(values)) else ""
+            said = f"several values; add -m for a sweep, or write a list as key=[a,b]{one}"
+            return f"{ambiguous.group(1).lstrip('+')}: {said}"
     if isinstance(error, MissingMandatoryValue) and (key := getattr(error, "full_key", None)):
         meanings = {option.key: option.doc for option in options_of(ROOTS.get(command, TrainConfig))}
         return f"{key}=...: has to be given" + (f"; {meanings[key]}" if key in meanings else "")
     if missing := re.search(r"Error resolving interpolation '([^']+)'", text):
         return f"{missing.group(1)}: refers to nothing that is there; ${{oc.env:NAME}} is a variable of the environment"
-    key = getattr(error, "full_key", None)
-    return f"{key}: {plainly(first_line(error))}" if key else plainly(first_line(error))
+    key, message = getattr(error, "full_key", None), first_line(error)
+    if key and (found := NO_NUMBER.search(message)):
+        key = f"{key}={found['value']}"
+    return f"{key}: {plainly(message)}" if key else plainly(message)
 
 
 IN_PLAIN_WORDS = {
-    r"could not be converted to Integer": "must be a whole number",
-    r"could not be converted to Float": "must be a number, as in 2e-4",
     r"is not a ListConfig, list or tuple": "must be a list, in brackets, as [a,b]",
     r"is not a valid bool": "must be true or false",
     r"field '.*' is not Optional": "null is no value of it; leave it out for the default",
@@ -89,8 +92,26 @@ IN_PLAIN_WORDS = {
 """Words of OmegaConf -> the remedy."""
 
 
+NO_NUMBER = re.compile(r"Value '(?P<value>.*?)' of type .*could not be converted to (?P<kind>Integer|Float)")
+"""OmegaConf's words for a value of a key that takes a number."""
+
+
+def unreadable(value: str) -> str:
+    """Say what is wrong with a value that Hydra's grammar does not take."""
+    if (number := number_meant(value)) is not None:
+        return f"must be a number; write {number}"
+    if re.fullmatch(r"[({[][\w./-]+(\s*[,;]\s*[\w./-]+)*[)}\]]", value):
+        return f"a list is written in brackets, as [{','.join(re.split(r'[,;]', value[1:-1]))}]"
+    return "not of the form key=value (quote text with special characters)"
+
+
 def plainly(message: str) -> str:
-    """Return OmegaConf's message with the remedy behind it."""
+    """Return OmegaConf's message with the remedy behind it, or in its place."""
+    if found := NO_NUMBER.search(message):
+        is_whole = found["kind"] == "Integer"
+        number = number_meant(found["value"], is_whole=is_whole)
+        right = "must be a whole number" if is_whole else "must be a number, as in 2e-4"
+        return right if number is None else f"{right.partition(',')[0]}; write {number}"
     right = next((words for pattern, words in IN_PLAIN_WORDS.items() if re.search(pattern, message)), None)
     return message if right is None else f"{message}; {right}"
 

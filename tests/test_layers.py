@@ -21,6 +21,7 @@ LAYERS = [
         "ctrl_c",
         "free_options",
         "interpolation",
+        "written_numbers",
     ],
     ["kernels", "progress", "tasks", "rows_in_memory"],
     ["distributed", "quantization", "data"],

@@ -11,6 +11,7 @@ from lightning_peft import distributed
 from lightning_peft.other_tools import ours
 from lightning_peft.runs.machine import Machine
 from lightning_peft.training.config import StrategyKind
+from lightning_peft.written_numbers import number_meant
 
 OWNED = {
     "strategy": "strategy=single, ddp or fsdp",
@@ -46,8 +47,9 @@ def check_trainer_options(options: dict[str, Any]) -> None:
     for key in ("max_steps", "max_epochs", *AT_LEAST_ONE):
         value = options.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            quotes = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
-            raise ValueError(f"trainer.{key}={value}: must be a whole number{quotes}")
+            number = number_meant(str(value), is_whole=True)
+            right = f"; write {number}, without quotes" if number is not None else ""
+            raise ValueError(f"trainer.{key}={value}: must be a whole number{right}")
     for key in ("max_steps", "max_epochs"):
         value = options.get(key)
         if value not in (None, -1) and value < 1:
