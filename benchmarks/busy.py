@@ -4,10 +4,10 @@
     python benchmarks/busy.py --part quiet
 
 beside: one `train` whose steps have 0, 1 and 2 busy processes beside them in turn, so that each ratio compares
-neighbours in time. quiet: `train` as it is, and one whose threads spin as OpenMP's do by default, run by run in turn
-with nothing beside them: two that took their steps in turn would be each other's neighbours. Writes
-benchmarks/results/busy.json; exit status 1 where a ratio of medians is above its bar: MOST of quiet, MOST_OF_SPINNING
-of a quiet step that spins.
+neighbours in time. quiet: `train` as it is and one whose threads spin as OpenMP's do by default, a few steps of each
+in turn with a pause between, for two that took single steps in turn would be each other's neighbours. Writes
+benchmarks/results/busy.json; exit status 1 where a median is above its bar: MOST of quiet, MOST_OF_SPINNING of a quiet
+step that spins.
 """
 
 import argparse
@@ -19,16 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from benchmarks.ours import train_command
 from benchmarks.results import FOLDER, Results
 from benchmarks.shapes import SHAPES, write_shape
-from benchmarks.turns import END_OF_OUTPUT, ROOT, WARM_UP_STEPS
+from benchmarks.turns import END_OF_OUTPUT, ROOT, WARM_UP_STEPS, run_in_turns
 from benchmarks.workloads import Workload
+from lightning_peft.neighbours import EVERY
 from lightning_peft.threads import WAITING
 
 COUNTS = (0, 1, 2)
@@ -36,8 +38,10 @@ COUNTS = (0, 1, 2)
 MOST = {1: 2.2, 2: 3.3}
 """Bar of a step's time over that of a quiet one, on two cores."""
 MOST_OF_SPINNING = 1.02
-SPINNING = {"GOMP_SPINCOUNT": "300000"}
+SPINNING = ("GOMP_SPINCOUNT=300000",)
 """libgomp's own count where nobody gives one."""
+IN_A_ROW = 4
+"""Steps of a turn in the quiet part."""
 BUSY = "import ctypes, os\nctypes.CDLL(None).prctl(1, 9)\nwhile os.getppid() == {parent}: sum(range(100000))"
 """A process that ends with the one that started it, by a signal (PR_SET_PDEATHSIG) where it is stopped."""
 
@@ -91,9 +95,7 @@ def words_of(options: argparse.Namespace, steps: int, folder: Path) -> list[str]
     return [*model, "method=lora", *workload.write_rows(folder, steps), "schedule=constant"]
 
 
-def step_seconds(
-    options: argparse.Namespace, counts: Sequence[int], environment: Mapping[str, str]
-) -> dict[int, list[float]]:
+def step_seconds(options: argparse.Namespace, counts: Sequence[int]) -> dict[int, list[float]]:
     """Train; return the seconds of the steps after the warm-up by the number of busy processes beside them."""
     steps = (WARM_UP_STEPS + options.steps) * len(counts)
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,7 +107,7 @@ def step_seconds(
         ]  # fmt: skip
         paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         with (folder / "log").open("w") as log:
-            training = subprocess.Popen(command, env={**os.environ, **paths, **environment}, stdout=log, stderr=log)
+            training = subprocess.Popen(command, env={**os.environ, **paths}, stdout=log, stderr=log)
             if training.wait():
                 raise RuntimeError(f"train ended early:\n{(folder / 'log').read_text()[-END_OF_OUTPUT:]}")
         return {int(count): found[WARM_UP_STEPS:] for count, found in json.loads(output.read_text()).items()}
@@ -113,20 +115,35 @@ def step_seconds(
 
 def measure_beside(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the seconds of every step by the number of busy processes, and the ratios of their medians to quiet."""
-    seconds = step_seconds(options, COUNTS, {})
+    seconds = step_seconds(options, COUNTS)
     medians = {count: statistics.median(found) for count, found in seconds.items()}
     ratios = {f"{count}_to_quiet": medians[count] / medians[0] for count in COUNTS[1:]}
     return {"seconds": {str(count): found for count, found in seconds.items()}, **ratios}
 
 
 def measure_quiet(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the median seconds of quiet steps by run, as is and with threads that spin, and neighbours' ratio."""
-    medians: dict[str, list[float]] = {"as_it_is": [], "spinning": []}
-    for _ in range(options.runs):
-        for name, environment in (("as_it_is", {}), ("spinning", SPINNING)):
-            medians[name].append(statistics.median(step_seconds(options, (0,), environment)[0]))
-    ratios = [one / other for one, other in zip(*medians.values(), strict=True)]
-    return {"seconds": medians, "to_spinning": statistics.median(ratios)}
+    """Measure the seconds of quiet steps, as is and with threads that spin, and the median ratio of neighbours.
+
+    The two take a few steps at a turn. The pause before it is so long that neither is the other's busy neighbour.
+    """
+    steps = WARM_UP_STEPS + options.turns * IN_A_ROW
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        words = words_of(options, steps, folder)
+        commands = {
+            "as_it_is": train_command(words, steps, folder / "run"),
+            "spinning": ["env", *SPINNING, *train_command(words, steps, folder / "spinning")],
+        }
+        sides = run_in_turns(commands, steps, folder, 3600, in_a_row=IN_A_ROW, pause=3 * EVERY)
+    seconds = {name: side["seconds"][WARM_UP_STEPS:] for name, side in sides.items()}
+    ratios = [one / other for one, other in zip(*map(by_turn, seconds.values()), strict=True)]
+    return {"seconds": seconds, "to_spinning": statistics.median(ratios)}
+
+
+def by_turn(seconds: Sequence[float]) -> list[float]:
+    """Return the mean seconds of a step for each turn."""
+    turns = range(0, len(seconds), IN_A_ROW)
+    return [statistics.fmean(seconds[place : place + IN_A_ROW]) for place in turns]
 
 
 PARTS = {"beside": measure_beside, "quiet": measure_quiet}
@@ -150,10 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=15, help="that are timed, of each kind")
-    parser.add_argument("--runs", type=int, default=3, help="of each kind in the quiet part")
+    parser.add_argument("--turns", type=int, default=30, help=f"of {IN_A_ROW} steps each, in the quiet part")
     parser.add_argument("--output", type=Path, default=FOLDER / "busy.json")
     options = parser.parse_args(arguments)
-    settings = {key: getattr(options, key) for key in ("shape", "rows", "tokens", "steps", "runs")}
+    settings = {key: getattr(options, key) for key in ("shape", "rows", "tokens", "steps", "turns")}
     for name in (*WAITING, "OMP_NUM_THREADS"):  # `train`'s own decisions are measured
         os.environ.pop(name, None)
     results = Results(options.output, settings)

@@ -125,6 +125,17 @@ def serve_table() -> str:
     return markdown(["serving", "measured"], rows)
 
 
+def busy_table() -> str:
+    found = read("busy")
+    figures = [
+        ("a step beside one busy process, to a quiet one", "beside", "1_to_quiet"),
+        ("a step beside two", "beside", "2_to_quiet"),
+        ("a quiet step, to one whose threads spin as OpenMP's do by default", "quiet", "to_spinning"),
+    ]
+    rows = [[what, f"{found[part][key]:.2f}x"] for what, part, key in figures if part in found]
+    return markdown(["time", "measured"], rows)
+
+
 def preference_table() -> str:
     rows = []
     for name, row in read("preference").items():
@@ -206,6 +217,7 @@ def mean_wins(wins: dict[str, dict[str, float]]) -> list[tuple[str, float]]:
 TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations_table,
     "attention": attention_table,
+    "busy": busy_table,
     "compare": compare_table,
     "floor": floor_table,
     "generate": generate_table,

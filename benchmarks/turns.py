@@ -128,9 +128,17 @@ class Side:
 
 
 def run_in_turns(
-    commands: Mapping[str, Sequence[str]], steps: int, folder: Path, timeout: float = 1800
+    commands: Mapping[str, Sequence[str]],
+    steps: int,
+    folder: Path,
+    timeout: float = 1800,
+    *,
+    in_a_row: int = 1,
+    pause: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
-    """Start each command, one after the other, and let them take `steps` steps in turn.
+    """Start each command, one after the other, and let them take `steps` steps in turn, so many in a row.
+
+    Before each turn all of them wait for `pause` seconds.
 
     The result has by name: start_seconds, first_step_seconds (start included), seconds, cpu_seconds (the processor's
     own, of all threads), losses and tokens of every step, and the process's own summary. Raises RuntimeError, with the
@@ -140,9 +148,11 @@ def run_in_turns(
     try:
         for name, command in commands.items():
             sides.append(Side(name, command, folder / f"{name}.log", timeout))
-        for _ in range(steps):
+        for begun in range(0, steps, in_a_row):
             for side in sides:
-                side.step()
+                time.sleep(pause)
+                for _ in range(min(in_a_row, steps - begun)):
+                    side.step()
         return {
             side.name: {
                 "start_seconds": side.start_seconds,

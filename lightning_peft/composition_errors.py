@@ -110,8 +110,8 @@ def plainly(message: str) -> str:
     if found := NO_NUMBER.search(message):
         is_whole = found["kind"] == "Integer"
         number = number_meant(found["value"], is_whole=is_whole)
-        right = "must be a whole number" if is_whole else "must be a number, as in 2e-4"
-        return right if number is None else f"{right.partition(',')[0]}; write {number}"
+        kind, example = ("a whole number", "") if is_whole else ("a number", ", as in 2e-4")
+        return f"must be {kind}" + (example if number is None else f"; write {number}")
     right = next((words for pattern, words in IN_PLAIN_WORDS.items() if re.search(pattern, message)), None)
     return message if right is None else f"{message}; {right}"
 
