@@ -22,7 +22,7 @@ import lightning_peft
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process, process, this_process
-from lightning_peft.cluster.slurm import Slurm
+from lightning_peft.cluster.slurm import BEGUN, Slurm
 from lightning_peft.commands.sweep import print_trials
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps import change_lock
@@ -78,21 +78,30 @@ def job(state: str) -> Job:
         (Trial("t", [], is_waiting=False, exit_code=0), job("COMPLETED"), False, "lost"),
         (Trial("t", [], is_waiting=False), job("OUT_OF_MEMORY"), False, "failed"),
         (Trial("t", [], is_waiting=False), job("CANCELLED"), False, "cancelled"),
-        (Trial("t", [], is_waiting=False, state="cancelled"), None, False, "cancelled"),
+        (Trial("t", [], is_waiting=False, job_state="CANCELLED"), None, False, "cancelled"),
+        (Trial("t", [], is_waiting=False), job("PREEMPTED"), False, "preempted"),
+        (Trial("t", [], is_waiting=False), job("NODE_FAIL"), False, "lost"),
+        (Trial("t", [], is_waiting=False, job_state="NODE_FAIL", exit_code=143), None, False, "lost"),
+        (Trial("t", [], is_waiting=False, job_state="TIMEOUT"), None, False, "failed"),
+        (Trial("t", [], is_waiting=False, result=PREEMPTED), job("NODE_FAIL"), False, "preempted"),
     ],
 )
 def test_state_follows_from_what_is_seen(trial, job, has_worker, state):
     assert state_of(trial, job, has_worker) == state
 
 
-def test_task_that_is_gone_without_a_log_was_cancelled_before_it_started(tmp_path):
+def test_task_that_is_gone_without_a_mark_was_cancelled_before_it_began(tmp_path, monkeypatch):
+    """No accounts are kept, and the logs may lie anywhere: the mark is the batch script's own."""
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho Slurm accounting storage is disabled >&2\nexit 1\n")
+    (tmp_path / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = {job_id: Job(job_id, state, 0, 0) for job_id, state in (("7_0", "RUNNING"), ("7_3", "PENDING"))}
     tasks = ["7_0", "7_1", "7_2", "7_3", "8_0"]  # nothing is known of array 8
-    (tmp_path / "slurm-7_0.log").touch()
-    (tmp_path / "slurm-7_2.log").touch()  # it started, and was forgotten
-    assert Slurm().dropped(tasks, found, tmp_path) == {"7_1": Job("7_1", "CANCELLED", 0, 0)}
-    (tmp_path / "slurm-7_0.log").unlink()  # logs are elsewhere, as cluster.sbatch=[--output=...] has it
-    assert Slurm().dropped(tasks, found, tmp_path) == {}
+    assert Slurm().recall(tasks, found, tmp_path) == {}, "its script leaves no marks"
+    (tmp_path / BEGUN).mkdir()
+    (tmp_path / BEGUN / "7_0").touch()
+    (tmp_path / BEGUN / "7_2").touch()  # it began, and was forgotten
+    assert Slurm().recall(tasks, found, tmp_path) == {"7_1": Job("7_1", "CANCELLED", 0, 0)}
 
 
 def test_process_that_ended_is_not_alive_even_before_it_is_waited_for():
