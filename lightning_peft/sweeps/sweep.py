@@ -302,7 +302,7 @@ def is_of_a_run(result: Mapping[str, Any]) -> bool:
     return (
         isinstance(result.get("status"), str)
         and all(number is None or type(number) in (int, float) for number in numbers)
-        and isinstance(result.get("metrics") or {}, dict)
+        and all(isinstance(result.get(name) or {}, dict) for name in ("metrics", "content"))
         and not (is_left_midway and result.get("steps") is None)
     )
 

@@ -51,6 +51,10 @@ def with_words(words: list[str]) -> Trial:
     return again
 
 
+def of_rows(rank: int, fingerprint: str) -> Trial:
+    return trial([f"adapter.rank={rank}"], 2.0 - rank / 10, content={"training rows": fingerprint, "base weights": "w"})
+
+
 ONE = trial(["adapter.rank=4"], 1.5)
 
 
@@ -96,6 +100,10 @@ ONE = trial(["adapter.rank=4"], 1.5)
             "intervals over 2 seeds are too narrow: they hold the true mean in half of all cases, not in 95 %",
         ),
         (
+            a_sweep(of_rows(4, "a"), of_rows(2, "a"), of_rows(8, "b")),
+            "training rows are not those of the other trials, as if edited between two starts: rank8",
+        ),
+        (
             a_sweep(trial(["seed=0"], math.nan), trial(["seed=1"], None)),
             "no trial has a finite validation_loss, 2 of 2 have finished",
         ),
@@ -110,6 +118,7 @@ def test_what_could_mislead_is_said(sweep, line):
     [
         a_sweep(trial(["trainer.max_steps=100"], 1.5), trial(["trainer.max_steps=200"], 1.4, steps=200)),
         a_sweep(with_words(["trainer.devices=2"])),
+        a_sweep(of_rows(2, "a"), of_rows(8, "a"), ONE),
         a_sweep(trial(["data.micro_batch_size=1"], 1.5), trial(["data.micro_batch_size=2"], 1.4, steps=50)),
     ],
 )
