@@ -275,11 +275,18 @@ def test_keys_with_one_last_part_have_columns_of_their_own():
         ("adapter.target_modules=[q_proj,k_proj]", "adapter.target_modules=['q_proj,k_proj']"),
         ("x.a=1_b2,x.b=3", "x.a=1,x.b=2_b3"),
         (f"data.train_path={'a' * 300}1", f"data.train_path={'a' * 300}2"),
+        (f"data.system_prompt={'日' * 300}1", f"data.system_prompt={'日' * 300}2"),
     ],
 )
 def test_trial_names_are_injective(one, other):
     names = {trial_name(one), trial_name(other)}
     assert len(names) == 2 and all(len(name) < 140 and not set("=,/ ") & set(name) for name in names)
+    assert all(len(name.encode()) < 230 for name in names), "a folder's name has at most 255 bytes"
+
+
+def test_names_of_many_long_values_differ():
+    """Four hexadecimal digits are those of another value once in 65,536 times, so of 400 values some are alike."""
+    assert len({trial_name(f"data.system_prompt={'a' * 300}{n}") for n in range(400)}) == 400
 
 
 def test_csv_json_and_html_hold_the_table(rank_by_alpha):
@@ -406,6 +413,7 @@ def test_metric_named_like_a_swept_key_leaves_its_column_alone():
         ({"status": "finished", "validation_loss": [1.0]}, True),
         ({"status": "finished", "validation_loss": True}, True),
         ({"status": "paused", "steps": None}, True),
+        ({"status": "finished", "validation_loss": 1.0, "content": ["rows"]}, True),
     ],
 )
 def test_result_that_a_hand_has_changed_is_said_or_read(result, is_damaged, tmp_path, caplog, capsys):
