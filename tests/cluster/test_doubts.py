@@ -244,3 +244,23 @@ def test_table_and_report_say_it(tmp_path: Path, capsys, monkeypatch: pytest.Mon
     assert main(["report", str(tmp_path)]) == 0
     assert line.replace("'", "&#x27;") in (tmp_path / "report.html").read_text()
     assert read_sweep(tmp_path).trials[0].other_words == []
+
+
+@pytest.mark.slow
+def test_rows_that_are_edited_between_two_trials_are_said(tmp_path: Path, capsys):
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "sweep"
+    words = ["model=tiny", "data=jsonl", f"data.train_path={rows}", "trainer.max_steps=2", "validation.samples=0"]
+
+    def trained(answer: str, ranks: str) -> int:
+        lines = [json.dumps({"prompt": f"{n} + 1 =", "completion": f"{answer} {n + 1}"}) for n in range(30)]
+        rows.write_text("\n".join(lines))
+        more = ["data.validation_fraction=0.2", "logger=none", f"adapter.rank={ranks}", "resume=auto"]
+        return main(["train", "-m", *words, *more, f"run_dir={folder}"])
+
+    assert trained("it is", "2,4") == 0
+    assert trained("that makes", "4,8") != 0, "rank 4 has other rows now"
+    capsys.readouterr()
+    assert main(["sweep", "table", str(folder)]) == 0
+    said = capsys.readouterr().out
+    for what in ("training rows", "validation rows"):
+        assert f"{what} are not those of the other trials, as if edited between two starts: rank8" in said
