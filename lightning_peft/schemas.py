@@ -128,8 +128,8 @@ def beyond_train(root: type[TrainConfig]) -> DictConfig:
     return schema
 
 
-NAME_LENGTH = 120
-"""Longest folder name of a trial; file systems take 255 bytes."""
+NAME_LENGTH, NAME_BYTES = 120, 200
+"""Longest folder name of a trial, without its digest; file systems take 255 bytes, of which a letter may have four."""
 
 
 def trial_name(overrides: str) -> str:
@@ -139,12 +139,14 @@ def trial_name(overrides: str) -> str:
     """
     words = [override.lstrip("+").partition("=") for override in overrides.split(",") if override]
     name = "_".join(key.rpartition(".")[2] + value for key, _, value in words) or "trial"
-    folder = "".join(c if c.isalnum() or c in "._+-" else "-" for c in name)[:NAME_LENGTH]
+    whole = "".join(c if c.isalnum() or c in "._+-" else "-" for c in name)
+    folder = whole[:NAME_LENGTH].encode()[:NAME_BYTES].decode(errors="ignore")
     keys = {key.rpartition(".")[2] for key, _, _ in words}
     may_read_otherwise = len(words) > 1 and any(f"_{key}" in value for key in keys for _, _, value in words)
     if folder == name and not may_read_otherwise:
         return folder
-    return f"{folder}-{hashlib.sha256(overrides.encode()).hexdigest()[:4]}"
+    digits = 4 if folder == whole else 8  # nothing else may tell apart what is cut
+    return f"{folder}-{hashlib.sha256(overrides.encode()).hexdigest()[:digits]}"
 
 
 def model_label(*, _root_: DictConfig) -> str:

@@ -105,6 +105,11 @@ HELD = {
     "the wheel outside of the repository": "test_wheel.py::test_wheel_outside_the_repository_trains_two_steps",
     "host memory that grows": "training/test_host_memory.py::test_steps_reuse_what_the_ones_before_freed",
     "files that colleagues cannot read": "commands/test_after_training.py::test_files_may_be_read_by_whom_the_umask_says",
+    # what a real sacct and scontrol say
+    "ranks out of memory show as a crash": "cluster/test_slurm_accounting.py::test_end_of_a_forgotten_job_is_known",
+    "a task that its array has outlived is lost": "cluster/test_slurm_accounting.py::test_tasks_that_an_array_has_dropped_are_told_apart",
+    "tasks written as 0-8:2, or cut short": "cluster/test_slurm_accounting.py::test_array_of_many_separate_tasks_is_listed_whole",
+    "rows edited between two trials, unsaid": "cluster/test_doubts.py::test_rows_that_are_edited_between_two_trials_are_said",
 }  # fmt: skip
 """Fault -> the test that would fail if it did again."""
 

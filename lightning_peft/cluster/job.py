@@ -62,8 +62,12 @@ class ClusterConfig:
         return self.gpus_per_node or 1
 
 
-QUEUED = ("PENDING", "CONFIGURING", "REQUEUED")
-"""States of a job that does not run yet."""
+QUEUED = (
+    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
+)  # fmt: skip
+"""States of a job that does not run yet, or not any more until it starts again."""
+ACTIVE = (*QUEUED, "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+"""States of a job that runs or will run."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Job:
     @property
     def is_active(self) -> bool:
         """Return whether the job runs or will run."""
-        return self.state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING")
+        return self.state in ACTIVE
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,10 @@ class Cluster(ABC):
     def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
         """Return the jobs by id, one of several tasks by these (71_0, 71_1 ...). Forgotten jobs are absent."""
 
-    def dropped(self, tasks: Iterable[str], found: Mapping[str, Job], folder: Path) -> dict[str, Job]:
-        """Return those of `tasks` that were cancelled before they started, and that the cluster does not know any more.
+    def recall(self, tasks: Iterable[str], found: Mapping[str, Job], folder: Path) -> dict[str, Job]:
+        """Return what can be told of those of `tasks` that the cluster's queue has dropped.
 
-        `found` is what it knows, and `folder` that of their job's file and logs.
+        `found` is what it knows of their job, and `folder` that of the job's file and logs.
         """
         return {}
 
@@ -163,11 +167,15 @@ class Commands:
     silent: str
     """The message, as in "no answer from SLURM in 60 s; squeue shows what became of it"."""
     seconds: float = SECONDS
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables beside those of this process."""
 
     def run(self, *command: str) -> str:
         """Run one of the commands and return its output. Raises ClusterError with what the command said was wrong."""
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=self.seconds)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=self.seconds, env=os.environ | self.environment
+            )
         except OSError as error:
             raise ClusterError(f"{command[0]}: not found; {self.missing}") from error
         except subprocess.TimeoutExpired as error:

@@ -76,7 +76,13 @@ def minutes_of(limit: str) -> int | None:
 
 
 def gpu_gib(name: str) -> int | None:
-    """Return the memory of a GPU by its name, as a100, A100-SXM4-80GB or nvidia_h100_80gb; None where not known."""
+    """Return the memory of a GPU by its name, as a100, A100-SXM4-80GB, nvidia_h100_80gb or a100_3g.20gb; None where not
+    known.
+
+    A slice of one (MIG) says it itself. A number that goes on is another card: an RTX A4000 is no A40.
+    """
+    if (slice_ := re.search(r"\d+g\.(\d+)gb", name.lower())) is not None:
+        return int(slice_[1])
     plain = re.sub(r"[_-]+", " ", name).upper()
-    parts = [part for part in GPU_GIB if all(re.search(rf"(?<![A-Z0-9]){word}", plain) for word in part.split())]
+    parts = [part for part in GPU_GIB if all(re.search(rf"(?<![A-Z0-9]){w}(?!\d)", plain) for w in part.split())]
     return GPU_GIB[max(parts, key=len)] if parts else None

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from lightning_peft.cluster.job import (
     ONE_RUN,
-    QUEUED,
     SECONDS,
     Cluster,
     ClusterConfig,
@@ -26,8 +25,13 @@ from lightning_peft.cluster.stalls import stalls
 logger = logging.getLogger(__name__)
 
 SLURM_COMMANDS = Commands(
-    "SLURM's commands have to be on PATH here", f"no answer from SLURM in {SECONDS} s; squeue shows what became of it"
+    "SLURM's commands have to be on PATH here",
+    f"no answer from SLURM in {SECONDS} s; squeue shows what became of it",
+    environment={"SLURM_BITSTR_LEN": "0"},  # else the list of an array's tasks is cut after 64 characters
 )
+OUT_OF_MEMORY = "OUT_OF_MEMORY"
+BEGUN = "begun"
+"""Folder in that of an array's logs with an empty file for each task that has begun, as 71_4."""
 
 
 @dataclass
@@ -132,13 +136,15 @@ def batch_script(
     directory: str | None = None,
     written: str = ONE_RUN,
     slot_of: Path | None = None,
+    begun: Path | None = None,
 ) -> str:
     """Return a batch script of one run, or of an array of runs with `array` as sbatch takes it ("0-7%4").
 
     `log` may hold sbatch's %j, %A and %a. `run_dir`, the run's folder, and `train`, the words after `lightning-peft
     train`, every rank's own, are bash, and so is `written`, which lists what tells whether a start got on. Relative
     paths count from `directory`; null leaves that to whoever submits. With `slot_of`, a sweep's folder, the tasks run
-    what that sweep gives them instead, one trial after the other.
+    what that sweep gives them instead, one trial after the other. With `begun`, a folder, each task of an array leaves
+    its mark there.
     """
     needs = [
         directive("job-name", name),
@@ -160,6 +166,8 @@ def batch_script(
         f"# The ranks are told {cluster.grace} s before the time limit; then the job is requeued, its log continued.",
         *(f"#SBATCH {option}" for option in resumes),
     ]
+    if begun is not None:
+        head += ["", f': > {shlex.quote(str(begun))}/"${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"']
     python = " ".join([*([cluster.container] if cluster.container else []), shlex.quote(cluster.python or "python")])
     setup = "\n".join(["", "# The environment of the ranks.", *cluster.setup, ""]) if cluster.setup else ""
     service = WANDB.format(wandb=f"{python} -m wandb") if wandb else ""
@@ -248,9 +256,12 @@ class Slurm(Cluster):
             directory=work.directory,
             written=work.written,
             slot_of=work.folder if work.takes_turns else None,
+            begun=None if work.run_dirs is None else work.folder / BEGUN,
         )  # fmt: skip
 
     def submit(self, path: Path, work: JobSpec) -> str:
+        if work.run_dirs is not None:
+            (work.folder / BEGUN).mkdir(exist_ok=True)
         return SLURM_COMMANDS.run("sbatch", "--parsable", str(path)).strip().partition(";")[0]
 
     def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
@@ -260,32 +271,33 @@ class Slurm(Cluster):
         """
         found: dict[str, Job] = {}
         for job_id in job_ids:
-            jobs = _from_slurmctld(job_id) or _from_accounting(job_id)
-            found |= {job.id: job for job in jobs}
+            found |= {job.id: job for job in _from_slurmctld(job_id) or _from_accounting([job_id])}
         return found
 
-    def dropped(self, tasks: Iterable[str], found: Mapping[str, Job], folder: Path) -> dict[str, Job]:
-        """Return the tasks that slurmctld dropped from an array that it knows: it keeps none that did not start.
+    def recall(self, tasks: Iterable[str], found: Mapping[str, Job], folder: Path) -> dict[str, Job]:
+        """Return the tasks that slurmctld has dropped from an array of which it knows others, and why tasks failed.
 
-        One that started and was forgotten has left its log. Where the logs are elsewhere, this cannot be told.
+        sacct says both. It has no record of a task that was cancelled before it began, which slurmctld drops at once:
+        that has left no mark.
         """
-        begun = [job for job in found.values() if "_" in job.id and job.state not in QUEUED]
-        if begun and not any(has_log(folder, job.id) for job in begun):
-            return {}
-        arrays = {job_id.partition("_")[0] for job_id in found}
+        arrays = {job_id.partition("_")[0] for job_id in found if "_" in job_id}
         gone = [task for task in tasks if task not in found and task.partition("_")[0] in arrays]
-        return {task: Job(task, "CANCELLED", 0, 0) for task in gone if not has_log(folder, task)}
+        failed = [job.id for job in found.values() if job.state == "FAILED"]
+        if not gone and not failed:
+            return {}
+        told = {job.id: job for job in _from_accounting({task.partition("_")[0] for task in (*gone, *failed)})}
+        known = {task: told[task] for task in gone if task in told}
+        known |= {task: told[task] for task in failed if task in told and told[task].state == OUT_OF_MEMORY}
+        if not (folder / BEGUN).is_dir():
+            return known
+        never = [task for task in gone if task not in known and not (folder / BEGUN / task).exists()]
+        return known | {task: Job(task, "CANCELLED", 0, 0) for task in never}
 
     def cancel(self, job_ids: Iterable[str]) -> None:
         SLURM_COMMANDS.run("scancel", *job_ids)
 
     def how_to_cancel(self, job_id: str) -> str:
         return f"scancel {job_id}"
-
-
-def has_log(folder: Path, task: str) -> bool:
-    """Return whether a task of an array, as 71_4, has begun to write its log."""
-    return (folder / f"slurm-{task}.log").exists()
 
 
 def _from_slurmctld(job_id: str) -> list[Job]:
@@ -298,7 +310,7 @@ def _from_slurmctld(job_id: str) -> list[Job]:
     jobs: list[Job] = []
     for line in lines:
         fields = dict(word.partition("=")[::2] for word in line.split(" ") if "=" in word)
-        state, exit_code = fields["JobState"], int(fields["ExitCode"].partition(":")[0])
+        state, exit_code = fields["JobState"], exit_status(fields["ExitCode"])
         ids = [fields["JobId"]]
         if "ArrayJobId" in fields:
             ids = [f"{fields['ArrayJobId']}_{task}" for task in array_tasks(fields["ArrayTaskId"])]
@@ -306,29 +318,44 @@ def _from_slurmctld(job_id: str) -> list[Job]:
     return [job for job in jobs if job_id in (job.id, job.id.partition("_")[0])]
 
 
-def _from_accounting(job_id: str) -> list[Job]:
-    fields = "JobID,State,ExitCode"
+def _from_accounting(job_ids: Iterable[str]) -> list[Job]:
+    """Return the jobs that have ended, as sacct remembers them.
+
+    slurmctld does not know them, so one that is said to run or to wait there was lost by it.
+    """
+    fields, jobs = "--format=JobID,State,ExitCode", f"--jobs={','.join(sorted(job_ids))}"
     try:
-        table = SLURM_COMMANDS.run(
-            "sacct", "--noheader", "--parsable2", "--allocations", f"--format={fields}", f"--jobs={job_id}"
-        )
+        table = SLURM_COMMANDS.run("sacct", "--noheader", "--parsable2", fields, jobs)
     except ClusterError as error:
-        logger.info("no accounting to ask about job %s: %s", job_id, error)
+        if "accounting storage is disabled" not in str(error):
+            logger.warning("%s; jobs that SLURM's controller has forgotten count as lost meanwhile", error)
         return []
-    jobs = []
+    found: dict[str, Job] = {}
     for line in table.splitlines():
-        one, state, exit_code = line.split("|")
-        array, _, tasks = one.partition("_")
+        one, state, code = line.split("|")
+        one, _, step = one.partition(".")
+        array, _, tasks = one.removesuffix("+0").partition("_")  # the first part of a heterogeneous job has its id
         ids = [f"{array}_{task}" for task in array_tasks(tasks.strip("[]"))] if tasks else [array]
-        # "CANCELLED by 0" names who; restarts are not kept by job but by record.
-        jobs += [Job(each, state.split(" ")[0], int(exit_code.partition(":")[0]), 0) for each in ids]
-    return jobs
+        if not step:
+            # "CANCELLED by 0" names who; restarts are not kept by job but by record.
+            found |= {each: Job(each, state.partition(" ")[0], exit_status(code), 0) for each in ids}
+        elif state == OUT_OF_MEMORY and found[ids[0]].state == "FAILED":
+            # The ranks are killed, and srun ends with 1 as it does for others.
+            found[ids[0]] = replace(found[ids[0]], state=OUT_OF_MEMORY)
+    return [job for job in found.values() if not job.is_active]
+
+
+def exit_status(text: str) -> int:
+    """Return the exit status that SLURM writes as "status:signal", as bash has it: 128 and the number of a signal."""
+    status, _, number = text.partition(":")
+    return int(status) or (128 + int(number) if int(number or 0) else 0)
 
 
 def array_tasks(text: str) -> list[int]:
-    """Return the tasks that SLURM writes as "0-3,7%2"."""
+    """Return the tasks that SLURM writes as "0-3,7%2", and every second one as "0-8:2"."""
     tasks: list[int] = []
     for part in re.sub(r"%\d+$", "", text).split(","):
-        first, _, last = part.partition("-")
-        tasks += range(int(first), int(last or first) + 1)
+        ends, _, step = part.partition(":")
+        first, _, last = ends.partition("-")
+        tasks += range(int(first), int(last or first) + 1, int(step or 1))
     return tasks

@@ -70,8 +70,10 @@ class EvaluateConfig:
             raise ValueError(f"passes={self.passes}: draws are of an adapter; give adapter_path and leave models=both")
         if self.benchmark not in (None, "lm_eval"):
             raise ValueError(f"benchmark={self.benchmark}: must be lm_eval, or null")
-        if self.benchmark is None and (self.tasks or self.tasks_path):
-            raise ValueError(f"tasks={self.tasks}: are those of benchmark=lm_eval, which is to be given too")
+        of_benchmark = ("tasks", "tasks_path", "benchmark_limit", "num_fewshot")
+        given = [key for key in of_benchmark if getattr(self, key) not in (None, [])]
+        if self.benchmark is None and given:
+            raise ValueError(f"{given[0]}={getattr(self, given[0])}: is of benchmark=lm_eval, which is to be given too")
         if self.benchmark_limit is not None and self.benchmark_limit < 1:
             raise ValueError(f"benchmark_limit={self.benchmark_limit}: must be at least 1, or null")
         if self.num_fewshot is not None and self.num_fewshot < 0:

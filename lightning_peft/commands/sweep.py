@@ -40,6 +40,7 @@ from lightning_peft.sweeps.sweep import (
     metric_value,
     read_sweep,
     refresh,
+    state_in_words,
 )
 from lightning_peft.sweeps.table import (
     best_trial,
@@ -117,7 +118,7 @@ def status(config: SweepCommandConfig) -> None:
     sweep = seen(config)
     metric = sweep.metric.removeprefix("-")
     rows = [
-        (t.name, (t.state, str(t.attempts), shown(t.exit_code), shown(metric_value(t.result, metric))))
+        (t.name, (state_in_words(t), str(t.attempts), shown(t.exit_code), shown(metric_value(t.result, metric))))
         for t in sweep.trials
     ]
     print_rows("trial", ("state", "attempts", "exit code", metric), rows)
@@ -244,7 +245,7 @@ def prepare_again(trial: Trial, run: TrainConfig, run_dir: Path, words: Sequence
     (run_dir / "result.json").unlink(missing_ok=True)
     write_run(run, words)
     trial.state, trial.is_waiting, trial.is_cancelled = WAITING, True, False
-    trial.process = trial.result = trial.exit_code = trial.job = None
+    trial.process = trial.result = trial.exit_code = trial.job = trial.job_state = None
 
 
 def cancel(config: SweepCommandConfig) -> None:

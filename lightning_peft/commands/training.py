@@ -254,7 +254,7 @@ def train_prepared(run: Prepared, resumed: Path | None, rollbacks: list[Rollback
         result.setdefault("peak_memory_gib", peak_memory_gib(trainer.strategy.root_device))
         seconds = time.perf_counter() - run.started
         hours = seconds * trainer.world_size / 3600 / (1 if member is None else len(member.group.members))
-        result |= {"seconds": seconds, "device_hours": hours, "versions": installed_versions()}
+        result |= {"seconds": seconds, "device_hours": hours, "content": content, "versions": installed_versions()}
         if rollbacks:
             result |= {"rollbacks": len(rollbacks), "lr_factor": module.lr_factor}
         if guard.left_out:

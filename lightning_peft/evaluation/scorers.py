@@ -25,7 +25,7 @@ TAKEN = (
     "supervised_tokens_per_second", "rank", "alpha", "penalty", "kl", "kl_per_token", "cross_entropy", "divergence",
     "router_load", "router_entropy",
     # These are keys of result.json.
-    "status", "end", "steps", "train_loss", "metrics", "data", "trainable_parameters", "total_parameters",
+    "status", "end", "steps", "train_loss", "metrics", "data", "content", "trainable_parameters", "total_parameters",
     "tokens_per_second", "peak_memory_gib", "device", "warnings", "stopped_early", "diverged", "seconds",
     "device_hours", "versions", "rollbacks", "lr_factor", "steps_left_out",
     # These are columns of a sweep's table.

@@ -25,6 +25,10 @@ OTHER_ROWS = (
 LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.devices",
           "data.micro_batch_size", "data.max_length", "data.max_rows", "data.train_path", "data.packing")  # fmt: skip
 """Keys that change how many steps a run has."""
+CONTENT = ("training rows", "validation rows", "base weights")
+"""Contents that a result has fingerprints of, which the trials of a sweep have in common."""
+HOLD_CONTENT = ("model", "data", "objective")
+"""Groups whose options may change them."""
 GONE = (DIVERGED, FAILED, LOST, CANCELLED)
 COVERAGE = {2: "half of all cases", 3: "two cases of three", 4: "four cases of five", 5: "four cases of five"}
 """Share for which the middle 95 % of resampled means of so few normal scores hold the true mean; 95 % from 30 on."""
@@ -123,6 +127,21 @@ def other_losses(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedG
     return lines
 
 
+def other_content(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
+    """Name the trials of other rows or another base than the others, which no swept key asks for."""
+    if any(key.partition(".")[0] in HOLD_CONTENT for key in sweep.swept_keys):
+        return []
+    lines = []
+    for what in CONTENT:
+        known = {t.name: found for t in finished if (found := (result_of(t, "content") or {}).get(what))}
+        if len({*known.values()}) < 2:
+            continue
+        ((common, _),) = Counter(known.values()).most_common(1)
+        others = [trial for trial in finished if known.get(trial.name, common) != common]
+        lines.append(f"{what} are not those of the other trials, as if edited between two starts: {named(others)}")
+    return lines
+
+
 def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGroup]) -> list[str]:
     """Name the intervals that claim more than so few scores can tell."""
     counts = [len(group.scores) for group in groups if len(group.scores) > 1]
@@ -133,7 +152,7 @@ def few_seeds(sweep: Sweep, finished: Sequence[Trial], groups: Sequence[SeedGrou
 
 
 FINDERS: tuple[Callable[[Sweep, Sequence[Trial], Sequence[SeedGroup]], list[str]], ...] = (
-    ties, repeats, survivors, lengths, words_apart, changed_by_guard, other_losses, few_seeds,
+    ties, repeats, survivors, lengths, words_apart, changed_by_guard, other_losses, other_content, few_seeds,
 )  # fmt: skip
 
 

@@ -13,13 +13,13 @@ def cluster_of(sweep: Sweep) -> Cluster:
 
 
 def find_jobs(sweep: Sweep) -> dict[str, Job]:
-    """Return the tasks of a sweep's jobs, by id, those dropped before they started too; empty on this machine."""
+    """Return the tasks of a sweep's jobs, by id, those that the queue has dropped too; empty on this machine."""
     if not sweep.arrays:
         return {}
     cluster = cluster_of(sweep)
     found = cluster.find(sweep.arrays)
     tasks = [trial.job for trial in sweep.trials if trial.job is not None]
-    return found | (cluster.dropped(tasks, found, Path(sweep.folder)) if sweep.folder is not None else {})
+    return found | (cluster.recall(tasks, found, Path(sweep.folder)) if sweep.folder is not None else {})
 
 
 def task_of(sweep: Sweep) -> str | None:

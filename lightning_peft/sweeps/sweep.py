@@ -35,6 +35,8 @@ HYDRA = "hydra"
 """`cluster` of a sweep that Hydra's launcher runs: nobody starts its trials again but the command itself."""
 TO_BE_RETRIED = (FAILED, LOST, PREEMPTED, INTERRUPTED, PAUSED, DIVERGED, CANCELLED)
 ENDED = (FINISHED, *TO_BE_RETRIED)
+ENDED_BY_CLUSTER = {"PREEMPTED": PREEMPTED, "NODE_FAIL": LOST, "BOOT_FAIL": LOST}
+"""States of a trial that left no result, by the cluster's word for its job's end, where that is not the trial's."""
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Trial:
     """True where no worker has begun it since it was submitted or retried."""
     exit_code: int | None = None
     """Exit status of the last attempt; null while it runs and where nobody was left to see it."""
+    job_state: str | None = None
+    """The cluster's word for how the last attempt's job ended, as OUT_OF_MEMORY; null before, and without a job."""
     result: dict[str, Any] | None = None
     """Its result.json."""
     process: Process | None = None
@@ -212,7 +216,7 @@ def begin(trial: Trial, folder: Path) -> None:
     """
     trial.attempts += 1
     trial.is_waiting = False
-    trial.exit_code = None
+    trial.exit_code = trial.job_state = None
     drop_result(trial, folder)
     (folder / trial.name / LEAVE).unlink(missing_ok=True)
 
@@ -229,8 +233,9 @@ def refresh(sweep: Sweep, folder: Path, queue: Mapping[str, Job]) -> None:
     has_worker = has_worker or (sweep.has_slots and any(job.is_active for job in queue.values()))
     for trial in sweep.trials:
         job = queue.get(trial.job) if trial.job is not None else None
-        if job is not None and not job.is_active:
-            trial.exit_code = job.exit_code
+        if job is not None:
+            trial.job_state = None if job.is_active else job.state
+            trial.exit_code = None if job.is_active else job.exit_code
         trial.result = read_result(folder / trial.name)
         trial.state = state_of(trial, job, has_worker)
         note_rung(sweep, trial)
@@ -253,7 +258,8 @@ def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:
     is_queued = job is not None and job.is_active and job.state in QUEUED
     if (job is not None and job.is_active and not is_queued) or (trial.process is not None and trial.process.is_alive):
         return RUNNING
-    if trial.is_cancelled or (job is not None and job.state.startswith("CANCELLED")):
+    ended = trial.job_state if job is None else job.state  # the queue forgets what it said
+    if trial.is_cancelled or (ended or "").startswith("CANCELLED"):
         return CANCELLED
     if is_queued:
         return WAITING
@@ -261,10 +267,17 @@ def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:
         return str(status)
     if trial.is_waiting and has_worker:
         return WAITING
-    if job is None and trial.state == CANCELLED:  # the queue has forgotten what it said
-        return CANCELLED
+    if ended in ENDED_BY_CLUSTER:
+        return ENDED_BY_CLUSTER[ended]
     # There is no result: a batch script may end well all the same, so COMPLETED and an exit status of 0 say nothing.
-    return FAILED if trial.exit_code or (job is not None and job.state != "COMPLETED") else LOST
+    return FAILED if trial.exit_code or ended not in (None, "COMPLETED") else LOST
+
+
+def state_in_words(trial: Trial) -> str:
+    """Return the state, with why the cluster ended the trial where that says more, as "failed (out of memory)"."""
+    if trial.job_state in (None, "COMPLETED", "FAILED") or trial.state not in (FAILED, LOST):
+        return trial.state
+    return f"{trial.state} ({trial.job_state.replace('_', ' ').lower()})"
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
@@ -289,7 +302,7 @@ def is_of_a_run(result: Mapping[str, Any]) -> bool:
     return (
         isinstance(result.get("status"), str)
         and all(number is None or type(number) in (int, float) for number in numbers)
-        and isinstance(result.get("metrics") or {}, dict)
+        and all(isinstance(result.get(name) or {}, dict) for name in ("metrics", "content"))
         and not (is_left_midway and result.get("steps") is None)
     )
 

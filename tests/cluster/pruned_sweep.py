@@ -2,10 +2,12 @@
 
 import html
 import json
+import re
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from brute_force import expected_sentence, quantile, resampled, trials_of
+from brute_force import Seen, expected_sentence, quantile, resampled, trials_of
 
 from lightning_peft.__main__ import main
 from lightning_peft.sweeps.sweep import Sweep
@@ -48,5 +50,36 @@ def check_pruned_sweep(folder: Path, sweep: Sweep, capsys) -> None:
             assert rows[name]["validation_loss_low"] == pytest.approx(quantile(means, 0.025))
             assert rows[name]["validation_loss_high"] == pytest.approx(quantile(means, 0.975))
     assert main(["report", str(folder)]) == 0
-    page = html.unescape((folder / "report.html").read_text())
-    assert said in page and f"best validation_loss: {final[best]:.6g} of {best}" in page
+    page = (folder / "report.html").read_text()
+    assert said in html.unescape(page) and f"best validation_loss: {final[best]:.6g} of {best}" in page
+    shown = table_of(page)
+    assert shown.keys() == rows.keys()
+    for name, row in rows.items():
+        assert shown[name] == {key: "" if value is None else str(value) for key, value in row.items()}
+    assert main(["sweep", "table", str(folder), f"output_path={folder}/map.svg"]) == 0
+    check_heat_map((folder / "map.svg").read_text(), files)
+
+
+def table_of(page: str) -> dict[str, dict[str, str]]:
+    """Return the cells of the page's table, by trial and column, as they are sorted by."""
+    table = page.partition('<table class="sortable">')[2].partition("</table>")[0]
+    head = [html.unescape(cell) for cell in re.findall(r"<th>(.*?)</th>", table)]
+    found = [re.findall(r'<td data-v="(.*?)">', row) for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]]
+    rows = [dict(zip(head, map(html.unescape, cells), strict=True)) for cells in found]
+    return {row["trial"]: row for row in rows}
+
+
+def check_heat_map(picture: str, files: dict[str, Seen]) -> None:
+    """Look whether a cell has the mean over the seeds that reached the end, at the best rate."""
+    texts = [text.text for text in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "validation_loss, mean over seed, best over lr"
+    expected = []
+    for rank in (2, 4, 8):
+        for alpha in (8, 16):
+            by_rate: dict[float, list[float]] = {}
+            for trial in files.values():
+                if (trial.rank, trial.alpha) == (rank, alpha) and 12 in trial.losses:
+                    by_rate.setdefault(trial.rate, []).append(trial.losses[12])
+            means = [sum(losses) / len(losses) for losses in by_rate.values()]
+            expected.append(f"{min(means):.4g}" if means else "-")
+    assert texts[2:] == ["8", "16", "2", *expected[:2], "4", *expected[2:4], "8", *expected[4:]]

@@ -185,4 +185,5 @@ def test_missing_slurm_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, cap
 
 def test_array_tasks_as_slurm_writes_them():
     assert array_tasks("0-3,7%2") == [0, 1, 2, 3, 7]
+    assert array_tasks("0-6:2,9") == [0, 2, 4, 6, 9]
     assert array_tasks("5") == [5]

@@ -22,7 +22,7 @@ def kill_everything(folder: Path) -> list[str]:
     """As where the machine goes down: workers and trials are gone at once. Returns the trials that ran."""
     sweep = seen(folder)
     running = [trial for trial in sweep.trials if trial.state == "running" and trial.process is not None]
-    for process in [*sweep.workers, *(trial.process for trial in running)]:
+    for process in {*sweep.workers, *(trial.process for trial in running)}:
         os.kill(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while any(process.is_alive for process in [*sweep.workers, *(trial.process for trial in running)]):
@@ -37,10 +37,11 @@ def is_on_its_way(sweep: Sweep) -> bool:
     return states.count("paused") >= 5 and "running" in states
 
 
-def test_sweep_of_the_docs_is_killed_goes_on_and_is_right(tmp_path, capsys):
+@pytest.mark.parametrize("together", [[], ["sweep.together=6"]], ids=["alone", "together"])
+def test_sweep_of_the_docs_is_killed_goes_on_and_is_right(tmp_path, capsys, together):
     folder = tmp_path / "my sweep"
     words = [*TINY, *WORDS, *SWEPT, "cluster=local", "sweep.parallel=2", "checkpoint.every_n_steps=1"]
-    assert main(["submit", "-m", *words, f"sweep_dir={folder}"]) == 0
+    assert main(["submit", "-m", *words, *together, f"sweep_dir={folder}"]) == 0
     wait_until(folder, is_on_its_way, SECONDS)
     killed = kill_everything(folder)
     states = {trial.name: trial.state for trial in seen(folder).trials}

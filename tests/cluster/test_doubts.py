@@ -51,6 +51,10 @@ def with_words(words: list[str]) -> Trial:
     return again
 
 
+def of_rows(rank: int, fingerprint: str) -> Trial:
+    return trial([f"adapter.rank={rank}"], 2.0 - rank / 10, content={"training rows": fingerprint, "base weights": "w"})
+
+
 ONE = trial(["adapter.rank=4"], 1.5)
 
 
@@ -96,6 +100,10 @@ ONE = trial(["adapter.rank=4"], 1.5)
             "intervals over 2 seeds are too narrow: they hold the true mean in half of all cases, not in 95 %",
         ),
         (
+            a_sweep(of_rows(4, "a"), of_rows(2, "a"), of_rows(8, "b")),
+            "training rows are not those of the other trials, as if edited between two starts: rank8",
+        ),
+        (
             a_sweep(trial(["seed=0"], math.nan), trial(["seed=1"], None)),
             "no trial has a finite validation_loss, 2 of 2 have finished",
         ),
@@ -110,6 +118,7 @@ def test_what_could_mislead_is_said(sweep, line):
     [
         a_sweep(trial(["trainer.max_steps=100"], 1.5), trial(["trainer.max_steps=200"], 1.4, steps=200)),
         a_sweep(with_words(["trainer.devices=2"])),
+        a_sweep(of_rows(2, "a"), of_rows(8, "a"), ONE),
         a_sweep(trial(["data.micro_batch_size=1"], 1.5), trial(["data.micro_batch_size=2"], 1.4, steps=50)),
     ],
 )
@@ -235,3 +244,23 @@ def test_table_and_report_say_it(tmp_path: Path, capsys, monkeypatch: pytest.Mon
     assert main(["report", str(tmp_path)]) == 0
     assert line.replace("'", "&#x27;") in (tmp_path / "report.html").read_text()
     assert read_sweep(tmp_path).trials[0].other_words == []
+
+
+@pytest.mark.slow
+def test_rows_that_are_edited_between_two_trials_are_said(tmp_path: Path, capsys):
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "sweep"
+    words = ["model=tiny", "data=jsonl", f"data.train_path={rows}", "trainer.max_steps=2", "validation.samples=0"]
+
+    def trained(answer: str, ranks: str) -> int:
+        lines = [json.dumps({"prompt": f"{n} + 1 =", "completion": f"{answer} {n + 1}"}) for n in range(30)]
+        rows.write_text("\n".join(lines))
+        more = ["data.validation_fraction=0.2", "logger=none", f"adapter.rank={ranks}", "resume=auto"]
+        return main(["train", "-m", *words, *more, f"run_dir={folder}"])
+
+    assert trained("it is", "2,4") == 0
+    assert trained("that makes", "4,8") != 0, "rank 4 has other rows now"
+    capsys.readouterr()
+    assert main(["sweep", "table", str(folder)]) == 0
+    said = capsys.readouterr().out
+    for what in ("training rows", "validation rows"):
+        assert f"{what} are not those of the other trials, as if edited between two starts: rank8" in said

@@ -22,7 +22,7 @@ import lightning_peft
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process, process, this_process
-from lightning_peft.cluster.slurm import Slurm
+from lightning_peft.cluster.slurm import BEGUN, Slurm
 from lightning_peft.commands.sweep import print_trials
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps import change_lock
@@ -78,21 +78,30 @@ def job(state: str) -> Job:
         (Trial("t", [], is_waiting=False, exit_code=0), job("COMPLETED"), False, "lost"),
         (Trial("t", [], is_waiting=False), job("OUT_OF_MEMORY"), False, "failed"),
         (Trial("t", [], is_waiting=False), job("CANCELLED"), False, "cancelled"),
-        (Trial("t", [], is_waiting=False, state="cancelled"), None, False, "cancelled"),
+        (Trial("t", [], is_waiting=False, job_state="CANCELLED"), None, False, "cancelled"),
+        (Trial("t", [], is_waiting=False), job("PREEMPTED"), False, "preempted"),
+        (Trial("t", [], is_waiting=False), job("NODE_FAIL"), False, "lost"),
+        (Trial("t", [], is_waiting=False, job_state="NODE_FAIL", exit_code=143), None, False, "lost"),
+        (Trial("t", [], is_waiting=False, job_state="TIMEOUT"), None, False, "failed"),
+        (Trial("t", [], is_waiting=False, result=PREEMPTED), job("NODE_FAIL"), False, "preempted"),
     ],
 )
 def test_state_follows_from_what_is_seen(trial, job, has_worker, state):
     assert state_of(trial, job, has_worker) == state
 
 
-def test_task_that_is_gone_without_a_log_was_cancelled_before_it_started(tmp_path):
+def test_task_that_is_gone_without_a_mark_was_cancelled_before_it_began(tmp_path, monkeypatch):
+    """No accounts are kept, and the logs may lie anywhere: the mark is the batch script's own."""
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho Slurm accounting storage is disabled >&2\nexit 1\n")
+    (tmp_path / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = {job_id: Job(job_id, state, 0, 0) for job_id, state in (("7_0", "RUNNING"), ("7_3", "PENDING"))}
     tasks = ["7_0", "7_1", "7_2", "7_3", "8_0"]  # nothing is known of array 8
-    (tmp_path / "slurm-7_0.log").touch()
-    (tmp_path / "slurm-7_2.log").touch()  # it started, and was forgotten
-    assert Slurm().dropped(tasks, found, tmp_path) == {"7_1": Job("7_1", "CANCELLED", 0, 0)}
-    (tmp_path / "slurm-7_0.log").unlink()  # logs are elsewhere, as cluster.sbatch=[--output=...] has it
-    assert Slurm().dropped(tasks, found, tmp_path) == {}
+    assert Slurm().recall(tasks, found, tmp_path) == {}, "its script leaves no marks"
+    (tmp_path / BEGUN).mkdir()
+    (tmp_path / BEGUN / "7_0").touch()
+    (tmp_path / BEGUN / "7_2").touch()  # it began, and was forgotten
+    assert Slurm().recall(tasks, found, tmp_path) == {"7_1": Job("7_1", "CANCELLED", 0, 0)}
 
 
 def test_process_that_ended_is_not_alive_even_before_it_is_waited_for():
@@ -266,11 +275,18 @@ def test_keys_with_one_last_part_have_columns_of_their_own():
         ("adapter.target_modules=[q_proj,k_proj]", "adapter.target_modules=['q_proj,k_proj']"),
         ("x.a=1_b2,x.b=3", "x.a=1,x.b=2_b3"),
         (f"data.train_path={'a' * 300}1", f"data.train_path={'a' * 300}2"),
+        (f"data.system_prompt={'日' * 300}1", f"data.system_prompt={'日' * 300}2"),
     ],
 )
 def test_trial_names_are_injective(one, other):
     names = {trial_name(one), trial_name(other)}
     assert len(names) == 2 and all(len(name) < 140 and not set("=,/ ") & set(name) for name in names)
+    assert all(len(name.encode()) < 230 for name in names), "a folder's name has at most 255 bytes"
+
+
+def test_names_of_many_long_values_differ():
+    """Four hexadecimal digits are those of another value once in 65,536 times, so of 400 values some are alike."""
+    assert len({trial_name(f"data.system_prompt={'a' * 300}{n}") for n in range(400)}) == 400
 
 
 def test_csv_json_and_html_hold_the_table(rank_by_alpha):
@@ -397,6 +413,7 @@ def test_metric_named_like_a_swept_key_leaves_its_column_alone():
         ({"status": "finished", "validation_loss": [1.0]}, True),
         ({"status": "finished", "validation_loss": True}, True),
         ({"status": "paused", "steps": None}, True),
+        ({"status": "finished", "validation_loss": 1.0, "content": ["rows"]}, True),
     ],
 )
 def test_result_that_a_hand_has_changed_is_said_or_read(result, is_damaged, tmp_path, caplog, capsys):

@@ -84,7 +84,10 @@ def test_sinfo_is_read(line):
 
 
 def test_gpus_are_known_by_many_spellings():
-    names = {"a100": 40, "A100-SXM4-80GB": 80, "nvidia_h100_80gb_hbm3": 80, "l40s": 48, "v100": 16, "abacus": None}
+    names = {
+        "a100": 40, "A100-SXM4-80GB": 80, "nvidia_h100_80gb_hbm3": 80, "l40s": 48, "v100": 16, "abacus": None,
+        "a100_3g.20gb": 20, "1g.10gb": 10, "rtx_a4000": None, "t400": None, "rtx_a6000": 48, "a10g": 24,
+    }  # fmt: skip
     assert {name: gpu_gib(name) for name in names} == names
 
 

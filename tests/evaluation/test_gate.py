@@ -52,7 +52,9 @@ WRONG = {
     "gate={bleu:0.1}": "gate.bleu=0.1: is not scored; choose one of loss, perplexity, execution_accuracy",
     "models=adapter gate={loss:0}": "gate: compares an adapter with its base",
     "benchmark=helm": "benchmark=helm: must be lm_eval",
-    "tasks=[arc_easy]": "are those of benchmark=lm_eval, which is to be given too",
+    "tasks=[arc_easy]": "is of benchmark=lm_eval, which is to be given too",
+    "benchmark_limit=10": "benchmark_limit=10: is of benchmark=lm_eval, which is to be given too",
+    "num_fewshot=0": "num_fewshot=0: is of benchmark=lm_eval",
 }
 
 
