@@ -73,6 +73,7 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.lightning_peft.read_once.default: lambda *_, **__: [],
     torch.ops.lightning_peft.add_up.default: lambda *_: [],
     torch.ops.lightning_peft.row_norms.default: lambda *_: [],
+    torch.ops.lightning_peft.copy_matrices.default: lambda *_: [],
 }
 """Arrays that operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 
