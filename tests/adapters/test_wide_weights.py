@@ -17,10 +17,11 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.shared_input import FactorCopies, adapt_together, share_inputs
 from lightning_peft.estimation.model_states import factor_copies
 from lightning_peft.estimation.recorder import held_bytes
+from lightning_peft.kernels.inside_product import write_into_wide_rows
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.quantization.config import Kind, QuantizationConfig
-from lightning_peft.training.compilation import compile_model
+from lightning_peft.training.compilation import compile_model, missing_compiler
 from lightning_peft.training.config import Compilation
 
 IDS = torch.arange(3, 67).view(2, 32)
@@ -184,3 +185,16 @@ def test_what_is_kept_is_what_is_estimated(kind):
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
     own = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in model.parameters()}
     assert sum(nbytes - own.get(place, 0) for place, nbytes in storages.items()) == estimated
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing_compiler("cpu") is not None, reason="no compiler")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_compilers_own_code_writes_into_wide_rows(method):
+    expected = gradients(adapted(method))
+    model = adapted(method)
+    with_room(model)
+    write_into_wide_rows()
+    torch._dynamo.reset()
+    compile_model(model, Compilation.blocks)
+    assert_close(gradients(model), expected, rtol=1e-4, atol=1e-6)
