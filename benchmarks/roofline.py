@@ -136,13 +136,11 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
-            # An operator of ours that writes over what it is given, as the compiler has it: over a copy. The code that
-            # is made has no copy, or it is among the passes that are read from there.
-            assert func is auto_functionalized_v2
+            assert func is auto_functionalized_v2  # writes over a copy; one that the code keeps is among its passes
             with self:
                 return auto_functionalized_v2_dense(*args, **kwargs)
-        if func is torch.ops.lightning_peft.wide_rows.default:  # the compiler's own code
-            return func(*args, **kwargs)
+        if func is torch.ops.lightning_peft.wide_rows.default:
+            return func(*args, **kwargs)  # the compiler's own code
         if func.namespace == "lightning_peft" and is_composite(func):
             self.inside += 1
             try:
@@ -162,9 +160,7 @@ class Counting(TorchDispatchMode):
         bandwidth = rates.terabytes * 1e12
         if name in ATTENTION_OPERATORS:
             place, times = ATTENTION_OPERATORS[name]
-            query = args[place]
-            length = self.tokens
-            flops = times * 4 * query.numel() * length / 2
+            flops = times * 4 * args[place].numel() * self.tokens / 2
             rate = rates.attention_tflops if "varlen" in name else rates.sample_attention_tflops
             launches = ATTENTION_LAUNCHES.get(name, 1)
             self.work.add(ATTENTION, launches, moved, flops, flops / rate / 1e12)
@@ -346,7 +342,6 @@ def measure(variant: str, shape: str, rows: int, tokens: int, rank: int, rates: 
         optimizer = measure_optimizer(objective, rates)
         rest = measure_rest(objective, rows, tokens, rates)
     total = rest.plus(casts, layers // 2).plus(block.work, layers).plus(optimizer, layers)
-    seconds = sum(total.seconds.values())
     # Factors of all blocks are cast at once; norms, and the weights that are decoded for them, are each block's own.
     beside_casts = sum(count for kind, count in casts.launches.items() if kind != PASSES)
     return {
@@ -360,7 +355,7 @@ def measure(variant: str, shape: str, rows: int, tokens: int, rank: int, rates: 
         "step_ms": {kind: value * 1e3 for kind, value in total.seconds.items()},
         "tflop": sum(total.flops.values()) / 1e12,
         "gb": {kind: value / 1e9 for kind, value in total.moved.items()},
-        "tokens_per_second": rows * tokens / seconds,
+        "tokens_per_second": rows * tokens / sum(total.seconds.values()),
     }
 
 
@@ -381,23 +376,22 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["frozen", "lora", "qlora", "dora"])
     parser.add_argument("--shape", choices=SHAPES, default="llama_8b")
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rank", type=int, default=16)
+    for name, default in (("rows", 2), ("tokens", 4096), ("rank", 16)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--head", action="store_true", help="train embeddings and head as well")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    for name, value in asdict(Rates()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
+    for name, rate in asdict(Rates()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=rate)
     options = parser.parse_args(arguments)
-    rates = Rates(**{name: getattr(options, name) for name in asdict(Rates())})
     cuda_code.believe()
+    rates = Rates(**{name: getattr(options, name) for name in asdict(Rates())})
     rows = {
         variant: measure(variant, options.shape, options.rows, options.tokens, options.rank, rates, options.head)
         for variant in options.variants
     }
+    show(rows)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
-    show(rows)
     return rows
 
 
