@@ -46,7 +46,7 @@ test-skypilot: .venv/.installed-test .venv/skypilot/.installed
 # prints at the end of every process that has it is kept away from the other tests.
 test-triton: .venv/.installed-test .venv/triton/.installed
 	PYTHONPATH=$(CURDIR)/.venv/triton $(PYTEST) -m slow tests/kernels/test_triton_codes.py tests/kernels/test_triton_norms.py \
-	tests/kernels/test_triton_gradients.py tests/benchmarks/test_roofline.py
+	tests/kernels/test_triton_gradients.py tests/kernels/test_triton_copies.py tests/benchmarks/test_roofline.py
 
 # All that needs no GPU; with -j2, lint and Triton's kernels run beside the others.
 test-all: test-every lint test-triton

@@ -187,12 +187,12 @@ def lowered(graph: torch.fx.GraphModule, inputs: list[Any], direction: str) -> F
 
 
 def kept_for_backward(run: Callable[[], Tensor], parameters: set[int]) -> tuple[Tensor, int]:
-    """Return what `run` returns, and the bytes that it keeps beside tensors whose ids are given."""
+    """Return what `run` returns, and the bytes that it keeps beside the storages of parameters, by their numbers."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if id(tensor) not in parameters:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 

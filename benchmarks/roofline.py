@@ -26,6 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, auto_functionalized_v2_dense
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,6 +40,7 @@ from lightning_peft.compat import set_up_compiler
 from lightning_peft.data.batch import Batch
 from lightning_peft.estimation.trace import make_fake
 from lightning_peft.kernels import codes
+from lightning_peft.kernels.inside_product import write_into_wide_rows
 from lightning_peft.models.attention import accept_packed_batches
 from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.models.loading import empty_model
@@ -128,8 +131,16 @@ class Counting(TorchDispatchMode):
         self.work = Work()
         self.inside = 0
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            assert func is auto_functionalized_v2  # writes over a copy; one that the code keeps is among its passes
+            with self:
+                return auto_functionalized_v2_dense(*args, **kwargs)
+        if func is torch.ops.lightning_peft.wide_rows.default:
+            return func(*args, **kwargs)  # the compiler's own code
         if func.namespace == "lightning_peft" and is_composite(func):
             self.inside += 1
             try:
@@ -149,9 +160,7 @@ class Counting(TorchDispatchMode):
         bandwidth = rates.terabytes * 1e12
         if name in ATTENTION_OPERATORS:
             place, times = ATTENTION_OPERATORS[name]
-            query = args[place]
-            length = self.tokens
-            flops = times * 4 * query.numel() * length / 2
+            flops = times * 4 * args[place].numel() * self.tokens / 2
             rate = rates.attention_tflops if "varlen" in name else rates.sample_attention_tflops
             launches = ATTENTION_LAUNCHES.get(name, 1)
             self.work.add(ATTENTION, launches, moved, flops, flops / rate / 1e12)
@@ -235,7 +244,7 @@ def build(variant: str, shape: str, layers: int, rank: int, head: bool) -> Super
     if method != "frozen":
         trained = ["embed_tokens", "lm_head"] if head else []
         inject_adapters(model, METHODS[method].config(method=method, rank=rank, trainable_modules=trained))
-        adapt_together(model, decoder_of(model))
+        adapt_together(model, decoder_of(model), in_weights=True)
     objective = SupervisedLoss(model).train()
     objective.assume(LogitPath())
     return objective
@@ -258,7 +267,7 @@ def measure_block(objective: SupervisedLoss, rows: int, tokens: int, rates: Rate
     }  # fmt: skip
     block = transformer_blocks(model)[1]
     compiled = torch.compile(block.forward, backend=reader.backend())
-    parameters = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    parameters = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     output, kept = cuda_code.kept_for_backward(lambda: compiled(x, **options), parameters)
     output.backward(torch.empty_like(output))
     for made in reader.made:
@@ -320,6 +329,7 @@ def measure(variant: str, shape: str, rows: int, tokens: int, rank: int, rates: 
     objective = build(variant, shape, 2, rank, head)
     layers = SHAPES[shape]["num_hidden_layers"]
     set_up_compiler(layers, on_cuda=True)
+    write_into_wide_rows()
     if variant.startswith("q"):
         codes.dynamic_map(torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -332,7 +342,6 @@ def measure(variant: str, shape: str, rows: int, tokens: int, rank: int, rates: 
         optimizer = measure_optimizer(objective, rates)
         rest = measure_rest(objective, rows, tokens, rates)
     total = rest.plus(casts, layers // 2).plus(block.work, layers).plus(optimizer, layers)
-    seconds = sum(total.seconds.values())
     # Factors of all blocks are cast at once; norms, and the weights that are decoded for them, are each block's own.
     beside_casts = sum(count for kind, count in casts.launches.items() if kind != PASSES)
     return {
@@ -341,11 +350,12 @@ def measure(variant: str, shape: str, rows: int, tokens: int, rank: int, rates: 
         "kept_gb_a_block": block.kept / 1e9,
         "launches": dict(block.work.launches),
         "adapters_gb": total.moved[SKINNY] / 1e9,
+        "passes_gb": total.moved[PASSES] / 1e9,
         "rest_ms": sum(rest.seconds.values()) * 1e3,
         "step_ms": {kind: value * 1e3 for kind, value in total.seconds.items()},
         "tflop": sum(total.flops.values()) / 1e12,
         "gb": {kind: value / 1e9 for kind, value in total.moved.items()},
-        "tokens_per_second": rows * tokens / seconds,
+        "tokens_per_second": rows * tokens / sum(total.seconds.values()),
     }
 
 
@@ -366,23 +376,22 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["frozen", "lora", "qlora", "dora"])
     parser.add_argument("--shape", choices=SHAPES, default="llama_8b")
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rank", type=int, default=16)
+    for name, default in (("rows", 2), ("tokens", 4096), ("rank", 16)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--head", action="store_true", help="train embeddings and head as well")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    for name, value in asdict(Rates()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
+    for name, rate in asdict(Rates()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=rate)
     options = parser.parse_args(arguments)
-    rates = Rates(**{name: getattr(options, name) for name in asdict(Rates())})
     cuda_code.believe()
+    rates = Rates(**{name: getattr(options, name) for name in asdict(Rates())})
     rows = {
         variant: measure(variant, options.shape, options.rows, options.tokens, options.rank, rates, options.head)
         for variant in options.variants
     }
+    show(rows)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
-    show(rows)
     return rows
 
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.inject import SHARED
-from lightning_peft.adapters.shared_input import is_plain
+from lightning_peft.adapters.shared_input import input_groups
+from lightning_peft.adapters.wide_weights import room_of
 from lightning_peft.estimation.recorder import Array, Held, held_bytes
 from lightning_peft.estimation.trace import WORKSPACE
 from lightning_peft.models.blocks import transformer_blocks
@@ -98,15 +99,30 @@ def optimizer_states(trained: Iterable[Tensor], name: str, shards: int, pages: b
 
 
 def factor_copies(model: PreTrainedModel) -> Held:
-    """Count the factors in the dtype of the products, which a CUDA run keeps where each rank has whole ones."""
-    layers = [module for module in model.modules() if is_plain(module)]
-    if not layers or dense_dtype(layers[0].base_layer).itemsize != 2:
-        return Counter()
-    return Counter(
-        (ADAPTERS, Array(tuple(factor.shape), dense_dtype(layer.base_layer)))
-        for layer in layers
-        for factor in layer.factors()
-    )
+    """Count the factors in the dtype of the products, which a CUDA run keeps where each rank has whole ones.
+
+    At the edges of weights, where a compiled run has them, the whole edges count.
+    """
+    held: Held = Counter()
+    for group in input_groups(model):
+        dtype = dense_dtype(group.layers[0].base_layer)
+        if dtype.itemsize != 2:
+            continue
+        room = None if group.takes_wide_input is None else room_of(group.layers)
+        for place, layer in enumerate(group.layers):
+            A, B = layer.factors()
+            below = room is not None and room.place == place
+            edges = room.rows * A.shape[1] if room is not None and below else 0
+            if room is not None and group.takes_wide_input:
+                has_corner = below and not isinstance(layer.base_layer, CodedWeight)
+                edges += room.columns * (len(B) + (room.rows if has_corner else 0))
+            else:
+                held[(ADAPTERS, Array(tuple(B.shape), dtype))] += 1
+            if edges:
+                held[(ADAPTERS, Array((edges,), dtype))] += 1
+            if room is None:
+                held[(ADAPTERS, Array(tuple(A.shape), dtype))] += 1
+    return held
 
 
 def importance_scores(model: PreTrainedModel) -> Held:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from lightning_peft.kernels import (  # noqa: F401  registers the operators
     codes,
     cross_entropy,
+    inside_product,
     products,
     row_norms,
     shared_input,
@@ -42,6 +43,11 @@ OPENED = {
     torch.ops.lightning_peft.factor_gradient.default,
     torch.ops.lightning_peft.output_gradients.default,
     torch.ops.lightning_peft.shared_input_gradient.default,
+    torch.ops.lightning_peft.wide_rows.default,
+    torch.ops.lightning_peft.fill_edge.default,
+    torch.ops.lightning_peft.inside_products.default,
+    torch.ops.lightning_peft.fill_gradient_edge.default,
+    torch.ops.lightning_peft.inside_gradient.default,
 }
 """Operators of ours that are followed inside, being written in operators that have fake forms."""
 
@@ -67,6 +73,7 @@ SCRATCH: dict[Any, Callable[..., Scratch]] = {
     torch.ops.lightning_peft.read_once.default: lambda *_, **__: [],
     torch.ops.lightning_peft.add_up.default: lambda *_: [],
     torch.ops.lightning_peft.row_norms.default: lambda *_: [],
+    torch.ops.lightning_peft.copy_matrices.default: lambda *_: [],
 }
 """Arrays that operators that cannot be followed inside hold while they run, beside inputs and outputs."""
 

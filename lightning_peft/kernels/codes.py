@@ -136,9 +136,7 @@ def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> 
     if kind == INT8:
         return weight.view(torch.int8).float().mul_(absmax / 127).to(dtype)
     if weight.is_cuda and has_decoder():
-        tables = dynamic_map(weight.device), levels(kind, weight.device)
-        kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
-        return torch.ops.lightning_peft.decode(*codes, *tables, block_size, kernel_dtype).to(dtype)
+        return _decoded(codes, kind, block_size, dtype)
     if scale is not None and offset is not None:
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(
             absmax, scale, dynamic_map(absmax.device), ABSMAX_BLOCK, torch.float32
@@ -150,6 +148,23 @@ def dequantize(codes: Codes, kind: str, block_size: int, dtype: torch.dtype) -> 
         weight.view(-1, 1), absmax.view(-1), block_size, kind, shape, kernel_dtype
     )
     return dense.to(dtype)
+
+
+def _decoded(
+    codes: Codes, kind: str, block_size: int, dtype: torch.dtype, edge: Tensor | None = None, below: bool = False
+) -> Tensor:
+    device = codes.weight.device
+    kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
+    tables, options = (dynamic_map(device), levels(kind, device)), (block_size, kernel_dtype, edge, below)
+    return torch.ops.lightning_peft.decode(*codes, *tables, *options).to(dtype)
+
+
+@torch.no_grad()
+def dequantize_with_edge(codes: Codes, kind: str, block_size: int, edge: Tensor, below: bool) -> Tensor:
+    """Return the dense weight of 4-bit codes, in the edge's dtype, and the edge beside it or below it."""
+    if codes.weight.is_cuda and has_decoder():
+        return _decoded(codes, kind, block_size, edge.dtype, edge, below)
+    return torch.cat([dequantize(codes, kind, block_size, edge.dtype), edge], 0 if below else 1)
 
 
 # Opaque operators for the compiler: if it saw the two dequantisations, forward's and backward's, it would merge them
@@ -167,7 +182,7 @@ _library.define(
 
 _library.define(
     "decode(Tensor weight, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, Tensor absmax_levels, "
-    "Tensor levels, int block_size, ScalarType dtype) -> Tensor"
+    "Tensor levels, int block_size, ScalarType dtype, Tensor? edge=None, bool below=False) -> Tensor"
 )
 
 
@@ -181,16 +196,22 @@ def _decode(
     code_levels: Tensor,
     block_size: int,
     dtype: torch.dtype,
+    edge: Tensor | None = None,
+    below: bool = False,
 ) -> Tensor:
     from lightning_peft.kernels.triton_codes import decode  # Triton is there where CUDA is
 
-    options = ABSMAX_BLOCK, code_levels, block_size, dtype
+    options = ABSMAX_BLOCK, code_levels, block_size, dtype, edge, below
     return decode(weight, absmax, absmax_scale, absmax_offset, absmax_levels, *options)
 
 
 @torch.library.register_fake("lightning_peft::decode", lib=_library)
 def _decode_fake(weight: Tensor, *rest: Any) -> Tensor:
-    return weight.new_empty(weight.shape[0], 2 * weight.shape[1], dtype=rest[-1])
+    dtype, edge, below = (*rest[6:], None, False)[:3]
+    shape = [weight.shape[0], 2 * weight.shape[1]]
+    if edge is not None:
+        shape[not below] += edge.shape[not below]
+    return weight.new_empty(shape, dtype=dtype)
 
 
 @torch.library.impl("lightning_peft::dequantize", "CompositeExplicitAutograd", lib=_library)

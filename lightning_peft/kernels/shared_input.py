@@ -27,7 +27,7 @@ torch.library.define(
     "(Tensor grad, Tensor factor, Tensor inner, float scaling, *, Tensor(a!) inner_parts, Tensor(b!) B_parts) -> ()",
 )
 torch.library.define(
-    "lightning_peft::add_up", "(Tensor inner_parts, Tensor B_parts, ScalarType dtype) -> (Tensor, Tensor)"
+    "lightning_peft::add_up", "(Tensor inner_parts, Tensor B_parts, *, Tensor(a!) grad_inner) -> Tensor"
 )
 torch.library.define(
     "lightning_peft::shared_input_gradient",
@@ -124,10 +124,14 @@ def _parts(tensors: Sequence[Any], count: int) -> tuple[list[Tensor], list[Tenso
 def scaled_products(rows: list[Tensor], factors: list[Tensor], scaling: float) -> Tensor:
     """Return scaling * rows_i factor_i of every i, (N, R_i), beside each other: (N, sum of R_i)."""
     result = rows[0].new_empty(len(rows[0]), sum(factor.shape[1] for factor in factors))
-    parts = result.split([factor.shape[1] for factor in factors], 1)
+    _write_products(rows, factors, scaling, result)
+    return result
+
+
+def _write_products(rows: list[Tensor], factors: list[Tensor], scaling: float, into: Tensor) -> None:
+    parts = into.split([factor.shape[1] for factor in factors], 1)
     for part, own, factor in zip(parts, rows, factors, strict=True):
         part.addmm_(own, factor, beta=0, alpha=scaling)  # the product applies the factor by itself
-    return result
 
 
 @torch.library.register_fake("lightning_peft::scaled_products")
@@ -156,22 +160,35 @@ def output_gradients(
     The latter are (out_i, R_i), in at least fp32. grad_i (N, out_i), B_i (out_i, R_i) and inner (N, sum of R_i) have
     one dtype.
     """
+    made = torch.empty_like(inner)
+    sums = write_output_gradients(grads, factors, inner, scaling, made).split([factor.numel() for factor in factors])
+    return made, [own.view(factor.shape) for own, factor in zip(sums, factors, strict=True)]
+
+
+def write_output_gradients(
+    grads: list[Tensor], factors: list[Tensor], inner: Tensor, scaling: float, into: Tensor
+) -> Tensor:
+    """Write the first of `output_gradients` into a tensor, and return the second one behind the other, (numbers,)."""
     ranks = [factor.shape[1] for factor in factors]
     if not reads_once(grads, ranks):
-        made = torch.ops.lightning_peft.scaled_products(grads, factors, scaling)
+        _write_products(grads, factors, scaling, into)
         pairs = zip(grads, inner.split(ranks, 1), strict=True)
-        return made, [torch.ops.lightning_peft.factor_gradient(*pair) for pair in pairs]
+        return torch.cat([torch.ops.lightning_peft.factor_gradient(*pair).flatten() for pair in pairs])
     rows, sizes = len(inner), [factor.numel() for factor in factors]
     chunks = math.ceil(max(grad.shape[1] for grad in grads) / (SUMS // padded(max(ranks))))
     parts = min(math.ceil(PROGRAMS / chunks), math.ceil(rows / LEAST_ROWS))
     inner_parts = inner.new_empty(chunks, rows, sum(ranks), dtype=torch.float32)
     B_parts = inner.new_empty(parts, sum(sizes), dtype=torch.float32)
-    into = inner.split(ranks, 1), inner_parts.split(ranks, 2), B_parts.split(sizes, 1)
-    for grad, factor, own, own_inner_parts, own_B_parts in zip(grads, factors, *into, strict=True):
+    own_parts = inner.split(ranks, 1), inner_parts.split(ranks, 2), B_parts.split(sizes, 1)
+    for grad, factor, own, own_inner_parts, own_B_parts in zip(grads, factors, *own_parts, strict=True):
         options = {"inner_parts": own_inner_parts, "B_parts": own_B_parts}
-        torch.ops.lightning_peft.read_once(grad.contiguous(), factor.contiguous(), own, scaling, **options)
-    grad_inner, grad_B = torch.ops.lightning_peft.add_up(inner_parts, B_parts, inner.dtype)
-    return grad_inner, [own.view(factor.shape) for own, factor in zip(grad_B.split(sizes), factors, strict=True)]
+        torch.ops.lightning_peft.read_once(_by_rows(grad), _by_rows(factor), own, scaling, **options)
+    return torch.ops.lightning_peft.add_up(inner_parts, B_parts, grad_inner=into)
+
+
+def _by_rows(matrix: Tensor) -> Tensor:
+    """Return the matrix, or a copy where the numbers of a row do not lie side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 @torch.library.register_fake("lightning_peft::output_gradients")
@@ -197,10 +214,10 @@ def _read_once(
 
 
 @torch.library.impl("lightning_peft::add_up", "CUDA")
-def _add_up(inner_parts: Tensor, B_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _add_up(inner_parts: Tensor, B_parts: Tensor, *, grad_inner: Tensor) -> Tensor:
     from lightning_peft.kernels.triton_gradients import add_up
 
-    return add_up(inner_parts, B_parts, dtype)
+    return add_up(inner_parts, B_parts, grad_inner)
 
 
 @torch.library.register_fake("lightning_peft::read_once")
@@ -209,8 +226,8 @@ def _(*_: Any, **__: Any) -> None:
 
 
 @torch.library.register_fake("lightning_peft::add_up")
-def _(inner_parts: Tensor, B_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return inner_parts.new_empty(inner_parts.shape[1:], dtype=dtype), B_parts.new_empty(B_parts.shape[1:])
+def _(inner_parts: Tensor, B_parts: Tensor, *, grad_inner: Tensor) -> Tensor:
+    return B_parts.new_empty(B_parts.shape[1:])
 
 
 @torch.library.impl("lightning_peft::shared_input_gradient", "CompositeExplicitAutograd")

@@ -5,7 +5,6 @@ tensor of a step. A program reads its columns for some rows and makes its part o
 in a fixed order, so that the same run gives the same bits.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,14 +20,14 @@ BLOCK = 1024
 @triton.jit
 def _read_once(
     grad, B, inner, inner_parts, B_parts, rows, width, rank, own_rows,
-    grad_stride, inner_stride, chunk_stride, row_stride, part_stride, scaling,
+    grad_stride, factor_stride, inner_stride, chunk_stride, row_stride, part_stride, scaling,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     chunk, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     column, place = chunk * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
     in_width, in_rank = column < width, place < rank
     in_factor = in_width[:, None] & in_rank[None, :]
-    factor = tl.load(B + column[:, None] * rank + place[None, :], mask=in_factor, other=0.0)
+    factor = tl.load(B + column[:, None] * factor_stride + place[None, :], mask=in_factor, other=0.0)
     sums = tl.zeros((COLUMNS, RANK), dtype=tl.float32)
     for start in range(0, own_rows, ROWS):
         row = part * own_rows + start + tl.arange(0, ROWS)
@@ -46,8 +45,9 @@ def _read_once(
 
 @triton.jit
 def _add_up(
-    inner_parts, B_parts, grad_inner, grad_B, chunks, parts, inner_count, B_count, inner_programs, BLOCK: tl.constexpr
-):
+    inner_parts, B_parts, grad_inner, grad_B, chunks, parts, inner_count, B_count, rank, inner_stride, inner_programs,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     if program < inner_programs:
@@ -57,7 +57,8 @@ def _add_up(
         for _ in range(chunks):
             total += tl.load(source, mask=inside, other=0.0)
             source += inner_count
-        tl.store(grad_inner + place, total.to(grad_inner.dtype.element_ty), mask=inside)
+        into = grad_inner + place // rank * inner_stride + place % rank
+        tl.store(into, total.to(grad_inner.dtype.element_ty), mask=inside)
     else:
         place = (program - inner_programs) * BLOCK + tl.arange(0, BLOCK)
         inside = place < B_count
@@ -79,18 +80,17 @@ def read_once(grad: Tensor, B: Tensor, inner: Tensor, scaling: float, inner_part
     # The pipeline has one stage: with more, what is in flight leaves the registers.
     _read_once[(chunks, parts)](
         grad, B, inner, inner_parts, B_parts, rows, width, rank, own_rows,
-        grad.stride(0), inner.stride(0), inner_parts.stride(0), inner_parts.stride(1), B_parts.stride(0), scaling,
+        grad.stride(0), B.stride(0), inner.stride(0), *inner_parts.stride()[:2], B_parts.stride(0), scaling,
         COLUMNS=padded(triton.cdiv(width, chunks)), ROWS=ROWS, RANK=padded(rank), num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
-def add_up(inner_parts: Tensor, B_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the sums of both over their first dimension, (N, R) in a dtype and (numbers of all layers,) in fp32."""
-    grad_inner = inner_parts.new_empty(inner_parts.shape[1:], dtype=dtype)
+def add_up(inner_parts: Tensor, B_parts: Tensor, grad_inner: Tensor) -> Tensor:
+    """Write the sum of the first over its parts into grad_inner (N, R), and return that of the second, fp32."""
     grad_B = B_parts.new_empty(B_parts.shape[1:])
     inner_programs = triton.cdiv(grad_inner.numel(), BLOCK)
     _add_up[(inner_programs + triton.cdiv(grad_B.numel(), BLOCK),)](
         inner_parts, B_parts, grad_inner, grad_B, len(inner_parts), len(B_parts), grad_inner.numel(), grad_B.numel(),
-        inner_programs, BLOCK=BLOCK,
+        grad_inner.shape[1], grad_inner.stride(0), inner_programs, BLOCK=BLOCK,
     )  # fmt: skip
-    return grad_inner, grad_B
+    return grad_B

@@ -196,7 +196,11 @@ class AdaptedModule(LightningModule):
                     sharding.shard_block(block)
             if not reads_all:
                 injection.finish()
-            adapt_together(model, decoder_of(model), is_sharded=sharding is not None)
+            adapt_together(
+                model, decoder_of(model), is_sharded=sharding is not None,
+                # A twin's weights are the same tensors, and would be there twice.
+                in_weights=self.compilation is not Compilation.none and not has_twin,
+            )  # fmt: skip
         if self.quantization_config.verify:
             self.base_fingerprint = combined_fingerprint(layer_fingerprints(model) | fingerprints)
         if sharding is None:

@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
 from lightning_peft.compat import let_length_vary, set_up_compiler
+from lightning_peft.kernels.inside_product import write_into_wide_rows
 from lightning_peft.models.blocks import decoder_of, transformer_blocks
 from lightning_peft.training.config import ActivationCheckpointing, Compilation
 
@@ -70,6 +71,8 @@ def compile_model(model: PreTrainedModel, mode: Compilation, backend: str = "ind
     }[mode]()
     # Blocks share their code, and ranks that differ by block are compiled each: none may fall back unnoticed.
     set_up_compiler(graphs=len(parts) + 8, on_cuda=torch.cuda.is_available())
+    if parts and torch.cuda.is_available():
+        write_into_wide_rows()
     rows = CompiledRows()
     for part in parts:
         # It is set on the instance, so that names in the state dict stay what they are.

@@ -15,11 +15,14 @@ pytestmark = [
 ]
 
 LIMITS = {
-    "lora": {"launches_a_block": 59, "adapters_gb": 95, "kept_gb_a_block": 0.79},
-    "qlora": {"launches_a_block": 73, "adapters_gb": 95, "kept_gb_a_block": 0.79},
-    "dora": {"launches_a_block": 80, "adapters_gb": 110, "kept_gb_a_block": 0.94},
+    "lora": {"launches_a_block": 60, "adapters_gb": 60, "passes_gb": 181, "kept_gb_a_block": 0.79},
+    "qlora": {"launches_a_block": 74, "adapters_gb": 60, "passes_gb": 181, "kept_gb_a_block": 0.79},
+    "dora": {"launches_a_block": 80, "adapters_gb": 75, "passes_gb": 242, "kept_gb_a_block": 0.94},
 }
-"""The most of each on an 8B block of 2 x 4,096 tokens; bytes are those of a step of 32 blocks."""
+"""The most of each on an 8B block of 2 x 4,096 tokens; bytes are those of a step of 32 blocks.
+
+Fused passes are those of the whole step: a copy into wider rows, where nothing writes there, would be among them.
+"""
 
 
 @pytest.mark.parametrize("variant", LIMITS)
@@ -33,4 +36,4 @@ def test_a_block_asks_for_no_more_than_its_limits(variant, tmp_path):
     assert all(figures[name] <= limit for name, limit in LIMITS[variant].items()), figures
     assert found["graphs"] == 2  # one forward, one backward
     if variant == "lora":
-        assert found["tokens_per_second"] >= 15_000
+        assert found["tokens_per_second"] >= 15_300

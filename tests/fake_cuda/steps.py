@@ -1,6 +1,6 @@
 """Take training steps on fake tensors that lie on cuda:0, and say what a GPU would have met.
 
-    python steps.py CASES.json     # a list of {"method", "kind", "checkpointing", "head", "dropout", "optimizer"}
+    python steps.py CASES.json     # a list of cases as in test_fake_cuda.py
 
 One JSON line a case: the error, or the operators that make the host wait. Two steps are taken, the second from the
 state that a checkpoint keeps, which is read into host memory.
@@ -88,7 +88,7 @@ def build(case: dict[str, Any]) -> tuple[SupervisedLoss, Any]:
         options["dropout"] = case["dropout"]
     config = method.config(**options)
     inject_adapters(model, config)
-    adapt_together(model, decoder_of(model))
+    adapt_together(model, decoder_of(model), in_weights=case["inside"])
     objective = SupervisedLoss(model).train()
     checkpoint_blocks(model, ActivationCheckpointing[case["checkpointing"]])
     objective.assume(LogitPath())

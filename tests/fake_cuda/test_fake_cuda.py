@@ -22,7 +22,7 @@ MODES = ("none", "elementwise", "blocks", "selective")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 PLAIN: dict[str, Any] = {
     "method": "lora", "kind": "none", "checkpointing": "elementwise", "head": False, "dropout": 0.0,
-    "optimizer": "adamw",
+    "optimizer": "adamw", "inside": False,
 }  # fmt: skip
 
 
@@ -37,6 +37,8 @@ CASES += [PLAIN | {"method": m, "checkpointing": mode} for m in ("lora", "dora")
 CASES += [PLAIN | {"kind": "nf4", "checkpointing": mode, "dropout": 0.1} for mode in MODES]
 CASES += [PLAIN | {"head": True, "kind": kind, "dropout": dropout} for kind in KINDS for dropout in (0.0, 0.1)]
 CASES += [PLAIN | {"optimizer": name, "kind": kind} for name in OPTIMIZERS for kind in KINDS]
+CASES += [PLAIN | {"inside": True, "method": m, "kind": kind} for m in ("lora", "dora") for kind in KINDS]
+CASES += [PLAIN | {"inside": True, "checkpointing": mode} for mode in MODES]
 CASES = list({json.dumps(case): case for case in CASES}.values())
 
 pytestmark = [

@@ -26,6 +26,11 @@ for kind, twice, block_size in (("nf4", True, 64), ("nf4", False, 32), ("fp4", T
     for dtype in (torch.float32, torch.float16):
         found = decode(*stored, *tables, block_size, dtype)
         assert torch.equal(found, codes.dequantize(stored, kind, block_size, dtype)), (kind, twice, dtype)
+    for shape, below in (((48, 16), False), ((48, 1000), False), ((16, 512), True), ((1, 512), True)):
+        edge = torch.randn(shape)
+        found = decode(*stored, *tables, block_size, torch.float32, edge, below)
+        expected = codes.dequantize(stored, kind, block_size, torch.float32)
+        assert torch.equal(found, torch.cat([expected, edge], 0 if below else 1)), (kind, shape)
     # The interpreter truncates to bf16 instead of rounding: one unit of the last place.
     found = decode(*stored, *tables, block_size, torch.bfloat16)
     expected = codes.dequantize(stored, kind, block_size, torch.bfloat16)

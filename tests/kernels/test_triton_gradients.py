@@ -15,14 +15,16 @@ pytestmark = [
 # It runs in a process of its own: the interpreter is chosen before the kernels are defined.
 COMPARE = """
 import torch
-from lightning_peft.kernels import shared_input
+from lightning_peft.kernels import inside_product, shared_input
 from lightning_peft.kernels.triton_gradients import add_up, read_once
 
 torch.library.impl("lightning_peft::read_once", "CPU")(
     lambda grad, factor, inner, scaling, *, inner_parts, B_parts:
     read_once(grad, factor, inner, scaling, inner_parts, B_parts)
 )
-torch.library.impl("lightning_peft::add_up", "CPU")(add_up)
+torch.library.impl("lightning_peft::add_up", "CPU")(
+    lambda inner_parts, B_parts, *, grad_inner: add_up(inner_parts, B_parts, grad_inner)
+)
 shared_input.reads_once = lambda grads, ranks: True
 torch.manual_seed(0)
 # Widths and rows that no block divides, ranks that differ, one layer by itself.
@@ -37,6 +39,16 @@ for widths, ranks, rows in (((1000, 96, 96), (4, 7, 16), 700), ((1536,), (32,), 
         for grad, own, found in zip(grads, inner.split(ranks, 1), sums, strict=True):
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), grad.double().t() @ own.double(), rtol=1e-4, atol=1e-3)
+        # The same in wider rows, and with factors beside weights: to the bit.
+        for place, grad in enumerate(grads):
+            size, room = grad.shape[1], sum(ranks) + 3
+            wide = torch.zeros(rows, size + room).to(dtype)
+            wide[:, :size] = grad
+            beside = [torch.zeros(len(B), B.shape[1] + 5).to(dtype)[:, 5:].copy_(B) for B in factors]
+            others = [*grads[:place], *grads[place + 1 :]]
+            at_edge = torch.ops.lightning_peft.fill_gradient_edge(wide, others, place, beside, inner, 0.5)
+            assert torch.equal(at_edge, torch.cat([found.flatten() for found in sums]))
+            assert torch.equal(wide, torch.cat([grad, made, torch.zeros(rows, 3).to(dtype)], 1))
 """
 
 
