@@ -42,10 +42,10 @@ from lightning_peft.training.together import (
     HandedLoss,
     RunGroup,
     SharedPasses,
-    TogetherLoss,
     random_states,
     trained_parameters,
 )
+from lightning_peft.training.together_module import CheckedLoss
 
 RANKS, RATES = (4, 8, 16, 32), (1e-3, 5e-4, 2e-4, 1e-4)
 LARGE = [
@@ -90,7 +90,7 @@ class Ways:
                 model = copy_around_same_tensors(base)
                 inject_adapters(model, LoRAConfig(rank=rank))
                 if kind == "together":
-                    TogetherLoss(model, "auto", SFTConfig(), member)
+                    member.model, member.loss = model, CheckedLoss(model, "auto", SFTConfig())
                     self.members.append(Trained(model, rate))
                 else:
                     self.losses.append((SupervisedLoss(model).train(), Trained(model, rate)))

@@ -38,7 +38,7 @@ from lightning_peft.runs.ranks import WRONG_INPUT, leave_with_launcher, run_rank
 from lightning_peft.sweeps.place import task_of
 from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
 from lightning_peft.tracking.run_log import PRINTED
-from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction, StrategyKind
+from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction
 from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
 from lightning_peft.training.together import Member, MemberOutcome, RunGroup
 
@@ -77,8 +77,8 @@ def obstacle(config: TrainConfig, plan: RunPlan) -> str:
         return f"method={config.method}: {reason}"
     if config.objective.name != SFTConfig.name:
         return f"objective={config.objective.name}: trials together learn by sft"
-    if config.strategy.kind is StrategyKind.fsdp:
-        return "strategy=fsdp: a slice of the base belongs to one trial; use strategy=ddp or single"
+    if config.strategy.cpu_offload:
+        return "strategy.cpu_offload=true: slices on the host are one trial's; leave it out, as the base is held once"
     if plan.precision.endswith("-mixed"):
         return f"trainer.precision={plan.precision}: use bf16-true or 32-true"
     for option, reason in NOT_OF_ONE_TRIAL.items():
