@@ -33,6 +33,7 @@ from lightning_peft.objectives.model_loss import ModelLoss, TokenLosses
 from lightning_peft.optim.sharded import local
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
+from lightning_peft.training.host_memory import share_heap
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.router_load import RouterLoad
@@ -173,6 +174,7 @@ class RunGroup:
             member.is_done = True
             self.back.release()
 
+        share_heap()
         start = random_states()
         for member in self.members:
             member.random = start

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lightning_peft.data.batch import Batch
 from lightning_peft.objectives.model_loss import ModelLoss
 from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
+from lightning_peft.optim.sharded import drop_gradients
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.strategies import ShardedModel
 from lightning_peft.training.together import Member
@@ -61,6 +62,13 @@ class TogetherModule(FinetuneModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.member.router_load = self.router_load
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            # Lightning lets go of the last step's gradients before it goes backward, behind the pass that makes new
+            # ones for all: no member keeps them through it.
+            drop_gradients(self.trainer.optimizers[0])
+        return super().training_step(batch, batch_idx)
 
     def training_loss(self, batch: Batch) -> Tensor:
         assert self.objective is not None
