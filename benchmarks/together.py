@@ -31,7 +31,6 @@ from lightning_peft.command_configs.of_runs import EstimateConfig
 from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.compose import compose_config
 from lightning_peft.data.batch import Batch
-from lightning_peft.estimation.together import memory_together
 from lightning_peft.models.loading import load_model
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.twin import copy_around_same_tensors
@@ -42,10 +41,10 @@ from lightning_peft.training.together import (
     HandedLoss,
     RunGroup,
     SharedPasses,
-    TogetherLoss,
     random_states,
     trained_parameters,
 )
+from lightning_peft.training.together_module import CheckedLoss
 
 RANKS, RATES = (4, 8, 16, 32), (1e-3, 5e-4, 2e-4, 1e-4)
 LARGE = [
@@ -90,7 +89,7 @@ class Ways:
                 model = copy_around_same_tensors(base)
                 inject_adapters(model, LoRAConfig(rank=rank))
                 if kind == "together":
-                    TogetherLoss(model, "auto", SFTConfig(), member)
+                    member.model, member.loss = model, CheckedLoss(model, "auto", SFTConfig())
                     self.members.append(Trained(model, rate))
                 else:
                     self.losses.append((SupervisedLoss(model).train(), Trained(model, rate)))
@@ -157,9 +156,8 @@ def planned_memory(trials: int, words: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         shape = write_shape("llama_1b", Path(folder))
         config: EstimateConfig = compose_config("estimate", [*shape, *LARGE, *words])
-        found = estimate_of(config)
-    together = memory_together([found] * trials) + IMPORTS_BYTES
-    apart = trials * (found.peak + IMPORTS_BYTES)
+        together = estimate_of(config, trials).peak + IMPORTS_BYTES
+        apart = trials * (estimate_of(config).peak + IMPORTS_BYTES)
     return {
         "trials": trials,
         "words": [*LARGE, *words],

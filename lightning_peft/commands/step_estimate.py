@@ -51,8 +51,11 @@ def plan_of(config: EstimateConfig) -> RunPlan:
     return plan_run(config, Machine.planned(config.trainer))
 
 
-def estimate_of(config: EstimateConfig) -> Estimate:
-    """Return the estimate of one run; with the mode that fits where activation_checkpointing=auto."""
+def estimate_of(config: EstimateConfig, together: int = 1) -> Estimate:
+    """Return the estimate of one run; with the mode that fits where activation_checkpointing=auto.
+
+    With `together` it is of one process in which so many runs like this one train on one base.
+    """
     plan = plan_of(config)
     config = with_fitting_checkpointing(config, plan.machine)
     accelerator = plan.accelerator
@@ -73,6 +76,7 @@ def estimate_of(config: EstimateConfig) -> Estimate:
         # For a GPU such a model is read by the host, and reaches the device block by block.
         loads_whole=accelerator == "cpu" and reads_whole_model(config.adapter, config.quantization),
         adapter_rank=config.adapter.rank,
+        together=together,
     )
     objective: ModelLoss = empty_objective(config, plan.weight_dtype)
     if isinstance(config.objective, TaughtConfig) and config.objective.runs_teacher:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -25,7 +26,6 @@ from lightning_peft.commands.training import prepare_folder
 from lightning_peft.compose import compose_config
 from lightning_peft.config import TrainConfig, plain
 from lightning_peft.distributed import LAUNCHER
-from lightning_peft.estimation.together import most_together
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.loading import empty_model
 from lightning_peft.models.packing_choice import obstacle_to_one_row
@@ -38,7 +38,7 @@ from lightning_peft.runs.ranks import WRONG_INPUT, leave_with_launcher, run_rank
 from lightning_peft.sweeps.place import task_of
 from lightning_peft.sweeps.sweep import MANIFEST, changed_sweep, read_sweep
 from lightning_peft.tracking.run_log import PRINTED
-from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction, StrategyKind
+from lightning_peft.training.config import ActivationCheckpointing, Compilation, GuardAction
 from lightning_peft.training.preemption import REASONS, Interrupted, Preempted
 from lightning_peft.training.together import Member, MemberOutcome, RunGroup
 
@@ -77,8 +77,8 @@ def obstacle(config: TrainConfig, plan: RunPlan) -> str:
         return f"method={config.method}: {reason}"
     if config.objective.name != SFTConfig.name:
         return f"objective={config.objective.name}: trials together learn by sft"
-    if config.strategy.kind is StrategyKind.fsdp:
-        return "strategy=fsdp: a slice of the base belongs to one trial; use strategy=ddp or single"
+    if config.strategy.cpu_offload:
+        return "strategy.cpu_offload=true: slices on the host are one trial's; leave it out, as the base is held once"
     if plan.precision.endswith("-mixed"):
         return f"trainer.precision={plan.precision}: use bf16-true or 32-true"
     for option, reason in NOT_OF_ONE_TRIAL.items():
@@ -161,20 +161,24 @@ def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: i
 
     Raises ValueError where nobody knows the memory, or not one trial fits.
     """
-    estimates, limit = [], None
+    trials, room = [], 0.0
     for config in map(as_member, configs):
         options = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
         limit = machine.memory(config.device_memory_gib)
         if limit is None:
             raise ValueError("sweep.together=auto: no GPU here to ask for its memory; give a number, or "
                              "device_memory_gib")  # fmt: skip
-        estimates.append(estimate_of(EstimateConfig(**options)))
-    assert limit is not None, "a sweep has trials"
-    if (most := most_together(estimates, limit / processes)) == 0:
+        trials.append(EstimateConfig(**options))
+        room = limit / processes
+    peaks = [estimate_of(trial).peak for trial in trials]
+    largest = trials[peaks.index(max(peaks))]  # whichever trials come together, they take no more than as many of it
+    if max(peaks) > room:
         raise ValueError(
-            f"sweep.together=auto: a trial takes up to {max(found.peak for found in estimates) / GIB:.2f} GiB, and "
-            f"there are {limit / processes / GIB:.2f} for each of {processes} processes"
+            f"sweep.together=auto: a trial takes up to {max(peaks) / GIB:.2f} GiB, and there are {room / GIB:.2f} for "
+            f"each of {processes} processes"
         )
+    counts = range(2, len(trials) + 1)
+    most = 1 + bisect_right(counts, room, key=lambda count: estimate_of(largest, count).peak)
     logger.info("sweep.together=auto: up to %d trials in a process", most)
     return most
 

@@ -71,7 +71,8 @@ from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.signal_watch import SIGNAL_WATCH
 from lightning_peft.training.teacher_store import keep_teacher
-from lightning_peft.training.together import Member, MemberSignals, TogetherModule
+from lightning_peft.training.together import Member, MemberSignals
+from lightning_peft.training.together_module import TogetherModule
 
 logger = logging.getLogger(__name__)
 

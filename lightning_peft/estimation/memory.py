@@ -59,6 +59,8 @@ class StepOptions:
     """The arrays that a teacher stores beside the base."""
     adapter_rank: int | None = None
     """The adapters' rank, for the formulas only."""
+    together: int = 1
+    """Runs like this one that train together on one base, each with its own rows, adapters and states."""
 
     @property
     def shards(self) -> int:
@@ -73,6 +75,11 @@ class StepOptions:
     def keeps_gradients(self) -> bool:
         """Return whether the last step's gradients are there in the backward pass; DDP's buckets always hold them."""
         return self.accumulate > 1 or self.strategy == "ddp"
+
+    @property
+    def cuts_gradients(self) -> bool:
+        """Return whether FSDP cuts each gradient once it is made; those of runs together are cut behind a pass."""
+        return self.shards > 1 and self.together == 1
 
 
 @dataclass(frozen=True)
@@ -124,28 +131,32 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
 
     The model is used up. Every token counts as supervised, every row as full.
     """
-    model, shards = objective.model, options.shards
-    symbols = Symbols(model.config, options.rows, options.length, options.adapter_rank)
+    model, shards, together = objective.model, options.shards, options.together
+    rows = options.rows * together
+    symbols = Symbols(model.config, rows, options.length, options.adapter_rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     process: Held = Counter({(PROCESS, Array((PROCESS_BYTES[options.accelerator],), torch.uint8)): 1})
     states, paged = optimizer_states(trained, options.optimizer, shards, options.accelerator == "cuda")
     states += importance_scores(model)
-    if options.accelerator == "cuda" and options.strategy != "fsdp":
+    if options.accelerator == "cuda" and options.strategy != "fsdp" and together == 1:
         states += factor_copies(model)
-    stored = stored_weights(model, shards)
+    states = repeated(states, together)
+    stored = of_runs(stored_weights(model, shards), together)
     gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
-    loaded = stored_weights(model) if options.loads_whole else loaded_weights(model, shards)
+    if shards > 1 and together > 1:  # a pass of all has every adapter whole
+        gathered += repeated(only(stored_weights(model), ADAPTERS), together)
+    loaded = of_runs(stored_weights(model) if options.loads_whole else loaded_weights(model, shards), together)
     teacher: Held = Counter({(TEACHER, array): count for array, count in options.teacher.items()})
     always, on_host = stored + states + process + teacher, 0
     if options.slices_on_host:
-        slices = stored_weights(model, shards, buffers=False) + states
-        always, on_host = always - slices, held_bytes(slices)
+        waiting = stored_weights(model, shards, buffers=False) + states
+        always, on_host = always - waiting, held_bytes(waiting)
         loaded = gathered + always - process
     moments = {"loading": loaded + loading_scratch(model) + process + teacher}
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 
     trace = trace_step(
-        objective, options.rows, options.length, options.keeps_gradients, options.autocast, options.accelerator
+        objective, rows, options.length, options.keeps_gradients, options.autocast, options.accelerator, together
     )
 
     def settled(held: Held) -> Held:
@@ -158,14 +169,17 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
                 if options.offloads_to_host:
                     continue
                 name = ACTIVATIONS
-            own[(name, shard(array, shards) if name == GRADIENTS else array)] += count
+            own[(name, shard(array, shards) if name == GRADIENTS and options.cuts_gradients else array)] += count
         return own
 
     for moment in trace.moments:
         moments[moment.phase] = always + gathered + settled(moment.held)
-    moments["optimiser"] = always + settled(trace.gradients) + scratch
+    slices: Held = Counter()
+    for (name, array), count in trace.gradients.items():
+        slices[(name, shard(array, shards))] += 0 if options.slices_on_host else count
+    moments["optimiser"] = always + slices + scratch
     if shards > 1 and options.accelerator == "cpu":  # the slices of GPUs are gathered in host memory
-        moments["saving"] = always + settled(trace.gradients) + whole_weights(trained)
+        moments["saving"] = always + slices + whole_weights(trained)
     parameter_bytes = sum(shard(array, shards).nbytes * count for (_, array), count in trace.gradients.items())
     largest = {name: settled(held) for name, held in trace.largest.items()} | {ACTIVATIONS: settled(trace.kept)}
     host = paged + on_host + (parameter_bytes if options.slices_on_host else 0)
@@ -178,7 +192,7 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
         flops=trace.flops * options.accumulate,
         # AdamW reads parameter, gradient and two states and writes all but the gradient.
         bytes_moved=trace.bytes_moved * options.accumulate + 7 * parameter_bytes,
-        tokens=options.rows * options.length * options.accumulate,
+        tokens=rows * options.length * options.accumulate,
     )
 
 
@@ -194,6 +208,16 @@ def list_components(moments: dict[str, Held], largest: dict[str, Held], symbols:
             formula = symbols.formula(at_peak or most)
             components.append(Component(name, held_bytes(at_peak), held_bytes(most), formula))
     return components
+
+
+def repeated(held: Held, count: int) -> Held:
+    """Return so many times what is held."""
+    return Counter({key: count * number for key, number in held.items()})
+
+
+def of_runs(stored: Held, together: int) -> Held:
+    """Return what so many runs store: the adapters of each around one base."""
+    return stored + repeated(only(stored, ADAPTERS), together - 1)
 
 
 def only(held: Held, component: str) -> Held:

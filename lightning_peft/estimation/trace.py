@@ -1,6 +1,7 @@
 """A training step run on fake tensors, a few transformer blocks standing for all that are like them."""
 
 from collections import Counter
+from collections.abc import Container
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -55,18 +56,23 @@ def trace_step(
     keeps_gradients: bool = False,
     autocast: torch.dtype | None = None,
     accelerator: str = "cpu",
+    together: int = 1,
 ) -> StepTrace:
     """Trace one micro batch of `rows` full rows of `length` tokens, every one supervised.
 
     `objective` holds a model on the meta device, quantised, adapted and checkpointed as for training; it is used up.
     Gradients of the step before live until the backward pass starts, and with `keeps_gradients` (a later micro batch
-    of an accumulation window) through it.
+    of an accumulation window) through it. The rows may be of several runs `together`, each with such adapters: their
+    gradients are made in one pass, those of the step before are gone by then, and with `keeps_gradients` are beside
+    the new ones.
     """
     model = objective.model
     blocks = transformer_blocks(model)
     stand_ins = choose_stand_ins(model, blocks)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    gradients: Held = Counter((GRADIENTS, Array(tuple(p.shape), p.dtype)) for p in trained)
+    gradients: Held = Counter()
+    for parameter in trained:
+        gradients[(GRADIENTS, Array(tuple(parameter.shape), parameter.dtype))] += together
     keep_blocks(model, blocks, sorted(set(stand_ins)))
     recorder = Recorder()
     if any(isinstance(module, CodedWeight) for module in model.modules()):
@@ -79,7 +85,7 @@ def trace_step(
         tags = Tags(recorder)
         tags.watch(model, [blocks[index] for index in sorted(set(stand_ins))])
         for parameter in objective.parameters():
-            if keeps_gradients and parameter.requires_grad:
+            if keeps_gradients and parameter.requires_grad and together == 1:
                 parameter.grad = torch.empty_like(parameter)
                 recorder.ignore(parameter.grad)
         objective.train()
@@ -93,11 +99,14 @@ def trace_step(
             loss.backward()
     vocabulary = model.config.get_text_config().vocab_size
     parts = {
-        s.name: SegmentSummary(s, lambda number, array: tags.component(number, array, vocabulary))
+        s.name: SegmentSummary(s, lambda number, array: tags.component(number, array, vocabulary), together)
         for s in recorder.segments
     }
     order = {index: place for place, index in enumerate(sorted(set(stand_ins)))}
-    return compose(parts, [order[index] for index in stand_ins], gradients, keeps_gradients)
+    held = {"forward", "loss"} if together == 1 else set()
+    if keeps_gradients:
+        held = {"forward", "loss", "backward"}
+    return compose(parts, [order[index] for index in stand_ins], gradients, held)
 
 
 def choose_stand_ins(model: PreTrainedModel, blocks: list[nn.Module]) -> list[int]:
@@ -223,9 +232,9 @@ class Tags:
 
 
 class SegmentSummary:
-    """A segment summed up: what it adds for good, and at its largest moments."""
+    """A segment summed up: what it adds for good, and at its largest moments, every gradient `together` times."""
 
-    def __init__(self, segment: RecordedSegment, component: Any):
+    def __init__(self, segment: RecordedSegment, component: Any, together: int = 1):
         self.flops, self.bytes_moved = segment.flops, segment.bytes_moved
         self.change: Held = Counter()
         self.peak: Held = Counter()
@@ -237,6 +246,7 @@ class SegmentSummary:
         for change, number, array in segment.events:
             name = component(number, array)
             key = (name, array)
+            change *= together if name == GRADIENTS else 1
             self.change[key] += change
             total += change * array.nbytes
             totals[name] += change * array.nbytes
@@ -247,8 +257,11 @@ class SegmentSummary:
                 self.peaks[name] = Counter({k: count for k, count in self.change.items() if k[0] == name})
 
 
-def compose(parts: dict[str, SegmentSummary], places: list[int], gradients: Held, keeps_gradients: bool) -> StepTrace:
-    """Return the step of the whole model, whose i-th block is like the run one at `places[i]`."""
+def compose(parts: dict[str, SegmentSummary], places: list[int], gradients: Held, held_in: Container[str]) -> StepTrace:
+    """Return the step of the whole model, whose i-th block is like the run one at `places[i]`.
+
+    The gradients of the step before are there in the phases `held_in`.
+    """
     phases = {
         "forward": ["start", *(f"forward {place}" for place in places)],
         "loss": ["loss"],
@@ -260,7 +273,7 @@ def compose(parts: dict[str, SegmentSummary], places: list[int], gradients: Held
     kept: Held = Counter()
     flops = bytes_moved = 0
     for phase, names in phases.items():
-        old = gradients if phase != "backward" or keeps_gradients else Counter()
+        old = gradients if phase in held_in else Counter()
         moment: Held = Counter()
         for name in names:
             part = parts.get(name)

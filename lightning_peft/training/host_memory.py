@@ -7,13 +7,29 @@ import platform
 
 logger = logging.getLogger(__name__)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Parameters of glibc's mallopt (malloc.h)."""
 NEVER = -1
 LARGEST_FROM_HEAP = 2**25
 """Bytes above which an allocation is mapped on its own; the most to which glibc raises its own threshold."""
-SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+SETTINGS = (
+    "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+)  # fmt: skip
 """Environment variables by which a user sets this, or another allocator."""
+
+
+def may_be_set() -> bool:
+    """Return whether the C library is glibc and the user has set nothing of it."""
+    return platform.libc_ver()[0] == "glibc" and not any(os.environ.get(name) for name in SETTINGS)
+
+
+def share_heap() -> bool:
+    """Let threads that work one at a time take memory from one heap; return whether they do.
+
+    By default each has a heap of its own, and what one has freed is lost to the others.
+    """
+    return may_be_set() and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
 
 
 def keep_freed_memory() -> bool:
@@ -22,7 +38,7 @@ def keep_freed_memory() -> bool:
     By default it returns free memory to the kernel, which clears every page anew when the next step asks for it: a
     tenth of a step (SmolLM2-135M, 4x512 tokens, two cores). A user's own settings and other C libraries are left alone.
     """
-    if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in SETTINGS):
+    if not may_be_set():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     kept = bool(mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))

@@ -125,7 +125,7 @@ class FinetuneModule(AdaptedModule):
         assert self.objective is not None
         if self.router_load is not None:
             self.router_load.start()
-        loss = self.objective(batch)
+        loss = self.training_loss(batch)
         weight = self.objective.loss_weight(batch)
         penalty, measured = regularization(self.model), self.objective.measured
         if self.router_load is not None:
@@ -137,6 +137,12 @@ class FinetuneModule(AdaptedModule):
             loss = loss + penalty * weight
         # Undo Lightning's division; the true divisor, the window's token count, is known when the window closes.
         return loss * (self.trainer.accumulate_grad_batches / GRADIENT_UNIT)
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """Return the loss summed over a micro batch, through which gradients reach what trains."""
+        assert self.objective is not None
+        loss: Tensor = self.objective(batch)
+        return loss
 
     def optimizer_step(
         self,

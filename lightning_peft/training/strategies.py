@@ -11,7 +11,8 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 
 from lightning_peft.compat import fsdp_parameters_made_by, ignore_in_ddp
@@ -70,6 +71,22 @@ def sharding_codes() -> Iterator[None]:
         yield
 
 
+def shard_block(block: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy) -> None:
+    """Keep this rank's slice of a transformer block; its forward gathers it."""
+    with sharding_codes():
+        fully_shard(block, mesh=mesh, offload_policy=offload)
+
+
+def shard_root(root: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy) -> FSDPModule:
+    """Shard the rest of `root`, which holds the model, as one group, once every block is sharded.
+
+    The rest are the embeddings, the last norm and the head, tied or not. They stay gathered between the forward and the
+    backward pass: the loss reads the head in both.
+    """
+    with sharding_codes():
+        return fully_shard(root, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
+
+
 class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
     """FSDP2 with whole checkpoints through the Trainer's CheckpointIO; `configure_model` loads and shards.
 
@@ -82,20 +99,18 @@ class ShardedModel(NamedOptimizerState, ModelParallelStrategy):
             data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=TIMEOUT
         )
 
+    @property
+    def mesh(self) -> DeviceMesh:
+        """Return the ranks over which weights are cut."""
+        return self.device_mesh["data_parallel"]
+
     def shard_block(self, block: nn.Module) -> None:
         """Keep this rank's slice of a transformer block that holds its weights."""
-        with sharding_codes():
-            fully_shard(block, mesh=self.device_mesh["data_parallel"], offload_policy=self.offload)
+        shard_block(block, self.mesh, self.offload)
 
     def shard_root(self, root: nn.Module) -> None:
-        """Shard the rest of `root`, which holds the model, as one group, once every block is sharded.
-
-        The rest are the embeddings, the last norm and the head, tied or not. They stay gathered between the forward and
-        the backward pass: the loss reads the head in both.
-        """
-        mesh = self.device_mesh["data_parallel"]
-        with sharding_codes():
-            self.root = fully_shard(root, mesh=mesh, reshard_after_forward=False, offload_policy=self.offload)
+        """Keep this rank's slice of the rest of `root`, as `shard_root` does."""
+        self.root = shard_root(root, self.mesh, self.offload)
 
     @contextmanager
     def root_gathered(self) -> Iterator[None]:

@@ -12,8 +12,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,13 +29,17 @@ from lightning_peft.kernels.cross_entropy import weighted_sum
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.twin import copy_around_same_tensors
 from lightning_peft.objectives.embedding_noise import changed_embeddings, with_noise
-from lightning_peft.objectives.model_loss import ModelLoss
-from lightning_peft.objectives.sft import SFTConfig, SupervisedLoss
+from lightning_peft.objectives.model_loss import ModelLoss, TokenLosses
+from lightning_peft.optim.sharded import local
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
+from lightning_peft.training.host_memory import share_heap
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
 from lightning_peft.training.router_load import RouterLoad
+from lightning_peft.training.sliced_base import SlicedBase
+from lightning_peft.training.strategies import ShardedModel
+from lightning_peft.training.whole_adapters import sliced_means, whole_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class HandedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grads[0])
+        torch._foreach_mul_([local(gradient) for gradient in gradients if gradient is not None], grads[0])
         return None, None, *gradients
 
 
@@ -75,11 +79,6 @@ class Member:
         self.turn = threading.Semaphore(0)
         self.is_done = False
 
-    def base(self, module: FinetuneModule, device: torch.device) -> tuple[PreTrainedModel, Any]:
-        """Return a model of its own around the weights that all share, and the names of its blocks."""
-        model = self.group.base(module, device)
-        return model, iter(block_names(model))
-
     def train_on(self, batch: Batch) -> Tensor:
         """Return the loss of a micro batch, fp32 scalar, from a pass that all members' batches share."""
         assert self.model is not None
@@ -91,47 +90,6 @@ class Member:
             raise answer
         assert answer is not None
         return HandedLoss.apply(*answer, *trained_parameters(self.model))
-
-
-class TogetherLoss(SupervisedLoss):
-    """The loss of supervised fine-tuning, its training passes taken together with those of the other members."""
-
-    def __init__(self, model: PreTrainedModel, packing: bool | str, config: SFTConfig, member: Member):
-        # Whatever this run asks for, its rows are packed behind those of the others: that is to be checked.
-        super().__init__(model, packing or "auto", config)
-        self._member = (member,)  # the tuple keeps it out of copies of this module
-        member.model, member.loss = model, self
-
-    def forward(self, batch: Batch) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(batch)
-        if not self.is_checked:
-            self.check(batch)
-        if self.runs_apart:
-            raise ValueError(
-                f"sweep.together: packed samples see each other in {type(self.model).__name__}, and so would those of "
-                "several trials; train them apart, without sweep.together"
-            )
-        return self._member[0].train_on(batch)
-
-
-class TogetherModule(FinetuneModule):
-    """A `FinetuneModule` whose base is one that other runs of this process have too."""
-
-    def __init__(self, member: Member, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._member = (member,)
-
-    def read_base(self, device: torch.device) -> tuple[PreTrainedModel, Any]:
-        return self._member[0].base(self, device)
-
-    def build_objective(self, model: PreTrainedModel) -> ModelLoss:
-        assert isinstance(self.objective_config, SFTConfig), "runs together learn by sft"
-        return TogetherLoss(model, self.packing, self.objective_config, self._member[0]).train()
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self._member[0].router_load = self.router_load
 
 
 class MemberSignals(PreemptionSignals):
@@ -176,18 +134,28 @@ class RunGroup:
         self.back = threading.Semaphore(0)
         self.passes: SharedPasses | None = None
         self.template: PreTrainedModel | None = None
+        self.slices: SlicedBase | None = None
+        """The base where ranks hold slices of it, instead of a template."""
         self.checkpointing = ActivationCheckpointing.none
         self.device = torch.device("cpu")
 
-    def base(self, module: FinetuneModule, device: torch.device) -> PreTrainedModel:
-        """Return a new tree of modules around the base's weights, which the first call reads."""
-        if self.template is None:
+    def base(self, module: FinetuneModule, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:
+        """Return a new tree of modules around the base, as `load_by_block` does; the first call reads the base."""
+        strategy = module.trainer.strategy
+        if self.template is None and self.slices is None:
             model, blocks = FinetuneModule.read_base(module, device)
-            for _ in blocks:
-                pass
-            self.template = model.to(device).requires_grad_(False)  # type: ignore[arg-type]  # as in load_model
+            if isinstance(strategy, ShardedModel):
+                self.slices = SlicedBase(model, blocks, strategy.mesh)
+            else:
+                for _ in blocks:
+                    pass
+                self.template = model.to(device).requires_grad_(False)  # type: ignore[arg-type]  # as in load_model
             self.checkpointing, self.device = module.activation_checkpointing, device
-        return copy_around_same_tensors(self.template)
+        if self.slices is not None:
+            return self.slices.model(device)
+        assert self.template is not None
+        model = copy_around_same_tensors(self.template)
+        return model, iter(block_names(model))
 
     def run(
         self,
@@ -206,6 +174,7 @@ class RunGroup:
             member.is_done = True
             self.back.release()
 
+        share_heap()
         start = random_states()
         for member in self.members:
             member.random = start
@@ -257,17 +226,27 @@ class RunGroup:
             member.batch, member.answer = None, answer
 
 
+class RowLosses(ModelLoss):
+    """The model that takes the tokens of all members in one row. Its forward gathers it where ranks hold slices."""
+
+    def forward(self, batch: Batch) -> TokenLosses:  # type: ignore[override]  # each member's sum is taken outside
+        return self.token_losses(batch)
+
+
 class SharedPasses:
-    """The model that takes the tokens of all members in one row, and the passes through it."""
+    """The passes through the base that take the tokens of all members."""
 
     def __init__(self, group: RunGroup, members: Sequence[Member]):
-        assert group.template is not None
+        template = group.template if group.slices is None else group.slices.template
+        assert template is not None
         self.batching = BatchShares()
-        model = copy_around_same_tensors(group.template)
+        model = copy_around_same_tensors(template)
         models = {member.number: member.model for member in members if member.model is not None}
         segment_layers(model, self.batching, models)
         checkpoint_blocks(model, group.checkpointing)
-        self.loss = SupervisedLoss(model).train()
+        self.loss = RowLosses(model).train()
+        if group.slices is not None:
+            group.slices.shard(model, self.loss)
         checked = members[0].loss
         assert checked is not None
         self.loss.logit_path, self.loss.is_checked = checked.logit_path, True
@@ -288,9 +267,13 @@ class SharedPasses:
                 load.rows = slice(start, stop)
             start = stop
         self.batching.begin(shares)
-        with torch.enable_grad():
+        own_parameters = [trained_parameters(member.model) for member in members]
+        with ExitStack() as gathered, torch.enable_grad():
+            for member in members:
+                if member.model is not None:
+                    gathered.enter_context(whole_adapters(member.model))
             with self.noise(members, batches):
-                tokens = self.loss.token_losses(joined)
+                tokens = self.loss(joined)
             for member in members:
                 if member.router_load is not None:  # counted up to here: the backward pass may run blocks again
                     member.router_load.counts = dict(self.router_loads[member.number].counts)
@@ -305,9 +288,9 @@ class SharedPasses:
                 torch.stack(losses).sum(), [parameter for own in trained for parameter in own], allow_unused=True
             ))  # fmt: skip
         answers: list[tuple[Tensor, list[Tensor | None]]] = []
-        for member, loss, own in zip(members, losses, trained, strict=True):
+        for member, loss, own in zip(members, losses, own_parameters, strict=True):
             member.random[joined.input_ids.device.type] = self.batching.random[member.number].state
-            answers.append((loss.detach(), [*gradients[: len(own)]]))
+            answers.append((loss.detach(), sliced_means(gradients[: len(own)], own)))
             del gradients[: len(own)]
         return answers
 

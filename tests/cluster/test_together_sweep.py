@@ -137,9 +137,18 @@ def test_one_trial_of_a_group_is_cancelled_and_retried(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_group_resumes_bit_equal_and_the_others_go_on(tmp_path):
+@pytest.mark.parametrize(
+    "base",
+    [
+        [],
+        pytest.param(["quantization=nf4", "strategy=fsdp", "trainer.devices=2"], marks=pytest.mark.multi_process),
+    ],
+    ids=["alone", "fsdp"],
+)
+def test_killed_group_resumes_bit_equal_and_the_others_go_on(tmp_path, base):
     folder = tmp_path / "sweep"
     words = [
+        *base,
         "method=lora,rslora,dora", "adapter.dropout=0.1", "trainer.max_steps=60", "checkpoint.every_n_steps=5",
         "logger=csv", "sweep.together=2", "cluster=local",
     ]  # fmt: skip
@@ -150,7 +159,8 @@ def test_killed_group_resumes_bit_equal_and_the_others_go_on(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     ended = wait_until(folder, has_ended)
     assert [trial.state for trial in ended.trials] == ["failed", "failed", "finished"]
-    assert [trial.exit_code for trial in ended.trials[:2]] == [-9, -9]
+    # A rank may see that the process it was started by is gone, and say that its trial has failed.
+    assert all(trial.exit_code in ((-9, 1) if base else (-9,)) for trial in ended.trials[:2])
     assert main(["sweep", "retry", str(folder), "failed=true"]) == 0
     ended = wait_until(folder, has_ended)
     assert [(t.state, t.attempts) for t in ended.trials] == [("finished", 2), ("finished", 2), ("finished", 1)]

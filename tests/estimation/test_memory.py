@@ -3,11 +3,12 @@
 import re
 
 import pytest
-from empty_models import config_folder, tiny_estimate
+from empty_models import config_folder, config_of, tiny_estimate
 
 from lightning_peft.adapters.inject import inject_adapters
 from lightning_peft.adapters.lora import LoRAConfig
 from lightning_peft.checkpoint.peft_format import save_adapter
+from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.estimation.memory import Estimate
 from lightning_peft.models.tiny import tiny_model
 
@@ -137,3 +138,28 @@ def test_bf16_halves_the_base_and_not_the_adapters():
     fp32, bf16 = tiny_estimate(), tiny_estimate("trainer.precision=bf16-true")
     assert size(bf16, "embeddings") * 2 == size(fp32, "embeddings")
     assert size(bf16, "adapters") == size(fp32, "adapters")
+
+
+@pytest.mark.parametrize("words", [("method=qlora",), ("activation_checkpointing=blocks",)])
+def test_runs_together_share_the_base_and_a_pass(words):
+    alone, three = tiny_estimate(*words), estimate_of(config_of(*words), together=3)
+    rows = tiny_estimate(*words, "data.micro_batch_size=6")
+    for name in ("base", "quantisation scales", "embeddings"):
+        assert size(three, name) == size(alone, name)
+    own = ("adapters", "optimiser states", "gradients")
+    assert [size(three, name) for name in own] == [3 * size(alone, name) for name in own]
+    assert size(three, "activations") == size(rows, "activations")
+    # One run keeps the gradients of its last step until it goes backward; no run keeps them through the pass of all.
+    others = 2 * (size(alone, "adapters") + size(alone, "optimiser states"))
+    assert three.phases["forward"] == rows.phases["forward"] - size(alone, "gradients") + others
+    assert estimate_of(config_of(*words), together=2).peak < three.peak < 3 * alone.peak
+
+
+def test_runs_together_under_fsdp_have_whole_adapters_in_a_pass():
+    words = ("strategy=fsdp", "trainer.devices=2", "data.max_length=8", "rank=r64")
+    alone, three = tiny_estimate(*words), estimate_of(config_of(*words), together=3)
+    rows = tiny_estimate(*words, "data.micro_batch_size=6")
+    whole = size(tiny_estimate("rank=r64"), "adapters")
+    others = 2 * (whole // 2 + size(alone, "optimiser states"))
+    assert three.phases["forward"] == rows.phases["forward"] - size(alone, "gradients") + others + 3 * whole
+    assert size(three, "gradients") == 3 * whole

@@ -190,6 +190,7 @@ def test_exit_status_of_a_group_has_it_gone_on_with_where_one_is_to(tmp_path: Pa
         (["+trainer.detect_anomaly=true"], "trainer.detect_anomaly=True: a number of one trial that is not finite"),
         (["+trainer.profiler=simple"], "trainer.profiler=simple: it would time what all trials do"),
         (["trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed: use bf16-true or 32-true"),
+        (["strategy=fsdp", "trainer.devices=2", "strategy.cpu_offload=true"], "slices on the host are one trial's"),
     ],
 )
 def test_what_cannot_share_trains_by_itself(
