@@ -15,8 +15,9 @@ from lightning_peft import neighbours
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which a user may have decided how threads wait."""
 CGROUPS = Path("/sys/fs/cgroup")
-SPINS = 20_000
-"""Rounds that a thread spins before it sleeps, half a millisecond: as fast on quiet cores as libgomp's own 300,000.
+SPINS = 250_000
+"""Rounds that a thread spins before it sleeps, nearly libgomp's own 300,000. With 20,000 a step took a tenth longer on
+virtual cores, which are slow to wake.
 
 This number in the environment was decided by a parent process by itself, and is decided anew.
 """

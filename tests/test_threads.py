@@ -40,10 +40,10 @@ def test_quota_of_a_container_is_read(tmp_path, files, cores):
 
 def test_threads_wait_as_their_neighbours_let_them_unless_told_otherwise():
     follows = len(os.sched_getaffinity(0)) > 1 and available_cores() == len(os.sched_getaffinity(0))
-    assert described().endswith("=20000 and asleep beside busy neighbours" if follows else "GOMP_SPINCOUNT=0")
+    assert described().endswith("=250000 and asleep beside busy neighbours" if follows else "GOMP_SPINCOUNT=0")
     assert described(OMP_NUM_THREADS="2").endswith("GOMP_SPINCOUNT=0")
-    assert described(GOMP_SPINCOUNT="20000") == described()  # a parent's decision is no word of the user
-    assert described(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="20000").endswith("GOMP_SPINCOUNT=0")
+    assert described(GOMP_SPINCOUNT="250000") == described()  # a parent's decision is no word of the user
+    assert described(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="250000").endswith("GOMP_SPINCOUNT=0")
     assert described(GOMP_SPINCOUNT="100").endswith("GOMP_SPINCOUNT=100")
     assert described(OMP_WAIT_POLICY="active").endswith("cores, OMP_WAIT_POLICY=active")
     assert described(OMP_NUM_THREADS="3").startswith("threads: 3 of ")
