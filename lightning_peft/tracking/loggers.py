@@ -1,7 +1,7 @@
 """The behaviour that all loggers of a run share: one folder, one rank, and failures that never reach the training."""
 
-import functools
 import importlib.util
+import inspect
 import logging
 import os
 import socket
@@ -10,11 +10,13 @@ from abc import abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 logger = logging.getLogger(__name__)
@@ -123,32 +125,48 @@ class RunLogger(Logger):
 
 ASKED_OF_LOGGERS = ("log_hyperparams", "log_metrics", "log_graph", "save", "finalize", "after_save_checkpoint")
 """Methods that Lightning and this package call of any logger."""
+READ_OF_LOGGERS = ("experiment", "name", "version", "save_dir", "log_dir", "root_dir", "group_separator")
+"""Properties that Lightning and its callbacks read of loggers; many connect to their server at `experiment`."""
 
 
 def failing_alone(given: Logger, key: str) -> Logger:
     """Have a logger that is none of ours fail as ours do: what it raises is logged, and it is asked for nothing more.
 
-    `key` is the option that names it. Its class stays, as callbacks may look for it.
+    `key` is the option that names it. It is of a subclass of its class afterwards, as callbacks may look for that.
     """
+    own = type(given)
     has_failed = False
 
-    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*arguments: Any, **named: Any) -> Any:
-            nonlocal has_failed
-            if has_failed:
-                return None
-            try:
-                return method(*arguments, **named)
-            except Exception as error:
-                has_failed = True
+    def attempt(get: Callable[[], Any], instead: Any) -> Any:
+        nonlocal has_failed
+        if has_failed:
+            return instead
+        try:
+            return get()
+        except Exception as error:
+            if not has_failed:  # what it asked of itself may have failed before
                 logger.warning("%s: %s; nothing more is logged there, training goes on", key, failure(error))
-                return None
+            has_failed = True
+            return instead
+
+    def method(name: str) -> Callable[..., Any]:
+        def call(self: Logger, *arguments: Any, **named: Any) -> Any:
+            return attempt(lambda: getattr(super(guarded, self), name)(*arguments, **named), None)
 
         return call
 
-    for name in ASKED_OF_LOGGERS:
-        setattr(given, name, guarded(getattr(given, name)))
+    def read(name: str, found: Any) -> property:
+        instead = DummyLogger().experiment if name == "experiment" else None
+
+        def get(self: Logger) -> Any:
+            return attempt(lambda: getattr(super(guarded, self), name), instead)
+
+        return property(get, getattr(found, "fset", None), getattr(found, "fdel", None))
+
+    found = {name: inspect.getattr_static(own, name, None) for name in READ_OF_LOGGERS}
+    properties = {name: read(name, at) for name, at in found.items() if isinstance(at, property | cached_property)}
+    guarded: type = type(own.__name__, (own,), {name: method(name) for name in ASKED_OF_LOGGERS} | properties)
+    object.__setattr__(given, "__class__", guarded)
     return given
 
 

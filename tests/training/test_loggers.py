@@ -1,14 +1,15 @@
 """Each logger gets the run's scalars; Weights & Biases works with no network and no key."""
 
 import csv
+from pathlib import Path
 
 import pytest
 from disks import fill, mounted
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from tiny_runs import tiny_config
 
 from lightning_peft.commands.train import train
-from lightning_peft.tracking.loggers import TensorBoard
+from lightning_peft.tracking.loggers import TensorBoard, failing_alone
 from lightning_peft.tracking.metrics_csv import MetricsCSV
 
 
@@ -97,6 +98,89 @@ def test_logger_of_ones_own_fails_alone(tmp_path, caplog, at_end):
     said = [record.message for record in caplog.records if "logger.mine" in record.message]
     reason = "cannot finalize" if at_end else "the server is away"
     assert said == [f"logger.mine: RuntimeError ({reason}); nothing more is logged there, training goes on"]
+
+
+class Broken(Logger):
+    """A logger of somebody's own of which one part, or everything, raises, as where its server is away."""
+
+    def __init__(self, part: str = ""):
+        super().__init__()
+        self.part = part
+
+    def ask(self, part: str) -> str:
+        if self.part in ("", part):
+            raise RuntimeError(f"no {part}")
+        return "mine"
+
+    name = property(lambda self: self.ask("name"))
+    version = property(lambda self: self.ask("version"))
+    save_dir = property(lambda self: self.ask("save_dir"))
+    experiment = property(lambda self: self.ask("experiment"))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.ask("log_hyperparams")
+
+    def log_metrics(self, metrics, step=None):
+        self.ask("log_metrics")
+
+    def log_graph(self, *args):
+        self.ask("log_graph")
+
+    def save(self):
+        self.ask("save")
+
+    def finalize(self, status):
+        self.ask("finalize")
+
+
+class Closed(Broken):
+    """One that takes no attributes any more once it is made."""
+
+    def __setattr__(self, name, value):
+        if hasattr(self, "part"):
+            raise AttributeError(f"{name} is closed")
+        super().__setattr__(name, value)
+
+
+class ReadsItself(Broken):
+    """One whose methods read what raises."""
+
+    def log_metrics(self, metrics, step=None):
+        self.experiment.add_scalars(metrics, step)
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        Path(self.save_dir).mkdir()
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "Broken", "Closed", "ReadsItself",
+        *(f"Broken, part: {p}" for p in ("save_dir", "experiment", "log_metrics", "finalize")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("beside", ["none", "csv"])
+def test_logger_that_raises_at_any_part_fails_alone(tmp_path, caplog, node, beside):
+    """The first of the loggers is asked for its folder, each for its experiment, by Lightning itself."""
+    words = ["trainer.max_steps=2", f"logger={beside}", f"+logger.mine={{_target_: test_loggers.{node}}}"]
+    assert train(tiny_config(tmp_path / "run", *words))["status"] == "finished"
+    said = [record.message for record in caplog.records if "logger.mine" in record.message]
+    if "part: save_dir" in node and beside == "csv":
+        assert not said, "nobody asked for its folder"
+    else:
+        assert len(said) == 1 and said[0].startswith("logger.mine: RuntimeError (no ")
+        assert said[0].endswith("; nothing more is logged there, training goes on")
+
+
+def test_logger_that_fails_alone_is_what_it_was(tmp_path):
+    own = CSVLogger(str(tmp_path), name="mine", version=3)
+    other = failing_alone(CSVLogger(str(tmp_path), name="mine", version=3), "logger.mine")
+    assert isinstance(other, CSVLogger)
+    read = ("name", "version", "save_dir", "log_dir", "root_dir", "group_separator")
+    assert [getattr(other, name) for name in read] == [getattr(own, name) for name in read]
+    other.log_metrics({"loss": 1.5}, 1)
+    other.save()
+    assert (Path(own.log_dir) / "metrics.csv").read_text().splitlines() == ["loss,step", "1.5,1"]
 
 
 @pytest.fixture
