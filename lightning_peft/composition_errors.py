@@ -53,14 +53,15 @@ def explain(error: Exception, command: str) -> str:
         if (known := ours(name) or name).partition("=")[0] in roots_of(command) and name == error.override:
             value = "" if "=" in known else "=VALUE"
             return f"{name}: not of the form key=value; give it a value, as in {known}{value}"
-        return f"{error.override.lstrip('+')}: {unreadable(error.override.partition('=')[2])}"
+        return f"{error.override.lstrip('+')}: {unreadable(*error.override.partition('=')[::2])}"
     if several := re.search(r"Sweep parameters '(.*)' requires --multirun", text):
         return f"{several.group(1)}: several values; add -m for a sweep"
     if isinstance(error, ConfigCompositionException):
         if unknown := re.search(r"Could not override '([^']+)'", text):
             return f"{unknown.group(1)}: no such option{nearest(unknown.group(1), command)}"
         if merging := re.search(r"Error merging override (.*)", text):
-            return f"{merging.group(1).lstrip('+')}: {plainly(first_line(error.__cause__ or error))}"
+            word = merging.group(1).lstrip("+")
+            return f"{word}: {plainly(first_line(error.__cause__ or error), word.partition('=')[0])}"
         if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
             key, _, values = ambiguous.group(1).lstrip("+").partition("=")
             if (known := ours(key)) is not None and known != key and "=" not in known:
@@ -76,7 +77,7 @@ def explain(error: Exception, command: str) -> str:
         return f"{missing.group(1)}: refers to nothing that is there; ${{oc.env:NAME}} is a variable of the environment"
     key, message = getattr(error, "full_key", None), first_line(error)
     if key and (found := NO_NUMBER.search(message)):
-        key = f"{key}={found['value']}"
+        return f"{key}={found['value']}: {plainly(message, key)}"
     return f"{key}: {plainly(message)}" if key else plainly(message)
 
 
@@ -96,20 +97,20 @@ NO_NUMBER = re.compile(r"Value '(?P<value>.*?)' of type .*could not be converted
 """OmegaConf's words for a value of a key that takes a number."""
 
 
-def unreadable(value: str) -> str:
+def unreadable(key: str, value: str) -> str:
     """Say what is wrong with a value that Hydra's grammar does not take."""
-    if (number := number_meant(value)) is not None:
+    if (number := number_meant(value, key)) is not None:
         return f"must be a number; write {number}"
     if re.fullmatch(r"[({[][\w./-]+(\s*[,;]\s*[\w./-]+)*[)}\]]", value):
         return f"a list is written in brackets, as [{','.join(re.split(r'[,;]', value[1:-1]))}]"
     return "not of the form key=value (quote text with special characters)"
 
 
-def plainly(message: str) -> str:
-    """Return OmegaConf's message with the remedy behind it, or in its place."""
+def plainly(message: str, key: str = "") -> str:
+    """Return OmegaConf's message about the value of `key` with the remedy behind it, or in its place."""
     if found := NO_NUMBER.search(message):
         is_whole = found["kind"] == "Integer"
-        number = number_meant(found["value"], is_whole=is_whole)
+        number = number_meant(found["value"], key, is_whole=is_whole)
         kind, example = ("a whole number", "") if is_whole else ("a number", ", as in 2e-4")
         return f"must be {kind}" + (example if number is None else f"; write {number}")
     right = next((words for pattern, words in IN_PLAIN_WORDS.items() if re.search(pattern, message)), None)

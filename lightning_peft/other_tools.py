@@ -274,9 +274,11 @@ NOT_HERE = {
         "a row stays on one rank; activation_checkpointing=offload makes room for long ones",
     ),
     **{
-        name: f"submit takes it as cluster.sbatch=['--{name}=VALUE']"
+        f"{prefix}{name}": f"submit takes it as cluster.sbatch=['--{name}=VALUE']"
         for name in ("account", "qos", "mem", "constraint", "reservation", "nodelist", "exclude")
+        for prefix in ("", "cluster.")
     },
+    "cluster.memory": "submit takes it as cluster.sbatch=['--mem=VALUE']",
     "local_rank": "leave it out: train starts its ranks itself",
     "task_type": "leave it out: every model here is a causal language model",
     "model_type": "leave it out: it follows from the model's config.json",

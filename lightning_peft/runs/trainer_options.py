@@ -47,7 +47,7 @@ def check_trainer_options(options: dict[str, Any]) -> None:
     for key in ("max_steps", "max_epochs", *AT_LEAST_ONE):
         value = options.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            number = number_meant(str(value), is_whole=True)
+            number = number_meant(str(value), key, is_whole=True)
             right = f"; write {number}, without quotes" if number is not None else ""
             raise ValueError(f"trainer.{key}={value}: must be a whole number{right}")
     for key in ("max_steps", "max_epochs"):

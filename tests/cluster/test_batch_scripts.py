@@ -160,6 +160,16 @@ def compose(words: list[str]) -> DictConfig:
         (["cluster.time=1", "cluster.grace=60"], "cluster.grace=60 cluster.time=1"),
         (["resume=never"], "resume=never: a job that the cluster starts again"),
         (["cluster.partiton=a"], "did you mean cluster.partition"),
+        (["cluster.time=2:00:00"], "cluster.time=2:00:00: must be a whole number; write 120\n"),
+        (["cluster.time=90:00"], "; write 90\n"),
+        (["cluster.time=1-12"], "; write 2160\n"),
+        (["cluster.time=1-00:30:00"], "; write 1470\n"),
+        (["cluster.time=1d2h"], "; write 1560\n"),
+        (["cluster.time=30m"], "; write 30\n"),
+        (["cluster.time=90s"], "cluster.time=90s: must be a whole number\n"),
+        (["cluster.time=infinite"], "cluster.time=infinite: must be a whole number\n"),
+        (["cluster.grace=2m"], "cluster.grace=2m: must be a whole number; write 120\n"),
+        (["cluster.memory=16G"], "cluster.memory: no such option; submit takes it as cluster.sbatch=['--mem=VALUE']"),
     ],
 )
 def test_wrong_option_is_named(tmp_path, capsys, words, message):

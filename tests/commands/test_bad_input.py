@@ -56,6 +56,8 @@ TRAIN_CASES = {
     "stream without an end": (["data.streaming=true", "trainer.max_steps=-1"], r"data.streaming=true: .*give trainer.max_steps"),
     "text for steps": (["trainer.max_steps=abc"], r"trainer.max_steps=abc: must be a whole number"),
     "a thousand steps": (["trainer.max_steps=1k"], r"trainer.max_steps=1k: must be a whole number; write 1000, without quotes"),
+    "epochs for steps": (["trainer.max_steps=3epochs"], r"trainer.max_steps=3epochs: must be a whole number$"),
+    "steps with their name": (["trainer.max_steps=100 steps"], r"trainer.max_steps=100 steps: must be a whole number; write 100, without quotes"),
     "half a window": (["trainer.accumulate_grad_batches=2.5"], r"trainer.accumulate_grad_batches=2.5: must be a whole number"),
     "negative clipping": (["trainer.gradient_clip_val=-1"], r"trainer.gradient_clip_val=-1: must be at least 0"),
     "what train sets itself": (["+trainer.callbacks=[x]"], r"trainer.callbacks: set by train itself; use callbacks"),
