@@ -39,6 +39,7 @@ from lightning_peft.tracking.metrics_csv import MetricsCSV
 from lightning_peft.words import everyday
 
 Rows = Iterable[Mapping[str, Any]]
+NAME_ROWS = ("data=", "data.train_path=", "data.source=", "data.sources=", "data.sources.")
 OnePrompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
@@ -105,14 +106,19 @@ def finetune(rows: Rows | str | Path, *words: str, validation_rows: Rows | None 
 
     `rows` are dictionaries (a list, a `datasets.Dataset`, a table of pandas) or the path of a file; `words` are those
     of `lightning-peft train`, such as "method=qlora", "model=org/name", "rank=16", "run_dir=runs/mine". `options` say
-    the same as keys of a YAML file do, as method="qlora", rank=16, data={"max_length": 1024}; words win over them. Rows
-    given in memory are kept in the run's folder as JSON lines. Raises ValueError, before a model is loaded, for wrong
-    words or rows.
+    the same as keys of a YAML file do, as method="qlora", rank=16, data={"max_length": 1024}; words win over them, as
+    over those of a file. Rows given in memory are kept in the run's folder as JSON lines. Raises ValueError, before a
+    model is loaded, for wrong words or rows.
     """
     _each_a_word(words)
-    words = (*words_of_keys(options, "options"), *words)
+    of_options = words_of_keys(options, "options")
+    typed = (word for word in (*of_options, *words) if word != "data=jsonl")
+    if named := next((word for word in typed if word.lstrip("+").startswith(NAME_ROWS)), None):
+        raise ValueError(f"{named}: names rows, and rows are given already; leave one of them out")
     given = [f"data={rows}"] if isinstance(rows, str | Path) else ["data=jsonl", "data.train_path=rows"]
-    config = starting_config(everyday("train", [*words, *given]))
+    config = starting_config(everyday("train", [*words, *given], before=of_options))
+    if validation_rows is not None and config.data.validation_path is not None:
+        raise ValueError(f"validation_rows and data.validation_path={config.data.validation_path}: give one of them")
     if not isinstance(rows, str | Path):
         folder = folder_of(config) / "rows"
         data = replace(config.data, train_path=_written(rows, "rows", folder / "train.jsonl"))

@@ -154,12 +154,12 @@ def flat_words(content: dict[Any, Any], prefix: str, path: Path | str) -> Iterat
     for key, value in content.items():
         if not isinstance(key, str):
             raise ValueError(f"{path}: {prefix}{key}: a key must be text")
-        if value == {} and f"{prefix}{key}" not in EMPTY and not OPEN.match(f"{prefix}{key}"):
+        if isinstance(value, dict) and not value and f"{prefix}{key}" not in EMPTY and not OPEN.match(f"{prefix}{key}"):
             raise ValueError(f"{path}: {prefix}{key}: has nothing inside; leave it out, or give it keys")
         if isinstance(value, set):
             raise ValueError(f"{path}: {prefix}{key}: must be keys with values, or a list")
-        if f"{prefix}{key}" == SOURCES_KEY and isinstance(value, list):
-            value = named_sources(value)
+        if f"{prefix}{key}" == SOURCES_KEY and isinstance(value, list | tuple):
+            value = named_sources(list(value))
         if isinstance(value, dict) and value:
             yield from flat_words(value, f"{prefix}{key}.", path)
         else:
@@ -168,6 +168,8 @@ def flat_words(content: dict[Any, Any], prefix: str, path: Path | str) -> Iterat
 
 def typed_value(value: Any) -> str:
     """Return a value of YAML, or of Python, in Hydra's grammar."""
+    if hasattr(value, "tolist"):  # numbers and arrays of numpy
+        value = value.tolist()
     if value is None:
         return "null"
     if isinstance(value, bool):

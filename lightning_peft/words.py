@@ -44,12 +44,13 @@ FIRST_WORD = {
 """The key of what a command works on, for which its bare word stands."""
 
 
-def everyday(command: str, words: list[str]) -> list[str]:
+def everyday(command: str, words: list[str], before: Sequence[str] = ()) -> list[str]:
     """Rewrite the everyday words of a command into the keys and groups that Hydra knows.
 
+    `before` are words that all of the others win over, as they do over those of a file.
     Raises ValueError for a word of another tool, or in another tool's form, with ours beside it.
     """
-    given: list[Word] = []
+    given: list[Word] = [(word, True) for word in before]
     bare: list[str] = []
     files: dict[Path, list[str]] = {}
     check_dashes(command, words)

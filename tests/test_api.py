@@ -128,10 +128,11 @@ def test_a_prompt_of_another_kind_is_named(run, prompt, message):
 
 def test_options_of_python_say_what_words_say(run, tmp_path):
     options = {
-        "model": "tiny", "trainer": {"max_steps": 2, "precision": "32-true"}, "data": {"validation_fraction": 0.2},
-        "method": "lora", "rank": 8, "run_dir": tmp_path / "run's",
+        "trainer": {"max_steps": 2, "precision": "32-true"}, "data": {"validation_fraction": np.array(0.2)},
+        "method": "lora", "adapter": {"rank": 8, "target_modules": np.array(["q_proj"])}, "model": "org/name",
+        "run_dir": tmp_path / "run's",
     }  # fmt: skip
-    again = finetune(ROWS, "rank=4", **options)
+    again = finetune(ROWS, "model=tiny", "rank=r4", "target_modules=all_linear", **options)
     assert again.folder == tmp_path / "run's"
     assert again.metrics["train_loss"] == run.metrics["train_loss"]
 
@@ -143,6 +144,13 @@ def test_options_of_python_say_what_words_say(run, tmp_path):
         ({"data": {"max_lenght": 8}}, "data.max_lenght: no such option; .*data.max_length"),
         ({"adapter": {"rank": "four"}}, "adapter.rank.*must be a whole number"),
         ({"adapter.rank": 4, "adapter": {"rank": 4}}, "options: has adapter.rank twice"),
+        ({"data": "alpaca"}, "^data=alpaca: names rows, and rows are given already"),
+        ({"data": {"train_path": "other.jsonl"}}, "^data.train_path=other.jsonl: names rows"),
+        ({"data": {"sources": ({"train_path": "other.jsonl"},)}}, "^data.sources.0.train_path=other.jsonl: names rows"),
+        (
+            {"validation_rows": ROWS, "data": {"validation_path": "v.jsonl"}},
+            "^validation_rows and .*: give one of them",
+        ),
     ],
 )
 def test_wrong_options_of_python_are_answered_as_words_are(options, message, tmp_path):
