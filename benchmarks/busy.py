@@ -126,7 +126,7 @@ def measure_quiet(options: argparse.Namespace) -> dict[str, Any]:
 
     The two take a few steps at a turn. The pause before it is so long that neither is the other's busy neighbour.
     """
-    steps = WARM_UP_STEPS + options.turns * IN_A_ROW
+    steps = (1 + options.turns) * IN_A_ROW  # the first turn warms up
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         words = words_of(options, steps, folder)
@@ -135,7 +135,7 @@ def measure_quiet(options: argparse.Namespace) -> dict[str, Any]:
             "spinning": ["env", *SPINNING, *train_command(words, steps, folder / "spinning")],
         }
         sides = run_in_turns(commands, steps, folder, 3600, in_a_row=IN_A_ROW, pause=3 * EVERY)
-    seconds = {name: side["seconds"][WARM_UP_STEPS:] for name, side in sides.items()}
+    seconds = {name: side["seconds"][IN_A_ROW:] for name, side in sides.items()}
     ratios = [one / other for one, other in zip(*map(by_turn, seconds.values()), strict=True)]
     return {"seconds": seconds, "to_spinning": statistics.median(ratios)}
 
