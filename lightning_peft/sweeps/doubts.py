@@ -27,7 +27,7 @@ LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.accumulate_grad_ba
 """Keys that change how many steps a run has."""
 CONTENT = ("training rows", "validation rows", "base weights")
 """Contents that a result has fingerprints of, which the trials of a sweep have in common."""
-HOLD_CONTENT = ("model", "data", "objective")
+HOLD_CONTENT = ("model", "data", "objective", "recipe")
 """Groups whose options may change them."""
 GONE = (DIVERGED, FAILED, LOST, CANCELLED)
 COVERAGE = {2: "half of all cases", 3: "two cases of three", 4: "four cases of five", 5: "four cases of five"}

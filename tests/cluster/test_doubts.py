@@ -119,6 +119,7 @@ def test_what_could_mislead_is_said(sweep, line):
         a_sweep(trial(["trainer.max_steps=100"], 1.5), trial(["trainer.max_steps=200"], 1.4, steps=200)),
         a_sweep(with_words(["trainer.devices=2"])),
         a_sweep(of_rows(2, "a"), of_rows(8, "a"), ONE),
+        a_sweep(*(trial([f"recipe=lora/{n}"], 2.0 - n, content={"training rows": str(n)}) for n in range(2))),
         a_sweep(trial(["data.micro_batch_size=1"], 1.5), trial(["data.micro_batch_size=2"], 1.4, steps=50)),
     ],
 )
