@@ -1,4 +1,4 @@
-"""Numbers as people write them: 10^-4, 1/10000, 5%, 4k, 1,000, 24GB, 2h. No key takes those; messages tell which one."""
+"""Numbers as people write them: 10^-4, 1/10000, 5%, 4k, 1,000, 24GB, 2h. No key takes those; errors say the number."""
 
 import re
 

@@ -31,7 +31,7 @@ SLURM_COMMANDS = Commands(
 )
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 BEGUN = "begun"
-"""Folder in that of an array's logs with an empty file for each task that has begun, as 71_4."""
+"""Folder in that of an array's logs with an empty file for each task that has begun, as 71_4, and for their array."""
 
 
 @dataclass
@@ -262,7 +262,10 @@ class Slurm(Cluster):
     def submit(self, path: Path, work: JobSpec) -> str:
         if work.run_dirs is not None:
             (work.folder / BEGUN).mkdir(exist_ok=True)
-        return SLURM_COMMANDS.run("sbatch", "--parsable", str(path)).strip().partition(";")[0]
+        job = SLURM_COMMANDS.run("sbatch", "--parsable", str(path)).strip().partition(";")[0]
+        if work.run_dirs is not None:
+            (work.folder / BEGUN / job).touch()  # arrays of before leave no marks
+        return job
 
     def find(self, job_ids: Iterable[str]) -> dict[str, Job]:
         """Return the jobs by id, an array by its tasks (71_0, 71_1 ...). Forgotten jobs are absent.
@@ -278,7 +281,7 @@ class Slurm(Cluster):
         """Return the tasks that slurmctld has dropped from an array of which it knows others, and why tasks failed.
 
         sacct says both. It has no record of a task that was cancelled before it began, which slurmctld drops at once:
-        that has left no mark.
+        that has left no mark, where the tasks of its array leave them.
         """
         arrays = {job_id.partition("_")[0] for job_id in found if "_" in job_id}
         gone = [task for task in tasks if task not in found and task.partition("_")[0] in arrays]
@@ -288,9 +291,9 @@ class Slurm(Cluster):
         told = {job.id: job for job in _from_accounting({task.partition("_")[0] for task in (*gone, *failed)})}
         known = {task: told[task] for task in gone if task in told}
         known |= {task: told[task] for task in failed if task in told and told[task].state == OUT_OF_MEMORY}
-        if not (folder / BEGUN).is_dir():
-            return known
-        never = [task for task in gone if task not in known and not (folder / BEGUN / task).exists()]
+        marks = folder / BEGUN
+        untold = [task for task in gone if task not in known and (marks / task.partition("_")[0]).exists()]
+        never = [task for task in untold if not (marks / task).exists()]
         return known | {task: Job(task, "CANCELLED", 0, 0) for task in never}
 
     def cancel(self, job_ids: Iterable[str]) -> None:

@@ -269,6 +269,8 @@ def state_of(trial: Trial, job: Job | None, has_worker: bool) -> str:
         return WAITING
     if ended in ENDED_BY_CLUSTER:
         return ENDED_BY_CLUSTER[ended]
+    if ended is None and trial.state == CANCELLED:  # it was seen by a version that did not keep the queue's word
+        return CANCELLED
     # There is no result: a batch script may end well all the same, so COMPLETED and an exit status of 0 say nothing.
     return FAILED if trial.exit_code or ended not in (None, "COMPLETED") else LOST
 

@@ -119,7 +119,7 @@ def test_tasks_that_an_array_has_dropped_are_told_apart(accounted_slurm: SlurmCl
         tasks[1]: "RUNNING", tasks[2]: "RUNNING", tasks[4]: "PENDING"
     }  # fmt: skip
     (tmp_path / BEGUN).mkdir()
-    for task in tasks[:3]:
+    for task in (array, *tasks[:3]):
         (tmp_path / BEGUN / task).touch()
     recalled = Slurm().recall(tasks, found, tmp_path)
     assert {task: (job.state, job.exit_code) for task, job in recalled.items()} == {

@@ -79,6 +79,8 @@ def job(state: str) -> Job:
         (Trial("t", [], is_waiting=False), job("OUT_OF_MEMORY"), False, "failed"),
         (Trial("t", [], is_waiting=False), job("CANCELLED"), False, "cancelled"),
         (Trial("t", [], is_waiting=False, job_state="CANCELLED"), None, False, "cancelled"),
+        (Trial("t", [], is_waiting=False, state="cancelled"), None, False, "cancelled"),  # of a manifest of before
+        (Trial("t", [], is_waiting=False, state="cancelled", job_state="FAILED"), None, False, "failed"),
         (Trial("t", [], is_waiting=False), job("PREEMPTED"), False, "preempted"),
         (Trial("t", [], is_waiting=False), job("NODE_FAIL"), False, "lost"),
         (Trial("t", [], is_waiting=False, job_state="NODE_FAIL", exit_code=143), None, False, "lost"),
@@ -99,6 +101,9 @@ def test_task_that_is_gone_without_a_mark_was_cancelled_before_it_began(tmp_path
     tasks = ["7_0", "7_1", "7_2", "7_3", "8_0"]  # nothing is known of array 8
     assert Slurm().recall(tasks, found, tmp_path) == {}, "its script leaves no marks"
     (tmp_path / BEGUN).mkdir()
+    (tmp_path / BEGUN / "8").touch()
+    assert Slurm().recall(tasks, found, tmp_path) == {}, "only a later array's script leaves marks"
+    (tmp_path / BEGUN / "7").touch()
     (tmp_path / BEGUN / "7_0").touch()
     (tmp_path / BEGUN / "7_2").touch()  # it began, and was forgotten
     assert Slurm().recall(tasks, found, tmp_path) == {"7_1": Job("7_1", "CANCELLED", 0, 0)}
