@@ -351,7 +351,10 @@ def _from_accounting(job_ids: Iterable[str]) -> list[Job]:
 def exit_status(text: str) -> int:
     """Return the exit status that SLURM writes as "status:signal", as bash has it: 128 and the number of a signal."""
     status, _, number = text.partition(":")
-    return int(status) or (128 + int(number) if int(number or 0) else 0)
+    signal = int(number or 0)
+    if signal == 125:  # SLURM's word for what Linux killed for its memory, and no signal
+        signal = 9
+    return int(status) or (128 + signal if signal else 0)
 
 
 def array_tasks(text: str) -> list[int]:

@@ -22,7 +22,7 @@ import lightning_peft
 from lightning_peft.__main__ import main
 from lightning_peft.cluster.job import Job
 from lightning_peft.cluster.process import Process, process, this_process
-from lightning_peft.cluster.slurm import BEGUN, Slurm
+from lightning_peft.cluster.slurm import BEGUN, Slurm, exit_status
 from lightning_peft.commands.sweep import print_trials
 from lightning_peft.schemas import trial_name
 from lightning_peft.sweeps import change_lock
@@ -107,6 +107,12 @@ def test_task_that_is_gone_without_a_mark_was_cancelled_before_it_began(tmp_path
     (tmp_path / BEGUN / "7_0").touch()
     (tmp_path / BEGUN / "7_2").touch()  # it began, and was forgotten
     assert Slurm().recall(tasks, found, tmp_path) == {"7_1": Job("7_1", "CANCELLED", 0, 0)}
+
+
+def test_exit_status_is_as_bash_has_it():
+    """SLURM writes 125 for the signal where the memory was too small: Linux kills, by signal 9."""
+    said = {"0:0": 0, "3:0": 3, "1:15": 1, "0:9": 137, "0:15": 143, "0:125": 137}
+    assert {text: exit_status(text) for text in said} == said
 
 
 def test_process_that_ended_is_not_alive_even_before_it_is_waited_for():
