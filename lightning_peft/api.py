@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lightning_peft.checkpoint.merged import Receipt
 from lightning_peft.command_line import ignore_library_noise
 from lightning_peft.commands.adapted import continues_text, layout_of, load_for_inference
-from lightning_peft.commands.generate import Prompt, prompt_of_row, text_prompt
+from lightning_peft.commands.generate import Prompt, not_part_of, prompt_of_row, text_prompt
 from lightning_peft.commands.merge import merge
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
@@ -37,6 +37,8 @@ from lightning_peft.runs.folder import folder_of, is_used, starting_config
 from lightning_peft.strict_json import read_object
 from lightning_peft.tracking.metrics_csv import MetricsCSV
 from lightning_peft.words import everyday
+
+logger = logging.getLogger(__name__)
 
 Rows = Iterable[Mapping[str, Any]]
 NAME_ROWS = ("data=", "data.train_path=", "data.source=", "data.sources=", "data.sources.")
@@ -85,6 +87,8 @@ class Run:
         is_one = isinstance(prompt, str | Mapping) or _is_conversation(prompt)
         is_raw = continues_text(str(self.folder))
         prompts = [_prompt(each, place, is_raw) for place, each in enumerate([prompt] if is_one else prompt)]
+        if names := not_part_of(prompts):
+            logger.warning("prompt: not part of the prompts: %s", names)
         model, tokenizer = self.loaded
         layout = layout_of(str(self.folder), tokenizer)
         ids = prompts_of([each.conversation(layout) for each in prompts], layout, tokenizer)

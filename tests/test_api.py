@@ -112,6 +112,13 @@ def test_a_conversation_is_gone_on_with(run):
     assert run.generate([]) == []
 
 
+def test_columns_that_are_not_part_of_a_prompt_are_said(run, caplog):
+    row = {"prompt": "Hi", "level": "easy"}
+    assert run.generate([row, "Ho"], max_new_tokens=4)[0] == run.generate("Hi", max_new_tokens=4)
+    (said,) = [record.message for record in caplog.records if record.name == "lightning_peft.api"]
+    assert said.startswith("prompt: not part of the prompts: ") and "level" in said and said.endswith("(1 rows)")
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,7 @@ def read_prompts(path: str | None, is_raw: bool = False) -> list[Prompt] | None:
         prompts = [prompt_of_row(row, is_raw) for row in rows]
         if not prompts:
             raise ValueError(f"prompt_path={path}: the file has no row; write one JSON object a line")
-        others = Counter(name for prompt in prompts for name in (*prompt.messages.unread, *prompt.messages.listed))
-        if others:
-            names = ", ".join(f"{name} ({count:,} rows)" for name, count in others.items())
+        if names := not_part_of(prompts):
             logger.info("prompt_path=%s: not part of the prompts, and written beside the answers: %s", path, names)
         return prompts
     try:
@@ -131,6 +130,12 @@ def read_prompts(path: str | None, is_raw: bool = False) -> list[Prompt] | None:
     if not lines:
         raise ValueError(f"prompt_path={path}: the file has no line with text; write one prompt a line")
     return [text_prompt(line) for line in lines]
+
+
+def not_part_of(prompts: Sequence[Prompt]) -> str:
+    """Name the columns of rows that are not part of their prompts; empty where all are."""
+    others = Counter(name for prompt in prompts for name in (*prompt.messages.unread, *prompt.messages.listed))
+    return ", ".join(f"{name} ({count:,} rows)" for name, count in others.items())
 
 
 def prompt_of_row(row: Row | BadRow, is_raw: bool) -> Prompt:
