@@ -1,4 +1,4 @@
-"""How many trials of a sweep the memory of a machine holds in one process."""
+"""The trials of a sweep that the memory of a machine holds in one process."""
 
 import logging
 import math
