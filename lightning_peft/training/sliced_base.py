@@ -58,8 +58,10 @@ class SlicedBase:
         if not missing:
             return frozen(own)
         padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        options = {"run_check": False, "shape": own.shape, "stride": own.stride()}
-        parameter = frozen(DTensor.from_local(padded[: len(rows)], self.mesh, [Shard(0)], **options))
+        held = DTensor.from_local(
+            padded[: len(rows)], self.mesh, [Shard(0)], run_check=False, shape=own.shape, stride=own.stride()
+        )
+        parameter = frozen(held)
         self.padded[parameter] = padded
         return parameter
 
