@@ -4,7 +4,7 @@ The functions were checked with lightning 2.6.6, torch 2.11 and 2.13, hydra-core
 first: `tests/test_compat.py` calls every function, and holds that nobody else uses what they hide.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,21 @@ def fsdp_parameters_made_by(make: Callable[..., "nn.Parameter"]) -> Iterator[Non
         yield
     finally:
         name.nn = nn
+
+
+def give_slices(module: "nn.Module", rows: "Mapping[nn.Parameter, Tensor]") -> None:
+    """Have FSDP send the rows given for parameters below a sharded module, in place of padded copies of its own.
+
+    The rows have the storage of what the parameter holds, and are as many as the first rank's.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        group = part._get_fsdp_state()._fsdp_param_group if isinstance(part, FSDPModule) else None
+        for held in () if group is None else group.fsdp_params:
+            place = held._module_info
+            if (own := rows.get(getattr(place.module, place.param_name))) is not None:
+                held._sharded_param_data = own.view(-1)
 
 
 def config_loader_of(path: "ConfigSearchPath") -> "ConfigLoader":

@@ -5,11 +5,14 @@ import signal
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils.data import DataLoader
 
@@ -20,7 +23,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 HIDDEN = {
     "_should_accumulate", "_should_check_val_fx", "_data_fetcher", "_signal_connector", "_SignalConnector",
     "_step_supports_amp_scaling", "_set_params_and_buffers_to_ignore_for_model", "_fsdp_param", "ConfigLoaderImpl",
-    "maybe_mark_dynamic",
+    "maybe_mark_dynamic", "_get_fsdp_state", "_fsdp_param_group", "_module_info", "_sharded_param_data",
 }  # fmt: skip
 
 
@@ -75,6 +78,21 @@ def test_sharded_parameters_are_made_by_ours_inside_only():
     with compat.fsdp_parameters_made_by(make):
         assert not _fsdp_param.nn.Parameter(torch.ones(1)).requires_grad and _fsdp_param.nn.Module is nn.Module
     assert _fsdp_param.nn is nn
+
+
+def test_slices_given_to_fsdp_are_those_that_it_sends():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+        rows = torch.ones(2, 2)
+        compat.give_slices(module, {module.weight: rows})
+        held = {
+            param._module_info.param_name: param for param in module._get_fsdp_state()._fsdp_param_group.fsdp_params
+        }
+    finally:
+        dist.destroy_process_group()
+    assert held["weight"]._sharded_param_data.data_ptr() == rows.data_ptr()
+    assert held["bias"]._sharded_param_data.data_ptr() == module.bias.to_local().data_ptr()
 
 
 def test_what_ddp_and_a_scaler_are_told_is_where_they_look():

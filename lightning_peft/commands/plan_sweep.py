@@ -165,7 +165,8 @@ def start_sweep(config: SubmitSweepConfig, run_words: list[str], folder: Path) -
 def share_bases(sweep: Sweep, runs: Sequence[TrainConfig], together: int | str) -> None:
     """Note which trials can train together, and how many do."""
     # These import models, which a sweep whose trials have processes of their own does without.
-    from lightning_peft.commands.together import bases, most_that_fit
+    from lightning_peft.commands.most_together import most_that_fit
+    from lightning_peft.commands.together import bases
     from lightning_peft.runs.machine import Machine
 
     cluster = runs[0].cluster

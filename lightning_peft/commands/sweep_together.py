@@ -7,12 +7,12 @@ from pathlib import Path
 from lightning_peft import distributed
 from lightning_peft.command_configs.of_runs import SubmitSweepConfig
 from lightning_peft.commands.check_sweep import check_given_once, check_rows, check_trials_differ
+from lightning_peft.commands.most_together import most_that_fit
 from lightning_peft.commands.plan_sweep import grid
 from lightning_peft.commands.together import (
     BY_SIGNAL,
     exit_status,
     grouped,
-    most_that_fit,
     note_end,
     say,
     train_together,

@@ -6,10 +6,9 @@ import logging
 import os
 import sys
 import traceback
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.adapters.segments import change_of_base
 from lightning_peft.adapters.targets import find_targets
 from lightning_peft.checkpoint.atomic import atomic_file
-from lightning_peft.command_configs.of_runs import EstimateConfig
-from lightning_peft.commands.step_estimate import estimate_of
 from lightning_peft.commands.train import train
 from lightning_peft.commands.training import prepare_folder
 from lightning_peft.compose import compose_config
@@ -32,7 +29,7 @@ from lightning_peft.models.packing_choice import obstacle_to_one_row
 from lightning_peft.objectives.sft import SFTConfig
 from lightning_peft.runs.errors import is_input_error, one_line
 from lightning_peft.runs.folder import folder_of, opened_folder
-from lightning_peft.runs.machine import GIB, Machine
+from lightning_peft.runs.machine import Machine
 from lightning_peft.runs.plan import RunPlan, check_ranks_can_start, plan_run
 from lightning_peft.runs.ranks import WRONG_INPUT, leave_with_launcher, run_ranks
 from lightning_peft.sweeps.place import task_of
@@ -154,33 +151,6 @@ def grouped(configs: Mapping[str, TrainConfig], most: int) -> list[list[str]]:
         if base is not None:
             open_groups[base] = group if len(group) < most else []
     return groups
-
-
-def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: int = 1) -> int:
-    """Return how many of these trials the memory of a machine holds together, in each of so many processes at once.
-
-    Raises ValueError where nobody knows the memory, or not one trial fits.
-    """
-    trials, room = [], 0.0
-    for config in map(as_member, configs):
-        options = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-        limit = machine.memory(config.device_memory_gib)
-        if limit is None:
-            raise ValueError("sweep.together=auto: no GPU here to ask for its memory; give a number, or "
-                             "device_memory_gib")  # fmt: skip
-        trials.append(EstimateConfig(**options))
-        room = limit / processes
-    peaks = [estimate_of(trial).peak for trial in trials]
-    largest = trials[peaks.index(max(peaks))]  # whichever trials come together, they take no more than as many of it
-    if max(peaks) > room:
-        raise ValueError(
-            f"sweep.together=auto: a trial takes up to {max(peaks) / GIB:.2f} GiB, and there are {room / GIB:.2f} for "
-            f"each of {processes} processes"
-        )
-    counts = range(2, len(trials) + 1)
-    most = 1 + bisect_right(counts, room, key=lambda count: estimate_of(largest, count).peak)
-    logger.info("sweep.together=auto: up to %d trials in a process", most)
-    return most
 
 
 def as_member(config: TrainConfig) -> TrainConfig:

@@ -36,11 +36,13 @@ def _table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
 def copy_matrices(sources: Sequence[Tensor], into: Sequence[Tensor]) -> None:
     """Write each source (rows, width), contiguous, over a tensor of its shape whose rows are contiguous.
 
-    All sources have one dtype and so have the places.
+    Pairs of one dtype each, as a rule all, take one launch.
     """
-    rows = tuple(
-        (source.data_ptr(), place.data_ptr(), source.numel(), source.shape[1], place.stride(0))
-        for source, place in zip(sources, into, strict=True)
-    )
-    parts = triton.cdiv(max(source.numel() for source in sources), BLOCK)
-    _copy_matrices[(len(rows), parts)](_table(sources[0].device, rows), sources[0], into[0], BLOCK=BLOCK)
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for source, place in zip(sources, into, strict=True):
+        kinds.setdefault((source.dtype, place.dtype), []).append((source, place))
+    for pairs in kinds.values():
+        rows = tuple((s.data_ptr(), p.data_ptr(), s.numel(), s.shape[1], p.stride(0)) for s, p in pairs)
+        parts = triton.cdiv(max(source.numel() for source, _ in pairs), BLOCK)
+        table = _table(pairs[0][0].device, rows)
+        _copy_matrices[(len(rows), parts)](table, *pairs[0], BLOCK=BLOCK)

@@ -1,5 +1,6 @@
 """A frozen base of which each rank holds one slice, for the models of several runs, each sharded by itself."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
+from lightning_peft.compat import give_slices
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.twin import copy_around_same_tensors
 from lightning_peft.training.strategies import shard_block, shard_root
@@ -29,6 +31,8 @@ class SlicedBase:
         """The modules and buffers of the base; its parameters are on the meta device."""
         self.slices: dict[str, nn.Parameter] = {}
         """Slices by the parameter's name; those of tied weights are one."""
+        self.padded: dict[nn.Parameter, Tensor] = {}
+        """Slices that are smaller than the first rank's, with the rows that are missing, as FSDP sends them."""
         self._cut()
         for _ in blocks:
             self._cut()
@@ -41,9 +45,25 @@ class SlicedBase:
             if parameter not in cut:
                 # Every rank has read the whole, so that each cuts its own and nothing is sent.
                 own = distribute_tensor(parameter.data, self.mesh, [Shard(0)], src_data_rank=None)
-                cut[parameter] = frozen(own), frozen(parameter.data.to("meta"))
+                cut[parameter] = self._with_room(own), frozen(parameter.data.to("meta"))
             self.slices[name], empty = cut[parameter]
             put_parameter(self.template, name, empty)
+
+    def _with_room(self, own: DTensor) -> nn.Parameter:
+        """Return a slice as a parameter; where it is smaller than the first rank's, in memory that has room for those.
+
+        FSDP would make such memory for each model.
+        """
+        rows, missing = own.to_local(), math.ceil(len(own) / self.mesh.size()) - len(own.to_local())
+        if not missing:
+            return frozen(own)
+        padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+        held = DTensor.from_local(
+            padded[: len(rows)], self.mesh, [Shard(0)], run_check=False, shape=own.shape, stride=own.stride()
+        )
+        parameter = frozen(held)
+        self.padded[parameter] = padded
+        return parameter
 
     def model(self, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:
         """Return a new model as `load_by_block` does: its blocks are gathered one at a time."""
@@ -72,14 +92,15 @@ class SlicedBase:
         for block in block_names(model):
             shard_block(model.get_submodule(block), self.mesh, OffloadPolicy())
         shard_root(root, self.mesh, OffloadPolicy())
-        self.share(model)
+        self.share(model, root)
 
-    def share(self, model: nn.Module) -> None:
-        """Give a sharded model, before its first forward, the slices of the base that all have."""
+    def share(self, model: nn.Module, root: nn.Module) -> None:
+        """Give a sharded model in its root, before its first forward, the slices of the base that all have."""
         for name, _ in list(model.named_parameters(remove_duplicate=False)):
             # What stands around a layer has it as its base_layer.
             if (own := self.slices.get(name.replace(".base_layer.", "."))) is not None:
                 put_parameter(model, name, own)
+        give_slices(root, self.padded)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_peft import distributed
 from lightning_peft.adapters.segments import BatchShares, SegmentedLinear, Share, segment_layers
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.data.batch import Batch
@@ -138,6 +139,7 @@ class RunGroup:
         """The base where ranks hold slices of it, instead of a template."""
         self.checkpointing = ActivationCheckpointing.none
         self.device = torch.device("cpu")
+        self.meeting_place = distributed.meeting_place()
 
     def base(self, module: FinetuneModule, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:
         """Return a new tree of modules around the base, as `load_by_block` does; the first call reads the base."""
@@ -186,6 +188,7 @@ class RunGroup:
                     self.give_turn(member)
                     if member.is_done:
                         ended(member.number, outcomes[member.number])
+                        self.check_all_failed(member, outcomes[member.number].error)
                         self.forget(member, outcomes[member.number])
                 present = [member for member in present if not member.is_done]
                 if present:
@@ -200,6 +203,18 @@ class RunGroup:
         member.turn.release()
         self.back.acquire()
         member.random = random_states()
+
+    def check_all_failed(self, member: Member, error: BaseException | None) -> None:
+        """Raise RuntimeError for a member that failed on this rank and not on all.
+
+        It waits elsewhere for what this rank does no more, and would be answered by what the next member does here.
+        """
+        if error is None or isinstance(error, Preempted) or distributed.all_follow(self.meeting_place):
+            return
+        raise RuntimeError(
+            f"{member.name} failed on rank {distributed.rank()} and not on all ({type(error).__name__}: {error}): no "
+            "member of its group can go on; each resumes from its last checkpoint"
+        ) from error
 
     def forget(self, member: Member, outcome: MemberOutcome[Result]) -> None:
         """Free what a member that has ended still holds: the others may train for days."""

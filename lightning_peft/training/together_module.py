@@ -49,7 +49,7 @@ class TogetherModule(FinetuneModule):
     def load(self, device: torch.device, sharding: ShardedModel | None) -> ModelLoss:
         loss = super().load(device, sharding)
         if (slices := self.member.group.slices) is not None:
-            slices.share(loss.model)
+            slices.share(loss.model, loss)
         return loss
 
     def build_objective(self, model: PreTrainedModel) -> ModelLoss:

@@ -43,20 +43,20 @@ def found_with(name: str, kind: Kind) -> dict[str, Any]:
             shard_block(own.get_submodule(block), mesh, OffloadPolicy())
         loss = Logits(own)
         shard_root(loss, mesh, OffloadPolicy())
-        base.share(own)
+        base.share(own, loss)
         with torch.no_grad():
             difference = max(difference, float((loss(ids) - expected).abs().max()))
         loss.reshard()  # type: ignore[operator]
         frozen = {n: p for n, p in own.named_parameters() if not p.requires_grad}
         assert all(isinstance(parameter, DTensor) for parameter in frozen.values())
-        places.append({name: parameter.to_local().data_ptr() for name, parameter in frozen.items()})  # type: ignore[operator]
+        places.append({name: parameter.to_local().untyped_storage().data_ptr() for name, parameter in frozen.items()})  # type: ignore[operator]
     return {"difference": difference, "parameters": len(places[0]), "is_shared": places[0] == places[1]}
 
 
 def main(file: str) -> None:
     distributed.connect("cpu")
     kinds = (Kind.none, Kind.nf4)
-    found = [found_with(name, kind) for name in ("tiny", "tiny_tied") for kind in kinds]
+    found = distributed.of_all([found_with(name, kind) for name in ("tiny", "tiny_tied") for kind in kinds])
     if distributed.rank() == 0:
         Path(file).write_text(json.dumps(found))
     distributed.disconnect()

@@ -60,8 +60,19 @@ def test_one_run_leaves_the_others_and_goes_on_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-def test_models_around_a_sliced_base_are_it_and_hold_it_once(tmp_path: Path) -> None:
-    run_on_ranks(2, Path(__file__).with_name("sliced_base_on_ranks.py"), tmp_path / "found.json")
-    for found in json.loads((tmp_path / "found.json").read_text()):
+@pytest.mark.parametrize("ranks", [2, 3])  # three cannot cut its weights evenly
+def test_models_around_a_sliced_base_are_it_and_hold_it_once(tmp_path: Path, ranks: int) -> None:
+    run_on_ranks(ranks, Path(__file__).with_name("sliced_base_on_ranks.py"), tmp_path / "found.json")
+    of_all = json.loads((tmp_path / "found.json").read_text())
+    assert len(of_all) == 4 * ranks
+    for found in of_all:
         assert found["parameters"] >= 20 and found["is_shared"]
         assert found["difference"] < 1e-5
+
+
+@pytest.mark.multi_process
+def test_run_that_fails_on_one_rank_ends_its_group_and_one_that_fails_on_all_does_not(tmp_path: Path) -> None:
+    run_on_ranks(2, Path(__file__).with_name("failing_member_on_ranks.py"), tmp_path / "found.json")
+    on_all, on_one = json.loads((tmp_path / "found.json").read_text())
+    assert on_all == ["a full disk", "20.0"]
+    assert on_one[0].startswith("first failed on rank 0 and not on all (ValueError: a full disk)")

@@ -30,6 +30,12 @@ for factor in (1, 2):  # a second time what the sources are then
         assert torch.equal(own, expected)
     for source in sources:
         source.mul_(2)
+
+sources = [torch.randn(40, 3), torch.randn(4, 500), torch.randn(2, 2).half()]  # a layer may be kept in fp32
+into = [torch.zeros(40, 6, dtype=torch.float16)[:, :3], torch.zeros(4, 500), torch.zeros(2, 2)]
+copy_matrices(sources, into)
+for source, place in zip(sources, into):
+    assert torch.equal(source.to(place.dtype), place)
 """
 
 

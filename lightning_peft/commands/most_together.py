@@ -1,0 +1,45 @@
+"""The trials of a sweep that the memory of a machine holds in one process."""
+
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import fields
+
+from lightning_peft.command_configs.of_runs import EstimateConfig
+from lightning_peft.commands.step_estimate import estimate_of
+from lightning_peft.commands.together import as_member
+from lightning_peft.config import TrainConfig
+from lightning_peft.runs.machine import GIB, Machine
+
+logger = logging.getLogger(__name__)
+
+
+def most_that_fit(configs: Iterable[TrainConfig], machine: Machine, processes: int = 1) -> int:
+    """Return how many of these trials the memory of a machine holds together, in each of so many processes at once.
+
+    Raises ValueError where nobody knows the memory, or not one trial fits.
+    """
+    trials, room = [], math.inf
+    for config in map(as_member, configs):
+        options = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+        limit = machine.memory(config.device_memory_gib)
+        if limit is None:
+            raise ValueError("sweep.together=auto: no GPU here to ask for its memory; give a number, or "
+                             "device_memory_gib")  # fmt: skip
+        trials.append(EstimateConfig(**options))
+        room = min(room, limit / processes)
+    most = len(trials)
+    for trial in trials:
+        # Whichever trials come together, they take no more than as many of one of them. It need not be the one that
+        # takes most by itself: only some of what a trial takes is there once for each.
+        if estimate_of(trial, most).peak > room:
+            most = bisect_right(range(1, most), room, key=lambda count: estimate_of(trial, count).peak)
+        if most == 0:
+            peak = max(estimate_of(trial).peak for trial in trials)
+            raise ValueError(
+                f"sweep.together=auto: a trial takes up to {peak / GIB:.2f} GiB, and there are {room / GIB:.2f} for "
+                f"each of {processes} processes"
+            )
+    logger.info("sweep.together=auto: up to %d trials in a process", most)
+    return most
