@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 Rows = Iterable[Mapping[str, Any]]
 NAME_ROWS = ("data=", "data.train_path=", "data.source=", "data.sources=", "data.sources.")
+"""Beginnings of words that would name other rows than those given."""
 OnePrompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 

@@ -1,6 +1,5 @@
 """A frozen base of which each rank holds one slice, for the models of several runs, each sharded by itself."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +13,7 @@ from lightning_peft.compat import give_slices
 from lightning_peft.models.blocks import block_names
 from lightning_peft.models.twin import copy_around_same_tensors
 from lightning_peft.training.strategies import shard_block, shard_root
+from lightning_peft.training.whole_adapters import rows_of_a_rank
 
 
 class SlicedBase:
@@ -54,7 +54,8 @@ class SlicedBase:
 
         FSDP would make such memory for each model.
         """
-        rows, missing = own.to_local(), math.ceil(len(own) / self.mesh.size()) - len(own.to_local())
+        rows = own.to_local()
+        missing = rows_of_a_rank(own) - len(rows)
         if not missing:
             return frozen(own)
         padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])

@@ -138,7 +138,6 @@ class RunGroup:
         self.slices: SlicedBase | None = None
         """The base where ranks hold slices of it, instead of a template."""
         self.checkpointing = ActivationCheckpointing.none
-        self.device = torch.device("cpu")
         self.meeting_place = distributed.meeting_place()
 
     def base(self, module: FinetuneModule, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:
@@ -152,7 +151,7 @@ class RunGroup:
                 for _ in blocks:
                     pass
                 self.template = model.to(device).requires_grad_(False)  # type: ignore[arg-type]  # as in load_model
-            self.checkpointing, self.device = module.activation_checkpointing, device
+            self.checkpointing = module.activation_checkpointing
         if self.slices is not None:
             return self.slices.model(device)
         assert self.template is not None

@@ -75,12 +75,12 @@ def sliced_means(gradients: Sequence[Tensor | None], sliced: Sequence[nn.Paramet
     return [None if grad is None else like(p, next(parts)) for grad, p in zip(gradients, sliced, strict=True)]
 
 
-def mesh_of(parameter: nn.Parameter) -> DeviceMesh:
+def mesh_of(parameter: Tensor) -> DeviceMesh:
     assert isinstance(parameter, DTensor)
     return parameter.device_mesh
 
 
-def rows_of_a_rank(parameter: nn.Parameter) -> int:
+def rows_of_a_rank(parameter: Tensor) -> int:
     """Return the rows of the first rank, to which FSDP2 pads those of the others."""
     return math.ceil(len(parameter) / mesh_of(parameter).size())
 
