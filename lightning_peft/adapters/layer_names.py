@@ -22,6 +22,8 @@ Architectures differ in names, so a preset lists them all and asks that one matc
 GPT-NeoX's query_key_value, phi-3's qkv_proj.
 """
 
+BLOCK_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+
 
 def matches(pattern: str, name: str) -> bool:
     """Return whether a dotted module name fits: an exact name or its end after a dot, a glob, or `re:` and a regex."""
@@ -37,7 +39,7 @@ def matches(pattern: str, name: str) -> bool:
 
 def block_depth(name: str) -> int | None:
     """Return the index of the transformer block a module lies in: the first number in its dotted name."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    found = BLOCK_NUMBER.search(name)
     return int(found.group(1)) if found else None
 
 

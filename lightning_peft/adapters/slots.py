@@ -1,21 +1,23 @@
 """Many low-rank adapters on one frozen base, to serve: row i of a batch goes through the adapter in slot `routes[i]`.
 
-Slots have one rank and the dtype the base computes in; an adapter is cast and scaled once, when it is loaded. The
-design is S-LoRA's (Sheng et al. 2023, arXiv:2311.03285) with fixed slots in place of pages. On a CPU a row can also be
-a guest's, whose factors are read where they lie on the host: there the memory is the same, and slots bound no batch.
+Slots have the dtype the base computes in; an adapter is cast and scaled once, when it is read. On a GPU the design is
+S-LoRA's (Sheng et al. 2023, arXiv:2311.03285) with fixed slots of one rank in place of pages. On a CPU a slot refers to
+factors that are read where they lie: the memory is the same, so nothing is copied, and no number bounds a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count as counted_from
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors as unflatten_dense_tensors
 
 from lightning_peft.adapters.base import LowRank
 from lightning_peft.kernels import few_rows
 from lightning_peft.kernels.frozen_linear import DENSE, Base, base_with_product, given
+from lightning_peft.kernels.products import add_product_
 from lightning_peft.kernels.segments import Segment, add_segments
 from lightning_peft.quantization.frozen_base import frozen_base
 from lightning_peft.quantization.weights import linear_shape
@@ -26,12 +28,16 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 def cast_factors(change: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """Return an adapter as the slots hold it: rounded where training rounds it, so that its products are the same."""
-    scaled = torch._foreach_mul([part.A for part in change.values()], [part.scaling for part in change.values()])
-    factors = [*scaled, *(part.B.t() for part in change.values())]
-    # One piece of memory and one call for all: an adapter has hundreds of small tensors.
-    pieces = torch.empty(sum(map(Tensor.numel, factors)), dtype=dtype).split([factor.numel() for factor in factors])
-    cast = [place.view(factor.shape) for place, factor in zip(pieces, factors, strict=True)]
-    torch._foreach_copy_(cast, factors)
+    A, B = [part.A for part in change.values()], [part.B.t() for part in change.values()]
+    scalings = [part.scaling for part in change.values()]
+    # One piece of memory and few calls for all: an adapter has hundreds of small tensors.
+    flat = torch.empty(sum(map(Tensor.numel, A + B)), dtype=dtype)
+    cast = unflatten_dense_tensors(flat, A + B)
+    if few_rows.takes_cast([*A, *(part.B for part in change.values())], dtype):
+        few_rows.cast(A, scalings, False, flat)
+        few_rows.cast(B, [1.0] * len(B), True, flat[sum(map(Tensor.numel, A)) :])
+    else:
+        torch._foreach_copy_(cast, [*torch._foreach_mul(A, scalings), *B])
     return dict(zip(change, zip(cast[: len(change)], cast[len(change) :], strict=True), strict=True))
 
 
@@ -42,37 +48,34 @@ def are_finite(factors: Factors) -> bool:
 
 
 class Routing:
-    """The owners of a batch's rows: `routes` has the number of a slot or guest for each, -1 for the base."""
+    """The owners of a batch's rows: `routes` has the number of a slot for each, -1 for the base."""
 
     def __init__(self, slots: "Slots", routes: Sequence[int]):
         self.slots, self.routes = slots, tuple(routes)
         self.taken = sorted({route for route in routes if route >= 0})
-        self.has_guests = any(route >= slots.count for route in self.taken)
         self.is_finite = all(slots.is_finite(route) for route in self.taken)
         """True where a zero in the mask keeps the adapters of other rows out of a row."""
-        self.row_factors: dict[SlotLinear, few_rows.RowFactors] = {}
+        self.row_factors: list[few_rows.RowFactors] = []
+        self.stacks: dict[SlotLinear, StackedFactors | None] = {}
+        """Stacks of factors on the host, which are copies."""
         self.masks: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
-    def stacked(self, layer: "SlotLinear") -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return A (columns, in_features) and B^T (columns, out_features) of all adapters of the batch at a layer.
-
-        The third is (rows, columns): 1 where a column is of a row's own. The result is None where no adapter changes
-        the layer.
-        """
+    def stacked(self, layer: "SlotLinear") -> "StackedFactors | None":
+        """Return the factors of all adapters of the batch at a layer; None where no adapter changes it."""
         slots = self.slots
-        if not self.has_guests:
+        if not slots.on_host:
             first, last = self.taken[0], self.taken[-1] + 1
             used = slice(first * slots.rank, last * slots.rank)
-            return (
-                layer.A[used],
-                layer.B_transposed[used],
-                self._mask([(route, slots.rank) for route in range(first, last)]),
-            )
-        found = [(route, pair) for route in self.taken if (pair := slots.pair(route, layer)) is not None]
-        if not found:
-            return None
-        A, B = (torch.cat([pair[side] for _, pair in found]) for side in (0, 1))
-        return A, B, self._mask([(route, len(pair[0])) for route, pair in found])
+            mask = self._mask([(route, slots.rank) for route in range(first, last)])
+            return StackedFactors(layer.A[used], layer.B_transposed[used], mask)
+        if layer not in self.stacks:
+            found = [(route, pair) for route in self.taken if (pair := slots.pair(route, layer)) is not None]
+            self.stacks[layer] = None
+            if found:
+                A, B = (torch.cat([pair[side] for _, pair in found]) for side in (0, 1))
+                mask = self._mask([(route, len(pair[0])) for route, pair in found])
+                self.stacks[layer] = StackedFactors(A, B, mask)
+        return self.stacks[layer]
 
     def _mask(self, columns: list[tuple[int, int]]) -> Tensor:
         """Return (rows, columns) from the route and the number of columns of each adapter."""
@@ -83,38 +86,51 @@ class Routing:
         return self.masks[key]
 
     def factors_of_rows(self, layer: "SlotLinear") -> few_rows.RowFactors:
-        """Return the factors of each row at a layer."""
-        if layer not in self.row_factors:
-            found = {route: self.slots.pair(route, layer) for route in set(self.routes)}
-            pairs = [found[route] for route in self.routes]
-            self.row_factors[layer] = few_rows.RowFactors.of(pairs, self.slots.dtype)
-        return self.row_factors[layer]
+        """Return the factors of each row at a layer, on the host."""
+        if len(self.row_factors) <= layer.number:
+            slots = self.slots
+            tables = [slots.tables.get(route) for route in self.routes]
+            self.row_factors = few_rows.RowFactors.of_layers(tables, len(slots.layers), slots.dtype)
+        return self.row_factors[layer.number]
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
-        """Yield each run of neighbouring rows of one slot or guest: its number, the first row and the one behind."""
+        """Yield each run of neighbouring rows of one slot: its number, the first row and the one behind."""
         end = 0
         for route, rows in groupby(self.routes):
             start, end = end, end + sum(1 for _ in rows)
             yield route, start, end
 
 
+class StackedFactors(NamedTuple):
+    """The factors of several adapters below each other, and whose row takes part in which of them."""
+
+    A: Tensor
+    """(columns, in_features)."""
+    B_transposed: Tensor
+    """(columns, out_features)."""
+    mask: Tensor
+    """(rows, columns), 1 where a column is of a row's own adapter."""
+
+
 class SlotLinear(nn.Module):
     """y = W x + B_s A_s x for the slot s of each row; slots whose layer an adapter leaves alone are zero.
 
-    A is (slots * rank, in_features), B_transposed (slots * rank, out_features).
+    On a GPU A is (slots * rank, in_features), B_transposed (slots * rank, out_features).
     """
 
     A: Tensor
     B_transposed: Tensor
 
-    def __init__(self, base_layer: nn.Module, name: str, slots: "Slots"):
+    def __init__(self, base_layer: nn.Module, name: str, number: int, slots: "Slots"):
         super().__init__()
         self.base_layer = base_layer
-        self.name = name
+        self.name, self.number = name, number
         self.slots = slots
-        out_features, in_features = linear_shape(base_layer)
+        self.out_features, in_features = linear_shape(base_layer)
+        if slots.on_host:
+            return
         device, rows = next(base_layer.parameters()).device, slots.count * slots.rank
-        for side, width in (("A", in_features), ("B_transposed", out_features)):
+        for side, width in (("A", in_features), ("B_transposed", self.out_features)):
             self.register_buffer(side, torch.zeros(rows, width, dtype=slots.dtype, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,17 +141,14 @@ class SlotLinear(nn.Module):
         if len(routing.routes) != len(x):
             raise RuntimeError(f"a batch of {len(x)} rows needs as many routes, there are {len(routing.routes)}")
         base = frozen_base(self.base_layer, x)
-        if x.dtype is self.A.dtype and base is not None and few_rows_of(base, x):
-            return few_rows.product(x, base.first, base.tensors[-1], routing.factors_of_rows(self))
-        fits = few_rows.fits(x.dtype, x.shape[-1], self.B_transposed.shape[1])
-        if x.dtype is self.A.dtype is torch.float32 and fits and few_rows.takes_rows(x):
-            return few_rows.add_low_rank(x, routing.factors_of_rows(self), self.base_layer(x))
+        if self.slots.on_host and (output := self._by_kernels(routing, x, base)) is not None:
+            return output
         if not routing.is_finite:
             return self._by_segments(routing, x)
-        if (stacked := routing.stacked(self)) is None:
+        if (stack := routing.stacked(self)) is None:
             return self._base(x)
         # One product serves all adapters, wider than a row's own: few launches, and a panel's width on a CPU.
-        A, B, mask = stacked
+        A, B, mask = stack
         inner = x.to(A.dtype) @ A.t()
         inner = (inner * mask.view(len(x), *[1] * (x.ndim - 2), -1)).view(-1, mask.shape[1])
         if base is None:
@@ -143,6 +156,24 @@ class SlotLinear(nn.Module):
             return output + (inner @ B).view(output.shape).to(output.dtype)
         # In 16 bits the change is added in fp32: a young adapter's is below what rounding the base's output loses.
         return base_with_product(x.to(base.dtype), base, inner.to(base.dtype), B.t().to(base.dtype))
+
+    def _by_kernels(self, routing: Routing, x: Tensor, base: Base | None) -> Tensor | None:
+        """Return the output where a kernel reads each row's factors as they lie; None where there is none."""
+        if x.dtype is not self.slots.dtype:
+            return None
+        factors = routing.factors_of_rows(self)
+        if base is not None and few_rows_of(base, x):
+            return few_rows.product(x, base.first, base.tensors[-1], factors)
+        fits = few_rows.fits(x.dtype, x.shape[-1], self.out_features)
+        if x.dtype is torch.float32 and fits and few_rows.takes_rows(x):
+            return few_rows.add_low_rank(x, factors, self.base_layer(x))
+        if base is None or base.form != DENSE or not factors.most or not few_rows.takes_changes(x):
+            return None
+        # In 16 bits the change comes first: the product's sums in fp32 are added to it, as it may be a young adapter's.
+        output = few_rows.changes(x, factors, self.out_features)
+        rows = x.reshape(-1, x.shape[-1])
+        add_product_(rows, base.first, base.tensors[-1], output.view(-1, self.out_features))
+        return output
 
     def _base(self, x: Tensor) -> Tensor:
         """Return the output of the layer without an adapter."""
@@ -170,53 +201,36 @@ def few_rows_of(base: Base, x: Tensor) -> bool:
 
 
 class Slots:
-    """Room for `count` adapters of rank up to `rank` around the linear layers of one frozen model."""
+    """Room for adapters of rank up to `rank` around the linear layers of one frozen model.
 
-    def __init__(self, model: nn.Module, count: int, rank: int, dtype: torch.dtype):
+    There are `count` slots. `on_host`, which is so for a model on a CPU unless it is said otherwise, an adapter is read
+    where it lies, and any other number is a slot while an adapter is in it.
+    """
+
+    def __init__(self, model: nn.Module, count: int, rank: int, dtype: torch.dtype, on_host: bool | None = None):
         self.model, self.count, self.rank, self.dtype = model, count, rank, dtype
+        self.on_host = next(model.parameters()).device.type == "cpu" if on_host is None else on_host
         self.layers: dict[str, SlotLinear] = {}
         self.routing: Routing | None = None
         """Routing of the batch that runs."""
         self.last: Routing | None = None
         """Routing of the batch before, which the next batch mostly has too."""
-        self.written: list[set[str]] = [set() for _ in range(count)]
-        """Layers that each slot's adapter changes."""
         self.finite: dict[int, bool] = {}
-        """True for a slot or guest all of whose numbers are finite, as far as that was asked."""
+        """True for a slot all of whose numbers are finite, as far as that was asked."""
+        self.held: dict[int, Factors] = {}
+        """Adapters that are read where they lie, by slot."""
+        self.tables: dict[int, few_rows.FactorTable] = {}
+        """Addresses of their factors, by slot."""
+        self.written: list[set[str]] = [set() for _ in range(count)]
+        """Layers that each slot's adapter changes, where adapters are copied."""
         self.places: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
-        self.guests: dict[int, Factors] = {}
-        """Guests by number, which is never that of a slot, nor of another guest."""
-        self.numbers = counted_from(count)
-
-    @property
-    def takes_guests(self) -> bool:
-        """Return whether a row can be a guest's: where the model's memory is the host's."""
-        return next(self.model.parameters()).device.type == "cpu"
-
-    def welcome(self, factors: Factors, known_finite: bool = False) -> int:
-        """Let an adapter take part without a slot; return its number, to be given up by `dismiss`.
-
-        Raises ValueError for an adapter that fits no layer.
-        """
-        assert self.takes_guests, "a guest's factors are on the host"
-        self._wrap_all(factors)
-        self.guests[number := next(self.numbers)] = factors
-        if known_finite:
-            self.finite[number] = True
-        return number
-
-    def dismiss(self, number: int) -> None:
-        """Let go of a guest."""
-        del self.guests[number]
-        self.finite.pop(number, None)
 
     def pair(self, route: int, layer: SlotLinear) -> tuple[Tensor, Tensor] | None:
-        """Return A and B^T of a slot or guest at a layer; None where it leaves the layer alone."""
-        if route >= self.count:
-            return self.guests[route].get(layer.name)
+        """Return A and B^T of a slot at a layer; None where it leaves the layer alone."""
+        if self.on_host:
+            return self.held.get(route, {}).get(layer.name)
         return self._places(route)[layer.name] if route >= 0 and layer.name in self.written[route] else None
 
-    @torch.no_grad()
     def load(self, slot: int, factors: Factors, known_finite: bool = False) -> None:
         """Put an adapter into a slot. Raises ValueError for one of a rank above the slots', or that fits no layer.
 
@@ -227,6 +241,24 @@ class Slots:
         if rank > self.rank:
             raise ValueError(f"an adapter of rank {rank} does not fit slots of rank {self.rank}")
         self.last = None
+        self.finite.pop(slot, None)
+        if self.on_host:
+            self.tables[slot] = few_rows.FactorTable.of([factors.get(name) for name in self.layers], self.dtype)
+            self.held[slot] = factors
+        else:
+            self._copy(slot, factors)
+        if known_finite:
+            self.finite[slot] = True
+
+    def unload(self, slot: int) -> None:
+        """Let go of an adapter that is read where it lies."""
+        assert self.on_host, "an adapter that was copied stays until the next one comes"
+        self.last = None
+        for of_slots in (self.held, self.tables, self.finite):
+            of_slots.pop(slot, None)
+
+    @torch.no_grad()
+    def _copy(self, slot: int, factors: Factors) -> None:
         places = self._places(slot)
         for name in self.written[slot] - factors.keys():
             for place in places[name]:
@@ -239,17 +271,14 @@ class Slots:
                     place = place[:rank]
                 into.append(place)
         self.written[slot] |= factors.keys()  # also after half a copy
-        self.finite.pop(slot, None)
         # One call copies all, as hundreds of small copies cost more by themselves than what they copy.
         torch._foreach_copy_(into, [factor for pair in factors.values() for factor in pair])
         self.written[slot] = set(factors)
-        if known_finite:
-            self.finite[slot] = True
 
     def is_finite(self, slot: int) -> bool:
-        """Return whether all numbers of a slot, or guest, are finite."""
+        """Return whether all numbers of a slot are finite."""
         if slot not in self.finite:
-            self.finite[slot] = are_finite(self.guests[slot] if slot >= self.count else self._places(slot))
+            self.finite[slot] = are_finite(self.held.get(slot, {}) if self.on_host else self._places(slot))
         return self.finite[slot]
 
     def _places(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -274,7 +303,7 @@ class Slots:
                     f"the model's layer of shape {shape}"
                 )
         for name in factors.keys() - self.layers.keys():
-            self.layers[name] = SlotLinear(layers[name], name, self)
+            self.layers[name] = SlotLinear(layers[name], name, len(self.layers), self)
             self.model.set_submodule(name, self.layers[name])
 
     def _base_layer(self, name: str) -> nn.Module:
@@ -290,8 +319,8 @@ class Slots:
 
     @contextmanager
     def routed(self, routes: Sequence[int]) -> Iterator[None]:
-        """Send row i of a batch through the slot or guest `routes[i]`; -1 is the base."""
-        if any(not -1 <= route < self.count and route not in self.guests for route in routes):
+        """Send row i of a batch through slot `routes[i]`; -1 is the base."""
+        if any(not -1 <= route < self.count and route not in self.held for route in routes):
             raise ValueError(f"routes {sorted(set(routes))}: there are slots 0 to {self.count - 1}; -1 is the base")
         if self.last is None or self.last.routes != tuple(routes):
             self.last = Routing(self, routes)

@@ -300,8 +300,10 @@ def stored_scaling(words: Words, row: PeftSpelling, name: str, rank: int) -> flo
     A method with an offset keeps dividing by its first rank when ranks are cut.
     """
     assert row.alpha_word is not None and row.rank_word is not None
-    patterns, known_as = (words.get("alpha_pattern") or {}).items(), pattern_name(words, name)
-    alpha = next((v for key, v in patterns if re.match(rf"(.*\.)?({key})$", known_as)), words.get(row.alpha_word, 8))
+    alpha = words.get(row.alpha_word, 8)
+    if patterns := words.get("alpha_pattern"):
+        known_as = pattern_name(words, name)
+        alpha = next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", known_as)), alpha)
     if row.rank_offset:
         rank = words.get(row.rank_word, rank)
     return alpha / _divisor(rank, words, row)

@@ -1,5 +1,7 @@
 """Products of the few rows of a decoding step on a CPU, fp32 or bf16, by kernels that read each weight once.
 
+The low-rank changes of many rows, those of prompts, are computed by the same in bf16.
+
 torch's library reads the weights at a third of the memory's speed from four rows on, and takes 150 us for a change of
 rank 16 in bf16. A row's numbers are the same beside any others: every output is one sum in one order.
 """
@@ -8,6 +10,7 @@ from collections.abc import Sequence
 from ctypes import c_int, c_long, c_void_p
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +23,26 @@ LANES = 8
 BUILDS: dict[torch.dtype, Build] = {torch.float32: AVX2, torch.bfloat16: AVX512_BF16}
 
 
+class FactorTable(NamedTuple):
+    """Addresses of the factors of an adapter, one for each layer: whoever made it keeps the tensors."""
+
+    A: "np.ndarray[tuple[int], np.dtype[np.uint64]]"
+    B: "np.ndarray[tuple[int], np.dtype[np.uint64]]"
+    ranks: "np.ndarray[tuple[int], np.dtype[np.int32]]"
+    """0 for a layer that it leaves alone."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype) -> "FactorTable":
+        """Return the table of each layer's A and B^T, contiguous on the host; None leaves a layer alone."""
+        for factor in {id(factor): factor for pair in pairs if pair is not None for factor in pair}.values():
+            assert is_plain(factor, dtype), f"the kernel reads contiguous {dtype} on the host, not {factor.dtype}"
+        A, B = ([0 if pair is None else pair[side].data_ptr() for pair in pairs] for side in (0, 1))
+        ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]  # len() of a tensor is slow
+        return cls(np.array(A, np.uint64), np.array(B, np.uint64), np.array(ranks, np.int32))
+
+
 class RowFactors(NamedTuple):
-    """The low-rank pair of each row of a batch, by address: whoever made it keeps the tensors."""
+    """The low-rank pair of each row of a batch at a layer, by address: whoever made it keeps the tensors."""
 
     dtype: torch.dtype
     A: object
@@ -34,13 +55,30 @@ class RowFactors(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype) -> "RowFactors":
-        """Return the pairs of each row's A and B^T, contiguous on the host; None leaves a row alone."""
-        for factor in {id(factor): factor for pair in pairs if pair is not None for factor in pair}.values():
-            assert is_plain(factor, dtype), f"the kernel reads contiguous {dtype} on the host, not {factor.dtype}"
-        ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]  # len() of a tensor is slow
-        A, B = ([None if pair is None else pair[side].data_ptr() for pair in pairs] for side in (0, 1))
-        addresses = c_void_p * len(pairs)
-        return cls(dtype, addresses(*A), addresses(*B), (c_int * len(pairs))(*ranks), max(ranks, default=0))
+        """Return the pairs of each row's A and B^T at one layer; None leaves a row alone."""
+        table = FactorTable.of(pairs, dtype)
+        return cls._at(table, dtype, int(table.ranks.max(initial=0)))
+
+    @classmethod
+    def of_layers(cls, tables: Sequence[FactorTable | None], layers: int, dtype: torch.dtype) -> "list[RowFactors]":
+        """Return the pairs of each row at each layer, from the table of each row; a row without one is left alone.
+
+        A table may be of fewer layers: it was made before an adapter came that changes others too.
+        """
+        A, B = np.zeros((2, layers, len(tables)), np.uint64)
+        ranks = np.zeros((layers, len(tables)), np.int32)
+        for row, table in enumerate(tables):
+            if table is not None:
+                known = len(table.ranks)
+                A[:known, row], B[:known, row], ranks[:known, row] = table
+        most = ranks.max(1, initial=0).tolist()
+        return [cls._at(FactorTable(*own), dtype, rank) for *own, rank in zip(A, B, ranks, most, strict=True)]
+
+    @classmethod
+    def _at(cls, rows: FactorTable, dtype: torch.dtype, most: int) -> "RowFactors":
+        addresses, counts = c_void_p * len(rows.A), c_int * len(rows.A)
+        A, B = addresses.from_buffer(rows.A.data), addresses.from_buffer(rows.B.data)
+        return cls(dtype, A, B, counts.from_buffer(rows.ranks.data), most)
 
 
 def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -108,3 +146,52 @@ def add_low_rank(x: Tensor, factors: RowFactors, output: Tensor) -> Tensor:
             c_int(torch.get_num_threads()),
         )  # fmt: skip
     return output
+
+
+def takes_changes(x: Tensor) -> bool:
+    """Return whether `changes` takes x (rows, ..., in_features): bf16 on a CPU, with nothing to be learnt."""
+    plain = x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.ndim > 1 and x.numel() > 0
+    return plain and not torch.is_grad_enabled() and library(AVX512_BF16) is not None
+
+
+def changes(x: Tensor, factors: RowFactors, out_features: int) -> Tensor:
+    """Return (x A^T) B^T of each row by its own pair, (rows, ..., out_features), for x (rows, ..., in_features).
+
+    Sums and inner products are fp32, and a change is rounded once. A row without a pair has zeros.
+    """
+    assert factors.dtype is x.dtype, f"factors of {factors.dtype} beside rows of {x.dtype}"
+    x, output = x.contiguous(), x.new_empty(*x.shape[:-1], out_features)
+    each = x.numel() // (x.shape[0] * x.shape[-1])
+    inner = x.new_empty(x.shape[0] * each, factors.most, dtype=torch.float32)
+    kernels(AVX512_BF16).changes_bf16(
+        address(x), factors.A, factors.B, factors.ranks, c_long(x.shape[0]), c_long(each), c_long(x.shape[-1]),
+        c_long(out_features), c_int(factors.most), address(inner), address(output), c_int(torch.get_num_threads()),
+    )  # fmt: skip
+    return output
+
+
+def takes_cast(factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Return whether `cast` makes numbers of a dtype of these factors: bf16 of contiguous fp32 on the host."""
+    return (
+        dtype is torch.bfloat16
+        and library(AVX512_BF16) is not None
+        and all(is_plain(x, torch.float32) for x in factors)
+    )
+
+
+def cast(factors: Sequence[Tensor], scalings: Sequence[float], transposed: bool, into: Tensor) -> None:
+    """Write scaling * factor (rank, width), fp32, of each into a tensor of bf16, one behind the other.
+
+    With `transposed` each is the transpose of a contiguous matrix.
+    """
+    kernels(AVX512_BF16).cast_factors_bf16(
+        *(
+            own.ctypes.data_as(c_void_p)
+            for own in (
+                np.array([factor.data_ptr() for factor in factors], np.uint64),
+                np.array(scalings, np.float32),
+                *np.array([factor.shape for factor in factors], np.int32).reshape(-1, 2).T.copy(),
+            )
+        ),
+        c_int(transposed), c_long(len(factors)), address(into),
+    )  # fmt: skip

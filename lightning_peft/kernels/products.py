@@ -72,6 +72,20 @@ def low_rank_sum(
     return output
 
 
+def add_product_(rows: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    """Add x W^T + bias to output (N, out), which has the small product that comes first: see `low_rank_sum`.
+
+    rows (N, in), weight (out, in) and bias (out,): one dtype.
+    """
+    if takes_sum(rows, weight, rows, True):
+        inner, factor = rows.new_empty(len(rows), 0), weight.new_empty(len(weight), 0)
+        sum_by_kernel(rows, weight, inner, factor, None, bias, True, output, onto=True)
+        return
+    output.addmm_(rows, weight.t())
+    if bias is not None:
+        output.add_(bias)
+
+
 def scale_(rows: Tensor, gain: Tensor | None, bias: Tensor | None) -> None:
     """Multiply what is above the bias, in place."""
     if gain is not None:
@@ -210,8 +224,12 @@ def sum_by_kernel(
     bias: Tensor | None,
     transposed: bool,
     into: Tensor,
+    onto: bool = False,
 ) -> None:
-    """Write `low_rank_sum` of rows (N, in) into a tensor (N, out), where `takes_sum` says that there is a kernel."""
+    """Write `low_rank_sum` of rows (N, in) into a tensor (N, out), where `takes_sum` says that there is a kernel.
+
+    With `onto` what is in the tensor before is added to the products.
+    """
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     if inner.shape[1] % 2:
@@ -226,7 +244,7 @@ def sum_by_kernel(
     assert gain is None or gain.dtype == torch.float32
     kernels().low_rank_sum(
         address(rows), c_long(rows.stride(0)), address(weight), address(inner), address(factor),
-        address(gain), address(bias), c_int(transposed), c_long(rows.shape[0]),
+        address(gain), address(bias), c_int(transposed), c_int(onto), c_long(rows.shape[0]),
         c_int(rows.shape[1]), c_int(into.shape[1]), c_int(inner.shape[1]), address(into),
         c_int(parts_of(rows.shape[0], into.shape[1], threads)), address(scratch), c_int(threads),
     )  # fmt: skip

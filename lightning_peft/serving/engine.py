@@ -171,7 +171,7 @@ class Engine:
         return rows
 
     def _slot(self, request: GenerationRequest) -> int | None:
-        """Return the number of the slot or guest that a request's row goes through; None where it has to wait."""
+        """Return the number of the slot that a request's row goes through; None where it has to wait."""
         if request.folder is None or self.tiers is None:
             return -1
         with self.adapters:

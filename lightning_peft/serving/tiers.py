@@ -68,14 +68,16 @@ class AdapterTiers:
     def acquire(self, folder: Path) -> int | None:
         """Return the number of the slot that holds an adapter, which it keeps until `release`.
 
-        While all slots are in use an adapter is a guest where the model's memory is the host's; else None comes back.
+        None comes back while all slots are in use, but for slots on the host: there is always one more of these.
         """
         if folder in self.in_slot:
             slot = self.in_slot.index(folder)
         else:
             free = next((slot for slot in self.order if self.users[slot] == 0), None)
+            if free is None and self.slots.on_host:
+                free = self._one_more()
             if free is None:
-                return self.slots.welcome(self.on_host(folder), True) if self.slots.takes_guests else None
+                return None
             slot, factors = free, self.on_host(folder)
             self.in_slot[slot] = None  # the loading may fail halfway
             self.slots.load(slot, factors, known_finite=True)
@@ -86,17 +88,25 @@ class AdapterTiers:
         self.order.append(slot)
         return slot
 
-    def release(self, number: int) -> None:
-        """Give up what `acquire` returned."""
-        if number < self.slots.count:
-            self.users[number] -= 1
-        else:
-            self.slots.dismiss(number)
+    def _one_more(self) -> int:
+        self.order.append(slot := len(self.in_slot))
+        self.in_slot.append(None)
+        self.users.append(0)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give up what `acquire` returned. Slots beyond `count` keep no adapter that nobody uses."""
+        self.users[slot] -= 1
+        if slot >= self.slots.count and self.users[slot] == 0:
+            self.slots.unload(slot)
+            self.in_slot[slot] = None
 
     def release_all(self) -> None:
         """Empty the slots, after a failure in the middle of something."""
-        self.users, self.in_slot = [0] * self.slots.count, [None] * self.slots.count
-        self.slots.guests.clear()
+        for slot in range(len(self.in_slot)):
+            if self.slots.on_host:
+                self.slots.unload(slot)
+            self.users[slot], self.in_slot[slot] = 0, None
 
     def forget(self, folder: Path) -> None:
         """Read a folder anew when it is next asked for; requests in flight end with what they began with."""

@@ -106,6 +106,25 @@ def test_change_below_the_rounding_of_the_product_is_not_lost(dtype: torch.dtype
     assert abs(change[0].mean() - expected) < 0.2 * abs(expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("each", [(), (1,), (5,), (3, 7)], ids=str)
+@pytest.mark.parametrize(("in_features", "out_features"), [(576, 56), (72, 40), (31, 3), (1, 1)])
+def test_changes_of_many_rows_are_those_of_fp64(
+    in_features: int, out_features: int, each: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = random(dtype, 5, *each, in_features)
+    pairs = [(random(dtype, rank, in_features), random(dtype, rank, out_features)) for rank in (1, 4, 6, 16)]
+    expected = [x[row].double() @ A.double().t() @ B.double() for row, (A, B) in enumerate(pairs)]
+    with torch.no_grad():
+        assert few_rows.takes_changes(x)
+        found = few_rows.changes(x, RowFactors.of([*pairs, None], dtype), out_features)
+        assert found.shape == (5, *each, out_features) and not found[4].any()
+        assert all(within_rounding(found[row], own) for row, own in enumerate(expected))
+        alone = few_rows.changes(x[1:2], RowFactors.of(pairs[1:2], dtype), out_features)
+        assert torch.equal(found[1:2], alone)
+
+
 @pytest.mark.skipif(library(BUILDS[torch.float32]) is None, reason="no processor with AVX2, or no g++")
 def test_other_products_are_torchs() -> None:
     x, weight = torch.randn(2, 64), torch.randn(8, 64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.kernels import products
-from lightning_peft.kernels.native.library import without_kernels
+from lightning_peft.kernels.native.library import library, without_kernels
 
 
 @pytest.fixture(params=["products of torch", "kernels"])
@@ -63,6 +63,22 @@ def test_a_sum_is_rounded_once(
     assert distance(output, expected) < (0.003 if with_bias and either != "kernels" else 0.002)
     in_batches = torch.ops.lightning_peft.low_rank_sum(x.reshape(1, rows, width), *arguments[1:])
     assert in_batches.shape == (1, rows, out) and torch.equal(in_batches[0], output)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_added_to_what_is_there(shape: tuple[int, int, int, int], with_bias: bool, threads: int) -> None:
+    rows, width, out, _ = shape
+    x, weight, before, bias = drawn((rows, width), (out, width), (rows, out), (out,))
+    expected = before.double() + x.double() @ weight.double().t() + with_bias * bias.double()
+    given = bias if with_bias else None
+    output = before.clone()
+    products.add_product_(x, weight, given, output)
+    assert distance(output, expected) < (0.003 if with_bias else 0.002)
+    if library() is not None:  # the kernel itself, whether or not this processor has faster products
+        inner, factor, output = x[:, :0], weight[:, :0], before.clone()
+        products.sum_by_kernel(x, weight, inner, factor, None, given, True, output, onto=True)
+        assert distance(output, expected) < 0.002
 
 
 @pytest.mark.usefixtures("either")

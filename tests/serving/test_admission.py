@@ -32,9 +32,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [place / str(number) for number in range(4)]
 
 
-def engine(slots: int, max_batch: int = 8) -> Engine:
+def engine(slots: int, max_batch: int = 8, on_host: bool = True) -> Engine:
     model = load_model(TINY, torch.float32).eval().requires_grad_(False)
-    room = Slots(model, slots, 8, torch.float32)
+    room = Slots(model, slots, 8, torch.float32, on_host)
     tiers = AdapterTiers(room, 2, source_fingerprint(TINY), "tiny")
     return Engine(Decoder(model, room), tiers, load_tokenizer(TINY), max_batch, 64)
 
@@ -60,9 +60,22 @@ def test_more_adapters_than_slots_and_host_places_run_at_once(folders: list[Path
     for one in requests:
         shared.submit(one)
     shared.turn()
-    assert len(shared.running) == 4 and len(shared.tiers.slots.guests) == 3 and len(shared.tiers.host) == 2
+    assert len(shared.running) == len(shared.tiers.slots.held) == 4 and len(shared.tiers.host) == 2
     assert answers(shared, []) == [] and [one.tokens for one in requests] == alone
-    assert not shared.tiers.slots.guests and shared.tiers.users == [0]
+    assert list(shared.tiers.slots.held) == [0] and not any(shared.tiers.users)
+
+
+def test_more_adapters_than_slots_wait_where_they_are_copied(folders: list[Path]) -> None:
+    """As on a GPU: three slots hold what a batch has, and the fourth adapter comes when one is free."""
+    alone = [answers(engine(1), [request([5, 6, 7], folder, [])])[0] for folder in folders]
+    shared = engine(3, on_host=False)
+    requests = [request([5, 6, 7], folder, []) for folder in folders]
+    for one in requests:
+        shared.submit(one)
+    shared.turn()
+    assert len(shared.running) == 3 and len(shared.waiting) == 1
+    assert answers(shared, []) == [] and [one.tokens for one in requests] == alone
+    assert not any(shared.tiers.users) and len(shared.tiers.in_slot) == 3
 
 
 def test_a_probability_is_computed_where_it_is_asked_for() -> None:
@@ -101,14 +114,14 @@ def test_a_token_without_an_embedding_is_its_own_request_s_error() -> None:
     assert isinstance(pieces[0].error, ValueError) and f"a token with the id {foreign}" in str(pieces[0].error)
 
 
-def test_a_failure_leaves_no_guest_behind(folders: list[Path]) -> None:
+def test_a_failure_leaves_no_adapter_behind(folders: list[Path]) -> None:
     shared, pieces = engine(1), [[], [], []]
     for folder, own in zip(folders, pieces, strict=False):
         shared.submit(request([5, 6], folder, own))
     shared.turn()
     shared._fail_all(RuntimeError("out of memory"))
     assert all(str(own[-1].error) == "out of memory" for own in pieces)
-    assert not shared.tiers.slots.guests and not shared.running
+    assert not shared.tiers.slots.held and not shared.running
     assert len(answers(shared, [request([5, 6], folders[0], [])])[0]) == 6
 
 
@@ -134,7 +147,7 @@ def cut_B(A_and_B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value[:, :1].contiguous() if "lora_B" in name else value for name, value in A_and_B.items()}
 
 
-@pytest.mark.parametrize("slots", [1, 2], ids=["guest", "slot"])
+@pytest.mark.parametrize("slots", [1, 2], ids=["beyond the slots", "in a slot"])
 @pytest.mark.parametrize("change", [widen_q, flatten_B, add_a_dimension, make_numbers, cut_B])
 def test_an_adapter_that_does_not_fit_ends_its_own_request_alone(
     change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],

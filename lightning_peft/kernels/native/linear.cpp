@@ -8,19 +8,22 @@ namespace {
 constexpr int ROWS = 96;    // of wide matrices, which lie in the second-level cache while several products read them
 constexpr int NARROW = 12;  // rows of a tile of one or two vectors
 
-// into (rows, columns <= PANEL) = gain (x w + inner small) + bias; gain and bias (columns) may be null. `weight` and
-// `small` are paired, `depth` numbers a pair.
+// into (rows, columns <= PANEL) = gain (x w + inner small) + bias; gain and bias (columns) may be null. With `onto` what
+// is there before is added to the products. `weight` and `small` are paired, `depth` numbers a pair.
 struct LowRankSum {
   Left x, inner;
   const bf16 *weight, *small, *bias;
   const float* gain;
   int in, rank, columns;
   long depth;
+  bool onto;
 
   void run(long rows, bf16* into, long stride) const {
     for (long r = 0; r < rows; r += TILE)
       with_tile(rows - r < TILE ? rows - r : TILE, columns / LANES, [&](auto& tile) __attribute__((always_inline)) {
-        tile.each(into, stride, [](bf16*, int, __m512& sum) { sum = _mm512_setzero_ps(); });
+        tile.each(into + r * stride, stride, [&](bf16* place, int, __m512& sum) {
+          sum = onto ? widened(place) : _mm512_setzero_ps();
+        });
         tile.add(x.at(r, 0), {weight, depth}, in / 2);
         tile.add(inner.at(r, 0), {small, depth}, rank / 2);
         tile.each(into + r * stride, stride, [&](bf16* place, int column, __m512 sum) {
@@ -80,13 +83,14 @@ void add_transposed(const bf16* small, int padded, const bf16* x, int rows, int 
 
 extern "C" {
 
-// output (rows, out) = gain (x (rows, in) w + inner (rows, rank) small) + bias; gain and bias (out) may be null.
+// output (rows, out) = gain (x (rows, in) w + inner (rows, rank) small) + bias; gain and bias (out) may be null. With
+// `onto` what is in the output before is added to the products.
 //
 // `weight` is w (in, out) and `small` (rank, out) or, both `transposed`, (out, in) and (out, rank). Rows of x are
 // `stride` apart, all else is contiguous; in and rank are even, out is a multiple of LANES. The rows are shared by
 // `parts`, each of which pairs its panel of the weight in scratch (threads, in + rank, PANEL).
 void low_rank_sum(const bf16* x, long stride, const bf16* weight, const bf16* inner, const bf16* small,
-                  const float* gain, const bf16* bias, int transposed, long rows, int in, int out, int rank,
+                  const float* gain, const bf16* bias, int transposed, int onto, long rows, int in, int out, int rank,
                   bf16* output, int parts, bf16* scratch, int threads) {
   const int panels = (out + PANEL - 1) / PANEL;
   const long taken = (rows + parts - 1) / parts;
@@ -110,6 +114,7 @@ void low_rank_sum(const bf16* x, long stride, const bf16* weight, const bf16* in
     sum.gain = gain ? gain + n : nullptr, sum.bias = bias ? bias + n : nullptr;
     sum.in = in, sum.rank = rank, sum.columns = columns;
     sum.depth = transposed ? 2 * PANEL : 2 * columns;
+    sum.onto = onto;
     sum.run(last - first, output + first * out + n, out);
   }
 }
