@@ -72,11 +72,14 @@ class Products:
                     A, factor = layer.factors()
                     stacked.append((layer.scaling * A).to(dtype))
                     B = factor.t().to(dtype).contiguous()
-            elif not isinstance(layer, Adapter | SlotLinear):
+            elif isinstance(layer, SlotLinear):
+                base = frozen_base(layer.base_layer, probe) if layer.slots.on_host else None
+            elif not isinstance(layer, Adapter):
                 base = frozen_base(layer, probe)
             start, end = end, end + (0 if B is None else len(B))
             self.layers.append((layer, base, B))
             is_dense = base is not None and base.form == DENSE and base.first.dtype is dtype
+            is_dense &= not isinstance(layer, SlotLinear) or layer.slots.dtype is dtype
             self.is_read.append(is_dense and few_rows.reads(base.first, base.tensors[-1]))  # type: ignore[union-attr]
             self.slices.append(slice(start, end))
         self.A = torch.cat(stacked) if stacked else None
@@ -92,8 +95,10 @@ class Products:
             if base is None or (B is None and base.form != DENSE):
                 outputs.append(layer(x))
             elif are_few and self.is_read[place]:
-                factors = None if B is None else self.factors_of_rows(place, x.shape[0])
+                factors = self.factors_of_rows(place, x.shape[0])
                 outputs.append(few_rows.product(x, base.first, base.tensors[-1], factors))
+            elif isinstance(layer, SlotLinear):
+                outputs.append(layer(x))
             elif B is None:
                 outputs.append(dense_product(x, base))
             else:
@@ -107,11 +112,16 @@ class Products:
                     outputs.append(base_with_product(x, base, own.contiguous(), B.t()))
         return outputs
 
-    def factors_of_rows(self, place: int, rows: int) -> few_rows.RowFactors:
-        """Return a layer's factors, the same for each of so many rows."""
+    def factors_of_rows(self, place: int, rows: int) -> few_rows.RowFactors | None:
+        """Return the factors at a layer: the same for each of so many rows, or of each row's slot."""
+        layer, _, B = self.layers[place]
+        if isinstance(layer, SlotLinear):
+            routing = layer.slots.routing
+            return None if routing is None else routing.factors_of_rows(layer)
+        if B is None:
+            return None
         if (place, rows) not in self.row_factors:
-            B = self.layers[place][2]
-            assert self.A is not None and B is not None
+            assert self.A is not None
             self.row_factors[place, rows] = few_rows.RowFactors.of([(self.A[self.slices[place]], B)] * rows, B.dtype)
         return self.row_factors[place, rows]
 

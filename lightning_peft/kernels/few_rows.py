@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.native.library import AVX2, AVX512_BF16, Build, address, kernels, library
+from lightning_peft.kernels.native.library import AMX, AVX2, AVX512_BF16, Build, address, kernels, library
 
 MOST_ROWS = 64
 """Rows up to which the kernel is at least as fast as torch's library, as few_rows_bf16.cpp has it."""
 LANES = 8
 """fp32 numbers of a vector, as few_rows.cpp has it."""
+PAIRS, TILE_ROWS = 32, 16
+"""bf16 numbers of a row of a tile, and its rows, as few_rows_amx.cpp has them."""
 BUILDS: dict[torch.dtype, Build] = {torch.float32: AVX2, torch.bfloat16: AVX512_BF16}
 
 
@@ -127,11 +129,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, factors: RowFactors 
         assert factors.dtype is x.dtype, f"factors of {factors.dtype} beside rows of {x.dtype}"
         _, A, B, ranks, most = factors
     inner = x.new_empty(rows, most, dtype=torch.float32) if most else None
-    kernels(AVX512_BF16).few_rows_bf16(
-        address(x), address(weight), address(bias), A, B, ranks, *shape, c_int(most), address(inner), address(output),
-        c_int(torch.get_num_threads()),
-    )  # fmt: skip
+    rest = A, B, ranks, *shape, c_int(most), address(inner)
+    given, threads = (address(x), address(weight), address(bias)), c_int(torch.get_num_threads())
+    if takes_tiles(weight):
+        packed = x.new_empty(-(-rows // TILE_ROWS) * TILE_ROWS, x.shape[1])
+        kernels(AMX).few_rows_amx(*given, *rest, address(packed), address(output), threads)
+    else:
+        kernels(AVX512_BF16).few_rows_bf16(*given, *rest, address(output), threads)
     return output
+
+
+def takes_tiles(weight: Tensor) -> bool:
+    """Return whether tiles of AMX compute the products of a weight in bf16: its sides fill them."""
+    return not (weight.shape[0] % PAIRS or weight.shape[1] % PAIRS) and library(AMX) is not None
 
 
 def add_low_rank(x: Tensor, factors: RowFactors, output: Tensor) -> Tensor:

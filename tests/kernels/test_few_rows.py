@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_peft.kernels import few_rows
 from lightning_peft.kernels.few_rows import BUILDS, RowFactors
-from lightning_peft.kernels.native.library import library
+from lightning_peft.kernels.native.library import AMX, library
 
 DTYPES = [
     pytest.param(
@@ -33,8 +33,8 @@ def random(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 64])
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 8), (576, 56), (8, 1000), (72, 40)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 17, 33, 64])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 8), (576, 64), (576, 56), (8, 1000), (72, 40)])
 def test_product_is_that_of_fp64(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
     x, weight = random(dtype, rows, in_features), random(dtype, out_features, in_features)
@@ -62,16 +62,17 @@ def test_widths_that_fill_no_vector_are_exact(in_features: int, out_features: in
 
 
 @each_dtype
-def test_a_row_is_the_same_in_any_batch_on_any_threads(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("width", "out"), [(136, 1016), (160, 1024)], ids=["odd", "of whole tiles"])
+def test_a_row_is_the_same_in_any_batch_on_any_threads(width: int, out: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, weight = random(dtype, 13, 136), random(dtype, 1016, 136)
-    pairs = [None if row % 5 == 4 else (random(dtype, row + 1, 136), random(dtype, row + 1, 1016)) for row in range(13)]
+    x, weight = random(dtype, 37, width), random(dtype, out, width)
+    pairs = [None if r % 5 == 4 else (random(dtype, r + 1, width), random(dtype, r + 1, out)) for r in range(37)]
     threads = torch.get_num_threads()
     with torch.no_grad():
         together = few_rows.product(x, weight, None, RowFactors.of(pairs, dtype))
         torch.set_num_threads(2)
         try:
-            for row in range(13):
+            for row in range(37):
                 own = RowFactors.of(pairs[row : row + 1], dtype)
                 alone = few_rows.product(x[row : row + 1], weight, None, own)
                 assert torch.equal(together[row], alone[0])
@@ -91,6 +92,23 @@ def test_each_row_has_its_own_pair(rank: int, dtype: torch.dtype) -> None:
     with torch.no_grad():
         factors = RowFactors.of([(A[1], B[1]), None, (A[0], B[0])], dtype)
         assert within_rounding(few_rows.product(x, weight, None, factors), expected)
+
+
+@pytest.mark.skipif(library(AMX) is None, reason="no processor with AMX, or no g++")
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_tiles_give_what_vectors_do(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (random(torch.bfloat16, *shape) for shape in ((rows, 96), (64, 96), (64,)))
+    pairs = [(random(torch.bfloat16, 5, 96), random(torch.bfloat16, 5, 64)) for _ in range(rows)]
+    factors = RowFactors.of(pairs, torch.bfloat16)
+    with torch.no_grad():
+        assert few_rows.takes_tiles(weight) and not few_rows.takes_tiles(weight[:40])
+        tiles = few_rows.product(x, weight, bias, factors)
+        monkeypatch.setattr(few_rows, "takes_tiles", lambda weight: False)
+        vectors = few_rows.product(x, weight, bias, factors)
+    changes = [row.double() @ A.double().t() @ B.double() for row, (A, B) in zip(x, pairs, strict=True)]
+    expected = torch.stack(changes) + x.double() @ weight.double().t() + bias.double()
+    assert within_rounding(tiles, expected) and within_rounding(vectors, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

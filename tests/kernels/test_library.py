@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.kernels.native import library as native_library
-from lightning_peft.kernels.native.library import AVX2, AVX512_BF16, Build, compiled, has_instructions, library
+from lightning_peft.kernels.native.library import AMX, AVX2, AVX512_BF16, Build, compiled, has_instructions, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-@pytest.fixture(params=[AVX512_BF16, AVX2], ids=["avx512_bf16", "avx2"])
+@pytest.fixture(params=[AVX512_BF16, AVX2, AMX], ids=["avx512_bf16", "avx2", "amx"])
 def build(request: pytest.FixtureRequest) -> Build:
     if not has_instructions(request.param):
         pytest.skip("no processor with its instructions")

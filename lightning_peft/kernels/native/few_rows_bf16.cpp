@@ -1,47 +1,11 @@
 // Products of the few rows of a decoding step with their low-rank changes, bf16: each weight is read from memory once.
 // Changes of the many rows of prompts, by themselves. Called by kernels/few_rows.py.
 //
-// Every output is one sum over the inputs in one order, whatever rows stand beside its own: a row's numbers are the same
-// in any batch. Sums are fp32, the change is added to them, and an output is rounded once.
-#include "vectors.h"
+// A row's numbers are the same in any batch: see rows.h. Sums are fp32, the change is added to them, and an output is
+// rounded once.
+#include "rows.h"
 
 namespace {
-
-constexpr int PAIRS = 32;    // bf16 numbers of a vector
-constexpr int OUTPUTS = 4;   // of a tile of four rows: sixteen sums, four inputs and a weight of the 32 registers
-constexpr int RUN = 32;      // outputs that a thread takes at a time
-constexpr int MOST_ROWS = 64;
-
-inline __m512bh numbers(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
-inline __m512bh numbers(const bf16* x, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, x); }
-
-// sums[r * stride + o] = x[r] . w[o] for four outputs. On the way the memory from `ahead` on is asked for, `every` bytes a
-// vector of inputs: into the nearest cache where there is little to multiply meanwhile.
-template <int ROWS>
-inline void multiply(const bf16* x, const bf16* w, long in, float* sums, long stride, const char* ahead, long every) {
-  __m512 sum[ROWS][OUTPUTS];
-  for (int r = 0; r < ROWS; r++)
-    for (int o = 0; o < OUTPUTS; o++) sum[r][o] = _mm512_setzero_ps();
-  long k = 0;
-  for (; k + PAIRS <= in; k += PAIRS) {
-    for (long line = 0; line < every; line += 64) _mm_prefetch(ahead + line, ROWS < 4 ? _MM_HINT_T0 : _MM_HINT_T1);
-    ahead += every;
-    __m512bh left[ROWS];
-    for (int r = 0; r < ROWS; r++) left[r] = numbers(x + r * in + k);
-    for (int o = 0; o < OUTPUTS; o++) {
-      const __m512bh right = numbers(w + o * in + k);
-      for (int r = 0; r < ROWS; r++) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], left[r], right);
-    }
-  }
-  if (k < in) {
-    const __mmask32 rest = (1u << (in - k)) - 1;
-    for (int o = 0; o < OUTPUTS; o++) {
-      const __m512bh right = numbers(w + o * in + k, rest);
-      for (int r = 0; r < ROWS; r++) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], numbers(x + r * in + k, rest), right);
-    }
-  }
-  for (int r = 0; r < ROWS; r++) _mm_storeu_ps(sums + r * stride, totals(sum[r]));
-}
 
 // The same for all rows of x (rows, in), the weights of the next tile coming from memory meanwhile.
 inline void multiply_all(const bf16* x, long rows, const bf16* w, long in, float* sums, long stride) {
@@ -53,32 +17,6 @@ inline void multiply_all(const bf16* x, long rows, const bf16* w, long in, float
   for (; r + 4 <= rows; r += 4, ahead += part) multiply<4>(x + r * in, w, in, sums + r * stride, stride, ahead, every);
   for (; r + 2 <= rows; r += 2, ahead += part) multiply<2>(x + r * in, w, in, sums + r * stride, stride, ahead, every);
   for (; r < rows; r++, ahead += part) multiply<1>(x + r * in, w, in, sums + r * stride, stride, ahead, every);
-}
-
-// x . w.
-inline float dot(const bf16* x, const bf16* w, long in) {
-  __m512 sum = _mm512_setzero_ps();
-  for (long k = 0; k < in; k += PAIRS) {
-    const __mmask32 mask = in - k < PAIRS ? (1u << (in - k)) - 1 : ~0u;
-    sum = _mm512_dpbf16_ps(sum, numbers(x + k, mask), numbers(w + k, mask));
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
-// sums (ROWS, width <= RUN) += inner (ROWS, rank) B, where B's rows of bf16 are `stride` apart, those of inner `most`.
-template <int ROWS>
-inline void add_change(const float* inner, long most, const bf16* B, long stride, int rank, int width, float* sums) {
-  for (int n = 0; n < width; n += LANES) {
-    const __mmask16 mask = lanes_of(0, width, n);
-    __m512 sum[ROWS];
-    for (int r = 0; r < ROWS; r++) sum[r] = _mm512_maskz_loadu_ps(mask, sums + r * RUN + n);
-    for (int k = 0; k < rank; k++) {
-      const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, B + k * stride + n));
-      const __m512 factor = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-      for (int r = 0; r < ROWS; r++) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(inner[r * most + k]), factor, sum[r]);
-    }
-    for (int r = 0; r < ROWS; r++) _mm512_mask_storeu_ps(sums + r * RUN + n, mask, sum[r]);
-  }
 }
 
 }  // namespace
@@ -94,16 +32,8 @@ void few_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, const bf16* c
     if (most_rank) {
 #pragma omp for schedule(static)
       for (long r = 0; r < rows; r++) {
-        float* own = inner + r * most_rank;
-        int rank = 0;
         const bf16* next = r + 1 < rows && A[r + 1] != A[r] ? A[r + 1] : nullptr;
-        for (; rank + OUTPUTS <= ranks[r]; rank += OUTPUTS) {
-          const bf16* ahead = A[r] + (rank + OUTPUTS) * in;
-          if (rank + 2 * OUTPUTS > ranks[r]) ahead = next;
-          multiply<1>(x + r * in, A[r] + rank * in, in, own + rank, most_rank, (const char*)ahead,
-                      ahead ? OUTPUTS * PAIRS * sizeof(bf16) : 0);
-        }
-        for (; rank < ranks[r]; rank++) own[rank] = dot(x + r * in, A[r] + rank * in, in);
+        multiply_factor(x + r * in, A[r], ranks[r], in, inner + r * most_rank, next);
       }
     }
 #pragma omp for schedule(static)
@@ -121,29 +51,7 @@ void few_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, const bf16* c
       }
       for (; o < width; o++)
         for (long r = 0; r < rows; r++) sums[r * RUN + o] = dot(x + r * in, w + (first + o) * in, in);
-      for (long r = 0; most_rank && r < rows;) {  // rows of one adapter read it together
-        int same = 1;
-        while (same < 4 && r + same < rows && B[r + same] == B[r]) same++;
-        if (same == 3) same = 2;
-        const float* own = inner + r * most_rank;
-        float* into = sums + r * RUN;
-        if (ranks[r] && same == 4) add_change<4>(own, most_rank, B[r] + first, out, ranks[r], width, into);
-        if (ranks[r] && same == 2) add_change<2>(own, most_rank, B[r] + first, out, ranks[r], width, into);
-        if (ranks[r] && same == 1) add_change<1>(own, most_rank, B[r] + first, out, ranks[r], width, into);
-        r += same;
-      }
-      for (long r = 0; r < rows; r++) {
-        const float* own = sums + r * RUN;
-        for (int n = 0; n < width; n += LANES) {
-          const __mmask16 mask = lanes_of(0, width, n);
-          __m512 sum = _mm512_maskz_loadu_ps(mask, own + n);
-          if (bias) {
-            const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias + first + n));
-            sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
-          }
-          _mm256_mask_storeu_epi16(y + r * out + first + n, mask, (__m256i)_mm512_cvtneps_pbh(sum));
-        }
-      }
+      finish(sums, inner, most_rank, B, ranks, bias, rows, out, first, width, y);
     }
   }
 }
