@@ -73,7 +73,8 @@ class AdapterTiers:
         if folder in self.in_slot:
             slot = self.in_slot.index(folder)
         else:
-            free = next((slot for slot in self.order if self.users[slot] == 0), None)
+            unused = [slot for slot in self.order if self.users[slot] == 0]
+            free = min(unused, key=lambda slot: slot >= self.slots.count, default=None)
             if free is None and self.slots.on_host:
                 free = self._one_more()
             if free is None:
