@@ -222,11 +222,16 @@ def reduce_sums(sums: Tensor) -> Tensor:
 
 def highest(number: int) -> int:
     """Return the highest of the ranks' numbers, by way of the host, so that no device has to be waited for."""
+    return highest_of_each([number])[0]
+
+
+def highest_of_each(numbers: Sequence[int]) -> list[int]:
+    """Return the highest of the ranks' first numbers, of their second ones and so on: see `highest`."""
     if not is_connected():
-        return number
-    found = torch.tensor(number)
+        return list(numbers)
+    found = torch.tensor(numbers)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    return [int(number) for number in found]
 
 
 def of_all(own: Sequence[Answer]) -> list[Answer]:

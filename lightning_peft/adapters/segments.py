@@ -1,6 +1,6 @@
 """Adapters of several models around one frozen base: each has its own rows of a batch, the base's product is shared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -12,6 +12,21 @@ from lightning_peft.adapters.registry import METHODS
 from lightning_peft.kernels.frozen_linear import given
 from lightning_peft.kernels.segments import RandomState, Segment, add_segments
 from lightning_peft.quantization.frozen_base import frozen_base
+
+PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of several models that go through the base at once, by the type of the device; a model's own are never parted.
+So many fill its products, and what a pass keeps of more would take memory and save no time. Ours."""
+
+
+def in_passes(tokens: Sequence[int], device_type: str) -> list[slice]:
+    """Return the runs of models, whose numbers of tokens these are, that go through the base at once."""
+    most, starts, taken = PASS_TOKENS.get(device_type, PASS_TOKENS["cuda"]), [0], 0
+    for place, own in enumerate(tokens):
+        if place > starts[-1] and taken + own > most:
+            starts.append(place)
+            taken = 0
+        taken += own
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True) if stop > start]
 
 
 def change_of_base(config: AdapterConfig) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lightning_peft.adapters.segments import in_passes
 from lightning_peft.estimation.model_states import (
     ADAPTERS,
     BASE,
@@ -61,6 +62,12 @@ class StepOptions:
     """The adapters' rank, for the formulas only."""
     together: int = 1
     """Runs like this one that train together on one base, each with its own rows, adapters and states."""
+
+    @property
+    def passing(self) -> int:
+        """Return how many of the runs together go through the base at once."""
+        first = in_passes([self.rows * self.length] * self.together, self.accelerator)[0]
+        return first.stop - first.start
 
     @property
     def shards(self) -> int:
@@ -131,8 +138,8 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
 
     The model is used up. Every token counts as supervised, every row as full.
     """
-    model, shards, together = objective.model, options.shards, options.together
-    rows = options.rows * together
+    model, shards, together, passing = objective.model, options.shards, options.together, options.passing
+    rows = options.rows * passing
     symbols = Symbols(model.config, rows, options.length, options.adapter_rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     process: Held = Counter({(PROCESS, Array((PROCESS_BYTES[options.accelerator],), torch.uint8)): 1})
@@ -144,7 +151,7 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     stored = of_runs(stored_weights(model, shards), together)
     gathered = gathered_weights(model) if shards > 1 or options.slices_on_host else Counter()
     if shards > 1 and together > 1:  # a pass of all has every adapter whole
-        gathered += repeated(only(stored_weights(model), ADAPTERS), together)
+        gathered += repeated(only(stored_weights(model), ADAPTERS), passing)
     loaded = of_runs(stored_weights(model) if options.loads_whole else loaded_weights(model, shards), together)
     teacher: Held = Counter({(TEACHER, array): count for array, count in options.teacher.items()})
     always, on_host = stored + states + process + teacher, 0
@@ -156,8 +163,12 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     scratch = optimizer_scratch(trained, options.optimizer, shards, options.accelerator)
 
     trace = trace_step(
-        objective, rows, options.length, options.keeps_gradients, options.autocast, options.accelerator, together
-    )
+        objective, rows, options.length, options.keeps_gradients, options.autocast, options.accelerator,
+        passing if together > 1 else None,
+    )  # fmt: skip
+    if options.keeps_gradients:  # those of the runs whose turn it is not
+        for (name, array), count in trace.gradients.items():
+            always[(name, shard(array, shards))] += count // passing * (together - passing)
 
     def settled(held: Held) -> Held:
         """Cut gradients to this rank's slices, and count block inputs where they wait."""
@@ -181,6 +192,7 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
     if shards > 1 and options.accelerator == "cpu":  # the slices of GPUs are gathered in host memory
         moments["saving"] = always + slices + whole_weights(trained)
     parameter_bytes = sum(shard(array, shards).nbytes * count for (_, array), count in trace.gradients.items())
+    passes = options.accumulate * together / passing
     largest = {name: settled(held) for name, held in trace.largest.items()} | {ACTIVATIONS: settled(trace.kept)}
     host = paged + on_host + (parameter_bytes if options.slices_on_host else 0)
     host += held_bytes(only(trace.kept, BLOCK_INPUTS)) if options.offloads_to_host else 0
@@ -189,10 +201,10 @@ def estimate_step(objective: ModelLoss, options: StepOptions) -> Estimate:
         phases={phase: held_bytes(held) for phase, held in moments.items()},
         host=host,
         legend=symbols.legend(),
-        flops=trace.flops * options.accumulate,
+        flops=round(trace.flops * passes),
         # AdamW reads parameter, gradient and two states and writes all but the gradient.
-        bytes_moved=trace.bytes_moved * options.accumulate + 7 * parameter_bytes,
-        tokens=rows * options.length * options.accumulate,
+        bytes_moved=round(trace.bytes_moved * passes) + 7 * parameter_bytes * together // passing,
+        tokens=options.rows * together * options.length * options.accumulate,
     )
 
 

@@ -56,23 +56,24 @@ def trace_step(
     keeps_gradients: bool = False,
     autocast: torch.dtype | None = None,
     accelerator: str = "cpu",
-    together: int = 1,
+    together: int | None = None,
 ) -> StepTrace:
     """Trace one micro batch of `rows` full rows of `length` tokens, every one supervised.
 
     `objective` holds a model on the meta device, quantised, adapted and checkpointed as for training; it is used up.
     Gradients of the step before live until the backward pass starts, and with `keeps_gradients` (a later micro batch
-    of an accumulation window) through it. The rows may be of several runs `together`, each with such adapters: their
-    gradients are made in one pass, those of the step before are gone by then, and with `keeps_gradients` are beside
-    the new ones.
+    of an accumulation window) through it. The rows may be of so many runs of a group `together`, each with such
+    adapters: their gradients are made in one pass, those of the step before are gone by then, and with
+    `keeps_gradients` are beside the new ones.
     """
+    runs = together or 1
     model = objective.model
     blocks = transformer_blocks(model)
     stand_ins = choose_stand_ins(model, blocks)
     trained = [p for p in objective.parameters() if p.requires_grad]
     gradients: Held = Counter()
     for parameter in trained:
-        gradients[(GRADIENTS, Array(tuple(parameter.shape), parameter.dtype))] += together
+        gradients[(GRADIENTS, Array(tuple(parameter.shape), parameter.dtype))] += runs
     keep_blocks(model, blocks, sorted(set(stand_ins)))
     recorder = Recorder()
     if any(isinstance(module, CodedWeight) for module in model.modules()):
@@ -85,7 +86,7 @@ def trace_step(
         tags = Tags(recorder)
         tags.watch(model, [blocks[index] for index in sorted(set(stand_ins))])
         for parameter in objective.parameters():
-            if keeps_gradients and parameter.requires_grad and together == 1:
+            if keeps_gradients and parameter.requires_grad and together is None:
                 parameter.grad = torch.empty_like(parameter)
                 recorder.ignore(parameter.grad)
         objective.train()
@@ -99,11 +100,11 @@ def trace_step(
             loss.backward()
     vocabulary = model.config.get_text_config().vocab_size
     parts = {
-        s.name: SegmentSummary(s, lambda number, array: tags.component(number, array, vocabulary), together)
+        s.name: SegmentSummary(s, lambda number, array: tags.component(number, array, vocabulary), runs)
         for s in recorder.segments
     }
     order = {index: place for place, index in enumerate(sorted(set(stand_ins)))}
-    held = {"forward", "loss"} if together == 1 else set()
+    held = {"forward", "loss"} if together is None else set()
     if keeps_gradients:
         held = {"forward", "loss", "backward"}
     return compose(parts, [order[index] for index in stand_ins], gradients, held)

@@ -3,8 +3,9 @@
 Each run is a thread in which the code of a lone run works: its trainer, callbacks, optimiser, checkpoints and loggers.
 Only one thread works at a time, in a fixed order, so that ranks do the same things in the same order and a run finds
 the random numbers where it left them. In a training step a run hands over its micro batch and waits; once all have,
-one forward and one backward pass take the tokens of all as one row of packed samples, and every run is given its loss
-and the gradients of its adapters. Its own backward pass puts them where autograd would have, so DDP's hooks see them.
+passes forward and backward take the tokens of as many runs as fill one, as one row of packed samples, and each run is
+given its loss and the gradients of its adapters. Its own backward pass puts them where autograd would have, so DDP's
+hooks see them.
 """
 
 import gc
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_peft import distributed
-from lightning_peft.adapters.segments import BatchShares, SegmentedLinear, Share, segment_layers
+from lightning_peft.adapters.segments import BatchShares, SegmentedLinear, Share, in_passes, segment_layers
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.data.batch import Batch
 from lightning_peft.kernels.cross_entropy import weighted_sum
@@ -180,21 +181,30 @@ class RunGroup:
         for member in self.members:
             member.random = start
             threading.Thread(target=work, args=(member,), name=member.name, daemon=True).start()
-        present = list(self.members)
+
+        def give_turns(members: Sequence[Member]) -> None:
+            for member in members:
+                self.give_turn(member)
+                if member.is_done:
+                    ended(member.number, outcomes[member.number])
+                    self.check_all_failed(member, outcomes[member.number].error)
+                    self.forget(member, outcomes[member.number])
+
         try:
-            while present:
-                for member in present:
-                    self.give_turn(member)
-                    if member.is_done:
-                        ended(member.number, outcomes[member.number])
-                        self.check_all_failed(member, outcomes[member.number].error)
-                        self.forget(member, outcomes[member.number])
-                present = [member for member in present if not member.is_done]
-                if present:
-                    self.take_pass(present)
+            give_turns(self.members)
+            while present := [member for member in self.members if not member.is_done]:
+                for members in self.by_pass(present):
+                    self.take_pass(members)
+                    give_turns(members)  # so that their gradients are gone before the next pass
         finally:
             self.signals.stop()
         return outcomes
+
+    def by_pass(self, present: Sequence[Member]) -> list[Sequence[Member]]:
+        """Return the members that wait, those of each pass; it is the same on every rank."""
+        batches = [member.batch for member in present if member.batch is not None]
+        tokens = distributed.highest_of_each([batch.input_ids.numel() for batch in batches])
+        return [present[run] for run in in_passes(tokens, batches[0].input_ids.device.type)]
 
     def give_turn(self, member: Member) -> None:
         """Let a member work until it waits for a pass, or has ended."""
@@ -227,16 +237,16 @@ class RunGroup:
             error = error.__cause__ or error.__context__
         gc.collect()  # Trainer and module know each other
 
-    def take_pass(self, present: Sequence[Member]) -> None:
-        """Answer the members that wait: all of those that have not ended."""
+    def take_pass(self, members: Sequence[Member]) -> None:
+        """Answer members that wait."""
         try:
             if self.passes is None:
                 self.signals.start()
-                self.passes = SharedPasses(self, present)
-            answers: Sequence[Any] = self.passes.take(present)
+                self.passes = SharedPasses(self, [member for member in self.members if not member.is_done])
+            answers: Sequence[Any] = self.passes.take(members)
         except Exception as error:  # each of them fails by it, as a lone run does
-            answers = [error] * len(present)
-        for member, answer in zip(present, answers, strict=True):
+            answers = [error] * len(members)
+        for member, answer in zip(members, answers, strict=True):
             member.batch, member.answer = None, answer
 
 

@@ -48,6 +48,23 @@ def test_each_run_under_fsdp_is_what_it_is_alone(tmp_path: Path, words: list[str
 
 @pytest.mark.slow
 @pytest.mark.multi_process
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_runs_that_fill_passes_take_turns_alike_on_every_rank(tmp_path: Path, strategy: str) -> None:
+    """Packed rows of up to 400 tokens: two or three fill a pass, and the ranks' rows are not of one length."""
+    words = [f"strategy={strategy}", "trainer.devices=2", "trainer.max_steps=4", "data.max_length=400"]
+    words += ["data.packing=true", "data.micro_batch_size=1", "data.max_rows=64"]
+    trials = {f"rank{rank}": [*words, f"adapter.rank={rank}", f"seed={rank}"] for rank in (2, 3, 4, 8)}
+    configs = {name: tiny_config(tmp_path / "together" / name, *own) for name, own in trials.items()}
+    assert grouped(configs, 8) == [list(trials)]
+    assert train_together(list(configs.values()), tmp_path / "list.txt") == 0
+    (tmp_path / "alone").mkdir()
+    train_on_ranks(2, tmp_path / "alone", {name: [*TINY, *own] for name, own in trials.items()})
+    for name in trials:
+        assert_as_alone(tmp_path / "together" / name, tmp_path / "alone" / name)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
 def test_one_run_leaves_the_others_and_goes_on_alone(tmp_path: Path) -> None:
     trials = {name: [*SHARDED, *TRIALS[name]] for name in ("odd", "dropped")}
     early = tiny_config(tmp_path / "odd", *trials["odd"], "pause_at=1")

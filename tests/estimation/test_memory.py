@@ -142,6 +142,7 @@ def test_bf16_halves_the_base_and_not_the_adapters():
 
 @pytest.mark.parametrize("words", [("method=qlora",), ("activation_checkpointing=blocks",)])
 def test_runs_together_share_the_base_and_a_pass(words):
+    words = *words, "data.max_length=64"
     alone, three = tiny_estimate(*words), estimate_of(config_of(*words), together=3)
     rows = tiny_estimate(*words, "data.micro_batch_size=6")
     for name in ("base", "quantisation scales", "embeddings"):
@@ -153,6 +154,22 @@ def test_runs_together_share_the_base_and_a_pass(words):
     others = 2 * (size(alone, "adapters") + size(alone, "optimiser states"))
     assert three.phases["forward"] == rows.phases["forward"] - size(alone, "gradients") + others
     assert estimate_of(config_of(*words), together=2).peak < three.peak < 3 * alone.peak
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_runs_that_fill_a_pass_take_turns(accumulate):
+    words = f"trainer.accumulate_grad_batches={accumulate}", "data.max_length=512"  # two rows of a run are a pass
+    alone, three = tiny_estimate(*words), estimate_of(config_of(*words), together=3)
+    own = ("adapters", "optimiser states")
+    assert [size(three, name) for name in own] == [3 * size(alone, name) for name in own]
+    assert size(three, "activations") == size(alone, "activations")
+    others, gradients = sum(2 * size(alone, name) for name in own), size(alone, "gradients")
+    # A window's gradients wait for its later micro batches while the other runs pass.
+    waiting = 2 * gradients if accumulate > 1 else 0
+    assert three.phases["optimiser"] == alone.phases["optimiser"] + others + waiting
+    assert (three.flops, three.tokens) == (3 * alone.flops, 3 * alone.tokens)
+    if accumulate == 1:  # the gradients of a window are added up behind the pass
+        assert three.bytes_moved == 3 * alone.bytes_moved
 
 
 def test_runs_together_under_fsdp_have_whole_adapters_in_a_pass():

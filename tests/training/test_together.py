@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_config
 from torch import nn
 
+from lightning_peft.adapters import segments
 from lightning_peft.cluster.process import LEAVE
 from lightning_peft.commands.together import grouped, status_of_all, train_together
 from lightning_peft.commands.train import train
 from lightning_peft.config import TrainConfig
 from lightning_peft.sweeps.sweep import Sweep, Trial, write_sweep
 from lightning_peft.training.preemption import Preempted
-from lightning_peft.training.together import Member, MemberSignals, RunGroup
+from lightning_peft.training.together import Member, MemberSignals, RunGroup, SharedPasses
 
 COMMON = ["trainer.max_steps=3", "validation.every_n_steps=2"]
 TRIALS: dict[str, list[str]] = {
@@ -86,6 +87,24 @@ def test_each_run_is_what_it_is_alone(tmp_path: Path, base: str, smoothing: floa
         found, expected = result(tmp_path / "together" / name), result(tmp_path / "alone" / name)
         for key in ("status", "steps", "end", "data", "trainable_parameters", "total_parameters"):
             assert found[key] == expected[key]
+
+
+@pytest.mark.parametrize("most", [1, 1024], ids=["a pass each", "some passes of two"])
+def test_runs_that_take_turns_are_what_they_are_alone(
+    tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As runs of long rows do: those that went first have stepped when the others pass, and one ends in between."""
+    monkeypatch.setitem(segments.PASS_TOKENS, "cpu", most)
+    passes: list[int] = []
+    take = SharedPasses.take
+    monkeypatch.setattr(SharedPasses, "take", lambda own, members: passes.append(len(members)) or take(own, members))
+    trials = {name: list(TRIALS[name]) for name in ("plain", "dropped", "windows", "noisy")}
+    trials["dropped"].append("trainer.max_steps=2")
+    assert together(tmp_path / "together", trials, "checkpoint.every_n_steps=2") == 0
+    assert (set(passes) == {1}) if most == 1 else {1, 2} <= set(passes)
+    for name, config in configs(tmp_path / "alone", trials, "checkpoint.every_n_steps=2").items():
+        train(config)
+        assert_as_alone(tmp_path / "together" / name, tmp_path / "alone" / name)
 
 
 def test_first_step_in_bf16_is_that_of_a_run_alone(tmp_path: Path) -> None:
