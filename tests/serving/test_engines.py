@@ -27,6 +27,7 @@ def config_of(feature: str) -> AdapterConfig:
         "trained_modules": {"trainable_modules": ["norm"]},
         "trained_embeddings": {"trainable_modules": ["embed_tokens"]},
         "trained_biases": {"bias": Bias.all},
+        "adapted_experts": {"experts": "auto"},
         "adapted_head": {"target_modules": ["q_proj", "lm_head"]},
         "adapted_embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     }
@@ -55,6 +56,7 @@ OUTCOMES = {
     "trained_modules": (NO, BAD, BAD, BAD, BAD, NO),
     "trained_embeddings": (NO, NO, BAD, BAD, BAD, NO),
     "trained_biases": (NO, NO, BAD, BAD, BAD, NO),
+    "adapted_experts": (NO, NO, NO, BAD, BAD, NO),
     "adapted_head": (OK, OK, OK, OK, OK, NO),
     "adapted_embeddings": (OK, OK, OK, BAD, BAD, NO),
 }
@@ -112,5 +114,7 @@ def test_target_servers_are_checked_by_the_config_alone() -> None:
     assert "after `export format=gguf_lora`, as it would compute it wrongly (rsLoRA)" in line
     with pytest.raises(ValueError, match="target_server=vllm: vLLM cannot serve DoRA beside its base"):
         check_target_servers(["vllm"], config_of("dora"))
+    (line,) = check_target_servers(["llama_cpp"], config_of("dora"))
+    assert "computes it rightly after `export format=gguf`, as it refuses it (DoRA)" in line
     with pytest.raises(ValueError, match="target_server=vlm: no such engine in the table; choose from vllm"):
         check_target_servers(["vlm"], LoRAConfig())
