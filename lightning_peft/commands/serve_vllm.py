@@ -51,6 +51,10 @@ class Served:
     fingerprint: str
     context: int | None
     """Longest prompt and answer in tokens; None where nobody says."""
+    first: str | None
+    """An adapter whose training says how the base is computed; None where it is served as this machine does best."""
+    ranks: tuple[int, ...]
+    """Ranks of the adapters in `adapter_dir` when the server starts."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,13 @@ def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path],
     for name, adapter in judged.items():
         if adapter.refused:
             raise ValueError(f"adapters: {name}={adapter.folder}: {adapter.text}")
-    dtype = inference_dtype(str(next(iter(folders.values()))) if folders else None, config.precision)
+    dtype = inference_dtype(served.first, config.precision)
     if served.quantization.is_on:
         kind = served.quantization.kind.name
         logger.warning("the adapters were trained on a base with quantization.kind=%s, vLLM has it dense", kind)
-    rank = config.serve.max_rank or max([adapter.rank for adapter in judged.values()] or [DEFAULT_RANK])
+    in_directory = [rank for rank in served.ranks if rank <= engines()["vllm"].rank_sizes[-1]]
+    ranks = [*in_directory, *(adapter.rank for adapter in judged.values())]
+    rank = config.serve.max_rank or max(ranks, default=DEFAULT_RANK)
     model = empty_model(served.base)
     say_settings_not_followed(model)
     layout = layout_of(None, load_tokenizer(served.base)).with_stops(sorted(declared_end_ids(model)))

@@ -323,6 +323,31 @@ def test_an_adapter_is_loaded_anew_under_a_path_that_was_not_used(front: Adapter
     assert not any("load_inplace" in body for _, body in behind.asked)
 
 
+def test_an_adapter_whose_files_change_is_loaded_anew_when_it_is_asked_for(
+    front: Adapters, behind: Behind, place: Path
+) -> None:
+    """As a training that writes its folder again does; one that is gone or damaged leaves what vLLM holds."""
+    folder = place / "dir" / "written"
+    shutil.copytree(place / "a", folder)
+    for _ in range(2):
+        assert chat(front, "written").status_code == 200
+    changed(folder, lambda name, value: (name, -value))
+    PromptLayout(system_prompt="Anew.", stop_token_ids=[2]).save(folder)
+    for _ in range(2):
+        asked = chat(front, "written").json()["asked"]
+        assert asked["messages"][0] == {"role": "system", "content": "Anew."}
+    assert [path for path, _ in behind.asked] == [LOAD, CHAT, CHAT, UNLOAD, LOAD, CHAT, CHAT]
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "is damaged" in line(chat(front, "written"))
+    weights.write_bytes(whole)
+    assert chat(front, "written").status_code == 200
+    shutil.rmtree(folder)
+    assert chat(front, "written").status_code == 200
+    assert [path for path, _ in behind.asked].count(LOAD) == 3
+
+
 @pytest.mark.parametrize("unloaded", [False, True])
 def test_a_request_between_two_loads_of_its_adapter_waits_for_the_second(
     front: Adapters, behind: Behind, unloaded: bool
