@@ -70,28 +70,28 @@ def serve(config: ServeConfig) -> None:
         name, base, quantization, source_fingerprint(base), config.serve.max_length or context, first,
         tuple(found.values()),
     )  # fmt: skip
-    if has_vllm(config.serve):
-        serve_by_vllm(config, served, folders, directory)
+    if (version := vllm_to_take(config.serve)) is not None:
+        serve_by_vllm(config, served, folders, directory, version)
     else:
         serve_embedded(config, served, folders, directory)
 
 
-def has_vllm(config: ServerConfig) -> bool:
-    """Return whether vLLM is to answer. Raises ValueError where a missing vLLM was asked for."""
+def vllm_to_take(config: ServerConfig) -> str | None:
+    """Return the version of vLLM where it is to answer. Raises ValueError where a missing vLLM was asked for."""
     if config.engine is ServingEngine.embedded:
-        return False
+        return None
     if config.python is None:
         logger.info("serve.engine=auto: embedded, as serve.python names no interpreter that has vLLM")
-        return False
+        return None
     version, tried = vllm_version(config.python), engines()["vllm"].version
     if version is None and config.engine is ServingEngine.vllm:
         raise ValueError(f"serve.python={config.python}: has no vLLM; give an interpreter that imports it")
     if version is None:
         logger.info("serve.engine=auto: embedded, as serve.python=%s has no vLLM", config.python)
-        return False
+        return None
     other = "" if version == tried else f"; what it does with adapters was tried with {tried}"
     logger.info("serve.engine=%s: vLLM %s of %s%s", config.engine.name, version, config.python, other)
-    return True
+    return version
 
 
 def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None) -> None:

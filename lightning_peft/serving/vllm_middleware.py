@@ -29,6 +29,8 @@ name, where there is one."""
 ROLES = ("system", "user", "assistant", "tool")
 WEIGHTS = "adapter_model.safetensors"
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Values of init_lora_weights that leave the base as it is when HF PEFT loads an adapter."""
 MODELS = "/v1/models"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -67,6 +69,7 @@ class Settings:
     adapter_dir: str | None
     allow_load: bool
     most_requests: int  # so many may run and wait; more get status 429
+    reads_patterns: bool  # whether this vLLM scales each layer by its own rank and alpha
 
 
 FolderVersion = tuple[tuple[int, int, int] | None, ...]  # inode, size and time of change of each file; None without it
@@ -114,6 +117,16 @@ def check_adapter(folder: Path, settings: Settings) -> int:
         raise ValueError(
             f"{folder}: peft_type {words.get('peft_type')} is no LoRA; `lightning-peft export format=plain` makes one "
             "of AdaLoRA and VeRA, merge another"
+        )
+    if words.get("init_lora_weights") not in (None, True, False, *PLAIN_STARTS):
+        raise ValueError(
+            f"{folder}: init_lora_weights={words['init_lora_weights']} rewrote the base, which vLLM does not repeat; "
+            "`lightning-peft export format=plain` makes it plain"
+        )
+    if not settings.reads_patterns and (words.get("rank_pattern") or words.get("alpha_pattern")):
+        raise ValueError(
+            f"{folder}: has ranks or alphas of its own for some layers, which this vLLM scales as all others; "
+            "`lightning-peft export format=plain` makes it plain"
         )
     if lineage is not None and (trained := lineage.get("base_fingerprint")) != settings.fingerprint:
         raise ValueError(
