@@ -121,6 +121,8 @@ def features_of(config: AdapterConfig) -> list[str]:
     if config.initialization.rewrites_base:
         found.append("rewritten_base")
     targets = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
+    if config.layers is not None or covers_some_blocks(targets):
+        found.append("some_blocks")
     for feature, words in (("adapted_head", ("lm_head", "embed_out")), ("adapted_embeddings", ("embed_tokens", "wte"))):
         if any(word in target for target in targets for word in words):
             found.append(feature)
@@ -131,6 +133,17 @@ def features_of(config: AdapterConfig) -> list[str]:
     if config.trained_biases is not Bias.none:
         found.append("trained_biases")
     return list(dict.fromkeys(found))
+
+
+def covers_some_blocks(targets: Iterable[str]) -> bool:
+    """Return whether targets that name blocks by number leave a kind of layer out of one of them."""
+    blocks: dict[str, set[int]] = {}
+    for target in targets:
+        if number := re.search(r"(?:^|\.)(\d+)\.", target):
+            kind = target[: number.start(1)] + target[number.end(1) :]
+            blocks.setdefault(kind, set()).add(int(number[1]))
+    count = max((max(found) + 1 for found in blocks.values()), default=0)
+    return any(len(found) < count for found in blocks.values())
 
 
 def largest_rank(config: AdapterConfig) -> int:

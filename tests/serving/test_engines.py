@@ -23,6 +23,7 @@ def config_of(feature: str) -> AdapterConfig:
         "rank_pattern": {"rank_pattern": {"q_proj": 4}},
         "alpha_pattern": {"alpha_pattern": {"q_proj": 4.0}},
         "fractional_alpha": {"alpha": 8.5},
+        "some_blocks": {"layers": "1-"},
         "rewritten_base": {"init": "pissa"},
         "trained_modules": {"trainable_modules": ["norm"]},
         "trained_embeddings": {"trainable_modules": ["embed_tokens"]},
@@ -45,6 +46,7 @@ OUTCOMES = {
     "rank_pattern": (OK, BAD, NO, BAD, BAD, BAD),
     "alpha_pattern": (OK, BAD, BAD, BAD, BAD, BAD),
     "fractional_alpha": (OK, OK, OK, OK, OK, NO),
+    "some_blocks": (OK, OK, OK, BAD, BAD, OK),
     "rewritten_base": (OK, OK, OK, OK, OK, BAD),
     "unconverted_start": (NO, BAD, BAD, BAD, BAD, BAD),
     "dora": (NO, NO, NO, BAD, BAD, NO),
@@ -73,6 +75,7 @@ OF_FOLDERS = ("unconverted_start",)
 def test_cell(engine: str, feature: str) -> None:
     features = ["lora", feature] if feature in OF_FOLDERS else features_of(config_of(feature))
     assert feature in features
+    features = [each for each in features if each == feature or engines()[engine].cells[each].outcome is Outcome.ok]
     assert verdict(engines()[engine], features, 8, None).outcome is OUTCOMES[feature][ORDER.index(engine)]
 
 
@@ -86,6 +89,19 @@ def test_every_engine_has_every_cell() -> None:
 @pytest.mark.parametrize(("engine", "format"), [("sglang", "plain"), ("llama_cpp", "gguf_lora"), ("ollama", "ollama")])
 def test_an_export_is_computed_rightly_where_the_folder_is_not(engine: str, format: str, feature: str) -> None:
     assert verdict(engines()[engine], features_of(config_of(feature)), 8, format).outcome is Outcome.ok
+
+
+@pytest.mark.parametrize(
+    ("layers", "is_some"),
+    [
+        (["layers.0.q_proj", "layers.1.q_proj", "lm_head"], False),
+        (["layers.0.q_proj", "layers.1.q_proj", "layers.1.v_proj"], True),
+        (["layers.1.q_proj"], True),
+        ("all_linear", False),
+    ],
+)
+def test_layers_that_one_block_lacks_are_told_by_their_names(layers: list[str] | str, is_some: bool) -> None:
+    assert ("some_blocks" in features_of(LoRAConfig(target_modules=layers))) is is_some
 
 
 @pytest.mark.parametrize(
