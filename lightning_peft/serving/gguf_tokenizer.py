@@ -17,6 +17,8 @@ LLAMA_3 = (
 )
 SPLITS = {LLAMA_3: "llama-bpe", LLAMA_3.replace("{1,3}", ""): "qwen2"}
 """The regex by which a tokenizer splits text: llama.cpp's name for it."""
+NO_RULE = "none"
+"""A rule of no pair, for a tokenizer without rules: llama.cpp refuses a file without any."""
 BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's letter for a blank."""
 
@@ -51,8 +53,8 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, rows: int) ->
         writer.add_token_scores(scores_of(content, kinds))
         writer.add_add_space_prefix(begins_with_blank(content))
     else:
-        merges = content["model"]["merges"]
-        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+        writer.add_token_merges(merges or [NO_RULE])
     for key in ("bos", "eos", "unk", "pad"):
         if (number := getattr(tokenizer, f"{key}_token_id")) is not None:
             getattr(writer, f"add_{key}_token_id")(number)

@@ -57,6 +57,7 @@ def test_tokenizer_template_and_stops_are_in_the_file(tmp_path: Path) -> None:
     path = written(tiny_model(), tmp_path, "bf16")
     fields = GGUFFile(path).fields
     tokens = fields["tokenizer.ggml.tokens"]
+    assert fields["tokenizer.ggml.merges"] == ["none"]  # it has no rules, and llama.cpp refuses a file without any
     assert len(tokens) == 320 and tokens[1] == "<|im_start|>" and fields["tokenizer.ggml.token_type"][258:260] == [1, 5]
     assert fields["tokenizer.ggml.eos_token_id"] == 2 and fields["tokenizer.ggml.add_bos_token"] is False
     tokenizer = load_tokenizer(ModelConfig("hf", str(path)))
