@@ -11,7 +11,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.load import adapter_folder
@@ -36,6 +38,31 @@ OPEN = ("/", "/health")
 """Paths that are answered without the API key; the page asks for the key."""
 
 
+class Gate:
+    """The checks of a request's size and key, before the application behind it.
+
+    It is none of Starlette's BaseHTTPMiddleware, behind which a request does not see that its client has gone.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None):
+        self.app, self.key = app, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self.refusal(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        await (self.app if refusal is None else refusal)(scope, receive, send)
+
+    def refusal(self, path: str, headers: Headers) -> JSONResponse | None:
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers:
+            return JSONResponse(error_body("body: must say its length, as content-length"), 411)
+        if int(length) > MOST_BYTES:
+            return JSONResponse(error_body(f"body: {length} bytes are more than {MOST_BYTES}"), 413)
+        given = headers.get("authorization", "").encode("latin-1")  # the bytes that came
+        if path not in OPEN and not key_fits(given, self.key):
+            return JSONResponse(error_body("the API key is missing or wrong", "invalid_api_key"), 401)
+        return None
+
+
 def build_app(serving: Serving) -> FastAPI:
     """Return the application. The engine's thread runs while it does."""
 
@@ -46,6 +73,7 @@ def build_app(serving: Serving) -> FastAPI:
         serving.engine.stop()
 
     app = FastAPI(title="lightning_peft", lifespan=life)
+    app.add_middleware(Gate, key=serving.config.api_key)
 
     @app.exception_handler(ApiError)
     async def say(_: Request, error: ApiError) -> JSONResponse:
@@ -64,20 +92,6 @@ def build_app(serving: Serving) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def say_of_http(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
-
-    @app.middleware("http")
-    async def check_key(request: Request, call_next: Any) -> Response:
-        length = request.headers.get("content-length", "0")
-        if "transfer-encoding" in request.headers:
-            return JSONResponse(error_body("body: must say its length, as content-length"), 411)
-        if int(length) > MOST_BYTES:
-            return JSONResponse(error_body(f"body: {length} bytes are more than {MOST_BYTES}"), 413)
-        key = serving.config.api_key
-        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
-        if request.url.path not in OPEN and not key_fits(given, key):
-            return JSONResponse(error_body("the API key is missing or wrong", "invalid_api_key"), 401)
-        response: Response = await call_next(request)
-        return response
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:

@@ -256,13 +256,13 @@ def test_metrics_count(client):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_leaves_takes_its_request_along(client, streamed):
-    body = {"model": "a", "messages": [{"role": "user", "content": "List all."}], "max_tokens": 1500}  # it never ends
+    body = {"model": "a", "messages": [{"role": "user", "content": "List all."}], "max_tokens": 1500}
     base = str(client.base_url).removesuffix("v1/")
 
     def metric(name: str) -> int:
         return int(re.search(rf"lightning_peft_{name} (\d+)", httpx.get(f"{base}metrics").text)[1])
 
-    before = metric("tokens_generated_total")
+    before = metric("tokens_generated_total")  # the whole answer has 1,083
     if streamed:
         with httpx.stream("POST", f"{client.base_url}chat/completions", json={**body, "stream": True}) as response:
             next(response.iter_lines())
@@ -273,7 +273,7 @@ def test_a_client_that_leaves_takes_its_request_along(client, streamed):
         if metric("requests_running") == 0:
             break
         time.sleep(0.1)
-    assert metric("tokens_generated_total") - before < 1400
+    assert metric("tokens_generated_total") - before < 1000
 
 
 @pytest.mark.slow
