@@ -27,6 +27,7 @@ NOT_RUN = {
     "train logger=trackio": "a package of its own: tests/training/test_services.py",
     "train logger=comet": "a package of its own: tests/training/test_services.py",
     "serve adapters=[sql=runs/a,phones=runs/b]": "serves until it is ended: tests/serving/test_server.py",
+    "serve adapter_dir=sweeps/rank": "serves until it is ended: tests/serving/test_server.py",
     "serve model=smollm2_135m": "serves until it is ended: tests/serving/test_server.py",
     "serve adapters=[sql=runs/a] adapter_dir=adapters serve.engine=vllm": "vLLM: tests/serving/test_vllm_server.py",
 }

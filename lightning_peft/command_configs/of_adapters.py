@@ -37,7 +37,7 @@ class ExportFormat(Enum):
     gguf = "gguf"
     """Base and adapter in one file, for llama.cpp."""
     ollama = "ollama"
-    """A Modelfile with the adapter, or with base and adapter in one file."""
+    """A Modelfile with base and adapter in one file, or with the adapter beside the base that `base_name` names."""
 
 
 @dataclass
@@ -53,7 +53,8 @@ class ExportConfig:
     engine: list[str] = field(default_factory=list)
     """Engines that have to compute the export rightly: vllm, llama_cpp, sglang, lorax, tgi, ollama."""
     base_name: str | None = None
-    """plain: a hub id or folder by which others find the base; ollama: the base's name there. null takes model.path."""
+    """plain: a hub id or folder by which others find the base; null takes model.path. ollama: the base's name there, or
+    its GGUF file, beside which the adapter then lies as Ollama up to 0.34.0 takes it; null puts both in one file."""
     svd_rank: int | None = None
     """plain, gguf_lora, ollama: cut the change of every layer to this rank by SVD, which also makes a pair of what is
     no low-rank sum (LR-LoRA, HiRA, DoRA, MiSS); what is lost is printed and written. null cuts nothing."""

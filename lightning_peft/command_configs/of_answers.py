@@ -190,7 +190,8 @@ class ServeConfig:
     adapters: list[str] = field(default_factory=list)
     """Adapters by the name clients give: [sql=runs/a,phones=runs/b]."""
     adapter_dir: str | None = None
-    """Folder whose folders are adapters too, by their names; read when they are asked for."""
+    """Folder whose folders are adapters too, by their names, as a sweep's trials; read when they are asked for, and
+    again when their files have changed."""
     model: ModelConfig | None = None
     """Base model; null takes the one the first adapter was trained on."""
     precision: str = "auto"
@@ -200,8 +201,11 @@ class ServeConfig:
     serve: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
-        if not self.adapters and self.model is None:
-            raise ValueError("adapters=[]: give adapters, as in adapters=[sql=runs/a], or model= for the base")
+        if not self.adapters and self.adapter_dir is None and self.model is None:
+            raise ValueError(
+                "adapters=[]: give adapters, as in adapters=[sql=runs/a], a folder of them as adapter_dir=, or model= "
+                "for the base"
+            )
         if self.serve.allow_load and self.adapter_dir is None:
             raise ValueError("serve.allow_load=true: give adapter_dir=, the folder that adapters are loaded from")
 

@@ -168,7 +168,9 @@ def load_for_inference(
 
 def features_of_folder(folder: Path) -> list[str]:
     """Return the features of an adapter as it lies in a folder, the base's tensors in its file among them."""
-    features = features_of(adapter_config_from_peft(folder))
+    # A run of ours publishes such a start as a part of the change; HF PEFT repeats it on the base when it loads.
+    unconverted = {"rewritten_base": "unconverted_start"}
+    features = [unconverted.get(feature, feature) for feature in features_of(adapter_config_from_peft(folder))]
     if "trained_biases" not in features and (beside := tensors_beside(folder)):
         features.append("trained_embeddings" if any(end in beside[0] for end in ENDS) else "trained_modules")
     return features

@@ -1,5 +1,6 @@
 """`lightning-peft export`: a trained adapter as the files that other engines read, with a receipt."""
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,8 +46,10 @@ from lightning_peft.serving.engines import (
     table_of,
 )
 from lightning_peft.serving.plain import cut_pairs, inject_pairs, plain_pairs, write_plain
-from lightning_peft.serving.prompt import TEMPLATE_NAME, template_with_system
+from lightning_peft.serving.prompt import TEMPLATE_NAME, template_as_trained
 from lightning_peft.strict_json import json_text
+
+logger = logging.getLogger(__name__)
 
 RECEIPT_NAME = "export_receipt.json"
 RESIDUAL_NAME = "svd_residual.json"
@@ -135,11 +138,18 @@ def checked(config: ExportConfig) -> ExportedRun:
             f"format={format}: {folder} has {spoken(blocking)}, which is no low-rank sum; "
             f"use format=gguf, or `lightning-peft merge`{nearest}"
         )
-    own_file = base_file(base)
     merged = config.format is ExportFormat.gguf or (
-        config.format is ExportFormat.ollama
-        and (whole or blocking is not None or (own_file is None and config.base_name is None))
+        config.format is ExportFormat.ollama and (whole or blocking is not None or config.base_name is None)
     )
+    if merged and config.svd_rank is not None:
+        raise ValueError(
+            f"svd_rank={config.svd_rank} format={format}: base and adapter are one file, which has no rank; leave it "
+            "out, or name the base by base_name="
+        )
+    if not merged and config.dtype != "bf16":
+        raise ValueError(
+            f"dtype={config.dtype} base_name={config.base_name}: an adapter alone is fp32; leave dtype out"
+        )
     if merged:
         gguf_model.check_family(str(model_config(base).model_type))
     rank = 0 if merged else config.svd_rank or largest_rank(adapter)
@@ -148,7 +158,13 @@ def checked(config: ExportConfig) -> ExportedRun:
     if config.format is ExportFormat.plain:
         name = resolving_name(config, base)
     elif config.format is ExportFormat.ollama and not merged:
-        name = config.base_name or str(own_file)
+        assert config.base_name is not None
+        path = Path(config.base_name).expanduser()
+        name = str(path.resolve()) if path.exists() else config.base_name
+        logger.warning(
+            "base_name=%s: Ollama from 0.34.1 on refuses a Modelfile with ADAPTER; without base_name base and adapter "
+            "are one file, which all versions take", config.base_name,
+        )  # fmt: skip
     elif config.base_name is not None and merged:
         raise ValueError(f"base_name={config.base_name}: this export holds the base itself; leave it out")
     for line in table_of(features, largest_rank(adapter), format, rank):
@@ -260,5 +276,5 @@ def write_merged(
 def write_prompt(layout: PromptLayout, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the prompt beside the file: as we read it, and as a chat template that other engines take."""
     layout.save(folder)
-    if (template := template_with_system(layout, tokenizer)) is not None:
+    if (template := template_as_trained(layout, tokenizer)) is not None:
         (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")

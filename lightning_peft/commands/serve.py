@@ -9,19 +9,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lightning_peft.adapters.slots import Slots
 from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import AdapterFileError, read_low_rank
+from lightning_peft.checkpoint.peft_words import read_words
 from lightning_peft.command_configs.of_answers import ServeConfig
 from lightning_peft.commands.adapted import (
     base_of,
+    best_of_sweep,
     inference_device,
     inference_dtype,
     layout_of,
     load_for_inference,
     say_settings_not_followed,
 )
-from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm
+from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm, stored_rank
 from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
 from lightning_peft.inference.own_settings import declared_end_ids
@@ -45,13 +49,16 @@ def serve(config: ServeConfig) -> None:
     vLLM takes the place of this process where it answers.
     """
     folders = named_folders(config.adapters)
-    first = str(next(iter(folders.values()))) if folders else None
-    unadapted = (config.model or ModelConfig(), QuantizationConfig())
-    base, quantization = base_of(first, config.model) if first else unadapted
-    name = base.label or (base.name if base.path is None else Path(base.path).name)
     directory = None if config.adapter_dir is None else Path(config.adapter_dir)
     if directory is not None and not directory.is_dir():
         raise ValueError(f"adapter_dir={directory}: no such folder")
+    found = {} if directory is None else low_rank_adapters(directory)
+    first = next((str(folder) for folder in (*folders.values(), *(found if config.model is None else ()))), None)
+    if first is None and config.model is None:
+        raise ValueError(f"adapter_dir={directory}: has no adapter yet whose base could be taken; give model=")
+    unadapted = (config.model or ModelConfig(), QuantizationConfig())
+    base, quantization = base_of(first, config.model) if first else unadapted
+    name = base.label or (base.name if base.path is None else Path(base.path).name)
     if name in folders:
         raise ValueError(f"adapters: {name} is the base's name; call the adapter otherwise")
     if directory is not None:
@@ -59,29 +66,32 @@ def serve(config: ServeConfig) -> None:
     context = model_context(base)
     if context is not None and (config.serve.max_length or 0) > context:
         raise ValueError(f"serve.max_length={config.serve.max_length}: is above the model's context, {context}")
-    served = Served(name, base, quantization, source_fingerprint(base), config.serve.max_length or context)
-    if has_vllm(config.serve):
-        serve_by_vllm(config, served, folders, directory)
+    served = Served(
+        name, base, quantization, source_fingerprint(base), config.serve.max_length or context, first,
+        tuple(found.values()),
+    )  # fmt: skip
+    if (version := vllm_to_take(config.serve)) is not None:
+        serve_by_vllm(config, served, folders, directory, version)
     else:
         serve_embedded(config, served, folders, directory)
 
 
-def has_vllm(config: ServerConfig) -> bool:
-    """Return whether vLLM is to answer. Raises ValueError where a missing vLLM was asked for."""
+def vllm_to_take(config: ServerConfig) -> str | None:
+    """Return the version of vLLM where it is to answer. Raises ValueError where a missing vLLM was asked for."""
     if config.engine is ServingEngine.embedded:
-        return False
+        return None
     if config.python is None:
         logger.info("serve.engine=auto: embedded, as serve.python names no interpreter that has vLLM")
-        return False
+        return None
     version, tried = vllm_version(config.python), engines()["vllm"].version
     if version is None and config.engine is ServingEngine.vllm:
         raise ValueError(f"serve.python={config.python}: has no vLLM; give an interpreter that imports it")
     if version is None:
         logger.info("serve.engine=auto: embedded, as serve.python=%s has no vLLM", config.python)
-        return False
+        return None
     other = "" if version == tried else f"; what it does with adapters was tried with {tried}"
     logger.info("serve.engine=%s: vLLM %s of %s%s", config.engine.name, version, config.python, other)
-    return True
+    return version
 
 
 def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None) -> None:
@@ -89,18 +99,19 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     try:
         import uvicorn
 
-        from lightning_peft.serving.server import Serving, build_app
+        from lightning_peft.serving.server import build_app
+        from lightning_peft.serving.state import Serving
     except ImportError as error:
         # The server is an optional extra.
         raise ValueError("serve: fastapi or uvicorn is not installed; pip install 'lightning-peft[serve]'") from error
-    first = str(next(iter(folders.values()))) if folders else None
+    first = served.first
     name, base, fingerprint = served.name, served.base, served.fingerprint
     ranks, alone = checked(folders, fingerprint, model_name(base))
-    rank = config.serve.max_rank or max([*ranks, DEFAULT_RANK if not ranks else 1])
+    rank = config.serve.max_rank or max((*ranks, *served.ranks), default=DEFAULT_RANK)
     if alone is not None and (len(folders) > 1 or directory is not None):
         raise alone
     more = f" and {len(folders) - 5:,} more" if len(folders) > 5 else ""
-    named = ", ".join([*folders][:5]) + more or "of adapter_dir"
+    named = ", ".join([*folders][:5]) + more or f"of {directory}"
     says = (
         "it alone, as its change is no low-rank pair"
         if alone is not None
@@ -108,7 +119,8 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     )
     logger.info("%s with %s %s: %s", name, "adapter" if len(folders) == 1 else "adapters", named, says)
     if config.serve.dry_run:
-        print(f"{name}: would serve {', '.join([name, *folders]) if alone is None else ', '.join(folders)}; {says}")
+        beside = [] if directory is None else [f"what is in {directory}"]
+        print(f"{name}: would serve {', '.join([*([name] if alone is None else []), *folders, *beside])}; {says}")
         return
     listening(config.serve).close()  # a port that is taken is known before a weight is read
     tokenizer = load_tokenizer(base)
@@ -167,7 +179,21 @@ def named_folders(adapters: Sequence[str]) -> dict[str, Path]:
             raise ValueError(f"adapters={entry}: must be name=path, the name of letters, digits, dots and dashes")
         if name in found:
             raise ValueError(f"adapters: {name} is there twice")
-        found[name] = tuned_folder(path) if "/" in path or Path(path).exists() else adapter_folder(path, "adapters")
+        run = best_of_sweep(path)
+        found[name] = tuned_folder(run) if "/" in path or Path(path).exists() else adapter_folder(path, "adapters")
+    return found
+
+
+def low_rank_adapters(directory: Path) -> dict[Path, int]:
+    """Return the folders of LoRAs in a folder with their ranks; what else is there is said to who asks for it."""
+    found = {}
+    for path in sorted(path for path in directory.iterdir() if path.is_dir() and NAME.fullmatch(path.name)):
+        try:
+            folder = adapter_folder(str(path), "adapter_dir")
+            if read_words(folder)["peft_type"] == "LORA":
+                found[path] = stored_rank(folder)
+        except (ValueError, OSError, SafetensorError):
+            continue
     return found
 
 

@@ -30,6 +30,7 @@ from lightning_peft.serving.vllm import (
     layers_of,
     size_for,
     spoken_variables,
+    takes_patterns,
 )
 from lightning_peft.serving.vllm_middleware import Settings, check_adapter, check_name
 from lightning_peft.user_cache import user_cache
@@ -51,6 +52,10 @@ class Served:
     fingerprint: str
     context: int | None
     """Longest prompt and answer in tokens; None where nobody says."""
+    first: str | None
+    """An adapter whose training says how the base is computed; None where it is served as this machine does best."""
+    ranks: tuple[int, ...]
+    """Ranks of the adapters in `adapter_dir` when the server starts."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +70,25 @@ class JudgedAdapter:
     refused: bool = False
 
 
-def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None) -> None:
+def serve_by_vllm(
+    config: ServeConfig, served: Served, folders: dict[str, Path], directory: Path | None, version: str
+) -> None:
     """Become vLLM with the base and its adapters. Raises ValueError for what vLLM would refuse or compute wrongly."""
     check_options(config.serve, served.base)
-    judged = {name: judge(name, folder, served) for name, folder in folders.items()}
+    reads_patterns = takes_patterns(version)
+    judged = {name: judge(name, folder, served, reads_patterns) for name, folder in folders.items()}
     for name, adapter in judged.items():
         print(f"{name}: {adapter.text}")
     for name, adapter in judged.items():
         if adapter.refused:
             raise ValueError(f"adapters: {name}={adapter.folder}: {adapter.text}")
-    dtype = inference_dtype(str(next(iter(folders.values()))) if folders else None, config.precision)
+    dtype = inference_dtype(served.first, config.precision)
     if served.quantization.is_on:
         kind = served.quantization.kind.name
         logger.warning("the adapters were trained on a base with quantization.kind=%s, vLLM has it dense", kind)
-    rank = config.serve.max_rank or max([adapter.rank for adapter in judged.values()] or [DEFAULT_RANK])
+    in_directory = [rank for rank in served.ranks if rank <= engines()["vllm"].rank_sizes[-1]]
+    ranks = [*in_directory, *(adapter.rank for adapter in judged.values())]
+    rank = config.serve.max_rank or max(ranks, default=DEFAULT_RANK)
     model = empty_model(served.base)
     say_settings_not_followed(model)
     layout = layout_of(None, load_tokenizer(served.base)).with_stops(sorted(declared_end_ids(model)))
@@ -86,7 +96,7 @@ def serve_by_vllm(config: ServeConfig, served: Served, folders: dict[str, Path],
         served.name, served.fingerprint, layers_of(model), size_for(rank), asdict(layout),
         {name: str(adapter.folder.resolve()) for name, adapter in judged.items()},
         None if directory is None else str(directory.resolve()), config.serve.allow_load,
-        config.serve.max_batch + config.serve.max_queue,
+        config.serve.max_batch + config.serve.max_queue, reads_patterns,
     )  # fmt: skip
     for adapter in judged.values():
         if not adapter.becomes_plain:
@@ -141,7 +151,7 @@ def check_options(config: ServerConfig, base: ModelConfig) -> None:
         raise ValueError(f"model.random_weights=true: vLLM reads weights from files; {instead}")
 
 
-def judge(name: str, folder: Path, served: Served) -> JudgedAdapter:
+def judge(name: str, folder: Path, served: Served, reads_patterns: bool) -> JudgedAdapter:
     """Return what vLLM does with an adapter. Raises ValueError for a wrong base, a reward model, a name."""
     try:
         check_name(name, served.name)
@@ -151,9 +161,11 @@ def judge(name: str, folder: Path, served: Served) -> JudgedAdapter:
         raise ValueError(f"adapters: {name}={folder}: holds a whole model; serve it by model=hf model.path={folder}")
     check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
     refuse_rewards(folder)
-    engine, features, rank = engines()["vllm"], features_of_folder(folder), stored_rank(folder)
+    engine, features = engines()["vllm"], features_of_folder(folder)
+    rank = max(stored_rank(folder), largest_rank(adapter_config_from_peft(folder)))
     own = verdict(engine, features, rank, None)
-    if own.outcome is Outcome.ok:
+    has_patterns = not {"rank_pattern", "alpha_pattern"}.isdisjoint(features)
+    if own.outcome is Outcome.ok and (reads_patterns or not has_patterns):
         return JudgedAdapter(folder, rank, False, f"{engine.title} {own.text}")
     blocking = not_low_rank(features)
     exported = verdict(engine, features, rank, ExportFormat.plain.value)

@@ -286,7 +286,7 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast | None:
     if field("model") != "gpt2" or field("pre") not in PRE_TOKENIZERS:
         return None
     tokens = field("tokens")
-    merges = [tuple(merge.split(" ")) for merge in field("merges") or []]
+    merges = [tuple(merge.split(" ")) for merge in field("merges") or [] if " " in merge]  # else it stands for none
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[field("pre")]())
     tokenizer.decoder = decoders.ByteLevel()

@@ -49,6 +49,7 @@ def author(name: str) -> str:
 
 Text = Annotated[str, AfterValidator(whole_characters)]
 Whole = Annotated[int, BeforeValidator(without_point)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(without_point)]
 Role = Annotated[str, AfterValidator(author)]
 
 
@@ -88,7 +89,7 @@ class Sampling(Body):
     max_tokens: Whole | None = Field(default=None, ge=1)
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: Whole = Field(default=0, ge=0, lt=2**63)
+    seed: Seed | None = None
     stop: list[Text] = Field(default_factory=list, max_length=MOST_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None

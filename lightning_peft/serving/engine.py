@@ -49,6 +49,8 @@ class GenerationRequest:
     """Function that takes a piece, called in the engine's thread."""
     folder: Path | None = None
     """The adapter's folder; None is the model as it was loaded."""
+    before: tuple[int, ...] = ()
+    """Tokens of a text that the answer goes on with, as some tokenizers drop a blank at the beginning of a text."""
     stops: tuple[str, ...] = ()
     """Texts at which the answer ends; they are no part of it."""
     wants_logprobs: bool = False
@@ -210,9 +212,9 @@ class Engine:
         self.generated += 1
         request.tokens.append(choice.token)
         if choice.token in request.end_ids:
-            self._hand_on(request, choice, self._decoded(request.tokens[:-1]), "stop")
+            self._hand_on(request, choice, self._decoded(request, request.tokens[:-1]), "stop")
             return False
-        text = self._decoded(request.tokens)
+        text = self._decoded(request, request.tokens)
         if found := [at for stop in request.stops if (at := text.find(stop)) >= 0]:
             self._hand_on(request, choice, text[: min(found)], "stop")
             return False
@@ -229,8 +231,8 @@ class Engine:
         request.finished = reason is not None
         request.take(Piece(piece, choice, reason))
 
-    def _decoded(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def _decoded(self, request: GenerationRequest, tokens: list[int]) -> str:
+        return continued(self.tokenizer, request.before, tokens)
 
     def _end(self, row: RunningSequence) -> None:
         self.running.pop(id(row))
@@ -253,6 +255,12 @@ class Engine:
             self.tiers.release_all()
         self.running.clear()
         self.decoder.clear()
+
+
+def continued(tokenizer: PreTrainedTokenizerFast, before: Sequence[int], tokens: list[int]) -> str:
+    """Return the text of tokens where they stand behind others."""
+    text = str(tokenizer.decode([*before, *tokens], skip_special_tokens=True))
+    return text.removeprefix(str(tokenizer.decode([*before], skip_special_tokens=True))) if before else text
 
 
 def overlap(text: str, stop: str) -> int:

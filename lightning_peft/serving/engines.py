@@ -1,5 +1,6 @@
 """Other engines and what they do with an adapter: the table `engines.yaml`, and what it says of one adapter."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,8 +20,10 @@ NEVER_LOW_RANK = ("dora", "hira", "ia3", "miss", "intrinsic", "other_method")
 """Features whose change is no low-rank sum, whatever the file."""
 ENDS = ("embed", "lm_head", "wte")
 """Parts of the names of embeddings and heads."""
-WHOLE_TENSORS = ("trained_modules", "trained_embeddings", "trained_biases")
-"""Features that change tensors of the base beside the low-rank sum."""
+WHOLE_TENSORS = ("trained_modules", "trained_embeddings", "trained_biases", "adapted_experts")
+"""Features that change tensors of the base that no pair of a layer stands for."""
+STACK = re.compile(r"(^|\.)experts(\.[a-z]\w*)?$")
+"""Ends of the names of stacked experts; one expert's own layer has its number there."""
 
 
 class Outcome(Enum):
@@ -118,14 +121,29 @@ def features_of(config: AdapterConfig) -> list[str]:
     if config.initialization.rewrites_base:
         found.append("rewritten_base")
     targets = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
+    if config.layers is not None or covers_some_blocks(targets):
+        found.append("some_blocks")
     for feature, words in (("adapted_head", ("lm_head", "embed_out")), ("adapted_embeddings", ("embed_tokens", "wte"))):
         if any(word in target for target in targets for word in words):
             found.append(feature)
+    if config.experts not in (None, "none") or any(STACK.search(target) for target in targets):
+        found.append("adapted_experts")
     for name in config.trainable_modules:
         found.append("trained_embeddings" if any(end in name for end in ENDS) else "trained_modules")
     if config.trained_biases is not Bias.none:
         found.append("trained_biases")
     return list(dict.fromkeys(found))
+
+
+def covers_some_blocks(targets: Iterable[str]) -> bool:
+    """Return whether targets that name blocks by number leave a kind of layer out of one of them."""
+    blocks: dict[str, set[int]] = {}
+    for target in targets:
+        if number := re.search(r"(?:^|\.)(\d+)\.", target):
+            kind = target[: number.start(1)] + target[number.end(1) :]
+            blocks.setdefault(kind, set()).add(int(number[1]))
+    count = max((max(found) + 1 for found in blocks.values()), default=0)
+    return any(len(found) < count for found in blocks.values())
 
 
 def largest_rank(config: AdapterConfig) -> int:
@@ -203,16 +221,18 @@ def check_target_servers(names: Sequence[str], config: AdapterConfig) -> list[st
     features, lines = features_of(config), []
     if not features:
         return [f"target_server={name}: serves the whole model that method=full writes" for name in names]
+    blocking = not_low_rank(features)
     for name in names:
         engine = engines()[name]
-        export = engine.reads[0]
-        blocking = not_low_rank(features)
-        if blocking is not None:
-            cell = engine.cells[blocking]
+        fitting = [format for format in engine.reads if blocking is None or format not in PAIR_FORMATS]
+        if not fitting:
+            assert blocking is not None
             raise ValueError(
-                f"target_server={name}: {engine.title} cannot serve {spoken(blocking)} beside its base ({cell.how}), "
-                "and no export makes it a low-rank pair; use method=lora, or drop target_server and merge"
+                f"target_server={name}: {engine.title} cannot serve {spoken(blocking)} beside its base "
+                f"({engine.cells[blocking].how}), and no export makes it a low-rank pair; train without it, or drop "
+                "target_server and merge"
             )
+        export = fitting[0]
         exported = verdict(engine, features, largest_rank(config), export)
         if exported.outcome is not Outcome.ok:
             raise ValueError(f"target_server={name}: {engine.title} {exported.text}")

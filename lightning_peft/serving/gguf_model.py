@@ -1,8 +1,7 @@
 """A whole model as a GGUF file: weights, and the metadata that llama.cpp and Ollama run it by."""
 
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from lightning_peft.data.layout import PromptLayout
 from lightning_peft.models.gguf import open_gguf
 from lightning_peft.models.gguf_conversion import ARCHITECTURES, ROPE_FACTORS
 from lightning_peft.serving.gguf_names import GGUFNames
-from lightning_peft.serving.prompt import adds_bos, template_with_system
+from lightning_peft.serving.gguf_tokenizer import GGUFModelError, add_tokenizer
+from lightning_peft.serving.prompt import template_as_trained
 
 logger = logging.getLogger(__name__)
 
@@ -24,21 +24,11 @@ FILE_NAME = "model.gguf"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}
 """Values of `dtype=`, in llama.cpp's words; vectors are fp32 always."""
 FILE_TYPES = {"fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""llama.cpp's types of tokens."""
+STOPS = ("eos", "eot", "eom")
+"""Names of the tokens at which llama.cpp ends an answer: of a sequence, of a turn, of a message."""
 OWN_KEYS = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type",
             "general.quantization_version", "tokenizer.chat_template")  # fmt: skip
 """Keys that are not copied from the base's file."""
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-SPLITS = {LLAMA_3: "llama-bpe", LLAMA_3.replace("{1,3}", ""): "qwen2"}
-"""The regex by which a tokenizer splits text: llama.cpp's name for it."""
-
-
-class GGUFModelError(ValueError):
-    """A model that cannot be written as a GGUF file here."""
 
 
 def check_family(model_type: str) -> None:
@@ -79,11 +69,15 @@ def write_gguf_model(
     writer.add_quantization_version(2)
     if base_file is not None:
         copy_metadata(writer, base_file, len(tokenizer))
+        fields = open_gguf(base_file).fields
+        named = {key: fields[place] for key in STOPS if (place := f"tokenizer.ggml.{key}_token_id") in fields}
     else:
         writer.add_name(name)
         add_architecture(writer, model)
-        add_tokenizer(writer, tokenizer, int(model.get_input_embeddings().weight.shape[0]), layout)  # type: ignore[union-attr,index]
-    if (template := template_with_system(layout, tokenizer)) is not None:
+        add_tokenizer(writer, tokenizer, int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[union-attr,index]
+        named = {} if tokenizer.eos_token_id is None else {"eos": tokenizer.eos_token_id}
+    add_stops(writer, layout, named)
+    if (template := template_as_trained(layout, tokenizer)) is not None:
         writer.add_chat_template(template)
 
     def kind_of(tensor: Tensor) -> Any:
@@ -200,45 +194,11 @@ def add_yarn(writer: Any, rope: dict[str, Any]) -> None:
             getattr(writer, f"add_rope_scaling_yarn_{key}")(float(rope[key]))
 
 
-def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, rows: int, layout: PromptLayout) -> None:
-    """Add a byte-level tokenizer, filled up to the rows of the embedding. Raises GGUFModelError for another kind."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split_name(content))
-    special = {entry["id"] for entry in content["added_tokens"] if entry["special"]}
-    added = {entry["id"] for entry in content["added_tokens"]}
-    texts = {number: text for text, number in tokenizer.get_vocab().items()}
-    tokens = [texts.get(number, f"[PAD{number}]") for number in range(rows)]
-    kinds = [
-        CONTROL if number in special else USER_DEFINED if number in added else NORMAL if number in texts else UNUSED
-        for number in range(rows)
-    ]
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    merges = content["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    for key in ("bos", "eos", "unk", "pad"):
-        if (number := getattr(tokenizer, f"{key}_token_id")) is not None:
-            getattr(writer, f"add_{key}_token_id")(number)
-    others = [number for number in layout.stop_token_ids if number != tokenizer.eos_token_id]
-    if others:
-        writer.add_eot_token_id(others[0])
-    writer.add_add_bos_token(adds_bos(tokenizer))
-
-
-def split_name(content: dict[str, Any]) -> str:
-    """Return llama.cpp's name for how a tokenizer (its tokenizer.json) splits text before it merges bytes."""
-    model, splitter = content["model"], content["pre_tokenizer"] or {}
-    parts = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
-    kinds = [part.get("type") for part in parts]
-    if model["type"] == "BPE" and not model.get("byte_fallback") and kinds and kinds[-1] == "ByteLevel":
-        if not model["merges"] or (kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]):
-            return "smollm"  # without merges every split gives the same tokens
-        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
-            return "gpt-2"
-        if kinds == ["Split", "ByteLevel"] and (name := SPLITS.get(parts[0]["pattern"].get("Regex"))):
-            return name
-    raise GGUFModelError(
-        "format=gguf: this tokenizer is none of those written here (byte-level BPE split as in GPT-2, SmolLM, Llama 3 "
-        "or Qwen 2); `lightning-peft merge` and llama.cpp's convert_hf_to_gguf.py do it"
-    )
+def add_stops(writer: Any, layout: PromptLayout, named: Mapping[str, int]) -> None:
+    """Add the tokens at which a trained answer ends, in the places of `STOPS` that are not `named` already."""
+    others = [number for number in layout.stop_token_ids if number not in named.values()]
+    free = [key for key in STOPS if key not in named]
+    for key, number in zip(free, others, strict=False):
+        getattr(writer, f"add_{key}_token_id")(number)
+    if left := others[len(free) :]:
+        logger.warning("answers end at the tokens %s too, and a GGUF file has no place for more stop tokens", left)

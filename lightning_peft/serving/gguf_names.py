@@ -16,9 +16,22 @@ FAMILIES = {
     "gemma2": "GEMMA2",
     "gemma3_text": "GEMMA3",
     "phi3": "PHI3",
+    "smollm3": "SMOLLM3",
+    "granite": "GRANITE",
+    "mixtral": "LLAMA",
+    "qwen3_moe": "QWEN3MOE",
+    "gpt_oss": "GPT_OSS",
+    "olmo": "OLMO",
+    "olmo2": "OLMO2",
+    "olmo3": "OLMO2",
+    "starcoder2": "STARCODER2",
+    "stablelm": "STABLELM",
+    "cohere": "COMMAND_R",
+    "cohere2": "COHERE2",
+    "glm4": "GLM4",
 }
 """transformers' model type: llama.cpp's architecture."""
-PERMUTED = ("llama", "mistral")
+PERMUTED = ("llama", "mistral", "smollm3", "granite", "mixtral", "olmo")
 """Model types whose rows of q and k llama.cpp interleaves."""
 
 

@@ -1,6 +1,5 @@
 """Ollama's Modelfile: base, adapter, and the prompt they were trained with in Ollama's own template language."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class Turns:
 def turns_of(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> Turns:
     """Read the turns off a chat template. Raises ValueError for one that is more than its turns one after another."""
     template = layout.template or tokenizer.chat_template
-    options = {"chat_template": template, "tokenize": False, **layout.template_options}
+    options = {"chat_template": template, "tokenize": False, "tools": layout.tools, **layout.template_options}
 
     def said(roles: Sequence[str]) -> list[dict[str, str]]:
         return [{"role": role, "content": f"<{number}{role}>"} for number, role in enumerate(roles)]
@@ -94,17 +93,32 @@ def turns_of(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> Turns:
 
 
 def modelfile(base: str, adapter: str | None, layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the Modelfile of a base (a path, or a name of Ollama's) with the trained prompt and stop tokens."""
+    """Return the Modelfile of a base (a path, or a name of Ollama's) with the trained prompt and stop tokens.
+
+    Raises ValueError for a prompt that Ollama would read otherwise.
+    """
     lines = [f"FROM {base}"]
     if adapter is not None:
         lines.append(f"ADAPTER {adapter}")
-    if layout.kind == "chat":
-        lines.append(f'TEMPLATE """{turns_of(layout, tokenizer).go_template()}"""')
-    else:
-        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    template = turns_of(layout, tokenizer).go_template() if layout.kind == "chat" else "{{ .Prompt }}"
+    lines.append(f"TEMPLATE {quoted(template, 'chat template')}")
     if layout.kind == "chat" and layout.system_prompt is not None:
-        if '"""' in layout.system_prompt:
-            raise ValueError('format=ollama: a Modelfile cannot say a system prompt with """ in it')
-        lines.append(f'SYSTEM """{layout.system_prompt}"""')
-    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stop_texts(layout, tokenizer)]
+        lines.append(f"SYSTEM {quoted(layout.system_prompt, 'system prompt')}")
+    lines += [f"PARAMETER stop {quoted(text, 'stop text')}" for text in stop_texts(layout, tokenizer)]
     return "\n".join(lines) + "\n"
+
+
+def quoted(text: str, what: str) -> str:
+    """Return a text as a Modelfile says it. Raises ValueError for one that cannot stand there.
+
+    Ollama's parser knows no escapes, and keeps of the characters that do not print (a no-break or ideographic space, a
+    joiner of emoji) tabs and line ends alone.
+    """
+    if '"""' in text:
+        raise ValueError(f'format=ollama: a Modelfile cannot say a {what} with """ in it; use format=gguf')
+    if lost := sorted({f"U+{ord(c):04X}" for c in text if not c.isprintable() and c not in "\t\n\r"}):
+        raise ValueError(
+            f"format=ollama: Ollama drops {', '.join(lost)} of the {what} when it reads a Modelfile; train without, or "
+            "use format=gguf, whose file carries it"
+        )
+    return f'"""{text}"""'

@@ -13,27 +13,41 @@ NFC_SHRINKS = 4
 """Bytes of UTF-8 of which NFC makes no less than one: 7 become 2 at worst (U+1FBE U+0308 U+0301 are U+0390)."""
 
 
-def template_with_system(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the chat template of an adapter; one that adds the trained system prompt where a chat brings none.
+def template_as_trained(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the chat template of an adapter; one that adds what the training added where a chat brings none.
 
-    The result is None for text without turns.
+    That is the system prompt, tools, and variables of the template. The result is None for text without turns.
     """
     template = layout.template or tokenizer.chat_template
     if layout.kind != "chat" or not isinstance(template, str):
         return None
-    if layout.system_prompt is None:
-        return template
+    given = {name: f"{name} is not defined" for name in layout.template_options}
+    values: dict[str, Any] = dict(layout.template_options)
+    if layout.tools:
+        given["tools"], values["tools"] = "not tools", layout.tools
+    added = [f"{{%- if {given[name]} %}}{{%- set {name} = {literal(values[name])} %}}{{%- endif %}}" for name in given]
+    if layout.system_prompt is not None:
+        turn = literal({"role": "system", "content": layout.system_prompt})
+        added.append(
+            "{%- if not messages or messages[0]['role'] != 'system' %}"
+            f"{{%- set messages = [{turn}] + messages %}}{{%- endif %}}"
+        )
+    return "".join([*added, template])
+
+
+def literal(value: Any) -> str:
+    """Return a value of JSON as Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(key)}: {literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
     # JSON's strings are Jinja's, but for escapes beyond ASCII, which are left as they are.
-    text = json.dumps(layout.system_prompt, ensure_ascii=False)
-    return (
-        "{%- if not messages or messages[0]['role'] != 'system' %}"
-        f"{{%- set messages = [{{'role': 'system', 'content': {text}}}] + messages %}}{{%- endif %}}{template}"
-    )
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def stop_texts(layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the tokens at which an answer ends, as text."""
-    return [str(tokenizer.convert_ids_to_tokens(number)) for number in layout.stop_token_ids]
+    return [str(tokenizer.decode([number])) for number in layout.stop_token_ids]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -2,133 +2,65 @@
 
 import asyncio
 import json
-import threading
-from collections import Counter
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from transformers import PreTrainedTokenizerFast
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lightning_peft.data.conversation import Conversation, Message
 from lightning_peft.data.layout import PromptLayout
-from lightning_peft.data.template import ChatTemplateError
 from lightning_peft.inference.load import adapter_folder
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.serving.bodies import ChatRequest, LoadRequest, TextRequest, Turn
+from lightning_peft.serving.bodies import ChatRequest, LoadRequest, TextRequest
 from lightning_peft.serving.completions import Answer, error_body
-from lightning_peft.serving.engine import Engine, GenerationRequest, Piece, QueueFullError
-from lightning_peft.serving.prompt import most_bytes_a_token
-from lightning_peft.serving.server_config import ServerConfig
-from lightning_peft.serving.tiers import AdapterTiers, UnknownModelError
-from lightning_peft.serving.vllm_middleware import NAME, key_fits
+from lightning_peft.serving.engine import GenerationRequest, Piece, QueueFullError
+from lightning_peft.serving.state import ApiError, Serving
+from lightning_peft.serving.tiers import AdapterTiers
+from lightning_peft.serving.vllm_middleware import NAME, folder_version, key_fits
 
 SECONDS_BETWEEN_LOOKS = 0.5
 """Time between two looks of a waiting request for whether its client is still there."""
 RETRY_AFTER = "1"
 PAGE = Path(__file__).with_name("page.html")
 """A chat with the base and two adapters side by side; it asks the endpoints below, and nothing else."""
+TOKENS_BEFORE = 8
+"""Last tokens of a text whose blanks decide how the next token is read."""
 MOST_BYTES = 2**24
 """Largest body of a request."""
 OPEN = ("/", "/health")
 """Paths that are answered without the API key; the page asks for the key."""
 
 
-class ApiError(Exception):
-    """An answer with a status and one line."""
+class Gate:
+    """The checks of a request's size and key, before the application behind it.
 
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.code = status, code
+    It is none of Starlette's BaseHTTPMiddleware, behind which a request does not see that its client has gone.
+    """
 
+    def __init__(self, app: ASGIApp, key: str | None):
+        self.app, self.key = app, key
 
-@dataclass
-class Serving:
-    """The state that the endpoints share."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self.refusal(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        await (self.app if refusal is None else refusal)(scope, receive, send)
 
-    engine: Engine
-    tiers: AdapterTiers | None
-    tokenizer: PreTrainedTokenizerFast
-    base_name: str
-    base_layout: PromptLayout
-    context: int | None
-    """Longest prompt and answer in tokens."""
-    config: ServerConfig
-    base_is_served: bool = True
-    """True where the model answers under its own name; false where an adapter was merged into it."""
-    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """(model, status) -> requests."""
-    layouts: dict[Path, PromptLayout] = field(default_factory=dict)
-    prompting: threading.Lock = field(default_factory=threading.Lock)
-    """The tokenizer takes one chat template at a time."""
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys([self.base_name, *(self.tiers.names() if self.tiers is not None else [])]))
-
-    def folder(self, model: str) -> Path | None:
-        """Return the adapter's folder of a model name, None for the base. Raises ApiError."""
-        if model == self.base_name:
-            return None
-        try:
-            if self.tiers is not None:
-                return self.tiers.folder(model)
-        except UnknownModelError:
-            pass
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
-        raise ApiError(404, f"model={model}: not here; there are {', '.join(self.names())}", "model_not_found")
-
-    def layout(self, folder: Path | None) -> PromptLayout:
-        """Return how prompts of an adapter are written: as `generate` writes them. Raises ApiError."""
-        if folder is None:
-            return self.base_layout
-        if folder not in self.layouts:
-            try:
-                saved = PromptLayout.load(folder)
-            except ValueError as error:
-                raise ApiError(400, str(error)) from error
-            self.layouts[folder] = saved if saved is not None else replace(self.base_layout, system_prompt=None)
-        return self.layouts[folder]
-
-    def chat_prompt(self, folder: Path | None, turns: list[Turn]) -> list[int]:
-        layout = self.layout(folder)
-        messages = [Message(turn.role, turn.content, name=turn.name) for turn in turns]
-        if layout.kind != "chat":
-            if len(messages) != 1 or messages[0].role != "user":
-                raise ApiError(400, "messages: this adapter was trained on text without turns; give one user message")
-            return self.laid_out(layout, layout.conversation(messages[0].content))
-        return self.laid_out(layout, layout.going_on(messages))
-
-    def check_size(self, text: str) -> None:
-        """Raise ApiError for a text that is too long whatever its tokens, before they are counted."""
-        if self.context is None or self.most_bytes_a_token is None:
-            return
-        if (size := len(text.encode())) > (most := self.context * self.most_bytes_a_token):
-            raise ApiError(
-                400, f"the prompt's {size} bytes do not fit the model's {self.context} tokens, {most} bytes at most",
-                "context_length_exceeded",
-            )  # fmt: skip
-
-    @cached_property
-    def most_bytes_a_token(self) -> int | None:
-        return most_bytes_a_token(self.tokenizer)
-
-    def laid_out(self, layout: PromptLayout, messages: Conversation) -> list[int]:
-        with self.prompting:
-            before = self.tokenizer.chat_template
-            try:
-                return layout.prompt(messages, self.tokenizer, self.check_size)
-            except (ChatTemplateError, ValueError) as error:
-                raise ApiError(400, f"messages: {error}") from error
-            finally:
-                self.tokenizer.chat_template = before
+    def refusal(self, path: str, headers: Headers) -> JSONResponse | None:
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers:
+            return JSONResponse(error_body("body: must say its length, as content-length"), 411)
+        if int(length) > MOST_BYTES:
+            return JSONResponse(error_body(f"body: {length} bytes are more than {MOST_BYTES}"), 413)
+        given = headers.get("authorization", "").encode("latin-1")  # the bytes that came
+        if path not in OPEN and not key_fits(given, self.key):
+            return JSONResponse(error_body("the API key is missing or wrong", "invalid_api_key"), 401)
+        return None
 
 
 def build_app(serving: Serving) -> FastAPI:
@@ -141,6 +73,7 @@ def build_app(serving: Serving) -> FastAPI:
         serving.engine.stop()
 
     app = FastAPI(title="lightning_peft", lifespan=life)
+    app.add_middleware(Gate, key=serving.config.api_key)
 
     @app.exception_handler(ApiError)
     async def say(_: Request, error: ApiError) -> JSONResponse:
@@ -159,20 +92,6 @@ def build_app(serving: Serving) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def say_of_http(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
-
-    @app.middleware("http")
-    async def check_key(request: Request, call_next: Any) -> Response:
-        length = request.headers.get("content-length", "0")
-        if "transfer-encoding" in request.headers:
-            return JSONResponse(error_body("body: must say its length, as content-length"), 411)
-        if int(length) > MOST_BYTES:
-            return JSONResponse(error_body(f"body: {length} bytes are more than {MOST_BYTES}"), 413)
-        key = serving.config.api_key
-        given = request.headers.get("authorization", "").encode()
-        if request.url.path not in OPEN and not key_fits(given, key):
-            return JSONResponse(error_body("the API key is missing or wrong", "invalid_api_key"), 401)
-        response: Response = await call_next(request)
-        return response
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -219,7 +138,7 @@ def build_app(serving: Serving) -> FastAPI:
         if not prompt:
             raise ApiError(400, "prompt: is empty")
         answer = Answer(body, "text", body.logprobs is not None, body.logprobs or 0, serving.tokenizer)
-        return await answered(serving, answer, prompt, folder, body.max_tokens or 16, request)
+        return await answered(serving, answer, prompt, folder, body.max_tokens or 16, request, prompt[-TOKENS_BEFORE:])
 
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadRequest) -> dict[str, str]:
@@ -239,6 +158,7 @@ def build_app(serving: Serving) -> FastAPI:
                 if not path.is_relative_to(tiers.directory.resolve()):
                     raise ApiError(400, f"lora_path={body.lora_path}: must lie below {tiers.directory}")
             folder = adapter_folder(str(path), "lora_path")
+            serving.versions[folder] = folder_version(folder)
             PromptLayout.load(folder)
             await asyncio.to_thread(serving.engine.read_anew, folder)
         except (ValueError, OSError) as error:
@@ -274,9 +194,18 @@ def failure_of(error: Exception) -> ApiError:
 
 
 async def answered(
-    serving: Serving, answer: Answer, prompt: list[int], folder: Path | None, limit: int | None, request: Request
+    serving: Serving,
+    answer: Answer,
+    prompt: list[int],
+    folder: Path | None,
+    limit: int | None,
+    request: Request,
+    before: Sequence[int] = (),
 ) -> Response:
-    """Queue a request and answer it, whole or streamed. A client that goes takes its request with it."""
+    """Queue a request and answer it, whole or streamed. A client that goes takes its request with it.
+
+    `before` are the tokens of a text that the answer goes on with.
+    """
     body = answer.body
     room = (serving.context or len(prompt) + (limit or 256)) - len(prompt)
     if room < (limit or 1):
@@ -285,8 +214,9 @@ async def answered(
             f"the prompt's {len(prompt)} tokens and {limit or 1} more do not fit the model's {serving.context}",
             "context_length_exceeded",
         )
+    seed = random.getrandbits(63) if body.seed is None else body.seed
     sampling = SamplingConfig(
-        limit or min(room, 256), body.temperature, body.top_p if body.temperature > 0 else 1.0, body.seed
+        limit or min(room, 256), body.temperature, body.top_p if body.temperature > 0 else 1.0, seed
     )
     if not all(body.stop):
         raise ApiError(400, "stop: an empty text would end every answer")
@@ -297,8 +227,9 @@ async def answered(
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     generation = GenerationRequest(
-        prompt, sampling, frozenset(ends), take, folder, tuple(body.stop), answer.logprobs, answer.top_logprobs
-    )
+        prompt, sampling, frozenset(ends), take, folder, tuple(before), tuple(body.stop), answer.logprobs,
+        answer.top_logprobs,
+    )  # fmt: skip
     try:
         serving.engine.submit(generation)
     except QueueFullError as error:
@@ -306,8 +237,14 @@ async def answered(
         raise ApiError(429, f"{error}: try again", "rate_limit_exceeded") from error
 
     async def each() -> AsyncIterator[Piece]:
+        looked = loop.time()
         try:
             while True:
+                # What is streamed learns by its own sending that its client has gone.
+                if not body.stream and loop.time() - looked > SECONDS_BETWEEN_LOOKS:
+                    if await request.is_disconnected():
+                        return
+                    looked = loop.time()
                 try:
                     piece = await asyncio.wait_for(pieces.get(), SECONDS_BETWEEN_LOOKS)
                 except TimeoutError:
@@ -377,7 +314,8 @@ def metrics_text(serving: Serving) -> str:
     engine = serving.engine
     lines = ["# TYPE lightning_peft_requests_total counter"]
     for (model, status), count in sorted(serving.requests.items()):
-        lines.append(f'lightning_peft_requests_total{{model="{model}",status="{status}"}} {count}')
+        label = model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        lines.append(f'lightning_peft_requests_total{{model="{label}",status="{status}"}} {count}')
     gauges = {
         "tokens_generated_total": ("counter", engine.generated),
         "requests_running": ("gauge", len(engine.running)),

@@ -35,7 +35,7 @@ class ServerConfig:
     slots: int = 8
     """Adapters beside the model at once; a bound of a batch on a GPU, not on a CPU."""
     max_rank: int | None = None
-    """Rank of a slot; null takes the largest of the adapters named, 16 without any."""
+    """Rank of a slot; null takes the largest of the adapters named and in adapter_dir, 16 without any."""
     host_adapters: int = 64
     """Adapters kept in the host's memory; others are read from disk when they are asked for."""
     max_length: int | None = None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from lightning_peft.user_cache import user_cache
 MIDDLEWARE = Path(vllm_middleware.__file__)
 HAND_OVER = "serve"
 """Folder of the user's cache with what vLLM is handed: bases of other formats, plain adapters, settings."""
+SCALES_BY_LAYER = (0, 32)
+"""Version of vLLM that was seen to read rank_pattern and alpha_pattern; 0.30 does not, and says nothing."""
 DRAIN_SECONDS = 60
 """Time that requests in flight have once the server is asked to leave."""
 PROBE = """
@@ -115,6 +118,12 @@ def vllm_version(python: str) -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         raise ValueError(f"serve.python={python}: is no Python interpreter that runs here ({error})") from error
     return done.stdout.strip() or None
+
+
+def takes_patterns(version: str) -> bool:
+    """Return whether a version of vLLM scales each layer by its own rank and alpha; older ones scale all alike."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= SCALES_BY_LAYER
 
 
 def size_for(rank: int) -> int:

@@ -29,6 +29,8 @@ name, where there is one."""
 ROLES = ("system", "user", "assistant", "tool")
 WEIGHTS = "adapter_model.safetensors"
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Values of init_lora_weights that leave the base as it is when HF PEFT loads an adapter."""
 MODELS = "/v1/models"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -67,6 +69,28 @@ class Settings:
     adapter_dir: str | None
     allow_load: bool
     most_requests: int  # so many may run and wait; more get status 429
+    reads_patterns: bool  # whether this vLLM scales each layer by its own rank and alpha
+
+
+FolderVersion = tuple[tuple[int, int, int] | None, ...]  # inode, size and time of change of each file; None without it
+
+
+def folder_version(folder: Path) -> FolderVersion:
+    """Return which files an adapter folder has now."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in ("adapter_config.json", WEIGHTS, "lineage.json", "prompt_layout.json"):
+        try:
+            status = os.stat(folder / name)
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
+
+
+def is_there(version: FolderVersion) -> bool:
+    """Return whether the files of an adapter are there, its config and its weights."""
+    return None not in version[:2]
 
 
 def key_fits(authorization: bytes, key: str | None) -> bool:
@@ -93,6 +117,16 @@ def check_adapter(folder: Path, settings: Settings) -> int:
         raise ValueError(
             f"{folder}: peft_type {words.get('peft_type')} is no LoRA; `lightning-peft export format=plain` makes one "
             "of AdaLoRA and VeRA, merge another"
+        )
+    if words.get("init_lora_weights") not in (None, True, False, *PLAIN_STARTS):
+        raise ValueError(
+            f"{folder}: init_lora_weights={words['init_lora_weights']} rewrote the base, which vLLM does not repeat; "
+            "`lightning-peft export format=plain` makes it plain"
+        )
+    if not settings.reads_patterns and (words.get("rank_pattern") or words.get("alpha_pattern")):
+        raise ValueError(
+            f"{folder}: has ranks or alphas of its own for some layers, which this vLLM scales as all others; "
+            "`lightning-peft export format=plain` makes it plain"
         )
     if lineage is not None and (trained := lineage.get("base_fingerprint")) != settings.fingerprint:
         raise ValueError(
@@ -195,6 +229,12 @@ class Loaded:
     folder: Path
     path: str  # it is the one that vLLM was told
     layout: dict[str, Any]
+    version: FolderVersion = ()
+
+    @property
+    def is_current(self) -> bool:
+        """True where the folder is as it was read, or gone: then what vLLM holds goes on."""
+        return not is_there(now := folder_version(self.folder)) or now == self.version
 
 
 class Adapters:
@@ -306,12 +346,21 @@ class Adapters:
         """Return what a model's requests are answered with, loaded from `adapter_dir` if need be. Raises Refusal."""
         if name == self.settings.base_name:
             return Loaded(Path(), "", self.settings.base_layout)
-        if isinstance(name, str) and name in self.loaded:
-            return self.loaded[name]
+        if isinstance(name, str) and (held := self.current(name)) is not None:
+            return held
         name = self.known(name)
         async with self.loading:
-            place = Path(str(self.settings.adapter_dir)) / name
-            return self.loaded[name] if name in self.loaded else await self.load(name, place, scope)
+            if (held := self.current(name)) is not None:
+                return held
+            former = self.loaded.get(name)
+            place = Path(str(self.settings.adapter_dir)) / name if former is None else former.folder
+            return await self.load(name, place, scope)
+
+    def current(self, name: str) -> Loaded | None:
+        """Return what vLLM holds under a name, None where it is to be loaded: not yet there, or changed on disk."""
+        held = self.loaded.get(name)
+        may_load = self.settings.adapter_dir is not None
+        return None if held is not None and may_load and not held.is_current else held
 
     async def change(self, path: str, body: Mapping[str, Any], scope: Scope) -> dict[str, str]:
         """Load or unload an adapter as a client asks. Raises Refusal."""
@@ -346,8 +395,8 @@ class Adapters:
         try:
             check_name(name, self.settings.base_name)
             folder = next((at for at in (place, place / "adapter") if (at / "adapter_config.json").is_file()), place)
+            found = self.on_disk(folder)  # before the files are read: what changes meanwhile is read anew
             await asyncio.to_thread(check_adapter, folder, self.settings)
-            found = self.on_disk(folder)
         except (ValueError, OSError) as error:
             raise Refusal(400, str(error)) from error
         # vLLM keeps prompts by name and path: under a path used before it may be that of former weights.
@@ -368,13 +417,13 @@ class Adapters:
 
     def on_disk(self, folder: Path) -> Loaded:
         """Return an adapter with its prompts; those of the base where the folder does not say. Raises ValueError."""
-        path = folder / "prompt_layout.json"
+        path, version = folder / "prompt_layout.json", folder_version(folder)
         if (layout := read_json(path)) is None:
-            return Loaded(folder, str(folder), self.settings.base_layout)
+            return Loaded(folder, str(folder), self.settings.base_layout, version)
         for key, kind in KINDS_OF_LAYOUT.items():
             if layout.get(key) is not None and not isinstance(layout[key], kind):
                 raise ValueError(f"{path}: not a prompt layout ({key}={layout[key]!r} is of another type)")
-        return Loaded(folder, str(folder), layout)
+        return Loaded(folder, str(folder), layout, version)
 
     async def ask_vllm(self, path: str, body: dict[str, Any], scope: Scope) -> tuple[int, str]:
         """Return the status and the text, or the message, of vLLM's answer to a request of our own."""

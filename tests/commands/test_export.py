@@ -91,14 +91,16 @@ def test_an_export_is_an_adapter_like_any_other(run_dir, tmp_path, capsys):
     ],
     ids=["gguf_lora", "gguf", "ollama_adapter", "ollama_merged"],
 )
-def test_files_of_each_format(words, files, run_dir, tmp_path):
+def test_files_of_each_format(words, files, run_dir, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["export", f"adapter_path={run_dir}", f"output={output}", *words]) == 0
     beside = {"export_receipt.json", "prompt_layout.json", "chat_template.jinja"}
     assert {path.name for path in output.iterdir()} == files | beside
     if "Modelfile" in files:
-        base = "tiny:latest" if "base_name=tiny:latest" in words else "./model.gguf"
-        assert (output / "Modelfile").read_text().startswith(f"FROM {base}\n")
+        base = "tiny:latest\nADAPTER ./adapter.gguf" if "base_name=tiny:latest" in words else "./model.gguf"
+        assert (output / "Modelfile").read_text().startswith(f"FROM {base}\nTEMPLATE ")
+        refuses = "Ollama from 0.34.1 on refuses a Modelfile with ADAPTER"
+        assert (refuses in capsys.readouterr().err) is ("base_name=tiny:latest" in words)
 
 
 def test_what_is_not_low_rank_is_written_whole(dora_run, tmp_path, capsys):
@@ -125,6 +127,8 @@ REFUSED = {
     "dtype of an adapter": (["format=gguf_lora", "dtype=q8_0"], "dtype=q8_0: only format=gguf and ollama have one"),
     "rank below one": (["format=plain", "svd_rank=0"], "svd_rank=0: must be at least 1, or null"),
     "rank of a whole model": (["format=gguf", "svd_rank=4"], "svd_rank=4 format=gguf: a whole model has no rank"),
+    "rank of one file": (["format=ollama", "svd_rank=4"], "svd_rank=4 format=ollama: base and adapter are one file"),
+    "dtype beside a base": (["format=ollama", "base_name=a", "dtype=q8_0"], "base_name=a: an adapter alone is fp32"),
     "unknown dtype": (["format=gguf", "dtype=q4"], "dtype=q4: must be one of fp32, bf16, q8_0"),
     "base of a whole model": (["format=gguf", "base_name=a/b"], "base_name=a/b: only format=plain and ollama"),
 }  # fmt: skip

@@ -42,9 +42,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(words: list[str], key: str = "none") -> tuple[subprocess.Popen[str], openai.OpenAI]:
+def start(
+    words: list[str], key: str = "none", model: tuple[str, ...] = ("model=tiny",)
+) -> tuple[subprocess.Popen[str], openai.OpenAI]:
     port = free_port()
-    command = [*COMMAND, "serve", "model=tiny", f"serve.port={port}", "precision=32-true", *words]
+    command = [*COMMAND, "serve", *model, f"serve.port={port}", "precision=32-true", *words]
     process = Started(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for _ in range(600):
         try:

@@ -23,10 +23,12 @@ def config_of(feature: str) -> AdapterConfig:
         "rank_pattern": {"rank_pattern": {"q_proj": 4}},
         "alpha_pattern": {"alpha_pattern": {"q_proj": 4.0}},
         "fractional_alpha": {"alpha": 8.5},
+        "some_blocks": {"layers": "1-"},
         "rewritten_base": {"init": "pissa"},
         "trained_modules": {"trainable_modules": ["norm"]},
         "trained_embeddings": {"trainable_modules": ["embed_tokens"]},
         "trained_biases": {"bias": Bias.all},
+        "adapted_experts": {"experts": "auto"},
         "adapted_head": {"target_modules": ["q_proj", "lm_head"]},
         "adapted_embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     }
@@ -44,7 +46,9 @@ OUTCOMES = {
     "rank_pattern": (OK, BAD, NO, BAD, BAD, BAD),
     "alpha_pattern": (OK, BAD, BAD, BAD, BAD, BAD),
     "fractional_alpha": (OK, OK, OK, OK, OK, NO),
+    "some_blocks": (OK, OK, OK, BAD, BAD, OK),
     "rewritten_base": (OK, OK, OK, OK, OK, BAD),
+    "unconverted_start": (NO, BAD, BAD, BAD, BAD, BAD),
     "dora": (NO, NO, NO, BAD, BAD, NO),
     "adalora": (NO, NO, NO, BAD, BAD, NO),
     "vera": (NO, NO, NO, NO, NO, NO),
@@ -55,17 +59,23 @@ OUTCOMES = {
     "trained_modules": (NO, BAD, BAD, BAD, BAD, NO),
     "trained_embeddings": (NO, NO, BAD, BAD, BAD, NO),
     "trained_biases": (NO, NO, BAD, BAD, BAD, NO),
+    "adapted_experts": (NO, NO, NO, BAD, BAD, NO),
     "adapted_head": (OK, OK, OK, OK, OK, NO),
     "adapted_embeddings": (OK, OK, OK, BAD, BAD, NO),
 }
 """Verdicts seen, or read in the engines' code, on the folder that `train` writes."""
 
 
+OF_FOLDERS = ("unconverted_start",)
+"""Features that a folder of HF PEFT has, and no training of ours leads to: tests/commands/test_export.py."""
+
+
 @pytest.mark.parametrize("feature", OUTCOMES)
 @pytest.mark.parametrize("engine", ORDER)
 def test_cell(engine: str, feature: str) -> None:
-    features = features_of(config_of(feature))
+    features = ["lora", feature] if feature in OF_FOLDERS else features_of(config_of(feature))
     assert feature in features
+    features = [each for each in features if each == feature or engines()[engine].cells[each].outcome is Outcome.ok]
     assert verdict(engines()[engine], features, 8, None).outcome is OUTCOMES[feature][ORDER.index(engine)]
 
 
@@ -79,6 +89,19 @@ def test_every_engine_has_every_cell() -> None:
 @pytest.mark.parametrize(("engine", "format"), [("sglang", "plain"), ("llama_cpp", "gguf_lora"), ("ollama", "ollama")])
 def test_an_export_is_computed_rightly_where_the_folder_is_not(engine: str, format: str, feature: str) -> None:
     assert verdict(engines()[engine], features_of(config_of(feature)), 8, format).outcome is Outcome.ok
+
+
+@pytest.mark.parametrize(
+    ("layers", "is_some"),
+    [
+        (["layers.0.q_proj", "layers.1.q_proj", "lm_head"], False),
+        (["layers.0.q_proj", "layers.1.q_proj", "layers.1.v_proj"], True),
+        (["layers.1.q_proj"], True),
+        ("all_linear", False),
+    ],
+)
+def test_layers_that_one_block_lacks_are_told_by_their_names(layers: list[str] | str, is_some: bool) -> None:
+    assert ("some_blocks" in features_of(LoRAConfig(target_modules=layers))) is is_some
 
 
 @pytest.mark.parametrize(
@@ -112,5 +135,7 @@ def test_target_servers_are_checked_by_the_config_alone() -> None:
     assert "after `export format=gguf_lora`, as it would compute it wrongly (rsLoRA)" in line
     with pytest.raises(ValueError, match="target_server=vllm: vLLM cannot serve DoRA beside its base"):
         check_target_servers(["vllm"], config_of("dora"))
+    (line,) = check_target_servers(["llama_cpp"], config_of("dora"))
+    assert "computes it rightly after `export format=gguf`, as it refuses it (DoRA)" in line
     with pytest.raises(ValueError, match="target_server=vlm: no such engine in the table; choose from vllm"):
         check_target_servers(["vlm"], LoRAConfig())

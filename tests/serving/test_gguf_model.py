@@ -1,11 +1,15 @@
 """Whole models as GGUF files: read back with equal logits, and with all that llama.cpp runs them by."""
 
+import json
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
 from families import small_model
+from pieces import TEXTS, pieces_tokenizer
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.data.layout import PromptLayout
@@ -13,12 +17,8 @@ from lightning_peft.models.gguf import GGUFFile
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig, locate
 from lightning_peft.models.tiny import tiny_model, tiny_tokenizer
-from lightning_peft.serving.gguf_model import (
-    GGUFModelError,
-    check_family,
-    split_name,
-    write_gguf_model,
-)
+from lightning_peft.serving.gguf_model import check_family, write_gguf_model
+from lightning_peft.serving.gguf_tokenizer import GGUFModelError, split_name
 
 IDS = torch.arange(3, 35)[None]
 LAYOUT = PromptLayout(system_prompt='Say "yes".', stop_token_ids=[2])
@@ -57,6 +57,7 @@ def test_tokenizer_template_and_stops_are_in_the_file(tmp_path: Path) -> None:
     path = written(tiny_model(), tmp_path, "bf16")
     fields = GGUFFile(path).fields
     tokens = fields["tokenizer.ggml.tokens"]
+    assert fields["tokenizer.ggml.merges"] == ["none"]  # it has no rules, and llama.cpp refuses a file without any
     assert len(tokens) == 320 and tokens[1] == "<|im_start|>" and fields["tokenizer.ggml.token_type"][258:260] == [1, 5]
     assert fields["tokenizer.ggml.eos_token_id"] == 2 and fields["tokenizer.ggml.add_bos_token"] is False
     tokenizer = load_tokenizer(ModelConfig("hf", str(path)))
@@ -84,6 +85,18 @@ def test_metadata_of_a_base_file_are_kept(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in read.state_dict().items())
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_every_place_of_a_stop_token_is_used(from_file: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The tokenizer's own end is 2; the run's others come after it, where a base's file brings the metadata too."""
+    base = written(tiny_model(), tmp_path, "bf16") if from_file else None
+    path = tmp_path / "stops.gguf"
+    layout = PromptLayout(stop_token_ids=[2, 5, 7, 9])
+    write_gguf_model(tiny_model(), tiny_tokenizer(), layout, path, "bf16", base, "small")
+    fields = GGUFFile(path).fields
+    assert [fields[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "eom")] == [2, 5, 7]
+    assert "answers end at the tokens [9] too" in caplog.text
+
+
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(GGUFModelError, match="the metadata of gemma2 is not known here, only that of llama, qwen2"):
         check_family("gemma2")
@@ -108,6 +121,46 @@ def test_split_of_a_tokenizer_is_told(parts: list[dict[str, object]], name: str 
     else:
         with pytest.raises(GGUFModelError, match="this tokenizer is none of those written here"):
             split_name(content)
+
+
+def merged_by_scores(text: str, tokens: list[str], scores: list[float], kinds: list[int]) -> list[int]:
+    """Return SentencePiece's tokens: the pair whose piece has the highest score first, the leftmost of equals."""
+    numbers = {token: number for number, token in enumerate(tokens) if kinds[number] == 1}
+    parts = list("▁" + text.replace(" ", "▁"))
+    while True:
+        found = [(scores[numbers[a + b]], -i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in numbers]
+        if not found:
+            break
+        at = -max(found)[1]
+        parts[at : at + 2] = ["".join(parts[at : at + 2])]
+    ids = [[numbers[p]] if p in numbers else [tokens.index(f"<0x{byte:02X}>") for byte in p.encode()] for p in parts]
+    return [number for part in ids for number in part]
+
+
+def test_a_tokenizer_of_pieces_is_written_with_their_scores(tmp_path: Path) -> None:
+    """Its tokens by SentencePiece's own rule are those of the tokenizer, bytes for what it has no letter for, too."""
+    tokenizer = pieces_tokenizer()
+    model = small_model("llama", vocab_size=len(tokenizer) + 3)
+    path = tmp_path / "model.gguf"
+    write_gguf_model(model, tokenizer, PromptLayout(stop_token_ids=[2]), path, "fp32", None, "small")
+    fields = GGUFFile(path).fields
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is True
+    assert kinds[:4] == [2, 3, 3, 6] and kinds[-3:] == [5, 5, 5] and len(tokens) == len(tokenizer) + 3
+    for text in (*TEXTS, "  List   all\n\tGrüße 漢字 🚀", "", "the the lazylazy"):
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert merged_by_scores(text, tokens, scores, kinds) == (expected or [tokens.index("▁")])
+
+
+def test_pieces_in_another_order_than_their_rules_are_refused(tmp_path: Path) -> None:
+    tokenizer = pieces_tokenizer()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["merges"] = content["model"]["merges"][::-1]
+    turned = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    with pytest.raises(GGUFModelError, match="is not SentencePiece's BPE as in Llama 2"):
+        write_gguf_model(
+            small_model("llama", vocab_size=len(tokenizer)), turned, PromptLayout(), tmp_path / "m", "fp32", None, "m"
+        )
 
 
 def test_added_tokens_do_not_fit_a_base_file(tmp_path: Path) -> None:

@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_models import config_for
+from families import small_model
+from pieces import TEXTS, pieces_tokenizer
+from server_process import save
 
 from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
 from lightning_peft.commands.adapted import layout_of, load_for_inference
 from lightning_peft.commands.export import base_file, export
 from lightning_peft.commands.train import train
 from lightning_peft.compose import compose_config
+from lightning_peft.data.layout import PromptLayout
 from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
+from lightning_peft.models.tiny import tiny_tokenizer
 from lightning_peft.serving.gguf_model import write_gguf_model
 
 pytestmark = pytest.mark.engines
@@ -120,3 +126,53 @@ def test_vllm_reads_plain(folder, prompts, expected):
     }  # fmt: skip
     ask("vllm", interpreter("VLLM"), request)
     assert json.loads(output.read_text()) == expected
+
+
+TINY_CASES = {
+    "rslora": config_for("lora", rank=4, rank_stabilized=True),
+    "ranks": config_for("lora", rank=4, rank_pattern={"q_proj": 2, "layers.1.mlp.*": 6}, alpha_pattern={"v_proj": 3.5}),
+    "pissa": config_for("lora", rank=4, init="pissa"),
+    "adalora": config_for("adalora"),
+    "vera": config_for("vera"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """Return a folder with adapters of the tiny model by name, and its base as llama.cpp reads it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, config in TINY_CASES.items():
+        save(folder / name, config, 0.1)
+    base = ModelConfig("tiny")
+    model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
+    write_gguf_model(model, tokenizer, layout_of(None, tokenizer), folder / "base.gguf", "fp32", None, "tiny")
+    return folder
+
+
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_llama_cpp_computes_every_low_rank_method(case: str, tiny: Path) -> None:
+    """Its scores are off by less than a hundredth of what the adapter changes; its cache is fp16."""
+    output, prompt = tiny / f"{case}.out", list(range(3, 60))
+    export(
+        ExportConfig(
+            adapter_path=str(tiny / case), output=str(output), format=ExportFormat.gguf_lora, precision="32-true",
+            model=ModelConfig("tiny"),
+        )
+    )  # fmt: skip
+    request = {"model": str(tiny / "base.gguf"), "adapter": str(output / "adapter.gguf"), "scores": [prompt]}
+    (theirs,) = torch.tensor(json.loads(ask("llama_cpp", interpreter("LLAMA_CPP"), request)))
+    model, _ = load_for_inference(str(tiny / case), ModelConfig("tiny"), "32-true")
+    base = load_model(ModelConfig("tiny"), torch.float32).eval()
+    with torch.no_grad():
+        ours, without = (each(torch.tensor([prompt])).logits[0, -1] for each in (model, base))
+    assert (theirs - ours).abs().max() < 0.01 * (without - ours).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["pieces", "bytes"])
+def test_llama_cpp_reads_texts_as_the_tokenizer_does(kind: str, tmp_path: Path) -> None:
+    tokenizer = pieces_tokenizer() if kind == "pieces" else tiny_tokenizer()
+    model = small_model("llama", vocab_size=len(tokenizer))
+    write_gguf_model(model, tokenizer, PromptLayout(stop_token_ids=[2]), tmp_path / "m.gguf", "fp32", None, "m")
+    texts = [*TEXTS, "  List   all\n\tGrüße 漢字 🚀", "the the lazylazy 1234 don't"]
+    found = json.loads(ask("llama_cpp", interpreter("LLAMA_CPP"), {"model": str(tmp_path / "m.gguf"), "texts": texts}))
+    assert found == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -1,6 +1,7 @@
 """The real server process, asked by OpenAI's own client: answers, streams, errors, and leaving."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from server_process import ask, ended, save, start
 
 from lightning_peft.__main__ import main
+from lightning_peft.data.layout import PromptLayout
+from lightning_peft.models.tiny import CHAT_TEMPLATE
 from lightning_peft.serving.server import PAGE
 
 QUESTIONS = ("How many singers are there?", "List all.", "What is the largest?", "Show the names of all people.")
@@ -180,6 +183,34 @@ def test_changed_file_is_read_when_it_is_loaded_in_place(client, runs):
     shutil.rmtree(folder)
 
 
+def test_an_adapter_whose_files_change_is_read_anew_with_its_prompt(client, runs):
+    """As a training that writes its folder again does; half a file is an error until it is whole."""
+    folder = runs / "adapters" / "written"
+    shutil.copytree(runs / "a", folder)
+    assert ask(client, "written", QUESTIONS[0]) == ask(client, "a", QUESTIONS[0])
+    whole = (runs / "b" / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(openai.BadRequestError, match="adapter_model.safetensors"):
+        ask(client, "written", QUESTIONS[0])
+    for path in (runs / "b").iterdir():
+        shutil.copy(path, folder)
+    assert ask(client, "written", QUESTIONS[0]) == ask(client, "b", QUESTIONS[0])
+    PromptLayout(system_prompt="Other.", template=CHAT_TEMPLATE, stop_token_ids=[2]).save(folder)
+    messages = [{"role": "system", "content": "Other."}, {"role": "user", "content": QUESTIONS[0]}]
+    expected = client.chat.completions.create(model="b", messages=messages, max_tokens=12).choices[0].message.content
+    assert ask(client, "written", QUESTIONS[0]) == expected
+    shutil.rmtree(folder)
+    with pytest.raises(openai.NotFoundError):
+        ask(client, "written", QUESTIONS[0])
+
+
+def test_answers_without_a_seed_are_drawn_anew(client):
+    """As OpenAI has it; with a seed they are the same."""
+    drawn = {ask(client, "a", QUESTIONS[0], 12, temperature=1.5) for _ in range(4)}
+    seeded = {ask(client, "a", QUESTIONS[0], 12, temperature=1.5, seed=7) for _ in range(4)}
+    assert len(drawn) > 1 and len(seeded) == 1
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_page_shows_two_adapters_beside_the_base(client, tmp_path):
     """A real browser asks the base and two adapters at once, twice, and shows what OpenAI's client gets."""
@@ -223,16 +254,26 @@ def test_metrics_count(client):
     assert "lightning_peft_requests_running 0" in text and "lightning_peft_requests_waiting 0" in text
 
 
-def test_a_client_that_leaves_takes_its_request_along(client):
-    body = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1500, "temperature": 1.0}
-    with httpx.stream("POST", f"{client.base_url}chat/completions", json={**body, "stream": True}) as response:
-        next(response.iter_lines())
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_takes_its_request_along(client, streamed):
+    body = {"model": "a", "messages": [{"role": "user", "content": "List all."}], "max_tokens": 1500}
     base = str(client.base_url).removesuffix("v1/")
-    for _ in range(100):
-        if "lightning_peft_requests_running 0" in httpx.get(f"{base}metrics").text:
-            return
+
+    def metric(name: str) -> int:
+        return int(re.search(rf"lightning_peft_{name} (\d+)", httpx.get(f"{base}metrics").text)[1])
+
+    before = metric("tokens_generated_total")  # the whole answer has 1,083
+    if streamed:
+        with httpx.stream("POST", f"{client.base_url}chat/completions", json={**body, "stream": True}) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{client.base_url}chat/completions", json=body, timeout=0.3)
+    for _ in range(300):
+        if metric("requests_running") == 0:
+            break
         time.sleep(0.1)
-    pytest.fail("the request still runs")
+    assert metric("tokens_generated_total") - before < 1000
 
 
 @pytest.mark.slow
@@ -288,6 +329,34 @@ def test_what_is_not_low_rank_is_served_alone(runs):
 def test_wrong_words_get_one_line(words, says, capsys):
     assert main(["serve", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_is_served_in_one_command(tmp_path, capsys):
+    """The base of its first trial, slots for its largest rank, every trial by its name, and their answers."""
+    sweep = tmp_path / "sweep"
+    words = ["model=tiny", "data.max_rows=8", "trainer.max_steps=1", "optimizer.lr=0.05", "adapter.rank=4,24"]
+    options = ["trainer.accelerator=cpu", "trainer.precision=32-true", f"run_dir={sweep}"]
+    assert main(["train", "-m", *words, *options]) == 0
+    capsys.readouterr()
+    assert main(["serve", f"adapter_dir={sweep}", "serve.dry_run=true"]) == 0
+    assert capsys.readouterr().out == f"tiny: would serve tiny, what is in {sweep}; 8 slots of rank 24\n"
+    process, client = start([f"adapter_dir={sweep}"], model=())
+    try:
+        names = {model.id for model in client.models.list()}
+        assert names >= {"tiny", "rank4", "rank24"}
+        for name in ("rank4", "rank24"):
+            main(["generate", f"adapter_path={sweep / name}", "prompt=List all.", "sampling.max_new_tokens=8"])
+            assert capsys.readouterr().out.rstrip("\n") == ask(client, name, "List all.", 8).rstrip("\n")
+    finally:
+        process.terminate()
+        ended(process)
+
+
+def test_a_folder_without_adapters_names_no_base(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    assert main(["serve", f"adapter_dir={tmp_path}", "serve.dry_run=true"]) == 2
+    assert "has no adapter yet whose base could be taken; give model=" in capsys.readouterr().err
 
 
 def test_dry_run_says_what_would_be_served(runs, capsys):

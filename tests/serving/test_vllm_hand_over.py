@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_models import config_for
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from server_process import save
 from started import COMMAND, Started
 
 from lightning_peft.__main__ import main
 from lightning_peft.checkpoint.lineage import read_lineage
+from lightning_peft.commands import serve as serve_command
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
@@ -50,6 +52,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(place / "dora", config_for("dora"), 0.1)
     save(place / "adalora", config_for("adalora"), 0.1)
     save(place / "norms", config_for("lora", trainable_modules=["norm"]), 0.1)
+    save(place / "ranks", config_for("lora", rank=8, rank_pattern={"q_proj": 4}), 0.1)
+    start = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    get_peft_model(load_model(ModelConfig("tiny"), torch.float32), start).save_pretrained(place / "pissa")
     save(place / "foreign", config_for("lora"), 0.1, "tiny_tied")
     shutil.copytree(place / "a", place / "nan")
     weights = place / "nan" / "adapter_model.safetensors"
@@ -161,6 +166,22 @@ def test_an_adapter_that_vllm_reads_once_it_is_plain_is_said_to_become_so(place,
     found, _, lines = command(capsys, words(place, "adalora"))
     assert lines == ["adalora: vLLM computes it rightly, after `export format=plain`"]
     assert str(place / "adalora") not in " ".join(found)
+
+
+@pytest.mark.parametrize(("version", "is_plain"), [("0.32.0", False), ("0.30.1", True), ("of unknown version", True)])
+def test_ranks_of_layers_become_one_for_a_vllm_that_does_not_read_them(version, is_plain, place, capsys, monkeypatch):
+    """vLLM up to 0.30 scales every layer as one of rank r, and says nothing."""
+    monkeypatch.setattr(serve_command, "vllm_version", lambda _: version)
+    found, _, lines = command(capsys, words(place, "ranks"))
+    assert lines == [f"ranks: vLLM computes it rightly{', after `export format=plain`' if is_plain else ''}"]
+    assert (str(place / "ranks") in " ".join(found)) is not is_plain
+
+
+def test_a_start_that_hf_peft_repeats_becomes_a_part_of_the_change(place, capsys):
+    """The folder has rank 4, what is handed over has twice that."""
+    found, _, lines = command(capsys, words(place, "pissa"))
+    assert lines == ["pissa: vLLM computes it rightly, after `export format=plain`"]
+    assert value(found, "--max-lora-rank") == "8" and str(place / "pissa") not in " ".join(found)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "layout",
         "types",
         "ranks",
+        "patterns",
+        "start",
     ):
         shutil.copytree(place / "a", place / "dir" / name)
     weights = "adapter_model.safetensors"
@@ -64,6 +66,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "dir" / "types" / "prompt_layout.json").write_text('{"system_prompt": 3}')
     words = json.loads((place / "a" / "adapter_config.json").read_text())
     (place / "dir" / "ranks" / "adapter_config.json").write_text(json.dumps(words | {"r": [8]}))
+    for name, more in (("patterns", {"rank_pattern": {"q_proj": 4}}), ("start", {"init_lora_weights": "pissa"})):
+        (place / "dir" / name / "adapter_config.json").write_text(json.dumps(words | more))
     return place
 
 
@@ -81,7 +85,7 @@ def settings(place: Path) -> Settings:
     layout = asdict(PromptLayout(template=CHAT_TEMPLATE, stop_token_ids=[2]))
     layers = layers_of(empty_model(base))
     return Settings(
-        "tiny", source_fingerprint(base), layers, 8, layout, {"a": str(place / "a")}, str(place / "dir"), True, 3
+        "tiny", source_fingerprint(base), layers, 8, layout, {"a": str(place / "a")}, str(place / "dir"), True, 3, False
     )
 
 
@@ -241,12 +245,18 @@ def test_an_adapter_of_the_folder_is_loaded_once_when_first_asked_for(front: Ada
         ("layout", 400, "prompt_layout.json: is no JSON object"),
         ("types", 400, "not a prompt layout (system_prompt=3 is of another type)"),
         ("ranks", 400, "r=[8] in adapter_config.json is no rank"),
+        ("patterns", 400, "has ranks or alphas of its own for some layers, which this vLLM scales as all others"),
+        ("start", 400, "init_lora_weights=pissa rewrote the base, which vLLM does not repeat"),
         ("refused", 400, "vLLM cannot load it: vLLM does not yet support it."),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_one_line(front: Adapters, name: Any, status: int, says: str) -> None:
     answer = chat(front, name)
     assert (answer.status_code, says in line(answer)) == (status, True), answer.text
+
+
+def test_ranks_of_layers_are_for_a_vllm_that_reads_them(place: Path, settings: Settings) -> None:
+    assert check_adapter(place / "dir" / "patterns", replace(settings, reads_patterns=True)) == 8
 
 
 def test_a_changed_file_of_weights_is_refused(place: Path, settings: Settings, tmp_path: Path) -> None:
@@ -321,6 +331,31 @@ def test_an_adapter_is_loaded_anew_under_a_path_that_was_not_used(front: Adapter
     assert paths[0] != paths[1]
     assert {Path(path).resolve().name for path in paths} == {"copy"}
     assert not any("load_inplace" in body for _, body in behind.asked)
+
+
+def test_an_adapter_whose_files_change_is_loaded_anew_when_it_is_asked_for(
+    front: Adapters, behind: Behind, place: Path
+) -> None:
+    """As a training that writes its folder again does; one that is gone or damaged leaves what vLLM holds."""
+    folder = place / "dir" / "written"
+    shutil.copytree(place / "a", folder)
+    for _ in range(2):
+        assert chat(front, "written").status_code == 200
+    changed(folder, lambda name, value: (name, -value))
+    PromptLayout(system_prompt="Anew.", stop_token_ids=[2]).save(folder)
+    for _ in range(2):
+        asked = chat(front, "written").json()["asked"]
+        assert asked["messages"][0] == {"role": "system", "content": "Anew."}
+    assert [path for path, _ in behind.asked] == [LOAD, CHAT, CHAT, UNLOAD, LOAD, CHAT, CHAT]
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "is damaged" in line(chat(front, "written"))
+    weights.write_bytes(whole)
+    assert chat(front, "written").status_code == 200
+    shutil.rmtree(folder)
+    assert chat(front, "written").status_code == 200
+    assert [path for path, _ in behind.asked].count(LOAD) == 3
 
 
 @pytest.mark.parametrize("unloaded", [False, True])
