@@ -1,7 +1,8 @@
 """Answers to requests that come and go: each step gives every running one a token, and a slot of adapters each row."""
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,10 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.slots import Slots
+from lightning_peft.inference.prompt_batches import OWN_ERRORS, is_close
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.static_steps import StaticSteps, why_not_static
-from lightning_peft.inference.steps import PlainSteps, Steps, can_repeat_prefix
+from lightning_peft.inference.steps import AnewSteps, PlainSteps, Steps, cache_keyword, can_pad_left
+from lightning_peft.quantization.weights import computing_dtype
 
+logger = logging.getLogger(__name__)
+
+TRIED_TOKENS = 8
+"""Tokens with which it is tried whether a model takes a cache."""
+NOT_FINITE = "the scores of the next token are not finite, so there is no answer"
 SMALLEST_TEMPERATURE = 1e-30
 """Temperature below which any difference of two fp32 scores decides as it does here."""
 
@@ -70,16 +78,13 @@ class RunningSequence:
 
 
 class Decoder:
-    """The rows of one batch. Used by one thread.
-
-    A model whose cache is more than keys and values of all positions gets one row at a time.
-    """
+    """The rows of one batch. Used by one thread."""
 
     def __init__(self, model: PreTrainedModel, slots: Slots | None = None):
         self.model = model
-        self.is_static = why_not_static(model) is None
-        self.steps: Steps = StaticSteps(model, slots) if self.is_static else PlainSteps(model, slots)
-        self.can_batch = self.is_static or can_repeat_prefix(model)
+        self.steps = steps_of(model, slots)
+        self.can_batch = not isinstance(self.steps, PlainSteps) or can_pad_left(model)
+        """False where rows have to come one at a time."""
         self.rows: list[RunningSequence] = []
 
     @torch.inference_mode()
@@ -114,19 +119,56 @@ class Decoder:
 
     def _choose(self, scores: Tensor, rows: list[RunningSequence]) -> list[RunningSequence]:
         """Give rows, the last of the batch, a token from their scores (rows, V); take out and return those that end."""
-        highest, best = (found.tolist() for found in scores.float().max(-1))  # in bf16 this takes four times as long
-        asked = [i for i, row in enumerate(rows) if row.is_scored]
-        read = dict(zip(asked, scores[asked].float().cpu(), strict=True)) if asked else {}
-        ended = []
-        for i, row in enumerate(rows):
-            if row.on_failure is not None and not math.isfinite(highest[i]):
-                row.on_failure(ValueError("the scores of the next token are not finite, so there is no answer"))
-                ended.append(row)
-            elif not row.take(best[i], read.get(i)):
-                ended.append(row)
+        ended = choose(scores, rows)
         if ended:
             self.drop(ended)
         return ended
+
+
+def steps_of(model: PreTrainedModel, slots: Slots | None) -> Steps:
+    """Return the fastest steps that compute a model."""
+    if why_not_static(model) is None:
+        return StaticSteps(model, slots)
+    if (reason := why_without_cache(model)) is None:
+        return PlainSteps(model, slots)
+    logger.info("%s: each token is computed from all before it, as %s", type(model).__name__, reason)
+    return AnewSteps(model, slots)
+
+
+@torch.inference_mode()
+def why_without_cache(model: PreTrainedModel) -> str | None:
+    """Return why `PlainSteps` do not compute a model; None where they do, which is tried on a few tokens.
+
+    Some families keep what no cache of transformers holds, and a forward pass may swallow an argument unread.
+    """
+    if cache_keyword(model) is None:
+        return "it takes no cache of transformers"
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = [token % vocabulary for token in range(1, TRIED_TOKENS + 1)]
+    steps = PlainSteps(model, None)
+    try:
+        found = [steps.begin([ids[:-2]], [-1]), *(steps.step([token], [-1]) for token in ids[-2:])]
+    except torch.OutOfMemoryError:  # that failure says nothing of the model
+        raise
+    except OWN_ERRORS as error:
+        return f"its cache fails: {' '.join(str(error).split())[:120]}"
+    expected = AnewSteps(model, None).begin([ids], [-1])
+    return None if is_close(found[-1].float(), expected.float(), computing_dtype(model)) else "its cache gives others"
+
+
+def choose(scores: Tensor, rows: Sequence[RunningSequence]) -> list[RunningSequence]:
+    """Give each row its next token from its scores (rows, V); return those whose answers end."""
+    highest, best = (found.tolist() for found in scores.float().max(-1))  # in bf16 this takes four times as long
+    asked = [i for i, row in enumerate(rows) if row.is_scored]
+    read = dict(zip(asked, scores[asked].float().cpu(), strict=True)) if asked else {}
+    ended = []
+    for i, row in enumerate(rows):
+        if row.on_failure is not None and not math.isfinite(highest[i]):
+            row.on_failure(ValueError(NOT_FINITE))
+            ended.append(row)
+        elif not row.take(best[i], read.get(i)):
+            ended.append(row)
+    return ended
 
 
 def draw(scores: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
