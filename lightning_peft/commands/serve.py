@@ -9,12 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_peft.adapters.slots import Slots
-from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.checkpoint.lineage import check_lineage, read_lineage
 from lightning_peft.checkpoint.peft_format import AdapterFileError, read_low_rank
 from lightning_peft.command_configs.of_answers import ServeConfig
 from lightning_peft.commands.adapted import (
     base_of,
+    check_same_model,
     inference_device,
     inference_dtype,
     layout_of,
@@ -35,6 +38,7 @@ from lightning_peft.serving.server_config import ServerConfig, ServingEngine
 from lightning_peft.serving.tiers import AdapterTiers
 from lightning_peft.serving.vllm import vllm_version
 from lightning_peft.serving.vllm_middleware import NAME
+from lightning_peft.training.precision import weight_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +99,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         raise ValueError("serve: fastapi or uvicorn is not installed; pip install 'lightning-peft[serve]'") from error
     first = str(next(iter(folders.values()))) if folders else None
     name, base, fingerprint = served.name, served.base, served.fingerprint
-    ranks, alone = checked(folders, fingerprint, model_name(base))
+    ranks, alone = checked(folders, served)
     rank = config.serve.max_rank or max([*ranks, DEFAULT_RANK if not ranks else 1])
     if alone is not None and (len(folders) > 1 or directory is not None):
         raise alone
@@ -121,6 +125,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         slots = None
     else:
         dtype = inference_dtype(first, config.precision)
+        say_other_dtypes([*folders.items()][1:], dtype)  # of the first it was said
         model = load_model(base, dtype, served.quantization, device=inference_device()).eval()
         layout = layout_of(None, tokenizer)
         slots = Slots(model, config.serve.slots, rank, dtype)
@@ -129,7 +134,11 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     model.requires_grad_(False)
     layout = layout.with_stops(sorted(declared_end_ids(model)))
     say_settings_not_followed(model)
-    engine = Engine(Decoder(model, slots), tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
+    decoder = Decoder(model, slots)
+    if not decoder.can_batch:
+        kind = type(model).__name__
+        logger.warning("%s: one request is answered at a time, as its memory is more than keys and values", kind)
+    engine = Engine(decoder, tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
     serving = Serving(engine, tiers, tokenizer, name, layout, served.context, config.serve)
     with listening(config.serve) as listener:
         logger.info("listens at http://%s:%d", config.serve.host, listener.getsockname()[1])
@@ -184,12 +193,25 @@ def check_no_clash(base_name: str, folders: dict[str, Path], directory: Path) ->
             )
 
 
-def checked(folders: dict[str, Path], fingerprint: str, base_name: str) -> tuple[list[int], Any]:
+def say_other_dtypes(folders: Sequence[tuple[str, Path]], dtype: torch.dtype) -> None:
+    """Log which adapters were trained in another dtype than they are served in."""
+    for name, folder in folders:
+        lineage = read_lineage(folder)
+        if lineage is not None and lineage.precision is not None:
+            if weight_dtype(lineage.precision, trains_all=False) is not dtype:
+                logger.warning(
+                    "adapters: %s was trained in %s and is served in %s, so its answers are not those of `generate`",
+                    name, lineage.precision, str(dtype).removeprefix("torch."),
+                )  # fmt: skip
+
+
+def checked(folders: dict[str, Path], served: Served) -> tuple[list[int], Any]:
     """Return the ranks of the adapters, and why one of them cannot share the base. Raises for a wrong base."""
     ranks: list[int] = []
     alone: AdapterFileError | None = None
-    for folder in folders.values():
-        check_lineage(folder, fingerprint, base_name=base_name)
+    for name, folder in folders.items():
+        check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
+        check_same_model(f"adapters: {name}={folder}", folder, served.base)
         refuse_rewards(folder)
         try:
             ranks.append(max(len(change.A) for change in read_low_rank(folder).values()))
