@@ -10,14 +10,9 @@ from transformers import GenerationConfig
 import lightning_peft.inference.static_steps as steps_module
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.inference.generate import (
-    generate_batch,
-    generate_stream,
-    generated_stream,
-    say_once,
-    takes_cache,
-    why_not_decoded,
-)
+from lightning_peft.inference.answer_rows import AnswerRows
+from lightning_peft.inference.by_transformers import generated_tokens, say_once, takes_cache
+from lightning_peft.inference.generate import generate_batch, generate_stream, why_not_decoded
 from lightning_peft.inference.prompt_batches import Batching, choose_batching, common_prefix
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.static_steps import StaticSteps, why_not_static
@@ -117,12 +112,12 @@ def test_stream_hands_on_the_error_of_its_thread(model, tokenizer):
         if len(calls) > 4:  # the first few see whether the model runs with a cache
             raise Broken
 
+    sampling = SamplingConfig(max_new_tokens=8)
+    answers = AnswerRows(model, tokenizer, [tokenizer("the cat")["input_ids"]], sampling)
     hook = model.get_output_embeddings().register_forward_pre_hook(fail)
     try:
         with pytest.raises(Broken):
-            list(
-                generated_stream(model, tokenizer, tokenizer("the cat")["input_ids"], SamplingConfig(max_new_tokens=8))
-            )
+            list(generated_tokens(model, answers, sampling))
     finally:
         hook.remove()
 
