@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from lightning_peft.inference.answer_rows import AnswerRows
-from lightning_peft.inference.continuous_batching import TRIED_TOKENS, RunningSequence, choose
+from lightning_peft.inference.continuous_batching import RunningSequence, choose
 from lightning_peft.inference.own_settings import generation_config, only_what_is_asked, room_for
 from lightning_peft.inference.prompt_batches import (
     CHECKED_TOKENS,
@@ -37,6 +37,7 @@ from lightning_peft.inference.prompt_batches import (
     pad_left,
 )
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.tried_steps import TRIED_TOKENS
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Answers to requests that come and go: each step gives every running one a token, and a slot of adapters each row."""
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,16 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_peft.adapters.slots import Slots
-from lightning_peft.inference.prompt_batches import OWN_ERRORS, is_close
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.inference.static_steps import StaticSteps, why_not_static
-from lightning_peft.inference.steps import AnewSteps, PlainSteps, Steps, cache_keyword, can_pad_left
-from lightning_peft.quantization.weights import computing_dtype
+from lightning_peft.inference.tried_steps import steps_of
 
-logger = logging.getLogger(__name__)
-
-TRIED_TOKENS = 8
-"""Tokens with which it is tried whether a model takes a cache."""
 NOT_FINITE = "the scores of the next token are not finite, so there is no answer"
 SMALLEST_TEMPERATURE = 1e-30
 """Temperature below which any difference of two fp32 scores decides as it does here."""
@@ -78,13 +70,11 @@ class RunningSequence:
 
 
 class Decoder:
-    """The rows of one batch. Used by one thread."""
+    """The rows of one batch, one at a time where not `can_batch`. Used by one thread."""
 
     def __init__(self, model: PreTrainedModel, slots: Slots | None = None):
         self.model = model
-        self.steps = steps_of(model, slots)
-        self.can_batch = not isinstance(self.steps, PlainSteps) or can_pad_left(model)
-        """False where rows have to come one at a time."""
+        self.steps, self.can_batch = steps_of(model, slots)
         self.rows: list[RunningSequence] = []
 
     @torch.inference_mode()
@@ -123,37 +113,6 @@ class Decoder:
         if ended:
             self.drop(ended)
         return ended
-
-
-def steps_of(model: PreTrainedModel, slots: Slots | None) -> Steps:
-    """Return the fastest steps that compute a model."""
-    if why_not_static(model) is None:
-        return StaticSteps(model, slots)
-    if (reason := why_without_cache(model)) is None:
-        return PlainSteps(model, slots)
-    logger.info("%s: each token is computed from all before it, as %s", type(model).__name__, reason)
-    return AnewSteps(model, slots)
-
-
-@torch.inference_mode()
-def why_without_cache(model: PreTrainedModel) -> str | None:
-    """Return why `PlainSteps` do not compute a model; None where they do, which is tried on a few tokens.
-
-    Some families keep what no cache of transformers holds, and a forward pass may swallow an argument unread.
-    """
-    if cache_keyword(model) is None:
-        return "it takes no cache of transformers"
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = [token % vocabulary for token in range(1, TRIED_TOKENS + 1)]
-    steps = PlainSteps(model, None)
-    try:
-        found = [steps.begin([ids[:-2]], [-1]), *(steps.step([token], [-1]) for token in ids[-2:])]
-    except torch.OutOfMemoryError:  # that failure says nothing of the model
-        raise
-    except OWN_ERRORS as error:
-        return f"its cache fails: {' '.join(str(error).split())[:120]}"
-    expected = AnewSteps(model, None).begin([ids], [-1])
-    return None if is_close(found[-1].float(), expected.float(), computing_dtype(model)) else "its cache gives others"
 
 
 def choose(scores: Tensor, rows: Sequence[RunningSequence]) -> list[RunningSequence]:
