@@ -56,15 +56,12 @@ class Choosing(LogitsProcessor):
         """Places of the rows whose answers go on."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = torch.full_like(scores, -torch.inf)
-        chosen[:, 0] = 0.0  # of rows that have ended, which are padded
         if self.going:
             ended = {id(row) for row in choose(scores[self.going], [self.rows[i] for i in self.going])}
-            for i in self.going:
-                if tokens := self.rows[i].tokens:
-                    chosen[i, 0], chosen[i, tokens[-1]] = -torch.inf, 0.0
             self.going = [i for i in self.going if id(self.rows[i]) not in ended]
-        return chosen
+        # Rows that have ended are padded, whatever is chosen.
+        tokens = torch.tensor([row.tokens[-1:] or [0] for row in self.rows], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
 class Ended(StoppingCriteria):

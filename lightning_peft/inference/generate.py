@@ -18,6 +18,8 @@ from lightning_peft.inference.steps import PREFILL_TOKENS
 from lightning_peft.inference.token_ids import check_token_ids
 from lightning_peft.progress import Part
 
+USUAL_TOKENS = 256
+"""Tokens of an answer that room is made for even beyond the model's context; a cache grows for longer ones."""
 JOIN_SHARE = 0.25
 """Share of a batch's places that is free before further prompts run."""
 
@@ -101,7 +103,8 @@ def decode(model: PreTrainedModel, answers: AnswerRows, sampling: SamplingConfig
     # The longest first, so that neighbours are of a length and the cache is as wide as it has to be from the start.
     waiting = deque(sorted(answers.rows, key=lambda row: -len(row.prompt)))
     longest = len(waiting[0].prompt)
-    batch_size = decoder.steps.reserve(min(batch_size, len(prompts)), longest + sampling.max_new_tokens)
+    width = min(longest + sampling.max_new_tokens, max(answers.context or 0, longest + USUAL_TOKENS))
+    batch_size = decoder.steps.reserve(min(batch_size, len(prompts)), width)
     while waiting or decoder.rows:
         free = batch_size - len(decoder.rows)
         # Several prompts at once make better use of the weights that are read for them.

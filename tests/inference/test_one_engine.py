@@ -1,5 +1,6 @@
 """`generate`, `evaluate`, `samples` and `serve` give one answer: prompts, draws and ends are the same."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lightning_peft.inference.continuous_batching import Decoder
 from lightning_peft.inference.generate import generate_batch, generate_stream, why_not_decoded
 from lightning_peft.inference.own_settings import declared_end_ids
 from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.static_steps import StaticSteps
 from lightning_peft.inference.steps import AnewSteps
 from lightning_peft.models.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from lightning_peft.serving.bodies import Turn
@@ -289,3 +291,29 @@ def test_scores_that_are_not_finite_give_no_answer(family: str, temperature: flo
     assert "1 of 2 answers are empty, the first of them that to prompt 2: the scores of the next token" in caplog.text
     with pytest.raises(ValueError, match="the scores of the next token are not finite, so there is no answer"):
         list(generate_stream(model, tokenizer, [5, 40, 7], sampling))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_stream_is_over_when_its_thread_is(family: str) -> None:
+    """A thread that is left behind would give the model back its settings in the middle of the next answer."""
+    model, tokenizer = model_of(family), letters_tokenizer()
+    whole = generate_batch(model, tokenizer, [[5, 6, 7]], SamplingConfig(max_new_tokens=TOKENS))[0]
+    stop = tokenizer.convert_tokens_to_ids(whole[2])
+    own, before = model.generation_config, threading.active_count()
+    for _ in range(5):
+        text = "".join(generate_stream(model, tokenizer, [5, 6, 7], SamplingConfig(max_new_tokens=TOKENS), [stop]))
+        assert text == whole.partition(whole[2])[0]
+        assert model.generation_config is own and threading.active_count() == before
+
+
+def test_room_is_made_for_no_more_than_the_context(monkeypatch) -> None:
+    """Who asks for a million tokens means no bound; that many positions a row would leave room for one row."""
+    asked = []
+    reserve = StaticSteps.reserve
+    monkeypatch.setattr(StaticSteps, "reserve", lambda self, *size: asked.append(size) or reserve(self, *size))
+    model, tokenizer = model_of("llama"), tiny_tokenizer()
+    follows = [[5, 6, 7], [5, 6, 9, 10, 11]]
+    say(model, follows, [[20, 2], [21, 2]])
+    answers = generate_batch(model, tokenizer, follows, SamplingConfig(max_new_tokens=10**6))
+    assert answers == [tokenizer.decode([20]), tokenizer.decode([21])]
+    assert asked == [(2, SIZES["max_position_embeddings"])]
