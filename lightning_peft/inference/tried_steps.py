@@ -25,12 +25,17 @@ def steps_of(model: PreTrainedModel, slots: Slots | None) -> tuple[Steps, bool]:
     """Return the fastest steps that compute a model, and whether these take rows of unlike lengths side by side."""
     if why_not_static(model) is None:
         return StaticSteps(model, slots), True
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    text = [token % vocabulary for token in range(1, TRIED_TOKENS + 1)]
+    text = tried_text(model)
     if (reason := why_without_cache(model, text)) is not None:
         logger.info("%s: each token is computed from all before it, as %s", type(model).__name__, reason)
         return AnewSteps(model, slots), True
     return PlainSteps(model, slots), can_pad_left(model) and are_as_alone(model, [text, text[: TRIED_TOKENS // 2]])
+
+
+def tried_text(model: PreTrainedModel) -> list[int]:
+    """Return a text of a few tokens that a model has."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return [token % vocabulary for token in range(1, TRIED_TOKENS + 1)]
 
 
 def why_without_cache(model: PreTrainedModel, text: list[int]) -> str | None:
