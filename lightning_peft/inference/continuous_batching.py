@@ -131,12 +131,24 @@ def choose(scores: Tensor, rows: Sequence[RunningSequence]) -> list[RunningSeque
 
 
 def draw(scores: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """Return the next token from its scores (V,): the best, or one drawn from the smallest set of `top_p`."""
+    """Return the next token from its scores (V,): the best, or one drawn from the smallest set of `top_p`.
+
+    Each token has a random number of its own, whatever its rank: scores that were rounded otherwise mostly draw it too.
+    """
     if sampling.temperature == 0:
         return int(scores.argmax())
     # At a tiny temperature the quotients of the scores themselves would have no fp32 number.
     quotients = (scores - scores.max()) / max(sampling.temperature, SMALLEST_TEMPERATURE)
-    shares, order = quotients.softmax(-1).sort(descending=True)
-    before = shares.cumsum(-1) - shares
-    shares = torch.where(before < sampling.top_p, shares, 0.0)
-    return int(order[torch.multinomial(shares, 1, generator=generator)])
+    shares = quotients.softmax(-1)
+    if sampling.top_p < 1:
+        shares = smallest_set(shares, sampling.top_p)
+    return int(torch.multinomial(shares, 1, generator=generator))
+
+
+def smallest_set(shares: Tensor, top_p: float) -> Tensor:
+    """Return shares (V,) with zeros for all but the smallest set of tokens that holds `top_p` of them."""
+    # All tokens with less than this have less than 1 - top_p together: a few remain to be sorted, not a vocabulary.
+    candidates = (shares >= (1 - top_p) / len(shares)).nonzero()[:, 0]
+    found, order = shares[candidates].sort(descending=True)
+    kept = found.cumsum(-1) - found < top_p
+    return torch.zeros_like(shares).index_copy_(0, candidates[order[kept]], found[kept])
