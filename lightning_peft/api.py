@@ -94,7 +94,7 @@ class Run:
         layout = layout_of(str(self.folder), tokenizer)
         ids = prompts_of([each.conversation(layout) for each in prompts], layout, tokenizer)
         with torch.no_grad():
-            answers = generate_batch(model, tokenizer, ids, SamplingConfig(**sampling))
+            answers = generate_batch(model, tokenizer, ids, SamplingConfig(**sampling), stops=layout.stop_token_ids)
         return answers[0] if is_one else answers
 
     def merge(self, output: str | Path, *words: str) -> Receipt:

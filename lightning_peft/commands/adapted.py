@@ -16,6 +16,7 @@ from lightning_peft.data.mixture import shared_option
 from lightning_peft.inference.load import base_named_by, is_whole_model, load_adapted, tuned_folder
 from lightning_peft.inference.own_settings import settings_not_decoded
 from lightning_peft.models.loading import load_model, load_tokenizer
+from lightning_peft.models.rope import RopeScaling
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import stored_dtypes
 from lightning_peft.quantization.config import QuantizationConfig
@@ -133,6 +134,21 @@ def precision_of_change(folder: Path, base: ModelConfig) -> str:
     stored = stored_dtypes(base)
     most = max(stored, key=lambda dtype: stored[dtype]) if stored else None
     return "32-true" if most in (torch.float32, torch.float64) else "auto"
+
+
+def check_same_model(words: str, folder: Path, base: ModelConfig) -> None:
+    """Raise ValueError for an adapter that was trained on other positions, or with other tokens, than a base has.
+
+    `words` name the adapter as typed. The weights are the lineage's to compare.
+    """
+    lineage, remedy = read_lineage(folder), "give it a server of its own"
+    saved = lineage.config.get("model") or {} if lineage is not None else {}  # a whole config takes long to check
+    trained = RopeScaling(**(saved.get("rope_scaling") or {}))
+    if saved and trained != base.rope_scaling:
+        scalings = [str(each) if each.is_on else "none" for each in (trained, base.rope_scaling)]
+        raise ValueError(f"{words}: was trained with the scaling {scalings[0]}, the base has {scalings[1]}; {remedy}")
+    if missing := [token for token in saved.get("new_tokens") or [] if token not in base.new_tokens]:
+        raise ValueError(f"{words}: knows tokens that the base served has not, {', '.join(missing[:5])}; {remedy}")
 
 
 def load_base(adapter_path: str, model: ModelConfig | None, precision: str) -> PreTrainedModel:

@@ -67,10 +67,10 @@ def generate(config: GenerateConfig) -> None:
     if config.passes > 1:
         drawn(model, tokenizer, layout, config, prompts)
     elif config.prompt is not None:
-        stream(model, tokenizer, layout.prompt(layout.conversation(config.prompt), tokenizer), config)
+        stream(model, tokenizer, layout, layout.conversation(config.prompt), config)
     elif prompts is not None:
         ids = prompts_of([prompt.conversation(layout) for prompt in prompts], layout, tokenizer)
-        answers = generate_batch(model, tokenizer, ids, config.sampling)
+        answers = generate_batch(model, tokenizer, ids, config.sampling, stops=layout.stop_token_ids)
         write_answers([prompt.row for prompt in prompts], answers, config.output)
     else:
         chat(model, tokenizer, layout, config)
@@ -87,9 +87,10 @@ def drawn(
     asked = [text_prompt(config.prompt or "")] if prompts is None else prompts
     tokens = prompts_of([prompt.conversation(layout) for prompt in asked], layout, tokenizer)
     rows, answers = [], []
-    for prompt, ids in zip(asked, tokens, strict=True):
-        with Part("drawing an answer", config.sampling.max_new_tokens) as part:
-            found = generate_drawn(model, tokenizer, ids, config.sampling, config.passes, part.advance)
+    for number, (prompt, ids) in enumerate(zip(asked, tokens, strict=True)):
+        sampling = config.sampling.of_answer(number)
+        with Part("drawing an answer", sampling.max_new_tokens) as part:
+            found = generate_drawn(model, tokenizer, ids, sampling, config.passes, part.advance, layout.stop_token_ids)
         figures = {key: value for key, value in asdict(found).items() if key != "text"}
         rows.append(prompt.row | figures)
         answers.append(found.text)
@@ -158,11 +159,15 @@ def write_answers(rows: list[dict[str, Any]], answers: list[str], output: str | 
 
 
 def stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: list[int], config: GenerateConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: PromptLayout,
+    asked: Conversation,
+    config: GenerateConfig,
 ) -> str:
     """Print the answer as it comes and return it."""
-    pieces = []
-    for piece in generate_stream(model, tokenizer, prompt, config.sampling):
+    pieces, prompt = [], layout.prompt(asked, tokenizer)
+    for piece in generate_stream(model, tokenizer, prompt, config.sampling, layout.stop_token_ids):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()
@@ -192,5 +197,5 @@ def chat(
         asked = layout.conversation(line)
         if conversation and layout.kind == "chat":
             asked = Conversation([*conversation, asked[-1]], asked.tools)
-        answer = stream(model, tokenizer, layout.prompt(asked, tokenizer), config)
+        answer = stream(model, tokenizer, layout, asked, config)
         conversation = Conversation([*asked, Message("assistant", answer)], asked.tools)

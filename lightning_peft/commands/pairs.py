@@ -64,7 +64,7 @@ def pairs(config: PairsConfig) -> dict[str, Any]:
     logger.info("%d answers to each of %d prompts, scored by %s", config.samples, len(asked), metric)
     prompts = prompts_of([each.conversation for each in asked], layout, tokenizer)
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
-    answers = generate_batch(model, tokenizer, repeated, sampling, config.batch_size)
+    answers = generate_batch(model, tokenizer, repeated, sampling, config.batch_size, layout.stop_token_ids)
     score, lines = score_of(scorer, small_is_good), []
     with Part("scores", len(asked)) as part:
         for place, each in enumerate(asked):

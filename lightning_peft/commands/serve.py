@@ -7,18 +7,19 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
-from lightning_peft.adapters.slots import Slots
-from lightning_peft.checkpoint.lineage import check_lineage
+from lightning_peft.adapters.slots import Slots, cast_factors
+from lightning_peft.checkpoint.lineage import check_lineage, read_lineage
 from lightning_peft.checkpoint.peft_format import AdapterFileError, read_low_rank
 from lightning_peft.checkpoint.peft_words import read_words
 from lightning_peft.command_configs.of_answers import ServeConfig
 from lightning_peft.commands.adapted import (
     base_of,
     best_of_sweep,
+    check_same_model,
     inference_device,
     inference_dtype,
     layout_of,
@@ -26,9 +27,12 @@ from lightning_peft.commands.adapted import (
     say_settings_not_followed,
 )
 from lightning_peft.commands.serve_vllm import DEFAULT_RANK, Served, serve_by_vllm, stored_rank
-from lightning_peft.inference.continuous_batching import Decoder
+from lightning_peft.inference.continuous_batching import Decoder, RunningSequence
 from lightning_peft.inference.load import adapter_folder, refuse_rewards, tuned_folder
 from lightning_peft.inference.own_settings import declared_end_ids
+from lightning_peft.inference.prompt_batches import OWN_ERRORS
+from lightning_peft.inference.sampling import SamplingConfig
+from lightning_peft.inference.tried_steps import tried_text
 from lightning_peft.models.loading import load_model, load_tokenizer, model_context, model_name
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
@@ -39,6 +43,7 @@ from lightning_peft.serving.server_config import ServerConfig, ServingEngine
 from lightning_peft.serving.tiers import AdapterTiers
 from lightning_peft.serving.vllm import vllm_version
 from lightning_peft.serving.vllm_middleware import NAME
+from lightning_peft.training.precision import weight_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +111,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         raise ValueError("serve: fastapi or uvicorn is not installed; pip install 'lightning-peft[serve]'") from error
     first = served.first
     name, base, fingerprint = served.name, served.base, served.fingerprint
-    ranks, alone = checked(folders, fingerprint, model_name(base))
+    ranks, alone, examples = checked(folders, served)
     rank = config.serve.max_rank or max((*ranks, *served.ranks), default=DEFAULT_RANK)
     if alone is not None and (len(folders) > 1 or directory is not None):
         raise alone
@@ -133,6 +138,7 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
         slots = None
     else:
         dtype = inference_dtype(first, config.precision)
+        say_other_dtypes([*folders.items()][1:], dtype)  # of the first it was said
         model = load_model(base, dtype, served.quantization, device=inference_device()).eval()
         layout = layout_of(None, tokenizer)
         slots = Slots(model, config.serve.slots, rank, dtype)
@@ -141,7 +147,13 @@ def serve_embedded(config: ServeConfig, served: Served, folders: dict[str, Path]
     model.requires_grad_(False)
     layout = layout.with_stops(sorted(declared_end_ids(model)))
     say_settings_not_followed(model)
-    engine = Engine(Decoder(model, slots), tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
+    decoder = Decoder(model, slots)
+    if slots is not None:
+        try_adapters(decoder, slots, examples)
+    if not decoder.can_batch:
+        kind = type(model).__name__
+        logger.warning("%s: one request is answered at a time, as its memory is more than keys and values", kind)
+    engine = Engine(decoder, tiers, tokenizer, config.serve.max_batch, config.serve.max_queue)
     serving = Serving(engine, tiers, tokenizer, name, layout, served.context, config.serve)
     with listening(config.serve) as listener:
         logger.info("listens at http://%s:%d", config.serve.host, listener.getsockname()[1])
@@ -210,17 +222,65 @@ def check_no_clash(base_name: str, folders: dict[str, Path], directory: Path) ->
             )
 
 
-def checked(folders: dict[str, Path], fingerprint: str, base_name: str) -> tuple[list[int], Any]:
-    """Return the ranks of the adapters, and why one of them cannot share the base. Raises for a wrong base."""
+def say_other_dtypes(folders: Sequence[tuple[str, Path]], dtype: torch.dtype) -> None:
+    """Log which adapters were trained in another dtype than they are served in."""
+    for name, folder in folders:
+        lineage = read_lineage(folder)
+        if lineage is not None and lineage.precision is not None:
+            if weight_dtype(lineage.precision, trains_all=False) is not dtype:
+                logger.warning(
+                    "adapters: %s was trained in %s and is served in %s, so its answers are not those of `generate`",
+                    name, lineage.precision, str(dtype).removeprefix("torch."),
+                )  # fmt: skip
+
+
+def try_adapters(decoder: Decoder, slots: Slots, examples: Sequence[tuple[str, Path]]) -> None:
+    """Raise ValueError for an adapter of layers that the model computes with by itself, or feeds no rows of a batch."""
+    text, sampling = tried_text(decoder.model), SamplingConfig(max_new_tokens=2)
+    for name, folder in examples:
+        try:
+            slots.load(0, cast_factors(read_low_rank(folder), slots.dtype))
+        except ValueError:  # it fits no slot, which each request to it is told
+            continue
+        asked = (text, 0), (text[: len(text) // 2], -1)
+        rows = [RunningSequence(prompt, sampling, lambda _: True, slot) for prompt, slot in asked]
+        try:
+            for group in [rows] if decoder.can_batch else [[row] for row in rows]:
+                decoder.add(*group)
+                while decoder.rows:
+                    decoder.step()
+        except torch.OutOfMemoryError:  # that failure says nothing of the model
+            raise
+        except OWN_ERRORS as error:
+            raise ValueError(
+                f"adapters: {name}={folder}: {type(decoder.model).__name__} cannot be asked through it beside others "
+                f"({error}); `lightning-peft merge` makes a model of it and its base"
+            ) from error
+    if slots.on_host:
+        slots.unload(0)
+
+
+def checked(
+    folders: dict[str, Path], served: Served
+) -> tuple[list[int], AdapterFileError | None, list[tuple[str, Path]]]:
+    """Return the ranks of the adapters, why one of them cannot share the base, and one for each set of layers.
+
+    Raises for a wrong base.
+    """
     ranks: list[int] = []
+    examples: dict[frozenset[str], tuple[str, Path]] = {}
     alone: AdapterFileError | None = None
-    for folder in folders.values():
-        check_lineage(folder, fingerprint, base_name=base_name)
+    for name, folder in folders.items():
+        check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
+        check_same_model(f"adapters: {name}={folder}", folder, served.base)
         refuse_rewards(folder)
         try:
-            ranks.append(max(len(change.A) for change in read_low_rank(folder).values()))
+            change = read_low_rank(folder)
         except AdapterFileError as error:
             if "alone" not in str(error):
                 raise
             alone = error
-    return ranks, alone
+        else:
+            ranks.append(max(len(part.A) for part in change.values()))
+            examples.setdefault(frozenset(change), (name, folder))
+    return ranks, alone, list(examples.values())

@@ -14,7 +14,13 @@ from lightning_peft.checkpoint.lineage import check_lineage
 from lightning_peft.checkpoint.peft_format import WEIGHTS_NAME, adapter_config_from_peft
 from lightning_peft.command_configs.of_adapters import ExportConfig, ExportFormat
 from lightning_peft.command_configs.of_answers import ServeConfig
-from lightning_peft.commands.adapted import features_of_folder, inference_dtype, layout_of, say_settings_not_followed
+from lightning_peft.commands.adapted import (
+    check_same_model,
+    features_of_folder,
+    inference_dtype,
+    layout_of,
+    say_settings_not_followed,
+)
 from lightning_peft.commands.export import base_file, export
 from lightning_peft.inference.load import is_whole_model, refuse_rewards
 from lightning_peft.inference.own_settings import declared_end_ids
@@ -160,6 +166,7 @@ def judge(name: str, folder: Path, served: Served, reads_patterns: bool) -> Judg
     if is_whole_model(folder):
         raise ValueError(f"adapters: {name}={folder}: holds a whole model; serve it by model=hf model.path={folder}")
     check_lineage(folder, served.fingerprint, served.quantization.kind.name, model_name(served.base))
+    check_same_model(f"adapters: {name}={folder}", folder, served.base)
     refuse_rewards(folder)
     engine, features = engines()["vllm"], features_of_folder(folder)
     rank = max(stored_rank(folder), largest_rank(adapter_config_from_peft(folder)))

@@ -89,9 +89,8 @@ def answer_rows(
 ) -> list[str]:
     """Return greedy answers to conversations that end with a user turn."""
     prompts = prompts_of(conversations, layout, tokenizer)
-    return generate_batch(
-        model, tokenizer, prompts, SamplingConfig(max_new_tokens=task.max_new_tokens), batch_size=batch_size
-    )
+    sampling = SamplingConfig(max_new_tokens=task.max_new_tokens)
+    return generate_batch(model, tokenizer, prompts, sampling, batch_size, layout.stop_token_ids)
 
 
 def score(

@@ -1,7 +1,7 @@
 """Answers to requests that come and go: each step gives every running one a token, and a slot of adapters each row."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from lightning_peft.adapters.slots import Slots
 from lightning_peft.inference.sampling import SamplingConfig
-from lightning_peft.inference.static_steps import StaticSteps, why_not_static
-from lightning_peft.inference.steps import PlainSteps, Steps, can_repeat_prefix
+from lightning_peft.inference.tried_steps import steps_of
 
+NOT_FINITE = "the scores of the next token are not finite, so there is no answer"
 SMALLEST_TEMPERATURE = 1e-30
 """Temperature below which any difference of two fp32 scores decides as it does here."""
 
@@ -70,16 +70,11 @@ class RunningSequence:
 
 
 class Decoder:
-    """The rows of one batch. Used by one thread.
-
-    A model whose cache is more than keys and values of all positions gets one row at a time.
-    """
+    """The rows of one batch, one at a time where not `can_batch`. Used by one thread."""
 
     def __init__(self, model: PreTrainedModel, slots: Slots | None = None):
         self.model = model
-        self.is_static = why_not_static(model) is None
-        self.steps: Steps = StaticSteps(model, slots) if self.is_static else PlainSteps(model, slots)
-        self.can_batch = self.is_static or can_repeat_prefix(model)
+        self.steps, self.can_batch = steps_of(model, slots)
         self.rows: list[RunningSequence] = []
 
     @torch.inference_mode()
@@ -114,28 +109,46 @@ class Decoder:
 
     def _choose(self, scores: Tensor, rows: list[RunningSequence]) -> list[RunningSequence]:
         """Give rows, the last of the batch, a token from their scores (rows, V); take out and return those that end."""
-        highest, best = (found.tolist() for found in scores.float().max(-1))  # in bf16 this takes four times as long
-        asked = [i for i, row in enumerate(rows) if row.is_scored]
-        read = dict(zip(asked, scores[asked].float().cpu(), strict=True)) if asked else {}
-        ended = []
-        for i, row in enumerate(rows):
-            if row.on_failure is not None and not math.isfinite(highest[i]):
-                row.on_failure(ValueError("the scores of the next token are not finite, so there is no answer"))
-                ended.append(row)
-            elif not row.take(best[i], read.get(i)):
-                ended.append(row)
+        ended = choose(scores, rows)
         if ended:
             self.drop(ended)
         return ended
 
 
+def choose(scores: Tensor, rows: Sequence[RunningSequence]) -> list[RunningSequence]:
+    """Give each row its next token from its scores (rows, V); return those whose answers end."""
+    highest, best = (found.tolist() for found in scores.float().max(-1))  # in bf16 this takes four times as long
+    asked = [i for i, row in enumerate(rows) if row.is_scored]
+    read = dict(zip(asked, scores[asked].float().cpu(), strict=True)) if asked else {}
+    ended = []
+    for i, row in enumerate(rows):
+        if row.on_failure is not None and not math.isfinite(highest[i]):
+            row.on_failure(ValueError(NOT_FINITE))
+            ended.append(row)
+        elif not row.take(best[i], read.get(i)):
+            ended.append(row)
+    return ended
+
+
 def draw(scores: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """Return the next token from its scores (V,): the best, or one drawn from the smallest set of `top_p`."""
+    """Return the next token from its scores (V,): the best, or one drawn from the smallest set of `top_p`.
+
+    Each token has a random number of its own, whatever its rank: scores that were rounded otherwise mostly draw it too.
+    """
     if sampling.temperature == 0:
         return int(scores.argmax())
     # At a tiny temperature the quotients of the scores themselves would have no fp32 number.
     quotients = (scores - scores.max()) / max(sampling.temperature, SMALLEST_TEMPERATURE)
-    shares, order = quotients.softmax(-1).sort(descending=True)
-    before = shares.cumsum(-1) - shares
-    shares = torch.where(before < sampling.top_p, shares, 0.0)
-    return int(order[torch.multinomial(shares, 1, generator=generator)])
+    shares = quotients.softmax(-1)
+    if sampling.top_p < 1:
+        shares = smallest_set(shares, sampling.top_p)
+    return int(torch.multinomial(shares, 1, generator=generator))
+
+
+def smallest_set(shares: Tensor, top_p: float) -> Tensor:
+    """Return shares (V,) with zeros for all but the smallest set of tokens that holds `top_p` of them."""
+    # All tokens with less than this have less than 1 - top_p together: a few remain to be sorted, not a vocabulary.
+    candidates = (shares >= (1 - top_p) / len(shares)).nonzero()[:, 0]
+    found, order = shares[candidates].sort(descending=True)
+    kept = found.cumsum(-1) - found < top_p
+    return torch.zeros_like(shares).index_copy_(0, candidates[order[kept]], found[kept])

@@ -1,6 +1,6 @@
 """Answers of a BaLoRA adapter whose tokens are chosen by the mean of several draws, and how sure it is of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_peft.adapters.balora import InputVariance, sampling
-from lightning_peft.data.chat import end_token_ids
-from lightning_peft.inference.continuous_batching import draw
-from lightning_peft.inference.own_settings import declared_end_ids, room_for
+from lightning_peft.inference.answer_rows import ends_of
+from lightning_peft.inference.continuous_batching import NOT_FINITE, draw
+from lightning_peft.inference.own_settings import room_for
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.token_ids import check_token_ids
 
@@ -46,13 +46,15 @@ def generate_drawn(
     options: SamplingConfig,
     passes: int,
     on_step: Callable[[], Any] = lambda: None,
+    stops: Collection[int] = (),
 ) -> Drawn:
     """Return the answer to one prompt, each of its tokens from the mean of the probabilities that `passes` draws give.
 
-    The variance follows the whole text so far, so that every step computes it anew, without a cache.
+    The variance follows the whole text so far, so that every step computes it anew, without a cache. Raises ValueError
+    where a probability is not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    ends = end_token_ids(tokenizer) | declared_end_ids(model)
+    ends = ends_of(model, tokenizer, stops)
     check_token_ids(model, [prompt])
     (longest,) = room_for(model, [prompt], options.max_new_tokens)
     answer: list[int] = []
@@ -63,13 +65,16 @@ def generate_drawn(
             rows = torch.tensor([[*prompt, *answer]] * passes, device=model.device)
             probabilities = model(input_ids=rows, use_cache=False).logits[:, -1].float().softmax(-1).cpu()
             mean = probabilities.mean(0)
+            if not mean.isfinite().all():
+                raise ValueError(NOT_FINITE)
             token = draw(mean.clamp_min(torch.finfo(mean.dtype).tiny).log(), options, generator)
             unsure = entropy(mean)
             sums += torch.stack([unsure, unsure - entropy(probabilities).mean(), mean[token]]).double()
             answer.append(token)
             on_step()
     found = (sums / len(answer)).tolist()
-    return Drawn(str(tokenizer.decode(answer, skip_special_tokens=True)), *found)
+    said = answer[:-1] if answer[-1] in ends else answer
+    return Drawn(str(tokenizer.decode(said, skip_special_tokens=True)), *found)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

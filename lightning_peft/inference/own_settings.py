@@ -1,13 +1,12 @@
 """A model's own generation config beside what is asked for: end tokens, settings that change scores, positions."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from lightning_peft.data.chat import end_token_ids
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.rope import table_of_positions
 
@@ -28,21 +27,16 @@ def declared_end_ids(model: PreTrainedModel) -> set[int]:
 
 
 def generation_config(
-    sampling: SamplingConfig, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
+    sampling: SamplingConfig, ends: Collection[int], tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
 ) -> GenerationConfig:
-    draws = sampling.temperature > 0
-    # transformers draws among 50 tokens where nobody says how many.
-    options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
-    ends = sorted(end_token_ids(tokenizer) | declared_end_ids(model))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    """Return what transformers' `generate` is told; the choice of tokens is ours, also where they are drawn."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=draws,
-        eos_token_id=ends or None,
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
-        stop_strings=getattr(model.generation_config, "stop_strings", None),
         **own_scores(model),
-        **options,
     )
 
 

@@ -1,6 +1,7 @@
 """A batch's keys and values, and the model's step from its last tokens to the scores of the next ones.
 
 `PlainSteps` are a model's own forward with a cache that is padded on the left; `static_steps.py` has faster ones.
+`AnewSteps` keep nothing, for models whose cache is no such one.
 """
 
 import inspect
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lightning_peft.adapters.slots import Slots
 from lightning_peft.models.forwards import takes
@@ -33,13 +34,34 @@ def can_repeat_prefix(model: PreTrainedModel) -> bool:
     A sliding window, a recurrence or a convolution would see the padding that follows the prefix, and a forward pass
     that takes no positions would count it.
     """
-    if cache_keyword(model) is None or not takes(model, "position_ids"):
+    return takes_cache_at_positions(model) and layer_kinds(model) == {DynamicLayer} and not has_window(model)
+
+
+def can_pad_left(model: PreTrainedModel) -> bool:
+    """Return whether rows of unlike lengths can share a cache of this model that is padded on the left.
+
+    A sliding window moves with the tokens; it has to be the cache's own, which then holds no more than it.
+    """
+    kinds = layer_kinds(model)
+    if not takes_cache_at_positions(model) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return False
-    layers = DynamicCache(config=model.config).layers
+    return DynamicSlidingWindowLayer in kinds or not has_window(model)
+
+
+def takes_cache_at_positions(model: PreTrainedModel) -> bool:
+    return cache_keyword(model) is not None and takes(model, "position_ids")
+
+
+def layer_kinds(model: PreTrainedModel) -> set[type]:
+    """Return the kinds of layers that the cache of a model has."""
+    return {type(layer) for layer in DynamicCache(config=model.config).layers} or {DynamicLayer}
+
+
+def has_window(model: PreTrainedModel) -> bool:
+    """Return whether the configuration names a window that is on."""
     options = model.config.get_text_config().to_dict()
     names = [name for name in options if "window" in name and name != "max_window_layers"]  # Qwen's says which layers
-    windows = [name for name in names if type(options[name]) is int and options[name]]
-    return not windows and all(type(layer) is DynamicLayer for layer in layers)
+    return any(type(options[name]) is int and options[name] for name in names)
 
 
 class Steps(Protocol):
@@ -87,9 +109,11 @@ class PlainSteps:
         if not rows:
             self.cache = None
         elif len(rows) < len(self.cache.layers[0].keys):
-            index = torch.tensor(rows, device=self.model.device)
-            for layer in self.cache.layers:
-                layer.keys, layer.values = (x[index][:, :, -max(self.lengths) :] for x in (layer.keys, layer.values))
+            index, width = torch.tensor(rows, device=self.model.device), max(self.lengths)
+            for layer in kept_layers(self.cache):
+                layer.keys, layer.values = (x[index][:, :, -width:] for x in (layer.keys, layer.values))
+                if isinstance(layer, DynamicSlidingWindowLayer):
+                    layer.cumulative_length = width
 
     def _logits(self, ids: list[list[int]], routes: Sequence[int], cache: Any, inputs: dict[str, Tensor]) -> Tensor:
         keyword = {str(cache_keyword(self.model)): cache}
@@ -100,16 +124,52 @@ class PlainSteps:
         return output.logits[:, -1]
 
 
+class AnewSteps:
+    """The model's own forward over each row's whole text, a row at a time."""
+
+    def __init__(self, model: PreTrainedModel, slots: Slots | None):
+        self.model, self.slots = model, slots
+        self.texts: list[list[int]] = []
+
+    def begin(self, prompts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
+        texts = [list(prompt) for prompt in prompts]
+        self.texts += texts
+        return self._scores(texts, routes)
+
+    def step(self, tokens: Sequence[int], routes: Sequence[int]) -> Tensor:
+        for text, token in zip(self.texts, tokens, strict=True):
+            text.append(token)
+        return self._scores(self.texts, routes)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.texts = [self.texts[i] for i in rows]
+
+    def _scores(self, texts: Sequence[list[int]], routes: Sequence[int]) -> Tensor:
+        scores = []
+        for text, route in zip(texts, routes, strict=True):
+            ids = torch.tensor([text], device=self.model.device)
+            with routed(self.slots, [route]):
+                scores.append(self.model(input_ids=ids, use_cache=False).logits[:, -1])
+        return torch.cat(scores)
+
+
 def routed(slots: Slots | None, routes: Sequence[int]) -> AbstractContextManager[None]:
     return slots.routed(routes) if slots is not None else nullcontext()
 
 
 def joined(first: Any, second: Any) -> Any:
     """Return the caches of two batches as one, the shorter padded on the left."""
-    for ours, other in zip(first.layers, second.layers, strict=True):
+    for ours, other in zip(kept_layers(first), kept_layers(second), strict=True):
         width = max(ours.keys.shape[2], other.keys.shape[2])
+        if isinstance(ours, DynamicSlidingWindowLayer):
+            ours.cumulative_length = max(ours.cumulative_length, other.cumulative_length)
         for name in ("keys", "values"):
             both = getattr(ours, name), getattr(other, name)
             parts = [F.pad(x, (0, 0, width - x.shape[2], 0)) for x in both]
             setattr(ours, name, torch.cat(parts))
     return first
+
+
+def kept_layers(cache: Any) -> list[Any]:
+    """Return the layers of a cache that hold something: some blocks take the keys of another."""
+    return [layer for layer in cache.layers if layer.is_initialized]

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from lightning_peft.inference.answer_text import UNFINISHED
 from lightning_peft.serving.bodies import Sampling
-from lightning_peft.serving.engine import UNFINISHED, Piece
+from lightning_peft.serving.engine import Piece
 
 
 def error_body(message: str, code: str | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from lightning_peft.inference.answer_text import AnswerText
 from lightning_peft.inference.continuous_batching import Choice, Decoder, RunningSequence
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.steps import PREFILL_TOKENS
@@ -16,9 +17,6 @@ from lightning_peft.inference.token_ids import check_token_ids
 from lightning_peft.serving.tiers import AdapterTiers
 
 logger = logging.getLogger(__name__)
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""Character that bytes decode to while they are no whole one yet."""
 
 
 class QueueFullError(RuntimeError):
@@ -193,10 +191,11 @@ class Engine:
 
     def _row(self, request: GenerationRequest) -> RunningSequence:
         check_token_ids(self.decoder.model, [request.prompt])
+        answer = AnswerText(self.tokenizer, request.before)
         return RunningSequence(
             request.prompt,
             request.sampling,
-            lambda choice: self._take(request, choice),
+            lambda choice: self._take(request, answer, choice),
             top_logprobs=request.top_logprobs,
             wants_logprobs=request.wants_logprobs,
             on_failure=lambda error: self._fail(request, error),
@@ -207,14 +206,15 @@ class Engine:
         request.finished = True
         request.take(Piece(error=error))
 
-    def _take(self, request: GenerationRequest, choice: Choice) -> bool:
+    def _take(self, request: GenerationRequest, answer: AnswerText, choice: Choice) -> bool:
         """Hand a token on as text; return whether the answer goes on."""
         self.generated += 1
         request.tokens.append(choice.token)
         if choice.token in request.end_ids:
-            self._hand_on(request, choice, self._decoded(request, request.tokens[:-1]), "stop")
+            self._hand_on(request, choice, answer.whole, "stop")
             return False
-        text = self._decoded(request, request.tokens)
+        answer.add(choice.token)
+        text = answer.whole
         if found := [at for stop in request.stops if (at := text.find(stop)) >= 0]:
             self._hand_on(request, choice, text[: min(found)], "stop")
             return False
@@ -223,16 +223,13 @@ class Engine:
             return False
         held = max((overlap(text, stop) for stop in request.stops), default=0)
         ready = text[: len(text) - held] if held else text
-        self._hand_on(request, choice, request.text if ready.endswith(UNFINISHED) else ready, None)
+        self._hand_on(request, choice, ready if answer.is_ready else request.text, None)
         return True
 
     def _hand_on(self, request: GenerationRequest, choice: Choice, text: str, reason: str | None) -> None:
         piece, request.text = text[len(request.text) :], text if len(text) > len(request.text) else request.text
         request.finished = reason is not None
         request.take(Piece(piece, choice, reason))
-
-    def _decoded(self, request: GenerationRequest, tokens: list[int]) -> str:
-        return continued(self.tokenizer, request.before, tokens)
 
     def _end(self, row: RunningSequence) -> None:
         self.running.pop(id(row))
@@ -255,12 +252,6 @@ class Engine:
             self.tiers.release_all()
         self.running.clear()
         self.decoder.clear()
-
-
-def continued(tokenizer: PreTrainedTokenizerFast, before: Sequence[int], tokens: list[int]) -> str:
-    """Return the text of tokens where they stand behind others."""
-    text = str(tokenizer.decode([*before, *tokens], skip_special_tokens=True))
-    return text.removeprefix(str(tokenizer.decode([*before], skip_special_tokens=True))) if before else text
 
 
 def overlap(text: str, stop: str) -> int:

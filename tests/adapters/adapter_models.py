@@ -17,8 +17,11 @@ WRAPPING = [name for name, method in METHODS.items() if not method.trains_all]
 """Methods that wrap layers of a frozen base."""
 
 
-def llama(dtype: torch.dtype = torch.float32, quantized: bool = False, **options: Any) -> LlamaForCausalLM:
-    """Return two layers of width 64 with grouped keys, biases on q, k, v and o; equal weights at every call."""
+def llama(dtype: torch.dtype = torch.float32, quantized: bool | Kind = False, **options: Any) -> LlamaForCausalLM:
+    """Return two layers of width 64 with grouped keys, biases on q, k, v and o; equal weights at every call.
+
+    quantized: a kind of codes; True is NF4.
+    """
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
     config = LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": False, **options})
@@ -29,7 +32,8 @@ def llama(dtype: torch.dtype = torch.float32, quantized: bool = False, **options
             nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
     model = model.to(dtype).eval()
     if quantized:
-        quantize_linears(model, QuantizationConfig(kind=Kind.nf4))
+        kind = Kind.nf4 if quantized is True else quantized
+        quantize_linears(model, QuantizationConfig(kind=kind, double_quantization=kind is not Kind.int8))
     return model
 
 
@@ -66,7 +70,11 @@ def reset(model: nn.Module) -> None:
 
 
 def adapted(
-    method: str, dtype: torch.dtype = torch.float32, quantized: bool = False, has_biases: bool = True, **options: Any
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    quantized: bool | Kind = False,
+    has_biases: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """Return the model with fresh adapters."""
     model = llama(dtype, quantized, attention_bias=has_biases)

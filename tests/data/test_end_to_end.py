@@ -10,10 +10,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lightning_peft.__main__ import main
 from lightning_peft.commands.adapted import layout_of, load_for_inference
-from lightning_peft.data.chat import end_token_ids
+from lightning_peft.inference.answer_rows import AnswerRows
 from lightning_peft.inference.continuous_batching import Decoder
-from lightning_peft.inference.generate import answer_row, why_not_decoded
-from lightning_peft.inference.own_settings import declared_end_ids
+from lightning_peft.inference.generate import why_not_decoded
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.models.tiny import tiny_tokenizer
 
@@ -64,8 +63,8 @@ def generated_tokens(run_dir, prompt):
     assert why_not_decoded(model) is None
     layout = layout_of(str(run_dir), tokenizer)
     ids = layout.prompt(layout.conversation(prompt), tokenizer)
-    ends = end_token_ids(tokenizer) | declared_end_ids(model)
-    decoder, row = Decoder(model), answer_row(ids, SamplingConfig(max_new_tokens=ROOM), ends, 0, None)
+    decoder = Decoder(model)
+    (row,) = AnswerRows(model, tokenizer, [ids], SamplingConfig(max_new_tokens=ROOM)).rows
     decoder.add(row)
     while decoder.rows:
         decoder.step()

@@ -10,14 +10,10 @@ from transformers import GenerationConfig
 import lightning_peft.inference.static_steps as steps_module
 from lightning_peft.adapters.inject import adapters, disable_adapters, inject_adapters
 from lightning_peft.adapters.registry import METHODS
-from lightning_peft.inference.generate import (
-    generate_batch,
-    generate_stream,
-    generated_stream,
-    say_once,
-    takes_cache,
-    why_not_decoded,
-)
+from lightning_peft.inference.answer_rows import AnswerRows
+from lightning_peft.inference.by_transformers import generated_tokens, say_once, takes_cache
+from lightning_peft.inference.continuous_batching import draw, smallest_set
+from lightning_peft.inference.generate import generate_batch, generate_stream, why_not_decoded
 from lightning_peft.inference.prompt_batches import Batching, choose_batching, common_prefix
 from lightning_peft.inference.sampling import SamplingConfig
 from lightning_peft.inference.static_steps import StaticSteps, why_not_static
@@ -117,12 +113,12 @@ def test_stream_hands_on_the_error_of_its_thread(model, tokenizer):
         if len(calls) > 4:  # the first few see whether the model runs with a cache
             raise Broken
 
+    sampling = SamplingConfig(max_new_tokens=8)
+    answers = AnswerRows(model, tokenizer, [tokenizer("the cat")["input_ids"]], sampling)
     hook = model.get_output_embeddings().register_forward_pre_hook(fail)
     try:
         with pytest.raises(Broken):
-            list(
-                generated_stream(model, tokenizer, tokenizer("the cat")["input_ids"], SamplingConfig(max_new_tokens=8))
-            )
+            list(generated_tokens(model, answers, sampling))
     finally:
         hook.remove()
 
@@ -362,3 +358,38 @@ def test_a_model_that_declares_no_end_and_a_tokenizer_without_one_answer(tokeniz
     model.generation_config = GenerationConfig()
     (answer,) = generate_batch(model, tokenizer, [[5, 6, 7]], SamplingConfig(max_new_tokens=8))
     assert answer == greedy_alone(model, tokenizer, [5, 6, 7], 8)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 0.99999])
+def test_the_smallest_set_is_that_of_all_tokens_in_order(top_p):
+    shares = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 2).softmax(-1)
+    ordered, order = shares.sort(descending=True)
+    expected = torch.zeros_like(shares)
+    expected[order] = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
+    assert torch.equal(smallest_set(shares, top_p), expected)
+
+
+def test_scores_that_were_rounded_otherwise_draw_the_same():
+    """Random numbers by rank went to other tokens where two had changed places: 83 of 100 draws were the same."""
+    same = 0
+    for seed in range(400):
+        scores = torch.randn(2000, generator=torch.Generator().manual_seed(1000 + seed)) * 3
+        sampling = SamplingConfig(temperature=0.8, top_p=0.95 if seed % 2 else 1.0)
+        first, second = (
+            draw(each, sampling, torch.Generator().manual_seed(seed)) for each in (scores, scores.bfloat16().float())
+        )
+        same += first == second
+    assert same > 0.95 * 400
+
+
+def test_draws_have_the_probabilities_of_the_scores():
+    scores, generator = torch.tensor([1.0, 0.0, -1.0, 2.0]), torch.Generator().manual_seed(0)
+    for sampling in (SamplingConfig(temperature=0.5), SamplingConfig(temperature=0.5, top_p=0.9)):
+        counts = torch.zeros(4)
+        for _ in range(4000):
+            counts[draw(scores, sampling, generator)] += 1
+        shares = (scores / 0.5).softmax(-1)
+        if sampling.top_p < 1:  # the likeliest two have 0.98
+            shares = torch.where(shares > 0.1, shares, 0.0)
+            shares /= shares.sum()
+        torch.testing.assert_close(counts / 4000, shares, rtol=0, atol=0.03)  # three standard deviations are 0.024

@@ -10,8 +10,6 @@ import torch
 from adapter_models import config_for
 from safetensors.torch import load_file, save_file
 from server_process import save
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from lightning_peft.adapters.slots import Factors, Slots
 from lightning_peft.inference.continuous_batching import Decoder
@@ -20,7 +18,7 @@ from lightning_peft.inference.steps import PREFILL_TOKENS
 from lightning_peft.models.loading import load_model, load_tokenizer
 from lightning_peft.models.source import ModelConfig
 from lightning_peft.models.stored import source_fingerprint
-from lightning_peft.serving.engine import Engine, GenerationRequest, Piece, continued
+from lightning_peft.serving.engine import Engine, GenerationRequest, Piece
 from lightning_peft.serving.tiers import AdapterTiers
 
 TINY = ModelConfig("tiny")
@@ -194,18 +192,6 @@ def test_a_failure_of_any_kind_while_joining_is_one_requests(folders: list[Path]
     tokens = answers(shared, requests)
     assert [len(found) for found in tokens] == [6, 0, 6]
     assert [str(piece.error) for piece in pieces] == ["out of memory"]
-
-
-def test_a_text_goes_on_with_the_blank_that_a_tokenizer_drops_at_its_beginning() -> None:
-    """Of Llama 2's kind: a blank is part of the word behind it, and the first of a text is dropped."""
-    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3, "<0xC3>": 4, "<0xA9>": 5}
-    backend = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert continued(tokenizer, [], [3, 3]) == "a a"
-    assert continued(tokenizer, [3], [3, 2]) == " aa"
-    assert continued(tokenizer, [3, 4], [5, 3]).endswith(" a")  # the prompt ended within a character
 
 
 def test_answers_that_end_at_once_hold_up_none_that_run() -> None:

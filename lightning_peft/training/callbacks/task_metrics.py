@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -34,6 +33,8 @@ class Questions:
     rows: list[TaskRow]
     prompts: list[list[int]]
     """Token ids."""
+    stops: list[int]
+    """Tokens at which answers end, by the layout."""
 
     @classmethod
     def of(
@@ -61,7 +62,7 @@ class Questions:
                 "answer, held out by data.validation_path or data.validation_fraction"
             )
         rows = [with_answer(*chosen[index]) for index in kept]
-        return cls(rows, [prompts[index] for index in kept])
+        return cls(rows, [prompts[index] for index in kept], layout.stop_token_ids)
 
 
 class TaskMetrics(Callback):
@@ -162,9 +163,4 @@ class TaskMetrics(Callback):
         return answers
 
     def generate(self, model: PreTrainedModel, prompts: list[list[int]]) -> list[str]:
-        training = model.training
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            texts = generate_batch(model, self.tokenizer, prompts, self.sampling, BATCH_SIZE)
-        model.train(training)
-        return texts
+        return generate_batch(model, self.tokenizer, prompts, self.sampling, BATCH_SIZE, self.questions.stops)

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -42,7 +41,7 @@ class ValidationAnswers(Callback):
             logger.info("validation.samples: plain text rows ask nothing, so none of them is answered")
         self.prompts = prompts_of([messages.before(place) for messages, place in asked], layout, tokenizer)
         self.references = [messages[place].content for messages, place in asked]
-        self.tokenizer = tokenizer
+        self.tokenizer, self.stops = tokenizer, layout.stop_token_ids
         self.path = run_dir / "samples.jsonl"
         self.base_answers: list[str] | None = None
 
@@ -91,12 +90,8 @@ class ValidationAnswers(Callback):
                 logger.log_samples(columns, rows, step)
 
     def answers(self, model: PreTrainedModel) -> list[str]:
-        training = model.training
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            texts = generate_batch(model, self.tokenizer, self.prompts, SamplingConfig(max_new_tokens=96))
-        model.train(training)
-        return texts
+        sampling = SamplingConfig(max_new_tokens=96)
+        return generate_batch(model, self.tokenizer, self.prompts, sampling, stops=self.stops)
 
 
 def step_of(line: bytes) -> int | None:
