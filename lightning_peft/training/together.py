@@ -34,6 +34,7 @@ from lightning_peft.objectives.model_loss import ModelLoss, TokenLosses
 from lightning_peft.optim.sharded import local
 from lightning_peft.training.activation_checkpointing import checkpoint_blocks
 from lightning_peft.training.config import ActivationCheckpointing
+from lightning_peft.training.failed_alike import FailedAlike
 from lightning_peft.training.host_memory import share_heap
 from lightning_peft.training.module import FinetuneModule
 from lightning_peft.training.preemption import Preempted, PreemptionSignals
@@ -138,7 +139,7 @@ class RunGroup:
         self.slices: SlicedBase | None = None
         """The base where ranks hold slices of it, instead of a template."""
         self.checkpointing = ActivationCheckpointing.none
-        self.meeting_place = distributed.meeting_place()
+        self.failures: FailedAlike | None = None
 
     def base(self, module: FinetuneModule, device: torch.device) -> tuple[PreTrainedModel, Iterator[str]]:
         """Return a new tree of modules around the base, as `load_by_block` does; the first call reads the base."""
@@ -176,6 +177,7 @@ class RunGroup:
             self.back.release()
 
         share_heap()
+        self.failures = FailedAlike()
         start = random_states()
         for member in self.members:
             member.random = start
@@ -186,14 +188,15 @@ class RunGroup:
                 for member in present:
                     self.give_turn(member)
                     if member.is_done:
-                        ended(member.number, outcomes[member.number])
                         self.check_all_failed(member, outcomes[member.number].error)
+                        ended(member.number, outcomes[member.number])
                         self.forget(member, outcomes[member.number])
                 present = [member for member in present if not member.is_done]
                 if present:
                     self.take_pass(present)
         finally:
             self.signals.stop()
+            self.failures.stop()
         return outcomes
 
     def give_turn(self, member: Member) -> None:
@@ -204,11 +207,16 @@ class RunGroup:
         member.random = random_states()
 
     def check_all_failed(self, member: Member, error: BaseException | None) -> None:
-        """Raise RuntimeError for a member that failed on this rank and not on all.
+        """Raise RuntimeError for a member that failed on this rank and not on all, and its error where a rank is gone.
 
         It waits elsewhere for what this rank does no more, and would be answered by what the next member does here.
         """
-        if error is None or isinstance(error, Preempted) or distributed.all_follow(self.meeting_place):
+        assert self.failures is not None
+        if error is None or isinstance(error, Preempted):
+            return
+        if distributed.is_lost_rank(error):
+            raise error
+        if self.failures.on_all(member.number):
             return
         raise RuntimeError(
             f"{member.name} failed on rank {distributed.rank()} and not on all ({type(error).__name__}: {error}): no "
